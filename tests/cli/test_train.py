@@ -18,11 +18,12 @@ from fastdistill import DistillError, DistillWarning
 from fastdistill.cli import main
 from fastdistill.evaluation import Report
 from fastdistill.cli.training import TrainConfig, opened_run
-from fastdistill.cli.training.archs import ignored_class, learner_of
+from fastdistill.cli.training.archs import check_arch, ignored_class, learner_of
 from fastdistill.cli.training.checks import checked_samples
-from fastdistill.cli.training.config import read_config, write_config
+from fastdistill.cli.training.config import Arch, read_config, write_config
 from fastdistill.cli.training.files import read_samples
 from fastdistill.cli.training.loaders import loaders_of
+from fastdistill.cli.training.settings import settings_of
 from fastdistill.cli.training.teachers import file_teacher
 
 pytestmark = [
@@ -53,22 +54,28 @@ def write_digits(root, n, first=0):
         )
 
 
+def changed(usual, given):
+    "Other architectures have their own layers"
+    own = [f'{role}_layers' for role in ('teacher', 'student') if role in given]
+    return {k: v for k, v in usual.items() if k not in own} | given
+
+
 def settings(data, **kwargs):
-    return (
-        dict(
-            data=str(data),
-            teacher='cnn-8-16',
-            student='cnn-4',
-            epochs=2,
-            lr=0.01,
-            teacher_lr=0.01,
-            batch_size=16,
-            augment='flip',
-            device='cpu',
-            onnx=False,
-        )
-        | kwargs
+    usual = dict(
+        data=str(data),
+        teacher='cnn',
+        teacher_layers='8,16',
+        student='cnn',
+        student_layers='4',
+        epochs=2,
+        lr=0.01,
+        teacher_lr=0.01,
+        batch_size=16,
+        augment='flip',
+        device='cpu',
+        onnx=False,
     )
+    return changed(usual, kwargs)
 
 
 def run(out, said=None, **kwargs):
@@ -244,9 +251,20 @@ def test_resume_of_a_finished_or_another_run(finished, digits, command):
     assert code == 2 and 'holds a run with --epochs 2, now --epochs 3' in ' '.join(err.split())
     assert (
         'holds a run already'
-        in command('--data', digits, '--teacher', 'cnn-4', '--student', 'cnn-4', '--out', finished)[
-            2
-        ]
+        in command(
+            '--data',
+            digits,
+            '--teacher',
+            'cnn',
+            '--teacher-layers',
+            '4',
+            '--student',
+            'cnn',
+            '--student-layers',
+            '4',
+            '--out',
+            finished,
+        )[2]
     )
 
 
@@ -275,11 +293,12 @@ def test_teachers_that_exist_already(finished, digits, tmp_path):
         tmp_path / 'pkl', 'teacher'
     ) == score(finished, 'distilled')
     assert not (out / 'teacher.safetensors').exists()
-    with pytest.raises(DistillError, match='The weights in .* are not those of cnn-16-16'):
+    with pytest.raises(DistillError, match='The weights in .* are not those of cnn 16,16'):
         run(
             tmp_path / 'c',
             data=digits,
-            teacher='cnn-16-16',
+            teacher='cnn',
+            teacher_layers='16,16',
             teacher_weights=str(finished / 'teacher.safetensors'),
         )
     with pytest.raises(DistillError, match='holds weights, but no architecture'):
@@ -369,9 +388,13 @@ def test_texts(tmp_path, command):
         '--data',
         tmp_path / 'a.csv',
         '--teacher',
-        'bag-16-8',
+        'embedding_bag',
+        '--teacher-layers',
+        '16,8',
         '--student',
-        'bag-4',
+        'embedding_bag',
+        '--student-layers',
+        '4',
         '--epochs',
         20,
         '--lr',
@@ -416,12 +439,26 @@ def people(n=80):
 
 def test_a_table_and_its_exported_teacher(tmp_path):
     people().drop(columns='wage').to_csv(tmp_path / 'a.csv', index=False)
-    options = dict(data=tmp_path / 'a.csv', teacher='32', student='8', epochs=2)
+    options = dict(
+        data=tmp_path / 'a.csv',
+        teacher='tabular',
+        teacher_layers='32',
+        student='tabular',
+        student_layers='8',
+        epochs=2,
+    )
     run(tmp_path / 'first', **options)
     run(
         tmp_path / 'second',
-        **options
-        | dict(teacher=str(tmp_path / 'first' / 'student.pkl'), student='4', baseline=False),
+        **changed(
+            options,
+            dict(
+                teacher=str(tmp_path / 'first' / 'student.pkl'),
+                student='tabular',
+                student_layers='4',
+                baseline=False,
+            ),
+        ),
     )
     a, b = (Report.from_json(tmp_path / o / 'report.json') for o in ('first', 'second'))
     assert (
@@ -435,9 +472,13 @@ def test_a_table_and_its_exported_teacher(tmp_path):
     ):
         run(
             tmp_path / 'third',
-            **options
-            | dict(
-                data=tmp_path / 'b.csv', y='rich', teacher=str(tmp_path / 'first' / 'student.pkl')
+            **changed(
+                options,
+                dict(
+                    data=tmp_path / 'b.csv',
+                    y='rich',
+                    teacher=str(tmp_path / 'first' / 'student.pkl'),
+                ),
             ),
         )
 
@@ -454,6 +495,8 @@ def test_trees_in_a_file_teach_a_table(tmp_path, command):
         '--data',
         file,
         '--student',
+        'tabular',
+        '--student-layers',
         8,
         '--epochs',
         2,
@@ -504,7 +547,13 @@ def test_files_that_hold_no_trees_for_these_data(tmp_path, digits):
 
     def refused(says, name, data=tmp_path / 'a.csv'):
         with pytest.raises(DistillError, match=says):
-            run(tmp_path / 'run', data=data, teacher=str(tmp_path / f'{name}.joblib'), student='4')
+            run(
+                tmp_path / 'run',
+                data=data,
+                teacher=str(tmp_path / f'{name}.joblib'),
+                student='tabular',
+                student_layers='4',
+            )
 
     refused('was fitted on the columns age, height .2., but the rows have no height', 'other')
     refused('type dict, which has neither predict_proba nor predict', 'dict')
@@ -520,11 +569,17 @@ def test_files_that_hold_no_trees_for_these_data(tmp_path, digits):
 
 def test_numbers_of_a_table(tmp_path):
     people().to_csv(tmp_path / 'a.csv', index=False)
-    s, dls = loaders(data=tmp_path / 'a.csv', student='8', teacher='16')
+    s, dls = loaders(
+        data=tmp_path / 'a.csv',
+        student='tabular',
+        student_layers='8',
+        teacher='tabular',
+        teacher_layers='16',
+    )
     assert s.target == 'numbers' and s.y == 'wage' and dls.one_batch()[2].dtype == torch.float32
-    assert learner_of('8', dls, s, TrainConfig(**settings(tmp_path, student='8'))).model(
-        *dls.one_batch()[:2]
-    ).shape == (16, 1)
+    c = TrainConfig(**settings(tmp_path, student='tabular', student_layers='8'))
+    learn = learner_of(c.arch('student'), dls, s, c)
+    assert learn.model(*dls.one_batch()[:2]).shape == (16, 1)
 
 
 def test_a_data_set_of_hugging_face(tmp_path, digits):
@@ -620,7 +675,20 @@ def spoiled(digits, tmp_path):
             dict(student='resnet19'),
             "No architecture 'resnet19' for images .did you mean 'resnet1",
         ),
-        ('digits', dict(student='cnn-0'), 'sizes are from 1'),
+        ('digits', dict(student='cnn-4'), "No architecture 'cnn-4' for images"),
+        ('digits', dict(student='cnn'), "cnn needs the sizes of its layers: .*'16,32,64'"),
+        ('digits', dict(student_layers='0'), 'must be whole numbers from 1'),
+        ('digits', dict(student_layers='4-8'), 'must be whole numbers from 1'),
+        (
+            'digits',
+            dict(student='resnet18', student_layers='4'),
+            'the layers of resnet18 are fixed',
+        ),
+        (
+            'digits',
+            dict(teacher='gone.pkl', teacher_layers='4'),
+            'the teacher is a file, so its layers are fixed',
+        ),
         ('digits', dict(teacher='gone.pkl'), 'There is no file'),
         ('digits', dict(recipe='kdd()'), "no recipe 'kdd'"),
         ('digits', dict(size='7'), 'from 8 to 8192'),
@@ -639,19 +707,19 @@ def test_a_mistake_in_data_or_flags_is_one_message(
 ):
     monkeypatch.chdir(tmp_path)
     data = digits if name == 'digits' else spoiled(name)
-    small = '8' if name.endswith('csv') else 'cnn-4'
-    flags = (
-        dict(
-            data=data,
-            teacher=small,
-            student=small,
-            out=tmp_path / 'out',
-            epochs=1,
-            lr=0.01,
-            teacher_lr=0.01,
-        )
-        | flags
+    small = 'tabular' if name.endswith('csv') else 'cnn'
+    usual = dict(
+        data=data,
+        teacher=small,
+        teacher_layers='4',
+        student=small,
+        student_layers='4',
+        out=tmp_path / 'out',
+        epochs=1,
+        lr=0.01,
+        teacher_lr=0.01,
     )
+    flags = changed(usual, flags)
     code, out, err = command(
         *(o for k, v in flags.items() for o in (f'--{k.replace("_", "-")}', v))
     )
@@ -667,9 +735,13 @@ def test_a_package_that_is_missing_is_named(digits, command, tmp_path, monkeypat
         '--data',
         digits,
         '--teacher',
-        'cnn-4',
+        'cnn',
+        '--teacher-layers',
+        '4',
         '--student',
-        'cnn-4',
+        'cnn',
+        '--student-layers',
+        '4',
         '--out',
         tmp_path / 'out',
         '--log',
@@ -730,8 +802,8 @@ HOSTILE = [
     'true',
     '[]',
     'cnn-',
-    'cnn-99999999999',
-    '200-100-',
+    '99999999999',
+    '200,100,',
 ]
 
 
@@ -742,8 +814,10 @@ def test_hostile_flags_are_refused_and_write_nothing(digits, command, tmp_path, 
     monkeypatch.chdir(home)
     good = dict(
         data=digits,
-        teacher='cnn-4',
-        student='cnn-4',
+        teacher='cnn',
+        teacher_layers='4',
+        student='cnn',
+        student_layers='4',
         epochs=1,
         lr=0.01,
         teacher_lr=0.01,
@@ -876,7 +950,13 @@ def test_a_run_continues_with_data_that_were_moved(finished, stopped, digits, tm
 def test_a_run_does_not_continue_with_other_rows(stopped, tmp_path):
     frame = people().drop(columns='wage')
     frame.to_csv(tmp_path / 'a.csv', index=False)
-    out = stopped(tmp_path / 'a.csv', teacher='16', student='8')
+    out = stopped(
+        tmp_path / 'a.csv',
+        teacher='tabular',
+        teacher_layers='16',
+        student='tabular',
+        student_layers='8',
+    )
 
     def refused(frame, says):
         frame.to_csv(tmp_path / 'a.csv', index=False)
@@ -1030,9 +1110,13 @@ def limited(out, bytes, data):
         '--data',
         str(data),
         '--teacher',
-        'cnn-8-16',
+        'cnn',
+        '--teacher-layers',
+        '8,16',
         '--student',
-        'cnn-4',
+        'cnn',
+        '--student-layers',
+        '4',
         '--epochs',
         '2',
         '--lr',
@@ -1160,3 +1244,38 @@ def dls(): return ImageDataLoaders.from_folder({str(digits)!r}, valid_pct=.2, se
     code, out, err = call('--data', 'script_of_data.py:dls')
     assert code == 0, err
     assert '(12 validation samples)' in out
+
+
+@pytest.mark.parametrize(
+    'task,name,layers,says',
+    [
+        ('images', 'xresnet18', None, None),
+        ('masks', 'resnet18', None, None),
+        ('texts', 'awd_lstm', [100, 200, 200], None),
+        ('texts', 'awd_lstm', None, None),
+        ('texts', 'awd_lstm', [100, 200, 300], '1 to 16 equal numbers of hidden units'),
+        ('texts', 'awd_lstm', [100], '1 to 16 equal numbers of hidden units'),
+        ('texts', 'embedding_bag', None, "needs the sizes of its layers: student_layers='64,32'"),
+        ('texts', 'resnet18', None, "No architecture 'resnet18' for texts"),
+        ('table', 'tabular', None, None),
+        ('masks', 'cnn', [4], "No architecture 'cnn' for masks"),
+        ('images', 'tabular', [4], "No architecture 'tabular' for images"),
+    ],
+)
+def test_an_architecture_fits_the_task_and_has_these_layers(task, name, layers, says):
+    arch = Arch(name, layers)
+    if says is None:
+        check_arch(arch, task)
+    else:
+        with pytest.raises(DistillError, match=says):
+            check_arch(arch, task)
+
+
+def test_another_architecture_does_not_take_the_layers_of_a_stored_one(digits, tmp_path):
+    stored = TrainConfig(**settings(digits, student_layers='4,8'))
+    write_config(stored, tmp_path / 'config.toml')
+    config, _ = settings_of(
+        dict(student='resnet18'), tmp_path / 'config.toml', tmp_path / 'a', False
+    )
+    assert config.student_layers == ''
+    assert config.teacher_layers == '8,16'

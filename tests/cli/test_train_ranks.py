@@ -99,7 +99,14 @@ def assert_both_equal(out):
 
 def test_two_processes_end_where_one_with_the_doubled_batch_ends(reviews, tmp_path):
     "One batch holds all samples, so that their order does not matter; these models have no batch-norm"
-    options = dict(data=reviews, teacher='bag-16', student='bag-4', epochs=4)
+    options = dict(
+        data=reviews,
+        teacher='embedding_bag',
+        teacher_layers='16',
+        student='embedding_bag',
+        student_layers='4',
+        epochs=4,
+    )
     codes = ended(start(tmp_path / 'two', batch_size=12, compares=True, **options))
     assert codes == [0, 0], said(tmp_path / 'two') + said(tmp_path / 'two', 1)
     lines = said(tmp_path / 'two').splitlines()
@@ -144,8 +151,10 @@ def test_two_processes_that_are_killed_continue_to_the_same_result(digits, tmp_p
     "Batch-norm, flipped images, a projector and a share, of which each process has its own part"
     options = dict(
         data=digits,
-        teacher='cnn-8',
-        student='cnn-4',
+        teacher='cnn',
+        teacher_layers='8',
+        student='cnn',
+        student_layers='4',
         epochs=2,
         batch_size=8,
         recipe="labels + dist(grad_ratio=1) + hint(layers={'0': '0'}, grad_ratio=.2)",
@@ -171,7 +180,15 @@ def test_two_processes_that_are_killed_continue_to_the_same_result(digits, tmp_p
 
 def test_one_device_for_all_processes_is_refused(reviews, tmp_path):
     codes = ended(
-        start(tmp_path / 'two', data=reviews, teacher='bag-4', student='bag-4', device='cpu:0')
+        start(
+            tmp_path / 'two',
+            data=reviews,
+            teacher='embedding_bag',
+            teacher_layers='4',
+            student='embedding_bag',
+            student_layers='4',
+            device='cpu:0',
+        )
     )
     assert codes == [2, 2] and "--device 'cpu:0' is one device, for 2 processes" in said(
         tmp_path / 'two'
@@ -194,9 +211,13 @@ def test_a_mistake_under_torchrun_is_one_message_of_the_first_process(tmp_path):
         '--data',
         'nowhere',
         '--teacher',
-        'cnn-4',
+        'cnn',
+        '--teacher-layers',
+        '4',
         '--student',
-        'cnn-4',
+        'cnn',
+        '--student-layers',
+        '4',
     ]
     r = subprocess.run(
         [*map(str, launch)],

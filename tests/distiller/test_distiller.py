@@ -1984,7 +1984,7 @@ def test_a_teacher_of_a_fixed_image_size_says_so():
     x, y = torch.randn(2, 3, 8, 8), torch.tensor([0, 1])
     with pytest.raises(
         DistillError,
-        match=r'does not run on inputs of shape \(2, 3, 8, 8\).*Teacher\(model, size=...\)',
+        match=r'does not run on inputs of shape \(2, 3, 8, 8\).*Teacher\(model, images=dict\(size=...\)\)',
     ):
         Distiller(fixed(8), fixed(16), kd())(x, y)
     Distiller(fixed(8), Teacher(fixed(16), images=dict(size=16)), kd())(x, y)

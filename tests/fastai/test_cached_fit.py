@@ -373,7 +373,7 @@ def test_a_caches_folder_is_enough(tmp_path):
     [
         (lambda folder: 'memory://nothing/here', 'There is no cache at memory://nothing/here'),
         (lambda folder: folder, 'is a folder.*The folder of a finished cache is possible'),
-        (lambda folder: [folder, Convs(3).eval()], 'is a folder.*alone and not in a list'),
+        (lambda folder: [folder, Convs(3).eval()], 'is a folder.*but not part of a list'),
     ],
 )
 def test_a_place_without_a_cache_is_named_as_it_was_given(tmp_path, of, match):

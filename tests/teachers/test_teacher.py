@@ -1506,7 +1506,7 @@ def test_classes_are_selected_in_the_students_order():
         Teacher(nn.Identity(), select=[4])(x)
 
 
-# what is no teacher
+# what is not a teacher
 
 
 class Fastai:
@@ -1519,13 +1519,13 @@ class Fastai:
 @pytest.mark.parametrize(
     'o,match',
     [
-        (None, 'None is no teacher. It must be an nn.Module'),
+        (None, 'None is not a teacher. It must be an nn.Module'),
         ('resnet50', "There is no file 'resnet50'.*A model's name is not enough"),
         ('missing.onnx', "There is no file 'missing.onnx'"),
         (small().state_dict(), 'holds weights, but no network: build the model'),
         (nn.Linear, 'Linear is a class, not a model'),
-        (3, 'A int is no teacher. It must be'),
-        (torch.zeros(2), 'A Tensor is no teacher. It must be'),
+        (3, 'A int is not a teacher. It must be'),
+        (torch.zeros(2), 'A Tensor is not a teacher. It must be'),
         ([], 'An empty list of teachers. It must be an nn.Module'),
         (['resnet50'], "There is no file 'resnet50'"),
         (Fastai(), 'a fastai Learner: pass it to fastdistill.fastai'),
@@ -1760,7 +1760,7 @@ def test_options_in_a_group_are_kept_by_a_variation_unless_given():
         ('images', dict(sizes=4), "'stats', 'input_stats', 'size'"),
         ('ensemble', dict(weight=[1]), "'combine', 'weights'"),
         ('images', 224, "'stats', 'input_stats', 'size'"),
-        ('run', dict(modus='train'), "'mode', 'precision'"),
+        ('run', dict(modus='train'), "'precision', 'memory_format'"),
     ],
 )
 def test_a_group_refuses_other_keys_and_says_which_it_has(group, given, allowed):

@@ -1,4 +1,4 @@
-"Random generators inside transforms: they are found there, and seeded like the global ones."
+"Find the random generators inside transforms, and seed them like the global ones."
 
 import hashlib
 import inspect
@@ -85,7 +85,7 @@ class Generators:
             if access_of(o) or hands_out_generators(o)
         ]
         self.places, self.owned = [p for p, _ in found], [owned for _, owned in found]
-        # subtle: a generator's seed follows from its name, so that an attribute added elsewhere does not change it
+        # subtle: a generator's seed depends on its name, so that an attribute added elsewhere does not change it
         names = [
             f'{getattr(at, "__qualname__", type(at).__qualname__)} {k}' for _, at, k in self.places
         ]
@@ -93,8 +93,8 @@ class Generators:
 
     @contextmanager
     def seeded(self, seed: int) -> Iterator[None]:
-        """Inside, each generator has its own seed, which depends on `seed`. At the end their states
-        are restored.
+        """Context in which each generator has its own seed, derived from `seed`. Their states are
+        restored at the end.
 
         Args:
             seed: Any 64-bit number.
@@ -132,7 +132,7 @@ def put_back(o: Any, was: Any) -> None:
 
 
 def access_of(o: Any) -> Any:
-    """How to read, set and seed a generator; None for any other object."""
+    """Return how to read, set and seed a generator. None for any other object."""
     return next(
         (
             v
@@ -156,7 +156,7 @@ def hands_out_generators(o: Any) -> bool:
 
 
 def reachable(roots: Any) -> Iterator[tuple]:
-    """(place, object, owned) of all objects that can be reached.
+    """Yield (place, object, owned) for all objects that can be reached.
 
     A place is (get, holder, key), since the object there may be replaced later. An object is
     `owned` if it is inside an object that gives generators to all its parts.
@@ -173,7 +173,7 @@ def reachable(roots: Any) -> Iterator[tuple]:
 
 
 def contents(o: Any) -> Iterator[tuple]:
-    """(place, object) of each object that an object holds or names."""
+    """Yield (place, object) for each object that an object holds or names."""
     if access_of(o):
         return
     if isinstance(o, (dict, list, tuple)):
@@ -227,7 +227,7 @@ def in_dict(o: Any, k: str) -> Any:
 
 
 def names_in_code(code: CodeType) -> set[str]:
-    """Names that a function's code, or a function inside it, reads."""
+    """Return the names that the code of a function, or of a function inside it, reads."""
     return set(code.co_names).union(
         *(names_in_code(c) for c in code.co_consts if hasattr(c, 'co_names'))
     )

@@ -1,4 +1,4 @@
-"The state of models and other objects: modes, attributes, buffers, hooks and weights, saved and restored."
+"Save and restore the state of models and other objects: modes, attributes, buffers, hooks and weights."
 
 import copy
 from collections import OrderedDict
@@ -13,12 +13,11 @@ __all__ = ['Attributes', 'ModelState', 'TensorValues', 'restored']
 
 
 class ModelState:
-    """The modes, attributes, hooks, hidden states and buffers of modules when it was made, and if
-    asked their weights and gradients.
+    """The modes, attributes, hooks, hidden states and buffers of modules at the time of its creation.
 
     Args:
-        modules: A list.
-        weights: Save the parameters too: values, gradients, `requires_grad`.
+        modules: Modules, without those inside them.
+        weights: True to save parameters too: their values, gradients and `requires_grad`.
     """
 
     def __init__(self, modules: Iterable[nn.Module], weights: bool = False) -> None:
@@ -52,8 +51,8 @@ class Attributes:
     are its hidden states, buffers, hooks and mode.
 
     Args:
-        of: An object with a `__dict__`
-        only: fn(name): which attributes; None: all.
+        of: An object with a `__dict__`.
+        only: fn(name) -> True for attributes to save. None for all.
     """
 
     def __init__(self, of: object, only: Callable[[str], bool] | None = None) -> None:
@@ -79,12 +78,12 @@ class Attributes:
 
 @contextmanager
 def restored(*objects: Any, only: Iterable[str] | None = None) -> Iterator[None]:
-    """Restore the attributes of these objects at the end, and the contents of lists, dicts and sets
-    among them.
+    """Context that restores the attributes of these objects at the end, and the contents of lists,
+    dicts and sets among them.
 
     Args:
-        *objects: Those without a `__dict__` are left out.
-        only: Names of the attributes; None: all.
+        *objects: Objects. Those without a `__dict__` are left out.
+        only: Names of the attributes. None for all.
     """
     names = None if only is None else set(only).__contains__
     states = [Attributes(o, names) for o in objects if hasattr(o, '__dict__')]
@@ -96,11 +95,12 @@ def restored(*objects: Any, only: Iterable[str] | None = None) -> Iterator[None]
 
 
 class TensorValues:
-    """The values of tensors when it was made. Those of one dtype and device are copied, and
-    compared, in one piece: a model has hundreds of small buffers.
+    """The values of tensors at the time of its creation. Those of one dtype and device are copied and
+    compared as one vector, since a model has hundreds of small buffers.
 
     Args:
-        tensors: Sparse, quantized and meta tensors are left out, since they can't be compared.
+        tensors: Tensors. Sparse, quantized and meta tensors are left out, since they can't be
+            compared.
     """
 
     def __init__(self, tensors: Iterable[Tensor]) -> None:

@@ -1,4 +1,4 @@
-"Progress in a terminal or a notebook: a bar that moves there, and nothing in a file or a pipe."
+"Show progress as a bar in a terminal or a notebook, and as nothing in a file or a pipe."
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,11 +11,11 @@ __all__ = ['console_for_bars', 'progress_bar']
 
 
 def console_for_bars(**options: Any) -> Any:
-    """rich's console where it can show a bar that moves: in a terminal, or in a notebook with
-    ipywidgets; else None.
+    """Return rich's console if it can show a moving bar: in a terminal, or in a notebook with
+    ipywidgets. Otherwise return None.
 
     Args:
-        **options: Of rich's `Console`
+        **options: Options of rich's `Console`.
     """
     from rich.console import Console
 
@@ -27,12 +27,12 @@ def console_for_bars(**options: Any) -> Any:
 
 @contextmanager
 def progress_bar(shown: bool, unit: str = '') -> Iterator[Callable]:
-    """Yield fn(text, done), which moves the bar (`done` goes from 0 to 1) and shows the text beside
-    it. With `done=None` the text is a note that stays, also where no bar can be shown.
+    """Context that yields fn(text, done), which moves the bar (`done` goes from 0 to 1) and shows the
+    text beside it. With `done=None`, the text is printed and stays, even where there is no bar.
 
     Args:
-        shown: False: nothing is printed at all. Other processes than the first print nothing.
-        unit: What follows the percentage, such as 'of the time'.
+        shown: False to print nothing at all. Only the first process prints.
+        unit: Text after the percentage, such as 'of the time'.
     """
     shown = shown and rank() == 0
     console = console_for_bars(highlight=False, soft_wrap=True) if shown else None

@@ -23,7 +23,7 @@ __all__ = [
 
 
 class RandomState:
-    """The state of the global generators when it was made.
+    """The state of the global generators at the time of its creation.
 
     Args:
         devices: CUDA devices whose generators are saved too.
@@ -42,7 +42,7 @@ class RandomState:
             torch.cuda.set_rng_state(s, d)
 
     def same_on_cpu(self, other: 'RandomState') -> bool:
-        """Is the state of the CPU's generators the same?"""
+        """Return True if the state of the CPU generators is the same."""
         (_, keys, at, *_), (_, other_keys, other_at, *_) = self.numpy, other.numpy
         return (
             self.python == other.python
@@ -53,8 +53,8 @@ class RandomState:
 
 
 class RandomGuard:
-    """Restores the global generators of Python, NumPy and PyTorch. Then `moved` is True if anything
-    drew from those of the CPU.
+    """Context that restores the global generators of Python, NumPy and PyTorch. Afterwards, `moved` is
+    True if any of the CPU generators was used.
 
     Args:
         devices: CUDA devices whose generators are restored too.
@@ -73,18 +73,18 @@ class RandomGuard:
 
 
 def guarded_random_state() -> RandomGuard:
-    """A `RandomGuard` that also restores the generators of all GPUs that are in use."""
+    """Return a `RandomGuard` that also restores the generators of all GPUs in use."""
     return RandomGuard(range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ())
 
 
 @contextmanager
 def seeded(seed: int, device: Any = None) -> Iterator[None]:
-    """Inside, the global generators of Python, NumPy and PyTorch start from `seed`. At the end they
-    are restored.
+    """Context in which the global generators of Python, NumPy and PyTorch start from `seed`. They are
+    restored at the end.
 
     Args:
         seed: Any 64-bit number.
-        device: Of the tensors that are drawn on, if not the CPU.
+        device: Device whose generator is seeded too. None for only the CPU.
     """
     with restored_generators(device) as start:
         start(seed)
@@ -93,7 +93,7 @@ def seeded(seed: int, device: Any = None) -> Iterator[None]:
 
 @contextmanager
 def restored_generators(device: Any = None) -> Iterator[Callable]:
-    """Yields a function that seeds the global generators. At the end they are restored."""
+    """Context that yields a function that seeds the global generators. They are restored at the end."""
     cuda = [torch.device(device).index or 0] if is_cuda(device) else []
 
     def start(seed: int) -> None:
@@ -128,8 +128,8 @@ def restoring_outside(on: bool) -> Iterator[None]:
 
 @contextmanager
 def restored_once() -> Iterator[None]:
-    """Inside, the CPU's generators are restored only at the end, not after each `seeded`, since
-    NumPy's are slow.
+    """Context in which the CPU generators are restored only at the end, not after each `seeded`, since
+    restoring NumPy's is slow.
     """
     with restored_generators(), restoring_outside(True):
         yield
@@ -142,11 +142,11 @@ def is_cuda(device: Any) -> bool:
 def global_generators(
     devices: Sequence = (), python: bool = True
 ) -> dict[str, tuple[Callable, Callable]]:
-    """Name -> (function that reads, function that sets) the state of each global generator.
+    """Return {name: (function that reads, function that sets the state)} of the global generators.
 
     Args:
         devices: CUDA devices whose generators are included.
-        python: Include Python's and NumPy's; reading Python's state is slow.
+        python: True to include Python's and NumPy's. Reading Python's state is slow.
     """
     out: dict[str, tuple[Callable, Callable]] = {'cpu': (torch.get_rng_state, torch.set_rng_state)}
     for d in devices:
@@ -156,7 +156,7 @@ def global_generators(
         )
     if python:
         out['random'] = random.getstate, random.setstate
-        # NumPy's generator is exchanged as a whole, which is faster than to copy its state
+        # NumPy's generator is replaced as a whole, which is faster than copying its state
         out['numpy'] = np.random.get_bit_generator, np.random.set_bit_generator  # type: ignore[attr-defined]
     return out
 
@@ -176,7 +176,7 @@ class RandomStream:
         """Draw from this stream.
 
         Args:
-            generators: What `global_generators` returns.
+            generators: Result of `global_generators`.
         """
         outside = {k: read() for k, (read, _) in generators.items()}
         for k, (_, put) in generators.items():

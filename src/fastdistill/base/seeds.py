@@ -12,8 +12,8 @@ MIX = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 
 
 def scramble(x: Any) -> Any:
-    """splitmix64: a 64-bit number, or an array of them, in which every bit depends on every bit of
-    `x`.
+    """Compute splitmix64: a 64-bit number, or an array of them, in which every bit depends on every
+    bit of `x`.
     """
     if isinstance(x, int):  # one number: the same, but many times faster than an array of one
         x = (x + MIX[0]) & MASK
@@ -29,13 +29,13 @@ def scramble(x: Any) -> Any:
 
 
 def seeds_of(seed: int, keys: Any, *stages: Any) -> Any:
-    """(B,) uint64, or one number: a seed for each sample.
+    """Compute a seed for each sample, (B,) uint64, or one number for one key.
 
     Args:
-        seed: Of the whole cache.
-        keys: (B,) uint64: which samples; or one number.
-        *stages: Numbers, or arrays of (B,): the view, and the step that draws (the item, or one
-            of the batch transforms).
+        seed: Seed of the whole cache.
+        keys: Keys of the samples, (B,) uint64, or one number.
+        *stages: Numbers, or arrays (B,): the view, and the step that uses random numbers (the item,
+            or one of the batch transforms).
     """
     one = isinstance(keys, int)
     whole = int if one else lambda o: np.asarray(o).astype(np.uint64)
@@ -46,12 +46,14 @@ def seeds_of(seed: int, keys: Any, *stages: Any) -> Any:
 
 
 def view_of(keys: Any, epoch: int, views: int, seed: int = 0) -> Any:
-    """The view of each sample in an epoch. In `views` epochs a sample shows each view once, in its
-    own order. The order changes with each round.
+    """Return the view of each sample in an epoch. In `views` epochs, a sample shows each view once, in
+    its own order. The order changes with each round.
 
     Args:
-        keys: (B,) uint64; or one number.
-        views: How many are stored.
+        keys: Keys of the samples, (B,) uint64, or one number.
+        epoch: Number of the epoch, from 0.
+        views: Number of stored views.
+        seed: Seed of the cache.
     """
     one = isinstance(keys, int)
     if views < 2:

@@ -60,7 +60,7 @@ def named_model(name):
 
 
 def named_models(texts):
-    """Arguments 'teacher=teacher.pkl'."""
+    """Check arguments such as 'teacher=teacher.pkl'."""
     return [f'{name}={named_model(what)}' for name, what in map(split_name, texts)]
 
 

@@ -61,9 +61,12 @@ def load_model_with_data(name):
     return load_named_learner(name) if of_run(name) else load_teacher(name)
 
 
-def load_recipe(
-    text: str,  # as `recipe_from_text` reads it, or 'file.py:name'
-):
+def load_recipe(text: str):
+    """Load a recipe.
+
+    Args:
+        text: A recipe as text (see `recipe_from_text`), or 'file.py:name'.
+    """
     from ..recipes.text import recipe_from_text
 
     return load_object(text, lambda o: o) if in_python(text) else recipe_from_text(text)

@@ -32,12 +32,13 @@ __all__ = [
 
 
 def layers(model: nn.Module, *x: Any) -> LayerTree:
-    """Every layer of the model with its class, output shape and number of parameters; the model is
+    """List every layer of a model with its class, output shape and number of parameters. The model is
     not changed.
 
     Args:
-        *x: A batch of inputs, for the shapes; a dict is passed by name if the model has
-            arguments of these names.
+        model: A model, wrapped or not.
+        *x: A batch of inputs, for the shapes. A dict is passed by name if the model has arguments
+            with these names.
     """
     return layer_tree(model, {f.module: f.shape for f in probe(model, *x)} if x else None)
 
@@ -47,7 +48,7 @@ class Fired:
     """A layer that ran, with the shapes of its input and output.
 
     Attributes:
-        floats: The output is floating point.
+        floats: True if the output is floating point.
     """
 
     name: str
@@ -58,12 +59,12 @@ class Fired:
 
 
 def probe(model: nn.Module, *x: Any) -> list:
-    """The layers that run, in the order in which they finish. One run in evaluation mode shows
-    them; it changes nothing.
+    """Return the layers that run, in the order in which they finish. The model runs once in evaluation
+    mode, which changes nothing.
 
     Args:
-        *x: A batch of inputs; a dict is passed by name if the model has arguments of these
-            names.
+        model: A model, wrapped or not.
+        *x: A batch of inputs. A dict is passed by name if the model has arguments with these names.
     """
     inner = unwrap(model)
     names: dict[nn.Module, str] = {}
@@ -110,16 +111,16 @@ CHANNELS_LAST = (
 
 
 def series_layers(ran: Iterable[Fired]) -> set:
-    """The layers whose output is (B, C, L), like that of a 1d convolution, and not (B, L, D), like
-    tokens.
+    """Return the layers whose output is (B, C, L), like that of a 1d convolution, and not (B, L, D),
+    like tokens.
 
-    Some classes of layers always have their channels first, or always last. Any other layer (an
-    activation, a block) follows the last layer of such a class that finished before it: its
-    channels are on the axis that has that layer's number of channels. If both axes have this
-    number, or none, they are on the same axis as that layer's.
+    Some classes of layers always have their channels first, and some always last. Any other layer,
+    such as an activation or a block, is compared with the last layer of these classes that finished
+    before it: its channels are on the axis that has the same number of channels. If both axes have
+    this number, or neither, they are on the same axis as in that layer.
 
     Args:
-        ran: The result of `probe`
+        ran: Result of `probe`.
     """
     found, axis, n = set(), 2, None
     for f in ran:
@@ -148,7 +149,7 @@ def _shape(y: Any) -> Any:
 
 
 def dry_run(model: Any, *x: Any) -> Any:
-    """One forward pass of the inner model that changes nothing."""
+    """Run the inner model once without changing anything."""
     inner = unwrap(model)
     args, kwargs = arguments(inner, map_tensors(x, as_plain))
     if any(map(is_lazy, weights_and_buffers(distinct_modules(inner)))):
@@ -173,8 +174,8 @@ def dry_run(model: Any, *x: Any) -> Any:
 
 @contextlib.contextmanager
 def untouched(model: nn.Module, training: bool = False) -> Iterator[None]:
-    """Evaluation mode without gradients, or training mode with them. Afterwards modes, buffers,
-    hidden states, attributes and random states are as before.
+    """Context with evaluation mode and without gradients, or with training mode and gradients.
+    Afterwards, modes, buffers, hidden states, attributes and random states are as before.
     """
     modules = distinct_modules(unwrap(model))
     state = ModelState(modules)
@@ -210,15 +211,15 @@ def is_compiled(model: Any) -> bool:
 
 
 def run_eagerly(model: Any) -> contextlib.AbstractContextManager:
-    """Inside this context, compiled parts run without their compiled code."""
+    """Return a context in which compiled parts run without their compiled code."""
     if not hasattr(torch.compiler, 'set_stance') or not is_compiled(model):
         return contextlib.nullcontext()
     return torch.compiler.set_stance('force_eager')
 
 
 def main_tensor(out: Any) -> Any:
-    """The tensor in a layer's output: itself, `last_hidden_state` or `logits` of a dict, else the
-    first tensor in it.
+    """Return the main tensor of a layer's output: the output itself, `last_hidden_state` or `logits`
+    of a dict, or else the first tensor in it. None if there is no tensor.
     """
     if isinstance(out, Tensor):
         return as_plain(out)

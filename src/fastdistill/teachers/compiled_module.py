@@ -1,4 +1,4 @@
-"A module with `torch.compile`, for inputs of the shapes of its first batch."
+"Run a module with `torch.compile`, for inputs with the shapes of the first batch."
 
 import os
 import shutil
@@ -12,13 +12,13 @@ __all__ = ['CompiledModule']
 
 
 class CompiledModule:
-    """Runs a module compiled. Inputs whose shapes differ from those of the first batch run
-    uncompiled: to compile for each shape would take longer than the run.
+    """Compiled form of a module. Inputs with different shapes than the first batch run uncompiled,
+    since compiling for each shape would take longer than it saves.
 
     Args:
         module: A frozen module in evaluation mode.
-        close: fn(compiled outputs, outputs) -> are they close enough?
-        say: fn(text): what became of it.
+        close: fn(compiled outputs, outputs) -> True if they are close enough.
+        say: fn(text) that reports the result.
     """
 
     def __init__(self, module, close, say):
@@ -34,11 +34,11 @@ class CompiledModule:
         return run(*x, **kw)
 
     def _compile(self, x, kw) -> str:
-        """Compile for this batch; return what became of it."""
+        """Compile for this batch. Return the result as text."""
         device = next(tensors_in((x, kw))).device
         if why := missing_compiler(device):
             return f'not compiled ({why})'
-        # frozen weights are constants of the compiled code, for which convolutions and activations become one
+        # with frozen weights, the compiler merges convolutions and activations
         options = dict(options=dict(freezing=True)) if device.type == 'cpu' else {}
         start = time.perf_counter()
         try:
@@ -54,7 +54,7 @@ class CompiledModule:
 
 
 def missing_compiler(device) -> str | None:
-    """Why torch.compile can't work on this machine; None if it can."""
+    """Return why torch.compile can't work on this machine. None if it can."""
     if device.type == 'cuda':
         return None
     names = os.environ.get('CXX'), 'g++', 'clang++', 'c++', 'cl'

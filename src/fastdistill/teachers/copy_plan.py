@@ -17,11 +17,11 @@ class CopyPlan:
     """How a copy differs from the model.
 
     Attributes:
-        dtype: Of the copy's weights.
-        device: Where the copy runs.
-        layout: Memory format of its convolutions; None: as it is.
-        pairs: (convolution, batch norm) to make one.
-        all_floats: Buffers that are not saved with the model get the dtype too.
+        dtype: Dtype of the copy's weights.
+        device: Device of the copy.
+        layout: Memory format of the convolutions. None to keep it.
+        pairs: Pairs (convolution, batch norm) to fold.
+        all_floats: True to convert buffers that are not saved with the model too.
     """
 
     dtype: torch.dtype
@@ -74,7 +74,7 @@ class CopyPlan:
 
 @torch.no_grad()
 def folded(conv, norm, frozen):
-    """Return a convolution that does what both do.
+    """Return a convolution that computes what both compute.
 
     Args:
         frozen: fn(tensor) -> the parameter of the copy.
@@ -89,7 +89,7 @@ def folded(conv, norm, frozen):
 
 
 def without_layers(model, pairs, layers):
-    """The pairs that can be folded while these layers are read."""
+    """Return the pairs that can be folded if these layers are read."""
     have = named(model)
     read = {have.get(n.split('@')[0]) for n in layers}
     return tuple((c, n) for c, n in pairs if not {c, n} & read)

@@ -1,5 +1,5 @@
-"""A teacher that is no network: a pipeline of scikit-learn, LightGBM, XGBoost or CatBoost, or what
-has their methods.
+"""Teachers that are not networks: estimators of scikit-learn, LightGBM, XGBoost or CatBoost, or
+anything with their methods.
 """
 
 import copy
@@ -16,17 +16,17 @@ __all__ = ['Estimator', 'is_estimator', 'load_estimator']
 
 
 def is_estimator(o):
-    "Has it `predict_proba` or `predict`, and is it no function of tensors?"
+    "Return True for an object with `predict_proba` or `predict` that is not a function of tensors."
     if isinstance(o, (type, nn.Module)) or callable(o):
         return False
     return any(callable(getattr(o, k, None)) for k in ('predict_proba', 'predict'))
 
 
 def load_estimator(path):
-    """The estimator in it. It is a pickle, whose code runs.
+    """Load an estimator. The file is a pickle, whose code runs.
 
     Args:
-        path: Of a file that `joblib.dump` wrote.
+        path: Path of a file that `joblib.dump` wrote.
     """
     try:
         import joblib
@@ -56,9 +56,9 @@ class Estimator:
     A batch is a table, a tensor (B, columns), or a dict with a tensor for each column.
 
     Args:
-        model: With `predict_proba`, or only `predict`
-        kind: What is predicted, as in `Teacher`
-        frame: The rows before any transform, for fastai's tables.
+        model: Estimator with `predict_proba`, or only `predict`.
+        kind: What it predicts, as in `Teacher`.
+        frame: Rows before any transform, for fastai's tables.
     """
 
     def __init__(self, model, kind: str = 'softmax', frame=None):
@@ -70,15 +70,15 @@ class Estimator:
         )
 
     def of_kind(self, kind):
-        """The same estimator for another kind of outputs."""
+        """Return the same estimator for a different kind of outputs."""
         other = copy.copy(self)
         other.kind = kind
         return other
 
     @property
     def classes(self):
-        """Its classes in the order of its outputs; None if it has none, or predicts several
-        outputs.
+        """Classes in the order of the outputs. None if there are none, or if several outputs are
+        predicted.
         """
         own = getattr(self.model, 'classes_', None)
         return (
@@ -89,7 +89,7 @@ class Estimator:
 
     @property
     def columns(self):
-        """Names of the columns that it was fitted on; None if it does not know them."""
+        """Names of the columns that it was fitted on. None if they are unknown."""
         for k in ('feature_names_in_', 'feature_names_', 'feature_name'):
             names = getattr(self.model, k, None)
             if (names := names() if callable(names) else names) is not None:
@@ -97,7 +97,7 @@ class Estimator:
 
     @property
     def identity(self) -> bytes:
-        """What tells it from another estimator."""
+        """Bytes that differ between different estimators."""
         try:
             import joblib
 
@@ -108,11 +108,11 @@ class Estimator:
     def __call__(self, *x, **named):
         return self.predict(self._table(x, named))
 
-    # what is timed; fastai's tables remember rows that were predicted before
+    # for timing: fastai's tables remember the rows that they predicted before
     anew = __call__
 
     def predict(self, rows) -> Tensor:
-        """Probabilities, or numbers: (B, C).
+        """Predict probabilities, or numbers, (B, C).
 
         Args:
             rows: A table, or an array.
@@ -181,7 +181,8 @@ class Estimator:
         return self.in_order(pd.DataFrame(columns))
 
     def in_order(self, table):
-        """The columns that it was fitted on, in their order. An error names those that are missing.
+        """Return the columns that it was fitted on, in their order. Raise a DistillError that names
+        missing ones.
 
         Args:
             table: A DataFrame.
@@ -228,8 +229,8 @@ def columns_of_numbers(v):
 
 
 def positive(p, classes):
-    """The probability of the label, of an estimator for yes and no; it may have seen one of them
-    alone.
+    """Return the probability of the label from a binary estimator, which may have seen only one of
+    the two classes.
     """
     yes = [i for i, c in enumerate(classes) if c]
     return p[:, yes].sum(1)

@@ -1,7 +1,6 @@
 "A faster copy of a teacher's model, which runs instead of it if its outputs are close. Decided at the first batch."
 
 import time
-from collections.abc import Mapping
 from dataclasses import replace
 from types import FunctionType
 
@@ -15,7 +14,7 @@ from .copy_plan import CopyPlan, short_name, weights_of, without_layers
 from .folding import foldable
 from .forms import is_graph
 
-__all__ = ['AS_IT_IS', 'OPTIONS', 'FastCopy', 'check_run', 'native_bf16', 'run_options']
+__all__ = ['AS_IT_IS', 'DEFAULTS', 'OPTIONS', 'FastCopy', 'check_run', 'native_bf16', 'run_options']
 
 # name -> allowed values; the first one is the default
 OPTIONS = dict(
@@ -29,30 +28,26 @@ DEFAULTS = {k: v[0] for k, v in OPTIONS.items()} | dict(device=None, batch=None)
 # the options of a teacher that runs as the model itself
 AS_IT_IS = dict(precision='fp32', memory_format=None, fold_bn=False, compile=False)
 PRECISIONS = dict(bf16=torch.bfloat16, fp16=torch.float16)
-# largest difference from the model as it is, as a share of the spread of its outputs
+# largest difference from the outputs of the model itself, as a fraction of their spread
 FARTHEST = {torch.float32: 1e-3, torch.bfloat16: 0.03, torch.float16: 0.01}
 NOT_FASTER = 'a copy is not faster'
-# below this number of operations a batch, a model is too small to gain, and 'auto' leaves it as it is
+# 'auto' leaves models with fewer operations per batch unchanged, since they are too small to gain
 WORK = 5e9
 
 
 def run_options(given) -> dict:
-    """Every option of `run=`: those given, and defaults."""
+    """Return all options of `run=`: the given ones, and defaults."""
     return DEFAULTS | given
 
 
 def check_run(given, model):
-    """Refuse options and values that do not exist, and options of a module for a teacher that is not
-    one.
+    """Raise a DistillError for values that do not exist, and for options of an nn.Module if the
+    teacher is not one.
 
     Args:
-        given: The teacher's `run`
-        model: None for an ensemble.
+        given: Options of `run=`.
+        model: Model of the teacher. None for an ensemble.
     """
-    if not isinstance(given, Mapping) or set(given) - set(DEFAULTS):
-        raise DistillError(
-            f'run={given!r}: must be a dict with any of {", ".join(map(repr, DEFAULTS))}'
-        )
     options = run_options(given)
     for k, have in OPTIONS.items():
         if options[k] not in have:
@@ -74,7 +69,7 @@ def check_run(given, model):
 
 
 def check_device(device):
-    """Refuse a device that is not there, on which the teacher would not run."""
+    """Raise a DistillError for a device that is not available."""
     if device is None:
         return
     try:
@@ -89,7 +84,7 @@ def check_device(device):
 
 
 def native_bf16(device) -> bool:
-    "Does this device compute in bfloat16 itself?"
+    "Return True if this device computes in bfloat16 natively."
     if device.type == 'cuda':
         return torch.cuda.get_device_capability(device) >= (8, 0)
     has = lambda name: getattr(
@@ -101,7 +96,7 @@ def native_bf16(device) -> bool:
 
 
 def why_no_copy(model) -> str:
-    """Why a module runs as it is; empty if a copy may run in its place."""
+    """Return why a module can't be replaced by a copy. Empty if it can."""
     tensors = [*model.parameters(), *model.buffers()]
     if is_graph(model):
         return 'it is a program'
@@ -126,7 +121,7 @@ def why_no_copy(model) -> str:
 
 
 def hooks_of(model):
-    """The functions that modules call before and after they run."""
+    """Return the hooks that modules call before and after they run."""
     return [
         h
         for m in model.modules()
@@ -136,19 +131,19 @@ def hooks_of(model):
 
 
 def owner_of(hook):
-    """The object that a hook is, or whose method it is; None for a function."""
+    """Return the object that a hook is, or whose method it is. None for a function."""
     return None if isinstance(hook, FunctionType) else getattr(hook, '__self__', hook)
 
 
 class FastCopy:
-    """Decides at the first batch whether one model runs as it is or as a faster copy, and runs it.
-    The model itself is never changed.
+    """Runs a model, or a faster copy of it. The first batch decides which. The model itself is never
+    changed.
 
     Args:
-        model: Of the teacher.
-        mode: As in `Teacher`
+        model: Model of the teacher.
+        mode: 'eval' or 'train'.
         options: A value for each of `OPTIONS`, and 'device'.
-        say: fn(text): what was decided, after 'fastdistill: the teacher NAME '.
+        say: fn(text) that reports what was decided, after 'fastdistill: the teacher NAME '.
     """
 
     def __init__(self, model, mode, options, say):
@@ -160,7 +155,7 @@ class FastCopy:
         self.restart()
 
     def restart(self):
-        """Decide anew at the next batch."""
+        """Decide again at the next batch."""
         self.module, self.plan, self.bytes, self.decided_for = self.model, None, 0, None
         self.marks = self.compiled = None
         self.why = ''
@@ -171,10 +166,10 @@ class FastCopy:
         """Choose the module for a batch.
 
         Args:
-            x, kw: The inputs.
-            device: Where the model runs.
-            layers: That are read in this batch.
-            run: fn(module) -> its logits for this batch. Nothing is changed by it.
+            x, kw: Inputs by position and by name.
+            device: Device of the model.
+            layers: Names of the layers that are read in this batch.
+            run: fn(module) -> its logits for this batch. It changes nothing.
         """
         if self.is_stale(thorough=False):
             self.restart()
@@ -205,7 +200,7 @@ class FastCopy:
                 self.say(f'runs as it is: {self.why}')
 
     def _try_copies(self, large, device, layers, run):
-        """Take the first copy whose outputs are as good as those of the model itself."""
+        """Take the first copy whose outputs are close enough to those of the model."""
         dtypes = self._dtypes(large, device)
         if not dtypes:
             return
@@ -228,7 +223,7 @@ class FastCopy:
                 return self._take(module, plan, far)
 
     def _dtypes(self, large, device):
-        """The dtypes to try, the fastest first."""
+        """Return the dtypes to try, fastest first."""
         dtypes, asked = [self.own] if self.own in FARTHEST else [], self.options['precision']
         auto = large and self.own == torch.float32 and asked == 'auto' and native_bf16(device)
         if auto or asked in PRECISIONS:
@@ -236,7 +231,7 @@ class FastCopy:
         return list(dict.fromkeys(dtypes))
 
     def _plans(self, dtypes, large, pairs, device):
-        """The copies to try. 'auto' changes only large models."""
+        """Yield the copies to try. 'auto' changes only large models."""
         auto = large and is_convolutional(self.model)
         layout = auto if self.options['memory_format'] == 'auto' else self.options['memory_format']
         fold = large if self.options['fold_bn'] == 'auto' else self.options['fold_bn']
@@ -271,7 +266,7 @@ class FastCopy:
         self.say(text)
 
     def _keep_apart(self, layers):
-        """Where these layers show that batch norms are folded, keep them apart from now on."""
+        """Stop folding batch norms into layers that are read."""
         left = without_layers(self.model, self.plan.pairs, layers)
         if len(left) == len(self.plan.pairs):
             return
@@ -279,7 +274,9 @@ class FastCopy:
         self.module, self.compiled = self.plan.build(self.model), None
 
     def is_stale(self, thorough: bool) -> bool:
-        "Did the model change since it was copied: its weights, or if `thorough` its hooks?"
+        """Return True if the model's weights, or if `thorough` its hooks, changed since it was
+        copied.
+        """
         return self.marks is not None and not self.marks.match(self.model, thorough)
 
     # a batch
@@ -288,8 +285,8 @@ class FastCopy:
         """Return the outputs of the module that runs.
 
         Args:
-            x, kw: The inputs.
-            layers: That are read; such a batch runs uncompiled.
+            x, kw: Inputs by position and by name.
+            layers: Names of the layers that are read. If there are any, the batch runs uncompiled.
         """
         if self.plan is None:
             return self.module(*x, **kw)
@@ -301,7 +298,7 @@ class FastCopy:
             return self.compiled(x, kw)
 
     def _are_close(self, a, b):
-        """Outputs of compiled code, and of the same module without it."""
+        """Compare the outputs of compiled code with those of the same module without it."""
         pairs = zip(tensors_in(as_dict(a)), tensors_in(as_dict(b)))
         return all(
             difference(x, y) <= FARTHEST[self.plan.dtype] for x, y in pairs if x.is_floating_point()
@@ -309,12 +306,12 @@ class FastCopy:
 
     @property
     def cast_back(self):
-        """The model's own dtype, if the copy computes in a different one; else None."""
+        """The model's own dtype if the copy computes in a different one, otherwise None."""
         return self.own if self.plan is not None and self.plan.dtype != self.own else None
 
     @property
     def half(self) -> str:
-        """Name of the dtype in which the copy computes, if it is not the model's own; else empty."""
+        """Name of the dtype of the copy if it is not the model's own, otherwise empty."""
         return '' if self.cast_back is None else short_name(self.plan.dtype)
 
     @property
@@ -333,8 +330,8 @@ class FastCopy:
 
 
 class ModelMarks:
-    """What shows that weights or hooks changed: the tensors, their versions, some of their values,
-    and the hooks.
+    """State that shows whether weights or hooks changed: the tensors, their versions, some of their
+    values, and the hooks.
     """
 
     def __init__(self, model):
@@ -342,8 +339,8 @@ class ModelMarks:
         self.places, self.values = places_of(self.tensors), first_values(self.tensors)
 
     def match(self, model, thorough: bool) -> bool:
-        """Are the weights still the same? If not `thorough`, values are compared only of a few
-        tensors, and hooks not at all.
+        """Return True if the model is still the same. Unless `thorough`, only the values of a few
+        tensors are compared, and hooks are not.
         """
         if places_of(self.tensors) != self.places:
             return False
@@ -362,7 +359,7 @@ class ModelMarks:
 
 
 def given_by_hand(options) -> list:
-    """Names of the options that ask for a copy."""
+    """Return the names of the options that ask for a copy."""
     asked = [k for k in OPTIONS if options[k] not in ('auto', 'fp32', None, False)]
     return asked + ['device'] * (options['device'] is not None)
 
@@ -373,13 +370,13 @@ def places_of(tensors):
 
 @torch.no_grad()
 def first_values(tensors):
-    """A few values of each tensor."""
+    """Return a few values of each tensor."""
     return [t.detach().reshape(-1)[:4].clone() for t in tensors]
 
 
 def operations(model, x, kw) -> float:
-    """About how many operations a batch takes: two for each weight at each position of the largest
-    input. A position is a token, a row of a table, or 16 pixels along each axis of an image, since
+    """Estimate the number of operations of a batch: two for each weight at each position of the
+    largest input. A position is a token, a row of a table, or 16 pixels along each axis of an image, since
     most weights see it at that resolution or a lower one. Embeddings are only looked up.
     """
     weights = {
@@ -405,7 +402,7 @@ def is_convolutional(model):
 
 
 def is_faster(a, b, run) -> bool:
-    """Is module `a` faster than `b`? The better of two runs each, which take turns.
+    """Return True if module `a` is faster than `b`, by the better of two alternating runs each.
 
     Not every module gains: in bfloat16, a Linear on a CPU is several times slower if its input is
     not contiguous, as the outputs of an LSTM with `batch_first=True` are.
@@ -420,13 +417,13 @@ def is_faster(a, b, run) -> bool:
 
 
 def synchronize(t):
-    """Wait for the GPU, if one computes this tensor."""
+    """Wait for the GPU that computes this tensor, if any."""
     if t.is_cuda:
         torch.cuda.synchronize(t.device)
 
 
 def no_autocast(x, kw):
-    """A copy has its own precision, also where the student trains under autocast."""
+    """Context without autocast: a copy has its own precision, even if the student uses autocast."""
     return torch.autocast(next((t.device.type for t in tensors_in((x, kw))), 'cpu'), enabled=False)
 
 
@@ -439,7 +436,7 @@ def as_dict(o):
 
 
 def difference(a, b):
-    """How far outputs are apart, as a share of their spread: root mean square."""
+    """Compute the root mean square difference of outputs, as a fraction of their spread."""
     a, b = [as_plain(o).detach().double().cpu() for o in (a, b)]
     if a.shape != b.shape:
         return float('inf')

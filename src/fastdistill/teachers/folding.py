@@ -1,4 +1,4 @@
-"Batch-norms that can become part of the convolution before them, found by watching one run."
+"Find the batch norms that can be folded into the convolution before them, by watching one run."
 
 import weakref
 from contextlib import ExitStack, contextmanager
@@ -29,7 +29,7 @@ HARMLESS = {
 
 
 class _Readers(TorchFunctionMode):
-    """Count the functions that read each watched tensor."""
+    """Mode that counts the functions that read each watched tensor."""
 
     def __init__(self):
         super().__init__()
@@ -39,7 +39,7 @@ class _Readers(TorchFunctionMode):
         self.watched[id(y)] = [weakref.ref(y), conv, 0]
 
     def entry(self, y):
-        """The entry of this very tensor; a new tensor may have the id of one that is gone."""
+        """Return the entry of a tensor, or None. A new tensor may have the id of one that is gone."""
         e = self.watched.get(id(y))
         return e if e is not None and e[0]() is y else None
 
@@ -58,8 +58,8 @@ class _Readers(TorchFunctionMode):
 
 @contextmanager
 def watched_pairs(model):
-    """Inside, runs of the model are watched. Yields a list, which has the pairs (convolution,
-    batch-norm) afterwards.
+    """Context that watches runs of the model. It yields a list, which holds the pairs (convolution,
+    batch norm) afterwards.
     """
     pairs, runs, readers = [], {}, _Readers()
 
@@ -81,7 +81,7 @@ def watched_pairs(model):
             else:
                 continue
             stack.callback(handle.remove)
-        # what the model returns is read by others
+        # what the model returns will be read
         stack.callback(model.register_forward_hook(lambda m, args, out: readers.count(out)).remove)
         stack.enter_context(readers)
         yield pairs
@@ -89,12 +89,12 @@ def watched_pairs(model):
 
 
 def foldable(model: nn.Module, run) -> list:
-    """Pairs (convolution, batch-norm) that can become one convolution: each ran once, and nothing
-    but the batch-norm reads what the convolution returns.
+    """Return the pairs (convolution, batch norm) that can become one convolution: each ran once, and
+    only the batch norm reads the output of the convolution.
 
     Args:
-        model: In eval mode.
-        run: fn(): run it on a batch.
+        model: A model in evaluation mode.
+        run: fn() that runs it on a batch.
     """
     names = [m for _, m in model.named_modules(remove_duplicate=False)]
     hooked = lambda m: m._forward_hooks or m._forward_pre_hooks or hasattr(m, 'parametrizations')

@@ -1,4 +1,4 @@
-"The forms that a model may have: module, program, file, callable."
+"Load a teacher's model in any form: module, program, file or callable."
 
 import copy
 import inspect
@@ -25,7 +25,7 @@ FORMS = (
 
 
 def load_model(o):
-    """(callable, file that it was loaded from or None)."""
+    """Return a callable, and the file that it was loaded from or None."""
     if isinstance(o, (str, Path)):
         return from_file(Path(o))
     if isinstance(o, torch.export.ExportedProgram):
@@ -49,10 +49,10 @@ def holds_weights(o) -> bool:
 
 
 def why_no_teacher(o):
-    """Why `o` can't be a teacher; None if it can."""
+    """Return why `o` can't be a teacher. None if it can."""
     kind = type(o).__name__
     if o is None:
-        return 'None is no teacher.'
+        return 'None is not a teacher.'
     if isinstance(o, type):
         return f'{o.__name__} is a class, not a model.'
     if isinstance(o, Mapping) and o and not holds_weights(o):
@@ -65,7 +65,7 @@ def why_no_teacher(o):
     if hasattr(o, 'dls') and hasattr(o, 'model'):
         return 'This is a fastai Learner: pass it to fastdistill.fastai, or pass its `.model` here.'
     if not callable(o):
-        return f'A {kind} is no teacher.'
+        return f'A {kind} is not a teacher.'
     if not isinstance(o, nn.Module):
         return None
     ps, lazy = list(o.parameters()), nn.parameter.UninitializedParameter
@@ -79,8 +79,8 @@ def why_no_teacher(o):
 def from_file(path):
     if path.is_dir():
         raise DistillError(
-            f'{str(path)!r} is a folder. {FORMS} The folder of a finished cache is possible in fastai, '
-            'alone and not in a list.'
+            f'{str(path)!r} is a folder. {FORMS} In fastai, the folder of a finished cache can be the '
+            'teacher, but not part of a list.'
         )
     if not path.is_file():
         raise DistillError(
@@ -110,11 +110,11 @@ def from_file(path):
 
 
 def warn_of_code(path, what: str = 'is a pickle'):
-    """The one warning before any file is loaded whose code may run.
+    """Warn before a file is loaded whose code may run.
 
     Args:
-        path: Of a file that was found, and is loaded next.
-        what: 'holds pickles': an archive of PyTorch.
+        path: Path of the file.
+        what: 'is a pickle', or 'holds pickles' for an archive of PyTorch.
     """
     warnings.warn(
         f'{path} {what}, and loading it runs the code in it. Load only files that you trust. ONNX files, and '
@@ -132,7 +132,7 @@ def torch_script(path):
 
 
 def exported_program(exported):
-    """The module of a program. Its mode is fixed."""
+    """Return the module of a program, whose mode is fixed."""
     training = {
         'aten.batch_norm.default': 5,
         'aten.dropout.default': 2,
@@ -150,8 +150,8 @@ def exported_program(exported):
 
 
 def is_graph(m):
-    """Is it TorchScript or a torch.export program, in which the forward methods of submodules do
-    not run?
+    """Return True for TorchScript and torch.export programs, in which the forward methods of
+    submodules do not run.
     """
     return isinstance(m, torch.jit.ScriptModule) or (
         isinstance(m, torch.fx.GraphModule) and 'train' in vars(m)
@@ -160,12 +160,12 @@ def is_graph(m):
 
 @contextmanager
 def explained(name, inputs, module):
-    """An error of a model on inputs that it was not made for says what it got, and what to do.
+    """Context that explains errors of a model on inputs that it was not made for.
 
     Args:
-        name: Of the teacher.
-        inputs: Of a batch, as the model gets them.
-        module: That runs; None: unknown.
+        name: Name of the teacher.
+        inputs: Inputs of the model.
+        module: The nn.Module that runs. None if unknown.
     """
     try:
         yield
@@ -182,7 +182,7 @@ def explained(name, inputs, module):
 
 
 def hint_for(tensors, module):
-    """What may be wrong with images and with ids; empty if there are none."""
+    """Return what may be wrong with images or token ids. Empty if there are none."""
     rows = [m.num_embeddings for m in module.modules() if isinstance(m, nn.Embedding)]
     ids = [t for t in tensors if not t.is_floating_point() and t.dtype != torch.bool and t.numel()]
     if rows and ids and (largest := max(t.max().item() for t in ids)) >= max(rows):
@@ -191,13 +191,16 @@ def hint_for(tensors, module):
             'vocabulary. Make the data with its tokenizer, or translate: Teacher(model, inputs=fn).'
         )
     if any(t.dim() == 4 and t.is_floating_point() for t in tensors):
-        return 'If it was made for images of another size, Teacher(model, size=...) resizes them for it.'
+        return (
+            'If it was made for images of a different size, Teacher(model, images=dict(size=...)) '
+            'resizes them.'
+        )
     return ''
 
 
 def check_second_argument(model, ids, second):
-    """Refuse a second tensor that is no attention mask, which is the second argument of most
-    Hugging Face models.
+    """Raise a DistillError if the second tensor is not an attention mask, which is the second
+    argument of most Hugging Face models.
     """
     if second is None:
         return
@@ -229,8 +232,8 @@ ONNX_TYPES = {
 
 
 class Onnx:
-    """A network in an ONNX file, run by onnxruntime. It returns the output named 'logits', else the
-    first one.
+    """A network in an ONNX file, run by onnxruntime. It returns the output named 'logits', or the
+    first one if there is none.
     """
 
     def __init__(self, path):
@@ -253,11 +256,11 @@ class Onnx:
             raise DistillError(f"onnxruntime can't load {path}: {e}") from e
         self.inputs = {i.name: i for i in self.session.get_inputs()}
         self.outputs = [o.name for o in self.session.get_outputs()]
-        self.wanted = None  # names of the outputs to return as a dict; None: one tensor
+        self.wanted = None  # names of the outputs to return as a dict; None returns one tensor
 
     def returning(self, output):
-        """The same network, returning a dict: of the named output, or of all outputs for an index
-        or a function.
+        """Return the same network with a dict as its result: of the named output, or of all outputs
+        if `output` is an index or a function.
         """
         if isinstance(output, str) and output not in self.outputs:
             raise DistillError(
@@ -270,8 +273,8 @@ class Onnx:
         return other
 
     def alike(self):
-        """Names of the outputs that could be the logits: those with as many axes as the first.
-        Empty if one has the name.
+        """Return the names of the outputs that could be the logits: those with as many axes as the
+        first. Empty if one is named 'logits'.
         """
         have = self.session.get_outputs()
         if 'logits' in self.outputs:
@@ -325,7 +328,8 @@ class Onnx:
         if not fits or not torch.can_cast(v.dtype, dtype):
             raise DistillError(
                 f'This ONNX network takes {self._signature()}. For {name} it got {v.dtype} of shape '
-                f'{tuple(v.shape)}. If the images have another size, Teacher(..., size=) resizes them.'
+                f'{tuple(v.shape)}. If the images have a different size, '
+                'Teacher(..., images=dict(size=...)) resizes them.'
             )
         return v.to(dtype).contiguous()
 

@@ -1,4 +1,4 @@
-"A module that is frozen while it teaches: its modes, buffers, device and hidden states are restored afterwards."
+"Freeze a module while it is the teacher. Its modes, buffers, device and hidden states are restored afterwards."
 
 import torch
 from torch import nn
@@ -11,12 +11,12 @@ __all__ = ['FrozenModel', 'cuda_devices']
 
 
 class FrozenModel:
-    """Inside `with FrozenModel(model, mode):` the model is ready to teach; afterwards it is as
-    before.
+    """Context in which a model is frozen in a mode. Afterwards it is as before.
 
     Args:
-        mode: As in `Teacher`
-        private: A copy of the teacher's own, whose buffers nobody else reads.
+        model: An nn.Module.
+        mode: 'eval' or 'train'.
+        private: True for the teacher's own copy, whose buffers need not be restored.
     """
 
     def __init__(self, model, mode, private: bool = False):
@@ -54,8 +54,8 @@ class FrozenModel:
                 m.training = self.mode == 'train'
 
     def place(self, device):
-        """The device to which a batch on `device` moves. A model on the CPU moves to the batch,
-        a model on a different device stays there.
+        """Return the device to which a batch on `device` moves. A model on the CPU moves to the
+        batch. A model on a different device stays there.
         """
         if device != self.batch_device:
             self.batch_device, self.device = device, self._place(device)
@@ -102,7 +102,7 @@ def cuda_devices(model):
 
 
 def may_be_hidden_state(name: str) -> bool:
-    """May an attribute of this name hold a hidden state, as in fastai's recurrent layers, or
-    `_flat_weights` of PyTorch's?
+    """Return True if an attribute of this name may hold a hidden state, as in fastai's recurrent
+    layers, or is `_flat_weights` of PyTorch's.
     """
     return name == '_flat_weights' or (name[0] != '_' and name != 'training')

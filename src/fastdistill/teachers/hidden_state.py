@@ -1,5 +1,5 @@
-"""Hidden states. A model's method `reset` is called only if a trial shows that it changes nothing
-else.
+"""Reset hidden states. A model's method `reset` is called only if a trial shows that it changes
+nothing else.
 """
 
 import torch
@@ -20,8 +20,8 @@ def has_reset(model):
 
 
 def why_no_reset(model):
-    """Why `model.reset()` may not be called; None if it changes only hidden states. A trial shows
-    this, and is undone.
+    """Return the reason not to call `model.reset()`. None if it changes only hidden states. It is
+    called once to find out, and everything is restored.
     """
     state = ModelState(distinct_modules(model), weights=True)
     was = {n: (t.data_ptr(), t.detach().clone()) for n, t in saved_tensors(model).items()}
@@ -40,7 +40,7 @@ def why_no_reset(model):
 
 
 def saved_tensors(model):
-    """Name -> parameter or buffer that is saved with the model and can be compared."""
+    """Return {name: tensor} of the parameters and saved buffers that can be compared."""
     buffers = {
         f'{n}.{k}'.lstrip('.'): b
         for n, m in model.named_modules()
@@ -52,11 +52,11 @@ def saved_tensors(model):
 
 
 def is_changed(was, now) -> bool:
-    """Is a tensor new, gone, moved or different?
+    """Return True if a tensor is new, gone, moved or different.
 
     Args:
-        was: (address, values) before; None if there was no such tensor.
-        now: The tensor; None if there is none.
+        was: (address, values) before. None if there was no such tensor.
+        now: The tensor. None if it is gone.
     """
     if was is None or now is None or now.data_ptr() != was[0]:
         return True

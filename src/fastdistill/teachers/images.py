@@ -1,4 +1,4 @@
-"The normalization of the images that a teacher was trained on."
+"Convert images to the normalization and size of the teacher's training images."
 
 import torch
 import torch.nn.functional as F
@@ -31,7 +31,7 @@ def full_precision(t):
 
 
 def stats_of(stats, model=None):
-    """(mean, std), each a tensor (C,) or (1,), from any `stats` that `Teacher` takes."""
+    """Convert any `stats` that `Teacher` takes to (mean, std), each a tensor (C,) or (1,)."""
     if stats is None:
         return None
     if isinstance(stats, str):
@@ -69,8 +69,8 @@ def timm_cfg(model):
 
 
 def affine(given, wanted):
-    """(factor, shift), each (C, 1, 1), from images normalized with `given` to `wanted`; None if
-    these are equal.
+    """Return (factor, shift), each (C, 1, 1), which convert images normalized with `given` to
+    `wanted`. None if these are equal.
     """
     (gm, gs), (wm, ws) = given, wanted
     if 1 < len(gm) != len(wm) > 1:
@@ -84,12 +84,12 @@ def affine(given, wanted):
 
 
 def check_images(images, stats, input_stats, scaling):
-    """Refuse images that do not fit the statistics.
+    """Raise a DistillError for images that do not fit the statistics.
 
     Args:
-        images: Of a batch.
-        stats, input_stats: As in `Teacher`
-        scaling: What `affine` makes of them.
+        images: Images of a batch.
+        stats, input_stats: As in `Teacher`.
+        scaling: Result of `affine` for these.
     """
     if stats is not None and input_stats is None and images:
         raise DistillError(
@@ -112,7 +112,7 @@ def check_images(images, stats, input_stats, scaling):
 
 
 def fit_images(images, scaling, size):
-    """Images with the teacher's normalization and size; unchanged where these are None."""
+    """Convert images to the teacher's normalization and size. None leaves them unchanged."""
     if scaling is None and size is None:
         return images
     images = full_precision(images)
@@ -124,12 +124,12 @@ def fit_images(images, scaling, size):
 
 
 def maps_of_size(logits, size, wanted):
-    """Logits for each pixel, (B, C, H, W), for the pixels of the batch's images; other logits as
-    they are.
+    """Resize logits for each pixel, (B, C, H, W), to the size of the batch's images. Other logits
+    are unchanged.
 
     Args:
         size: (height, width) of the teacher's images.
-        wanted: The same of the batch's images; None: there are none.
+        wanted: (height, width) of the batch's images. None if there are none.
     """
     if wanted in (None, size) or logits.dim() != 4 or tuple(logits.shape[2:]) != size:
         return logits

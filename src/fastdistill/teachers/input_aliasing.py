@@ -1,4 +1,4 @@
-"Does a module leave its inputs as they are? Then it needs no copy of the student's batch."
+"Find out whether a module leaves its inputs unchanged, so that it needs no copy of the student's batch."
 
 import torch
 
@@ -8,29 +8,29 @@ __all__ = ['InputAliasing']
 
 
 class InputAliasing:
-    """Whether a module gets the batch itself or a copy. Its first batch, on a copy, shows whether it
-    changes its inputs or returns views of them.
+    """Decides whether a module gets the batch itself or a copy. The first batch, which is a copy,
+    shows whether the module changes its inputs or returns views of them.
 
     Args:
-        name: Of the teacher.
-        keeps: Layers that are read -> does the module leave its inputs as they were? Not known of
-            others.
+        name: Name of the teacher.
+        keeps: {layers that are read: True if the module leaves its inputs unchanged}. Filled here.
     """
 
     def __init__(self, name, keeps):
         self.name, self.keeps = name, keeps
 
     def lends(self, layers):
-        """fn(tensor): may the module get this very tensor?"""
+        """Return fn(tensor) -> True if the module may get the tensor itself."""
         known = self.keeps.get(tuple(layers))
         return lambda t: bool(known) and can_show_changes(t) and not t.requires_grad
 
     def marks(self, batch, prepared, layers) -> list:
-        """What shows after a run whether the module changed its inputs.
+        """Return marks that show after a run whether the module changed its inputs.
 
         Args:
-            batch: The batch's inputs.
-            prepared: What the module gets.
+            batch: Inputs of the batch.
+            prepared: Inputs that the module gets.
+            layers: Names of the layers that are read.
         """
         known = self.keeps.get(tuple(layers))
         if known is False:
@@ -38,7 +38,9 @@ class InputAliasing:
         return input_marks(batch, False) if known else input_marks(prepared, True)
 
     def judge(self, marks, layers, outputs):
-        """After a run: a module that changes its inputs, or returns views of them, gets copies."""
+        """Decide after a run: a module that changes its inputs, or returns views of them, gets
+        copies from now on.
+        """
         key = tuple(layers)
         known = self.keeps.get(key)
         if known is False:
@@ -53,15 +55,17 @@ class InputAliasing:
 
 
 def can_show_changes(t):
-    "Can a change of this tensor be seen?"
+    "Return True if a change of this tensor can be seen."
     return t.layout == torch.strided and not t.is_inference()
 
 
 def input_marks(inputs, values: bool) -> list:
-    """(tensor, its version, its values) of each input before a run.
+    """Return (tensor, version, values) of each input before a run.
 
     Args:
-        values: Keep their values too: a change through .data or NumPy counts no version.
+        inputs: Inputs of a module.
+        values: True to copy the values too, since changes through .data or NumPy do not change the
+            version.
     """
     return [
         (t, t._version, t.clone() if values else None)
@@ -77,7 +81,7 @@ def inputs_kept(marks) -> bool:
 
 
 def shares_memory(marks, outputs) -> bool:
-    """Is an output a view of an input? It would change with the student's batch."""
+    """Return True if an output is a view of an input, and would change with the student's batch."""
     place = lambda t: t.untyped_storage().data_ptr()
     mine = {place(t) for t, *_ in marks}
     return any(can_show_changes(t) and place(t) in mine for t in tensors_in(outputs))

@@ -1,4 +1,4 @@
-"What a teacher's model reads: the batch's inputs, or what `inputs=` or `items=` makes of them."
+"Prepare the inputs of a teacher's model: those of the batch, or what `inputs=` or `items=` returns."
 
 from collections.abc import Mapping
 
@@ -14,7 +14,7 @@ __all__ = ['check_own_inputs', 'own_inputs', 'prepared_inputs']
 
 
 def check_own_inputs(inputs, items):
-    """Refuse `inputs=` and `items=` that are not functions, and both together."""
+    """Raise a DistillError if `inputs=` or `items=` is not a function, or if both are given."""
     given = {k: fn for k, fn in dict(inputs=inputs, items=items).items() if fn is not None}
     if len(given) > 1:
         raise DistillError(
@@ -27,12 +27,13 @@ def check_own_inputs(inputs, items):
 
 
 def own_inputs(teacher, x: tuple, kw) -> tuple:
-    """(inputs, inputs by name) of the model: the batch's, or what `inputs=` or `items=` made.
+    """Return the model's inputs by position and by name: those of the batch, or what `inputs=` or
+    `items=` returns.
 
     Args:
         teacher: A `Teacher` of one model.
-        x: The batch's inputs.
-        kw: And those by name.
+        x: Inputs of the batch.
+        kw: Inputs passed by name.
     """
     if teacher.inputs is None and teacher.items is None:
         return x, kw
@@ -55,16 +56,16 @@ def own_inputs(teacher, x: tuple, kw) -> tuple:
 
 
 def prepared_inputs(teacher, x, kw, *, device, frozen, scaling, lend):
-    """The inputs by name or position, on the model's device and in its precision. Images get its
-    normalization and size.
+    """Return the inputs by position and by name, on the model's device, in its precision, and with
+    its normalization and size of images.
 
     Args:
         teacher: A `Teacher` of one model.
-        x, kw: Of `own_inputs`
-        device: Of the batch.
-        frozen: The `FrozenModel`; None for other forms of teachers.
-        scaling: Of `images.affine`
-        lend: fn(tensor): may the model get this very tensor? Otherwise it gets a copy.
+        x, kw: Results of `own_inputs`.
+        device: Device of the batch.
+        frozen: The `FrozenModel`. None for other forms of teachers.
+        scaling: Result of `images.affine`.
+        lend: fn(tensor) -> True if the model may get the tensor itself, not a copy.
     """
     x, kw = arguments(teacher.model, x, kw)
     if len(x) > 1 and is_hf(teacher.model) and not frozen.has_run:

@@ -1,4 +1,4 @@
-"Probabilities as logits."
+"Convert probabilities to logits."
 
 from torch import Tensor
 
@@ -7,18 +7,15 @@ from .images import full_precision
 
 __all__ = ['check_probabilities', 'logits_of']
 
-LEAST = (
-    1e-7  # probabilities below it count as this one: the logarithm of 0 is no number to learn from
-)
+LEAST = 1e-7  # smaller probabilities count as this one, since the logarithm of 0 is infinite
 
 
 def logits_of(p: Tensor, kind: str = 'softmax') -> Tensor:
-    """Logits whose softmax, or sigmoid, is `p`.
+    """Compute logits whose softmax, or sigmoid, is `p`.
 
     Args:
         p: Probabilities.
-        kind: 'softmax': of classes that exclude each other; 'sigmoid': of labels, each by
-            itself.
+        kind: 'softmax' for mutually exclusive classes, 'sigmoid' for independent labels.
     """
     p = full_precision(p)
     log = lambda o: o.clamp_min(LEAST).log()
@@ -26,12 +23,12 @@ def logits_of(p: Tensor, kind: str = 'softmax') -> Tensor:
 
 
 def check_probabilities(p: Tensor, kind: str, axis: int, name: str):
-    """Refuse values that are no probabilities.
+    """Raise a DistillError for values that are not probabilities.
 
     Args:
-        p: What a teacher with outputs='probs' returned.
-        kind, axis: As in `Teacher`
-        name: Of the teacher.
+        p: Output of a teacher with outputs='probs'.
+        kind, axis: As in `Teacher`.
+        name: Name of the teacher.
     """
     if kind == 'regression':
         raise DistillError(

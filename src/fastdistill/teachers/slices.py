@@ -1,4 +1,4 @@
-"A batch in slices of rows, for teachers whose whole batch does not fit into memory."
+"Split a batch into slices of rows, for teachers that need too much memory for a whole batch."
 
 import torch
 
@@ -8,10 +8,11 @@ __all__ = ['in_slices', 'joined', 'plain_output']
 
 
 def in_slices(x, kw, rows: int | None):
-    """The inputs in slices of at most so many rows.
+    """Split the inputs into slices.
 
     Args:
-        rows: Of a slice; None: all rows at once.
+        x, kw: Inputs by position and by name.
+        rows: Maximum number of rows of a slice. None for all rows at once.
     """
     if rows is None:
         return [(x, kw)]
@@ -25,10 +26,10 @@ def in_slices(x, kw, rows: int | None):
 
 
 def joined(outs) -> Outputs:
-    """The outputs of the whole batch.
+    """Concatenate the outputs of slices.
 
     Args:
-        outs: Of slices of a batch.
+        outs: Outputs of each slice of a batch.
     """
     if len(outs) == 1:
         return outs[0]
@@ -40,6 +41,6 @@ def joined(outs) -> Outputs:
 
 
 def plain_output(t, device, dtype=None):
-    """An output as a plain tensor that losses can save for their backward pass."""
+    """Convert an output to a plain tensor that losses can save for their backward pass."""
     t = as_plain(t).detach().to(device, dtype if t.is_floating_point() else None)
     return t.clone() if t.is_inference() else t

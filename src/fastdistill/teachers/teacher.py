@@ -1,4 +1,4 @@
-"A teacher in any common form: frozen while it predicts, unchanged afterwards."
+"A teacher in any common form, which is frozen while it runs and unchanged afterwards."
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
@@ -37,7 +37,7 @@ GROUPS = dict(
     images=('stats', 'input_stats', 'size'), ensemble=('combine', 'weights'), run=('mode',)
 )
 # the options in groups, if they are not given
-USUAL = dict(
+UNLESS_GIVEN = dict(
     stats=None, input_stats=None, size=None, combine='probs', weights=None, mode='eval', run={}
 )
 
@@ -57,14 +57,14 @@ INHERITED = (
 )
 
 
-def flat(options: dict) -> dict:
+def ungrouped_options(options: dict) -> dict:
     """Take the options out of their groups."""
     out = {k: v for k, v in options.items() if k not in GROUPS}
     for group, names in GROUPS.items():
         given = options.get(group)
         if given is None:
             continue
-        have = (*names, *DEFAULTS) if group == 'run' else names
+        have = (*DEFAULTS, *names) if group == 'run' else names
         if not isinstance(given, Mapping) or set(given) - set(have):
             raise DistillError(
                 f'{group}={given!r}: must be a dict with any of {", ".join(map(repr, have))}'
@@ -77,7 +77,7 @@ def flat(options: dict) -> dict:
 
 def grouped_options(options: dict) -> dict:
     """Put options into their groups: the arguments of `Teacher`."""
-    out = {k: v for k, v in options.items() if k not in USUAL}
+    out = {k: v for k, v in options.items() if k not in UNLESS_GIVEN}
     for group, names in GROUPS.items():
         own = {k: options[k] for k in names if k in options}
         if group == 'run':
@@ -94,28 +94,28 @@ def records_given(init):
 
     @wraps(init)
     def call(self, *args, **options):
-        self.given = frozenset(flat(options))
+        self.given = frozenset(ungrouped_options(options))
         init(self, *args, **options)
 
     return call
 
 
 class Teacher:
-    """Runs a model on batches and returns `Outputs`: without a gradient, in eval mode. The inputs
-    stay as they are. It is not an `nn.Module`, so it never becomes part of a model that is trained.
+    """A model that runs on batches, in eval mode and without gradients, and returns `Outputs`. Inputs
+    are unchanged. A teacher is not an `nn.Module`, so it never becomes part of a trained model.
 
-    `with teacher:` (or `start` and `stop`) around a loop prepares the model once. At the end it
-    restores the model's modes, buffers, device and hidden states. A call outside of it does both
-    itself: this is slower, and a hidden state does not last.
+    `with teacher:` (or `start` and `stop`) around a loop prepares the model once. At the end, the
+    model's modes, buffers, device and hidden states are restored. A call outside of such a loop
+    does both itself, which is slower, and hidden states do not persist.
 
-    A model on the CPU moves to the batch's device. A model on another device stays there, and the
-    batch moves to it. The outputs are on the batch's device, in the model's precision. The model
-    draws its own random numbers.
+    A model on the CPU moves to the batch's device. A model on a different device stays there, and
+    the batch moves to it. The outputs are on the batch's device, in the model's precision. The
+    model has its own random state.
 
     Args:
-        model: nn.Module, torch.export program, .pt, .pt2 or .onnx file, callable, estimator
-            with `predict_proba` or `predict` (scikit-learn, LightGBM, XGBoost, CatBoost), or a
-            list of these (an ensemble).
+        model: nn.Module, torch.export program, .pt, .pt2 or .onnx file, callable, estimator with
+            `predict_proba` or `predict` (scikit-learn, LightGBM, XGBoost, CatBoost), or a list of
+            these (an ensemble).
         kind: What the logits are: 'softmax' over classes, 'sigmoid' per label, or 'regression'.
         axis: Class axis.
         select: Classes of the teacher to return, in the student's order: numbers, or lists of
@@ -184,7 +184,7 @@ class Teacher:
         run: Mapping | None = None,
     ) -> None:
         given = {k: v for k, v in locals().items() if k not in ('self', 'model')}
-        options = USUAL | flat(given)
+        options = UNLESS_GIVEN | ungrouped_options(given)
         # fastdistill.fastai keeps the teacher's Learner as `learner`
         self.model = self.path = self.learner = None
         self.sources, self.members = [], []
@@ -211,10 +211,10 @@ class Teacher:
         self._check()
 
     def option(self, name: str):
-        """The value of an option.
+        """Return the value of an option.
 
         Args:
-            name: Of an option of `Teacher`
+            name: Name of an option, without its group.
         """
         return self.returns if name == 'outputs' else getattr(self, name)
 
@@ -297,8 +297,8 @@ class Teacher:
 
     @property
     def module(self):
-        """The nn.Module that runs: the model itself, or that of a bound method; None for an ONNX
-        file and a function.
+        """The nn.Module that runs: the model itself, or the one of a bound method. None for an ONNX
+        file or a function.
         """
         return next(
             (
@@ -329,7 +329,7 @@ class Teacher:
         }
 
     def named_modules(self):
-        """Name, as in `layers` -> submodule."""
+        """Return {name as in `layers`: submodule}."""
         if self.module is not None:
             return named(self.module)
         return {
@@ -338,7 +338,7 @@ class Teacher:
 
     @property
     def adapts(self):
-        """How the normalization of the images is changed, as text; empty if it is not."""
+        """How the normalization of the images is changed, as text. Empty if it is not."""
         if self.members:
             return '; '.join(dict.fromkeys(filter(None, (m.adapts for m in self.members))))
         if None in (self.stats, self.input_stats) or affine(self.input_stats, self.stats) is None:
@@ -348,8 +348,8 @@ class Teacher:
 
     @property
     def known_classes(self):
-        """The student's class, or list of classes, that each output is about; None: the same as the
-        student's.
+        """The student's class, or list of classes, of each output. None if the classes are the
+        same.
         """
         return self.classes or next(
             (m.known_classes for m in self.members if m.known_classes is not None), None
@@ -357,7 +357,7 @@ class Teacher:
 
     @property
     def reads_items(self) -> bool:
-        """Does it, or a member of it, read the raw items instead of the batch's inputs?"""
+        """True if the teacher, or a member of it, reads raw items instead of the batch's inputs."""
         if self.members:
             return any(m.reads_items for m in self.members)
         return self.items is not None
@@ -380,7 +380,7 @@ class Teacher:
 
     @property
     def runner(self):
-        """What runs the model, or the members of an ensemble."""
+        """Runner of the model, or of the members of an ensemble."""
         if self._runner is None:
             self._runner = (
                 EnsembleRunner(self) if self.members else ModelRunner(self, self._facts, self._say)
@@ -388,10 +388,10 @@ class Teacher:
         return self._runner
 
     def say_with(self, fn):
-        """Where messages about the faster copy go.
+        """Set where messages about the faster copy go.
 
         Args:
-            fn: fn(text); None: print.
+            fn: fn(text). None for `print`.
         """
         self._facts['say'] = fn
         for m in self.members:
@@ -403,20 +403,18 @@ class Teacher:
 
     @property
     def half(self) -> str:
-        """Name of the dtype in which a faster copy computes, if it is not the model's own; else
-        empty.
-        """
+        """Name of the dtype of a faster copy if it is not the model's own, otherwise empty."""
         return '' if self.runner.fast_copy is None else self.runner.fast_copy.half
 
     @property
     def copy_bytes(self) -> int:
-        """Bytes of the weights that faster copies have for themselves."""
+        """Bytes of weights that faster copies do not share with the model."""
         copy = self.runner.fast_copy
         return (0 if copy is None else copy.bytes) + sum(m.copy_bytes for m in self.members)
 
     def sharing(self, other: 'Teacher') -> 'Teacher':
-        """The same teacher, which shares what is known of the model, and its faster copy, with
-        another one of this model.
+        """Return the same teacher, which shares the known facts about the model, and its faster copy,
+        with another teacher of this model.
         """
         if self._facts is other._facts:
             return self
@@ -425,8 +423,8 @@ class Teacher:
         return new
 
     def as_it_is(self) -> 'Teacher':
-        """The same teacher, but what runs is the model itself and never a faster copy of it.
-        Whatever hooks the modules of `named_modules` to look at layers runs this one.
+        """Return the same teacher, which runs the model itself and never a faster copy. Code that
+        hooks the modules of `named_modules` needs this.
         """
         t = Teacher(self, run=AS_IT_IS | dict(device=None))
         t.members = [m.as_it_is() for m in t.members]
@@ -439,7 +437,7 @@ class Teacher:
         return self.runner.started
 
     def start(self):
-        """Prepare the model for many batches, and begin a new stream of random numbers; a second
+        """Prepare the model for many batches, and start a new stream of random numbers. A second
         call changes nothing.
         """
         if not self.started:
@@ -448,7 +446,7 @@ class Teacher:
         return self
 
     def stop(self):
-        """Restore the model; may be called at any time, and twice."""
+        """Restore the model. May be called at any time, and more than once."""
         self.runner.stop()
 
     def __enter__(self):
@@ -463,12 +461,12 @@ class Teacher:
 
     @property
     def remembers(self) -> bool:
-        """Does `reset` do anything? True if a model has hidden states that it may reset."""
+        """True if `reset` does something: a model has hidden states that it may reset."""
         return self.runner.remembers
 
     def reset(self):
-        """Reset hidden states by the model's own method `reset`, if it has one and if that changes
-        no weights.
+        """Reset hidden states with the model's own method `reset`, if it has one that changes no
+        weights.
         """
         self.runner.reset(self.random)
 
@@ -488,12 +486,12 @@ class Teacher:
     # a batch
 
     def __call__(self, *x, **kw) -> Outputs:
-        """The teacher's outputs for a batch.
+        """Return the outputs for a batch.
 
         Args:
-            *x: The batch's inputs; a dict is passed by name if the model has arguments of these
+            *x: Inputs of the batch. A dict is passed by name if the model has arguments with these
                 names.
-            **kw: Inputs by name.
+            **kw: Inputs passed by name.
         """
         return self.outputs(x, kwargs=kw)
 
@@ -537,8 +535,8 @@ class Teacher:
             return [t._of_classes(o) for t, o in zip(teachers, outs)]
 
     def forward(self, args, kwargs, layers) -> Outputs:
-        """The outputs of a started teacher with exactly these layers. It draws from the global
-        random generators.
+        """Return the outputs of a started teacher with exactly these layers. Random numbers come from
+        the global generators.
         """
         return self._of_classes(self.runner.outputs(args, kwargs, layers))
 
@@ -546,17 +544,20 @@ class Teacher:
         return of_classes(o, self.select, self.classes, self.axis, self.kind)
 
     def probe(self, *x, layers=None, **kw) -> Outputs:
-        """The outputs for a batch. Hidden states and random numbers do not change, even in the
+        """Return the outputs for a batch. Hidden states and random states do not change, even in the
         middle of a run.
 
         Args:
-            layers, *x: Instead of the teacher's own.
+            *x: Inputs of the batch.
+            layers: Names of layers to read instead of the teacher's own.
+            **kw: Inputs passed by name.
         """
         return Teacher(self, **({} if layers is None else dict(layers=layers)))(*x, **kw)
 
     def reading_tokens(self, *x) -> 'Teacher':
-        """The teacher for stored outputs: it reads a series (B, C, L), as a 1d convolution returns
-        it, as tokens (B, L, C), since stored features do not show where their channels are.
+        """Return the teacher for stored outputs. It reads a series (B, C, L), such as the output of a
+        1d convolution, as tokens (B, L, C), since stored features do not show which axis holds the
+        channels.
 
         Args:
             *x: Inputs of a batch.

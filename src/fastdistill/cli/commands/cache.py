@@ -28,7 +28,8 @@ def write(
     data: DataArg,
     path: Annotated[str, typer.Argument(help='Folder of the cache, or its URL.')],
     views: Annotated[
-        int, typer.Option(help='Augmented views of each sample; 0 for the clean view.')
+        int,
+        typer.Option(help='Augmented views of each sample. 0 for the view without augmentation.'),
     ] = 1,
     topk: Annotated[
         int | None, typer.Option(help='Store only this many of the most likely classes.')
@@ -200,7 +201,7 @@ def unpack_command(
 
 
 class WriterBar:
-    """Shows the forecast of each pass and its progress."""
+    """Display of the forecast of each pass and of its progress."""
 
     def __init__(self, console, ask):
         from ...cache.progress import ProgressBar

@@ -1,4 +1,4 @@
-"`fastdistill demo`: the gain of distillation, measured on real data."
+"`fastdistill demo`: measure the gain of distillation on real data."
 
 from pathlib import Path
 from typing import Annotated
@@ -10,9 +10,10 @@ __all__ = ['demo']
 
 def demo(
     quick: Annotated[
-        bool, typer.Option('--quick', help='A few steps, one seed: only to see that it runs.')
+        bool,
+        typer.Option('--quick', help='Train only a few steps with one seed, to see that it runs.'),
     ] = False,
-    seeds: Annotated[int, typer.Option(help='Students of each kind.')] = 5,
+    seeds: Annotated[int, typer.Option(help='Number of students of each kind.')] = 5,
     out: Annotated[Path, typer.Option(help='Folder for the picture and the numbers.')] = Path(
         'out'
     ),
@@ -23,8 +24,8 @@ def demo(
         Path | None, typer.Option(help='Folder of the data, for cifar10 and camvid.')
     ] = None,
 ):
-    """Train a big model, and small ones with and without it as teacher, on real data. Make a table
-    and a picture.
+    """Train a large model, and small ones with and without it as their teacher, on real data. Print
+    a table and save a picture.
     """
     from ..demo import run
 

@@ -1,6 +1,4 @@
-"""`fastdistill find`: the recipe and the learning rate that suit a student, its data and its
-teacher.
-"""
+"""`fastdistill find`: find a recipe and a learning rate for a student, its data and its teacher."""
 
 import inspect
 import os
@@ -30,7 +28,7 @@ def find(
     student: StudentArg,
     teacher: TeacherArg,
     n_epoch: Annotated[
-        int, typer.Option(help='Epochs of the training for which a recipe is needed.', min=1)
+        int, typer.Option(help='Epochs of the training that the recipe is for.', min=1)
     ],
     data: DataOption = None,
     minutes: Annotated[float, typer.Option(help='The search ends after this time.')] = 10,
@@ -38,13 +36,15 @@ def find(
         list[float] | None, typer.Option(help='A learning rate to try; may be given several times.')
     ] = None,
     seeds: Annotated[int, typer.Option(help='Seeds with which the best runs are repeated.')] = 5,
-    trials: Annotated[int | None, typer.Option(help='End the search after so many runs.')] = None,
+    trials: Annotated[int | None, typer.Option(help='Maximum number of runs.')] = None,
     folder: Annotated[
-        Path | None, typer.Option(help='Where each finished run is written, to resume from.')
+        Path | None, typer.Option(help='Folder for finished runs, from which the search resumes.')
     ] = None,
     live: Annotated[
         bool,
-        typer.Option('--live', help='The teacher runs in each trial; layers are compared too.'),
+        typer.Option(
+            '--live', help='Run the teacher in each trial, and try recipes that compare layers too.'
+        ),
     ] = False,
     fine_tune: Annotated[bool, typer.Option('--fine-tune', help='Train with fine_tune.')] = False,
     check: NoCheck = True,
@@ -90,7 +90,7 @@ def find(
 
 
 def training_command(student, teacher, data, n_epoch, fine_tune, found):
-    """A command for the shell that trains with what was found."""
+    """Return a shell command that trains with what was found."""
     labels_alone = found.winner.name == found.labels
     if (
         of_run(student)
@@ -113,7 +113,12 @@ def training_command(student, teacher, data, n_epoch, fine_tune, found):
                 found.text,
             ]
         )
-    folders, lines = [], ['from fastdistill import *', 'from fastdistill.fastai import *']
+    folders: list[str] = []
+    lines = [
+        'from fastdistill import *',
+        'from fastdistill.recipes import *',
+        'from fastdistill.fastai import *',
+    ]
 
     def imported(name, as_name):
         file, attr = in_file(name)

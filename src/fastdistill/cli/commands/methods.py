@@ -12,18 +12,19 @@ from ...base.errors import DistillError
 
 __all__ = ['methods_command']
 
-SECTIONS = 'Suggested values', 'When it helps'  # of a card: its numbers are there
+SECTIONS = 'Suggested values', 'When it helps'  # the headings of a card that have numbers
 
 
 def methods_command(
     words: Annotated[
-        list[str] | None, typer.Argument(help='Name of a method, or words to search; default: all.')
+        list[str] | None,
+        typer.Argument(help='Name of a method, or words to search for. Default: all methods.'),
     ] = None,
     needs: Annotated[
         list[str] | None,
         typer.Option(
             help='Only methods that need this: logits, features, relations, '
-            'classes, labels ...; may be given several times.'
+            'classes, labels ...; may be repeated.'
         ),
     ] = None,
 ):
@@ -53,7 +54,7 @@ def plain_table():
 
 
 def list_methods(found, console):
-    """A list by family."""
+    """Print a list by family."""
     for family in dict.fromkeys(m.family for m in found):
         table = plain_table()
         for m in found:
@@ -67,7 +68,7 @@ def list_methods(found, console):
 
 
 def show_method(m, console):
-    """Show everything about one method."""
+    """Print everything about one method."""
     from ...recipes.catalog import card_section
 
     console.print(f'[bold]{m.name}[/]  {escape(m.line)}\n', highlight=False)

@@ -25,8 +25,12 @@ def train_command(
         option('Architecture to train first, a file (Learner .pkl, trees .joblib ...), or a run.'),
     ] = None,
     student: Annotated[
-        Text, option('Architecture: resnet18, cnn-16-32-64, bag-64, 50-20 ...')
+        Text, option('Architecture: resnet18, vit_tiny_patch16_224, awd_lstm, tabular ...')
     ] = None,
+    teacher_layers: Annotated[
+        Text, option("Layers of a teacher cnn, awd_lstm, embedding_bag or tabular: '64,32'.")
+    ] = None,
+    student_layers: Annotated[Text, option('The same for the student.')] = None,
     teacher_weights: Annotated[
         Text, option("A .safetensors file with the teacher's weights.")
     ] = None,
@@ -100,10 +104,12 @@ def train_command(
     Images with masks (folders images and masks, codes.txt with the classes):
       fastdistill train --data scenes --teacher resnet34 --student resnet18 --task masks
     Texts, or a table, in a CSV file:
-      fastdistill train --data mails.csv --x text --y label --teacher bag-256-128 --student bag-16
-      fastdistill train --data people.csv --y income --teacher 500-200 --student 20
+      fastdistill train --data mails.csv --x text --y label --teacher awd_lstm
+        --student embedding_bag --student-layers 16
+      fastdistill train --data people.csv --y income --teacher tabular --student tabular
+        --student-layers 20
     Your own teacher, which learn.export wrote:
-      fastdistill train --data photos --teacher teacher.pkl --student cnn-16-32-64 --epochs 20
+      fastdistill train --data photos --teacher teacher.pkl --student resnet18 --epochs 20
     After Ctrl-C or a crash; and a finished run once more:
       fastdistill train --resume --out runs/photos-resnet18
       fastdistill train --config runs/photos-resnet18/config.toml

@@ -1,4 +1,4 @@
-"`fastdistill demo`: a big model teaches a small one on real data, and the gain is measured."
+"`fastdistill demo`: train a small model with and without a large teacher on real data, and measure the gain."
 
 import time
 import warnings
@@ -43,15 +43,16 @@ def run(
     quick: bool = False,
     console: Console | None = None,
 ) -> Results:
-    """Train a teacher, then small students without it and with it; print a table, save a picture
+    """Train a teacher, then small students without it and with it. Print a table, and save a picture
     and the numbers.
 
     Args:
-        data: A task of `fastdistill.cli.demo.tasks`
-        root: Folder of its data; digits need none.
-        seeds: Students of each kind.
+        data: Name of a task in `fastdistill.cli.demo.tasks`.
+        root: Folder of the data. The digits need none.
+        seeds: Number of students of each kind.
         out: Folder for the picture and the numbers.
-        quick: A few steps and one seed, to check that it runs.
+        quick: Train only a few steps with one seed, to see that it runs.
+        console: Where to print. None for the terminal.
     """
     if seeds < 1:
         raise DistillError(
@@ -78,7 +79,7 @@ def run(
 
 
 def train_all(task, seeds, bar):
-    """The teacher, and the students of each way."""
+    """Train the teacher, and the students in each way. Return both."""
     row = lambda name, total: partial(bar.advance, bar.add_task(name, total=total))
     of_teacher, of_student = zip(task.epochs, task.lr, task.augment)
     teacher = train(task, task.teacher, *of_teacher, 0, row('teacher', task.steps[0]))
@@ -95,13 +96,13 @@ def train_all(task, seeds, bar):
 def train(
     task: DemoTask, model, n_epoch, lr, augment, seed, tick, teacher=None, recipe=None
 ) -> Trained:
-    """Train a new model, alone or with a teacher; one seed gives the same start and the same
-    batches in every way.
+    """Train a new model, alone or with a teacher. With the same seed, all ways start from the same
+    weights and see the same batches.
     """
     set_seed(seed)
     learn = Learner(task.dls(augment), model(), loss_func=task.loss(), cbs=Ticks(tick))
     with learn.no_bar(), learn.no_logging(), warnings.catch_warnings():
-        # a rise of the task loss shows in the table, as the score of a student
+        # a rising task loss shows in the table, as the student's score
         warnings.simplefilter('ignore', DistillWarning)
         cb = (
             learn.distill(teacher, n_epoch, lr, recipe, check=False)
@@ -113,12 +114,13 @@ def train(
 
 
 def latency(task: DemoTask, seconds, batches=(1, 64), **models):
-    """Median milliseconds of one forward pass, for each model and batch size, on one device in one
-    process.
+    """Measure the median milliseconds of one forward pass for each model and batch size, on one
+    device in one process.
 
     Args:
-        seconds: For each measurement.
-        batches: Their sizes.
+        seconds: Duration of each measurement.
+        batches: Batch sizes.
+        **models: Models by name.
     """
     (x,) = ToFloat().encodes((task.test[0],))
 
@@ -145,7 +147,7 @@ def time_of(model, x, seconds):
 
 @contextmanager
 def threads(n):
-    """At most `n` threads inside: on two cores, small models are faster with one."""
+    """Context with at most `n` threads: on two cores, small models are faster with one."""
     before = torch.get_num_threads()
     torch.set_num_threads(n or before)
     try:

@@ -1,5 +1,5 @@
-"""The demo's picture: the score of each student, and test pictures on which distillation helps
-most.
+"""The picture of the demo: the score of each student, and the test images on which distillation
+helps most.
 """
 
 import torch
@@ -33,7 +33,7 @@ def title(fig, text):
 
 
 def draw_scores(fig, r):
-    """A dot for each student, a line through the dots of one seed, a bar at each mean, and the
+    """Draw a dot for each student, a line through the dots of one seed, a bar at each mean, and the
     teacher's score.
     """
     title(fig, f'{r.data}\n{r.params["student"]:,} parameters learn from {r.params["teacher"]:,}')
@@ -68,8 +68,8 @@ def draw_scores(fig, r):
 
 
 def draw_items(fig, task, teacher, students, n=4):
-    """Test pictures that distilled students recognize more often than the others, with the
-    teacher's soft labels.
+    """Draw test images that distilled students classify correctly more often than students trained
+    alone, with the teacher's soft labels.
     """
     title(fig, 'Where teaching helps most\n')
     y, x = task.test[1], task.test[0]
@@ -78,9 +78,9 @@ def draw_items(fig, task, teacher, students, n=4):
     }
     gain = sum(v for k, v in right.items() if k != ALONE) - (len(right) - 1) * right[ALONE]
     soft = F.softmax(teacher.out / T, 1)
-    # if gains are equal, the pictures for which the teacher's second class is most probable come first
+    # ties: first the images whose second class is most probable for the teacher
     order = (gain + soft.topk(2).values[:, 1]).where(teacher.out.argmax(1) == y, -torch.inf)
-    # one of each class
+    # one image of each class
     best = torch.stack([order.where(y == c, -torch.inf).max(0).indices for c in y.unique()])
     best = best[order[best].topk(min(n, len(best))).indices]
     axs = fig.subplots(n, 3, width_ratios=(1, 1.9, 1.5))
@@ -125,14 +125,12 @@ def draw_items(fig, task, teacher, students, n=4):
 
 
 def predicted_class(students, i, task):
-    """The class that most of the `students` predict for item `i`."""
+    """Return the class that most of the `students` predict for item `i`."""
     return task.classes[torch.stack([s.out[i] for s in students]).argmax(1).mode().values]
 
 
 def draw_scenes(fig, task, teacher, students):
-    """The test picture in which distilled students gain most: labels and predictions, pixel by
-    pixel.
-    """
+    """Draw the test image on which distilled students gain most: its labels and all predictions."""
     title(fig, 'Where teaching helps most\n')
     x, y = task.test
     right = lambda out: ((out.argmax(1) == y) & (y != task.ignore_index)).double().mean((1, 2))

@@ -1,4 +1,4 @@
-"The measurements of the demo, as text and numbers."
+"The results of the demo, as text and numbers."
 
 import json
 import os
@@ -20,12 +20,12 @@ ALONE = 'student alone'
 
 @dataclass
 class Trained:
-    """A model after its training.
+    """A trained model.
 
     Attributes:
-        out: Its outputs for the test set, before softmax.
-        score: On the test set, after the last epoch.
-        recipe: What `auto` chose.
+        out: Logits for the test set.
+        score: Score on the test set after the last epoch.
+        recipe: The recipe that `auto` chose. Empty if it was not asked.
     """
 
     learn: Learner
@@ -43,15 +43,15 @@ class Results:
     """All numbers of one run of the demo.
 
     Attributes:
-        unit: Of the scores.
-        n: Items for training and for the test.
-        steps: Of the teacher and of each student.
-        teacher: Its score.
-        scores: Way -> a score for each seed.
-        params: 'teacher', 'student' -> how many.
-        ms: 'teacher', 'student' -> {size of batch: median milliseconds of a forward pass}.
-        seconds: For the whole demo.
-        recipes: Way -> the recipe that `auto` chose.
+        unit: Name of the score.
+        n: Number of training and test items.
+        steps: Training steps of the teacher and of each student.
+        teacher: Score of the teacher.
+        scores: {way: [score for each seed]}.
+        params: {'teacher' or 'student': number of parameters}.
+        ms: {'teacher' or 'student': {batch size: median milliseconds of a forward pass}}.
+        seconds: Duration of the whole demo.
+        recipes: {way: recipe that `auto` chose}.
     """
 
     data: str
@@ -91,18 +91,18 @@ class Results:
         return len(self.scores[ALONE])
 
     def gain(self, way):
-        """The mean score minus that of the student alone."""
+        """Return the mean score minus that of the student alone."""
         return mean(self.scores[way]) - mean(self.scores[ALONE])
 
     def recovered(self, way):
-        """The gain as a share of the teacher's lead over the student alone; None if there is no
-        lead.
+        """Return the gain as a fraction of the teacher's lead over the student alone. None if there
+        is no lead.
         """
         lead = self.teacher - mean(self.scores[ALONE])
         return self.gain(way) / lead if lead > 0 else None
 
     def better(self, way):
-        """The number of seeds in which it is better than the student alone."""
+        """Return the number of seeds for which it is better than the student alone."""
         return sum(a > b for a, b in zip(self.scores[way], self.scores[ALONE]))
 
     def save(self, path):
@@ -119,7 +119,7 @@ def n_params(model):
 
 
 def machine():
-    """The machine and the versions that the numbers come from."""
+    """Return the machine and the versions that the numbers come from."""
     return dict(
         device=str(default_device()),
         cpu=platform.processor() or platform.machine(),
@@ -145,7 +145,7 @@ def percent(xs):
 
 
 def results_table(r: Results):
-    """A row for each model."""
+    """Build a table with a row for each model."""
     t = Table('', box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     t.columns[0].no_wrap = True
     columns = (
@@ -168,7 +168,7 @@ def results_table(r: Results):
 
 
 def closing(r: Results, picture, numbers):
-    """The gains, the files, and what to do next."""
+    """Return the last lines: the gains, the files, and what to do next."""
     over = f'mean ± standard deviation over {r.seeds} seeds' if r.seeds > 1 else 'one seed'
     chosen = '\n'.join(f'{way}: {recipe}' for way, recipe in r.recipes.items())
     gains = ', '.join(f'{way} {100 * r.gain(way):+.1f}' for way in r.scores if way != ALONE)

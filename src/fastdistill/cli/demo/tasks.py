@@ -1,4 +1,4 @@
-"The tasks of the demo: data, a big model, a small model, and the length of their training."
+"The tasks of the demo: data, a large and a small model, and how they are trained."
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -20,23 +20,25 @@ __all__ = ['TASKS', 'DemoTask', 'ToFloat', 'load_task', 'to_rgb']
 
 @dataclass
 class DemoTask:
-    """One comparison: the data, both models, and their training.
+    """Data, both models, and how they are trained.
 
     Attributes:
         title: Name of the data.
-        classes: Their names.
-        train: x (N, C, H, W) and y.
-        test: The same, never seen in training.
-        teacher: () -> a new model.
-        student: () -> a new model.
-        epochs: Of the teacher and of a student.
-        lr: Of the teacher and of a student.
-        score: (outputs (N, C, ...), y) -> a number from 0 to 1.
-        axis: Of the classes.
-        ignore_index: A label that is no class.
-        augment: For the teacher and for a student: (x, y) of a training batch -> another (x,
-            y).
-        threads: At most; None: as many as PyTorch takes.
+        classes: Names of the classes.
+        train: Training set: x (N, C, H, W) and y.
+        test: Test set, in the same form.
+        teacher: fn() -> a new model.
+        student: fn() -> a new model.
+        epochs: Epochs of the teacher and of a student.
+        lr: Learning rates of the teacher and of a student.
+        bs: Batch size.
+        score: fn(outputs (N, C, ...), y) -> a number from 0 to 1.
+        unit: Name of the score.
+        axis: Class axis.
+        ignore_index: Label that is not a class.
+        augment: For the teacher and for a student: fn(x, y) of a training batch -> the augmented
+            (x, y). None for no augmentation.
+        threads: Maximum number of threads. None for PyTorch's default.
     """
 
     title: str
@@ -56,7 +58,7 @@ class DemoTask:
     threads: int | None = None
 
     def dls(self, augment=None):
-        """Its DataLoaders, all in memory."""
+        """Build DataLoaders of data in memory."""
         tfms = [ToFloat(), *([Augment(augment)] if augment else [])]
         train, test = TensorDataset(*self.train), TensorDataset(*self.test)
         train.split_idx, test.split_idx = 0, 1  # fastai's transforms read it
@@ -67,11 +69,11 @@ class DemoTask:
 
     @property
     def steps(self):
-        """Of the teacher and of a student."""
+        """Training steps of the teacher and of a student."""
         return tuple(e * (len(self.train[0]) // self.bs) for e in self.epochs)
 
     def quick(self):
-        """A run so short that it only shows that everything works."""
+        """Return a task so short that it only shows that everything works."""
         cut = lambda xy, n: tuple(
             o[torch.linspace(0, len(o) - 1, min(n, len(o))).long()] for o in xy
         )
@@ -81,14 +83,14 @@ class DemoTask:
 
 
 class ToFloat(ItemTransform):
-    """Bytes become numbers around 0; other batches stay as they are."""
+    """Transform of bytes to floats around 0. Other inputs are unchanged."""
 
     def encodes(self, b):
         return (b[0].float() / 64 - 2 if b[0].dtype == torch.uint8 else b[0], *b[1:])
 
 
 class Augment(ItemTransform):
-    """A function that changes training batches."""
+    """Transform that applies a function to training batches."""
 
     split_idx, order = 0, 1
 
@@ -101,7 +103,7 @@ class Augment(ItemTransform):
 
 
 def accuracy(out: Tensor, y: Tensor):
-    """Share of the predictions that are right.
+    """Compute the fraction of correct predictions.
 
     Args:
         out: (N, C).
@@ -111,11 +113,11 @@ def accuracy(out: Tensor, y: Tensor):
 
 
 def mean_iou(out: Tensor, y: Tensor):
-    """Intersection over union of all pixels, mean over the classes that occur.
+    """Compute the intersection over union of all pixels, averaged over the classes that occur.
 
     Args:
         out: (N, C, H, W).
-        y: (N, H, W); labels from C on are no class and do not count.
+        y: (N, H, W). Labels of C or more do not count.
     """
     c = out.shape[1]
     known = y < c
@@ -125,11 +127,11 @@ def mean_iou(out: Tensor, y: Tensor):
 
 
 def load_task(name: str, root=None) -> DemoTask:
-    """The task `name` with its data read from `root`.
+    """Load a task and its data.
 
     Args:
-        name: Of a task.
-        root: Folder of the data; digits need none.
+        name: Name of the task.
+        root: Folder of the data. The digits need none.
     """
     if name not in TASKS:
         raise DistillError(f'No data set {name!r}. It must be one of {", ".join(TASKS)}.')
@@ -151,7 +153,7 @@ LAYOUTS = dict(
 
 
 def existing_folder(*parts):
-    """The path of a folder; an error if there is none."""
+    """Return the path of a folder. Raise a DistillError if there is none."""
     if not (p := Path(*parts)).is_dir():
         raise DistillError(
             f'No folder {p}. A root holds: {"; ".join(f"{k}: {v}" for k, v in LAYOUTS.items())}.'
@@ -160,7 +162,7 @@ def existing_folder(*parts):
 
 
 def rgb(file, size=None):
-    """A picture as bytes (3, H, W), resized to `size` (width, height)."""
+    """Read an image as bytes, (3, H, W), resized to `size` (width, height)."""
     im = Image.open(file).convert('RGB')
     return torch.from_numpy(
         np.array(im.resize(size, Image.Resampling.BILINEAR) if size else im)
@@ -168,7 +170,7 @@ def rgb(file, size=None):
 
 
 def to_rgb(x):
-    """A picture of a task as an array to show: (H, W) or (H, W, 3)."""
+    """Convert an image to an array for matplotlib, (H, W) or (H, W, 3)."""
     return (x[0] if len(x) == 1 else x.permute(1, 2, 0)).numpy()
 
 
@@ -210,7 +212,7 @@ def big_digits():
 
 
 def shift(x, y, by=1):
-    """The pictures of a batch, moved together by up to `by` pixels."""
+    """Shift all images of a batch by the same random offset of up to `by` pixels."""
     i, j = torch.randint(0, 2 * by + 1, (2,)).tolist()
     return nn.functional.pad(x, (by,) * 4)[..., i : i + x.shape[2], j : j + x.shape[3]], y
 
@@ -240,7 +242,7 @@ def cifar10(root):
 
 
 def by_class(path, classes, size):
-    """All pictures under `path` as bytes (N, 3, size, size), and the class number of each."""
+    """Read all images under `path` as bytes (N, 3, size, size), with the class number of each."""
     xs = [torch.cat([tiles(rgb(f), size) for f in class_files(path, c)]) for c in classes]
     return torch.cat(xs), torch.arange(len(xs)).repeat_interleave(
         torch.tensor([len(x) for x in xs])
@@ -248,22 +250,22 @@ def by_class(path, classes, size):
 
 
 def class_files(path, c):
-    """The files of class `c`."""
+    """Return the files of class `c`."""
     files = sorted((path / c).iterdir()) if (path / c).is_dir() else sorted(path.glob(c + '.*'))
     if not files:
-        raise DistillError(f'No pictures of {c!r} in {path}. Expected are {LAYOUTS["cifar10"]}.')
+        raise DistillError(f'No pictures of {c!r} in {path}. It must hold {LAYOUTS["cifar10"]}.')
     return files
 
 
 def tiles(x, size):
-    """A picture (3, H, W) cut row by row into (N, 3, size, size)."""
+    """Cut an image (3, H, W) into tiles (N, 3, size, size), row by row."""
     _, h, w = x.shape
     rows = x.unfold(1, size, size).unfold(2, size, size)
     return rows.permute(1, 2, 0, 3, 4).reshape((h // size) * (w // size), 3, size, size)
 
 
 def flip_and_shift(x, y):
-    """Half of the pictures of a batch are mirrored, all are moved together by up to 4 pixels."""
+    """Mirror each image with probability 0.5, and shift all of them by up to 4 pixels."""
     return shift(
         torch.where(torch.rand(len(x), 1, 1, 1, device=x.device) < 0.5, x, x.flip(3)), y, by=4
     )
@@ -308,7 +310,7 @@ def camvid(root):
 
 
 def load_scenes(path, size):
-    """Images (N, 3, H, W) and masks (N, H, W)."""
+    """Read images (N, 3, H, W) and masks (N, H, W)."""
     masks = {p.stem: p for p in existing_folder(path, 'masks').iterdir()}
     files = sorted(existing_folder(path, 'images').iterdir())
     y = [np.array(Image.open(masks[f.stem]).resize(size, Image.Resampling.NEAREST)) for f in files]
@@ -316,7 +318,7 @@ def load_scenes(path, size):
 
 
 def mirror(x, y):
-    """Half of the batches are mirrored."""
+    """Mirror the batch with probability 0.5."""
     return (x.flip(3), y.flip(2)) if torch.rand(()) < 0.5 else (x, y)
 
 

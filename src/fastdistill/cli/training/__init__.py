@@ -1,5 +1,5 @@
-"""A whole training from files: data, teacher, student, comparison. The command `fastdistill train`
-calls it.
+"""What `fastdistill train` does: it trains a teacher and a student from files on disk, and compares
+them.
 """
 
 import lazy_loader

@@ -11,60 +11,70 @@ from fastai.tabular.learner import tabular_learner
 from fastai.text.learner import text_classifier_learner
 from fastai.text.models.awdlstm import AWD_LSTM, awd_lstm_clas_config
 from fastai.vision.learner import unet_learner, vision_learner
+from fastai.vision.models import xresnet
 from torch import nn
 from torchvision import models
 from torchvision.models import list_models
 
 from ...base.errors import DistillError, close_name
-from .config import TRAIN_TASKS
+from .config import TRAIN_TASKS, Arch
 
 __all__ = ['check_arch', 'learner_of']
 
-WIDEST = 65536
-SIZED = re.compile(r'(?:(cnn|bag|awd_lstm)-)?(\d+(?:-\d+)*)')
-IGNORED = 'void', 'ignore', 'unlabeled', 'unlabeled'
-SIZED_FAMILIES = dict(
-    images=['cnn'], masks=[], texts=['bag', 'awd_lstm'], table=['']
-)  # that are followed by sizes
+IGNORED = 'void', 'ignore', 'unlabeled', 'unlabelled'
+FASTAI_ARCHS = [n for n in xresnet.__all__ if re.fullmatch(r'xresnet\d+', n)]
+# task -> architectures whose layers can be chosen, with an example of them
+LAYERED = dict(
+    images=dict(cnn='16,32,64'),
+    masks={},
+    texts=dict(awd_lstm='100,200,200', embedding_bag='64,32'),
+    table=dict(tabular='200,100'),
+)
+# of these, the ones that have layers by default: those of fastai
+HAVE_DEFAULTS = 'awd_lstm', 'tabular'
 ARCHS_IN_WORDS = dict(
-    images='a name of torchvision (resnet18, mobilenet_v3_small ...) or timm (resnet10t, vit_tiny_patch16_224 ...), or '
-    "'cnn-16-32-64', convolutions with so many channels",
-    masks='a name of torchvision, which becomes the encoder of a U-Net: resnet18, resnet34 ...',
-    texts="'awd_lstm', 'awd_lstm-100-200-2' (embedding, hidden units, layers), or 'bag-64-32' (the mean of embeddings "
-    'of size 64, and a layer of 32)',
-    table="sizes of layers, such as '200-100'",
+    images='a name of torchvision (resnet18, mobilenet_v3_small), timm (resnet10t, '
+    "vit_tiny_patch16_224) or fastai (xresnet18), or 'cnn' with the channels of its layers",
+    masks='a name of torchvision or fastai, which becomes the encoder of a U-Net (resnet18, resnet34)',
+    texts="'awd_lstm', or 'embedding_bag' with the sizes of its layers",
+    table="'tabular'",
 )
 
 
-def check_arch(arch: str, task: str):
-    """Return (family, sizes) of an architecture with sizes, or (name, None) for others. Raise a
-    DistillError for an unknown one.
+def check_arch(arch: Arch, task: str):
+    """Raise a DistillError if there is no such architecture for the task, or it has no such layers.
 
     Args:
-        arch: Its name.
+        arch: Its name and layers.
         task: One of TRAIN_TASKS.
     """
-    wrong = lambda why: DistillError(
-        f'No architecture {arch!r} for {task}{why}. Possible: {ARCHS_IN_WORDS[task]}.'
-    )
-    m = SIZED.fullmatch(arch)
-    sizes = [*map(int, m[2].split('-'))] if m and len(arch) < 200 else None
-    family = m[1] or '' if sizes else arch
-    if sizes is not None:
-        if family not in SIZED_FAMILIES[task]:
-            raise wrong('')
-        if not all(0 < n <= WIDEST for n in sizes):
-            raise wrong(f': sizes are from 1 to {WIDEST}')
-        if family == 'awd_lstm' and (len(sizes) != 3 or sizes[2] > 16):
-            raise wrong('')
-        return family, sizes
-    if task == 'texts' and arch == 'awd_lstm':
-        return family, None
-    if task in ('texts', 'table'):
-        raise wrong('')
-    if arch not in list_models(module=models) and not (task == 'images' and is_timm(arch)):
-        raise wrong(close_name(arch, vision_names(task)))
-    return family, None
+    name, layers = arch.name, arch.layers
+    if name in LAYERED[task]:
+        if layers is None and name not in HAVE_DEFAULTS:
+            raise DistillError(
+                f'{name} needs the sizes of its layers: {arch.option}={LAYERED[task][name]!r}.'
+            )
+        if name == 'awd_lstm' and layers is not None and not is_awd_lstm(layers):
+            raise DistillError(
+                f'{arch.option}={arch.layers_in_words!r}: the layers of awd_lstm are the size of the '
+                "embedding and 1 to 16 equal numbers of hidden units, such as '100,200,200'."
+            )
+        return
+    if name not in own_names(task) and not (task == 'images' and is_timm(name)):
+        near = close_name(name, [*LAYERED[task], *vision_names(task)])
+        raise DistillError(
+            f'No architecture {name!r} for {task}{near}. It must be {ARCHS_IN_WORDS[task]}.'
+        )
+    if layers is not None:
+        raise DistillError(
+            f'{arch.option}={arch.layers_in_words!r}: the layers of {name} are fixed. They can be '
+            f'chosen for {", ".join(n for o in LAYERED.values() for n in o)}.'
+        )
+
+
+def is_awd_lstm(layers):
+    """Return True for an embedding and equal hidden layers."""
+    return 2 <= len(layers) <= 17 and len(set(layers[1:])) == 1
 
 
 def is_timm(arch):
@@ -75,10 +85,17 @@ def is_timm(arch):
     return timm.is_model(arch)
 
 
+def own_names(task):
+    """Return the names of torchvision's and fastai's architectures for images or masks. Empty for
+    other tasks.
+    """
+    return [*list_models(module=models), *FASTAI_ARCHS] if task in ('images', 'masks') else []
+
+
 def vision_names(task):
-    """All that exist."""
-    names = list_models(module=models)
-    if task == 'masks':
+    """Return the names of all architectures for images or masks. Empty for other tasks."""
+    names = own_names(task)
+    if task != 'images':
         return names
     try:
         import timm
@@ -87,20 +104,21 @@ def vision_names(task):
     return [*names, *timm.list_models()]
 
 
-def learner_of(arch: str, dls, s, config, pretrained: bool = False) -> Learner:
+def learner_of(arch: Arch, dls, s, config, pretrained: bool = False) -> Learner:
     """Build a Learner with a new model, initialized with PyTorch's random generator.
 
     Args:
+        arch: An architecture, with its layers if they can be chosen.
         s: The Samples behind `dls`.
         config: A TrainConfig.
     """
-    family, sizes = check_arch(arch, s.task)
+    check_arch(arch, s.task)
     make = dict(zip(TRAIN_TASKS, (image_learner, mask_learner, text_learner, table_learner)))[
         s.task
     ]
     options = dict(metrics=metrics_of_task(s, config))
     try:
-        return make(family, sizes, dls, s, config, pretrained, **options)
+        return make(arch.name, arch.layers, dls, s, config, pretrained, **options)
     except DistillError:
         raise
     # subtle: an architecture may fail in any way for this image size, and so may a download
@@ -135,14 +153,14 @@ def ignored_class(s, config):
     return next((i for i, c in enumerate(s.classes) if c.lower() in IGNORED), None)
 
 
-def image_learner(family, sizes, dls, s, config, pretrained, **options):
+def image_learner(name, layers, dls, s, config, pretrained, **options):
     n = len(s.classes)
-    if sizes is not None:
-        convs = [ConvLayer(i, o, stride=2) for i, o in zip([3, *sizes], sizes)]
-        net = nn.Sequential(*convs, nn.AdaptiveAvgPool2d(1), Flatten(), nn.Linear(sizes[-1], n))
+    if name == 'cnn':
+        convs = [ConvLayer(i, o, stride=2) for i, o in zip([3, *layers], layers)]
+        net = nn.Sequential(*convs, nn.AdaptiveAvgPool2d(1), Flatten(), nn.Linear(layers[-1], n))
         return Learner(dls, net, **options)
     return runs(
-        vision_learner(dls, vision_arch(family), n_out=n, pretrained=pretrained, **options), s
+        vision_learner(dls, vision_arch(name), n_out=n, pretrained=pretrained, **options), s
     )
 
 
@@ -156,35 +174,37 @@ def runs(learn, s):
 
 
 def vision_arch(name):
-    """Return a function of torchvision, or a name of timm."""
+    """Return a function of torchvision or fastai, or a name of timm."""
+    if name in FASTAI_ARCHS:
+        return getattr(xresnet, name)
     return getattr(models, name) if name in models.list_models(module=models) else name
 
 
-def mask_learner(family, sizes, dls, s, config, pretrained, **options):
+def mask_learner(name, layers, dls, s, config, pretrained, **options):
     i = ignored_class(s, config)
     loss = CrossEntropyLossFlat(axis=1, ignore_index=-100 if i is None else i)
     options |= dict(n_out=len(s.classes), pretrained=pretrained, loss_func=loss)
-    return runs(unet_learner(dls, vision_arch(family), **options), s)
+    return runs(unet_learner(dls, vision_arch(name), **options), s)
 
 
-def text_learner(family, sizes, dls, s, config, pretrained, **options):
+def text_learner(name, layers, dls, s, config, pretrained, **options):
     n, words = len(s.classes), len(dls.vocab[0])
-    if family == 'bag':
-        sizes = [*sizes, n]
-        layers = [LinBnDrop(i, o, act=nn.ReLU()) for i, o in zip(sizes, sizes[1:-1])]
+    if name == 'embedding_bag':
+        sizes = [*layers, n]
+        hidden = [LinBnDrop(i, o, act=nn.ReLU()) for i, o in zip(sizes, sizes[1:-1])]
         pad = dls.vocab[0].index('xxpad')
         net = nn.Sequential(
-            nn.EmbeddingBag(words, sizes[0], padding_idx=pad), *layers, nn.Linear(*sizes[-2:])
+            nn.EmbeddingBag(words, sizes[0], padding_idx=pad), *hidden, nn.Linear(*sizes[-2:])
         )
         return Learner(dls, net, **options)
-    of = dict(zip(('emb_sz', 'n_hid', 'n_layers'), sizes)) if sizes else {}
+    of = dict(emb_sz=layers[0], n_hid=layers[1], n_layers=len(layers) - 1) if layers else {}
     options |= dict(config=awd_lstm_clas_config | of, n_out=n, pretrained=pretrained)
     learn = text_classifier_learner(dls, AWD_LSTM, **options)
     learn.unfreeze()
     return learn
 
 
-def table_learner(family, sizes, dls, s, config, pretrained, **options):
+def table_learner(name, layers, dls, s, config, pretrained, **options):
     return tabular_learner(
-        dls, sizes, n_out=1 if s.target == 'numbers' else len(s.classes), **options
+        dls, layers, n_out=1 if s.target == 'numbers' else len(s.classes), **options
     )

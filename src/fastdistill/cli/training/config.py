@@ -11,6 +11,7 @@ from ...base.atomic_files import write_atomically
 from ...base.errors import DistillError, close_name
 
 __all__ = [
+    'Arch',
     'TRAIN_TASKS',
     'TrainConfig',
     'check_data_path',
@@ -21,8 +22,25 @@ __all__ = [
 
 TRAIN_TASKS = 'images', 'masks', 'texts', 'table'
 AUGMENTATIONS = 'flip', 'full', 'none'
+WIDEST = 65536  # units of a layer
 FILES = '.pkl', '.joblib', '.pt', '.pth', '.pt2', '.onnx', '.safetensors'
 LOGGERS = 'csv', 'tensorboard'  # history.csv is always written
+
+
+@dataclass(frozen=True)
+class Arch:
+    """An architecture: its name, and the sizes of its layers, or None for the usual ones."""
+
+    name: str
+    layers: list[int] | None = None
+    option: str = 'student_layers'  # option that has the layers, for messages
+
+    @property
+    def layers_in_words(self):
+        return ','.join(map(str, self.layers or []))
+
+    def __str__(self):
+        return ' '.join(filter(None, [self.name, self.layers_in_words]))
 
 
 @dataclass
@@ -34,6 +52,9 @@ class TrainConfig:
         teacher: An architecture that is trained first, a file that `Teacher` takes, such as an
             exported Learner, or the folder of a finished run, whose student is the teacher.
         student: An architecture.
+        teacher_layers: Sizes of the teacher's layers, such as '64,32', if the architecture lets you
+            choose them. Empty for the usual ones.
+        student_layers: The same for the student.
         teacher_weights: Safetensors file for the teacher's architecture. Empty to train the
             teacher.
         task: One of TRAIN_TASKS.
@@ -60,6 +81,8 @@ class TrainConfig:
     data: str
     teacher: str
     student: str
+    teacher_layers: str = ''
+    student_layers: str = ''
     teacher_weights: str = ''
     task: str = 'auto'
     recipe: str = 'auto'
@@ -104,6 +127,28 @@ class TrainConfig:
         if wrong := [o for o in self.loggers if o not in LOGGERS]:
             raise DistillError(f'log={wrong[0]!r}: must be one of {", ".join(LOGGERS)}')
         self.parts_of_size()
+        self.arch('teacher')
+        self.arch('student')
+
+    def arch(self, role: str) -> Arch:
+        """Return an architecture with its layers.
+
+        Args:
+            role: 'teacher' or 'student'.
+        """
+        option = f'{role}_layers'
+        text = getattr(self, option)
+        sizes = [o.strip() for o in text.split(',')] if text else []
+        if not all(o.isdecimal() and len(o) < 6 and 0 < int(o) <= WIDEST for o in sizes):
+            raise DistillError(
+                f'{option}={text!r}: must be whole numbers from 1 to {WIDEST}, separated by commas, '
+                "such as '64,32'"
+            )
+        if text and role == 'teacher' and self.teacher_file:
+            raise DistillError(
+                f'{option}={text!r}: the teacher is a file, so its layers are fixed. Leave it out.'
+            )
+        return Arch(getattr(self, role), [int(o) for o in sizes] or None, option)
 
     def check_rate(self, k):
         v = getattr(self, k)
@@ -169,7 +214,7 @@ class TrainConfig:
         )
 
     def parts_of_size(self):
-        """(height, width). None to read it from the images."""
+        """Return (height, width). None to read it from the images."""
         if self.size == 'auto':
             return None
         h, _, w = self.size.partition('x')
@@ -208,11 +253,11 @@ def exported_student(path: str) -> str:
 
 
 def checked_type(name, v, of):
-    """A value of the field's type; whole numbers are taken for floats."""
+    """Return a value that has the type of its field. A whole number is also a float."""
     if not isinstance(of, type) and isinstance(v, int | float | str) and not isinstance(v, bool):
         return v
     if isinstance(v, str) and of is str:
-        # subtle: a command line may hold bytes that are no UTF-8, and a file null bytes, which no path has
+        # subtle: a command line may hold bytes that are not UTF-8, and a file null bytes, which no path can have
         try:
             v.encode()
         except UnicodeEncodeError:
@@ -228,10 +273,10 @@ def checked_type(name, v, of):
 
 
 def read_config(path) -> dict:
-    """The settings in it.
+    """Read settings.
 
     Args:
-        path: Of a TOML file.
+        path: Path of a TOML file.
     """
     try:
         text = Path(path).read_text(encoding='utf-8')
@@ -240,11 +285,11 @@ def read_config(path) -> dict:
             f'There is no settings file {str(path)!r}. A run writes its own: config.toml.'
         ) from e
     except UnicodeDecodeError as e:
-        raise DistillError(f'{path} is no text file: {e}') from e
+        raise DistillError(f'{path} is not a text file: {e}') from e
     try:
         got = tomllib.loads(text)
     except tomllib.TOMLDecodeError as e:
-        raise DistillError(f'{path} is no TOML file: {e}') from e
+        raise DistillError(f'{path} is not a TOML file: {e}') from e
     if not got:
         raise DistillError(
             f'{path} has no settings: at least data, teacher and student are needed, as in '

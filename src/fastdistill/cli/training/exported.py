@@ -15,11 +15,11 @@ __all__ = ['learner_in_file']
 
 
 def learner_in_file(path, dls=None):
-    """The Learner with data. An exported Learner has none, but commands check it on real samples.
+    """Load an exported Learner and give it data, on which commands check it.
 
     Args:
-        path: Of an exported Learner (.pkl).
-        dls: Fastai's DataLoaders; None: those of the run in whose folder the file stands.
+        path: Path of an exported Learner (.pkl).
+        dls: DataLoaders. None for those of the run that wrote the file.
     """
     learn = file_teacher(str(path))
     if not hasattr(learn, 'dls'):

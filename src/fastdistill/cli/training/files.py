@@ -1,5 +1,5 @@
-"""What is at a path: images in folders, images with masks, a CSV file, a Hugging Face data set. As
-a table of samples.
+"""Read samples from disk as a table: images in folders, images with masks, CSV files and datasets
+of Hugging Face.
 """
 
 import os
@@ -32,13 +32,13 @@ class Samples:
     Attributes:
         task: 'images', 'masks', 'texts' or 'table'.
         x: Columns of the inputs.
-        y: Column of the label; of masks: their paths.
-        valid: Is the sample in the validation set? None: not decided yet.
-        folder: To which paths of files in the table are relative.
-        delimiter: Between the labels of a sample.
-        target: Or 'labels', 'numbers'.
-        classes: Names, in the order of the outputs.
-        size: (height, width) of the images, if all have the same.
+        y: Column of the labels, or of the paths of masks.
+        valid: True where a sample is in the validation set. None if that is not decided yet.
+        folder: Folder to which paths in the table are relative.
+        delimiter: Delimiter between the labels of a sample. Empty if each has one label.
+        target: What is predicted: 'classes', 'labels' or 'numbers'.
+        classes: Names of the classes, in the order of the outputs.
+        size: (height, width) of the images, if all are equal.
     """
 
     task: str
@@ -57,7 +57,7 @@ class Samples:
 
 
 def read_samples(config) -> Samples:
-    """The samples at `config.data`, before anything is checked.
+    """Read the samples at `config.data`, before anything is checked.
 
     Args:
         config: A TrainConfig.
@@ -92,7 +92,7 @@ DATA_FORMS = dict(
 
 
 def split_folders(path):
-    """(folder of the training set, of the validation set), if there are any."""
+    """Return the folders of the training and the validation set. None if there are none."""
     inside = {p.name.lower(): p for p in path.iterdir() if p.is_dir()}
     train, valid = (
         next((inside[n] for n in names if n in inside), None) for names in (TRAIN, VALID)
@@ -101,7 +101,7 @@ def split_folders(path):
 
 
 def image_files(folder):
-    """The images below a folder, also behind links to other folders."""
+    """Return the images below a folder. Links to other folders are followed."""
     files, above = [], {str(folder): [os.path.realpath(folder)]}
     for parent, folders, names in os.walk(folder, followlinks=True):
         inside = {n: os.path.join(parent, n) for n in folders if not n.startswith('.')}
@@ -122,7 +122,9 @@ def leads_back(path, above):
 
 
 def check_each_once(files):
-    """Refuse images that links show twice, since one of them could be in the validation set."""
+    """Raise a DistillError for an image that is there twice, through links: one of them could be in
+    the validation set.
+    """
     folders, first, again = {}, {}, []
     for p in files:
         if p.parent not in folders:
@@ -141,7 +143,7 @@ def check_each_once(files):
 
 
 def from_folders(path, config):
-    """Classes as folders; in folders train and valid, if these are there."""
+    """Read images whose folders are their classes, with or without folders train and valid."""
     split = split_folders(path)
     files = [(p, i) for i, folder in enumerate(split or [path]) for p in image_files(folder)]
     check_each_once([p for p, _ in files])
@@ -153,7 +155,7 @@ def from_folders(path, config):
     roots = split or [path]
     if loose := next((p for p, i in files if p.parent == roots[i]), None):
         raise DistillError(
-            f'{loose} is in no class folder. Images stand in a folder of their class: '
+            f'{loose} is in no class folder. Images must be in a folder of their class: '
             f'{roots[0] / "CLASS" / loose.name}.'
         )
     frame = pd.DataFrame(dict(x=[str(p) for p, _ in files], y=[p.parent.name for p, _ in files]))
@@ -162,8 +164,8 @@ def from_folders(path, config):
 
 
 def mask_folders(path):
-    """[(folder of images, of masks)]: of the training and the validation set, or one pair; None if
-    there are none.
+    """Return (folder of images, folder of masks) for the training and the validation set, or for
+    both together. None if there are no such folders.
     """
     pairs = []
     for folder in split_folders(path) or [path]:
@@ -199,7 +201,7 @@ def is_csv(path):
 
 
 def table_in(path, config):
-    """The CSV file of a folder that has one, and no class folders."""
+    """Return the CSV file in a folder. None if there is none, or if there are class folders."""
     found = sorted(p for p in path.iterdir() if p.is_file() and is_csv(p) and p.name != 'codes.txt')
     if not found or config.task == 'images' and not config.x:
         return None
@@ -216,7 +218,7 @@ def table_in(path, config):
 
 
 def read_csv(path, header):
-    """All columns; separated by tabs in a .tsv."""
+    """Read all columns of a CSV file. A .tsv file is separated by tabs."""
     if not is_csv(path):
         raise DistillError(
             f'{path} is neither a folder nor a CSV file (.csv, .tsv; also .gz). Of other files, make '
@@ -254,7 +256,7 @@ def from_csv(path, config):
 
 
 def marked(column):
-    """Which rows a column marks as validation."""
+    """Return which rows a column marks as the validation set."""
     text = column.astype(str).str.lower().str.strip()
     yes, no = ('true', '1', '1.0', *VALID), ('false', '0', '0.0', *TRAIN)
     known = dict.fromkeys(yes, True) | dict.fromkeys(no, False)
@@ -267,7 +269,7 @@ def marked(column):
 
 
 def from_frame(frame, valid, folder, config, name):
-    """Which column is what: as the flags say, or by names and content."""
+    """Find the columns of inputs and labels, by the flags or else by names and content."""
     columns = [*frame.columns]
     for k in filter(None, [config.y, *(o.strip() for o in config.x.split(','))]):
         if k not in columns:
@@ -297,7 +299,7 @@ def from_frame(frame, valid, folder, config, name):
 
 
 def task_of_columns(frame, x):
-    """(task, its only column, or None for a table)."""
+    """Return the task, and its only input column (None for a table)."""
     if paths := [c for c in x if is_path(frame[c])]:
         return 'images', paths[0]
     texts = [c for c in x if is_text(frame[c])]
@@ -321,7 +323,7 @@ def is_path(column):
 
 
 def is_text(column):
-    """Several words in most rows."""
+    """Return True if most rows have several words."""
     return is_words(column) and column.dropna().iloc[:200].astype(str).str.count(' ').median() >= 2
 
 
@@ -332,7 +334,7 @@ def is_dataset(path):
 
 
 def from_dataset(path, config):
-    """What `save_to_disk` of Hugging Face's datasets wrote."""
+    """Read what `save_to_disk` of Hugging Face's datasets wrote."""
     try:
         import datasets
     except ImportError as e:
@@ -357,7 +359,7 @@ def from_dataset(path, config):
 
 
 def frame_of(split, datasets):
-    """A split with names of classes instead of numbers, and images as the bytes of their files."""
+    """Convert a split to a DataFrame with names of classes, and with images as bytes or paths."""
     for k, f in split.features.items():
         if isinstance(f, datasets.Image):
             split = split.cast_column(k, datasets.Image(decode=False))

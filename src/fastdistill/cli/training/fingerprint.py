@@ -1,5 +1,5 @@
-"""What a run was trained on: a hash of each file or row, so that a run that continues notices what
-changed since.
+"""A fingerprint of the data of a run: a hash of each file or row, so that a resumed run notices
+changes.
 """
 
 import hashlib
@@ -13,11 +13,11 @@ NAMED = 5  # files, rows or classes that a message names
 
 
 def data_fingerprint(s, held, config) -> dict:
-    """Plain data: a hash of each file, or of each row.
+    """Compute a hash of each file, or of each row, as plain data.
 
     Args:
-        s: Samples that `checked_samples` returned.
-        held: The validation set as the data mark it; None: chosen by chance.
+        s: Samples, from `checked_samples`.
+        held: The validation set, if the data define it. None if it is drawn at random.
         config: A TrainConfig.
     """
     frame = s.frame[[*s.x, s.y]] if held is None else s.frame[[*s.x, s.y]].assign(held=held)
@@ -58,13 +58,13 @@ def values_hash(values):
 
 
 def data_changes(before: dict, now: dict) -> list:
-    """What is different now, in words.
+    """Describe what changed.
 
     Args:
-        before, now: Of `data_fingerprint`
+        before, now: Results of `data_fingerprint`.
     """
     if before.keys() != now.keys():
-        return ['the data have another form']
+        return ['the data have a different form']
     out = [
         f'{k} is a different file'
         for k in before['teacher']
@@ -101,7 +101,7 @@ def data_changes(before: dict, now: dict) -> list:
 
 
 def rows_beyond(a, b):
-    """Numbers of the rows of `a` that `b` doesn't have, or not as often."""
+    """Return the positions of rows in `a` that `b` does not have, or not as often."""
     left, out = Counter(b), []
     for i, h in enumerate(a):
         if left[h]:

@@ -1,4 +1,4 @@
-"Samples as fastai's DataLoaders."
+"Build fastai's DataLoaders from samples."
 
 import warnings
 from pathlib import Path
@@ -33,13 +33,13 @@ BATCH = dict(images=64, masks=8, texts=64, table=256)
 
 
 def loaders_of(s, config, teacher=None):
-    """fastai's DataLoaders. Their batches depend on the generators of Python, NumPy and PyTorch
-    alone.
+    """Build fastai's DataLoaders. Their batches depend only on the random state of Python, NumPy and
+    PyTorch.
 
     Args:
-        s: Samples that `checked_samples` returned.
+        s: Samples, from `checked_samples`.
         config: A TrainConfig.
-        teacher: An exported Learner: texts and tables get the numbers that it knows.
+        teacher: An exported Learner, whose vocabulary texts and tables get. None if there is none.
     """
     n = int((~s.valid).sum())
     options = dict(
@@ -80,7 +80,7 @@ def label_block(s):
 
 
 def image_transforms(s, config):
-    """(of an item, of a batch)."""
+    """Return the transforms of an item and those of a batch."""
     squish = s.task == 'masks'
     extra = dict(none=[], flip=[Flip()], full=aug_transforms())[config.augment]
     return (
@@ -113,7 +113,7 @@ def image_loaders(s, config, teacher, **options):
 
 
 def folder_names(s):
-    "Is each image's class the name of its folder?"
+    "Return True if each image's class is the name of its folder."
     return not s.delimiter and all(
         Path(p).parent.name == y for p, y in zip(s.frame[s.x[0]], s.frame[s.y])
     )
@@ -180,7 +180,9 @@ def table_loaders(s, config, teacher, **options):
 
 
 def known(teacher, task, read):
-    """What the teacher's own data hold."""
+    """Read something from the teacher's own data. Raise a DistillError if it was trained on a
+    different task.
+    """
     try:
         return read(teacher.dls)
     except (AttributeError, TypeError, IndexError, KeyError) as e:

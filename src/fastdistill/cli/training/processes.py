@@ -1,4 +1,4 @@
-"One fit in several processes."
+"A fit in several processes."
 
 import torch
 from fastai.distributed import DistributedDL, DistributedTrainer
@@ -9,7 +9,7 @@ __all__ = ['ProcessesTrainer']
 
 
 class ProcessesDL(DistributedDL):
-    """fastai's, which needs no GPU, and whose order is that of its DataLoader's generator."""
+    """fastai's DistributedDL for any device, shuffled by the generator of its own DataLoader."""
 
     def _broadcast(self, t, rank):
         t = torch.tensor(t)
@@ -26,7 +26,7 @@ class ProcessesDL(DistributedDL):
 
 
 class ProcessesTrainer(DistributedTrainer):
-    """fastai's callback, with `ProcessesDL`."""
+    """fastai's DistributedTrainer, with `ProcessesDL`."""
 
     def _wrap_dl(self, dl):
         return (

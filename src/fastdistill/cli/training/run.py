@@ -1,5 +1,5 @@
-"""A whole run: data, teacher, student with and without it, their comparison, and a folder with the
-results.
+"""A run of `fastdistill train`: it trains a teacher, and a student with and without it, compares
+them, and writes the results to a folder.
 """
 
 import csv
@@ -50,24 +50,26 @@ PACKAGES = 'fastdistill', 'fastai', 'torch', 'torchvision', 'timm', 'numpy', 'pa
 
 
 def opened_run(given: dict, config_file=None, out=None, resume: bool = False, **kwargs):
-    """The run in `out`, or a new one. Nothing is written yet.
+    """Return the run in `out`, or a new one. Nothing is written yet.
 
     Args:
         given: Settings by name.
-        config_file: A TOML file with settings; those that are given come first.
-        out: Folder of the run; None: a new one in runs/.
-        resume: Continue the run in `out`, if there is one.
-        **kwargs: Of TrainRun.
+        config_file: TOML file with settings. Those in `given` come first.
+        out: Folder of the run. None for a new one in runs/.
+        resume: True to continue the run in `out`, if there is one.
+        **kwargs: Arguments of TrainRun.
     """
     return TrainRun(*on_first(lambda: settings_of(given, config_file, out, resume)), **kwargs)
 
 
 class TrainRun:
-    """One run, in its folder. In several processes the first one alone prints, writes and compares.
+    """A run in its folder. Of several processes, only the first prints, writes and compares.
 
     Args:
-        say: fn(text).
-        bar: Show fastai's bars.
+        config: Settings of the run.
+        folder: Folder of the run.
+        say: fn(text) that shows a line.
+        bar: True to show fastai's progress bars.
     """
 
     def __init__(self, config: TrainConfig, folder: Path, say=print, bar: bool = False):
@@ -83,7 +85,7 @@ class TrainRun:
         self.begun = self.files / 'begun.json'  # the settings and a fingerprint of the data
 
     def __call__(self):
-        """Do what is missing of the run. Returns the Report, in the first process."""
+        """Do what is missing of the run. Return the Report in the first process, otherwise None."""
         with warnings.catch_warnings(), self.locks:
             # fastai's tables with pandas 3, about arrays that it only reads
             warnings.filterwarnings('ignore', message='The given NumPy array is not writable')
@@ -95,7 +97,7 @@ class TrainRun:
         return report
 
     def trained(self):
-        """name -> model."""
+        """Train what is missing. Return {name: model}."""
         self.config = c = on_first(self.check_start)
         loaded = first_then_others(lambda: file_teacher(c.teacher) if c.teacher_file else None)
         s = on_first(lambda: self.samples(loaded))
@@ -121,7 +123,7 @@ class TrainRun:
             if self.first:
                 self.write_weights(teacher)
         if c.baseline:
-            models['alone'] = self.seeded(FOR_STUDENT, lambda: make(c.student))
+            models['alone'] = self.seeded(FOR_STUDENT, lambda: make(c.arch('student')))
             self.fit('alone', models['alone'], c.epochs, self.config.lr, FOR_STUDENT, loggers)
         models['distilled'] = student
         kd = KnowledgeDistillation(self.as_teacher(teacher, student), self.recipe, check=c.check)
@@ -129,13 +131,15 @@ class TrainRun:
         return models
 
     def check_start(self):
-        """What is known before the data are read. Returns the settings."""
+        """Check what can be checked before the data are read. Return the settings."""
         config = self.settings_at_begin()
         self.loggers()
         if self.processes == 1:
             return config
         if find_spec('accelerate') is None:
-            raise ImportError('A training in several processes: pip install accelerate')
+            raise ImportError(
+                'Training in several processes needs accelerate: pip install accelerate'
+            )
         if ':' in self.config.device:
             raise DistillError(
                 f'device={self.config.device!r} is one device, for {self.processes} processes. Each '
@@ -144,7 +148,7 @@ class TrainRun:
         return config
 
     def read_begun(self):
-        """What the run was begun with; empty if it is new."""
+        """Read the settings and the data that the run began with. Empty for a new run."""
         if not self.begun.is_file():
             return {}
         try:
@@ -152,12 +156,12 @@ class TrainRun:
         except ValueError as e:
             raise DistillError(
                 f'{self.begun} is damaged ({e}), so whether the data changed is unknown. Start a new '
-                'run with another out=.'
+                'run with a different out=.'
             ) from e
 
     def settings_at_begin(self):
-        """The settings, with the learning rates that were found; an error if config.toml was
-        changed since.
+        """Return the settings, with the learning rates that were found. Raise a DistillError if
+        config.toml was changed since.
         """
         before, now = self.read_begun().get('settings', {}), asdict(self.config)
         found = {k: before[k] for k in ('lr', 'teacher_lr') if now[k] == 'auto' and k in before}
@@ -175,7 +179,7 @@ class TrainRun:
             raise DistillError(
                 f'{self.folder / "config.toml"} has {", ".join(f"{k}={now[k]!r}" for k in wrong)}, but '
                 f'the run began with {was}. Restore that to resume, or start a new run with config= and '
-                'another out=.'
+                'a different out=.'
             )
         return replace(self.config, **found)
 
@@ -185,22 +189,24 @@ class TrainRun:
             return
         raise DistillError(
             f'The data of the run in {self.folder} changed since it began: {"; ".join(changes)}. '
-            'Continuing would train on other samples, and perhaps validate on samples that were '
-            'trained on. Restore the data to resume, or start a new run with config= and another out=.'
+            'Continuing would train on different samples, and perhaps validate on samples that were '
+            'trained on. Restore the data to resume, or start a new run with config= and a different '
+            'out=.'
         )
 
     def make_models(self, s, loaded):
-        """(student, teacher, fn(architecture) -> Learner)."""
+        """Return the student, the teacher, and fn(Arch) -> a new Learner."""
         c = self.config
         self.dls = loaders_of(
             s, c, loaded if isinstance(loaded, Learner) and s.task in ('texts', 'table') else None
         )
         self.say(f'data: {samples_in_words(s)}')
         make = partial(learner_of, dls=self.dls, s=s, config=c, pretrained=c.pretrained)
-        student = self.seeded(FOR_STUDENT, lambda: make(c.student))
+        student = self.seeded(FOR_STUDENT, lambda: make(c.arch('student')))
         teacher = self.teacher(loaded, make, s)
         self.say(
-            f'teacher: {c.teacher}, {parameters(teacher)}; student: {c.student}, {parameters(student)}'
+            f'teacher: {c.arch("teacher")}, {parameters(teacher)}; student: {c.arch("student")}, '
+            f'{parameters(student)}'
         )
         if not c.pretrained:
             self.say(
@@ -215,9 +221,9 @@ class TrainRun:
                 f'{self.config.teacher} holds an estimator ({type(loaded).__name__}), which reads the '
                 f'rows of a table, but {self.config.data} holds {s.task}.'
             )
-        check_arch(self.config.student, s.task)
+        check_arch(self.config.arch('student'), s.task)
         if loaded is None:
-            check_arch(self.config.teacher, s.task)
+            check_arch(self.config.arch('teacher'), s.task)
         checked = checked_samples(s, self.config)
         self.data = data_fingerprint(checked, s.valid, self.config)
         self.check_data_unchanged()
@@ -232,11 +238,11 @@ class TrainRun:
             return loaded
         if self.config.teacher_weights:
             return with_weights(self.config, self.dls, s)
-        return self.seeded(FOR_TEACHER, lambda: make(self.config.teacher))
+        return self.seeded(FOR_TEACHER, lambda: make(self.config.arch('teacher')))
 
     def as_teacher(self, teacher, student):
-        """On a CPU the teacher runs as it is, since a faster copy may round differently after a
-        resume.
+        """Return the teacher of the student. On a CPU it runs without a faster copy, which may round
+        differently after a resume.
         """
         on_cpu = torch.device(self.dls.device or 'cpu').type == 'cpu'
         return (
@@ -246,7 +252,7 @@ class TrainRun:
         )
 
     def check(self, student, teacher, trained):
-        """Layers of the recipe that do not exist, and a teacher of another task, before training."""
+        """Find layers of the recipe that do not exist, and a teacher of a different task."""
         task = task_of(student.loss_func)
         if trained and self.config.check:
             if (found := student.check_teacher(teacher, n_epoch=None)).errors:
@@ -268,16 +274,19 @@ class TrainRun:
         d.setup(*x)
 
     def find_rates(self, make):
-        """The settings, where learning rates that are 'auto' become numbers, also in config.toml."""
+        """Return the settings with learning rates found for those that are 'auto', and write them to
+        config.toml.
+        """
         c = self.config
         wanted = [
             k
-            for k, arch in dict(lr=c.student, teacher_lr=c.teacher).items()
+            for k in ('lr', 'teacher_lr')
             if getattr(c, k) == 'auto'
             and not (k == 'teacher_lr' and (c.teacher_file or c.teacher_weights))
         ]
         for k in wanted:
-            arch, number = (c.student, FOR_STUDENT) if k == 'lr' else (c.teacher, FOR_TEACHER)
+            role, number = ('student', FOR_STUDENT) if k == 'lr' else ('teacher', FOR_TEACHER)
+            arch = c.arch(role)
             learn = self.seeded(number, lambda arch=arch: make(arch))
             lr = find_rate(learn, self.files, self.config.seed, number)
             self.config = replace(self.config, **{k: lr})
@@ -300,7 +309,7 @@ class TrainRun:
         fit_stage(learn, epochs, lr, state, [make(name) for make in loggers], self.bar)
 
     def loggers(self):
-        """[fn(name of a stage) -> callback]."""
+        """Return a list of fn(name of a model) -> callback."""
         return [self.tensorboard()] if 'tensorboard' in self.config.loggers else []
 
     def tensorboard(self):
@@ -339,7 +348,7 @@ class TrainRun:
             return self.written(models)
 
     def written(self, models):
-        """The report, when it and all other results are in the folder."""
+        """Write all results to the folder and return the report."""
         self.write_history(models)
         c = self.config
         with warnings.catch_warnings():
@@ -367,7 +376,7 @@ class TrainRun:
             save_model(teacher.model, str(tmp))
 
     def write_history(self, models):
-        """A row for each epoch of each training."""
+        """Write history.csv, with a row for each epoch of each model."""
         tables = {n: history_of(m) for n, m in models.items() if isinstance(m, Learner)}
         columns = list(dict.fromkeys(k for t in tables.values() for k in t))
         text = io.StringIO(newline='')
@@ -381,7 +390,7 @@ class TrainRun:
 
 
 def samples_in_words(s):
-    """The samples in a line."""
+    """Describe the samples in one line."""
     held = int(s.valid.sum())
     what = {
         'classes': f'{len(s.classes or [])} classes',
@@ -394,7 +403,7 @@ def samples_in_words(s):
 
 
 def parameters(model):
-    """Their number in words."""
+    """Return the number of parameters as text."""
     model = getattr(model, 'model', model)
     return (
         f'{sum(p.numel() for p in model.parameters()):,} parameters'

@@ -12,7 +12,14 @@ __all__ = ['settings_of']
 
 
 def settings_of(given, config_file, out, resume):
-    """(TrainConfig, folder)."""
+    """Return the TrainConfig and the folder of a run.
+
+    Args:
+        given: Settings by name.
+        config_file: TOML file with settings. Those in `given` come first.
+        out: Folder of the run. None for a new one in runs/.
+        resume: True to continue the run in `out`, if there is one.
+    """
     folder = None if out is None else Path(out)
     if resume and folder is None:
         raise DistillError("resume=True needs the folder of the run: out='runs/NAME'.")
@@ -26,7 +33,11 @@ def settings_of(given, config_file, out, resume):
         return checked(stored), folder
     if resume and not given and config_file is None:
         raise DistillError(f'There is no run in {folder} (no config.toml).')
-    settings = ({} if config_file is None else read_config(config_file)) | given
+    settings = {} if config_file is None else read_config(config_file)
+    for role in ('teacher', 'student'):
+        if role in given:  # the layers in the file are those of its own architecture
+            settings.pop(f'{role}_layers', None)
+    settings |= given
     if missing := [k for k in ('data', 'teacher', 'student') if k not in settings]:
         raise DistillError(
             f'{"=, ".join(missing)}= is missing. An example: fastdistill train --data photos --teacher '
@@ -39,13 +50,13 @@ def settings_of(given, config_file, out, resume):
     if folder.exists() and not (folder.is_dir() and all(map(is_beginning, folder.iterdir()))):
         what = 'a run' if (folder / 'config.toml').is_file() else 'something else'
         raise DistillError(
-            f'{folder} holds {what} already. Give another out=, or resume=True to continue a run.'
+            f'{folder} holds {what} already. Give a different out=, or resume=True to continue a run.'
         )
     return config, folder
 
 
 def checked(config):
-    """The settings, if the files in them exist and the recipe can be read."""
+    """Return the settings. Raise a DistillError if a file does not exist or the recipe is wrong."""
     config.check_files()
     if config.recipe != 'auto':
         from ...recipes.text import recipe_from_text  # imports PyTorch
@@ -64,7 +75,7 @@ def check_unchanged(given, stored, folder):
         if asked[k] != getattr(stored, k) and asked[k] != 'auto':
             raise DistillError(
                 f'{folder} holds a run with {k}={getattr(stored, k)!r}, now {k}={asked[k]!r}. Give the '
-                'new one another out=.'
+                'new one a different out=.'
             )
 
 

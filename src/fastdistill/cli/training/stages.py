@@ -1,4 +1,4 @@
-"One fit that can be interrupted after any epoch, and continues to the same result."
+"A fit that can be interrupted after any epoch and continues to the same result."
 
 import random
 import warnings
@@ -24,7 +24,7 @@ LOWEST, HIGHEST, IF_NONE_IS_FOUND = 1e-4, 0.03, 1e-3  # learning rates
 
 
 def seed_everything(*numbers):
-    """Seed the generators of Python, NumPy and PyTorch from these numbers; return the seed."""
+    """Seed the generators of Python, NumPy and PyTorch from these numbers. Return the seed."""
     first, *others = map(int, numbers)
     seed = seeds_of(first, 0, *others)
     random.seed(seed)
@@ -34,8 +34,11 @@ def seed_everything(*numbers):
 
 
 def seed_epoch(learn, *numbers):
-    """Seed all that an epoch draws from, the DataLoaders' generators included. The last number is
-    the epoch's.
+    """Seed every generator that an epoch uses, including those of the DataLoaders.
+
+    Args:
+        learn: A Learner.
+        *numbers: Numbers to seed from. The last one is the epoch.
     """
     # projectors and choices before the fit are the same in all processes, dropout and augmentation are not
     mine = [rank()] if rank() and numbers[-1] != BEFORE_FIT else []
@@ -45,15 +48,15 @@ def seed_epoch(learn, *numbers):
 
 
 class Checkpoints(Callback):
-    """After each epoch, writes all that the next epochs depend on. A new fit with it begins after
-    the last epoch that was written. Each epoch begins with generators that are seeded from the seed
-    and its number, so order and augmentation of the data need not be stored.
+    """Callback that writes everything the next epochs depend on after each epoch. A new fit with it
+    continues after the last epoch that was written. Each epoch seeds the generators from `seed` and
+    its number, so the order and the augmentation of the data need not be stored.
 
     Args:
-        file: Of the state.
-        seed: Numbers.
-        kd: The KnowledgeDistillation callback of the fit.
-        say: fn(text) for a line about each epoch; None: fastai's own bar and table.
+        file: Path of the checkpoint.
+        seed: Numbers to seed from.
+        kd: The KnowledgeDistillation callback of the fit. None if there is none.
+        say: fn(text) that shows a line about each epoch. None to show fastai's bar and table.
     """
 
     order = 90  # after all that change the state of the training
@@ -65,7 +68,7 @@ class Checkpoints(Callback):
 
     @property
     def done(self):
-        """Number of epochs that are finished."""
+        """Number of finished epochs."""
         return 0 if self.state is None else self.state['epochs']
 
     def before_fit(self):
@@ -89,7 +92,7 @@ class Checkpoints(Callback):
         seed_epoch(self.learn, *self.seed, self.epoch)
 
     def after_epoch(self):
-        # the averages of batch-norm in projectors, which DistributedDataParallel does not know
+        # running averages of batch norms in projectors, which are outside DistributedDataParallel
         if self.kd is not None:
             broadcast(self.kd.distiller.links.buffers())
         if rank():
@@ -110,7 +113,7 @@ class Checkpoints(Callback):
         )
         state = map_tensors(
             state, as_plain
-        )  # a class of fastai's is none of those that a safe file may hold
+        )  # weights_only files can't hold fastai's tensor classes
         write_atomically(self.file, lambda f: torch.save(state, f))
         if self.say is not None:
             self.say(self.line(r))
@@ -124,7 +127,7 @@ class Checkpoints(Callback):
         return f'epoch {self.epoch + 1} of {self.n_epoch}: {", ".join(shown)}, {r.log[-1]}'
 
     def restore(self, learn):
-        """The Learner as it was after the last epoch, without a fit."""
+        """Restore a Learner as it was after the last epoch, without a fit."""
         learn.model.load_state_dict(self.state['model'])
         r = learn.recorder
         r.metric_names, r.values, r.losses = (
@@ -133,13 +136,13 @@ class Checkpoints(Callback):
             self.state['losses'],
         )
 
-    # an exported Learner gets a callback that does nothing, and needs no fastdistill
+    # an exported Learner holds a callback that does nothing and loads without fastdistill
     def __reduce__(self):
         return Callback, ()
 
 
 def plain(v):
-    """A number of Python's, which a file without pickled objects can hold."""
+    """Convert NumPy's numbers to Python's, which a weights_only file can hold."""
     return (
         float(v)
         if isinstance(v, np.floating)
@@ -155,18 +158,21 @@ def read_state(file):
     # subtle: a damaged file is an error of zip, of pickle or of PyTorch
     except Exception as e:
         raise DistillError(
-            f'{file} is damaged ({type(e).__name__}). Delete it: this training begins again.'
+            f'{file} is damaged ({type(e).__name__}). Delete it to start this training again.'
         ) from e
 
 
 def fit_stage(learn, n_epoch: int, lr, checkpoints: Checkpoints, cbs=(), bar: bool = False) -> dict:
-    """Fit with the 1cycle policy, from the epoch after the last one that was written. Returns the
-    table of the training.
+    """Fit with the 1cycle policy, from the epoch after the last checkpoint. Return the history of the
+    training.
 
     Args:
+        learn: A Learner.
+        n_epoch: Number of epochs.
         lr: Maximum learning rate.
+        checkpoints: Callback that writes the checkpoints.
         cbs: More callbacks.
-        bar: Show fastai's bar and table.
+        bar: True to show fastai's bar and table.
     """
     if checkpoints.done >= n_epoch:
         checkpoints.restore(learn)
@@ -191,12 +197,13 @@ def fit_stage(learn, n_epoch: int, lr, checkpoints: Checkpoints, cbs=(), bar: bo
 
 
 def find_rate(learn, folder, *seed) -> float:
-    """The valley that fastai's lr_find suggests, between LOWEST and HIGHEST; IF_NONE_IS_FOUND if it
-    finds none.
+    """Return the valley that fastai's lr_find suggests, clamped to LOWEST and HIGHEST, or
+    IF_NONE_IS_FOUND if there is none.
 
     Args:
-        folder: For the weights, which are restored at the end.
-        *seed: Numbers.
+        learn: A Learner, whose weights are restored at the end.
+        folder: Folder for these weights during the search.
+        *seed: Numbers to seed from.
     """
     learn.path, learn.model_dir = folder, '.'
     seed_epoch(learn, *seed, BEFORE_FIT)
@@ -214,12 +221,12 @@ def find_rate(learn, folder, *seed) -> float:
 
 
 def silent(_):
-    """fastai's row of numbers is not printed."""
+    """Print nothing."""
 
 
 class EpochsFrom:
-    """Instead of `Learner._do_fit`: begins with a later epoch. fastai's SkipToEpoch runs the
-    events of all epochs.
+    """Replacement of `Learner._do_fit` that starts with a later epoch. fastai's SkipToEpoch would
+    run the events of all epochs.
     """
 
     def __init__(self, learn, first):

@@ -8,29 +8,31 @@ from torch import nn
 
 from ...base.errors import DistillError
 from ...fastai.teachers import PICKLES, exported
-from .archs import is_timm, learner_of, vision_arch
+from .archs import FASTAI_ARCHS, is_timm, learner_of, vision_arch
 
 __all__ = ['file_teacher', 'with_weights']
 
 
 def file_teacher(path: str):
-    """What `Teacher` takes: an exported Learner, an estimator, or the path of another file."""
+    """Load an exported Learner or an estimator. Any other path is returned for `Teacher` to load."""
     file = Path(path)
     return exported(file) if file.suffix in PICKLES else path
 
 
 def with_weights(config, dls, s):
-    """A Learner, or a plain model of torchvision or timm, with the weights of the file.
+    """Build a Learner, or a plain model of torchvision or timm, with the weights of a file.
 
     Args:
         config: A TrainConfig.
+        dls: DataLoaders of the run.
+        s: The Samples behind `dls`.
     """
     path = Path(config.teacher_weights)
     try:
         weights = load_file(path)
     except (SafetensorError, OSError, ValueError) as e:
-        raise DistillError(f'{path} is no safetensors file: {e}') from e
-    learn = learner_of(config.teacher, dls, s, config)
+        raise DistillError(f'{path} is not a safetensors file: {e}') from e
+    learn = learner_of(config.arch('teacher'), dls, s, config)
     have = {k: tuple(v.shape) for k, v in weights.items()}
     wants = lambda model: {k: tuple(v.shape) for k, v in model.state_dict().items()}
     if fits(have, wants(learn.model)):
@@ -43,7 +45,7 @@ def with_weights(config, dls, s):
     need = wants(learn.model)
     odd = next((k for k in need if need[k] != have.get(k)), None)
     raise DistillError(
-        f'The weights in {path} are not those of {config.teacher} for these {len(s.classes or [0])} '
+        f'The weights in {path} are not those of {config.arch("teacher")} for these {len(s.classes or [0])} '
         f'class(es): {odd} has {need.get(odd)} numbers, in the file {have.get(odd, "none")}.'
     )
 
@@ -57,10 +59,12 @@ def fits(have, need):
 
 
 def plain_model(name, classes) -> nn.Module | None:
-    """The model as torchvision or timm makes it, without fastai's head."""
+    """Build a model of torchvision, timm or fastai, without the head of `vision_learner`. None if
+    there is no such model.
+    """
     arch = vision_arch(name)
     if callable(arch):
-        return arch(num_classes=classes)
+        return arch(**{'n_out' if name in FASTAI_ARCHS else 'num_classes': classes})
     if not is_timm(name):
         return None
     import timm
