@@ -10,8 +10,8 @@ from scipy import stats
 from candidates import CANDIDATES
 from measures import MAIN
 from rule import default, gains, group, left_out, results
-from run import OUT, read
 from stats import at_best_rate, at_rate, by_seed, corrected, paired
+from stored import OUT, read
 from tasks import HERE, cells
 
 LATER = (
