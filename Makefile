@@ -31,7 +31,7 @@ api: $(VENV)/.ready-dev   ## write the public names anew, after a decision to ch
 	$(VENV)/bin/python tests/project/test_imports_and_names.py > tests/api.txt
 
 quality: $(VENV)/.ready-dev ## the quality benchmark's tables and pictures, and the README's numbers, from the stored runs
-	$(VENV)/bin/python benchmarks/quality/tables.py
+	$(VENV)/bin/python benchmarks/quality/pages.py
 
 quality-runs: $(VENV)/.ready-dev out/packages/.ready ## what each recipe is worth: all runs of benchmarks/quality/PROTOCOL.md that are missing; many hours on one core
 	OMP_NUM_THREADS=1 $(VENV)/bin/python benchmarks/quality/run.py

@@ -9,10 +9,12 @@ import numpy as np
 import torch
 from torch import nn
 from candidates import CANDIDATES
-from fastdistill import DistillWarning
-from loop import train
+from fastdistill import DistillWarning, Teacher, auto
+from fastdistill.base.task import Task
+from fastdistill.checks.outputs import BATCHES, check_outputs
+from loop import KINDS, predict, train
 from measures import MAIN, measure
-from rule import apart, chosen
+from rule import apart
 from tasks import Cell, Data, Split
 
 VERSION = 2  # 1: the runs before PROTOCOL.md was written
@@ -47,7 +49,7 @@ RECIPES = dict(  # output -> (in every cell, also in cells with short runs)
 
 
 def facts(cell, data):
-    "What is known of a cell before its student is trained; the teacher's scores decide whether the default trusts it"
+    "What is known of a cell before its student is trained;"
     out = dict(
         task=cell.task,
         data_set=cell.data_set,
@@ -88,13 +90,46 @@ def names(cell):
 
 def recipes(cell, data, known):
     "name -> Recipe, or None for labels alone: all that the protocol has for this cell"
-    t = data.train.t.movedim(cell.axis + bool(data.train.views), -1)
-    t = t.reshape(-1, t.shape[-1])
-    own = dict(labels=None, default=chosen(known, t[:: max(len(t) // 2048, 1)].float()))
+    own = dict(labels=None, default=library_default(cell, data))
     for name in names(cell)[2:]:
         if CANDIDATES[name].fits(cell, known['classes']):
             own[name] = CANDIDATES[name].recipe()
     return own
+
+
+class Stored(nn.Module):
+    "A model of stored outputs, whose inputs are row numbers"
+
+    def __init__(self, outputs):
+        super().__init__()
+        self.outputs = [outputs]  # a list, so that it is no weight
+
+    def forward(self, rows):
+        return self.outputs[0][rows]
+
+
+def library_default(cell, data):
+    "What the library chooses here: it scores the teacher on a few validation batches, and looks at its outputs for training items"
+    kind, v, bs = KINDS[cell.output], data.valid, 2 * cell.bs
+    torch.manual_seed(REPORTED[0])
+    student = cell.student(data).eval()
+    n = min(len(v), BATCHES * bs)
+    batches = [((r,), (v.y[r],)) for r in torch.arange(n).split(bs)]
+    found = check_outputs(
+        Teacher(Stored(v.t.float())),
+        Task(kind, cell.axis, cell.void),
+        batches,
+        Stored(predict(student, v.x[:n])),
+    )
+    t = data.train.t.movedim(cell.axis + bool(data.train.views), -1)
+    t = t.reshape(-1, t.shape[-1])
+    return auto(
+        kind,
+        classes=t.shape[-1] if kind == 'softmax' else None,
+        dense=cell.output in ('pixels', 'tokens'),
+        teacher=t[:: max(len(t) // 2048, 1)].float(),
+        doubt=found.doubt or None,
+    )
 
 
 def is_full(cell):
@@ -186,6 +221,7 @@ def plan(cell, data):
         sealed=cell.sealed,
         facts=known,
         teacher=teacher_of(data),
+        why=own['default'].why,
         recipes={
             k: dict(text=text_of(r), behavior=behavior(cell.output, r)) for k, r in own.items()
         },

@@ -22,22 +22,16 @@ def group(f):
     return 'two classes' if f['classes'] == 2 else 'classes'
 
 
-def chosen(f, teacher=None):
-    "The library's default recipe in such a cell; `teacher` has its logits for training items, (..., C)"
+def default(f):
+    "The candidate that is the library's default recipe in such a cell"
     hesitant = f['output'] == 'classes' and f['teacher_valid'] - f['top_prob_valid'] > HESITANT
     hesitant = hesitant or (f['output'] == 'labels' and f['apart_valid'] < NOT_APART)
-    return auto(
+    recipe = auto(
         KINDS[f['output']],
         classes=f['classes'] if KINDS[f['output']] == 'softmax' else None,
         dense=f['dense'] or f['tokens'],
-        teacher=teacher,
         doubt='it was trained too briefly' if hesitant else None,
     )
-
-
-def default(f):
-    "The candidate that is the library's default recipe in such a cell"
-    recipe = chosen(f)
     if [t.name for t in recipe.terms] == ['dist']:
         return 'dist(auto)x3'  # its T depends on the teacher
     return next(
