@@ -85,6 +85,13 @@ class Cell:
         best = protocol.best_rate(scores) if len(scores) > 1 else next(iter(scores))
         return Arm(scores, test, protocol.choices(scores), best)
 
+    def of_teacher(self):
+        return abs(value(self.main, {self.main: self.facts['teacher_test']}))
+
+    def of_labels_alone(self):
+        arm = self.arm('labels', self.main)
+        return abs(np.mean([*arm.test[arm.best].values()]))
+
     def has(self, *names):
         return all(k in self.finished for k in names)
 
@@ -137,7 +144,7 @@ class Judged:
         plans = read_json(folder / 'plan.json')
         self.cells = {n: Cell(n, p, read(folder / f'{n}.jsonl')) for n, p in plans.items()}
 
-    def gains(self, name, other, measure=None, kinds=()):
+    def gains(self, name, other, measure=None):
         "cell -> Effect, of the cells in which both recipes are finished and are not the same"
         return {
             n: c.gain(name, other, measure)
@@ -145,7 +152,6 @@ class Judged:
             if c.has(name, other)
             and not c.same(name, other)
             and (measure is None or measure in c.measures)
-            and (not kinds or c.kind in kinds)
         }
 
 
@@ -169,6 +175,7 @@ def of_default(j):
                 n,
                 c.kind,
                 c.main,
+                f'{c.of_teacher():.2f}, {c.of_labels_alone():.2f}',
                 f'{rates[0]:g}, {rates[1]:g}',
                 e.n,
                 said(e, c.main),
@@ -184,6 +191,7 @@ def of_default(j):
             'cell',
             'group',
             'measure',
+            'teacher, labels alone',
             'rates: labels alone, default',
             'seeds',
             'gain',
@@ -198,9 +206,8 @@ def of_default(j):
     )
 
 
-def counts(j, other, measure, cells):
-    "How many of these effects are better, and what they mean"
-    q = corrected({n: e.p for n, e in cells.items()})
+def counts(j, measure, cells, q):
+    "How many of these effects are better, and what they mean; q: their corrected p"
     margin = lambda n: protocol.MARGINS[measure or j.cells[n].main]
     verdicts = Counter(verdict(e, margin(n)) for n, e in cells.items())
     up = [n for n, e in cells.items() if e.mean > 0 and q.get(n, 1.0) < protocol.LEVEL]
@@ -223,10 +230,11 @@ def of_counts(j):
         ('ece', 'calibration error'),
     ):
         found = j.gains('default', 'labels', measure)
+        q = corrected({n: e.p for n, e in found.items()})
         for kind in ('other cells', 'first tries', 'new data'):
             inside = {n: e for n, e in found.items() if j.cells[n].kind == kind}
             if inside:
-                rows.append([words, kind, *counts(j, 'labels', measure, inside)])
+                rows.append([words, kind, *counts(j, measure, inside, q)])
     return table(
         [
             'by',
@@ -250,25 +258,23 @@ def of_overall(j):
     others = dict.fromkeys(k for c in j.cells.values() for k in c.finished if k != 'default')
     for k in others:
         for m in SPOKEN:
-            found = {
-                n: e
-                for n, e in j.gains('default', k, m).items()
-                if j.cells[n].kind != 'first tries'
-            }
-            tries = j.gains('default', k, m, ('first tries',))
-            for words, effects in (('all but first tries', found), ('first tries', tries)):
+            found = j.gains('default', k, m)
+            q = corrected({n: e.p for n, e in found.items()})
+            for tries in (False, True):
+                effects = {
+                    n: e for n, e in found.items() if (j.cells[n].kind == 'first tries') == tries
+                }
                 sets = [(j.cells[n].facts['data_set'], e.mean) for n, e in effects.items()]
                 if len({s for s, _ in sets}) < protocol.ENOUGH_DATA_SETS:
                     continue
-                q = corrected({n: e.p for n, e in effects.items()})
                 lost = [
                     n for n, e in effects.items() if e.mean < 0 and q.get(n, 1.0) < protocol.LEVEL
                 ]
                 o = overall(sets)
                 rows.append(
                     [
-                        shown_(k),
-                        words,
+                        spoken(k),
+                        'first tries' if tries else 'all but first tries',
                         SPOKEN[m],
                         len(effects),
                         o.n,
@@ -292,8 +298,8 @@ def of_overall(j):
     )
 
 
-def shown_(k):
-    return {'labels': 'labels alone'}.get(k) or f'`{shown(k)}`'
+def spoken(k):
+    return dict(labels='labels alone', default='the default').get(k) or f'`{shown(k)}`'
 
 
 def of_peers(j):
@@ -311,7 +317,7 @@ def of_peers(j):
     rows = [
         [n, *(cell(k, n) for k in others)] for n, c in j.cells.items() if 'default' in c.finished
     ]
-    return table(['cell', *map(shown_, others)], [r for r in rows if any(r[1:])])
+    return table(['cell', *map(spoken, others)], [r for r in rows if any(r[1:])])
 
 
 def of_best(j):
@@ -327,7 +333,7 @@ def of_best(j):
                     n,
                     c.main,
                     len(c.finished) - 1,
-                    shown_(k),
+                    spoken(k),
                     said(theirs, c.main),
                     said(ours, c.main),
                     number(share, '.0%'),
@@ -352,13 +358,15 @@ def of_best(j):
 
 def of_rest(j):
     "What is not in the tables, and why"
-    started = [f'{n} ({", ".join(map(shown, c.started))})' for n, c in j.cells.items() if c.started]
+    started = [
+        f'{n} ({", ".join(map(spoken, c.started))})' for n, c in j.cells.items() if c.started
+    ]
     waiting = {
-        n: [shown(k) for k in c.plan['recipes'] if k not in c.finished and k not in c.started]
+        n: [k for k in c.plan['recipes'] if k not in c.finished and k not in c.started]
         for n, c in j.cells.items()
     }
     diverged = [
-        f'{shown(k)} in {n} ({v})' for n, c in j.cells.items() for k, v in c.diverged.items()
+        f'{spoken(k)} in {n} ({v})' for n, c in j.cells.items() for k, v in c.diverged.items()
     ]
     stale = sum(c.stale for c in j.cells.values())
     commits = Counter(r['commit'] for c in j.cells.values() for r in c.runs)
@@ -407,12 +415,12 @@ def picture(j, path):
 PARTS = [
     (
         'How often the default is better or safe',
-        'Against labels alone. Safe, worse, too noisy to tell: see the margins in [PROTOCOL.md](PROTOCOL.md). Significant: after the correction for all cells of the row.',
+        'Against labels alone. Safe, worse, too noisy to tell: see the margins in [PROTOCOL.md](PROTOCOL.md). Significant: after the correction for all finished cells.',
         of_counts,
     ),
     (
         'The default against labels alone',
-        'Mean difference and 95% interval, which includes how uncertain the choice of the rates is. More is better in all columns.',
+        'Mean difference on the test split and its 95% interval, which includes how uncertain the choice of the rates is; the main measure in points or bits. More is better in all columns of gains.',
         of_default,
     ),
     (

@@ -3,6 +3,7 @@
 python benchmarks/quality/pages.py"""
 
 import re
+from math import copysign
 import judge, tables
 from tasks import HERE
 
@@ -64,6 +65,12 @@ def fill(page, pattern, *values):
     return page
 
 
+def rounded(v, digits):
+    "With a sign, unless it is zero; halves are rounded away from zero, as they are read"
+    text = f'{v + copysign(1e-6, v):+.{digits}f}'
+    return text if float(text) else text[1:]
+
+
 def gains_said(page, r):
     "The page with the gains of the table that begins with 'the student predicts'"
     head = re.search(r'^\| the student predicts .*?\n\n', page, re.M | re.S)
@@ -74,10 +81,9 @@ def gains_said(page, r):
         found = []
         for n in cells.split():
             g = r.gains[n][r.default[n]]
-            v = f'{g.mean / 100:+.2f}' if n in BITS else f'{g.mean:+.1f}'
-            v = v[1:] if not float(v) else v
+            v = rounded(g.mean / 100, 2) if n in BITS else rounded(g.mean, 1)
             found.append(f'**{v}**' if n in r.bold_default else v)
-        pattern = rf'(?<![\w,] )(?<!\w){re.escape(words)} ({GAIN}(?:, {GAIN})*)'
+        pattern = rf'(?<!\w){re.escape(words)} ({GAIN}(?:, {GAIN})*)'
         part = fill(part, pattern, ', '.join(found))
     return page.replace(head[0], part)
 

@@ -205,7 +205,7 @@ def teacher_of(data):
 def close(a, b):
     if a is None or b is None or len(a) != len(b):
         return a == b
-    return bool(np.allclose(a, b, rtol=5e-3, atol=2e-3))
+    return bool(np.allclose(a, b, rtol=1e-3, atol=1e-3))
 
 
 def plan(cell, data):
