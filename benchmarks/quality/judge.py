@@ -402,6 +402,12 @@ def picture(j, path):
     ax.set_yticks(range(len(order)), order, fontsize=8)
     ax.set_ylim(len(order) - 0.4, -0.6)
     ax.set_xscale('symlog', linthresh=2)
+    ticks = [-50, -20, -10, -5, -2, -1, 0, 1, 2, 5, 10, 20, 50]
+    left, right = ax.get_xlim()
+    ax.set_xticks([t for t in ticks if left < t < right], minor=False)
+    ax.set_xticks([], minor=True)
+    ax.xaxis.set_major_formatter('{x:g}')
+    ax.tick_params(axis='x', labelsize=8)
     ax.set_xlabel(
         'gain over labels alone, in margins (0.5 points of most measures); 95% interval, dashed: the margin',
         fontsize=8,

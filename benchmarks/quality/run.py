@@ -60,6 +60,7 @@ def run_cell(cell, out, until, names=(), code=''):
 
     The plan is stored beside the runs, so that tables know what belongs to it."""
     if cell.sealed and not protocol.FROZEN:
+        print(f'{cell.name}: its data are for the frozen default, see PROTOCOL.md')
         return True
     path, data = out / f'{cell.name}.jsonl', cell.data()
     planned, recipes = protocol.plan(cell, data)
@@ -135,11 +136,11 @@ def main(
 def estimate(cell, out, names):
     """Print about how many runs of a cell are missing; return their seconds.
 
-    Seconds are those of stored runs of the cell: of this protocol, else of the first one, else 5."""
+    Seconds are those of stored runs of the cell: of this protocol, else of the first one, else a guess."""
     stored = read(out / f'{cell.name}.jsonl')
     planned = read_json(out / 'plan.json').get(cell.name)
     before = stored or read(OUT / f'{cell.name}.jsonl')
-    seconds = np.mean([r['seconds'] for r in before]) if before else 5.0
+    seconds = np.mean([r['seconds'] for r in before]) if before else (1.0, 4.0, 30.0)[cell.cost - 1]
     left = 0
     for name in [n for n in protocol.names(cell) if not names or n in names]:
         if planned and name not in planned['recipes']:

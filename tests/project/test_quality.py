@@ -2,6 +2,7 @@
 
 import inspect, json, math, re, sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 import numpy as np
@@ -99,6 +100,24 @@ def test_a_run_stores_what_it_is_a_run_of(quality, blobs, tmp_path):
         assert r[part].keys() == {'accuracy', 'nll', 'ece'}
     roles = {r['role']: {o['seed'] for o in runs if o['role'] == r['role']} for r in runs}
     assert roles == dict(choosing={0, 1, 2}, reported=set(range(100, 108)))
+
+
+@pytest.mark.parametrize('output', ['classes', 'pixels', 'tokens', 'labels', 'numbers'])
+def test_every_kind_of_outputs_runs(quality, output, tmp_path):
+    small, data = quality.protocol.example(output)
+    net = SHAPED[output]
+    cell = replace(
+        small, name='c', data=lambda: data, student=lambda d: net(), steps=2, rates=(0.01,)
+    )
+    assert quality.run.run_cell(cell, tmp_path, math.inf, ['labels', 'default'])
+    runs = quality.stored.read(tmp_path / 'c.jsonl')
+    assert len(runs) == 16
+    assert all(quality.measures.MAIN[output] in r['test'] for r in runs)
+    assert ('nll' in runs[0]['test']) == (output != 'numbers')
+
+
+SHAPED = {k: partial(nn.Linear, 6, 4) for k in ('classes', 'tokens', 'labels', 'numbers')}
+SHAPED['pixels'] = partial(nn.Conv2d, 6, 4, 1)
 
 
 @pytest.fixture
