@@ -48,7 +48,7 @@ def wide(data):
 
 
 def photo_data():
-    splits = kept('first_photos', lambda: dict(splits=photos()))['splits']
+    splits = kept('photos_64', lambda: dict(splits=photos()))['splits']
     return Data(*(Split(x, y, y) for x, y in splits))
 
 
