@@ -33,8 +33,8 @@ class Candidate:
     name: str
     recipe: Callable  # () -> Recipe, or None for labels alone
     outputs: str = SOFT
-    tier: str = 'core'  # 'core': in every cell; 'two': two classes first; 'more': where time allows; 'peer': suggested by another tool
-    smoothing: float = 0.0
+    tier: str = 'core'  # 'peer': suggested by another tool; the others said in which order protocol 1 ran them
+    smoothing: float = 0.0  # of the labels, in protocol 1
     classes: int = 1  # fewest that it is for
     tasks: str = ''  # these alone
     measures: bool = False  # `recipe` gets the teacher's outputs for the training set
