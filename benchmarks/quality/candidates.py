@@ -33,8 +33,8 @@ class Candidate:
     name: str
     recipe: Callable  # () -> Recipe, or None for labels alone
     outputs: str = SOFT
-    tier: str = 'core'  # 'core': in every cell; 'two': two classes first; 'more': where time allows; 'peer': suggested by another tool
-    smoothing: float = 0.0
+    tier: str = 'core'  # 'peer': suggested by another tool; the others said in which order protocol 1 ran them
+    smoothing: float = 0.0  # of the labels, in protocol 1
     classes: int = 1  # fewest that it is for
     tasks: str = ''  # these alone
     measures: bool = False  # `recipe` gets the teacher's outputs for the training set
@@ -85,13 +85,16 @@ CANDIDATES = [
     C('cwd(4)x1', share(losses.cwd, 1.0, T=4.0), 'pixels'),
     C('cwd(4)x3', share(losses.cwd, 3.0, T=4.0), 'pixels'),
     # suggested by other tools; tests/project/test_quality.py reads their defaults from the installed packages. fasterai: `SoftTarget` with its weight. timm: `LogitDistillationTask`
-    # without a weight. torchdistill has no default; kd(1,.5) is its configuration for ImageNet. Keras: its code example, T=10 and alpha=.1 for the labels; its `Distiller` has T=3 and one half.
+    # without a weight. torchdistill has no default; kd(1,.5) is its configuration for ImageNet, kd(4,.1) the one for CIFAR-10. Keras: its code example, T=10 and alpha=.1 for the labels;
+    # its `Distiller` has T=3 and one half, kd(3,.5).
     C('kd(5,.5)', lambda: kd(5.0, 0.5), SOFT, 'peer'),
     C('timm', lambda: Recipe(Term(losses.kl, weight=1.0, T=1.0)), SOFT, 'peer', shown='kl(1)w1'),
     C('keras', lambda: kd(10.0, 0.9), SOFT, 'peer', shown='kd(10,.9)'),
     C(
         'fasterai', lambda: kd(20.0, 0.9), SOFT, 'more', shown='kd(20,.9)'
     ),  # the name is a mistake: fasterai suggests kd(5,.5)
+    C('kd(3,.5)', lambda: kd(3.0, 0.5), SOFT, 'peer'),
+    C('kd(4,.1)', lambda: kd(4.0, 0.1), SOFT, 'peer'),
     C(
         'mse(.5)',
         lambda: Recipe(Term(F.mse_loss, weight=0.5, name='mse'), task=0.5),

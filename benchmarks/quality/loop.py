@@ -11,17 +11,13 @@ KINDS = dict(
 )
 
 
-def labels_loss(cell, smoothing=0.0):
+def labels_loss(cell):
     "fn(logits, labels): the task loss"
     if cell.output == 'labels':
-        return lambda s, y: F.binary_cross_entropy_with_logits(
-            s, y * (1 - smoothing) + smoothing / 2
-        )
+        return F.binary_cross_entropy_with_logits
     if cell.output == 'numbers':
         return F.mse_loss
-    return lambda s, y: F.cross_entropy(
-        s.movedim(cell.axis, 1), y, ignore_index=cell.void, label_smoothing=smoothing
-    )
+    return lambda s, y: F.cross_entropy(s.movedim(cell.axis, 1), y, ignore_index=cell.void)
 
 
 def optimizer(cell, params, lr):
@@ -43,16 +39,14 @@ def batches(n, bs, steps, seed):
 def train(
     cell,  # a `tasks.Cell`
     data,  # its `tasks.Data`
-    candidate,  # a `candidates.Candidate`
+    recipe,  # a Recipe; None: labels alone
     lr,
     seed,
 ):
     "The student after its last step, and the seconds of the loop"
     torch.manual_seed(seed)
     student = cell.student(data).train()
-    t = data.train.t.movedim(cell.axis + bool(data.train.views), -1)
-    recipe = candidate.recipe(t) if candidate.measures else candidate.recipe()
-    own, distiller = labels_loss(cell, candidate.smoothing), None
+    own, distiller = labels_loss(cell), None
     if recipe is not None:
         live = any(t.layers is not None for t in recipe.terms)
         distiller = Distiller(

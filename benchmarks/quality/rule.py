@@ -1,61 +1,18 @@
-"""The library's default rule in each cell, and what a rule chosen without a task would have been worth on it.
+"The library's default recipe in each cell, and what a rule chosen without a task would have been worth on it."
 
-python benchmarks/quality/rule.py     # writes results/quality/facts.json"""
-
-import json
 import numpy as np
-import torch
 from candidates import CANDIDATES
 from fastdistill import auto
 from fastdistill.checks.scores import HESITANT, NOT_APART
 from loop import KINDS
-from measures import MAIN, measure
-from run import OUT, classes_of, read
 from stats import at_best_rate, by_seed, paired
-from tasks import cells
-
-
-def facts_of(cell):
-    "What is known of a cell before its student is trained"
-    data, options = cell.data(), dict(void=cell.void) if cell.output == 'pixels' else {}
-    out = dict(
-        task=cell.task,
-        output=cell.output,
-        classes=classes_of(cell, data),
-        rows=len(data.train),
-        steps=cell.steps,
-        batch=cell.bs,
-        epochs=round(cell.steps * min(cell.bs, len(data.train)) / len(data.train), 2),
-        views=data.train.views,
-        tokens=cell.output == 'tokens',
-        dense=cell.output == 'pixels',
-        parameters=sum(p.numel() for p in cell.student(data).parameters()),
-    )
-    for name, s in (('train', data.train), ('valid', data.valid), ('test', data.test)):
-        t = (s.t[0] if s.views else s.t).float()
-        out[f'teacher_{name}'] = round(
-            measure(cell.output, t, s.y, **options)[MAIN[cell.output]], 4
-        )
-        if cell.output == 'labels':
-            out[f'apart_{name}'] = round(apart(t, s.y), 4)
-        if cell.output in ('classes', 'pixels', 'tokens'):
-            out[f'top_prob_{name}'] = round(t.softmax(cell.axis).amax(cell.axis).mean().item(), 4)
-    return out
+from stored import OUT, read
 
 
 def apart(logits, y):
     "How far the mean probability of the labels that items have is above that of the others"
     p = logits.float().sigmoid()
     return (p[y > 0.5].mean() - p[y <= 0.5].mean()).item()
-
-
-def write_facts(path=OUT / 'facts.json'):
-    have = json.loads(path.read_text()) if path.exists() else {}
-    for name, cell in cells().items():
-        if name not in have and (OUT / f'{name}.jsonl').exists():
-            have[name] = facts_of(cell)
-    path.write_text(json.dumps(have, indent=1) + '\n')
-    return have
 
 
 def group(f):
@@ -140,8 +97,7 @@ def left_out(
         known = set.intersection(*(set(found[n]) for n in [*others, name])) - {
             'labels',
             'fasterai',
-            'timm',
-            'keras',
+            *(c.name for c in CANDIDATES.values() if c.tier == 'peer'),
         }
         if known:
             out[name] = max(
@@ -157,9 +113,3 @@ def mean_over_tasks(
     "fn(recipe): its mean share, each task counting once"
     of = lambda t, k: np.mean([shares[n][k] for n in task if task[n] == t])
     return lambda k: np.mean([of(t, k) for t in sorted(set(task.values()))])
-
-
-if __name__ == '__main__':
-    torch.set_num_threads(1)
-    for name, f in write_facts().items():
-        print(name, default(f), f)

@@ -1,71 +1,33 @@
-"""The quality benchmark: what each recipe is worth, in each cell, at its own best rate.
+"""The runs of PROTOCOL.md.
 
-    python benchmarks/quality/run.py --minutes 60
-    python benchmarks/quality/run.py --cells sst2_short,sst2_long --tiers core
+    python benchmarks/quality/run.py                                                   # all that is missing, quick cells first
+    python benchmarks/quality/run.py --cells sst2_short --recipes 'labels;default' --minutes 5
+    python benchmarks/quality/run.py --plan                                            # what is missing, and how long it will take
 
-First each recipe's rate is chosen on a validation split with one seed, or all seeds of a cell whose split is tiny. Then more seeds run
-at that rate. Each run is one line of JSON in benchmarks/results/quality/CELL.jsonl. A restart skips what is there. QUALITY_DATA names the folder of the data sets."""
+Each run is one line of JSON in benchmarks/results/quality/protocol2/CELL.jsonl. A restart skips what is there and still counts: a
+run with a different recipe, teacher, setup or protocol, or of a library that trains differently, does not. QUALITY_DATA names the folder of the data sets."""
 
-import json, time, warnings
+import subprocess, time, warnings
 from pathlib import Path
+import numpy as np
 import torch, typer
-from candidates import CANDIDATES
+import protocol
 from fastdistill import DistillWarning
 from loop import predict, train
 from measures import MAIN, measure, score
-from stats import best_rate, by_rate
+from stored import OUT, append, read, read_json, write_json
 from tasks import HERE, cells
 
-OUT = HERE.parent / 'results' / 'quality'
-FURTHER = 2  # rates beyond either end of a cell's grid, where the best one stands at that end
+FOLDER = OUT / f'protocol{protocol.VERSION}'
 
 
-def read(path):
-    "The finished runs of a file; a line that an interrupt cut off is none"
-    runs = []
-    for line in path.read_text().splitlines() if path.exists() else ():
-        try:
-            runs.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return runs
-
-
-def append(path, run):
-    "One whole line in one write, after whatever an interrupt left"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    cut = path.exists() and path.stat().st_size and path.read_bytes()[-1:] != b'\n'
-    with open(path, 'ab', buffering=0) as f:
-        f.write((('\n' if cut else '') + json.dumps(run) + '\n').encode())
-
-
-def next_rate(
-    rates,  # of the cell
-    tried,  # rate -> validation score of those that ran, the first seed's
-):
-    "The next rate to try; None once the best one has a worse neighbor on either side, or none is left to try"
-    if todo := [r for r in rates if r not in tried]:
-        return todo[0]
-    best, all_of = max(tried, key=tried.get), sorted(tried)
-    factor = rates[1] / rates[0]
-    if best == all_of[-1] and len([r for r in all_of if r > max(rates)]) < FURTHER:
-        return float(f'{best * factor:.2g}')
-    if best == all_of[0] and len([r for r in all_of if r < min(rates)]) < FURTHER:
-        return float(f'{best / factor:.2g}')
-
-
-def one_run(cell, data, candidate, lr, seed):
-    with warnings.catch_warnings():
-        warnings.simplefilter('ignore', DistillWarning)
-        student, seconds = train(cell, data, candidate, lr, seed)
-    options = dict(void=cell.void) if cell.output == 'pixels' else {}
-    found = {
-        k: finite(measure(cell.output, predict(student, s.x), s.y, **options))
-        for k, s in (('valid', data.valid), ('test', data.test))
-    }
-    return dict(
-        cell=cell.name, recipe=candidate.name, lr=lr, seed=seed, **found, seconds=round(seconds, 2)
-    )
+def commit():
+    "Of the code that runs; with a + if files that are in it have changed"
+    git = lambda *a: subprocess.run(
+        ['git', '-C', str(HERE), *a], capture_output=True, text=True, check=True
+    ).stdout.strip()
+    changed = git('status', '--porcelain', '-uno', '--', ':/src', ':/benchmarks/quality')
+    return git('rev-parse', '--short=12', 'HEAD') + ('+' if changed else '')
 
 
 WORST = dict.fromkeys(('accuracy', 'miou', 'map', 'f1', 'r2'), 0.0) | dict.fromkeys(
@@ -78,74 +40,124 @@ def finite(found):
     return {k: round(v, 6) if abs(v) < 1e6 else WORST[k] for k, v in found.items()}
 
 
-def todo(cell, candidate, runs, seeds):
-    "(rate, seed) of this candidate's next run; None when it is done"
-    own = [r for r in runs if r['recipe'] == candidate.name]
-    seeds_at = {lr: {r['seed'] for r in own if r['lr'] == lr} for lr in {r['lr'] for r in own}}
-    for lr, have in seeds_at.items():
-        if 0 in have and (left := set(range(cell.choosing)) - have):
-            return lr, min(left)
-    lr = next_rate(cell.rates, by_rate(own, cell.output))
-    if lr is not None:
-        return lr, 0
-    lr = best_rate(own, cell.output)
-    left = [s for s in range(seeds) if s not in seeds_at[lr]]
-    return (lr, left[0]) if left else None
+def one_run(cell, data, recipe, lr, seed):
+    "The measures on the validation and the test split, and the seconds"
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore', DistillWarning)
+        student, seconds = train(cell, data, recipe, lr, seed)
+    options = dict(void=cell.void) if cell.output == 'pixels' else {}
+    raw = {
+        k: measure(cell.output, predict(student, s.x), s.y, **options)
+        for k, s in (('valid', data.valid), ('test', data.test))
+    }
+    found = {k: finite(v) for k, v in raw.items()}
+    diverged = not all(abs(v) < 1e6 for o in raw.values() for v in o.values())
+    return dict(found, diverged=diverged, seconds=round(seconds, 2))
 
 
-def classes_of(cell, data):
-    return data.train.t.shape[cell.axis if not data.train.views else cell.axis + 1]
+def run_cell(cell, out, until, names=(), code=''):
+    """All that is left to do in one cell of these recipes, or of all; False when the time is over.
 
-
-def run_cell(cell, candidates, out, until, seeds=None):
-    "All that is left to do of these candidates in one cell; False when the time is over"
-    path, data = out / f'{cell.name}.jsonl', None
+    The plan is stored beside the runs, so that tables know what belongs to it."""
+    if cell.sealed and not protocol.FROZEN:
+        print(f'{cell.name}: its data are for the frozen default, see PROTOCOL.md')
+        return True
+    path, data = out / f'{cell.name}.jsonl', cell.data()
+    planned, recipes = protocol.plan(cell, data)
+    write_plan(out, cell.name, planned)
     runs = read(path)
-    for c in candidates:
-        if cell.output not in c.outputs.split():
-            continue
-        while (job := todo(cell, c, runs, seeds or cell.seeds)) is not None:
+    for name in [n for n in recipes if not names or n in names]:
+        own = [r for r in runs if protocol.belongs(r, planned, name)]
+        valid = lambda r: score(cell.output, r['valid'])
+        while (job := protocol.next_run(planned, name, own, valid)) is not None:
             if time.time() > until:
                 return False
-            data = data or cell.data()
-            if not c.fits(cell, classes_of(cell, data)):
-                break
-            runs.append(one_run(cell, data, c, *job))
-            append(path, runs[-1])
-            r = runs[-1]
+            lr, seed, role = job
+            r = dict(
+                protocol=protocol.VERSION,
+                cell=cell.name,
+                setup=planned['setup'],
+                recipe=planned['recipes'][name]['text'],
+                lr=lr,
+                seed=seed,
+                role=role,
+                **one_run(cell, data, recipes[name], lr, seed),
+                commit=code,
+                day=time.strftime('%Y-%m-%d'),
+                behavior=planned['recipes'][name]['behavior'],
+                teacher=planned['teacher'],
+            )
+            append(path, r)
+            runs.append(r)
+            own.append(r)
             print(
-                f'{time.strftime("%H:%M:%S")} {cell.name} {c.name} lr {r["lr"]:g} seed {r["seed"]}: {MAIN[cell.output]} valid '
-                f'{score(cell.output, r["valid"]):.2f} test {score(cell.output, r["test"]):.2f}, {r["seconds"]:.1f} s',
+                f'{time.strftime("%H:%M:%S")} {cell.name} {name} lr {lr:g} seed {seed} ({role}): {MAIN[cell.output]} valid '
+                f'{valid(r):.2f} test {score(cell.output, r["test"]):.2f}, {r["seconds"]:.1f} s',
                 flush=True,
             )
     return True
 
 
+def write_plan(out, name, planned):
+    plans = read_json(out / 'plan.json') | {name: planned}
+    write_json(out / 'plan.json', dict(sorted(plans.items())))
+
+
+def quick_first(chosen):
+    "First tries, then the cells in the order of their cost"
+    return sorted(chosen, key=lambda c: (not c.first_try, c.name in protocol.LONG, c.cost))
+
+
 def main(
-    out: Path = OUT,
+    out: Path = FOLDER,
     cell_names: str = typer.Option('', '--cells'),
-    tiers: str = 'core,peer,more',
-    names: str = typer.Option('', '--candidates'),
+    recipes: str = '',
     minutes: float = 1e6,
-    seeds: int = 0,
-    cost: int = 9,
+    plan: bool = False,
 ):
     torch.set_num_threads(1)
-    until, have = time.time() + 60 * minutes, cells()
-    chosen = (
-        [have[n] for n in cell_names.split(',')]
-        if cell_names
-        else [c for c in have.values() if c.cost <= cost]
-    )
-    for tier in tiers.split(','):
-        candidates = [
-            c
-            for c in CANDIDATES.values()
-            if c.tier == tier and (not names or c.name in names.split(';'))
-        ]
-        for cell in chosen:
-            if not run_cell(cell, candidates, out, until, seeds or None):
+    until, have, code = time.time() + 60 * minutes, cells(), commit()
+    names, total = [n for n in recipes.split(';') if n], 0.0
+    for cell in quick_first(
+        [have[n] for n in cell_names.split(',')] if cell_names else have.values()
+    ):
+        if plan:
+            total += estimate(cell, out, names)
+            continue
+        try:
+            if not run_cell(cell, out, until, names, code):
                 return
+        except (FileNotFoundError, ImportError) as e:
+            print(f'{cell.name} was not run: {e}', flush=True)
+    if plan:
+        print(f'In all about {total / 60:,.0f} CPU minutes')
+
+
+def estimate(cell, out, names):
+    """Print about how many runs of a cell are missing; return their seconds.
+
+    Seconds are those of stored runs of the cell: of this protocol, else of the first one, else a guess."""
+    stored = read(out / f'{cell.name}.jsonl')
+    planned = read_json(out / 'plan.json').get(cell.name)
+    before = stored or read(OUT / f'{cell.name}.jsonl')
+    seconds = np.mean([r['seconds'] for r in before]) if before else (1.0, 4.0, 30.0)[cell.cost - 1]
+    left = 0
+    for name in [n for n in protocol.names(cell) if not names or n in names]:
+        if planned and name not in planned['recipes']:
+            continue  # it needs more classes
+        own = [r for r in stored if planned and protocol.belongs(r, planned, name)]
+        done = (
+            planned
+            and protocol.next_run(planned, name, own, lambda r: score(cell.output, r['valid']))
+            is None
+        )
+        left += (
+            0 if done else max(protocol.amount(cell.rates, len(protocol.seeds(cell))) - len(own), 1)
+        )
+    print(
+        f'{cell.name}: about {left} runs of {seconds:.1f} s are missing, {left * seconds / 60:.0f} CPU minutes'
+    )
+    return left * seconds
 
 
 app = typer.Typer(pretty_exceptions_enable=False)

@@ -1,6 +1,4 @@
-"""Draw the tables of README.md and the picture from the runs.
-
-python benchmarks/quality/tables.py"""
+"The tables and the picture of the runs of protocol 1."
 
 import json
 from collections import Counter
@@ -10,9 +8,9 @@ from scipy import stats
 from candidates import CANDIDATES
 from measures import MAIN
 from rule import default, gains, group, left_out, results
-from run import OUT, read
 from stats import at_best_rate, at_rate, by_seed, corrected, paired
-from tasks import HERE, cells
+from stored import OUT, read
+from tasks import cells
 
 LATER = (
     'fashion imagenette cancer diabetes trec50 polarity occupation person digit_pixels'.split()
@@ -48,7 +46,6 @@ KINDS = {
     'numbers': 'regression',
 }
 LEVEL = 0.05
-START, END = '<!-- tables -->\n', '<!-- end of tables -->\n'
 
 
 @dataclass(frozen=True)
@@ -482,13 +479,6 @@ def text(r):
     return '\n'.join(f'## {title}\n\n{about}\n\n{draw(r)}' for title, about, draw in PARTS)
 
 
-def main():
-    r, path = Results(), HERE / 'README.md'
-    before, rest = path.read_text().split(START)
-    path.write_text(before + START + '\n' + text(r) + END + rest.split(END)[1])
-    picture(r, HERE / 'gains.png')
-
-
 PARTS = [
     (
         'How often the default is better',
@@ -532,6 +522,3 @@ PARTS = [
         of_dropped,
     ),
 ]
-
-if __name__ == '__main__':
-    main()

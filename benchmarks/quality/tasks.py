@@ -61,9 +61,40 @@ class Cell:
     opt: str = 'adamw'
     axis: int = 1  # of the classes in the logits
     void: int = -100  # a label that does not count
-    seeds: int = 4
-    choosing: int = 1  # seeds that run at each rate, to choose by
+    seeds: int = 4  # that protocol 1 reported
     cost: int = 1  # 1: a few seconds a run, 2: some ten, 3: more
+    source: str = ''  # the data set, if different tasks share it; the task otherwise
+    first_try: bool = (
+        False  # one rate that nobody tuned, a short training, a teacher trained as briefly
+    )
+    sealed: bool = False  # data that only the frozen default is judged by
+
+    @property
+    def data_set(self):
+        return self.source or SOURCES.get(self.task, self.task)
+
+    @property
+    def setup(self):
+        "What a run depends on besides the recipe, the rate, the seed and the data"
+        return f'{self.output}, {self.steps} steps of {self.bs}, {self.opt}, axis {self.axis}, void {self.void}'
+
+
+# task -> the data set that it shares with other tasks
+SOURCES = dict(
+    adult='adult census',
+    age='adult census',
+    occupation='adult census',
+    person='adult census',
+    sst2='film reviews',
+    polarity='film reviews',
+    trec50='trec',
+    digits100='digits',
+    points='digits',
+    digit_pixels='digits',
+    cifar5000='cifar',
+    goemotionsweak='goemotions',
+    banking77weak='banking77',
+)
 
 
 class Fast(nn.Module):
@@ -121,6 +152,8 @@ def cells():
             'cifar',
             'imagenette',
             'unseen',
+            'first',
+            'sealed',
         )
         if (HERE / f'task_{m}.py').exists()
         for c in importlib.import_module(f'task_{m}').CELLS

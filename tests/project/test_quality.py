@@ -2,6 +2,7 @@
 
 import inspect, json, math, re, sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 import numpy as np
@@ -19,11 +20,11 @@ def quality():
     "The benchmark's modules, which import each other by their bare names"
     sys.path.insert(0, str(HERE))
     try:
-        import candidates, loop, measures, rule, run, stats, tables, tasks
+        import candidates, judge, loop, measures, pages, protocol, rule, run, stats, stored
+        import tables, tasks
 
-        return SimpleNamespace(
-            **{m.__name__: m for m in (candidates, loop, measures, rule, run, stats, tables, tasks)}
-        )
+        modules = candidates, judge, loop, measures, pages, protocol, rule, run, stats, stored
+        return SimpleNamespace(**{m.__name__: m for m in (*modules, tables, tasks)})
     finally:
         sys.path.remove(str(HERE))
 
@@ -39,78 +40,233 @@ def blobs(quality):
         x = centers[y] + torch.randn(n, 4, generator=g)
         return quality.tasks.Split(x, y, -torch.cdist(x, centers).pow(2) / 2)
 
-    data, opened = quality.tasks.Data(split(64), split(64), split(64)), []
+    data = quality.tasks.Data(split(64), split(64), split(64))
     cell = quality.tasks.Cell(
         'blobs',
         'blobs',
         'classes',
-        lambda: opened.append(1) or data,
+        lambda: data,
         lambda d: nn.Linear(4, 3),
         steps=8,
         bs=16,
         rates=(0.01, 0.03),
         seeds=2,
     )
-    return cell, data, opened
+    return cell, data
+
+
+def keys(runs):
+    return [(r['recipe'], r['lr'], r['seed']) for r in runs]
 
 
 def test_a_restart_runs_only_what_is_missing(quality, blobs, tmp_path):
-    cell, _, opened = blobs
-    chosen, path = (
-        [quality.candidates.CANDIDATES[n] for n in ('labels', 'kl(1)x3')],
-        tmp_path / 'blobs.jsonl',
-    )
-    assert quality.run.run_cell(cell, chosen[:1], tmp_path, math.inf)
+    cell, _ = blobs
+    path = tmp_path / 'blobs.jsonl'
+    assert quality.run.run_cell(cell, tmp_path, math.inf, ['labels'])
     first = path.read_text()
-    assert quality.run.run_cell(cell, chosen, tmp_path, math.inf)
+    assert quality.run.run_cell(cell, tmp_path, math.inf, ['labels', 'kd(4,.9)'])
     whole = path.read_text()
-    assert whole.startswith(first) and len(whole) > len(first)
-    keys = [(r['recipe'], r['lr'], r['seed']) for r in quality.run.read(path)]
-    assert len(set(keys)) == len(keys)
-    assert quality.run.run_cell(cell, chosen, tmp_path, math.inf) and path.read_text() == whole
-    assert len(opened) == 2  # the third time there was nothing to do
+    assert whole.startswith(first)
+    assert len(whole) > len(first)
+    runs = quality.stored.read(path)
+    assert len(set(keys(runs))) == len(runs)
+    assert quality.run.run_cell(cell, tmp_path, math.inf, ['labels', 'kd(4,.9)'])
+    assert path.read_text() == whole
     # an interrupt in the middle of the last line costs this run alone, and gives the same line again
     path.write_text(whole[:-20])
-    assert quality.run.run_cell(cell, chosen, tmp_path, math.inf)
+    assert quality.run.run_cell(cell, tmp_path, math.inf, ['labels', 'kd(4,.9)'])
     without_time = lambda r: {k: v for k, v in r.items() if k != 'seconds'}
     before = [without_time(json.loads(o)) for o in whole.splitlines()]
-    assert [without_time(r) for r in quality.run.read(path)] == before
+    assert [without_time(r) for r in quality.stored.read(path)] == before
 
 
 def test_no_time_left_starts_no_run(quality, blobs, tmp_path):
-    assert not quality.run.run_cell(
-        blobs[0], [quality.candidates.CANDIDATES['labels']], tmp_path, 0
-    )
+    assert not quality.run.run_cell(blobs[0], tmp_path, 0, ['labels'])
     assert not (tmp_path / 'blobs.jsonl').exists()
 
 
-def test_the_grid_of_rates_grows_where_its_best_stands_at_an_end(quality):
-    grid = 0.01, 0.03, 0.09
-    assert quality.run.next_rate(grid, {}) == 0.01
-    assert quality.run.next_rate(grid, {0.01: 5.0, 0.03: 7.0, 0.09: 6.0}) is None
-    assert quality.run.next_rate(grid, {0.01: 5.0, 0.03: 6.0, 0.09: 7.0}) == 0.27
-    assert quality.run.next_rate(grid, {0.01: 7.0, 0.03: 6.0, 0.09: 5.0}) == 0.0033
+def test_a_run_stores_what_it_is_a_run_of(quality, blobs, tmp_path):
+    quality.run.run_cell(blobs[0], tmp_path, math.inf, ['kd(4,.9)'], 'abc')
+    runs = quality.stored.read(tmp_path / 'blobs.jsonl')
+    r = runs[0]
+    assert r['recipe'] == 'Recipe(Term(kd, weight=0.9, T=4), task=0.1)'
+    assert r['protocol'] == quality.protocol.VERSION
+    assert r['commit'] == 'abc'
     assert (
-        quality.run.next_rate(grid, {0.01: 1.0, 0.03: 2.0, 0.09: 3.0, 0.27: 4.0, 0.81: 5.0}) is None
-    )  # twice beyond, then no further
-
-
-def test_a_tiny_cell_chooses_its_rate_by_several_seeds(quality, blobs, tmp_path):
-    cell = replace(blobs[0], choosing=2, seeds=3)
-    assert quality.run.run_cell(cell, [quality.candidates.CANDIDATES['labels']], tmp_path, math.inf)
-    runs = quality.run.read(tmp_path / 'blobs.jsonl')
-    found = {
-        lr: [r['valid']['accuracy'] for r in runs if r['lr'] == lr and r['seed'] < 2]
-        for lr in {r['lr'] for r in runs}
-    }
-    assert len(found) > 1 and {len(v) for v in found.values()} == {2}
-    best = quality.stats.best_rate(runs, 'classes')
-    assert sum(found[best]) == max(map(sum, found.values()))
-    assert (
-        {r['lr'] for r in runs if r['seed'] == 2}
-        == {best}
-        == {r['lr'] for r in quality.stats.at_best_rate(runs, 'classes')['labels']}
+        r['setup']
+        == 'classes, 8 steps of 16, adamw, axis 1, void -100; 64 training items, 15 parameters'
     )
+    for part in ('valid', 'test'):
+        assert r[part].keys() == {'accuracy', 'nll', 'ece'}
+    roles = {r['role']: {o['seed'] for o in runs if o['role'] == r['role']} for r in runs}
+    assert roles == dict(choosing={0, 1, 2}, reported=set(range(100, 108)))
+
+
+@pytest.mark.parametrize('output', ['classes', 'pixels', 'tokens', 'labels', 'numbers'])
+def test_every_kind_of_outputs_runs(quality, output, tmp_path):
+    small, data = quality.protocol.example(output)
+    net = SHAPED[output]
+    cell = replace(
+        small, name='c', data=lambda: data, student=lambda d: net(), steps=2, rates=(0.01,)
+    )
+    assert quality.run.run_cell(cell, tmp_path, math.inf, ['labels', 'default'])
+    runs = quality.stored.read(tmp_path / 'c.jsonl')
+    assert len(runs) == 16
+    assert all(quality.measures.MAIN[output] in r['test'] for r in runs)
+    assert ('nll' in runs[0]['test']) == (output != 'numbers')
+
+
+SHAPED = {k: partial(nn.Linear, 6, 4) for k in ('classes', 'tokens', 'labels', 'numbers')}
+SHAPED['pixels'] = partial(nn.Conv2d, 6, 4, 1)
+
+
+@pytest.fixture
+def done(quality, blobs, tmp_path):
+    "The default and labels alone ran in the cell of blobs"
+    cell, data = blobs
+    names = ['labels', 'default']
+    run = lambda: quality.run.run_cell(cell, tmp_path, math.inf, names)
+    run()
+    return data, run, lambda: quality.stored.read(tmp_path / 'blobs.jsonl')
+
+
+def default_and_labels(runs):
+    return sum(r['recipe'] != 'labels' for r in runs), sum(r['recipe'] == 'labels' for r in runs)
+
+
+def test_a_different_default_runs_anew_and_the_former_one_stays_in_the_file(
+    quality, done, monkeypatch
+):
+    from fastdistill import kd
+
+    _, run, runs = done
+    before = runs()
+    monkeypatch.setattr(quality.protocol, 'library_default', lambda *a: other)
+    other = quality.protocol.auto('softmax', classes=2)
+    run()
+    assert runs()[: len(before)] == before
+    added = runs()[len(before) :]
+    assert {r['recipe'] for r in added} == {quality.protocol.text_of(kd(1.0, 0.5))}
+
+
+def test_a_library_that_trains_differently_with_the_same_recipe_runs_it_anew(
+    quality, done, monkeypatch
+):
+    _, run, runs = done
+    before = default_and_labels(runs())
+    own = quality.protocol.behavior
+    different = lambda output, recipe: recipe and [1.1 * v for v in own(output, recipe)]
+    monkeypatch.setattr(quality.protocol, 'behavior', different)
+    run()
+    after = default_and_labels(runs())
+    assert after[0] > before[0]
+    assert after[1] == before[1]  # labels alone don't use the library
+
+
+def test_rounding_on_another_machine_runs_nothing_anew(quality, done, monkeypatch):
+    _, run, runs = done
+    before = runs()
+    own = quality.protocol.behavior
+    near = lambda output, recipe: recipe and [1.0001 * v for v in own(output, recipe)]
+    monkeypatch.setattr(quality.protocol, 'behavior', near)
+    run()
+    assert runs() == before
+
+
+def test_a_different_teacher_runs_all_but_labels_alone_anew(done):
+    data, run, runs = done
+    before = default_and_labels(runs())
+    for s in (data.train, data.valid, data.test):
+        s.t = 1.1 * s.t
+    run()
+    after = default_and_labels(runs())
+    assert after[0] > before[0]
+    assert after[1] == before[1]
+
+
+def test_runs_of_a_different_protocol_or_setup_do_not_count(quality, done, blobs, tmp_path):
+    _, _, runs = done
+    plan = quality.stored.read_json(tmp_path / 'plan.json')['blobs']
+    r = next(r for r in runs() if r['recipe'] == 'labels')
+    assert quality.protocol.belongs(r, plan, 'labels')
+    assert not quality.protocol.belongs(r | dict(protocol=1), plan, 'labels')
+    assert not quality.protocol.belongs(r | dict(setup='9 steps'), plan, 'labels')
+    assert not quality.protocol.belongs(r, plan, 'default')
+
+
+def test_the_behavior_of_a_recipe_changes_with_how_its_gradient_is_measured(quality, monkeypatch):
+    from fastdistill import Recipe, Term, losses
+    from fastdistill.recipes.gradient_balance import GradientRatio
+
+    quality.protocol._behavior.cache_clear()
+    recipe = Recipe(Term(losses.kl, grad_ratio=3, T=2))
+    before = quality.protocol.behavior('classes', recipe)
+    quality.protocol._behavior.cache_clear()
+    assert quality.protocol.behavior('classes', recipe) == before
+    monkeypatch.setattr(GradientRatio, 'NEW', 0.5)
+    quality.protocol._behavior.cache_clear()
+    after = quality.protocol.behavior('classes', recipe)
+    assert not quality.protocol.close(before, after)
+    quality.protocol._behavior.cache_clear()
+
+
+def test_the_cells_of_new_data_run_only_with_a_frozen_default(
+    quality, blobs, tmp_path, monkeypatch
+):
+    cell = replace(blobs[0], sealed=True)
+    assert quality.protocol.FROZEN == ''
+    quality.run.run_cell(cell, tmp_path, math.inf, ['labels'])
+    assert not (tmp_path / 'blobs.jsonl').exists()
+    monkeypatch.setattr(quality.protocol, 'FROZEN', 'abc')
+    quality.run.run_cell(cell, tmp_path, math.inf, ['labels'])
+    assert (tmp_path / 'blobs.jsonl').exists()
+
+
+def test_the_grid_of_rates_grows_where_its_best_stands_at_an_end(quality):
+    grid, next_rate = (0.01, 0.03, 0.09), quality.protocol.next_rate
+    assert next_rate(grid, {}) == 0.01
+    assert next_rate(grid, {0.01: 5.0, 0.03: 7.0, 0.09: 6.0}) is None
+    assert next_rate(grid, {0.01: 5.0, 0.03: 6.0, 0.09: 7.0}) == 0.27
+    assert next_rate(grid, {0.01: 7.0, 0.03: 6.0, 0.09: 5.0}) == 0.0033
+    # twice beyond, then no further
+    assert next_rate(grid, {0.01: 1.0, 0.03: 2.0, 0.09: 3.0, 0.27: 4.0, 0.81: 5.0}) is None
+    assert next_rate((0.01,), {0.01: 1.0}) is None
+
+
+def finish(quality, planned, scores):
+    "All runs of a recipe whose validation score is scores(rate, seed), in their order"
+    runs = []
+    score = lambda r: scores(r['lr'], r['seed'])
+    while (job := quality.protocol.next_run(planned, 'labels', runs, score)) is not None:
+        runs.append(dict(zip(('lr', 'seed', 'role'), job)))
+    return runs
+
+
+def test_three_seeds_choose_and_others_are_reported_at_each_rate_that_a_resample_would_choose(
+    quality,
+):
+    planned = dict(rates=[1.0, 2.0, 4.0, 8.0], seeds=[100, 101])
+    # 2 is best on average, 4 for seed 2 alone; 1 and 8 for none
+    table = {1.0: (0, 0, 0), 2.0: (9, 9, 5), 4.0: (6, 6, 8), 8.0: (1, 1, 1)}
+    runs = finish(quality, planned, lambda lr, seed: table[lr][seed] if seed < 100 else 0)
+    chosen, reported = (
+        {(r['lr'], r['seed']) for r in runs if r['role'] == role}
+        for role in ('choosing', 'reported')
+    )
+    assert chosen == {(lr, s) for lr in table for s in (0, 1, 2)}
+    assert reported == {(lr, s) for lr in (2.0, 4.0) for s in (100, 101)}
+    assert len(runs) == len(chosen) + len(reported)
+    # the 27 resamples: seed 2 three times, or twice, prefers 4 (6+8+8 against 9+5+5)
+    choices = quality.protocol.choices({lr: list(v) for lr, v in table.items()})
+    assert len(choices) == 27
+    assert choices.count(4.0) == 1 + 3 * 2
+
+
+def test_a_first_try_chooses_no_rate(quality):
+    runs = finish(quality, dict(rates=[0.5], seeds=[100, 101, 102]), lambda lr, seed: 0)
+    assert [(r['lr'], r['seed'], r['role']) for r in runs] == [
+        (0.5, s, 'reported') for s in (100, 101, 102)
+    ]
 
 
 def test_one_seed_chooses_where_only_one_ran_at_each_rate(quality):
@@ -146,8 +302,8 @@ def test_paired_statistics_are_those_of_scipy_and_of_two_pairs_in_closed_form(qu
 
 
 def test_labels_alone_are_a_plain_loop(quality, blobs):
-    cell, data, _ = blobs
-    student, _ = quality.loop.train(cell, data, quality.candidates.CANDIDATES['labels'], 0.03, 1)
+    cell, data = blobs
+    student, _ = quality.loop.train(cell, data, None, 0.03, 1)
     torch.manual_seed(1)
     plain, g = nn.Linear(4, 3), torch.Generator().manual_seed(1)
     opt = torch.optim.AdamW(plain.parameters(), 0.03, weight_decay=0.01)
@@ -429,12 +585,40 @@ def stored(quality):
         return quality.tables.Results()
 
 
-def test_the_tables_of_the_page_are_those_of_the_stored_runs(quality, stored):
-    "If this fails: python benchmarks/quality/tables.py"
-    page = (
-        (HERE / 'README.md').read_text().split(quality.tables.START)[1].split(quality.tables.END)[0]
+@pytest.fixture(scope='module')
+def judged(quality):
+    return quality.judge.Judged()
+
+
+def test_the_pages_say_what_the_stored_runs_say(quality, stored, judged):
+    "If this fails: make quality"
+    root = HERE.parent.parent
+    for name, text in quality.pages.of_repository(stored).items():
+        assert (root / name).read_text().splitlines() == text.splitlines()
+    page = (HERE / 'README.md').read_text()
+    assert page.splitlines() == quality.pages.of_benchmark(stored, judged).splitlines()
+
+
+def test_a_number_is_written_into_its_sentence_and_a_missing_sentence_is_an_error(quality):
+    fill = quality.pages.fill
+    assert fill('gains 1.5 in 3 cells.', r'gains ([\d.]+) in (\d+)', '2.5', 14) == (
+        'gains 2.5 in 14 cells.'
     )
-    assert page.strip().splitlines() == quality.tables.text(stored).strip().splitlines()
+    with pytest.raises(quality.pages.Missing, match='no text fits'):
+        fill('gains nothing', r'gains ([\d.]+)', '2.5')
+    page = quality.pages.section('a\n<!-- x -->\nold\n<!-- end of x -->\nb\n', 'x', 'new\n')
+    assert page == 'a\n<!-- x -->\n\nnew\n<!-- end of x -->\nb\n'
+    with pytest.raises(quality.pages.Missing, match='once'):
+        quality.pages.section(page, 'y', '')
+
+
+def test_halves_are_rounded_as_they_are_read(quality):
+    assert [quality.pages.rounded(v, 1) for v in (1.65, -0.15, 0.04, -0.04)] == [
+        '+1.7',
+        '-0.2',
+        '0.0',
+        '0.0',
+    ]
 
 
 def test_every_stored_recipe_is_in_a_table(quality, stored):
@@ -448,106 +632,33 @@ def test_no_table_calls_a_recipe_by_the_name_of_a_tool(quality, stored):
     assert not re.search('fasterai|torchdistill|timm|keras', quality.tables.text(stored))
 
 
-# the words of README.md's table -> cells
-SAID = {
-    'two-digit numbers': 'digits100_short digits100_long',
-    'Fashion-MNIST': 'fashion_short fashion_long',
-    'CIFAR-10, all images': 'cifar_short cifar',
-    'CIFAR-10, 5,000 images': 'cifar5000 cifar5000_wide cifar5000_long',
-    'Imagenette': 'imagenette imagenette_tuned',
-    'trec': 'trec_short trec_long',
-    'trec, 50 fine classes': 'trec50_short trec50_long',
-    'banking77': 'banking77_short banking77_long banking77_wide_short banking77_wide_long',
-    'occupations (a table)': 'occupation_short occupation_long',
-    'CamVid': 'camvid',
-    'pixels of digits': 'digit_pixels',
-    'Shakespeare': 'lm_short',
-    'WikiText': 'wikitext',
-    'adult': 'adult500_short adult500_long adult5000_short adult5000_long adult_short',
-    'adult, taught by networks': 'adultnets5000 adultnets',
-    'film reviews': 'polarity_short polarity_long',
-    'SST-2': 'sst2_short sst2_long',
-    'breast cancer': 'cancer',
-    'nuclei': 'nuclei',
-    'GoEmotions': 'goemotions_short',
-    'facts about people (a table)': 'person_short person_long',
-    'diabetes': 'diabetes',
-    'ages': 'age5000',
-    'points': 'points_short points_long',
-}
-
-
-def said():
-    "(words, place, number, bold, decimals) of each gain in README.md's table of recipes"
+def test_the_readme_names_every_cell_but_those_of_the_weak_teachers(quality, stored):
+    named = [c for cells in quality.pages.SAID.values() for c in cells.split()]
+    assert sorted(named) == sorted(n for n in stored.cells if 'weak' not in n)
     page = (HERE.parent.parent / 'README.md').read_text()
     rows = re.search(r'^\| the student predicts .*?\n\n', page, re.M | re.S)[0].splitlines()[2:]
-    text = '; '.join(row.split('|')[3].strip() for row in rows if row)
-    text = (
-        text.replace(', pixels of digits', '; pixels of digits')
-        .replace(', WikiText', '; WikiText')
-        .replace(', ages', '; ages')
-    )
-    for part in text.split('; '):
-        words = re.match(r'.+?(?= \**[+-]?\d+\.\d)', part)[0]
-        for i, (bold, number) in enumerate(re.findall(r'(?<!= )(\*\*)?([+-]?\d+\.\d+)', part)):
-            yield words, i, float(number), bool(bold), len(number.split('.')[1])
+    numbers = [o for r in rows if r for o in re.findall(r'(?<!= )[+-]?\d+\.\d+', r.split('|')[3])]
+    assert len(numbers) == len(named)  # so none of them stands beside other words
 
 
-def test_the_readme_names_every_cell_but_those_of_the_weak_teachers(stored):
-    assert {c for cells in SAID.values() for c in cells.split()} == {
-        n for n in stored.cells if 'weak' not in n
-    }
-    assert {w for w, *_ in said()} == SAID.keys()
-
-
-def test_the_gains_in_the_readme_are_those_of_the_stored_runs(stored):
-    for words, i, number, bold, decimals in said():
-        n = SAID[words].split()[i]
-        g = stored.gains[n][stored.default[n]]
-        scale = 100 if n in ('lm_short', 'wikitext') else 1  # bits
-        assert number == pytest.approx(g.mean / scale, abs=0.5 * 10**-decimals + 1e-9), n
-        assert bold == (n in stored.bold_default), n
-    assert sum(len(c.split()) for c in SAID.values()) == len([*said()])
-
-
-def test_the_sentences_of_the_readme_below_its_gains_are_true(quality, stored):
-    page = (HERE.parent.parent / 'README.md').read_text()
-    details = (HERE.parent.parent / 'docs' / 'fastai.md').read_text()
+def test_what_the_sentences_of_the_readme_say_beside_their_numbers_is_true(stored):
     own = stored.of_default()
-    has = lambda text: text in page
-    assert has(
-        f'beat labels alone in {sum(g.mean > 0 for g in own.values())} of the {len(own)} cells, significantly so in the {len(stored.bold_default)} that are bold, and was significantly worse in none'
-    )
+    # "significantly worse in none"
     assert all(g.mean > 0 for n, g in own.items() if n in stored.bold_default or g.p < 0.05)
-    assert has(
-        '{} to {} seeds'.format(
-            min(g.seeds for g in own.values()), max(g.seeds for g in own.values())
-        )
-    )
-    new = [n for n, f in stored.facts.items() if f['task'] in quality.tables.NEW]
-    significant = len([n for n in new if n in stored.bold_default])
-    assert f'{significant} of their {len(new)} cells are significantly better' in details
-    assert has('(p = {:.2f})'.format(own['camvid'].p))
-    for n, k, where, text in (
-        (
-            'digits100_short',
-            'kd(4,.9)',
-            details,
-            'gains **{:.1f}** points on two-digit numbers (short)',
-        ),
-        ('banking77_long', 'kd(4,.9)', details, 'loses **{:.1f}** on banking77 (long)'),
-        ('banking77weak_long', 'dist(auto)x3', page, '`dist` lost **{:.1f}** points on banking77'),
-        ('goemotionsweak_short', 'binary(1)x3', page, '`binary_kl` **{:.1f}** on GoEmotions'),
+    for n, k in (
+        ('digits100_short', 'kd(4,.9)'),
+        ('banking77_long', 'kd(4,.9)'),
+        ('banking77weak_long', 'dist(auto)x3'),
+        ('goemotionsweak_short', 'binary(1)x3'),
     ):
-        assert text.format(abs(stored.gains[n][k].mean)) in where, text
-        assert n in stored.bold[k], text
-    nll, count, ours, alone = re.search(
-        r'in (\d+) of (\d+) cells. Its median expected calibration error is (\S+), that of labels alone (\S+)\.\n',
-        quality.tables.of_calibration(stored),
-    ).groups()
-    assert has(
-        f'the loss on the test set fell in {nll} of {count} cells, but the median calibration error rose from {alone} to {ours}'
-    )
+        assert n in stored.bold[k]  # their numbers are bold
+    assert stored.gains['digits100_short']['kd(4,.9)'].mean > 0
+    for n, k in (
+        ('banking77_long', 'kd(4,.9)'),
+        ('banking77weak_long', 'dist(auto)x3'),
+        ('goemotionsweak_short', 'binary(1)x3'),
+    ):
+        assert stored.gains[n][k].mean < 0
 
 
 def test_what_the_pages_measured_elsewhere_is_what_the_result_files_say():
@@ -683,3 +794,290 @@ def test_the_page_of_the_demo_says_what_its_run_measured():
             better = sum(a > b for a, b in zip(run['scores'][way], alone))
             assert f'| {better} of 5 seeds |' in row
     assert f'| teacher | {100 * run["teacher"]:.1f} |' in page
+
+
+# what PROTOCOL.md says, and its statistics
+
+
+def test_the_page_of_the_protocol_has_the_numbers_of_the_code(quality):
+    page, p = (HERE / 'PROTOCOL.md').read_text(), quality.protocol
+    assert f'# Protocol {p.VERSION}\n' in page
+    assert 'with seeds 0, 1 and 2 at each rate' in page
+    assert p.CHOOSING == (0, 1, 2)
+    assert '100 to 107, or 100 to 104' in page
+    assert p.REPORTED == tuple(range(100, 108))
+    assert p.FEWER == 5
+    assert f'({", ".join(sorted(p.SLOW))}).' in ' '.join(page.split())
+    long = re.search(r'^\| long \| (.*?) \|', page, re.M)[1]
+    assert set(long.split(', ')) == p.LONG
+    rows = dict(re.findall(r'^\| ([\w ,]+) \| ([\d.]+)(?: \w+)? \|$', page, re.M))
+    assert rows == {
+        'accuracy, mean IoU, mean average precision, R2': '0.5',
+        'bits per token': '0.01',
+        'NLL': '0.02',
+        'expected calibration error': '0.01',
+    }
+    assert set(map(p.MARGINS.get, ('accuracy', 'miou', 'map', 'r2'))) == {0.5}
+    assert (p.MARGINS['bits'], p.MARGINS['nll'], p.MARGINS['ece']) == (0.01, 0.02, 0.01)
+    assert f'at least {p.ENOUGH_RECIPES} recipes' in page
+    assert p.ENOUGH_DATA_SETS == 3
+    assert 'at least three data sets' in page
+
+
+def test_reported_seeds_choose_nothing(quality):
+    assert not set(quality.protocol.CHOOSING) & set(quality.protocol.REPORTED)
+
+
+def test_new_data_share_no_data_set_with_other_cells(quality, all_cells):
+    sealed, others = (
+        {c.data_set for c in all_cells.values() if c.sealed == s} for s in (True, False)
+    )
+    assert len(sealed) >= 6
+    assert not sealed & others
+
+
+def test_first_tries_are_short_at_one_rate_on_four_kinds_of_outputs(all_cells):
+    tries = [c for c in all_cells.values() if c.first_try]
+    assert all(30 <= c.steps <= 150 for c in tries)
+    assert all(len(c.rates) == 1 for c in tries)
+    assert len({c.output for c in tries}) >= 4
+
+
+def test_every_recipe_of_the_protocol_is_a_candidate_for_its_outputs(quality, all_cells):
+    for c in all_cells.values():
+        names = quality.protocol.names(c)
+        assert names[:2] == ['labels', 'default']
+        assert names[2:]
+        assert len(set(names)) == len(names)
+        assert all(c.output in quality.candidates.CANDIDATES[n].outputs for n in names[2:])
+
+
+def test_peers_defaults_run_in_every_softmax_cell(quality, all_cells):
+    for c in all_cells.values():
+        if c.output in ('classes', 'pixels', 'tokens'):
+            assert {'kd(5,.5)', 'timm', 'kd(3,.5)', 'kd(4,.9)'} <= {*quality.protocol.names(c)}
+
+
+def test_recipes_of_other_tools_are_no_rule_of_ours(quality):
+    "kd(5,.5) is best everywhere, and is not what a rule chooses"
+    fact = lambda task: dict(task=task, output='classes', classes=10)
+    found = {'labels': (0.0,), 'kd(5,.5)': (9.0,), 'kd(3,.5)': (8.0,), 'kd(1,.5)': (1.0,)}
+    chosen = quality.rule.left_out(dict(a=fact('a'), b=fact('b')), dict(a=found, b=found))
+    assert chosen == dict(a='kd(1,.5)', b='kd(1,.5)')
+
+
+@pytest.fixture(scope='module')
+def all_cells(quality):
+    pytest.importorskip('timm')
+    with pytest.MonkeyPatch.context() as m:
+        m.syspath_prepend(str(HERE))
+        return quality.tasks.cells()
+
+
+def arms(quality, rng, means, spread, noise=1.0, seeds=8):
+    "Runs of two recipes whose true scores at each rate are `means`; validation scores vary by `spread`, test scores by `noise`"
+    common = rng.normal(size=(2, 8))  # what a seed does to both
+
+    def arm(mean):
+        valid = {
+            r: [m + common[0, i] + spread * rng.normal() for i in range(3)] for r, m in mean.items()
+        }
+        test = {
+            r: {s: m + common[1, s] + noise * rng.normal() for s in range(seeds)}
+            for r, m in mean.items()
+        }
+        p = quality.protocol
+        return quality.stats.Arm(valid, test, p.choices(valid), p.best_rate(valid))
+
+    return [arm(m) for m in means]
+
+
+def true_gain(rng, means, spread, n=40_000):
+    "Mean of what the procedure has in expectation, by many choices"
+
+    def expected(mean):
+        m = np.array([*mean.values()])
+        valid = m[:, None] + spread / np.sqrt(3) * rng.normal(size=(len(m), n))
+        return m[valid.argmax(0)].mean()
+
+    return expected(means[0]) - expected(means[1])
+
+
+@pytest.mark.parametrize(
+    ('means', 'spread'),
+    [
+        (({1: 0.0, 2: 0.0, 3: 0.0}, {1: 0.0, 2: 0.0, 3: 0.0}), 1.0),
+        (({1: 0.0, 2: 1.0, 3: -5.0}, {1: 0.0, 2: 1.0, 3: -5.0}), 0.5),
+        (({1: 70.0, 2: 72.0, 3: 69.0}, {1: 70.0, 2: 70.2, 3: 70.1}), 2.0),
+        (({1: 0.0, 2: 3.0, 3: 2.5}, {1: 3.0, 2: 2.5, 3: 0.0}), 1.0),
+    ],
+    ids=['flat', 'clear', 'a choice that matters', 'different best rates'],
+)
+def test_the_interval_of_a_gain_covers_the_truth_although_the_rates_are_chosen(
+    quality, means, spread
+):
+    rng = np.random.default_rng(0)
+    truth = true_gain(rng, means, spread)
+    found = [quality.stats.gain(*arms(quality, rng, means, spread, 0.4)) for _ in range(300)]
+    covered = np.mean([e.low <= truth <= e.high for e in found])
+    assert covered >= 0.9
+
+
+def test_an_interval_that_ignores_the_choice_of_the_rate_would_be_too_narrow(quality):
+    rng, spread = np.random.default_rng(0), 1.0
+    means = {1: 0.0, 2: 3.0, 3: 2.5}, {1: 3.0, 2: 2.5, 3: 0.0}
+    truth = true_gain(rng, means, spread)
+    covered = []
+    for _ in range(300):
+        a, b = arms(quality, rng, means, spread, 0.4)
+        mean, se, _, n = quality.stats.paired(a.test[a.best], b.test[b.best])
+        covered.append(abs(mean - truth) <= 2.365 * se)
+    assert np.mean(covered) < 0.8
+
+
+def test_a_gain_without_a_choice_is_a_paired_t_test(quality):
+    from scipy import stats
+
+    rng = np.random.default_rng(0)
+    a, b = rng.normal(size=(2, 6))
+    arm = lambda v: quality.stats.Arm({}, {0.1: dict(enumerate(v))}, [0.1] * 27, 0.1)
+    e = quality.stats.gain(arm(a), arm(b))
+    reference = stats.ttest_rel(a, b)
+    assert e.p == pytest.approx(reference.pvalue)
+    assert (e.low, e.high) == pytest.approx(tuple(reference.confidence_interval(0.95)))
+    assert e.n == 6
+
+
+def test_of_the_gains_called_significant_few_are_none(quality):
+    "60 of 80 cells have no gain: the false ones among the significant ones are 5% or less on average"
+    rng, false, power = np.random.default_rng(0), [], []
+    flat = {1: 0.0, 2: 0.0, 3: 0.0}
+    gained = {1: 2.0, 2: 2.0, 3: 2.0}
+    for _ in range(12):
+        p = {
+            i: quality.stats.gain(*arms(quality, rng, (gained if i < 20 else flat, flat), 1.0)).p
+            for i in range(80)
+        }
+        found = [i for i, v in quality.stats.corrected(p).items() if v < 0.05]
+        false.append(np.mean([i >= 20 for i in found]) if found else 0.0)
+        power.append(np.mean([i in found for i in range(20)]))
+    assert np.mean(false) <= 0.05
+    assert np.mean(power) > 0.2
+
+
+def grouped(rng, sizes, between, mean=1.0):
+    effects = between * rng.normal(size=len(sizes))
+    return [
+        (str(k), mean + u + rng.normal())
+        for k, (n, u) in enumerate(zip(sizes, effects))
+        for _ in range(n)
+    ]
+
+
+MANY_OF_ONE = 12, 4, 1, 1, 1, 2, 1, 3
+
+
+@pytest.mark.parametrize('between', [0.0, 2.0])
+def test_the_interval_of_the_overall_effect_covers_the_truth(quality, between):
+    rng = np.random.default_rng(0)
+    found = [quality.stats.overall(grouped(rng, MANY_OF_ONE, between)) for _ in range(150)]
+    assert np.mean([e.low <= 1 <= e.high for e in found]) >= 0.9
+    assert found[0].n == 8
+
+
+def test_cells_of_one_data_set_are_not_as_many_pieces_of_evidence(quality):
+    rng, covered = np.random.default_rng(0), []
+    for _ in range(150):
+        v = np.array([o for _, o in grouped(rng, MANY_OF_ONE, 2.0)])
+        covered.append(abs(v.mean() - 1) <= 2.06 * v.std(ddof=1) / np.sqrt(len(v)))
+    assert np.mean(covered) < 0.7  # as if they were independent
+
+
+def test_the_overall_effect_of_equal_groups_is_a_t_test_of_their_means(quality):
+    from scipy import stats
+
+    found = grouped(np.random.default_rng(1), (3,) * 9, 3.0)
+    means = np.array([v for _, v in found]).reshape(9, 3).mean(1)
+    e, reference = quality.stats.overall(found), stats.ttest_1samp(means, 0)
+    interval = reference.confidence_interval(0.95)
+    assert e.mean == pytest.approx(means.mean())
+    assert (e.low, e.high) == pytest.approx((interval.low, interval.high), abs=1e-3)
+    assert e.p == pytest.approx(reference.pvalue, abs=1e-3)
+
+
+def test_the_overall_effect_of_single_cells_is_a_t_test(quality):
+    from scipy import stats
+
+    v = np.random.default_rng(0).normal(size=7)
+    e = quality.stats.overall([(str(i), o) for i, o in enumerate(v)])
+    interval = stats.ttest_1samp(v, 0).confidence_interval(0.95)
+    assert (e.low, e.high) == pytest.approx((interval.low, interval.high))
+
+
+@pytest.mark.filterwarnings('ignore')
+def test_the_mixed_model_is_that_of_statsmodels(quality):
+    mixed = pytest.importorskip('statsmodels.regression.mixed_linear_model')
+    found = grouped(np.random.default_rng(3), (12, 4, 1, 2, 3, 1), 2.0)
+    groups, v = zip(*found)
+    fit = mixed.MixedLM(np.array(v), np.ones(len(v)), groups=np.array(groups)).fit(reml=True)
+    e = quality.stats.overall(found)
+    assert e.mean == pytest.approx(float(fit.fe_params[0]), abs=1e-3)
+    assert (e.high - e.mean) / 2.5706 == pytest.approx(float(fit.bse_fe[0]), rel=1e-3)
+
+
+def test_a_verdict_depends_on_the_margin_and_on_the_interval(quality):
+    effect = lambda low, high: quality.stats.Effect((low + high) / 2, low, high, 0.5, 8)
+    assert quality.stats.verdict(effect(-0.4, 1.0), 0.5) == 'safe'
+    assert quality.stats.verdict(effect(-0.6, 1.0), 0.5) == 'too noisy to tell'
+    assert quality.stats.verdict(effect(-2.0, -0.1), 0.5) == 'worse'
+    # a loss within the margin is none
+    assert quality.stats.verdict(effect(-0.4, -0.1), 0.5) == 'safe'
+
+
+def test_the_tables_of_the_protocol_say_what_the_runs_say(quality, blobs, tmp_path):
+    cell, p = blobs[0], quality.protocol
+    assert quality.run.run_cell(cell, tmp_path, math.inf, ['labels', 'default', 'kd(4,.9)'])
+    path = tmp_path / 'blobs.jsonl'
+    runs = quality.stored.read(path)
+    labels, default = (
+        [r for r in runs if (r['recipe'] == 'labels') == alone and 'kd' not in r['recipe']]
+        for alone in (True, False)
+    )
+    # the last run of kd(4,.9) is missing, one of the default diverged, one belongs to a former default
+    default[-1]['diverged'] = True
+    kept = [r for r in runs if r is not runs[-1]]
+    path.write_text(''.join(json.dumps(r) + '\n' for r in [*kept, default[0] | dict(recipe='old')]))
+    j = quality.judge.Judged(tmp_path)
+    c = j.cells['blobs']
+    assert c.finished.keys() == {'labels', 'default'}
+    assert c.started == ['kd(4,.9)']
+
+    def test_scores(runs):
+        tried = {}
+        for r in runs:
+            if r['role'] == 'choosing':
+                tried.setdefault(r['lr'], []).append(r['valid']['accuracy'])
+        best = max(sorted(tried), key=lambda lr: np.mean(tried[lr]))
+        return {
+            r['seed']: r['test']['accuracy']
+            for r in runs
+            if r['role'] == 'reported' and r['lr'] == best
+        }
+
+    a, b = test_scores(default), test_scores(labels)
+    assert a.keys() == b.keys() == set(p.REPORTED)
+    e = c.gain('default')
+    assert e.mean == pytest.approx(100 * np.mean([a[s] - b[s] for s in a]))
+    assert '| blobs | other cells | accuracy |' in quality.judge.of_default(j)
+    rest = quality.judge.of_rest(j)
+    assert 'Started, but not finished: blobs (`kd(4,.9)`).' in rest
+    assert 'Runs that diverged: the default in blobs (1).' in rest
+    assert 'Runs that fit no plan any more: 1.' in rest
+    assert quality.judge.of_best(j) == 'In no cell are 10 recipes finished.\n'
+    quality.judge.picture(j, tmp_path / 'p.png')
+    assert (tmp_path / 'p.png').read_bytes().startswith(b'\x89PNG')
+
+
+def test_a_decrease_of_nll_is_a_gain(quality):
+    assert quality.judge.value('nll', dict(nll=1.5)) == -1.5
+    assert quality.judge.value('accuracy', dict(accuracy=0.25)) == 25

@@ -1,0 +1,161 @@
+"""Write what the stored runs say into the pages: tables and pictures of README.md, and numbers of the repository's README and docs.
+
+python benchmarks/quality/pages.py"""
+
+import re
+from math import copysign
+import judge, tables
+from tasks import HERE
+
+ROOT = HERE.parents[1]
+README, DOCS = 'README.md', 'docs/fastai.md'
+
+# the words of the repository's README -> the cells whose gains stand behind them
+SAID = {
+    'two-digit numbers': 'digits100_short digits100_long',
+    'Fashion-MNIST': 'fashion_short fashion_long',
+    'CIFAR-10, all images': 'cifar_short cifar',
+    'CIFAR-10, 5,000 images': 'cifar5000 cifar5000_wide cifar5000_long',
+    'Imagenette': 'imagenette imagenette_tuned',
+    'trec': 'trec_short trec_long',
+    'trec, 50 fine classes': 'trec50_short trec50_long',
+    'banking77': 'banking77_short banking77_long banking77_wide_short banking77_wide_long',
+    'occupations (a table)': 'occupation_short occupation_long',
+    'CamVid': 'camvid',
+    'pixels of digits': 'digit_pixels',
+    'Shakespeare': 'lm_short',
+    'WikiText': 'wikitext',
+    'adult': 'adult500_short adult500_long adult5000_short adult5000_long adult_short',
+    'adult, taught by networks': 'adultnets5000 adultnets',
+    'film reviews': 'polarity_short polarity_long',
+    'SST-2': 'sst2_short sst2_long',
+    'breast cancer': 'cancer',
+    'nuclei': 'nuclei',
+    'GoEmotions': 'goemotions_short',
+    'facts about people (a table)': 'person_short person_long',
+    'diabetes': 'diabetes',
+    'ages': 'age5000',
+    'points': 'points_short points_long',
+}
+BITS = 'lm_short', 'wikitext'
+GAIN = r'\**[+-]?\d+\.\d+\**'
+
+
+class Missing(Exception):
+    "A page lacks the sentence that a number belongs to"
+
+
+def section(page, name, content):
+    "The page with this between <!-- name --> and <!-- end of name -->"
+    start, end = f'<!-- {name} -->\n', f'<!-- end of {name} -->\n'
+    if page.count(start) != 1 or page.count(end) != 1:
+        raise Missing(f'{start.strip()} and {end.strip()} must each stand in the page once')
+    before, rest = page.split(start)
+    return before + start + '\n' + content + end + rest.split(end)[1]
+
+
+def fill(page, pattern, *values):
+    "The page with these values as the groups of the pattern, wherever it fits"
+    matches = [*re.finditer(pattern, page)]
+    if not matches:
+        raise Missing(f'no text fits {pattern!r}')
+    for m in reversed(matches):
+        for i in range(len(values), 0, -1):
+            page = page[: m.start(i)] + str(values[i - 1]) + page[m.end(i) :]
+    return page
+
+
+def rounded(v, digits):
+    "With a sign, unless it is zero; halves are rounded away from zero, as they are read"
+    text = f'{v + copysign(1e-6, v):+.{digits}f}'
+    return text if float(text) else text[1:]
+
+
+def gains_said(page, r):
+    "The page with the gains of the table that begins with 'the student predicts'"
+    head = re.search(r'^\| the student predicts .*?\n\n', page, re.M | re.S)
+    if head is None:
+        raise Missing('no table begins with "| the student predicts"')
+    part = head[0]
+    for words, cells in SAID.items():
+        found = []
+        for n in cells.split():
+            g = r.gains[n][r.default[n]]
+            v = rounded(g.mean / 100, 2) if n in BITS else rounded(g.mean, 1)
+            found.append(f'**{v}**' if n in r.bold_default else v)
+        pattern = rf'(?<!\w){re.escape(words)} ({GAIN}(?:, {GAIN})*)'
+        part = fill(part, pattern, ', '.join(found))
+    return page.replace(head[0], part)
+
+
+def loss(r, n, k):
+    return f'{abs(r.gains[n][k].mean):.1f}'
+
+
+def of_repository(r):
+    "page -> its text with the numbers of the runs of protocol 1, which the README quotes"
+    readme, docs = [(ROOT / n).read_text() for n in (README, DOCS)]
+    own = r.of_default()
+    seeds = [g.seeds for g in own.values()]
+    new = [n for n, f in r.facts.items() if f['task'] in tables.NEW]
+    probabilities = re.search(
+        r'in (\d+) of (\d+) cells\. Its median expected calibration error is (\S+), that of labels alone (\S+)\.\n',
+        tables.of_calibration(r),
+    ).groups()
+    readme = gains_said(readme, r)
+    for pattern, values in (
+        (
+            r'beat labels alone in (\d+) of the (\d+) cells, significantly so in the (\d+) that are bold',
+            (sum(g.mean > 0 for g in own.values()), len(own), len(r.bold_default)),
+        ),
+        (r'the mean of (\d+) to (\d+) seeds', (min(seeds), max(seeds))),
+        (r'CamVid \S+ \(p = ([\d.]+)\)', (f'{own["camvid"].p:.2f}',)),
+        (
+            r'`dist` lost \*\*([\d.]+)\*\* points on banking77',
+            (loss(r, 'banking77weak_long', 'dist(auto)x3'),),
+        ),
+        (
+            r'`binary_kl` \*\*([\d.]+)\*\* on GoEmotions',
+            (loss(r, 'goemotionsweak_short', 'binary(1)x3'),),
+        ),
+        (
+            r'fell in (\d+) of (\d+) cells, but the median calibration error rose from ([\d.]+) to ([\d.]+\d)',
+            (*probabilities[:2], probabilities[3], probabilities[2]),
+        ),
+    ):
+        readme = fill(readme, pattern, *values)
+    for pattern, values in (
+        (
+            r'(\d+) of their (\d+) cells are significantly better',
+            (len([n for n in new if n in r.bold_default]), len(new)),
+        ),
+        (
+            r'gains \*\*([\d.]+)\*\* points on two-digit numbers \(short\)',
+            (loss(r, 'digits100_short', 'kd(4,.9)'),),
+        ),
+        (
+            r'loses \*\*([\d.]+)\*\* on banking77 \(long\)',
+            (loss(r, 'banking77_long', 'kd(4,.9)'),),
+        ),
+    ):
+        docs = fill(docs, pattern, *values)
+    return {README: readme, DOCS: docs}
+
+
+def of_benchmark(r, j):
+    "The text of the benchmark's own page"
+    page = section((HERE / 'README.md').read_text(), 'protocol 2', judge.text(j))
+    return section(page, 'tables', tables.text(r))
+
+
+def main():
+    r, j = tables.Results(), judge.Judged()
+    pages = of_repository(r) | {f'{HERE.relative_to(ROOT)}/README.md': of_benchmark(r, j)}
+    for name, text in pages.items():
+        (ROOT / name).write_text(text)
+    tables.picture(r, HERE / 'gains.png')
+    judge.picture(j, HERE / 'protocol2.png')
+
+
+if __name__ == '__main__':
+    main()
