@@ -295,3 +295,25 @@ def test_a_model_in_place_of_its_learner_is_refused(tmp_path):
         match='export_student got a Linear: pass the Learner, learn instead of learn.model',
     ):
         export_student(model, tmp_path / 's.onnx')
+
+
+@pytest.mark.parametrize('T', [2.5, [1.0, 2.0, 4.0]])
+def test_a_file_may_divide_its_logits_by_a_temperature(normalized, tmp_path, T):
+    exported = export_student(normalized, tmp_path / 's.pt2', temperature=T)
+    program = torch.export.load(tmp_path / 's.pt2').module()
+    x = torch.from_numpy(batch(normalized)[0])
+    with torch.no_grad():
+        wanted = normalized.model.eval()(x) / torch.tensor(T)
+        assert torch.allclose(program(x), wanted, atol=1e-4)
+    assert exported.facts['temperature'] == T
+
+
+def test_a_saved_student_names_its_temperature(normalized, tmp_path):
+    folder = save_student(normalized, tmp_path / 's', onnx=False, temperature=1.5)
+    assert json.loads((folder / 'config.json').read_text())['temperature'] == 1.5
+
+
+@pytest.mark.parametrize('T', [0, -1.0, float('inf'), [1.0, 0.0]])
+def test_a_temperature_is_positive(normalized, tmp_path, T):
+    with pytest.raises(DistillError, match='must be a positive number'):
+        export_student(normalized, tmp_path / 's.pt2', temperature=T)

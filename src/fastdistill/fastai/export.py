@@ -16,7 +16,7 @@ import fastai
 import torch
 from fastai.basics import Learner
 from fastai.layers import ToTensorBase
-from torch import nn
+from torch import Tensor, nn
 
 from ..base.atomic_files import new_file
 from ..base.model_state import restored
@@ -78,22 +78,28 @@ class Exported:
 
 
 class LogitsOnly(nn.Module):
-    """A model that returns only its logits, e.g. a text model without its hidden states."""
+    """A model that returns only its logits, e.g. a text model without its hidden states.
 
-    def __init__(self, model):
+    Args:
+        temperature: By which the logits are divided. None to leave them unchanged.
+    """
+
+    def __init__(self, model, temperature: Tensor | None = None):
         super().__init__()
         self.model = model
+        self.register_buffer('temperature', temperature)
 
     def forward(self, *x):
         raw = self.model(*x)
         # subtle: a tensor is returned unchanged, since tensors of a trace have their own class
-        return (
+        logits = (
             raw
             if isinstance(raw, torch.Tensor)
             else raw[0]
             if isinstance(raw, tuple)
             else Outputs.of(raw).logits
         )
+        return logits if self.temperature is None else logits / self.temperature
 
 
 def check_learner(learn, name):
@@ -108,7 +114,13 @@ def check_learner(learn, name):
 
 
 def export_student(
-    learn: Learner, path, *, int8: bool = False, calibration: int = 8, n: int = 8
+    learn: Learner,
+    path,
+    *,
+    int8: bool = False,
+    calibration: int = 8,
+    n: int = 8,
+    temperature: float | list[float] | None = None,
 ) -> Exported:
     """Write the student's network as a file with a variable batch size, and compare its outputs
     with the Learner's on real inputs. Input shape, normalization and class names are stored in the
@@ -121,8 +133,11 @@ def export_student(
             quantization-aware training, with the learned scales.
         calibration: Number of batches for calibration.
         n: Number of validation batches on which the file is compared with the Learner.
+        temperature: By which the file divides its logits, for a model that `calibrate` can't change:
+            a number, or one for each label. It is stored as metadata.
     """
     check_learner(learn, 'export_student')
+    T = temperature_tensor(temperature)
     path = Path(path)
     if path.suffix not in WRITERS:
         raise DistillError(f'{str(path)!r}: the suffix must be {" or ".join(WRITERS)}.')
@@ -138,20 +153,34 @@ def export_student(
             'scales.'
         )
     batches = validation_inputs(learn, max(n, calibration if int8 else 0))
-    facts = facts_of(learn, batches[0]) | dict(int8=int8)
+    facts = facts_of(learn, batches[0]) | dict(int8=int8, temperature=temperature)
     path.parent.mkdir(parents=True, exist_ok=True)
     with new_file(path) as tmp:
         with on_cpu(learn.model) as model:
             if quantized and int8:
                 model = in_int8(model)
-            WRITERS[path.suffix](LogitsOnly(model), example(batches[0]), tmp, facts)
+            WRITERS[path.suffix](LogitsOnly(model, T), example(batches[0]), tmp, facts)
         if int8:
             quantize(tmp, batches[:calibration], facts, learned=quantized)
-    difference, count = compared(learn, path, batches[:n], None if int8 else CLOSE)
+    difference, count = compared(learn, path, batches[:n], None if int8 else CLOSE, T)
     report = (
         compare({'float32': learn, 'int8': str(path)}, seconds=0, progress=False) if int8 else None
     )
     return Exported(path, path.stat().st_size, difference, count, facts, report)
+
+
+def temperature_tensor(temperature) -> Tensor | None:
+    """Return a temperature as a tensor that logits can be divided by. Raise a DistillError if it is
+    not positive.
+    """
+    if temperature is None:
+        return None
+    T = torch.as_tensor(temperature, dtype=torch.float32)
+    if T.dim() > 1 or not bool((T > 0).all()) or not bool(T.isfinite().all()):
+        raise DistillError(
+            f'temperature={temperature!r}: must be a positive number, or a list with one for each label.'
+        )
+    return T
 
 
 def weak_score(learn: Learner, n: int = 8) -> str | None:
@@ -367,7 +396,7 @@ def quantize(path, batches, facts, learned=False):
         add_facts(onnx.load(done), facts, path)
 
 
-def compared(learn, path, batches, close):
+def compared(learn, path, batches, close, temperature=None):
     """Return (largest difference of the file's outputs from the Learner's, number of samples). The
     last batch has only one sample.
     """
@@ -377,6 +406,7 @@ def compared(learn, path, batches, close):
         for x in batches:
             here.reset()
             a, b = here(*x).logits.float(), there(*x).logits.float()
+            a = a if temperature is None else a / temperature
             most, largest = (
                 max(most, (a - b).abs().max().item()),
                 max(largest, a.abs().max().item()),

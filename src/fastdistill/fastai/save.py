@@ -42,6 +42,7 @@ def save_student(
     *,
     onnx: bool | None = None,
     title: str = 'Student',
+    temperature: float | list[float] | None = None,
 ) -> Path:
     """Write a folder: weights (model.safetensors), facts such as class names and normalization
     (config.json), a model card (README.md) with the report's numbers, and the network
@@ -53,12 +54,15 @@ def save_student(
         report: Report from `compare`, whose numbers go into the model card.
         onnx: Whether to write the network too. None to write it if it can be exported.
         title: Title of the card.
+        temperature: By which student.onnx divides its logits, as in `export_student`. It is stored in
+            config.json; the weights do not contain it.
     """
     check_learner(learn, 'save_student')
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     facts = facts_of(learn, validation_inputs(learn, 1)[0]) | dict(
         network=type(learn.model).__name__,
+        temperature=temperature,
         parameters=sum(p.numel() for p in learn.model.parameters()),
     )
     with new_file(folder / 'model.safetensors') as tmp:
@@ -66,7 +70,7 @@ def save_student(
     checked = None
     if onnx is not False:
         try:
-            checked = export_student(learn, folder / 'student.onnx')
+            checked = export_student(learn, folder / 'student.onnx', temperature=temperature)
         except (DistillError, ImportError):
             if onnx:
                 raise
