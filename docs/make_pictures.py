@@ -533,7 +533,7 @@ def views():
     with tempfile.TemporaryDirectory() as tmp:
         learn = Learner(make(), torch.nn.Linear(1, 2), loss_func=CrossEntropyLossFlat())
         feed = StoredOutputs(
-            cache_teacher(teacher, make(), tmp, views=4, topk=3, check=False)
+            cache_teacher(teacher, make(), tmp, views=4, store=dict(topk=3), check=False)
         ).attach(learn)
         for epoch, axs in enumerate(fig.subplots(2, 4).T):
             plan = feed.rows.epochs.plan

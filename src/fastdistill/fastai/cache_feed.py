@@ -7,7 +7,7 @@ import torch
 from fastai.basics import Callback, noop
 
 from ..base.distributed import rank
-from ..base.outputs import DistillError, Outputs, TopK, as_plain, tensors_in
+from ..base.outputs import DistillError, Draws, LinearLogits, Outputs, TopK, as_plain, tensors_in
 from ..base.random_state import RandomGuard
 from ..cache.manifest import refuse, sample_differences, transform_differences
 from ..cache.reader import TeacherCache
@@ -163,6 +163,11 @@ class StoredOutputs(Feed):
     def set_aside(self):
         return super().set_aside() if self.rows is None else self.rows.set_aside()
 
+    @property
+    def draws(self):
+        """Number and temperature of the draws. None if there are none."""
+        return self.cache.manifest.layout.draws
+
     def example(self, x):
         """Outputs of as many samples as there are inputs, for their shapes and stored layers."""
         t = next(tensors_in(x))
@@ -175,6 +180,9 @@ class StoredOutputs(Feed):
         out = self.decoded(t if self.columns is None else t[:, self.columns])
         if self.stream:
             out = of_length(out, learn.x.shape[1])
+        if self.targets.mix() is None:
+            return out
+        # probabilities of all classes are mixed
         pred = learn.pred if self.head is None else self.head(learn.pred)
         return all_classes(out, Outputs(as_plain(pred)))
 
@@ -186,7 +194,7 @@ class StoredOutputs(Feed):
         lg = out.logits
         lg = (
             lg.reorder(order)
-            if isinstance(lg, TopK)
+            if isinstance(lg, (TopK, LinearLogits, Draws))
             else lg.index_select(self.axis, order.to(lg.device))
         )
         return replace(out, logits=lg)

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from fastai.basics import TfmdDL
 
-from ..base.outputs import DistillError, DistillWarning, Outputs, as_plain
+from ..base.outputs import DistillError, DistillWarning, Draws, LinearLogits, Outputs, as_plain
 from ..base.random_state import RandomGuard
 from .patches import patch_for_targets
 from .teacher_targets import TeacherTarget, TeacherTargets, mix_logits, target_tfms
@@ -103,7 +103,13 @@ def mixed(out: Outputs, perm, lam, kind: str, axis: int) -> Outputs:
             'MixUp and CutMix mix images, but the stored layers are of unmixed images. '
             'Remove the terms with layers, or use a live teacher.'
         )
-    return replace(out, logits=mix_logits(out.logits, perm, lam, kind, axis))
+    if isinstance(out.logits, Draws):
+        raise DistillError(
+            'MixUp and CutMix mix probabilities, but the cache holds draws of unmixed images. Remove the '
+            "callback, or store the outputs in a different way, cache_teacher(..., store='auto')."
+        )
+    t = out.logits.dense() if isinstance(out.logits, LinearLogits) else out.logits
+    return replace(out, logits=mix_logits(t, perm, lam, kind, axis))
 
 
 class GivenOutputs(Feed):

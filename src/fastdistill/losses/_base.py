@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..base.outputs import DistillError, as_plain
+from ..base.outputs import DistillError, Draws, LinearLogits, as_plain
 
 __all__ = [
     'Loss',
@@ -31,6 +31,8 @@ def _full(x, detach=False):
     """Convert `x` (a tensor, or a list of them) to float32, or float64 if it is that already."""
     if isinstance(x, (list, tuple)):
         return [_full(o, detach) for o in x]
+    if isinstance(x, (LinearLogits, Draws)):
+        return x.map(lambda o: _full(o, detach))
     if not isinstance(x, Tensor):
         return x
     x = as_plain(x)
@@ -48,6 +50,8 @@ def loss(
     lists: bool = False,
     samples: bool = False,
     relates: bool = False,
+    positionwise: bool = False,
+    linear: bool = False,
 ):
     """Decorate `fn(s, t, ...)` as a loss, e.g. `@loss(match='grid')`.
 
@@ -62,6 +66,8 @@ def loss(
         samples: True if the loss's `mask` has one value per sample, not per position.
         relates: True if the loss compares samples with each other. In distributed training, each
             process then sees the samples of all processes.
+        positionwise: True if the loss takes `LinearLogits`, whose logits it computes in chunks.
+        linear: True if the loss is linear in the teacher's probabilities and takes `Draws`.
     """
     if callable(kind):
         raise DistillError(
@@ -84,6 +90,8 @@ def loss(
         call.lists = lists
         call.samples = samples
         call.relates = relates
+        call.positionwise = positionwise
+        call.linear = linear
         return call
 
     return decorate

@@ -15,7 +15,7 @@ from .response import kl, kl_from_logs, kl_values, reduce_positions, reverse_kl,
 __all__ = ['ttm', 'TTM', 'wttm', 'WTTM', 'skewed_kl', 'SkewedKL', 'taid', 'TAID', 'abkd', 'ABKD']
 
 
-@loss(kind='softmax', match='shape')
+@loss(kind='softmax', match='shape', positionwise=True)
 def ttm(
     s: Tensor,
     t: Tensor,
@@ -49,7 +49,7 @@ class TTM(Loss):
     fn = ttm
 
 
-@loss(kind='softmax', match='shape')
+@loss(kind='softmax', match='shape', positionwise=True)
 def wttm(
     s: Tensor,
     t: Tensor,
@@ -84,7 +84,7 @@ class WTTM(Loss):
     fn = wttm
 
 
-@loss(kind='softmax', match='shape')
+@loss(kind='softmax', match='shape', positionwise=True)
 def skewed_kl(
     s: Tensor,
     t: Tensor,
@@ -143,7 +143,7 @@ def mixture(a, b, lam):
     return torch.logaddexp(a.clamp_min(low) + math.log(lam), b.clamp_min(low) + math.log(1 - lam))
 
 
-@loss(kind='softmax', match='shape')
+@loss(kind='softmax', match='shape', positionwise=True)
 def taid(
     s: Tensor,
     t: Tensor,
@@ -187,7 +187,7 @@ class TAID(Loss):
     fn = taid
 
 
-@loss(kind='softmax', match='shape')
+@loss(kind='softmax', match='shape', positionwise=True)
 def abkd(
     s: Tensor,
     t: Tensor,

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..base.outputs import DistillError
+from ..base.outputs import DistillError, Draws
 from ._base import (
     Loss,
     _full,
@@ -122,7 +122,7 @@ def select_class(x, y, axis):
     return x.gather(axis, y.unsqueeze(axis)).squeeze(axis)
 
 
-@loss(kind='softmax', match='shape')
+@loss(kind='softmax', match='shape', positionwise=True, linear=True)
 def kl(
     s: Tensor,
     t: Tensor,
@@ -142,8 +142,9 @@ def kl(
         axis: Class axis.
         mask: Which positions count. Shape of `s` without the class axis.
     """
+    values = drawn_kl if isinstance(t, Draws) else kl_values
     return reduce_positions(
-        partial(kl_values, T=T), s, t, axis, mask, reduction, partial(kl_slope, T=T), T**2
+        partial(values, T=T), s, t, axis, mask, reduction, partial(kl_slope, T=T), T**2
     )
 
 
@@ -158,8 +159,23 @@ def kl_values(s, t, T, axis):
     )
 
 
+def drawn_ce(s, t, T, axis):
+    """Estimate the cross-entropy with the teacher from draws, without a bias."""
+    if temperature(T) != t.T:
+        raise DistillError(t.refusal('the loss', T))
+    drawn = (s / T).gather(axis, t.ids)
+    return (s / T).logsumexp(axis) - torch.linalg.vecdot(t.freqs, drawn, dim=axis)
+
+
+def drawn_kl(s, t, T, axis):
+    """Estimate the KL from draws. The teacher's entropy is stored, so it has no bias either."""
+    return drawn_ce(s, t, T, axis) - t.entropy
+
+
 def kl_slope(s, t, T, axis):
     """Compute the gradient of `kl_values` with respect to `s`."""
+    if isinstance(t, Draws):
+        return (s / T).softmax(axis).scatter_add_(axis, t.ids, -t.freqs).div_(T)
     if not seen_finite(s):
         t = within(t, s)
     return (s / T).softmax(axis).sub_((t / T).softmax(axis)).div_(T)
@@ -169,7 +185,7 @@ class KL(Loss):
     fn = kl
 
 
-@loss(kind='softmax', match='shape')
+@loss(kind='softmax', match='shape', positionwise=True)
 def reverse_kl(
     s: Tensor,
     t: Tensor,
@@ -201,7 +217,7 @@ class ReverseKL(Loss):
     fn = reverse_kl
 
 
-@loss(kind='softmax', match='shape')
+@loss(kind='softmax', match='shape', positionwise=True)
 def jsd(
     s: Tensor,
     t: Tensor,
@@ -248,7 +264,7 @@ class JSD(Loss):
     fn = jsd
 
 
-@loss(kind='softmax', match='shape')
+@loss(kind='softmax', match='shape', positionwise=True)
 def tvd(
     s: Tensor,
     t: Tensor,
@@ -330,7 +346,7 @@ class ULD(Loss):
     fn = uld
 
 
-@loss(kind='softmax', match='shape')
+@loss(kind='softmax', match='shape', positionwise=True, linear=True)
 def soft_ce(
     s: Tensor,
     t: Tensor,
@@ -351,8 +367,9 @@ def soft_ce(
         axis: Class axis.
         mask: Which positions count. Shape of `s` without the class axis.
     """
+    values = drawn_ce if isinstance(t, Draws) else ce_values
     return reduce_positions(
-        partial(ce_values, T=T), s, t, axis, mask, reduction, partial(kl_slope, T=T), T**2
+        partial(values, T=T), s, t, axis, mask, reduction, partial(kl_slope, T=T), T**2
     )
 
 
@@ -480,7 +497,7 @@ class Regression(Loss):
     fn = regression
 
 
-@loss(kind=None, match='shape')
+@loss(kind=None, match='shape', positionwise=True, linear=True)
 def soft_targets(
     s: Tensor,
     t: Tensor,
