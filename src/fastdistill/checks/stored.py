@@ -6,6 +6,9 @@ from .findings import Finding
 
 __all__ = ['check_stored']
 
+LITTLE = (
+    0.05  # T^2 times a KL in nats that is not worth a warning, however little the teacher tells
+)
 MISSING = 0.25  # part of the softened probability that may belong to classes that are not stored
 
 
@@ -51,6 +54,7 @@ def lossy_classes(term, t, lost):
             f'{1 - found["correlation"]:.2f}, measured when the cache was written'
         )
         bad = found['correlation' if term.relates else 'share'] > BAD
+        bad = bad and (term.relates or T**2 * found['kl'] > LITTLE)
     else:
         missing = missing_probability(t, T)
         told = f'{100 * missing:.0f}% of its probability at this temperature is in classes that are not stored'
@@ -59,8 +63,8 @@ def lossy_classes(term, t, lost):
         yield Finding(
             'warning',
             f'{stored}: {told}',
-            "Store the outputs in a different way (cache_teacher(..., store='auto') measures what each "
-            'way loses), or use kd(T=1)',
+            "Store the outputs in a different way: cache_teacher(..., store='auto') measures what each "
+            'way loses' + (', or use kd(T=1)' if T > 1 or term.relates else ''),
             about='store',
         )
 
