@@ -107,7 +107,7 @@ def words(n, vocab=5000, length=20):
         for r in (rows[: -n // 2], rows[-n // 2 :])
     ]
     torch.manual_seed(0)
-    teacher, steps = Words(vocab, 192), 400
+    teacher, steps = Words(vocab, 192), 200
     opt = torch.optim.Adam(teacher.parameters(), 3e-3)
     for _, (x, y) in zip(range(steps), again(sets[0], 32)):
         F.cross_entropy(teacher(x).flatten(0, 1), y.flatten()).backward()

@@ -110,6 +110,38 @@ def test_int8_costs_eight_bytes_more_than_the_width(tmp_path):
     assert m.bytes == 200 * 32 + m.head_bytes
 
 
+def test_a_number_that_is_rarely_used_does_not_take_the_whole_range(tmp_path):
+    "The units are those of the first batch, in which a few numbers of the hidden state are 0"
+    torch.manual_seed(0)
+    model = nn.Linear(40, 300)
+    x = torch.randn(64, 40).relu()
+    x[:8, :4] *= 1e-6
+    cache = cache_dataset(
+        Teacher(model), TensorDataset(x), tmp_path, views=0, store='hidden', bs=8, progress=False
+    )
+    t, got = model(x).detach(), cache.outputs(range(64)).logits.dense()
+    assert ((got - t).abs().amax(1) <= 0.01 * (t.amax(1) - t.amin(1))).all()
+
+
+def test_hidden_states_that_int8_cannot_hold_are_reported(tmp_path):
+    torch.manual_seed(0)
+    model = nn.Linear(40, 300)
+    x = torch.randn(64, 40)
+    x[20:, 0] *= 1e3
+    with torch.no_grad():
+        model.weight[:, 0] *= 1e-3
+    with pytest.warns(DistillWarning, match=r'int8 differ by up to \d+.\d% of their spread'):
+        cache_dataset(
+            Teacher(model),
+            TensorDataset(x),
+            tmp_path,
+            views=0,
+            store='hidden',
+            bs=8,
+            progress=False,
+        )
+
+
 def test_each_token_has_its_own_scale(tmp_path):
     torch.manual_seed(0)
     model = nn.Linear(10, 30)

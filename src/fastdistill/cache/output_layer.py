@@ -11,9 +11,10 @@ from ..features.layer_names import no_such_layer
 from ..features.taps import Taps
 from ..teachers.teacher import Teacher
 
-__all__ = ['OutputLayer', 'StoredHead', 'find_output_layer']
+__all__ = ['OutputLayer', 'StoredHead', 'find_output_layer', 'worst_error']
 
 CHECKED = 16  # positions of each batch on which the output layer is verified
+LEAST_UNIT = 0.25  # of a number of a hidden state, relative to the root mean square of all of them
 NOT_FOUND = "Name it, store=dict(kind='hidden', layer='NAME'), or store something else."
 
 
@@ -83,7 +84,7 @@ class StoredHead:
         weight: (C, D) for the hidden states as they are stored.
         bias: (C,), or None.
         unit: Unit of each number of a hidden state, (D,), a power of two: about its root mean
-            square, so that all numbers of a row use the same range.
+            square, so that all numbers of a row use a similar range.
         cap: Soft-capping of the logits, or None.
     """
 
@@ -97,7 +98,9 @@ class StoredHead:
         """Build it from the logits of a few samples."""
         hidden = t.hidden.reshape(-1, t.hidden.shape[-1]).float()
         size = hidden.pow(2).mean(0).sqrt()
-        size = size.where(size > 0, size[size > 0].mean() if (size > 0).any() else 1.0)
+        # subtle: a number that is nearly always 0 here may be large in a later batch, and in a tiny unit it would
+        # take the whole range of its row
+        size = size.clamp_min(LEAST_UNIT * float(size.pow(2).mean().sqrt()) or 1.0)
         # subtle: powers of two, since multiplying by them does not round
         unit = torch.exp2(size.log2().round())
         bias = None if t.bias is None else t.bias.detach().float()
@@ -134,6 +137,21 @@ class StoredHead:
         sizes = [n * d, n if layout.head['bias'] else 0, d]
         weight, bias, unit = torch.from_numpy(np.frombuffer(data, '<f4').copy()).split(sizes)
         return cls(weight.view(n, d), bias if len(bias) else None, unit, layout.head['cap'])
+
+
+def worst_error(t: LinearLogits, got: LinearLogits) -> float:
+    """Return the largest error of a few stored logits, relative to the spread of their position.
+
+    Args:
+        t: Logits of a batch.
+        got: The same, as they are read back.
+    """
+    few = lambda x: x.hidden.reshape(-1, x.hidden.shape[-1])[:CHECKED]
+    exact = replace(t, hidden=few(t).float()).dense().cpu()
+    read = replace(got, hidden=few(got)).dense().cpu()
+    spread = exact.amax(-1) - exact.amin(-1)
+    on = spread > 0
+    return float(((read - exact).abs().amax(-1) / spread)[on].max()) if on.any() else 0.0
 
 
 def find_output_layer(teacher, run, layer: str | None = None) -> OutputLayer:

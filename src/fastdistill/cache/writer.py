@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
+import torch
 
 from ..base.distributed import on_first, rank, world_size
 from ..base.outputs import DistillError, DistillWarning
@@ -19,13 +20,14 @@ from .folder import open_folder
 from .keys import hash_of
 from .layout import Layout, Store
 from .manifest import CHECKSUM, MAX_VIEWS, Manifest, differences, refuse
-from .output_layer import StoredHead
+from .output_layer import StoredHead, worst_error
 from .reader import TeacherCache, damages
 from .source import Source, is_whole
 
 __all__ = ['Forecast', 'check_views', 'finished', 'write_cache']
 
 SHARD_BYTES = 64 * 2**20
+INACCURATE = 0.02  # error of logits of hidden states, relative to their spread
 DRAWS = 2  # stream of random numbers for draws; 0 and 1 are those of item and batch transforms
 
 
@@ -283,6 +285,7 @@ def finished(where, shard):
 def _write_shards(where, source, m, head, todo, progress):
     """Run the teacher over the samples of these shards."""
     done, total = 0, sum(m.rows_of(i) for _, i, *_ in todo)
+    worst = [0.0]
     # one pass of the DataLoader writes a limited number of shards, since all its tasks are in one list
     some = max(2**20 // m.shard_rows, 1)
     for at in range(0, len(todo), some):
@@ -294,22 +297,40 @@ def _write_shards(where, source, m, head, todo, progress):
         with closing(source.run(np.concatenate(tasks), m.batch_size)) as batches:
             for v, i, name, _ in todo[at : at + some]:
                 keys = source.keys[i * m.shard_rows :][: m.rows_of(i)]
-                encode = partial(encoded, m.layout, head, keys, v, m.seed)
+                encode = partial(encoded, m.layout, head, keys, v, m.seed, worst)
                 for rows in _write_shard(where, m, name, m.rows_of(i), batches, encode):
                     done += rows
                     if progress is not None:
                         progress(done, total, done * m.layout.bytes)
+    warn_of_int8(worst[0])
 
 
-def encoded(layout, head, keys, view, seed, out, row):
+def warn_of_int8(error):
+    """Warn if logits of hidden states in int8 are too far from the teacher's."""
+    if error > INACCURATE:
+        warnings.warn(
+            DistillWarning(
+                f'The logits of the hidden states in int8 differ by up to {100 * error:.1f}% of their '
+                "spread from the teacher's: a few numbers are much larger than the others. Use "
+                "store=dict(kind='hidden', dtype='float16')."
+            )
+        )
+
+
+def encoded(layout, head, keys, view, seed, worst, out, row):
     """Encode outputs of a batch.
 
     Args:
         keys: Keys of the samples of the shard.
+        worst: List of one number, the largest error of hidden states in int8.
         row: First row of the batch in the shard.
     """
     if layout.draws is None:
-        return layout.encode(out, head)
+        rows = layout.encode(out, head)
+        if head is not None and layout.fields[0].dtype == 'int8':
+            got = layout.decode(torch.from_numpy(rows), head).logits
+            worst[0] = max(worst[0], worst_error(out.logits, got))
+        return rows
     # the last batch is filled up with copies of the last sample
     own = keys[(row + np.arange(len(out.logits))).clip(max=len(keys) - 1)]
     seeds = seeds_of(seed, own, view, DRAWS) >> np.uint64(1)
