@@ -22,6 +22,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 from fastdistill import Distiller, Outputs, Teacher, kd, losses
 from fastdistill.cache import Replayed, cache_dataset
+from fastdistill.cache.measure import lost_by
 
 PROTOCOL = 1
 ROOT = Path(os.environ.get('BENCHMARK_DATA', '../shared/data'))
@@ -128,9 +129,10 @@ def store_row(task, name, models, folder):
     unit = train.tensors[0].shape[1] if axis == -1 else 1
     cache = cache_dataset(
         Teacher(teacher),
-        Inputs(train),
+        train,
         folder,
         views=0,
+        keys=range(len(train)),
         store=STORES[name],
         axis=axis,
         progress=False,
@@ -142,28 +144,10 @@ def store_row(task, name, models, folder):
     if name != '50 draws':
         got = got if isinstance(got, torch.Tensor) else got.dense()
         last = lambda x: x.movedim(axis, -1).flatten(0, -2)
-        floor = lambda T: (last(got) / T).log_softmax(1).clamp_min(np.log(1e-6))
-        for T in (1.0, 4.0):
-            p = (last(t) / T).log_softmax(1)
-            kls[f'KL at T={T:g}'] = float((p.exp() * (p - floor(T))).sum(1).mean())
-            kls[f'1 - correlation at T={T:g}'] = (
-                float(losses.dist(last(got), last(t), T=T, beta=0.5, gamma=0.5)) / T**2
-            )
+        for o in lost_by(last(t), last(got), (1.0, 4.0)):
+            kls |= {f'{k} at T={o["T"]:g}': o[k] for k in ('kl', 'share', 'correlation')}
     m = cache.manifest
     return dict(bytes=m.layout.bytes / unit, head=m.head_bytes, **kls), cache
-
-
-class Inputs(torch.utils.data.Dataset):
-    "The inputs, whose keys are their numbers"
-
-    def __init__(self, data):
-        self.data, self.keys = data, [str(i) for i in range(len(data))]
-
-    def __len__(self):
-        return len(self.data)
-
-    def __getitem__(self, i):
-        return self.data[i]
 
 
 def student_row(task, name, models, cache, seed, steps=300):
@@ -176,7 +160,7 @@ def student_row(task, name, models, cache, seed, steps=300):
         return None  # photographs without labels of 1,000 classes
     d = Distiller(student, t, recipe, axis=axis, check=False)
     opt, times = torch.optim.Adam(student.parameters(), 3e-3), []
-    data = train if cache is None else Replayed(Inputs(train), cache)
+    data = train if cache is None else Replayed(train, cache)
     loader = again(data, 32)
     for _ in range(steps):
         x, y, *rows = next(loader)
@@ -219,9 +203,9 @@ def draw(rows, path):
     fig, axs = plt.subplots(1, 2, figsize=(9, 3.4), layout='constrained', sharey=True)
     for ax, (task, title) in zip(axs, tasks.items()):
         for r in rows:
-            if r['task'] != task or 'KL at T=4' not in r:
+            if r['task'] != task or 'kl at T=4' not in r:
                 continue
-            kl = max(r['KL at T=4'], 1e-7)
+            kl = max(r['kl at T=4'], 1e-7)
             ax.scatter(r['bytes'], kl, s=30)
             ax.annotate(
                 r['store'], (r['bytes'], kl), xytext=(4, 4), textcoords='offset points', fontsize=8

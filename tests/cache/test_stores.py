@@ -427,7 +427,7 @@ def test_a_recipe_that_the_store_does_not_suit_is_reported_with_a_number(tmp_pat
     task = nn.functional.cross_entropy(s, y)
     text = (
         r'stores the 10 likeliest of 300 classes, and dist uses them at T=4: at this temperature, \d+% of '
-        r'what the teacher tells is lost \(KL [\d.]+ nats\), and the correlation with its outputs is 0.\d\d'
+        r'what the teacher tells is lost \(KL [\d.]+ nats\), and the correlations of its outputs fall by 0.\d\d'
     )
     with pytest.warns(DistillWarning, match=text):
         Distiller(None, None, Term(dist, T=4)).compute(Outputs(s), stored, task, (y,))
@@ -515,3 +515,16 @@ def test_losses_between_temperatures():
     lost = [dict(T=1.0, kl=0.0, share=0.0), dict(T=4.0, kl=1.0, share=0.5)]
     assert measure.loss_at(lost, 2.0) == dict(T=2.0, kl=0.5, share=0.25)
     assert measure.loss_at(lost, 9.0) == dict(T=9.0, kl=1.0, share=0.5)
+
+
+def test_what_is_stored_exactly_loses_nothing():
+    "Classes that hardly vary have a correlation of 0 in `dist`, also with themselves"
+    t = exact() * torch.linspace(0, 5, 300)
+    for o in measure.lost_by(t, t.clone(), (1.0, 4.0)):
+        assert (o['kl'], o['share'], o['correlation']) == (0.0, 0.0, 0.0)
+
+
+def test_exact_logits_are_good_for_correlations(tmp_path, nothing_is_tiny):
+    layout = written(tmp_path, 'auto', recipe=Term(dist, T=1)).manifest.layout
+    assert layout.fields[0].name == 'logits'
+    assert layout.fields[0].dtype == 'int8'

@@ -26,6 +26,7 @@ __all__ = [
     'check_kind_of_store',
     'existing_store',
     'loss_at',
+    'lost_by',
     'measured_options',
     'uses_of',
 ]
@@ -36,7 +37,7 @@ NEGLIGIBLE, BAD = 0.01, 0.1  # parts of what the teacher tells, and errors of a 
 TEMPERATURES = 1.0, 2.0, 4.0, 8.0
 SAMPLES = 256  # measured samples, at most
 NUMBERS = 2**24  # measured logits, at most
-LEAST = log(1e-6)  # log-probability
+LEAST_LOG = log(1e-6)  # log-probability
 CALLED = "store='hidden': "
 
 
@@ -75,7 +76,7 @@ class Option:
         total: Bytes of the whole cache.
         lost: What it loses at each temperature: `T`; `kl`, the KL from the teacher in nats; `share`,
             that KL as a part of the KL between the teacher and its mean prediction, at most 1; `correlation`,
-            1 minus the lower one of the two correlations of `dist`. None if that has no meaning.
+            what the lower one of the two correlations of `dist` loses. None if that has no meaning.
         note: Remark in the table.
     """
 
@@ -115,13 +116,13 @@ def lost_by(t: Tensor, got: Tensor, temperatures) -> list:
     for T in dict.fromkeys(map(float, temperatures)):
         p = (t / T).log_softmax(1)
         # subtle: not below 1e-6, since a tail of 'zero' has an infinite KL
-        q = torch.maximum((got / T).log_softmax(1), p.clamp_max(LEAST))
+        q = torch.maximum((got / T).log_softmax(1), p.clamp_max(LEAST_LOG))
         lost = float((p.exp() * (p - q).where(p > -torch.inf, 0.0)).sum(1).mean())
         mean = p.exp().mean(0, keepdim=True).log().expand_as(p)
         told = float(kl(mean, p, T=1.0))
-        error = max(
-            float(dist(got, t, T=T, beta=b, gamma=1 - b, eps=1e-12)) / T**2 for b in (0.0, 1.0)
-        )
+        # subtle: a class that hardly varies has a correlation of 0 in `dist`, also with itself
+        apart = lambda x, b, T=T: float(dist(x, t, T=T, beta=b, gamma=1 - b)) / T**2
+        error = max(apart(got, b) - apart(t, b) for b in (0.0, 1.0))
         # subtle: at least 1e-6 nats, since rounding must not count where all outputs are equal
         share = min(max(lost, 0.0) / max(told, 1e-6), 1.0)
         found.append(dict(T=T, kl=max(lost, 0.0), share=share, correlation=max(error, 0.0)))
@@ -203,8 +204,8 @@ def table_of_options(options: list, uses: Uses, notes=()) -> str:
         )
     rows = [[*r, *[''] * (len(head) - len(r))] for r in rows]
     below = (
-        'KL in nats, and as a part of the KL between the teacher and its mean prediction; correlation '
-        f'as in dist, at T={warmest:g}'
+        'KL in nats, and as a part of the KL between the teacher and its mean prediction; the '
+        f'correlations of dist at T={warmest:g}, relative to those of all logits'
     )
     return '\n'.join([text_table(head, rows), below, *notes])
 

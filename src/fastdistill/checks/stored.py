@@ -6,7 +6,7 @@ from .findings import Finding
 
 __all__ = ['check_stored']
 
-LITTLE = (
+LITTLE_LOSS = (
     0.05  # T^2 times a KL in nats that is not worth a warning, however little the teacher tells
 )
 MISSING = 0.25  # part of the softened probability that may belong to classes that are not stored
@@ -50,11 +50,11 @@ def lossy_classes(term, t, lost):
         found = loss_at(lost, T)
         told = (
             f'at this temperature, {100 * found["share"]:.0f}% of what the teacher tells is lost (KL '
-            f'{found["kl"]:.2g} nats), and the correlation with its outputs is '
-            f'{1 - found["correlation"]:.2f}, measured when the cache was written'
+            f'{found["kl"]:.2g} nats), and the correlations of its outputs '
+            f'fall by {found["correlation"]:.2f}, measured when the cache was written'
         )
         bad = found['correlation' if term.relates else 'share'] > BAD
-        bad = bad and (term.relates or T**2 * found['kl'] > LITTLE)
+        bad = bad and (term.relates or T**2 * found['kl'] > LITTLE_LOSS)
     else:
         missing = missing_probability(t, T)
         told = f'{100 * missing:.0f}% of its probability at this temperature is in classes that are not stored'
