@@ -208,7 +208,12 @@ def draw(rows, path):
             kl = max(r['kl at T=4'], 1e-7)
             ax.scatter(r['bytes'], kl, s=30)
             ax.annotate(
-                r['store'], (r['bytes'], kl), xytext=(4, 4), textcoords='offset points', fontsize=8
+                r['store'],
+                (r['bytes'], kl),
+                xytext=(-6, -3) if r['bytes'] > 400 else (6, -3),
+                ha='right' if r['bytes'] > 400 else 'left',
+                textcoords='offset points',
+                fontsize=8,
             )
         ax.set(
             xscale='log',
