@@ -40,7 +40,7 @@ from rich.table import Table
 from torch import nn
 import torch.nn.functional as F
 from fastdistill import Teacher
-from fastdistill.cache import Layout, TeacherCache, Wish
+from fastdistill.cache import Layout, TeacherCache, Store
 from fastdistill.cache.digests import file_checksum
 from fastdistill.cache.manifest import Manifest
 from fastdistill.fastai import KnowledgeDistillation, cache_teacher
@@ -254,12 +254,15 @@ def write(tmp, quick, rounds):
 # sizes: bytes, and what is lost
 
 FORMATS = {
-    'float32': Wish('float32'),
-    'float16': Wish('float16'),
-    'int8': Wish('int8'),
-    'top-10 float16': Wish('float16', 10),
-    'top-10 int8': Wish('int8', 10),
-    **{f'top-10 int8, {tail}': Wish('int8', 10, tail) for tail in ('uniform', 'zero', 'bucket')},
+    'float32': Store(dtype='float32'),
+    'float16': Store(dtype='float16'),
+    'int8': Store(dtype='int8'),
+    'top-10 float16': Store(dtype='float16', topk=10),
+    'top-10 int8': Store(dtype='int8', topk=10),
+    **{
+        f'top-10 int8, {tail}': Store(dtype='int8', topk=10, tail=tail)
+        for tail in ('uniform', 'zero', 'bucket')
+    },
 }
 
 
@@ -363,7 +366,7 @@ def students(loss, x, test, classes, n_steps, seeds):
 
 def synthetic(path, n):
     "A cache of `n` made-up rows: the top 10 of 1,000 classes in int8"
-    layout = Layout.of(Outputs(torch.randn(2, 1000)), Wish('int8', 10))
+    layout = Layout.of(Outputs(torch.randn(2, 1000)), Store(dtype='int8', topk=10))
     m = Manifest(n, 1, 0, layout, 2**20, 64)
     (path / 'view000').mkdir(parents=True)
     np.random.default_rng(0).integers(0, 2**63, n, dtype=np.uint64).tofile(path / 'keys.bin')

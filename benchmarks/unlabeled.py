@@ -34,7 +34,7 @@ def main(
                     teacher,
                     learner(few, valid[:10], teacher.model).dls,
                     folder,
-                    dtype='float32',
+                    store=dict(dtype='float32'),
                     kind='softmax',
                     unlabeled=more,
                     check=False,

@@ -533,7 +533,7 @@ def views():
     fig = Figure(figsize=(9.5, 6.2), layout='constrained')
     with tempfile.TemporaryDirectory() as tmp:
         learn = Learner(make(), torch.nn.Linear(1, 2), loss_func=CrossEntropyLossFlat())
-        cache = cache_teacher(teacher, make(), tmp, views=4, topk=3, check=False)
+        cache = cache_teacher(teacher, make(), tmp, views=4, store=dict(topk=3), check=False)
         feed = SampleFeed().attach(learn, {'': StoredOutputs(cache)}, {'': Task('softmax')})
         for epoch, axs in enumerate(fig.subplots(2, 4).T):
             feed.begin(epoch)

@@ -2,6 +2,7 @@ from . import losses as losses
 from . import recipes as recipes
 from .base.errors import DistillError as DistillError
 from .base.errors import DistillWarning as DistillWarning
+from .base.outputs import LinearLogits as LinearLogits
 from .base.outputs import Outputs as Outputs
 from .distiller import Distilled as Distilled
 from .distiller import Distiller as Distiller

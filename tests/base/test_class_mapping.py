@@ -273,7 +273,7 @@ def test_a_cache_keeps_which_classes_it_is_about(tmp_path):
     torch.manual_seed(0)
     coarse = Teacher(nn.Sequential(nn.Flatten(), nn.Linear(3 * 16 * 16, 2)), classes=[[2, 0], 1])
     cache = cache_teacher(
-        coarse, apps.image()[0].dls, tmp_path / 'targets', dtype='float32', check=False
+        coarse, apps.image()[0].dls, tmp_path / 'targets', store=dict(dtype='float32'), check=False
     )
     assert cache.outputs(np.arange(3)).classes == [[2, 0], 1]
     values = []

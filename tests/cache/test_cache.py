@@ -15,7 +15,7 @@ from fastdistill.cache import (
     Replayed,
     Source,
     TeacherCache,
-    Wish,
+    Store,
     cache_dataset,
     write_cache,
     writer,
@@ -39,7 +39,7 @@ def logits(*shape, seed=0, scale=4.0):
 
 
 def through(out, **wish):
-    lay = Layout.of(out, Wish(**wish))
+    lay = Layout.of(out, Store(**wish))
     rows = lay.encode(out)
     assert rows.dtype == np.uint8 and rows.shape == (len(out.logits), lay.bytes)
     again = Layout.from_json(json.loads(json.dumps(lay.to_json())))
@@ -68,7 +68,7 @@ def test_int8_holds_the_smallest_and_the_largest_value_of_a_row_exactly(tmp_path
         TensorDataset(x),
         tmp_path,
         views=0,
-        dtype='int8',
+        store=dict(dtype='int8'),
         progress=False,
     )
     got = cache.outputs(range(9)).logits
@@ -159,7 +159,7 @@ def test_wrong_wishes_are_refused():
         (dict(topk=0), 'one'),
     ]:
         with pytest.raises(DistillError, match=match):
-            Wish(**kw)
+            Store(**kw)
 
 
 @pytest.mark.parametrize(
@@ -180,17 +180,17 @@ def test_a_teacher_that_returns_another_number_of_outputs_is_refused(tmp_path, a
         DistillError,
         match=f'The teacher returned {n} outputs for 4 samples: it must return one for each',
     ):
-        write_cache(tmp_path, source, Wish('float32'), views=0)
+        write_cache(tmp_path, source, Store(dtype='float32'), views=0)
 
 
 def test_rows_of_one_cache_are_alike():
-    lay = Layout.of(Outputs(logits(2, 5)), Wish())
+    lay = Layout.of(Outputs(logits(2, 5)), Store())
     with pytest.raises(
         DistillError, match=r'shape \(6,\) in this batch, but \(5,\) in the first one'
     ):
         lay.encode(Outputs(logits(2, 6)))
     with pytest.raises(DistillError, match='have no feats:a in this batch'):
-        Layout.of(Outputs(logits(2, 5), {'a': logits(2, 1)}), Wish()).encode(Outputs(logits(2, 5)))
+        Layout.of(Outputs(logits(2, 5), {'a': logits(2, 1)}), Store()).encode(Outputs(logits(2, 5)))
 
 
 # the classes that were not kept
@@ -454,7 +454,7 @@ def make(
         files=files,
     )
     return write_cache(
-        path, source, Wish('float32'), views=views, shard_bytes=shard * c * 4, **kwargs
+        path, source, Store(dtype='float32'), views=views, shard_bytes=shard * c * 4, **kwargs
     ), x @ w
 
 
@@ -502,7 +502,7 @@ def test_what_is_pickled_is_a_path(tmp_path):
 
 
 def test_a_cache_of_ten_million_rows_opens_at_once(tmp_path):
-    n, layout = 10**7, Layout.of(Outputs(logits(1, 1000)), Wish(topk=10))
+    n, layout = 10**7, Layout.of(Outputs(logits(1, 1000)), Store(topk=10))
     m = Manifest(n, 1, 0, layout, 2**20, 64)
     for *_, name, size in m.all_shards():
         (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -538,7 +538,7 @@ def test_what_is_no_cache_says_so(tmp_path):
     cache, _ = make(tmp_path)
     text = json.loads((tmp_path / 'manifest.json').read_text())
     for change, match in [
-        (dict(version=9), 'is a cache of version 9, but this fastdistill reads version 1'),
+        (dict(version=9), 'is a cache of version 9, but this fastdistill reads versions 1 to 2'),
         (dict(format='x'), 'does not belong to a fastdistill cache'),
         (dict(complete=False, shards=[]), 'is not finished'),
     ]:
@@ -637,7 +637,7 @@ def test_a_begun_cache_with_other_keys_gets_its_own_again(tmp_path):
 
     x = TensorDataset(torch.randn(20, 3))
     write = lambda path, **kw: cache_dataset(
-        lambda x: Outputs(x), x, path, views=0, bs=4, dtype='float32', **kw
+        lambda x: Outputs(x), x, path, views=0, bs=4, store=dict(dtype='float32'), **kw
     )
     with pytest.warns(DistillWarning):
         whole = write(tmp_path / 'whole')
@@ -738,10 +738,10 @@ def test_numbers_that_a_type_cannot_hold_are_refused_or_cut_to_what_it_can():
     top = through(Outputs(far), topk=2, dtype='float32')[0].logits
     assert top.rest.isfinite().all() and not top.dense().softmax(1).isnan().any()
     with pytest.raises(DistillError, match="size= and topk= can't be combined"):
-        Layout.of(Outputs(logits(2, 5, 4, 4)), Wish(topk=2, size=2))
+        Layout.of(Outputs(logits(2, 5, 4, 4)), Store(topk=2, size=2))
     with pytest.raises(DistillError, match='topk=2 along axis 1'):
-        Layout.of(Outputs(logits(6)), Wish(topk=2))
-    lay = Layout.of(Outputs(logits(2, 5)), Wish())
+        Layout.of(Outputs(logits(6)), Store(topk=2))
+    lay = Layout.of(Outputs(logits(2, 5)), Store())
     with pytest.raises(DistillError, match='have mask in this batch, unlike in the first batch'):
         lay.encode(Outputs(logits(2, 5), mask=torch.ones(2)))
 
@@ -1012,7 +1012,7 @@ def write_views(path, views, calls=None, **kwargs):
     return write_cache(
         path,
         views_source(calls, views=views),
-        Wish('float32'),
+        Store(dtype='float32'),
         views=views,
         shard_bytes=80,
         **kwargs,
@@ -1054,10 +1054,10 @@ def test_more_views_can_be_added_and_only_they_are_made(tmp_path, old, new):
 def test_the_clean_view_is_not_one_of_the_augmented_ones(tmp_path):
     write_views(tmp_path / 'c', 8)
     with pytest.raises(DistillError, match='views: 8 in the cache, 0 now'):
-        write_cache(tmp_path / 'c', views_source(views=1), Wish('float32'), views=0)
-    write_cache(tmp_path / 'clean', views_source(views=1), Wish('float32'), views=0)
+        write_cache(tmp_path / 'c', views_source(views=1), Store(dtype='float32'), views=0)
+    write_cache(tmp_path / 'clean', views_source(views=1), Store(dtype='float32'), views=0)
     with pytest.raises(DistillError, match='views: 0 in the cache, 8 now'):
-        write_cache(tmp_path / 'clean', views_source(), Wish('float32'), views=8)
+        write_cache(tmp_path / 'clean', views_source(), Store(dtype='float32'), views=8)
 
 
 def test_views_of_other_inputs_are_not_added(tmp_path):
@@ -1065,7 +1065,7 @@ def test_views_of_other_inputs_are_not_added(tmp_path):
     other = views_source(views=12)
     other.samples[3]['digest'] = 'another'
     with pytest.raises(DistillError, match='the inputs of some samples'):
-        write_cache(tmp_path / 'c', other, Wish('float32'), views=12)
+        write_cache(tmp_path / 'c', other, Store(dtype='float32'), views=12)
     with pytest.raises(DistillError, match='seed: 0 in the cache, 1 now'):
         write_views(tmp_path / 'c', 12, seed=1)
 
@@ -1147,7 +1147,7 @@ def test_a_batch_size_below_one_is_refused(bs, tmp_path):
 @pytest.mark.parametrize('views', [-1, 1.5, True, '2', 10**6])
 def test_a_number_of_views_that_cannot_be_is_refused(views, tmp_path):
     with pytest.raises(DistillError, match=f'views={views!r}'):
-        write_cache(tmp_path, views_source(), Wish(), views=views)
+        write_cache(tmp_path, views_source(), Store(), views=views)
 
 
 # where a cache is

@@ -4,7 +4,7 @@ import copy, json, os, random, shutil, sys
 from contextlib import contextmanager
 import numpy as np
 import pytest, torch
-from fastdistill.cache import Source, TeacherCache, Wish, write_cache
+from fastdistill.cache import Source, TeacherCache, Store, write_cache
 from fastdistill.cache.folder import open_folder
 from fastdistill.base.outputs import DistillError, Outputs
 
@@ -36,7 +36,7 @@ def write(path, views=2, shard_bytes=256, wish=None, **kwargs):
     return write_cache(
         path,
         kwargs.pop('source', None) or source(),
-        wish or Wish(topk=3, dtype='int8'),
+        wish or Store(topk=3, dtype='int8'),
         views=views,
         shard_bytes=shard_bytes,
         **kwargs,
@@ -236,7 +236,7 @@ def test_maps_that_are_stored_smaller_are_checked_too(tmp_path):
             yield Outputs(torch.zeros(len(tasks[i : i + bs]), 2, 8, 8))
 
     maps.run = run
-    cache = write(tmp_path, source=maps, wish=Wish(size=(4, 2)))
+    cache = write(tmp_path, source=maps, wish=Store(size=(4, 2)))
     assert cache.outputs([3]).logits.shape == (1, 2, 8, 8)
     m = json.loads((tmp_path / 'manifest.json').read_text())
     for value, match in [

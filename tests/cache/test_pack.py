@@ -354,7 +354,7 @@ def test_unpacking_needs_little_memory(tmp_path):
         tmp_path / 'c',
         views=0,
         bs=32,
-        dtype='float32',
+        store=dict(dtype='float32'),
     )
     packed = pack_cache(cache, tmp_path / 'a.zip')
     assert packed.stat().st_size > 2**25

@@ -233,7 +233,7 @@ def test_a_plain_loop_sees_the_views_that_the_teacher_saw(tmp_path, workers):
         Noisy(),
         tmp_path,
         views=3,
-        dtype='float32',
+        store=dict(dtype='float32'),
         keys=range(23),
         bs=4,
         num_workers=workers,
@@ -263,7 +263,14 @@ def test_batch_transforms_of_a_plain_loop(tmp_path):
         return x + torch.randn_like(x) * random.random()
 
     cache = cache_dataset(
-        Net(), Noisy(), tmp_path, views=2, dtype='float32', keys=range(23), bs=4, batch_tfm=shake
+        Net(),
+        Noisy(),
+        tmp_path,
+        views=2,
+        store=dict(dtype='float32'),
+        keys=range(23),
+        bs=4,
+        batch_tfm=shake,
     )
     data = Replayed(Noisy(), cache, keys=range(23), seeds=True)
     for e in range(3):
@@ -276,7 +283,11 @@ def test_batch_transforms_of_a_plain_loop(tmp_path):
 
 def test_clean_rows_leave_the_students_transforms_random(tmp_path):
     cache = cache_dataset(
-        Net(), torch.utils.data.TensorDataset(Noisy().x), tmp_path, views=0, dtype='float32'
+        Net(),
+        torch.utils.data.TensorDataset(Noisy().x),
+        tmp_path,
+        views=0,
+        store=dict(dtype='float32'),
     )
 
     class Both(torch.utils.data.TensorDataset):
@@ -308,7 +319,14 @@ class Own(Noisy):
 @pytest.mark.parametrize('workers', [0, 2])
 def test_generators_of_a_datasets_own_are_replayed_too(tmp_path, workers):
     cache = cache_dataset(
-        Net(), Own(), tmp_path, views=2, dtype='float32', keys=range(23), bs=4, num_workers=workers
+        Net(),
+        Own(),
+        tmp_path,
+        views=2,
+        store=dict(dtype='float32'),
+        keys=range(23),
+        bs=4,
+        num_workers=workers,
     )
     data = Replayed(Own(), cache, keys=range(23))
     for x, _, rows in DataLoader(data, 5, shuffle=True, num_workers=workers):
@@ -320,7 +338,9 @@ def test_a_part_of_several_datasets_draws_as_the_whole(tmp_path):
     a, b = Own(), Own()
     b.x = b.x + 5
     both = torch.utils.data.ConcatDataset([a, b])
-    cache = cache_dataset(Net(), both, tmp_path, views=2, dtype='float32', keys=range(46))
+    cache = cache_dataset(
+        Net(), both, tmp_path, views=2, store=dict(dtype='float32'), keys=range(46)
+    )
     for part, keys in (
         (b, range(23, 46)),
         (torch.utils.data.ConcatDataset([b, a]), [*range(23, 46), *range(23)]),

@@ -86,7 +86,7 @@ def test_write_look_at_it_and_ask_again(script, cache, tmp_path):
         path,
         '--views',
         2,
-        '--dtype',
+        '--store',
         'float32',
         '--valid',
     )
@@ -120,7 +120,7 @@ def test_write_look_at_it_and_ask_again(script, cache, tmp_path):
     cache('verify', path, f'{script}:another', f'{script}:dls', '--n', 4, code=1)
     cache('verify', path, f'{script}:another', f'{script}:dls', '--n', 4, '--tol', 100)
     assert 'Nothing is missing' in cache(
-        'write', f'{script}:teacher', f'{script}:dls', path, '--views', 2, '--dtype', 'float32'
+        'write', f'{script}:teacher', f'{script}:dls', path, '--views', 2, '--store', 'float32'
     )
     r = cache(
         'write',
@@ -129,7 +129,7 @@ def test_write_look_at_it_and_ask_again(script, cache, tmp_path):
         path,
         '--views',
         2,
-        '--dtype',
+        '--store',
         'float32',
         code=None,
     )
@@ -137,7 +137,7 @@ def test_write_look_at_it_and_ask_again(script, cache, tmp_path):
 
 
 def test_a_teacher_from_an_exported_learner_and_options(script, cache, tmp_path):
-    options = '--topk', 1, '--dtype', 'int8', '--tail', 'zero', '--layers', 'l', '--seed', 3
+    options = '--store', 'topk=1, dtype=int8, tail=zero', '--layers', 'l', '--seed', 3
     cache('write', f'{script}:learner', f'{script}:learner', tmp_path / 'a', *options)
     m = TeacherCache(tmp_path / 'a').manifest
     assert [f.name for f in m.layout.fields] == [
@@ -163,7 +163,7 @@ def test_an_interrupt_says_how_to_go_on(script, cache, tmp_path, monkeypatch):
         tmp_path / 'c',
         '--views',
         2,
-        '--dtype',
+        '--store',
         'float32',
         code=130,
     )
@@ -180,7 +180,7 @@ def test_an_interrupt_says_how_to_go_on(script, cache, tmp_path, monkeypatch):
         tmp_path / 'c',
         '--views',
         2,
-        '--dtype',
+        '--store',
         'float32',
     )
     assert f'{32 - 4 * done}/{32 - 4 * done}' in out and '8 of 8 written' in cache(
@@ -246,7 +246,7 @@ def child(folder, args, shard_bytes=None):
 
 def test_each_of_two_processes_writes_its_share(script, cache, tmp_path):
     args = 'write', f'{script}:teacher', f'{script}:dls'
-    more = '--views', '2', '--dtype', 'float32', '--valid'
+    more = '--views', '2', '--store', 'float32', '--valid'
     both = processes.start_two(
         tmp_path / 'log',
         child,

@@ -86,7 +86,7 @@ def test_a_cache_records_the_image_size_of_its_teacher(tmp_path):
         data(augment='light', item_tfms=[Resize(24)]),
     )
     teacher = Learner(theirs, Convs(3))
-    cache = cache_teacher(teacher, dls, tmp_path / 'c', dtype='float32')
+    cache = cache_teacher(teacher, dls, tmp_path / 'c', store=dict(dtype='float32'))
     assert cache.manifest.teacher['size'] == '(24, 24)'
     x, _ = dls.train.new(shuffle=False, drop_last=False).one_batch()
     with pytest.raises(DistillError, match=r'teacher, size: \(24, 24\) in the cache, None now'):
@@ -94,7 +94,7 @@ def test_a_cache_records_the_image_size_of_its_teacher(tmp_path):
             Teacher(teacher.model, images=dict(stats=imagenet_stats), kind='softmax'),
             dls,
             tmp_path / 'c',
-            dtype='float32',
+            store=dict(dtype='float32'),
         )
 
 
@@ -145,7 +145,9 @@ def compare(learn, cache, teacher, n=3, **kwargs):
 @pytest.mark.parametrize('augment', AUGMENT)
 def test_stored_logits_are_those_of_the_live_teacher_on_the_replayed_batch(tmp_path, augment):
     teacher = Teacher(Convs(3))
-    cache = cache_teacher(teacher, data(augment=augment), tmp_path, views=2, dtype='float32')
+    cache = cache_teacher(
+        teacher, data(augment=augment), tmp_path, views=2, store=dict(dtype='float32')
+    )
     for bs, workers in [(8, 0), (5, 2)] if augment == 'colours' else [(5, 0)]:
         c = compare(student(data(augment=augment, bs=bs, num_workers=workers)), cache, teacher)
         assert c.error < 1e-5
@@ -176,7 +178,7 @@ APPS = dict(
 def test_the_same_for_labels_maps_and_points(tmp_path, app):
     make, net, kind, axis = APPS[app]
     teacher = Teacher(net())
-    cache = cache_teacher(teacher, make(), tmp_path, views=2, dtype='float32')
+    cache = cache_teacher(teacher, make(), tmp_path, views=2, store=dict(dtype='float32'))
     dls = make()
     dls.train.bs = 5
     learn = Learner(dls, net())
@@ -188,7 +190,9 @@ def test_the_same_for_labels_maps_and_points(tmp_path, app):
 def test_the_same_for_texts_and_tables(tmp_path, app):
     make = getattr(apps, app)
     learn, teacher = apps.quiet(*make())
-    cache = cache_teacher(teacher, make()[0].dls, tmp_path, views=1, dtype='float32', valid=True)
+    cache = cache_teacher(
+        teacher, make()[0].dls, tmp_path, views=1, store=dict(dtype='float32'), valid=True
+    )
     assert verify_cache(cache, teacher, make()[0].dls, n=9).worst < 1e-4
     learn.dls.train.bs, teacher = 5, Teacher(teacher.model)
     kind = 'regression' if app == 'collab' else 'softmax'
@@ -240,7 +244,7 @@ def test_batch_transforms_that_look_at_the_batch_see_one_sample_at_a_time(tmp_pa
     teacher = Teacher(Convs(3))
     c = compare(
         student(make(2)),
-        cache_teacher(teacher, make(8), tmp_path, views=2, dtype='float32'),
+        cache_teacher(teacher, make(8), tmp_path, views=2, store=dict(dtype='float32')),
         teacher,
     )
     assert c.error < 1e-5
@@ -262,7 +266,7 @@ def test_each_input_is_looked_at(tmp_path):
     teacher = Teacher(Siamese())
     c = compare(
         Learner(make(3), Siamese(1)),
-        cache_teacher(teacher, make(8), tmp_path, views=2, dtype='float32'),
+        cache_teacher(teacher, make(8), tmp_path, views=2, store=dict(dtype='float32')),
         teacher,
     )
     assert c.error < 1e-5
@@ -403,7 +407,10 @@ def test_generators_are_looked_for_in_each_epoch(tmp_path):
             held.state = dict(rng=random.Random())
 
     c = Compare(
-        StoredOutputs(cache_teacher(teacher, make(), tmp_path, views=2, dtype='float32')), teacher
+        StoredOutputs(
+            cache_teacher(teacher, make(), tmp_path, views=2, store=dict(dtype='float32'))
+        ),
+        teacher,
     )
     quiet(student(make()), 3, cbs=[c, Replace()])
     assert c.error < 1e-5
@@ -447,7 +454,7 @@ def test_a_table_without_numbers(tmp_path):
         num_workers=0,
     )
     nets = [tabular_learner(make(), layers=[h]) for h in (4, 8)]
-    cache = cache_teacher(nets[1], make(), tmp_path, dtype='float32')
+    cache = cache_teacher(nets[1], make(), tmp_path, store=dict(dtype='float32'))
     c = compare(
         apps.quiet(Learner(make(), nets[0].model))[0], cache, Teacher(nets[1].model), axis=-1
     )
@@ -478,7 +485,9 @@ def test_writing_moves_no_global_random_state(tmp_path, workers):
 
 def test_a_student_with_another_validation_set_has_no_column_for_it(tmp_path):
     teacher = Teacher(Convs(3))
-    cache = cache_teacher(teacher, data(), tmp_path, views=2, valid=True, dtype='float32')
+    cache = cache_teacher(
+        teacher, data(), tmp_path, views=2, valid=True, store=dict(dtype='float32')
+    )
     c = compare(student(data(valid=range(16, N))), cache, teacher)
     assert {t for t, *_ in c.seen} == {True} and c.error < 1e-5
 
@@ -486,7 +495,9 @@ def test_a_student_with_another_validation_set_has_no_column_for_it(tmp_path):
 def test_the_first_rank_alone_speaks_of_a_cache_and_not_without_logging(
     tmp_path, capsys, monkeypatch
 ):
-    cache = cache_teacher(Teacher(Convs(3)), data(), tmp_path, valid=True, dtype='float32')
+    cache = cache_teacher(
+        Teacher(Convs(3)), data(), tmp_path, valid=True, store=dict(dtype='float32')
+    )
 
     def printed(logger):
         learn = student(data(valid=range(16, N)))
@@ -529,7 +540,13 @@ def test_the_same_for_language_models(tmp_path, workers):
     (learn, teacher), dls = apps.pair('language_model'), apps.quiet(*apps.language_model())[0].dls
     dls.train.fake_l.num_workers = workers
     cache = cache_teacher(
-        teacher, dls, tmp_path, views=2, dtype='float32', valid=True, layers=['0.rnns.1']
+        teacher,
+        dls,
+        tmp_path,
+        views=2,
+        store=dict(dtype='float32'),
+        valid=True,
+        layers=['0.rnns.1'],
     )
     c = Follow(StoredOutputs(cache), Teacher(teacher.model), axis=-1)
     quiet(learn, 3, cbs=c)
@@ -555,7 +572,7 @@ def test_a_stream_goes_on_in_the_middle_and_gives_the_same_bytes(tmp_path, monke
         write_cache.__kwdefaults__, 'shard_bytes', 2 * 8 * 8 * 12 * 4
     )  # two batches
     dls, teacher = apps.language_model()[0].dls, apps.pair('language_model')[1]
-    write = lambda: cache_teacher(teacher, dls, tmp_path, views=2, dtype='float32')
+    write = lambda: cache_teacher(teacher, dls, tmp_path, views=2, store=dict(dtype='float32'))
     cache = write()
     shards = sorted(tmp_path.glob('view*/*.bin'))
     assert len(shards) == 10
@@ -573,7 +590,7 @@ def test_a_stream_goes_on_in_the_middle_and_gives_the_same_bytes(tmp_path, monke
 
 def test_a_stream_that_is_cut_otherwise_is_refused(tmp_path):
     learn, teacher = apps.pair('language_model')
-    cache = cache_teacher(teacher, learn.dls, tmp_path, views=1, topk=3)
+    cache = cache_teacher(teacher, learn.dls, tmp_path, views=1, store=dict(topk=3))
     with pytest.raises(
         DistillError, match='bs=4, but the text of a language model is cut into as many rows'
     ):
@@ -587,7 +604,7 @@ def test_a_stream_that_is_cut_otherwise_is_refused(tmp_path):
             cached.feed(StoredOutputs(cache), learn)
         learn, _ = apps.pair('language_model')
     # without shuffling: the texts as they lie there
-    cache = cache_teacher(teacher, learn.dls, tmp_path / 'c', views=0, dtype='float32')
+    cache = cache_teacher(teacher, learn.dls, tmp_path / 'c', views=0, store=dict(dtype='float32'))
     c = Follow(StoredOutputs(cache), Teacher(teacher.model), axis=-1)
     quiet(learn, 2, cbs=c)
     assert c.error < 1e-5
@@ -599,7 +616,7 @@ def test_each_view_comes_once_in_as_many_epochs_as_there_are_views_and_each_samp
     tmp_path,
 ):
     teacher = Teacher(Convs(3))
-    cache = cache_teacher(teacher, data(), tmp_path, views=3, dtype='float32')
+    cache = cache_teacher(teacher, data(), tmp_path, views=3, store=dict(dtype='float32'))
     stored = torch.stack(
         [cache.outputs(np.arange(TRAIN), v).logits for v in range(3)]
     )  # (view, sample, class)
@@ -637,7 +654,7 @@ def test_clean_views_are_those_of_validation_while_the_student_sees_augmented_on
     teacher = Teacher(Convs(3))
     make = lambda: data(item_tfms=CROPS())
     cache, dls = (
-        cache_teacher(teacher, make(), tmp_path, views=0, dtype='float32', valid=True),
+        cache_teacher(teacher, make(), tmp_path, views=0, store=dict(dtype='float32'), valid=True),
         make(),
     )
     with torch.no_grad():
@@ -669,7 +686,7 @@ def test_mixup_mixes_the_stored_probabilities(tmp_path):
             self.x0 = torch.Tensor(self.learn.x).clone()
 
     teacher = Teacher(Convs(3))
-    cache = cache_teacher(teacher, data(), tmp_path, views=2, dtype='float32')
+    cache = cache_teacher(teacher, data(), tmp_path, views=2, store=dict(dtype='float32'))
     before = Before()
 
     class Mixed(Compare):
@@ -700,7 +717,9 @@ def test_mixup_mixes_the_stored_probabilities(tmp_path):
 
 def test_layers_are_stored_too(tmp_path):
     net = Convs(3).eval()
-    cache = cache_teacher(net, data(), tmp_path, views=1, dtype='float32', layers=['a', 'bn'])
+    cache = cache_teacher(
+        net, data(), tmp_path, views=1, store=dict(dtype='float32'), layers=['a', 'bn']
+    )
     seen = []
 
     class Look(Compare):
@@ -722,7 +741,7 @@ def test_layers_are_stored_too(tmp_path):
 def test_few_classes_of_many(tmp_path, tail):
     teacher = Teacher(Convs(12))
     make = lambda: data(get_y=lambda i: 'abcdefghijkl'[i % 12])
-    cache = cache_teacher(teacher, make(), tmp_path, views=2, topk=3, tail=tail)
+    cache = cache_teacher(teacher, make(), tmp_path, views=2, store=dict(topk=3, tail=tail))
     seen = []
 
     class Look(Compare):
@@ -764,7 +783,11 @@ def test_classes_in_another_order_are_mapped_by_name(tmp_path):
     teacher = Teacher(Convs(3))
     for topk in (None, 2):
         cache = cache_teacher(
-            teacher, data(), tmp_path / str(topk), views=1, dtype='float32', topk=topk, tail='zero'
+            teacher,
+            data(),
+            tmp_path / str(topk),
+            views=1,
+            store=dict(dtype='float32', topk=topk, tail='zero'),
         )
         dls = data(block=CategoryBlock(vocab=['c', 'a', 'b'], sort=False))
         assert list(dls.vocab) == ['c', 'a', 'b']
@@ -780,7 +803,7 @@ def test_classes_in_another_order_are_mapped_by_name(tmp_path):
 
 def test_a_part_of_the_data_in_another_order_finds_its_rows(tmp_path):
     teacher = Teacher(Convs(3))
-    cache = cache_teacher(teacher, data(), tmp_path, views=2, dtype='float32')
+    cache = cache_teacher(teacher, data(), tmp_path, views=2, store=dict(dtype='float32'))
     dls = data(items=[*range(20, 4, -1), *range(TRAIN, N)], valid=range(16, 24), bs=4)
     assert list(dls.train_ds.items) == list(range(20, 4, -1))
     assert compare(student(dls), cache, teacher, 2).error < 1e-5
@@ -882,7 +905,9 @@ def test_generators_of_a_transforms_own_are_replayed_too(tmp_path, how, workers)
 
     teacher = Teacher(Convs(3))
     c = compare(
-        student(make()), cache_teacher(teacher, make(), tmp_path, views=2, dtype='float32'), teacher
+        student(make()),
+        cache_teacher(teacher, make(), tmp_path, views=2, store=dict(dtype='float32')),
+        teacher,
     )
     assert c.error < 1e-5
     assert (
@@ -931,7 +956,7 @@ def test_what_cannot_be_repeated_is_refused_before_anything_is_written(tmp_path)
         'stores the likeliest of several classes, but this model predicts sigmoid',
         data(MultiCategoryBlock, labels),
         Convs(5),
-        topk=2,
+        store=dict(topk=2),
     )
     tensors = torch.utils.data.TensorDataset(torch.randn(8, 3, 4, 4), torch.zeros(8).long())
     torch_dls = DataLoaders(*[torch.utils.data.DataLoader(tensors)] * 2)
@@ -971,7 +996,7 @@ def test_another_teacher_is_refused_and_the_same_writes_nothing(tmp_path):
     with pytest.raises(DistillError, match='- teacher, weights: .* in the cache, .* now'):
         cache_teacher(other, data(), tmp_path, views=1)
     with pytest.warns(DistillWarning, match='teacher'):
-        cache = cache_teacher(other, data(), tmp_path, force=True, dtype='float32')
+        cache = cache_teacher(other, data(), tmp_path, force=True, store=dict(dtype='float32'))
     assert compare(student(data()), cache, Teacher(other), 1).error < 1e-5
 
 
@@ -995,7 +1020,7 @@ def test_an_ensemble_is_known_by_how_its_members_are_asked(tmp_path):
 
 
 def test_verify_asks_the_teacher_again(tmp_path):
-    cache_teacher(Convs(3).eval(), data(), tmp_path, views=2, dtype='float32')
+    cache_teacher(Convs(3).eval(), data(), tmp_path, views=2, store=dict(dtype='float32'))
     v = verify_cache(tmp_path, Convs(3).eval(), data(), n=20)
     assert v.rows == 20 and v.worst < 1e-5 and '20 rows compared' in str(v)
     assert verify_cache(tmp_path, Convs(3, seed=5).eval(), data()).worst > 0.01
@@ -1120,7 +1145,7 @@ def test_ranks_of_a_distributed_fit_get_their_own_rows(tmp_path, monkeypatch):
         DistributedDL, '_broadcast', lambda self, t, rank: order
     )  # what rank 0 drew
     teacher = Teacher(Convs(3))
-    cache = cache_teacher(teacher, data(), tmp_path, views=2, dtype='float32')
+    cache = cache_teacher(teacher, data(), tmp_path, views=2, store=dict(dtype='float32'))
     learn = student(data(bs=4))
     own = list(learn.dls.loaders)
     feed, order = (
@@ -1144,7 +1169,7 @@ def one_of_two(folder):
     apps.distributed_on_cpu()
     torch.distributed.init_process_group('gloo')
     teacher = Teacher(Convs(3))
-    cache = cache_teacher(teacher, data(), folder / 'c', views=2, dtype='float32')
+    cache = cache_teacher(teacher, data(), folder / 'c', views=2, store=dict(dtype='float32'))
     learn = student(data(bs=3, num_workers=1))
     learn.logger = print
     c = Compare(StoredOutputs(cache), teacher)
@@ -1159,7 +1184,9 @@ def one_of_two(folder):
 
 def test_two_processes_write_a_cache_and_train_from_it(tmp_path):
     pytest.importorskip('accelerate')
-    one = cache_teacher(Teacher(Convs(3)), data(), tmp_path / 'one', views=2, dtype='float32')
+    one = cache_teacher(
+        Teacher(Convs(3)), data(), tmp_path / 'one', views=2, store=dict(dtype='float32')
+    )
     both = processes.start_two(tmp_path / 'two', one_of_two, tmp_path, ACCELERATE_USE_CPU='true')
     assert processes.ended(*both) == [0, 0], processes.said(tmp_path / 'two.0') + processes.said(
         tmp_path / 'two.1'
@@ -1192,7 +1219,7 @@ def test_a_copy_of_the_dataloaders_is_found_and_freed(tmp_path):
 def test_a_teacher_learner_with_its_classes_in_another_order(tmp_path):
     mine, theirs = data(), data(block=CategoryBlock(vocab=['b', 'c', 'a'], sort=False))
     teacher = Learner(theirs, Convs(3))
-    cache = cache_teacher(teacher, mine, tmp_path, views=1, dtype='float32')
+    cache = cache_teacher(teacher, mine, tmp_path, views=1, store=dict(dtype='float32'))
     assert cache.manifest.vocab == ['b', 'c', 'a']
     c = compare(student(data()), cache, Teacher(teacher.model), 1)
     assert c.seen
@@ -1239,7 +1266,13 @@ def test_data_without_a_datablock(tmp_path, views):
     )
     teacher = Teacher(Convs(3))
     cache = cache_teacher(
-        teacher, make(), tmp_path / 'a', views=views, dtype='float32', kind='softmax', axis=1
+        teacher,
+        make(),
+        tmp_path / 'a',
+        views=views,
+        store=dict(dtype='float32'),
+        kind='softmax',
+        axis=1,
     )
     if views:
         assert (
@@ -1260,7 +1293,13 @@ def test_data_without_a_datablock(tmp_path, views):
     items = list(zip(torch.rand(N, 3, 8, 8), torch.arange(N) % 3))
     dls = DataLoaders.from_dsets(items[:TRAIN], items[TRAIN:], bs=4, num_workers=0, device='cpu')
     cache = cache_teacher(
-        teacher, dls, tmp_path / 'b', views=min(views, 1), dtype='float32', kind='softmax', axis=1
+        teacher,
+        dls,
+        tmp_path / 'b',
+        views=min(views, 1),
+        store=dict(dtype='float32'),
+        kind='softmax',
+        axis=1,
     )
     assert (
         compare(

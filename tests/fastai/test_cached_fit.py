@@ -143,7 +143,7 @@ def test_the_loss_its_gradient_and_its_column_are_the_live_teachers(tmp_path, ma
         learner().dls,
         tmp_path,
         views=1 if make is tables else 2,
-        dtype='float32',
+        store=dict(dtype='float32'),
         valid=True,
     )
     learn = learner()
@@ -193,7 +193,7 @@ def test_a_fit_from_a_cache_runs_no_teacher(tmp_path, monkeypatch):
 
 def test_mixed_batches_learn_the_mixture_of_stored_probabilities(tmp_path):
     teacher, before, app = Convs(3).eval(), Before(), by_name('image')
-    cache = cache_teacher(teacher, data(), tmp_path, views=2, dtype='float32')
+    cache = cache_teacher(teacher, data(), tmp_path, views=2, store=dict(dtype='float32'))
     shares = []
 
     def fn(learn, s):
@@ -217,7 +217,9 @@ def test_mixed_batches_learn_the_mixture_of_stored_probabilities(tmp_path):
 
 def test_layers_come_from_the_cache_too(tmp_path):
     teacher = Convs(3).eval()
-    cache = cache_teacher(teacher, data(), tmp_path, views=2, dtype='float32', layers=['a'])
+    cache = cache_teacher(
+        teacher, data(), tmp_path, views=2, store=dict(dtype='float32'), layers=['a']
+    )
     learn = student(data())
 
     def fn(learn, s):
@@ -293,10 +295,17 @@ def test_series_of_1d_convolutions_are_stored_as_tokens(tmp_path, write):
     dls.loss_func = CrossEntropyLossFlat()
     names = ['0', '2@mean', '5']  # a series, its mean over time, a vector
     if write == 'cache_teacher':
-        cache = cache_teacher(teacher, dls, tmp_path, views=0, dtype='float32', layers=names)
+        cache = cache_teacher(
+            teacher, dls, tmp_path, views=0, store=dict(dtype='float32'), layers=names
+        )
     else:
         cache = cache_dataset(
-            Teacher(teacher, layers=names), items, tmp_path, views=0, dtype='float32', keys=items
+            Teacher(teacher, layers=names),
+            items,
+            tmp_path,
+            views=0,
+            store=dict(dtype='float32'),
+            keys=items,
         )
     feats = cache.outputs(np.arange(len(items))).feats
     x = torch.stack([x for x, _ in items])
@@ -530,11 +539,14 @@ def expected(tail, s, t, k):
     return torch.stack(out).mean()
 
 
+@pytest.mark.filterwarnings('ignore:The cache stores the . likeliest')
 @pytest.mark.parametrize('tail', ['mean', 'uniform', 'zero', 'bucket'])
 def test_the_likeliest_classes_and_what_is_assumed_of_the_rest(tmp_path, tail):
     teacher = Convs(12).eval()
     make = lambda: data(get_y=many)
-    cache = cache_teacher(teacher, make(), tmp_path, views=1, topk=3, tail=tail, dtype='float32')
+    cache = cache_teacher(
+        teacher, make(), tmp_path, views=1, store=dict(topk=3, tail=tail, dtype='float32')
+    )
 
     def fn(learn, s):
         with torch.no_grad():
@@ -546,13 +558,14 @@ def test_the_likeliest_classes_and_what_is_assumed_of_the_rest(tmp_path, tail):
     assert watch.n and watch.worst < 1e-4
 
 
+@pytest.mark.filterwarnings('ignore:The cache stores the . likeliest')
 @pytest.mark.parametrize('tail', ['mean', 'uniform', 'zero', 'bucket'])
 def test_a_plain_loop_takes_the_likeliest_classes_as_they_are_stored(tmp_path, tail):
     x, y = apps.rows()
     teacher, net = apps.mlp(16).eval(), apps.mlp(6)
     images = torch.utils.data.TensorDataset(x, y)
     cache = cache_dataset(
-        Teacher(teacher), images, tmp_path, views=0, topk=2, tail=tail, dtype='float32'
+        Teacher(teacher), images, tmp_path, views=0, store=dict(topk=2, tail=tail, dtype='float32')
     )
     distiller = Distiller(net, lambda x: None, kd(T=1, alpha=0.7))
     for x, y, rows in torch.utils.data.DataLoader(Replayed(images, cache), batch_size=16):
@@ -598,7 +611,7 @@ def test_other_data_and_other_transforms_are_refused_before_the_first_batch(tmp_
 
 def test_lr_find_then_fit(tmp_path):
     teacher = Convs(3).eval()
-    cache = cache_teacher(teacher, data(), tmp_path / 'c', views=2, dtype='float32')
+    cache = cache_teacher(teacher, data(), tmp_path / 'c', views=2, store=dict(dtype='float32'))
     learn = student(data(), path=tmp_path)
     callback, watch = KnowledgeDistillation(cache, kd()), Watch(live(teacher, by_name('image')))
     quiet(learn)

@@ -169,7 +169,12 @@ def test_a_text_teacher_reads_the_text_with_its_own_tokenizer(tmp_path):
         trained(make, lambda dls: Teacher(t, items=lambda rows: tokens(rows[::-1]))), want
     )
     stored = lambda dls: cache_teacher(
-        Teacher(t, items=tokens), dls, tmp_path / 'c', kind='softmax', axis=1, dtype='float32'
+        Teacher(t, items=tokens),
+        dls,
+        tmp_path / 'c',
+        kind='softmax',
+        axis=1,
+        store=dict(dtype='float32'),
     )
     assert close(trained(make, stored), want)
     assert (
@@ -276,7 +281,12 @@ def test_an_image_teacher_reads_the_file_at_its_own_size(folder, tmp_path):
     want = trained(make, lambda dls: ByColor(t, folder))
     assert close(trained(make, lambda dls: Teacher(t, items=own_pixels)), want)
     cached = lambda dls: cache_teacher(
-        Teacher(t, items=own_pixels), dls, tmp_path / 'c', kind='softmax', axis=1, dtype='float32'
+        Teacher(t, items=own_pixels),
+        dls,
+        tmp_path / 'c',
+        kind='softmax',
+        axis=1,
+        store=dict(dtype='float32'),
     )
     assert close(trained(make, cached), want)
     assert cached(make().dls).views == 0  # the student's augmentation stays random
@@ -303,7 +313,7 @@ def test_the_outputs_are_mixed_as_the_batch(mix, folder, tmp_path):
                 tmp_path / 'c',
                 kind='softmax',
                 axis=1,
-                dtype='float32',
+                store=dict(dtype='float32'),
             ),
         )
     ]

@@ -544,7 +544,9 @@ def trained(source, dls, n_epoch=3, recipe=None, cbs=None):
 
 def test_stored_and_live_heads_end_with_the_same_weights(tmp_path):
     t = teachers()
-    stored = cache_teacher(t, named_dls(), tmp_path, views=0, dtype='float32', valid=True)
+    stored = cache_teacher(
+        t, named_dls(), tmp_path, views=0, store=dict(dtype='float32'), valid=True
+    )
     (a, live), (b, old) = trained(t, seeded_dls()), trained(stored, seeded_dls())
     torch.testing.assert_close(old, live, rtol=1e-5, atol=1e-6)
     assert a.recorder.metric_names == b.recorder.metric_names
@@ -559,7 +561,7 @@ def test_stored_and_live_heads_end_with_the_same_weights(tmp_path):
 
 def test_stored_heads_of_a_plain_list_whose_inputs_were_counted_by_the_user(tmp_path):
     t = teachers()
-    stored = cache_teacher(t, learner().dls, tmp_path, dtype='float32', valid=True)
+    stored = cache_teacher(t, learner().dls, tmp_path, store=dict(dtype='float32'), valid=True)
     torch.testing.assert_close(
         trained(stored, learner().dls)[1], trained(t, learner().dls)[1], rtol=1e-5, atol=1e-6
     )
@@ -567,7 +569,7 @@ def test_stored_heads_of_a_plain_list_whose_inputs_were_counted_by_the_user(tmp_
 
 def test_stored_heads_replay_the_views_that_their_teachers_saw(tmp_path):
     t, seen = teachers(), []
-    stored = cache_teacher(t, noisy_dls(), tmp_path, views=2, dtype='float32')
+    stored = cache_teacher(t, noisy_dls(), tmp_path, views=2, store=dict(dtype='float32'))
 
     class Follow(Callback):
         order = 6
@@ -657,7 +659,11 @@ def test_stored_heads_of_classes_in_another_order_are_mapped_by_name(tmp_path):
         loss_func=nn.CrossEntropyLoss(),
     )
     a = cache_teacher(
-        dict(color=t['color'], shape=theirs), named_dls(), tmp_path / 'a', views=0, dtype='float32'
+        dict(color=t['color'], shape=theirs),
+        named_dls(),
+        tmp_path / 'a',
+        views=0,
+        store=dict(dtype='float32'),
     )
     assert a['shape'].manifest.vocab == other and a['color'].manifest.vocab == colors
     torch.testing.assert_close(

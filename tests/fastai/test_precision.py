@@ -56,7 +56,7 @@ def source(name, folder, device='cpu'):
             loaders(device=device),
             folder,
             views=0,
-            dtype='float32',
+            store=dict(dtype='float32'),
             layers=layers,
             kind='softmax',
             axis=1,

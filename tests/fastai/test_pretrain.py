@@ -165,7 +165,7 @@ def test_a_cache_of_embeddings_teaches_as_the_teacher_does(tmp_path):
             dls,
             tmp_path / 'c',
             kind='regression',
-            dtype='float32',
+            store=dict(dtype='float32'),
         ),
     ):
         student = labeled(small())

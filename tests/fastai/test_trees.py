@@ -393,7 +393,7 @@ def test_a_pipeline_beside_a_learner_in_an_ensemble():
 def test_a_pipeline_writes_a_cache(tmp_path):
     df = raw()
     dls, pipeline = tables(df), trees(df)
-    cache = cache_teacher(pipeline, dls, tmp_path / 'targets', dtype='float32')
+    cache = cache_teacher(pipeline, dls, tmp_path / 'targets', store=dict(dtype='float32'))
     student = learner(dls)
     student.distill(cache, 1, 1e-2)
     again = pickle.loads(pickle.dumps(pipeline))
@@ -402,7 +402,7 @@ def test_a_pipeline_writes_a_cache(tmp_path):
         identity_of(Teacher(trees(raw(1))))['weights'] != identity_of(Teacher(pipeline))['weights']
     )
     with pytest.raises(DistillError, match='teacher'):
-        cache_teacher(trees(raw(1)), dls, tmp_path / 'targets', dtype='float32')
+        cache_teacher(trees(raw(1)), dls, tmp_path / 'targets', store=dict(dtype='float32'))
 
 
 def test_lightgbm_gets_its_categories_and_a_booster_its_probabilities():

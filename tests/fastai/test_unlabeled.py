@@ -310,7 +310,7 @@ def test_stored_outputs_teach_as_the_live_teacher_does(tmp_path, of_labeled):
                     teacher,
                     student.dls,
                     tmp_path / 'more',
-                    dtype='float32',
+                    store=dict(dtype='float32'),
                     kind='softmax',
                     unlabeled=list(more),
                     check=False,
@@ -321,7 +321,7 @@ def test_stored_outputs_teach_as_the_live_teacher_does(tmp_path, of_labeled):
                     teacher,
                     student.dls,
                     tmp_path / 'targets',
-                    dtype='float32',
+                    store=dict(dtype='float32'),
                     kind='softmax',
                     check=False,
                 )
@@ -343,7 +343,7 @@ def test_each_view_is_replayed_and_a_pass_over_the_items_has_the_next_one(tmp_pa
         learn.dls,
         tmp_path / 'more',
         views=2,
-        dtype='float32',
+        store=dict(dtype='float32'),
         unlabeled=items,
         check=False,
     )

@@ -252,7 +252,7 @@ def run(folder, names=None):
                     loaders(),
                     folder / f'cache of {world_size()}',
                     views=0,
-                    dtype='float32',
+                    store=dict(dtype='float32'),
                     kind='softmax',
                     axis=1,
                     valid=True,

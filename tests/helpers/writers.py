@@ -50,7 +50,13 @@ def write(path, log='/dev/null', pause=0.0, limit=None, rank=0, world=1, meet=No
 
     try:
         return cache_dataset(
-            Slow(log, pause), data()[0], path, views=2, dtype='float32', bs=BS, progress=progress
+            Slow(log, pause),
+            data()[0],
+            path,
+            views=2,
+            store=dict(dtype='float32'),
+            bs=BS,
+            progress=progress,
         )
     finally:
         if world > 1:

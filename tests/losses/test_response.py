@@ -574,7 +574,7 @@ def test_uld_in_fastai_is_checked_without_a_score(tmp_path):
     for teacher in (
         lambda dls: t,
         lambda dls: cache_teacher(
-            t, dls, tmp_path / 'c', kind='softmax', axis=1, dtype='float32', check=False
+            t, dls, tmp_path / 'c', kind='softmax', axis=1, store=dict(dtype='float32'), check=False
         ),
     ):
         learn = student()

@@ -658,7 +658,7 @@ def test_the_precision_of_a_cache_is_part_of_its_teacher(tmp_path, eager):
         cache_teacher(Teacher(net, run=dict(precision='fp32')), dls, tmp_path / 'a', views=1)
     for options, dtype in ((dict(), 'float32'), (dict(precision='fp32'), 'float16')):
         exact = cache_teacher(
-            Teacher(net, run=options), dls, tmp_path / dtype, views=1, dtype=dtype
+            Teacher(net, run=options), dls, tmp_path / dtype, views=1, store=dict(dtype=dtype)
         )
         assert (
             'precision' not in exact.manifest.teacher

@@ -126,7 +126,12 @@ def test_in_fastai_live_and_stored(tmp_path):
         lambda dls: Teacher(t, inputs=of_ids),
         lambda dls: lambda x: wanted(t, x),
         lambda dls: cache_teacher(
-            Teacher(t, inputs=of_ids), dls, tmp_path / 'c', kind='softmax', axis=1, dtype='float32'
+            Teacher(t, inputs=of_ids),
+            dls,
+            tmp_path / 'c',
+            kind='softmax',
+            axis=1,
+            store=dict(dtype='float32'),
         ),
     ):
         learn = fastai_student()

@@ -15,6 +15,8 @@ from .errors import DistillError, DistillWarning
 __all__ = [
     'DistillError',
     'DistillWarning',
+    'Draws',
+    'LinearLogits',
     'Outputs',
     'TopK',
     'as_plain',
@@ -125,23 +127,196 @@ TAILS = 'mean', 'uniform', 'zero', 'bucket'
 
 
 @dataclass
+class LinearLogits:
+    """Logits as the last hidden state of a model and its output layer: `hidden @ weight.T + bias`,
+    soft-capped as `cap * tanh(... / cap)` if there is a `cap`. The class axis is the last one.
+
+    Losses that compare position by position compute them in chunks, so that the logits of all
+    positions never exist at once.
+
+    Attributes:
+        hidden: Hidden states, (B, ..., D).
+        weight: Weight of the output layer, (C, D).
+        bias: Bias of the output layer, (C,), or None.
+        cap: Largest absolute value of a soft-capped logit, or None.
+    """
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None = None
+    cap: float | None = None
+
+    def __post_init__(self):
+        if self.weight.dim() != 2 or self.weight.shape[1:] != self.hidden.shape[-1:]:
+            raise DistillError(
+                f'Hidden states of shape {tuple(self.hidden.shape)} do not fit an output layer whose '
+                f'weight has shape {tuple(self.weight.shape)}: the last dimension of both must be '
+                'equal.'
+            )
+        if self.bias is not None and self.bias.shape != self.weight.shape[:1]:
+            raise DistillError(
+                f'A bias of shape {tuple(self.bias.shape)} does not fit a weight of shape '
+                f'{tuple(self.weight.shape)}.'
+            )
+
+    @property
+    def n(self) -> int:
+        """Number of classes."""
+        return len(self.weight)
+
+    @property
+    def shape(self):
+        """Shape of the logits."""
+        return torch.Size((*self.hidden.shape[:-1], self.n))
+
+    def dim(self) -> int:
+        return self.hidden.dim()
+
+    def __len__(self):
+        return len(self.hidden)
+
+    @property
+    def device(self):
+        return self.hidden.device
+
+    def dense(self, student: Tensor | None = None) -> Tensor:
+        """Compute all logits."""
+        z = torch.nn.functional.linear(self.hidden, self.weight, self.bias)
+        return z if self.cap is None else self.cap * torch.tanh(z / self.cap)
+
+    def reorder(self, order: Tensor) -> 'LinearLogits':
+        """Return the same logits with the classes in a different order.
+
+        Args:
+            order: Stored class at each position of the new order, (n,).
+        """
+        order = order.to(self.weight.device)
+        bias = None if self.bias is None else self.bias[order]
+        return replace(self, weight=self.weight[order], bias=bias)
+
+    def map(self, fn) -> 'LinearLogits':
+        """Apply `fn` to each tensor."""
+        return replace(
+            self,
+            hidden=fn(self.hidden),
+            weight=fn(self.weight),
+            bias=None if self.bias is None else fn(self.bias),
+        )
+
+    def roll(self, shift: int, dim: int = 0) -> 'LinearLogits':
+        """Shift the samples (dim=0) or the classes (dim=-1), like `Tensor.roll`."""
+        if dim == 0:
+            return replace(self, hidden=self.hidden.roll(shift, 0))
+        return self.reorder(torch.arange(self.n).roll(shift))
+
+
+@dataclass
+class Draws:
+    """Classes drawn with replacement from a teacher's probabilities softmax(t/T) (Sparse Logit
+    Sampling, ACL 2025, arXiv:2503.16870).
+
+    Their relative frequencies are an unbiased estimate of the probabilities. So losses that are
+    linear in these, `kl` and `soft_ce` at this temperature, are unbiased, and so are their
+    gradients. All other losses would be biased and refuse them.
+
+    Attributes:
+        ids: Class numbers, (B, ..., k).
+        freqs: Their relative frequencies, (B, ..., k). 0 in places that are not used.
+        entropy: Entropy of the teacher's probabilities, (B, ...).
+        n: Number of classes.
+        T: Temperature of the probabilities.
+        axis: Class axis of the logits that they stand for.
+    """
+
+    ids: Tensor
+    freqs: Tensor
+    entropy: Tensor
+    n: int
+    T: float = 1.0
+    axis: int = -1
+
+    @property
+    def shape(self):
+        """Shape of the logits that they stand for."""
+        return (
+            torch.empty((*self.ids.shape[:-1], self.n), device='meta').movedim(-1, self.axis).shape
+        )
+
+    def dim(self) -> int:
+        return self.ids.dim()
+
+    def __len__(self):
+        return len(self.ids)
+
+    @property
+    def device(self):
+        return self.ids.device
+
+    def dense(self, student: Tensor | None = None) -> Tensor:
+        """Raise a DistillError, since logits can't be computed from draws without a bias."""
+        raise DistillError(self.refusal('This loss'))
+
+    def refusal(self, name: str, T: float | None = None) -> str:
+        """Return why a loss can't be computed.
+
+        Args:
+            name: Name of the loss in the text.
+            T: Its temperature. None if the loss itself does not fit.
+        """
+        if T is None:
+            return (
+                f"{name} is not linear in the teacher's probabilities, so its estimate from stored "
+                f'draws would be biased. Use kl or soft_ce at T={self.T:g}, e.g. '
+                f'kd(T={self.T:g}, alpha=.5), or store the outputs in a different way (store=).'
+            )
+        return (
+            f'The draws were made at T={self.T:g}, but {name} has T={T:g}: they are unbiased only at '
+            f'the temperature at which they were drawn. Use T={self.T:g}, or store draws with '
+            f"store=dict(kind='draws', T={T:g})."
+        )
+
+    def reorder(self, order: Tensor) -> 'Draws':
+        """Return the same draws with the classes in a different order.
+
+        Args:
+            order: Stored class at each position of the new order, (n,).
+        """
+        place = torch.empty_like(order)
+        place[order] = torch.arange(len(order), device=order.device)
+        return replace(self, ids=place.to(self.ids.device)[self.ids])
+
+    def map(self, fn) -> 'Draws':
+        """Apply `fn` to each tensor."""
+        return replace(self, ids=fn(self.ids), freqs=fn(self.freqs), entropy=fn(self.entropy))
+
+    def roll(self, shift: int, dim: int = 0) -> 'Draws':
+        """Shift the samples (dim=0) or the classes (dim=-1), like `Tensor.roll`."""
+        if dim == 0:
+            return self.map(lambda t: t.roll(shift, 0))
+        return replace(self, ids=(self.ids + shift) % self.n)
+
+
+@dataclass
 class Outputs:
     """Outputs of a model for one batch: logits, features of named layers, and which positions
     count.
 
     Attributes:
-        logits: Logits (B, C), (B, C, H, W) or (B, L, V), or any shape for regression.
+        logits: Logits (B, C), (B, C, H, W) or (B, L, V), or any shape for regression. What a cache
+            stores instead of them: `TopK`, `LinearLogits` or `Draws`.
         feats: {dotted layer name: output of the layer}.
         mask: True, or a weight, where a position counts. Shape of the logits without the class
             axis.
         classes: For a teacher, the student's class, or list of classes, of each logit. None if the
             classes are the same.
+        lost: What storing lost, a list of dicts (see `fastdistill.cache.measure`). None if unknown.
     """
 
-    logits: Tensor | TopK | None = None
+    logits: Tensor | TopK | LinearLogits | Draws | None = None
     feats: dict[str, Tensor] = field(default_factory=dict)
     mask: Tensor | None = None
     classes: list | None = None
+    lost: list | None = None
 
     @classmethod
     def of(

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .outputs import DistillError, Outputs, TopK, as_plain
+from .outputs import DistillError, Draws, LinearLogits, Outputs, TopK, as_plain
 
 __all__ = ['BatchSamples', 'OutputSource', 'lerp', 'mixed']
 
@@ -127,7 +127,14 @@ def mixed(out: Outputs, samples: BatchSamples, kind: str, axis: int) -> Outputs:
             'MixUp and CutMix mix images, but the stored layers are of unmixed images. '
             'Remove the terms with layers, or use a live teacher.'
         )
+    if isinstance(out.logits, Draws):
+        raise DistillError(
+            'MixUp and CutMix mix probabilities, but the cache holds draws of unmixed images. Remove the '
+            "callback, or store the outputs in a different way, cache_teacher(..., store='auto')."
+        )
     mix = lambda t: mix_logits(t, *samples.mix, kind, axis)
+    if isinstance(out.logits, LinearLogits):
+        return replace(out, logits=mix(out.logits.dense()))
     if isinstance(out.logits, TopK):
         return replace(out, logits=MixedTopK(**vars(out.logits), mix=mix))
     return replace(out, logits=mix(out.logits))

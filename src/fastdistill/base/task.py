@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .outputs import DistillError, as_plain, check_axis
+from .outputs import DistillError, Draws, as_plain, check_axis
 
 __all__ = [
     'CLASS_NUMBERS',
@@ -305,9 +305,13 @@ def pseudo_labels(t: Tensor, s: Tensor, task: Task) -> Tensor:
     """Convert the teacher's prediction to a target of the task loss.
 
     Args:
-        t: The teacher's logits.
+        t: The teacher's logits, or what a cache stores instead of them.
         s: The student's logits.
     """
+    if isinstance(t, Draws):
+        return t.ids[..., 0]  # the most frequent one
+    if not isinstance(t, Tensor):
+        t = t.dense(s)
     if t.shape != s.shape:
         t = s.detach()  # subtle: of a teacher without a head
     if task.kind == 'softmax':

@@ -4,7 +4,7 @@ docs/cache.md for the format.
 
 from .dataset import Replayed, cache_dataset
 from .importers import cache_from
-from .layout import Layout, Wish
+from .layout import Layout, Store
 from .pack import pack_cache, unpack_cache
 from .reader import TeacherCache
 from .server import ask_server
@@ -17,7 +17,7 @@ __all__ = [
     'Replayed',
     'Source',
     'TeacherCache',
-    'Wish',
+    'Store',
     'ask_server',
     'cache_dataset',
     'cache_from',

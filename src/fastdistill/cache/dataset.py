@@ -3,6 +3,8 @@
 import inspect
 from bisect import bisect_right
 from contextlib import nullcontext
+from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -11,13 +13,14 @@ from torch.utils.data import DataLoader, Dataset
 from torch.utils.data.dataloader import default_collate
 
 from ..base.generators import Generators
-from ..base.outputs import DistillError, Outputs, check_axis
+from ..base.outputs import DistillError, LinearLogits, Outputs, check_axis
 from ..base.random_state import RandomGuard, restored_once, seeded
 from ..base.seeds import seeds_of, view_of
 from .digests import code_of, fingerprint, first_part, flat_values, input_digest
 from .files import dataset_files
 from .keys import dataset_keys, folder_of, root_of
-from .layout import Wish
+from .layout import Store
+from .measure import Choice, check_kind_of_store, uses_of
 from .per_sample import per_sample
 from .progress import shown_progress
 from .reader import TeacherCache
@@ -32,15 +35,13 @@ def cache_dataset(
     dataset,
     path,
     views: int = 1,
-    topk: int | None = None,
-    dtype: str = 'float16',
+    store='auto',
     *,
+    recipe=None,
     keys=None,
     inputs=None,
     batch_tfm=None,
-    tail: str = 'mean',
     axis: int = 1,
-    size=None,
     bs: int = 64,
     num_workers: int = 0,
     collate_fn=default_collate,
@@ -61,16 +62,17 @@ def cache_dataset(
         path: Folder or URL.
         views: Number of augmented views of each sample. 0 to store the items as the dataset returns
             them, without replay.
-        topk: Number of most likely classes to store. None for all.
-        dtype: 'float32', 'float16' or 'int8' (scaled row by row).
+        store: How outputs are stored (docs/stores.md): 'logits', 'topk', 'hidden', 'draws'; 'float32',
+            'float16' or 'int8' for all logits as such numbers; or a dict of options, such as
+            dict(topk=10, dtype='int8'). 'auto' measures what each way costs and loses, and chooses.
+        recipe: Recipe or term for which `store` is chosen or checked. None for KL at T=1.
         keys: Names of the samples, a list or a function of the position. None to read them from the
             dataset.
         inputs: fn(batch) -> the teacher's inputs. None for the batch, or its first element if it is
             a tuple.
         batch_tfm: Random transform fn(x) -> x, which runs on one sample at a time, see
             `per_sample`.
-        tail, axis: See `TopK`.
-        size: Height and width to which maps of logits are reduced.
+        axis: Class axis.
         bs, num_workers, collate_fn, device: As in DataLoader.
         seed: Seed of the random numbers.
         vocab: Class names, in the order of the logits.
@@ -86,6 +88,9 @@ def cache_dataset(
             'A bare module may be in training mode, with gradients: pass Teacher(model).'
         )
     check_axis(axis)
+    store, kind = Store.of(store, axis), getattr(teacher, 'kind', 'softmax')
+    check_kind_of_store(store, kind)
+    uses = None if recipe is None else lambda t: uses_of(recipe)
     check_indexed(dataset)
     if not len(dataset):
         raise DistillError('The dataset is empty: there is nothing to write.')
@@ -109,7 +114,8 @@ def cache_dataset(
             x = to_device(get(batch), device)
             yield x if shake is None else shaken(shake, seeds, x)
 
-    def run(tasks, bs):
+    def run(tasks, bs, teacher=None):
+        teacher = held if teacher is None else teacher
         with teacher if hasattr(teacher, '__enter__') else nullcontext():
             for x in asked(tasks, bs):
                 with torch.no_grad():
@@ -124,7 +130,8 @@ def cache_dataset(
         if hasattr(teacher, 'reading_tokens'):
             x = next(asked(np.array([0]), 1))
             teacher = teacher.reading_tokens(*(x if isinstance(x, tuple) else (x,)))
-        check_alone(run, len(dataset))
+        held = teacher
+        check_alone(partial(plain_run, run), len(dataset))
         described = dict(transforms or {})
         if shake is not None:
             described['batch_tfm'] = code_of(shake if inspect.isroutine(shake) else type(shake))
@@ -143,13 +150,21 @@ def cache_dataset(
             return write_cache(
                 path,
                 source,
-                Wish(dtype, topk, tail, axis, size),
+                store,
                 views=views,
                 seed=seed,
                 force=force,
                 progress=show,
                 forecast=forecast,
+                choose=Choice(teacher, kind, uses, recipe is not None),
             )
+
+
+def plain_run(run, tasks, bs):
+    """Yield outputs with the logits of a teacher that returns hidden states."""
+    for out in run(tasks, bs):
+        linear = isinstance(out.logits, LinearLogits)
+        yield replace(out, logits=out.logits.dense()) if linear else out
 
 
 def shaken(fn, seeds, x):

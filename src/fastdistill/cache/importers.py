@@ -17,7 +17,7 @@ from ..base.outputs import DistillError, Outputs, TopK
 from .digests import file_checksum, fingerprint
 from .entries import shortened
 from .keys import keys_of
-from .layout import Wish
+from .layout import Store
 from .progress import shown_progress
 from .reader import TeacherCache
 from .source import Source, is_whole
@@ -109,7 +109,12 @@ def cache_from(
     )
     with shown_progress(progress) as show:
         return write_cache(
-            path, source, Wish(dtype, r.k, tail, -1), views=0, force=force, progress=show
+            path,
+            source,
+            Store(dtype=dtype, topk=r.k, tail=tail, axis=-1),
+            views=0,
+            force=force,
+            progress=show,
         )
 
 

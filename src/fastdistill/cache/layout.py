@@ -1,6 +1,7 @@
 "One row of a cache: a teacher's outputs for one view of one sample, in a fixed number of bytes."
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from dataclasses import fields as dataclass_fields
 from itertools import zip_longest
 from math import prod
 
@@ -9,34 +10,111 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..base.outputs import TAILS, DistillError, Outputs, TopK
-from .entries import json_list, json_object, json_text, whole_number
+from ..base.outputs import TAILS, DistillError, Draws, LinearLogits, Outputs, TopK
+from .entries import json_list, json_object, json_text, refuse_entry, whole_number
 
-__all__ = ['Field', 'Layout', 'Wish']
+__all__ = ['Field', 'Layout', 'Store']
 
 DTYPES = 'float32', 'float16', 'int8'
+STORE_KINDS = 'auto', 'logits', 'topk', 'hidden', 'draws'
+POSSIBLE_STORES = (
+    "must be 'auto', 'logits', 'topk', 'hidden' or 'draws'; 'float32', 'float16' or 'int8' for "
+    "all logits as such numbers; or a dict of options, such as dict(topk=10, dtype='int8'), "
+    "dict(size=56), dict(kind='hidden', layer='lm_head') or dict(draws=50, T=1)."
+)
 # limits for a manifest, so that a damaged one can't fill the memory
 MAX_BYTES, MAX_VALUES, MAX_FIELDS, MAX_DIMS, MAX_CLASSES = 2**31, 2**33, 1000, 8, 2**24
 
 
 @dataclass
-class Wish:
-    """Options for storing outputs.
+class Store:
+    """How outputs are stored. `Store.of` makes it from the option `store=`.
 
     Attributes:
-        topk: Number of classes to store. None for all.
+        kind: 'logits' of all classes, the 'topk' likeliest classes, the last 'hidden' state,
+            'draws' from the teacher's probabilities, or 'auto', which chooses one of them. None for
+            the one that the other options belong to.
+        dtype: 'float32', 'float16' or 'int8' (scaled row by row). None for 'float16', of hidden
+            states 'int8'.
+        topk: Number of classes to store.
         tail: What `TopK` assumes of the classes that are not stored.
         axis: Class axis.
         size: Height and width to which maps of logits are reduced. None for no reduction.
+        layer: Name of the output layer, whose input is the hidden state. None to find it.
+        draws: Number of draws for each position.
+        T: Temperature of the probabilities from which classes are drawn.
     """
 
-    dtype: str = 'float16'
+    kind: str | None = None
+    dtype: str | None = None
     topk: int | None = None
     tail: str = 'mean'
     axis: int = 1
     size: tuple | None = None
+    layer: str | None = None
+    draws: int | None = None
+    T: float | None = None
+
+    @classmethod
+    def of(cls, o='auto', axis: int = 1) -> 'Store':
+        """Convert the option `store=`.
+
+        Args:
+            o: A kind, a dtype (all logits in that dtype), a dict of the attributes of `Store`, or a
+                `Store`.
+            axis: Class axis.
+        """
+        if isinstance(o, Store):
+            return replace(o, axis=axis)
+        if isinstance(o, str):
+            if o not in (*STORE_KINDS, *DTYPES):
+                raise DistillError(f'store={o!r}: {POSSIBLE_STORES}')
+            return cls(**{'dtype' if o in DTYPES else 'kind': o}, axis=axis)
+        own = [f.name for f in dataclass_fields(cls) if f.name != 'axis']
+        if not isinstance(o, dict):
+            raise DistillError(f'store={o!r}: {POSSIBLE_STORES}')
+        if wrong := [k for k in o if k not in own]:
+            raise DistillError(f'store={o!r} has an unknown key {wrong[0]!r}: it {POSSIBLE_STORES}')
+        return cls(**o, axis=axis)
 
     def __post_init__(self):
+        own = [
+            k
+            for k, names in OPTIONS_OF_STORES.items()
+            if any(getattr(self, n) is not None for n in names)
+        ]
+        if self.kind not in (None, *STORE_KINDS):
+            raise DistillError(
+                f'kind={self.kind!r}: must be one of {", ".join(map(repr, STORE_KINDS))}'
+            )
+        if len(own) > 1 or own and self.kind not in (None, *own):
+            given = [
+                n
+                for k in OPTIONS_OF_STORES
+                for n in OPTIONS_OF_STORES[k]
+                if getattr(self, n) is not None
+            ]
+            if {'topk', 'size'} <= {*given}:
+                raise DistillError(
+                    "size= and topk= can't be combined: maps are stored either smaller or with "
+                    'few classes.'
+                )
+            kind = '' if self.kind is None else f'kind={self.kind!r} and '
+            raise DistillError(
+                f"{kind}{', '.join(given)} can't be combined. store= {POSSIBLE_STORES}"
+            )
+        self.kind = self.kind or (own[0] if own else 'logits')
+        if self.kind == 'topk' and self.topk is None:
+            self.topk = 10
+        if self.kind == 'draws':
+            self.draws = 50 if self.draws is None else self.draws
+            self.T = 1.0 if self.T is None else self.T
+            if not 1 <= self.draws < 2**16:
+                raise DistillError(f'draws={self.draws}: must be from 1 to {2**16 - 1}')
+            if not self.T > 0:
+                raise DistillError(f'T={self.T}: a temperature is a number above 0')
+        if self.dtype is None:
+            self.dtype = 'int8' if self.kind == 'hidden' else 'float16'
         if self.dtype not in DTYPES:
             raise DistillError(
                 f'dtype={self.dtype!r}: must be one of {", ".join(map(repr, DTYPES))}'
@@ -48,6 +126,19 @@ class Wish:
         if isinstance(self.size, int):
             self.size = self.size, self.size
         self.size = None if self.size is None else tuple(self.size)
+
+    def __str__(self):
+        """Describe it in a few words, as in tables and messages."""
+        if self.kind == 'topk':
+            return f'top {self.topk}, {self.dtype}'
+        if self.kind == 'draws':
+            return f'{self.draws} draws at T={self.T:g}'
+        names = dict(logits='logits', hidden='hidden states', auto='auto')
+        return f'{names[self.kind]}, {self.dtype}'
+
+
+# kind -> options that only it has
+OPTIONS_OF_STORES = dict(topk=('topk',), logits=('size',), hidden=('layer',), draws=('draws', 'T'))
 
 
 @dataclass
@@ -104,8 +195,11 @@ class Layout:
     """The fields of a row. Encodes `Outputs` to rows and decodes rows to `Outputs`.
 
     Attributes:
-        n: Number of all classes, with top-k.
+        n: Number of all classes, if a row does not hold the logits of all of them.
         full: Original height and width of maps of logits that are stored smaller.
+        head: With hidden states: `bias` (has the output layer a bias?) and `cap` (its soft-capping,
+            or None).
+        draws: With draws: their number and the temperature `T`.
     """
 
     fields: list = field(default_factory=list)
@@ -113,76 +207,101 @@ class Layout:
     tail: str = 'uniform'
     axis: int = 1
     full: tuple | None = None
+    head: dict | None = None
+    draws: dict | None = None
 
     @classmethod
-    def of(cls, out: Outputs, wish: Wish) -> 'Layout':
+    def of(cls, out: Outputs, store: Store) -> 'Layout':
         """Build the layout for outputs like these.
 
         Args:
             out: Outputs of any batch.
-            wish: How to store them.
+            store: How to store them.
         """
         if out.logits is None:
             raise DistillError("The teacher's Outputs have no logits: there is nothing to store.")
-        self, t = cls(tail=wish.tail, axis=wish.axis), out.logits
-        if isinstance(t, TopK):
-            t = meta_like(t, wish.axis)
+        self, t = cls(tail=store.tail, axis=store.axis), out.logits
+        if store.kind == 'hidden':
+            self._add_hidden(t, store)
+        if isinstance(t, (TopK, LinearLogits)):
+            t = meta_like(t, store.axis)
         if t.dim() < 1:
             raise DistillError(
                 f"The teacher's output has shape {tuple(t.shape)}: it needs a batch dimension."
             )
-        if wish.topk is not None and not (-t.dim() <= wish.axis < t.dim() and wish.axis % t.dim()):
+        if store.topk is not None and not (
+            -t.dim() <= store.axis < t.dim() and store.axis % t.dim()
+        ):
             raise DistillError(
-                f"topk={wish.topk} along axis {wish.axis}: the teacher's output has shape "
+                f"topk={store.topk} along axis {store.axis}: the teacher's output has shape "
                 f'{tuple(t.shape)}.'
             )
-        if wish.size is not None:
-            if wish.topk is not None:
+        if store.size is not None:
+            if store.topk is not None:
                 raise DistillError(
                     "size= and topk= can't be combined: maps are stored either smaller or with "
                     'few classes.'
                 )
-            if min(wish.size) < 1:
-                raise DistillError(f'size={wish.size}: must be at least one pixel.')
+            if min(store.size) < 1:
+                raise DistillError(f'size={store.size}: must be at least one pixel.')
             if t.dim() != 4:
                 raise DistillError(
-                    f"size={wish.size} needs maps (B, C, H, W), but the teacher's output has "
+                    f"size={store.size} needs maps (B, C, H, W), but the teacher's output has "
                     f'shape {tuple(t.shape)}'
                 )
-            self.full, t = tuple(t.shape[-2:]), t[..., : wish.size[0], : wish.size[1]]
-        if wish.topk is None:
-            self._add('logits', wish.dtype, t.shape[1:])
-        else:
-            self._add_topk(t.movedim(wish.axis, -1), wish)
+            self.full, t = tuple(t.shape[-2:]), t[..., : store.size[0], : store.size[1]]
+        if store.kind == 'topk':
+            self._add_topk(t.movedim(store.axis, -1), store)
+        elif store.kind == 'draws':
+            self._add_draws(t.movedim(store.axis, -1), store)
+        elif store.kind != 'hidden':
+            self._add('logits', store.dtype, t.shape[1:])
         for k, v in out.feats.items():
             if not isinstance(v, Tensor):
                 raise DistillError(
                     f"Layer {k} returns a {type(v).__name__} instead of a tensor, which can't be "
                     'stored.'
                 )
-            self._add(f'feats:{k}', wish.dtype, v.shape[1:])
+            self._add(f'feats:{k}', store.dtype, v.shape[1:])
         if out.mask is not None:
             self._add('mask', 'float16', out.mask.shape[1:])
         return self
 
-    def _add_topk(self, t, wish):
+    def _add_topk(self, t, store):
         self.n = t.shape[-1]
-        if wish.topk > self.n:
+        if store.topk > self.n:
             raise DistillError(
-                f'topk={wish.topk}, but the teacher has {self.n} classes (along axis {wish.axis})'
+                f'topk={store.topk}, but the teacher has {self.n} classes (along axis {store.axis})'
             )
-        shape = *t.shape[1:-1], wish.topk
-        self._field(
-            'ids', 'uint8' if self.n <= 2**8 else 'uint16' if self.n <= 2**16 else 'int32', shape
-        )
-        self._add('values', wish.dtype, shape)
-        if wish.tail == 'mean' and wish.topk < self.n:
+        shape = *t.shape[1:-1], store.topk
+        self._field('ids', type_of_ids(self.n), shape)
+        self._add('values', store.dtype, shape)
+        if store.tail == 'mean' and store.topk < self.n:
             self._field('rest', 'float16', (*shape[:-1], 1))
+
+    def _add_hidden(self, t, store):
+        if not isinstance(t, LinearLogits):
+            raise DistillError(
+                "store='hidden' needs the teacher's last hidden state and its output layer, but the "
+                'teacher returned logits. A teacher of your own returns Outputs(LinearLogits(...)).'
+            )
+        self.n, self.axis = t.n, -1
+        self.head = dict(bias=t.bias is not None, cap=t.cap)
+        self._add('hidden', store.dtype, t.hidden.shape[1:])
+
+    def _add_draws(self, t, store):
+        self.n, self.draws = t.shape[-1], dict(number=store.draws, T=float(store.T))
+        shape = *t.shape[1:-1], min(store.draws, self.n)
+        self._field('ids', type_of_ids(self.n), shape)
+        self._field('counts', 'uint8' if store.draws < 2**8 else 'uint16', shape)
+        self._field('entropy', 'float32', (*shape[:-1], 1))
 
     def _add(self, name, dtype, shape):
         self._field(name, dtype, tuple(shape))
+        if dtype == 'int8' and name == 'hidden':
+            self._field(f'scale:{name}', 'float32', (*shape[:-1], 2))  # for each position
         # log-probabilities fit into float16, other numbers may be larger
-        if dtype == 'int8':
+        elif dtype == 'int8':
             self._field(f'scale:{name}', 'float16' if name == 'values' else 'float32', (2,))
 
     def _field(self, name, dtype, shape):
@@ -192,15 +311,25 @@ class Layout:
     def bytes(self):
         return self.fields[-1].at + self.fields[-1].bytes if self.fields else 0
 
+    @property
+    def extended(self):
+        """True if a row holds something that caches of version 1 do not have."""
+        return self.head is not None or self.draws is not None
+
+    @property
+    def shape_of_head(self):
+        """(classes, width of the hidden state)."""
+        return self.n, self.fields[0].shape[-1]
+
     def to_json(self):
-        return asdict(self)
+        return {k: v for k, v in asdict(self).items() if v is not None or k in ('n', 'full')}
 
     @classmethod
     def from_json(cls, d):
         """Read the layout of a manifest. It must equal the one that `of` builds for such outputs,
         including all offsets.
         """
-        json_object('layout', d, ('fields', 'n', 'tail', 'axis', 'full'), ())
+        json_object('layout', d, ('fields', 'n', 'tail', 'axis', 'full'), ('head', 'draws'))
         n = None if d['n'] is None else whole_number('layout.n', d['n'], 1, MAX_CLASSES)
         full = None if d['full'] is None else json_list('layout.full', d['full'], 2, 2)
         for o in full or ():
@@ -211,7 +340,8 @@ class Layout:
         found = [Field.from_json(f'layout.fields[{i}]', f) for i, f in enumerate(found)]
         if (size := sum(f.bytes for f in found)) > MAX_BYTES:
             raise DistillError(f'layout.fields take {size} bytes: at most {MAX_BYTES} are allowed.')
-        self = cls.of(*outputs_like(found, n, tail, axis, full))
+        head, draws = checked_head(d.get('head'), n), checked_draws(d.get('draws'), n)
+        self = cls.of(*outputs_like(found, n, tail, axis, full, head, draws))
         for i, (a, b) in enumerate(zip_longest(found, self.fields)):
             if a != b:
                 raise DistillError(
@@ -238,7 +368,7 @@ class Layout:
         Args:
             rows: Rows, (M, bytes) uint8.
         """
-        if self.n is None or not len(rows):
+        if self.n is None or self.head is not None or not len(rows):
             return True
         ids = self.fields[0]
         return (
@@ -252,13 +382,15 @@ class Layout:
 
     # writing
 
-    def encode(self, out: Outputs) -> np.ndarray:
+    def encode(self, out: Outputs, head=None, seeds=None) -> np.ndarray:
         """(B, bytes) uint8.
 
         Args:
             out: Outputs of a batch of B samples.
+            head: Output layer as it is stored, with hidden states (`StoredHead`).
+            seeds: Seed of each sample's draws, (B,).
         """
-        parts = self._tensors(out)
+        parts = self._tensors(out, head, seeds)
         want = {f.name: f.shape for f in self.fields}
         if missing := sorted(set(want) - set(parts)):
             raise DistillError(
@@ -279,12 +411,18 @@ class Layout:
                 )
         return np.concatenate([as_bytes(parts[f.name], f.dtype) for f in self.fields], 1)
 
-    def _tensors(self, out):
+    def _tensors(self, out, head, seeds):
         d, t = {}, out.logits
         dtypes = {f.name: f.dtype for f in self.fields}
         if isinstance(t, TopK):
             return self._tensors_of_likeliest(out, dtypes)
-        t = t.detach().float()
+        if self.head is not None:
+            put_tensor(d, 'hidden', head.scaled(t.hidden.detach().float()), dtypes)
+            return self._put_others(d, out, dtypes)
+        t = (t.dense() if isinstance(t, LinearLogits) else t).detach().float()
+        if self.draws is not None:
+            d |= draw_classes(t.movedim(self.axis, -1), seeds, **self.draws)
+            return self._put_others(d, out, dtypes)
         if self.full is not None:
             t = F.adaptive_avg_pool2d(t, self.fields[0].shape[-2:])
         if self.n is None:
@@ -296,6 +434,9 @@ class Layout:
             put_tensor(d, 'values', values, dtypes)
             if 'rest' in dtypes:
                 d['rest'] = mean_without(logp, d['ids'])
+        return self._put_others(d, out, dtypes)
+
+    def _put_others(self, d, out, dtypes):
         for k, v in out.feats.items():
             put_tensor(d, f'feats:{k}', v.detach().float(), dtypes)
         if out.mask is not None:
@@ -312,16 +453,26 @@ class Layout:
 
     # reading
 
-    def decode(self, rows: Tensor) -> Outputs:
-        """Decode rows to `Outputs` in float32. With top-k, `logits` are a `TopK`.
+    def decode(self, rows: Tensor, head=None) -> Outputs:
+        """Decode rows to `Outputs` in float32. `logits` are a `TopK`, `LinearLogits` or `Draws` if
+        the logits of all classes are not stored.
 
         Args:
             rows: Rows, (B, bytes) uint8.
+            head: Output layer, with hidden states (`StoredHead`).
         """
         got = {f.name: f.read(rows) for f in self.fields}
         full = lambda k: from_int8(got[k], got.get(f'scale:{k}'))
         feats = {f.name[6:]: full(f.name) for f in self.fields if f.name.startswith('feats:')}
-        if self.n is None:
+        if self.head is not None:
+            logits = head.logits(full('hidden'))
+        elif self.draws is not None:
+            counts = got['counts'].float() / self.draws['number']
+            T = self.draws['T']
+            logits = Draws(
+                got['ids'].long(), counts, got['entropy'].squeeze(-1), self.n, T, self.axis
+            )
+        elif self.n is None:
             logits = full('logits')
         else:
             logits = TopK(
@@ -332,30 +483,76 @@ class Layout:
         return Outputs(logits, feats, got['mask'].float() if 'mask' in got else None)
 
 
-def outputs_like(fields, n, tail, axis, full):
-    """Build empty `Outputs`, and the `Wish` that stores them in such fields."""
+def type_of_ids(n):
+    return 'uint8' if n <= 2**8 else 'uint16' if n <= 2**16 else 'int32'
+
+
+def checked_head(o, n):
+    """Check the entry `head`."""
+    if o is None:
+        return None
+    json_object('layout.head', o, ('bias', 'cap'), ())
+    if n is None or type(o['bias']) is not bool:
+        raise DistillError('layout.head needs layout.n, and its bias must be true or false.')
+    if o['cap'] is not None and not (type(o['cap']) is float and o['cap'] > 0):
+        refuse_entry('layout.head.cap', o['cap'], 'a positive number or null')
+    return o
+
+
+def checked_draws(o, n):
+    """Check the entry `draws`."""
+    if o is None:
+        return None
+    json_object('layout.draws', o, ('number', 'T'), ())
+    whole_number('layout.draws.number', o['number'], 1, 2**16 - 1)
+    if n is None or not (type(o['T']) is float and o['T'] > 0):
+        raise DistillError('layout.draws needs layout.n, and its T must be a positive number.')
+    return o
+
+
+def outputs_like(fields, n, tail, axis, full, head=None, draws=None):
+    """Build empty `Outputs`, and the `Store` that stores them in such fields."""
     shape, named = fields[0].shape, {f.name: f for f in fields}
-    if n is None:
-        t, wish = meta(shape), Wish(fields[0].dtype, None, tail, axis)
+    if head is not None:
+        if not shape:
+            raise DistillError('layout.head needs hidden states of shape (..., width).')
+        t = LinearLogits(meta(shape), meta((n, shape[-1]))[0], None, head['cap'])
+        t.bias = meta((n,))[0] if head['bias'] else None
+        store = Store('hidden', fields[0].dtype, tail=tail, axis=axis)
+    elif draws is not None:
+        if not shape:
+            raise DistillError('layout.draws needs fields of shape (..., k).')
+        t = meta((*shape[:-1], n))
+        store = Store('draws', tail=tail, axis=axis, draws=draws['number'], T=draws['T'])
+        if not -t.dim() <= axis < t.dim():
+            raise DistillError(f'layout.axis is {axis}: the outputs have {t.dim()} dimensions.')
+        t = t.movedim(-1, axis)
+    elif n is None:
+        t, store = meta(shape), Store('logits', fields[0].dtype, tail=tail, axis=axis)
     else:
         if not shape or 'values' not in named:
             raise DistillError(
                 f"layout.n is {n}: it needs fields 'ids' and 'values' of shape (..., k)."
             )
-        t, wish = meta((*shape[:-1], n)), Wish(named['values'].dtype, shape[-1], tail, axis)
+        t, store = (
+            meta((*shape[:-1], n)),
+            Store('topk', named['values'].dtype, shape[-1], tail, axis),
+        )
         if not -t.dim() <= axis < t.dim():
             raise DistillError(f'layout.axis is {axis}: the outputs have {t.dim()} dimensions.')
         t = t.movedim(-1, axis)
     if full is not None:
         if n is not None or len(shape) != 3:
             raise DistillError(f'layout.full is {full}: it is for maps (C, H, W) of all classes.')
-        t, wish.size = meta((shape[0], *full)), shape[1:]
+        t, store.size = meta((shape[0], *full)), shape[1:]
     feats = {k[6:]: meta(f.shape) for k, f in named.items() if k.startswith('feats:')}
-    return Outputs(t, feats, meta(named['mask'].shape) if 'mask' in named else None), wish
+    return Outputs(t, feats, meta(named['mask'].shape) if 'mask' in named else None), store
 
 
 def meta_like(t, axis):
     """Create a meta tensor with the shape of the logits of all classes."""
+    if isinstance(t, LinearLogits):
+        return torch.empty(t.shape, device='meta')
     return torch.empty(*t.ids.shape[:-1], t.n, device='meta').movedim(-1, axis)
 
 
@@ -391,10 +588,63 @@ def put_tensor(d, name, t, dtypes):
         raise DistillError(
             f"The teacher's {name} exceed 65504, the largest number of float16: use dtype='float32'."
         )
-    if dtype == 'int8':
+    if dtype == 'int8' and name == 'hidden':
+        # each position has its own scale
+        q, kept = to_int8(t.reshape(-1, t.shape[-1]), dtypes[f'scale:{name}'])
+        d[name], d[f'scale:{name}'] = q.view(t.shape), kept.view(*t.shape[:-1], 2)
+    elif dtype == 'int8':
         d[name], d[f'scale:{name}'] = to_int8(t, dtypes[f'scale:{name}'])
     else:
         d[name] = t
+
+
+def draw_classes(t, seeds, number, T):
+    """Draw classes with replacement from softmax(t/T), and count each of them.
+
+    Args:
+        t: Logits, (B, ..., C).
+        seeds: Seed of each sample, (B,).
+        number: Number of draws for each position.
+
+    Returns:
+        `ids` and `counts`, (B, ..., k), the most frequent class first and filled up with counts of
+        0; `entropy` of the probabilities, (B, ..., 1).
+    """
+    if t.isnan().any() or (t == torch.inf).any():
+        raise DistillError(
+            "The teacher's logits contain nan or inf. Find the samples that cause it."
+        )
+    shape, k = t.shape, min(number, t.shape[-1])
+    p = (t / T).softmax(-1)
+    flat, ids = p.reshape(len(p), -1, shape[-1]).cpu(), []
+    for row, seed in zip(flat, seeds.tolist()):
+        rng = torch.Generator().manual_seed(seed)
+        ids.append(
+            by_inversion(row, torch.rand(len(row), number, generator=rng, dtype=torch.double))
+        )
+    ids = torch.stack(ids).sort(-1).values
+    first = torch.ones_like(ids, dtype=torch.bool)
+    first[..., 1:] = ids[..., 1:] != ids[..., :-1]
+    run = first.long().cumsum(-1) - 1  # number of the class among those of its position
+    counts = torch.zeros_like(ids).scatter_add_(-1, run, torch.ones_like(ids))
+    distinct = torch.zeros_like(ids).scatter_(-1, run, ids)
+    counts, order = counts.sort(dim=-1, descending=True, stable=True)
+    distinct = distinct.gather(-1, order)
+    out = dict(ids=distinct[..., :k], counts=counts[..., :k])
+    out = {name: o.reshape(*shape[:-1], k) for name, o in out.items()}
+    return out | dict(entropy=torch.special.entr(p).sum(-1, keepdim=True))
+
+
+def by_inversion(p, u):
+    """Return the classes that uniform numbers stand for, (P, K).
+
+    Args:
+        p: Probabilities, (P, C).
+        u: Numbers in [0, 1), (P, K).
+    """
+    cdf = p.double().cumsum(-1)
+    # subtle: scaled, since rounded probabilities do not sum to exactly 1
+    return torch.searchsorted(cdf, u * cdf[:, -1:], right=True).clamp_max(p.shape[-1] - 1)
 
 
 def to_int8(t, dtype):
@@ -420,8 +670,8 @@ def to_int8(t, dtype):
 def from_int8(t, scale):
     if scale is None:
         return t.float()
-    step, mid = scale.float().unbind(1)
-    shape = -1, *[1] * (t.dim() - 1)
+    step, mid = scale.float().unbind(-1)
+    shape = *step.shape, *[1] * (t.dim() - step.dim())
     return t.float() * step.view(shape) + mid.view(shape)
 
 

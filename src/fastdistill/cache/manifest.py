@@ -31,7 +31,7 @@ __all__ = [
     'transform_differences',
 ]
 
-FORMAT, VERSION = 'fastdistill-cache', 1
+FORMAT, VERSIONS = 'fastdistill-cache', (1, 2)
 # limits for a manifest, so that a damaged one can't fill memory or disk or start an endless loop
 MAX_MANIFEST, MAX_COUNT, MAX_VIEWS, MAX_BATCH, MAX_FILES, MAX_FILE = (
     2**28,
@@ -61,6 +61,7 @@ class Manifest:
         samples: Row, view, digest and numbers `after` the batch transforms for a few inputs.
         shards: Name, bytes and checksum of each file, once all are written.
         doubt: Reason not to trust the teacher, found when the cache was written.
+        lost: What storing lost at a few temperatures, see `fastdistill.cache.measure`.
     """
 
     count: int
@@ -78,6 +79,7 @@ class Manifest:
     shards: list = field(default_factory=list)
     complete: bool = False
     doubt: str = ''
+    lost: list = field(default_factory=list)
 
     @property
     def stored(self):
@@ -102,24 +104,42 @@ class Manifest:
     def all_files(self):
         """Yield (name, bytes) of each file with a checksum."""
         yield 'keys.bin', 8 * self.count
+        if self.head_bytes:
+            yield 'head.bin', self.head_bytes
         for *_, name, size in self.all_shards():
             yield name, size
 
     @property
+    def head_bytes(self):
+        """Bytes of the output layer. 0 if rows hold no hidden states."""
+        if self.layout.head is None:
+            return 0
+        n, d = self.layout.shape_of_head
+        return 4 * (n * d + d + n * self.layout.head['bias'])
+
+    @property
     def bytes(self):
-        return self.count * self.stored * self.layout.bytes
+        return self.count * self.stored * self.layout.bytes + self.head_bytes
 
     def to_json(self):
-        d = dict(format=FORMAT, version=VERSION, **asdict(self))
-        if not self.doubt:
-            del d['doubt']
+        d = dict(format=FORMAT, version=self.version, **asdict(self))
+        d['layout'] = self.layout.to_json()
+        for k in ('doubt', 'lost'):
+            if not d[k]:
+                del d[k]
         return json.dumps(d, indent=1, default=as_python).encode()
 
     def as_read(self):
         """Return the manifest as it will be read from the file: checked, and without tuples and
         NumPy numbers.
         """
-        return self.of_entries(json.loads(json.dumps(asdict(self), default=as_python)))
+        d = {**asdict(self), 'layout': self.layout.to_json()}
+        return self.of_entries(json.loads(json.dumps(d, default=as_python)))
+
+    @property
+    def version(self):
+        """Version of the format: the first one that can hold this cache."""
+        return 2 if self.layout.extended or self.lost else 1
 
     @classmethod
     def read(cls, where):
@@ -136,10 +156,11 @@ class Manifest:
         try:
             if not isinstance(d := parse_json(text), dict) or d.pop('format', None) != FORMAT:
                 raise NotACache(f'{where}/manifest.json does not belong to a fastdistill cache.')
-            if type(v := d.pop('version', None)) is not int or v != VERSION:
+            if type(v := d.pop('version', None)) is not int or v not in VERSIONS:
                 raise NotACache(
-                    f'{where} is a cache of version {shortened(v)}, but this fastdistill reads version '
-                    f'{VERSION}: install the version that wrote it, or write the cache again (force=True).'
+                    f'{where} is a cache of version {shortened(v)}, but this fastdistill reads versions '
+                    f'{VERSIONS[0]} to {VERSIONS[-1]}: install the version that wrote it, or write the cache '
+                    'again (force=True).'
                 )
             return cls.of_entries(d)
         except NotACache as e:
@@ -193,6 +214,11 @@ class Manifest:
         if self.vocab is not None:
             json_list('vocab', self.vocab, 0, MAX_MANIFEST)
         json_text('doubt', self.doubt)
+        for i, o in enumerate(json_list('lost', self.lost, 0, 100)):
+            json_object(f'lost[{i}]', o, ('T', 'kl', 'share', 'correlation'), ())
+            for k, v in o.items():
+                if type(v) is not float:
+                    refuse_entry(f'lost[{i}].{k}', v, 'a number')
         for g in json_list('teacher.classes', self.teacher.get('classes', [0]), 1, MAX_COUNT):
             for c in g if isinstance(g, list) else [g]:
                 whole_number('teacher.classes', c, 0, MAX_COUNT)
@@ -214,7 +240,7 @@ class Manifest:
         """Check names and sizes, which follow from the other entries."""
         if type(self.complete) is not bool:
             refuse_entry('complete', self.complete, 'true or false')
-        n = (1 + self.stored * self.per_view) * self.complete
+        n = (1 + bool(self.head_bytes) + self.stored * self.per_view) * self.complete
         json_list('shards', self.shards, n, n)
         for i, (s, (name, size)) in enumerate(zip(self.shards, self.all_files())):
             json_object(f'shards[{i}]', s, ('name', 'bytes', 'checksum'), ())

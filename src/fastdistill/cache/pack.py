@@ -32,10 +32,21 @@ def cache_facts(where, m):
             f'{f.name} {f.dtype} {"x".join(map(str, f.shape)) or 1}' for f in m.layout.fields
         ),
     )
-    if m.layout.n:
+    if m.layout.head is not None:
+        n, width = m.layout.shape_of_head
+        yield 'hidden states', f'{width} numbers, from which an output layer gives {n} logits'
+    elif m.layout.draws is not None:
+        draws = m.layout.draws
+        yield 'draws', f'{draws["number"]} of {m.layout.n} classes at T={draws["T"]:g}'
+    elif m.layout.n:
         yield (
             'classes stored',
             f'{m.layout.fields[0].shape[-1]} of {m.layout.n}, tail {m.layout.tail!r}',
+        )
+    for o in m.lost:
+        yield (
+            f'lost at T={o["T"]:g}',
+            f'{100 * o["share"]:.1f}% of what the teacher tells, KL {o["kl"]:.2g} nats',
         )
     shards = list(m.all_shards())
     done = len(shards) if m.complete else sum(finished(where, s) for s in shards)

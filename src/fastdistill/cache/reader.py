@@ -15,6 +15,7 @@ from .files import changed_text, newer_record, read_record
 from .folder import open_folder
 from .keys import dataset_keys
 from .manifest import Manifest, refuse, sample_differences
+from .output_layer import StoredHead
 
 __all__ = ['TeacherCache', 'damages', 'is_cache']
 
@@ -55,7 +56,7 @@ class TeacherCache:
             raise DistillError(
                 f'{self.folder} is not finished: write it again with the same arguments to resume.'
             )
-        self._maps, self._keys, self._opened = {}, None, checksum(m.to_json())
+        self._maps, self._heads, self._keys, self._opened = {}, {}, None, checksum(m.to_json())
         self._files = {o['name']: o for o in m.shards}
         sizes = zip(m.shards, self.folder.sizes(self._files))
         self._refuse({o['name']: text for o, size in sizes if (text := wrong_size(o, size))})
@@ -88,6 +89,7 @@ class TeacherCache:
         return {
             **self.__dict__,
             '_maps': {},
+            '_heads': {},
             '_keys': None,
             'sample_names': None,
             '_checked': checked,
@@ -115,6 +117,16 @@ class TeacherCache:
     def _open(self, name, dtype, shape):
         self._refuse(damages(self.folder, self.manifest, [self._files[name]], once=True))
         return self.folder.map(name, dtype, shape)
+
+    def _head(self, device):
+        """Return the output layer of hidden states on a device. None if rows hold logits."""
+        m = self.manifest
+        if m.layout.head is None:
+            return None
+        if device not in self._heads:
+            data = self._open('head.bin', np.uint8, (m.head_bytes,)).tobytes()
+            self._heads[device] = StoredHead.from_bytes(data, m.layout).to(device)
+        return self._heads[device]
 
     def _shard(self, view, i):
         if (view, i) not in self._maps:
@@ -180,10 +192,10 @@ class TeacherCache:
 
     def decode(self, rows) -> Outputs:
         """Decode rows (an array, or a tensor on any device) to the teacher's `Outputs`."""
-        out = self.manifest.layout.decode(
-            rows if isinstance(rows, Tensor) else torch.from_numpy(rows)
-        )
+        rows = rows if isinstance(rows, Tensor) else torch.from_numpy(rows)
+        out = self.manifest.layout.decode(rows, self._head(rows.device))
         out.classes = self.manifest.teacher.get('classes')
+        out.lost = self.manifest.lost or None
         return out
 
     def outputs(self, at, views=0) -> Outputs:
@@ -311,7 +323,7 @@ def damage_of(folder, m, o, once):
 
 
 def damage_inside(path, m, o):
-    size, known = 1 if o['name'] == 'keys.bin' else m.layout.bytes, []
+    size, known = 1 if o['name'] in ('keys.bin', 'head.bin') else m.layout.bytes, []
 
     def look(part):
         if size > 1:

@@ -5,24 +5,30 @@ import re
 import warnings
 from contextlib import closing, nullcontext, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
+import torch
 
 from ..base.distributed import on_first, rank, world_size
 from ..base.outputs import DistillError, DistillWarning
+from ..base.seeds import seeds_of
 from .digests import checksum, versions
 from .entries import json_object, json_text, parse_json
 from .files import changed_text, newer_record, read_record, record_files, write_record
 from .folder import open_folder
 from .keys import hash_of
-from .layout import Layout, Wish
+from .layout import Layout, Store
 from .manifest import CHECKSUM, MAX_VIEWS, Manifest, differences, refuse
+from .output_layer import StoredHead, worst_error
 from .reader import TeacherCache, damages
 from .source import Source, is_whole
 
 __all__ = ['Forecast', 'check_views', 'finished', 'write_cache']
 
 SHARD_BYTES = 64 * 2**20
+INACCURATE = 0.02  # error of logits of hidden states, relative to their spread
+DRAWS = 2  # stream of random numbers for draws; 0 and 1 are those of item and batch transforms
 
 
 @dataclass
@@ -50,8 +56,8 @@ class Forecast:
     def check(self, where):
         if self.free is not None and self.bytes > self.free:
             raise DistillError(
-                f"{where}: {self}. The disk is too small: use fewer views, topk=, dtype='int8' or "
-                "'float16', size= for maps, or a different disk."
+                f"{where}: {self}. The disk is too small: use fewer views, store less (store='auto' "
+                'measures what each way costs), or use a different disk.'
             )
 
 
@@ -65,7 +71,7 @@ def check_views(views):
 def write_cache(
     path,
     source: Source,
-    wish: Wish,
+    store: Store,
     *,
     views: int = 1,
     seed: int = 0,
@@ -73,6 +79,7 @@ def write_cache(
     progress=None,
     forecast=None,
     shard_bytes: int = SHARD_BYTES,
+    choose=None,
 ) -> TeacherCache:
     """Write the missing shards and open the cache.
 
@@ -86,26 +93,44 @@ def write_cache(
         force: Whether to overwrite a cache that does not fit instead of raising an error.
         progress: fn(rows done, total rows, bytes done), called after each batch.
         forecast: fn(Forecast), called before the teacher runs.
+        choose: `fastdistill.cache.measure.Choice`. None to store logits if `store` is 'auto'.
     """
     check_views(views)
     if not len(source.keys):
         raise DistillError('There are no samples: there is nothing to write.')
     where = open_folder(path)
-    with closing(source.run(tasks_of(source, 0, 0, 1), 1)) as first:
-        layout = Layout.of(next(first), wish)
+    first, lost = first_outputs(source, 1), ()
+    if choose is not None:
+        store, source, lost = choose(where, store, source, first, views)
+    elif store.kind == 'auto':
+        store = Store('logits', axis=store.axis)
+    if store.kind == 'hidden':
+        # subtle: hidden states are scaled by the numbers of a whole batch
+        first = first_outputs(source, min(source.bs, len(source.keys)))
+    layout = Layout.of(first, store)
+    head = None if layout.head is None else StoredHead.of(first.logits)
     with where.lock() if rank() == 0 else nullcontext():
-        m, done = on_first(lambda: _begin(where, source, layout, views, seed, force, shard_bytes))
+        begin = lambda: _begin(where, source, layout, head, views, seed, force, shard_bytes, lost)
+        m, done = on_first(begin)
+        # subtle: the stored one, since an interrupted run may have scaled it by other numbers
+        head = None if head is None else StoredHead.from_bytes(where.read('head.bin'), layout)
         todo = [s for s in m.all_shards() if s[2] not in done]
         plan = Forecast(m.count, m.stored, layout.bytes, sum(s[3] for s in todo), where.free())
         if forecast is not None:
             forecast(plan)
         plan.check(where)
-        _write_shards(where, source, m, todo[rank() :: world_size()], progress)
+        _write_shards(where, source, m, head, todo[rank() :: world_size()], progress)
         on_first(lambda: _finish(where, m, done))
     return TeacherCache(where)
 
 
-def _begin(where, source, layout, views, seed, force, shard_bytes):
+def first_outputs(source, n):
+    """Return the outputs of the first samples in one batch."""
+    with closing(source.run(tasks_of(source, 0, 0, n), n)) as batches:
+        return next(batches)
+
+
+def _begin(where, source, layout, head, views, seed, force, shard_bytes, lost):
     """Return (manifest of the finished cache, checksums of the shards that already exist)."""
     rows = max(shard_bytes // layout.bytes // source.bs, 1) * source.bs
     m = Manifest(
@@ -122,6 +147,7 @@ def _begin(where, source, layout, views, seed, force, shard_bytes):
         source.samples or [],
         versions(),
         doubt=source.doubt,
+        lost=list(lost),
     )
     m = m.as_read()  # subtle: before anything is removed, since wrong values raise an error here
     keys = source.keys.astype('<u8').tobytes()
@@ -139,6 +165,8 @@ def _begin(where, source, layout, views, seed, force, shard_bytes):
     clear(where)
     clear(where.sub('valid'))  # it holds outputs of a different teacher
     where.write('keys.bin', keys)
+    if head is not None:
+        where.write('head.bin', head.to_bytes())
     if source.files is not None:
         write_record(where, record_files(source.files))
     where.write('manifest.json', m.to_json())
@@ -172,6 +200,11 @@ def _reopen(where, old, m, keys):
     )
     if where.size('keys.bin') != len(keys) or where.read('keys.bin') != keys:
         where.write('keys.bin', keys)
+    if old.head_bytes and head_is_lost(where, old):
+        raise DistillError(
+            f'head.bin of {where}, the output layer of the stored hidden states, is missing or damaged, '
+            'and no row can be read without it: restore it, or write the cache again (force=True).'
+        )
     if not old.complete:
         if new != old:
             where.write('manifest.json', new.to_json())
@@ -190,8 +223,15 @@ def _reopen(where, old, m, keys):
     return new, {k: v for k, v in own.items() if k not in bad} | notes(where, added)
 
 
+def head_is_lost(where, m) -> bool:
+    """Return True if the output layer is missing, has a different size, or was changed."""
+    if where.size('head.bin') != m.head_bytes:
+        return True
+    return bool(m.complete and checksum(where.read('head.bin')) != m.checksums['head.bin'])
+
+
 CACHE_FILES = re.compile(
-    r'(manifest\.json|keys\.bin|files\.bin|view\d{3,}/\d{6,}\.(bin|json))(\.\d+\.tmp)?'
+    r'(manifest\.json|keys\.bin|head\.bin|files\.bin|view\d{3,}/\d{6,}\.(bin|json))(\.\d+\.tmp)?'
 )
 
 
@@ -242,9 +282,10 @@ def finished(where, shard):
     return note_checksum(where, shard) is not None
 
 
-def _write_shards(where, source, m, todo, progress):
+def _write_shards(where, source, m, head, todo, progress):
     """Run the teacher over the samples of these shards."""
     done, total = 0, sum(m.rows_of(i) for _, i, *_ in todo)
+    worst = [0.0]
     # one pass of the DataLoader writes a limited number of shards, since all its tasks are in one list
     some = max(2**20 // m.shard_rows, 1)
     for at in range(0, len(todo), some):
@@ -254,18 +295,53 @@ def _write_shards(where, source, m, todo, progress):
         ]
         # subtle: closed immediately, since a traceback would keep the generator, and the changes it made, alive
         with closing(source.run(np.concatenate(tasks), m.batch_size)) as batches:
-            for _, i, name, _ in todo[at : at + some]:
-                for rows in _write_shard(where, m, name, m.rows_of(i), batches):
+            for v, i, name, _ in todo[at : at + some]:
+                keys = source.keys[i * m.shard_rows :][: m.rows_of(i)]
+                encode = partial(encoded, m.layout, head, keys, v, m.seed, worst)
+                for rows in _write_shard(where, m, name, m.rows_of(i), batches, encode):
                     done += rows
                     if progress is not None:
                         progress(done, total, done * m.layout.bytes)
+    warn_of_int8(worst[0])
 
 
-def _write_shard(where, m, name, n, batches):
+def warn_of_int8(error):
+    """Warn if logits of hidden states in int8 are too far from the teacher's."""
+    if error > INACCURATE:
+        warnings.warn(
+            DistillWarning(
+                f'The logits of the hidden states in int8 differ by up to {100 * error:.1f}% of their '
+                "spread from the teacher's: a few numbers are much larger than the others. Use "
+                "store=dict(kind='hidden', dtype='float16')."
+            )
+        )
+
+
+def encoded(layout, head, keys, view, seed, worst, out, row):
+    """Encode outputs of a batch.
+
+    Args:
+        keys: Keys of the samples of the shard.
+        worst: List of one number, the largest error of hidden states in int8.
+        row: First row of the batch in the shard.
+    """
+    if layout.draws is None:
+        rows = layout.encode(out, head)
+        if head is not None and layout.fields[0].dtype == 'int8':
+            got = layout.decode(torch.from_numpy(rows), head).logits
+            worst[0] = max(worst[0], worst_error(out.logits, got))
+        return rows
+    # the last batch is filled up with copies of the last sample
+    own = keys[(row + np.arange(len(out.logits))).clip(max=len(keys) - 1)]
+    seeds = seeds_of(seed, own, view, DRAWS) >> np.uint64(1)
+    return layout.encode(out, seeds=seeds.astype(np.int64))
+
+
+def _write_shard(where, m, name, n, batches, encode):
     """Write one shard and yield the number of rows of each batch."""
     bs, buf = m.batch_size, np.empty((n, m.layout.bytes), np.uint8)
     for row in range(0, n, bs):
-        rows = m.layout.encode(next(batches))
+        rows = encode(next(batches), row)
         if len(rows) != bs:
             raise DistillError(
                 f'The teacher returned {len(rows)} outputs for {bs} samples: it must return one for '
@@ -291,6 +367,8 @@ def _finish(where, m, done):
         **done,
         'keys.bin': checksum(where.read('keys.bin')),
     }
+    if m.head_bytes:
+        sums['head.bin'] = checksum(where.read('head.bin'))
     if lost := [name for name, _ in m.all_files() if name not in sums]:
         raise DistillError(
             f'{lost[0]} of {where} disappeared while the cache was written: write the cache again.'

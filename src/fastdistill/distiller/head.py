@@ -14,12 +14,13 @@ from ..base.task import labels_loss, task_for
 from ..checks.findings import Findings
 from ..checks.outputs import check_batch, check_outputs
 from ..checks.shared_parameters import none_shared, shared_parameters
+from ..checks.stored import check_stored
 from ..features.calls import predicts_next
 from ..features.layer_pairs import PairTable, check_names, inputs, pair
 from ..features.probe import dry_run
 from ..features.projectors import projector
 from ..features.taps import Taps, is_output, layer_output
-from ..recipes.batch import all_classes, both, labels_to_shift, next_tokens, padding_mask
+from ..recipes.batch import both, labels_to_shift, next_tokens, padding_mask, plain_logits
 from ..recipes.default import chosen_before, chosen_for
 from ..recipes.link import Link, own_copy
 from ..recipes.recipe_loss import Distilled, RecipeLoss
@@ -94,7 +95,7 @@ class Head(RecipeLoss):
         """Take the recipe that `auto` chooses for such outputs and such a teacher, and batches with
         or without labels.
         """
-        ask = lambda: all_classes(self.teacher.probe(*x), Outputs(logits)).logits
+        ask = lambda: plain_logits(Outputs(logits), self.teacher.probe(*x))[1]
         doubt = 'the teacher is in doubt, see above' if self.doubt else None
         chosen = of_first(chosen_for(logits.shape, self.task, ask, labels, doubt))
         self.take(chosen)
@@ -146,11 +147,14 @@ class Head(RecipeLoss):
 
     def check(self, student: Outputs, teacher: Outputs | None, targets) -> Findings:
         """What does not fit in one batch."""
-        t = None if teacher is None else all_classes(teacher, student).logits
+        found = Findings()
+        if teacher is not None:
+            found.add('store', check_stored(self.recipe, teacher, self.task.axis))
+        student, t, targets = plain_logits(student, teacher, targets)
         y = as_plain(targets[0]) if len(targets) and isinstance(targets[0], Tensor) else None
         classes = None if teacher is None else teacher.classes
         s, y = taught_part(student.logits, y, classes, self.task)
-        return check_batch(s, t, y, self.task)
+        return found.join(check_batch(s, t, y, self.task))
 
     def check_batches(self, batches, placed: bool = False, part: str = '') -> Findings:
         """What would go wrong in silence, as these batches of this head show it; see

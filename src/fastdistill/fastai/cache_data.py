@@ -15,11 +15,20 @@ from fastai.tabular.core import TabDataLoader
 from fastai.text.data import SortedDL
 
 from ..base.model_state import restored
-from ..base.outputs import DistillError, DistillWarning, Outputs, TopK, as_plain
+from ..base.outputs import (
+    DistillError,
+    DistillWarning,
+    Draws,
+    LinearLogits,
+    Outputs,
+    TopK,
+    as_plain,
+)
 from ..base.random_state import RandomGuard
 from ..cache.digests import fingerprint, flat_values
 from ..cache.folder import open_folder
-from ..cache.layout import Wish
+from ..cache.layout import Store
+from ..cache.measure import Choice, check_kind_of_store, existing_store, uses_of
 from ..cache.progress import shown_progress
 from ..cache.reader import TeacherCache
 from ..cache.source import (
@@ -33,6 +42,8 @@ from ..cache.source import (
 )
 from ..cache.verify import Verified
 from ..cache.writer import check_views, write_cache
+from ..recipes.default import auto, facts_for_auto
+from ..recipes.text import as_recipe
 from ..teachers.items import with_items
 from ..teachers.teacher import Teacher
 from .batches import loader_of
@@ -62,13 +73,13 @@ def for_each_head(write):
         share_n_inp(dls)
         heads = heads_of(teacher)
         kinds = options_of_heads(kind, 'kind', heads)
+        recipes = options_of_heads(kwargs.pop('recipe', None), 'recipe', heads)
 
         def of_head(k, h):
             folder = open_folder(path).sub(k)
             try:
-                return write(
-                    h.source, HeadData(dls, h), folder, *args, kind=kinds[k] or 'softmax', **kwargs
-                )
+                options = dict(kind=kinds[k] or 'softmax', recipe=recipes[k], **kwargs)
+                return write(h.source, HeadData(dls, h), folder, *args, **options)
             except DistillError as e:
                 raise DistillError(f'{k}: {e}') from e
 
@@ -84,12 +95,10 @@ def cache_teacher(
     dls,
     path,
     views: int = 1,
-    topk: int | None = None,
-    dtype: str = 'float16',
+    store='auto',
     layers=None,
     *,
-    tail: str = 'mean',
-    size=None,
+    recipe=None,
     valid: bool = False,
     unlabeled=None,
     keys=None,
@@ -114,12 +123,11 @@ def cache_teacher(
         path: Folder or URL.
         views: Number of augmented views of each sample. 0 for the clean view, while the student's
             augmentation stays random, e.g. for a teacher with `items=`, which sees no augmentation.
-        topk: Number of most likely classes to store. None for all.
-        dtype: 'float32', 'float16' or 'int8' (scaled row by row).
+        store: How outputs are stored (docs/stores.md): 'logits', 'topk', 'hidden', 'draws'; 'float32',
+            'float16' or 'int8' for all logits as such numbers; or a dict of options, such as
+            dict(topk=10, dtype='int8'). 'auto' measures what each way costs and loses, and chooses.
         layers: Names of teacher layers whose outputs are also stored.
-        tail: Assumption about classes that are not stored: 'mean', 'uniform', 'zero' or
-            'bucket', see `TopK`
-        size: Height and width to which maps of logits are reduced.
+        recipe: Recipe for which `store` is chosen or checked. None for the default recipe.
         valid: Whether to cache the validation set too, so that each term has a column for it.
         unlabeled: Items without labels, or a DataLoader, to cache instead of the training set.
         keys: Names of the training samples, a list or a function of the item. None to use the item
@@ -135,11 +143,8 @@ def cache_teacher(
     """
     share_n_inp(dls)
     task = task_of_data(dls, teacher, kind, axis)
-    if topk is not None and task.kind != 'softmax':
-        raise DistillError(
-            f'topk={topk} stores the likeliest of several classes, but this model predicts {task.kind} '
-            'outputs: use topk=None.'
-        )
+    store = Store.of(store, task.axis)
+    check_kind_of_store(store, task.kind)
     asked = {} if layers is None else dict(layers=layers)
     if valid and unlabeled is not None:
         raise DistillError(
@@ -149,11 +154,14 @@ def cache_teacher(
     train = dls.train if unlabeled is None else loader_of(unlabeled, dls)
     teacher = teacher_of(teacher, dls, kind=task.kind, axis=task.axis, **asked)
     # numbers in float32 shall be those of the model itself
-    if dtype == 'float32' and 'precision' not in teacher.run:
+    if store.dtype == 'float32' and 'precision' not in teacher.run:
         teacher = Teacher(teacher, run=dict(precision='fp32'))
     found = check_teacher(dls, teacher, task, n_epoch=None).enforce() if check else None
-    wish = Wish(dtype, topk, tail, task.axis, size)
-    given = dict(seed=seed, force=force, forecast=forecast)
+    known = as_recipe(recipe)
+    uses = lambda t: uses_of(auto(**facts_of_logits(t, task)) if known is None else known)
+    first_view = np.arange(train.bs) if is_stream(train) else None
+    choose = Choice(teacher, task.kind, uses, known is not None, first_view)
+    given = dict(seed=seed, force=force, forecast=forecast, choose=choose)
     names = None if task.kind == 'regression' else classes_of(teacher, dls)
     source = lambda dl, views, keys: source_of(
         teacher, dls, dl, views, seed, keys, names, bs, num_workers
@@ -162,20 +170,26 @@ def cache_teacher(
         views = 0 if only_items(teacher, views) else views_of(train, views, seed)
         with shown_progress(progress) as show:
             of_train = replace(source(train, views, keys), doubt=found.doubt if check else '')
-            cache = write_cache(path, of_train, wish, views=views, progress=show, **given)
+            cache = write_cache(path, of_train, store, views=views, progress=show, **given)
         if valid:
+            store = replace(existing_store(cache.folder), layer=store.layer)
             names_too = keys if callable(keys) else None
             with shown_progress(progress) as show:
                 write_cache(
                     cache.folder.sub('valid'),
                     source(dls.valid, 0, names_too),
-                    wish,
+                    store,
                     views=0,
                     progress=show,
                     **given,
                 )
     cache.sample_names = keys
     return cache
+
+
+def facts_of_logits(t, task):
+    """Build the arguments of `auto` from a teacher's logits."""
+    return facts_for_auto(t.shape, task, lambda: t)
 
 
 def only_items(teacher, views):
@@ -242,6 +256,13 @@ def verify_cache(
                 cache.outputs(stored[part], view[part]).logits,
                 live.logits.detach().float().cpu(),
             )
+            if isinstance(old, Draws):
+                raise DistillError(
+                    'These are draws, which differ from the probabilities by chance, so they can not '
+                    'be compared with the teacher row by row.'
+                )
+            if isinstance(old, LinearLogits):
+                old = old.dense()
             if isinstance(old, TopK):
                 old, t = old.values, t.movedim(old.axis, -1).log_softmax(-1).gather(-1, old.ids)
             largest = lambda o: o.abs().reshape(len(o), -1).amax(1)
@@ -257,7 +278,7 @@ def verify_cache(
         max(errors),
         float(np.mean(errors)),
         max(e / n for e, n in zip(errors, sizes)),
-        next(f.dtype for f in m.layout.fields if f.name in ('logits', 'values')),
+        next(f.dtype for f in m.layout.fields if f.name in ('logits', 'values', 'hidden')),
     )
 
 

@@ -7,7 +7,7 @@ import torch
 from fastai.basics import Callback, noop
 
 from ..base.distributed import rank
-from ..base.outputs import DistillError, Outputs, TopK, tensors_in
+from ..base.outputs import DistillError, Draws, LinearLogits, Outputs, TopK, tensors_in
 from ..base.random_state import RandomGuard
 from ..cache.manifest import refuse, sample_differences, transform_differences
 from ..cache.reader import TeacherCache
@@ -122,6 +122,11 @@ class StoredOutputs(HeldOutputs):
         refuse(cache.folder, misfits(dl, plan, cache), cache.force)
         return plan
 
+    @property
+    def draws(self):
+        """Number and temperature of the draws. None if there are none."""
+        return self.cache.manifest.layout.draws
+
     def example(self, x):
         """Outputs of as many samples as there are inputs, for their shapes and stored layers."""
         t = next(tensors_in(x))
@@ -136,7 +141,7 @@ class StoredOutputs(HeldOutputs):
             out = of_length(out, x.shape[1])
         if order is None:
             return out
-        if isinstance(lg := out.logits, TopK):
+        if isinstance(lg := out.logits, (TopK, LinearLogits, Draws)):
             return replace(out, logits=lg.reorder(order))
         return replace(out, logits=lg.index_select(self.axis, order.to(lg.device)))
 

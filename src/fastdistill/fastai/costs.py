@@ -10,7 +10,7 @@ import torch
 from fastai.callback.fp16 import MixedPrecision
 
 from ..base.random_state import guarded_random_state
-from ..cache.layout import Layout, Wish
+from ..cache.layout import Layout, Store
 from ..cache.writer import Forecast
 from ..distiller.distiller import Distiller
 from ..evaluation.cost import wait_for, weights_of_teacher
@@ -121,7 +121,7 @@ def training_costs(learn, teacher, task, recipe, output=None) -> TrainingCosts |
             teacher=lambda x, y: last.__setitem__(slice(None), [live.teacher_outputs(x)]),
         )
         seconds = seconds_of_batches(runs, batches)
-    layout = Layout.of(last[0], Wish(axis=task.axis))
+    layout = Layout.of(last[0], Store(axis=task.axis))
     n, steps = getattr(learn.dls.train, 'n', None), number_of_batches(learn.dls.train)
     view = None if n is None else Forecast(n, 1, layout.bytes, n * layout.bytes, None)
     return TrainingCosts(

@@ -10,8 +10,8 @@ from ..base.outputs import DistillError, Outputs
 from ..base.random_state import RandomGuard
 from ..checks.findings import Findings
 from ..features.probe import dry_run
-from ..recipes.batch import all_classes
-from ..recipes.default import auto, facts_for_auto
+from ..recipes.batch import plain_logits
+from ..recipes.default import auto, facts_for_auto, for_draws
 from .batches import PreparationError, prepared_batches
 
 __all__ = ['Example', 'choose_recipe', 'example_of', 'facts_for_choice']
@@ -59,6 +59,9 @@ def choose_recipe(example: Example | None, task, teacher, found: Findings | None
         teacher: What a Distiller takes as its teacher.
         found: What the check of the teacher found; None: it was not checked.
     """
+    stored = getattr(teacher, 'draws', None)
+    if stored is not None:
+        return for_draws(stored['T'], example is None or example.labels)
     return auto(**facts_for_choice(example, task, teacher, found))
 
 
@@ -69,5 +72,5 @@ def facts_for_choice(example, task, teacher, found=None) -> dict:
     doubt = dict(doubt='the teacher is in doubt, see above' if low else before)
     if example is None:
         return dict(kind=task.kind) | doubt
-    ask = lambda: all_classes(teacher.probe(*example.x), Outputs(example.logits)).logits
+    ask = lambda: plain_logits(Outputs(example.logits), teacher.probe(*example.x))[1]
     return facts_for_auto(example.logits.shape, task, ask) | dict(labels=example.labels) | doubt

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import torch
 
-from ..base.outputs import DistillError, TopK
+from ..base.outputs import DistillError, Draws, LinearLogits, TopK
 from ..base.task import unusable
 
 __all__ = ['FiniteCheck']
@@ -54,6 +54,9 @@ def not_finite(t, task):
     """Return a bool tensor: True if outputs hold values that a student can't learn from."""
     if isinstance(t.logits, TopK):
         logits, task = t.logits.values, replace(task, axis=-1)
+    elif isinstance(t.logits, (LinearLogits, Draws)):
+        values = t.logits.hidden if isinstance(t.logits, LinearLogits) else t.logits.entropy
+        logits, task = values, replace(task, kind='regression')
     else:
         logits = t.logits
     found = [] if logits is None else [unusable(logits, task)]

@@ -11,7 +11,7 @@ from fastai.basics import Chunks, L, TfmdDL
 from fastai.text.data import LMDataLoader
 
 from ..base.model_state import restored
-from ..base.outputs import Outputs, TopK, as_plain
+from ..base.outputs import Draws, LinearLogits, Outputs, TopK, as_plain
 from ..base.random_state import RandomGuard
 
 __all__ = [
@@ -131,10 +131,16 @@ def of_length(out: Outputs, n: int) -> Outputs:
     stored rows are not.
     """
     length = (out.logits.ids if isinstance(out.logits, TopK) else out.logits).shape[1]
+    if length == n:
+        return out
 
     def fit(t):
         if t is None:
             return None
+        if isinstance(t, LinearLogits):
+            return replace(t, hidden=fit(t.hidden))
+        if isinstance(t, Draws):
+            return t.map(fit)
         if isinstance(t, TopK):
             return replace(t, ids=fit(t.ids), values=fit(t.values), rest=fit(t.rest))
         if t.shape[1:2] != (length,):

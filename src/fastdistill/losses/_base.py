@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..base.outputs import DistillError, as_plain
+from ..base.outputs import DistillError, Draws, LinearLogits, as_plain
 
 __all__ = [
     'Loss',
@@ -33,6 +33,8 @@ def _full(x: Any, detach: bool = False) -> Any:
     """Convert `x` (a tensor, or a list of them) to float32, or float64 if it is that already."""
     if isinstance(x, (list, tuple)):
         return [_full(o, detach) for o in x]
+    if isinstance(x, (LinearLogits, Draws)):
+        return x.map(lambda o: _full(o, detach))
     if not isinstance(x, Tensor):
         return x
     x = as_plain(x)
@@ -51,6 +53,8 @@ def loss(
     lists: bool = False,
     samples: bool = False,
     relates: bool = False,
+    positionwise: bool = False,
+    linear: bool = False,
 ) -> Callable[[LossFn], LossFn]:
     """Decorate `fn(s, t, ...)` as a loss, e.g. `@loss(match='grid')`.
 
@@ -65,6 +69,8 @@ def loss(
         samples: True if the loss's `mask` has one value per sample, not per position.
         relates: True if the loss compares samples with each other. In distributed training, each
             process then sees the samples of all processes.
+        positionwise: True if the loss takes `LinearLogits`, whose logits it computes in chunks.
+        linear: True if the loss is linear in the teacher's probabilities and takes `Draws`.
     """
     if callable(kind):
         raise DistillError(
@@ -82,7 +88,15 @@ def loss(
             with torch.autocast(first.device.type, enabled=False):
                 return fn(_full(s), _full(t, detach=True), *args, **kwargs)
 
-        vars(call).update(kind=kind, match=match, lists=lists, samples=samples, relates=relates)
+        vars(call).update(
+            kind=kind,
+            match=match,
+            lists=lists,
+            samples=samples,
+            relates=relates,
+            positionwise=positionwise,
+            linear=linear,
+        )
         return cast(LossFn, call)
 
     return decorate

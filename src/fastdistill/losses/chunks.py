@@ -3,6 +3,7 @@ gradient.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from math import isfinite
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..base.outputs import DistillError, Draws, LinearLogits
 from ._base import class_axis
 
 __all__ = ['blanked', 'chunk_size', 'chunks', 'in_three', 'per_position', 'rows_at', 'seen_finite']
@@ -31,13 +33,16 @@ def per_position(
     Args:
         values: fn(s, t, axis=) -> one value per position, each computed only from the logits at
             that position.
-        s: Student logits, any shape.
-        t: Teacher logits, the same shape.
+        s: Student logits, any shape: a tensor or `LinearLogits`.
+        t: Teacher logits, the same shape: a tensor, `LinearLogits` or `Draws`.
         axis: Class axis.
         mask: Shape of `s` without the class axis. Logits are replaced by 0 where it is 0.
         slope: fn(s, t, axis=) -> gradient of `values` with respect to `s`. None to use autograd.
     """
-    axis, size = class_axis(s, axis), chunk_size(s)
+    axis = class_axis(s, axis)
+    if not (isinstance(s, Tensor) and isinstance(t, Tensor)):
+        return by_rows(values, s, t, axis, mask, slope)
+    size = chunk_size(s)
     if size is None:
         return blanked(values, s, t, None if mask is None else mask.unsqueeze(axis), axis=axis)
     three = [
@@ -148,3 +153,119 @@ def by_autograd(values: Callable, s: Tensor, t: Tensor, mask: Tensor | None) -> 
 def second_order(values: Callable, s: Tensor, t: Tensor, mask: Tensor | None, g: Tensor) -> Tensor:
     """Compute the gradient with its own graph and without chunks."""
     return torch.autograd.grad(values(s, t, mask).unsqueeze(1), s, g, create_graph=True)[0]
+
+
+def by_rows(values, s, t, axis, mask, slope):
+    """Compute `per_position` where the logits of at least one model are not given as a tensor. They
+    are computed in chunks, also in the backward pass.
+    """
+    shape = s.shape[:axis] + s.shape[axis + 1 :]
+    if axis != s.dim() - 1 and any(isinstance(x, LinearLogits) for x in (s, t)):
+        raise DistillError(
+            f'The logits of hidden states have their classes on the last axis, but axis={axis} of '
+            f'{s.dim()} dimensions was asked for.'
+        )
+    s, t = as_rows(s, axis), as_rows(t, axis)
+    mask = None if mask is None else mask.reshape(-1, 1)
+    fns = partial(blanked_rows, values), None if slope is None else partial(blanked_rows, slope)
+    whole = torch.compiler.is_compiling() or in_transform()
+    size = len(s) if whole else max((ON_CPU if s.device.type == 'cpu' else ON_GPU) // s.shape[1], 1)
+    if size >= len(s):
+        return fns[0](dense_rows(s), dense_rows(t), mask).reshape(shape)
+    parts = [s] if isinstance(s, Tensor) else [s.hidden, s.weight, s.bias]
+    return ChunkedRows.apply(s, t, mask, *fns, size, *parts).reshape(shape)
+
+
+def as_rows(x, axis):
+    """Reshape logits to (positions, classes)."""
+    if isinstance(x, Tensor):
+        x = x.movedim(axis, -1)
+        return x.reshape(-1, x.shape[-1])
+    if isinstance(x, LinearLogits):
+        return replace(x, hidden=x.hidden.reshape(-1, x.hidden.shape[-1]))
+    k = x.ids.shape[-1]
+    ids, freqs = x.ids.reshape(-1, k), x.freqs.reshape(-1, k)
+    return replace(x, ids=ids, freqs=freqs, entropy=x.entropy.reshape(-1), axis=-1)
+
+
+def some_rows(x, i):
+    """Return some positions, (N, classes)."""
+    if isinstance(x, LinearLogits):
+        return replace(x, hidden=x.hidden[i])
+    return x.map(lambda o: o[i]) if isinstance(x, Draws) else x[i]
+
+
+def dense_rows(x):
+    """Compute logits, except of draws, which have none."""
+    return x.dense() if isinstance(x, LinearLogits) else x
+
+
+def blanked_rows(fn, s, t, mask):
+    """Call `fn` with 0 at masked positions."""
+    if mask is None:
+        return fn(s, t, axis=-1)
+    if isinstance(t, Draws):
+        empty = lambda o: o.where(mask.reshape(-1, *[1] * (o.dim() - 1)) > 0, 0)
+        return fn(s.where(mask > 0, 0.0), t.map(empty), axis=-1)
+    return blanked(fn, s, t, mask, axis=-1)
+
+
+class ChunkedRows(torch.autograd.Function):
+    """Values of logits (positions, classes) that are computed chunk by chunk, in both passes.
+
+    The last arguments are the tensors of the student: its logits, or its hidden states and output
+    layer.
+    """
+
+    @staticmethod
+    def forward(ctx, s, t, mask, values, slope, size, *parts):
+        ctx.save_for_backward(*parts)
+        ctx.rest = t, mask, values, slope, size, getattr(s, 'cap', None)
+        out = parts[0].new_empty(len(parts[0]))
+        for a in range(0, len(out), size):
+            i = slice(a, a + size)
+            z = dense_rows(some_rows(s, i))
+            out[i] = values(z, dense_rows(some_rows(t, i)), None if mask is None else mask[i])
+        return out
+
+    @staticmethod
+    def backward(ctx, g):
+        parts, (t, mask, values, slope, size, cap) = ctx.saved_tensors, ctx.rest
+        if torch.is_grad_enabled():
+            v = values(student_rows(parts, cap), dense_rows(t), mask)
+            found = gradients_of(v, parts, g, create_graph=True)
+            return *[None] * 6, *found
+        needs = ctx.needs_input_grad[6:]
+        sums = [torch.zeros_like(p) if need else None for p, need in zip(parts, needs)]
+        for a in range(0, len(g), size):
+            i = slice(a, a + size)
+            m = None if mask is None else mask[i]
+            own = [p if p is None else p.detach() for p in (parts[0][i], *parts[1:])]
+            own = [p.requires_grad_() if need else p for p, need in zip(own, needs)]
+            with torch.enable_grad():
+                z = student_rows(own, cap)
+                if slope is None:
+                    v = values(z, dense_rows(some_rows(t, i)), m)
+            if slope is None:
+                found = gradients_of(v, own, g[i])
+            else:
+                d = slope(z.detach(), dense_rows(some_rows(t, i)), m)
+                found = gradients_of(z, own, d * g[i, None])
+            if needs[0]:
+                sums[0][i] = found[0]
+            for total, d in zip(sums[1:], found[1:]):
+                if total is not None:
+                    total += d
+        return *[None] * 6, *sums
+
+
+def student_rows(parts, cap):
+    """Compute the student's logits from its tensors."""
+    return parts[0] if len(parts) == 1 else LinearLogits(*parts, cap).dense()
+
+
+def gradients_of(v, parts, g, **options):
+    """Return the gradient of each part. None where none is needed."""
+    needed = [p is not None and p.requires_grad for p in parts]
+    found = iter(torch.autograd.grad(v, [p for p, on in zip(parts, needed) if on], g, **options))
+    return [next(found) if on else None for on in needed]

@@ -15,7 +15,7 @@ from .response import kl, kl_from_logs, kl_values, reduce_positions, reverse_kl,
 __all__ = ['ttm', 'wttm', 'skewed_kl', 'taid', 'abkd']
 
 
-@loss(kind='softmax', match='shape')
+@loss(kind='softmax', match='shape', positionwise=True)
 def ttm(
     s: Tensor,
     t: Tensor,
@@ -45,7 +45,7 @@ def ttm_values(s: Tensor, t: Tensor, T: float, axis: int) -> Tensor:
     return kl_from_logs(log_probs(within(t, s), T, axis), log_probs(s, 1.0, axis), axis)
 
 
-@loss(kind='softmax', match='shape')
+@loss(kind='softmax', match='shape', positionwise=True)
 def wttm(
     s: Tensor,
     t: Tensor,
@@ -76,7 +76,7 @@ def wttm_values(s: Tensor, t: Tensor, T: float, axis: int) -> Tensor:
     return u * ttm_values(s, t, T, axis)
 
 
-@loss(kind='softmax', match='shape')
+@loss(kind='softmax', match='shape', positionwise=True)
 def skewed_kl(
     s: Tensor,
     t: Tensor,
@@ -131,7 +131,7 @@ def mixture(a: Tensor, b: Tensor, lam: float) -> Tensor:
     return torch.logaddexp(a.clamp_min(low) + math.log(lam), b.clamp_min(low) + math.log(1 - lam))
 
 
-@loss(kind='softmax', match='shape')
+@loss(kind='softmax', match='shape', positionwise=True)
 def taid(
     s: Tensor,
     t: Tensor,
@@ -171,7 +171,7 @@ def taid_values(s: Tensor, t: Tensor, lam: float, T: float, axis: int) -> Tensor
     return kl_values(s, target, T, axis)
 
 
-@loss(kind='softmax', match='shape')
+@loss(kind='softmax', match='shape', positionwise=True)
 def abkd(
     s: Tensor,
     t: Tensor,

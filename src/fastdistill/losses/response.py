@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..base.outputs import DistillError
+from ..base.outputs import DistillError, Draws
 from ._base import (
     Loss,
     _full,
@@ -121,7 +121,7 @@ def select_class(x: Tensor, y: Tensor, axis: int) -> Tensor:
     return x.gather(axis, y.unsqueeze(axis)).squeeze(axis)
 
 
-@loss(kind='softmax', match='shape')
+@loss(kind='softmax', match='shape', positionwise=True, linear=True)
 def kl(
     s: Tensor,
     t: Tensor,
@@ -141,8 +141,9 @@ def kl(
         axis: Class axis.
         mask: Which positions count. Shape of `s` without the class axis.
     """
+    values = drawn_kl if isinstance(t, Draws) else kl_values
     return reduce_positions(
-        partial(kl_values, T=T), s, t, axis, mask, reduction, partial(kl_slope, T=T), T**2
+        partial(values, T=T), s, t, axis, mask, reduction, partial(kl_slope, T=T), T**2
     )
 
 
@@ -157,14 +158,29 @@ def kl_values(s: Tensor, t: Tensor, T: float, axis: int) -> Tensor:
     )
 
 
-def kl_slope(s: Tensor, t: Tensor, T: float, axis: int) -> Tensor:
+def drawn_ce(s: Tensor, t: Draws, T: float, axis: int) -> Tensor:
+    """Estimate the cross-entropy with the teacher from draws, without a bias."""
+    if temperature(T) != t.T:
+        raise DistillError(t.refusal('the loss', T))
+    drawn = (s / T).gather(axis, t.ids)
+    return (s / T).logsumexp(axis) - torch.linalg.vecdot(t.freqs, drawn, dim=axis)
+
+
+def drawn_kl(s: Tensor, t: Draws, T: float, axis: int) -> Tensor:
+    """Estimate the KL from draws. The teacher's entropy is stored, so it has no bias either."""
+    return drawn_ce(s, t, T, axis) - t.entropy
+
+
+def kl_slope(s: Tensor, t: Any, T: float, axis: int) -> Tensor:
     """Compute the gradient of `kl_values` with respect to `s`."""
+    if isinstance(t, Draws):
+        return (s / T).softmax(axis).scatter_add_(axis, t.ids, -t.freqs).div_(T)
     if not seen_finite(s):
         t = within(t, s)
     return (s / T).softmax(axis).sub_((t / T).softmax(axis)).div_(T)
 
 
-@loss(kind='softmax', match='shape')
+@loss(kind='softmax', match='shape', positionwise=True)
 def reverse_kl(
     s: Tensor,
     t: Tensor,
@@ -192,7 +208,7 @@ def reverse_values(s: Tensor, t: Tensor, T: float, axis: int) -> Tensor:
     return kl_from_logs(log_probs(within(s, t), T, axis), log_probs(t, T, axis), axis)
 
 
-@loss(kind='softmax', match='shape')
+@loss(kind='softmax', match='shape', positionwise=True)
 def jsd(
     s: Tensor,
     t: Tensor,
@@ -235,7 +251,7 @@ def jsd_values(s: Tensor, t: Tensor, beta: float, T: float, axis: int) -> Tensor
     return beta * kl_from_logs(lt, lm, axis) + (1 - beta) * kl_from_logs(ls, lm, axis)
 
 
-@loss(kind='softmax', match='shape')
+@loss(kind='softmax', match='shape', positionwise=True)
 def tvd(
     s: Tensor,
     t: Tensor,
@@ -309,7 +325,7 @@ def uld_values(s: Tensor, t: Tensor, T: float, axis: int) -> Tensor:
     return (p - q).abs().sum(-1)
 
 
-@loss(kind='softmax', match='shape')
+@loss(kind='softmax', match='shape', positionwise=True, linear=True)
 def soft_ce(
     s: Tensor,
     t: Tensor,
@@ -330,8 +346,9 @@ def soft_ce(
         axis: Class axis.
         mask: Which positions count. Shape of `s` without the class axis.
     """
+    values = drawn_ce if isinstance(t, Draws) else ce_values
     return reduce_positions(
-        partial(ce_values, T=T), s, t, axis, mask, reduction, partial(kl_slope, T=T), T**2
+        partial(values, T=T), s, t, axis, mask, reduction, partial(kl_slope, T=T), T**2
     )
 
 
@@ -439,7 +456,7 @@ def regression(
     return reduce(DISTANCES[distance](s, t, reduction='none').mean(1), reduction, mask)
 
 
-@loss(kind=None, match='shape')
+@loss(kind=None, match='shape', positionwise=True, linear=True)
 def soft_targets(
     s: Tensor,
     t: Tensor,

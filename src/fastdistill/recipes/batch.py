@@ -14,7 +14,16 @@ from torch import Tensor
 
 from ..base.class_mapping import grouped, taught_part
 from ..base.distributed import gather_rows, world_size
-from ..base.outputs import DistillError, Outputs, TopK, as_plain, map_tensors, tensors_in
+from ..base.outputs import (
+    DistillError,
+    Draws,
+    LinearLogits,
+    Outputs,
+    TopK,
+    as_plain,
+    map_tensors,
+    tensors_in,
+)
 from ..base.task import Task, fit_labels, shape_of_labels
 
 __all__ = [
@@ -28,6 +37,7 @@ __all__ = [
     'nothing',
     'of_all_processes',
     'padding_mask',
+    'plain_logits',
 ]
 
 
@@ -81,6 +91,28 @@ class Batch:
         pairs: Any = (first, other), (other, first)
         first, other = [(torch.ones_like(n) if m is None else m).to(self.lam) for m, n in pairs]
         return blend(first, other, self.lam)
+
+    @cached_property
+    def dense_teacher(self) -> Outputs:
+        """The teacher's outputs with all logits, for losses that need these."""
+        logits: Any = self.teacher.logits
+        return replace(self.teacher, logits=logits.dense())
+
+    def teacher_for(self, term: Any) -> Outputs | None:
+        """Return the teacher's outputs as a term takes them.
+
+        Hidden states and draws stay as they are for the losses that take them. Draws are refused
+        for all others.
+        """
+        t = self.teacher if self.teacher is None else self.teacher.logits
+        if term.layers is not None:
+            return self.teacher
+        if isinstance(t, Draws) and not term.linear:
+            raise DistillError(t.refusal(term.name))
+        if isinstance(t, LinearLogits):
+            last = self.task.kind == 'softmax' and self.task.axis % t.dim() == t.dim() - 1
+            return self.teacher if last and term.positionwise else self.dense_teacher
+        return self.teacher
 
     def pairs_of(self, name: str, make: Callable) -> Any:
         """Return what a term compares. It is computed only once, since each run of a projector with
@@ -262,10 +294,33 @@ def nothing(logits: Tensor) -> Tensor:
     return logits.where(logits.new_zeros((), dtype=torch.bool), 0.0).sum()
 
 
+PLAIN = 2**22  # logits that are computed of hidden states for a check
+
+
+def plain_logits(
+    student: Outputs, teacher: Outputs | None, targets: Sequence = ()
+) -> tuple[Outputs, Tensor | None, Sequence]:
+    """Return (student's outputs, teacher's logits as a tensor or None, targets) for checks that need
+    all logits.
+
+    With hidden states, these are of the first samples of the batch. With draws, the teacher's are
+    None.
+    """
+    t: Any = getattr(all_classes(teacher, student), 'logits', None)
+    if isinstance(t, Draws):
+        return student, None, targets
+    if not isinstance(t, LinearLogits):
+        return student, t, targets
+    k = max(PLAIN // (t.shape.numel() // len(t)), 1)
+    few = lambda o: o[:k] if isinstance(o, Tensor) and o.dim() else o
+    t = replace(t, hidden=t.hidden[:k]).dense()
+    return replace(student, logits=few(student.logits)), t, tuple(map(few, targets))
+
+
 def all_classes(teacher: Outputs | None, student: Outputs) -> Outputs | None:
     """Expand stored outputs that hold only the most likely classes, since losses need all classes."""
     if teacher is None or not isinstance(teacher.logits, TopK):
-        return teacher
+        return teacher  # hidden states and draws are left as they are for the losses that take them
     s: Any = student.logits
     if teacher.classes is not None:
         s = grouped(s, teacher.classes, teacher.logits.axis)

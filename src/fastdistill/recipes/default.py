@@ -21,6 +21,7 @@ __all__ = [
     'chosen_before',
     'chosen_for',
     'facts_for_auto',
+    'for_draws',
     'softening_temperature',
 ]
 
@@ -164,6 +165,14 @@ def chosen_for(
     logits_shape: Sequence[int], task: Task, ask: Callable, labels: bool, doubt: str | None = None
 ) -> Automatic:
     return auto(**facts_for_auto(logits_shape, task, ask), labels=labels, doubt=doubt)
+
+
+def for_draws(T: float, labels: bool = True) -> Automatic:
+    """Choose a recipe for draws, which are unbiased only for `kl` at their temperature."""
+    why = f'the stored draws are unbiased for kl at T={T:g}'
+    if not labels:
+        return Automatic(soft_labels(T=T), f'soft_labels(T={T:g})', why)
+    return Automatic(kd(T=T, alpha=0.5), f'kd(T={T:g}, alpha=.5)', why)
 
 
 def chosen_before(text: str, why: str, kind: str) -> Automatic:

@@ -218,7 +218,8 @@ class RecipeLoss(nn.Module):
                 f'{term.name} needs {term.n_targets} target(s) beside student and teacher, this batch '
                 f'has {len(targets)}'
             )
-        pairs = b.pairs_of(term.name, lambda: [k.tensors(b.student, b.teacher) for k in links])
+        make = lambda: [k.tensors(b.student, b.teacher_for(term)) for k in links]
+        pairs = b.pairs_of(term.name, make)
         if term.relates:
             pairs, targets, options = of_all_processes(term, pairs, targets, options, b.task)
         if term.lists:

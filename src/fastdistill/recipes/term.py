@@ -87,6 +87,7 @@ class Term:
             )
         args = [p for p in ps if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
         self.accepts = {p.name for p in ps if p.kind is p.KEYWORD_ONLY}
+        self.defaults = {p.name: p.default for p in ps if p.kind is p.KEYWORD_ONLY}
         # number of targets that the loss takes: those without a default, or all
         self.n_targets = (
             None
@@ -110,6 +111,8 @@ class Term:
         self.lists = getattr(fn, 'lists', False)
         self.samples = getattr(fn, 'samples', False)
         self.relates = getattr(fn, 'relates', False)
+        self.positionwise = getattr(fn, 'positionwise', False)
+        self.linear = getattr(fn, 'linear', False)
         self.match = match or getattr(fn, 'match', 'shape')
 
     def __add__(self, other: 'Term | Recipe') -> 'Recipe':
@@ -130,6 +133,17 @@ class Term:
             if value_at(lambda p: p, progress, f'The end of {self.name}') >= self.stop_at:
                 return 0.0
         return value_at(self.weight, progress, f'The weight of {self.name}')
+
+    @property
+    def temperature(self) -> float | None:
+        """Temperature at the beginning of the training. None if the loss has none."""
+        T = {**self.held, **self.options}.get('T', self.defaults.get('T'))
+        return None if T is None else value_at(T, 0.0, 'T')
+
+    @property
+    def scheduled_temperature(self) -> bool:
+        """True if the temperature changes during the training."""
+        return callable(self.options.get('T'))
 
     @property
     def held(self) -> dict:

@@ -31,18 +31,18 @@ def write(
         int,
         typer.Option(help='Augmented views of each sample. 0 for the view without augmentation.'),
     ] = 1,
-    topk: Annotated[
-        int | None, typer.Option(help='Store only this many of the most likely classes.')
-    ] = None,
-    dtype: Annotated[str, typer.Option(help='float32, float16 or int8.')] = 'float16',
+    store: Annotated[
+        str,
+        typer.Option(
+            help='auto, logits, topk, hidden, draws, float32, float16 or int8; or options, such as '
+            "'topk=10, dtype=int8'."
+        ),
+    ] = 'auto',
     layers: Annotated[
         list[str] | None, typer.Option(help='A layer to store too; may be repeated.')
     ] = None,
-    tail: Annotated[
-        str, typer.Option(help='Assumption about other classes: mean, uniform, zero or bucket.')
-    ] = 'mean',
-    size: Annotated[
-        tuple[int, int] | None, typer.Option(help='Height and width to which maps are reduced.')
+    recipe: Annotated[
+        str | None, typer.Option(help="Recipe for which the store is chosen, such as 'kd(T=2)'.")
     ] = None,
     valid: Annotated[bool, typer.Option('--valid', help='Store the validation set too.')] = False,
     bs: Annotated[
@@ -76,11 +76,9 @@ def write(
                 dls,
                 path,
                 views,
-                topk,
-                dtype,
+                store_from_text(store),
                 layers or None,
-                tail=tail,
-                size=size,
+                recipe=recipe,
                 valid=valid,
                 bs=bs,
                 num_workers=workers,
@@ -98,6 +96,23 @@ def write(
             )
             raise typer.Exit(130) from None
     console.print(str(cache), highlight=False, markup=False)
+
+
+def store_from_text(text):
+    """Convert 'topk=10, dtype=int8' to a dict of options. A single word stays as it is."""
+    if '=' not in text:
+        return text
+    pairs = [o.partition('=')[::2] for o in text.split(',')]
+    return {k.strip(): number_or_text(v.strip()) for k, v in pairs}
+
+
+def number_or_text(text):
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            pass
+    return text
 
 
 @cache_app.command()

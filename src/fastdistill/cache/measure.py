@@ -1,0 +1,401 @@
+"""Measure what each way to store outputs costs and loses, and choose one."""
+
+import warnings
+from contextlib import closing
+from dataclasses import dataclass, replace
+from math import log
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..base.distributed import on_first, rank
+from ..base.outputs import DistillError, DistillWarning, LinearLogits, Outputs
+from ..features.layer_names import text_table
+from ..losses.response import dist, kl
+from ..teachers.teacher import Teacher
+from .layout import Layout, Store, outputs_like
+from .manifest import Manifest
+from .output_layer import StoredHead, find_output_layer
+from .source import spread_positions
+
+__all__ = [
+    'Choice',
+    'Option',
+    'Uses',
+    'check_kind_of_store',
+    'existing_store',
+    'loss_at',
+    'lost_by',
+    'measured_options',
+    'uses_of',
+]
+
+# a cache of this size or less is stored without measuring; of this size or less, all logits are stored in int8
+TINY, SMALL = 32e6, 1e9
+NEGLIGIBLE, BAD = 0.01, 0.1  # parts of what the teacher tells, and errors of a correlation
+TEMPERATURES = 1.0, 2.0, 4.0, 8.0
+SAMPLES = 256  # measured samples, at most
+NUMBERS = 2**24  # measured logits, at most
+LEAST_LOG = log(1e-6)  # log-probability
+CALLED = "store='hidden': "
+
+
+@dataclass
+class Uses:
+    """How a recipe uses the teacher's logits.
+
+    Attributes:
+        T: Temperatures of the losses.
+        relates: True if a loss correlates the outputs of several samples, as `dist` does.
+        why: Name of the recipe in messages.
+    """
+
+    T: tuple = (1.0,)
+    relates: bool = False
+    why: str = 'the recipe'
+
+
+def uses_of(recipe) -> Uses:
+    """Read how a recipe uses the teacher's logits.
+
+    Args:
+        recipe: A `Recipe` or a `Term`.
+    """
+    terms = [t for t in getattr(recipe, 'terms', [recipe]) if t.layers is None]
+    T = tuple(dict.fromkeys(float(t.temperature or 1.0) for t in terms)) or (1.0,)
+    return Uses(T, any(t.relates for t in terms), ' + '.join(t.name for t in terms))
+
+
+@dataclass
+class Option:
+    """A way to store outputs, with its cost and its loss.
+
+    Attributes:
+        bytes: Bytes of a view of a sample.
+        total: Bytes of the whole cache.
+        lost: What it loses at each temperature: `T`; `kl`, the KL from the teacher in nats; `share`,
+            that KL as a part of the KL between the teacher and its mean prediction, at most 1; `correlation`,
+            what the lower one of the two correlations of `dist` loses. None if that has no meaning.
+        note: Remark in the table.
+    """
+
+    store: Store
+    bytes: int
+    total: int
+    lost: list | None
+    note: str = ''
+
+    def worst(self, uses: Uses) -> float:
+        """Return the largest loss for a recipe, from 0 to 1."""
+        if self.lost is None:
+            return float('inf')
+        each = [loss_at(self.lost, T) for T in dict.fromkeys((1.0, *uses.T))]
+        return max(o['correlation' if uses.relates and o['T'] in uses.T else 'share'] for o in each)
+
+
+def loss_at(lost: list, T: float) -> dict:
+    """Interpolate what storing loses to a temperature, linearly in log(T)."""
+    lost = sorted(lost, key=lambda o: o['T'])
+    if T <= lost[0]['T'] or T >= lost[-1]['T']:
+        return {**lost[0 if T <= lost[0]['T'] else -1], 'T': T}
+    i = next(i for i, o in enumerate(lost) if o['T'] >= T)
+    a, b = lost[i - 1], lost[i]
+    w = log(T / a['T']) / log(b['T'] / a['T'])
+    return {k: (1 - w) * a[k] + w * b[k] for k in a} | dict(T=T)
+
+
+def lost_by(t: Tensor, got: Tensor, temperatures) -> list:
+    """Measure what is lost at each temperature, see `Option.lost`.
+
+    Args:
+        t: The teacher's logits, (positions, classes).
+        got: The logits that were read back, the same shape.
+    """
+    found = []
+    for T in dict.fromkeys(map(float, temperatures)):
+        p = (t / T).log_softmax(1)
+        # subtle: not below 1e-6, since a tail of 'zero' has an infinite KL
+        q = torch.maximum((got / T).log_softmax(1), p.clamp_max(LEAST_LOG))
+        lost = float((p.exp() * (p - q).where(p > -torch.inf, 0.0)).sum(1).mean())
+        mean = p.exp().mean(0, keepdim=True).log().expand_as(p)
+        told = float(kl(mean, p, T=1.0))
+        # subtle: a class that hardly varies has a correlation of 0 in `dist`, also with itself
+        apart = lambda x, b, T=T: float(dist(x, t, T=T, beta=b, gamma=1 - b)) / T**2
+        error = max(apart(got, b) - apart(t, b) for b in (0.0, 1.0))
+        # subtle: at least 1e-6 nats, since rounding must not count where all outputs are equal
+        share = min(max(lost, 0.0) / max(told, 1e-6), 1.0)
+        found.append(dict(T=T, kl=max(lost, 0.0), share=share, correlation=max(error, 0.0)))
+    return found
+
+
+def measured_options(batches: list, stores: list, count: int, temperatures=TEMPERATURES) -> list:
+    """Encode and decode outputs in different ways.
+
+    Args:
+        batches: `Outputs` of a few samples.
+        stores: `Store`s.
+        count: Number of rows of the whole cache.
+
+    Returns:
+        A list of `Option`s. Those that are not possible are left out.
+    """
+    linear = isinstance(batches[0].logits, LinearLogits)
+    dense = lambda o: o.logits.dense() if linear else o.logits
+    axis = -1 if linear else stores[0].axis
+    flat = lambda t: t.detach().float().movedim(axis, -1).reshape(-1, t.shape[axis])
+    exact, options = torch.cat([flat(dense(o)) for o in batches]), []
+    on = torch.cat([mask_of(o, dense(o), axis) for o in batches])
+    for store in stores:
+        try:
+            layout = Layout.of(batches[0], store)
+            head = None if layout.head is None else StoredHead.of(batches[0].logits)
+            total = count * layout.bytes + (0 if head is None else 4 * head.weight.numel())
+            if store.kind == 'draws':
+                note = f'unbiased at T={store.T:g}, only for kl and soft_ce'
+                options.append(Option(store, layout.bytes, total, None, note))
+                continue
+            found = [(read_back(b, layout, head), dense(b).detach().float().cpu()) for b in batches]
+            # tail='bucket' takes the student's logits, here the teacher's own
+            got = [o if isinstance(o, Tensor) else o.dense(t) for o, t in found]
+        except DistillError:
+            continue
+        got = torch.cat([flat(o) for o in got]).to(exact.device)
+        options.append(
+            Option(store, layout.bytes, total, lost_by(exact[on], got[on], temperatures))
+        )
+    return options
+
+
+def read_back(out, layout, head):
+    """Return the logits of outputs that were stored and read."""
+    return layout.decode(torch.from_numpy(layout.encode(out, head)), head).logits
+
+
+def mask_of(out, logits, axis):
+    """Return which positions count. Those that fill up a row do not."""
+    on = (logits.movedim(axis, -1) != 0).any(-1)
+    return (on if out.mask is None else on & (out.mask > 0)).reshape(-1)
+
+
+def table_of_options(options: list, uses: Uses, notes=()) -> str:
+    """Format options as a table.
+
+    Args:
+        notes: Lines below it.
+    """
+    warmest = max(uses.T)
+    head = ['store', 'bytes per view', 'total', 'KL at T=1', f'KL at T={warmest:g}', 'correlation']
+    rows = []
+    for o in options:
+        if o.lost is None:
+            rows.append([str(o.store), f'{o.bytes:,}', size_text(o.total), o.note])
+            continue
+        cold, warm = (loss_at(o.lost, T) for T in (1.0, warmest))
+        loss = [f'{d["kl"]:.2g} ({100 * d["share"]:.2g}%)' for d in (cold, warm)]
+        rows.append(
+            [
+                str(o.store),
+                f'{o.bytes:,}',
+                size_text(o.total),
+                *loss,
+                f'{1 - warm["correlation"]:.4f}',
+            ]
+        )
+    rows = [[*r, *[''] * (len(head) - len(r))] for r in rows]
+    below = (
+        'KL in nats, and as a part of the KL between the teacher and its mean prediction; the '
+        f'correlations of dist at T={warmest:g}, relative to those of all logits'
+    )
+    return '\n'.join([text_table(head, rows), below, *notes])
+
+
+def size_text(n):
+    return f'{n / 1e9:.2f} GB' if n >= 1e9 else f'{n / 1e6:.1f} MB'
+
+
+def choose_option(options: list, uses: Uses) -> Option:
+    """Choose all logits in int8 if they are small, or else the smallest option whose loss is
+    negligible. If there is none, the one that loses least.
+    """
+    good = [o for o in options if o.worst(uses) <= NEGLIGIBLE]
+    exact = [o for o in good if o.store.kind == 'logits' and o.total <= SMALL]
+    if exact:
+        return min(exact, key=lambda o: o.total)
+    return min(good, key=lambda o: o.total) if good else min(options, key=lambda o: o.worst(uses))
+
+
+def check_kind_of_store(store: Store, kind: str):
+    """Raise a DistillError for a store of classes if the model does not predict classes.
+
+    Args:
+        kind: Kind of logits: 'softmax', 'sigmoid' or 'regression'.
+    """
+    if kind != 'softmax' and store.kind in ('topk', 'draws'):
+        what = f'topk={store.topk}' if store.kind == 'topk' else "kind='draws'"
+        raise DistillError(
+            f'{what} stores the likeliest of several classes, but this model predicts {kind} outputs: '
+            "use store='logits'."
+        )
+
+
+@dataclass
+class Choice:
+    """Chooses how the outputs of a teacher are stored, for `write_cache`.
+
+    Attributes:
+        teacher: The teacher.
+        kind: Kind of logits: 'softmax', 'sigmoid' or 'regression'.
+        uses: fn(the teacher's logits for a few samples) -> `Uses`. None if the recipe is unknown.
+        explicit: True if the recipe was named, so that a bad `store=` is worth a warning.
+        tasks: Tasks on which the ways are measured. None for some of all samples.
+    """
+
+    teacher: object
+    kind: str = 'softmax'
+    uses: object = None
+    explicit: bool = False
+    tasks: object = None
+
+    def __call__(self, where, store: Store, source, first: Outputs, views: int):
+        """Return (how outputs are stored, `Source` of these outputs, what that loses).
+
+        An existing cache keeps its way. Otherwise the ways are measured on a few samples, unless
+        the cache is tiny or all logits are asked for.
+
+        Args:
+            where: Folder of the cache.
+            store: What was asked for.
+            source: `Source` whose `run` takes `teacher=`.
+            first: Outputs of the first sample.
+            views: Number of views of each sample.
+        """
+        old = existing_store(where)
+        if store.kind == 'auto' and old is not None:
+            store = old
+        logits = Store('logits', axis=store.axis)
+        if store.kind == 'auto':
+            count = len(source.keys) * max(views, 1)
+            if self.kind != 'softmax' or count * Layout.of(first, logits).bytes <= TINY:
+                return logits, source, ()
+            return self._best(store, source, count)
+        if store.kind == 'hidden' and not isinstance(first.logits, LinearLogits):
+            return store, self._with_states(source, store.layer), ()
+        if store.kind != 'topk' or old is not None or not isinstance(first.logits, Tensor):
+            return store, source, ()
+        return store, source, self._lost(store, source)
+
+    def _with_states(self, source, layer=None):
+        run = lambda teacher: one_batch(source, teacher)
+        found = find_output_layer(self.teacher, run, layer)
+        return replace(source, run=HiddenRun(source.run, self.teacher, found))
+
+    def _lost(self, store, source):
+        """Measure what an explicit choice loses, and warn if it is bad for the recipe."""
+        batches = few_outputs(source, self.tasks)
+        uses = self._uses(batches, store.axis)
+        found = measured_options(batches, [store], len(source.keys), (*TEMPERATURES, *uses.T))
+        if not found:
+            return ()
+        if self.explicit and found[0].worst(uses) > BAD and rank() == 0:
+            text = f'{store} is bad for {uses.why}:\n{table_of_options(found, uses)}'
+            warnings.warn(DistillWarning(text), stacklevel=5)
+        return found[0].lost
+
+    def _uses(self, batches, axis):
+        if self.uses is None:
+            return Uses()
+        return self.uses(torch.cat([o.logits for o in batches]))
+
+    def _best(self, store, source, count):
+        """Choose for `store='auto'`, and print the table."""
+        batches = few_outputs(source, self.tasks)
+        uses, axis, notes = self._uses(batches, store.axis), store.axis, []
+        n, temperatures = batches[0].logits.shape[axis], (*TEMPERATURES, *uses.T)
+        some = [Store('logits', d, axis=axis) for d in ('float16', 'int8')]
+        some += [Store('topk', 'int8', k, axis=axis) for k in (10, 50) if k < n]
+        some += [Store('draws', draws=50, T=uses.T[0], axis=axis)]
+        options = measured_options(batches, some, count, temperatures)
+        try:
+            linear = self._with_states(source)
+        except DistillError as e:
+            notes = [f'Hidden states are not possible. {str(e).removeprefix(CALLED)}']
+        else:
+            states = [Store('hidden', d, axis=axis) for d in ('float16', 'int8')]
+            options += measured_options(
+                few_outputs(linear, self.tasks), states, count, temperatures
+            )
+        options.sort(key=lambda o: o.total)
+        best = options[on_first(lambda: options.index(choose_option(options, uses)))]
+        if rank() == 0:
+            print(
+                '\n'.join(
+                    [table_of_options(options, uses, notes), f'fastdistill: {asked_text(best)}']
+                )
+            )
+        return best.store, linear if best.store.kind == 'hidden' else source, best.lost
+
+
+def asked_text(option):
+    """Describe a choice, and how to ask for the same explicitly."""
+    store = option.store
+    options = dict(topk=f'dict(topk={store.topk}, dtype={store.dtype!r})')
+    options |= dict(logits=repr(store.dtype), hidden=f"dict(kind='hidden', dtype={store.dtype!r})")
+    return f'{store} (the same as store={options[store.kind]})'
+
+
+def existing_store(where) -> Store | None:
+    """Return how the rows of a cache are stored. None if there is no cache in this folder."""
+    if where.size('manifest.json') is None:
+        return None
+    try:
+        l = Manifest.read(where).layout
+    except DistillError:
+        return None
+    return outputs_like(l.fields, l.n, l.tail, l.axis, l.full, l.head, l.draws)[1]
+
+
+def one_batch(source, teacher):
+    """Return the outputs of a teacher for the first batch."""
+    n = min(source.bs, len(source.keys))
+    with closing(source.run(np.arange(n), n, teacher=teacher)) as batches:
+        return next(batches)
+
+
+class HiddenRun:
+    """A `Source.run` whose outputs have hidden states instead of logits."""
+
+    def __init__(self, run, teacher, layer):
+        self.run, self.layer = run, layer
+        self.teacher = Teacher(teacher, layers=[*teacher.layers, layer.tap])
+
+    def __call__(self, tasks, bs):
+        """Yield the outputs of batches."""
+        with closing(self.run(tasks, bs, teacher=self.teacher)) as batches:
+            for out in batches:
+                yield self.layer.outputs(out, bool(self.teacher.half))
+
+
+def few_outputs(source, tasks=None) -> list:
+    """Return outputs of a few samples, as a list of batches."""
+    n, bs = len(source.keys), source.bs
+    if tasks is None:
+        tasks = spread_positions(n, SAMPLES)
+        tasks = tasks[: max(len(tasks) // bs, 1) * bs]
+    found, left = [], NUMBERS
+    with closing(source.run(np.asarray(tasks), min(bs, len(tasks)))) as batches:
+        for out in batches:
+            each = out.logits.shape.numel() // len(out.logits)
+            k = max(min(len(out.logits), left // each), 1)
+            found.append(first_rows(out, k))
+            left -= k * each
+            if left < each:
+                break
+    return found
+
+
+def first_rows(out: Outputs, k: int) -> Outputs:
+    """Return the outputs of the first samples of a batch."""
+    t = out.logits
+    t = replace(t, hidden=t.hidden[:k]) if isinstance(t, LinearLogits) else t[:k]
+    return Outputs(t, {}, None if out.mask is None else out.mask[:k])

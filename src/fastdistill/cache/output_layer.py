@@ -1,0 +1,274 @@
+"""Find the linear output layer of a teacher, and read the hidden states before it."""
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..base.outputs import DistillError, LinearLogits, Outputs
+from ..features.layer_names import no_such_layer
+from ..features.taps import Taps
+from ..teachers.teacher import Teacher
+
+__all__ = ['OutputLayer', 'StoredHead', 'find_output_layer', 'worst_error']
+
+CHECKED = 16  # positions of each batch on which the output layer is verified
+LEAST_UNIT = 0.25  # of a number of a hidden state, relative to the root mean square of all of them
+NOT_FOUND = "Name it, store=dict(kind='hidden', layer='NAME'), or store something else."
+
+
+@dataclass
+class OutputLayer:
+    """The output layer of a teacher, as `find_output_layer` finds it.
+
+    Attributes:
+        name: Dotted name of the layer.
+        weight: (C, D), with the scale of the logits.
+        bias: (C,), or None.
+        cap: Soft-capping of the logits, or None.
+    """
+
+    name: str
+    weight: Tensor
+    bias: Tensor | None
+    cap: float | None = None
+
+    @property
+    def tap(self):
+        """Name of the layer's input."""
+        return f'{self.name}@in'
+
+    def outputs(self, out: Outputs, half: bool = False) -> Outputs:
+        """Replace the logits by the hidden states behind them, and verify some of these.
+
+        Args:
+            out: Outputs of the teacher, with the input of the layer among its features.
+            half: True if they were computed in half precision.
+        """
+        feats = {k: v for k, v in out.feats.items() if k != self.tap}
+        hidden = out.feats[self.tap].detach()
+        weight, bias = self.weight.to(hidden.device), self.bias
+        t = LinearLogits(
+            hidden.float(), weight, None if bias is None else bias.to(weight), self.cap
+        )
+        half = half or out.logits.dtype.itemsize < 4
+        self._verify(t, out.logits.detach(), 0.03 if half else 1e-3)
+        return replace(out, logits=t, feats=feats)
+
+    def _verify(self, t, logits, tol):
+        if t.shape != logits.shape:
+            raise DistillError(
+                f'The layer {self.name!r} gives logits of shape {tuple(t.shape)} for this batch, but '
+                f"the teacher's have shape {tuple(logits.shape)}: it is not the teacher's output layer."
+            )
+        hidden, z = t.hidden.reshape(-1, t.hidden.shape[-1]), logits.reshape(-1, t.n)
+        some = torch.as_tensor(np.linspace(0, len(z) - 1, min(CHECKED, len(z)), dtype=int))
+        z = z[some.to(z.device)].float()
+        # subtle: positions that were added to fill up a row are 0 in both
+        on = (z != 0).any(1)
+        got = replace(t, hidden=hidden[some.to(hidden.device)]).dense()[on]
+        if on.any() and (far := relative_difference(got, z[on])) > tol:
+            raise DistillError(
+                f'The layer {self.name!r} of the stored hidden states gives logits that differ by '
+                f"{far:.2g} of the largest logit from the teacher's: these are hidden states of a "
+                'different model, or its output is more than this layer.'
+            )
+
+
+@dataclass
+class StoredHead:
+    """The output layer as it is stored, once for all rows.
+
+    Attributes:
+        weight: (C, D) for the hidden states as they are stored.
+        bias: (C,), or None.
+        unit: Unit of each number of a hidden state, (D,), a power of two: about its root mean
+            square, so that all numbers of a row use a similar range.
+        cap: Soft-capping of the logits, or None.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    unit: Tensor
+    cap: float | None = None
+
+    @classmethod
+    def of(cls, t: LinearLogits) -> 'StoredHead':
+        """Build it from the logits of a few samples."""
+        hidden = t.hidden.reshape(-1, t.hidden.shape[-1]).float()
+        size = hidden.pow(2).mean(0).sqrt()
+        # subtle: a number that is nearly always 0 here may be large in a later batch, and in a tiny unit it would
+        # take the whole range of its row
+        size = size.clamp_min(LEAST_UNIT * float(size.pow(2).mean().sqrt()) or 1.0)
+        # subtle: powers of two, since multiplying by them does not round
+        unit = torch.exp2(size.log2().round())
+        bias = None if t.bias is None else t.bias.detach().float()
+        return cls(t.weight.detach().float() * unit, bias, unit, t.cap)
+
+    @property
+    def tensors(self):
+        return [o for o in (self.weight, self.bias, self.unit) if o is not None]
+
+    def scaled(self, hidden: Tensor) -> Tensor:
+        """Return hidden states as they are stored."""
+        return hidden / self.unit.to(hidden.device)
+
+    def logits(self, hidden: Tensor) -> LinearLogits:
+        """Return the logits of stored hidden states."""
+        return LinearLogits(hidden, self.weight, self.bias, self.cap)
+
+    def to(self, device) -> 'StoredHead':
+        bias = None if self.bias is None else self.bias.to(device)
+        return replace(self, weight=self.weight.to(device), bias=bias, unit=self.unit.to(device))
+
+    def to_bytes(self) -> bytes:
+        parts = [o.detach().cpu().numpy().astype('<f4').tobytes() for o in self.tensors]
+        return b''.join(parts)
+
+    @classmethod
+    def from_bytes(cls, data: bytes, layout) -> 'StoredHead':
+        """Read it as `to_bytes` wrote it.
+
+        Args:
+            layout: The `Layout` of the rows.
+        """
+        n, d = layout.shape_of_head
+        sizes = [n * d, n if layout.head['bias'] else 0, d]
+        weight, bias, unit = torch.from_numpy(np.frombuffer(data, '<f4').copy()).split(sizes)
+        return cls(weight.view(n, d), bias if len(bias) else None, unit, layout.head['cap'])
+
+
+def worst_error(t: LinearLogits, got: LinearLogits) -> float:
+    """Return the largest error of a few stored logits, relative to the mean spread of a position.
+
+    Args:
+        t: Logits of a batch.
+        got: The same, as they are read back.
+    """
+    few = lambda x: x.hidden.reshape(-1, x.hidden.shape[-1])[:CHECKED]
+    exact = replace(t, hidden=few(t).float()).dense().cpu()
+    read = replace(got, hidden=few(got)).dense().cpu()
+    # subtle: the mean, since a few classes of one position may be equal by chance
+    spread = float((exact.amax(-1) - exact.amin(-1)).mean())
+    return float((read - exact).abs().max()) / spread if spread > 0 else 0.0
+
+
+def find_output_layer(teacher, run, layer: str | None = None) -> OutputLayer:
+    """Find the linear layer that computes the teacher's logits, and verify it on a batch.
+
+    Args:
+        teacher: A `Teacher`.
+        run: fn(a variation of the teacher) -> its `Outputs` for a batch.
+        layer: Its name. None to try all linear layers.
+
+    Raises:
+        DistillError: If there is none, with the reason.
+    """
+    if not isinstance(teacher, Teacher):
+        raise DistillError(
+            f"store='hidden' needs a Teacher of a module, not a {type(teacher).__name__}. A function "
+            'can return Outputs(LinearLogits(hidden, weight, bias)) itself.'
+        )
+    if teacher.members:
+        raise DistillError(
+            "store='hidden': an ensemble has no single hidden state. Store the members' outputs."
+        )
+    if teacher.returns != 'logits' or teacher.module is None:
+        raise DistillError(
+            f"store='hidden': {teacher.name} is not a module that returns logits, so its output layer "
+            "can't be read."
+        )
+    model = teacher.as_it_is()
+    have = dict(teacher.module.named_modules())
+    if layer is not None and layer not in have:
+        raise DistillError(no_such_layer(teacher.module, layer, list(have)))
+    linear = [k for k, m in have.items() if isinstance(m, nn.Linear)] if layer is None else [layer]
+    if not linear:
+        raise DistillError(f"store='hidden': {teacher.name} has no linear layer. {NOT_FOUND}")
+    with Taps(teacher.module, linear) as taps:
+        logits = run(model).logits.detach().float()
+        outputs = taps.feats
+    # a model that selects classes of its own is compared before that
+    if teacher.select is not None:
+        logits = run(Teacher(model, select=None, classes=None)).logits.detach().float()
+    alike = [k for k, o in outputs.items() if o.shape == logits.shape]
+    if not alike:
+        raise DistillError(
+            f"store='hidden': {which_layer(linear, teacher)} an output of shape {tuple(logits.shape)}, "
+            f"which the teacher's logits have. {NOT_FOUND}"
+        )
+    found = [
+        o for k in reversed(alike) if (o := as_output(k, have[k], outputs[k], logits, teacher))
+    ]
+    if not found:
+        far = min(relative_difference(outputs[k].float(), logits) for k in alike)
+        raise DistillError(
+            f"store='hidden': the logits of {teacher.name} are not the output of a linear layer "
+            f'({", ".join(alike[:3])}), or that times a number or soft-capped. They differ by {far:.2g} of '
+            f'the largest logit. {NOT_FOUND}'
+        )
+    return selected(found[0], teacher)
+
+
+def which_layer(names, teacher):
+    return (
+        f'the layer {names[0]!r} of {teacher.name} does not have'
+        if len(names) == 1
+        else f'no linear layer of {teacher.name} has'
+    )
+
+
+def as_output(name, module, z, logits, teacher):
+    """Return the `OutputLayer` that turns the output `z` of a layer into the logits, or None."""
+    z, weight = z.detach().float(), getattr(module, 'weight', None)
+    if weight is None or weight.dim() != 2 or len(weight) != logits.shape[-1]:
+        return None
+    bias = getattr(module, 'bias', None)
+    own = lambda a=1.0, cap=None: OutputLayer(
+        name,
+        weight.detach().float() * a,
+        None if bias is None else bias.detach().float() * a,
+        cap,
+    )
+    tol = 0.03 if weight.dtype.itemsize < 4 else 1e-4
+    if relative_difference(z, logits) <= tol:
+        return own()
+    a = float((z * logits).sum() / (z * z).sum().clamp_min(1e-30))
+    if a and relative_difference(a * z, logits) <= tol:
+        return own(a)
+    for cap in caps_of(teacher.module):
+        if relative_difference(cap * torch.tanh(z / cap), logits) <= tol:
+            return own(cap=cap)
+    return None
+
+
+def caps_of(model):
+    """Yield the soft-capping that the configuration of a Hugging Face model names."""
+    config = getattr(model, 'config', None)
+    for c in (config, getattr(config, 'text_config', None)):
+        cap = getattr(c, 'final_logit_softcapping', None)
+        if isinstance(cap, (int, float)) and cap > 0:
+            yield float(cap)
+
+
+def selected(layer, teacher):
+    """Return the layer with only the classes that the teacher selects."""
+    if teacher.select is None:
+        return layer
+    if any(isinstance(g, list) and len(g) > 1 for g in teacher.select):
+        raise DistillError(
+            f"store='hidden': select={teacher.select} sums probabilities of classes, which no linear "
+            'layer does. Store the logits.'
+        )
+    rows = torch.tensor([g[0] if isinstance(g, list) else g for g in teacher.select])
+    rows = rows.to(layer.weight.device)
+    bias = None if layer.bias is None else layer.bias[rows]
+    return replace(layer, weight=layer.weight[rows], bias=bias)
+
+
+def relative_difference(a, b):
+    """Return the largest difference relative to the largest absolute value."""
+    if a.shape != b.shape:
+        return float('inf')
+    return float((a - b).abs().max() / b.abs().max().clamp_min(1e-30))
