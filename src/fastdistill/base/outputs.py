@@ -146,7 +146,7 @@ class LinearLogits:
     bias: Tensor | None = None
     cap: float | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.weight.dim() != 2 or self.weight.shape[1:] != self.hidden.shape[-1:]:
             raise DistillError(
                 f'Hidden states of shape {tuple(self.hidden.shape)} do not fit an output layer whose '
@@ -165,18 +165,18 @@ class LinearLogits:
         return len(self.weight)
 
     @property
-    def shape(self):
+    def shape(self) -> torch.Size:
         """Shape of the logits."""
         return torch.Size((*self.hidden.shape[:-1], self.n))
 
     def dim(self) -> int:
         return self.hidden.dim()
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.hidden)
 
     @property
-    def device(self):
+    def device(self) -> torch.device:
         return self.hidden.device
 
     def dense(self, student: Tensor | None = None) -> Tensor:
@@ -194,7 +194,7 @@ class LinearLogits:
         bias = None if self.bias is None else self.bias[order]
         return replace(self, weight=self.weight[order], bias=bias)
 
-    def map(self, fn) -> 'LinearLogits':
+    def map(self, fn: Callable) -> 'LinearLogits':
         """Apply `fn` to each tensor."""
         return replace(
             self,
@@ -236,7 +236,7 @@ class Draws:
     axis: int = -1
 
     @property
-    def shape(self):
+    def shape(self) -> torch.Size:
         """Shape of the logits that they stand for."""
         return (
             torch.empty((*self.ids.shape[:-1], self.n), device='meta').movedim(-1, self.axis).shape
@@ -245,11 +245,11 @@ class Draws:
     def dim(self) -> int:
         return self.ids.dim()
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.ids)
 
     @property
-    def device(self):
+    def device(self) -> torch.device:
         return self.ids.device
 
     def dense(self, student: Tensor | None = None) -> Tensor:
@@ -285,7 +285,7 @@ class Draws:
         place[order] = torch.arange(len(order), device=order.device)
         return replace(self, ids=place.to(self.ids.device)[self.ids])
 
-    def map(self, fn) -> 'Draws':
+    def map(self, fn: Callable) -> 'Draws':
         """Apply `fn` to each tensor."""
         return replace(self, ids=fn(self.ids), freqs=fn(self.freqs), entropy=fn(self.entropy))
 

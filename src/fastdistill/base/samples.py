@@ -1,7 +1,8 @@
 """The samples of a batch, and the protocol of whatever has a teacher's outputs for them."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -34,18 +35,18 @@ class BatchSamples:
     view: np.ndarray | None = None
     rows: Tensor | None = None
     target: Tensor | None = None
-    items: object = None
+    items: Any = None
     moved: list = field(default_factory=list)
     n_inp: int | None = None
     permutations: list = field(default_factory=list)
     lam: Tensor | None = None
 
-    def pin_memory(self, device=None):
+    def pin_memory(self, device: Any = None) -> 'BatchSamples':
         """Called by PyTorch's DataLoader."""
         return self if self.rows is None else replace(self, rows=self.rows.pin_memory())
 
     @property
-    def mix(self):
+    def mix(self) -> tuple[Tensor, Any] | None:
         """(permutation, lam) of MixUp or CutMix. None if the batch was not mixed."""
         if not self.permutations:
             return None
@@ -70,10 +71,12 @@ class OutputSource(Protocol):
     name: str
     needs: str
 
-    def start(self):
+    def start(self) -> None:
         """Prepare for many batches. A second call changes nothing."""
 
-    def outputs(self, inputs=(), samples: BatchSamples | None = None, layers=()) -> Outputs:
+    def outputs(
+        self, inputs: Sequence = (), samples: BatchSamples | None = None, layers: Sequence[str] = ()
+    ) -> Outputs:
         """Return the teacher's outputs for a batch.
 
         Args:
@@ -87,7 +90,7 @@ class OutputSource(Protocol):
         training set.
         """
 
-    def probe(self, *x, layers=None) -> Outputs:
+    def probe(self, *x: Any, layers: Sequence[str] | None = None) -> Outputs:
         """Return outputs of the shapes of those for a batch. Nothing changes.
 
         Args:
@@ -98,17 +101,17 @@ class OutputSource(Protocol):
     def named_modules(self) -> dict:
         """Return {name of a layer: module}. Empty if there is no model."""
 
-    def say_with(self, fn):
+    def say_with(self, fn: Callable | None) -> None:
         """Set where messages go.
 
         Args:
             fn: fn(text). None to print.
         """
 
-    def reset(self):
+    def reset(self) -> None:
         """Reset hidden states, before the first batch of a phase."""
 
-    def stop(self):
+    def stop(self) -> None:
         """Restore everything. May be called at any time, and twice."""
 
 
@@ -120,7 +123,7 @@ def mixed(out: Outputs, samples: BatchSamples, kind: str, axis: int) -> Outputs:
         kind: 'softmax', 'sigmoid' or 'regression': what the logits are.
         axis: Class axis.
     """
-    if samples is None or samples.mix is None:
+    if samples is None or (mix_of := samples.mix) is None:
         return out
     if out.feats:
         raise DistillError(
@@ -132,7 +135,7 @@ def mixed(out: Outputs, samples: BatchSamples, kind: str, axis: int) -> Outputs:
             'MixUp and CutMix mix probabilities, but the cache holds draws of unmixed images. Remove the '
             "callback, or store the outputs in a different way, cache_teacher(..., store='auto')."
         )
-    mix = lambda t: mix_logits(t, *samples.mix, kind, axis)
+    mix = lambda t: mix_logits(t, *mix_of, kind, axis)
     if isinstance(out.logits, LinearLogits):
         return replace(out, logits=mix(out.logits.dense()))
     if isinstance(out.logits, TopK):
@@ -144,7 +147,7 @@ def mixed(out: Outputs, samples: BatchSamples, kind: str, axis: int) -> Outputs:
 class MixedTopK(TopK):
     """The most likely classes of unmixed samples, whose logits of all classes are mixed."""
 
-    mix: object = None
+    mix: Any = None
 
     def dense(self, student: Tensor | None = None) -> Tensor:
         return self.mix(super().dense(student))

@@ -155,7 +155,9 @@ def second_order(values: Callable, s: Tensor, t: Tensor, mask: Tensor | None, g:
     return torch.autograd.grad(values(s, t, mask).unsqueeze(1), s, g, create_graph=True)[0]
 
 
-def by_rows(values, s, t, axis, mask, slope):
+def by_rows(
+    values: Callable, s: Any, t: Any, axis: int, mask: Tensor | None, slope: Callable | None
+) -> Tensor:
     """Compute `per_position` where the logits of at least one model are not given as a tensor. They
     are computed in chunks, also in the backward pass.
     """
@@ -176,7 +178,7 @@ def by_rows(values, s, t, axis, mask, slope):
     return ChunkedRows.apply(s, t, mask, *fns, size, *parts).reshape(shape)
 
 
-def as_rows(x, axis):
+def as_rows(x: Any, axis: int) -> Any:
     """Reshape logits to (positions, classes)."""
     if isinstance(x, Tensor):
         x = x.movedim(axis, -1)
@@ -188,19 +190,19 @@ def as_rows(x, axis):
     return replace(x, ids=ids, freqs=freqs, entropy=x.entropy.reshape(-1), axis=-1)
 
 
-def some_rows(x, i):
+def some_rows(x: Any, i: slice) -> Any:
     """Return some positions, (N, classes)."""
     if isinstance(x, LinearLogits):
         return replace(x, hidden=x.hidden[i])
     return x.map(lambda o: o[i]) if isinstance(x, Draws) else x[i]
 
 
-def dense_rows(x):
+def dense_rows(x: Any) -> Any:
     """Compute logits, except of draws, which have none."""
     return x.dense() if isinstance(x, LinearLogits) else x
 
 
-def blanked_rows(fn, s, t, mask):
+def blanked_rows(fn: Callable, s: Any, t: Any, mask: Tensor | None) -> Tensor:
     """Call `fn` with 0 at masked positions."""
     if mask is None:
         return fn(s, t, axis=-1)
@@ -218,7 +220,16 @@ class ChunkedRows(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, s, t, mask, values, slope, size, *parts):
+    def forward(
+        ctx: Any,
+        s: Any,
+        t: Any,
+        mask: Tensor | None,
+        values: Callable,
+        slope: Callable | None,
+        size: int,
+        *parts: Any,
+    ) -> Tensor:
         ctx.save_for_backward(*parts)
         ctx.rest = t, mask, values, slope, size, getattr(s, 'cap', None)
         out = parts[0].new_empty(len(parts[0]))
@@ -229,18 +240,18 @@ class ChunkedRows(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx, g):
+    def backward(ctx: Any, g: Tensor) -> Any:
         parts, (t, mask, values, slope, size, cap) = ctx.saved_tensors, ctx.rest
         if torch.is_grad_enabled():
             v = values(student_rows(parts, cap), dense_rows(t), mask)
             found = gradients_of(v, parts, g, create_graph=True)
             return *[None] * 6, *found
         needs = ctx.needs_input_grad[6:]
-        sums = [torch.zeros_like(p) if need else None for p, need in zip(parts, needs)]
+        sums: Any = [torch.zeros_like(p) if need else None for p, need in zip(parts, needs)]
         for a in range(0, len(g), size):
             i = slice(a, a + size)
             m = None if mask is None else mask[i]
-            own = [p if p is None else p.detach() for p in (parts[0][i], *parts[1:])]
+            own: Any = [p if p is None else p.detach() for p in (parts[0][i], *parts[1:])]
             own = [p.requires_grad_() if need else p for p, need in zip(own, needs)]
             with torch.enable_grad():
                 z = student_rows(own, cap)
@@ -259,12 +270,12 @@ class ChunkedRows(torch.autograd.Function):
         return *[None] * 6, *sums
 
 
-def student_rows(parts, cap):
+def student_rows(parts: Sequence[Any], cap: float | None) -> Tensor:
     """Compute the student's logits from its tensors."""
-    return parts[0] if len(parts) == 1 else LinearLogits(*parts, cap).dense()
+    return parts[0] if len(parts) == 1 else LinearLogits(*parts, cap=cap).dense()
 
 
-def gradients_of(v, parts, g, **options):
+def gradients_of(v: Tensor, parts: Sequence[Any], g: Tensor, **options: Any) -> list:
     """Return the gradient of each part. None where none is needed."""
     needed = [p is not None and p.requires_grad for p in parts]
     found = iter(torch.autograd.grad(v, [p for p, on in zip(parts, needed) if on], g, **options))
