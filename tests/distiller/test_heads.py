@@ -145,7 +145,7 @@ def test_a_teacher_of_several_heads_runs_once_per_batch(make):
 
 def test_a_teacher_of_several_heads_reads_the_layers_of_all_in_one_run():
     student, _, _, teacher = nets()
-    between = lambda k: Term(losses.mse, layers={'body': k}, match='shape', weight=1.0)
+    between = lambda k: Term(losses.mse, layers={'body': k}, match='shape', weight=0.01)
     recipes = dict(color=kd() + between('body'), shape=kd() + between('shape'))
     heads = two_heads(student, teacher, teacher, recipes, example=X)
     calls = teacher.calls
@@ -173,7 +173,8 @@ def test_teachers_that_get_different_inputs_run_apart():
 
 def test_teachers_with_different_normalization_run_apart():
     student, _, _, teacher = nets()
-    of = lambda k, mean: Teacher(teacher, output=k, stats=(mean, 1.0), input_stats=(0.0, 1.0))
+    images = lambda mean: dict(stats=(mean, 1.0), input_stats=(0.0, 1.0))
+    of = lambda k, mean: Teacher(teacher, output=k, images=images(mean))
     heads = two_heads(student, of('color', 0.0), of('shape', 1e-6), kd())
     assert len(heads.sources) == 2
     assert len(two_heads(student, of('color', 0.5), of('shape', 0.5), kd()).sources) == 1

@@ -51,7 +51,7 @@ def data(*more, bs=4):
 
 def sources(folder):
     "name -> (teacher= of the callback, DataLoaders)"
-    write = lambda: cache_teacher(NET, data(), folder, views=0, dtype='float32', check=False)
+    write = lambda: cache_teacher(NET, data(), folder, views=0, store='float32', check=False)
     return dict(
         model=lambda: (NET, data()),
         ensemble=lambda: ([NET, NET], data()),
@@ -162,7 +162,7 @@ def test_one_head_reads_a_cache_and_one_reads_raw_items(tmp_path):
         ).dataloaders(list(range(N)), bs=4, num_workers=0)
 
     net = dict(a=NET, b=nn.Linear(4, C))
-    write = partial(cache_teacher, views=0, dtype='float32', check=False)
+    write = partial(cache_teacher, views=0, store='float32', check=False)
     cache = write(net, make(), tmp_path)['a']
     weights = []
     for a, b in ((cache, Teacher(net['b'], items=lambda i: of_items(i))), (net['a'], net['b'])):
@@ -216,7 +216,7 @@ def test_samples_record_how_the_batch_was_mixed(tmp_path, mix):
         splitter=IndexSplitter(range(16, N)),
     )
     dls = block.dataloaders(list(range(N)), bs=4, num_workers=0)
-    cache = cache_teacher(net, dls, tmp_path, views=0, dtype='float32', check=False)
+    cache = cache_teacher(net, dls, tmp_path, views=0, store='float32', check=False)
     seen = []
 
     class Note(Callback):

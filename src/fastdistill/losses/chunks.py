@@ -272,7 +272,10 @@ class ChunkedRows(torch.autograd.Function):
 
 def student_rows(parts: Sequence[Any], cap: float | None) -> Tensor:
     """Compute the student's logits from its tensors."""
-    return parts[0] if len(parts) == 1 else LinearLogits(*parts, cap=cap).dense()
+    if len(parts) == 1:
+        return parts[0]
+    hidden, weight, bias = parts
+    return LinearLogits(hidden, weight, bias, cap).dense()
 
 
 def gradients_of(v: Tensor, parts: Sequence[Any], g: Tensor, **options: Any) -> list:
