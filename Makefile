@@ -4,7 +4,7 @@ VENV   := .venv
 OLDEST := .venv-oldest
 PYTEST := OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n auto --dist worksteal
 
-.PHONY: bench demo test check format check-oldest lint api quality dist clean
+.PHONY: bench demo test check format check-oldest lint api quality dist docs clean
 
 demo: $(VENV)/.ready      ## train a big model and small ones with and without its help; a table and a picture
 	$(VENV)/bin/fastdistill demo
@@ -38,6 +38,9 @@ quality: $(VENV)/.ready-dev ## what each recipe is worth: run what is missing, t
 dist: $(VENV)/.ready-dev  ## build the wheel and the sdist, check them, and try the wheel in a new environment
 	$(VENV)/bin/python scripts/check_dist.py
 
+docs: $(VENV)/.ready-docs ## build the site into out/site/html, without network; a dead link or an unknown name is an error
+	$(VENV)/bin/python scripts/build_site.py
+
 clean:
 	rm -rf $(VENV) $(OLDEST) dist out
 
@@ -54,6 +57,10 @@ $(VENV)/.ready-dev: pyproject.toml | $(VENV)/bin/python
 
 $(VENV)/.ready-bench: pyproject.toml | $(VENV)/bin/python
 	$(VENV)/bin/python -m pip install -e '.[bench]'
+	touch $@ $(VENV)/.ready
+
+$(VENV)/.ready-docs: pyproject.toml | $(VENV)/bin/python
+	$(VENV)/bin/python -m pip install -e '.[docs]'
 	touch $@ $(VENV)/.ready
 
 $(OLDEST)/.ready: pyproject.toml tests/oldest.txt

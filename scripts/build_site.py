@@ -1,0 +1,98 @@
+"""Build the site into out/site/html: gather the pages, write the reference, build, check the sizes.
+
+The gathered pages keep their places in the repository, so relative links work both there and on the site."""
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+SITE = ROOT / 'out' / 'site'
+LINK = re.compile(r'\]\((?!https?:|#|mailto:)([^)#\s]+)')
+MAX_BYTES = 500_000  # of a page
+# what fastdistill.fastai adds to every Learner
+LEARNER = (
+    'find.distill_find learner.check_teacher learner.distill learner.explain learner.show_features'
+)
+# modules whose names are described on the page of another one, if that has them
+ELSEWHERE = {
+    'fastdistill': ['fastdistill.recipes'],
+    'fastdistill.fastai': ['fastdistill.recipes', 'fastdistill'],
+}
+
+
+def pages():
+    "All Markdown pages of the repository that the site shows"
+    yield from (ROOT / name for name in ('README.md', 'CHANGELOG.md', 'CONTRIBUTING.md'))
+    for folder in ('docs', 'examples', 'benchmarks'):
+        yield from sorted((ROOT / folder).rglob('*.md'))
+
+
+def gather(pages, into):
+    "Copy the pages, and the files to which they link"
+    for page in pages:
+        linked = [(page.parent / link).resolve() for link in LINK.findall(page.read_text())]
+        if missing := [str(o) for o in linked if not o.exists()]:
+            raise SystemExit(f'{page.relative_to(ROOT)} links to what does not exist: {missing}')
+        for file in [page, *(o for o in linked if o.is_file())]:
+            target = into / file.relative_to(ROOT)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, target)
+
+
+def missing_from_the_menu(pages):
+    menu = (ROOT / 'mkdocs.yml').read_text()
+    return [o for page in pages if (o := str(page.relative_to(ROOT))) + '\n' not in menu]
+
+
+def write_reference(names, into):
+    "Write a page for each public module: the docstrings of its names, and links to those that another page has"
+    modules = {}
+    for name in names:
+        module, _, attribute = name.rpartition('.')
+        modules.setdefault(module, []).append(attribute)
+    into.mkdir(parents=True, exist_ok=True)
+    for module in modules:
+        homes = ELSEWHERE.get(module, ())
+        parts, links = [f'# {module}'], []
+        for attribute in modules[module]:
+            home = next((o for o in homes if attribute in modules[o]), None)
+            if f'fastdistill.{attribute}' in modules:  # a module, which has its own page
+                links.append(f'[{attribute}](fastdistill.{attribute}.md)')
+            elif home:
+                links.append(f'[{attribute}]({home}.md#{home}.{attribute})')
+            else:
+                parts.append(f'::: {module}.{attribute}')
+        if module == 'fastdistill.fastai':
+            parts.append('## Methods of Learner')
+            parts += [
+                f'::: {module}.{o}\n    options: {{heading_level: 3}}' for o in LEARNER.split()
+            ]
+        if links:
+            parts.insert(1, 'Described on other pages: ' + ', '.join(links) + '.')
+        (into / f'{module}.md').write_text('\n\n'.join(parts) + '\n')
+
+
+def too_large(html):
+    return [str(o) for o in html.rglob('*.html') if o.stat().st_size > MAX_BYTES]
+
+
+def main():
+    shutil.rmtree(SITE, ignore_errors=True)
+    if missing := missing_from_the_menu(pages()):
+        raise SystemExit(f'not in the nav of mkdocs.yml: {missing}')
+    gather(pages(), SITE / 'pages')
+    shutil.copyfile(ROOT / 'docs' / 'site.css', SITE / 'pages' / 'docs' / 'site.css')
+    names = (ROOT / 'tests' / 'api.txt').read_text().split()
+    write_reference(names, SITE / 'pages' / 'docs' / 'reference')
+    command = [sys.executable, '-m', 'zensical', 'build', '--clean', '--strict']
+    if code := subprocess.run(command, cwd=ROOT).returncode:
+        raise SystemExit(code)
+    if found := too_large(SITE / 'html'):
+        raise SystemExit(f'pages above {MAX_BYTES:,} bytes: {found}')
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,92 @@
+"The site: what is gathered, the menu, and mistakes that stop the build."
+
+import importlib.util, re, subprocess, sys
+from pathlib import Path
+import pytest
+import fastdistill.losses
+
+ROOT = Path(__file__).parents[2]
+SPEC = importlib.util.spec_from_file_location('build_site', ROOT / 'scripts' / 'build_site.py')
+build_site = importlib.util.module_from_spec(SPEC)
+SPEC.loader.exec_module(build_site)
+CONFIG = (ROOT / 'mkdocs.yml').read_text()
+MODULES = (
+    'fastdistill fastdistill.fastai fastdistill.losses fastdistill.recipes '
+    'fastdistill.huggingface fastdistill.lightning'
+).split()
+
+
+def test_every_page_is_in_the_menu():
+    assert not build_site.missing_from_the_menu(build_site.pages())
+
+
+def test_every_entry_of_the_menu_is_a_page():
+    entries = re.findall(r'^ +- (?:.+: )?(\S+\.md)$', CONFIG, re.M)
+    pages = {str(page.relative_to(ROOT)) for page in build_site.pages()}
+    reference = {f'docs/reference/{module}.md' for module in MODULES}
+    assert set(entries) == pages | reference
+    assert len(entries) == len(set(entries))
+
+
+def test_a_link_in_the_repository_is_the_same_on_the_site(tmp_path):
+    build_site.gather(build_site.pages(), tmp_path)
+    for page in tmp_path.rglob('*.md'):
+        for link in build_site.LINK.findall(page.read_text()):
+            assert (page.parent / link).exists(), f'{page.relative_to(tmp_path)}: {link}'
+
+
+def test_a_link_to_a_missing_picture_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(build_site, 'ROOT', tmp_path)
+    (tmp_path / 'page.md').write_text('![a plot](img/gone.png)')
+    with pytest.raises(SystemExit, match=r'page.md links to what does not exist: .*gone.png'):
+        build_site.gather([tmp_path / 'page.md'], tmp_path / 'site')
+
+
+def test_the_reference_has_each_public_name_once(tmp_path):
+    names = (ROOT / 'tests' / 'api.txt').read_text().split()
+    build_site.write_reference(names, tmp_path)
+    assert {page.stem for page in tmp_path.iterdir()} == set(MODULES)
+    text = '\n'.join(page.read_text() for page in tmp_path.iterdir())
+    described = re.findall(r'^::: (\S+)$', text, re.M)
+    assert len(described) == len(set(described))
+    ends = [name.rpartition('.')[2] for name in described]
+    linked = re.findall(r'\[(\w+)\]', text)
+    assert {name.rpartition('.')[2] for name in names} <= {*ends, *linked}
+
+
+def build(folder, **pages):
+    "What the site's builder says about these pages"
+    pytest.importorskip('zensical')
+    (folder / 'pages').mkdir()
+    for name, text in pages.items():
+        (folder / 'pages' / f'{name}.md').write_text(f'# {name}\n\n{text}\n')
+    config = CONFIG[: CONFIG.index('\nnav:')].replace('paths: [src]', f'paths: [{ROOT / "src"}]')
+    config = config.replace('extra_css: [docs/site.css]\n', '')
+    config = config.replace('out/site/pages', 'pages').replace('out/site/html', 'html')
+    (folder / 'mkdocs.yml').write_text(config)
+    command = [sys.executable, '-m', 'zensical', 'build', '--strict']
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True)
+
+
+def test_pages_without_a_mistake_are_built(tmp_path):
+    done = build(tmp_path, index='[A loss](other.md#other)', other='::: fastdistill.losses.kl')
+    assert done.returncode == 0, done.stdout + done.stderr
+    html = (tmp_path / 'html' / 'other' / 'index.html').read_text()
+    assert 'id="fastdistill.losses.kl"' in html
+    assert fastdistill.losses.kl.__doc__.split('\n')[0].split('(')[0].rstrip(' .') in html
+    assert (tmp_path / 'html' / 'search.json').exists()
+
+
+@pytest.mark.parametrize(
+    'text, said',
+    [
+        ('[A page](gone.md)', 'page does not exist'),
+        ('[A part](index.md#gone)', 'anchor does not exist'),
+        ('::: fastdistill.gone', "Could not collect 'fastdistill.gone'"),
+    ],
+    ids=['page', 'anchor', 'name'],
+)
+def test_a_mistake_stops_the_build(text, said, tmp_path):
+    done = build(tmp_path, index='Home.', other=text)
+    assert done.returncode != 0
+    assert said in re.sub(r'\x1b\[[\d;]*m', '', done.stdout + done.stderr)
