@@ -1,7 +1,8 @@
 """The pages: every Python block runs. Those of a page in docs/ build on each other, in the order of the page. Each of the
-README's runs alone: in a fresh Python or, after `<!-- prelude: NAME -->`, with the names of that prelude."""
+README's runs alone: in a fresh Python or, after `<!-- prelude: NAME -->`, with the names of that prelude. After
+`<!-- needs: PACKAGE -->`, a block runs where that package is installed."""
 
-import re, subprocess, sys
+import importlib.util, re, subprocess, sys
 from pathlib import Path
 import pytest
 import docs_preludes
@@ -18,7 +19,7 @@ README = ROOT / 'README.md'
 DOCS = sorted((ROOT / 'docs').rglob('*.md'))
 PAGES = [README, ROOT / 'examples' / 'README.md', *DOCS]
 BLOCK = re.compile(
-    r'^(?:<!-- (?:not run: (?P<why>.+?)|prelude: (?P<prelude>\w+)) -->\n+)?^```python\n(?P<code>.*?)^```$',
+    r'^(?:<!-- (?:not run: (?P<why>.+?)|prelude: (?P<prelude>\w+)|needs: (?P<needs>\w+)) -->\n+)?^```python\n(?P<code>.*?)^```$',
     re.M | re.S,
 )
 # how many blocks of a page are only shown: each says why where it stands
@@ -47,7 +48,7 @@ def prelude(text):
 def blocks(text):
     "Code of each block that runs, moved down to the line where it stands, so that an error names it"
     for m in BLOCK.finditer(text):
-        if not m['why']:
+        if not m['why'] and (not m['needs'] or importlib.util.find_spec(m['needs'])):
             yield '\n' * text.count('\n', 0, m.start('code')) + m['code']
 
 
