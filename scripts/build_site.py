@@ -75,6 +75,30 @@ def write_reference(names, into):
         (into / f'{module}.md').write_text('\n\n'.join(parts) + '\n')
 
 
+def first_sentence(text):
+    "Of the first paragraph, without links"
+    text = re.sub(r'<!--.*?-->|^```.*?^```$', '', text, flags=re.M | re.S)
+    text = re.sub(r'^(#|\||!\[|<).*$', '', text, flags=re.M)
+    paragraph = next((o for o in text.split('\n\n') if o.strip()), '').replace('\n', ' ').strip()
+    paragraph = re.sub(r'\[(.+?)\]\(.+?\)', r'\1', paragraph)
+    return re.split(r'(?<=[.:?]) (?=[A-Z`])', paragraph)[0].rstrip(':')
+
+
+def llms_text(menu, folder):
+    "The menu as text for language models: each page with its first sentence, and the calls to know"
+    lines = ['# fastdistill', '', '> ' + first_sentence((folder / 'README.md').read_text()), '']
+    lines += ['Read docs/assistants.md first: the main calls, and the mistakes to avoid.', '']
+    for head, title, page in re.findall(r'^  - (.+?):$|^ +- (?:(.+): )?(\S+\.md)$', menu, re.M):
+        if head:
+            lines += ['', f'## {head}', '']
+        elif page:
+            text = (folder / page).read_text()
+            title = title or re.search(r'^# (.+)$', text, re.M)[1]
+            about = first_sentence(text) if not text.startswith('# fastdistill') else ''
+            lines.append(f'- [{title}]({page})' + (f': {about}' if about else ''))
+    return '\n'.join(lines) + '\n'
+
+
 def too_large(html):
     return [str(o) for o in html.rglob('*.html') if o.stat().st_size > MAX_BYTES]
 
@@ -90,6 +114,10 @@ def main():
     command = [sys.executable, '-m', 'zensical', 'build', '--clean', '--strict']
     if code := subprocess.run(command, cwd=ROOT).returncode:
         raise SystemExit(code)
+    # the pages as Markdown, for those who read text
+    shutil.copytree(SITE / 'pages', SITE / 'html', dirs_exist_ok=True)
+    menu = (ROOT / 'mkdocs.yml').read_text().split('\nnav:\n')[1]
+    (SITE / 'html' / 'llms.txt').write_text(llms_text(menu, SITE / 'pages'))
     if found := too_large(SITE / 'html'):
         raise SystemExit(f'pages above {MAX_BYTES:,} bytes: {found}')
 

@@ -39,12 +39,8 @@ def facts(script):
     "What a script says about itself: its first sentence, data, teacher and trainer"
     text = ast.get_docstring(ast.parse(script.read_text()))
     about = re.search(r'^Data: (.+)\. Teacher: (.+)\. Trainer: (.+)\.$', text, re.M)
-    sentence = re.split(r'(?<=\.) (?=[A-Z`])|\n\n', text.replace('\n\n', '\0').replace('\n', ' '))[
-        0
-    ]
-    return dict(
-        zip(('data', 'teacher', 'trainer'), about.groups()), sentence=sentence.split('\0')[0]
-    )
+    sentence = re.split(r'(?<=\.) (?=[A-Z`])', text.split('\n\n')[0].replace('\n', ' '))[0]
+    return dict(zip(('data', 'teacher', 'trainer'), about.groups()), sentence=sentence)
 
 
 def parsed(line):

@@ -54,6 +54,18 @@ def test_the_reference_has_each_public_name_once(tmp_path):
     assert {name.rpartition('.')[2] for name in names} <= {*ends, *linked}
 
 
+def test_llms_txt_names_each_page_with_its_first_sentence(tmp_path):
+    build_site.gather(build_site.pages(), tmp_path)
+    names = (ROOT / 'tests' / 'api.txt').read_text().split()
+    build_site.write_reference(names, tmp_path / 'docs' / 'reference')
+    text = build_site.llms_text(CONFIG.split('\nnav:\n')[1], tmp_path)
+    assert text.startswith('# fastdistill\n\n> fastdistill trains a small, fast model')
+    for page in build_site.pages():
+        assert f']({page.relative_to(ROOT)})' in text
+    about = 'A live teacher should cost no more than its fastest forward pass.'
+    assert f'- [Speed](docs/speed.md): {about}\n' in text
+
+
 def build(folder, **pages):
     "What the site's builder says about these pages"
     pytest.importorskip('zensical')
