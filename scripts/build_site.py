@@ -108,7 +108,8 @@ def main():
     if missing := missing_from_the_menu(pages()):
         raise SystemExit(f'not in the nav of mkdocs.yml: {missing}')
     gather(pages(), SITE / 'pages')
-    shutil.copyfile(ROOT / 'docs' / 'site.css', SITE / 'pages' / 'docs' / 'site.css')
+    for name in ('site.css', 'site.js'):
+        shutil.copyfile(ROOT / 'docs' / name, SITE / 'pages' / 'docs' / name)
     names = (ROOT / 'tests' / 'api.txt').read_text().split()
     write_reference(names, SITE / 'pages' / 'docs' / 'reference')
     command = [sys.executable, '-m', 'zensical', 'build', '--clean', '--strict']

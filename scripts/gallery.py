@@ -105,7 +105,7 @@ def summary(runs):
 
 
 def number(x):
-    return f'{x:.3f}' if abs(x) < 10 else f'{x:.1f}'
+    return f'{x:.3f}' if abs(x) < 1 else f'{x:.2f}' if abs(x) < 10 else f'{x:.1f}'
 
 
 def alternative(s):
@@ -138,19 +138,20 @@ def draw(name, s):
 
 def row(script, s):
     about = facts(script)
-    gain = f'{s["gain"]:+.3f}' if abs(s['gain']) < 10 else f'{s["gain"]:+.1f}'
+    gain = ('+' if s['gain'] > 0 else '') + number(s['gain'])
     if s['spread'] is not None:
         gain += f' ± {number(s["spread"])}'
     gain += f', {s["seeds"]} seeds' if s['seeds'] > 1 else ', one seed'
     low = ' (lower)' if s['unit'] in LOWER_IS_BETTER else ''
     scores = ' → '.join(number(s['scores'][k]) for k in ('alone', 'distilled'))
-    picture = f'![{alternative(s)}](../docs/img/examples/{script.stem}.png)'
-    minutes = f'{s["minutes"]:.1f}' if s['minutes'] else ''
-    said = about['sentence']
     cells = [
-        f'[{script.name}]({script.name})', said, picture, about['teacher'], about['trainer'],
-        f'{s["unit"]}{low} {scores}', gain, minutes,
-    ]  # fmt: skip
+        f'[{script.name}]({script.name})<br>{about["sentence"]}',
+        f'![{alternative(s)}](../docs/img/examples/{script.stem}.png)',
+        f'{about["teacher"]}; {about["trainer"]}',
+        f'{scores} {s["unit"]}{low}',
+        gain,
+        f'{s["minutes"]:.1f}' if s['minutes'] else '',
+    ]
     return '| ' + ' | '.join(cells) + ' |'
 
 
@@ -162,8 +163,8 @@ def tables(results):
         out += [
             f'## {head}',
             '',
-            '| script | what it shows | each seed | teacher | trainer | student alone → distilled | gain | minutes |',
-            '|---|---|---|---|---|---|---|---|',
+            '| script | each seed | teacher; trainer | student alone → distilled | gain | minutes |',
+            '|---|---|---|---|---|---|',
         ]
         out += [row(script, summary(results[script.stem])) for script in these]
         out.append('')

@@ -73,7 +73,7 @@ def build(folder, **pages):
     for name, text in pages.items():
         (folder / 'pages' / f'{name}.md').write_text(f'# {name}\n\n{text}\n')
     config = CONFIG[: CONFIG.index('\nnav:')].replace('paths: [src]', f'paths: [{ROOT / "src"}]')
-    config = config.replace('extra_css: [docs/site.css]\n', '')
+    config = re.sub(r'^extra_(css|javascript): .*\n', '', config, flags=re.M)
     config = config.replace('out/site/pages', 'pages').replace('out/site/html', 'html')
     (folder / 'mkdocs.yml').write_text(config)
     command = [sys.executable, '-m', 'zensical', 'build', '--strict']
