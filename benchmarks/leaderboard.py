@@ -19,6 +19,7 @@ ROOT = Path(__file__).parents[1]
 QUALITY = ROOT / 'benchmarks' / 'results' / 'quality'
 BENCH = ROOT / 'benchmarks' / 'results' / 'bench'
 PAGE = ROOT / 'docs' / 'leaderboard.md'
+PICTURE = ROOT / 'docs' / 'img' / 'leaderboard.png'
 START, END = '<!-- made by benchmarks/leaderboard.py -->', '<!-- end -->'
 # what is predicted -> the measure that counts, and by what it is multiplied so that more is better
 MAIN = dict(
@@ -160,7 +161,7 @@ def of_cell(name, those):
     out = [
         f'### {name}',
         '',
-        '| method | gain | 95% interval | | seeds | calibration error | time |',
+        '| method | gain | 95% interval | verdict | seeds | calibration error | time |',
         '|---|---|---|---|---|---|---|',
     ]
     for r in sorted(those, key=lambda r: -r.gain):
@@ -188,6 +189,31 @@ def step_costs():
         out.append(f'| {way} | {cells} |')
     tools = ', '.join(f'{t} {versions[t]}' for t in ('fasterai', 'torchdistill', 'timm', 'torch'))
     return '\n'.join(out) + f'\n\nWith {tools}.'
+
+
+def draw(found, cell='digits100_short'):
+    "Every method in one cell, with its interval"
+    import matplotlib
+
+    matplotlib.use('Agg')
+    from matplotlib import pyplot as plt
+
+    these = sorted((r for r in found if r.cell == cell), key=lambda r: r.gain)
+    fig, ax = plt.subplots(figsize=(7.5, 0.21 * len(these) + 0.8), dpi=100)
+    for i, r in enumerate(these):
+        color = dict(better='#2f6fc5', worse='#c05020').get(r.verdict, '#777777')
+        ax.plot([r.low, r.high], [i, i], lw=1.2, color=color)
+        ax.plot(r.gain, i, 'o', ms=4, color=color)
+    ax.axvline(0, lw=0.8, color='black')
+    ax.set_yticks(range(len(these)), [r.method for r in these], fontsize=8)
+    ax.set_ylim(-0.7, len(these) - 0.3)
+    ax.set_xlabel('gain in accuracy over labels alone, points, with its 95% interval', fontsize=9)
+    ax.grid(axis='x', lw=0.3)
+    for side in ('top', 'right', 'left'):
+        ax.spines[side].set_visible(False)
+    fig.tight_layout()
+    fig.savefig(PICTURE, metadata=dict(Software=None))
+    plt.close(fig)
 
 
 def text(found):
@@ -229,9 +255,10 @@ def text(found):
 
 
 def main():
-    page = PAGE.read_text()
+    page, found = PAGE.read_text(), list(rows())
     head, tail = page.split(START)[0], page.split(END)[1]
-    PAGE.write_text(f'{head}{START}\n\n{text(rows())}\n{END}{tail}')
+    PAGE.write_text(f'{head}{START}\n\n{text(found)}\n{END}{tail}')
+    draw(found)
 
 
 if __name__ == '__main__':

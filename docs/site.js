@@ -1,4 +1,6 @@
-// Code that is wider than the page can be scrolled with the keyboard in every browser.
-document.querySelectorAll('pre > code').forEach((code) => {
-  if (code.scrollWidth > code.clientWidth) code.tabIndex = 0
+// What is wider than the page can be scrolled with the keyboard in every browser.
+addEventListener('load', () => {
+  document.querySelectorAll('pre > code, .md-typeset__scrollwrap').forEach((box) => {
+    if (box.scrollWidth > box.clientWidth) box.tabIndex = 0
+  })
 })
