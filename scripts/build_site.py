@@ -11,6 +11,25 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 SITE = ROOT / 'out' / 'site'
 LINK = re.compile(r'\]\((?!https?:|#|mailto:)([^)#\s]+)')
+# a method's card -> the names of its recipes in the benchmark
+MEASURED = dict(
+    kl=r'kd\(\d+,|kl\(|soft\(',
+    skewed_kl='skewedx',
+    dkd='dkdx',
+    nkd='nkdx',
+    rld='rldx',
+    ttm=r'ttm\(',
+    wttm='wttmx',
+    taid='taidx',
+    abkd='abkdx',
+    dist=r'dist\(',
+    standardize=r'logit_std\(',
+    binary_kl=r'binary\(',
+    regression='regressionx',
+    hint='hintx',
+    at='atx',
+    cwd=r'cwd\(',
+)
 MAX_BYTES = 500_000  # of a page
 # what fastdistill.fastai adds to every Learner
 LEARNER = (
@@ -75,6 +94,20 @@ def write_reference(names, into):
         (into / f'{module}.md').write_text('\n\n'.join(parts) + '\n')
 
 
+def add_measurements(cards):
+    "At the end of a method's card: what its recipes gained in the benchmark"
+    sys.path.insert(0, str(ROOT / 'benchmarks'))
+    import leaderboard
+
+    found = list(leaderboard.rows())
+    for card, names in MEASURED.items():
+        if those := [r for r in found if re.match(names, r.method)]:
+            table = leaderboard.overall(those)
+            text = f'\n## Measured here\n\n{table}\n\n[What the columns mean, and each cell](../leaderboard.md).\n'
+            with open(cards / f'{card}.md', 'a') as file:
+                file.write(text)
+
+
 def first_sentence(text):
     "Of the first paragraph, without links"
     text = re.sub(r'<!--.*?-->|^```.*?^```$', '', text, flags=re.M | re.S)
@@ -110,6 +143,7 @@ def main():
     gather(pages(), SITE / 'pages')
     for name in ('site.css', 'site.js'):
         shutil.copyfile(ROOT / 'docs' / name, SITE / 'pages' / 'docs' / name)
+    add_measurements(SITE / 'pages' / 'docs' / 'methods')
     names = (ROOT / 'tests' / 'api.txt').read_text().split()
     write_reference(names, SITE / 'pages' / 'docs' / 'reference')
     command = [sys.executable, '-m', 'zensical', 'build', '--clean', '--strict']

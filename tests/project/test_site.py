@@ -66,6 +66,16 @@ def test_llms_txt_names_each_page_with_its_first_sentence(tmp_path):
     assert f'- [Speed](docs/speed.md): {about}\n' in text
 
 
+def test_the_card_of_a_method_gets_what_was_measured(tmp_path):
+    cards = ROOT / 'docs' / 'methods'
+    for card in build_site.MEASURED:
+        (tmp_path / f'{card}.md').write_text((cards / f'{card}.md').read_text())
+    build_site.add_measurements(tmp_path)
+    for card in build_site.MEASURED:
+        assert '\n## Measured here\n' in (tmp_path / f'{card}.md').read_text(), card
+    assert '\n| `dkdx1` | 1 |' in (tmp_path / 'dkd.md').read_text()
+
+
 def build(folder, **pages):
     "What the site's builder says about these pages"
     pytest.importorskip('zensical')
