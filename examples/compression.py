@@ -2,8 +2,7 @@
 its channels pruned, quantization-aware training, an int8 file. The last line compares the accuracies of both files on
 digits by different writers.
 
-Data: images. Teacher: the unpruned network. Trainer: fastai.
-"""
+Data: images. Teacher: the unpruned network. Trainer: fastai."""
 
 import sys, tempfile, warnings
 from copy import deepcopy
