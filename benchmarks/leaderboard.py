@@ -15,7 +15,7 @@ from statistics import mean, median
 import numpy as np
 from scipy import stats
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).resolve().parents[1]
 QUALITY = ROOT / 'benchmarks' / 'results' / 'quality'
 BENCH = ROOT / 'benchmarks' / 'results' / 'bench'
 PAGE = ROOT / 'docs' / 'leaderboard.md'

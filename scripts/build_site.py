@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).resolve().parents[1]
 SITE = ROOT / 'out' / 'site'
 LINK = re.compile(r'\]\((?!https?:|#|mailto:)([^)#\s]+)')
 # a method's card -> the names of its recipes in the benchmark

@@ -17,7 +17,7 @@ import sys
 from pathlib import Path
 from statistics import mean, stdev
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = ROOT / 'examples'
 RESULTS = EXAMPLES / 'results.json'
 PICTURES = ROOT / 'docs' / 'img' / 'examples'

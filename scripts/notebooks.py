@@ -13,7 +13,7 @@ from pathlib import Path
 import nbformat
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = ROOT / 'examples'
 NOTEBOOKS = ROOT / 'out' / 'notebooks'
 SECONDS = 1800  # for a cell, also where other programs run

@@ -76,6 +76,22 @@ def test_the_card_of_a_method_gets_what_was_measured(tmp_path):
     assert '\n| `dkdx1` | 1 |' in (tmp_path / 'dkd.md').read_text()
 
 
+QUESTIONS = (
+    'alpha, no gain, worse than alone, NaN, scale, eval, store, top-k, memory, several teachers, tokenizer, '
+    'other classes, quantized, detector, tables, language models, served, teach what'
+).split(', ')
+
+
+@pytest.mark.parametrize('words', QUESTIONS)
+def test_a_question_that_people_ask_is_a_heading_with_an_answer(words):
+    parts = re.split(r'^## ', (ROOT / 'docs' / 'faq.md').read_text(), flags=re.M)[1:]
+    answers = [
+        o for o in parts if all(w in o.splitlines()[0].lower() for w in words.lower().split())
+    ]
+    assert len(answers) >= 1
+    assert re.search(r'\]\(\S+\.md', answers[0]), 'an answer leads to a page'
+
+
 def build(folder, **pages):
     "What the site's builder says about these pages"
     pytest.importorskip('zensical')
