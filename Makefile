@@ -4,7 +4,7 @@ VENV   := .venv
 OLDEST := .venv-oldest
 PYTEST := OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n auto --dist worksteal
 
-.PHONY: bench demo test check format check-oldest lint api quality quality-runs dist clean
+.PHONY: bench demo test check format check-oldest lint api quality quality-runs dist docs notebooks clean
 
 demo: $(VENV)/.ready      ## train a big model and small ones with and without its help; a table and a picture
 	$(VENV)/bin/fastdistill demo
@@ -40,6 +40,12 @@ quality-runs: $(VENV)/.ready-dev out/packages/.ready ## what each recipe is wort
 dist: $(VENV)/.ready-dev  ## build the wheel and the sdist, check them, and try the wheel in a new environment
 	$(VENV)/bin/python scripts/check_dist.py
 
+docs: $(VENV)/.ready-docs ## build the site into out/site/html, without network; a dead link or an unknown name is an error
+	$(VENV)/bin/python scripts/build_site.py
+
+notebooks: $(VENV)/.ready-notebooks ## each example as a notebook with its outputs, in out/notebooks; a minute or two each
+	OMP_NUM_THREADS=1 $(VENV)/bin/python scripts/notebooks.py
+
 clean:
 	rm -rf $(VENV) $(OLDEST) dist out
 
@@ -62,6 +68,14 @@ out/packages/.ready: | $(VENV)/bin/python
 $(VENV)/.ready-bench: pyproject.toml | $(VENV)/bin/python
 	$(VENV)/bin/python -m pip install -e '.[bench]'
 	touch $@ $(VENV)/.ready
+
+$(VENV)/.ready-docs: pyproject.toml | $(VENV)/bin/python
+	$(VENV)/bin/python -m pip install -e '.[docs]'
+	touch $@ $(VENV)/.ready
+
+$(VENV)/.ready-notebooks: pyproject.toml | $(VENV)/bin/python
+	$(VENV)/bin/python -m pip install -e '.[dev,notebooks]'
+	touch $@ $(VENV)/.ready $(VENV)/.ready-dev
 
 $(OLDEST)/.ready: pyproject.toml tests/oldest.txt
 	$(PYTHON) -m venv --clear $(OLDEST)

@@ -1,6 +1,9 @@
 """A loop with accelerate. The Distiller is prepared, so every process trains the student and the projectors, but not
 the teacher. Only the student is compiled and averaged. `accelerate launch accelerate_loop.py` starts several
-processes. The last line compares the accuracies of the averaged students on digits by different writers."""
+processes. The last line compares the accuracies of the averaged students on digits by different writers.
+
+Data: images. Teacher: a larger network. Trainer: accelerate.
+"""
 
 import sys
 import torch
@@ -21,8 +24,8 @@ def numbers(n, first, last):
     return torch.cat([x[i], x[j]], 2)[:, None], 10 * y[i] + y[j]
 
 
-def net(*widths):
-    torch.manual_seed(42)  # the students start from the same weights
+def net(*widths, seed):
+    torch.manual_seed(seed)  # the students start from the same weights
     conv = lambda i, o: nn.Sequential(
         nn.Conv2d(i, o, 3, 2, 1, bias=False), nn.BatchNorm2d(o), nn.ReLU()
     )
@@ -57,15 +60,16 @@ def accuracy(model, x, y):
         return (model(x).argmax(1) == y).float().mean().item()
 
 
-def main(quick=False):
+def main(quick=False, seed=42):
     accelerator = Accelerator(cpu=True)
     loader = DataLoader(
         TensorDataset(*numbers(200 if quick else 600, 0, 1200)), batch_size=50, shuffle=True
     )
     epochs, backend = (1, 'eager') if quick else (20, 'inductor')
-    teacher = fit(accelerator, net(64, 128, 256), loader, epochs, 5e-3, backend=backend)
+    teacher = fit(accelerator, net(64, 128, 256, seed=seed), loader, epochs, 5e-3, backend=backend)
     alone, student = [
-        fit(accelerator, net(8, 16, 32), loader, epochs, 1e-2, t, backend) for t in (None, teacher)
+        fit(accelerator, net(8, 16, 32, seed=seed), loader, epochs, 1e-2, t, backend)
+        for t in (None, teacher)
     ]
     t, a, s = [accuracy(m, *numbers(1000, 1200, 1797)) for m in (teacher, alone, student)]
     accelerator.print(

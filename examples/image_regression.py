@@ -1,6 +1,9 @@
 """A small network learns by how many degrees a 4 is rotated, from 300 angles with random errors of 20 degrees, alone
 and with a larger network that has learned from 2,000. The last line compares how far each model is off on exact
-angles (lower is better)."""
+angles (lower is better).
+
+Data: images. Teacher: a larger network. Trainer: fastai.
+"""
 
 import sys
 from sklearn.datasets import load_digits
@@ -41,13 +44,13 @@ def net(*widths):
     )
 
 
-def main(quick=False):
-    set_seed(42)
+def main(quick=False, seed=42):
+    set_seed(seed)
     many, few = [data(n, 50) for n in (200, 100)] if quick else [data(n) for n in (2000, 300)]
     epochs = 1 if quick else 20
 
     def learner(dls, *widths):
-        set_seed(42)  # the students start from the same weights
+        set_seed(seed)  # the students start from the same weights
         return Learner(dls, net(*widths), metrics=mae)
 
     teacher = learner(many, 32, 64, 128)

@@ -8,9 +8,9 @@ import judge, tables
 from tasks import HERE
 
 ROOT = HERE.parents[1]
-README, DOCS = 'README.md', 'docs/fastai.md'
+README, GAINS, DOCS = 'README.md', 'docs/recipes.md', 'docs/fastai.md'
 
-# the words of the repository's README -> the cells whose gains stand behind them
+# the words of the table in docs/recipes.md -> the cells whose gains stand behind them
 SAID = {
     'two-digit numbers': 'digits100_short digits100_long',
     'Fashion-MNIST': 'fashion_short fashion_long',
@@ -93,8 +93,8 @@ def loss(r, n, k):
 
 
 def of_repository(r):
-    "page -> its text with the numbers of the runs of protocol 1, which the README quotes"
-    readme, docs = [(ROOT / n).read_text() for n in (README, DOCS)]
+    "page -> its text with the numbers of the runs of protocol 1, which the pages quote"
+    readme, gains, docs = [(ROOT / n).read_text() for n in (README, GAINS, DOCS)]
     own = r.of_default()
     seeds = [g.seeds for g in own.values()]
     new = [n for n, f in r.facts.items() if f['task'] in tables.NEW]
@@ -102,11 +102,14 @@ def of_repository(r):
         r'in (\d+) of (\d+) cells\. Its median expected calibration error is (\S+), that of labels alone (\S+)\.\n',
         tables.of_calibration(r),
     ).groups()
-    readme = gains_said(readme, r)
+    gains = gains_said(gains, r)
+    better = sum(g.mean > 0 for g in own.values()), len(own)
+    pattern = r'beat labels alone in (\d+) of the (\d+) cells that were measured'
+    readme = fill(readme, pattern, *better)
     for pattern, values in (
         (
             r'beat labels alone in (\d+) of the (\d+) cells, significantly so in the (\d+) that are bold',
-            (sum(g.mean > 0 for g in own.values()), len(own), len(r.bold_default)),
+            (*better, len(r.bold_default)),
         ),
         (r'the mean of (\d+) to (\d+) seeds', (min(seeds), max(seeds))),
         (r'CamVid \S+ \(p = ([\d.]+)\)', (f'{own["camvid"].p:.2f}',)),
@@ -123,7 +126,7 @@ def of_repository(r):
             (*probabilities[:2], probabilities[3], probabilities[2]),
         ),
     ):
-        readme = fill(readme, pattern, *values)
+        gains = fill(gains, pattern, *values)
     for pattern, values in (
         (
             r'(\d+) of their (\d+) cells are significantly better',
@@ -139,7 +142,7 @@ def of_repository(r):
         ),
     ):
         docs = fill(docs, pattern, *values)
-    return {README: readme, DOCS: docs}
+    return {README: readme, GAINS: gains, DOCS: docs}
 
 
 def of_benchmark(r, j):

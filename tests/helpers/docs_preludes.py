@@ -4,7 +4,9 @@ that come back. In the README, the marker stands before the block that needs it.
 import functools, warnings
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 with (
     warnings.catch_warnings()
@@ -124,3 +126,50 @@ def compare():
     "`vision`, and `alone`, a third Learner with the student's architecture"
     space = vision()
     return space | dict(alone=learner(fastai_vision.resnet18, space['dls']))
+
+
+def loop():
+    """A plain loop's `student`, `teacher`, `loader` and `opt`, logits `s` and `t` of both with their `targets`, and
+    `Distiller`, `Recipe`, `Teacher`, `Term`, `kd`, `losses`, `recipes`, `torch`, `nn`, `F`"""
+    import fastdistill
+
+    def net(width):
+        convs = [nn.Conv2d(3, width, 3, 2), nn.ReLU(), nn.AdaptiveAvgPool2d(1)]
+        return nn.Sequential(*convs, nn.Flatten(), nn.Linear(width, 10))
+
+    student, teacher = net(4), net(16)
+    x, y = torch.randn(16, 3, 8, 8), torch.randint(10, (16,))
+    s, t = torch.randn(2, 8, 10)
+    names = 'Distiller Recipe Teacher Term kd losses recipes'.split()
+    return {n: getattr(fastdistill, n) for n in names} | dict(
+        student=student,
+        teacher=teacher,
+        loader=DataLoader(TensorDataset(x, y), batch_size=8),
+        opt=torch.optim.SGD(student.parameters(), lr=0.1),
+        s=s,
+        t=t,
+        targets=torch.randint(10, (8,)),
+        torch=torch,
+        nn=nn,
+        F=F,
+    )
+
+
+def texts():
+    "`loop`, with small BERTs as `student` and `teacher`, `data` in three classes, `args`, and `Trainer`"
+    from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainingArguments
+
+    def bert(width, layers):
+        sizes = dict(hidden_size=width, intermediate_size=2 * width, num_hidden_layers=layers)
+        config = BertConfig(vocab_size=100, num_attention_heads=2, num_labels=3, **sizes)
+        return BertForSequenceClassification(config)
+
+    quiet = dict(report_to=[], use_cpu=True, dataloader_pin_memory=False, max_steps=2)
+    data = [dict(input_ids=torch.randint(100, (12,)), labels=i % 3) for i in range(16)]
+    return loop() | dict(
+        student=bert(16, 2),
+        teacher=bert(32, 4),
+        data=data,
+        args=TrainingArguments('runs', **quiet),
+        Trainer=Trainer,
+    )

@@ -1,7 +1,8 @@
 """The pages: every Python block runs. Those of a page in docs/ build on each other, in the order of the page. Each of the
-README's runs alone: in a fresh Python or, after `<!-- prelude: NAME -->`, with the names of that prelude."""
+README's runs alone: in a fresh Python or, after `<!-- prelude: NAME -->`, with the names of that prelude. After
+`<!-- needs: PACKAGE -->`, a block runs where that package is installed."""
 
-import re, subprocess, sys
+import importlib.util, re, subprocess, sys
 from pathlib import Path
 import pytest
 import docs_preludes
@@ -15,14 +16,22 @@ pytestmark = pytest.mark.filterwarnings(
 )
 ROOT = Path(__file__).parents[2]
 README = ROOT / 'README.md'
+START = ROOT / 'docs' / 'start.md'
 DOCS = sorted((ROOT / 'docs').rglob('*.md'))
 PAGES = [README, ROOT / 'examples' / 'README.md', *DOCS]
 BLOCK = re.compile(
-    r'^(?:<!-- (?:not run: (?P<why>.+?)|prelude: (?P<prelude>\w+)) -->\n+)?^```python\n(?P<code>.*?)^```$',
+    r'^(?:<!-- (?:not run: (?P<why>.+?)|prelude: (?P<prelude>\w+)|needs: (?P<needs>\w+)) -->\n+)?^```python\n(?P<code>.*?)^```$',
     re.M | re.S,
 )
 # how many blocks of a page are only shown: each says why where it stands
-NOT_RUN = {'docs/cache.md': 1, 'docs/classes.md': 1, 'docs/compression.md': 1, 'docs/fastai.md': 1}
+NOT_RUN = {
+    'docs/cache.md': 1,
+    'docs/classes.md': 1,
+    'docs/compression.md': 1,
+    'docs/fastai.md': 1,
+    'docs/guides/images.md': 1,
+    'docs/start.md': 1,
+}
 HEADINGS = [
     'What it compares',
     'How to use (function, fastai)',
@@ -47,7 +56,7 @@ def prelude(text):
 def blocks(text):
     "Code of each block that runs, moved down to the line where it stands, so that an error names it"
     for m in BLOCK.finditer(text):
-        if not m['why']:
+        if not m['why'] and (not m['needs'] or importlib.util.find_spec(m['needs'])):
             yield '\n' * text.count('\n', 0, m.start('code')) + m['code']
 
 
@@ -79,7 +88,7 @@ def numbers(text):
 
 
 def check_what_it_prints(printed, page):
-    """The numbers that README.md says its first block prints. Its students train differently on another processor: accuracies on 1,000
+    """The numbers that README.md and docs/start.md say the first block prints. Its students train differently on another processor: accuracies on 1,000
     images may differ by .05, three standard deviations of their sampling noise, and losses by a tenth"""
     lines = [line.rsplit('\r', 1)[-1] for line in printed.splitlines()]
     said = [o.split('fastdistill:')[1] for o in lines if 'fastdistill:' in o]
@@ -112,7 +121,13 @@ def test_a_readme_block_runs_alone_and_prints_what_the_page_says(m, tmp_path, mo
         done = subprocess.run([sys.executable, '-c', m['code']], capture_output=True, text=True)
         assert not done.returncode and not done.stderr, done.stderr
         if 'print(' in m['code']:
-            check_what_it_prints(done.stdout, README.read_text())
+            check_what_it_prints(done.stdout, START.read_text())
+
+
+@pytest.mark.parametrize('language', ['python', 'text'])
+def test_the_first_stop_shows_the_block_of_the_readme_and_what_it_prints(language):
+    first = re.compile(rf'^```{language}\n.*?^```$', re.M | re.S)
+    assert first.search(START.read_text())[0] == first.search(README.read_text())[0]
 
 
 def test_blocks_that_are_not_run():

@@ -632,16 +632,16 @@ def test_no_table_calls_a_recipe_by_the_name_of_a_tool(quality, stored):
     assert not re.search('fasterai|torchdistill|timm|keras', quality.tables.text(stored))
 
 
-def test_the_readme_names_every_cell_but_those_of_the_weak_teachers(quality, stored):
+def test_the_page_of_recipes_names_every_cell_but_those_of_the_weak_teachers(quality, stored):
     named = [c for cells in quality.pages.SAID.values() for c in cells.split()]
     assert sorted(named) == sorted(n for n in stored.cells if 'weak' not in n)
-    page = (HERE.parent.parent / 'README.md').read_text()
+    page = (HERE.parent.parent / 'docs' / 'recipes.md').read_text()
     rows = re.search(r'^\| the student predicts .*?\n\n', page, re.M | re.S)[0].splitlines()[2:]
     numbers = [o for r in rows if r for o in re.findall(r'(?<!= )[+-]?\d+\.\d+', r.split('|')[3])]
     assert len(numbers) == len(named)  # so none of them stands beside other words
 
 
-def test_what_the_sentences_of_the_readme_say_beside_their_numbers_is_true(stored):
+def test_what_the_sentences_of_the_pages_say_beside_their_numbers_is_true(stored):
     own = stored.of_default()
     # "significantly worse in none"
     assert all(g.mean > 0 for n, g in own.items() if n in stored.bold_default or g.p < 0.05)
@@ -664,7 +664,8 @@ def test_what_the_sentences_of_the_readme_say_beside_their_numbers_is_true(store
 def test_what_the_pages_measured_elsewhere_is_what_the_result_files_say():
     root, results = HERE.parent.parent, HERE.parent / 'results'
     pages = {
-        n: (root / n).read_text() for n in ('README.md', 'docs/cache.md', 'docs/methods/cwd.md')
+        n: (root / n).read_text()
+        for n in ('docs/moving/fasterai.md', 'docs/cache.md', 'docs/methods/cwd.md')
     }
 
     def each(folder, way, key):
@@ -700,7 +701,7 @@ def test_what_the_pages_measured_elsewhere_is_what_the_result_files_say():
     ways = json.loads((results / 'bench' / 'resnet.json').read_text())['pairs']['resnet']['ways']
     assert (
         f"costs {ways['fastdistill']['ratio']:.2f} times a step without a teacher, fasterai's {ways['fasterai']['ratio']:.1f}"
-        in pages['README.md']
+        in pages['docs/moving/fasterai.md']
     )
 
 

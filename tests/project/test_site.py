@@ -1,0 +1,130 @@
+"The site: what is gathered, the menu, and mistakes that stop the build."
+
+import importlib.util, re, subprocess, sys
+from pathlib import Path
+import pytest
+import fastdistill.losses
+
+ROOT = Path(__file__).parents[2]
+SPEC = importlib.util.spec_from_file_location('build_site', ROOT / 'scripts' / 'build_site.py')
+build_site = importlib.util.module_from_spec(SPEC)
+SPEC.loader.exec_module(build_site)
+CONFIG = (ROOT / 'mkdocs.yml').read_text()
+MODULES = (
+    'fastdistill fastdistill.fastai fastdistill.losses fastdistill.recipes '
+    'fastdistill.huggingface fastdistill.lightning'
+).split()
+
+
+def test_every_page_is_in_the_menu():
+    assert not build_site.missing_from_the_menu(build_site.pages())
+
+
+def test_every_entry_of_the_menu_is_a_page():
+    entries = re.findall(r'^ +- (?:.+: )?(\S+\.md)$', CONFIG, re.M)
+    pages = {str(page.relative_to(ROOT)) for page in build_site.pages()}
+    reference = {f'docs/reference/{module}.md' for module in MODULES}
+    assert set(entries) == pages | reference
+    assert len(entries) == len(set(entries))
+
+
+def test_a_link_in_the_repository_is_the_same_on_the_site(tmp_path):
+    build_site.gather(build_site.pages(), tmp_path)
+    for page in tmp_path.rglob('*.md'):
+        for link in build_site.LINK.findall(page.read_text()):
+            assert (page.parent / link).exists(), f'{page.relative_to(tmp_path)}: {link}'
+
+
+def test_a_link_to_a_missing_picture_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(build_site, 'ROOT', tmp_path)
+    (tmp_path / 'page.md').write_text('![a plot](img/gone.png)')
+    with pytest.raises(SystemExit, match=r'page.md links to what does not exist: .*gone.png'):
+        build_site.gather([tmp_path / 'page.md'], tmp_path / 'site')
+
+
+def test_the_reference_has_each_public_name_once(tmp_path):
+    names = (ROOT / 'tests' / 'api.txt').read_text().split()
+    build_site.write_reference(names, tmp_path)
+    assert {page.stem for page in tmp_path.iterdir()} == set(MODULES)
+    text = '\n'.join(page.read_text() for page in tmp_path.iterdir())
+    described = re.findall(r'^::: (\S+)$', text, re.M)
+    assert len(described) == len(set(described))
+    ends = [name.rpartition('.')[2] for name in described]
+    linked = re.findall(r'\[(\w+)\]', text)
+    assert {name.rpartition('.')[2] for name in names} <= {*ends, *linked}
+
+
+def test_llms_txt_names_each_page_with_its_first_sentence(tmp_path):
+    build_site.gather(build_site.pages(), tmp_path)
+    names = (ROOT / 'tests' / 'api.txt').read_text().split()
+    build_site.write_reference(names, tmp_path / 'docs' / 'reference')
+    text = build_site.llms_text(CONFIG.split('\nnav:\n')[1], tmp_path)
+    assert text.startswith('# fastdistill\n\n> fastdistill trains a small, fast model')
+    for page in build_site.pages():
+        assert f']({page.relative_to(ROOT)})' in text
+    about = 'A live teacher should cost no more than its fastest forward pass.'
+    assert f'- [Speed](docs/speed.md): {about}\n' in text
+
+
+def test_the_card_of_a_method_gets_what_was_measured(tmp_path):
+    cards = ROOT / 'docs' / 'methods'
+    for card in build_site.MEASURED:
+        (tmp_path / f'{card}.md').write_text((cards / f'{card}.md').read_text())
+    build_site.add_measurements(tmp_path)
+    for card in build_site.MEASURED:
+        assert '\n## Measured here\n' in (tmp_path / f'{card}.md').read_text(), card
+    assert '\n| `dkdx1` | 1 |' in (tmp_path / 'dkd.md').read_text()
+
+
+QUESTIONS = (
+    'alpha, no gain, worse than alone, NaN, scale, eval, store, top-k, memory, several teachers, tokenizer, '
+    'other classes, quantized, detector, tables, language models, served, teach what'
+).split(', ')
+
+
+@pytest.mark.parametrize('words', QUESTIONS)
+def test_a_question_that_people_ask_is_a_heading_with_an_answer(words):
+    parts = re.split(r'^## ', (ROOT / 'docs' / 'faq.md').read_text(), flags=re.M)[1:]
+    answers = [
+        o for o in parts if all(w in o.splitlines()[0].lower() for w in words.lower().split())
+    ]
+    assert len(answers) >= 1
+    assert re.search(r'\]\(\S+\.md', answers[0]), 'an answer leads to a page'
+
+
+def build(folder, **pages):
+    "What the site's builder says about these pages"
+    pytest.importorskip('zensical')
+    (folder / 'pages').mkdir()
+    for name, text in pages.items():
+        (folder / 'pages' / f'{name}.md').write_text(f'# {name}\n\n{text}\n')
+    config = CONFIG[: CONFIG.index('\nnav:')].replace('paths: [src]', f'paths: [{ROOT / "src"}]')
+    config = re.sub(r'^extra_(css|javascript): .*\n', '', config, flags=re.M)
+    config = config.replace('out/site/pages', 'pages').replace('out/site/html', 'html')
+    (folder / 'mkdocs.yml').write_text(config)
+    command = [sys.executable, '-m', 'zensical', 'build', '--strict']
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True)
+
+
+def test_pages_without_a_mistake_are_built(tmp_path):
+    done = build(tmp_path, index='[A loss](other.md#other)', other='::: fastdistill.losses.kl')
+    assert done.returncode == 0, done.stdout + done.stderr
+    html = (tmp_path / 'html' / 'other' / 'index.html').read_text()
+    assert 'id="fastdistill.losses.kl"' in html
+    assert fastdistill.losses.kl.__doc__.split('\n')[0].split('(')[0].rstrip(' .') in html
+    assert (tmp_path / 'html' / 'search.json').exists()
+
+
+@pytest.mark.parametrize(
+    'text, said',
+    [
+        ('[A page](gone.md)', 'page does not exist'),
+        ('[A part](index.md#gone)', 'anchor does not exist'),
+        ('::: fastdistill.gone', "Could not collect 'fastdistill.gone'"),
+    ],
+    ids=['page', 'anchor', 'name'],
+)
+def test_a_mistake_stops_the_build(text, said, tmp_path):
+    done = build(tmp_path, index='Home.', other=text)
+    assert done.returncode != 0
+    assert said in re.sub(r'\x1b\[[\d;]*m', '', done.stdout + done.stderr)
