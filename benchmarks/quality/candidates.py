@@ -3,24 +3,8 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 import torch.nn.functional as F
-from fastdistill import (
-    Recipe,
-    Term,
-    abkd,
-    at,
-    auto,
-    dist,
-    dkd,
-    hint,
-    kd,
-    losses,
-    nkd,
-    rld,
-    soft_labels,
-    taid,
-    ttm,
-    wttm,
-)
+from fastdistill import Recipe, Term, at, auto, dist, dkd, hint, kd, losses, soft_labels
+from fastdistill.recipes import abkd, nkd, rld, taid, ttm, wttm
 
 PLAIN = 'classes pixels tokens labels numbers'
 SOFT = 'classes pixels tokens'  # softmax
