@@ -3,7 +3,6 @@
 import functools
 import math
 from collections.abc import Mapping
-from contextlib import contextmanager
 
 try:
     from lightning.pytorch import Callback, LightningModule
@@ -30,7 +29,7 @@ from .distiller.integration import (
 )
 from .features.calls import arguments
 from .features.layer_pairs import inputs
-from .features.taps import Taps
+from .features.taps import Taps, returned_by
 from .recipes.batch import inputs_and_labels
 
 __all__ = ['DistillCallback', 'DistillModule']
@@ -270,14 +269,3 @@ def training_progress(trainer):
     """Return the progress of the training, from 0 to 1, for schedules. None if it has no end."""
     steps = trainer.estimated_stepping_batches
     return trainer.global_step / steps if 0 < steps < math.inf else None
-
-
-@contextmanager
-def returned_by(module):
-    """Context that yields a list of what the module returns inside it."""
-    seen = []
-    handle = module.register_forward_hook(lambda m, args, out: seen.append(out))
-    try:
-        yield seen
-    finally:
-        handle.remove()

@@ -1,0 +1,83 @@
+"Recipes for detectors."
+
+from ..losses import anchor_kl, box_deltas, scored_hint
+from ..recipes.term import Recipe, Term
+from ..recipes.zoo import pkd, scaled
+
+__all__ = ['anchors', 'automatic', 'scored']
+
+CLASSES, BOXES = 'head@[cls_logits]', 'head@[bbox_regression]'
+
+
+def anchors(
+    weight: float = 1.0,
+    boxes: float = 1.0,
+    *,
+    T: float = 1.0,
+    sure: float = 0.5,
+    background: int | None = None,
+):
+    """Match the outputs of a dense head with the same anchors: class probabilities, weighted by the
+    teacher's probability of an object, and boxes where the teacher is sure.
+
+    Args:
+        weight: Weight of the classes.
+        boxes: Weight of the boxes. 0 for none.
+        T: Temperature of the classes.
+        sure: Probability above which an anchor's box counts.
+        background: Class that means no object in a softmax over classes: 0 for an SSD. None for a
+            sigmoid per class, as in RetinaNet and FCOS.
+    """
+    terms = [
+        Term(
+            anchor_kl,
+            weight=weight,
+            layers=[CLASSES],
+            T=T,
+            background=background,
+            name='anchor_classes',
+        )
+    ]
+    if boxes:
+        terms.append(
+            Term(
+                box_deltas,
+                weight=boxes,
+                layers=[CLASSES, BOXES],
+                sure=sure,
+                background=background,
+                name='anchor_boxes',
+            )
+        )
+    return Recipe(*terms)
+
+
+def scored(layers='auto', weight=None, projector='auto', stop_at=None, grad_ratio=None):
+    """Match feature maps where the teacher sees objects: squared differences, weighted by its
+    probability of an object at each position.
+
+    Args:
+        layers: Levels, as in `DetectionDistiller`.
+        weight: Number or schedule.
+        grad_ratio: Use instead of `weight`: ratio of this term's gradient norm to that of all
+            weighted losses, measured at its levels. 0.1 if neither is given.
+    """
+    return Recipe(
+        Term(
+            scored_hint,
+            **scaled(weight, grad_ratio, 1.0),
+            layers=layers,
+            projector=projector,
+            stop_at=stop_at,
+        )
+    )
+
+
+def automatic(same_anchors: bool, student) -> Recipe:
+    """Return the default recipe of a `DetectionDistiller`.
+
+    Args:
+        same_anchors: True if both detectors predict the same classes at the same anchors.
+        student: The detector that is trained.
+    """
+    return pkd(grad_ratio=0.5)
