@@ -24,6 +24,7 @@ __all__ = [
     'level_names',
     'level_scores',
     'n_classes',
+    'on_device_of',
     'teacher_of',
 ]
 
@@ -173,6 +174,16 @@ def level_scores(name: str) -> str:
             "positions: use layers='auto'."
         )
     return f'scores@{how[0] if how else "[0]"}'
+
+
+def on_device_of(images, model: nn.Module) -> list:
+    """Return images on the device of a model.
+
+    Args:
+        images: Tensors (C, H, W), or one tensor (B, C, H, W).
+    """
+    p = next(model.parameters(), None)
+    return [o if p is None else o.to(p.device) for o in images]
 
 
 def example_pixels(detector) -> Tensor:
