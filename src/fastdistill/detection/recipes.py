@@ -1,12 +1,12 @@
 "Recipes for detectors."
 
-from ..losses import anchor_kl, box_deltas, scored_hint
+from ..losses.detection import MGD, anchor_kl, box_deltas, scored_hint
 from ..recipes.term import Recipe, Term
 from ..recipes.zoo import pkd, scaled
 
-__all__ = ['anchors', 'automatic', 'scored']
+__all__ = ['anchors', 'automatic', 'mgd', 'scored']
 
-CLASSES, BOXES = 'head@[cls_logits]', 'head@[bbox_regression]'
+ANCHOR_CLASSES, ANCHOR_BOXES = 'head@[cls_logits]', 'head@[bbox_regression]'
 
 
 def anchors(
@@ -32,7 +32,7 @@ def anchors(
         Term(
             anchor_kl,
             weight=weight,
-            layers=[CLASSES],
+            layers=[ANCHOR_CLASSES],
             T=T,
             background=background,
             name='anchor_classes',
@@ -43,7 +43,7 @@ def anchors(
             Term(
                 box_deltas,
                 weight=boxes,
-                layers=[CLASSES, BOXES],
+                layers=[ANCHOR_CLASSES, ANCHOR_BOXES],
                 sure=sure,
                 background=background,
                 name='anchor_boxes',
@@ -69,6 +69,35 @@ def scored(layers='auto', weight=None, projector='auto', stop_at=None, grad_rati
             layers=layers,
             projector=projector,
             stop_at=stop_at,
+        )
+    )
+
+
+def mgd(
+    layers='auto',
+    weight=None,
+    drop: float = 0.65,
+    projector='auto',
+    stop_at=None,
+    grad_ratio=None,
+):
+    """Generate the teacher's feature maps from parts of the student's (MGD, arXiv:2205.01529).
+
+    Args:
+        layers: Levels, as in `DetectionDistiller`.
+        weight: Number or schedule.
+        drop: Probability that a position of the student's map is hidden.
+        grad_ratio: Use instead of `weight`: ratio of this term's gradient norm to that of all
+            weighted losses, measured at its levels. 0.1 if neither is given.
+    """
+    return Recipe(
+        Term(
+            MGD(drop=drop),
+            **scaled(weight, grad_ratio, 1.0),
+            layers=layers,
+            projector=projector,
+            stop_at=stop_at,
+            name='mgd',
         )
     )
 

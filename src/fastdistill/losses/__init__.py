@@ -1,10 +1,9 @@
 """Losses: pure functions of two tensors, student first, and their module forms."""
 
-from . import decoupled, dense, detection, divergence, feature, relation, response
+from . import decoupled, dense, divergence, feature, relation, response
 from ._base import loss
 from .decoupled import *
 from .dense import *
-from .detection import *
 from .divergence import *
 from .feature import *
 from .relation import *
@@ -20,7 +19,6 @@ __all__ = [
     'loss',
     *decoupled.__all__,
     *dense.__all__,
-    *detection.__all__,
     *divergence.__all__,
     *feature.__all__,
     *relation.__all__,

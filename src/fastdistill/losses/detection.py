@@ -3,8 +3,9 @@
 A dense head predicts for each anchor: class logits (B, A, K) and box deltas (B, A, 4).
 """
 
+import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..base.outputs import DistillError
 from ._base import Loss, loss, reduce, same_shape
@@ -12,7 +13,16 @@ from .divergence import kl
 from .feature import hint
 from .response import binary_kl
 
-__all__ = ['anchor_kl', 'AnchorKL', 'box_deltas', 'BoxDeltas', 'scored_hint', 'ScoredHint']
+__all__ = [
+    'AnchorKL',
+    'BoxDeltas',
+    'MGD',
+    'ScoredHint',
+    'anchor_kl',
+    'box_deltas',
+    'mgd',
+    'scored_hint',
+]
 
 
 def object_scores(t: Tensor, background: int | None):
@@ -115,3 +125,57 @@ def scored_hint(s: list, t: list, y: list):
 
 class ScoredHint(Loss):
     fn = scored_hint
+
+
+@loss(kind=None, match='shape')
+def mgd(s: Tensor, t: Tensor, *, generate, keep: Tensor | None = None, reduction: str = 'mean'):
+    """Compute the mean squared difference of the teacher's map and one generated from the student's
+    map, of which random positions are hidden (MGD, arXiv:2205.01529).
+
+    The authors sum over channels and positions instead: this is C x H x W times as much.
+
+    Args:
+        s: Student feature map, projected to the teacher's shape (B, C, H, W).
+        t: Teacher feature map, (B, C, H, W).
+        generate: fn(map) -> map of the same shape, usually two convolutions.
+        keep: 1 where a position is visible, 0 where it is hidden, (B, 1, H, W). None if all are
+            visible.
+        reduction: 'mean', 'sum' or 'none' (one value per position, (B, H, W)).
+    """
+    same_shape(s, t)
+    s = s if keep is None else s * keep
+    return reduce((generate(s) - t).pow(2).mean(1), reduction)
+
+
+class MGD(Loss):
+    """Module form of `mgd` that owns the generating convolutions and draws the hidden positions.
+
+    Args:
+        drop: Probability that a position is hidden.
+        reduction: As in `mgd`.
+    """
+
+    fn = mgd
+
+    def __init__(self, *, drop: float = 0.65, **options):
+        super().__init__(**options)
+        if not 0 <= drop < 1:
+            raise DistillError(f'drop={drop}: must be at least 0 and below 1')
+        self.drop = drop
+        self.generate = self.options.pop('generate', None)
+
+    def prepare(self, s, t, layer=None, axis=None):
+        """Create the convolutions, for the teacher's number of channels."""
+        if self.generate is None:
+            c = t.shape[1]
+            conv = lambda: nn.Conv2d(c, c, 3, padding=1)
+            self.generate = nn.Sequential(conv(), nn.ReLU(), conv())
+
+    def forward(self, s, t, *args, **kwargs):
+        if self.generate is None:
+            raise DistillError(
+                'MGD trains convolutions, which do not exist yet: call prepare(s, t) with the features of '
+                'one batch before you create the optimizer. A Distiller calls prepare itself'
+            )
+        keep = (torch.rand(len(t), 1, *t.shape[2:], device=t.device) >= self.drop).to(t)
+        return super().forward(s, t, *args, **{'generate': self.generate, 'keep': keep, **kwargs})
