@@ -1,6 +1,7 @@
 "The loss of one batch of a detector that learns from another."
 
 from collections.abc import Mapping
+from itertools import islice
 
 import torch
 from torch import Tensor, nn
@@ -8,7 +9,10 @@ from torchvision.models.detection.image_list import ImageList
 
 from ..base.outputs import DistillError, Outputs
 from ..base.random_state import RandomGuard
-from ..distiller.distiller import Distiller
+from ..checks.findings import Findings
+from ..checks.outputs import BATCHES
+from ..checks.shared_parameters import none_shared, shared_parameters
+from ..distiller.distiller import Distiller, own_generators
 from ..distiller.integration import takes_part
 from ..features.layer_names import split_suffixes
 from ..features.layer_pairs import PairTable, pair
@@ -16,17 +20,19 @@ from ..features.probe import dry_run
 from ..features.taps import Taps, returned_by
 from ..recipes.term import Recipe
 from ..recipes.text import as_recipe
+from .check import check_detections
 from .levels import pair_levels
 from .models import (
     DetectorView,
     as_levels,
     checked_detector,
+    detector_inside,
     detector_name,
+    detector_teacher,
     example_pixels,
     is_dense,
     level_names,
     level_scores,
-    teacher_of,
 )
 from .recipes import automatic
 from .targets import check_targets
@@ -66,8 +72,11 @@ class DetectionDistiller(Distiller):
         check: bool = True,
     ):
         detector = checked_detector(student, 'student')
-        teacher = teacher_of(teacher, detector, size)
+        theirs = detector_inside(teacher)
+        teacher = detector_teacher(teacher, detector, size)
         super().__init__(student, teacher, Recipe(), check=check)
+        # subtle: in a tuple, since a module as an attribute would be trained and saved
+        self.teachers = (theirs,)
         recipe = as_recipe(recipe)
         if recipe is None:
             recipe = automatic(same_anchors(detector, teacher), detector)
@@ -124,7 +133,7 @@ class DetectionDistiller(Distiller):
         heads = [
             t
             for t in self.layered
-            if not isinstance(t.layers, str) and runs_head(names_in(t.layers))
+            if not isinstance(t.layers, str) and runs_head(layers_named(t.layers))
         ]
         if heads:
             self._check_anchors()
@@ -227,6 +236,48 @@ class DetectionDistiller(Distiller):
             raise DistillError('Terms that read scores must compare the same levels.')
         return [level_scores(n) for n in found.pop()] if found else []
 
+    # checks
+
+    def check(self, x, *targets, n: int = BATCHES) -> Findings:
+        """Return what would go wrong in silence: targets in a wrong form, a teacher that finds
+        hardly any boxes, whose classes are in a different order or shifted by the background, or
+        for which the student's images are too small. Both models stay as they are.
+
+        Args:
+            x: A DataLoader of (images, targets), or the images of one batch.
+            *targets: The targets of one batch.
+            n: Number of batches to read of a DataLoader.
+        """
+        if targets:
+            return self.check_batches([(x, targets)], n)
+        with own_generators(x):
+            return self.check_batches(((o[0], o[1:]) for o in x), n)
+
+    def check_batches(self, batches, n: int = BATCHES, *, placed: bool = False) -> Findings:
+        """As `check`, for batches that are split already.
+
+        Args:
+            batches: (images, (targets,)) of each.
+            n: How many are read.
+            placed: Has no meaning here.
+        """
+        found, teacher = Findings(), self.teachers[0]
+        found.add(
+            'parameters',
+            shared_parameters(self.student, self.teacher),
+            none_shared(self.student, self.teacher),
+        )
+        batches = [(x, y[0]) for x, y in islice(batches, n)]
+        for x, y in batches:
+            if wrong := check_targets(x, y, self.detector).errors:
+                found.add('targets', wrong)
+                return found
+        transform = self.detector.transform if self.teacher.size is None else None
+        heads = any(runs_head([p.teacher]) for p in self.pairs)
+        found.join(check_detections(teacher, batches, transform, heads))
+        self.doubt = found.doubt
+        return found
+
     def check_first(self, student, teacher, targets):
         """Targets are checked before the student runs."""
 
@@ -240,10 +291,10 @@ def padded_sizes(batch: ImageList) -> Tensor | None:
     return sizes / sizes.new_tensor(whole)
 
 
-def names_in(layers) -> list:
+def layers_named(layers) -> list:
     """Return the names in the layers of a term: a dict, pairs or names."""
     items = layers.items() if isinstance(layers, Mapping) else layers
-    return [n for o in items for n in ([o] if isinstance(o, str) else names_in(o))]
+    return [n for o in items for n in ([o] if isinstance(o, str) else layers_named(o))]
 
 
 def runs_head(names) -> bool:
@@ -255,7 +306,7 @@ def same_anchors(student, teacher) -> bool:
 
     Args:
         student: A detector.
-        teacher: A `Teacher` that `teacher_of` made.
+        teacher: A `Teacher` that `detector_teacher` made.
     """
     view = teacher.module
     if not is_dense(student) or not view.dense or teacher.size is not None:

@@ -16,6 +16,7 @@ from ..teachers.teacher import Teacher
 __all__ = [
     'DetectorView',
     'checked_detector',
+    'detector_inside',
     'detector_name',
     'fixed_size',
     'is_dense',
@@ -25,7 +26,7 @@ __all__ = [
     'level_scores',
     'n_classes',
     'on_device_of',
-    'teacher_of',
+    'detector_teacher',
 ]
 
 DETECTOR_CLASSES = RetinaNet, FCOS, SSD, GeneralizedRCNN
@@ -195,7 +196,16 @@ def example_pixels(detector) -> Tensor:
     return torch.zeros(1, len(detector.transform.image_mean), *size, device=p.device, dtype=p.dtype)
 
 
-def teacher_of(teacher, student: nn.Module, size=None) -> Teacher:
+def detector_inside(teacher) -> nn.Module:
+    """Return the detector of a teacher.
+
+    Args:
+        teacher: A detector, or a `Teacher` of one.
+    """
+    return checked_detector(teacher.module if isinstance(teacher, Teacher) else teacher, 'teacher')
+
+
+def detector_teacher(teacher, student: nn.Module, size=None) -> Teacher:
     """Build the `Teacher` that gets the student's pixels under its own normalization.
 
     Args:
@@ -204,11 +214,9 @@ def teacher_of(teacher, student: nn.Module, size=None) -> Teacher:
         size: Height and width at which the teacher sees the images. None for the student's size,
             or its own if it has a fixed one.
     """
-    options = {}
-    if isinstance(teacher, Teacher):
-        options = {k: teacher.option(k) for k in teacher.given}
-        teacher = teacher.module
-    detector = checked_detector(teacher, 'teacher')
+    given = isinstance(teacher, Teacher)
+    options = {k: teacher.option(k) for k in teacher.given} if given else {}
+    detector = detector_inside(teacher)
     if size is None and fixed_size(detector) != fixed_size(student):
         size = fixed_size(detector)
     own = dict(
