@@ -287,9 +287,9 @@ def run(
     if file.exists():
         teacher.load_state_dict(torch.load(file, weights_only=True))
     else:
-        seconds, _ = train(teacher, parts['train'], 1e-3, epochs, 1000)
+        seconds, _ = train(teacher, parts['train'], 5e-4, epochs, 1000)
         torch.save(teacher.state_dict(), file)
-        finish(teacher, seconds, model='teacher', way='labels', lr=1e-3, seed=1000, recipe='')
+        finish(teacher, seconds, model='teacher', way='labels', lr=5e-4, seed=1000, recipe='')
     for name in students.split(','):
         tries = [float(o) for o in rates.split(',')]
         for lr in tries if len(tries) > 1 else []:
