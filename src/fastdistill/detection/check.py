@@ -13,9 +13,9 @@ from .models import detector_name
 
 __all__ = ['check_detections', 'seeing_size', 'top_matches']
 
-FEW = 0.1  # of the labeled boxes: below it, the teacher knows next to nothing
-LESS = 0.1  # a drop of this much is more than luck on a few batches
-ENOUGH = 10  # matched boxes without which nothing is said about classes
+FEW_FOUND = 0.1  # of the labeled boxes: below it, the teacher knows next to nothing
+LARGE_DROP = 0.1  # a drop of this much is more than luck on a few batches
+ENOUGH_MATCHES = 10  # matched boxes without which nothing is said about classes
 
 
 def check_detections(teacher: nn.Module, batches, transform, heads: bool) -> Findings:
@@ -52,9 +52,9 @@ def check_detections(teacher: nn.Module, batches, transform, heads: bool) -> Fin
         'It seems untrained, or trained on different images (their range must be 0 to 1)',
         doubt=True,
     )
-    found.add('teacher', [weak] if share < FEW else [], f'{seen}')
+    found.add('teacher', [weak] if share < FEW_FOUND else [], f'{seen}')
     found.add('classes', class_findings(matches, heads), 'the teacher has the same classes')
-    if transform is not None and share >= FEW:
+    if transform is not None and share >= FEW_FOUND:
         small = top_matches(all_of(seeing_size(teacher, transform)), targets)
         drop = Finding(
             'warning',
@@ -64,7 +64,7 @@ def check_detections(teacher: nn.Module, batches, transform, heads: bool) -> Fin
             "at the student's size",
         )
         fine = f"the teacher finds {len(small) / n:.0%} of the boxes at the student's size"
-        found.add('size', [drop] if share - len(small) / n > LESS else [], fine)
+        found.add('size', [drop] if share - len(small) / n > LARGE_DROP else [], fine)
     return found
 
 
@@ -122,7 +122,7 @@ def class_findings(matches, heads: bool) -> list:
         matches: Of `top_matches`.
         heads: As in `check_detections`.
     """
-    if len(matches) < ENOUGH or sum(a == b for a, b in matches) > len(matches) / 2:
+    if len(matches) < ENOUGH_MATCHES or sum(a == b for a, b in matches) > len(matches) / 2:
         return []
     counts = {a: Counter(b for o, b in matches if o == a) for a in sorted({a for a, _ in matches})}
     likely = {a: c.most_common(1)[0][0] for a, c in counts.items()}
