@@ -22,6 +22,7 @@ from .distiller.integration import (
     add_parameters,
     check_first,
     complete,
+    is_detector,
     load_state,
     needs_example,
     takes_part,
@@ -29,7 +30,6 @@ from .distiller.integration import (
 )
 from .features.calls import arguments
 from .features.layer_pairs import inputs
-from .features.taps import Taps, returned_by
 from .recipes.batch import inputs_and_labels
 
 __all__ = ['DistillCallback', 'DistillModule']
@@ -97,7 +97,8 @@ class DistillCallback(Callback):
                 f'{have}'
             ) from e
         if self.distiller is None or self.distiller.student is not student:
-            self.distiller = Distiller(student, self.teacher, self.recipe, **self.options)
+            kind = distiller_class(student)
+            self.distiller = kind(student, self.teacher, self.recipe, **self.options)
 
     def _complete(self, trainer):
         """Choose the recipe and build projectors, from a training batch."""
@@ -153,10 +154,7 @@ class DistillCallback(Callback):
         d, progress = self.distiller, training_progress(trainer)
         if not takes_part(d, progress):
             return run()
-        with (
-            returned_by(d.student) as seen,
-            Taps(d.student, d.student_layers(d.active_terms(progress))) as taps,
-        ):
+        with d.reading(progress) as (seen, taps):
             out = run()
             feats = taps.pop() if seen else {}
         if out is None:
@@ -169,7 +167,7 @@ class DistillCallback(Callback):
         )
         r = d.compute(s, d.teacher_outputs(x, progress), task, y, progress=progress)
         parts = {f'{k}_loss': v for k, v in dict(task=task.detach(), **r.parts).items()}
-        pl_module.log_dict(parts, batch_size=len(s.logits))
+        pl_module.log_dict(parts, batch_size=len(x if s.logits is None else s.logits))
         return {**out, 'loss': r.total} if isinstance(out, Mapping) else r.total
 
     def _last(self, seen):
@@ -258,6 +256,15 @@ class DistillModule(LightningModule):
     def _log(self, name, batch):
         loss = self.labels_loss(batch)
         self.log(name, loss, prog_bar=True, batch_size=len(self.callback.split(batch)[1][0]))
+
+
+def distiller_class(student):
+    """Return the class of `Distiller` for a student: that of detectors for torchvision's."""
+    if not is_detector(student):
+        return Distiller
+    from .detection.distiller import DetectionDistiller
+
+    return DetectionDistiller
 
 
 def later(loader):

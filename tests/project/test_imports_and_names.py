@@ -49,7 +49,11 @@ LAW = dict(
         'torch transformers accelerate',
         '',
     ),
-    lightning=('base features teachers recipes checks distiller', 'torch lightning', ''),
+    lightning=(
+        'base features teachers recipes checks distiller detection',
+        'torch lightning',
+        '',
+    ),
     cli=(
         'base teachers cache recipes evaluation fastai __init__',
         'typer rich torch torchvision numpy pandas fastai safetensors PIL lazy_loader',

@@ -1,6 +1,7 @@
 "The loss of one batch of a detector that learns from another."
 
 from collections.abc import Mapping
+from contextlib import contextmanager
 from itertools import islice
 
 import torch
@@ -18,6 +19,7 @@ from ..features.layer_names import split_suffixes
 from ..features.layer_pairs import PairTable, pair
 from ..features.probe import dry_run
 from ..features.taps import Taps, returned_by
+from ..recipes.recipe_loss import Distilled
 from ..recipes.term import Recipe
 from ..recipes.text import as_recipe
 from .check import check_detections
@@ -80,6 +82,7 @@ class DetectionDistiller(Distiller):
         recipe = as_recipe(recipe)
         if recipe is None:
             recipe = automatic(same_anchors(detector, teacher), detector)
+        self.batch = None  # what the student's transform made of the last images
         self.take(recipe)
         self.setup()
 
@@ -191,43 +194,54 @@ class DetectionDistiller(Distiller):
             self.unchecked = set()
         if not takes_part(self, progress):
             return self.student(images, targets)
-        terms = self.active_terms(progress)
-        with (
-            returned_by(self.detector.transform) as seen,
-            Taps(self.student, self.student_layers(terms)) as taps,
-        ):
+        with self.reading(progress) as (_, taps):
             losses = self.student(images, targets)
             feats = taps.pop()
-        r = self.compare(losses, feats, seen[-1][0], terms, progress)
+        student = self.student_outputs(losses, feats, images)
+        teacher = self.teacher_outputs(images, progress)
+        r = self.compute(student, teacher, sum(losses.values()), progress=progress)
         task = r.weights['task']
         if task != 1:
             losses = {k: task * v for k, v in losses.items()} if task else {}
         return {**losses, **r.terms}
 
-    def compare(self, losses: dict, feats: dict, batch: ImageList, terms, progress):
-        """Return the `Distilled` of a batch on which the student ran.
+    @contextmanager
+    def reading(self, progress: float | None = None):
+        """As in `Distiller`. It also keeps the pixels of the batch, for the teacher."""
+        with returned_by(self.detector.transform) as batches, super().reading(progress) as found:
+            yield found
+        self.batch = batches[-1][0] if batches else None
+
+    def student_outputs(self, raw, feats: dict, x) -> Outputs:
+        """The student's layers. Its losses are no outputs that terms compare."""
+        return Outputs(feats=feats)
+
+    def targets_at(self, x, logits, targets):
+        """The targets as they are."""
+        return targets
+
+    def teacher_outputs(self, x=None, progress: float | None = None) -> Outputs | None:
+        """The teacher's layers for the batch that the student ran on last, inside `reading`. None
+        if no term needs them.
 
         Args:
-            losses: torchvision's losses.
-            feats: What taps read of the student.
-            batch: What the student's transform returned.
-            terms: Of `active_terms`.
+            x: Not used: the teacher sees the pixels that the student's transform made.
             progress: Progress of the training, for schedules.
         """
-        task, t = sum(losses.values()), None
-        scored = self._scored_layers(terms)
-        if terms:
-            names = [*self.teacher_layers(terms), *scored]
-            x = batch.tensors, padded_sizes(batch), runs_head(names)
-            t = self.teacher.outputs(x, layers=names)
-        targets = ([t.feats[n] for n in scored],) if scored else ()
-        return self.compute(
-            Outputs(feats=feats),
-            None if t is None else Outputs(feats=t.feats),
-            task,
-            targets,
-            progress=progress,
-        )
+        terms, (batch, self.batch) = self.active_terms(progress), (self.batch, None)
+        if not terms:
+            return None
+        names = [*self.teacher_layers(terms), *self._scored_layers(terms)]
+        args = batch.tensors, padded_sizes(batch), runs_head(names)
+        return Outputs(feats=self.teacher.outputs(args, layers=names).feats)
+
+    def compute(
+        self, student, teacher, task=None, targets=(), *, progress: float | None = None, mixed=None
+    ) -> Distilled:
+        """As in `Distiller`. The labels that terms read are the teacher's scores."""
+        scored = self._scored_layers(self.active_terms(progress))
+        scores = ([teacher.feats[n] for n in scored],) if scored else ()
+        return super().compute(student, teacher, task, scores, progress=progress)
 
     def _scored_layers(self, terms):
         """Return the names of the teacher's scores at the levels of terms that read them."""

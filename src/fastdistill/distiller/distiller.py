@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import islice
 
@@ -29,7 +30,7 @@ from ..features.calls import arguments, predicts_next
 from ..features.layer_pairs import PairTable, check_names, inputs, pair
 from ..features.probe import dry_run
 from ..features.projectors import projector
-from ..features.taps import Taps, is_output, layer_output
+from ..features.taps import Taps, is_output, layer_output, returned_by
 from ..recipes.batch import (
     all_classes,
     both,
@@ -341,6 +342,18 @@ class Distiller(RecipeLoss):
         return replace(
             s, mask=both(s.mask, padding_mask(inputs(x), s.logits.shape, self.task.axis))
         )
+
+    @contextmanager
+    def reading(self, progress: float | None = None):
+        """Context in which a trainer runs the student. It yields a list of what the student
+        returned, and the `Taps` on its layers.
+
+        Args:
+            progress: Share of the training that is done, for schedules.
+        """
+        layers = self.student_layers(self.active_terms(progress))
+        with returned_by(self.student) as seen, Taps(self.student, layers) as taps:
+            yield seen, taps
 
     def forward(self, x, *targets, progress: float | None = None) -> Distilled:
         """Run student and teacher on a batch and compare them.
