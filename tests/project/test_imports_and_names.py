@@ -73,7 +73,7 @@ ORDER = dict(
     evaluation='data format tables text plot_style feature_plots report_plots page checks_page report run_table metrics agreement paired_tests cost models',
     search='candidates text_table significance runs proposals result search recipe_report',
     fastai='task language_model learner_notes teacher_targets patches block vocab targets transforms replay_dl sample_keys raw_items tables teachers batches head metrics compare interpret export save default_recipe costs check cache_data cache_feed finite trend unlabeled projector_opt arguments multi_head callback learner trial_callback trials find recipe_runs',
-    detection='models levels recipes targets metrics matches labels pictures compare check distiller',
+    detection='models levels recipes targets validation metrics matches labels pictures compare check distiller',
     huggingface='students models trainer',
     cli='training arguments objects demo commands app',
 )

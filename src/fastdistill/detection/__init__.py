@@ -7,6 +7,7 @@ from .labels import ScoreThreshold, best_threshold, teacher_labels
 from .metrics import DetectionScores, average_precision, detect
 from .pictures import show_detections
 from .recipes import anchors, mgd, scored
+from .validation import validation_losses
 
 __all__ = [
     'DetectionDistiller',
@@ -24,4 +25,5 @@ __all__ = [
     'scored_hint',
     'show_detections',
     'teacher_labels',
+    'validation_losses',
 ]

@@ -14,6 +14,7 @@ from ..features.layer_names import unwrap
 from ..teachers.teacher import Teacher
 
 __all__ = [
+    'DETECTOR_CLASSES',
     'DetectorView',
     'checked_detector',
     'detector_inside',
@@ -40,7 +41,7 @@ def checked_detector(model, who: str) -> nn.Module:
     """Return the detector inside its wrappers. Raise a DistillError if it is a different model.
 
     Args:
-        who: 'student' or 'teacher'.
+        who: 'student', 'teacher' or 'model'.
     """
     inner = unwrap(model)
     if not isinstance(inner, DETECTOR_CLASSES):
