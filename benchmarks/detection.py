@@ -266,11 +266,11 @@ def run(
     def done(**key):
         return next((r for r in rows if all(r[k] == v for k, v in key.items())), None)
 
-    def finish(model, seconds, **row):
+    def finish(net, seconds, **row):
         row |= dict(
             protocol=PROTOCOL, commit=commit, size=size, epochs=epochs, seconds=round(seconds)
         )
-        row |= {part: score(model, parts[part], names) for part in ('val', 'test')}
+        row |= {part: score(net, parts[part], names) for part in ('val', 'test')}
         rows.append(row)
         with log.open('a') as f:
             f.write(json.dumps(row) + '\n')
@@ -284,11 +284,13 @@ def run(
     new = lambda name: build(name, wheel, len(names) + 1, whole)
     file = work / f'{data}_{size}_{epochs}.pt'
     teacher = new('teacher')
+    seconds = 0
     if file.exists():
         teacher.load_state_dict(torch.load(file, weights_only=True))
     else:
         seconds, _ = train(teacher, parts['train'], 5e-4, epochs, 1000)
         torch.save(teacher.state_dict(), file)
+    if not done(model='teacher'):
         finish(teacher, seconds, model='teacher', way='labels', lr=5e-4, seed=1000, recipe='')
     for name in students.split(','):
         tries = [float(o) for o in rates.split(',')]
