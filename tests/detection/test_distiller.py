@@ -274,6 +274,12 @@ def test_evaluation_mode_returns_the_students_detections():
     assert torch.equal(found[0]['boxes'], want[0]['boxes'])
 
 
+def test_training_in_evaluation_mode_says_what_to_call():
+    distiller = DetectionDistiller(detector('RetinaNet').eval(), detector('FCOS', seed=1), pkd())
+    with pytest.raises(DistillError, match=r'call distiller.train\(\) before training'):
+        distiller(*batch())
+
+
 def test_the_weight_of_the_task_scales_torchvisions_losses():
     student = detector('RetinaNet').train()
     recipe = Recipe(*pkd(weight=1.0).terms, task=0.5)

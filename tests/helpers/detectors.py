@@ -86,3 +86,32 @@ def batch(n=2, size=(64, 64), seed=0, boxes=2):
             )
         )
     return images, targets
+
+
+def fastai_loaders(images, targets, bs=2, tfms=()):
+    "DataLoaders of fastai's blocks for boxes; half of the images are for validation"
+    import numpy as np
+    from fastai.vision.all import (
+        BBoxBlock,
+        BBoxLblBlock,
+        DataBlock,
+        ImageBlock,
+        PILImage,
+        RandomSplitter,
+    )
+
+    names = ['red', 'green', 'blue']
+    array = lambda i: (images[i].permute(1, 2, 0).numpy() * 255).astype(np.uint8)
+    block = DataBlock(
+        (ImageBlock, BBoxBlock, BBoxLblBlock(names)),
+        get_items=lambda _: range(len(images)),
+        getters=[
+            lambda i: PILImage.create(array(i)),
+            lambda i: targets[i]['boxes'].tolist(),
+            lambda i: [names[c - 1] for c in targets[i]['labels'].tolist()],
+        ],
+        splitter=RandomSplitter(0.5, seed=0),
+        batch_tfms=list(tfms),
+        n_inp=1,
+    )
+    return block.dataloaders(None, bs=bs, num_workers=0, shuffle=False, device='cpu')

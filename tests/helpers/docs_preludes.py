@@ -128,7 +128,7 @@ def compare():
 
 def detectors():
     "Detectors of different families, loaders of images with rectangles, and images without labels"
-    from detectors import batch, detector
+    from detectors import batch, detector, fastai_loaders
     from torch.utils.data import DataLoader
 
     collate = lambda rows: tuple(zip(*rows))
@@ -145,4 +145,5 @@ def detectors():
         train_loader=loader(8, 0),
         valid_loader=loader(8, 1),
         unlabeled=batch(4, seed=2)[0],
+        dls=fastai_loaders(*batch(8, seed=3), 4),
     )

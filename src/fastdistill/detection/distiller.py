@@ -188,6 +188,11 @@ class DetectionDistiller(Distiller):
             mode, the detections.
         """
         if not self.student.training:
+            if targets is not None and torch.is_grad_enabled():
+                raise DistillError(
+                    'The student is in evaluation mode, in which torchvision returns detections '
+                    'instead of losses: call distiller.train() before training.'
+                )
             return self.student(images, targets)
         if 'labels' in self.unchecked:
             check_targets(images, targets, self.detector).enforce()
