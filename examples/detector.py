@@ -77,7 +77,7 @@ def train(step, data, epochs, lr):
 
 
 def main(quick):
-    n, epochs = (32, 1) if quick else (500, 20)
+    n, epochs = (32, 1) if quick else (400, 16)
     data, test = shapes(n, 0), DataLoader(shapes(200, 1), 50, collate_fn=collate)
     models = dict(teacher=large(), alone=small(), distilled=small())
     train(models['teacher'].train(), data, epochs, 2e-3)

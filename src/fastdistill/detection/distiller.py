@@ -58,7 +58,7 @@ class DetectionDistiller(Distiller):
         student: A RetinaNet, FCOS, SSD, SSDLite, Faster R-CNN, Mask R-CNN or Keypoint R-CNN.
         teacher: Any of these, or a `Teacher` of one. Its number of classes may differ if only
             feature maps are compared.
-        recipe: A recipe such as `pkd()`, a `Term`, or a text. None for the default.
+        recipe: A recipe such as `pkd()`, a `Term`, or a text. None for `pkd(weight='paper')`.
         size: Height and width to which the student's pixels are resized for the teacher. None for
             the student's size, or the teacher's own if it is fixed, as in an SSD.
         check: Look for mistakes in the targets of the first batch.
@@ -81,7 +81,7 @@ class DetectionDistiller(Distiller):
         self.teachers = (theirs,)
         recipe = as_recipe(recipe)
         if recipe is None:
-            recipe = automatic(same_anchors(detector, teacher), detector)
+            recipe = automatic()
         self.batch = None  # what the student's transform made of the last images
         self.take(recipe)
         self.setup()

@@ -61,7 +61,7 @@ def average_precision(detections, targets) -> DetectionScores:
     except ImportError as e:
         raise DistillError(
             f'Mean average precision needs torchmetrics and pycocotools ({e}): '
-            "pip install 'torchmetrics[detection]'"
+            "pip install 'fastdistill[detection]'"
         ) from e
     metric.warn_on_many_detections = False
     keep = lambda o, names: {k: o[k].detach().cpu() for k in names}

@@ -102,11 +102,12 @@ def mgd(
     )
 
 
-def automatic(same_anchors: bool, student) -> Recipe:
-    """Return the default recipe of a `DetectionDistiller`.
+def automatic() -> Recipe:
+    """Return the default recipe of a `DetectionDistiller`: `pkd` on all pairs of levels, with the
+    authors' weight.
 
-    Args:
-        same_anchors: True if both detectors predict the same classes at the same anchors.
-        student: The detector that is trained.
+    A gradient ratio does not suit a new RetinaNet: the last layers of its head begin so small that
+    hardly any gradient of the task loss reaches the levels, and the term would get next to no
+    weight in the first batches.
     """
-    return pkd(grad_ratio=0.5)
+    return pkd(weight='paper')
