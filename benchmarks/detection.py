@@ -32,7 +32,7 @@ NAMES = dict(bccd=['RBC', 'WBC', 'Platelets'], nuclei=['nucleus'])
 WAYS = {
     'labels': None,
     'default': 'default',
-    'pkd, 1': lambda: pkd(weight=1.0),
+    'pkd weight 1': lambda: pkd(weight=1.0),
     'pkd .1': lambda: pkd(grad_ratio=0.1),
     'pkd .3': lambda: pkd(grad_ratio=0.3),
     'pkd 1': lambda: pkd(grad_ratio=1.0),
