@@ -1,4 +1,4 @@
-"""Object detection: a small SSD learns to find shapes from a larger RetinaNet, in a plain PyTorch loop with torchvision's detectors.
+"""Object detection: a small SSD learns to find shapes from a larger FCOS, in a plain PyTorch loop with torchvision's detectors.
 The last line compares the mean average precisions. For your own images, replace `shapes` by a list of (image, target): a tensor
 (3, H, W) from 0 to 1, and a dict with 'boxes' (N, 4) in pixels (x1, y1, x2, y2) and 'labels' (N,), which start at 1."""
 
@@ -6,7 +6,7 @@ import sys
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
-from torchvision.models.detection import RetinaNet
+from torchvision.models.detection import FCOS
 from torchvision.models.detection.anchor_utils import AnchorGenerator, DefaultBoxGenerator
 from torchvision.models.detection.backbone_utils import BackboneWithFPN
 from torchvision.models.detection.ssd import SSD
@@ -49,13 +49,12 @@ def pyramid(*widths, channels):
 
 
 def large():
-    anchors = AnchorGenerator(((12, 17), (24, 32), (44, 56)), ((1.0,),) * 3)
+    anchors = AnchorGenerator(((8,), (16,), (32,)), ((1.0,),) * 3)
     levels = pyramid(32, 64, 96, 128, channels=64)
-    return RetinaNet(levels, 4, min_size=SIZE, max_size=SIZE, anchor_generator=anchors)
+    return FCOS(levels, 4, min_size=SIZE, max_size=SIZE, anchor_generator=anchors)
 
 
 def small():
-    "A detector of a different family"
     torch.manual_seed(42)  # the students start from the same weights
     levels = pyramid(8, 16, 24, 32, channels=24)
     levels.out_channels = [24] * 3  # of each level
@@ -77,15 +76,15 @@ def train(step, data, epochs, lr):
 
 
 def main(quick):
-    n, epochs = (32, 1) if quick else (400, 16)
+    n, epochs = (32, 1) if quick else (400, 12)
     data, test = shapes(n, 0), DataLoader(shapes(200, 1), 50, collate_fn=collate)
     models = dict(teacher=large(), alone=small(), distilled=small())
-    train(models['teacher'].train(), data, epochs, 2e-3)
-    train(models['alone'].train(), data, epochs, 4e-3)
+    train(models['teacher'].train(), data, epochs, 3e-3)
+    train(models['alone'].train(), data, epochs, 1e-2)
     distiller = DetectionDistiller(models['distilled'].train(), models['teacher'])
     print(distiller.check(test))
     with distiller.teacher:
-        train(distiller, data, epochs, 4e-3)
+        train(distiller, data, epochs, 1e-2)
     report = compare_detectors(models, test, classes=CLASSES, seconds=0 if quick else 0.5)
     names = 'teacher', 'student alone', 'student distilled'
     scores = [m.measures['map'].value for m in report.models.values()]

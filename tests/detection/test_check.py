@@ -60,6 +60,12 @@ def test_a_different_class_order_is_named():
     assert 'in a different order' in found
 
 
+def test_one_class_for_all_is_not_a_different_order():
+    (found,) = findings(Knows(TARGETS, lambda y: y * 0 + 1))
+    assert 'its classes agree with the labels for only' in found
+    assert 'was it trained on them' in found
+
+
 def test_feature_maps_may_be_compared_with_different_classes():
     order = torch.tensor([0, 3, 1, 2])
     (found,) = findings(Knows(TARGETS, lambda y: order[y]), heads=False)

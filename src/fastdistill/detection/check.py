@@ -130,12 +130,12 @@ def class_findings(matches, heads: bool) -> list:
     steps = {b - a for a, b in likely.items()}
     table = ', '.join(f'{a} as {b}' for a, b in likely.items())
     what = f'For boxes that it finds, the teacher predicts label {table}'
-    if agree < 0.7:
+    if agree < 0.7 or len(set(likely.values())) < len(likely):
         what = (
             'The teacher finds boxes, but its classes agree with the labels for only '
             f'{sum(a == b for a, b in matches) / len(matches):.0%} of them'
         )
-        do = 'Does it have the same classes?'
+        do = 'Does it have the same classes, and was it trained on them?'
     elif len(steps) == 1:
         do = (
             'Its classes are shifted by one, as if one of the two counted the background as a '
