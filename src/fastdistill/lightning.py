@@ -3,7 +3,6 @@
 import functools
 import math
 from collections.abc import Mapping
-from contextlib import contextmanager
 
 try:
     from lightning.pytorch import Callback, LightningModule
@@ -23,6 +22,7 @@ from .distiller.integration import (
     add_parameters,
     check_first,
     complete,
+    is_detector,
     load_state,
     needs_example,
     takes_part,
@@ -30,7 +30,6 @@ from .distiller.integration import (
 )
 from .features.calls import arguments
 from .features.layer_pairs import inputs
-from .features.taps import Taps
 from .recipes.batch import inputs_and_labels
 
 __all__ = ['DistillCallback', 'DistillModule']
@@ -99,7 +98,8 @@ class DistillCallback(Callback):
                 f'{have}'
             ) from e
         if self.distiller is None or self.distiller.student is not student:
-            self.distiller = Distiller(student, self.teacher, self.recipe, **self.options)
+            kind = distiller_class(student)
+            self.distiller = kind(student, self.teacher, self.recipe, **self.options)
             if self.distiller.several:
                 self.distiller.share_task_loss()
 
@@ -157,10 +157,7 @@ class DistillCallback(Callback):
         d, progress = self.distiller, training_progress(trainer)
         if not takes_part(d, progress):
             return run()
-        with (
-            returned_by(d.student) as seen,
-            Taps(d.student, d.student_layers(d.active_terms(progress))) as taps,
-        ):
+        with d.reading(progress) as (seen, taps):
             out = run()
             feats = taps.pop() if seen else {}
         if out is None:
@@ -173,7 +170,8 @@ class DistillCallback(Callback):
         )
         r = d.compute(s, d.teacher_outputs(x, progress), task, y, progress=progress)
         parts = {f'{k}_loss': v for k, v in dict(task=task.detach(), **r.parts).items()}
-        pl_module.log_dict(parts, batch_size=len(next(tensors_in(x))))
+        n = len(x if is_detector(d.student) else next(tensors_in(x)))
+        pl_module.log_dict(parts, batch_size=n)
         return {**out, 'loss': r.total} if isinstance(out, Mapping) else r.total
 
     def _last(self, seen):
@@ -269,6 +267,15 @@ class DistillModule(LightningModule):
         self.log(name, loss, prog_bar=True, batch_size=len(self.callback.split(batch)[1][0]))
 
 
+def distiller_class(student):
+    """Return the class of `Distiller` for a student: that of detectors for torchvision's."""
+    if not is_detector(student):
+        return Distiller
+    from .detection.distiller import DetectionDistiller
+
+    return DetectionDistiller
+
+
 def later(loader):
     """Yield the batches of a DataLoader, loading the first one only when it is needed."""
     yield from loader
@@ -278,14 +285,3 @@ def training_progress(trainer):
     """Return the progress of the training, from 0 to 1, for schedules. None if it has no end."""
     steps = trainer.estimated_stepping_batches
     return trainer.global_step / steps if 0 < steps < math.inf else None
-
-
-@contextmanager
-def returned_by(module):
-    """Context that yields a list of what the module returns inside it."""
-    seen = []
-    handle = module.register_forward_hook(lambda m, args, out: seen.append(out))
-    try:
-        yield seen
-    finally:
-        handle.remove()

@@ -900,3 +900,31 @@ def test_a_probe_leaves_a_model_in_training_as_it_was(name):
     assert torch.equal(
         first(call(m, x)), first(y)
     )  # the next batch is the same as it would have been
+
+
+class Named(nn.Module):
+    def forward(self, x):
+        return dict(a=x, b=(x * 2, x * 3))
+
+
+def test_a_key_reads_one_item_of_an_output():
+    m, x = nn.Sequential(Named()), torch.rand(2, 3)
+    with Taps(m, ['0@[a]', '0@[b]@[1]']) as taps:
+        m(x)
+    found = taps.pop()
+    assert torch.equal(found['0@[a]'], x)
+    assert torch.equal(found['0@[b]@[1]'], x * 3)
+
+
+def test_a_missing_key_lists_those_that_exist():
+    m = nn.Sequential(Named(), nn.Identity())
+    with pytest.raises(DistillError, match="reads the item 'c' of the output, which has a, b"):
+        with Taps(m, '0@[c]'):
+            m(torch.rand(2, 3))
+
+
+def test_an_output_without_items_is_refused():
+    m = nn.Sequential(nn.ReLU())
+    with pytest.raises(DistillError, match="reads the item 'c' of the output, which is a Tensor"):
+        with Taps(m, '0@[c]'):
+            m(torch.rand(2, 3))

@@ -173,3 +173,26 @@ def texts():
         args=TrainingArguments('runs', **quiet),
         Trainer=Trainer,
     )
+
+
+def detectors():
+    "Detectors of different families, loaders of images with rectangles, and images without labels"
+    from detectors import batch, detector, fastai_loaders
+    from torch.utils.data import DataLoader
+
+    collate = lambda rows: tuple(zip(*rows))
+    rows = lambda n, seed: list(zip(*batch(n, seed=seed)))
+    loader = lambda n, seed: DataLoader(rows(n, seed), 4, collate_fn=collate)
+    return dict(
+        torch=torch,
+        nn=nn,
+        collate=collate,
+        student=detector('SSD').train(),
+        baseline=detector('SSD'),
+        teacher=detector('RetinaNet', width=12, seed=1, score_thresh=0.0),
+        twin=detector('SSD', width=12, seed=2),
+        train_loader=loader(8, 0),
+        valid_loader=loader(8, 1),
+        unlabeled=batch(4, seed=2)[0],
+        dls=fastai_loaders(*batch(8, seed=3), 4),
+    )

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from contextlib import contextmanager
 from functools import partial
 from itertools import islice
 
@@ -14,7 +15,7 @@ from ..checks.forward import student_logits
 from ..checks.outputs import BATCHES
 from ..features.calls import arguments
 from ..features.layer_pairs import PairTable, inputs
-from ..features.taps import Taps
+from ..features.taps import Taps, returned_by
 from ..recipes.batch import inputs_and_labels
 from ..recipes.recipe_loss import Distilled
 from ..recipes.term import Recipe
@@ -532,6 +533,18 @@ class Distiller(nn.Module):
             return o or {}
         return {'': o}
 
+    @contextmanager
+    def reading(self, progress: float | None = None):
+        """Context in which a trainer runs the student. It yields a list of what the student
+        returned, and the `Taps` on its layers.
+
+        Args:
+            progress: Share of the training that is done, for schedules.
+        """
+        layers = self.student_layers(self.active_terms(progress))
+        with returned_by(self.student) as seen, Taps(self.student, layers) as taps:
+            yield seen, taps
+
     def forward(self, x, *targets, progress: float | None = None) -> Distilled:
         """Run student and teacher on a batch and compare them.
 
@@ -628,6 +641,7 @@ class Distiller(nn.Module):
             sum(taught[1:], taught[0]) if taught else None,
             self._named({k: e.parts for k, e in each.items()}),
             {'task': next(iter(each.values())).weights['task'], **self._named(weights)},
+            self._named({k: e.terms for k, e in each.items()}),
         )
 
     def without_labels(self, student, teacher, *, progress: float | None = None) -> Tensor:

@@ -3,6 +3,7 @@ projectors, checkpoints.
 """
 
 from ..base.distributed import broadcast, on_first, rank
+from ..features.layer_names import unwrap
 from ..features.layer_pairs import inputs
 from .distiller import Distiller
 
@@ -10,6 +11,7 @@ __all__ = [
     'add_parameters',
     'check_first',
     'complete',
+    'is_detector',
     'load_state',
     'needs_example',
     'reset_gradients',
@@ -21,6 +23,12 @@ OLD_STATE = (
     'fastdistill: this checkpoint is one of an earlier release, without measured gradients, which are '
     'measured anew'
 )
+
+
+def is_detector(model) -> bool:
+    """Is it a detector of torchvision, which `fastdistill.detection` distills?"""
+    kinds = type(unwrap(model)).__mro__
+    return any(o.__module__.startswith('torchvision.models.detection.') for o in kinds)
 
 
 def needs_example(d: Distiller) -> bool:

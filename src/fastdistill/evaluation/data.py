@@ -8,6 +8,7 @@ from pathlib import Path
 from ..base.errors import DistillError
 
 __all__ = [
+    'CLASS_MEASURES',
     'Comparison',
     'Cost',
     'Difference',
@@ -21,6 +22,7 @@ __all__ = [
     'write_text',
 ]
 
+CLASS_MEASURES = dict(ap='average precision', iou='IoU', recall='recall')
 REPORT_FORMAT = 1  # version of the JSON format
 
 
@@ -148,7 +150,7 @@ class ModelResult:
         metrics: Metrics of the Learner.
         agreement: Agreement with the teacher.
         reliability: (count, confidence, correct) for each bin of confidence.
-        classes: 'recall' and, for masks, 'iou' of each class.
+        classes: 'recall' of each class; for masks also 'iou', for boxes only 'ap'.
         history: {column of the training table: number for each epoch}.
     """
 
@@ -234,7 +236,7 @@ class ReportData(JsonReport):
     """Data of models measured on the same samples, convertible to JSON and back.
 
     Attributes:
-        task: 'softmax', 'sigmoid' or 'regression'.
+        task: 'softmax', 'sigmoid', 'regression' or 'detection'.
         headline: Main measure, by which the models are compared first.
         n: Number of samples.
         unit: What the samples are: images, texts, rows ...
@@ -278,8 +280,9 @@ class ReportData(JsonReport):
 
     @property
     def class_measure(self):
-        """Measure of each class: 'iou' for masks, else 'recall'."""
-        return 'iou' if any('iou' in m.classes for m in self.models.values()) else 'recall'
+        """Measure of each class: 'ap' for boxes, 'iou' for masks, else 'recall'."""
+        has = lambda k: any(k in m.classes for m in self.models.values())
+        return next((k for k in CLASS_MEASURES if has(k)), 'recall')
 
     def class_changes(self) -> list:
         """List (class, index, measure of the baseline, measure of the first student, change),

@@ -1,5 +1,6 @@
 """Pictures of a report. Each function returns a figure, or None if the report has no such data."""
 
+from .data import CLASS_MEASURES
 from .plot_style import color_of, new_figure, safe_label, styled
 
 __all__ = [
@@ -253,7 +254,7 @@ def plot_classes(report, most: int = 20):
         ax.set_yticks(range(len(shown)), [safe_label(c) for c, *_ in shown])
         ax.set(
             ylim=(len(shown) - 0.5, -0.5),
-            xlabel=f'{"IoU" if report.class_measure == "iou" else "recall"}, %',
+            xlabel=f'{CLASS_MEASURES[report.class_measure]}, %',
         )
         ax.set_title(f'from {safe_label(report.baseline)} to {safe_label(model)}', loc='left')
         ax.grid(axis='y', color=ground.pale, lw=0.5)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from .data import ReportData
+from .data import CLASS_MEASURES, ReportData
 from .format import (
     amount,
     estimate_text,
@@ -166,7 +166,7 @@ def sheet_of_calibration(r):
         'Lower is better. ECE: mean distance between confidence and accuracy over 15 bins of '
         'confidence.',
     )
-    if r.task == 'regression':
+    if r.task in ('regression', 'detection'):
         return s
     s.add(
         'calibration error (ECE)',
@@ -189,10 +189,13 @@ def sheet_of_classes(r):
     model = next(n for n in r.students if n != r.baseline)
     s.head = ['', 'share of the labels', *r.models, f'{model} – {r.baseline}, points']
     shown = changes if len(changes) <= 2 * SHOWN else changes[:SHOWN] + changes[-SHOWN:]
-    s.note = f'{"IoU" if key == "iou" else "Recall"} of each class, largest gain first.' + (
-        ''
-        if len(shown) == len(changes)
-        else f' {len(changes) - len(shown)} classes in between are left out.'
+    s.note = (
+        f'{CLASS_MEASURES[key][0].upper()}{CLASS_MEASURES[key][1:]} of each class, largest gain first.'
+        + (
+            ''
+            if len(shown) == len(changes)
+            else f' {len(changes) - len(shown)} classes in between are left out.'
+        )
     )
     total = sum(r.counts) or 1
     for c, i, _, _, change in shown:

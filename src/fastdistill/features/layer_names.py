@@ -15,6 +15,7 @@ __all__ = [
     'LayerInfo',
     'LayerTree',
     'how_to_name_layers',
+    'item_key',
     'layer_tree',
     'model_name',
     'named',
@@ -31,6 +32,7 @@ SUFFIXES = {
     'map': 'tokens, or an output with channels last, as (B, C, H, W)',
     'tokens': 'an output with channels first, as (B, L, D)',
     'mean': 'the mean over positions, a vector',
+    '[key]': 'one item of an output that is a dict or a tuple',
 }
 
 
@@ -105,10 +107,17 @@ def resolve(model: nn.Module, pattern: str) -> list:
     return resolve_among(model, named(model), pattern)
 
 
+def item_key(suffix: str) -> str | None:
+    """Return the key in a suffix '[key]', which reads one item of a layer's output. None if it is
+    a different suffix.
+    """
+    return suffix[1:-1] if suffix[:1] == '[' and suffix[-1:] == ']' else None
+
+
 def split_suffixes(pattern: str) -> list[str]:
     """Split a pattern into [name or glob, *suffixes]. Raise a DistillError for an unknown suffix."""
     name, *how = pattern.split('@')
-    if wrong := [h for h in how if h not in SUFFIXES]:
+    if wrong := [h for h in how if h not in SUFFIXES and item_key(h) is None]:
         raise DistillError(
             f'{pattern!r} ends in @{wrong[0]}. It must be one of '
             f'{"; ".join(f"@{k} ({v})" for k, v in SUFFIXES.items())}.'

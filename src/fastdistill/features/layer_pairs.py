@@ -8,7 +8,15 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..base.outputs import DistillError, Outputs
-from .layer_names import how_to_name_layers, model_name, named, resolve, split_suffixes, text_table
+from .layer_names import (
+    how_to_name_layers,
+    item_key,
+    model_name,
+    named,
+    resolve,
+    split_suffixes,
+    text_table,
+)
 from .model_stages import check_visible, embedding, has_head, image_size, is_picture, stages
 from .probe import Fired, dry_run, probe, series_layers
 from .projectors import ProjectorLike, describe_projector
@@ -22,8 +30,10 @@ __all__ = [
     'check_names',
     'checked_layers',
     'inputs',
+    'longest_row',
     'names_of_tokens',
     'pair',
+    'pair_by_depth',
 ]
 
 # 'auto', 'last', 'embedding', a name that both models have, or pairs of names in any of the forms of `pair`
@@ -286,7 +296,7 @@ def _with_tokens(modules: dict, ran: Sequence[Fired], names: Iterable[str]) -> I
         if shape is not None and len(shape) == 3:
             # @tokens comes before other changes of shape, which expect tokens
             where, turns = (
-                [h for h in how if h in ('in', 'pre')],
+                [h for h in how if h in ('in', 'pre') or item_key(h) is not None],
                 [h for h in how if h in ('map', 'mean')],
             )
             how = [*where, *(['tokens'] if f.module in first else []), *turns]
@@ -345,7 +355,7 @@ def _pairs_proposed(student: nn.Module, teacher: Any, x_s: Any, x_t: Any) -> lis
             "vectors can't be projected. Name the layers: "
             f"layers={{'student.layer': 'teacher.layer'}}."
         )
-    pairs = _pair_by_resolution(a, b, image_size(x_s), image_size(x_t)) or _pair_by_depth(a, b)
+    pairs = _pair_by_resolution(a, b, image_size(x_s), image_size(x_t)) or pair_by_depth(a, b)
     return [(*_name_and_shape(s, t, x_s), *_name_and_shape(t, s, x_t)) for s, t in pairs]
 
 
@@ -366,7 +376,7 @@ def _with_suffixes(name: str, shape: Sequence[int], how: Sequence[str]) -> str:
     return '@'.join([name, *(h for h in how if h != 'map' or len(shape) == 3)])
 
 
-def _pair_by_depth(a: list, b: list) -> list:
+def pair_by_depth(a: list, b: list) -> list:
     """Pair stages at equal relative depth. The last stages are paired."""
     n = min(len(a), len(b))
     if n > MAX_BLOCKS and any(len({u.place for u in us}) == 1 for us in (a, b)):
@@ -390,16 +400,16 @@ def _pair_by_resolution(a: list, b: list, size_a: tuple, size_b: tuple) -> list 
     def ends(row: list) -> Any:
         return row and row[-1] == (a[-1], b[-1]) and 2 * len(row) >= min(len(a), len(b))
 
-    row = _longest_row(a, b, lambda i, j: equal(i, j) and down_a[i] == down_b[j])
+    row = longest_row(a, b, lambda i, j: equal(i, j) and down_a[i] == down_b[j])
     if ends(row) or all(down_a + down_b):
         return row if ends(row) else None
     # one of the two is a U-Net: a network that ends at full resolution pairs with its last stages. Others pair on its
     # way down, or on its way up if no resolution on the way down is equal
-    anywhere = _longest_row(a, b, equal)
+    anywhere = longest_row(a, b, equal)
     return anywhere if ends(anywhere) else row or anywhere or None
 
 
-def _longest_row(a: list, b: list, equal: Callable) -> list:
+def longest_row(a: list, b: list, equal: Callable) -> list:
     """Find the longest sequence of pairs in the order of both models. Of several, take the one that
     ends last.
     """

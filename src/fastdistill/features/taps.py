@@ -2,18 +2,18 @@
 
 import contextlib
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..base.outputs import DistillError, Outputs
-from .layer_names import model_name, named, no_such_layer, resolve_among, unwrap
+from .layer_names import item_key, model_name, named, no_such_layer, resolve_among, unwrap
 from .probe import is_compiled, main_tensor
 from .shapes import as_map, as_tokens, as_vector
 
-__all__ = ['Taps', 'is_output', 'layer_output']
+__all__ = ['Taps', 'is_output', 'layer_output', 'returned_by']
 
 
 def as_is(y: Any) -> Any:
@@ -21,6 +21,28 @@ def as_is(y: Any) -> Any:
 
 
 TURNS = dict(map=as_map, tokens=as_tokens, mean=as_vector)
+
+
+def item_of(out: Any, key: str, name: str) -> Any:
+    """Return one item of a layer's output.
+
+    Args:
+        out: A dict, or a tuple or list.
+        key: Its key, or its index as text.
+        name: Name of the layer, for the message.
+    """
+    have = (
+        list(out)
+        if isinstance(out, Mapping)
+        else range(len(out))
+        if isinstance(out, (tuple, list))
+        else []
+    )
+    found = next((k for k in have if str(k) == key), None)
+    if found is None:
+        says = f'has {", ".join(map(str, have))}' if len(have) else f'is a {type(out).__name__}'
+        raise DistillError(f'{name!r} reads the item {key!r} of the output, which {says}.')
+    return out[found]
 
 
 def is_output(name: str) -> bool:
@@ -57,9 +79,12 @@ class _Tap:
     ) -> None:  # `what` is (args, kwargs) before the layer runs, (args, output) after it
         if module is not self.module:
             return
-        y = main_tensor(what if 'in' in self.how else what[-1])
+        out = what if 'in' in self.how else what[-1]
+        for key in filter(None, map(item_key, self.how)):
+            out = item_of(out, key, self.name)
+        y = main_tensor(out)
         if y is None:
-            self.seen[self.name] = type(what[-1]).__name__
+            self.seen[self.name] = type(out).__name__
         else:
             self.seen[self.name] = self.read(y)
 
@@ -76,6 +101,17 @@ class _Tap:
     # nothing, takes any arguments, and can be loaded where fastdistill is not installed
     def __reduce__(self) -> tuple:
         return getattr, (contextlib.nullcontext(), '__exit__')
+
+
+@contextlib.contextmanager
+def returned_by(module: nn.Module) -> Iterator[list]:
+    """Context that yields a list of what the module returns inside it."""
+    seen = []
+    handle = module.register_forward_hook(lambda m, args, out: seen.append(out))
+    try:
+        yield seen
+    finally:
+        handle.remove()
 
 
 class Taps:

@@ -1,7 +1,7 @@
 "The loss of a recipe for one batch whose outputs are known."
 
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -26,12 +26,14 @@ class Distilled:
         parts: Each term's value, unweighted and detached; in training only of the terms that
             count.
         weights: What each was multiplied by; 'task' among them. 0-dim for a term with a share.
+        terms: The weighted terms that make up `taught`, with their gradient.
     """
 
     task: Tensor | None
     taught: Tensor | None
     parts: dict[str, Tensor]
     weights: dict[str, float | Tensor]
+    terms: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def total(self):
@@ -154,7 +156,8 @@ class RecipeLoss(nn.Module):
             k: v for k, v in dict(task=task, **values).items() if v is not None and weights[k] != 0
         }
         weights = self._measured(counted, weights, student, b)
-        taught = [weights[k] * v for k, v in counted.items() if k in values]
+        terms = {k: weights[k] * v for k, v in counted.items() if k in values}
+        taught = list(terms.values())
         if not weights['task'] and student.logits is not None:
             taught.append(nothing(student.logits))
         return Distilled(
@@ -162,6 +165,7 @@ class RecipeLoss(nn.Module):
             sum(taught[1:], taught[0]) if taught else None,
             {k: v.detach() for k, v in values.items()},
             weights,
+            terms,
         )
 
     def without_labels(

@@ -1,0 +1,78 @@
+"Mean average precision of a detector, with torchmetrics."
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from ..base.model_state import ModelState
+from ..base.outputs import DistillError
+from ..base.random_state import RandomGuard
+from .models import on_device_of
+
+__all__ = ['DetectionScores', 'average_precision', 'detect']
+
+
+@dataclass
+class DetectionScores:
+    """Scores of a detector on a dataset, from 0 to 1. NaN without any box.
+
+    Attributes:
+        map: Mean average precision over IoU thresholds from 0.5 to 0.95 and classes, as in COCO.
+        map50: The same at an IoU of 0.5.
+        classes: {class number: average precision over the thresholds}.
+        images: Number of images.
+    """
+
+    map: float
+    map50: float
+    classes: dict[int, float] = field(default_factory=dict)
+    images: int = 0
+
+
+def detect(model: nn.Module, images) -> list:
+    """Return the detections of a model for a batch of images, on the CPU. The model is not changed.
+
+    Args:
+        model: A detector.
+        images: Tensors (C, H, W).
+    """
+    state = ModelState(model.modules())
+    try:
+        model.eval()
+        with torch.no_grad(), RandomGuard():
+            found = model(on_device_of(images, model))
+    finally:
+        state.restore()
+    return [{k: v.detach().cpu() for k, v in o.items()} for o in found]
+
+
+def average_precision(detections, targets) -> DetectionScores:
+    """Compute the mean average precision of detections.
+
+    Args:
+        detections: A dict for each image, with 'boxes' (N, 4), 'scores' and 'labels'.
+        targets: A dict for each image, with 'boxes' (N, 4) and 'labels'.
+    """
+    try:
+        from torchmetrics.detection import MeanAveragePrecision
+
+        metric = MeanAveragePrecision(class_metrics=True)
+    except ImportError as e:
+        raise DistillError(
+            f'Mean average precision needs torchmetrics and pycocotools ({e}): '
+            "pip install 'fastdistill[detection]'"
+        ) from e
+    metric.warn_on_many_detections = False
+    keep = lambda o, names: {k: o[k].detach().cpu() for k in names}
+    metric.update(
+        [keep(o, ('boxes', 'scores', 'labels')) for o in detections],
+        [keep(o, ('boxes', 'labels')) for o in targets],
+    )
+    r = metric.compute()
+    number = lambda v: float(v) if float(v) >= 0 else float('nan')
+    classes = r['classes'].reshape(-1).tolist()
+    each = map(number, r['map_per_class'].reshape(-1))
+    return DetectionScores(
+        number(r['map']), number(r['map_50']), dict(zip(classes, each)), len(targets)
+    )

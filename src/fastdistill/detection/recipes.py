@@ -1,0 +1,113 @@
+"Recipes for detectors."
+
+from ..losses.detection import MGD, anchor_kl, box_deltas, scored_hint
+from ..recipes.term import Recipe, Term
+from ..recipes.zoo import pkd, scaled
+
+__all__ = ['anchors', 'automatic', 'mgd', 'scored']
+
+ANCHOR_CLASSES, ANCHOR_BOXES = 'head@[cls_logits]', 'head@[bbox_regression]'
+
+
+def anchors(
+    weight: float = 1.0,
+    boxes: float = 1.0,
+    *,
+    T: float = 1.0,
+    sure: float = 0.5,
+    background: int | None = None,
+):
+    """Match the outputs of a dense head with the same anchors: class probabilities, weighted by the
+    teacher's probability of an object, and boxes where the teacher is sure.
+
+    Args:
+        weight: Weight of the classes.
+        boxes: Weight of the boxes. 0 for none.
+        T: Temperature of the classes.
+        sure: Probability above which an anchor's box counts.
+        background: Class that means no object in a softmax over classes: 0 for an SSD. None for a
+            sigmoid per class, as in RetinaNet and FCOS.
+    """
+    terms = [
+        Term(
+            anchor_kl,
+            weight=weight,
+            layers=[ANCHOR_CLASSES],
+            T=T,
+            background=background,
+            name='anchor_classes',
+        )
+    ]
+    if boxes:
+        terms.append(
+            Term(
+                box_deltas,
+                weight=boxes,
+                layers=[ANCHOR_CLASSES, ANCHOR_BOXES],
+                sure=sure,
+                background=background,
+                name='anchor_boxes',
+            )
+        )
+    return Recipe(*terms)
+
+
+def scored(layers='auto', weight=None, projector='auto', stop_at=None, grad_ratio=None):
+    """Match feature maps where the teacher sees objects: squared differences, weighted by its
+    probability of an object at each position.
+
+    Args:
+        layers: Levels, as in `DetectionDistiller`.
+        weight: Number or schedule.
+        grad_ratio: Use instead of `weight`: ratio of this term's gradient norm to that of all
+            weighted losses, measured at its levels. 0.1 if neither is given.
+    """
+    return Recipe(
+        Term(
+            scored_hint,
+            **scaled(weight, grad_ratio, 1.0),
+            layers=layers,
+            projector=projector,
+            stop_at=stop_at,
+        )
+    )
+
+
+def mgd(
+    layers='auto',
+    weight=None,
+    drop: float = 0.65,
+    projector='auto',
+    stop_at=None,
+    grad_ratio=None,
+):
+    """Generate the teacher's feature maps from parts of the student's (MGD, arXiv:2205.01529).
+
+    Args:
+        layers: Levels, as in `DetectionDistiller`.
+        weight: Number or schedule.
+        drop: Probability that a position of the student's map is hidden.
+        grad_ratio: Use instead of `weight`: ratio of this term's gradient norm to that of all
+            weighted losses, measured at its levels. 0.1 if neither is given.
+    """
+    return Recipe(
+        Term(
+            MGD(drop=drop),
+            **scaled(weight, grad_ratio, 1.0),
+            layers=layers,
+            projector=projector,
+            stop_at=stop_at,
+            name='mgd',
+        )
+    )
+
+
+def automatic() -> Recipe:
+    """Return the default recipe of a `DetectionDistiller`: `pkd` on all pairs of levels, with the
+    authors' weight.
+
+    A gradient ratio does not suit a new RetinaNet: the last layers of its head begin so small that
+    hardly any gradient of the task loss reaches the levels, and the term would get next to no
+    weight in the first batches.
+    """
+    return pkd(weight='paper')

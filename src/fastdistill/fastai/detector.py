@@ -1,0 +1,251 @@
+"torchvision's detectors in a Learner: data blocks with boxes, mean average precision, a teacher."
+
+from contextlib import ExitStack
+
+from fastai.basics import Callback, L, Learner, Metric
+from fastai.data.transforms import Normalize
+
+from ..base.outputs import DistillError, as_plain
+from ..detection.distiller import DetectionDistiller
+from ..detection.metrics import average_precision, detect
+from ..detection.models import checked_detector
+from ..detection.pictures import show_detections
+from ..detection.validation import validation_losses
+from ..distiller.integration import takes_part
+from .projector_opt import ProjectorOptimizer
+
+__all__ = ['DetectorCallback', 'DetectorDistillation', 'DetectorLearner', 'MeanAveragePrecision']
+
+
+def images_and_targets(xb, yb) -> tuple:
+    """Return the images and targets that torchvision's detectors take, from a batch of `ImageBlock,
+    BBoxBlock, BBoxLblBlock`: boxes in pixels, without the padding of the batch.
+
+    Args:
+        xb: A tuple of the images.
+        yb: Boxes from -1 to 1, (B, N, 4), and labels, (B, N), where 0 is padding.
+    """
+    if len(yb) != 2:
+        raise DistillError(
+            f'A batch has {len(yb)} targets, but a detector needs boxes and labels: '
+            'DataBlock((ImageBlock, BBoxBlock, BBoxLblBlock), n_inp=1, ...).'
+        )
+    x, boxes, labels = map(as_plain, (xb[0], *yb))
+    height, width = x.shape[2:]
+    size = boxes.new_tensor([width, height, width, height])
+    boxes = (boxes.reshape(len(x), -1, 4) + 1) / 2 * size
+    targets = [dict(boxes=b[y > 0], labels=y[y > 0].long()) for b, y in zip(boxes, labels)]
+    return list(x), targets
+
+
+class DetectorLoss:
+    """The sum of torchvision's losses. In validation, `DetectorCallback` provides it."""
+
+    def __init__(self):
+        self.valid = None
+
+    def __call__(self, pred, *yb):
+        return sum(pred.values()) if isinstance(pred, dict) else self.valid
+
+    def decodes(self, pred):
+        return pred
+
+    def activation(self, pred):
+        return pred
+
+
+class DetectorCallback(Callback):
+    """Gives torchvision's detector its images and targets. In validation, the loss is
+    `detection.validation_losses` and the predictions are detections.
+    """
+
+    order = -4
+
+    def before_fit(self):
+        for dl in self.dls.loaders:
+            if any(isinstance(o, Normalize) for o in getattr(dl.after_batch, 'fs', ())):
+                raise DistillError(
+                    'These DataLoaders normalize the images, but a detector of torchvision does so '
+                    'itself: build them without Normalize.'
+                )
+
+    def before_batch(self):
+        images, targets = images_and_targets(self.xb, self.yb)
+        self.learn.detector_targets = targets
+        self.learn.xb = (images, targets) if self.training else (images,)
+        if not self.training:
+            losses = validation_losses(self.model, images, targets)
+            self.learn.loss_func.valid = sum(losses.values())
+
+
+class MeanAveragePrecision(Metric):
+    """Mean average precision on the validation set, with torchmetrics.
+
+    Args:
+        measure: 'map' for IoU thresholds from 0.5 to 0.95, 'map50' for 0.5.
+    """
+
+    def __init__(self, measure: str = 'map'):
+        if measure not in ('map', 'map50'):
+            raise DistillError(f"measure={measure!r}: must be 'map' or 'map50'")
+        self.measure = measure
+        self.reset()
+
+    def reset(self):
+        self.found, self.targets = [], []
+
+    def accumulate(self, learn):
+        self.found += learn.pred
+        self.targets += learn.detector_targets
+
+    @property
+    def value(self):
+        if not self.targets:
+            return None
+        return getattr(average_precision(self.found, self.targets), self.measure)
+
+    @property
+    def name(self):
+        return self.measure
+
+
+class DetectorDistillation(Callback):
+    """Adds a teacher to a `DetectorLearner`: the terms of a `DetectionDistiller`.
+
+    Args:
+        teacher: A detector, a `Teacher` of one, or a Learner with one.
+        recipe, size, check: As in `DetectionDistiller`. check=False also leaves out the check of
+            the teacher on validation batches.
+    """
+
+    order = -3
+
+    def __init__(self, teacher, recipe=None, *, size=None, check: bool = True):
+        super().__init__()
+        self.teacher = teacher.model if isinstance(teacher, Learner) else teacher
+        self.recipe, self.size, self.check = recipe, size, check
+        self.distiller = self.opt_of_projectors = None
+        self.stack = ExitStack()
+
+    def before_fit(self):
+        if self.distiller is None or self.distiller.student is not self.model:
+            self.distiller = DetectionDistiller(
+                self.model, self.teacher, self.recipe, size=self.size, check=self.check
+            )
+            self.opt_of_projectors = None
+            if self.check and len(self.dls.loaders) > 1:
+                batches = ((b[: self.dls.n_inp], b[self.dls.n_inp :]) for b in self.dls.valid)
+                pairs = (images_and_targets(x, y) for x, y in batches)
+                self.distiller.check_batches((x, (y,)) for x, y in pairs).enforce()
+        self.distiller.links.to(next(self.model.parameters()).device)
+        if self.opt_of_projectors is None and (own := self.distiller.own_parameters()):
+            self.opt_of_projectors = ProjectorOptimizer(self.learn, own)
+        self.distiller.teacher.start()
+
+    def before_batch(self):
+        self.reads = self.training and takes_part(self.distiller, self.pct_train)
+        if self.reads:
+            self.read = self.stack.enter_context(self.distiller.reading(self.pct_train))
+
+    def after_pred(self):
+        if not self.reads:
+            return
+        feats = self.read[1].pop()
+        self.stack.close()
+        d, losses = self.distiller, self.pred
+        student = d.student_outputs(losses, feats, self.xb[0])
+        teacher = d.teacher_outputs(self.xb[0], self.pct_train)
+        r = d.compute(student, teacher, sum(losses.values()), progress=self.pct_train)
+        task = r.weights['task']
+        own = losses if task == 1 else {k: task * v for k, v in losses.items() if task}
+        self.learn.pred = {**own, **r.terms}
+
+    def after_cancel_batch(self):
+        self.stack.close()
+
+    def after_step(self):
+        if self.opt_of_projectors is not None:
+            self.opt_of_projectors.step(self.learn)
+
+    def after_fit(self):
+        self.stop()
+
+    def after_cancel_fit(self):
+        self.stop()
+
+    def stop(self):
+        """Restore everything. It is safe to call this twice."""
+        self.stack.close()
+        if self.distiller is not None:
+            self.distiller.teacher.stop()
+
+
+class DetectorLearner(Learner):
+    """A Learner that trains a detector of torchvision on DataLoaders of `ImageBlock, BBoxBlock,
+    BBoxLblBlock`. The labels of its vocabulary are torchvision's: '#na#' is the background, 0.
+
+    Args:
+        dls: DataLoaders, without `Normalize`.
+        model: The detector.
+        metrics: None for mean average precision.
+        cbs: Additional callbacks.
+        **kwargs: Options of `Learner`.
+    """
+
+    def __init__(self, dls, model, *, metrics=None, cbs=None, **kwargs):
+        checked_detector(model, 'student')
+        metrics = (
+            [MeanAveragePrecision(m) for m in ('map', 'map50')] if metrics is None else metrics
+        )
+        cbs = L(cbs) + DetectorCallback()
+        super().__init__(dls, model, DetectorLoss(), metrics=metrics, cbs=cbs, **kwargs)
+
+    def distill(
+        self,
+        teacher,
+        n_epoch,
+        lr_max=None,
+        recipe=None,
+        *,
+        size=None,
+        check=True,
+        cbs=None,
+        **kwargs,
+    ):
+        """Train with the 1cycle policy and `DetectorDistillation(teacher, ...)`. Return that
+        callback.
+
+        Args:
+            teacher: A detector, a `Teacher` of one, or a Learner with one.
+            n_epoch: Number of epochs.
+            lr_max: Maximum learning rate.
+            recipe: Such as `recipes.pkd()`. None for the default of `DetectionDistiller`.
+            size, check: As in `DetectorDistillation`.
+            cbs: Additional callbacks.
+            **kwargs: Options of `fit_one_cycle`.
+        """
+        callback = DetectorDistillation(teacher, recipe, size=size, check=check)
+        self.fit_one_cycle(n_epoch, lr_max, cbs=L(cbs) + callback, **kwargs)
+        return callback
+
+    def show_results(self, ds_idx: int = 1, dl=None, max_n: int = 4, score: float = 0.5, **kwargs):
+        """Draw labels and detections for some validation images. Return the figure.
+
+        Args:
+            ds_idx: Index of the DataLoader.
+            dl: A DataLoader. None for that of `ds_idx`.
+            max_n: Number of images.
+            score: Least score of a detection that is drawn.
+        """
+        dl = self.dls[ds_idx] if dl is None else dl
+        b = dl.one_batch()
+        images, targets = images_and_targets(b[: self.dls.n_inp], b[self.dls.n_inp :])
+        classes = list(self.dls.vocab)[1:]
+        models = dict(detections=self.model)
+        return show_detections(
+            models, images[:max_n], targets[:max_n], classes=classes, score=score
+        )
+
+    def detections(self, images) -> list:
+        """Return the detections for a list of images (3, H, W) from 0 to 1, on the CPU."""
+        return detect(self.model, images)

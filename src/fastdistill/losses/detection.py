@@ -1,0 +1,181 @@
+"""Losses for object detectors: feature maps weighted by where objects are, and the outputs of dense heads.
+
+A dense head predicts for each anchor: class logits (B, A, K) and box deltas (B, A, 4).
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..base.outputs import DistillError
+from ._base import Loss, loss, reduce, same_shape
+from .divergence import kl
+from .feature import hint
+from .response import binary_kl
+
+__all__ = [
+    'AnchorKL',
+    'BoxDeltas',
+    'MGD',
+    'ScoredHint',
+    'anchor_kl',
+    'box_deltas',
+    'mgd',
+    'scored_hint',
+]
+
+
+def object_scores(t: Tensor, background: int | None):
+    """Return the probability of any object at each anchor, (B, A).
+
+    Args:
+        t: Class logits, (B, A, K).
+        background: Class that means no object, with a softmax over classes. None for a sigmoid
+            per class.
+    """
+    if background is None:
+        return t.sigmoid().amax(-1)
+    return 1 - t.softmax(-1)[..., background]
+
+
+@loss(kind=None, match='shape')
+def anchor_kl(
+    s: Tensor,
+    t: Tensor,
+    *,
+    T: float = 1.0,
+    background: int | None = None,
+    reduction: str = 'mean',
+):
+    """Compute the KL of the class probabilities at each anchor, averaged with the teacher's
+    probability of an object as weight.
+
+    Without the weight, the few anchors with objects would vanish among thousands without any.
+
+    Args:
+        s: Student class logits, (B, A, K).
+        t: Teacher class logits, (B, A, K), of the same anchors.
+        T: Temperature.
+        background: Class that means no object, if the logits are of a softmax over classes (0 in
+            torchvision's SSD). None for a sigmoid per class (RetinaNet, FCOS).
+        reduction: 'mean', 'sum' or 'none' (one weighted value per anchor, (B, A)).
+    """
+    same_shape(s, t)
+    weight = object_scores(t, background)
+    if background is None:
+        v = binary_kl(s, t, T=T, reduction='none').sum(-1)
+    else:
+        v = kl(s, t, T=T, axis=-1, reduction='none')
+    return reduce(v, reduction, weight)
+
+
+class AnchorKL(Loss):
+    fn = anchor_kl
+
+
+@loss(kind=None, match='shape', lists=True)
+def box_deltas(
+    s: list,
+    t: list,
+    *,
+    sure: float = 0.5,
+    beta: float = 1 / 9,
+    background: int | None = None,
+    reduction: str = 'mean',
+):
+    """Compute the smooth L1 distance of the box deltas, summed over the four, at anchors where the
+    teacher's probability of an object is above `sure`.
+
+    Args:
+        s: Student class logits (B, A, K) and box deltas (B, A, 4).
+        t: The same of the teacher, of the same anchors.
+        sure: Probability above which an anchor counts. If none does, the loss is 0.
+        beta: Distance at which the loss changes from quadratic to linear.
+        background: As in `anchor_kl`.
+        reduction: 'mean', 'sum' or 'none' (one value per anchor, (B, A), 0 where it does not
+            count).
+    """
+    (_, s), (logits, t) = s, t
+    same_shape(s, t)
+    v = F.smooth_l1_loss(s, t, beta=beta, reduction='none').sum(-1)
+    return reduce(v, reduction, object_scores(logits, background) > sure)
+
+
+class BoxDeltas(Loss):
+    fn = box_deltas
+
+
+@loss(kind=None, match='shape', lists=True)
+def scored_hint(s: list, t: list, y: list):
+    """Compute the mean squared difference of feature maps, weighted by the teacher's probability of
+    an object at each position, summed over levels.
+
+    Args:
+        s: Student feature maps, each projected to the teacher's shape (B, C, H, W).
+        t: Teacher feature maps.
+        y: Weight of each position, (B, H, W) for each map.
+    """
+    if not len(s) == len(t) == len(y):
+        raise DistillError(
+            f'{len(s)} student maps, {len(t)} teacher maps and {len(y)} maps of weights: give one '
+            'of each for every level.'
+        )
+    return sum(hint(a, b, mask=w) for a, b, w in zip(s, t, y))
+
+
+class ScoredHint(Loss):
+    fn = scored_hint
+
+
+@loss(kind=None, match='shape')
+def mgd(s: Tensor, t: Tensor, *, generate, keep: Tensor | None = None, reduction: str = 'mean'):
+    """Compute the mean squared difference of the teacher's map and one generated from the student's
+    map, of which random positions are hidden (MGD, arXiv:2205.01529).
+
+    The authors sum over channels and positions instead: this is C x H x W times as much.
+
+    Args:
+        s: Student feature map, projected to the teacher's shape (B, C, H, W).
+        t: Teacher feature map, (B, C, H, W).
+        generate: fn(map) -> map of the same shape, usually two convolutions.
+        keep: 1 where a position is visible, 0 where it is hidden, (B, 1, H, W). None if all are
+            visible.
+        reduction: 'mean', 'sum' or 'none' (one value per position, (B, H, W)).
+    """
+    same_shape(s, t)
+    s = s if keep is None else s * keep
+    return reduce((generate(s) - t).pow(2).mean(1), reduction)
+
+
+class MGD(Loss):
+    """Module form of `mgd` that owns the generating convolutions and draws the hidden positions.
+
+    Args:
+        drop: Probability that a position is hidden.
+        reduction: As in `mgd`.
+    """
+
+    fn = mgd
+
+    def __init__(self, *, drop: float = 0.65, **options):
+        super().__init__(**options)
+        if not 0 <= drop < 1:
+            raise DistillError(f'drop={drop}: must be at least 0 and below 1')
+        self.drop = drop
+        self.generate = self.options.pop('generate', None)
+
+    def prepare(self, s, t, layer=None, axis=None):
+        """Create the convolutions, for the teacher's number of channels."""
+        if self.generate is None:
+            c = t.shape[1]
+            conv = lambda: nn.Conv2d(c, c, 3, padding=1)
+            self.generate = nn.Sequential(conv(), nn.ReLU(), conv())
+
+    def forward(self, s, t, *args, **kwargs):
+        if self.generate is None:
+            raise DistillError(
+                'MGD trains convolutions, which do not exist yet: call prepare(s, t) with the features of '
+                'one batch before you create the optimizer. A Distiller calls prepare itself'
+            )
+        keep = (torch.rand(len(t), 1, *t.shape[2:], device=t.device) >= self.drop).to(t)
+        return super().forward(s, t, *args, **{'generate': self.generate, 'keep': keep, **kwargs})

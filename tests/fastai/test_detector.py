@@ -1,0 +1,93 @@
+"A detector in a Learner: data blocks with boxes, validation loss, mean average precision, a teacher."
+
+import numpy as np
+import pytest, torch
+import apps  # noqa: F401 (before the rest of fastai: it keeps its warnings quiet)
+from detectors import batch, detector, fastai_loaders
+from fastai.vision.all import Normalize
+from fastdistill import pkd
+from fastdistill.base.outputs import DistillError
+from fastdistill.detection import validation_losses
+from fastdistill.fastai.detector import DetectorLearner, MeanAveragePrecision, images_and_targets
+
+IMAGES, TARGETS = batch(8, seed=4)
+
+
+def loaders(bs=2, tfms=()):
+    return fastai_loaders(IMAGES, TARGETS, bs, tfms)
+
+
+def learner(kind='RetinaNet', **options):
+    learn = DetectorLearner(loaders(), detector(kind, **options))
+    learn.remove_cb(learn.progress) if hasattr(learn, 'progress') else None
+    return learn
+
+
+def test_a_batch_has_boxes_in_pixels_and_no_padding():
+    dls = loaders(4)
+    b = dls.valid.one_batch()
+    images, targets = images_and_targets(b[:1], b[1:])
+    for x, t, i in zip(images, targets, dls.valid_ds.items):
+        torch.testing.assert_close(t['boxes'], TARGETS[i]['boxes'], atol=1e-4, rtol=0)
+        assert torch.equal(t['labels'], TARGETS[i]['labels'])
+        assert x.max() <= 1
+
+
+def test_the_validation_loss_is_torchvisions():
+    learn = learner()
+    with learn.no_bar(), learn.no_logging():
+        loss, *scores = learn.validate()
+    want = []
+    for b in learn.dls.valid:
+        found = validation_losses(learn.model, *images_and_targets(b[:1], b[1:]))
+        want.append(sum(found.values()).item())
+    assert loss == pytest.approx(np.mean(want), rel=1e-5)
+    assert [m.name for m in learn.metrics] == ['map', 'map50']
+    assert all(0 <= s <= 1 for s in scores)
+
+
+def test_a_learner_distills_and_leaves_nothing_behind():
+    learn, teacher = learner('SSD'), learner('RetinaNet', width=12, seed=1)
+    before = {k: v.clone() for k, v in teacher.model.state_dict().items()}
+    with learn.no_bar(), learn.no_logging():
+        cb = learn.distill(teacher, 1, 1e-3, pkd(grad_ratio=0.5), check=False)
+    assert not learn.cbs.filter(lambda o: type(o) is type(cb))
+    assert len(learn.model._forward_hooks) + len(learn.model.backbone._forward_hooks) == 0
+    assert all(torch.equal(v, before[k]) for k, v in teacher.model.state_dict().items())
+    assert cb.distiller.ratios['pkd'].measured == 2
+    # the projectors learn too: the scale of their batch norm begins at 1
+    assert (cb.distiller.links['pkd'][0].projector.map[1].weight != 1).any()
+
+
+def test_weight_0_trains_bit_for_bit_as_without_a_teacher():
+    trained = []
+    for teacher in (None, detector('FCOS', seed=1)):
+        learn = learner('FasterRCNN')
+        torch.manual_seed(0)
+        with learn.no_bar(), learn.no_logging():
+            if teacher is None:
+                learn.fit_one_cycle(1, 1e-3)
+            else:
+                learn.distill(teacher, 1, 1e-3, pkd(weight=0.0), check=False)
+        trained.append(learn.model.state_dict())
+    assert all(torch.equal(v, trained[1][k]) for k, v in trained[0].items())
+
+
+def test_results_are_drawn():
+    learn = learner(score_thresh=0.0)
+    fig = learn.show_results(max_n=2, score=0.0)
+    assert [ax.get_title() for ax in fig.axes[:2]] == ['labels', 'detections']
+
+
+def test_normalized_images_are_refused():
+    learn = DetectorLearner(
+        loaders(tfms=[Normalize.from_stats([0.5] * 3, [0.5] * 3)]), detector('RetinaNet')
+    )
+    with learn.no_bar(), learn.no_logging():
+        with pytest.raises(DistillError, match='build them without Normalize'):
+            learn.fit(1)
+
+
+def test_an_unknown_measure_is_refused():
+    with pytest.raises(DistillError, match="must be 'map' or 'map50'"):
+        MeanAveragePrecision('map75')

@@ -1,0 +1,153 @@
+"Losses for detectors against plain loops and the authors' numbers."
+
+from math import exp, log
+import pytest, torch
+from torch import nn
+from cases import Golden
+from fastdistill.base.outputs import DistillError
+from fastdistill.losses.detection import (
+    MGD,
+    AnchorKL,
+    BoxDeltas,
+    ScoredHint,
+    anchor_kl,
+    box_deltas,
+    mgd,
+    scored_hint,
+)
+
+
+def heads(anchors=6, classes=3, seed=0):
+    "Class logits and box deltas of student and teacher"
+    g = torch.Generator().manual_seed(seed)
+    new = lambda n: torch.randn(2, anchors, n, generator=g, dtype=torch.float64) * 2
+    return [new(classes), new(4)], [new(classes), new(4)]
+
+
+def sigmoid(x):
+    return 1 / (1 + exp(-x))
+
+
+def softmax(x):
+    e = [exp(o - max(x)) for o in x]
+    return [o / sum(e) for o in e]
+
+
+def anchor_kl_loop(s, t, T, background):
+    total = weights = 0
+    for a, b in zip(s.flatten(0, 1).tolist(), t.flatten(0, 1).tolist()):
+        if background is None:
+            w = max(sigmoid(o) for o in b)
+            v = 0
+            for x, y in zip(a, b):
+                q, p = sigmoid(x / T), sigmoid(y / T)
+                v += p * log(p / q) + (1 - p) * log((1 - p) / (1 - q))
+        else:
+            w = 1 - softmax(b)[background]
+            q, p = [softmax([o / T for o in x]) for x in (a, b)]
+            v = sum(y * log(y / x) for x, y in zip(q, p))
+        total += w * v * T * T
+        weights += w
+    return total / weights
+
+
+@pytest.mark.parametrize('T', [1.0, 3.0])
+@pytest.mark.parametrize('background', [None, 0])
+def test_anchor_kl_equals_a_plain_loop(T, background):
+    (s, _), (t, _) = heads()
+    want = anchor_kl_loop(s, t, T, background)
+    assert anchor_kl(s, t, T=T, background=background).item() == pytest.approx(want)
+    assert AnchorKL(T=T, background=background)(s, t).item() == pytest.approx(want)
+
+
+def test_anchor_kl_is_zero_for_equal_heads():
+    (s, _), _ = heads()
+    assert anchor_kl(s, s).item() == pytest.approx(0, abs=1e-12)
+
+
+def test_anchor_kl_refuses_different_anchors():
+    (s, _), (t, _) = heads()
+    with pytest.raises(DistillError, match='must be equal'):
+        anchor_kl(s[:, 1:], t)
+
+
+def box_deltas_loop(s, t, sure, beta):
+    found = []
+    for a, b, c in zip(*(o.flatten(0, 1).tolist() for o in (s[1], t[1], t[0]))):
+        if max(sigmoid(o) for o in c) <= sure:
+            continue
+        far = [abs(x - y) for x, y in zip(a, b)]
+        found.append(sum(0.5 * d * d / beta if d < beta else d - 0.5 * beta for d in far))
+    return sum(found) / len(found) if found else 0.0
+
+
+@pytest.mark.parametrize('sure', [0.3, 0.8, 0.9999])
+def test_box_deltas_equals_a_plain_loop(sure):
+    s, t = heads(anchors=20)
+    want = box_deltas_loop(s, t, sure, 1 / 9)
+    assert box_deltas(s, t, sure=sure).item() == pytest.approx(want)
+    assert BoxDeltas(sure=sure)(s, t).item() == pytest.approx(want)
+
+
+def test_box_deltas_of_an_unsure_teacher_give_a_zero_gradient():
+    s, t = heads()
+    s[1].requires_grad_()
+    v = box_deltas(s, [t[0] - 100, t[1]])
+    v.backward()
+    assert v.item() == 0
+    assert s[1].grad.abs().sum() == 0
+
+
+def test_scored_hint_equals_a_plain_loop():
+    g = torch.Generator().manual_seed(0)
+    new = lambda *shape: torch.rand(*shape, generator=g, dtype=torch.float64)
+    s, t = [[new(2, 3, 4, 4), new(2, 3, 2, 2)] for _ in range(2)]
+    y = [new(2, 4, 4), new(2, 2, 2)]
+    want = 0
+    for a, b, w in zip(s, t, y):
+        n, c, h, v = a.shape
+        top = sum(
+            w[i, j, k].item()
+            * sum((a[i, m, j, k] - b[i, m, j, k]).item() ** 2 for m in range(c))
+            / c
+            for i in range(n)
+            for j in range(h)
+            for k in range(v)
+        )
+        want += top / w.sum().item()
+    assert scored_hint(s, t, y).item() == pytest.approx(want)
+    assert ScoredHint()(s, t, y).item() == pytest.approx(want)
+
+
+def test_scored_hint_refuses_weights_of_other_levels():
+    with pytest.raises(DistillError, match='1 student maps, 1 teacher maps and 2 maps of weights'):
+        scored_hint([torch.rand(1, 2, 3, 3)], [torch.rand(1, 2, 3, 3)], [torch.rand(1, 3, 3)] * 2)
+
+
+def test_mgd_equals_the_authors_numbers():
+    for tag, g, o in Golden('mgd').cases():
+        c = g['student'].shape[1]
+        convs = nn.Sequential(
+            nn.Conv2d(c, c, 3, padding=1), nn.ReLU(), nn.Conv2d(c, c, 3, padding=1)
+        )
+        convs.double().load_state_dict({k[6:]: v for k, v in g.items() if k.startswith('param.')})
+        keep = (g['rand'] <= 1 - o['lambda']).double()
+        s = g['student'].clone().requires_grad_()
+        # the authors sum over channels and positions
+        v = mgd(s, g['teacher'], generate=convs, keep=keep) * s[0].numel() * o['alpha']
+        assert v.item() == pytest.approx(g['expected'].item(), rel=1e-9), tag
+        v.backward()
+        torch.testing.assert_close(s.grad, g['grad_student'], rtol=1e-7, atol=1e-10)
+
+
+def test_mgd_hides_the_given_part_of_the_positions():
+    s = torch.ones(4, 3, 50, 50)
+    m = MGD(drop=0.65, generate=nn.Identity())
+    torch.manual_seed(0)
+    # where a position is hidden, the generated map is 0 and the squared difference 1
+    assert m(s, s).item() == pytest.approx(0.65, abs=0.02)
+
+
+def test_mgd_without_convolutions_says_what_to_call():
+    with pytest.raises(DistillError, match='call prepare'):
+        MGD()(torch.rand(1, 2, 3, 3), torch.rand(1, 2, 3, 3))
