@@ -21,7 +21,7 @@ from torchvision.models.detection.retinanet import RetinaNetHead
 from torchvision.models.detection.ssd import SSD
 from torchvision.models.detection.ssdlite import SSDLiteHead
 from torchvision.ops import FrozenBatchNorm2d, masks_to_boxes
-from fastdistill import cwd, pkd
+from fastdistill.recipes import cwd, pkd
 from fastdistill.detection import DetectionDistiller, mgd, scored
 from fastdistill.detection.metrics import average_precision, detect
 

@@ -8,7 +8,7 @@ import json, time
 from pathlib import Path
 import numpy as np, torch, typer
 from torchvision.models.detection import retinanet_resnet50_fpn, ssdlite320_mobilenet_v3_large
-from fastdistill import pkd
+from fastdistill.recipes import pkd
 from fastdistill.detection import DetectionDistiller
 
 

@@ -3,7 +3,7 @@
 import pytest, torch
 from detectors import batch, detector
 from torch import nn
-from fastdistill import pkd
+from fastdistill.recipes import pkd
 from fastdistill.base.outputs import DistillError
 from fastdistill.detection import DetectionDistiller, anchors
 from fastdistill.detection.check import check_detections, seeing_size, top_matches

@@ -4,7 +4,8 @@ import copy
 import pytest, torch
 from detectors import KINDS, batch, detector
 from torch import nn
-from fastdistill import Recipe, Teacher, Term, cwd, kd, losses, pkd
+from fastdistill import Recipe, Teacher, Term, kd, losses
+from fastdistill.recipes import cwd, pkd
 from fastdistill.base.outputs import DistillError
 from fastdistill.detection import DetectionDistiller, anchors, mgd, scored
 
@@ -166,7 +167,7 @@ def test_a_teacher_object_keeps_its_options():
 def test_levels_pair_by_stride():
     student, teacher = detector('SSD', names='abc'), detector('RetinaNet', names='12')
     distiller = DetectionDistiller(student, teacher, pkd())
-    assert distiller.level_pairs == [
+    assert distiller.head.level_pairs == [
         ('backbone@[a]', 'backbone@[1]'),
         ('backbone@[b]', 'backbone@[2]'),
     ]
@@ -176,7 +177,7 @@ def test_a_backbone_without_a_pyramid_is_one_level():
     student = detector('RetinaNet', names='0')
     student.backbone.forward = lambda x: student.backbone.down[0](student.backbone.stem(x))
     distiller = DetectionDistiller(student.train(), detector('SSD', seed=1), scored())
-    assert distiller.level_pairs == [('backbone', 'backbone@[0]')]
+    assert distiller.head.level_pairs == [('backbone', 'backbone@[0]')]
     assert distiller(*batch())['scored_hint'].item() > 0
 
 

@@ -4,7 +4,7 @@ import pytest, torch
 import lightning.pytorch as pl
 from detectors import batch, detector
 from torch.utils.data import DataLoader
-from fastdistill import pkd
+from fastdistill.recipes import pkd
 from fastdistill.detection import DetectionDistiller, scored
 from fastdistill.lightning import DistillCallback
 

@@ -5,7 +5,7 @@ import pytest, torch
 import apps  # noqa: F401 (before the rest of fastai: it keeps its warnings quiet)
 from detectors import batch, detector, fastai_loaders
 from fastai.vision.all import Normalize
-from fastdistill import pkd
+from fastdistill.recipes import pkd
 from fastdistill.base.outputs import DistillError
 from fastdistill.detection import validation_losses
 from fastdistill.fastai.detector import DetectorLearner, MeanAveragePrecision, images_and_targets

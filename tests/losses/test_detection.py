@@ -5,11 +5,9 @@ import pytest, torch
 from torch import nn
 from cases import Golden
 from fastdistill.base.outputs import DistillError
+from fastdistill.losses import Loss
 from fastdistill.losses.detection import (
     MGD,
-    AnchorKL,
-    BoxDeltas,
-    ScoredHint,
     anchor_kl,
     box_deltas,
     mgd,
@@ -57,7 +55,7 @@ def test_anchor_kl_equals_a_plain_loop(T, background):
     (s, _), (t, _) = heads()
     want = anchor_kl_loop(s, t, T, background)
     assert anchor_kl(s, t, T=T, background=background).item() == pytest.approx(want)
-    assert AnchorKL(T=T, background=background)(s, t).item() == pytest.approx(want)
+    assert Loss(anchor_kl, T=T, background=background)(s, t).item() == pytest.approx(want)
 
 
 def test_anchor_kl_is_zero_for_equal_heads():
@@ -86,7 +84,7 @@ def test_box_deltas_equals_a_plain_loop(sure):
     s, t = heads(anchors=20)
     want = box_deltas_loop(s, t, sure, 1 / 9)
     assert box_deltas(s, t, sure=sure).item() == pytest.approx(want)
-    assert BoxDeltas(sure=sure)(s, t).item() == pytest.approx(want)
+    assert Loss(box_deltas, sure=sure)(s, t).item() == pytest.approx(want)
 
 
 def test_box_deltas_of_an_unsure_teacher_give_a_zero_gradient():
@@ -116,7 +114,7 @@ def test_scored_hint_equals_a_plain_loop():
         )
         want += top / w.sum().item()
     assert scored_hint(s, t, y).item() == pytest.approx(want)
-    assert ScoredHint()(s, t, y).item() == pytest.approx(want)
+    assert Loss(scored_hint)(s, t, y).item() == pytest.approx(want)
 
 
 def test_scored_hint_refuses_weights_of_other_levels():

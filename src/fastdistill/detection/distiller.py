@@ -201,6 +201,8 @@ class DetectionDistiller(Distiller):
         if recipe is None:
             recipe = automatic()
         self.batch = None  # what the student's transform made of the last images
+        # shares in the first batch would mislead, since a new head passes on almost no gradient
+        self.measures = False
         self.head.take(recipe)
         self.setup()
 

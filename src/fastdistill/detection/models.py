@@ -11,7 +11,7 @@ from torchvision.models.detection.ssd import SSD
 
 from ..base.outputs import DistillError
 from ..features.layer_names import unwrap
-from ..teachers.teacher import Teacher
+from ..teachers.teacher import Teacher, grouped_options
 
 __all__ = [
     'DETECTOR_CLASSES',
@@ -226,4 +226,4 @@ def detector_teacher(teacher, student: nn.Module, size=None) -> Teacher:
         size=size,
         name=detector_name(detector),
     )
-    return Teacher(DetectorView(detector), **own | options)
+    return Teacher(DetectorView(detector), **grouped_options(own | options))

@@ -3,6 +3,9 @@
 A dense head predicts for each anchor: class logits (B, A, K) and box deltas (B, A, 4).
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -14,10 +17,7 @@ from .feature import hint
 from .response import binary_kl
 
 __all__ = [
-    'AnchorKL',
-    'BoxDeltas',
     'MGD',
-    'ScoredHint',
     'anchor_kl',
     'box_deltas',
     'mgd',
@@ -25,7 +25,7 @@ __all__ = [
 ]
 
 
-def object_scores(t: Tensor, background: int | None):
+def object_scores(t: Tensor, background: int | None) -> Tensor:
     """Return the probability of any object at each anchor, (B, A).
 
     Args:
@@ -46,7 +46,7 @@ def anchor_kl(
     T: float = 1.0,
     background: int | None = None,
     reduction: str = 'mean',
-):
+) -> Tensor:
     """Compute the KL of the class probabilities at each anchor, averaged with the teacher's
     probability of an object as weight.
 
@@ -69,10 +69,6 @@ def anchor_kl(
     return reduce(v, reduction, weight)
 
 
-class AnchorKL(Loss):
-    fn = anchor_kl
-
-
 @loss(kind=None, match='shape', lists=True)
 def box_deltas(
     s: list,
@@ -82,7 +78,7 @@ def box_deltas(
     beta: float = 1 / 9,
     background: int | None = None,
     reduction: str = 'mean',
-):
+) -> Tensor:
     """Compute the smooth L1 distance of the box deltas, summed over the four, at anchors where the
     teacher's probability of an object is above `sure`.
 
@@ -95,18 +91,14 @@ def box_deltas(
         reduction: 'mean', 'sum' or 'none' (one value per anchor, (B, A), 0 where it does not
             count).
     """
-    (_, s), (logits, t) = s, t
-    same_shape(s, t)
-    v = F.smooth_l1_loss(s, t, beta=beta, reduction='none').sum(-1)
+    logits, deltas = t
+    same_shape(s[1], deltas)
+    v = F.smooth_l1_loss(s[1], deltas, beta=beta, reduction='none').sum(-1)
     return reduce(v, reduction, object_scores(logits, background) > sure)
 
 
-class BoxDeltas(Loss):
-    fn = box_deltas
-
-
 @loss(kind=None, match='shape', lists=True)
-def scored_hint(s: list, t: list, y: list):
+def scored_hint(s: list, t: list, y: list) -> Tensor:
     """Compute the mean squared difference of feature maps, weighted by the teacher's probability of
     an object at each position, summed over levels.
 
@@ -120,15 +112,18 @@ def scored_hint(s: list, t: list, y: list):
             f'{len(s)} student maps, {len(t)} teacher maps and {len(y)} maps of weights: give one '
             'of each for every level.'
         )
-    return sum(hint(a, b, mask=w) for a, b, w in zip(s, t, y))
-
-
-class ScoredHint(Loss):
-    fn = scored_hint
+    return torch.stack([hint(a, b, mask=w) for a, b, w in zip(s, t, y)]).sum()
 
 
 @loss(kind=None, match='shape')
-def mgd(s: Tensor, t: Tensor, *, generate, keep: Tensor | None = None, reduction: str = 'mean'):
+def mgd(
+    s: Tensor,
+    t: Tensor,
+    *,
+    generate: Callable,
+    keep: Tensor | None = None,
+    reduction: str = 'mean',
+) -> Tensor:
     """Compute the mean squared difference of the teacher's map and one generated from the student's
     map, of which random positions are hidden (MGD, arXiv:2205.01529).
 
@@ -152,26 +147,26 @@ class MGD(Loss):
 
     Args:
         drop: Probability that a position is hidden.
-        reduction: As in `mgd`.
+        **options: Options of `mgd`.
     """
 
-    fn = mgd
-
-    def __init__(self, *, drop: float = 0.65, **options):
-        super().__init__(**options)
+    def __init__(self, *, drop: float = 0.65, **options: Any) -> None:
+        super().__init__(mgd, **options)
         if not 0 <= drop < 1:
             raise DistillError(f'drop={drop}: must be at least 0 and below 1')
         self.drop = drop
         self.generate = self.options.pop('generate', None)
 
-    def prepare(self, s, t, layer=None, axis=None):
+    def prepare(
+        self, s: Tensor, t: Tensor, layer: nn.Module | None = None, axis: int | None = None
+    ) -> None:
         """Create the convolutions, for the teacher's number of channels."""
         if self.generate is None:
             c = t.shape[1]
             conv = lambda: nn.Conv2d(c, c, 3, padding=1)
             self.generate = nn.Sequential(conv(), nn.ReLU(), conv())
 
-    def forward(self, s, t, *args, **kwargs):
+    def forward(self, s: Tensor, t: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if self.generate is None:
             raise DistillError(
                 'MGD trains convolutions, which do not exist yet: call prepare(s, t) with the features of '
