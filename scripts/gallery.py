@@ -28,7 +28,9 @@ LAST = re.compile(
     r'student alone (?P<alone>[\d.]+), student distilled (?P<distilled>[\d.]+)$'
 )
 LOWER_IS_BETTER = 'pixels off', 'degrees off', 'stars off', 'perplexity'
-HEADS = dict(images='Images', masks='Masks', texts='Texts', tables='Tables', ratings='Ratings')
+HEADS = dict(
+    images='Images', boxes='Boxes', masks='Masks', texts='Texts', tables='Tables', ratings='Ratings'
+)
 
 
 def scripts():
