@@ -279,7 +279,8 @@ class Manifest:
         """Check names and sizes, which follow from the other entries."""
         if type(self.complete) is not bool:
             refuse_entry('complete', self.complete, 'true or false')
-        n = sum(1 for _ in self.all_files()) * self.complete
+        own = 1 + bool(self.head_bytes) + (self.parts is not None)
+        n = (own + self.stored * self.per_view) * self.complete
         json_list('shards', self.shards, n, n)
         for i, (s, (name, size)) in enumerate(zip(self.shards, self.all_files())):
             json_object(f'shards[{i}]', s, ('name', 'bytes', 'checksum'), ())

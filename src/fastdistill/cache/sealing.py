@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 
 import numpy as np
+import torch
 
 from ..base.outputs import DistillError
 from .digests import checksum
@@ -50,7 +51,7 @@ def seal_stream(path, keys=None) -> TeacherCache:
 
 
 def _seal(where, m, expected):
-    names, unfinished = parts_of(where, m.stored)
+    names, unfinished = part_files(where, m.stored)
     problems = Problems(where)
     problems.add('writers are not done', unfinished)
     if not names[0]:
@@ -62,7 +63,7 @@ def _seal(where, m, expected):
     m.count = sum(n for _, n in m.parts)
     m.shard_rows = max(n for _, n in m.parts)
     own, sums = read_all_keys(where, m, names, problems)
-    order = np.argsort(own)
+    order = sorted_positions(own)
     problems.add('samples have several rows', duplicates(m, own, order))
     if expected is not None:
         compare_expected(m, own, order, expected, problems)
@@ -116,7 +117,7 @@ def part_name(name):
     return PART.fullmatch(name)[2]
 
 
-def parts_of(where, views):
+def part_files(where, views):
     """Return (names of the files of each view in order, texts about writers that are not done)."""
     found, ends = [[] for _ in range(views)], {}
     for n in where.names():
@@ -177,6 +178,15 @@ def read_all_keys(where, m, names, problems):
     problems.add('files have samples that differ from those of view 0, or their order', different)
     problems.enforce()
     return own, sums
+
+
+def sorted_positions(keys) -> np.ndarray:
+    """Return the positions in the order of the keys, (N,) int64."""
+    top = np.uint64(2**63)  # PyTorch sorts signed numbers, several times faster than NumPy does
+    keys ^= top
+    order = torch.from_numpy(keys.view(np.int64)).sort().indices.numpy()
+    keys ^= top
+    return order
 
 
 def place_of(m, at):

@@ -78,7 +78,7 @@ def start_stream(
     where, store, kind = open_folder(path), Store.of(store, axis), getattr(teacher, 'kind', '')
     check_kind_of_store(store, kind or 'softmax')
     options = dict(inputs=inputs, key=key, device=device)
-    x = inputs_of(example, inputs, device)
+    x = inputs_in(example, inputs, device)
     n = len(keys_in(example, key, root))
 
     def run(tasks, bs, teacher=teacher):
@@ -96,11 +96,11 @@ def start_stream(
         layout = Layout.of(first, store)
         m = Manifest(0, views, seed, layout, 1, 1, source.teacher, dict(root=root), parts=[])
         m.vocab, m.versions, m.lost = vocab, versions(), list(lost)
-        _begin(where, m.as_read(), first)
+        _begin_stream(where, m.as_read(), first)
     return TeacherRows(where, teacher, layer=store.layer, **options)
 
 
-def _begin(where, m, first):
+def _begin_stream(where, m, first):
     """Write what all writers must know, unless it is there."""
     if where.size('manifest.json') is not None:
         old = Manifest.read(where)
@@ -191,7 +191,7 @@ class TeacherRows:
 
     def rows(self, batch, keys, views) -> np.ndarray:
         """Run the teacher. Return its outputs as rows, (B, bytes) uint8."""
-        x, m = inputs_of(batch, self.inputs, self.device), self.manifest
+        x, m = inputs_in(batch, self.inputs, self.device), self.manifest
         out = self._outputs(x)
         if len(out.logits) != len(keys):
             raise DistillError(
@@ -231,7 +231,7 @@ def outputs_of(teacher, x) -> Outputs:
         return Outputs.of(teacher(*x) if isinstance(x, tuple) else teacher(x))
 
 
-def inputs_of(batch, spec, device=None):
+def inputs_in(batch, spec, device=None):
     """Return the teacher's inputs in a batch, as tensors."""
     if callable(spec):
         x = spec(batch)
@@ -331,12 +331,12 @@ class RowWriter:
     def finished(self, name, view: int = 0) -> list:
         """Return the names of the consecutive numbered files NAME-000000 ... that are there."""
         names = []
-        while self.folder.size(keys_file(to := numbered(name, len(names), view))) is not None:
+        while self.folder.size(keys_file(to := part_file(name, len(names), view))) is not None:
             names.append(to)
         return names
 
 
-def numbered(name, i, view=0):
+def part_file(name, i, view=0):
     return f'view{view:03}/{name}-{i:06}.bin'
 
 
@@ -396,7 +396,7 @@ def write_stream(
             waiting.append((keys[skip:], got[skip:]))
             kept += len(keys) - skip
             while kept >= size:
-                part, waiting = split(waiting, size)
+                part, waiting = first_rows_of(waiting, size)
                 out.write(f'{name}-{number:06}', *part, view)
                 number, kept = number + 1, kept - size
     if at < len(known):
@@ -404,7 +404,7 @@ def write_stream(
             f'{name} has only {at} samples, but {len(known)} rows were written before.'
         )
     if kept:
-        out.write(f'{name}-{number:06}', *split(waiting, kept)[0], view)
+        out.write(f'{name}-{number:06}', *first_rows_of(waiting, kept)[0], view)
     rows.folder.write(end, json.dumps(dict(rows=at)).encode())
     rows.check_accuracy()
     if not at:
@@ -420,7 +420,7 @@ def rows_at_end(where, name) -> int | None:
     return whole_number(f'{name}, rows', o['rows'], 0, MAX_COUNT)
 
 
-def split(waiting, n):
+def first_rows_of(waiting, n):
     """Return ((keys, rows) of the first `n` rows, list of the others)."""
     keys, rows = (np.concatenate(o) for o in zip(*waiting))
     return (keys[:n], rows[:n]), [(keys[n:], rows[n:])] if len(keys) > n else []
