@@ -26,9 +26,9 @@ PART = re.compile(r'view(\d{3,})/(.+)\.(bin|keys|end)')
 def seal_stream(path, keys=None) -> TeacherCache:
     """Check the rows that all writers of a stream wrote, complete the cache, and open it.
 
-    Files are read once and stay where they are. Needs 16 bytes of memory for each sample (24 with
-    `keys`). If something is wrong, the error names it, and nothing is changed: run the writers that it
-    names again.
+    Files are read once and stay where they are. Needs about 40 bytes of memory for each sample. If
+    something is wrong, the error names it, and nothing is changed: run the writers that it names
+    again.
 
     Args:
         path: Folder or URL that `start_stream` began.
