@@ -2,6 +2,7 @@
 
     python benchmarks/streams.py                                        # 100,000 rows: seconds
     python benchmarks/streams.py --rows 1000000 --out benchmarks/results/streams.json
+    python benchmarks/streams.py --rows 1000000 --classes 500           # rows of 1,000 bytes
     python benchmarks/streams.py --rows 100000000 --folder BIG_DISK     # about 6 GB
 
 The rows are synthetic: the teacher's logits are a function of the sample's number, so every row can be verified, and no time goes into a model. Eight writers
@@ -30,17 +31,21 @@ from fastdistill.cache.digests import file_checksum
 from fastdistill.cache.keys import keys_of
 
 PROTOCOL = 1
-CLASSES, BS = 16, 1000
+BS = 1000
 MB = 2**20
 
 
 class Numbered:
-    "A teacher whose logits tell the number of the sample: a digit of it (base 10) for each class"
+    "A teacher whose logits tell the number of the sample: its 16 digits, and then numbers that depend on it, below 1,000"
 
     name, modules = 'numbered', [torch.nn.Identity()]
 
+    def __init__(self, classes):
+        self.more = 31 * torch.arange(classes - 16)
+
     def __call__(self, x):
-        return Outputs((x[:, None] // 10 ** torch.arange(CLASSES) % 10).float())
+        digits = x[:, None] // 10 ** torch.arange(16) % 10
+        return Outputs(torch.cat([digits, (17 * x[:, None] + self.more) % 1000], 1).float())
 
 
 def batches(first, last):
@@ -53,19 +58,19 @@ def span(k, n, writers):
     return k * n // writers, (k + 1) * n // writers
 
 
-def write(folder, k, n, writers, part_bytes):
-    rows = TeacherRows(folder, Numbered())
+def write(folder, k, n, writers, part_bytes, classes):
+    rows = TeacherRows(folder, Numbered(classes))
     write_stream(batches(*span(k, n, writers)), rows, f'writer-{k:03}', part_bytes=part_bytes)
 
 
-def written_by_killed(folder, n, writers, kills, part_bytes, rng):
+def written_by_killed(folder, n, writers, kills, part_bytes, classes, rng):
     "Each writer is killed `kills` times after a random time, while others go on; then all write to the end"
     ctx, n_killed, t = multiprocessing.get_context('fork'), 0, time.perf_counter()
     left, running, seconds = {k: kills for k in range(writers)}, {}, 1.0 + n / writers / 2e5
     done = set()
     while len(done) < writers:
         for k in set(range(writers)) - done - set(running):
-            p = ctx.Process(target=write, args=(folder, k, n, writers, part_bytes))
+            p = ctx.Process(target=write, args=(folder, k, n, writers, part_bytes, classes))
             p.start()
             until = time.perf_counter() + rng.random() * seconds if left[k] else float('inf')
             running[k] = p, until
@@ -187,17 +192,18 @@ def share_of_join(make, cache, repeats):
     return dict(reader=round(a), with_join=round(b), loss_percent=round(100 * (1 - b / a), 1))
 
 
-def verify(cache, n):
+def verify(cache, n, classes):
     "Every row is that of its sample"
-    for i in range(0, n, 10**6):
-        ids = np.arange(i, min(i + 10**6, n))
+    for i in range(0, n, 10**5):
+        ids = np.arange(i, min(i + 10**5, n))
         got = cache.outputs(cache.find(keys_of(ids.tolist()))).logits
-        want = Numbered()(torch.from_numpy(ids)).logits
+        want = Numbered(classes)(torch.from_numpy(ids)).logits
         assert torch.equal(got, want), f'rows from {i} on differ'
 
 
 def main(
     rows: int = 100_000,
+    classes: int = 16,  # a row has twice as many bytes
     writers: int = 8,
     kills: int = 2,
     seed: int = 0,
@@ -211,9 +217,11 @@ def main(
     with tempfile.TemporaryDirectory(dir=folder) as tmp:
         path, n, rng = Path(tmp) / 'rows', rows, np.random.default_rng(seed)
         example = next(batches(0, 64))
-        bytes_per_row = start_stream(path, Numbered(), example, 'float16').manifest.layout.bytes
+        bytes_per_row = start_stream(
+            path, Numbered(classes), example, 'float16'
+        ).manifest.layout.bytes
         part = int(part_mb * MB) or min(max(n * bytes_per_row // writers // 16, 1000), 64 * MB)
-        killed, t = written_by_killed(path, n, writers, kills, part, rng)
+        killed, t = written_by_killed(path, n, writers, kills, part, classes, rng)
         row = dict(rows=n, writers=writers, killed=killed, bytes_per_row=bytes_per_row)
         files = sorted(path.rglob('*.bin')) + sorted(path.rglob('*.keys'))
         row |= dict(files=len(files), seconds_to_write=round(t, 2))
@@ -233,7 +241,7 @@ def main(
         row |= dict(memory_bytes_per_row=round(peak / n, 1))
         cache = TeacherCache(path)
         assert len(cache) == n, 'rows were lost or doubled'
-        verify(cache, n)
+        verify(cache, n, classes)
         row |= dict(lost_or_doubled=0)
         print(json.dumps(row), flush=True)
         m = min(samples, n)
@@ -255,8 +263,14 @@ def main(
             machine=f'{platform.machine()}, {os.cpu_count()} cores', command=' '.join(sys.argv)
         )
         have = json.loads(out.read_text()) if out.exists() else []
-        have = [o for o in have if (o['rows'], o['protocol']) != (n, PROTOCOL)] + [row]
-        out.write_text(json.dumps(sorted(have, key=lambda o: o['rows']), indent=1) + '\n')
+        have = [
+            o
+            for o in have
+            if (o['rows'], o['bytes_per_row'], o['protocol']) != (n, bytes_per_row, PROTOCOL)
+        ] + [row]
+        out.write_text(
+            json.dumps(sorted(have, key=lambda o: (o['rows'], o['bytes_per_row'])), indent=1) + '\n'
+        )
 
 
 if __name__ == '__main__':
