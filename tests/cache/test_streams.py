@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from fastdistill import DistillError, Distiller, Outputs, Teacher, kd
 from fastdistill.base.outputs import DistillWarning, Draws
 from fastdistill.cache import (
+    Replayed,
     RowWriter,
     StreamJoin,
     TeacherCache,
@@ -502,6 +503,28 @@ def test_a_sealed_folder_stays_as_it_is(tmp_path):
             progress=False,
         )
     assert len(TeacherCache(tmp_path).check()) == N
+
+
+def test_a_file_that_is_lost_or_damaged_after_sealing_is_named(tmp_path):
+    written(tmp_path)
+    cache = seal_stream(tmp_path)
+    file = tmp_path / 'view000' / 'shard-1-000001.bin'
+    data = file.read_bytes()
+    file.write_bytes(data[:-1] + b'x')
+    with pytest.raises(DistillError, match='shard-1-000001.bin differs .* write the stream again'):
+        cache.check()
+    file.unlink()
+    with pytest.raises(DistillError, match='shard-1-000001.bin is missing'):
+        StreamJoin([], tmp_path)
+
+
+def test_replayed_takes_a_sealed_stream(tmp_path):
+    written(tmp_path)
+    data = torch.utils.data.TensorDataset(X[:7])
+    names = [f'sample {i}' for i in range(7)]
+    replayed = Replayed(data, seal_stream(tmp_path), keys=names)
+    x, rows = next(iter(DataLoader(replayed, 7)))
+    torch.testing.assert_close(replayed.cache.decode(rows).logits, net()(x).detach())
 
 
 @pytest.mark.parametrize(

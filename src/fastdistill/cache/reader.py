@@ -165,10 +165,10 @@ class TeacherCache:
             )
         names = [f'{k} {v}' for k, v in found.items()]
         more = f' and {len(names) - 5} more' if len(names) > 5 else ''
-        raise DistillError(
-            f'Damaged files in {self.folder}: {", ".join(names[:5])}{more}. Write the cache again '
-            'with the same arguments: only damaged files are rewritten.'
-        )
+        what = 'Write the cache again with the same arguments: only damaged files are rewritten.'
+        if self.manifest.parts is not None:
+            what = 'Restore them from a copy, or write the stream again to a new folder.'
+        raise DistillError(f'Damaged files in {self.folder}: {", ".join(names[:5])}{more}. {what}')
 
     def rows(self, at, views=0) -> np.ndarray:
         """Return rows as stored, (B, bytes) uint8.

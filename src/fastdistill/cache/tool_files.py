@@ -13,7 +13,7 @@ from .entries import json_list, json_object, refuse_entry, shortened, whole_numb
 __all__ = ['TOOLS', 'converted_rows']
 
 FLOATS = dict(float16='<f2', bfloat16='<u2', float32='<f4', float64='<f8')  # of bfloat16, the bits
-FUNCTIONS = dict(sqrt=np.sqrt, exp=np.exp)
+SPECIAL_TERMS = dict(sqrt=np.sqrt, exp=np.exp)
 MAX_K = 2**16
 
 
@@ -106,7 +106,7 @@ def compression_of(config, path):
         if c[k] not in FLOATS:
             refuse_entry(f'{name}.{k}', c[k], ' or '.join(FLOATS))
     for t in c['polynomial_terms'] or ():
-        if t not in FUNCTIONS and type(t) is not int:
+        if t not in SPECIAL_TERMS and type(t) is not int:
             refuse_entry(f'{name}.polynomial_terms', t, "a whole number, 'sqrt' or 'exp'")
     for i, b in enumerate(json_list(f'{name}.residual_bins', c['residual_bins'], 0, MAX_K)):
         at = f'{name}.residual_bins[{i}]'
@@ -214,7 +214,7 @@ def decompressed(data: Bytes, c):
     rest = np.zeros((len(exact), n))
     if terms:
         t = np.linspace(0, 1, n) if c['normalize_t'] else np.arange(n, dtype=float)
-        x = np.stack([FUNCTIONS[k](t) if k in FUNCTIONS else t**k for k in terms])
+        x = np.stack([SPECIAL_TERMS[k](t) if k in SPECIAL_TERMS else t**k for k in terms])
         rest += data.floats(len(terms), c['term_dtype']) @ x
     at = 0
     for b in c['residual_bins']:
