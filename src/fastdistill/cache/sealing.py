@@ -44,9 +44,8 @@ def seal_stream(path, keys=None) -> TeacherCache:
         m = stream_manifest(where)
         if not m.complete:
             _seal(where, m, keys)
-        for ending in ('.keys', '.end', '.tmp'):
-            clear(where, ending)
-        clear(where, '.bin', {*where.names()} - {n for n, _ in m.all_files()})  # without keys
+        # also files of rows without keys, which a killed writer left
+        clear(where, only={*where.names()} - {'manifest.json', *(n for n, _ in m.all_files())})
     return TeacherCache(where)
 
 
