@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 
-from fastdistill import DistillError
+from fastdistill import DistillError, losses
 from fastdistill.cache import cache_from
 from fastdistill.cache.keys import keys_of
 
@@ -153,6 +153,22 @@ def test_distillkit(name, tool, tmp_path):
             order = v.argsort(descending=True, stable=True)
             assert out.logits.ids[r, j].tolist() == torch.tensor(ids)[order].tolist()
             torch.testing.assert_close(out.logits.values[r, j], v[order], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize('T', [1.0, 2.0])
+def test_the_default_loss_of_distillkit(T, tmp_path):
+    "`zero`: the k probabilities, at the loss's temperature, are divided by their sum (its lossfuncs/common.py)"
+    folder, _ = distillkit_files(tmp_path / 'a', CONFIGS['exact'])
+    out = rows_of_cache(opened(folder, tmp_path / 'b', tool='distillkit'))
+    student, total = torch.randn(2, L, V, generator=torch.Generator().manual_seed(1)), 0.0
+    for r, tokens in enumerate(TOKENS):
+        for j in range(len(tokens) - 1):
+            ids, v = likeliest(r, j)
+            p = [math.exp(o / T) for o in v]
+            q = (student[r, j] / T).log_softmax(0)
+            total += sum(a / sum(p) * (math.log(a / sum(p)) - float(q[i])) for a, i in zip(p, ids))
+    got = losses.kl(student, out.logits.dense(), T=T, axis=-1, mask=out.mask)
+    assert float(got) == pytest.approx(T**2 * total / 6, rel=1e-4)
 
 
 def test_the_tail_of_distillkit_has_no_probability(tmp_path):
