@@ -223,7 +223,7 @@ def main(
         part = int(part_mb * MB) or min(max(n * bytes_per_row // writers // 16, 1000), 64 * MB)
         killed, t = written_by_killed(path, n, writers, kills, part, classes, rng)
         row = dict(rows=n, writers=writers, killed=killed, bytes_per_row=bytes_per_row)
-        files = sorted(path.rglob('*.bin')) + sorted(path.rglob('*.keys'))
+        files = sorted(path.rglob('*.rows')) + sorted(path.rglob('*.keys'))
         row |= dict(files=len(files), seconds_to_write=round(t, 2))
         warm, cold = seconds_to_read(files, False), seconds_to_read(files, True)
         t, busy = time.perf_counter(), time.process_time()

@@ -26,7 +26,7 @@ from fastdistill.cache import (
     unpack_cache,
     write_stream,
 )
-from fastdistill.cache.keys import keys_of
+from fastdistill.cache.keys import hash_of, key_of, keys_of
 import processes
 
 N, C, BS = 60, 5, 8
@@ -168,6 +168,7 @@ def test_a_sealed_stream_is_a_cache_in_the_order_of_the_names(tmp_path):
     assert sorted({p.suffix for p in tmp_path.rglob('*') if p.is_file()} - {''}) == [
         '.bin',
         '.json',
+        '.rows',
     ]
     again = pickle.loads(pickle.dumps(cache))
     assert np.array_equal(again.row(N - 1), cache.row(N - 1))
@@ -305,6 +306,13 @@ def test_several_inputs_and_functions_of_a_batch(tmp_path):
         rows(batch)
 
 
+@pytest.mark.parametrize('name', ['a', '', './a/b', '/data/a', 'ä', 0, -7, 10**30, True], ids=repr)
+def test_keys_of_frequent_names_are_those_of_all_others(name):
+    parts = dict(str=b'str', int=b'int', bool=b'bool')[type(name).__name__]
+    text = str(name).removeprefix('./').removeprefix('/data/')
+    assert key_of(name, '/data') == hash_of(parts, text.encode())
+
+
 # interrupted writers
 
 
@@ -436,19 +444,19 @@ def test_views_in_another_order_are_named(tmp_path):
     rows = start(tmp_path, views=2)
     for view in (0, 1):
         write_stream(batches(range(N)[:: 1 - 2 * view]), rows, 'all', view=view)
-    refused(tmp_path, 'differ from those of view 0, or their order: view001/all-000000.bin')
+    refused(tmp_path, 'differ from those of view 0, or their order: view001/all-000000.rows')
 
 
 def test_torn_rows_are_named(tmp_path):
     written(tmp_path)
-    file = tmp_path / 'view000' / 'shard-1-000001.bin'
+    file = tmp_path / 'view000' / 'shard-1-000001.rows'
     file.write_bytes(file.read_bytes()[:-7])
-    refused(tmp_path, r'1 files are torn: view000/shard-1-000001.bin \(4.65 rows, 5 keys\)')
+    refused(tmp_path, r'1 files are torn: view000/shard-1-000001.rows \(4.65 rows, 5 keys\)')
     file.unlink()
-    refused(tmp_path, r'shard-1-000001.bin \(no rows, 5 keys\)')
+    refused(tmp_path, r'shard-1-000001.rows \(no rows, 5 keys\)')
 
 
-@pytest.mark.parametrize('ending', ['bin', 'keys'])
+@pytest.mark.parametrize('ending', ['rows', 'keys'])
 def test_damaged_files_are_named(ending, tmp_path):
     written(tmp_path)
     file = tmp_path / 'view000' / f'shard-1-000001.{ending}'
@@ -508,13 +516,13 @@ def test_a_sealed_folder_stays_as_it_is(tmp_path):
 def test_a_file_that_is_lost_or_damaged_after_sealing_is_named(tmp_path):
     written(tmp_path)
     cache = seal_stream(tmp_path)
-    file = tmp_path / 'view000' / 'shard-1-000001.bin'
+    file = tmp_path / 'view000' / 'shard-1-000001.rows'
     data = file.read_bytes()
     file.write_bytes(data[:-1] + b'x')
-    with pytest.raises(DistillError, match='shard-1-000001.bin differs .* write the stream again'):
+    with pytest.raises(DistillError, match='shard-1-000001.rows differs .* write the stream again'):
         cache.check()
     file.unlink()
-    with pytest.raises(DistillError, match='shard-1-000001.bin is missing'):
+    with pytest.raises(DistillError, match='shard-1-000001.rows is missing'):
         StreamJoin([], tmp_path)
 
 

@@ -96,8 +96,8 @@ class Manifest:
         return -(-self.count // self.shard_rows) if self.parts is None else len(self.parts)
 
     def shard(self, view, i):
-        name = f'{i:06}' if self.parts is None else self.parts[i][0]
-        return f'view{view:03}/{name}.bin'
+        name = f'{i:06}.bin' if self.parts is None else f'{self.parts[i][0]}.rows'
+        return f'view{view:03}/{name}'
 
     def rows_of(self, i):
         if self.parts is not None:

@@ -20,7 +20,7 @@ from .writer import clear
 __all__ = ['seal_stream']
 
 STEP = 2**20  # rows that are compared at once
-PART = re.compile(r'view(\d{3,})/(.+)\.(bin|keys|end)')
+PART = re.compile(r'view(\d{3,})/(.+)\.(rows|keys|end)')
 
 
 def seal_stream(path, keys=None) -> TeacherCache:
@@ -108,7 +108,7 @@ class Problems:
                 f"{self.where} can't be sealed:\n"
                 + '\n'.join(self.found)
                 + '\nNothing was changed. Start the writers of these rows again, or remove the files '
-                '(.bin and .keys) that are too many, and seal it again.'
+                '(.rows and .keys) that are too many, and seal it again.'
             )
 
 
@@ -123,7 +123,7 @@ def part_files(where, views):
         if not (at := PART.fullmatch(n)) or int(at[1]) >= views:
             continue
         if at[3] == 'keys':
-            found[int(at[1])].append(n.removesuffix('.keys') + '.bin')
+            found[int(at[1])].append(n.removesuffix('.keys') + '.rows')
         elif at[3] == 'end':
             ends[int(at[1]), at[2]] = rows_at_end(where, n)
     unfinished = []

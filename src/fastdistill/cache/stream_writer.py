@@ -321,7 +321,7 @@ class RowWriter:
         if not PART_NAME.fullmatch(name):
             raise DistillError(f'The name of a file is {name!r}: it must be {PART_NAMES}.')
         check_view(self.folder, self.manifest, view)
-        to, data = f'view{view:03}/{name}.bin', memoryview(np.ascontiguousarray(rows)).cast('B')
+        to, data = f'view{view:03}/{name}.rows', memoryview(np.ascontiguousarray(rows)).cast('B')
         self.folder.write(to, data)
         own = np.asarray(keys, '<u8').tobytes() + bytes.fromhex(checksum(data))
         # subtle: last, since rows without keys do not count
@@ -337,11 +337,11 @@ class RowWriter:
 
 
 def part_file(name, i, view=0):
-    return f'view{view:03}/{name}-{i:06}.bin'
+    return f'view{view:03}/{name}-{i:06}.rows'
 
 
 def keys_file(name):
-    return name.removesuffix('.bin') + '.keys'
+    return name.removesuffix('.rows') + '.keys'
 
 
 def read_keys(where, name):
