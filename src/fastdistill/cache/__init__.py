@@ -7,21 +7,30 @@ from .importers import cache_from
 from .layout import Layout, Store
 from .pack import pack_cache, unpack_cache
 from .reader import TeacherCache
+from .sealing import seal_stream
 from .server import ask_server
 from .source import Source
+from .stream_join import StreamJoin
+from .stream_writer import RowWriter, TeacherRows, start_stream, write_stream
 from .writer import Forecast, write_cache
 
 __all__ = [
     'Forecast',
     'Layout',
     'Replayed',
+    'RowWriter',
     'Source',
-    'TeacherCache',
     'Store',
+    'StreamJoin',
+    'TeacherCache',
+    'TeacherRows',
     'ask_server',
     'cache_dataset',
     'cache_from',
     'pack_cache',
+    'seal_stream',
+    'start_stream',
     'unpack_cache',
     'write_cache',
+    'write_stream',
 ]

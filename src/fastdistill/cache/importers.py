@@ -21,6 +21,7 @@ from .layout import Store
 from .progress import shown_progress
 from .reader import TeacherCache
 from .source import Source, is_whole
+from .tool_files import converted_rows
 from .writer import write_cache
 
 __all__ = ['cache_from']
@@ -49,7 +50,7 @@ def cache_from(
     value: str | None = None,
     given: str | None = None,
     topk: int | None = None,
-    tail: str = 'uniform',
+    tail: str | None = None,
     shift: bool | None = None,
     length: int | None = None,
     dtype: str = 'float16',
@@ -58,6 +59,8 @@ def cache_from(
     bs: int = 64,
     force: bool = False,
     progress=True,
+    tool: str | None = None,
+    config=None,
 ) -> TeacherCache:
     """Write a cache of outputs computed by a different program, and open it. An interrupted run is
     resumed.
@@ -79,7 +82,8 @@ def cache_from(
         given: What the numbers are: 'logprobs', 'logits' or 'probs'. None to tell by the name of
             the column.
         topk: Number of most likely classes to store. None for as many as every position has.
-        tail: Assumption about the other classes: 'uniform', 'zero' or 'bucket', see `TopK`.
+        tail: Assumption about the other classes: 'uniform', 'zero' or 'bucket', see `TopK`. None for
+            that of the tool, or else 'uniform'.
         shift: For tokens, True if entries are at their own tokens. None to tell by the name of the
             column (vLLM, SGLang).
         length: For tokens, the number of positions to store. None for the length of the longest
@@ -91,10 +95,22 @@ def cache_from(
         force: Whether to overwrite a cache that does not fit.
         progress: True for a bar in terminals and notebooks, False for none, or fn(rows done, total
             rows, bytes done).
+        tool: Tool that wrote the rows in its own format: 'distillkit', 'open-instruct', 'axolotl' or
+            'vllm'. Rows without names are named by their tokens.
+        config: Configuration with which DistillKit or open-instruct compressed the rows, a dict or a
+            file. None for the file compression_config.yaml next to them.
     """
     rows, identity = read_rows(outputs)
     if not len(rows):
         raise DistillError(f'There are no rows in {identity[0]}: there is nothing to write.')
+    if tool is not None:
+        file = outputs if isinstance(outputs, (str, Path)) else None
+        rows, of_tool, classes = converted_rows(rows, tool, config, file)
+        n, tail = n or classes, tail or of_tool.tail
+        shift = of_tool.shift if shift is None else shift
+        if keys is None and not any(k in rows[0] for k in KEYS):
+            keys = of_tool.keys
+    tail = tail or 'uniform'
     r = Reading(rows, n, value, given, shift, tail, dtype)
     found = r.hashed(r.names(keys), root)
     r.measure(topk, length)

@@ -5,6 +5,7 @@ import re
 import warnings
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from difflib import SequenceMatcher
+from functools import cached_property
 
 import numpy as np
 
@@ -25,6 +26,8 @@ __all__ = [
     'CHECKSUM',
     'MAX_VIEWS',
     'Manifest',
+    'PART_NAME',
+    'PART_NAMES',
     'differences',
     'refuse',
     'sample_differences',
@@ -62,6 +65,8 @@ class Manifest:
         shards: Name, bytes and checksum of each file, once all are written.
         doubt: Reason not to trust the teacher, found when the cache was written.
         lost: What storing lost at a few temperatures, see `fastdistill.cache.measure`.
+        parts: Name and number of rows of each file of a view, if they were written as a stream. None
+            for files of equal length. An empty list until they are sealed.
     """
 
     count: int
@@ -80,6 +85,7 @@ class Manifest:
     complete: bool = False
     doubt: str = ''
     lost: list = field(default_factory=list)
+    parts: list | None = None
 
     @property
     def stored(self):
@@ -87,13 +93,27 @@ class Manifest:
 
     @property
     def per_view(self):
-        return -(-self.count // self.shard_rows)
+        return -(-self.count // self.shard_rows) if self.parts is None else len(self.parts)
 
     def shard(self, view, i):
-        return f'view{view:03}/{i:06}.bin'
+        name = f'{i:06}.bin' if self.parts is None else f'{self.parts[i][0]}.rows'
+        return f'view{view:03}/{name}'
 
     def rows_of(self, i):
+        if self.parts is not None:
+            return self.parts[i][1]
         return min(self.shard_rows, self.count - i * self.shard_rows)
+
+    def place(self, at):
+        """Return (number of the file, row in it) of positions."""
+        if self.parts is None:
+            return np.divmod(at, self.shard_rows)
+        i = np.searchsorted(self._starts, at, 'right') - 1
+        return i, at - self._starts[i]
+
+    @cached_property
+    def _starts(self):
+        return np.cumsum([0, *(n for _, n in self.parts)])[:-1]
 
     def all_shards(self):
         """Yield (view, number, name, bytes) of each shard."""
@@ -104,6 +124,8 @@ class Manifest:
     def all_files(self):
         """Yield (name, bytes) of each file with a checksum."""
         yield 'keys.bin', 8 * self.count
+        if self.parts is not None:
+            yield 'index.bin', 8 * self.count
         if self.head_bytes:
             yield 'head.bin', self.head_bytes
         for *_, name, size in self.all_shards():
@@ -127,6 +149,8 @@ class Manifest:
         for k in ('doubt', 'lost'):
             if not d[k]:
                 del d[k]
+        if self.parts is None:
+            del d['parts']
         return json.dumps(d, indent=1, default=as_python).encode()
 
     def as_read(self):
@@ -139,7 +163,7 @@ class Manifest:
     @property
     def version(self):
         """Version of the format: the first one that can hold this cache."""
-        return 2 if self.layout.extended or self.lost else 1
+        return 2 if self.layout.extended or self.lost or self.parts is not None else 1
 
     @classmethod
     def read(cls, where):
@@ -186,7 +210,7 @@ class Manifest:
         return self
 
     def _check_numbers(self):
-        whole_number('count', self.count, 1, MAX_COUNT)
+        whole_number('count', self.count, 0 if self.parts == [] else 1, MAX_COUNT)
         whole_number('views', self.views, 0, MAX_VIEWS)
         whole_number('seed', self.seed, -(2**63), 2**64 - 1)
         whole_number('batch_size', self.batch_size, 1, MAX_BATCH)
@@ -196,14 +220,29 @@ class Manifest:
                 f'shard_rows is {self.shard_rows}: it must be a multiple of batch_size, '
                 f'{self.batch_size}.'
             )
+        self._check_parts()
         if (n := self.stored * self.per_view) > MAX_FILES:
             raise DistillError(
                 f'count, views and shard_rows make {n} files: at most {MAX_FILES} are possible.'
             )
-        if (n := self.rows_of(0) * self.layout.bytes) > MAX_FILE:
+        most = self.rows_of(0) if self.parts is None else max((n for _, n in self.parts), default=0)
+        if (n := most * self.layout.bytes) > MAX_FILE:
             raise DistillError(
                 f'shard_rows and layout make files of {n} bytes: at most {MAX_FILE} are possible.'
             )
+
+    def _check_parts(self):
+        if self.parts is None:
+            return
+        for i, o in enumerate(json_list('parts', self.parts, 0, MAX_FILES)):
+            name, n = json_list(f'parts[{i}]', o, 2, 2)
+            if not PART_NAME.fullmatch(json_text(f'parts[{i}]', name)):
+                refuse_entry(f'parts[{i}]', name, PART_NAMES)
+            whole_number(f'parts[{i}]', n, 1, MAX_COUNT)
+        if len({name for name, _ in self.parts}) < len(self.parts):
+            raise DistillError('parts has the same name twice.')
+        if (n := sum(n for _, n in self.parts)) != self.count:
+            raise DistillError(f'parts have {n} rows, but count is {self.count}.')
 
     def _check_texts(self):
         for k in ('teacher', 'transforms', 'versions'):
@@ -240,7 +279,8 @@ class Manifest:
         """Check names and sizes, which follow from the other entries."""
         if type(self.complete) is not bool:
             refuse_entry('complete', self.complete, 'true or false')
-        n = (1 + bool(self.head_bytes) + self.stored * self.per_view) * self.complete
+        own = 1 + bool(self.head_bytes) + (self.parts is not None)
+        n = (own + self.stored * self.per_view) * self.complete
         json_list('shards', self.shards, n, n)
         for i, (s, (name, size)) in enumerate(zip(self.shards, self.all_files())):
             json_object(f'shards[{i}]', s, ('name', 'bytes', 'checksum'), ())
@@ -257,6 +297,8 @@ class Manifest:
 
 
 CHECKSUM = re.compile('[0-9a-f]{32}')
+PART_NAME = re.compile(r'[A-Za-z0-9_][A-Za-z0-9_.-]{0,199}')
+PART_NAMES = 'up to 200 letters, digits, or any of _.-, not beginning with a dot or a dash'
 
 
 class NotACache(DistillError):
@@ -301,6 +343,7 @@ def differences(a: Manifest, b: Manifest, changed_files=lambda: '') -> list:
     out += transform_differences(a.transforms, b.transforms)
     if not 0 < a.views < b.views:
         differ('views', a.views, b.views)
+    differ('written as a stream', a.parts is not None, b.parts is not None)
     for k in ('seed', 'vocab', 'layout'):
         differ(k, getattr(a, k), getattr(b, k))
     known = {(s['row'], s['view']): s for s in a.samples}

@@ -53,10 +53,16 @@ class TeacherCache:
             )
         self.manifest = m = Manifest.read(self.folder)
         if not m.complete:
+            if m.parts is not None:
+                raise DistillError(
+                    f'{self.folder} is not sealed: call seal_stream(path) when all its writers are '
+                    'done.'
+                )
             raise DistillError(
                 f'{self.folder} is not finished: write it again with the same arguments to resume.'
             )
-        self._maps, self._heads, self._keys, self._opened = {}, {}, None, checksum(m.to_json())
+        self._maps, self._heads, self._keys, self._order = {}, {}, None, None
+        self._opened = checksum(m.to_json())
         self._files = {o['name']: o for o in m.shards}
         sizes = zip(m.shards, self.folder.sizes(self._files))
         self._refuse({o['name']: text for o, size in sizes if (text := wrong_size(o, size))})
@@ -91,6 +97,7 @@ class TeacherCache:
             '_maps': {},
             '_heads': {},
             '_keys': None,
+            '_order': None,
             'sample_names': None,
             '_checked': checked,
         }
@@ -107,6 +114,16 @@ class TeacherCache:
         if self._keys is None:
             self._keys = self._open('keys.bin', '<u8', (len(self),))
         return self._keys
+
+    @property
+    def order(self) -> np.ndarray:
+        """Positions in the order of their keys, (N,) int64."""
+        if self._order is None:
+            if self.manifest.parts is None:
+                self._order = np.argsort(self.keys, kind='stable')
+            else:
+                self._order = self._open('index.bin', '<i8', (len(self),))
+        return self._order
 
     @property
     def valid(self):
@@ -148,10 +165,10 @@ class TeacherCache:
             )
         names = [f'{k} {v}' for k, v in found.items()]
         more = f' and {len(names) - 5} more' if len(names) > 5 else ''
-        raise DistillError(
-            f'Damaged files in {self.folder}: {", ".join(names[:5])}{more}. Write the cache again '
-            'with the same arguments: only damaged files are rewritten.'
-        )
+        what = 'Write the cache again with the same arguments: only damaged files are rewritten.'
+        if self.manifest.parts is not None:
+            what = 'Restore them from a copy, or write the stream again to a new folder.'
+        raise DistillError(f'Damaged files in {self.folder}: {", ".join(names[:5])}{more}. {what}')
 
     def rows(self, at, views=0) -> np.ndarray:
         """Return rows as stored, (B, bytes) uint8.
@@ -166,7 +183,7 @@ class TeacherCache:
         if len(at):
             self._within(at.min(), views.min())
             self._within(at.max(), views.max())
-        shard, row = np.divmod(at, m.shard_rows)
+        shard, row = m.place(at)
         where = views * m.per_view + shard
         for w in np.unique(where):
             sel = np.flatnonzero(where == w)
@@ -180,7 +197,7 @@ class TeacherCache:
             at: Position.
         """
         self._within(at, view)
-        i, row = divmod(at, self.manifest.shard_rows)
+        i, row = map(int, self.manifest.place(at))
         return np.array(self._shard(view, i)[row])
 
     def _within(self, at, view):
@@ -213,7 +230,7 @@ class TeacherCache:
         keys, mine = np.asarray(keys, np.uint64), self.keys
         if len(keys) == len(mine) and np.array_equal(keys, mine):
             return np.arange(len(mine))
-        order = np.argsort(mine, kind='stable')
+        order = self.order
         at = order[np.searchsorted(mine, keys, sorter=order).clip(max=len(mine) - 1)]
         lost = np.flatnonzero(mine[at] != keys)
         if len(lost):
@@ -323,7 +340,7 @@ def damage_of(folder, m, o, once):
 
 
 def damage_inside(path, m, o):
-    size, known = 1 if o['name'] in ('keys.bin', 'head.bin') else m.layout.bytes, []
+    size, known = m.layout.bytes if o['name'].startswith('view') else 1, []
 
     def look(part):
         if size > 1:

@@ -231,7 +231,8 @@ def head_is_lost(where, m) -> bool:
 
 
 CACHE_FILES = re.compile(
-    r'(manifest\.json|keys\.bin|head\.bin|files\.bin|view\d{3,}/\d{6,}\.(bin|json))(\.\d+\.tmp)?'
+    r'(manifest\.json|keys\.bin|index\.bin|head\.bin|files\.bin|view\d{3,}/\d{6,}\.(bin|json)'
+    r'|view\d{3,}/[A-Za-z0-9_][A-Za-z0-9_.-]*\.(rows|keys|end))(\.\d+\.tmp)?'
 )
 
 

@@ -1,0 +1,233 @@
+"""Seal a cache that was written as a stream: check its files, count rows, complete the manifest."""
+
+import os
+import re
+from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
+
+import numpy as np
+import torch
+
+from ..base.outputs import DistillError
+from .digests import checksum
+from .folder import open_folder
+from .keys import hash_of, keys_of
+from .reader import TeacherCache, damage_of
+from .stream_writer import NUMBERED, keys_file, read_keys, rows_at_end, stream_manifest
+from .writer import clear
+
+__all__ = ['seal_stream']
+
+STEP = 2**20  # rows that are compared at once
+PART = re.compile(r'view(\d{3,})/(.+)\.(rows|keys|end)')
+
+
+def seal_stream(path, keys=None) -> TeacherCache:
+    """Check the rows that all writers of a stream wrote, complete the cache, and open it.
+
+    Files are read once and stay where they are. Needs about 40 bytes of memory for each sample. If
+    something is wrong, the error names it, and nothing is changed: run the writers that it names
+    again.
+
+    Args:
+        path: Folder or URL that `start_stream` began.
+        keys: Names or keys of all samples that must be there, an iterable. None to check only what
+            was written.
+
+    Raises:
+        DistillError: If rows are duplicated, missing or torn, a file is damaged, or a writer is not
+            done.
+    """
+    where = open_folder(path)
+    with where.lock():
+        m = stream_manifest(where)
+        if not m.complete:
+            _seal(where, m, keys)
+        # also files of rows without keys, which a killed writer left
+        clear(where, only={*where.names()} - {'manifest.json', *(n for n, _ in m.all_files())})
+    return TeacherCache(where)
+
+
+def _seal(where, m, expected):
+    names, unfinished = part_files(where, m.stored)
+    problems = Problems(where)
+    problems.add('writers are not done', unfinished)
+    if not names[0]:
+        problems.add('files with rows', ['none'])
+        problems.enforce()
+    counts = count_rows(where, m, names, problems)
+    problems.enforce()
+    m.parts = [[part_name(n), counts[n]] for n in names[0]]
+    m.count = sum(n for _, n in m.parts)
+    m.shard_rows = max(n for _, n in m.parts)
+    own, sums = read_all_keys(where, m, names, problems)
+    order = sorted_positions(own)
+    problems.add('samples have several rows', duplicates(m, own, order))
+    if expected is not None:
+        compare_expected(m, own, order, expected, problems)
+    shards = [
+        dict(name=n, bytes=m.rows_of(i) * m.layout.bytes, checksum=sums[n])
+        for view in names
+        for i, n in enumerate(view)
+    ]
+    problems.add('files are damaged', damaged(where, m, shards))
+    problems.enforce()
+    m.data = {**m.data, 'keys': f'{hash_of(memoryview(own).cast("B")):016x}'}
+    first = [('keys.bin', memoryview(own).cast('B')), ('index.bin', memoryview(order).cast('B'))]
+    for name, data in first:
+        where.write(name, data)
+    if m.head_bytes:
+        first.append(('head.bin', where.read('head.bin')))
+    m.shards = [dict(name=k, bytes=len(o), checksum=checksum(o)) for k, o in first] + shards
+    m.complete = True
+    m.as_read()  # raises an error if it could not be read again
+    where.write('manifest.json', m.to_json())
+
+
+class Problems:
+    """What keeps a cache from being sealed."""
+
+    def __init__(self, where):
+        self.where, self.found = where, []
+
+    def add(self, what, places):
+        """Add a problem, unless there are no places.
+
+        Args:
+            places: Texts, or (number of all, texts for some of them).
+        """
+        n, some = places if isinstance(places, tuple) else (len(places), places)
+        if n:
+            more = f' and {n - 5} more' if n > 5 else ''
+            self.found.append(f'- {n} {what}: {"; ".join(some[:5])}{more}')
+
+    def enforce(self):
+        if self.found:
+            raise DistillError(
+                f"{self.where} can't be sealed:\n"
+                + '\n'.join(self.found)
+                + '\nNothing was changed. Start the writers of these rows again, or remove the files '
+                '(.rows and .keys) that are too many, and seal it again.'
+            )
+
+
+def part_name(name):
+    return PART.fullmatch(name)[2]
+
+
+def part_files(where, views):
+    """Return (names of the files of each view in order, texts about writers that are not done)."""
+    found, ends = [[] for _ in range(views)], {}
+    for n in where.names():
+        if not (at := PART.fullmatch(n)) or int(at[1]) >= views:
+            continue
+        if at[3] == 'keys':
+            found[int(at[1])].append(n.removesuffix('.keys') + '.rows')
+        elif at[3] == 'end':
+            ends[int(at[1]), at[2]] = rows_at_end(where, n)
+    unfinished = []
+    for view, names in enumerate(found):
+        series = defaultdict(list)
+        for n in names:
+            if at := NUMBERED.fullmatch(part_name(n)):
+                series[at[1]].append(int(at[2]))
+        for name, numbers in series.items():
+            missing = sorted(set(range(max(numbers) + 1)) - set(numbers))
+            if missing:
+                unfinished.append(f'{name} of view {view} (no file {missing[0]})')
+            elif (view, name) not in ends:
+                unfinished.append(f'{name} of view {view} ({len(numbers)} files so far)')
+    return [sorted(o) for o in found], unfinished
+
+
+def count_rows(where, m, names, problems) -> dict:
+    """Return {file: number of rows} by the sizes of the files."""
+    counts, torn, size = {}, [], m.layout.bytes
+    for view in names:
+        for n, a, b in zip(view, where.sizes([*map(keys_file, view)]), where.sizes(view)):
+            counts[n] = (a - 32) // 8
+            if a < 40 or (a - 32) % 8 or b != counts[n] * size:
+                rows = 'no rows' if b is None else f'{b / size:.10g} rows'
+                torn.append(f'{n} ({rows}, {max(counts[n], 0)} keys)')
+    problems.add('files are torn', torn)
+    for v, view in enumerate(names[1:], 1):
+        lacking = sorted({*map(part_name, names[0])} ^ {*map(part_name, view)})
+        problems.add(f'files are not in both view 0 and view {v}', lacking)
+    return counts
+
+
+def read_all_keys(where, m, names, problems):
+    """Return (keys of all samples, {file: checksum}). All views must have the same keys."""
+    own, sums, at, bad, different = np.empty(m.count, '<u8'), {}, 0, [], []
+    for i, views in enumerate(zip(*names)):
+        n = m.parts[i][1]
+        for v, name in enumerate(views):
+            try:
+                keys, sums[name] = read_keys(where, name)
+            except DistillError as e:
+                bad.append(str(e))
+                continue
+            if v == 0:
+                own[at : at + n] = keys
+            elif not np.array_equal(own[at : at + n], keys):
+                different.append(name)
+        at += n
+    problems.add('files are damaged', bad)
+    problems.add('files have samples that differ from those of view 0, or their order', different)
+    problems.enforce()
+    return own, sums
+
+
+def sorted_positions(keys) -> np.ndarray:
+    """Return the positions in the order of the keys, (N,) int64."""
+    top = np.uint64(2**63)  # PyTorch sorts signed numbers, several times faster than NumPy does
+    keys ^= top
+    order = torch.from_numpy(keys.view(np.int64)).sort().indices.numpy()
+    keys ^= top
+    return order
+
+
+def place_of(m, at):
+    i, row = m.place(at)
+    return f'{m.parts[int(i)][0]}, row {int(row)}'
+
+
+def duplicates(m, keys, order):
+    """Return (number of samples with several rows, texts about some of them)."""
+    n, some = 0, []
+    for i in range(0, len(order) - 1, STEP):
+        part = keys[order[i : i + STEP + 1]]
+        same = np.flatnonzero(part[1:] == part[:-1])
+        n += len(same)
+        for j in same[: 5 - len(some)]:
+            a, b = sorted(order[i + j : i + j + 2].tolist())
+            some.append(f'{place_of(m, a)} and {place_of(m, b)} (key {part[j]:016x})')
+    return n, some
+
+
+def compare_expected(m, keys, order, expected, problems):
+    """Compare the keys with those of the samples that must be there."""
+    root, known = m.data.get('root', ''), np.zeros(len(keys), bool)
+    names, n, missing, some = iter(expected), 0, 0, []
+    while part := list(islice(names, 2**16)):
+        want = np.array(part) if isinstance(part[0], np.uint64) else keys_of(part, root)
+        at = order[np.searchsorted(keys, want, sorter=order).clip(max=len(keys) - 1)]
+        there = keys[at] == want
+        known[at[there]] = True
+        for i in np.flatnonzero(~there)[: 5 - len(some)]:
+            some.append(f'number {n + i} ({part[i]!r})')
+        missing, n = missing + int((~there).sum()), n + len(part)
+    problems.add('samples have no row', (missing, some))
+    extra = np.flatnonzero(~known)
+    problems.add(
+        'rows belong to no sample of keys=', (len(extra), [place_of(m, i) for i in extra[:5]])
+    )
+
+
+def damaged(where, m, shards):
+    """Compare each file with its checksum, and return texts about those that differ."""
+    look = lambda o: damage_of(where, m, o, False)
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        texts = pool.map(look, shards)
+        return [f'{o["name"]} {text}' for o, text in zip(shards, texts) if text]

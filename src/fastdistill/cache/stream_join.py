@@ -1,0 +1,93 @@
+"""Give each sample of a stream its stored row."""
+
+from itertools import islice
+
+import numpy as np
+import torch
+from torch.utils.data import IterableDataset
+
+from ..base.outputs import DistillError
+from .entries import shortened
+from .keys import keys_of
+from .reader import TeacherCache
+
+__all__ = ['StreamJoin']
+
+
+class StreamJoin(IterableDataset):
+    """A stream of samples, each with the row of its teacher outputs.
+
+    If the samples come in the order of the cache, rows are read one after the other, and the key of
+    each is compared. Samples in a different order are found by their keys.
+
+    Samples that are dicts get a new entry; tuples and lists, one more element; others become a pair.
+    `cache.decode(rows)` turns a batch of rows into the teacher's `Outputs`.
+
+    Args:
+        stream: Iterable of samples: an `IterableDataset`, a WebDataset, a `datasets.IterableDataset`,
+            or any other. Divide it among the workers of a DataLoader as you would without a cache.
+        cache: A `TeacherCache`, or its folder or URL.
+        key: Name of a sample: the name of a column, the position in a tuple, or fn(sample).
+        view: Number of the view, or a column or fn(sample) with it.
+        name: Name of the new entry.
+        at_once: Number of samples that are looked up together.
+    """
+
+    def __init__(self, stream, cache, key='__key__', *, view=0, name='teacher', at_once: int = 256):
+        self.stream, self.key, self.view, self.name, self.at_once = stream, key, view, name, at_once
+        self.cache = cache if isinstance(cache, TeacherCache) else TeacherCache(cache)
+        self.cache.check_once()
+
+    def set_epoch(self, epoch: int):
+        """Pass the epoch to the stream, which may shuffle by it."""
+        self.stream.set_epoch(epoch)
+
+    def __iter__(self):
+        samples, number, at = iter(self.stream), 0, 0
+        while part := list(islice(samples, self.at_once)):
+            keys = self._keys(part, number)
+            where = self._find(keys, at, part, number)
+            rows = torch.from_numpy(self.cache.rows(where, self._views(part)))
+            number, at = number + len(part), int(where[-1]) + 1
+            for sample, row in zip(part, rows):
+                yield self._joined(sample, row)
+
+    def _keys(self, part, number):
+        root = self.cache.manifest.data.get('root', '')
+        try:
+            return keys_of([look(o, self.key) for o in part], root)
+        except (KeyError, IndexError, TypeError) as e:
+            raise DistillError(
+                f'One of the samples from number {number} on has no {self.key!r} '
+                f'({shortened(repr(part[0]), 100)}): key= is a column, a position, or fn(sample).'
+            ) from e
+
+    def _find(self, keys, at, part, number):
+        """Return the positions of samples that probably begin at `at`."""
+        have = self.cache.keys[at : at + len(keys)]
+        if np.array_equal(have, keys):
+            return np.arange(at, at + len(keys))
+        mine, order = self.cache.keys, self.cache.order
+        where = order[np.searchsorted(mine, keys, sorter=order).clip(max=len(mine) - 1)]
+        if len(lost := np.flatnonzero(mine[where] != keys)):
+            i = int(lost[0])
+            name = shortened(repr(look(part[i], self.key)), 100)
+            raise DistillError(
+                f'Sample {number + i} of the stream ({name}) has no row in {self.cache.folder}: this '
+                f'is a different dataset, or key= is not what the rows were written with.'
+            )
+        return where
+
+    def _views(self, part):
+        if isinstance(self.view, int):
+            return self.view
+        return np.array([look(o, self.view) for o in part], np.int64)
+
+    def _joined(self, sample, row):
+        if isinstance(sample, dict):
+            return {**sample, self.name: row}
+        return (*sample, row) if isinstance(sample, (tuple, list)) else (sample, row)
+
+
+def look(sample, spec):
+    return spec(sample) if callable(spec) else sample[spec]

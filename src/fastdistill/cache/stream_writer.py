@@ -1,0 +1,426 @@
+"""Write a teacher's outputs for a stream of samples, with any number of writers on any machines."""
+
+import json
+import re
+import warnings
+from contextlib import nullcontext
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..base.outputs import DistillError, DistillWarning, LinearLogits, Outputs, map_tensors
+from .digests import checksum, versions
+from .entries import json_object, parse_json, shortened, whole_number
+from .folder import open_folder
+from .keys import hash_of, keys_of
+from .layout import Layout, Store
+from .manifest import MAX_COUNT, PART_NAME, PART_NAMES, Manifest
+from .measure import Choice, HiddenRun, check_kind_of_store, uses_of
+from .output_layer import StoredHead, find_output_layer
+from .source import Source, check_alone, identity_of
+from .writer import SHARD_BYTES, check_views, encoded, warn_of_int8
+
+__all__ = [
+    'RowWriter',
+    'TeacherRows',
+    'keys_file',
+    'read_keys',
+    'start_stream',
+    'stream_manifest',
+    'write_stream',
+]
+
+UNKNOWN = 10**8  # samples of a stream of unknown length
+NUMBERED = re.compile(r'(.+)-(\d{6,})')
+
+
+def start_stream(
+    path,
+    teacher,
+    example,
+    store='auto',
+    *,
+    views: int = 0,
+    inputs='inputs',
+    key='key',
+    samples: int | None = None,
+    recipe=None,
+    axis: int = 1,
+    device=None,
+    seed: int = 0,
+    root: str = '',
+    vocab=None,
+) -> 'TeacherRows':
+    """Begin a cache whose rows are written as a stream. Return the function that computes rows.
+
+    It decides how outputs are stored, and writes that to the folder, so that all writers do the
+    same. If the folder has such a cache already, it must be of the same teacher.
+
+    Args:
+        path: Folder or URL.
+        teacher: A `Teacher`, or a callable fn(*inputs) -> Outputs or logits.
+        example: A batch of the stream. With `store='auto'`, some hundred samples.
+        store: See `cache_dataset`.
+        views: Number of views of each sample. 0 for one, without a number.
+        inputs: Inputs of the teacher in a batch: the name of a column, a tuple of names, or
+            fn(batch) -> the inputs.
+        key: Names of the samples in a batch: a column, or fn(batch) -> a list.
+        samples: Expected number of samples, for `store='auto'`. None for many.
+        recipe: Recipe or term for which `store` is chosen or checked. None for KL at T=1.
+        axis: Class axis.
+        device: Where the inputs are put.
+        seed: Seed of draws.
+        root: Folder to which names are relative, if they are paths of files.
+        vocab: Class names, in the order of the logits.
+    """
+    check_views(views)
+    where, store, kind = open_folder(path), Store.of(store, axis), getattr(teacher, 'kind', '')
+    check_kind_of_store(store, kind or 'softmax')
+    options = dict(inputs=inputs, key=key, device=device)
+    x = inputs_in(example, inputs, device)
+    n = len(keys_in(example, key, root))
+
+    def run(tasks, bs, teacher=teacher):
+        yield outputs_of(teacher, map_tensors(x, lambda t: t[torch.as_tensor(tasks)]))
+
+    check_alone(run, n)
+    uses = None if recipe is None else lambda t: uses_of(recipe)
+    choose = Choice(teacher, kind or 'softmax', uses, recipe is not None, np.arange(n))
+    count = np.broadcast_to(np.uint64(0), (samples or UNKNOWN,))  # keys are not known yet
+    source = Source(count, run, n, identity_of(teacher), {}, root, vocab)
+    with where.lock():
+        first = next(source.run(np.arange(n), n))
+        store, source, lost = choose(where, store, source, first, views)
+        first = next(source.run(np.arange(n), n))
+        layout = Layout.of(first, store)
+        m = Manifest(0, views, seed, layout, 1, 1, source.teacher, dict(root=root), parts=[])
+        m.vocab, m.versions, m.lost = vocab, versions(), list(lost)
+        _begin_stream(where, m.as_read(), first)
+    return TeacherRows(where, teacher, layer=store.layer, **options)
+
+
+def _begin_stream(where, m, first):
+    """Write what all writers must know, unless it is there."""
+    if where.size('manifest.json') is not None:
+        old = Manifest.read(where)
+        if old.parts is None:
+            raise DistillError(f'{where} is a cache of a dataset: choose a different folder.')
+        names = 'teacher', 'layout', 'views', 'seed', 'vocab'
+        refuse_others(where, {k: (getattr(old, k), getattr(m, k)) for k in names})
+        return
+    if m.layout.head is not None:
+        where.write('head.bin', StoredHead.of(first.logits).to_bytes())
+    where.write('manifest.json', m.to_json())
+
+
+def refuse_others(where, pairs):
+    """Raise a DistillError if rows of this folder were not written in the same way.
+
+    Args:
+        pairs: {what: (in the folder, now)}.
+    """
+    for k, (a, b) in pairs.items():
+        if isinstance(a, dict):
+            a, b = ({n: v for n, v in o.items() if n != 'name'} for o in (a, b))
+        if a != b:
+            raise DistillError(
+                f'{where} has rows with {k} {shortened(a)}, but it is {shortened(b)} now: all rows of '
+                'a cache are written in the same way. Choose a different folder.'
+            )
+
+
+def stream_manifest(where) -> Manifest:
+    """Read the manifest of a folder that `start_stream` began."""
+    if where.size('manifest.json') is None or (m := Manifest.read(where)).parts is None:
+        raise DistillError(
+            f'{where} is not a stream: call start_stream(path, teacher, example) once, before its '
+            'writers start.'
+        )
+    return m
+
+
+class TeacherRows:
+    """Computes the rows of a batch of samples: a dict with the columns `key`, `view` and `row`.
+
+    It runs in a loop, in `map` of `datasets` (batched), in `map_batches` of Ray Data, and in
+    `mapInPandas` of Spark. Batches are dicts of lists, arrays or tensors, or DataFrames; an iterator
+    of batches gives an iterator. The result has the same form. `key` holds the 64 bits of the key as
+    a signed number, `row` the bytes of a row. A column `view` of the batch says which view it is.
+
+    Args:
+        path: Folder or URL that `start_stream` began.
+        teacher: The same teacher.
+        inputs, key, device: See `start_stream`.
+        layer: Name of the output layer, with hidden states. None to find it.
+    """
+
+    def __init__(self, path, teacher, *, inputs='inputs', key='key', device=None, layer=None):
+        self.folder = open_folder(path)
+        self.manifest = m = stream_manifest(self.folder)
+        self.teacher, self.inputs, self.key, self.device = teacher, inputs, key, device
+        refuse_others(self.folder, dict(teacher=(m.teacher, identity_of(teacher))))
+        self.layer, self._states, self._head, self._worst = layer, None, None, [0.0]
+        if m.layout.head is not None:
+            self._head = StoredHead.from_bytes(self.folder.read('head.bin'), m.layout)
+
+    def __getstate__(self):
+        return {**self.__dict__, '_states': None}
+
+    def __call__(self, batch):
+        if hasattr(batch, '__next__'):
+            return map(self, batch)
+        keys = self.keys(batch)
+        views = self.views(batch, len(keys))
+        rows = self.rows(batch, keys, views)
+        out = dict(key=keys.view(np.int64), view=views, row=[r.tobytes() for r in rows])
+        return type(batch)(out) if hasattr(batch, 'iloc') else out
+
+    def keys(self, batch) -> np.ndarray:
+        """Compute the keys of the samples, (B,) uint64."""
+        return keys_in(batch, self.key, self.manifest.data.get('root', ''))
+
+    def views(self, batch, n) -> np.ndarray:
+        """Return the view of each sample, (B,) int64."""
+        views = np.zeros(n, np.int64)
+        if hasattr(batch, 'keys') and 'view' in batch.keys():
+            views[:] = np.asarray(batch['view'])
+        for view in np.unique(views):
+            check_view(self.folder, self.manifest, int(view))
+        return views
+
+    def rows(self, batch, keys, views) -> np.ndarray:
+        """Run the teacher. Return its outputs as rows, (B, bytes) uint8."""
+        x, m = inputs_in(batch, self.inputs, self.device), self.manifest
+        out = self._outputs(x)
+        if len(out.logits) != len(keys):
+            raise DistillError(
+                f'The teacher returned {len(out.logits)} outputs for {len(keys)} samples: it must '
+                'return one for each.'
+            )
+        return encoded(m.layout, self._head, keys, views, m.seed, self._worst, out, 0)
+
+    def _outputs(self, x):
+        if self.manifest.layout.head is None:
+            return outputs_of(self.teacher, x)
+        if self._states is None:
+            out = outputs_of(self.teacher, x)
+            if isinstance(out.logits, LinearLogits):
+                return out
+            run = lambda teacher: outputs_of(teacher, x)
+            found = find_output_layer(self.teacher, run, self.layer)
+            self._states = HiddenRun(None, self.teacher, found)
+        s = self._states
+        return s.layer.outputs(outputs_of(s.teacher, x), bool(s.teacher.half))
+
+    def check_accuracy(self):
+        """Warn if hidden states in int8 were not accurate."""
+        warn_of_int8(self._worst[0])
+
+
+def check_view(where, m, view):
+    if not 0 <= view < m.stored:
+        raise DistillError(
+            f'view={view}: {where} has {m.stored} view(s), numbered from 0. Their number is set by '
+            'start_stream(views=).'
+        )
+
+
+def outputs_of(teacher, x) -> Outputs:
+    with torch.no_grad():
+        return Outputs.of(teacher(*x) if isinstance(x, tuple) else teacher(x))
+
+
+def inputs_in(batch, spec, device=None):
+    """Return the teacher's inputs in a batch, as tensors."""
+    if callable(spec):
+        x = spec(batch)
+    else:
+        x = (
+            tuple(column(batch, k) for k in spec)
+            if isinstance(spec, tuple)
+            else column(batch, spec)
+        )
+        x = tuple(map(as_tensor, x)) if isinstance(spec, tuple) else as_tensor(x)
+    return x if device is None else map_tensors(x, lambda t: t.to(device))
+
+
+def column(batch, name):
+    if hasattr(batch, 'keys') and name not in batch.keys():
+        raise DistillError(
+            f'The batch has no column {name!r}, but {", ".join(map(str, batch.keys()))}. Name the '
+            'inputs of the teacher with inputs=, and the names of the samples with key=.'
+        )
+    return batch[name]
+
+
+def as_tensor(o) -> Tensor:
+    """Convert a column of numbers, of the types that Ray, `datasets` and pandas use."""
+    if isinstance(o, Tensor):
+        return o
+    a = o if isinstance(o, np.ndarray) and o.dtype != object else np.stack([*map(np.asarray, o)])
+    t = torch.from_numpy(np.array(a))  # a copy, since memory of Arrow can't be written to
+    return t.to(torch.get_default_dtype()) if t.dtype == torch.double else t
+
+
+def keys_in(batch, spec, root) -> np.ndarray:
+    names = spec(batch) if callable(spec) else column(batch, spec)
+    if isinstance(names, np.ndarray) and names.dtype == np.uint64:
+        return keys_of(names)
+    return keys_of(names.tolist() if isinstance(names, (np.ndarray, Tensor)) else list(names), root)
+
+
+class RowWriter:
+    """Writes rows of `TeacherRows` to the folder of a cache, one file for each batch and view.
+
+    It runs in a loop, in `map_batches` of Ray Data and so on, where it takes the rows that
+    `TeacherRows` returned, and returns the names of the files and their numbers of rows. A file is
+    named after the samples in it, so a batch that is written again replaces itself. Use large
+    batches, since each of them becomes a file.
+
+    Args:
+        path: Folder or URL that `start_stream` began.
+    """
+
+    def __init__(self, path):
+        self.folder = open_folder(path)
+        self.manifest = stream_manifest(self.folder)
+        if self.manifest.complete:
+            raise DistillError(f'{self.folder} is sealed already: rows can no longer be added.')
+
+    def __call__(self, batch):
+        if hasattr(batch, '__next__'):
+            return map(self, batch)
+        keys = np.array(batch['key'], np.int64).view(np.uint64)
+        views, size, files = np.array(batch['view']), self.manifest.layout.bytes, []
+        for key, o in zip(keys, batch['row']):
+            if len(o) != size:
+                raise DistillError(
+                    f'The row with key {key:016x} has {len(o)} bytes instead of {size}.'
+                )
+        rows = np.frombuffer(b''.join(batch['row']), np.uint8).reshape(len(keys), size)
+        for view in np.unique(views):
+            on = np.flatnonzero(views == view)
+            name = f'{hash_of(keys[on].tobytes()):016x}'
+            files.append((self.write(name, keys[on], rows[on], int(view)), len(on)))
+        out = dict(file=[name for name, _ in files], rows=[n for _, n in files])
+        return type(batch)(out) if hasattr(batch, 'iloc') else out
+
+    def write(self, name, keys, rows, view: int = 0) -> str:
+        """Write a file of rows, so that it is there completely or not at all.
+
+        Args:
+            name: Name of the file, without a folder. Files of the same samples in different views
+                have the same name.
+            keys: Keys of the samples, (N,) uint64.
+            rows: Rows, (N, bytes) uint8.
+
+        Returns:
+            Name of the file in the folder.
+        """
+        if not PART_NAME.fullmatch(name):
+            raise DistillError(f'The name of a file is {name!r}: it must be {PART_NAMES}.')
+        check_view(self.folder, self.manifest, view)
+        to, data = f'view{view:03}/{name}.rows', memoryview(np.ascontiguousarray(rows)).cast('B')
+        self.folder.write(to, data)
+        own = np.asarray(keys, '<u8').tobytes() + bytes.fromhex(checksum(data))
+        # subtle: last, since rows without keys do not count
+        self.folder.write(keys_file(to), own + bytes.fromhex(checksum(own)))
+        return to
+
+    def finished(self, name, view: int = 0) -> list:
+        """Return the names of the consecutive numbered files NAME-000000 ... that are there."""
+        names = []
+        while self.folder.size(keys_file(to := part_file(name, len(names), view))) is not None:
+            names.append(to)
+        return names
+
+
+def part_file(name, i, view=0):
+    return f'view{view:03}/{name}-{i:06}.rows'
+
+
+def keys_file(name):
+    return name.removesuffix('.rows') + '.keys'
+
+
+def read_keys(where, name):
+    """Return (keys of the rows of a file, checksum of the file).
+
+    Raises:
+        DistillError: If the keys are damaged, or the file has a different number of rows.
+    """
+    data = where.read(keys_file(name))
+    if len(data) < 32 or len(data) % 8 or bytes.fromhex(checksum(data[:-16])) != data[-16:]:
+        raise DistillError(f'{keys_file(name)} is damaged')
+    return np.frombuffer(data[:-32], '<u8'), data[-32:-16].hex()
+
+
+def write_stream(
+    batches, rows: TeacherRows, name: str, *, view: int = 0, part_bytes: int = SHARD_BYTES
+) -> int:
+    """Write the rows of a stream in its order, and return their number. If it was interrupted, the
+    next call runs the teacher only on the rest.
+
+    Each writer has its own part of the data, in an order that does not change, and its own name.
+    Names in alphabetical order give the order of the rows in the cache.
+
+    Args:
+        batches: Iterable of batches.
+        rows: Result of `start_stream`, or a `TeacherRows` of the same folder.
+        name: Name of this part of the data, such as 'shard-00017'.
+        view: Number of the view.
+        part_bytes: Bytes of a file, about.
+    """
+    out, size = RowWriter(rows.folder), max(part_bytes // rows.manifest.layout.bytes, 1)
+    end = f'view{view:03}/{name}.end'
+    if (n := rows_at_end(rows.folder, end)) is not None:
+        return n
+    done = [read_keys(rows.folder, o)[0] for o in out.finished(name, view)]
+    number, known, at = len(done), np.concatenate([*done, np.empty(0, np.uint64)]), 0
+    waiting, kept = [], 0  # (keys, rows) that are not written yet
+    with rows.teacher if hasattr(rows.teacher, '__enter__') else nullcontext():
+        for batch in batches:
+            keys = rows.keys(batch)
+            skip = min(max(len(known) - at, 0), len(keys))
+            if not np.array_equal(keys[:skip], known[at : at + skip]):
+                raise DistillError(
+                    f'{name} begins with different samples than when its first {len(known)} rows '
+                    f'were written (near sample {at}): the order of a stream must not change. Remove '
+                    f'{rows.folder}/view{view:03}/{name}-* to write it again.'
+                )
+            at += len(keys)
+            if skip == len(keys):
+                continue
+            got = rows.rows(batch, keys, np.full(len(keys), view))
+            waiting.append((keys[skip:], got[skip:]))
+            kept += len(keys) - skip
+            while kept >= size:
+                part, waiting = first_rows_of(waiting, size)
+                out.write(f'{name}-{number:06}', *part, view)
+                number, kept = number + 1, kept - size
+    if at < len(known):
+        raise DistillError(
+            f'{name} has only {at} samples, but {len(known)} rows were written before.'
+        )
+    if kept:
+        out.write(f'{name}-{number:06}', *first_rows_of(waiting, kept)[0], view)
+    rows.folder.write(end, json.dumps(dict(rows=at)).encode())
+    rows.check_accuracy()
+    if not at:
+        warnings.warn(DistillWarning(f'{name} has no samples.'), stacklevel=2)
+    return at
+
+
+def rows_at_end(where, name) -> int | None:
+    """Return the number of rows that a finished writer noted. None if there is no such note."""
+    if where.size(name) is None:
+        return None
+    o = json_object(name, parse_json(where.read(name)), ('rows',), ())
+    return whole_number(f'{name}, rows', o['rows'], 0, MAX_COUNT)
+
+
+def first_rows_of(waiting, n):
+    """Return ((keys, rows) of the first `n` rows, list of the others)."""
+    keys, rows = (np.concatenate(o) for o in zip(*waiting))
+    return (keys[:n], rows[:n]), [(keys[n:], rows[n:])] if len(keys) > n else []
