@@ -395,6 +395,21 @@ def test_killed_and_restarted_writers_lose_and_double_nothing(tmp_path):
     torch.testing.assert_close(cache.outputs(at).logits, net()(X).detach())
 
 
+def test_what_killed_writers_and_a_killed_sealing_left_is_removed(tmp_path):
+    written(tmp_path)
+    view = tmp_path / 'view000'
+    kept = {p.name: p.read_bytes() for p in view.iterdir()}
+    (view / 'shard-9-000000.rows').write_bytes(b'x' * 20)  # killed before its keys were written
+    (view / 'shard-9-000001.rows.77.tmp').write_bytes(b'x' * 7)
+    (tmp_path / 'keys.bin').write_bytes(b'x' * 7)  # killed before the manifest was complete
+    (view / 'notes.txt').write_text('mine')
+    a = seal_stream(tmp_path)
+    (view / 'shard-0-000000.keys').write_bytes(kept['shard-0-000000.keys'])  # killed after that
+    assert seal_stream(tmp_path).identity == a.identity
+    rows = sorted(n for n in kept if n.endswith('.rows'))
+    assert sorted(p.name for p in view.iterdir()) == ['notes.txt', *rows]
+
+
 # what sealing finds
 
 
