@@ -317,8 +317,8 @@ def test_messages_name_flags_and_not_pythons_arguments():
     from fastdistill.cli.app import in_flags
 
     assert (
-        in_flags('or force=True to override (views=8, topk=None, check=False).')
-        == 'or --force to override (--views 8, --topk None, --no-check).'
+        in_flags('or force=True to override (views=8, recipe=None, check=False).')
+        == 'or --force to override (--views 8, --recipe None, --no-check).'
     )
     assert (
         in_flags('Teacher(model, images=dict(stats=...)) with a=1')
