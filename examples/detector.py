@@ -93,6 +93,7 @@ def main(quick=False, seed=42):
     names = 'teacher', 'student alone', 'student distilled'
     scores = [m.measures['map'].value for m in report.models.values()]
     print('mAP:', ', '.join(f'{n} {v:.3f}' for n, v in zip(names, scores)))
+    return models, test
 
 
 if __name__ == '__main__':
