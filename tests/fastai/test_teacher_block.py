@@ -320,7 +320,7 @@ def test_a_target_among_the_inputs_is_refused():
     dls = DataBlock(blocks, n_inp=2, getters=[lambda i: torch.zeros(768), row, label]).dataloaders(
         range(N), bs=4
     )
-    with pytest.raises(DistillError, match='give Datasets or DataBlock n_inp=1'):
+    with pytest.raises(DistillError, match='pass n_inp=1'):
         quiet(Learner(dls, Flat()))
 
 

@@ -303,7 +303,7 @@ def test_a_frame_with_other_rows_is_refused():
     other.loc[df.index[5], 'year'] = 1900
     with pytest.raises(
         DistillError,
-        match=rf'frame= has other rows than the DataLoaders: year of the row {df.index[5]} is .*1900',
+        match=rf'frame= has different rows than the DataLoaders: year of the row {df.index[5]} is .*1900',
     ):
         ask(other)
 

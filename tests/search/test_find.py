@@ -739,7 +739,7 @@ def test_what_cannot_be_searched_is_refused():
     with refused('takes no perturbed='):
         learn.distill_find(teacher, 1, perturbed=3)
     for n in (0, 1.5, '2', True):
-        with refused(f'n_epoch={n!r}: a whole number from 1 up'):
+        with refused(f'n_epoch={n!r}: must be a whole number of at least 1'):
             learn.distill_find(teacher, n)
     for k, wrong in dict(
         minutes=(0, 'a'), trials=(0,), seeds=(-1,), rates=([], [-1.0], 1e-3, [math.nan]), score=(3,)
@@ -755,7 +755,7 @@ def test_what_cannot_be_searched_is_refused():
         learn.distill_find(teacher, 1, alpha=0.5)
     with refused('live=True needs a teacher that runs'):
         learn.distill_find(None, 1, live=True)
-    with refused('each run needs its own'):
+    with refused('each run needs a new one'):
         learn.opt_func = OptimWrapper(learn.model.parameters(), torch.optim.SGD)
         learn.distill_find(teacher, 1)
     learn, _ = planted()

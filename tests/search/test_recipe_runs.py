@@ -452,7 +452,7 @@ def test_a_folder_of_another_experiment_is_refused(tmp_path):
         learn.model[0].weight.data.add_(1.0)
         return learn
 
-    refused('another student: make_student.. now begins with other weights for seed 0', make=larger)
+    refused('a different student: make_student.. now returns different initial weights for seed 0', make=larger)
 
     def fewer():
         learn = make_student()
@@ -480,7 +480,7 @@ def test_what_cant_be_compared():
         run(5)
     with pytest.raises(
         DistillError,
-        match="metric='f1': not all students have a number for it. They have train_loss, valid_loss, accuracy",
+        match="metric='f1': not all students have a value for it. The columns are train_loss, valid_loss, accuracy",
     ):
         run(seeds=1, metric='f1')
     weights = iter(range(9))
@@ -490,7 +490,7 @@ def test_what_cant_be_compared():
         learn.model[0].weight.data.add_(next(weights))
         return learn
 
-    with pytest.raises(DistillError, match='students that begin with different weights'):
+    with pytest.raises(DistillError, match='students with different initial weights'):
         run(make=other)
     assert (
         not run(seeds=1, metric='valid_loss', n_epoch=1).higher

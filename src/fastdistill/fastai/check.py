@@ -108,7 +108,7 @@ def check_teacher(
         learn = SimpleNamespace(dls=learn, model=None, loss_func=getattr(learn, 'loss_func', None))
     task, recipe = task or task_of(learn.loss_func), as_recipe(recipe)
     teacher = teacher_of(teacher, learn, task)
-    # one process may run the check while the others train or wait
+    # in distributed training, one process may run the check while the others train or wait
     with items_shown(learn.dls.loaders, teacher), counted_as_one():
         head = learn.dls.head if isinstance(learn.dls, HeadData) else None
         out = TeacherCheck().join(find_mistakes(learn, teacher, task, recipe, n, output, head))
@@ -179,7 +179,7 @@ def find_mistakes(
     own = learn if head is None else head.of(learn)
     for about, (look, in_words) in CHECKS.items():
         if about == 'classes' and any_outputs(recipe):
-            continue  # they may differ
+            continue  # training batches may differ in shape
         found.add(about, look(own, teacher, task), in_words(own, teacher, task))
     if found.errors:
         return found

@@ -125,7 +125,7 @@ def compare(
 
 
 def heads_in(models) -> dict:
-    """Name -> head, if a model is a dict with a model for each; else empty."""
+    """Return {head name: head} if a model is a dict with a model for each head, else an empty dict."""
     dicts = [{str(k): o for k, o in m.items()} for m in models.values() if is_heads(m)]
     if not dicts:
         return {}
@@ -133,18 +133,21 @@ def heads_in(models) -> dict:
     if any([*o] != [*first] for o in others):
         have = ' and '.join(', '.join(o) for o in dicts)
         raise DistillError(
-            f'The models have different heads ({have}): give all the same, in order.'
+            f'The models have different heads ({have}): all must have the same heads, in the same order.'
         )
     heads = [LearnerHead(k, i, len(first)) for i, k in enumerate(first)]
     return {h.name: h for h in heads if any(o[h.name] is not None for o in dicts)}
 
 
 def of_head(model, whole, head, learn, task):
-    """The `Teacher` for one head of a model.
+    """Return the `Teacher` for one head of a model.
 
     Args:
-        model: That of the head.
-        whole: The model of all heads, or the dict that `model` is in.
+        model: Model of the head.
+        whole: The model of all heads, or the dict that contains `model`.
+        head: The head.
+        learn: The student's Learner.
+        task: What the head predicts.
     """
     if is_heads(whole):
         own = heads_of(whole)[head.name]
@@ -155,15 +158,15 @@ def of_head(model, whole, head, learn, task):
 
 @dataclass
 class Compared:
-    """Models that predict the same, to be compared.
+    """Models of the same task to compare.
 
     Attributes:
         learn: The Learner, or a substitute, whose data and callbacks are used.
-        head: Which output and labels.
+        head: The head to compare.
         task: What the models predict.
         loss: Task loss.
-        models: As the user gave them, by name.
-        teachers: The same as `Teacher`s.
+        models: {name: model}, as the user passed them.
+        teachers: {name: `Teacher` of the model}.
     """
 
     learn: object
@@ -176,12 +179,14 @@ class Compared:
     def report(
         self, data, metrics, title, progress, *, teacher, baseline, seconds, **options
     ) -> Report:
-        """Measure them in one pass.
+        """Measure all models in one pass and return the report.
 
         Args:
-            data: DataLoader.
-            metrics: As in `compare`
-            teacher, baseline, seconds, **options: Of `measure_models`.
+            data: DataLoader to measure on.
+            metrics: As in `compare`.
+            title: Title of the report.
+            progress: Whether to show a progress bar.
+            teacher, baseline, seconds, **options: Options of `measure_models`.
         """
         learn, dls = self.learn, self.head.of(self.learn).dls
         teacher, baseline = roles_of(self.models, teacher, baseline)
@@ -294,7 +299,7 @@ def plain_number(v):
     try:
         return None if v is None else float(v)
     except (TypeError, ValueError):
-        return None  # a metric of several numbers
+        return None  # a metric with several values
 
 
 def unit_of(dl):

@@ -227,7 +227,9 @@ def show_features(self: Learner, teacher, layers='auto', n: int = 4, p: float = 
     with RandomGuard(), closing(valid):
         x, _ = next(valid, (None, None))
     if x is None:
-        raise DistillError('These DataLoaders have no validation set, whose pictures are shown.')
+        raise DistillError(
+            'show_features shows images of the validation set, but these DataLoaders have none.'
+        )
     images = plots.picture_in(x)[:n]
     mean, std = [o.to(images) if hasattr(o, 'to') else o for o in image_stats(self.dls)]
     images = (images * std + mean).clamp(0, 1)

@@ -11,8 +11,9 @@ __all__ = ['PartMetric', 'TaskMetric', 'column_of', 'columns_of', 'row_by_column
 
 
 def row_by_column(recorder, row) -> dict:
-    """Return {column of the progress table: number in this epoch}. It is None for a phase that did
-    not run or was cancelled.
+    """Return {column of the progress table: number in this epoch}.
+
+    The number is None for a phase that did not run or was canceled.
 
     Args:
         recorder: Recorder of fastai.
