@@ -74,7 +74,7 @@ class DistillCallback(Callback):
         self.build(pl_module)
         d = self.distiller
         d.links.to(pl_module.device)
-        # subtle: the recipe that was chosen before, not the one for this batch
+        # subtle: restore the recipe chosen before, instead of choosing one for this batch
         if self.state is not None and 'distiller' in self.state:
             d.set_extra_state(self.state['distiller'])
         if self.options.get('check', True):
@@ -257,7 +257,7 @@ class DistillModule(LightningModule):
         self._log('test_loss', batch)
 
     def labels_loss(self, batch):
-        """The task loss."""
+        """Return the task loss."""
         x, y = self.callback.split(batch)
         d = self.callback.distiller
         logits = Outputs.of(self(x), output=d.output).logits

@@ -292,7 +292,7 @@ def test_class_names_are_mapped():
 @pytest.mark.parametrize(
     'target,value,say',
     [
-        (TeacherBlock(n_out=4), [1, 2, 3], r'shape \(3,\), TeacherBlock expects 4 values'),
+        (TeacherBlock(n_out=4), [1, 2, 3], r'shape \(3,\), but TeacherBlock expects 4 values'),
         (TeacherBlock, [1, float('nan'), 3], 'nan or infinite'),
         (TeacherBlock('probabilities'), [1, 2, 3], "use given='logits'"),
     ],

@@ -296,7 +296,7 @@ def test_a_doubt_is_stored_with_the_outputs(scale, small, tmp_path):
         for p in teacher.model[2].parameters():
             p *= scale
     with pytest.raises(
-        DistillError, match="DataLoader is not a fastai loader whose batches can be replayed"
+        DistillError, match='DataLoader is not a fastai loader whose batches can be replayed'
     ):
         cache_teacher(teacher.model, student.dls, tmp_path / 'c', kind='softmax', check=False)
     student.dls = DataLoaders.from_dsets(data(5), data(5), bs=16, num_workers=0)

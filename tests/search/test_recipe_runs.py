@@ -452,7 +452,10 @@ def test_a_folder_of_another_experiment_is_refused(tmp_path):
         learn.model[0].weight.data.add_(1.0)
         return learn
 
-    refused('a different student: make_student.. now returns different initial weights for seed 0', make=larger)
+    refused(
+        'a different student: make_student.. now returns different initial weights for seed 0',
+        make=larger,
+    )
 
     def fewer():
         learn = make_student()

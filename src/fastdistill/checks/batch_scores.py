@@ -9,7 +9,7 @@ from .findings import Facts
 __all__ = ['FEW', 'METRICS', 'Tally']
 
 MOST_CLASSES = 1000  # with more, a confusion table is too large
-FEW = 16  # fewer items prove nothing
+FEW = 16  # with fewer items, no difference is significant
 SURE = 0.001  # one-sided p-value below which a difference counts
 KNOWS, LUCK = (
     0.005,
@@ -200,8 +200,8 @@ class Tally:
         if lead > max(SLIGHT * (1 - 1 / k), LUCK * sd):
             return True
         luck = (
-            there * self.sums[2]
-        ).sum().item() / there.sum().item() ** 2  # of predictions that are unrelated to the labels
+            (there * self.sums[2]).sum().item() / there.sum().item() ** 2
+        )  # expected value for predictions that are unrelated to the labels
         return items.mean().item() - luck > SLIGHT * (1 - luck) and p_above(items, luck) < KNOWS
 
     def knows_labels(self):

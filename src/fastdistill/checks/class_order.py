@@ -1,6 +1,4 @@
-"""Find out whether the teacher's classes are in a different order, by their names or by a confusion
-table.
-"""
+"""Detect teacher classes in a different order, by their names or by a confusion table."""
 
 from dataclasses import dataclass
 

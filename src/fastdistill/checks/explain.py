@@ -27,7 +27,7 @@ GAP = (
     0.2  # this much more reproduced on training items than on others means that they were memorized
 )
 REPEATS = 0.7  # fraction of the teacher's mistakes that the student repeats
-FEW_STEPS = 1000  # of a training
+FEW_STEPS = 1000  # training steps
 LITTLE = 0.1  # fraction of the gradient that the task loss has
 
 

@@ -100,7 +100,7 @@ class Findings(list):
 
     facts: Facts | None = None  # None if an error was found before anything could be measured
     passed: tuple = ()  # checks that found nothing, see `in_order`
-    none = 'Nothing found: the teacher fits.'  # the text of an empty list
+    none = 'Nothing found: the teacher fits.'  # text of an empty list
 
     def __repr__(self):
         facts = [] if self.facts is None else self.facts.lines()

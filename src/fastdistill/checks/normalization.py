@@ -1,6 +1,4 @@
-"""Find out whether the teacher gets images in a different normalization than in its training, by
-trying the usual ones.
-"""
+"""Detect a teacher that gets images with the wrong normalization, by trying the common ones."""
 
 import torch
 from torch import Tensor
@@ -14,7 +12,7 @@ from .forward import teacher_logits
 
 __all__ = ['renormalized_images']
 
-# description -> (value for `Teacher`, code for the user)
+# {description: (value for `Teacher`, code for the user)}
 USUAL = {
     'numbers from 0 to 1': ((0.0, 1.0), '(0, 1)'),
     'mean 0.5 and std 0.5': ((0.5, 0.5), '(.5, .5)'),

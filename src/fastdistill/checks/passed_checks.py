@@ -1,4 +1,4 @@
-"Texts about the checks that found nothing: what they looked at, with numbers."
+"""Describe the checks that found nothing: what they looked at, with numbers."""
 
 from torch.nn.modules.batchnorm import _BatchNorm
 

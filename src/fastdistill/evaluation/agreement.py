@@ -1,4 +1,4 @@
-"How often, and where, a student predicts the same as its teacher."
+"""Measure how often, and where, a student predicts the same as its teacher."""
 
 import torch
 
@@ -26,7 +26,7 @@ class Agreement:
             self.sums[k] = self.sums.get(k, 0.0) + v[counts].double().sum().item()
 
     def shares(self) -> dict:
-        """Compute the fractions and means. None where there is no such position."""
+        """Compute the fractions and means. A value is None if there are no positions for it."""
         n, s = self.sums.get('n', 0.0), self.sums
 
         def per(k, of):

@@ -22,7 +22,7 @@ SECONDS, LEAST_RUNS, MOST_RUNS = (
     0.5,
     20,
     1000,
-)  # per time measurement; limits for its number of runs
+)  # seconds per time measurement; minimum and maximum number of runs
 
 
 def cost_of(
@@ -59,7 +59,9 @@ def unfused():
     their fused operation.
     """
     with warnings.catch_warnings(), cudnn.flags(enabled=False):
-        warnings.filterwarnings('ignore', 'TF32 acceleration')  # PyTorch's, about its own default
+        warnings.filterwarnings(
+            'ignore', 'TF32 acceleration'
+        )  # PyTorch's warning about its own default
         with mkldnn.flags(enabled=False):
             yield
 
@@ -108,7 +110,7 @@ class Peak(TorchDispatchMode):
         self.now, self.most, self.alive = 0, 0, set()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        # an unknown argument existed before, such as a weight
+        # an unknown argument was created earlier, such as a weight
         for t in tensors_in((args, kwargs)):
             self._count(t, False)
         out = func(*args, **(kwargs or {}))

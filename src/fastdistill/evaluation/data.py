@@ -186,7 +186,7 @@ def calibration_error(count, confidence, right) -> float | None:
 class JsonReport:
     """A dataclass with a field `format` that can be written as JSON and read back."""
 
-    called = 'report'  # in messages
+    called = 'report'  # name in messages
     inside = {}  # like `INSIDE`, for this class only
 
     def to_json(self, path=None) -> str | Path:

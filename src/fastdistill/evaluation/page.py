@@ -16,7 +16,7 @@ from .text import title_of
 __all__ = ['page', 'rendered']
 
 MARKS = {'better': 'good', 'worse': 'bad', 'not significant': 'even'}
-DPI = 72  # of an SVG's units
+DPI = 72  # units of an SVG per inch
 
 
 def finalize(o):
@@ -109,7 +109,7 @@ def words_of_classes(r):
     return 'The numbers of the table above as a picture'
 
 
-# table of the page -> (picture, caption, text for those who don't see it)
+# {table of the page: (picture, caption, alternative text)}
 PICTURES = dict(
     scores=[
         (plots.plot_cost, 'Score against time, size as area', words_of_cost),
@@ -126,7 +126,7 @@ PICTURES = dict(
 
 
 def pictures(r, name):
-    """The pictures beside a table."""
+    """Return the pictures shown beside a table."""
     out = []
     for draw, title, alt in PICTURES.get(name, ()):
         if (fig := draw(r)) is None:
@@ -148,11 +148,15 @@ def svg(fig):
     out = io.StringIO()
     with matplotlib.rc_context({'svg.fonttype': 'path', 'svg.hashsalt': 'fastdistill'}):
         fig.savefig(out, format='svg', metadata={'Date': None, 'Creator': None}, transparent=True)
-    return re.sub(r'<!--.*?-->', '', out.getvalue(), flags=re.S)  # each label's text again
+    return re.sub(
+        r'<!--.*?-->', '', out.getvalue(), flags=re.S
+    )  # drop comments, which repeat the text of each label
 
 
 def own_picture(title, fig):
-    """A figure of the user's, whose content is unknown: its caption is its text too."""
+    """Return a picture of the user's own figure. Its content is unknown, so its caption is also its
+    text.
+    """
     out = io.BytesIO()
     fig.savefig(out, format='png', dpi=110)
     return Picture(title, title, uri('image/png', out.getvalue()), '', *pixels(fig))

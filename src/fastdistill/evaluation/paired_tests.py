@@ -1,4 +1,4 @@
-"Paired statistics: which differences between models on the same samples are more than chance."
+"""Paired statistics: which differences between models on the same samples are significant."""
 
 import warnings
 from collections.abc import Iterator
@@ -9,9 +9,7 @@ from .data import Comparison, Difference, Estimate
 
 __all__ = ['PairedScores', 'mcnemar']
 
-MAX_SAMPLES = (
-    20_000  # more samples are put into this many random groups, which are drawn as a whole
-)
+MAX_SAMPLES = 20_000  # if there are more samples, they are put into this many random groups, which are drawn as a whole
 CELLS = 10_000_000  # maximum size of one matrix of weights
 
 
@@ -30,13 +28,13 @@ def mcnemar(only_a: int, only_b: int) -> float:
 
 
 class PairedScores:
-    """Sums of each sample for several models. All models get the same draws, so that differences
-    are paired.
+    """Sums of each sample for several models. All models share the bootstrap draws, so that
+    differences are paired.
 
     Intervals are percentiles of `repeats` bootstrap draws of whole samples.
 
     Args:
-        scores: Model -> {name of a sum: (n,) or (n, k)}.
+        scores: {model: {name of a sum: (n,) or (n, k)}}.
         measures: A list of `Measure`.
     """
 
@@ -61,7 +59,9 @@ class PairedScores:
         }
 
     def _weighted(self, weights, scores):
-        "Sums over samples with each row of `weights`: model -> {name of a sum: (repeats, ...)}"
+        """Return sums over samples, one for each row of `weights`: {model: {name of a sum:
+        (repeats, ...)}}.
+        """
         out = {k: {c: [] for c in v} for k, v in scores.items()}
         for w in weights:
             for k, v in scores.items():
@@ -71,7 +71,7 @@ class PairedScores:
 
     def _values(self, sums):
         with np.errstate(divide='ignore', invalid='ignore'), warnings.catch_warnings():
-            warnings.simplefilter('ignore', RuntimeWarning)  # a mean of no class
+            warnings.simplefilter('ignore', RuntimeWarning)  # mean over no classes
             return {k: m.of(sums) for k, m in self.measures.items()}
 
     def estimates(self, model) -> dict:

@@ -184,8 +184,12 @@ def temperature_tensor(temperature) -> Tensor | None:
 
 
 def weak_score(learn: Learner, n: int = 8) -> str | None:
-    """Describe the score of a model that is not better than a constant prediction. None if it is
-    better, or if that is unknown. Args:
+    """Describe the score of a model that is not better than a constant prediction.
+
+    None if it is better, or if that is unknown.
+
+    Args:
+        learn: The Learner.
         n: Number of validation batches.
     """
     task = task_of(learn.loss_func)
@@ -234,7 +238,9 @@ def example(x):
 def on_cpu(model):
     """Context in which the model is in evaluation mode on the CPU. Its previous state is restored."""
     device = next((p.device for p in model.parameters()), torch.device('cpu'))
-    typed = [m for m in model.modules() if isinstance(m, ToTensorBase)]  # the last layer of U-Nets
+    typed = [
+        m for m in model.modules() if isinstance(m, ToTensorBase)
+    ]  # e.g. the last layer of U-Nets
     try:
         with (
             guarded_random_state(),
@@ -304,7 +310,7 @@ def program_of(model, x):
     try:
         with torch.no_grad():
             return torch.export.export(model, x, dynamic_shapes=shapes)
-    except Exception as e:  # its errors have no common class
+    except Exception as e:  # torch.export raises errors without a common class
         reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
         raise DistillError(
             f"torch.export can't export {type(model.model).__name__}: {reason}. Recurrent text models "
@@ -329,7 +335,7 @@ def write_onnx(model, x, path, facts):
         ) from e
     program = program_of(model, x)
     with warnings.catch_warnings():
-        warnings.simplefilter('ignore')  # of the exporter, about PyTorch
+        warnings.simplefilter('ignore')  # warnings of the exporter about PyTorch
         names = [o['name'] for o in facts['inputs']]
         torch.onnx.export(
             program,
@@ -359,7 +365,7 @@ def with_named_batch(model):
 def add_facts(model, facts, path):
     import onnx
 
-    del model.metadata_props[:]  # the exporter's own
+    del model.metadata_props[:]  # the exporter's own metadata
     onnx.helper.set_model_props(model, {KEY: json.dumps(facts)})
     onnx.save(model, path)
 

@@ -1,4 +1,4 @@
-"How a model is called on a batch: which inputs are passed by position and which by name."
+"""Call a model on a batch, passing inputs by position or by name."""
 
 import inspect
 from collections.abc import Mapping
@@ -41,7 +41,7 @@ def takes_names(model: Any, batch: Any) -> bool:
     model = unwrap(model)
     if is_hf(model):
         return True
-    # a `Teacher` gets the dict itself and decides for the model inside it
+    # a `Teacher` gets the dict itself, and decides how to call its model
     if not isinstance(model, nn.Module) and hasattr(model, 'named_modules'):
         return False
     try:

@@ -28,7 +28,7 @@ __all__ = [
 
 # 'auto', 'last', 'embedding', a name that both models have, or pairs of names in any of the forms of `pair`
 LayersLike = str | Mapping[str, Any] | Sequence[Any]
-MAX_BLOCKS = 6  # up to this many stages of one resolution are all paired; of more, only those at the quarters
+MAX_BLOCKS = 6  # up to this many stages of one resolution are all paired; if there are more, only those at the quarters
 
 
 @dataclass

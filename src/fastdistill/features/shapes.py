@@ -11,7 +11,7 @@ from ..base.outputs import DistillError
 
 __all__ = ['as_map', 'as_tokens', 'as_vector', 'grid', 'resize', 'to_grid']
 
-# numbers of tokens before those of the image: none; class; class and distillation; 4 registers; class and 4 registers
+# numbers of tokens before the image tokens: none; class; class and distillation; 4 registers; class and 4 registers
 LEAD = 0, 1, 2, 4, 5
 
 

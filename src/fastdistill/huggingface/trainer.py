@@ -29,7 +29,7 @@ from .models import names_taken, predicts, question_logits, teacher_for, without
 
 __all__ = ['DistillationMixin', 'DistillationTrainer']
 
-STATE_FILE = 'distillation.pt'  # in a checkpoint's folder
+STATE_FILE = 'distillation.pt'  # name of the file in a checkpoint folder
 
 
 class DistillationMixin:
@@ -163,7 +163,7 @@ class DistillationMixin:
             yield (
                 x,
                 self._targets(y, next(iter(x.values()))),
-            )  # whose length is that of the logits of an answer
+            )  # their length is that of the logits of an answer
 
     def _example(self):
         """Return a training batch, without changing any state."""
@@ -176,7 +176,7 @@ class DistillationMixin:
             )
             return self._prepare_inputs(next(iter(loader)))
 
-    # the inputs of both models
+    # inputs of both models
 
     def _set_signature_columns_if_needed(self):
         """Keep columns that only the teacher takes, such as token_type_ids, in the batches."""
