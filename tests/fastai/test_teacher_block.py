@@ -338,7 +338,7 @@ def test_data_without_targets_are_refused_before_the_first_batch():
     )
     learn = Learner(dls, Flat(), default_cbs=False)
     with pytest.raises(
-        DistillError, match='no teacher.s target. Give KnowledgeDistillation a teacher'
+        DistillError, match='no teacher targets. Give KnowledgeDistillation a teacher'
     ):
         feed(GivenOutputs(), learn)
     assert not learn.cbs
@@ -351,7 +351,7 @@ def test_data_without_targets_are_refused_before_the_first_batch():
     have = list(learn.cbs)
     state = torch.get_rng_state()
     with pytest.raises(
-        DistillError, match='no teacher.s target. Give KnowledgeDistillation a teacher'
+        DistillError, match='no teacher targets. Give KnowledgeDistillation a teacher'
     ):
         quiet(learn, cbs=[KnowledgeDistillation(), Never()])
     assert {type(c) for c in learn.cbs} == {type(c) for c in have} and torch.equal(

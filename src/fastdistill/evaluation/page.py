@@ -116,7 +116,7 @@ PICTURES = dict(
         (plots.plot_history, 'Losses during training', words_of_history),
     ],
     differences=[
-        (plots.plot_recovered, "Share of the teacher's lead that was recovered", words_of_lead)
+        (plots.plot_recovered, "Fraction of the teacher's lead that was recovered", words_of_lead)
     ],
     calibration=[
         (plots.plot_reliability, 'Reliability: accuracy against confidence', words_of_reliability)
@@ -126,7 +126,7 @@ PICTURES = dict(
 
 
 def pictures(r, name):
-    """Return the pictures shown beside a table."""
+    """Return the pictures shown next to a table."""
     out = []
     for draw, title, alt in PICTURES.get(name, ()):
         if (fig := draw(r)) is None:

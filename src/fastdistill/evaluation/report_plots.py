@@ -123,7 +123,7 @@ def plot_recovered(report):
             )
         ax.set(
             ylim=(len(shown) - 0.4, -0.7),
-            xlabel=f"share of the teacher's lead in {report.info[k].label}, %",
+            xlabel=f"recovered % of the teacher's lead in {report.info[k].label}",
         )
         ax.set_yticks(range(len(shown)), [safe_label(n) for n in shown])
         ax.spines['left'].set_visible(False)

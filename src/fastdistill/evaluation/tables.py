@@ -187,7 +187,7 @@ def sheet_of_classes(r):
     if not changes:
         return s
     model = next(n for n in r.students if n != r.baseline)
-    s.head = ['', 'share of the labels', *r.models, f'{model} – {r.baseline}, points']
+    s.head = ['', 'fraction of the labels', *r.models, f'{model} – {r.baseline}, points']
     shown = changes if len(changes) <= 2 * SHOWN else changes[:SHOWN] + changes[-SHOWN:]
     s.note = f'{"IoU" if key == "iou" else "Recall"} of each class, largest gain first.' + (
         ''

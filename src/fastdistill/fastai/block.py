@@ -1,4 +1,4 @@
-"`TeacherBlock`: a teacher's outputs in a DataBlock, beside the labels."
+"""`TeacherBlock`: a teacher's outputs in a DataBlock, next to the labels."""
 
 import numpy as np
 import torch

@@ -10,7 +10,7 @@
 | `defaults.callbacks` | labels, MixUp and metrics must not see the target: see `TeacherTargets` | first target |
 | `Learner.fit` | no event follows an error or an interrupt: the callback of the fit cleans up here | first callback |
 | `Learner.fine_tune` | schedules span both of its phases: see `KnowledgeDistillation(span=)` | import |
-| `Learner.save` | with the optimizer, projectors are saved too, in a file beside the student's | first callback |
+| `Learner.save` | with the optimizer, projectors are saved too, in a file next to the student's | first callback |
 | `Learner.load` | it loads that file | import |
 | `Recorder.plot_loss` | with a teacher, `train_loss` has another scale than the task losses | first callback |
 | `Learner.distill` | a new method, in `learner.py` | import |
@@ -20,7 +20,7 @@
 | `Learner.calibrate` | a new method, in `learner.py` | import |
 | `Learner.show_features` | a new method, in `learner.py` | import |
 
-Why there is no other way:
+Why patches are needed:
 
 - `DataBlock`, `Datasets`, `TfmdDL`: a block can't say that it is not an input. Decoding, exporting and showing call no
   transform that could drop a column, and what shows a batch is chosen by the types of input and label.

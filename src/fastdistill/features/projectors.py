@@ -138,7 +138,7 @@ def projector(
 
     First the grid: features are average-pooled to a smaller grid or interpolated to a larger one.
     Tokens become a map without their class and register tokens. A map becomes tokens, with its mean
-    in place of the class and register tokens.
+    as its class and register tokens.
 
     Then the channels, at each position: vectors and tokens get a linear layer, maps a 1x1
     convolution and a batch norm, as in OFD (arXiv:1904.01866). arXiv:2303.11098 also recommends a

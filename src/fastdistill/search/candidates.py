@@ -26,7 +26,7 @@ class Candidate:
         name: Name of the recipe.
         make: fn(**options) -> recipe, or {head name: recipe}.
         options: {option: values to try}, with the default first.
-        text: The recipe as code, with '{}' in place of the options.
+        text: The recipe as code, with '{}' for the options.
     """
 
     name: str
