@@ -62,7 +62,7 @@ class DistillCallback(Callback):
         self.state = None
         self.replaced = None
 
-    # around a fit
+    # before and after a fit
 
     def on_fit_start(self, trainer, pl_module):
         self._stop(pl_module)
@@ -137,7 +137,7 @@ class DistillCallback(Callback):
         self.replaced = None
         self.distiller.stop()
 
-    # a batch
+    # training step
 
     def _replace_step(self, trainer, pl_module):
         """Make the module's training step return the whole loss."""

@@ -304,7 +304,7 @@ def test_wrong_rows_are_refused(target, value, say):
 
 
 def test_wrong_options_are_refused():
-    with pytest.raises(DistillError, match="it must be 'logits' or 'probabilities'"):
+    with pytest.raises(DistillError, match="must be 'logits' or 'probabilities'"):
         TeacherBlock('probs')
 
 

@@ -62,9 +62,7 @@ def outputs_in_words(tally):
 
 
 def order_in_words(tally):
-    """Compare the accuracy in the best order of the teacher's outputs with that in their current
-    order.
-    """
+    """Describe the accuracy in the current and in the best order of the teacher's outputs."""
     if tally.confusion is None:
         return ''
     table = tally.confusion.sum(0)

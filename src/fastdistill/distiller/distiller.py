@@ -89,7 +89,7 @@ class Distiller(nn.Module):
             parameters.
     """
 
-    head_class = Head  # of each comparison
+    head_class = Head
 
     def __init__(
         self,
@@ -353,7 +353,7 @@ class Distiller(nn.Module):
             state = {**state, key: self.get_extra_state()}
         super()._load_from_state_dict(state, prefix, meta, strict, missing, unexpected, errors)
 
-    # before the first batch
+    # checks and setup before the first batch
 
     def parameters(self, recurse=True):
         for h in self.heads.values():
@@ -448,7 +448,7 @@ class Distiller(nn.Module):
                 h.choose(student_logits(self.student, x, h.output), x, labels)
         self._share_again()
 
-    # a batch
+    # computing the loss of a batch
 
     def active_terms(self, progress: float | None = None) -> list:
         """Return the terms that a batch needs.

@@ -69,7 +69,7 @@ class Head(RecipeLoss):
         self.automatic = recipe is None  # True if `auto` chooses the recipe
         check_output(output)
         self.output = output
-        self.found, self.doubt = {}, ''  # messages already shown; why a check doubts the teacher
+        self.found, self.doubt = {}, ''  # state of `warn_of_several`; reason to doubt the teacher
         if teacher is not None and not isinstance(teacher, Teacher):
             teacher = Teacher(
                 teacher, kind=self.task.kind, axis=self.task.axis, output=teacher_output
@@ -138,7 +138,7 @@ class Head(RecipeLoss):
         if self.shift_labels is None:
             self.shift_labels = state['shift_labels']
 
-    # before the first batch
+    # checks and setup before the first batch
 
     @property
     def ready(self):
@@ -232,7 +232,7 @@ class Head(RecipeLoss):
                 )
             yield Link(loss, (p.student, p.teacher), proj.train()).to(a.device)
 
-    # a batch
+    # computing the loss of a batch
 
     def layers(self, i: int, terms=None) -> list:
         """Return the layers that the terms compare.
@@ -259,7 +259,7 @@ class Head(RecipeLoss):
 
     def compare(self, student, teacher, x, targets, progress) -> Distilled:
         """Return the loss of a batch, including the task loss of this head."""
-        # before the task loss, which would raise an error that does not say what to do
+        # check before the task loss, whose own error would not say what to do
         self.check_first(student, teacher, targets)
         task, targets = self.task_and_targets(x, student.logits, targets)
         return self.compute(student, teacher, task, targets, progress=progress)

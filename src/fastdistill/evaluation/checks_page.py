@@ -1,4 +1,4 @@
-"""Table of the checks before a training: a mark, what was found (with its number), and what to do."""
+"""Show the results of the checks before training as a table: a mark, the finding, and what to do."""
 
 import io
 import shutil

@@ -1,4 +1,4 @@
-"""Compare models in one pass over the samples, in which every model gets each batch, and report."""
+"""Compare models in one pass over the samples. Every model gets each batch."""
 
 import os
 import platform
@@ -50,7 +50,7 @@ def roles_of(names, teacher: str | None = None, baseline: str | None = None) -> 
 
 
 class OfModel:
-    """Sums for one model, added up batch by batch."""
+    """Sums over samples for one model, accumulated batch by batch."""
 
     def __init__(self, kind, loss, metrics, own):
         self.kind, self.loss_func, self.metrics = kind, loss, metrics

@@ -1,4 +1,4 @@
-"A report as one HTML page: self-contained, without scripts, with every name escaped."
+"""Format a report as one HTML page: self-contained, without scripts, with every name escaped."""
 
 import base64
 import io
@@ -35,9 +35,10 @@ class Picture(NamedTuple):
 
 
 def page(r: ReportData, figures=None, whole: bool = True) -> str:
-    """Format the page.
+    """Return the HTML page.
 
     Args:
+        r: The report.
         figures: {caption: your own matplotlib figure}, shown at the end.
         whole: False to leave out the head and the pictures, for a notebook.
     """

@@ -1,4 +1,4 @@
-"""Paired statistics: which differences between models on the same samples are significant."""
+"""Paired significance tests for differences between models on the same samples."""
 
 import warnings
 from collections.abc import Iterator
@@ -9,8 +9,10 @@ from .data import Comparison, Difference, Estimate
 
 __all__ = ['PairedScores', 'mcnemar']
 
-MAX_SAMPLES = 20_000  # if there are more samples, they are put into this many random groups, which are drawn as a whole
-CELLS = 10_000_000  # maximum size of one matrix of weights
+MAX_SAMPLES = (
+    20_000  # more samples are combined into this many random groups, which are resampled instead
+)
+CELLS = 10_000_000  # maximum number of elements in a matrix of weights
 
 
 def mcnemar(only_a: int, only_b: int) -> float:
@@ -28,10 +30,10 @@ def mcnemar(only_a: int, only_b: int) -> float:
 
 
 class PairedScores:
-    """Sums of each sample for several models. All models share the bootstrap draws, so that
-    differences are paired.
+    """Sums over each sample for several models, for bootstrap intervals and paired tests.
 
-    Intervals are percentiles of `repeats` bootstrap draws of whole samples.
+    All models share the bootstrap draws, so that differences are paired. Intervals are percentiles
+    of `repeats` draws of whole samples.
 
     Args:
         scores: {model: {name of a sum: (n,) or (n, k)}}.
@@ -41,7 +43,7 @@ class PairedScores:
     def __init__(self, scores: dict, measures: list, repeats: int = 2000, seed: int = 0):
         self.measures = {m.name: m for m in measures}
         self.repeats, self.seed = repeats, seed
-        # subtle: before they are grouped, since this test is about single samples
+        # subtle: set before grouping, since this test needs single samples
         self.right = {
             k: v['right'] for k, v in scores.items() if 'right' in v and (v['n'] == 1).all()
         }
@@ -111,7 +113,7 @@ class PairedScores:
             {c: o.sum(0) for c, o in self.scores[b].items()},
         )
         apart = {c: self.scores[a][c] - self.scores[b][c] for c in self.scores[a]}
-        # a permutation swaps some samples of `a` and `b`
+        # a permutation swaps some samples between `a` and `b`
         moved = self._weighted(coins(self.n, self.repeats, self.seed), dict(moved=apart))['moved']
         swapped = [{c: w[c] + sign * moved[c] for c in moved} for w, sign in zip(whole, (-1, 1))]
         va, vb = map(self._values, swapped)

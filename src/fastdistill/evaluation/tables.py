@@ -1,4 +1,4 @@
-"The tables of a report as texts, shared by the terminal, Markdown and the HTML page."
+"""Tables of a report as text, shared by the terminal, Markdown and the HTML page."""
 
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -16,11 +16,11 @@ from .format import (
 
 __all__ = ['Cell', 'Sheet', 'sheets_of']
 
-SHOWN = 10  # classes with the largest gains, and as many with the largest losses
+SHOWN = 10  # number of classes shown with the largest gains, and with the largest losses
 
 
 class Cell(NamedTuple):
-    """A text with a smaller one below it."""
+    """A text with a smaller text below it."""
 
     text: str
     small: str = ''

@@ -52,7 +52,7 @@ def valid_batches(dl, n=None):
 def train_batches(dl, n):
     """Yield some batches of the training set, shuffled independently of the training."""
     if isinstance(getattr(dl, 'dataset', None), IterableDataset):
-        return  # an iterable dataset may not be readable twice
+        return  # iterable datasets may not be readable twice
     yield from some_batches(renewed(dl, num_workers=0) if hasattr(dl, 'shuffle_fn') else dl, n)
 
 
@@ -112,7 +112,7 @@ def prepared(learn, batches, ds_idx, training):
                 else with_callbacks(learn, b, i, ds_idx, training)
             )
         except CANCELED:
-            continue  # a fit skips such a batch too
+            continue  # a fit also skips such a batch
         yield with_items(x, items), y
 
 
@@ -153,7 +153,7 @@ def with_callbacks(learn, b, i, ds_idx, training):
         learn.xb, learn.yb = parts_of_batch(learn, b)
         for cb in changing_callbacks(learn, training):
             if isinstance(cb, MixHandler):
-                vars(cb)['stack_y'] = True  # MixUp does not change the labels then
+                vars(cb)['stack_y'] = True  # prevents MixUp from changing the labels
             try:
                 cb('before_batch')
             except CANCELED:

@@ -132,7 +132,7 @@ class KnowledgeDistillation(DistillationCallback):
         """The optimizer of the projectors. None before the first step."""
         return self.state.optimizer
 
-    # around a fit
+    # before and after a fit
 
     def before_fit(self):
         self.teardown(self.learn)
@@ -227,7 +227,7 @@ class KnowledgeDistillation(DistillationCallback):
     def __reduce__(self):
         return Callback, ()
 
-    # a batch
+    # training step
 
     @property
     def active(self):

@@ -125,7 +125,7 @@ def check_teacher(
 
 def costs_of_check(learn, teacher, task, recipe, output, n_epoch):
     """Return (costs, their lines). If they could not be measured, a line has the reason."""
-    # subtle: any error at all, since student, loss and recipe may be the user's. A fit shows the error in full
+    # subtle: any error is possible, since student, loss and recipe may be the user's. A fit raises it again
     try:
         costs = training_costs(learn, teacher, task, recipe, output)
     except Exception as e:
@@ -145,7 +145,7 @@ def check_optimizer(learn):
     which it would not train.
     """
     if learn.opt is None:
-        return  # no training, as in `summary` and `tta`
+        return  # not a training (`summary`, `tta`)
     stepped = {p for ps in learn.opt.param_lists for p in ps}
     weights = {p: n for n, p in learn.model.named_parameters() if p.requires_grad}
     # a loss function may have weights of its own
@@ -179,7 +179,7 @@ def find_mistakes(
     own = learn if head is None else head.of(learn)
     for about, (look, in_words) in CHECKS.items():
         if about == 'classes' and any_outputs(recipe):
-            continue  # training batches may differ in shape
+            continue  # the recipe compares outputs whose classes may differ
         found.add(about, look(own, teacher, task), in_words(own, teacher, task))
     if found.errors:
         return found
@@ -232,7 +232,7 @@ def resets_in_words(learn, teacher, task):
 def kinds(learn, teacher, task):
     """Check that student and teacher predict the same kind of output."""
     own = known_kind(learn.loss_func)
-    # subtle: without a student, for a cache, kind='regression' stores a teacher's embeddings as they are
+    # subtle: when a cache is written without a student, kind='regression' stores a teacher's embeddings unchanged
     if own not in (None, task.kind) and not (learn.model is None and task.kind == 'regression'):
         yield Finding(
             'error',
@@ -276,7 +276,7 @@ def labels(learn, teacher, task):
                 + of_shared(found, vocab_of(learn.dls), names),
             )
         elif o.known_classes is not None:
-            continue  # the user chose them
+            continue  # the user selected the classes
         else:
             extra = f', and {len(found.extra)} more, which are not used' if found.extra else ''
             yield Finding(
@@ -308,7 +308,7 @@ def codings(learn, teacher, task):
     """Check that both models encode tokens and categories by the same numbers."""
     for o in with_learners(teacher):
         if o.inputs is not None:
-            continue  # it translates them
+            continue  # the teacher converts the codes itself
         a, b = learn.dls, o.learner.dls
         for name, read in CODES.items():
             s, t = read(a), read(b)
@@ -387,7 +387,7 @@ def in_pixels(size):
     return f'{size[0]} x {size[1]}'
 
 
-# what is checked -> (function for findings, function for the text if nothing was found)
+# {subject: (function that returns findings, function that describes the check if there are none)}
 CHECKS = {
     'reset()': (resets, resets_in_words),
     'task': (kinds, kinds_in_words),

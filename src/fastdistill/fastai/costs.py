@@ -142,7 +142,7 @@ def in_training(model, x):
     """Put the model into training mode with gradients inside. Restore its state afterwards."""
     with untouched(model, training=True):
         yield
-    # subtle: hooks, e.g. of a dynamic U-Net, hold the last activations. Those with a gradient can't be copied
+    # subtle: hooks, e.g. of a dynamic U-Net, keep the last activations, and tensors with a gradient can't be copied
     dry_run(model, *x)
 
 

@@ -91,7 +91,7 @@ class LogitsOnly(nn.Module):
 
     def forward(self, *x):
         raw = self.model(*x)
-        # subtle: a tensor is returned unchanged, since tensors of a trace have their own class
+        # subtle: return a tensor unchanged, since tensors in a trace have a class of their own
         logits = (
             raw
             if isinstance(raw, torch.Tensor)
@@ -273,7 +273,7 @@ def in_int8(model):
         from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e
 
         return convert_pt2e(move_exported_model_to_eval(model))
-    # subtle: the public converters make operations that torch.export can't trace
+    # subtle: the public converters create operations that torch.export can't trace
     from torch.ao.quantization.quantize_fx import _convert_to_reference_decomposed_fx
 
     return _convert_to_reference_decomposed_fx(model)
@@ -305,7 +305,7 @@ def facts_of(learn, x) -> dict:
 def program_of(model, x):
     """Return the torch.export program with a variable batch size."""
     batch = torch.export.Dim('batch')
-    # subtle: one entry for `*x` of `LogitsOnly`
+    # subtle: a single entry, for the argument `*x` of `LogitsOnly`
     shapes = (tuple({0: batch} for _ in x),)
     try:
         with torch.no_grad():
@@ -321,7 +321,7 @@ def program_of(model, x):
 
 def write_program(model, x, path, facts):
     program = program_of(model, x)
-    with open(path, 'wb') as f:  # subtle: a path would have to end in .pt2
+    with open(path, 'wb') as f:  # subtle: torch.export only accepts paths that end in .pt2
         torch.export.save(program, f, extra_files={f'{KEY}.json': json.dumps(facts)})
 
 

@@ -35,7 +35,9 @@ from .trials import Trials
 __all__ = []
 
 FACTORS = 1, 0.32, 3.2, 0.1, 10  # multiples of the Learner's own rate
-MOST_VIEWS = 4  # views to store for outputs with positions, which augmentation moves
+MOST_VIEWS = (
+    4  # views to store if the outputs have positions (masks, tokens), which augmentation moves
+)
 
 
 @patch
@@ -320,7 +322,7 @@ def answers(learn, teacher, tasks, as_it_is, positions, n_epoch, show):
         views = min(n_epoch, MOST_VIEWS) if positions and moves(learn.dls.train) else 0
         try:
             with warnings.catch_warnings():
-                # only this teacher uses this cache
+                # this temporary cache is only used with this teacher
                 warnings.filterwarnings('ignore', 'The weights of', DistillWarning)
                 cache = cache_teacher(
                     teacher,

@@ -72,7 +72,7 @@ def keys_of_table(table):
     try:
         return pd.util.hash_pandas_object(table, index=False).to_numpy(np.uint64)
     except TypeError:
-        return keys_of(table.to_numpy())  # cells that hold lists
+        return keys_of(table.to_numpy())  # cells that contain lists can't be hashed
 
 
 def input_columns(dataset, table):

@@ -20,7 +20,7 @@ class HeldOutputs:
     """
 
     kind, axis = 'softmax', 1
-    written_identity: dict = {}  # identity of the teacher whose outputs were stored, as far as it is known
+    written_identity: dict = {}  # identity of the teacher whose outputs were stored, if known
 
     def bind(self, learn, kind: str, axis: int):
         """Prepare for the data of a Learner about to fit. Raise an error if they have no outputs.

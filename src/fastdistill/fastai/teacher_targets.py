@@ -46,7 +46,7 @@ class TeacherTargets(Callback):
     def after_create(self):
         """Remove the callback from a Learner whose batches have neither samples nor targets."""
         dls = self.learn.dls
-        # subtle: a DataLoader with its own `create_batches` may be prepared for a fit of another Learner
+        # subtle: a DataLoader with its own `create_batches` may belong to a fit of a different Learner
         own = any('create_batches' in vars(dl) for dl in getattr(dls, 'loaders', []))
         if not (own or target_tfms(dls)):
             self.learn.remove_cb(self)

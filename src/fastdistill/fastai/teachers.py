@@ -40,7 +40,7 @@ __all__ = [
     'teacher_of',
 ]
 
-# suffix -> how to write such a file
+# {suffix: how to write such a file}
 PICKLES = {
     '.pkl': 'teacher_learner.export({!r}) writes an exported Learner.',
     '.joblib': 'joblib.dump(estimator, {!r}) writes an estimator.',
@@ -93,7 +93,9 @@ def teacher_of(obj, learn=None, task=None, **kwargs) -> Teacher:
         return of_learner(obj, own | kwargs)
     if isinstance(obj, Teacher):
         if obj.reads_items:
-            kwargs.pop('input_stats', None)  # the statistics of the student's batches do not apply
+            kwargs.pop(
+                'input_stats', None
+            )  # the teacher reads raw items, not the student's normalized batches
         own = (
             {} if obj.given & {'select', 'classes'} else in_order(dls, class_names(obj, dls), task)
         )
@@ -256,7 +258,7 @@ def exported(path):
         with warnings.catch_warnings():
             warnings.filterwarnings(
                 'ignore', message='load_learner. uses Python'
-            )  # fastai's warning about pickle; ours is in the docs
+            )  # `warn_of_code` already says this
             return load_learner(path)
     # subtle: any error is possible, since pickle interprets the bytes of the file as instructions
     except Exception as e:

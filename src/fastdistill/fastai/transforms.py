@@ -114,7 +114,7 @@ def replay_drawn(f, b, x, seeds, split_idx):
     n = max(len(x), 2)
     like = TensorImage(torch.empty(1).expand(n, *x.shape[1:]))
     like.__dict__.update(x.__dict__)  # copies img_size, if there is one
-    # subtle: with fastai's tensor types, each small operation would take many times longer
+    # subtle: fastai's tensor types would make each small operation many times slower
     with (
         RandomGuard() as guard,
         PerSample(np.resize(seeds, n)),
@@ -187,7 +187,7 @@ def describe_transforms(dl) -> dict:
     if is_stream(dl):
         out['stream'] = f'{dl.bs} rows of {dl.bl} tokens, {dl.seq_len} at a time'
     tls = getattr(dl.dataset, 'tls', [])[: getattr(dl.dataset, 'n_inp', 1)]
-    # functions that read an item are not described: the items themselves are compared
+    # functions that read items are not described, since the items themselves are compared
     for i, tl in enumerate(tls):
         name_each(
             out, f'input {i}', [f for f in tl.tfms.fs if type(f) not in (Transform, ItemTransform)]

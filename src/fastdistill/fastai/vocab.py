@@ -18,7 +18,7 @@ def vocab_of(dls):
         v = nested_attr(dls, 'train.after_item.vocab')  # vocab of mask codes
     if v is None or isinstance(v, dict):
         return None
-    # one vocab per block, such as (tokens, classes)
+    # one vocab per block, e.g. (tokens, classes)
     if len(v) and all(hasattr(o, '__len__') and not isinstance(o, str) for o in v):
         v = v[-1]
     return list(map(str, v))

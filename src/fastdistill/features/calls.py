@@ -22,12 +22,13 @@ def predicts_next(model: Any) -> bool:
 
 
 def arguments(model: Any, x: Any, by_name: Mapping | None = None) -> tuple:
-    """Return (args, kwargs) of the call. A batch that is one dict is passed by name if the model
-    has arguments with these names.
+    """Return (args, kwargs) for a call of the model.
+
+    A batch that is one dict is passed by name if the model has arguments with these names.
 
     Args:
         model: A module (wrapped or not), a callable, or a `Teacher`.
-        x: The batch's inputs, a tuple.
+        x: Inputs of the batch, a tuple.
         by_name: Inputs passed by name.
     """
     kwargs = dict(by_name or {})

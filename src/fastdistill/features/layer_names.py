@@ -47,8 +47,9 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def named(model: Any) -> dict[str, nn.Module]:
-    """Return {dotted name: layer} for the model inside its wrappers. A shared layer has an entry
-    for each of its names.
+    """Return {dotted name: layer} for the model inside its wrappers.
+
+    A shared layer has an entry for each of its names.
     """
     inner = unwrap(model)
     # a teacher may hold several models, or none
@@ -57,7 +58,7 @@ def named(model: Any) -> dict[str, nn.Module]:
     have = dict(inner.named_modules(remove_duplicate=False))
     if any(
         '_orig_mod' in n for n in have
-    ):  # a compiled part has the name of the module that was compiled
+    ):  # a compiled part keeps the name of the module that was compiled
         have = {re.sub(r'(^|\.)_orig_mod(?=\.|$)', '', n): m for n, m in have.items()}
     return have
 
@@ -73,8 +74,9 @@ def model_name(model: Any) -> str:
 
 
 def how_to_name_layers(model: Any) -> str:
-    """Return advice for messages if the layers of a teacher can't be found. A source of stored
-    outputs has its own advice.
+    """Return advice for messages if the layers of a teacher can't be found.
+
+    A source of stored outputs has its own advice.
     """
     return getattr(
         unwrap(model),

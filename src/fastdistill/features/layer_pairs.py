@@ -1,4 +1,4 @@
-"""Pair layers of the student with layers of the teacher, by name or automatically."""
+"""Pair student layers with teacher layers, by name or automatically."""
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -33,7 +33,7 @@ MAX_BLOCKS = 6  # up to this many stages of one resolution are all paired; if th
 
 @dataclass
 class Pair:
-    """A layer of the student and the layer of the teacher that it learns from.
+    """A student layer and the teacher layer it learns from.
 
     Attributes:
         projector: Description of the projector.
@@ -284,7 +284,7 @@ def _with_tokens(modules: dict, ran: Sequence[Fired], names: Iterable[str]) -> I
         f = fired[modules[base]]
         shape = f.shape_in if 'in' in how else f.shape
         if shape is not None and len(shape) == 3:
-            # @tokens comes before other changes of shape, which expect tokens
+            # @tokens must come before other suffixes, which expect tokens
             where, turns = (
                 [h for h in how if h in ('in', 'pre')],
                 [h for h in how if h in ('map', 'mean')],
@@ -400,8 +400,9 @@ def _pair_by_resolution(a: list, b: list, size_a: tuple, size_b: tuple) -> list 
 
 
 def _longest_row(a: list, b: list, equal: Callable) -> list:
-    """Find the longest sequence of pairs in the order of both models. Of several, take the one that
-    ends last.
+    """Return the longest sequence of pairs that keeps the order of both models.
+
+    If there are several, return the one that ends last.
     """
     best: dict[tuple[int, int], list] = {}
     for i in range(len(a)):
@@ -418,8 +419,9 @@ def _longest_row(a: list, b: list, equal: Callable) -> list:
 
 
 def _going_down(us: list) -> list:
-    """Return for each stage whether it is on the way down. A stage of the same size as the previous
-    one has its direction.
+    """Return for each stage whether it is on the way down.
+
+    A stage of the same size as the previous one has its direction.
     """
     down = [True]
     for u, before in zip(us[1:], us):

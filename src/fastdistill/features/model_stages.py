@@ -93,9 +93,10 @@ def stages(model: Any, x: Any) -> list[Stage]:
 
 
 def embedding(model: Any, x: Any) -> Any:
-    """Return the name of the layer whose output is the model's embedding: the first vector after
-    the last map or tokens, or otherwise their mean. For a network of vectors, it is the last layer
-    before the head.
+    """Return the name of the layer whose output is the model's embedding.
+
+    This is the first vector after the last map or tokens, or else their mean. In a network of
+    vectors, it is the last layer before the head.
     """
     units = MainPath(model, x).walk()
     if not units:
@@ -136,7 +137,7 @@ class MainPath:
         self.ran, self.when = {f.name: f for f in ran}, {f.name: i for i, f in enumerate(ran)}
         self.first = series_layers(ran)
         self.size, self.picture = image_size(x), is_picture(x)
-        # a teacher may process the batch in slices
+        # a teacher may split the batch into slices
         ran_on = self.ran[''].shape_in if '' in self.ran else None
         self.batch = ran_on[0] if ran_on else batch_size(x)
         self.below: dict[str, list[str]] = {}
@@ -159,7 +160,7 @@ class MainPath:
             else head
         )
 
-    # the output of a layer
+    # layers as stages
 
     def look(self, name: str) -> Stage | None:
         """Return a layer as a stage. None if its output is not a feature whose first axis is the
@@ -199,7 +200,7 @@ class MainPath:
                 return behind
         return of(nn.Linear) and not of(*CONVS)
 
-    # which layers are stages
+    # candidates for stages
 
     def walk(self, split_maps: bool = False) -> list[Stage]:
         """Return the candidates for stages, and the layers between them."""
@@ -245,7 +246,7 @@ class MainPath:
         others = {o.place for o in inside if set(o.place) != {1}} - self._ends(u)
         areas = sorted(map(math.prod, self._ends(u)))
         between = [p for p in others if areas and areas[0] < math.prod(p) < areas[-1]]
-        # subtle: one resolution out of range is a shortcut, such as attention to a pooled map; several are a U-Net
+        # subtle: a single smaller resolution is a shortcut, e.g. attention to a pooled map; several mean a U-Net
         return bool(between) or len(others) > 1
 
     def _ends(self, u: Stage) -> set:
@@ -268,12 +269,12 @@ class MainPath:
             yield n
             yield from self._inside(n)
 
-    # where stages end
+    # ends of stages
 
     def stages(self, units: Sequence[Stage]) -> list[Stage]:
         """Return the last layer of each stage."""
         groups = self._groups([u for u in units if u.kind != 'vector'])
-        # in a network with blocks, single layers are stems and necks, not stages
+        # if a network has blocks, its single layers are stems and necks, not stages
         if any(u.deep for g in groups for u in g):
             groups = [g for g in groups if any(u.deep for u in g)]
         if not groups:
@@ -333,7 +334,7 @@ class MainPath:
         tail = group[i + 1 :]
         if group[i].leaf:
             tail = [u for u in tail if not isinstance(u.module, PASSIVE)]
-        else:  # after a block, take only an activation that would overwrite its output in place
+        else:  # after a block, only include an activation if it would overwrite the block's output in place
             n = next(
                 (k for k, u in enumerate(tail) if not getattr(u.module, 'inplace', False)),
                 len(tail),

@@ -43,8 +43,9 @@ def _default_kind(dims: int) -> str:
 
 
 class Projector(nn.Module):
-    """Module that maps student features to the teacher's shape, as `p(s, t)`. Only the grid size of
-    `t` is used.
+    """Module that maps student features to the teacher's shape, as `p(s, t)`.
+
+    Only the grid size of `t` is used.
     """
 
     def __init__(
@@ -71,7 +72,7 @@ class Projector(nn.Module):
         self,
         s: Tensor,  # student's features
         t: Tensor
-        | None = None,  # teacher's features, whose grid may change between batches. None: grid of `t_shape`
+        | None = None,  # teacher's features, whose grid may change between batches; None for the grid of `t_shape`
     ) -> Tensor:
         like = (len(s), *self.t_shape[1:]) if t is None else tuple(t.shape)
         if not self.own and self.match != 'none':
@@ -81,7 +82,7 @@ class Projector(nn.Module):
         p = [*self.parameters(), None][
             0
         ]  # subtle: PyTorch 2.6 does not compile `next` with a default
-        # subtle: features computed under autocast have half precision, and autocast may have ended by now
+        # subtle: features computed under autocast are in half precision, even if autocast has ended by now
         if p is not None and p.dtype != s.dtype and not torch.is_autocast_enabled(s.device.type):
             s = s.to(p.dtype)
         y = self.map(s)

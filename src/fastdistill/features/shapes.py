@@ -16,8 +16,9 @@ LEAD = 0, 1, 2, 4, 5
 
 
 def grid(n: int, aspect: float = 1.0) -> tuple[int, int, int] | None:
-    """Return (tokens to skip, height, width) of the map that `n` tokens fill after class and
-    register tokens. None if none fits.
+    """Return (tokens to skip, height, width) of the map that `n` tokens fill, or None.
+
+    The skipped tokens are class and register tokens.
 
     Args:
         n: Number of tokens.
@@ -99,8 +100,9 @@ def resize(x: Tensor, size: Sequence[int]) -> Tensor:
 
 
 def to_grid(s: Tensor, like: Sequence[int], picture: bool = True) -> Tensor:
-    """Convert the student's features to the teacher's grid, with the student's channels. Maps
-    become tokens, or tokens a map, if needed.
+    """Convert the student's features to the teacher's grid, keeping the student's channels.
+
+    Maps become tokens, or tokens a map, if needed.
 
     Args:
         s: Student features, (B, D), (B, L, D), (B, C, H, W) or (B, C, D, H, W).

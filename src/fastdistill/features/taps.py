@@ -96,7 +96,9 @@ class Taps:
         self.model = model
         self.seen: dict[str, Any] = {}
         self.handles: list = []
-        self.compiled = is_compiled(model)  # True if parts of it were compiled by torch.compile
+        self.compiled = is_compiled(
+            model
+        )  # True if torch.compile was applied to parts of the model
         have = named(model)
         self.names = list(dict.fromkeys(n for p in names for n in resolve_among(model, have, p)))
 
@@ -105,7 +107,7 @@ class Taps:
         self.detach()
         if self.names:
             _heed_hooks(self.model)
-        # layers are looked up only now, since SyncBatchNorm may have replaced some after the names were given
+        # look up layers only now, since SyncBatchNorm may have replaced some of them
         for n, m in [(n, self._layer(n)) for n in self.names]:
             tap = _Tap(n, m, self.seen)
             before = 'in' in tap.how
@@ -122,7 +124,7 @@ class Taps:
         try:
             m = unwrap(self.model).get_submodule(name)
         except (AttributeError, RuntimeError):
-            m = None  # a teacher, a compiled part or TorchScript
+            m = None  # teachers, compiled parts and TorchScript are looked up by `named`
         if m is None:
             m = named(self.model).get(name)
         if m is None:
@@ -149,7 +151,7 @@ class Taps:
 
     def __exit__(
         self, error: Any, *_: Any
-    ) -> None:  # after a `with` block without an error, the tensors can still be popped
+    ) -> None:  # unless there was an error, the tensors can still be popped after a `with` block
         self._unhook() if error is None else self.detach()
 
     @property

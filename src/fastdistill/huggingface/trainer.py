@@ -80,7 +80,7 @@ class DistillationMixin:
                 'torchrun or accelerate launch, or choose one with CUDA_VISIBLE_DEVICES=0.'
             )
 
-    # before the first batch
+    # setup before the first batch
 
     def create_optimizer(self, *args, **kwargs):
         """Create the Trainer's optimizer, which also trains the projectors."""
@@ -163,7 +163,7 @@ class DistillationMixin:
             yield (
                 x,
                 self._targets(y, next(iter(x.values()))),
-            )  # their length is that of the logits of an answer
+            )  # span logits have the length of the input
 
     def _example(self):
         """Return a training batch, without changing any state."""
@@ -200,7 +200,7 @@ class DistillationMixin:
             **{k: v for k, v in batch.items() if k in self.label_names},
         }, of_teacher
 
-    # a batch
+    # training step
 
     def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
         """Compute the loss of a batch: in training with the teacher's part, in evaluation only the
@@ -289,7 +289,7 @@ class DistillationMixin:
             if o is not None:
                 o.logits = o.logits.masked_fill(x['attention_mask'][..., None] == 0, -1e4)
 
-    # around the batches
+    # training loop
 
     def train(self, *args, **kwargs):
         """Train the student; see `Trainer.train`."""
@@ -300,7 +300,7 @@ class DistillationMixin:
                 self.distiller.teacher.stop()
 
     def training_step(self, *args, **kwargs):
-        # subtle: after a step, the Trainer resets the gradients of the model, but not those of its optimizer
+        # subtle: after a step, the Trainer resets the gradients of the model, but not those of the projectors
         if self.last_step != self.state.global_step:
             reset_gradients(self.distiller)
         self.last_step = self.state.global_step

@@ -9,7 +9,7 @@ from .runs import Run
 __all__ = ['import_optuna', 'proposed_run']
 
 PROPOSALS = (
-    5  # proposals of Optuna, which may have run before; after these, draw a new run at random
+    5  # Optuna may propose finished runs; after this many proposals, draw a new run at random
 )
 
 

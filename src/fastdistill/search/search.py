@@ -55,7 +55,7 @@ class Search:
         metric: str = 'score',
         show=lambda text, done: None,
     ):
-        import_optuna()  # before time is spent
+        import_optuna()  # fail before time is spent
         self.candidates = {c.name: c for c in candidates}
         self.all_candidates = {LABELS.name: LABELS, **self.candidates}
         self.rates = [float(o) for o in rates]
@@ -181,7 +181,7 @@ class Search:
         recipes = [r for r in self.runs.finished() if not r.seed and r.name != LABELS.name]
         return proposed_run(self.candidates, self.rates, recipes, left) if left else None
 
-    # one run
+    # execution of a run
 
     def _try(self, run):
         self.n_runs += 1

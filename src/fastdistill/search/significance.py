@@ -105,11 +105,11 @@ def lead_of(a, b) -> Lead | None:
     seeds, n = d.shape
     mean = d.mean().item()
     of_items = d.mean(0)
-    of_seeds = d.mean(1) - mean  # with mean 0, so that the difference of both is the lead
+    of_seeds = d.mean(1) - mean  # mean 0, so that the difference of the two means is the lead
     if not of_items.var() + of_seeds.var() > 0:
         return Lead(mean, mean, mean, 0.0 if mean else 1.0, n, seeds)
     with warnings.catch_warnings():
-        # if all values are nearly equal, only the variance of the other counts
+        # ttest_ind warns if all values are nearly equal; the other variance then dominates
         warnings.filterwarnings('ignore', 'Precision loss', RuntimeWarning)
         test = ttest_ind(of_items.numpy(), of_seeds.numpy(), equal_var=False)
     low, high = map(float, test.confidence_interval(0.95))
