@@ -40,19 +40,19 @@ class DistillCallback(Callback):
     """Adds a teacher to a `LightningModule`: `Trainer(callbacks=DistillCallback(teacher, kd(),
     student='model'))`.
 
-    The module's `training_step` is unchanged: it returns the task loss, to which the teacher's part
-    is added.
+    The module's `training_step` is unchanged: it returns the task loss, to which the distillation
+    loss is added.
 
     Args:
-        teacher: A model, a `Teacher`, or what `Teacher` takes. A dict: a teacher for each head of
-            the student, as in `Distiller`; the labels of a batch are one for each head.
-        recipe: A recipe such as `kd() + at()`, or a `Term`. None to let `auto` choose, by what the
-            student predicts.
+        teacher: A model, a `Teacher`, or what `Teacher` takes. For several heads, a dict {head
+            name: teacher}, as in `Distiller`; a batch then has one label per head.
+        recipe: A recipe such as `kd() + at()`, or a `Term`. None to let `auto` choose from the
+            student's outputs.
         student: Attribute of the module that is trained, e.g. 'model'. None for the module itself.
         split: fn(batch) -> (inputs, labels) of the student. None to split a tuple into the first
             item and the others, or a dict into inputs and 'labels'.
         **options: Options of the `Distiller`: kind, axis, ignore_index, shift_labels, output,
-            check. check=False also leaves out the score of both models on a few batches.
+            check. check=False also skips scoring both models on a few batches.
     """
 
     def __init__(self, teacher, recipe=None, *, student: str | None = None, split=None, **options):
@@ -112,8 +112,9 @@ class DistillCallback(Callback):
         complete(self.distiller, x, bool(len(y)))
 
     def _batches(self, trainer):
-        """Yield training batches as (inputs, labels). None from a stream, which can't be read
-        twice.
+        """Yield training batches as (inputs, labels).
+
+        An iterable dataset yields none, since it may not be readable twice.
         """
         # subtle: Lightning draws a random number here, but not again when it trains
         trainer.fit_loop.setup_data()
@@ -140,7 +141,7 @@ class DistillCallback(Callback):
     # training step
 
     def _replace_step(self, trainer, pl_module):
-        """Make the module's training step return the whole loss."""
+        """Make the module's training step return the total loss."""
         step = pl_module.training_step
 
         # subtle: Lightning reads the names of its arguments, which `wraps` keeps
@@ -204,9 +205,12 @@ class DistillCallback(Callback):
 
 class DistillModule(LightningModule):
     """A student that learns from a teacher: `Trainer().fit(DistillModule(student, teacher, kd()),
-    loader)`. Its checkpoints hold only the student and the state of its `DistillCallback`.
+    loader)`.
+
+    Its checkpoints hold only the student and the state of its `DistillCallback`.
 
     Args:
+        student: The model to train.
         teacher: As in `DistillCallback`.
         recipe: As in `DistillCallback`.
         optimizer: fn(parameters, lr=...) -> optimizer.
@@ -275,14 +279,16 @@ def later(loader):
 
 
 def training_progress(trainer):
-    """Return the progress of the training, from 0 to 1, for schedules. None if it has no end."""
+    """Return the progress of the training, from 0 to 1, for schedules. None if its length is
+    unknown.
+    """
     steps = trainer.estimated_stepping_batches
     return trainer.global_step / steps if 0 < steps < math.inf else None
 
 
 @contextmanager
 def returned_by(module):
-    """Context that yields a list of what the module returns inside it."""
+    """Record what the module returns inside the context, and yield the list of these outputs."""
     seen = []
     handle = module.register_forward_hook(lambda m, args, out: seen.append(out))
     try:

@@ -22,7 +22,7 @@ def check_options(teacher, **options):
     have = dict(kind=(None, 'softmax', 'sigmoid', 'regression'), span=('fine_tune', 'fit'))
     for k, v in options.items():
         if v not in have[k]:
-            raise DistillError(f'{k}={v!r}: it must be {" or ".join(map(repr, have[k]))}.')
+            raise DistillError(f'{k}={v!r}: must be {" or ".join(map(repr, have[k]))}.')
     if isinstance(teacher, (Recipe, Term)):
         raise DistillError(
             f'{teacher!r} is not a teacher: the teacher comes first, then the recipe, as in '

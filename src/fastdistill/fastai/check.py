@@ -35,17 +35,16 @@ KIND_IN_WORDS = dict(
 
 
 class TeacherCheck(Findings):
-    """Result of checking a teacher: a list of findings, empty if nothing is wrong, that prints as a
-    table in a terminal or notebook. `in_order` are the checks that found nothing, `facts` and
-    `costs` the measurements.
+    """Findings of a teacher check, which prints as a table in a terminal or notebook.
+
+    It is a list that is empty if nothing is wrong. `in_order` are the checks that found nothing,
+    `facts` and `costs` the measurements.
     """
 
     costs, cost_lines, title = None, (), ''
 
     def rows(self) -> list:
-        """Return the lines of the table as `Finding`s: mistakes first, then passed checks, then
-        costs.
-        """
+        """Return the rows of the table as `Finding`s: mistakes, passed checks, costs."""
         levels = ('error', 'warning', 'note')
         fine = {f.about: f for f in self.in_order}
         first = [fine.pop(k, Finding('', text, '', about=k)) for k, text in self.measured.items()]
@@ -92,13 +91,15 @@ class TeacherCheck(Findings):
 def check_teacher(
     learn, teacher, task=None, recipe=None, n: int = BATCHES, output=None, n_epoch: int | None = 10
 ) -> TeacherCheck:
-    """Compare the inputs that the teacher expects with those that it will get, score it on a few
-    batches, and measure its cost.
+    """Check a teacher against a Learner.
+
+    Compare the inputs that the teacher expects with those it will get, score it on a few batches,
+    and measure its cost.
 
     Args:
         learn: The student's Learner, or only its DataLoaders.
         teacher: What `KnowledgeDistillation` takes.
-        task: What the student predicts. None to read it from its loss function.
+        task: What the student predicts. None to derive it from its loss function.
         recipe: Recipe or term of the training. None if unknown.
         n: Number of validation batches to read. A quarter as many training batches are read.
         output: Which of the student's outputs is distilled, as in `Distiller`.
@@ -134,15 +135,17 @@ def costs_of_check(learn, teacher, task, recipe, output, n_epoch):
 
 
 def weight_shapes(model):
-    """Return the shapes for which projectors are built. Pruning masks do not change them, removing
-    channels does.
+    """Return the shapes for which projectors are built.
+
+    Pruning masks do not change them, but removing channels does.
     """
     return sorted(p.shape for p in model.parameters() if not is_lazy(p))
 
 
 def check_optimizer(learn):
-    """Raise a DistillError for an optimizer created before layers got new weights, e.g. by pruning,
-    which it would not train.
+    """Raise a DistillError if the optimizer would not train the model's present weights.
+
+    This happens if layers got new weights after it was created, e.g. by pruning.
     """
     if learn.opt is None:
         return  # not a training (`summary`, `tta`)
@@ -164,12 +167,12 @@ def find_mistakes(
     """Return the findings about an existing `Teacher`.
 
     Args:
-        learn: As in `check_teacher`
+        learn: As in `check_teacher`.
         teacher: A `Teacher` made by `teacher_of` for this Learner and task.
         task: What the student predicts.
-        recipe: As in `check_teacher`
-        n: As in `check_teacher`
-        output: As in `check_teacher`
+        recipe: As in `check_teacher`.
+        n: As in `check_teacher`.
+        output: As in `check_teacher`.
         head: One of several heads of the student, with its own labels. None for a single head.
     """
     found = Findings()
@@ -305,7 +308,7 @@ def of_shared(found, student, teacher):
 
 
 def codings(learn, teacher, task):
-    """Check that both models encode tokens and categories by the same numbers."""
+    """Check that both models encode tokens and categories in the same way."""
     for o in with_learners(teacher):
         if o.inputs is not None:
             continue  # the teacher converts the codes itself

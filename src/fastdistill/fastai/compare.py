@@ -48,13 +48,16 @@ def compare(
     title: str = '',
     progress: bool = True,
 ) -> Report | dict[str, Report]:
-    """Measure all models on the same validation data in one pass: scores, task loss, metrics of the
-    Learners, agreement with the teacher, calibration, classes, cost and time.
+    """Compare models on the same validation data, in one pass.
 
-    If a model is a dict with a model for each head, the result is a dict with a report for each. The
-    other models have all heads: `compare({'teacher': {'color': teacher1, 'shape': teacher2},
-    'distilled': student})`. kind, metrics, loss_func and headline are then one for all heads, or a
-    dict by head; without loss_func, a head's task loss is the usual one of its kind.
+    The report has scores, task loss, metrics of the Learners, agreement with the teacher,
+    calibration, classes, cost and time.
+
+    If a model is a dict with a model for each head, the result is a dict with a report for each
+    head. The other models must have all heads: `compare({'teacher': {'color': teacher1, 'shape':
+    teacher2}, 'distilled': student})`. kind, metrics, loss_func and headline are then one value for
+    all heads or a dict {head name: value}. Without loss_func, each head uses the default task loss
+    of its kind.
 
     Differences are paired by sample, with 95% bootstrap intervals and exact tests. They cover the
     choice of validation samples, but not the variation between trainings with different seeds.
@@ -66,16 +69,16 @@ def compare(
             models.
         dl: A different DataLoader with labels, such as dls.test_dl(items, with_labels=True).
         teacher: Name of the teacher. None for the model named 'teacher', if there is one.
-        baseline: Name of the model without a teacher. None for 'alone', else the first of several
-            students.
+        baseline: Name of the model trained without a teacher. None for 'alone', else the first of
+            several students.
         metrics: Metrics of fastai. None for those of the Learners.
         loss_func: Task loss. None for that of the Learner or the DataLoaders.
-        kind: 'softmax', 'sigmoid' or 'regression'. None to read it from the loss function.
-        axis: Class axis. None to read it from the loss function.
-        headline: Main measure, such as 'nll'. None for the usual one of the task.
-        large: Size of the large batch whose time and memory are measured. None for the batch size
-            of the DataLoader.
-        seconds: Duration of each time measurement. 0 for none.
+        kind: 'softmax', 'sigmoid' or 'regression'. None to derive it from the loss function.
+        axis: Class axis. None to derive it from the loss function.
+        headline: Main measure, such as 'nll'. None for the default of the task.
+        large: Batch size for measuring time and memory of a large batch. None for that of the
+            DataLoader.
+        seconds: Time limit of each time measurement, in seconds. 0 for none.
         repeats: Number of bootstrap draws.
         seed: Seed of the bootstrap.
         title: Title of the report.
@@ -273,9 +276,7 @@ class MetricValues:
 
 
 class Step:
-    """A Learner as seen by a metric after the prediction of a batch. The Learner itself is not
-    changed.
-    """
+    """A Learner as seen by a metric after a batch, without changing the Learner itself."""
 
     def __init__(self, learn, **now):
         self.__dict__.update(now)
@@ -334,9 +335,7 @@ def history_of(learn):
 
 @contextmanager
 def shown_bar(progress, total, what='compare'):
-    """Context that yields a function to call after each step, which moves a bar in a terminal or
-    notebook.
-    """
+    """Show a progress bar in a terminal or notebook, and yield a function to call after each step."""
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,

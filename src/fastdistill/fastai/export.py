@@ -103,9 +103,7 @@ class LogitsOnly(nn.Module):
 
 
 def check_learner(learn, name):
-    """Raise a DistillError for a bare model, since only its Learner knows the inputs, normalization
-    and classes.
-    """
+    """Raise a DistillError for a bare model, which lacks the inputs, normalization and classes."""
     if not isinstance(learn, Learner):
         raise DistillError(
             f'{name} got a {type(learn).__name__}: pass the Learner, learn instead of '
@@ -122,19 +120,20 @@ def export_student(
     n: int = 8,
     temperature: float | list[float] | None = None,
 ) -> Exported:
-    """Write the student's network as a file with a variable batch size, and compare its outputs
-    with the Learner's on real inputs. Input shape, normalization and class names are stored in the
-    file as metadata.
+    """Export the student's network with a variable batch size, and check the file.
+
+    Its outputs are compared with the Learner's on real inputs. Input shape, normalization and class
+    names are stored in the file as metadata.
 
     Args:
         learn: The trained student.
         path: 'student.onnx' (needs the extra 'onnx') or 'student.pt2' (torch.export).
-        int8: For an .onnx file, static quantization, calibrated on validation batches, or, after
-            quantization-aware training, with the learned scales.
+        int8: For an .onnx file, whether to apply static quantization, calibrated on validation
+            batches, or with the learned scales after quantization-aware training.
         calibration: Number of batches for calibration.
         n: Number of validation batches on which the file is compared with the Learner.
-        temperature: By which the file divides its logits, for a model that `calibrate` can't change:
-            a number, or one for each label. It is stored as metadata.
+        temperature: Number by which the file divides its logits, or one for each label, for a model
+            that `calibrate` can't change. It is stored as metadata.
     """
     check_learner(learn, 'export_student')
     T = temperature_tensor(temperature)
@@ -170,8 +169,10 @@ def export_student(
 
 
 def temperature_tensor(temperature) -> Tensor | None:
-    """Return a temperature as a tensor that logits can be divided by. Raise a DistillError if it is
-    not positive.
+    """Return a temperature as a tensor by which logits can be divided.
+
+    Raises:
+        DistillError: If it is not positive.
     """
     if temperature is None:
         return None
@@ -374,8 +375,9 @@ WRITERS = {'.onnx': write_onnx, '.pt2': write_program}
 
 
 def quantize(path, batches, facts, learned=False):
-    """Replace an ONNX file by its int8 form. Before that, a file with learned scales quantizes its
-    weights in each run.
+    """Replace an ONNX file by its int8 version.
+
+    Before this, a file with learned scales still quantizes its weights in every run.
     """
     import onnx
     from onnxruntime import quantization as ort
@@ -403,8 +405,10 @@ def quantize(path, batches, facts, learned=False):
 
 
 def compared(learn, path, batches, close, temperature=None):
-    """Return (largest difference of the file's outputs from the Learner's, number of samples). The
-    last batch has only one sample.
+    """Compare the outputs of a file with the Learner's. The last batch has only one sample.
+
+    Returns:
+        (largest difference, number of samples).
     """
     batches = [*batches, tuple(o[:1] for o in batches[-1])]
     most = largest = 0.0

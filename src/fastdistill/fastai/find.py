@@ -66,6 +66,8 @@ def distill_find(
 
     Train with the result: `student.distill(teacher, 5, found.lr, found.recipe)`.
 
+    Each run begins with the student's present weights, and the student is unchanged afterwards.
+
     Half of the validation items choose the recipe. The other half tests whether its lead over
     labels only, with a learning rate tuned in the same way, is significant.
 

@@ -35,8 +35,8 @@ class FitLog:
         self.reported = None
 
     def report_shares(self, distiller, progress):
-        """Print the gradient norms measured at the first training batch, and when a term first gets
-        a weight.
+        """Print gradient norms at the first training batch, and whenever another term gets a
+        weight.
 
         Args:
             distiller: The `Distiller`.

@@ -32,9 +32,11 @@ class DistillInterpretation(Interpretation):
 
     @classmethod
     def from_learner(cls, learn: Learner, teacher, ds_idx: int = 1, dl=None, act=None, kind=None):
-        """Run both models on all items. The distance is KL(teacher || student) at T=1, averaged
-        over the pixels of a mask, or the MSE for regression. For a dict of teachers of several
-        heads, return a dict with an interpretation for each.
+        """Run both models on all items and measure the distance between their predictions.
+
+        The distance is KL(teacher || student) at T=1, averaged over the pixels of a mask, or the
+        MSE for regression. For a dict of teachers of several heads, return a dict with an
+        interpretation for each.
 
         Args:
             learn: The student.
@@ -42,8 +44,8 @@ class DistillInterpretation(Interpretation):
             ds_idx: Index of the student's DataLoader, if `dl` is None.
             dl: A DataLoader of the student's data.
             act: Activation for the student's predictions. None for that of its loss function.
-            kind: 'softmax', 'sigmoid' or 'regression'; None to read it from the loss function. Of
-                several heads, one for all or a dict.
+            kind: 'softmax', 'sigmoid' or 'regression'. None to derive it from the loss function.
+                For several heads, one value for all or a dict.
         """
         dl = learn.dls[ds_idx].new(shuffle=False, drop_last=False) if dl is None else dl
         if is_stream(dl):
@@ -70,7 +72,9 @@ class DistillInterpretation(Interpretation):
 
     def show_disagreements(self, k: int = 9, largest: bool = True, **kwargs):
         """Show items with fastai's `show_results`, with the teacher's prediction instead of the
-        label. Those of one of several heads are shown with the predictions of both models.
+        label.
+
+        With several heads, items are shown with the predictions of both models.
 
         Args:
             k: Number of items.
@@ -117,7 +121,7 @@ class DistillInterpretation(Interpretation):
 
 
 def disagreements(learn, dl, student, teacher, task):
-    """Compute the distance between the models' predictions for each item, (n,), in the order of the
+    """Return the distance between the models' predictions for each item, (n,), in the order of the
     items.
     """
     idxs = dl.get_idxs() if hasattr(dl, 'get_idxs') else None

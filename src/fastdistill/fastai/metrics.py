@@ -30,8 +30,9 @@ def row_by_column(recorder, row) -> dict:
 
 
 def columns_of(recorder) -> dict:
-    """Return {column of the progress table: number in each epoch}. Empty without a training, e.g.
-    after `validate`.
+    """Return {column of the progress table: number in each epoch}.
+
+    Empty without a training, e.g. after `validate`.
     """
     rows = [row_by_column(recorder, row) for row in getattr(recorder, 'values', [])]
     trained = any(v is not None for row in rows for k, v in row.items() if k.startswith('train_'))

@@ -147,8 +147,9 @@ def comparable_text(o):
 
 
 def teacher_text(teacher):
-    """Return a fingerprint of the teacher's weights or of the cache. For several heads, of each
-    teacher.
+    """Return a fingerprint of the teacher's weights or of the cache.
+
+    For several heads, it has a fingerprint for each teacher.
     """
     if is_heads(teacher):
         each = {k: '' if t is None else teacher_text(t) for k, t in teacher.items()}

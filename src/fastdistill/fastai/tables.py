@@ -66,8 +66,10 @@ class TableEstimator(Estimator):
         return self(*x) if self.frame is not None else self.predict(self.in_order(self.raw(*x)))
 
     def _predict_all(self):
-        """Predict all rows. Rows that are equal for the student, but not for the teacher, get the
-        mean of their predictions.
+        """Predict all rows.
+
+        Rows that are equal for the student, but not for the teacher, get the mean of their
+        predictions.
         """
         tables = [dl.dataset for dl in self.dls.loaders if len(dl.dataset)]
         keys = np.concatenate([keys_of_rows(table_inputs(o)) for o in tables])

@@ -48,9 +48,10 @@ PICKLES = {
 
 
 def teacher_of(obj, learn=None, task=None, **kwargs) -> Teacher:
-    """Convert `obj` to a `Teacher` for the batches of `learn`. Images are converted from the
-    student's normalization to the teacher's, and resized to the size on which the teacher's Learner
-    was trained.
+    """Convert `obj` to a `Teacher` for the batches of `learn`.
+
+    Images are converted from the student's normalization to the teacher's, and resized to the size
+    on which the teacher's Learner was trained.
 
     A Learner's statistics and image size are those of its DataLoaders at the time of this call. A
     pretrained `vision_learner` adds `Normalize` to its DataLoaders, so a student built on the
@@ -58,10 +59,11 @@ def teacher_of(obj, learn=None, task=None, **kwargs) -> Teacher:
     `.learner` is the teacher's Learner.
 
     Args:
-        obj: Learner, exported Learner (a .pkl) or estimator (a .joblib), whose code runs;
-            anything that `Teacher` takes; or a list of these.
-        learn: The student's Learner, or its DataLoaders: their `Normalize` and class names.
-        task: What the student predicts. It sets kind, axis, and the order of a Learner's classes.
+        obj: A Learner, an exported Learner (.pkl) or estimator (.joblib), whose code runs; anything
+            that `Teacher` takes; or a list of these.
+        learn: The student's Learner, or its DataLoaders, with their `Normalize` and class names.
+        task: What the student predicts. It determines kind, axis, and the order of a Learner's
+            classes.
         **kwargs: Options of `Teacher`.
     """
     dls = getattr(learn, 'dls', learn)
@@ -116,8 +118,10 @@ def refuse_stored(teacher):
 
 
 def is_heads(teacher):
-    """Return True for a dict of teachers, one for each head. Raise a DistillError for a dict of
-    weights.
+    """Return True for a dict of teachers, one for each head.
+
+    Raises:
+        DistillError: If the dict holds weights.
     """
     if not isinstance(teacher, Mapping):
         return False
@@ -139,9 +143,7 @@ def refuse_heads(teacher):
 
 
 def adapted(teacher, kwargs):
-    """Return the Teacher with these options, except those it already has. If none is left, return
-    it unchanged.
-    """
+    """Return the Teacher with these options, except those it already has."""
     return teacher.with_defaults(**kwargs)
 
 

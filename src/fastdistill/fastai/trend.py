@@ -13,8 +13,10 @@ RISE = 1.1  # ratio of the validation loss to its best value
 
 
 class TrendCheck:
-    """Warns once in a fit if the task loss on the validation set has risen since its best epoch,
-    while a term's has fallen.
+    """Warns once per fit if the student follows its teacher away from the labels.
+
+    This is the case if the task loss on the validation set has risen since its best epoch, while
+    the loss of a term has fallen.
     """
 
     def __init__(self):

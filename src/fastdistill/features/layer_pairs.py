@@ -178,8 +178,9 @@ def _pairs_asked(student: nn.Module, teacher: Any, x_s: Any, x_t: Any, layers: L
 
 
 def _refuse_unknown_layout(pairs: list) -> None:
-    """Raise a DistillError for features with three axes that come without a layer, so that the
-    channel axis is unknown.
+    """Raise a DistillError for features with three axes whose channel axis is unknown.
+
+    This is the case if they come without their layer.
     """
     for asked, s, _, t, t_shape in pairs:
         if s != asked and len(t_shape) == 3 and '@' not in t:
@@ -222,9 +223,7 @@ def _name_pairs(layers: LayersLike) -> list:
 
 
 def _matching_names(student: nn.Module, teacher: Any, s: str, t: str) -> list:
-    """Pair the names that match the student's glob with those that match the teacher's, in the
-    order of the models.
-    """
+    """Pair the names that match two globs, one for the student and one for the teacher, in order."""
     with _InModel('student'):
         a = resolve(student, s)
     with _InModel('teacher'):
@@ -275,8 +274,9 @@ def names_of_tokens(model: Any, x: Any, names: Iterable[str]) -> list:
 
 
 def _with_tokens(modules: dict, ran: Sequence[Fired], names: Iterable[str]) -> Iterator[str]:
-    """Add @tokens to the names of layers with output (B, C, L), and remove it if the output is
-    already (B, L, D).
+    """Add @tokens to the names of layers with output (B, C, L).
+
+    It is removed if the output is already (B, L, D).
     """
     first, fired = series_layers(ran), {f.module: f for f in ran}
     for name in names:
@@ -350,8 +350,9 @@ def _pairs_proposed(student: nn.Module, teacher: Any, x_s: Any, x_t: Any) -> lis
 
 
 def _name_and_shape(u: Any, other: nn.Module, x: Any) -> tuple:
-    """Return name and shape of a stage. Tokens of a square image become a map if the other model's
-    stage is a map.
+    """Return the name and shape of a stage.
+
+    Tokens of a square image become a map if the other model's stage is a map.
     """
     square = is_picture(x) and len(set(image_size(x))) == 1
     g = grid(u.shape[1]) if square and u.kind == 'tokens' and other.kind == 'map' else None
@@ -376,9 +377,7 @@ def _pair_by_depth(a: list, b: list) -> list:
 
 
 def _pair_by_resolution(a: list, b: list, size_a: tuple, size_b: tuple) -> list | None:
-    """Pair stages of equal resolution, both on the way down or both on the way up. None if there
-    are no such pairs.
-    """
+    """Pair stages of equal resolution, both on the way down or both on the way up, or return None."""
     if not size_a or len(size_a) != len(size_b) or any(u.kind != 'map' for u in a + b):
         return None
     down_a, down_b = _going_down(a), _going_down(b)

@@ -19,8 +19,9 @@ PASSIVE = nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.AlphaDropout, nn.Identity, 
 
 
 def image_size(x: Any) -> tuple:
-    """Return height and width of input images, or the length of an input series. Empty if the input
-    is neither.
+    """Return the height and width of input images, or the length of an input series.
+
+    Empty if the input is neither.
     """
     xs = x[0].values() if isinstance(x[0], Mapping) else x[:1]
     return next(
@@ -127,8 +128,9 @@ def check_visible(model: Any) -> None:
 
 
 class MainPath:
-    """The main path through a model: its layers in order. A container counts as one layer unless
-    several stages end in it.
+    """The main path through a model: its layers in order.
+
+    A container counts as one layer unless several stages end in it.
     """
 
     def __init__(self, model: Any, x: Any) -> None:
@@ -150,8 +152,9 @@ class MainPath:
         self.head = self._head(ran)
 
     def _head(self, ran: Sequence[Fired]) -> str:
-        """Return the last layer with weights, which produces the output. This layer and later ones
-        are not features. '' if there is none.
+        """Return the last layer with weights, which produces the output. '' if there is none.
+
+        This layer and all later ones are not features.
         """
         head = next((f.name for f in reversed(ran) if has_weights(f.module)), '')
         return (
@@ -163,8 +166,8 @@ class MainPath:
     # layers as stages
 
     def look(self, name: str) -> Stage | None:
-        """Return a layer as a stage. None if its output is not a feature whose first axis is the
-        batch.
+        """Return a layer as a stage, or None if its output is not a feature with the batch on axis
+        0.
         """
         f = self.ran.get(name)
         if f is None or not f.floats or not 2 <= len(f.shape) <= 5 or f.shape[0] != self.batch:
@@ -184,8 +187,9 @@ class MainPath:
         return Stage(name, f.module, kind, shape, weights, name not in self.below, turn)
 
     def _channels_last(self, f: Fired, shape: tuple) -> bool:
-        """Return True if the last axis holds the channels, judging by the image's height/width, or
-        else by the layers inside.
+        """Return True if the last axis holds the channels.
+
+        This is derived from the image's height/width, or else from the layers inside.
         """
         if len(shape) == 3:
             return f.module not in self.first
@@ -218,8 +222,9 @@ class MainPath:
         return found
 
     def _open(self, name: str, split_maps: bool, block: bool = False) -> list[str]:
-        """Return the names of layers on the path at or below `name`. A `block` is one of a row of
-        blocks and is not split.
+        """Return the names of layers on the path at or below `name`.
+
+        A `block` is one of a row of blocks, and is not split.
         """
         at_head = not name or is_inside(self.head, name)
         if not at_head and self.when.get(name, 0) > self.when[self.head]:
@@ -348,8 +353,9 @@ def is_inside(name: str, above: str) -> bool:
 
 
 def has_weights(m: nn.Module) -> int:
-    """Return 1 if a layer itself has weight matrices or kernels, 2 if it is an RNN. Embeddings and
-    single tokens don't count.
+    """Return 1 if a layer itself has weight matrices or kernels, 2 if it is an RNN, else 0.
+
+    Embeddings and single tokens don't count.
     """
     if isinstance(m, nn.RNNBase):
         return 2

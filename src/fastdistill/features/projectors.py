@@ -134,12 +134,13 @@ def projector(
     match: str = 'shape',
     picture: bool = True,
 ) -> Projector:
-    """Build a module that maps the student's shape to the teacher's. It has parameters only if the
-    channels differ or a kind is named.
+    """Build a module that maps the student's shape to the teacher's.
+
+    It has parameters only if the channels differ or a kind is named.
 
     First the grid: features are average-pooled to a smaller grid or interpolated to a larger one.
     Tokens become a map without their class and register tokens. A map becomes tokens, with its mean
-    as its class and register tokens.
+    as class and register tokens.
 
     Then the channels, at each position: vectors and tokens get a linear layer, maps a 1x1
     convolution and a batch norm, as in OFD (arXiv:1904.01866). arXiv:2303.11098 also recommends a

@@ -145,8 +145,9 @@ def _map_as_tokens(s: Tensor, n: int) -> Tensor:
 
 
 def _with_class_tokens(lead: Tensor, x: Tensor, n: int) -> Tensor:
-    """Prepend `n` class and register tokens to `x`: the student's own, then the mean over its image
-    for missing ones.
+    """Prepend `n` class and register tokens to `x`.
+
+    They are the student's own, or the mean over its image for missing ones.
     """
     lead = lead[:, :n]
     mean = x.mean(1, keepdim=True).expand(-1, n - lead.shape[1], -1)

@@ -44,7 +44,7 @@ def layer_output(o: Outputs, name: str) -> Any:
 
 
 class _Tap:
-    """Hook on one layer. It holds the layer and the dict to which it writes. A copy of it does
+    """Hook on one layer. It holds the layer and the dict to which it writes. Copies of it do
     nothing.
     """
 
@@ -193,8 +193,9 @@ class Taps:
 
 
 def _heed_hooks(model: nn.Module) -> None:
-    """Make torch.compile check for hooks. Code compiled before never runs hooks, so it is
-    discarded.
+    """Make torch.compile check for hooks.
+
+    Code that is already compiled would never run hooks, so it is discarded.
     """
     if 'torch._dynamo' not in sys.modules or not is_compiled(model):
         return

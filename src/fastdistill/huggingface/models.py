@@ -53,10 +53,12 @@ def names_by_id(model):
 
 
 def predicts(model, labels=None) -> str | None:
-    """Return 'softmax', 'sigmoid' or 'regression', by the model's config. None if only labels show
-    it.
+    """Return 'softmax', 'sigmoid' or 'regression' according to the model's config.
+
+    None if only the labels can tell.
 
     Args:
+        model: A model of transformers.
         labels: Labels of a batch. None if unknown.
     """
     config, name = getattr(model, 'config', None), type(model).__name__

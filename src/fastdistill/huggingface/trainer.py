@@ -142,8 +142,9 @@ class DistillationMixin:
         return {k: v for k, v in student.items() if k in teacher} or teacher
 
     def _batches(self):
-        """Yield (inputs, labels) of batches to look for mistakes. None from a stream, which can't
-        be read twice.
+        """Yield (inputs, labels) of batches to look for mistakes.
+
+        An iterable dataset yields none, since it may not be readable twice.
         """
         data = self.train_dataset if self.eval_dataset is None else self.eval_dataset
         if isinstance(data, dict):
@@ -203,9 +204,7 @@ class DistillationMixin:
     # training step
 
     def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
-        """Compute the loss of a batch: in training with the teacher's part, in evaluation only the
-        task loss.
-        """
+        """Return the loss of a batch: the total loss in training, only the task loss in evaluation."""
         x, x_teacher = self._inputs(inputs)
         progress = self.state.global_step / self.state.max_steps if self.state.max_steps else None
         if not model.training or not takes_part(self.distiller, progress):
@@ -231,9 +230,10 @@ class DistillationMixin:
         return super().compute_loss(model, dict(x), return_outputs=True, **options)
 
     def _scale(self, x, num_items_in_batch=None):
-        """Return the factor that the Trainer applies to the mean over this batch's labels. It
-        counts the labels of all batches of an optimizer step, `num_items_in_batch`, and may average
-        them over processes.
+        """Return the factor that the Trainer applies to the mean over this batch's labels.
+
+        The Trainer counts the labels of all batches of an optimizer step, `num_items_in_batch`, and
+        may average them over processes.
         """
         mine = (
             getattr(self, 'model_accepts_loss_kwargs', False)
@@ -252,8 +252,9 @@ class DistillationMixin:
         return y.ne(-100).sum().clamp_min(1) * ranks / num_items_in_batch
 
     def _counts_items(self, x):
-        """Return True if the task loss is divided by `num_items_in_batch`. Some models ignore it,
-        which is tested once.
+        """Return True if the task loss is divided by `num_items_in_batch`.
+
+        Some models ignore it, which is tested once.
         """
         if self.counts_items is None:
             tried = []
@@ -264,8 +265,9 @@ class DistillationMixin:
         return self.counts_items
 
     def _tokens(self, x):
-        """Return the inputs whose padding hides positions of the logits, which are not those of the
-        encoder if there is a decoder.
+        """Return the inputs whose padding applies to the logits.
+
+        If there is a decoder, these are not the encoder's inputs.
         """
         return (
             () if getattr(getattr(self.model, 'config', None), 'is_encoder_decoder', False) else x
@@ -282,7 +284,7 @@ class DistillationMixin:
         return y
 
     def _hide_padding(self, x, *outputs):
-        """Mask padded tokens, at which no answer begins or ends."""
+        """Mask padded tokens, where an answer can neither begin nor end."""
         if not self._answers or 'attention_mask' not in x:
             return
         for o in outputs:
