@@ -384,7 +384,7 @@ def test_mistakes_are_named():
     )
     numbers = learner(False, COLOR, SIZE)
     refused(
-        "labels of the head 'shape' are not class numbers: pass kind={'shape': 'regression'}",
+        "labels of the head 'shape' are not class indices: pass kind={'shape': 'regression'}",
         t,
         1,
         0.01,

@@ -314,7 +314,7 @@ def test_what_a_transform_lost_is_asked_for():
     lossy = tables(df, procs=[Categorify, FillMissing(add_col=False), Normalize])
     with pytest.raises(
         DistillError,
-        match=r'FillMissing\(add_col=False\) does not show which cells of width were missing. .*Teacher\(pipeline, frame=df\)',
+        match=r'FillMissing\(add_col=False\) does not record which cells of width were missing. .*Teacher\(pipeline, frame=df\)',
     ):
         learner(lossy).distill(pipeline, 1)
 

@@ -201,7 +201,7 @@ def test_what_goes_wrong_is_said_before_the_first_batch(tmp_path):
             KD(teacher, perturbed=n)
     for o in ('photos', Path('photos'), 5):
         with pytest.raises(
-            DistillError, match=r'give a list of items like those of the training set'
+            DistillError, match=r'must be a list of items like those of the training set'
         ):
             loader_of(o, None)
     lm, big = pair('language_model')
@@ -213,7 +213,7 @@ def test_what_goes_wrong_is_said_before_the_first_batch(tmp_path):
     with pytest.raises(DistillError, match='perturbed= is for tables, with rows of numbers'):
         image.fit(1, cbs=KD(big, perturbed=2))
     with pytest.raises(
-        DistillError, match="these items can't be prepared as the training set's are"
+        DistillError, match="these items can't be prepared like those of the training set"
     ):
         image.fit(1, cbs=KD(big, unlabeled=[object()]))
 

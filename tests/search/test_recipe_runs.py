@@ -248,7 +248,9 @@ def test_a_rate_for_each_recipe():
     alone = run(dict(a=kd(), b=kd()), seeds=1, lr=0.2)
     assert same.runs[1] == alone.runs[1]
     assert same.values('a', 'valid_loss') != same.values('b', 'valid_loss')
-    with pytest.raises(DistillError, match='lr_max has 3 values for 2 recipes: give one, or one'):
+    with pytest.raises(
+        DistillError, match='lr_max has 3 values for 2 recipes: pass one value, or one'
+    ):
         run(dict(a=kd(), b=kd()), lr=[0.1, 0.2, 0.3])
     with pytest.raises(DistillError, match='cbs=: a callback belongs to one Learner'):
         run(cbs=Callback())

@@ -18,7 +18,7 @@ class Finding:
     """One finding, and what to do about it.
 
     Attributes:
-        level: 'error' if training would be wrong, 'warning' if it probably would be, 'note' if it
+        level: 'error' if training would be pointless, 'warning' if it probably would be, 'note' if it
             is worth knowing, 'ok' if all is fine, '' for a measurement.
         what: What was found.
         do: What to do about it.

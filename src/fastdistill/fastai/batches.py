@@ -175,7 +175,7 @@ def loader_of(items, dls):
     else:
         if isinstance(items, (str, PurePath)) or not hasattr(items, '__len__'):
             raise DistillError(
-                f'unlabeled={items!r}: give a list of items like those of the training set, such as '
+                f'unlabeled={items!r}: must be a list of items like those of the training set, such as '
                 'get_image_files(folder), or a DataLoader.'
             )
         if len(items) == 0:
@@ -185,7 +185,7 @@ def loader_of(items, dls):
             ds = dls.test_dl(items).dataset
         except Exception as e:
             raise DistillError(
-                "unlabeled=: these items can't be prepared as the training set's are "
+                "unlabeled=: these items can't be prepared like those of the training set "
                 f'({type(e).__name__}: {e}). Give items of the same kind, or a DataLoader.'
             ) from e
         for o in getattr(ds, 'tls', [ds]):

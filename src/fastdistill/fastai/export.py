@@ -113,7 +113,7 @@ def check_learner(learn, name):
 
 def export_student(
     learn: Learner,
-    path,
+    path: str | Path,
     *,
     int8: bool = False,
     calibration: int = 8,
@@ -237,7 +237,7 @@ def example(x):
 
 @contextmanager
 def on_cpu(model):
-    """Context in which the model is in evaluation mode on the CPU. Its previous state is restored."""
+    """Put the model into evaluation mode on the CPU inside. Restore its previous state afterwards."""
     device = next((p.device for p in model.parameters()), torch.device('cpu'))
     typed = [
         m for m in model.modules() if isinstance(m, ToTensorBase)
@@ -424,6 +424,6 @@ def compared(learn, path, batches, close, temperature=None):
     if close is not None and not most <= close * max(largest, 1e-6):
         raise DistillError(
             f"{path} was written, but its predictions differ from the Learner's: outputs up to "
-            f'{largest:.3g} differ by {most:.3g}. Please do not use it.'
+            f'{largest:.3g} differ by {most:.3g}. Do not use it.'
         )
     return most, sum(len(x[0]) for x in batches[:-1])

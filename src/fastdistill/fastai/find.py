@@ -53,7 +53,7 @@ def distill_find(
     score=None,
     trials: int | None = None,
     seeds: int = 5,
-    folder=None,
+    folder: str | Path | None = None,
     kind: str | None = None,
     axis: int | None = None,
     output=None,
@@ -72,7 +72,6 @@ def distill_find(
     labels only, with a learning rate tuned in the same way, is significant.
 
     Args:
-        : The student. Each run begins with its present weights, and it is unchanged afterwards.
         teacher: What `distill` takes. A teacher that runs is run only once, and its stored outputs
             are used by all runs. For several heads, a dict {head name: teacher}. All heads are
             tried with the same recipe, or each with the one chosen for it.
@@ -198,7 +197,7 @@ def refuse_search(learn, score, options):
         )
     if len(learn.dls.loaders) < 2 or getattr(learn.dls.valid, 'n', None) == 0:
         raise DistillError(
-            'distill_find needs a validation set: one half chooses the recipe, the other judges it.'
+            'distill_find needs a validation set: one half chooses the recipe, the other half tests it.'
         )
     if isinstance(learn.opt_func, OptimWrapper):
         raise DistillError(
@@ -229,7 +228,7 @@ def as_rates(rates):
         found = []
     if not found or not all(0 < o < inf for o in found):
         raise DistillError(
-            f'rates={rates!r}: give a list of learning rates above 0, as in [1e-3, 3e-3].'
+            f'rates={rates!r}: must be a list of positive learning rates, as in [1e-3, 3e-3].'
         )
     return found
 

@@ -67,7 +67,7 @@ class LearnerHead(HeadOutput):
         """Return this head's `Task`, from the option `kind` or from its labels."""
         if kind is None and labels_are_floats(learn, self):
             raise DistillError(
-                f"The labels of the head {self.name!r} are not class numbers: pass kind={{'{self.name}': "
+                f"The labels of the head {self.name!r} are not class indices: pass kind={{'{self.name}': "
                 "'regression'} for numbers, or 'sigmoid' for several labels."
             )
         return Task(kind or 'softmax', 1 if axis is None else axis)

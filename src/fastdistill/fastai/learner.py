@@ -28,7 +28,7 @@ __all__ = []
 def distill(
     self: Learner,
     teacher,
-    n_epoch,
+    n_epoch: int,
     lr_max=None,
     recipe=None,
     *,
@@ -36,18 +36,18 @@ def distill(
     alpha=None,
     temperature=None,
     loss=None,
-    kind=None,
-    axis=None,
-    span='fine_tune',
+    kind: str | dict | None = None,
+    axis: int | dict | None = None,
+    span: str = 'fine_tune',
     output=None,
     unlabeled=None,
     unlabeled_targets=None,
-    perturbed=0,
-    check=True,
-    fine_tune=False,
+    perturbed: int = 0,
+    check: bool = True,
+    fine_tune: bool = False,
     cbs=None,
     **kwargs,
-):
+) -> KnowledgeDistillation:
     """Train with `KnowledgeDistillation(teacher, ...)` and return that callback.
 
     Uses the 1cycle policy, or `fine_tune`.
@@ -113,8 +113,8 @@ def distill(
 def check_teacher(
     self: Learner,
     teacher,
-    kind=None,
-    axis=None,
+    kind: str | dict | None = None,
+    axis: int | dict | None = None,
     recipe=None,
     n: int = check.BATCHES,
     n_epoch: int | None = 10,
@@ -146,8 +146,8 @@ def explain(
     self: Learner,
     teacher,
     callback: KnowledgeDistillation | None = None,
-    kind=None,
-    axis=None,
+    kind: str | dict | None = None,
+    axis: int | dict | None = None,
     n: int = 32,
 ):
     """Find reasons why the teacher did not help more.
@@ -167,7 +167,7 @@ def explain(
     """
     if not isinstance(callback, KnowledgeDistillation | None):
         raise DistillError(
-            f'callback is a {type(callback).__name__}: give what distill() returned, or nothing.'
+            f'callback is a {type(callback).__name__}: must be what distill() returned, or omitted.'
         )
     steps = getattr(callback, 'n_steps', None) or getattr(self, 'train_iter', None) or None
     trained = None if callback is None else callback.distiller
@@ -191,7 +191,9 @@ def explain(
 
 
 @patch
-def calibrate(self: Learner, dl=None, *, fold: bool = True, kind=None, axis=None) -> Calibration:
+def calibrate(
+    self: Learner, dl=None, *, fold: bool = True, kind: str | None = None, axis: int | None = None
+) -> Calibration:
     """Fit a temperature on validation data and fold it into the model's last linear layer.
 
     The layer's weights are divided by the temperature (one for each label, if the model predicts

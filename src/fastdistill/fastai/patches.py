@@ -1,18 +1,18 @@
-"""What fastdistill changes in fastai, in one place. The rest of fastai is not changed.
+"""All changes that fastdistill makes to fastai.
 
 | what | why | when |
 |---|---|---|
-| `DataBlock.__init__` | it counts a `TeacherBlock`, and the label before it, among the inputs | import |
+| `DataBlock.__init__` | it would count a `TeacherBlock` and the label before it as inputs | import |
 | `Datasets.decode` | `predict` and `show_results` have no prediction for the teacher's column | first target |
 | `Datasets.new_empty` | `export` would keep the teacher's column | first target |
 | `TfmdDL._one_pass` | `export` would keep the type of the teacher's targets | first target |
 | `TfmdDL._pre_show_batch` | fastai cannot show a tuple of label and teacher's target | first target |
-| `defaults.callbacks` | labels, MixUp and metrics must not see the target: see `TeacherTargets` | first target |
-| `Learner.fit` | no event follows an error or an interrupt: the callback of the fit cleans up here | first callback |
-| `Learner.fine_tune` | schedules span both of its phases: see `KnowledgeDistillation(span=)` | import |
-| `Learner.save` | with the optimizer, projectors are saved too, in a file next to the student's | first callback |
-| `Learner.load` | it loads that file | import |
-| `Recorder.plot_loss` | with a teacher, `train_loss` has another scale than the task losses | first callback |
+| `defaults.callbacks` | labels, MixUp and metrics must not see the target, see `TeacherTargets` | first target |
+| `Learner.fit` | there is no event after an error or an interrupt, so the callback cleans up here | first callback |
+| `Learner.fine_tune` | schedules span both of its phases, see `KnowledgeDistillation(span=)` | import |
+| `Learner.save` | also save the projectors, in a file next to the student's | first callback |
+| `Learner.load` | load that file | import |
+| `Recorder.plot_loss` | with a teacher, `train_loss` has a different scale than the task losses | first callback |
 | `Learner.distill` | a new method, in `learner.py` | import |
 | `Learner.check_teacher` | a new method, in `learner.py` | import |
 | `Learner.distill_find` | a new method, in `find.py` | import |
@@ -22,28 +22,28 @@
 
 Why patches are needed:
 
-- `DataBlock`, `Datasets`, `TfmdDL`: a block can't say that it is not an input. Decoding, exporting and showing call no
-  transform that could drop a column, and what shows a batch is chosen by the types of input and label.
+- `DataBlock`, `Datasets`, `TfmdDL`: a block can't declare that it is not an input. No transform that could drop a
+  column is called in decoding, exporting and showing, and how a batch is shown depends on the types of input and label.
 - `defaults.callbacks` is fastai's own list of callbacks for new Learners.
-- `fit`, `fine_tune`, `save`, `load`: an interrupt, a phase, saving and loading send no event to a callback.
+- `fit`, `fine_tune`, `save`, `load`: callbacks get no event for interrupts, phases, saving and loading.
 - `plot_loss` draws all losses on one axis, and has no option for a second one.
 
-Tested with fastai 2.8.10 and 2.8.12. `tests/fastai/test_patches.py` has a test for each patch: that what it is for
-works, and that it would not work without it.
+Tested with fastai 2.8.10 and 2.8.12. `tests/fastai/test_patches.py` tests for each patch that its purpose is fulfilled
+with the patch, and not without it.
 
-"First target" is when the first `TeacherBlock` is made or unpickled, or the first fit begins whose
-batches bring their samples. "First callback" is when the first `KnowledgeDistillation` is made.
-Methods that are wrapped at import do what they did before as long as there is neither. They can't wait:
+"First target" is when the first `TeacherBlock` is created or unpickled, or when the first fit begins whose batches
+contain their samples. "First callback" is when the first `KnowledgeDistillation` is created. Until then, methods that
+are wrapped at import behave as before. They have to be wrapped at import for these reasons:
 
-- `DataBlock.__init__`: a `TeacherBlock` may be given as a class. fastai makes an instance of it when it is about to
-  count the inputs.
+- `DataBlock.__init__`: a `TeacherBlock` may be passed as a class, which fastai only instantiates right before it counts
+  the inputs.
 - `Learner.fine_tune`: in `learn.fine_tune(1, cbs=KnowledgeDistillation(teacher))`, Python looks up the method before it
-  makes the callback.
-- `Learner.load`: a student may be loaded before its callback is made.
+  creates the callback.
+- `Learner.load`: a student may be loaded before its callback is created.
 
 In a fit whose source needs the samples of a batch, `replay_dl.attach` sets `create_batches` and `after_batch` of the
-Learner's DataLoaders, which fastai takes as arguments of a DataLoader. They are set on the DataLoaders that the Learner
-has, since callbacks and users hold the same ones.
+Learner's DataLoaders, which are also arguments of fastai's DataLoader. The DataLoaders are changed in place, since
+callbacks and users refer to the same objects.
 """
 
 import functools

@@ -3,7 +3,8 @@
 import math
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from pathlib import Path
 
 from fastai.basics import Callback, Learner
 
@@ -31,16 +32,16 @@ LESS = 'loss', 'error', 'mae', 'mse', 'msle', 'rmspe', 'perplexity', 'hamming', 
 
 
 def compare_recipes(
-    make_student,
+    make_student: Callable[[], Learner],
     teacher,
     recipes: dict | None = None,
     n_epoch: int = 5,
     lr_max=None,
     *,
-    seeds=3,
+    seeds: int | list[int] = 3,
     metric: str | None = None,
     higher: bool | None = None,
-    folder=None,
+    folder: str | Path | None = None,
     progress: bool = True,
     **kwargs,
 ) -> RecipeReport:
@@ -54,8 +55,8 @@ def compare_recipes(
     Args:
         make_student: fn() -> new Learner. It is called with the same random state for each recipe.
         teacher: What `KnowledgeDistillation` takes. For several heads, a dict {head name: teacher}.
-        recipes: {name: recipe}, where 'auto' is the default of `distill`, and None is labels only.
-            None for these two.
+        recipes: {name: recipe}, with 'auto' for the default of `distill`, and None for training on
+            labels only. The default is to compare these two.
         n_epoch: Number of epochs.
         lr_max: Maximum learning rate, or a list with one for each recipe.
         seeds: Number of seeds, or a list of seeds.
@@ -136,7 +137,7 @@ def one_each(name, value, recipes):
         return [value] * len(recipes)
     if len(value) != len(recipes):
         raise DistillError(
-            f'{name} has {len(value)} values for {len(recipes)} recipes: give one, or one for each.'
+            f'{name} has {len(value)} values for {len(recipes)} recipes: pass one value, or one for each recipe.'
         )
     return value
 

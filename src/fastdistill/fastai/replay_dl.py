@@ -202,8 +202,8 @@ def refuse_unindexed(dl):
         )
     if (base := next((c for c in type(dl).__mro__ if c in KNOWN_LOADERS), None)) is None:
         raise DistillError(
-            f'{what} is not a fastai loader whose batches can be replayed: create the DataLoaders '
-            'with DataLoaders.from_dsets, or of TfmdDL.'
+            f'{what} is not a fastai loader whose batches can be replayed: create them with '
+            'DataLoaders.from_dsets, or from TfmdDL.'
         )
     if own := [
         m

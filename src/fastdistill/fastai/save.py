@@ -37,7 +37,7 @@ model = load_student('FOLDER', model=make_the_same_network())
 
 def save_student(
     learn: Learner,
-    folder,
+    folder: str | Path,
     report: Report | None = None,
     *,
     onnx: bool | None = None,
@@ -124,7 +124,7 @@ def card(title, facts, checked, report):
     return '\n'.join(lines if report is None else [*lines, report.to_markdown()])
 
 
-def load_student(folder, model: nn.Module | None = None):
+def load_student(folder: str | Path, model: nn.Module | None = None):
     """Load the student of a folder in evaluation mode, as a function of tensors.
 
     `.facts` are those of config.json. Nothing is unpickled.

@@ -142,7 +142,7 @@ class RawRows:
         if other := [type(p).__name__ for p in self.procs if not isinstance(p, (*KNOWN, *TARGETS))]:
             return f'It is unknown how to undo {few(other)}'
         if len(self.flags) < len(self.filled):
-            return f'FillMissing(add_col=False) does not show which cells of {few(self.filled)} were missing'
+            return f'FillMissing(add_col=False) does not record which cells of {few(self.filled)} were missing'
 
     def __call__(self, *x: Tensor):
         """Return the rows of a batch as a DataFrame.

@@ -35,7 +35,8 @@ FIXED = Normalize, IntToFloatTensor, ToTensor, ReadTabBatch
 
 
 class Replay(Pipeline):
-    """Replacement for a DataLoader's `after_batch`, whose batches end with their samples.
+    """A pipeline that replaces a DataLoader's `after_batch`, and keeps the samples at the end of
+    the batch.
 
     If the plan says so, it replays the view of each sample.
     """

@@ -148,8 +148,8 @@ def refuse_other(cache, teacher, layers):
 def perturbed_rows(x, n: int) -> tuple:
     """Return n copies of each row, in which 10% of the cells come from other rows of the batch.
 
-    A column so keeps to values it can have. AutoGluon swaps cells this way; Fakoor et al. (NeurIPS
-    2020, arXiv:2006.14284) compare several methods.
+    Each column thus only has values that occur in the data. AutoGluon swaps cells in this way;
+    Fakoor et al. (NeurIPS 2020, arXiv:2006.14284) compare several methods.
 
     Args:
         x: Inputs of a batch of a table, (B, columns) tensors.

@@ -153,7 +153,7 @@ def inputs(x: Any) -> tuple:
 
 
 class _InModel:
-    """Context in which errors name the model that they are about."""
+    """Context that adds the name of the model to errors raised inside."""
 
     def __init__(self, who: str) -> None:
         self.who = who
@@ -298,7 +298,7 @@ def _shapes_of_outputs(model: Any, out: Any, names: Iterable[str]) -> dict:
     features.
     """
     feats = out.feats if isinstance(out, Outputs) else {}
-    # a cache holds '0' as '0@tokens' if it is a 1d convolution, see `names_of_tokens`
+    # the cache of a 1d convolution '0' is named '0@tokens', see `names_of_tokens`
     plain = lambda name: [o for o in name.split('@') if o != 'tokens']
     alike = lambda n: next((k for k in feats if plain(k) == plain(n)), None)
     found: dict[str, Any] = {n: n if n in feats or is_output(n) else alike(n) for n in names}
