@@ -224,8 +224,7 @@ def untrained(teacher):
     if norms and all((m.running_mean == 0).all() and (m.running_var == 1).all() for m in norms):
         yield Finding(
             'warning',
-            "The teacher's batch-norm statistics are those of a new model: it seems to be "
-            'untrained',
+            "The teacher's batch-norm statistics are the initial ones: it seems to be untrained",
             'Load its weights before distilling',
         )
 

@@ -220,7 +220,7 @@ def sheet_of_costs(r):
         'cost',
         'Cost',
         f'Measured on {where}. MACs: multiply-accumulates of matrix products and convolutions for '
-        'one sample. Times: median after a warm-up; the models took turns.',
+        'one sample. Times: median after a warm-up, with the models timed alternately.',
     )
     s.add('parameters', *(amount(o.cost.params) for o in ms))
     s.add('MACs', *(amount(o.cost.macs) for o in ms))

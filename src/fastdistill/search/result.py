@@ -106,17 +106,17 @@ class Found:
         if set(self.best) == {self.labels}:
             return 'no recipe was tried yet'
         if self.winner.name == self.labels:
-            return 'no recipe was better than labels alone on the items that chose'
+            return 'no recipe was better than labels alone on the items used to choose'
         tried = {r.lr for r in self.runs if r.name == self.labels and len(r.scores) >= self.n_epoch}
         if left := set(self.rates) - tried:
             return (
-                f'whether it is better than labels alone is unknown: there was no time for {len(left)} of their '
-                f'{len(self.rates)} learning rates'
+                'it is unknown whether it is better than labels alone, for which there was no '
+                f'time to try {len(left)} of {len(self.rates)} learning rates'
             )
         if self.lead is None:
             return (
-                'whether its lead over labels alone is more than luck is unknown: there was no time to repeat both '
-                'with other seeds'
+                'it is unknown whether its lead over labels alone is more than luck: there was '
+                'no time to repeat both with different seeds'
             )
         return f'{"" if self.lead.beyond_luck else "not "}more than luck: lead over labels alone {self.lead}'
 
