@@ -353,7 +353,7 @@ def test_a_search_resumes_from_its_folder(tmp_path):
     c = Formula(2)
     assert repr(search(c, folder=path).run()) == repr(f) and not c.calls
     with pytest.raises(
-        DistillError, match='find holds an experiment with a different n_epoch: 2 there, 3 now'
+        DistillError, match='find holds an experiment with n_epoch=2, but now it is 3'
     ):
         search(Formula(3), folder=path)
     search(Formula(3), folder=tmp_path / 'other')

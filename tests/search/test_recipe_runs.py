@@ -444,10 +444,10 @@ def test_a_folder_of_another_experiment_is_refused(tmp_path):
         with pytest.raises(DistillError, match=match):
             run(seeds=1, folder=tmp_path, **kwargs)
 
-    refused('another n_epoch: 2 there, 3 now', n_epoch=3)
-    refused('another recipes', recipes=dict(alone=None, default=kd()))
-    refused('another lr_max', lr=0.2)
-    refused('another teacher', teacher=apps.mlp(16))
+    refused('experiment with n_epoch=2, but now it is 3', n_epoch=3)
+    refused('experiment with recipes=', recipes=dict(alone=None, default=kd()))
+    refused('experiment with lr_max=', lr=0.2)
+    refused('experiment with teacher=', teacher=apps.mlp(16))
 
     def larger():
         learn = make_student()

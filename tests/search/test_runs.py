@@ -96,4 +96,4 @@ def test_folders_that_are_no_experiments_of_now_are_refused(tmp_path):
     (old / 'settings.json').write_text('{"n_ep')
     refused('settings.json is damaged', old)
     Runs(Trainings(), tmp_path / 'new', dict(n_epoch=2))
-    refused('new holds an experiment with a different n_epoch: 2 there, 3 now', tmp_path / 'new')
+    refused('new holds an experiment with n_epoch=2, but now it is 3', tmp_path / 'new')

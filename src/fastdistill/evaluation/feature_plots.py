@@ -97,6 +97,7 @@ def show_features(
     layers.
 
     Args:
+        student: A module.
         teacher: A module, or a `Teacher`, which gets the images with its own normalization and
             size.
         x: Images as the student gets them, (B, 3, H, W), or a tuple or dict if it takes more than

@@ -40,7 +40,9 @@ def rows_of(logits: Tensor, y: Tensor, task) -> Rows:
     """Convert logits and labels of a batch to rows of positions.
 
     Args:
+        logits: Logits of the batch, with classes along the class axis of `task`.
         y: Labels, from `fit_labels`.
+        task: What the model predicts.
     """
     o = logits.float() if logits.dtype.itemsize < 4 else logits
     if task.kind == 'softmax':

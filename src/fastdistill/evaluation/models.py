@@ -108,6 +108,7 @@ def measure_models(
         language: True for models that predict the next token.
         headline: Main measure, such as 'nll'. None for the usual one of the task.
         repeats: Number of bootstrap draws.
+        seed: Seed of the bootstrap.
         large: Size of the large batch.
         seconds: Duration of each time measurement. 0 for none.
         tick: Called after each batch, and after each measurement of time.

@@ -94,6 +94,8 @@ class PairedScores:
         """Compare two models by each measure.
 
         Args:
+            model: Name of a model.
+            against: Name of the model to compare with.
             teacher: Model whose lead over `against` may be recovered.
         """
         ps, out = self._p_values(model, against), Comparison(model, against)

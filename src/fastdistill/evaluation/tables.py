@@ -54,6 +54,7 @@ def sheets_of(r: ReportData, brief: bool = False) -> list[Sheet]:
     """Return the tables that have rows.
 
     Args:
+        r: The report.
         brief: True to show only the differences in the headline.
     """
     sheets = (

@@ -186,6 +186,7 @@ def layer_tree(model: nn.Module, shapes: Any = None) -> LayerTree:
     """List every layer of the model with its class, output shape and number of parameters.
 
     Args:
+        model: A model, wrapped or not.
         shapes: {module: shape of its output} for the layers that ran.
     """
     count = lambda m: sum(p.numel() for p in m.parameters() if not is_lazy(p))

@@ -75,7 +75,10 @@ def teacher_for(teacher: Teacher, student, kind: str, axis: int, output) -> Teac
     """Return the teacher with the student's kind of outputs and its classes in the student's order.
 
     Args:
+        teacher: The teacher.
+        student: The student, a model of transformers.
         kind: Kind of the student's outputs.
+        axis: Class axis.
         output: Which output is distilled.
     """
     new = dict(kind=kind, axis=axis, output=output)

@@ -112,8 +112,8 @@ class Runs:
         if changed := [k for k in settings if before.get(k) != settings[k]]:
             k = changed[0]
             raise DistillError(
-                f'{self.folder} holds an experiment with a different {k}: {before.get(k)!r} '
-                f'there, {settings[k]!r} now. Use a different folder.'
+                f'{self.folder} holds an experiment with {k}={before.get(k)!r}, but now it is '
+                f'{settings[k]!r}. Use a different folder.'
             )
 
     def finished(self) -> list[Run]:
