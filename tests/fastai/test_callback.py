@@ -1231,13 +1231,13 @@ def test_a_model_that_ends_in_a_sigmoid_is_explained():
         ),
         (dict(axis=0), r'axis=0: .*\(axis 0 is that of the samples\)'),
         (dict(T=0), 'T=0: a temperature is a number above 0'),
-        (dict(recipe=dkd(), kind='soft'), "kind='soft': it must be None or 'softmax' or"),
+        (dict(recipe=dkd(), kind='soft'), "kind='soft': must be None or 'softmax' or"),
         (
             dict(T=('linear', 4, 0)),
             'T=0 at the end of the training: a temperature is a number above 0',
         ),
         (dict(output=1.5), 'output=1.5: must be the name or the index'),
-        (dict(span='epoch'), "span='epoch': it must be 'fine_tune' or 'fit'"),
+        (dict(span='epoch'), "span='epoch': must be 'fine_tune' or 'fit'"),
     ],
     ids=lambda o: '' if isinstance(o, str) else '-'.join(o),
 )
