@@ -151,7 +151,7 @@ def check_optimizer(learn):
         return  # not a training (`summary`, `tta`)
     stepped = {p for ps in learn.opt.param_lists for p in ps}
     weights = {p: n for n, p in learn.model.named_parameters() if p.requires_grad}
-    # a loss function may have weights of its own
+    # the optimizer may also train weights of the loss function
     gone = stepped - {*learn.model.parameters(), *getattr(learn.loss_func, 'parameters', list)()}
     if gone and (new := [n for p, n in weights.items() if p not in stepped]):
         raise DistillError(

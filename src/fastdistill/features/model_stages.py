@@ -224,7 +224,7 @@ class MainPath:
     def _open(self, name: str, split_maps: bool, block: bool = False) -> list[str]:
         """Return the names of layers on the path at or below `name`.
 
-        A `block` is one of a row of blocks, and is not split.
+        A layer is not split if it is one of a row of blocks (`block`).
         """
         at_head = not name or is_inside(self.head, name)
         if not at_head and self.when.get(name, 0) > self.when[self.head]:
