@@ -392,7 +392,7 @@ def _pair_by_resolution(a: list, b: list, size_a: tuple, size_b: tuple) -> list 
     row = _longest_row(a, b, lambda i, j: equal(i, j) and down_a[i] == down_b[j])
     if ends(row) or all(down_a + down_b):
         return row if ends(row) else None
-    # One model is a U-Net. If the other one ends at full resolution, pair it with the U-Net's last stages. Otherwise pair
+    # One model is a U-Net. If the other ends at full resolution, pair it with the U-Net's last stages. Otherwise pair
     # it with the U-Net's way down, or with its way up if no resolution on the way down is equal
     anywhere = _longest_row(a, b, equal)
     return anywhere if ends(anywhere) else row or anywhere or None
