@@ -200,7 +200,7 @@ def test_a_resumed_search_does_not_drop_what_was_repeated_often_for_what_ran_onc
 def test_what_it_does_not_know_it_says():
     assert found({LABELS.name: 0.5}).verdict == 'no recipe was tried yet'
     assert 'no recipe was better' in found({LABELS.name: 0.5, 'a': 0.4}).verdict
-    assert 'unknown: there was no time to repeat' in found({LABELS.name: 0.5, 'a': 0.9}).verdict
+    assert 'more than luck: there was no time to repeat' in found({LABELS.name: 0.5, 'a': 0.9}).verdict
     # one repeated run alone decides nothing
     assert found({LABELS.name: 0.5, 'a': 0.9}, {LABELS.name: [0.5]}).winner.name == 'a'
     f = found({LABELS.name: 0.5, 'a': 0.9}, {LABELS.name: [0.5], 'a': [0.9]})
