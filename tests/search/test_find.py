@@ -200,7 +200,9 @@ def test_a_resumed_search_does_not_drop_what_was_repeated_often_for_what_ran_onc
 def test_what_it_does_not_know_it_says():
     assert found({LABELS.name: 0.5}).verdict == 'no recipe was tried yet'
     assert 'no recipe was better' in found({LABELS.name: 0.5, 'a': 0.4}).verdict
-    assert 'more than luck: there was no time to repeat' in found({LABELS.name: 0.5, 'a': 0.9}).verdict
+    assert (
+        'more than luck: there was no time to repeat' in found({LABELS.name: 0.5, 'a': 0.9}).verdict
+    )
     # one repeated run alone decides nothing
     assert found({LABELS.name: 0.5, 'a': 0.9}, {LABELS.name: [0.5]}).winner.name == 'a'
     f = found({LABELS.name: 0.5, 'a': 0.9}, {LABELS.name: [0.5], 'a': [0.9]})
@@ -208,7 +210,7 @@ def test_what_it_does_not_know_it_says():
     f = found({LABELS.name: 0.5, 'a': 0.9}, {LABELS.name: [0.5, 0.5], 'a': [0.51, 0.8]})
     assert f.verdict.startswith('not more than luck')
     f.rates = [0.1, 0.2]
-    assert 'no time for 1 of their 2 learning rates' in f.verdict
+    assert 'no time to try 1 of 2 learning rates' in f.verdict
 
 
 def test_a_longer_run_comes_before_a_better_one_that_was_stopped():
