@@ -39,19 +39,19 @@ class DistillCallback(Callback):
     """Adds a teacher to a `LightningModule`: `Trainer(callbacks=DistillCallback(teacher, kd(),
     student='model'))`.
 
-    The module's `training_step` is unchanged: it returns the task loss, to which the teacher's part
-    is added.
+    The module's `training_step` is unchanged: it returns the task loss, to which the distillation
+    loss is added.
 
     Args:
-        teacher: A model, a `Teacher`, or what `Teacher` takes. A dict: a teacher for each head of
-            the student, as in `Distiller`; the labels of a batch are one for each head.
-        recipe: A recipe such as `kd() + at()`, or a `Term`. None to let `auto` choose, by what the
-            student predicts.
+        teacher: A model, a `Teacher`, or what `Teacher` takes. For several heads, a dict {head
+            name: teacher}, as in `Distiller`; a batch then has one label per head.
+        recipe: A recipe such as `kd() + at()`, or a `Term`. None to let `auto` choose from the
+            student's outputs.
         student: Attribute of the module that is trained, e.g. 'model'. None for the module itself.
         split: fn(batch) -> (inputs, labels) of the student. None to split a tuple into the first
             item and the others, or a dict into inputs and 'labels'.
         **options: Options of the `Distiller`: kind, axis, ignore_index, shift_labels, output,
-            check. check=False also leaves out the score of both models on a few batches.
+            check. check=False also skips scoring both models on a few batches.
     """
 
     def __init__(self, teacher, recipe=None, *, student: str | None = None, split=None, **options):
@@ -61,7 +61,7 @@ class DistillCallback(Callback):
         self.state = None
         self.replaced = None
 
-    # around a fit
+    # before and after a fit
 
     def on_fit_start(self, trainer, pl_module):
         self._stop(pl_module)
@@ -73,7 +73,7 @@ class DistillCallback(Callback):
         self.build(pl_module)
         d = self.distiller
         d.links.to(pl_module.device)
-        # subtle: the recipe that was chosen before, not the one for this batch
+        # subtle: restore the recipe chosen before, instead of choosing one for this batch
         if self.state is not None and 'distiller' in self.state:
             d.set_extra_state(self.state['distiller'])
         if self.options.get('check', True):
@@ -112,8 +112,9 @@ class DistillCallback(Callback):
         complete(self.distiller, x, bool(len(y)))
 
     def _batches(self, trainer):
-        """Yield training batches as (inputs, labels). None from a stream, which can't be read
-        twice.
+        """Yield training batches as (inputs, labels).
+
+        An iterable dataset yields none, since it may not be readable twice.
         """
         # subtle: Lightning draws a random number here, but not again when it trains
         trainer.fit_loop.setup_data()
@@ -137,10 +138,10 @@ class DistillCallback(Callback):
         self.replaced = None
         self.distiller.stop()
 
-    # a batch
+    # training step
 
     def _replace_step(self, trainer, pl_module):
-        """Make the module's training step return the whole loss."""
+        """Make the module's training step return the total loss."""
         step = pl_module.training_step
 
         # subtle: Lightning reads the names of its arguments, which `wraps` keeps
@@ -202,9 +203,12 @@ class DistillCallback(Callback):
 
 class DistillModule(LightningModule):
     """A student that learns from a teacher: `Trainer().fit(DistillModule(student, teacher, kd()),
-    loader)`. Its checkpoints hold only the student and the state of its `DistillCallback`.
+    loader)`.
+
+    Its checkpoints hold only the student and the state of its `DistillCallback`.
 
     Args:
+        student: The model to train.
         teacher: As in `DistillCallback`.
         recipe: As in `DistillCallback`.
         optimizer: fn(parameters, lr=...) -> optimizer.
@@ -255,7 +259,7 @@ class DistillModule(LightningModule):
         self._log('test_loss', batch)
 
     def labels_loss(self, batch):
-        """The task loss."""
+        """Return the task loss."""
         x, y = self.callback.split(batch)
         d = self.callback.distiller
         logits = Outputs.of(self(x), output=d.output).logits
@@ -282,6 +286,8 @@ def later(loader):
 
 
 def training_progress(trainer):
-    """Return the progress of the training, from 0 to 1, for schedules. None if it has no end."""
+    """Return the progress of the training, from 0 to 1, for schedules. None if its length is
+    unknown.
+    """
     steps = trainer.estimated_stepping_batches
     return trainer.global_step / steps if 0 < steps < math.inf else None

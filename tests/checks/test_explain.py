@@ -312,7 +312,7 @@ def test_after_a_training_its_steps_and_shares_are_known():
 
 def test_what_is_no_callback_is_refused():
     student, teacher = toy()
-    with pytest.raises(DistillError, match='callback is a .*: give what distill.. returned'):
+    with pytest.raises(DistillError, match='callback is a .*: must be what distill.. returned'):
         student.explain(teacher, teacher)
 
 

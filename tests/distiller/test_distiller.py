@@ -1216,7 +1216,7 @@ def test_a_checkpoint_of_an_earlier_release_says_what_it_lacks():
     for recipe in (None, recipes.dist(grad_ratio=1.0)):
         with pytest.raises(
             RuntimeError,
-            match=r'Missing.*the chosen recipe and the measured gradients, which checkpoints of earlier releases lack.*strict=False\) takes the weights alone',
+            match=r'Missing.*the chosen recipe and the measured gradients, which checkpoints of earlier releases lack.*strict=False\) loads only the weights',
         ):
             parts_of_training(recipe)[0].load_state_dict(state)
         d = parts_of_training(recipe, seed=5)[0]

@@ -299,11 +299,13 @@ def test_a_state_of_other_heads_is_refused():
     student, color, shape, _ = nets()
     both = two_heads(student, color, shape, kd())
     other = Distiller(student, dict(color=color), kd())
-    with pytest.raises(DistillError, match='the heads color, shape; this one has the heads color'):
+    with pytest.raises(
+        DistillError, match='the heads color, shape, but this one has the heads color'
+    ):
         other.set_extra_state(both.get_extra_state())
-    with pytest.raises(DistillError, match='the heads color, shape; this one has one output'):
+    with pytest.raises(DistillError, match='the heads color, shape, but this one has one output'):
         Distiller(student, color, kd(), output='color').set_extra_state(both.get_extra_state())
-    with pytest.raises(DistillError, match='with one output; this one has the heads color'):
+    with pytest.raises(DistillError, match='with one output, but this one has the heads color'):
         other.set_extra_state(Distiller(student, color, kd()).get_extra_state())
 
 
@@ -320,7 +322,7 @@ def test_a_teacher_of_a_head_may_read_the_raw_items():
 
 def test_what_is_no_set_of_heads():
     student, color, shape, _ = nets()
-    with pytest.raises(DistillError, match='A dict of teachers without a head'):
+    with pytest.raises(DistillError, match='The dict of teachers is empty'):
         Distiller(student, {})
     with pytest.raises(DistillError, match='A dict .a state_dict.. holds weights, but no network'):
         Distiller(student, color.state_dict())
@@ -335,11 +337,11 @@ def test_what_is_no_set_of_heads():
         with pytest.raises(DistillError, match=f'{option}= has colour, the heads are color, shape'):
             two_heads(student, color, shape, **{option: dict(colour=1)})
     with pytest.raises(
-        DistillError, match=r"ask for those of one, as in distiller.heads\['color'\]"
+        DistillError, match=r"use the attribute of one of them, as in distiller.heads\['color'\]"
     ):
         heads.teacher  # noqa: B018
     with pytest.raises(
-        DistillError, match="'hue' among them, but the student returns color, shape, size"
+        DistillError, match="including 'hue', but the student returns color, shape, size"
     ):
         Distiller(student, dict(hue=color, shape=shape), kd())(X, COLOR, SHAPE)
 

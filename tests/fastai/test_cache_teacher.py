@@ -380,7 +380,7 @@ def test_what_is_made_of_whole_batches_is_refused(tmp_path):
     dls = data(dl_type=OwnBatches)
     with pytest.raises(
         DistillError,
-        match='OwnBatches overrides create_batch, so its batches could not be repeated',
+        match='OwnBatches overrides create_batch, so its batches cannot be replayed',
     ):
         cache_teacher(Convs(3).eval(), dls, tmp_path)
 

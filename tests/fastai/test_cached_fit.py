@@ -657,7 +657,7 @@ def test_targets_of_a_block_teach_as_the_teacher_itself():
     assert watch.worst < 1e-5 and column(learn, 'kd_loss') > 0 and names_of(learn)[-2] == 'kd_loss'
     rows = {tuple(r) for r in stored.round(4).tolist()}
     assert {tuple(r) for r in torch.cat(told).numpy().round(4).tolist()} <= rows
-    with pytest.raises(DistillError, match="These batches hold no teacher's target"):
+    with pytest.raises(DistillError, match='These batches have no teacher targets'):
         quiet(student(data()), cbs=KnowledgeDistillation())
 
 

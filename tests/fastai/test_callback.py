@@ -544,7 +544,7 @@ def test_batches_without_labels_accumulate():
 def test_batches_without_labels_are_refused_where_labels_count():
     student, teacher = toy(labels=False)
     with pytest.raises(
-        DistillError, match='no labels, but the recipe gives their loss a weight: use alpha=1'
+        DistillError, match='no labels, but the recipe gives the task loss a weight: use alpha=1'
     ):
         student.fit(1, cbs=KD(teacher, kd()))
 
@@ -1219,8 +1219,8 @@ def test_a_model_that_ends_in_a_sigmoid_is_explained():
 @pytest.mark.parametrize(
     'kwargs,says',
     [
-        (dict(recipe=kd(), T=2), r'A recipe and T=: give these to the recipe'),
-        (dict(recipe=kd(), loss=F.mse_loss), r'A recipe and loss=: give these to the recipe'),
+        (dict(recipe=kd(), T=2), r'A recipe and T=: set these in the recipe'),
+        (dict(recipe=kd(), loss=F.mse_loss), r'A recipe and loss=: set these in the recipe'),
         (dict(loss=F.mse_loss, T=2), 'T= with loss=: your loss gets the logits unchanged'),
         (dict(recipe=dict(T=2)), 'A recipe is made of terms and recipes'),
         (dict(alpha=2), 'between 0 .labels only. and 1 .teacher only.'),
@@ -1231,13 +1231,13 @@ def test_a_model_that_ends_in_a_sigmoid_is_explained():
         ),
         (dict(axis=0), r'axis=0: .*\(axis 0 is that of the samples\)'),
         (dict(T=0), 'T=0: a temperature is a number above 0'),
-        (dict(recipe=dkd(), kind='soft'), "kind='soft': it must be None or 'softmax' or"),
+        (dict(recipe=dkd(), kind='soft'), "kind='soft': must be None or 'softmax' or"),
         (
             dict(T=('linear', 4, 0)),
             'T=0 at the end of the training: a temperature is a number above 0',
         ),
         (dict(output=1.5), 'output=1.5: must be the name or the index'),
-        (dict(span='epoch'), "span='epoch': it must be 'fine_tune' or 'fit'"),
+        (dict(span='epoch'), "span='epoch': must be 'fine_tune' or 'fit'"),
     ],
     ids=lambda o: '' if isinstance(o, str) else '-'.join(o),
 )

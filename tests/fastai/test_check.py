@@ -512,7 +512,7 @@ def test_a_teacher_with_a_new_models_batchnorm_seems_untrained():
     with pytest.warns(DistillWarning) as w:
         student.fit(1, 0.01, cbs=KD(teacher))
     assert any(
-        'batch-norm statistics are those of a new model: it seems to be untrained' in str(o.message)
+        'batch-norm statistics are the initial ones: it seems to be untrained' in str(o.message)
         for o in w
     )
 

@@ -384,7 +384,7 @@ def test_mistakes_are_named():
     )
     numbers = learner(False, COLOR, SIZE)
     refused(
-        "labels of the head 'shape' are not class numbers: pass kind={'shape': 'regression'}",
+        "labels of the head 'shape' are not class indices: pass kind={'shape': 'regression'}",
         t,
         1,
         0.01,
@@ -400,7 +400,7 @@ def test_mistakes_are_named():
         unlabeled_targets='more',
     )
     refused(
-        "output= with several heads: each head's output is the one of its name",
+        "output= with several heads: each head's output is selected by its name",
         t,
         1,
         0.01,
@@ -856,7 +856,7 @@ def test_the_score_of_a_search_is_the_mean_of_the_heads():
 
 def test_heads_of_different_kinds_need_a_score_of_their_own():
     learn, t = learner(False, COLOR, SIZE), teachers()
-    with pytest.raises(DistillError, match='so their scores have no mean: pass score='):
+    with pytest.raises(DistillError, match='so their scores cannot be averaged: pass score='):
         learn.distill_find(
             dict(color=t['color'], shape=nn.Linear(6, 1)), 1, kind=dict(shape='regression')
         )
@@ -971,7 +971,7 @@ def test_a_training_of_heads_continues_from_its_file(tmp_path, capsys):
     capsys.readouterr()
     _, batches = run('half')
     assert batches == {'color.dist': 8, 'shape.dist': 8}
-    assert 'continue from half.distill.pth' in capsys.readouterr().out
+    assert 'optimizer from half.distill.pth' in capsys.readouterr().out
 
 
 def test_a_chosen_recipe_of_a_head_is_that_of_the_file(tmp_path, capsys):

@@ -163,7 +163,8 @@ def test_what_continues_is_said(tmp_path, capsys):
     capsys.readouterr()
     student.fit(1, 0.01, cbs=KD(teacher))
     assert (
-        'projectors and their optimizer continue from model.distill.pth' in capsys.readouterr().out
+        'loaded the projectors and their optimizer from model.distill.pth'
+        in capsys.readouterr().out
     )
     student.fit(1, 0.01, cbs=KD(teacher))
     assert 'continue from' not in capsys.readouterr().out  # once
@@ -176,13 +177,15 @@ def test_projectors_of_another_recipe_are_not_used(tmp_path, capsys):
     student.logger = print
     cb = KD(teacher, Term(losses.hint, layers={'2': '2'}))
     student.fit(1, 0.01, cbs=cb)
-    assert 'model.distill.pth holds projectors of other terms or layers' in capsys.readouterr().out
+    assert (
+        'model.distill.pth holds projectors of different terms or layers' in capsys.readouterr().out
+    )
     state = cb.state_dict()
     other = KD(teacher)
     other.load_state_dict(state)
     with pytest.raises(
         DistillError,
-        match='This state holds projectors of other terms or layers .hint.*with the recipe that it was saved from',
+        match='This state holds projectors of different terms or layers .hint.*with the recipe it was saved with',
     ):
         student.fit(1, 0.01, cbs=other)
 

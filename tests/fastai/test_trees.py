@@ -303,7 +303,7 @@ def test_a_frame_with_other_rows_is_refused():
     other.loc[df.index[5], 'year'] = 1900
     with pytest.raises(
         DistillError,
-        match=rf'frame= has other rows than the DataLoaders: year of the row {df.index[5]} is .*1900',
+        match=rf'frame= has different rows than the DataLoaders: year of the row {df.index[5]} is .*1900',
     ):
         ask(other)
 
@@ -314,7 +314,7 @@ def test_what_a_transform_lost_is_asked_for():
     lossy = tables(df, procs=[Categorify, FillMissing(add_col=False), Normalize])
     with pytest.raises(
         DistillError,
-        match=r'FillMissing\(add_col=False\) does not show which cells of width were missing. .*Teacher\(pipeline, frame=df\)',
+        match=r'FillMissing\(add_col=False\) does not record which cells of width were missing. .*Teacher\(pipeline, frame=df\)',
     ):
         learner(lossy).distill(pipeline, 1)
 

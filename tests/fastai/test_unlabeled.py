@@ -186,19 +186,22 @@ def test_what_goes_wrong_is_said_before_the_first_batch(tmp_path):
     ):
         KD(None, unlabeled=more)
     with pytest.raises(
-        DistillError, match='perturbed= needs a teacher that runs: the rows are made anew'
+        DistillError,
+        match='perturbed= needs a teacher that runs: each batch has new perturbed rows',
     ):
         KD(None, perturbed=2)
-    with pytest.raises(DistillError, match='unlabeled_targets= are stored outputs for unlabeled='):
+    with pytest.raises(
+        DistillError, match='unlabeled_targets= holds stored outputs for unlabeled='
+    ):
         KD(teacher, unlabeled_targets=tmp_path)
-    with pytest.raises(DistillError, match='there are no items in it'):
+    with pytest.raises(DistillError, match='the list of items is empty'):
         student.fit(1, cbs=KD(teacher, unlabeled=[]))
     for n in (-1, True, 2.5):
-        with pytest.raises(DistillError, match=f'perturbed={n}: it is how many rows'):
+        with pytest.raises(DistillError, match=f'perturbed={n}: must be a whole number'):
             KD(teacher, perturbed=n)
     for o in ('photos', Path('photos'), 5):
         with pytest.raises(
-            DistillError, match=r'give a list of items like those of the training set'
+            DistillError, match=r'must be a list of items like those of the training set'
         ):
             loader_of(o, None)
     lm, big = pair('language_model')
@@ -210,7 +213,7 @@ def test_what_goes_wrong_is_said_before_the_first_batch(tmp_path):
     with pytest.raises(DistillError, match='perturbed= is for tables, with rows of numbers'):
         image.fit(1, cbs=KD(big, perturbed=2))
     with pytest.raises(
-        DistillError, match="these items can't be prepared as the training set's are"
+        DistillError, match="these items can't be prepared like those of the training set"
     ):
         image.fit(1, cbs=KD(big, unlabeled=[object()]))
 
@@ -393,7 +396,7 @@ def test_stored_outputs_of_a_table_and_of_other_inputs(tmp_path):
         p.data *= 1.01
     with pytest.raises(
         DistillError,
-        match='(?s)other weights than .*, which teaches the labeled batches.*write a new cache',
+        match='(?s)different weights than .*, which teaches the labeled batches.*write a new cache',
     ):
         learn.fit(1, 1e-3, cbs=KD(other, kd(), unlabeled=rows, unlabeled_targets=tmp_path / 'more'))
     with pytest.raises(DistillError, match='valid=True caches the labeled validation set'):

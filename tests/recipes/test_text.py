@@ -13,7 +13,7 @@ def test_whatever_a_recipe_is_given_as_becomes_one():
 
     made = given_candidates(dict(a='kd(T=2)', b=kd(T=2), c=lambda: kd(T=2)))
     assert len({repr(c.recipe({})) for c in made}) == 1
-    with pytest.raises(DistillError, match='leave recipes= out'):
+    with pytest.raises(DistillError, match='omit recipes='):
         given_candidates(dict(a='auto'))
 
 

@@ -200,7 +200,9 @@ def test_a_resumed_search_does_not_drop_what_was_repeated_often_for_what_ran_onc
 def test_what_it_does_not_know_it_says():
     assert found({LABELS.name: 0.5}).verdict == 'no recipe was tried yet'
     assert 'no recipe was better' in found({LABELS.name: 0.5, 'a': 0.4}).verdict
-    assert 'unknown: there was no time to repeat' in found({LABELS.name: 0.5, 'a': 0.9}).verdict
+    assert (
+        'more than luck: there was no time to repeat' in found({LABELS.name: 0.5, 'a': 0.9}).verdict
+    )
     # one repeated run alone decides nothing
     assert found({LABELS.name: 0.5, 'a': 0.9}, {LABELS.name: [0.5]}).winner.name == 'a'
     f = found({LABELS.name: 0.5, 'a': 0.9}, {LABELS.name: [0.5], 'a': [0.9]})
@@ -208,7 +210,7 @@ def test_what_it_does_not_know_it_says():
     f = found({LABELS.name: 0.5, 'a': 0.9}, {LABELS.name: [0.5, 0.5], 'a': [0.51, 0.8]})
     assert f.verdict.startswith('not more than luck')
     f.rates = [0.1, 0.2]
-    assert 'no time for 1 of their 2 learning rates' in f.verdict
+    assert 'no time to try 1 of 2 learning rates' in f.verdict
 
 
 def test_a_longer_run_comes_before_a_better_one_that_was_stopped():
@@ -353,7 +355,7 @@ def test_a_search_resumes_from_its_folder(tmp_path):
     c = Formula(2)
     assert repr(search(c, folder=path).run()) == repr(f) and not c.calls
     with pytest.raises(
-        DistillError, match='find holds an experiment with another n_epoch: 2 there, 3 now'
+        DistillError, match='find holds an experiment with n_epoch=2, but now it is 3'
     ):
         search(Formula(3), folder=path)
     search(Formula(3), folder=tmp_path / 'other')
@@ -739,7 +741,7 @@ def test_what_cannot_be_searched_is_refused():
     with refused('takes no perturbed='):
         learn.distill_find(teacher, 1, perturbed=3)
     for n in (0, 1.5, '2', True):
-        with refused(f'n_epoch={n!r}: a whole number from 1 up'):
+        with refused(f'n_epoch={n!r}: must be a whole number of at least 1'):
             learn.distill_find(teacher, n)
     for k, wrong in dict(
         minutes=(0, 'a'), trials=(0,), seeds=(-1,), rates=([], [-1.0], 1e-3, [math.nan]), score=(3,)
@@ -755,7 +757,7 @@ def test_what_cannot_be_searched_is_refused():
         learn.distill_find(teacher, 1, alpha=0.5)
     with refused('live=True needs a teacher that runs'):
         learn.distill_find(None, 1, live=True)
-    with refused('each run needs its own'):
+    with refused('each run needs a new one'):
         learn.opt_func = OptimWrapper(learn.model.parameters(), torch.optim.SGD)
         learn.distill_find(teacher, 1)
     learn, _ = planted()

@@ -248,7 +248,9 @@ def test_a_rate_for_each_recipe():
     alone = run(dict(a=kd(), b=kd()), seeds=1, lr=0.2)
     assert same.runs[1] == alone.runs[1]
     assert same.values('a', 'valid_loss') != same.values('b', 'valid_loss')
-    with pytest.raises(DistillError, match='lr_max has 3 values for 2 recipes: give one, or one'):
+    with pytest.raises(
+        DistillError, match='lr_max has 3 values for 2 recipes: pass one value, or one'
+    ):
         run(dict(a=kd(), b=kd()), lr=[0.1, 0.2, 0.3])
     with pytest.raises(DistillError, match='cbs=: a callback belongs to one Learner'):
         run(cbs=Callback())
@@ -442,17 +444,20 @@ def test_a_folder_of_another_experiment_is_refused(tmp_path):
         with pytest.raises(DistillError, match=match):
             run(seeds=1, folder=tmp_path, **kwargs)
 
-    refused('another n_epoch: 2 there, 3 now', n_epoch=3)
-    refused('another recipes', recipes=dict(alone=None, default=kd()))
-    refused('another lr_max', lr=0.2)
-    refused('another teacher', teacher=apps.mlp(16))
+    refused('experiment with n_epoch=2, but now it is 3', n_epoch=3)
+    refused('experiment with recipes=', recipes=dict(alone=None, default=kd()))
+    refused('experiment with lr_max=', lr=0.2)
+    refused('experiment with teacher=', teacher=apps.mlp(16))
 
     def larger():
         learn = make_student()
         learn.model[0].weight.data.add_(1.0)
         return learn
 
-    refused('another student: make_student.. now begins with other weights for seed 0', make=larger)
+    refused(
+        'a different student: make_student.. now returns different initial weights for seed 0',
+        make=larger,
+    )
 
     def fewer():
         learn = make_student()
@@ -480,7 +485,7 @@ def test_what_cant_be_compared():
         run(5)
     with pytest.raises(
         DistillError,
-        match="metric='f1': not all students have a number for it. They have train_loss, valid_loss, accuracy",
+        match="metric='f1': not all students have a value for it. The columns are train_loss, valid_loss, accuracy",
     ):
         run(seeds=1, metric='f1')
     weights = iter(range(9))
@@ -490,7 +495,7 @@ def test_what_cant_be_compared():
         learn.model[0].weight.data.add_(next(weights))
         return learn
 
-    with pytest.raises(DistillError, match='students that begin with different weights'):
+    with pytest.raises(DistillError, match='students with different initial weights'):
         run(make=other)
     assert (
         not run(seeds=1, metric='valid_loss', n_epoch=1).higher

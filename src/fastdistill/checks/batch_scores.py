@@ -1,4 +1,4 @@
-"Scores on a few batches: of teacher and student, item by item, and of a constant prediction."
+"""Score teacher, student and a constant prediction on a few batches."""
 
 import torch
 from torch import Tensor
@@ -8,21 +8,22 @@ from .findings import Facts
 
 __all__ = ['FEW', 'METRICS', 'Tally']
 
-MOST_CLASSES = 1000  # with more, a confusion table is too large
-FEW = 16  # fewer items prove nothing
-SURE = 0.001  # one-sided p-value below which a difference counts
+MOST_CLASSES = 1000  # with more classes, a confusion table is too large
+FEW = 16  # with fewer items, no difference is significant
+SURE = 0.001  # one-sided p-value below which a difference is significant
 KNOWS, LUCK = (
     0.005,
     2.576,
-)  # the same for a teacher that is better than chance, and in standard deviations of chance
-LEADS = 0.05  # p-value for a teacher that is better than the student is now
-SLIGHT = 0.05  # of the way from chance to a perfect prediction
+)  # the same for a teacher better than chance; and in standard deviations
+LEADS = 0.05  # p-value below which the teacher is better than the student is now
+SLIGHT = 0.05  # smallest relevant difference, as a fraction of the way from chance to a perfect prediction
 METRICS = dict(softmax='accuracy', sigmoid='accuracy per label', regression='squared error')
 
 
 class Tally:
-    """Counts over a few batches. They are added batch by batch, since all outputs together may be
-    too large to keep.
+    """Counts over a few batches.
+
+    They are accumulated batch by batch, since all outputs together may not fit into memory.
 
     Args:
         task: What the model predicts.
@@ -43,7 +44,7 @@ class Tally:
         self.finite = True
 
     def add(self, t: Tensor, y: Tensor | None = None, s: Tensor | None = None):
-        """Count a batch, usually of the validation set.
+        """Count a batch, usually from the validation set.
 
         Args:
             t: The teacher's outputs.
@@ -76,7 +77,7 @@ class Tally:
         self.tops[part].append(p.reshape(len(p), -1).mean(1).cpu())
 
     def counts(self, y):
-        """Return which labels count, (B, positions)."""
+        """Return which labels are not ignored, (B, positions)."""
         y = y.reshape(len(y), -1)
         return (
             y != self.task.ignore_index
@@ -85,11 +86,11 @@ class Tally:
         )
 
     def counted(self, y):
-        """Return which items have labels that count, (B,)."""
+        """Return which items have labels that are not ignored, (B,)."""
         return self.counts(y).any(1).cpu()
 
     def item_scores(self, o, y):
-        """Compute the fraction of correct predictions of each item, or its negative squared error,
+        """Return the fraction of correct predictions of each item, or its negative squared error,
         (B,).
         """
         kind, rows = self.task.kind, lambda v: v.reshape(len(v), -1).float()
@@ -100,8 +101,9 @@ class Tally:
         return ((rows(right) * counts).sum(1) / counts.sum(1)).cpu()
 
     def add_classes(self, t, y):
-        """Count for each class how much of it there is, is recognized, and is predicted. An item
-        counts 1, divided among its positions.
+        """Count for each class the items that are present, recognized and predicted.
+
+        An item counts as 1, divided among its positions.
         """
         c, counts = t.shape[self.task.axis], self.counts(y).cpu()
         p, y = (o.reshape(len(o), -1).cpu()[counts] for o in (t.argmax(self.task.axis), y))
@@ -111,14 +113,15 @@ class Tally:
         self.n_labels += len(y)
         if c > MOST_CLASSES:
             return
-        # subtle: two tables with every other item each: a chance effect shows in one of them, but not in the other
+        # subtle: two tables, each with every second item: a chance effect only shows in one of them
         half = torch.arange(len(counts))[:, None].expand_as(counts)[counts] % 2
         table = ((half * c + y) * c + p).bincount(w, minlength=2 * c * c).view(2, c, c)
         self.confusion = table if self.confusion is None else self.confusion + table
 
     def add_labels(self, t, y):
-        """Add for each label the number of items with and without it, the sums of the probabilities
-        predicted for both, and the sum of their squares.
+        """Count for each label the items with and without it.
+
+        Also add the sums of their predicted probabilities and squared probabilities.
         """
         p, y = (o.reshape(len(o), -1).cpu().double() for o in (t.sigmoid(), y > 0.5))
         self.sums = self.sums + torch.stack(
@@ -152,13 +155,12 @@ class Tally:
         return (self.sums[:2].amax(0) / self.sums[:2].sum(0)).mean().item()
 
     def above(self, a, b, least: float = SLIGHT, sure: float = SURE):
-        """Return True if the scores `a` are above the scores `b` by more than chance explains for
-        so few items.
+        """Return True if the scores `a` are significantly above the scores `b`.
 
         Args:
             a, b: Scores of the same items.
             least: Minimum difference, as a fraction of the way from the constant prediction to a
-            perfect one.
+                perfect one.
             sure: Maximum p-value.
         """
         if len(a) < FEW:
@@ -171,9 +173,10 @@ class Tally:
         return self.above(self.items('teacher'), self.constant, least, sure)
 
     def recall(self):
-        """Return (mean recall over classes, its standard deviation if predictions were unrelated to
-        labels, number of classes). Unrelated predictions have a mean recall of 1 divided by this
-        number.
+        """Return the mean recall over classes, its standard deviation by chance, and the number of
+        classes.
+
+        Predictions that are unrelated to the labels have a mean recall of 1 / number of classes.
         """
         have, hit, said = self.sums[:, self.sums[0] > 0]
         p = said / self.sums[0].sum()
@@ -185,9 +188,10 @@ class Tally:
         )
 
     def knows_classes(self):
-        """Return True if the teacher's predictions tell more about the labels than chance explains,
-        by the mean over classes (fair to rare classes) or by the mean over items (fair to many
-        classes with few items each).
+        """Return True if the teacher's predictions are significantly better than chance.
+
+        Either the mean over classes counts, which is fair to rare classes, or the mean over items,
+        which is fair to many classes with few items each.
         """
         recall, sd, k = self.recall()
         if k < 2:
@@ -200,14 +204,15 @@ class Tally:
         if lead > max(SLIGHT * (1 - 1 / k), LUCK * sd):
             return True
         luck = (
-            there * self.sums[2]
-        ).sum().item() / there.sum().item() ** 2  # of predictions that are unrelated to the labels
+            (there * self.sums[2]).sum().item() / there.sum().item() ** 2
+        )  # expected value for predictions that are unrelated to the labels
         return items.mean().item() - luck > SLIGHT * (1 - luck) and p_above(items, luck) < KNOWS
 
     def knows_labels(self):
-        """Return (mean probability for labels that an item has, mean for labels that it does not
-        have, whether the first is higher by more than chance explains). None if no label is present
-        in some items and absent in others.
+        """Return (mean probability of present labels, mean of absent labels, True if significantly
+        higher).
+
+        None if no label is present in some items and absent in others.
         """
         have = self.sums[:, (self.sums[:2] > 0).all(0)]
         if not have.shape[1]:
@@ -241,8 +246,10 @@ class Tally:
 
 
 def p_above(a, b) -> float:
-    """Compute the one-sided p-value for a mean of `a` above that of `b`. Correct and wrong
-    predictions get an exact binomial test, other scores a t-test.
+    """Return the one-sided p-value for a mean of `a` above that of `b`.
+
+    It is from an exact binomial test for correct and wrong predictions, and from a t-test for other
+    scores.
 
     Args:
         a: Scores, (items,).

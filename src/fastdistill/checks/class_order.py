@@ -1,6 +1,4 @@
-"""Find out whether the teacher's classes are in a different order, by their names or by a confusion
-table.
-"""
+"""Detect teacher classes in a different order, by their names or by a confusion table."""
 
 from dataclasses import dataclass
 
@@ -14,7 +12,7 @@ __all__ = ['ClassMap', 'map_classes', 'reordered_classes']
 
 @dataclass
 class ClassMap:
-    """How the student's classes map to the teacher's.
+    """Mapping from the student's classes to the teacher's.
 
     Attributes:
         same: True if both have the same classes in the same order.
@@ -57,12 +55,15 @@ def map_classes(student, teacher) -> ClassMap | None:
 
 
 def reordered_classes(tally, teacher, names=None):
-    """Return (accuracy in the new order, finding) if the teacher is right far more often with its
-    outputs in a different order.
+    """Find a teacher that is far more accurate with its outputs in a different order.
 
     Args:
         tally: `Tally` of the teacher's predictions.
+        teacher: The teacher.
         names: Names of the student's classes.
+
+    Yields:
+        (accuracy in the new order, finding).
     """
     if tally.confusion is None:
         return
@@ -70,7 +71,7 @@ def reordered_classes(tally, teacher, names=None):
     order, n, k = best_order(table), table.sum().item(), len(table)
     moved = [i for i, o in enumerate(order) if i != o]
     before, after = table.trace().item() / n, hits(table, order).sum().item() / n
-    # the new accuracy must be at least halfway from chance to a perfect prediction
+    # the accuracy in the new order must be at least halfway from chance to a perfect prediction
     if not moved or after < (1 + 1 / k) / 2 or not holds_elsewhere(tally.confusion):
         return
     select = order if teacher.select is None else [teacher.select[o] for o in order]
@@ -94,10 +95,10 @@ def reordered_classes(tally, teacher, names=None):
 
 
 def best_order(table: Tensor):
-    """Find the output for each class that makes as many predictions as possible correct."""
+    """Return the output for each class that makes as many predictions as possible correct."""
     from scipy.optimize import linear_sum_assignment
 
-    # subtle: each class gets one more item in the current order, so that classes without items keep their position
+    # subtle: add one item per class in the current order, so that classes without items keep their position
     return linear_sum_assignment((table + torch.eye(len(table))).numpy(), maximize=True)[1].tolist()
 
 
@@ -106,9 +107,7 @@ def hits(table, order):
 
 
 def holds_elsewhere(halves):
-    """Return True if the order found on one half of the items is far better than the current order
-    on the other half.
-    """
+    """Return True if the order found on half of the items is also far better on the other half."""
     now = then = 0.0
     for suggests, shows in (halves, halves.flip(0)):
         order = best_order(suggests)

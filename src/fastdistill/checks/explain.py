@@ -1,5 +1,5 @@
-"""Explain why a trained student is not better: how much it learned from its teacher, and what
-prevented more.
+"""Explain why a trained student is not better: what it learned from its teacher, and what prevented
+more.
 """
 
 from dataclasses import dataclass, field
@@ -20,23 +20,21 @@ from .shapes import mismatches
 
 __all__ = ['Explanation', 'explain_training']
 
-FOLLOWS = (
-    0.5  # a student that reproduces less than this of its teacher's predictions did not follow it
-)
-GAP = (
-    0.2  # this much more reproduced on training items than on others means that they were memorized
-)
-REPEATS = 0.7  # fraction of the teacher's mistakes that the student repeats
-FEW_STEPS = 1000  # of a training
-LITTLE = 0.1  # fraction of the gradient that the task loss has
+FOLLOWS = 0.5  # a student that reproduces a smaller fraction of its teacher's predictions did not follow it
+GAP = 0.2  # a larger gap between training and validation items means that training items were memorized
+REPEATS = 0.7  # the student repeats at least this fraction of the teacher's mistakes
+FEW_STEPS = 1000  # a training with fewer steps is short
+LITTLE = 0.1  # smallest fraction of the gradient that the task loss should have
 
 
 class Follow:
-    """How much of the teacher's predictions a student reproduces: 1 - d/d0, where d is the distance
-    between their predictions (KL at T=1, or squared error) and d0 that of the teacher's predictions
-    from their mean. It is 1 for equal predictions, 0 for a student as far away as the mean, and
-    negative for one even farther away, e.g. one that is wrong and more confident than the teacher.
-    `same` is the fraction of predictions with the teacher's class.
+    """Fraction of the teacher's predictions that a student reproduces: 1 - d/d0.
+
+    d is the distance between their predictions (KL at T=1, or squared error), and d0 the distance
+    of the teacher's predictions from their mean. The fraction is 1 for equal predictions, 0 for a
+    student as far away as the mean, and negative for one even farther away, e.g. one that is wrong
+    and more confident than the teacher. `same` is the fraction of predictions with the teacher's
+    class.
     """
 
     def __init__(self, task):
@@ -120,7 +118,7 @@ class Explanation:
     same_valid: float | None = None
 
     def lines(self):
-        """Format one line about the scores and one about what the student learned from the teacher."""
+        """Return one line about the scores and one about what the student learned from the teacher."""
         if self.n and self.student_score is not None:
             yield (
                 f'{self.metric} on {self.n} validation items: '
@@ -144,6 +142,7 @@ def explain_training(
     teacher, task, student, valid, train=(), *, steps: int | None = None, shares=None, output=None
 ) -> Findings:
     """Find reasons why a training helped less than hoped, each with its number and what to try.
+
     `.facts` of the result has all numbers.
 
     Args:
@@ -153,7 +152,7 @@ def explain_training(
         valid: Validation batches, (inputs, targets), both tuples.
         train: Training batches in the same form, with their augmentation.
         steps: Number of steps of the training.
-        shares: {loss: fraction of the gradient}, as in `Distiller.gradient_shares`.
+        shares: {loss: its fraction of the gradient}, as in `Distiller.gradient_shares`.
         output: Which of the student's outputs is distilled.
     """
     tallies, follows, mistakes = (
@@ -282,8 +281,8 @@ def no_better(score, teacher, student, valid):
 
 
 def does_not_follow(f):
-    """Find a student that does not reproduce the teacher's predictions, on training items or only
-    on others.
+    """Find a student that does not reproduce the teacher's predictions, either at all or only on
+    unseen items.
     """
     if f.follows_train is not None and f.follows_train < FOLLOWS:
         steps = f' after {f.steps} steps' if f.steps else ''
@@ -310,7 +309,7 @@ def does_not_follow(f):
 
 
 def other_view(f):
-    """Find inputs that are augmented more than the teacher was trained for."""
+    """Find inputs that are augmented more than those the teacher was trained on."""
     if not f.n or f.teacher_score_train is None or f.metric == METRICS['regression']:
         return
     if f.teacher_score - f.teacher_score_train > 0.1:

@@ -18,7 +18,7 @@ class Finding:
     """One finding, and what to do about it.
 
     Attributes:
-        level: 'error' if training would be wrong, 'warning' if it probably would be, 'note' if it
+        level: 'error' if training would be pointless, 'warning' if it probably would be, 'note' if it
             is worth knowing, 'ok' if all is fine, '' for a measurement.
         what: What was found.
         do: What to do about it.
@@ -100,7 +100,7 @@ class Findings(list):
 
     facts: Facts | None = None  # None if an error was found before anything could be measured
     passed: tuple = ()  # checks that found nothing, see `in_order`
-    none = 'Nothing found: the teacher fits.'  # the text of an empty list
+    none = 'Nothing found: the teacher fits.'  # text of an empty list
 
     def __repr__(self):
         facts = [] if self.facts is None else self.facts.lines()

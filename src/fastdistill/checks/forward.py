@@ -9,23 +9,24 @@ __all__ = ['run_student', 'student_logits', 'teacher_logits']
 
 
 def run_student(student, x):
-    """The student's raw outputs for inputs `x`, as in a training step."""
+    """Return the student's raw outputs for inputs `x`, as in a training step."""
     student = unwrap(student)
     args, kwargs = arguments(student, x)
     return student(*args, **kwargs)
 
 
 def student_logits(student, x, output=None):
-    """The student's logits, in evaluation mode. The student does not change.
+    """Return the student's logits in evaluation mode, without changing the student.
 
     Args:
-        x: Tuple: the batch's inputs.
-        output: Which of its outputs is distilled, as in `Outputs.of`
+        student: A module.
+        x: Inputs of the batch, a tuple.
+        output: Which of its outputs is distilled, as in `Outputs.of`.
     """
     return Outputs.of(dry_run(student, *x), output=output).logits
 
 
 def teacher_logits(teacher, x):
-    """The teacher's logits, from a fresh hidden state."""
+    """Return the teacher's logits, starting from a fresh hidden state."""
     teacher.reset()
     return Outputs.of(teacher(*x)).logits

@@ -1,6 +1,4 @@
-"""Find out whether the teacher gets images in a different normalization than in its training, by
-trying the usual ones.
-"""
+"""Detect a teacher that gets images with the wrong normalization, by trying the common ones."""
 
 import torch
 from torch import Tensor
@@ -14,23 +12,27 @@ from .forward import teacher_logits
 
 __all__ = ['renormalized_images']
 
-# description -> (value for `Teacher`, code for the user)
+# {description: (value for `Teacher`, code for the user)}
 USUAL = {
     'numbers from 0 to 1': ((0.0, 1.0), '(0, 1)'),
     'mean 0.5 and std 0.5': ((0.5, 0.5), '(.5, .5)'),
     "ImageNet's mean and std": ('imagenet', "'imagenet'"),
     'numbers from 0 to 255': ((0.0, 1 / 255), '(0, 1/255)'),
 }
-ENOUGH = 0.9  # a teacher this close to perfect, from a constant prediction, gets the right images
+ENOUGH = 0.9  # above this fraction of the way from a constant to a perfect prediction, the normalization is right
 
 
 def renormalized_images(tally, teacher, task, batches):
-    """Return (score with it, finding) if the teacher is clearly better with a different common
-    normalization.
+    """Find a different common normalization with which the teacher is clearly better.
 
     Args:
         tally: `Tally` of the teacher's predictions.
+        teacher: The teacher.
+        task: What the student predicts.
         batches: (inputs, labels) of the first validation batches.
+
+    Yields:
+        (score with it, finding).
     """
     now = tally.items('teacher')
     if not can_renormalize(teacher, batches) or tally.above_constant(least=ENOUGH):
@@ -76,7 +78,7 @@ def can_renormalize(teacher, batches):
 
 
 def with_stats(teacher, stats, batches):
-    """Return the teacher with images normalized in this way. None if they already are, or if that
+    """Return the teacher with images normalized in this way, or None if nothing changes or if that
     is not possible.
     """
     now = teacher.input_stats if teacher.stats is None else teacher.stats

@@ -1,6 +1,4 @@
-"""Check a teacher's outputs for a few batches: whether they fit the student's, and whether the
-teacher knows the task.
-"""
+"""Check a teacher's outputs on a few batches: their shape, and whether the teacher knows the task."""
 
 from dataclasses import replace
 from itertools import chain
@@ -39,8 +37,10 @@ from .shapes import (
 
 __all__ = ['BATCHES', 'any_outputs', 'check_batch', 'check_outputs', 'single_teachers']
 
-BATCHES = 8  # validation batches on which the teacher is scored; a quarter as many training batches are read
-KEPT = 4  # batches that are kept, to run the teacher on them again
+BATCHES = (
+    8  # validation batches used to score the teacher; a quarter as many training batches are read
+)
+KEPT = 4  # number of batches kept to run the teacher on them again
 
 
 def check_outputs(
@@ -56,20 +56,21 @@ def check_outputs(
     place=None,
     part='validation',
 ) -> Findings:
-    """Check the teacher's outputs for a few batches. `.facts` of the result are the scores of both
-    models and of a constant.
+    """Check the teacher's outputs on a few batches.
+
+    `.facts` of the result are the scores of both models and of a constant prediction.
 
     Args:
         teacher: A `Teacher`.
         task: What the student predicts.
-        batches: Batches to score, usually of the validation set: (inputs, targets), both tuples.
+        batches: Batches to score, usually from the validation set: (inputs, targets), both tuples.
         student: The student's module. None if unknown.
         train: Training batches, augmented. Only probabilities are measured on them.
         recipe: Recipe or term of the training. None if unknown.
         names: Names of the student's classes.
         output: Which of the student's outputs is distilled, as in `Outputs.of`.
-        place: fn(inputs, logits, targets) -> the targets, each at the position where it is
-            predicted. None if they already are.
+        place: fn(inputs, logits, targets) -> targets, each at the position where it is predicted.
+            None if they already are.
         part: Where `batches` come from, as in `Facts`.
     """
     found, tally, kept, t = Findings(), Tally(task, part), [], None
@@ -89,7 +90,7 @@ def check_outputs(
             if place is not None and not training:
                 yb = place(xb, t if s is None else s, yb)
             y = yb[0] if len(yb) and isinstance(yb[0], Tensor) else None
-            # a teacher without a head, or with different classes
+            # the teacher has no head, or different classes
             if first and any_outputs(recipe) and s is not None and s.shape != t.shape:
                 return Findings(
                     [*unsteady(teacher, xb, t), *check_recipe(recipe, student, teacher, xb, None)]
@@ -140,16 +141,16 @@ def refused(about, found):
 
 
 def any_outputs(recipe):
-    """Return True if the recipe compares layers, or outputs whose classes may differ. The teacher's
-    outputs then need not fit the student's.
+    """Return True if the recipe compares layers, or outputs whose classes may differ.
+
+    The teacher's outputs then don't have to fit the student's.
     """
     terms = getattr(recipe, 'terms', [recipe])
     return recipe is not None and all(t.layers is not None or t.match != 'shape' for t in terms)
 
 
 def check_batch(s, t, y, task) -> Findings:
-    """Find outputs that would broadcast, a class axis or labels that do not fit, and probabilities
-    instead of logits.
+    """Find outputs that would broadcast, class axes or labels that do not fit, and probabilities.
 
     Args:
         s: The student's outputs. None if unknown.
@@ -159,7 +160,7 @@ def check_batch(s, t, y, task) -> Findings:
     """
     if s is None:
         return Findings()
-    # subtle: outputs that differ and do not broadcast are left to the losses: a loss may compare only some classes
+    # subtle: leave different shapes that do not broadcast to the losses, which may compare only some classes
     mistakes = (
         []
         if t is None or not broadcasts(s.shape, t.shape)
@@ -181,9 +182,9 @@ def single_teachers(teacher):
 
 
 def unsteady(teacher, xb, t):
-    """Find outputs that change from call to call, or with the other samples of the batch."""
+    """Find outputs that change between calls, or that depend on the other samples in the batch."""
     if teacher.mode == 'train' or teacher.combine == 'sample':
-        return  # as requested by the user
+        return  # the user asked for it
 
     def near(a, b):
         largest = b.nan_to_num(0, 0, 0).abs().max().item()  # logits of excluded classes may be -inf
@@ -191,7 +192,7 @@ def unsteady(teacher, xb, t):
             a, b, rtol=0, atol=0.05 * largest, equal_nan=True
         )
 
-    # modules inside a function can't be set to evaluation mode from here
+    # modules inside a function can't be found and set to evaluation mode
     function = any(o.module is None and o.path is None for o in single_teachers(teacher))
     parts = list(tensors_in(xb))
     can_cut = (
@@ -223,14 +224,13 @@ def untrained(teacher):
     if norms and all((m.running_mean == 0).all() and (m.running_var == 1).all() for m in norms):
         yield Finding(
             'warning',
-            "The teacher's batch-norm statistics are those of a new model: it seems to be "
-            'untrained',
+            "The teacher's batch-norm statistics are the initial ones: it seems to be untrained",
             'Load its weights before distilling',
         )
 
 
 def probabilities(tally, task):
-    """Find values that no student can learn from, and probabilities instead of logits."""
+    """Find nan or infinite values, and probabilities instead of logits."""
     if not tally.finite:
         yield Finding(
             'error',

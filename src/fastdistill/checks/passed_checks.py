@@ -1,4 +1,4 @@
-"Texts about the checks that found nothing: what they looked at, with numbers."
+"""Describe the checks that found nothing: what they looked at, with numbers."""
 
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -28,7 +28,7 @@ def shapes_in_words(s, t, y):
 
 def steady_in_words(teacher):
     drawn = teacher.mode == 'train' or teacher.combine == 'sample'
-    return '' if drawn else 'the same each time for the same batch'
+    return '' if drawn else 'the same in repeated calls with the same batch'
 
 
 def norms_of(teacher):
@@ -43,7 +43,7 @@ def norms_of(teacher):
 
 def norms_in_words(teacher):
     n = len(norms_of(teacher))
-    return f'those of {n} batch norm layer(s) are not those of a new model' if n else ''
+    return f'{n} batch norm layer(s), not at their initial values' if n else ''
 
 
 def recipe_in_words(recipe):
@@ -58,13 +58,11 @@ def recipe_in_words(recipe):
 def outputs_in_words(tally):
     if tally.task.kind == 'regression':
         return 'finite numbers'
-    return 'finite, and logits, not probabilities'
+    return 'finite logits, not probabilities'
 
 
 def order_in_words(tally):
-    """Compare the accuracy in the best order of the teacher's outputs with that in their current
-    order.
-    """
+    """Describe the accuracy in the current and in the best order of the teacher's outputs."""
     if tally.confusion is None:
         return ''
     table = tally.confusion.sum(0)

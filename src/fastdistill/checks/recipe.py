@@ -1,4 +1,4 @@
-"Check a recipe for two models: losses that need more classes, layers that are not trained."
+"""Check a recipe for two models: losses that need more classes, and layers that are not trained."""
 
 from functools import partial
 
@@ -15,11 +15,12 @@ __all__ = ['check_recipe']
 
 
 def check_recipe(recipe, student, teacher, x, n_classes):
-    """Find terms that would train nothing, or something meaningless.
+    """Find terms that would train nothing, or that are meaningless for these outputs.
 
     Args:
         recipe: A recipe or a term, or None.
         student: A module. None to skip the checks of its layers.
+        teacher: The teacher.
         x: Inputs of a batch.
         n_classes: Number of classes of a softmax. None if the outputs are not a softmax.
     """
@@ -34,7 +35,7 @@ def two_classes(term):
     fn = term.loss
     while isinstance(fn, partial):
         fn = fn.func
-    fn = getattr(fn, 'fn', fn)  # the function of a loss in module form
+    fn = getattr(fn, 'fn', fn)  # the function inside a loss class
     if fn is response.dist and term.options.get('beta', 1.0):
         why = 'the correlation of two probabilities is always 1 or -1, so only their order is compared'
     elif isinstance(fn, response.Standardized):
@@ -45,7 +46,7 @@ def two_classes(term):
 
 
 def frozen_layers(term, student, teacher, x):
-    """Find layers without a trained parameter in or before them, whose features do not change."""
+    """Find layers that a term can't train, because no parameter in or before them is trained."""
     if all(p.requires_grad for p in student.parameters()):
         return
     pairs = pair(

@@ -1,4 +1,4 @@
-"Find out why a teacher's score is low, and how certain it is of its training data."
+"""Find out why a teacher scores low, and how certain it is of its training data."""
 
 from torch import nn
 
@@ -11,32 +11,33 @@ from .normalization import renormalized_images
 __all__ = ['hesitant', 'low_score', 'saturated']
 
 CERTAIN = 0.99  # above this mean top probability, soft labels are nearly one-hot
-HESITANT = 0.2  # this much higher accuracy than mean top probability
-NOT_APART = 0.25  # smaller difference between the mean probabilities of labels that items have and of others
+HESITANT = 0.2  # difference between accuracy and mean top probability above which a teacher is too hesitant
+NOT_APART = 0.25  # below this difference in mean probability between present and absent labels, they are not separated
 FEWEST = 64  # minimum number of items for these checks
 
 
 def low_score(tally, teacher, task, student, batches, names, trained: bool):
-    """Yield why the teacher predicts badly: the first explanation that fits, the more precise ones
-    first.
+    """Yield the reason why the teacher predicts badly: the most precise explanation that fits.
 
     Args:
         tally: `Tally` of a few validation batches.
+        teacher: The teacher.
+        task: What the student predicts.
         student: A module. None if unknown.
-        batches: (inputs, labels) of some of them.
+        batches: (inputs, labels) of some of these batches.
         names: Names of the student's classes. None if unknown.
         trained: False if the teacher seems to be untrained.
     """
     if not tally.n_labels:
         return
     cures = []
-    # even an untrained teacher prefers some output for some class
+    # even an untrained teacher may prefer an output for a class
     if trained:
         cures = [
             *reordered_classes(tally, teacher, names),
             *renormalized_images(tally, teacher, task, batches),
         ]
-    # a different normalization may look like a different class order, and vice versa: the better fix counts
+    # a wrong normalization may look like a wrong class order, and vice versa: report the better fix
     if cures:
         yield max(cures, key=lambda o: o[0])[1]
     else:
@@ -60,7 +61,7 @@ def embedding_rows(modules):
 
 
 def other_tokens(tally, teacher, student, batches):
-    """Find token ids of a different tokenizer, which are valid but mean something else."""
+    """Find token ids of a different tokenizer, which are valid but have a different meaning."""
     t, s = embedding_rows(teacher.modules), None if student is None else embedding_rows([student])
     ids = [o for o in tensors_in(batches[0][0]) if not o.is_floating_point()]
     if None in (t, s) or t == s or not ids or tally.above_constant(least=0.0):
@@ -82,7 +83,7 @@ IF_SWAPPED = (
 
 
 def student_is_better(tally, **margin):
-    """Return whether the student predicts better than the teacher now, by more than chance."""
+    """Return True if the student's predictions are already significantly better than the teacher's."""
     student = tally.items('student')
     return len(student) >= FEW and tally.above(student, tally.items('teacher'), **margin)
 
@@ -143,16 +144,14 @@ def hesitant(tally):
 
 
 def label_probs(tally):
-    """Return the mean probabilities of the labels that items have, and of those that they do not
-    have.
-    """
+    """Return the mean probabilities of present and of absent labels."""
     n_with, n_without, p_with, p_without = tally.sums[:4].sum(1).tolist()
     return p_with / max(n_with, 1), p_without / max(n_without, 1)
 
 
 def chance(tally):
     """Find a teacher that is not better than a constant prediction."""
-    # subtle: the measures are fair to a badly calibrated teacher and to rare classes
+    # subtle: these measures also work for badly calibrated teachers and rare classes
     if why := dict(softmax=classes_known, sigmoid=labels_known, regression=numbers_known)[
         tally.task.kind
     ](tally):
@@ -166,7 +165,7 @@ def chance(tally):
                 f'{text}. The student has {f.metric} {f.student_score:.3f} before training',
                 IF_SWAPPED + do,
             )
-        # subtle: a lead that is not significant on few items gets a note, a lead that is too small gets a warning
+        # subtle: a tiny lead gets a warning, a larger one that is not significant gets a note
         yield Finding(
             'warning' if way <= SLIGHT else 'note',
             f'The teacher is {"no" if way <= 1e-9 else "hardly"} better than chance: {text}',

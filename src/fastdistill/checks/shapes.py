@@ -1,4 +1,4 @@
-"Find mistakes that show in one batch: shapes, class axis, labels and ids that do not fit."
+"""Find mistakes that are visible in one batch: shapes, class axes, labels and ids that do not fit."""
 
 from contextlib import contextmanager
 from math import prod
@@ -18,8 +18,9 @@ class UnknownId(Exception):
 
 @contextmanager
 def checked_ids(teacher):
-    """Context in which embeddings of the teacher check their ids. On a GPU, an unknown id would end
-    the process.
+    """Check the ids passed to the teacher's embeddings inside the context.
+
+    On a GPU, an unknown id would crash the process.
 
     Args:
         teacher: A `Teacher` that runs inside the context.
@@ -44,7 +45,7 @@ def checked_ids(teacher):
     except (IndexError, DistillError) as e:
         cause = e.__cause__ if isinstance(e, DistillError) else e
         if not isinstance(cause, IndexError) or 'index out of range in self' not in str(cause):
-            raise  # PyTorch's own lookup, outside of an embedding module
+            raise  # raised outside an embedding module
         raise UnknownId('The inputs have ids that an embedding of the teacher does not have') from e
     finally:
         for h in handles:
@@ -62,13 +63,15 @@ def unknown_id(error):
 
 
 def mismatches(s, t, y, task):
-    """Find outputs and labels that do not fit each other. Only the first mistake is reported, since
-    others follow from it.
+    """Find outputs and labels that do not fit each other.
+
+    Only the first mistake is reported, since others follow from it.
 
     Args:
         s: Shape of the student's outputs. None if unknown.
         t: Shape of the teacher's outputs.
         y: The labels, or None.
+        task: What the student predicts.
     """
     for look in (
         outputs_differ,
@@ -102,7 +105,7 @@ def outputs_differ(s, t, y, task):
 
 def axis_missing(s, t, y, task):
     if task.kind != 'softmax' or task.axis and -len(t) < task.axis < len(t):
-        return  # axis 0 has the samples
+        return  # axis 0 is the batch
     return Finding(
         'error',
         f'Outputs of shape {tuple(t)} have no axis {task.axis} for the classes',

@@ -1,4 +1,4 @@
-"The loss of one batch of student, teacher and recipe."
+"""Computes the distillation loss of a batch from a student, a teacher and a recipe."""
 
 from ..recipes.recipe_loss import Distilled
 from .distiller import Distiller

@@ -1,4 +1,4 @@
-"The core: one batch of student, teacher and recipe. It knows tensors and no training loop."
+"""The core: the distillation loss of one batch. It works on tensors and has no training loop."""
 
 import json
 from collections.abc import Mapping
@@ -28,13 +28,13 @@ __all__ = ['Distiller']
 
 LACKS = (
     'the chosen recipe and the measured gradients, which checkpoints of earlier releases lack. '
-    'load_state_dict(state, strict=False) takes the weights alone; the recipe is then chosen, and gradients are '
-    'measured, anew'
+    'load_state_dict(state, strict=False) loads only the weights; the recipe is then chosen '
+    'and gradients are measured again'
 )
 
 
 def of_the_only_head(name, doc):
-    """A property of a Distiller that is one of its head, if there is one head."""
+    """Return a property that reads and sets an attribute of the head of a single-output Distiller."""
 
     def get(self):
         return getattr(self.head, name)
@@ -46,47 +46,51 @@ def of_the_only_head(name, doc):
 
 
 class Distiller(nn.Module):
-    """A student, its teacher, and a recipe: `distiller(x, y)` is one batch. Its parameters are the
-    student's and the projectors', never the teacher's. `with distiller.teacher:` around a loop gets
-    the teacher ready once, and not for each batch. `state_dict()` holds all that a training needs
-    to continue, but for the optimizer's state.
+    """A student, its teacher and a recipe. `distiller(x, y)` computes the loss of one batch.
 
-    A student with several outputs may learn each from its own teacher: `Distiller(student,
-    {'color': teacher1, 'shape': teacher2})`, where `distiller(x, y_color, y_shape)` is one batch.
-    Each option is then one for all heads, or a dict by the name of the head. The student runs once
-    per batch, and so does a teacher of several heads. `distiller.heads['color']` has the attributes
-    of one head, such as `recipe` and `teacher`.
+    Its parameters are those of the student and the projectors, not of the teacher. Put `with
+    distiller.teacher:` around a loop to prepare the teacher once instead of for each batch.
+    `state_dict()` holds everything needed to resume training, except the state of the optimizer.
+
+    A student with several outputs can learn each from its own teacher: `Distiller(student,
+    {'color': teacher1, 'shape': teacher2})`. A batch is then `distiller(x, y_color, y_shape)`, and
+    each option is either one value for all heads or a dict {head name: value}. The student runs
+    once per batch, and so does a teacher used by several heads. `distiller.heads['color']` has the
+    attributes of one head, such as `recipe` and `teacher`.
 
     Args:
-        student: What is trained; None if only `compute` is used, without layers.
-        teacher: A `Teacher`, or what it takes: a module, a callable, a file, a list of these. A
-            dict: name of a head -> its teacher, or None for labels alone. A teacher of several
-            heads gives each the output of its name, or of its place in a tuple.
-        recipe: `kd()`, `kd() + at()`, a `Term`, or a text such as 'kd(T=2) + at()'; None or
-            'auto': `auto` chooses at the first batch, by the outputs.
-        task_loss: fn(student logits, *targets): the task loss; None: cross-entropy,
-            binary cross-entropy or squared error.
-        kind: What the logits are: 'softmax' over classes, 'sigmoid' per label, or 'regression';
-            None: what `task_loss` takes, if that is PyTorch's, else 'softmax'.
-        axis: Class axis; None: `task_loss`'s, else 1.
-        ignore_index: Positions with this label do not count; None: `task_loss`'s, else -100.
-        shift_labels: Labels of a language model stand where their tokens stand (Hugging Face's
-            way), and not where they are predicted: True moves them for the terms and for the
-            loss that None chooses. None: seen in the first batch, or asked for.
-        output: Which of several outputs is distilled, of the student and of a teacher that is
-            not yet a `Teacher`: a name, an index, or a function of what the model returned;
-            None: the one called 'logits' or 'out', or the first of a tuple. Of a head: the one
-            with its name, or with its place in a tuple.
-        labels: Of several heads: name -> fn(labels of the batch) -> those of this head, as a
-            tuple; None: each head has one label, in the order of the heads.
-        weights: Of several heads: name -> weight of its loss; 1 if not given.
-        check: Look for mistakes: parameters that both models share, and in the first batch what
-            `Distiller.check` finds.
-        example: A batch of inputs, to build projectors before an optimizer asks for their
+        student: Model to train. None if only `compute` is used and no layers are compared.
+        teacher: A `Teacher` or anything it accepts: a module, a callable, a file, or a list of
+            these. For several heads, a dict {head name: teacher}, with None for a head trained on
+            labels only. If a teacher has several outputs, each head gets the one with its name, or
+            the one at its position in a tuple.
+        recipe: A recipe such as `kd()` or `kd() + at()`, a `Term`, or text such as 'kd(T=2) +
+            at()'. None or 'auto' to let `auto` choose one from the outputs of the first batch.
+        task_loss: fn(student logits, *targets) -> task loss. None for cross-entropy, binary
+            cross-entropy or squared error, depending on `kind`.
+        kind: Type of prediction: 'softmax' over classes, 'sigmoid' per label, or 'regression'. None
+            to derive it from `task_loss` if that is a PyTorch loss, else 'softmax'.
+        axis: Class axis of the logits. None for the axis that `task_loss` uses, else 1.
+        ignore_index: Label of positions to ignore. None for the value that `task_loss` uses, else
+            -100.
+        shift_labels: Whether the labels of a language model are aligned with their tokens, as in
+            Hugging Face, and so have to be moved to the positions where they are predicted. True
+            moves them for the terms and for the default task loss. None to detect this in the first
+            batch, or raise an error if that is impossible.
+        output: Which output to distill if there are several, for the student and for a teacher that
+            is not a `Teacher` yet: a name, an index, or a function of what the model returned. None
+            for the output named 'logits' or 'out', or the first of a tuple. For a head, None
+            selects the output with its name, or the one at its position in a tuple.
+        labels: For several heads, {head name: fn(labels of the batch) -> tuple of labels of this
+            head}. None if each head has one label, in the order of the heads.
+        weights: For several heads, {head name: weight of its loss}. The default is 1.
+        check: Whether to look for mistakes: parameters shared by both models, and in the first
+            batch everything that `Distiller.check` finds.
+        example: Batch of inputs used to build projectors before an optimizer asks for their
             parameters.
     """
 
-    head_class = Head  # of each comparison
+    head_class = Head
 
     def __init__(
         self,
@@ -106,7 +110,7 @@ class Distiller(nn.Module):
         example=None,
     ):
         super().__init__()
-        # subtle: the first child, so that the student's parameters are the first ones of a Distiller
+        # subtle: the first child, so that the student's parameters come first in Distiller.parameters()
         self.student = student
         self.several = isinstance(teacher, Mapping) and not holds_weights(teacher)
         if not self.several and (labels is not None or weights is not None):
@@ -116,7 +120,9 @@ class Distiller(nn.Module):
             )
         teachers = {str(k): t for k, t in teacher.items()} if self.several else {'': teacher}
         if not teachers:
-            raise DistillError('A dict of teachers without a head.')
+            raise DistillError(
+                'The dict of teachers is empty: give one teacher per head, {name: teacher}.'
+            )
         options = dict(
             recipe=recipe,
             task_loss=task_loss,
@@ -169,23 +175,29 @@ class Distiller(nn.Module):
         if self.several:
             names = ', '.join(self.heads)
             raise DistillError(
-                f'This Distiller has the heads {names}: ask for those of one, as in '
+                f'This Distiller has the heads {names}: use the attribute of one of them, as in '
                 f'distiller.heads[{next(iter(self.heads))!r}].'
             )
         return self.heads['']
 
-    teacher = of_the_only_head('teacher', 'The teacher; of several heads, see `heads`.')
-    task = of_the_only_head('task', 'What the logits are.')
-    output = of_the_only_head('output', 'Which output is distilled.')
-    shift_labels = of_the_only_head('shift_labels', 'Are labels moved to where they are predicted?')
+    teacher = of_the_only_head('teacher', 'The teacher. For several heads, see `heads`.')
+    task = of_the_only_head(
+        'task', 'The `Task`: the type of prediction, the class axis and the ignored label.'
+    )
+    output = of_the_only_head(
+        'output', 'Which output is distilled: a name, an index or a function.'
+    )
+    shift_labels = of_the_only_head(
+        'shift_labels', 'Whether labels are moved to the positions where they are predicted.'
+    )
 
     @property
     def sources(self) -> list:
-        """What runs: the teacher of each head, but one for those that share a run."""
+        """The teachers to run, one for each group of heads that share a run."""
         return [next(iter(group.values())).teacher for group in self._runs(self.heads)]
 
     def share_models(self):
-        """Let teachers that share a run share the faster copy of their model too."""
+        """Let teachers that share a run also share the faster copy of their model."""
         for group in self._runs(self.heads):
             first, *others = group.values()
             for h in others:
@@ -197,14 +209,15 @@ class Distiller(nn.Module):
             t.start()
 
     def stop(self):
-        """Restore the teachers; may be called at any time, and twice."""
+        """Restore the teachers. May be called at any time, and repeatedly."""
         for t in self.sources:
             t.stop()
 
     @property
     def recipe(self) -> Recipe:
-        """The recipe; of several heads, that of all, with names such as 'color.kd'. It has no task
-        weight if the heads give the task loss different weights.
+        """The recipe. For several heads, all terms, with names such as 'color.kd'.
+
+        It has no task weight if the heads give the task loss different weights.
         """
         if not self.several:
             return self.head.recipe
@@ -215,44 +228,45 @@ class Distiller(nn.Module):
         return Recipe(*(t for k, h in self.heads.items() for t in whole(k, h)), task=task)
 
     def take(self, recipe):
-        """Use this recipe from now on, for a student with one output."""
+        """Use this recipe from now on. Only for a student with one output."""
         self.head.take(recipe)
 
     def _register_links(self):
-        """What the heads train beside the student."""
+        """Register the modules that are trained in addition to the student."""
         links = {k: h.links for k, h in self.heads.items()}
         self.links = nn.ModuleDict(links) if self.several else links['']
 
     def measured(self) -> dict:
-        """Name of a head -> (projectors and losses with parameters, measured gradients)."""
+        """Return {head name: (projectors and losses with parameters, measured gradients)}."""
         return {k: (h.links, h.ratios) for k, h in self.heads.items()}
 
     def use(self, measured: dict):
-        """Continue with these.
+        """Continue with these projectors and measured gradients.
 
         Args:
-            measured: As from `measured`
+            measured: What `measured` returned.
         """
         for k, h in self.heads.items():
             h.links, h.ratios = measured[k]
         self._register_links()
 
     def share_task_loss(self):
-        """For trainers that compute one task loss for all heads: its weight must be the same in all
-        recipes.
+        """Give the task loss the same weight in all recipes.
+
+        For trainers that compute a single task loss for all heads.
         """
         task = Recipe(*(h.recipe for h in self.heads.values())).task
         for h in self.heads.values():
             h.shares_task, h.recipe = True, Recipe(*h.recipe.terms, task=task)
 
     def _share_again(self):
-        """As `share_task_loss`, if it was called before and a recipe is a new one."""
+        """Repeat `share_task_loss` after a recipe has changed, if it was called before."""
         if self.several and any(h.shares_task for h in self.heads.values()):
             self.share_task_loss()
 
     @property
     def pairs(self) -> PairTable | None:
-        """What is compared with what, once it is known."""
+        """The pairs of layers that are compared. None until they are known."""
         if not self.several:
             return self.head.pairs
         return PairTable([p for h in self.heads.values() for p in h.pairs or []])
@@ -266,21 +280,22 @@ class Distiller(nn.Module):
 
     @property
     def gradient_shares(self) -> dict | None:
-        """Part -> share of the gradient, the labels' is 'task'; None until the first training
-        batch.
+        """{loss: its fraction of the total gradient norm}, where the task loss is named 'task'.
+
+        None until the first training batch.
         """
         each = {k: h.gradient_shares for k, h in self.heads.items()}
         return None if all(s is None for s in each.values()) else self._named(each)
 
     def _named(self, each: dict) -> dict:
-        """Of all heads, with names such as 'color.kd'."""
+        """Merge the dicts of all heads, with names such as 'color.kd'."""
         if not self.several:
             return each['']
         return {f'{k}.{n}': v for k, o in each.items() for n, v in (o or {}).items()}
 
     @property
     def measures(self) -> bool:
-        """Are shares of the gradient measured?"""
+        """True if gradient norms are measured."""
         return all(h.measures for h in self.heads.values())
 
     @measures.setter
@@ -290,58 +305,62 @@ class Distiller(nn.Module):
 
     @property
     def chooses(self) -> bool:
-        """Is a recipe still to be chosen?"""
+        """True if a recipe has still to be chosen."""
         return any(h.chooses for h in self.heads.values())
 
     @property
     def chosen(self) -> dict:
-        """Name of a head -> the recipe that `auto` chose for it, as text; None: it chose none."""
+        """{head name: text of the recipe that `auto` chose, or None if it did not choose}."""
         return {k: h.chosen and h.chosen[0] for k, h in self.heads.items()}
 
     @property
     def ready(self) -> bool:
-        """Are all projectors built?"""
+        """True if all projectors are built."""
         return all(h.ready for h in self.heads.values())
 
     # checkpoints
 
     def get_extra_state(self) -> Tensor:
-        """What a checkpoint holds beside weights: as a tensor, so that it can be stored wherever
-        weights can.
+        """Return what a checkpoint holds besides weights.
+
+        It is encoded as a uint8 tensor, so that it can be stored wherever weights can.
         """
         state = {k: h.state() for k, h in self.heads.items()}
         state = state if self.several else state['']
         return torch.frombuffer(bytearray(json.dumps(state).encode()), dtype=torch.uint8)
 
     def set_extra_state(self, state: Tensor):
-        """Continue with what was chosen and measured. A recipe with different terms that was chosen
-        already is kept.
+        """Restore the chosen recipe and the measured gradients.
+
+        If a recipe with different terms was already chosen, it is kept.
         """
         state = json.loads(bytes(state.tolist()))
         of_one = set(self.heads[next(iter(self.heads))].state())
         if set(state) != (set(self.heads) if self.several else of_one):
             have = 'one output' if set(state) == of_one else f'the heads {", ".join(state)}'
             mine = f'the heads {", ".join(self.heads)}' if self.several else 'one output'
-            raise DistillError(f'This state is of a Distiller with {have}; this one has {mine}.')
+            raise DistillError(
+                f'This state was saved from a Distiller with {have}, but this one has {mine}.'
+            )
         for k, h in self.heads.items():
             h.load_state(state[k] if self.several else state)
         self._share_again()
 
     def _load_from_state_dict(self, state, prefix, meta, strict, missing, unexpected, errors):
         if (key := f'{prefix}_extra_state') not in state:
-            # subtle: `strict` is True whatever was asked for, and only `missing` depends on it
+            # subtle: PyTorch always passes strict=True here; the user's value decides whether `missing` raises
             if self.ratios or any(h.automatic for h in self.heads.values()):
                 missing.append(f'{key}: {LACKS}')
             state = {**state, key: self.get_extra_state()}
         super()._load_from_state_dict(state, prefix, meta, strict, missing, unexpected, errors)
 
-    # before the first batch
+    # checks and setup before the first batch
 
     def parameters(self, recurse=True):
         for h in self.heads.values():
             if not h.ready and any(t.match == 'shape' or t.projector != 'auto' for t in h.layered):
                 raise DistillError(
-                    'The projectors are not built yet, and an optimizer made now would not train them: '
+                    'The projectors are not built yet, so an optimizer created now would not train them: '
                     'give the Distiller a batch of inputs, Distiller(..., example=x)'
                 )
         return super().parameters(recurse)
@@ -350,20 +369,23 @@ class Distiller(nn.Module):
         return [p for p in self.links.parameters() if p.requires_grad]
 
     def check(self, x, *targets, n: int = BATCHES) -> Findings | dict[str, Findings]:
-        """What would go wrong in silence: a list of findings, empty if nothing is wrong; of several
-        heads, a dict with a list for each.
+        """Find mistakes that training would not report. Return a list of findings, empty if there
+        are none.
 
-        Of a DataLoader, a few batches show the scores of both models and of a constant prediction
-        (`.facts`), a teacher that seems untrained, or whose classes are in another order, and all
-        that `Learner.check_teacher` finds without a Learner. A teacher in doubt gets a small part
-        of the recipe that is chosen for you. One batch shows outputs and labels that do not fit.
-        Both models stay as they are.
+        With a DataLoader, it reads a few batches and reports the scores of both models and of a
+        constant prediction (`.facts`), a teacher that seems untrained or whose classes are in a
+        different order, and everything else that `Learner.check_teacher` finds without a Learner.
+        If it doubts the teacher, `auto` gives the teacher a small weight. With a single batch, it
+        only reports outputs and labels that do not fit together. Neither model is changed.
 
         Args:
-            x: A DataLoader, or a list of batches (inputs, labels), best of a validation set; or
-                the inputs of one batch.
-            *targets: The labels of one batch.
-            n: Number of batches to read of a DataLoader.
+            x: A DataLoader or a list of batches (inputs, labels), preferably from a validation set;
+                or the inputs of one batch.
+            *targets: The labels, if `x` is the inputs of one batch.
+            n: Number of batches to read.
+
+        Returns:
+            A `Findings` list. For several heads, a dict {head name: list}.
         """
         if not targets and is_loader(x):
             with own_generators(x):
@@ -378,13 +400,13 @@ class Distiller(nn.Module):
         )
 
     def check_batches(self, batches, n: int = BATCHES, *, placed: bool = False, part: str = ''):
-        """As `check`, for batches that are split already.
+        """Run `check` on batches that are already split into inputs and labels.
 
         Args:
-            batches: (inputs, labels) of each, the labels as a tuple.
-            n: How many are read.
-            placed: Is each label where it is predicted already?
-            part: What they are, for messages: 'validation' or 'training'; '' if unknown.
+            batches: (inputs, labels) of each batch, with the labels as a tuple.
+            n: Number of batches to read.
+            placed: Whether the labels are already at the positions where they are predicted.
+            part: Name of the dataset for messages: 'validation' or 'training', or '' if unknown.
         """
         device = next((p.device for p in self.student.parameters()), None)
         here = ((inputs(x), y) for x, y in islice(batches, n))
@@ -395,19 +417,20 @@ class Distiller(nn.Module):
         return self._each_head(lambda h: h.check_batches(of(h), placed, part))
 
     def _each_head(self, fn):
-        """fn(head) of each that has a teacher."""
+        """Return {head name: fn(head)} for the heads that have a teacher."""
         if not self.several:
             return fn(self.head)
         return {k: fn(h) for k, h in self.heads.items() if h.teacher is not None}
 
     def check_names(self):
-        """Refuse layers that the models don't have, before any batch."""
+        """Raise an error for layers that the models don't have."""
         for h in self.heads.values():
             h.check_names()
 
     def setup(self, *x):
-        """Pair layers and build projectors, from one evaluation-mode probe that changes nothing,
-        the random state included.
+        """Pair layers and build projectors.
+
+        It runs both models once in evaluation mode, without changing them or the random state.
         """
         for h in self.heads.values():
             if not (self.several and h.ready):
@@ -415,42 +438,44 @@ class Distiller(nn.Module):
         return self
 
     def choose(self, x: tuple, labels: bool):
-        """Take the recipe that `auto` chooses, for each head without one.
+        """Let `auto` choose a recipe for each head that has none.
 
         Args:
             x: Inputs of a batch.
-            labels: Do the batches have labels?
+            labels: Whether the batches have labels.
         """
         for h in self.heads.values():
             if h.chooses:
                 h.choose(student_logits(self.student, x, h.output), x, labels)
         self._share_again()
 
-    # a batch
+    # computing the loss of a batch
 
     def active_terms(self, progress: float | None = None) -> list:
-        """The terms that a batch needs: those with a weight; without gradient, as in validation,
-        all of them.
+        """Return the terms that a batch needs.
+
+        In training, these are the terms with a nonzero weight. Without gradients, as in validation,
+        all terms are returned.
 
         Args:
-            progress: Share of the training that is done, for schedules.
+            progress: Fraction of the training that is done, from 0 to 1, for schedules.
         """
         return [t for h in self.heads.values() for t in h.active_terms(progress)]
 
     def needs_teacher(self, progress: float | None = None) -> bool:
-        """Whether any term needs the teacher's outputs for this batch."""
+        """Return True if any term needs the teacher's outputs for this batch."""
         return bool(self.active_terms(progress))
 
     def student_layers(self, terms=None) -> list:
-        """The student's layers that the terms compare.
+        """Return the student layers that the terms compare.
 
         Args:
-            terms: Of these terms, as `active_terms` gives them; None: of all.
+            terms: Terms to consider, as returned by `active_terms`. None for all.
         """
         return self._layers(0, terms)
 
     def teacher_layers(self, terms=None) -> list:
-        """The teacher's layers that the terms compare."""
+        """Return the teacher layers that the terms compare."""
         return self._layers(1, terms)
 
     def _layers(self, i, terms):
@@ -459,13 +484,16 @@ class Distiller(nn.Module):
     def teacher_outputs(
         self, x, progress: float | None = None, samples=None
     ) -> Outputs | dict | None:
-        """The teacher's outputs for a batch, with the layers that its terms compare; None where no
-        term needs them. Of several heads, a dict of those that have outputs.
+        """Return the teacher's outputs for a batch, including the layers that the terms compare.
 
         Args:
-            x: The batch's inputs, as `forward` takes them.
-            progress: Share of the training that is done, for schedules.
-            samples: The `BatchSamples` of the batch; None: unknown.
+            x: Inputs of the batch, as in `forward`.
+            progress: Fraction of the training that is done, from 0 to 1, for schedules.
+            samples: The `BatchSamples` of the batch. None if they are unknown.
+
+        Returns:
+            None if no term needs the teacher. For several heads, a dict with the heads that have
+            outputs.
         """
         x, terms = inputs(x), {k: h.active_terms(progress) for k, h in self.heads.items()}
         ask = {k: h for k, h in self.heads.items() if terms[k] and h.teacher is not None}
@@ -485,7 +513,7 @@ class Distiller(nn.Module):
         return None if none else self._only(out)
 
     def _runs(self, heads) -> list[dict]:
-        """The heads in groups whose teachers need one run."""
+        """Group the heads whose teachers share one run."""
         groups = []
         for k, h in heads.items():
             if h.teacher is None:
@@ -497,13 +525,14 @@ class Distiller(nn.Module):
         return groups
 
     def student_outputs(self, raw, feats: dict, x) -> Outputs | dict[str, Outputs]:
-        """The student's outputs, of several the one that `output` names, with the padding of the
-        batch masked. Of several heads, a dict.
+        """Return the student's outputs, with the padding of the batch masked. For several heads, a
+        dict.
 
         Args:
-            raw: What the student returned.
-            feats: What taps read.
-            x: The batch's inputs, whose padded positions do not count.
+            raw: What the student returned. If it has several outputs, the one selected by `output`
+                is used.
+            feats: Layer outputs that the taps recorded.
+            x: Inputs of the batch, used to find padded positions.
         """
         return self._only({k: h.student_outputs(raw, feats, x) for k, h in self.heads.items()})
 
@@ -517,7 +546,7 @@ class Distiller(nn.Module):
         return any(t.has_outputs(samples) for t in teachers if t is not None)
 
     def outputs_by_head(self, outputs: Outputs | dict | None) -> dict[str, Outputs]:
-        """Return {name of the head: outputs}, without heads that have none.
+        """Return {head name: outputs}, without heads that have no outputs.
 
         Args:
             outputs: What `teacher_outputs` or `student_outputs` returned.
@@ -528,7 +557,7 @@ class Distiller(nn.Module):
         return each if self.several else each['']
 
     def _by_head(self, o) -> dict:
-        """Outputs by head, as `_only` returned them."""
+        """Undo `_only`: return {head name: outputs}."""
         if self.several:
             return o or {}
         return {'': o}
@@ -546,17 +575,17 @@ class Distiller(nn.Module):
             yield seen, taps
 
     def forward(self, x, *targets, progress: float | None = None) -> Distilled:
-        """Run student and teacher on a batch and compare them.
+        """Run student and teacher on a batch and return the loss.
 
         Args:
-            x: The inputs: a tensor, a tuple of several, or a dict (passed by name where the
-                model has arguments of these names).
-            *targets: Labels; none where the recipe gives them no weight. Those of several heads
-                are in the order of the heads; None: this head has none.
-            progress: Share of the training that is done, for schedules.
+            x: The inputs: a tensor, a tuple of several, or a dict, whose items are passed by name
+                if the model has arguments with these names.
+            *targets: Labels. Not needed if the recipe gives them no weight. For several heads, one
+                per head, in their order; None for a head without labels.
+            progress: Fraction of the training that is done, from 0 to 1, for schedules.
 
         Returns:
-            Of several heads, `task` is the weighted sum of their task losses.
+            A `Distilled`. For several heads, its `task` is the weighted sum of their task losses.
         """
         own = {k: h.labels(targets) for k, h in self.heads.items()}
         x = inputs(x)
@@ -577,17 +606,18 @@ class Distiller(nn.Module):
         return whole_loss(each, {k: h.weight for k, h in self.heads.items()})
 
     def labels(self, x, logits, targets):
-        """The task loss, and the targets each where it is predicted."""
+        """Return the task loss and the targets, each at the position where it is predicted."""
         return self.head.task_and_targets(x, logits, targets)
 
     def targets_at(self, x, student: Outputs | dict, targets):
-        """The targets, each where it is predicted: a language model predicts the next token. Those
-        of several heads stay as they are.
+        """Move the targets to the positions where they are predicted.
+
+        A language model predicts the next token. The targets of several heads are not moved.
 
         Args:
-            x: The batch's inputs.
-            student: Outputs as `student_outputs` returns them.
-            targets: A tuple.
+            x: Inputs of the batch.
+            student: Outputs, as returned by `student_outputs`.
+            targets: Tuple of labels.
         """
         if self.several:
             return targets
@@ -603,23 +633,24 @@ class Distiller(nn.Module):
         progress: float | None = None,
         mixed=None,
     ) -> Distilled:
-        """The loss of a batch whose student (and teacher) ran already: what trainers call. Of
-        several heads, outputs are dicts.
+        """Return the loss of a batch from outputs that are already computed. Trainers call this.
+
+        For several heads, the outputs are dicts {head name: outputs}.
 
         Args:
-            student: Of this batch.
-            teacher: Of the same batch; None where no term needs it (see `needs_teacher`).
-            task: The task loss, already computed; None without labels. Of several heads, that of
-                all, see `share_task_loss`.
-            targets: Labels, for the losses that read them.
-            progress: Share of the training that is done, for schedules.
-            mixed: (other targets, share of the first ones): MixUp's batches have two labels a
-                sample.
+            student: Student outputs for this batch.
+            teacher: Teacher outputs for the same batch. None if no term needs them (see
+                `needs_teacher`).
+            task: Task loss of the batch. None without labels. For several heads, the total task
+                loss, see `share_task_loss`.
+            targets: Labels, for losses that read them.
+            progress: Fraction of the training that is done, from 0 to 1, for schedules.
+            mixed: (second labels, coefficient of the first ones) for a MixUp or CutMix batch.
         """
         students, teachers, each = self._by_head(student), self._by_head(teacher), {}
         for k, h in self.heads.items():
             if self.several and teacher is not None and k not in teacher:
-                continue  # its outputs may be stored only for the training set
+                continue  # a cache may hold only the outputs for the training set
             each[k] = h.compute(
                 students[k],
                 teachers.get(k),
@@ -645,13 +676,15 @@ class Distiller(nn.Module):
         )
 
     def without_labels(self, student, teacher, *, progress: float | None = None) -> Tensor:
-        """The weighted sum of the terms that read no labels, for inputs without labels beside the
-        batches with labels. Shares of the gradient are those that were measured there.
+        """Return the weighted sum of the terms that read no labels, for a batch of unlabeled
+        inputs.
+
+        Gradient ratios use what was measured on the labeled batches.
 
         Args:
-            student: For inputs without labels.
-            teacher: For the same.
-            progress: Share of the training that is done, for schedules.
+            student: Student outputs for the unlabeled inputs.
+            teacher: Teacher outputs for the same inputs.
+            progress: Fraction of the training that is done, from 0 to 1, for schedules.
         """
         s, t = self._by_head(student), self._by_head(teacher)
         values = [
@@ -663,7 +696,7 @@ class Distiller(nn.Module):
 
 
 def labels_in_order(names, i, targets):
-    """The label of a head, if each head has one."""
+    """Return the labels of head `i` if each head has one label."""
     if targets and len(targets) != len(names):
         raise DistillError(
             f'{len(targets)} labels for {len(names)} heads ({", ".join(names)}): give one '
@@ -673,7 +706,7 @@ def labels_in_order(names, i, targets):
 
 
 def whole_loss(each: dict, weights: dict) -> Distilled:
-    """The weighted sum of the losses of several heads, of which each has its own task loss."""
+    """Return the weighted sum of the losses of several heads, each with its own task loss."""
     each = {k: e for k, e in each.items() if weights[k]}
     task = [weights[k] * e.weights['task'] * e.task for k, e in each.items() if e.weights['task']]
     taught = [weights[k] * e.taught for k, e in each.items() if e.taught is not None]

@@ -1,4 +1,4 @@
-"One comparison of a `Distiller`: an output of the student, its labels, a teacher and a recipe."
+"""One comparison in a `Distiller`: an output of the student, its labels, a teacher and a recipe."""
 
 import copy
 from collections.abc import Mapping
@@ -32,16 +32,16 @@ __all__ = ['Head', 'HeadOutput', 'SharedOutput', 'options_by_head', 'renamed']
 
 
 class Head(RecipeLoss):
-    """One comparison of a `Distiller`. Its options are those of the `Distiller`.
+    """One comparison in a `Distiller`. The remaining options are those of `Distiller`.
 
     Args:
-        name: In messages; '' if the student has one output.
-        labels: fn(labels of the batch) -> those of this head, as a tuple.
-        weight: Of its loss.
-        teacher_output: Which of its outputs is distilled, if it is not yet a `Teacher`.
+        name: Name used in messages. '' if the student has one output.
+        labels: fn(labels of the batch) -> tuple of labels of this head.
+        weight: Weight of the loss of this head.
+        teacher_output: Which output of the teacher to distill, if it is not a `Teacher` yet.
     """
 
-    shares_task = False  # does one task loss count for all heads?
+    shares_task = False  # True if one task loss is computed for all heads
 
     def __init__(
         self,
@@ -67,16 +67,16 @@ class Head(RecipeLoss):
         )
         self.name, self.labels, self.weight = name, labels, weight
         self.student, self.task_loss, self.shift_labels = student, task_loss, shift_labels
-        self.automatic = recipe is None  # is the recipe chosen?
+        self.automatic = recipe is None  # True if `auto` chooses the recipe
         check_output(output)
         self.output = output
-        self.found, self.doubt = {}, ''  # what a check found against the teacher
+        self.found, self.doubt = {}, ''  # state of `warn_of_several`; reason to doubt the teacher
         if teacher is not None and not isinstance(teacher, Teacher):
             teacher = Teacher(
                 teacher, kind=self.task.kind, axis=self.task.axis, output=teacher_output
             )
         self.teacher = teacher
-        self.pairs: PairTable | None = None  # what is compared with what, once it is known
+        self.pairs: PairTable | None = None  # pairs of layers, set by `setup`
         self.unchecked = {'labels', 'outputs'} if check else set()
         if student is not None and teacher is not None:
             self.check_names()
@@ -85,15 +85,19 @@ class Head(RecipeLoss):
 
     def take(self, recipe):
         """Use this recipe from now on."""
-        # if `auto` chose it
+        # only a recipe from `auto` has these attributes
         self.chosen = [recipe.text, recipe.why, recipe.kind] if hasattr(recipe, 'text') else None
         if self.shares_task and self.chosen is not None:
             recipe = with_full_task(recipe)
         super().take(recipe)
 
     def choose(self, logits, x: tuple, labels: bool):
-        """Take the recipe that `auto` chooses for such outputs and such a teacher, and batches with
-        or without labels.
+        """Let `auto` choose a recipe for these outputs.
+
+        Args:
+            logits: Student logits of a batch.
+            x: Inputs of the batch.
+            labels: Whether the batches have labels.
         """
         ask = lambda: plain_logits(Outputs(logits), self.teacher.probe(*x))[1]
         doubt = 'the teacher is in doubt, see above' if self.doubt else None
@@ -104,25 +108,26 @@ class Head(RecipeLoss):
 
     @property
     def chooses(self) -> bool:
-        """Is the recipe still to be chosen, by the teacher's outputs?"""
+        """True if `auto` has still to choose the recipe from the teacher's outputs."""
         return self.automatic and self.chosen is None and self.teacher is not None
 
     @property
     def prefix(self):
-        """How messages about this head begin."""
+        """The beginning of messages about this head."""
         return f'{self.name}: ' if self.name else ''
 
     # checkpoints
 
     def state(self) -> dict:
-        """What a checkpoint holds beside weights."""
+        """Return what a checkpoint holds besides weights."""
         return dict(
             recipe=self.chosen, ratios=self.ratios.state_dict(), shift_labels=self.shift_labels
         )
 
     def load_state(self, state: dict):
-        """Continue with what was chosen and measured. A recipe with different terms that was chosen
-        already is kept.
+        """Restore the chosen recipe and the measured gradients.
+
+        If a recipe with different terms was already chosen, it is kept.
         """
         if self.automatic and state['recipe'] is not None:
             recipe = chosen_before(*state['recipe'])
@@ -134,19 +139,19 @@ class Head(RecipeLoss):
         if self.shift_labels is None:
             self.shift_labels = state['shift_labels']
 
-    # before the first batch
+    # checks and setup before the first batch
 
     @property
     def ready(self):
         return len(self.links) == len(self.recipe.terms)
 
     def check_names(self):
-        """Refuse layers that the models don't have, before any batch."""
+        """Raise an error for layers that the models don't have."""
         for t in self.layered:
             check_names(self.student, self.teacher, t.layers)
 
     def check(self, student: Outputs, teacher: Outputs | None, targets) -> Findings:
-        """What does not fit in one batch."""
+        """Find outputs and labels of one batch that do not fit together."""
         found = Findings()
         if teacher is not None:
             found.add('store', check_stored(self.recipe, teacher, self.task.axis))
@@ -157,9 +162,7 @@ class Head(RecipeLoss):
         return found.join(check_batch(s, t, y, self.task))
 
     def check_batches(self, batches, placed: bool = False, part: str = '') -> Findings:
-        """What would go wrong in silence, as these batches of this head show it; see
-        `Distiller.check_batches`.
-        """
+        """Find mistakes that training would not report; see `Distiller.check_batches`."""
         found = Findings()
         found.add(
             'parameters',
@@ -182,8 +185,8 @@ class Head(RecipeLoss):
         return found
 
     def check_first(self, student, teacher, targets):
-        """Refuse the mistakes of the first batch, and of the first batch for which the teacher
-        runs.
+        """Raise an error for mistakes in the first batch, and in the first one for which the
+        teacher runs.
         """
         parts = {'labels'} if teacher is None else {'labels', 'outputs'}
         if not parts & self.unchecked:
@@ -192,8 +195,9 @@ class Head(RecipeLoss):
         self.check(student, teacher, targets).enforce()
 
     def setup(self, x: tuple):
-        """Pair layers and build projectors, from one evaluation-mode probe that changes nothing,
-        the random state included.
+        """Pair layers and build projectors.
+
+        It runs both models once in evaluation mode, without changing them or the random state.
         """
         student = self.student
         cuda = sorted({p.device.index for p in student.parameters() if p.is_cuda})
@@ -215,7 +219,7 @@ class Head(RecipeLoss):
                 self.links[term.name] = nn.ModuleList(self._links(term, tables[term.name], s, t))
 
     def _links(self, term, pairs, s, t):
-        """Of one term: a link for each pair, on the student's device."""
+        """Yield a link for each pair of layers of a term, on the student's device."""
         modules = self.teacher.named_modules()
         for p in pairs:
             a, b = s[p.student], layer_output(t, p.teacher)
@@ -232,14 +236,14 @@ class Head(RecipeLoss):
                 )
             yield Link(loss, (p.student, p.teacher), proj.train()).to(a.device)
 
-    # a batch
+    # computing the loss of a batch
 
     def layers(self, i: int, terms=None) -> list:
-        """The layers that the terms compare.
+        """Return the layers that the terms compare.
 
         Args:
-            i: 0: the student's, 1: the teacher's.
-            terms: Of these terms; None: of all.
+            i: 0 for the student's layers, 1 for the teacher's.
+            terms: Terms to consider. None for all.
         """
         own = self.recipe.terms
         if terms is not None:
@@ -249,7 +253,7 @@ class Head(RecipeLoss):
         return list(dict.fromkeys(k.layers[i] for k in links if not is_output(k.layers[i])))
 
     def student_outputs(self, raw, feats: dict, x) -> Outputs:
-        """The student's outputs that this head compares; see `Distiller.student_outputs`."""
+        """Return the student's outputs that this head compares; see `Distiller.student_outputs`."""
         if self.output is None:
             warn_of_several(raw, self.student, 'The student', self.found)
         s = Outputs.of(raw, feats, output=self.output)
@@ -258,14 +262,14 @@ class Head(RecipeLoss):
         )
 
     def compare(self, student, teacher, x, targets, progress) -> Distilled:
-        """The loss of a batch, with the task loss of this head."""
-        # before the task loss, whose error would not say what to do
+        """Return the loss of a batch, including the task loss of this head."""
+        # check before the task loss, whose own error would not say what to do
         self.check_first(student, teacher, targets)
         task, targets = self.task_and_targets(x, student.logits, targets)
         return self.compute(student, teacher, task, targets, progress=progress)
 
     def task_and_targets(self, x, logits, targets):
-        """The task loss, and the targets each where it is predicted."""
+        """Return the task loss and the targets, each at the position where it is predicted."""
         if not targets:
             return None, targets
         at = self.targets_at(x, logits, targets)
@@ -274,7 +278,7 @@ class Head(RecipeLoss):
         return labels_loss(logits, *at, task=self.task), at
 
     def targets_at(self, x, logits, targets):
-        """The targets, each where it is predicted: a language model predicts the next token."""
+        """Move the targets to where they are predicted: a language model predicts the next token."""
         if self.shift_labels is None and targets:
             self.shift_labels = labels_to_shift(
                 x, targets[0], logits.shape, self.task, predicts_next(self.student)
@@ -282,7 +286,7 @@ class Head(RecipeLoss):
             if self.shift_labels and rank() == 0:
                 print(
                     'fastdistill: the labels are the inputs themselves, so each is moved to where it is predicted, '
-                    'one position earlier. shift_labels=True says so, shift_labels=False leaves them'
+                    'one position earlier. Pass shift_labels=True to confirm this, or shift_labels=False to leave them'
                 )
         if not self.shift_labels:
             return targets
@@ -291,12 +295,12 @@ class Head(RecipeLoss):
 
 @dataclass
 class HeadOutput:
-    """Picks the output of a head from what the student returned: that of its name, or that of its
-    place in a tuple.
+    """Selects the output of a head from what the student returned, by its name or its position.
 
     Attributes:
-        at: Its place among the heads.
-        n: Heads.
+        name: Name of the head.
+        at: Position of the head among all heads.
+        n: Number of heads.
     """
 
     name: str
@@ -313,27 +317,27 @@ class HeadOutput:
         return self.otherwise(raw)
 
     def otherwise(self, raw):
-        """What to return if there is no such output."""
+        """Handle a student output that has neither the name nor the position of the head."""
         if isinstance(raw, Mapping):
             have = ', '.join(map(str, raw))
         else:
             have = f'{len(raw)} outputs' if isinstance(raw, (tuple, list)) else 'one tensor'
         raise DistillError(
-            f'There are {self.n} heads, {self.name!r} among them, but the student returns {have}: name '
+            f'The Distiller has {self.n} heads, including {self.name!r}, but the student returns {have}: name '
             'the outputs of a dict, or give one teacher for each output of a tuple, in their order. '
-            'None is a head without a teacher.'
+            'Pass None for a head without a teacher.'
         )
 
 
 class SharedOutput(HeadOutput):
-    """The same for a teacher of several heads, which may also have one output for all of them."""
+    """Same for a teacher of several heads, which may also have a single output for all of them."""
 
     def otherwise(self, raw):
         return raw
 
 
 def options_by_head(o, option: str, heads, who: str = 'the heads are') -> dict:
-    """Name of a head -> its own value of an option, which is one for all heads or a dict."""
+    """Return {head name: value} for an option that is one value for all heads or a dict."""
     if not isinstance(o, Mapping):
         return dict.fromkeys(heads, o)
     o = {str(k): v for k, v in o.items()}
@@ -343,7 +347,7 @@ def options_by_head(o, option: str, heads, who: str = 'the heads are') -> dict:
 
 
 def with_full_task(recipe):
-    """The same recipe where the task loss has the weight 1."""
+    """Return the same recipe, scaled so that the task loss has weight 1."""
     w = recipe.task_at(0.0)
     if w in (0.0, 1.0):
         return recipe
@@ -351,7 +355,7 @@ def with_full_task(recipe):
 
 
 def renamed(term, name, **changes):
-    """A copy of a term with another name, and with these attributes."""
+    """Return a copy of a term with a different name and changed attributes."""
     term = copy.copy(term)
     vars(term).update(name=name, **changes)
     return term

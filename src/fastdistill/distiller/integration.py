@@ -1,6 +1,4 @@
-"""What the faces of other trainers share: a Distiller that is complete before the optimizer,
-projectors, checkpoints.
-"""
+"""Helpers for integrations with other trainers: setup before the optimizer, checkpoints."""
 
 from ..base.distributed import broadcast, on_first, rank
 from ..features.layer_names import unwrap
@@ -20,8 +18,8 @@ __all__ = [
 ]
 
 OLD_STATE = (
-    'fastdistill: this checkpoint is one of an earlier release, without measured gradients, which are '
-    'measured anew'
+    'fastdistill: this checkpoint was saved by an earlier release, without measured gradients, so '
+    'they are measured again'
 )
 
 
@@ -32,16 +30,19 @@ def is_detector(model) -> bool:
 
 
 def needs_example(d: Distiller) -> bool:
-    "Does it need a batch to choose its recipe, or to build its projectors?"
+    """Return True if a batch is needed to choose the recipe or build projectors."""
     return d.chooses or not d.ready
 
 
 def check_first(d: Distiller, batches, **options):
-    """Look for mistakes before training, in the first process, so that all continue or all stop.
+    """Look for mistakes before training.
+
+    Only the first process looks, and all processes raise the same error.
 
     Args:
-        batches: (inputs, labels) of each; empty: there are none to look at.
-        **options: Of `Distiller.check_batches`
+        d: The `Distiller`.
+        batches: (inputs, labels) of each batch. Empty if there are none to read.
+        **options: Options of `Distiller.check_batches`.
     """
     found = on_first(lambda: d.check_batches(batches, **options))
     for k, f in (found if d.several else {'': found}).items():
@@ -50,12 +51,13 @@ def check_first(d: Distiller, batches, **options):
 
 
 def complete(d: Distiller, x, labels: bool = True):
-    """Choose the recipe if none was given, pair layers and build projectors: the same ones in all
+    """Choose the recipe if none was given, pair layers and build projectors, identically in all
     processes.
 
     Args:
-        x: A batch of the student's inputs.
-        labels: Do the batches have labels?
+        d: The `Distiller`.
+        x: Batch of the student's inputs.
+        labels: Whether the batches have labels.
     """
     x = inputs(x)
     if d.chooses:
@@ -67,21 +69,26 @@ def complete(d: Distiller, x, labels: bool = True):
 
 
 def takes_part(d: Distiller, progress: float | None) -> bool:
-    """Does distillation change the loss at this point? Else the trainer trains bit for bit as
-    without it.
+    """Return True if distillation changes the loss at this point.
+
+    Otherwise the training is bit for bit the same as without distillation.
 
     Args:
-        progress: Share of the training that is done.
+        d: The `Distiller`.
+        progress: Fraction of the training that is done, from 0 to 1.
     """
     return bool(d.active_terms(progress)) or d.recipe.task_at(progress) != 1
 
 
 def add_parameters(optimizer, d: Distiller):
-    """Let the student's optimizer train the projectors too. They join its first group, since a
-    scheduler that exists knows the present groups.
+    """Let the student's optimizer train the projectors too.
+
+    They are added to its first parameter group, because existing schedulers only know the existing
+    groups.
 
     Args:
-        optimizer: Of the student.
+        optimizer: Optimizer of the student.
+        d: The `Distiller`.
     """
     have = {id(p) for g in optimizer.param_groups for p in g['params']}
     optimizer.param_groups[0]['params'] += [p for p in d.own_parameters() if id(p) not in have]
@@ -93,18 +100,19 @@ def reset_gradients(d: Distiller):
 
 
 def training_state(d: Distiller) -> dict:
-    """What a checkpoint of the student and its optimizer lacks: projectors, the chosen recipe, and
-    measured gradients.
+    """Return what a checkpoint of the student and its optimizer lacks.
+
+    This is the projectors, the chosen recipe and the measured gradients.
     """
     return dict(links=d.links.state_dict(), distiller=d.get_extra_state())
 
 
 def load_state(d: Distiller, state: dict):
-    """Continue from a checkpoint.
+    """Restore what `training_state` returned.
 
     Args:
-        d: Complete.
-        state: As `training_state` gives it.
+        d: A `Distiller` after `complete`.
+        state: What `training_state` returned.
     """
     if 'distiller' in state:
         d.set_extra_state(state['distiller'])

@@ -1,4 +1,4 @@
-"What `Distiller.check` reads: one batch, or a DataLoader, which stays as it is."
+"""Tell a DataLoader from the inputs of one batch, and read it without changing its random state."""
 
 from collections.abc import Mapping
 
@@ -10,13 +10,13 @@ __all__ = ['is_loader', 'own_generators']
 
 
 def is_loader(x):
-    "Is it many batches, and not the inputs of one?"
+    """Return True if `x` is a series of batches, not the inputs of one batch."""
     if isinstance(x, (Tensor, Mapping, tuple)) or not hasattr(x, '__iter__'):
         return False
     return not isinstance(x, list) or bool(x) and not isinstance(x[0], Tensor)
 
 
 def own_generators(loader):
-    """Random generators of a DataLoader, which are as before at the end."""
+    """Return the random generators of a DataLoader, seeded now and restored at the end."""
     parts = ('dataset', 'sampler', 'batch_sampler', 'generator')
     return Generators(*(getattr(loader, k, None) for k in parts)).seeded(0)

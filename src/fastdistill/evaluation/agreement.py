@@ -1,4 +1,4 @@
-"How often, and where, a student predicts the same as its teacher."
+"""Measure how often a student's predictions agree with its teacher's."""
 
 import torch
 
@@ -8,7 +8,7 @@ __all__ = ['Agreement']
 
 
 class Agreement:
-    """Counts of a student and a teacher on the same positions, added batch by batch."""
+    """Agreement counts of a student and a teacher, added up batch by batch."""
 
     def __init__(self, kind):
         self.kind, self.sums = kind, {}
@@ -26,7 +26,7 @@ class Agreement:
             self.sums[k] = self.sums.get(k, 0.0) + v[counts].double().sum().item()
 
     def shares(self) -> dict:
-        """Compute the fractions and means. None where there is no such position."""
+        """Return the fractions and means, as {name: value}. A value is None if it has no positions."""
         n, s = self.sums.get('n', 0.0), self.sums
 
         def per(k, of):
@@ -50,7 +50,9 @@ class Agreement:
 
 
 def split(a, b, y, one):
-    """Compare predictions, also separately where the teacher is right and where it is wrong."""
+    """Count agreement over all positions, and separately where the teacher is right and where it is
+    wrong.
+    """
     same, right = a == b, b == y
     return dict(
         n=one,
@@ -97,7 +99,7 @@ def compare_numbers(s, t):
 
 
 def how_far_apart(s, n):
-    """Compute the distances between two predictions and the correlation of their errors."""
+    """Return the distances between two predictions and the correlation of their errors."""
     if not n:
         return {}
     cov, va, vb = (s[i + j] - s[i] * s[j] / n for i, j in ('ab', 'aa', 'bb'))

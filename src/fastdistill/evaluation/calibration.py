@@ -22,21 +22,21 @@ from .metrics import rows_of, scores_of
 __all__ = ['Calibration', 'calibrate_model', 'fit_temperature']
 
 LOWEST_T, HIGHEST_T = 0.05, 20.0
-MOST_LOGITS = 2**23  # at most about this many logits are kept
+MOST_LOGITS = 2**23  # approximate maximum number of logits to keep
 LARGEST_CHANGE = 1e-3  # largest change of the folded model's outputs, relative to the largest logit
 
 
 @dataclass
 class Calibration:
-    """A fitted temperature and what it changed, which prints as one line.
+    """A fitted temperature and its effect, printed as one line.
 
     Attributes:
-        temperature: By which the logits are divided: a number, or one for each label.
+        temperature: Number by which the logits are divided, or one for each label.
         n: Number of predictions it was fitted on.
         before: `nll`, `ece` and `brier` of these predictions.
-        after: The same with the temperature.
-        layer: Name of the layer that now contains the temperature, or None.
-        reason: Why no layer contains it.
+        after: The same after dividing by the temperature.
+        layer: Name of the layer into which the temperature was folded, or None.
+        reason: Why it was not folded into a layer.
     """
 
     temperature: float | list[float]
@@ -73,20 +73,20 @@ def fit_temperature(
     """Find the temperature T for which the logits divided by T have the lowest NLL.
 
     Args:
-        logits: Logits of samples that the model was not trained on, with classes or labels along
+        logits: Logits for samples that the model was not trained on, with classes or labels along
             `axis`.
-        labels: Class numbers, shaped like the logits without `axis`; or 0 and 1, shaped like the
+        labels: Class indices, shaped like the logits without `axis`, or 0 and 1, shaped like the
             logits.
-        kind: 'softmax' for one temperature, 'sigmoid' for one for each label.
+        kind: 'softmax' for one temperature, 'sigmoid' for one per label.
         axis: Axis of classes or labels.
-        ignore_index: Label that does not count.
+        ignore_index: Label to ignore.
 
     Returns:
-        A scalar, or (L,) for a sigmoid with L labels. It is 1 where the labels do not determine it:
-        all predictions are correct, or a label is always or never there.
+        A scalar, or (L,) for a sigmoid with L labels. It is 1 if the labels do not determine it,
+        i.e. if all predictions are correct, or a label is always or never present.
 
     Raises:
-        DistillError: If the labels do not fit the logits, or the kind is 'regression'.
+        DistillError: If the labels do not fit the logits, or if the kind is 'regression'.
     """
     task = task_for(None, kind, axis, ignore_index)
     if task.kind == 'regression':
@@ -145,7 +145,7 @@ def calibrate_model(
 
 
 def labeled_positions(logits, labels, task):
-    """Return logits (P, C) and labels, (P,) or (P, C), of the positions that count, as NumPy arrays."""
+    """Return logits (P, C) and labels, (P,) or (P, C), of the labeled positions, as NumPy arrays."""
     logits = as_plain(logits).detach().cpu().double()
     y = None
     if isinstance(labels, Tensor):
@@ -164,14 +164,16 @@ def labeled_positions(logits, labels, task):
 
 
 def thinned(z, y, logits):
-    """Drop positions of samples with many, such as pixels, so that all batches fit into memory."""
+    """Drop some positions of samples with many, such as pixels, so that all batches fit into
+    memory.
+    """
     most = max(MOST_LOGITS // 64 // z.shape[1], len(logits))
     step = max(len(z) // most, 1)
     return z[::step], y[::step]
 
 
 def lowest(nll):
-    """Return the T in the allowed range at which nll(1/T) is lowest; 1 if that is a limit."""
+    """Return the T in the allowed range that minimizes nll(1/T), or 1 if the minimum is at a limit."""
     from scipy.optimize import minimize_scalar
 
     found = minimize_scalar(
@@ -203,12 +205,14 @@ def measures(z, y, kind) -> dict[str, float]:
     )
 
 
-# the layer
+# folding the temperature into the last layer
 
 
 def fold_temperature(model, T, x, task):
-    """Divide weight and bias of the model's last layer by T. Return (name of the layer, '') or
-    (None, why that is not possible).
+    """Divide weight and bias of the model's last layer by T.
+
+    Returns:
+        (name of the layer, ''), or (None, reason) if that is not possible.
     """
     layers = {k: m for k, m in model.named_modules() if is_linear(m)}
     if not layers:
@@ -217,7 +221,7 @@ def fold_temperature(model, T, x, task):
         teacher.reset()
         with Taps(model, list(layers)) as taps:
             logits = as_plain(teacher(*x).logits)
-            # subtle: some layers do not run, or are overwritten later, which `pop` refuses
+            # subtle: read `seen`, since `pop` raises for layers that did not run or were overwritten
             seen = {k: o[0] for k, o in taps.seen.items() if isinstance(o, tuple)}
         same = lambda k: torch.equal(as_plain(seen[k]).flatten(), logits.flatten())
         name = next((k for k in reversed(layers) if k in seen and same(k)), None)
@@ -243,7 +247,7 @@ def fold_temperature(model, T, x, task):
 
 
 def is_linear(m):
-    """Return True for a linear layer or 1x1 convolution with its own, plain parameters."""
+    """Return True for a linear layer or 1x1 convolution whose weight is a plain parameter."""
     one = isinstance(m, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) and set(m.kernel_size) == {1}
     return (isinstance(m, nn.Linear) or one) and isinstance(
         m._parameters.get('weight'), nn.Parameter
@@ -251,9 +255,7 @@ def is_linear(m):
 
 
 def shared_with(model, layer):
-    """Return the name of a parameter outside `layer` that is the layer's weight or bias. None if
-    there is none.
-    """
+    """Return the name of a parameter outside `layer` that is the layer's weight or bias, or None."""
     own = {id(p) for p in layer.parameters()}
     for prefix, m in model.named_modules():
         if m is not layer:

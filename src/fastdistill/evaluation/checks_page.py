@@ -1,4 +1,4 @@
-"""Table of the checks before a training: a mark, what was found (with its number), and what to do."""
+"""Show the results of the checks before training as a table: a mark, the finding, and what to do."""
 
 import io
 import shutil
@@ -10,9 +10,9 @@ __all__ = ['checks_as_text', 'html_of_checks', 'print_checks']
 
 LEVEL_MARKS = dict(
     ok='✓', note='i', warning='!', error='✗'
-)  # level -> mark; other rows are measurements, which have no mark
+)  # {level: mark}; other rows are measurements, which have no mark
 LEVEL_STYLES = dict(ok='green', note='cyan', warning='yellow', error='red')
-LEVEL_CLASSES = dict(ok='good', warning='even', error='bad')  # of the page's style
+LEVEL_CLASSES = dict(ok='good', warning='even', error='bad')  # CSS classes of the page
 
 
 def print_checks(check, console=None):

@@ -1,4 +1,4 @@
-"What a model costs: parameters, multiply-accumulates, bytes, peak memory and time."
+"""Measure the cost of a model: parameters, multiply-accumulates, bytes, peak memory and time."""
 
 import time
 import warnings
@@ -22,14 +22,14 @@ SECONDS, LEAST_RUNS, MOST_RUNS = (
     0.5,
     20,
     1000,
-)  # per time measurement; limits for its number of runs
+)  # seconds per time measurement; minimum and maximum number of runs
 
 
 def cost_of(
     teacher,
     x,
 ) -> Cost:
-    """Compute the cost of a model without the times. None where it can't be counted.
+    """Return the cost of a model, without times. Values that can't be counted are None.
 
     Args:
         teacher: A started `Teacher`.
@@ -48,18 +48,22 @@ def cost_of(
 
 
 def weights_of_teacher(teacher) -> int:
-    """Count the bytes of the parameters and buffers of a teacher's modules, each once."""
+    """Return the size in bytes of the parameters and buffers of a teacher, counting shared ones
+    once.
+    """
     own = {id(t): t for m in teacher.modules for t in [*m.parameters(), *m.buffers()]}.values()
     return sum(t.numel() * t.element_size() for t in own)
 
 
 @contextmanager
 def unfused():
-    """Context in which recurrent layers run as matrix products, since the counter does not know
-    their fused operation.
+    """Run recurrent layers as matrix products inside, since the counter does not know the fused
+    ones.
     """
     with warnings.catch_warnings(), cudnn.flags(enabled=False):
-        warnings.filterwarnings('ignore', 'TF32 acceleration')  # PyTorch's, about its own default
+        warnings.filterwarnings(
+            'ignore', 'TF32 acceleration'
+        )  # PyTorch's warning about its own default
         with mkldnn.flags(enabled=False):
             yield
 
@@ -70,8 +74,9 @@ def fresh_run(teacher, x):
 
 
 def file_size(teacher):
-    """Return the bytes of the files that the models were loaded from. 0 if any model was not loaded
-    from a file.
+    """Return the total size in bytes of the files that the models were loaded from.
+
+    0 if any model was not loaded from a file.
     """
     paths = [o.path for o in (teacher.members or [teacher])]
     return sum(Path(p).stat().st_size for p in paths) if all(paths) else 0
@@ -99,7 +104,7 @@ def batch_of(x, n: int) -> tuple:
 
 
 class Peak(TorchDispatchMode):
-    """Peak number of bytes of tensors that are created inside the context and alive at the same
+    """Records the peak number of bytes of tensors created inside the context and alive at the same
     time.
     """
 
@@ -108,7 +113,7 @@ class Peak(TorchDispatchMode):
         self.now, self.most, self.alive = 0, 0, set()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        # an unknown argument existed before, such as a weight
+        # an unknown argument was created earlier, such as a weight
         for t in tensors_in((args, kwargs)):
             self._count(t, False)
         out = func(*args, **(kwargs or {}))
@@ -134,7 +139,7 @@ class Peak(TorchDispatchMode):
 
 
 def peak_memory(teacher, x):
-    """Measure the peak bytes of a forward pass, without the weights."""
+    """Return the peak bytes allocated in a forward pass, without the weights."""
     device = next((t.device for t in tensors_in(x)), torch.device('cpu'))
     if device.type == 'cuda':
         torch.cuda.reset_peak_memory_stats(device)
@@ -147,14 +152,15 @@ def peak_memory(teacher, x):
 
 
 def latencies(teachers: dict, x, sizes, seconds: float = SECONDS, tick=lambda: None) -> dict:
-    """Measure {name: [`Latency` for each size]}. The models take turns, so that other load on the
-    machine affects all of them equally.
+    """Return {name: [`Latency` for each size]}.
+
+    The models are timed alternately, so that other load on the machine affects all of them equally.
 
     Args:
         teachers: {name: started `Teacher`}.
         x: Inputs of a batch, a tuple.
         sizes: Batch sizes.
-        seconds: Time for each model and size.
+        seconds: Time limit for each model and size.
         tick: Called after each model and size.
     """
     out = {k: [] for k in teachers}
@@ -170,19 +176,19 @@ def latencies(teachers: dict, x, sizes, seconds: float = SECONDS, tick=lambda: N
 
 def bare_call(teacher, x):
     """Return the model's forward pass on prepared inputs, without the checks of a `Teacher`."""
-    fresh_run(teacher, x)  # moves the model to its device and mode
+    fresh_run(teacher, x)  # moves the model to its device and sets its mode
     return teacher.runner.bare_call(x)
 
 
 def wait_for(x):
-    """Return a function that waits until a GPU is done."""
+    """Return a function that waits until the GPU has finished, if there is one."""
     device = next((t.device for t in tensors_in(x)), torch.device('cpu'))
     return (lambda: torch.cuda.synchronize(device)) if device.type == 'cuda' else (lambda: None)
 
 
 @torch.inference_mode()
 def timed_in_turns(calls, seconds, wait, tick):
-    """Time the calls in turns and return {name: seconds of each run}."""
+    """Time the calls alternately and return {name: seconds of each run}."""
     ts = {k: [] for k in calls}
     for call in calls.values():
         for _ in range(5):

@@ -1,4 +1,4 @@
-"The report of a comparison as dataclasses of numbers and texts, which convert to JSON and back."
+"""Dataclasses with the results of a comparison, convertible to JSON and back."""
 
 import json
 import math
@@ -28,7 +28,7 @@ REPORT_FORMAT = 1  # version of the JSON format
 
 @dataclass
 class Estimate:
-    """A number and its 95% bootstrap interval. None where there is nothing to measure."""
+    """A number and its 95% bootstrap interval, or None if there is nothing to measure."""
 
     value: float | None = None
     low: float | None = None
@@ -37,7 +37,7 @@ class Estimate:
 
 @dataclass
 class MeasureInfo:
-    """The name of a measure, and how to read its numbers.
+    """Name of a measure, and how to format and compare its values.
 
     Attributes:
         higher: True if higher is better.
@@ -66,7 +66,7 @@ class MeasureInfo:
 
 
 def decimals(v):
-    """Return the number of decimals that shows about four significant digits."""
+    """Return the number of decimals needed for about four significant digits."""
     return 2 if abs(v) >= 10 else 3 if abs(v) >= 1 else 4
 
 
@@ -123,13 +123,13 @@ class Latency:
 
 @dataclass
 class Cost:
-    """The cost of a model. None where it can't be counted, e.g. in an ONNX file.
+    """Cost of a model. Values that can't be counted are None, e.g. in an ONNX file.
 
     Attributes:
-        macs: Multiply-accumulates of matrix products and convolutions, for one sample.
+        macs: Multiply-accumulates of matrix products and convolutions, per sample.
         bytes: Size of the model's file, or of its weights.
-        memory: Peak bytes during a forward pass of the large batch, weights included.
-        latency: Latencies of batch size 1 and of a large batch.
+        memory: Peak bytes during a forward pass of the large batch, including weights.
+        latency: Latencies for batch size 1 and for a large batch.
     """
 
     params: int | None = None
@@ -173,12 +173,12 @@ class ModelResult:
 
 
 def calibration_error(count, confidence, right) -> float | None:
-    """Compute the expected calibration error (ECE). None without predictions.
+    """Return the expected calibration error (ECE), or None without predictions.
 
     Args:
         count: Number of predictions in each bin of confidence.
-        confidence: Their sum of confidence.
-        right: How many of them are right.
+        confidence: Sum of their confidences.
+        right: Number of correct predictions among them.
     """
     if not sum(count):
         return None
@@ -188,8 +188,8 @@ def calibration_error(count, confidence, right) -> float | None:
 class JsonReport:
     """A dataclass with a field `format` that can be written as JSON and read back."""
 
-    called = 'report'  # in messages
-    inside = {}  # like `INSIDE`, for this class only
+    called = 'report'  # name in messages
+    inside = {}  # like `INSIDE`, but only for this class
 
     def to_json(self, path=None) -> str | Path:
         """Convert the report to JSON. Return the path if it is written to a file, else the text.
@@ -285,8 +285,9 @@ class ReportData(JsonReport):
         return next((k for k in CLASS_MEASURES if has(k)), 'recall')
 
     def class_changes(self) -> list:
-        """List (class, index, measure of the baseline, measure of the first student, change),
-        largest gain first. Empty without a baseline.
+        """Return (class, index, baseline value, value of the first student, change) for each class.
+
+        The largest gain comes first. Empty without a baseline.
         """
         model = next((n for n in self.students if n != self.baseline), None)
         if None in (model, self.baseline):
@@ -324,7 +325,7 @@ def finite(o):
     return [finite(v) for v in o] if isinstance(o, (list, tuple)) else o
 
 
-# dataclasses inside a report: field -> (class, whether it is a dict, a list or the object itself)
+# dataclasses inside a report: {field: (class, type of the container or None)}
 INSIDE = dict(
     info=(MeasureInfo, dict),
     models=(ModelResult, dict),

@@ -1,4 +1,4 @@
-"Plots of features."
+"""Plot attention maps of student and teacher."""
 
 import torch
 import torch.nn.functional as F
@@ -14,12 +14,15 @@ __all__ = ['attention_map', 'picture_in', 'show_features']
 
 
 def attention_map(f: Tensor, p: float = 2, aspect: float = 1.0) -> Tensor:
-    """Compute where the activations of a layer are: mean over channels of |f|^p (arXiv:1612.03928).
+    """Return the attention map of a layer: the mean over channels of |f|^p (arXiv:1612.03928).
 
     Args:
         f: Maps (B, C, H, W), or tokens (B, L, D) that fill a grid.
         p: Exponent of the activations.
         aspect: Height over width of the image, for tokens.
+
+    Returns:
+        Attention maps, (B, H, W).
     """
     if f.dim() == 3:
         f = as_map(f, aspect)
@@ -34,7 +37,7 @@ def attention_map(f: Tensor, p: float = 2, aspect: float = 1.0) -> Tensor:
 
 
 def read_maps(model, x, names, p):
-    """Compute {layer name: attention maps (B, H, W)} for a batch. The model is not changed."""
+    """Return {layer name: attention maps (B, H, W)} for a batch, without changing the model."""
     with Taps(model, names) as taps:
         dry_run(model, *x)
         feats = taps.pop()
@@ -43,10 +46,10 @@ def read_maps(model, x, names, p):
 
 
 def picture_in(x):
-    """Find the first tensor (B, C, H, W) in the inputs, or, if there is none, the first tensor.
+    """Return the first tensor (B, C, H, W) in the inputs, or the first tensor if there is none.
 
     Args:
-        x: The inputs of a batch: nested tuples and dicts of tensors.
+        x: Inputs of a batch: nested tuples and dicts of tensors.
     """
     found = list(tensors_in(x))
     return next((o for o in found if o.dim() == 4), found[0])
@@ -64,8 +67,9 @@ def named_map(name, f, p, aspect):
 
 
 def to_show(x):
-    """Convert images to (B, H, W, 3) from 0 to 1. If any value is outside this range, each image is
-    rescaled to it.
+    """Convert images to (B, H, W, 3) from 0 to 1.
+
+    If any value is outside this range, each image is rescaled to it.
     """
     if x.dim() != 4 or x.shape[1] not in (1, 3):
         raise DistillError(
@@ -93,6 +97,7 @@ def show_features(
     layers.
 
     Args:
+        student: A module.
         teacher: A module, or a `Teacher`, which gets the images with its own normalization and
             size.
         x: Images as the student gets them, (B, 3, H, W), or a tuple or dict if it takes more than
@@ -144,7 +149,7 @@ def draw_maps(
 
 
 def overlay(ax, picture, m):
-    """Draw the image, or, if there is a map, the map over the gray image."""
+    """Draw the image. If there is a map, draw it over a gray version of the image."""
     ax.axis('off')
     if m is None:
         return ax.imshow(picture.numpy())

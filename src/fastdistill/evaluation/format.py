@@ -17,7 +17,7 @@ __all__ = [
 
 
 def shown_text(o):
-    """Remove characters from a text that move or color what is around it. Other objects are
+    """Remove characters from a text that move or color the text around it. Other objects are
     unchanged.
     """
     if not isinstance(o, str):
@@ -75,8 +75,12 @@ def recovered_text(e):
 
 
 def verdict_of(c: Comparison, report: ReportData, measure: str | None = None) -> str:
-    """Return 'better', 'worse' or 'not significant'. Args:
-    measure: A measure. None for the headline.
+    """Return 'better', 'worse' or 'not significant'.
+
+    Args:
+        c: The comparison.
+        report: Report with the comparison.
+        measure: A measure. None for the headline.
     """
     d = c.differences[measure or report.headline]
     if not d.significant or not d.value:
@@ -84,7 +88,9 @@ def verdict_of(c: Comparison, report: ReportData, measure: str | None = None) ->
     return 'better' if (d.value > 0) == report.info[measure or report.headline].higher else 'worse'
 
 
-def verdicts(report: ReportData) -> list:  # of ('better', 'worse' or 'not significant', sentences)
+def verdicts(
+    report: ReportData,
+) -> list:  # tuples ('better', 'worse' or 'not significant', sentences)
     """Describe each student compared with the baseline, or with the teacher if there is no
     baseline.
     """
@@ -116,7 +122,7 @@ def sentences(c, report):
 
 
 def overconfidence(c, report):
-    """Say if the probabilities became worse although the predictions did not."""
+    """Describe probabilities that became worse although the predictions did not."""
     d = c.differences.get('nll')
     if report.headline == 'nll' or d is None or not d.significant or d.value <= 0:
         return ''

@@ -1,5 +1,7 @@
-"""What each sample contributes to the measures, as sums over samples. Any subset of samples can
-then be scored, as needed for bootstrap intervals and paired tests, without storing outputs.
+"""Compute measures from sums over samples.
+
+Any subset of samples can then be scored without storing outputs, as needed for bootstrap intervals
+and paired tests.
 """
 
 from dataclasses import dataclass
@@ -14,20 +16,19 @@ from .data import MeasureInfo
 
 __all__ = ['BINS', 'Measure', 'Rows', 'measures_of', 'rows_of', 'scores_of']
 
-BINS = 15  # of confidence, for the calibration error
+BINS = 15  # number of confidence bins, for the calibration error
 MAX_PER_CLASS = 256  # with more classes, intersections and unions of masks are not stored per image
 MAX_OUTPUTS = 64  # with more outputs, R2 is relative to their common mean
 
 
 @dataclass
 class Rows:
-    """A batch as rows of positions. A position is a pixel, a token, a label, an output, or the
-    whole sample.
+    """A batch as rows of positions: pixels, tokens, labels, outputs, or whole samples.
 
     Attributes:
         out: Logits of classes (B, P, C), logits of labels (B, P), or numbers (B, P).
         y: Targets, (B, P).
-        counts: Which positions count, (B, P).
+        counts: True for positions that are not ignored, (B, P).
     """
 
     out: Tensor
@@ -39,7 +40,9 @@ def rows_of(logits: Tensor, y: Tensor, task) -> Rows:
     """Convert logits and labels of a batch to rows of positions.
 
     Args:
+        logits: Logits of the batch, with classes along the class axis of `task`.
         y: Labels, from `fit_labels`.
+        task: What the model predicts.
     """
     o = logits.float() if logits.dtype.itemsize < 4 else logits
     if task.kind == 'softmax':
@@ -50,13 +53,15 @@ def rows_of(logits: Tensor, y: Tensor, task) -> Rows:
     return Rows(o, y, torch.ones_like(y, dtype=torch.bool))
 
 
-# the sums of each sample: name -> (B,) or (B, k)
+# sums for each sample: {name: (B,) or (B, k)}
 
 
 def scores_of(r: Rows, kind: str, per_class: bool = False) -> dict:
-    """Compute the sums of each sample for the measures and for the bins of confidence.
+    """Return the sums of each sample for all measures and for the confidence bins.
 
     Args:
+        r: Rows of a batch.
+        kind: Kind of the outputs.
         per_class: Whether to store intersections and unions of each class.
     """
     return dict(softmax=class_scores, sigmoid=label_scores, regression=number_scores)[kind](
@@ -80,7 +85,7 @@ def class_scores(r, per_class):
     )
     out['nll'] = torch.where(r.counts, -own[..., 0].double(), 0.0).sum(
         1
-    )  # a masked position may be infinite
+    )  # masked positions may be infinite
     if per_class:
         out |= overlaps(best, y, r.counts, r.out.shape[-1])
     return out | dict(
@@ -89,7 +94,7 @@ def class_scores(r, per_class):
 
 
 def overlaps(best, y, counts, c):
-    """Compute the intersections and unions of each class for each image."""
+    """Return the intersections and unions of each class for each image."""
 
     def per_image(classes, where):
         at = torch.arange(len(classes), device=classes.device)[:, None] * c + classes
@@ -127,8 +132,8 @@ def number_scores(r, _):
 
 
 def bins(confidence, right, counts):
-    """Compute for each bin the number of positions, their sum of confidence and the number correct,
-    (3, BINS).
+    """Return for each confidence bin the count, the sum of confidences and the number correct, (3,
+    BINS).
     """
     at, c = (confidence * BINS).long().clamp(0, BINS - 1)[counts], confidence[counts].double()
     of = lambda w: at.bincount(w, minlength=BINS).double()
@@ -136,12 +141,12 @@ def bins(confidence, right, counts):
 
 
 def totals(best, y, counts, c):
-    """Count for each class the positions that are recognized, present and predicted, (3, C)."""
+    """Return for each class the counts of correct, actual and predicted positions, (3, C)."""
     y, best = y[counts], best[counts]
     return torch.stack([o.bincount(minlength=c).double() for o in (y[best == y], y, best)])
 
 
-# the measures
+# measures computed from the sums
 
 
 @dataclass(frozen=True)
@@ -163,12 +168,12 @@ def share(name):
 
 
 def miou(s):
-    """Compute the mean over the classes that are present or predicted."""
+    """Return the mean IoU over the classes that are present or predicted."""
     return np.nanmean(np.where(s['union'] > 0, s['both'] / np.maximum(s['union'], 1), np.nan), -1)
 
 
 def r2(s):
-    per = s['n'][..., None] / s['y'].shape[-1]  # number of values in each mean
+    per = s['n'][..., None] / s['y'].shape[-1]  # number of values per mean
     return 1 - s['sq'] / (s['y2'] - (s['y'] ** 2 / per).sum(-1))
 
 
@@ -187,10 +192,12 @@ NLL, BRIER = (
 
 
 def measures_of(kind: str, columns, n_classes: int, language: bool) -> list:
-    """Return the measures for a kind of outputs, the most informative one first.
+    """Return the measures for a kind of outputs, with the most informative one first.
 
     Args:
+        kind: Kind of the outputs.
         columns: Names of the available sums.
+        n_classes: Number of classes.
         language: True for models that predict the next token.
     """
     if kind == 'sigmoid':

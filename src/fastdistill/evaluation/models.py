@@ -1,4 +1,4 @@
-"""Compare models in one pass over the samples, in which every model gets each batch, and report."""
+"""Compare models in one pass over the samples. Every model gets each batch."""
 
 import os
 import platform
@@ -50,7 +50,7 @@ def roles_of(names, teacher: str | None = None, baseline: str | None = None) -> 
 
 
 class OfModel:
-    """Sums for one model, added up batch by batch."""
+    """Sums over samples for one model, accumulated batch by batch."""
 
     def __init__(self, kind, loss, metrics, own):
         self.kind, self.loss_func, self.metrics = kind, loss, metrics
@@ -108,6 +108,7 @@ def measure_models(
         language: True for models that predict the next token.
         headline: Main measure, such as 'nll'. None for the usual one of the task.
         repeats: Number of bootstrap draws.
+        seed: Seed of the bootstrap.
         large: Size of the large batch.
         seconds: Duration of each time measurement. 0 for none.
         tick: Called after each batch, and after each measurement of time.

@@ -1,4 +1,4 @@
-"A report as one HTML page: self-contained, without scripts, with every name escaped."
+"""Format a report as one HTML page: self-contained, without scripts, with every name escaped."""
 
 import base64
 import io
@@ -16,7 +16,7 @@ from .text import title_of
 __all__ = ['page', 'rendered']
 
 MARKS = {'better': 'good', 'worse': 'bad', 'not significant': 'even'}
-DPI = 72  # of an SVG's units
+DPI = 72  # units of an SVG per inch
 
 
 def finalize(o):
@@ -35,9 +35,10 @@ class Picture(NamedTuple):
 
 
 def page(r: ReportData, figures=None, whole: bool = True) -> str:
-    """Format the page.
+    """Return the HTML page.
 
     Args:
+        r: The report.
         figures: {caption: your own matplotlib figure}, shown at the end.
         whole: False to leave out the head and the pictures, for a notebook.
     """
@@ -109,14 +110,14 @@ def words_of_classes(r):
     return 'The numbers of the table above as a picture'
 
 
-# table of the page -> (picture, caption, text for those who don't see it)
+# {table of the page: (picture, caption, alternative text)}
 PICTURES = dict(
     scores=[
         (plots.plot_cost, 'Score against time, size as area', words_of_cost),
         (plots.plot_history, 'Losses during training', words_of_history),
     ],
     differences=[
-        (plots.plot_recovered, "Share of the teacher's lead that was recovered", words_of_lead)
+        (plots.plot_recovered, "Fraction of the teacher's lead that was recovered", words_of_lead)
     ],
     calibration=[
         (plots.plot_reliability, 'Reliability: accuracy against confidence', words_of_reliability)
@@ -126,7 +127,7 @@ PICTURES = dict(
 
 
 def pictures(r, name):
-    """The pictures beside a table."""
+    """Return the pictures shown next to a table."""
     out = []
     for draw, title, alt in PICTURES.get(name, ()):
         if (fig := draw(r)) is None:
@@ -148,11 +149,15 @@ def svg(fig):
     out = io.StringIO()
     with matplotlib.rc_context({'svg.fonttype': 'path', 'svg.hashsalt': 'fastdistill'}):
         fig.savefig(out, format='svg', metadata={'Date': None, 'Creator': None}, transparent=True)
-    return re.sub(r'<!--.*?-->', '', out.getvalue(), flags=re.S)  # each label's text again
+    return re.sub(
+        r'<!--.*?-->', '', out.getvalue(), flags=re.S
+    )  # drop comments, which repeat the text of each label
 
 
 def own_picture(title, fig):
-    """A figure of the user's, whose content is unknown: its caption is its text too."""
+    """Return a picture of the user's own figure. Its content is unknown, so its caption is also its
+    text.
+    """
     out = io.BytesIO()
     fig.savefig(out, format='png', dpi=110)
     return Picture(title, title, uri('image/png', out.getvalue()), '', *pixels(fig))

@@ -1,4 +1,4 @@
-"Paired statistics: which differences between models on the same samples are more than chance."
+"""Paired significance tests for differences between models on the same samples."""
 
 import warnings
 from collections.abc import Iterator
@@ -10,9 +10,9 @@ from .data import Comparison, Difference, Estimate
 __all__ = ['PairedScores', 'mcnemar']
 
 MAX_SAMPLES = (
-    20_000  # more samples are put into this many random groups, which are drawn as a whole
+    20_000  # more samples are combined into this many random groups, which are resampled instead
 )
-CELLS = 10_000_000  # maximum size of one matrix of weights
+CELLS = 10_000_000  # maximum number of elements in a matrix of weights
 
 
 def mcnemar(only_a: int, only_b: int) -> float:
@@ -30,20 +30,20 @@ def mcnemar(only_a: int, only_b: int) -> float:
 
 
 class PairedScores:
-    """Sums of each sample for several models. All models get the same draws, so that differences
-    are paired.
+    """Sums over each sample for several models, for bootstrap intervals and paired tests.
 
-    Intervals are percentiles of `repeats` bootstrap draws of whole samples.
+    All models share the bootstrap draws, so that differences are paired. Intervals are percentiles
+    of `repeats` draws of whole samples.
 
     Args:
-        scores: Model -> {name of a sum: (n,) or (n, k)}.
+        scores: {model: {name of a sum: (n,) or (n, k)}}.
         measures: A list of `Measure`.
     """
 
     def __init__(self, scores: dict, measures: list, repeats: int = 2000, seed: int = 0):
         self.measures = {m.name: m for m in measures}
         self.repeats, self.seed = repeats, seed
-        # subtle: before they are grouped, since this test is about single samples
+        # subtle: set before grouping, since this test needs single samples
         self.right = {
             k: v['right'] for k, v in scores.items() if 'right' in v and (v['n'] == 1).all()
         }
@@ -61,7 +61,9 @@ class PairedScores:
         }
 
     def _weighted(self, weights, scores):
-        "Sums over samples with each row of `weights`: model -> {name of a sum: (repeats, ...)}"
+        """Return sums over samples, one for each row of `weights`: {model: {name of a sum:
+        (repeats, ...)}}.
+        """
         out = {k: {c: [] for c in v} for k, v in scores.items()}
         for w in weights:
             for k, v in scores.items():
@@ -71,7 +73,7 @@ class PairedScores:
 
     def _values(self, sums):
         with np.errstate(divide='ignore', invalid='ignore'), warnings.catch_warnings():
-            warnings.simplefilter('ignore', RuntimeWarning)  # a mean of no class
+            warnings.simplefilter('ignore', RuntimeWarning)  # mean over no classes
             return {k: m.of(sums) for k, m in self.measures.items()}
 
     def estimates(self, model) -> dict:
@@ -92,6 +94,8 @@ class PairedScores:
         """Compare two models by each measure.
 
         Args:
+            model: Name of a model.
+            against: Name of the model to compare with.
             teacher: Model whose lead over `against` may be recovered.
         """
         ps, out = self._p_values(model, against), Comparison(model, against)
@@ -111,7 +115,7 @@ class PairedScores:
             {c: o.sum(0) for c, o in self.scores[b].items()},
         )
         apart = {c: self.scores[a][c] - self.scores[b][c] for c in self.scores[a]}
-        # a permutation swaps some samples of `a` and `b`
+        # a permutation swaps some samples between `a` and `b`
         moved = self._weighted(coins(self.n, self.repeats, self.seed), dict(moved=apart))['moved']
         swapped = [{c: w[c] + sign * moved[c] for c in moved} for w, sign in zip(whole, (-1, 1))]
         va, vb = map(self._values, swapped)

@@ -1,11 +1,11 @@
-"One style for all pictures: colors for light and dark backgrounds, and safe labels."
+"""Style of all pictures: colors for light and dark backgrounds, and safe labels."""
 
 from contextlib import contextmanager
 from functools import cache
 
 __all__ = ['COLORS', 'LIGHT', 'Ground', 'color_of', 'new_figure', 'on_dark', 'safe_label', 'styled']
 
-# baseline, distilled and further students; the teacher has the color of the text
+# colors of baseline, distilled and further students; the teacher has the text color
 COLORS = '#8a93a6', '#e0752d', '#1f7a8c', '#8e5bb5', '#4f9d4a', '#c4496b'
 
 
@@ -46,7 +46,7 @@ LIGHT, DARK = (
 
 @contextmanager
 def styled():
-    """Context that yields the `Ground` to draw on."""
+    """Apply the style inside, and yield the `Ground` to draw on."""
     import matplotlib
 
     with matplotlib.rc_context(LIGHT.rc):

@@ -33,13 +33,16 @@ class Report(ReportData):
         return markdown(self, level)
 
     def to_html(self, path=None, figures=None) -> str | Path:
-        """Format one HTML page with tables and pictures. Return the path if it is written to a
-        file, else the text. The page is self-contained, needs no network, and suits phones and dark
-        mode.
+        """Format one HTML page with tables and pictures.
+
+        The page is self-contained, needs no network, and works on phones and in dark mode.
 
         Args:
             path: File to write. None to return the text.
             figures: {caption: your own matplotlib figure}, such as a gallery, shown at the end.
+
+        Returns:
+            The path if a file was written, else the text.
         """
         return write_text(page(self, figures), path)
 

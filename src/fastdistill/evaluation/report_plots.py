@@ -1,4 +1,4 @@
-"""Pictures of a report. Each function returns a figure, or None if the report has no such data."""
+"""Plots of a report. Each function returns a figure, or None if the report lacks the data."""
 
 from .data import CLASS_MEASURES
 from .plot_style import color_of, new_figure, safe_label, styled
@@ -13,8 +13,8 @@ __all__ = [
 ]
 
 
-WIDTH = 5.2  # inches: labels can be read on a phone
-LEAST_IN_BIN = 10  # with fewer predictions in a bin, the fraction of correct ones is meaningless
+WIDTH = 5.2  # inches; small enough that labels are readable on a phone
+LEAST_IN_BIN = 10  # bins with fewer predictions are left out, since their accuracy is too noisy
 
 
 def factor(info):
@@ -124,7 +124,7 @@ def plot_recovered(report):
             )
         ax.set(
             ylim=(len(shown) - 0.4, -0.7),
-            xlabel=f"share of the teacher's lead in {report.info[k].label}, %",
+            xlabel=f"recovered % of the teacher's lead in {report.info[k].label}",
         )
         ax.set_yticks(range(len(shown)), [safe_label(n) for n in shown])
         ax.spines['left'].set_visible(False)
@@ -231,7 +231,7 @@ def losses_of(history):
 
 
 def plot_classes(report, most: int = 20):
-    """Plot what each class gains or loses from the baseline to the first student.
+    """Plot the gain or loss of each class from the baseline to the first student.
 
     Args:
         report: A `Report`.
@@ -263,8 +263,10 @@ def plot_classes(report, most: int = 20):
 
 
 def plot_runs(reports: dict):
-    """Plot the headline of the first run for the students of all runs, with intervals, in the order
-    of the runs.
+    """Plot the headline measure of the students of all runs, with intervals, in the order of the
+    runs.
+
+    The headline is that of the first run.
 
     Args:
         reports: {name of a run: its report}.

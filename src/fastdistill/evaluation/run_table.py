@@ -1,4 +1,4 @@
-"Several reports in one table: the students of all runs, best first."
+"""Combine several reports into one table: the students of all runs, best first."""
 
 from .format import amount, estimate_text, recovered_text, verdict_of
 from .tables import Cell, Sheet

@@ -1,4 +1,4 @@
-"The tables of a report as texts, shared by the terminal, Markdown and the HTML page."
+"""Tables of a report as text, shared by the terminal, Markdown and the HTML page."""
 
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -16,11 +16,11 @@ from .format import (
 
 __all__ = ['Cell', 'Sheet', 'sheets_of']
 
-SHOWN = 10  # classes with the largest gains, and as many with the largest losses
+SHOWN = 10  # number of classes shown with the largest gains, and with the largest losses
 
 
 class Cell(NamedTuple):
-    """A text with a smaller one below it."""
+    """A text with a smaller text below it."""
 
     text: str
     small: str = ''
@@ -54,6 +54,7 @@ def sheets_of(r: ReportData, brief: bool = False) -> list[Sheet]:
     """Return the tables that have rows.
 
     Args:
+        r: The report.
         brief: True to show only the differences in the headline.
     """
     sheets = (
@@ -187,7 +188,7 @@ def sheet_of_classes(r):
     if not changes:
         return s
     model = next(n for n in r.students if n != r.baseline)
-    s.head = ['', 'share of the labels', *r.models, f'{model} – {r.baseline}, points']
+    s.head = ['', 'fraction of the labels', *r.models, f'{model} – {r.baseline}, points']
     shown = changes if len(changes) <= 2 * SHOWN else changes[:SHOWN] + changes[-SHOWN:]
     s.note = (
         f'{CLASS_MEASURES[key][0].upper()}{CLASS_MEASURES[key][1:]} of each class, largest gain first.'
@@ -223,7 +224,7 @@ def sheet_of_costs(r):
         'cost',
         'Cost',
         f'Measured on {where}. MACs: multiply-accumulates of matrix products and convolutions for '
-        'one sample. Times: median after a warm-up; the models took turns.',
+        'one sample. Times: median after a warm-up, with the models timed alternately.',
     )
     s.add('parameters', *(amount(o.cost.params) for o in ms))
     s.add('MACs', *(amount(o.cost.macs) for o in ms))

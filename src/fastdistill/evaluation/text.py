@@ -66,6 +66,7 @@ def print_report(r: ReportData, console=None):
     """Print verdicts and tables in a terminal.
 
     Args:
+        r: The report.
         console: Console of Rich. None for standard output.
     """
     from rich.console import Console
@@ -112,6 +113,7 @@ def markdown(r: ReportData, level: int = 2) -> str:
     """Format verdicts and tables as Markdown, e.g. for a model card.
 
     Args:
+        r: The report.
         level: Level of the headings.
     """
     mark = '#' * level

@@ -1,4 +1,4 @@
-"The callback's arguments: the source of the teacher's outputs, and the recipe."
+"""Arguments of the callback: the source of the teacher's outputs, and the recipe."""
 
 from ..base.outputs import DistillError
 from ..cache.reader import TeacherCache, is_cache
@@ -11,18 +11,18 @@ from .targets import GivenOutputs, HeldOutputs
 __all__ = ['check_options', 'feed_of', 'make_recipe', 'refuse_options', 'stored_head']
 
 INSTEAD = dict(
-    loss="give each head a recipe instead of it, as in recipe={'color': kd(), 'shape': Term(my_loss, "
+    loss="give each head a recipe instead, as in recipe={'color': kd(), 'shape': Term(my_loss, "
     'weight=1.)}',
-    output="each head's output is the one of its name or place",
+    output="each head's output is selected by its name or position",
 )
 
 
 def check_options(teacher, **options):
-    """Refuse option values that do not exist, and a recipe instead of the teacher."""
+    """Raise an error for invalid option values, and for a recipe passed as the teacher."""
     have = dict(kind=(None, 'softmax', 'sigmoid', 'regression'), span=('fine_tune', 'fit'))
     for k, v in options.items():
         if v not in have[k]:
-            raise DistillError(f'{k}={v!r}: it must be {" or ".join(map(repr, have[k]))}.')
+            raise DistillError(f'{k}={v!r}: must be {" or ".join(map(repr, have[k]))}.')
     if isinstance(teacher, (Recipe, Term)):
         raise DistillError(
             f'{teacher!r} is not a teacher: the teacher comes first, then the recipe, as in '
@@ -31,17 +31,17 @@ def check_options(teacher, **options):
 
 
 def refuse_options(several, **options):
-    """Refuse options of one output where there are several heads."""
+    """Raise an error for options that only work with one output, if there are several heads."""
     for k, v in options.items():
         if several and v is not None:
             raise DistillError(f'{k}= with several heads: {INSTEAD[k]}.')
 
 
 def feed_of(source):
-    """The source of outputs that are stored; None for a teacher that runs."""
+    """Return the source of stored outputs. None for a teacher that runs."""
     if source is None:
         return GivenOutputs()
-    # an URL is a cache's: models are files on this machine
+    # a URL must be a cache: models are local files
     if is_cache(source) or isinstance(source, str) and '://' in source:
         source = TeacherCache(source)
     if isinstance(source, TeacherCache):
@@ -50,7 +50,7 @@ def feed_of(source):
 
 
 def stored_head(head, feed):
-    """The stored outputs of a head."""
+    """Return the source of a head's stored outputs."""
     if isinstance(feed, StoredOutputs):
         return StoredOutputs(feed.cache, feed.keys, head)
     raise DistillError(
@@ -60,11 +60,11 @@ def stored_head(head, feed):
 
 
 def make_recipe(recipe, T, alpha, loss):
-    """One recipe from the ways to ask for it; None: `auto` is to choose."""
+    """Combine the ways to specify a recipe into one recipe. None to let `auto` choose."""
     given = [k for k, v in dict(T=T, alpha=alpha, loss=loss).items() if v is not None]
     if recipe is not None and given:
         raise DistillError(
-            f'A recipe and {", ".join(given)}=: give these to the recipe, as in kd(T=2, alpha=.5).'
+            f'A recipe and {", ".join(given)}=: set these in the recipe, as in kd(T=2, alpha=.5).'
         )
     if recipe is not None or not given:
         return as_recipe(recipe)

@@ -1,5 +1,5 @@
-"""Batches of a Learner as in a training step, for checks before training, which change nothing; and
-of more items.
+"""Get batches as in a training step, for checks that change nothing, and batches of additional
+items.
 """
 
 import inspect
@@ -38,21 +38,21 @@ CANCELED = (
 
 
 class PreparationError(Exception):
-    """A callback that changes batches does not run outside of a fit."""
+    """Raised if a callback that changes batches does not run outside a fit."""
 
 
 def valid_batches(dl, n=None):
-    """Some batches from all over the validation set, which is often sorted by class."""
-    # the learner's own DataLoader stays as it is
+    """Yield some batches from all over the validation set, which is often sorted by class."""
+    # a copy, so that the Learner's DataLoader is unchanged
     if hasattr(dl, 'shuffle_fn'):
         dl = renewed(dl, shuffle=getattr(dl, 'indexed', True), drop_last=False, num_workers=0)
     yield from some_batches(dl, n)
 
 
 def train_batches(dl, n):
-    """Some batches of the training set, in an order of their own."""
+    """Yield some batches of the training set, shuffled independently of the training."""
     if isinstance(getattr(dl, 'dataset', None), IterableDataset):
-        return  # a stream can't be read twice
+        return  # iterable datasets may not be readable twice
     yield from some_batches(renewed(dl, num_workers=0) if hasattr(dl, 'shuffle_fn') else dl, n)
 
 
@@ -69,18 +69,18 @@ PARTS = (
 
 
 def some_batches(dl, n=None):
-    """The first `n` batches. Afterwards the DataLoader and its generators are restored."""
+    """Yield the first `n` batches, then restore the DataLoader and its random generators."""
     with restored(dl), Generators(*(getattr(dl, k, None) for k in PARTS)).seeded(0):
         yield from islice(dl, n)
 
 
 def split_batch(learn, b):
-    """(inputs, targets) of a batch, each a tuple of plain tensors."""
+    """Return (inputs, targets) of a batch, each a tuple of plain tensors."""
     return as_plain_batch(*parts_of_batch(learn, b))
 
 
 def parts_of_batch(learn, b):
-    """(inputs, targets) of a batch on the model's device, each a tuple."""
+    """Return (inputs, targets) of a batch on the model's device, each a tuple."""
     if learn.model is not None:
         b = to_device(b, one_param(learn.model).device)
     b = tuple(b) if is_listy(b) else (b,)
@@ -93,7 +93,7 @@ def as_plain_batch(*parts):
 
 
 def prepared_batches(learn, n_valid, n_train):
-    """(inputs, targets) of validation batches, and of training batches, both as generators."""
+    """Return generators of (inputs, targets), for validation and for training batches."""
     has_valid = len(learn.dls.loaders) > 1 and getattr(learn.dls.valid, 'n', None) != 0
     valid = valid_batches(learn.dls.valid, n_valid) if has_valid else ()
     return prepared(learn, valid, 1, False), prepared(
@@ -102,7 +102,7 @@ def prepared_batches(learn, n_valid, n_train):
 
 
 def prepared(learn, batches, ds_idx, training):
-    """(inputs, targets) of batches after the learner's callbacks have changed them."""
+    """Yield (inputs, targets) of batches after the Learner's callbacks have changed them."""
     for i, b in enumerate(batches):
         b, items = without_samples(b)
         try:
@@ -112,7 +112,7 @@ def prepared(learn, batches, ds_idx, training):
                 else with_callbacks(learn, b, i, ds_idx, training)
             )
         except CANCELED:
-            continue  # a fit skips such a batch too
+            continue  # a fit also skips such a batch
         yield with_items(x, items), y
 
 
@@ -120,15 +120,14 @@ def number_of_batches(dl):
     try:
         return len(dl)
     except TypeError:
-        return None  # of a stream
+        return None  # an iterable dataset
 
 
 def changing_callbacks(learn, training):
-    """Callbacks that may change a batch: those that are not fastai's, and in training MixUp and
-    similar ones.
+    """Return the callbacks that may change a batch.
 
-    fastai's other callbacks don't change inputs: they change the optimizer, enter autocast, or
-    count.
+    These are the user's own and, in training, MixUp and similar ones. fastai's other callbacks
+    don't change inputs: they change the optimizer, enter autocast, or count.
     """
 
     def is_users(cb):
@@ -145,9 +144,7 @@ def changing_callbacks(learn, training):
 
 
 def with_callbacks(learn, b, i, ds_idx, training):
-    """(inputs, targets) after the callbacks' `before_batch`. Learner and callbacks are restored
-    afterwards.
-    """
+    """Return (inputs, targets) after the callbacks' `before_batch`. Restore Learner and callbacks."""
     with restored(learn, *learn.cbs):
         now, dl = vars(learn), learn.dls[ds_idx]
         now.update(training=training, iter=i, dl=dl, n_iter=number_of_batches(dl))
@@ -156,7 +153,7 @@ def with_callbacks(learn, b, i, ds_idx, training):
         learn.xb, learn.yb = parts_of_batch(learn, b)
         for cb in changing_callbacks(learn, training):
             if isinstance(cb, MixHandler):
-                vars(cb)['stack_y'] = True  # it does not change the labels then
+                vars(cb)['stack_y'] = True  # prevents MixUp from changing the labels
             try:
                 cb('before_batch')
             except CANCELED:
@@ -167,39 +164,39 @@ def with_callbacks(learn, b, i, ds_idx, training):
 
 
 def loader_of(items, dls):
-    """A DataLoader of these items, prepared and augmented as the training set is.
+    """Return a DataLoader of these items, transformed and augmented like the training set.
 
     Args:
-        items: Like those of the training set, without labels; or a DataLoader.
-        dls: The DataLoaders whose training set it is.
+        items: Items like those of the training set, without labels, or a DataLoader.
+        dls: DataLoaders with the training set.
     """
     if hasattr(items, '__iter__') and hasattr(items, 'batch_size') or hasattr(items, 'after_batch'):
         loader = items
     else:
         if isinstance(items, (str, PurePath)) or not hasattr(items, '__len__'):
             raise DistillError(
-                f'unlabeled={items!r}: give a list of items like those of the training set, such as '
+                f'unlabeled={items!r}: must be a list of items like those of the training set, such as '
                 'get_image_files(folder), or a DataLoader.'
             )
         if len(items) == 0:
-            raise DistillError('unlabeled=: there are no items in it.')
+            raise DistillError('unlabeled=: the list of items is empty.')
         train = dls.train
         try:
             ds = dls.test_dl(items).dataset
         except Exception as e:
             raise DistillError(
-                "unlabeled=: these items can't be prepared as the training set's are "
+                "unlabeled=: these items can't be prepared like those of the training set "
                 f'({type(e).__name__}: {e}). Give items of the same kind, or a DataLoader.'
             ) from e
         for o in getattr(ds, 'tls', [ds]):
-            # subtle: `test_dl` makes a validation set, which random transforms skip
+            # subtle: `test_dl` returns a validation set, for which random transforms are skipped
             if isinstance(o, TfmdLists):
                 o.split_idx = o.tfms.split_idx = 0
         loader = train.new(ds, bs=min(train.bs, len(items)), shuffle=True, drop_last=True, n=None)
     try:
         n = len(loader)
     except TypeError:
-        n = None  # of a stream
+        n = None  # an iterable dataset
     if n == 0:
-        raise DistillError('unlabeled=: this DataLoader has no batch.')
+        raise DistillError('unlabeled=: this DataLoader is empty.')
     return loader

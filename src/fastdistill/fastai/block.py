@@ -1,4 +1,4 @@
-"`TeacherBlock`: a teacher's outputs in a DataBlock, beside the labels."
+"""`TeacherBlock`: a teacher's outputs in a DataBlock, next to the labels."""
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ class ToTeacherTarget(ItemTransform):
     _retain, order = False, 1
     makes_teacher_target = True
 
-    def __new__(cls, *args, **kwargs):  # called for unpickled and copied ones, too
+    def __new__(cls, *args, **kwargs):  # also called when an object is unpickled or copied
         patch_for_targets()
         return super().__new__(cls)
 
@@ -40,38 +40,40 @@ class ToTeacherTarget(ItemTransform):
         want = len(self.teacher_names) if self.teacher_names else self.n_out
         if want is not None and (t.dim() == 0 or t.shape[0] != want):
             raise DistillError(
-                f"A teacher's target has shape {tuple(t.shape)}, TeacherBlock expects {want} values. "
+                f'A teacher target has shape {tuple(t.shape)}, but TeacherBlock expects {want} values. '
                 'Does the getter return one row for each item?'
             )
         if not t.isfinite().all():
             raise DistillError(
-                "A teacher's target holds nan or infinite values: correct it, or remove its item."
+                'A teacher target has nan or infinite values: fix it, or remove its item.'
             )
         return TeacherTarget(to_logits(t, self.teacher_given))
 
 
 def to_logits(t, given):
-    """Logits whose softmax (or sigmoid) is the probabilities `t`."""
+    """Return logits whose softmax (or sigmoid) is the probabilities `t`."""
     if given == 'logits':
         return t
     if t.min() < 0 or t.max() > 1:
         raise DistillError(
-            f"given={given!r}, but a teacher's target goes from {t.min():g} to {t.max():g}: use "
+            f'given={given!r}, but a teacher target ranges from {t.min():g} to {t.max():g}: use '
             "given='logits'."
         )
     return logits_of(t, 'softmax' if given == 'probabilities' else 'sigmoid')
 
 
 class TeacherBlock(TransformBlock):
-    """A block for a teacher's outputs: `DataBlock((ImageBlock, CategoryBlock, TeacherBlock),
-    get_y=[label, row])` has the items (x, (y, y_teacher)).
+    """A block for a teacher's outputs.
+
+    `DataBlock((ImageBlock, CategoryBlock, TeacherBlock), get_y=[label, row])` makes items (x, (y,
+    y_teacher)).
 
     Args:
         given: Content of the rows: 'logits', 'probabilities' or (multi-label)
             'label_probabilities'.
-        n_out: Number of values in a row; each row is checked.
-        vocab: Names of the teacher's classes, in the order of a row; they are mapped to the
-            labels' by name.
+        n_out: Number of values in a row, which is checked for each row.
+        vocab: Names of the teacher's classes, in the order of a row. They are mapped to the labels
+            by name.
     """
 
     holds_teacher = True
@@ -79,7 +81,7 @@ class TeacherBlock(TransformBlock):
     def __init__(self, given: str = 'logits', n_out: int | None = None, vocab=None):
         if given not in GIVEN:
             raise DistillError(
-                f'TeacherBlock(given={given!r}): it must be {" or ".join(map(repr, GIVEN))}.'
+                f'TeacherBlock(given={given!r}): must be {" or ".join(map(repr, GIVEN))}.'
             )
         super().__init__(
             type_tfms=ToTeacherTarget(

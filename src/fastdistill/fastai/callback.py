@@ -1,4 +1,4 @@
-"The callback: distillation inside a fit, and nothing of it outside."
+"""`KnowledgeDistillation`: the fastai callback that adds a teacher to a fit."""
 
 from fastai.basics import Callback, L
 
@@ -29,39 +29,42 @@ __all__ = ['KnowledgeDistillation']
 
 
 class KnowledgeDistillation(DistillationCallback):
-    """Train the learner on what `teacher` predicts: `learn.fit_one_cycle(3, 1e-3,
+    """Callback that trains the Learner on the teacher's predictions: `learn.fit_one_cycle(3, 1e-3,
     cbs=KnowledgeDistillation(teacher))`.
 
     Args:
-        teacher: Learner, exported .pkl, module, TorchScript, torch.export or ONNX file,
-            callable, estimator with `predict_proba` or `predict`, `Teacher`; a list of these
-            (an ensemble); a `TeacherCache`, or its folder. None: the batches hold the teacher's
-            outputs (see `TeacherBlock`). A dict: a teacher for each head (docs/classes.md).
-        recipe: `kd()`, `kd() + recipes.at()`, a `Term`; None or 'auto': `auto` chooses, or
-            kd(T, alpha) if one of them is given.
-        T: Temperature: number or schedule (fastai's `SchedCos(8, 2)`); 4 if not given.
-        alpha: Weight of the teacher, the labels have 1-alpha: number or schedule; .9 if not
-            given.
-        temperature: The same as T.
-        loss: Your own: fn(student_logits, teacher_logits, *targets). It is the whole loss, or
-            with alpha=, the part beside the labels' own.
-        kind: 'softmax', 'sigmoid' or 'regression'; None: read off the learner's loss function.
-        axis: Class axis; None: read off the learner's loss function.
-        span: Schedules, warmup and stop_at run once through a whole `fine_tune`; 'fit': once
-            through each of its two fits.
-        output: Which of the student's outputs is distilled: a name, an index or a function;
-            None: as in `Distiller`. Of a teacher's outputs: Teacher(model, output=...).
-        unlabeled: More inputs, without labels, on which the teacher alone teaches: items like
-            those of the training set, or a DataLoader. Each training batch gets one of theirs
-            beside it.
-        unlabeled_targets: A cache of the teacher's outputs for them, or its folder, of several
-            heads a dict; None: the teacher runs.
-        perturbed: For tables: so many perturbed copies of each row, on which the teacher alone
-            teaches.
-        check: Look for mistakes before the first fit (see `check_teacher`).
+        teacher: A Learner; an exported .pkl; a module; a TorchScript, torch.export or ONNX file; a
+            callable; an estimator with `predict_proba` or `predict`; a `Teacher`; a list of these
+            (an ensemble); or a `TeacherCache` or its folder. None if the batches hold the teacher's
+            outputs (see `TeacherBlock`). For several heads, a dict {head name: teacher} (see
+            docs/classes.md).
+        recipe: `kd()`, `kd() + recipes.at()` or a `Term`. None or 'auto' to let `auto` choose, or
+            to use kd(T, alpha) if one of them is given.
+        T: Temperature: a number or a schedule (fastai's `SchedCos(8, 2)`). The default is 4.
+        alpha: Weight of the teacher: a number or a schedule. The task loss has weight 1-alpha. The
+            default is 0.9.
+        temperature: Alias of T.
+        loss: Your own loss, fn(student_logits, teacher_logits, *targets). It replaces the whole
+            loss or, if alpha is given, only the distillation loss.
+        kind: 'softmax', 'sigmoid' or 'regression'. None to derive it from the Learner's loss
+            function.
+        axis: Class axis. None to derive it from the Learner's loss function.
+        span: 'fine_tune' to run schedules, warmup and stop_at once over a whole `fine_tune`, 'fit'
+            to run them once in each of its two fits.
+        output: Which of the student's outputs is distilled: a name, an index or a function. None
+            for the default of `Distiller`. To select a teacher's output, use Teacher(model,
+            output=...).
+        unlabeled: Additional inputs without labels, on which the student learns only from the
+            teacher: items like those of the training set, or a DataLoader. Each training batch is
+            accompanied by one batch of these.
+        unlabeled_targets: A cache of the teacher's outputs for `unlabeled`, or its folder. For
+            several heads, a dict. None to run the teacher.
+        perturbed: For tables, the number of perturbed copies of each row, on which the student
+            learns only from the teacher.
+        check: Whether to look for mistakes before the first fit (see `check_teacher`).
     """
 
-    # after the student's loss and its regularizers; before GradientAccumulation (6) and MixedPrecision (10) scale it
+    # after the task loss and regularizers; before GradientAccumulation (6) and MixedPrecision (10) scale the loss
     order, remove_on_fetch, _only_train_loop = 5, False, True
 
     def __init__(
@@ -121,15 +124,15 @@ class KnowledgeDistillation(DistillationCallback):
 
     @property
     def recipe(self):
-        """The recipe; None: it is not chosen yet."""
+        """The recipe. None if it has not been chosen yet."""
         return self.fit_distiller.recipe
 
     @property
     def projector_opt(self):
-        """The projectors' optimizer; None: there was no step yet."""
+        """The optimizer of the projectors. None before the first step."""
         return self.state.optimizer
 
-    # around a fit
+    # before and after a fit
 
     def before_fit(self):
         self.teardown(self.learn)
@@ -168,7 +171,7 @@ class KnowledgeDistillation(DistillationCallback):
         d.start()
 
     def _attach(self):
-        """Let the batches bring what the teachers need."""
+        """Set up the DataLoaders so that batches contain what the teachers need."""
         for t in self.distiller.sources:
             t.say_with(self.log)
         sources = {k: h.teacher for k, h in self.distiller.heads.items() if h.teacher is not None}
@@ -184,14 +187,16 @@ class KnowledgeDistillation(DistillationCallback):
         self.unlabeled.start(self.learn, self.distiller.heads)
 
     def _setup(self, *x):
-        """Pair layers and build projectors, once for a student."""
+        """Pair layers and build projectors, once per student."""
         self.fit_distiller.setup(x, self.training)
         self.state.take(self.learn, self.distiller)
         if self.distiller.pairs and not hasattr(self.learn, 'lr_finder'):
             self.log(self.distiller.pairs)
 
     def _epochs_span(self):
-        """(epochs before this fit, epochs in all) of the `fine_tune` that this fit is a phase of."""
+        """Return (epochs before this fit, total epochs) of the `fine_tune` that this fit belongs
+        to.
+        """
         span = getattr(self.learn, 'fine_tune_span', None)
         if span is None:
             return None
@@ -207,7 +212,7 @@ class KnowledgeDistillation(DistillationCallback):
         self.unlabeled.stop()
         if not self.in_fit:
             return
-        self.in_fit, self.n_steps = False, learn.train_iter  # which `validate` sets to 0
+        self.in_fit, self.n_steps = False, learn.train_iter  # saved because `validate` sets it to 0
         notes_of(learn).fitting = None
         learn.metrics = learn.metrics.filter(lambda m: m not in self.part_metrics)
         if self.distiller is None:
@@ -218,20 +223,20 @@ class KnowledgeDistillation(DistillationCallback):
         if not self.state.end_finder(self.distiller):
             notes_of(learn).last_state = self.state_dict()
 
-    # an exported Learner gets a callback that does nothing, and needs no fastdistill
+    # an exported Learner gets a no-op callback, so that it loads without fastdistill
     def __reduce__(self):
         return Callback, ()
 
-    # a batch
+    # training step
 
     @property
     def active(self):
-        """In a fit, and not in a `get_preds` inside it."""
+        """True in a fit, except in a `get_preds` inside it."""
         return self.in_fit and not hasattr(self.learn, 'gather_preds')
 
     @property
     def training_progress(self):
-        """Share of the training that is done, for schedules."""
+        """Fraction of the training that is done, from 0 to 1, for schedules."""
         if self.epochs_span is None:
             return self.pct_train
         before, epochs = self.epochs_span
@@ -262,13 +267,13 @@ class KnowledgeDistillation(DistillationCallback):
             return
         self.parts, self.teacher_outputs = {}, None
         if not self.distiller.ready:
-            # it did not run on an example
+            # the student did not run on the example batch
             self._setup(*with_items(self.xb, getattr(samples_of(self.learn), 'items', None)))
         self._tap()
 
     def _tap(self):
-        """Read the layers that this batch compares."""
-        # subtle: hooks go on the model of this batch, since an averaged model may take its place in validation
+        """Hook the layers that this batch compares."""
+        # subtle: hook the model of this batch, since an averaged model may replace it in validation
         names = self.distiller.student_layers(self.distiller.active_terms(self.training_progress))
         if self.taps is not None and self.taps.names == names:
             return
@@ -282,7 +287,7 @@ class KnowledgeDistillation(DistillationCallback):
         self.taps = None
 
     def after_batch(self):
-        # subtle: hooks that come and go would make torch.compile compile again
+        # subtle: adding and removing hooks would make torch.compile recompile
         if self.taps is not None and not self.taps.compiled:
             self._untap()
 
@@ -304,15 +309,15 @@ class KnowledgeDistillation(DistillationCallback):
             return
         if self.several:
             raise DistillError(
-                'These batches have no labels, but heads are told apart by their labels.'
+                'These batches have no labels, but several heads need labels: each head is identified by its labels.'
             )
         if self.recipe.task_at(self.training_progress):
             raise DistillError(
-                'These batches have no labels, but the recipe gives their loss a weight: use alpha=1, '
-                'or soft_labels(), to train from the teacher alone.'
+                'These batches have no labels, but the recipe gives the task loss a weight: use '
+                'alpha=1 or soft_labels() to train only from the teacher.'
             )
-        # subtle: without labels fastai computes no loss and takes no step. So it gets the teacher's predictions as
-        # labels; their loss has weight 0
+        # subtle: without labels fastai computes no loss and takes no step. So use the teacher's predictions as
+        # labels; the task loss has weight 0
         self.teacher_outputs = self._ask_teacher()
         if self.teacher_outputs is not None:
             own = self.distiller.student_outputs(self.learn.pred, {}, self.xb)
@@ -325,7 +330,7 @@ class KnowledgeDistillation(DistillationCallback):
             return
         d, progress = self.distiller, self.training_progress
         if not (self.training or d.has_outputs(samples_of(self.learn))):
-            return  # outputs may be stored for the training set alone
+            return  # a cache may hold only the outputs for the training set
         unlabeled = self.teacher_outputs is not None
         t = self.teacher_outputs if unlabeled else self._ask_teacher()
         s = d.student_outputs(self.learn.pred, self.taps.pop() if self.taps else {}, self.xb)
@@ -341,9 +346,11 @@ class KnowledgeDistillation(DistillationCallback):
             self._teach_unlabeled()
 
     def _teach_unlabeled(self):
-        """The student learns from the teacher on inputs without labels, beside those of this batch."""
+        """Add the loss of a batch of unlabeled inputs, on which the student learns from the
+        teacher.
+        """
         d, progress = self.distiller, self.training_progress
-        # subtle: where nothing counts, nothing may be drawn, and no batch-norm may see these inputs
+        # subtle: if the weight is 0, draw no random numbers and keep these inputs away from batch norms
         if all(t.n_targets for t in d.active_terms(progress)):
             return
         for x, t in self.unlabeled.batches(self.learn, lambda x: d.teacher_outputs(x, progress)):
@@ -381,13 +388,14 @@ class KnowledgeDistillation(DistillationCallback):
             opt.step(self.learn, self.skip_step)
 
     def state_dict(self):
-        """What a checkpoint needs beside the student: projectors, their optimizer's state, measured
-        gradients.
+        """Return what a checkpoint needs besides the student.
+
+        These are the projectors, the state of their optimizer, and the measured gradients.
         """
         return self.state.state_dict(self.distiller)
 
     def load_state_dict(self, state):
-        """Continue from what `state_dict` returned. Outside of a fit, it is loaded when the next fit
+        """Continue from what `state_dict` returned. Outside a fit, it is loaded when the next fit
         begins.
         """
         self.state.to_load = state

@@ -35,17 +35,16 @@ KIND_IN_WORDS = dict(
 
 
 class TeacherCheck(Findings):
-    """Result of checking a teacher: a list of findings, empty if nothing is wrong, that prints as a
-    table in a terminal or notebook. `in_order` are the checks that found nothing, `facts` and
-    `costs` the measurements.
+    """Findings of a teacher check, which prints as a table in a terminal or notebook.
+
+    It is a list that is empty if nothing is wrong. `in_order` are the checks that found nothing,
+    `facts` and `costs` the measurements.
     """
 
     costs, cost_lines, title = None, (), ''
 
     def rows(self) -> list:
-        """Return the lines of the table as `Finding`s: mistakes first, then passed checks, then
-        costs.
-        """
+        """Return the rows of the table as `Finding`s: mistakes, passed checks, costs."""
         levels = ('error', 'warning', 'note')
         fine = {f.about: f for f in self.in_order}
         first = [fine.pop(k, Finding('', text, '', about=k)) for k, text in self.measured.items()]
@@ -92,13 +91,15 @@ class TeacherCheck(Findings):
 def check_teacher(
     learn, teacher, task=None, recipe=None, n: int = BATCHES, output=None, n_epoch: int | None = 10
 ) -> TeacherCheck:
-    """Compare the inputs that the teacher expects with those that it will get, score it on a few
-    batches, and measure its cost.
+    """Check a teacher against a Learner.
+
+    Compare the inputs that the teacher expects with those it will get, score it on a few batches,
+    and measure its cost.
 
     Args:
         learn: The student's Learner, or only its DataLoaders.
         teacher: What `KnowledgeDistillation` takes.
-        task: What the student predicts. None to read it from its loss function.
+        task: What the student predicts. None to derive it from its loss function.
         recipe: Recipe or term of the training. None if unknown.
         n: Number of validation batches to read. A quarter as many training batches are read.
         output: Which of the student's outputs is distilled, as in `Distiller`.
@@ -108,7 +109,7 @@ def check_teacher(
         learn = SimpleNamespace(dls=learn, model=None, loss_func=getattr(learn, 'loss_func', None))
     task, recipe = task or task_of(learn.loss_func), as_recipe(recipe)
     teacher = teacher_of(teacher, learn, task)
-    # one process may run the check while the others train or wait
+    # in distributed training, one process may run the check while the others train or wait
     with items_shown(learn.dls.loaders, teacher), counted_as_one():
         head = learn.dls.head if isinstance(learn.dls, HeadData) else None
         out = TeacherCheck().join(find_mistakes(learn, teacher, task, recipe, n, output, head))
@@ -125,7 +126,7 @@ def check_teacher(
 
 def costs_of_check(learn, teacher, task, recipe, output, n_epoch):
     """Return (costs, their lines). If they could not be measured, a line has the reason."""
-    # subtle: any error at all, since student, loss and recipe may be the user's. A fit shows the error in full
+    # subtle: any error is possible, since student, loss and recipe may be the user's. A fit raises it again
     try:
         costs = training_costs(learn, teacher, task, recipe, output)
     except Exception as e:
@@ -134,21 +135,23 @@ def costs_of_check(learn, teacher, task, recipe, output, n_epoch):
 
 
 def weight_shapes(model):
-    """Return the shapes for which projectors are built. Pruning masks do not change them, removing
-    channels does.
+    """Return the shapes for which projectors are built.
+
+    Pruning masks do not change them, but removing channels does.
     """
     return sorted(p.shape for p in model.parameters() if not is_lazy(p))
 
 
 def check_optimizer(learn):
-    """Raise a DistillError for an optimizer created before layers got new weights, e.g. by pruning,
-    which it would not train.
+    """Raise a DistillError if the optimizer would not train the model's present weights.
+
+    This happens if layers got new weights after it was created, e.g. by pruning.
     """
     if learn.opt is None:
-        return  # no training, as in `summary` and `tta`
+        return  # not a training (`summary`, `tta`)
     stepped = {p for ps in learn.opt.param_lists for p in ps}
     weights = {p: n for n, p in learn.model.named_parameters() if p.requires_grad}
-    # a loss function may have weights of its own
+    # the optimizer may also train weights of the loss function
     gone = stepped - {*learn.model.parameters(), *getattr(learn.loss_func, 'parameters', list)()}
     if gone and (new := [n for p, n in weights.items() if p not in stepped]):
         raise DistillError(
@@ -164,12 +167,12 @@ def find_mistakes(
     """Return the findings about an existing `Teacher`.
 
     Args:
-        learn: As in `check_teacher`
+        learn: As in `check_teacher`.
         teacher: A `Teacher` made by `teacher_of` for this Learner and task.
         task: What the student predicts.
-        recipe: As in `check_teacher`
-        n: As in `check_teacher`
-        output: As in `check_teacher`
+        recipe: As in `check_teacher`.
+        n: As in `check_teacher`.
+        output: As in `check_teacher`.
         head: One of several heads of the student, with its own labels. None for a single head.
     """
     found = Findings()
@@ -179,7 +182,7 @@ def find_mistakes(
     own = learn if head is None else head.of(learn)
     for about, (look, in_words) in CHECKS.items():
         if about == 'classes' and any_outputs(recipe):
-            continue  # they may differ
+            continue  # the recipe compares outputs whose classes may differ
         found.add(about, look(own, teacher, task), in_words(own, teacher, task))
     if found.errors:
         return found
@@ -232,7 +235,7 @@ def resets_in_words(learn, teacher, task):
 def kinds(learn, teacher, task):
     """Check that student and teacher predict the same kind of output."""
     own = known_kind(learn.loss_func)
-    # subtle: without a student, for a cache, kind='regression' stores a teacher's embeddings as they are
+    # subtle: when a cache is written without a student, kind='regression' stores a teacher's embeddings unchanged
     if own not in (None, task.kind) and not (learn.model is None and task.kind == 'regression'):
         yield Finding(
             'error',
@@ -276,7 +279,7 @@ def labels(learn, teacher, task):
                 + of_shared(found, vocab_of(learn.dls), names),
             )
         elif o.known_classes is not None:
-            continue  # the user chose them
+            continue  # the user selected the classes
         else:
             extra = f', and {len(found.extra)} more, which are not used' if found.extra else ''
             yield Finding(
@@ -305,10 +308,10 @@ def of_shared(found, student, teacher):
 
 
 def codings(learn, teacher, task):
-    """Check that both models encode tokens and categories by the same numbers."""
+    """Check that both models encode tokens and categories in the same way."""
     for o in with_learners(teacher):
         if o.inputs is not None:
-            continue  # it translates them
+            continue  # the teacher converts the codes itself
         a, b = learn.dls, o.learner.dls
         for name, read in CODES.items():
             s, t = read(a), read(b)
@@ -387,7 +390,7 @@ def in_pixels(size):
     return f'{size[0]} x {size[1]}'
 
 
-# what is checked -> (function for findings, function for the text if nothing was found)
+# {subject: (function that returns findings, function that describes the check if there are none)}
 CHECKS = {
     'reset()': (resets, resets_in_words),
     'task': (kinds, kinds_in_words),

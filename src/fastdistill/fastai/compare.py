@@ -38,8 +38,8 @@ def compare(
     baseline: str | None = None,
     metrics=None,
     loss_func=None,
-    kind=None,
-    axis=None,
+    kind: str | dict | None = None,
+    axis: int | None = None,
     headline: str | None = None,
     large: int | None = None,
     seconds: float = 0.5,
@@ -48,13 +48,16 @@ def compare(
     title: str = '',
     progress: bool = True,
 ) -> Report | dict[str, Report]:
-    """Measure all models on the same validation data in one pass: scores, task loss, metrics of the
-    Learners, agreement with the teacher, calibration, classes, cost and time.
+    """Compare models on the same validation data, in one pass.
 
-    If a model is a dict with a model for each head, the result is a dict with a report for each. The
-    other models have all heads: `compare({'teacher': {'color': teacher1, 'shape': teacher2},
-    'distilled': student})`. kind, metrics, loss_func and headline are then one for all heads, or a
-    dict by head; without loss_func, a head's task loss is the usual one of its kind.
+    The report has scores, task loss, metrics of the Learners, agreement with the teacher,
+    calibration, classes, cost and time.
+
+    If a model is a dict with a model for each head, the result is a dict with a report for each
+    head. The other models must have all heads: `compare({'teacher': {'color': teacher1, 'shape':
+    teacher2}, 'distilled': student})`. kind, metrics, loss_func and headline are then one value for
+    all heads or a dict {head name: value}. Without loss_func, each head uses the default task loss
+    of its kind.
 
     Differences are paired by sample, with 95% bootstrap intervals and exact tests. They cover the
     choice of validation samples, but not the variation between trainings with different seeds.
@@ -66,16 +69,16 @@ def compare(
             models.
         dl: A different DataLoader with labels, such as dls.test_dl(items, with_labels=True).
         teacher: Name of the teacher. None for the model named 'teacher', if there is one.
-        baseline: Name of the model without a teacher. None for 'alone', else the first of several
-            students.
+        baseline: Name of the model trained without a teacher. None for 'alone', else the first of
+            several students.
         metrics: Metrics of fastai. None for those of the Learners.
         loss_func: Task loss. None for that of the Learner or the DataLoaders.
-        kind: 'softmax', 'sigmoid' or 'regression'. None to read it from the loss function.
-        axis: Class axis. None to read it from the loss function.
-        headline: Main measure, such as 'nll'. None for the usual one of the task.
-        large: Size of the large batch whose time and memory are measured. None for the batch size
-            of the DataLoader.
-        seconds: Duration of each time measurement. 0 for none.
+        kind: 'softmax', 'sigmoid' or 'regression'. None to derive it from the loss function.
+        axis: Class axis. None to derive it from the loss function.
+        headline: Main measure, such as 'nll'. None for the default of the task.
+        large: Batch size for measuring time and memory of a large batch. None for that of the
+            DataLoader.
+        seconds: Time limit of each time measurement, in seconds. 0 for none.
         repeats: Number of bootstrap draws.
         seed: Seed of the bootstrap.
         title: Title of the report.
@@ -125,7 +128,7 @@ def compare(
 
 
 def heads_in(models) -> dict:
-    """Name -> head, if a model is a dict with a model for each; else empty."""
+    """Return {head name: head} if a model is a dict with a model for each head, else an empty dict."""
     dicts = [{str(k): o for k, o in m.items()} for m in models.values() if is_heads(m)]
     if not dicts:
         return {}
@@ -133,18 +136,21 @@ def heads_in(models) -> dict:
     if any([*o] != [*first] for o in others):
         have = ' and '.join(', '.join(o) for o in dicts)
         raise DistillError(
-            f'The models have different heads ({have}): give all the same, in order.'
+            f'The models have different heads ({have}): all must have the same heads, in the same order.'
         )
     heads = [LearnerHead(k, i, len(first)) for i, k in enumerate(first)]
     return {h.name: h for h in heads if any(o[h.name] is not None for o in dicts)}
 
 
 def of_head(model, whole, head, learn, task):
-    """The `Teacher` for one head of a model.
+    """Return the `Teacher` for one head of a model.
 
     Args:
-        model: That of the head.
-        whole: The model of all heads, or the dict that `model` is in.
+        model: Model of the head.
+        whole: The model of all heads, or the dict that contains `model`.
+        head: The head.
+        learn: The student's Learner.
+        task: What the head predicts.
     """
     if is_heads(whole):
         own = heads_of(whole)[head.name]
@@ -155,15 +161,15 @@ def of_head(model, whole, head, learn, task):
 
 @dataclass
 class Compared:
-    """Models that predict the same, to be compared.
+    """Models of the same task to compare.
 
     Attributes:
         learn: The Learner, or a substitute, whose data and callbacks are used.
-        head: Which output and labels.
+        head: The head to compare.
         task: What the models predict.
         loss: Task loss.
-        models: As the user gave them, by name.
-        teachers: The same as `Teacher`s.
+        models: {name: model}, as the user passed them.
+        teachers: {name: `Teacher` of the model}.
     """
 
     learn: object
@@ -176,12 +182,14 @@ class Compared:
     def report(
         self, data, metrics, title, progress, *, teacher, baseline, seconds, **options
     ) -> Report:
-        """Measure them in one pass.
+        """Measure all models in one pass and return the report.
 
         Args:
-            data: DataLoader.
-            metrics: As in `compare`
-            teacher, baseline, seconds, **options: Of `measure_models`.
+            data: DataLoader to measure on.
+            metrics: As in `compare`.
+            title: Title of the report.
+            progress: Whether to show a progress bar.
+            teacher, baseline, seconds, **options: Options of `measure_models`.
         """
         learn, dls = self.learn, self.head.of(self.learn).dls
         teacher, baseline = roles_of(self.models, teacher, baseline)
@@ -268,9 +276,7 @@ class MetricValues:
 
 
 class Step:
-    """A Learner as seen by a metric after the prediction of a batch. The Learner itself is not
-    changed.
-    """
+    """A Learner as seen by a metric after a batch, without changing the Learner itself."""
 
     def __init__(self, learn, **now):
         self.__dict__.update(now)
@@ -294,7 +300,7 @@ def plain_number(v):
     try:
         return None if v is None else float(v)
     except (TypeError, ValueError):
-        return None  # a metric of several numbers
+        return None  # a metric with several values
 
 
 def unit_of(dl):
@@ -329,9 +335,7 @@ def history_of(learn):
 
 @contextmanager
 def shown_bar(progress, total, what='compare'):
-    """Context that yields a function to call after each step, which moves a bar in a terminal or
-    notebook.
-    """
+    """Show a progress bar in a terminal or notebook, and yield a function to call after each step."""
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,

@@ -21,8 +21,8 @@ from .batches import number_of_batches, prepared_batches
 
 __all__ = ['TrainingCosts', 'training_costs']
 
-FEW_BATCHES, ROUNDS = 3, 5  # number of batches, and of runs of each
-MEASURED_SECONDS = 3  # no new batch is started after this time
+FEW_BATCHES, ROUNDS = 3, 5  # number of batches, and of runs per batch
+MEASURED_SECONDS = 3  # no new batch is started after this time (seconds)
 
 
 @dataclass
@@ -90,8 +90,10 @@ def duration(seconds):
 
 
 def training_costs(learn, teacher, task, recipe, output=None) -> TrainingCosts | None:
-    """Measure costs on a few training batches. Learner, models and random state do not change. None
-    if there are no batches with labels.
+    """Measure costs on a few training batches, without changing the Learner, models or random
+    state.
+
+    Return None if there are no batches with labels.
 
     Args:
         learn: The student's Learner.
@@ -137,10 +139,10 @@ def training_costs(learn, teacher, task, recipe, output=None) -> TrainingCosts |
 
 @contextmanager
 def in_training(model, x):
-    """Context in which the model is in training mode with gradients. Its state is restored."""
+    """Put the model into training mode with gradients inside. Restore its state afterwards."""
     with untouched(model, training=True):
         yield
-    # subtle: hooks, e.g. of a dynamic U-Net, hold the last activations. Those with a gradient can't be copied
+    # subtle: hooks, e.g. of a dynamic U-Net, keep the last activations, and tensors with a gradient can't be copied
     dry_run(model, *x)
 
 
@@ -153,8 +155,8 @@ def gradients(distiller, x, y):
 
 
 def seconds_of_batches(runs, batches):
-    """Return {name: seconds per batch}, using the best of several runs for each batch. The runs
-    take turns.
+    """Return {name: seconds per batch}, using the fastest of several interleaved runs for each
+    batch.
     """
     wait, best = wait_for(batches[0][0]), {k: {} for k in runs}
     for i in range(-1, ROUNDS * len(batches)):

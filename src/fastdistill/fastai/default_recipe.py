@@ -1,4 +1,4 @@
-"The recipe for a Learner when none is given, from what its student predicts for one batch."
+"""Choose the recipe of a Learner if none is given, from the student's outputs for one batch."""
 
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
@@ -19,12 +19,12 @@ __all__ = ['Example', 'choose_recipe', 'example_of', 'facts_for_choice']
 
 @dataclass
 class Example:
-    """One batch, on which the student ran as in validation.
+    """A batch, and the student's outputs for it in evaluation mode.
 
     Attributes:
-        x: Its inputs.
-        labels: Does it have labels?
-        logits: The student's.
+        x: Inputs.
+        labels: True if the batch has labels.
+        logits: The student's logits.
     """
 
     x: tuple
@@ -33,11 +33,13 @@ class Example:
 
 
 def example_of(learn, output=None) -> Example | None:
-    """A training batch, else a validation batch, that the student runs on; None if it does not run
-    on batches as they are. Nothing is changed by it.
+    """Run the student on a training batch, or else on a validation batch.
+
+    None if it can't run on batches as they are. Nothing is changed.
 
     Args:
-        output: Which of the student's outputs is distilled, as in `Distiller`
+        learn: The student's Learner.
+        output: Which of the student's outputs is distilled, as in `Distiller`.
     """
     with RandomGuard(), ExitStack() as stack:
         valid, train = (stack.enter_context(closing(o)) for o in prepared_batches(learn, 1, 1))
@@ -51,13 +53,13 @@ def example_of(learn, output=None) -> Example | None:
 
 
 def choose_recipe(example: Example | None, task, teacher, found: Findings | None = None):
-    """What `auto` chooses for these outputs and this teacher.
+    """Return the recipe that `auto` chooses for these outputs and this teacher.
 
     Args:
-        example: As `example_of` gives it.
+        example: What `example_of` returned.
         task: What the student predicts.
-        teacher: What a Distiller takes as its teacher.
-        found: What the check of the teacher found; None: it was not checked.
+        teacher: A teacher, as in `Distiller`.
+        found: Findings of the check of the teacher. None if it was not checked.
     """
     stored = getattr(teacher, 'draws', None)
     if stored is not None:
@@ -66,7 +68,7 @@ def choose_recipe(example: Example | None, task, teacher, found: Findings | None
 
 
 def facts_for_choice(example, task, teacher, found=None) -> dict:
-    """The arguments of `auto`."""
+    """Return the arguments of `auto`."""
     low, stored = found is not None and found.doubt, getattr(teacher, 'doubt', '')
     before = f'when its outputs were stored: {stored}' if stored else None
     doubt = dict(doubt='the teacher is in doubt, see above' if low else before)

@@ -91,7 +91,7 @@ class LogitsOnly(nn.Module):
 
     def forward(self, *x):
         raw = self.model(*x)
-        # subtle: a tensor is returned unchanged, since tensors of a trace have their own class
+        # subtle: return a tensor unchanged, since tensors in a trace have a class of their own
         logits = (
             raw
             if isinstance(raw, torch.Tensor)
@@ -103,9 +103,7 @@ class LogitsOnly(nn.Module):
 
 
 def check_learner(learn, name):
-    """Raise a DistillError for a bare model, since only its Learner knows the inputs, normalization
-    and classes.
-    """
+    """Raise a DistillError for a bare model, which lacks the inputs, normalization and classes."""
     if not isinstance(learn, Learner):
         raise DistillError(
             f'{name} got a {type(learn).__name__}: pass the Learner, learn instead of '
@@ -115,26 +113,27 @@ def check_learner(learn, name):
 
 def export_student(
     learn: Learner,
-    path,
+    path: str | Path,
     *,
     int8: bool = False,
     calibration: int = 8,
     n: int = 8,
     temperature: float | list[float] | None = None,
 ) -> Exported:
-    """Write the student's network as a file with a variable batch size, and compare its outputs
-    with the Learner's on real inputs. Input shape, normalization and class names are stored in the
-    file as metadata.
+    """Export the student's network with a variable batch size, and check the file.
+
+    Its outputs are compared with the Learner's on real inputs. Input shape, normalization and class
+    names are stored in the file as metadata.
 
     Args:
         learn: The trained student.
         path: 'student.onnx' (needs the extra 'onnx') or 'student.pt2' (torch.export).
-        int8: For an .onnx file, static quantization, calibrated on validation batches, or, after
-            quantization-aware training, with the learned scales.
+        int8: For an .onnx file, whether to apply static quantization, calibrated on validation
+            batches, or with the learned scales after quantization-aware training.
         calibration: Number of batches for calibration.
         n: Number of validation batches on which the file is compared with the Learner.
-        temperature: By which the file divides its logits, for a model that `calibrate` can't change:
-            a number, or one for each label. It is stored as metadata.
+        temperature: Number by which the file divides its logits, or one for each label, for a model
+            that `calibrate` can't change. It is stored as metadata.
     """
     check_learner(learn, 'export_student')
     T = temperature_tensor(temperature)
@@ -170,8 +169,10 @@ def export_student(
 
 
 def temperature_tensor(temperature) -> Tensor | None:
-    """Return a temperature as a tensor that logits can be divided by. Raise a DistillError if it is
-    not positive.
+    """Return a temperature as a tensor by which logits can be divided.
+
+    Raises:
+        DistillError: If it is not positive.
     """
     if temperature is None:
         return None
@@ -184,8 +185,12 @@ def temperature_tensor(temperature) -> Tensor | None:
 
 
 def weak_score(learn: Learner, n: int = 8) -> str | None:
-    """Describe the score of a model that is not better than a constant prediction. None if it is
-    better, or if that is unknown. Args:
+    """Describe the score of a model that is not better than a constant prediction.
+
+    None if it is better, or if that is unknown.
+
+    Args:
+        learn: The Learner.
         n: Number of validation batches.
     """
     task = task_of(learn.loss_func)
@@ -232,9 +237,11 @@ def example(x):
 
 @contextmanager
 def on_cpu(model):
-    """Context in which the model is in evaluation mode on the CPU. Its previous state is restored."""
+    """Put the model into evaluation mode on the CPU inside. Restore its previous state afterwards."""
     device = next((p.device for p in model.parameters()), torch.device('cpu'))
-    typed = [m for m in model.modules() if isinstance(m, ToTensorBase)]  # the last layer of U-Nets
+    typed = [
+        m for m in model.modules() if isinstance(m, ToTensorBase)
+    ]  # e.g. the last layer of U-Nets
     try:
         with (
             guarded_random_state(),
@@ -267,7 +274,7 @@ def in_int8(model):
         from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e
 
         return convert_pt2e(move_exported_model_to_eval(model))
-    # subtle: the public converters make operations that torch.export can't trace
+    # subtle: the public converters create operations that torch.export can't trace
     from torch.ao.quantization.quantize_fx import _convert_to_reference_decomposed_fx
 
     return _convert_to_reference_decomposed_fx(model)
@@ -299,12 +306,12 @@ def facts_of(learn, x) -> dict:
 def program_of(model, x):
     """Return the torch.export program with a variable batch size."""
     batch = torch.export.Dim('batch')
-    # subtle: one entry for `*x` of `LogitsOnly`
+    # subtle: a single entry, for the argument `*x` of `LogitsOnly`
     shapes = (tuple({0: batch} for _ in x),)
     try:
         with torch.no_grad():
             return torch.export.export(model, x, dynamic_shapes=shapes)
-    except Exception as e:  # its errors have no common class
+    except Exception as e:  # torch.export raises errors without a common class
         reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
         raise DistillError(
             f"torch.export can't export {type(model.model).__name__}: {reason}. Recurrent text models "
@@ -315,7 +322,7 @@ def program_of(model, x):
 
 def write_program(model, x, path, facts):
     program = program_of(model, x)
-    with open(path, 'wb') as f:  # subtle: a path would have to end in .pt2
+    with open(path, 'wb') as f:  # subtle: torch.export only accepts paths that end in .pt2
         torch.export.save(program, f, extra_files={f'{KEY}.json': json.dumps(facts)})
 
 
@@ -329,7 +336,7 @@ def write_onnx(model, x, path, facts):
         ) from e
     program = program_of(model, x)
     with warnings.catch_warnings():
-        warnings.simplefilter('ignore')  # of the exporter, about PyTorch
+        warnings.simplefilter('ignore')  # warnings of the exporter about PyTorch
         names = [o['name'] for o in facts['inputs']]
         torch.onnx.export(
             program,
@@ -359,7 +366,7 @@ def with_named_batch(model):
 def add_facts(model, facts, path):
     import onnx
 
-    del model.metadata_props[:]  # the exporter's own
+    del model.metadata_props[:]  # the exporter's own metadata
     onnx.helper.set_model_props(model, {KEY: json.dumps(facts)})
     onnx.save(model, path)
 
@@ -368,8 +375,9 @@ WRITERS = {'.onnx': write_onnx, '.pt2': write_program}
 
 
 def quantize(path, batches, facts, learned=False):
-    """Replace an ONNX file by its int8 form. Before that, a file with learned scales quantizes its
-    weights in each run.
+    """Replace an ONNX file by its int8 version.
+
+    Before this, a file with learned scales still quantizes its weights in every run.
     """
     import onnx
     from onnxruntime import quantization as ort
@@ -397,8 +405,10 @@ def quantize(path, batches, facts, learned=False):
 
 
 def compared(learn, path, batches, close, temperature=None):
-    """Return (largest difference of the file's outputs from the Learner's, number of samples). The
-    last batch has only one sample.
+    """Compare the outputs of a file with the Learner's. The last batch has only one sample.
+
+    Returns:
+        (largest difference, number of samples).
     """
     batches = [*batches, tuple(o[:1] for o in batches[-1])]
     most = largest = 0.0
@@ -414,6 +424,6 @@ def compared(learn, path, batches, close, temperature=None):
     if close is not None and not most <= close * max(largest, 1e-6):
         raise DistillError(
             f"{path} was written, but its predictions differ from the Learner's: outputs up to "
-            f'{largest:.3g} differ by {most:.3g}. Please do not use it.'
+            f'{largest:.3g} differ by {most:.3g}. Do not use it.'
         )
     return most, sum(len(x[0]) for x in batches[:-1])

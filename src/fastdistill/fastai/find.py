@@ -1,6 +1,4 @@
-"""`Learner.distill_find`: look for the recipe and the learning rate that suit a student, its data
-and its teacher.
-"""
+"""`Learner.distill_find`: search for a recipe and a learning rate for a student and its teacher."""
 
 import warnings
 from contextlib import contextmanager
@@ -36,8 +34,10 @@ from .trials import Trials
 
 __all__ = []
 
-FACTORS = 1, 0.32, 3.2, 0.1, 10  # of the Learner's own rate
-MOST_VIEWS = 4  # of outputs with positions, which augmentation moves
+FACTORS = 1, 0.32, 3.2, 0.1, 10  # multiples of the Learner's own rate
+MOST_VIEWS = (
+    4  # views to store if the outputs have positions (masks, tokens), which augmentation moves
+)
 
 
 @patch
@@ -53,7 +53,7 @@ def distill_find(
     score=None,
     trials: int | None = None,
     seeds: int = 5,
-    folder=None,
+    folder: str | Path | None = None,
     kind: str | None = None,
     axis: int | None = None,
     output=None,
@@ -62,35 +62,40 @@ def distill_find(
     show: bool = True,
     **kwargs,
 ):
-    """Try recipes, their options and learning rates; return the best: `student.distill(teacher, 5,
-    found.lr, found.recipe)`.
+    """Search over recipes, their options and learning rates. Return the best.
 
-    Half of the validation items choose. The other half decides whether the lead over labels alone,
-    with a rate of its own, is more than luck.
+    Train with the result: `student.distill(teacher, 5, found.lr, found.recipe)`.
+
+    Each run begins with the student's present weights, and the student is unchanged afterwards.
+
+    Half of the validation items choose the recipe. The other half tests whether its lead over
+    labels only, with a learning rate tuned in the same way, is significant.
 
     Args:
-        : The student. Each run begins with its present weights; nothing of it is changed.
-        teacher: What `distill` takes. A teacher that runs is asked once, and its answers are
-            used by all runs. A dict has a teacher for each head, all of which are tried with the
-            same recipe, or each with the one that is chosen for it.
-        n_epoch: Of the training for which a recipe is needed.
-        minutes: The search ends after this time, with the best that it knows.
-        rates: Learning rates to try; None: the learner's own, and two below and two above it,
-            up to 10 times.
-        recipes: Name -> recipe, or its text: these instead of the usual ones for the task.
-        live: Let the teacher run in each trial, so that recipes between layers are tried too.
-        score: fn(logits, targets) -> (B,) score of each item, greater is better; None: as in
-            `check_teacher`, and of several heads their mean. Their logits are a dict by head.
-        trials: End the search after so many runs, those of labels alone included; None: by the
-            time.
-        seeds: The best runs and labels alone are repeated with so many seeds, if there is time.
-        folder: Where each finished run is written: the same call continues from there, and
-            several processes may share it. None: nothing is written.
-        kind, axis, output: As in `distill`
-        check: Look for mistakes first.
-        fine_tune: Train with `Learner.fine_tune` instead of `fit_one_cycle`
-        show: Progress, a table and, in notebooks, a plot.
-        **kwargs: More options of the training, as in `distill`
+        teacher: What `distill` takes. A teacher that runs is run only once, and its stored outputs
+            are used by all runs. For several heads, a dict {head name: teacher}. All heads are
+            tried with the same recipe, or each with the one chosen for it.
+        n_epoch: Number of epochs of the training for which a recipe is searched.
+        minutes: Time limit of the search. It then returns the best result so far.
+        rates: Learning rates to try. None for the Learner's own rate and four others, from 10 times
+            lower to 10 times higher.
+        recipes: {name: recipe or its text}, instead of the usual ones for the task.
+        live: Whether to run the teacher in each trial, so that recipes that compare layers are
+            tried too.
+        score: fn(logits, targets) -> (B,) score of each item; higher is better. None for that of
+            `check_teacher`, averaged over the heads if there are several. For several heads, the
+            logits are a dict {head name: logits}.
+        trials: Maximum number of runs, including those with labels only. None for no limit other
+            than `minutes`.
+        seeds: Number of seeds with which the best runs and labels only are repeated, if time
+            permits.
+        folder: Folder in which finished runs are stored. The same call resumes from there, and
+            several processes can share it. None to store nothing.
+        kind, axis, output: As in `distill`.
+        check: Whether to look for mistakes first.
+        fine_tune: Whether to train with `Learner.fine_tune` instead of `fit_one_cycle`.
+        show: Whether to show progress, a table and, in notebooks, a plot.
+        **kwargs: More options of the training, as in `distill`.
     """
     begin = time()
     import_optuna()
@@ -164,7 +169,7 @@ def distill_find(
     return found
 
 
-# options of `distill` that a search has no use for -> what to do
+# {option of `distill` that a search does not take: what to do instead}
 OTHERS = {
     'lr_max': 'give rates=[...]',
     'cbs': 'add callbacks to the Learner',
@@ -176,7 +181,7 @@ OTHERS = {
 
 
 def refuse_search(learn, score, options):
-    """Refuse what can't be searched, before anything runs."""
+    """Raise an error for options that can't be used in a search, before anything runs."""
     for k in OTHERS:
         if k in options:
             raise DistillError(f'distill_find takes no {k}=: {OTHERS[k]}.')
@@ -188,41 +193,42 @@ def refuse_search(learn, score, options):
         )
     if score is not None and not callable(score):
         raise DistillError(
-            f'score={score!r}: give a function of logits and targets, with a score for each item.'
+            f'score={score!r}: must be a function of logits and targets that returns a score for each item.'
         )
     if len(learn.dls.loaders) < 2 or getattr(learn.dls.valid, 'n', None) == 0:
         raise DistillError(
-            'distill_find needs a validation set: one half chooses the recipe, the other judges it.'
+            'distill_find needs a validation set: one half chooses the recipe, the other half tests it.'
         )
     if isinstance(learn.opt_func, OptimWrapper):
         raise DistillError(
-            'opt_func is an optimizer that exists already, and each run needs its own. Give the Learner '
-            'a function: opt_func=partial(OptimWrapper, opt=torch.optim.AdamW).'
+            'opt_func is an existing optimizer, but each run needs a new one. Give the Learner a '
+            'function: opt_func=partial(OptimWrapper, opt=torch.optim.AdamW).'
         )
 
 
 def refuse_numbers(minutes, whole: dict):
-    """Refuse numbers with which no search can run.
+    """Raise an error for numbers with which no search can run.
 
     Args:
-        whole: Name -> (value, the least that is possible).
+        minutes: Time limit.
+        whole: {name: (value, smallest allowed value)} of integer options.
     """
     if not (isinstance(minutes, Real) and minutes > 0):
-        raise DistillError(f'minutes={minutes!r}: a number above 0.')
+        raise DistillError(f'minutes={minutes!r}: must be a positive number.')
     for k, (v, least) in whole.items():
         if not (is_whole(v) and v >= least):
-            raise DistillError(f'{k}={v!r}: a whole number from {least} up.')
+            raise DistillError(f'{k}={v!r}: must be a whole number of at least {least}.')
 
 
 def as_rates(rates):
-    """The user's learning rates, as a list."""
+    """Return the user's learning rates as a list."""
     try:
         found = [float(o) for o in rates]
     except (TypeError, ValueError):
         found = []
     if not found or not all(0 < o < inf for o in found):
         raise DistillError(
-            f'rates={rates!r}: give a list of learning rates above 0, as in [1e-3, 3e-3].'
+            f'rates={rates!r}: must be a list of positive learning rates, as in [1e-3, 3e-3].'
         )
     return found
 
@@ -233,14 +239,15 @@ def own_rates(learn):
 
 
 def how_to_score(heads, tasks, score):
-    """(name of the score, fn(logits, targets) -> (B,) scores)."""
+    """Return (name of the score, fn(logits, targets) -> (B,) scores)."""
     if score is not None:
         return 'score', score
     kinds = {t.kind for t in tasks.values()}
     if len(kinds) > 1:
         raise DistillError(
-            'The heads predict different things, so their scores have no mean: pass score=, a function '
-            'of the logits (a dict by head) and the targets, with a score for each item.'
+            'The heads have different kinds of predictions, so their scores cannot be averaged: '
+            'pass score=, a function of the logits (a dict by head) and the targets, with a score '
+            'for each item.'
         )
     kind = kinds.pop()
     metric = '-squared error' if kind == 'regression' else METRICS[kind]
@@ -250,10 +257,16 @@ def how_to_score(heads, tasks, score):
 
 
 def facts_of_heads(learn, teacher, heads, tasks, stored, check, show) -> dict:
-    """Name of a head -> the arguments of `candidates_for`.
+    """Return {head name: arguments of `candidates_for`}.
 
     Args:
+        learn: The student's Learner.
+        teacher: What `distill` takes.
+        heads: {head name: head}.
+        tasks: {head name: `Task`}.
         stored: Names of the heads with stored outputs.
+        check: Whether to look for mistakes.
+        show: Whether to print messages.
     """
     found = {}
     if check and len(stored) < len(heads):
@@ -267,14 +280,14 @@ def facts_of_heads(learn, teacher, heads, tasks, stored, check, show) -> dict:
         facts[k] = facts_for_choice(example, tasks[k], source, found.get(k))
         if not facts[k].pop('labels', True):
             raise DistillError(
-                'These batches have no labels, so no score can be computed: there is nothing to search by.'
+                'These batches have no labels, so recipes cannot be scored: add labels to the validation set.'
             )
         facts[k]['maps'] = example is not None and example.logits.dim() == 4
     return facts
 
 
 def look(learn, teacher, heads, tasks, stored) -> dict:
-    """Name of a head -> what a check finds about its teacher."""
+    """Return {head name: findings of the check of its teacher}."""
     if '' in heads:
         output = heads[''].output
         return {'': check_teacher(learn, teacher, tasks[''], output=output, n_epoch=None)}
@@ -284,9 +297,7 @@ def look(learn, teacher, heads, tasks, stored) -> dict:
 
 
 def sizes(learn):
-    """What a search that resumes must have in common with the first one: numbers of batches and of
-    parameters.
-    """
+    """Return what must be equal in a search that resumes: the numbers of batches and parameters."""
 
     def length(dl):
         try:
@@ -302,9 +313,7 @@ def sizes(learn):
 
 @contextmanager
 def answers(learn, teacher, tasks, as_it_is, positions, n_epoch, show):
-    """What the runs take as teacher: a cache of its answers, which is deleted at the end, unless
-    they take it as it is.
-    """
+    """Yield the teacher for the runs: a temporary cache of its outputs, or the teacher itself."""
     if as_it_is:
         yield teacher
         return
@@ -314,7 +323,7 @@ def answers(learn, teacher, tasks, as_it_is, positions, n_epoch, show):
         views = min(n_epoch, MOST_VIEWS) if positions and moves(learn.dls.train) else 0
         try:
             with warnings.catch_warnings():
-                # no other teacher gets to this cache
+                # this temporary cache is only used with this teacher
                 warnings.filterwarnings('ignore', 'The weights of', DistillWarning)
                 cache = cache_teacher(
                     teacher,

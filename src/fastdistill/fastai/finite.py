@@ -30,7 +30,7 @@ class FiniteCheck:
     def add(self, outputs, learn, task):
         found, first = not_finite(outputs, task), self.found is None
         self.found = found if first else self.found | found
-        # this does not wait: the Recorder already has the loss on the CPU
+        # this does not wait for the GPU: the Recorder already copied the loss to the CPU
         diverged = not math.isfinite(getattr(learn, 'smooth_loss', 0.0))
         if first or diverged or found.device.type == 'cpu':
             self.enforce(learn)

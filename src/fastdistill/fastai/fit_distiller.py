@@ -1,4 +1,4 @@
-"The Distiller of a Learner: built for its model and data, checked, and with its recipes chosen."
+"""Build the Distiller of a Learner for its model and data, check it, and choose its recipes."""
 
 from dataclasses import replace
 
@@ -18,18 +18,18 @@ __all__ = ['FitDistiller']
 
 
 class FitDistiller:
-    """Makes the Distiller of a fit.
+    """Builds the Distiller of a fit.
 
     Args:
-        teacher, recipe, kind, axis, output, check: As in `KnowledgeDistillation`
-        make_recipe: fn(recipe of a head) -> the same as a Recipe; None: `auto` chooses.
-        log: fn(text).
+        teacher, recipe, kind, axis, output, check: As in `KnowledgeDistillation`.
+        make_recipe: fn(recipe of a head) -> `Recipe`, or None to let `auto` choose.
+        log: fn(text) that prints a message.
 
     Attributes:
-        heads: Name -> `LearnerHead`; '' for a student with one output.
-        stored: {name of a head: its stored outputs}, of the heads that have them.
-        tasks: Name -> what the head predicts.
-        distiller: None before the first fit.
+        heads: {head name: `LearnerHead`}. The name is '' for a student with one output.
+        stored: {head name: stored outputs}, for the heads that have them.
+        tasks: {head name: `Task`}.
+        distiller: The `Distiller`. None before the first fit.
     """
 
     def __init__(self, teacher, recipe, make_recipe, *, kind, axis, output, check, log):
@@ -50,23 +50,24 @@ class FitDistiller:
 
     @property
     def runs(self) -> bool:
-        """Does a teacher run?"""
+        """True if any teacher runs, instead of being read from stored outputs."""
         return len(self.stored) < len(self.heads)
 
     @property
     def recipe(self):
-        """The recipe; None: it is not chosen yet."""
+        """The recipe. None if it has not been chosen yet."""
         d = self.distiller
         return None if d is None or d.chooses else d.recipe
 
     @property
     def output(self):
-        """The output of the first head, by which a batch is tried."""
+        """The `output` option of the first head, used to run the student on an example batch."""
         return next(iter(self.heads.values())).output
 
     def build(self, learn) -> bool:
-        """Make the Distiller for this model and task, and the teachers for the normalization and
-        classes of these data. Return True for a new Distiller.
+        """Build the Distiller for this model and task, and adapt the teachers to these data.
+
+        Return True if the Distiller is new.
         """
         model = unwrap(learn.model)
         tasks = self._tasks(learn, model)
@@ -82,7 +83,7 @@ class FitDistiller:
         return is_new
 
     def _tasks(self, learn, model):
-        """What each head predicts."""
+        """Return {head name: `Task`}."""
         if self.several and self.distiller is not None and self.distiller.student is model:
             return self.tasks
         return {k: h.task_of(learn, self.kinds[k], self.axis) for k, h in self.heads.items()}
@@ -116,11 +117,13 @@ class FitDistiller:
         return self.heads[k].teacher_of(learn, self.tasks[k])
 
     def look(self, learn, logs: bool) -> dict | None:
-        """Look for mistakes, once for these data; None if that is not wanted. The first rank looks
-        alone, so that all ranks continue or all stop.
+        """Look for mistakes, once per set of DataLoaders. Return None if checks are turned off.
+
+        Only the first rank looks, and all ranks get its findings.
 
         Args:
-            logs: Print the scores.
+            learn: The student's Learner.
+            logs: Whether to print the scores.
         """
         if not self.check or self.checked or not self.runs:
             return None
@@ -142,9 +145,10 @@ class FitDistiller:
         return found.enforce(facts=False)
 
     def choose(self, learn, found: dict | None):
-        """Take the recipe that `auto` chooses, for each head without one.
+        """Let `auto` choose a recipe for each head that has none.
 
         Args:
+            learn: The student's Learner.
             found: What `look` returned.
         """
         heads = [h for h in self.distiller.heads.values() if h.automatic]
@@ -162,11 +166,11 @@ class FitDistiller:
             self.distiller.share_task_loss()
 
     def setup(self, x, training: bool):
-        """Pair layers and build projectors, once for a student.
+        """Pair layers and build projectors, once per student.
 
         Args:
             x: Inputs of a batch.
-            training: Does the batch belong to training?
+            training: Whether the batch is from training.
         """
         self.distiller.setup(*map(as_plain, x))
         self.distiller.links.train(training)

@@ -1,4 +1,4 @@
-"What a fit prints."
+"""Messages printed during a fit."""
 
 from fastai.basics import noop
 
@@ -9,13 +9,13 @@ __all__ = ['FitLog']
 
 
 class FitLog:
-    """Prints during the fits of a callback: not inside `learn.no_logging()`, and on the first rank
-    alone.
+    """Prints messages during the fits of a callback, only on the first rank and not inside
+    `learn.no_logging()`.
     """
 
     def __init__(self, callback):
         self.callback = callback
-        self.reported = None  # shares of the gradient that were printed
+        self.reported = None  # gradient norms that were already printed
 
     @property
     def is_on(self) -> bool:
@@ -24,22 +24,23 @@ class FitLog:
     def __call__(self, text):
         if not self.is_on:
             return
-        # fastai's bar in a terminal stands in the current line: it is wiped, and draws itself again below the text
+        # fastai's terminal progress bar is on the current line: clear it, and it is redrawn below the message
         progress = getattr(self.callback.learn, 'progress', None)
         bar = getattr(progress, 'pbar', None) if hasattr(progress, 'mbar') else None
         width = getattr(bar, 'max_len', 0)
         print((f'\r{" " * width}\r' if width else '') + str(text))
 
     def forget(self):
-        """Begin anew, with a new Distiller."""
+        """Reset, for a new Distiller."""
         self.reported = None
 
     def report_shares(self, distiller, progress):
-        """Print what was measured at the first training batch, and where a part counts for the
-        first time.
+        """Print gradient norms at the first training batch, and whenever another term gets a
+        weight.
 
         Args:
-            progress: Of the training.
+            distiller: The `Distiller`.
+            progress: Fraction of the training that is done, from 0 to 1.
         """
         before, shares = self.reported, distiller.gradient_shares
         self.reported = shares
@@ -58,7 +59,7 @@ class FitLog:
 
 
 def printed_name(part: str) -> str:
-    """'color labels' and 'color_kd' for the parts 'color.task' and 'color.kd' of a head."""
+    """Return 'color labels' for 'color.task' and 'color_kd' for 'color.kd'."""
     head, dot, name = part.rpartition('.')
     if not dot:
         return part

@@ -1,4 +1,6 @@
-"What a fit continues from: projectors, their optimizer, chosen recipes and measured gradients."
+"""Checkpoint state of distillation: projectors, their optimizer, chosen recipes, measured
+gradients.
+"""
 
 import copy
 
@@ -11,14 +13,14 @@ __all__ = ['FitState']
 
 
 class FitState:
-    """Saves and loads what a checkpoint needs beside the student.
+    """Saves and loads what a checkpoint needs besides the student.
 
     Args:
-        log: fn(text).
+        log: fn(text) that prints a message.
 
     Attributes:
-        to_load: The state to continue from, until the next fit takes it.
-        optimizer: The projectors'; None: there was no step yet.
+        to_load: State to continue from, until the next fit loads it.
+        optimizer: Optimizer of the projectors. None before the first step.
     """
 
     def __init__(self, log):
@@ -30,7 +32,7 @@ class FitState:
         return self.optimizer
 
     def begin_finder(self, d):
-        """lr_find trains until it diverges: it gets copies of the projectors."""
+        """Replace the projectors by copies, since lr_find trains until the loss diverges."""
         self.before_finder = d.measured(), self.optimizer
         d.use(copy.deepcopy(d.measured()))
         self.optimizer = None
@@ -45,10 +47,10 @@ class FitState:
         return True
 
     def state_dict(self, d) -> dict:
-        """What a checkpoint needs beside the student.
+        """Return what a checkpoint needs besides the student.
 
         Args:
-            d: Distiller, or None before the first fit.
+            d: The `Distiller`, or None before the first fit.
         """
         if self.to_load:
             return {k: v for k, v in self.to_load.items() if k != 'file'}
@@ -61,7 +63,7 @@ class FitState:
         )
 
     def take(self, learn, d):
-        """Load the state that was given, or that stood beside the student's file."""
+        """Load the state that was given, or that was found next to the student's file."""
         state = self.to_load
         if state is None and self.optimizer is None:
             state = notes_of(learn).loaded_state
@@ -73,12 +75,14 @@ class FitState:
         if differs := what_differs(state['links'], d.links.state_dict()):
             if 'file' not in state:
                 raise DistillError(
-                    f'This state holds {differs}: load it into a callback with the recipe that it was '
-                    'saved from.'
+                    f'This state holds {differs}: load it into a callback with the recipe it was '
+                    'saved with.'
                 )
-            return self.log(f'fastdistill: {state["file"]} holds {differs}, and is not used.')
+            return self.log(f'fastdistill: {state["file"]} holds {differs}, and was not loaded.')
         if 'file' in state:
-            self.log(f'fastdistill: projectors and their optimizer continue from {state["file"]}.')
+            self.log(
+                f'fastdistill: loaded the projectors and their optimizer from {state["file"]}.'
+            )
         d.links.load_state_dict(state['links'])
         before = d.chosen
         if state.get('distiller') is not None:
@@ -94,9 +98,9 @@ class FitState:
 
 
 def what_differs(links, own) -> str:
-    """What these projectors are, if they are not the present ones; else empty."""
+    """Describe how the saved projectors differ from the present ones. Empty if they don't."""
     shapes = lambda tensors: {k: tuple(v.shape) for k, v in tensors.items()}
     if shapes(links) == shapes(own):
         return ''
     names = lambda links: ', '.join(links) or 'none'
-    return f'projectors of other terms or layers ({names(links)}, now {names(own)})'
+    return f'projectors of different terms or layers ({names(links)}, now {names(own)})'

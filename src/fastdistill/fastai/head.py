@@ -1,4 +1,4 @@
-"One of several heads of a student: its output, its labels and their classes."
+"""Heads of a Learner's model: the output, labels and classes of each."""
 
 from contextlib import closing
 from dataclasses import dataclass
@@ -25,11 +25,11 @@ __all__ = [
 
 @dataclass
 class LearnerHead(HeadOutput):
-    """One output of a Learner's model, its labels and its teacher.
+    """One output of a Learner's model, with its labels and its teacher.
 
     Attributes:
-        source: What `KnowledgeDistillation` takes as a teacher.
-        shared: Does it teach other heads too?
+        source: The teacher, as passed to `KnowledgeDistillation`.
+        shared: True if the teacher teaches several heads.
     """
 
     source: object = None
@@ -37,11 +37,11 @@ class LearnerHead(HeadOutput):
 
     @property
     def output(self):
-        """What gets its output, as `Distiller(output=)` takes it."""
+        """The `output` option of `Distiller` that selects this head's output."""
         return self
 
     def labels(self, y):
-        """Its labels, as a tuple."""
+        """Return the labels of this head, as a tuple."""
         if len(y) != self.n:
             raise DistillError(
                 f'{len(y)} column(s) of labels for {self.n} heads: the DataLoaders need one for each '
@@ -54,20 +54,20 @@ class LearnerHead(HeadOutput):
             yield from ((x, self.labels(y)) for x, y in batches)
 
     def of(self, learn):
-        """The Learner as this head sees it: with the classes of its own labels."""
+        """Return the Learner as seen by this head, with the classes of its labels."""
         return SimpleNamespace(
             dls=HeadData(learn.dls, self), model=learn.model, loss_func=learn.loss_func
         )
 
     def teacher_of(self, learn, task, **options):
-        """Its `Teacher` for the batches of a Learner."""
+        """Return this head's `Teacher` for the batches of a Learner."""
         return teacher_of(self.source, self.of(learn), task, **options)
 
     def task_of(self, learn, kind, axis=None):
-        """What it predicts, by the option `kind` or by its labels."""
+        """Return this head's `Task`, from the option `kind` or from its labels."""
         if kind is None and labels_are_floats(learn, self):
             raise DistillError(
-                f"The labels of the head {self.name!r} are not class numbers: pass kind={{'{self.name}': "
+                f"The labels of the head {self.name!r} are not class indices: pass kind={{'{self.name}': "
                 "'regression'} for numbers, or 'sigmoid' for several labels."
             )
         return Task(kind or 'softmax', 1 if axis is None else axis)
@@ -75,11 +75,11 @@ class LearnerHead(HeadOutput):
 
 @dataclass
 class WholeModel:
-    """A student with one output, as its only head.
+    """The only head of a student with one output.
 
     Attributes:
-        source: What `KnowledgeDistillation` takes as a teacher.
-        output: As in `Distiller`
+        source: The teacher, as passed to `KnowledgeDistillation`.
+        output: As in `Distiller`.
     """
 
     source: object
@@ -105,7 +105,7 @@ class WholeModel:
 class HeadData:
     """DataLoaders whose `vocab` is that of one column of labels."""
 
-    loss_func = None  # theirs is of all columns
+    loss_func = None  # the DataLoaders' loss function is for all columns
 
     def __init__(self, dls, head):
         tls = getattr(dls.train_ds, 'tls', ())
@@ -118,12 +118,16 @@ class HeadData:
 
     @property
     def options_of_teacher(self):
-        """Which output of a teacher of several heads is this head's."""
+        """Return the `Teacher` option that selects this head's output of a teacher with several
+        heads.
+        """
         h = self.head
         return dict(output=SharedOutput(h.name, h.at, h.n)) if h.shared else {}
 
     def column_of(self, dls):
-        """Other DataLoaders, with the labels of the same head if they have those of all."""
+        """Restrict different DataLoaders to the labels of the same head, if they have those of all
+        heads.
+        """
         tls = getattr(dls.train_ds, 'tls', ())
         columns = len(tls) - getattr(dls, 'n_inp', 1)
         return HeadData(dls, self.head) if columns == self.head.n else dls
@@ -136,10 +140,10 @@ class HeadData:
 
 
 def heads_of(teachers) -> dict:
-    """Name -> `LearnerHead`, of those that have a teacher.
+    """Return {head name: `LearnerHead`} for the heads that have a teacher.
 
     Args:
-        teachers: Name -> what `KnowledgeDistillation` takes, or None.
+        teachers: {head name: teacher or None}.
     """
     shared = lambda t: sum(same_model(t, o) for o in teachers.values()) > 1
     found = [
@@ -147,17 +151,19 @@ def heads_of(teachers) -> dict:
         for i, (k, t) in enumerate(teachers.items())
     ]
     if not any(h.source is not None for h in found):
-        raise DistillError('No head has a teacher.')
+        raise DistillError(
+            'No head has a teacher: the dict must have at least one that is not None.'
+        )
     return {h.name: h for h in found if h.source is not None}
 
 
 def comparisons_of(teacher, output=None) -> dict:
-    """Name -> head. A student with one output has one, whose name is ''."""
+    """Return {head name: head}. A student with one output has one head, named ''."""
     return heads_of(teacher) if is_heads(teacher) else {'': WholeModel(teacher, output)}
 
 
 def options_of_heads(o, option: str, heads) -> dict:
-    """Name of a head -> its own value of an option, which is one for all or a dict."""
+    """Return {head name: value} for an option that is one value for all heads or a dict."""
     if '' in heads:
         return {'': o}
     return options_by_head(o, option, heads, 'the heads with a teacher are')

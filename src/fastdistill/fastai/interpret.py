@@ -21,19 +21,22 @@ __all__ = ['DistillInterpretation']
 
 
 class DistillInterpretation(Interpretation):
-    """fastai's `Interpretation` by disagreement: `losses` are the distances between the predictions
-    of student and teacher, one per item. `plot_top_losses` and `top_losses` work as usual, and
-    `show_disagreements` shows both models' predictions.
+    """fastai's `Interpretation` by disagreement between student and teacher.
+
+    `losses` are the distances between their predictions, one per item. `plot_top_losses` and
+    `top_losses` work as usual, and `show_disagreements` shows the predictions of both models.
     """
 
-    # set by `from_learner`: `Teacher`s that give the outputs of each model, and the head that is shown
+    # set by `from_learner`: `Teacher`s that return the outputs of each model, and the head to show
     student = teacher = head = None
 
     @classmethod
     def from_learner(cls, learn: Learner, teacher, ds_idx: int = 1, dl=None, act=None, kind=None):
-        """Run both models on all items. The distance is KL(teacher || student) at T=1, averaged
-        over the pixels of a mask, or the MSE for regression. For a dict of teachers of several
-        heads, return a dict with an interpretation for each.
+        """Run both models on all items and measure the distance between their predictions.
+
+        The distance is KL(teacher || student) at T=1, averaged over the pixels of a mask, or the
+        MSE for regression. For a dict of teachers of several heads, return a dict with an
+        interpretation for each.
 
         Args:
             learn: The student.
@@ -41,8 +44,8 @@ class DistillInterpretation(Interpretation):
             ds_idx: Index of the student's DataLoader, if `dl` is None.
             dl: A DataLoader of the student's data.
             act: Activation for the student's predictions. None for that of its loss function.
-            kind: 'softmax', 'sigmoid' or 'regression'; None to read it from the loss function. Of
-                several heads, one for all or a dict.
+            kind: 'softmax', 'sigmoid' or 'regression'. None to derive it from the loss function.
+                For several heads, one value for all or a dict.
         """
         dl = learn.dls[ds_idx].new(shuffle=False, drop_last=False) if dl is None else dl
         if is_stream(dl):
@@ -69,7 +72,9 @@ class DistillInterpretation(Interpretation):
 
     def show_disagreements(self, k: int = 9, largest: bool = True, **kwargs):
         """Show items with fastai's `show_results`, with the teacher's prediction instead of the
-        label. Those of one of several heads are shown with the predictions of both models.
+        label.
+
+        With several heads, items are shown with the predictions of both models.
 
         Args:
             k: Number of items.
@@ -88,13 +93,13 @@ class DistillInterpretation(Interpretation):
         t, s = inps + tuplify(taught), inps + tuplify(decoded)
         try:
             self.dl.show_results(t, tuplify(decoded), max_n=len(idxs), **kwargs)
-        # subtle: fastai 2.8's own function fails for texts, and for images with numbers
+        # subtle: fastai 2.8's own function fails for texts, and for images with numeric labels
         except (TypeError, AttributeError):
             show_plainly(self.dl, t, s, len(idxs))
         name_both()
 
     def _rows_of_head(self, idxs):
-        """(item, the teacher's prediction, the student's) of these items."""
+        """Return (item, teacher prediction, student prediction) for these items."""
         dl, names = self.dl.new(get_idxs=lambda: idxs), vocab_of(self.head.of(self.learn).dls)
         with restored(dl), guarded_random_state(), self.student, self.teacher:
             for b in dl:
@@ -116,7 +121,7 @@ class DistillInterpretation(Interpretation):
 
 
 def disagreements(learn, dl, student, teacher, task):
-    """Compute the distance between the models' predictions for each item, (n,), in the order of the
+    """Return the distance between the models' predictions for each item, (n,), in the order of the
     items.
     """
     idxs = dl.get_idxs() if hasattr(dl, 'get_idxs') else None
@@ -136,7 +141,7 @@ def disagreements(learn, dl, student, teacher, task):
 
 
 def distance(s, t, task):
-    """(B,) of each item."""
+    """Return the distance between the predictions for each item, (B,)."""
     if s.numel() != t.numel():
         raise DistillError(
             f"The student's outputs have shape {tuple(s.shape)}, the teacher's {tuple(t.shape)}."
@@ -155,7 +160,7 @@ def show_plainly(dl, t, s, n):
     """
     import matplotlib.pyplot as plt
 
-    plt.close('all')  # the empty grid that the failed function left
+    plt.close('all')  # close the empty figure that the failed function left
     (_, _, taught), (_, _, own) = (dl._pre_show_batch(b, max_n=n) for b in (t, s))
     show_rows([(x, a, b) for (x, a), (_, b) in zip(taught, own)])
 
@@ -164,7 +169,7 @@ def show_rows(rows):
     """Show items with both predictions.
 
     Args:
-        rows: (item, the teacher's prediction, the student's) of each.
+        rows: (item, teacher prediction, student prediction) for each item.
     """
     import pandas as pd
 
@@ -180,7 +185,7 @@ def show_rows(rows):
 
 
 def predictions(model, x, names):
-    """What a model predicts for each sample, as text: the class, or its outputs."""
+    """Return what a model predicts for each sample as text: the class, or its outputs."""
     model.reset()
     found = model(*x).logits.cpu()
     if model.kind == 'softmax':

@@ -1,6 +1,7 @@
-"""Language models: their samples are cut from all texts in a row.
+"""Language models, whose samples are cut from the concatenated texts.
 
-So samples follow one another, and a teacher may have a hidden state."""
+Consecutive samples continue a text, so a teacher may have a hidden state.
+"""
 
 from contextlib import contextmanager
 from dataclasses import replace
@@ -28,7 +29,7 @@ __all__ = [
 
 
 def inner_dl(dl):
-    """The DataLoader inside fastai's distributed one."""
+    """Return the DataLoader inside fastai's distributed one."""
     return getattr(dl, 'dl', dl) if isinstance(getattr(dl, 'dl', None), TfmdDL) else dl
 
 
@@ -37,7 +38,7 @@ def is_stream(dl):
 
 
 class Texts:
-    """Texts in a given order, each made when it is read."""
+    """Texts in a given order, each created when it is read."""
 
     def __init__(self, order, make):
         self.order, self.make = order, make
@@ -50,12 +51,12 @@ class Texts:
 
 
 def in_a_row(dl, order: list, make) -> Chunks:
-    """The texts as one sequence, from which pieces can be cut.
+    """Return the texts as one sequence, from which pieces can be cut.
 
     Args:
         dl: A language model's DataLoader.
-        order: Of its texts.
-        make: fn(number) -> tokens of a text.
+        order: Order of its texts.
+        make: fn(index) -> tokens of a text.
     """
     lens = dl.lens.coll
     return Chunks(Texts(order, make), [lens[i] for i in order])
@@ -63,25 +64,21 @@ def in_a_row(dl, order: list, make) -> Chunks:
 
 @contextmanager
 def in_first_order(dl):
-    """Inside, the texts of a language model begin in their first order, however often they were
-    shuffled before.
-    """
+    """Restore the initial order of a language model's texts inside the context."""
     dl = inner_dl(dl)
     if not is_stream(dl):
         yield
         return
     with restored(dl.items, dl.lens, only=['idxs']), restored(dl, only=['chunks']):
-        # subtle: they are shuffled in place, and the items and their lengths share one list
+        # subtle: texts are shuffled in place, and the items and their lengths share one list
         dl.items.idxs = dl.lens.idxs = L(sorted(dl.items.idxs))
         dl.make_chunks()
         yield
 
 
 def share_n_inp(dls):
-    """The number of inputs that a user set on the DataLoaders (dls.n_inp = 1) is that of each of
-    them.
-    """
-    with RandomGuard():  # fastai reads a batch to count its parts
+    """Copy the number of inputs set on the DataLoaders (dls.n_inp = 1) to each of them."""
+    with RandomGuard():  # fastai reads a batch to count its elements
         for dl in dls.loaders if 'n_inp' in vars(dls) else ():
             if hasattr(dl, 'after_batch') and dl.n_inp != dls.n_inp:
                 dl._n_inp = dls.n_inp
@@ -96,12 +93,17 @@ def model_outputs(teacher, b, n_inp) -> Outputs:
 
 
 def stream_outputs(teacher, dl, make, tasks: np.ndarray, bs: int):
-    """`Outputs` of each batch. A teacher with a hidden state runs each view from its start, even a
-    stored part.
+    """Yield the `Outputs` of each batch.
+
+    A teacher with a hidden state runs each view from its start, including parts that are already
+    stored.
 
     Args:
-        make: fn(tasks) -> DataLoader of these tasks.
-        tasks, bs: Whole batches of tasks, one view after another.
+        teacher: The teacher.
+        dl: A language model's DataLoader.
+        make: fn(tasks) -> DataLoader for these tasks.
+        tasks: Complete batches of tasks, one view after another.
+        bs: Batch size.
     """
     firsts, n = tasks[::bs].tolist(), dl.n
     runs = list(with_lead_in(firsts, bs, n)) if teacher.remembers else [(t, True) for t in firsts]
@@ -115,8 +117,9 @@ def stream_outputs(teacher, dl, make, tasks: np.ndarray, bs: int):
 
 
 def with_lead_in(firsts, bs, n):
-    """(first task of a batch, is it requested?). Before a requested batch come the earlier batches
-    of its view.
+    """Yield (first task of a batch, True if the batch is requested).
+
+    A requested batch is preceded by all earlier batches of its view.
     """
     ready = None
     for t in firsts:
@@ -127,8 +130,9 @@ def with_lead_in(firsts, bs, n):
 
 
 def of_length(out: Outputs, n: int) -> Outputs:
-    """Outputs (B, L, ...) padded or cut to `n` tokens. The last batch of a stream is shorter, but
-    stored rows are not.
+    """Pad or cut outputs (B, L, ...) to `n` tokens.
+
+    The last batch of a stream is shorter, but stored rows all have the same length.
     """
     length = (out.logits.ids if isinstance(out.logits, TopK) else out.logits).shape[1]
     if length == n:
@@ -144,7 +148,7 @@ def of_length(out: Outputs, n: int) -> Outputs:
         if isinstance(t, TopK):
             return replace(t, ids=fit(t.ids), values=fit(t.values), rest=fit(t.rest))
         if t.shape[1:2] != (length,):
-            return t  # it has no value for each token
+            return t  # not one value per token
         return t[:, :n] if n <= t.shape[1] else F.pad(t, [0] * (2 * t.dim() - 3) + [n - t.shape[1]])
 
     return replace(

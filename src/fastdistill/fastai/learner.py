@@ -28,7 +28,7 @@ __all__ = []
 def distill(
     self: Learner,
     teacher,
-    n_epoch,
+    n_epoch: int,
     lr_max=None,
     recipe=None,
     *,
@@ -36,20 +36,21 @@ def distill(
     alpha=None,
     temperature=None,
     loss=None,
-    kind=None,
-    axis=None,
-    span='fine_tune',
+    kind: str | dict | None = None,
+    axis: int | dict | None = None,
+    span: str = 'fine_tune',
     output=None,
     unlabeled=None,
     unlabeled_targets=None,
-    perturbed=0,
-    check=True,
-    fine_tune=False,
+    perturbed: int = 0,
+    check: bool = True,
+    fine_tune: bool = False,
     cbs=None,
     **kwargs,
-):
-    """Train with the 1cycle policy, or `fine_tune`, and `KnowledgeDistillation(teacher, ...)`.
-    Return that callback.
+) -> KnowledgeDistillation:
+    """Train with `KnowledgeDistillation(teacher, ...)` and return that callback.
+
+    Uses the 1cycle policy, or `fine_tune`.
 
     Args:
         teacher: What `KnowledgeDistillation` takes.
@@ -61,15 +62,16 @@ def distill(
         alpha: Weight of the teacher. The task loss has weight 1-alpha.
         temperature: Alias of T.
         loss: Your own loss, fn(student_logits, teacher_logits, *targets).
-        kind: 'softmax', 'sigmoid' or 'regression'; None to read it from the Learner's loss
+        kind: 'softmax', 'sigmoid' or 'regression'. None to derive it from the Learner's loss
             function.
-        axis: Class axis; None to read it from the Learner's loss function.
+        axis: Class axis. None to derive it from the Learner's loss function.
         span: 'fine_tune' to run schedules once over a whole `fine_tune`, 'fit' to run them once in
             each of its two fits.
         output: Which of the student's outputs is distilled: a name, an index or a function.
-        unlabeled: More inputs, without labels: items as in the training set, or a DataLoader.
-        unlabeled_targets: A cache of the teacher's outputs for `unlabeled`, or its folder, of
-            several heads a dict. None to run the teacher.
+        unlabeled: Additional inputs without labels: items like those of the training set, or a
+            DataLoader.
+        unlabeled_targets: A cache of the teacher's outputs for `unlabeled`, or its folder. For
+            several heads, a dict. None to run the teacher.
         perturbed: For tables, the number of perturbed copies of each row, without labels.
         check: Whether to look for mistakes first.
         fine_tune: Whether to use `Learner.fine_tune`, which also gets the other options, instead of
@@ -111,26 +113,26 @@ def distill(
 def check_teacher(
     self: Learner,
     teacher,
-    kind=None,
-    axis=None,
+    kind: str | dict | None = None,
+    axis: int | dict | None = None,
     recipe=None,
     n: int = check.BATCHES,
     n_epoch: int | None = 10,
 ):
-    """Find mistakes that training with `teacher` would not show, and estimate its cost. Return a
-    list of findings, empty if nothing is wrong, that prints as a table.
-
-    Its `.facts` and `.costs` are the measurements, `.in_order` the checks that found nothing. For a
-    dict of teachers of several heads it is a dict of such lists, without costs.
+    """Find mistakes that training with `teacher` would not report, and estimate its cost.
 
     Args:
-        : The student.
         teacher: What `KnowledgeDistillation` takes.
-        kind: 'softmax', 'sigmoid' or 'regression'; None to read it from the loss function.
-        axis: Class axis; None to read it from the loss function.
+        kind: 'softmax', 'sigmoid' or 'regression'. None to derive it from the loss function.
+        axis: Class axis. None to derive it from the loss function.
         recipe: Recipe or term of the training, which is checked too.
         n: Number of validation batches to read. A quarter as many training batches are read.
         n_epoch: Number of epochs for which costs are estimated. None to skip this.
+
+    Returns:
+        A list of findings that prints as a table, empty if nothing is wrong. Its `.facts` and
+        `.costs` are the measurements, `.in_order` the checks that found nothing. For several heads,
+        a dict {head name: list}, without costs.
     """
     if is_heads(teacher):
         return check_heads(self, teacher, kind, axis, recipe, n)
@@ -144,25 +146,28 @@ def explain(
     self: Learner,
     teacher,
     callback: KnowledgeDistillation | None = None,
-    kind=None,
-    axis=None,
+    kind: str | dict | None = None,
+    axis: int | dict | None = None,
     n: int = 32,
 ):
-    """Find reasons why the teacher did not help more. Return a list of reasons, each with its
-    number and what to try. `.facts` are the measurements. For a dict of teachers of several heads,
-    return a dict of such lists. A cache can't replace the teacher here: pass the model itself.
+    """Find reasons why the teacher did not help more.
+
+    A cache can't replace the teacher here: pass the model itself.
 
     Args:
-        : The student, trained.
         teacher: What `KnowledgeDistillation` takes.
-        callback: Result of `distill`, for the fractions of the gradient in that training.
-        kind: 'softmax', 'sigmoid' or 'regression'; None to read it from the loss function.
-        axis: Class axis; None to read it from the loss function.
+        callback: Result of `distill`, for the gradient norms in that training.
+        kind: 'softmax', 'sigmoid' or 'regression'. None to derive it from the loss function.
+        axis: Class axis. None to derive it from the loss function.
         n: Number of validation batches, and of training batches, to read.
+
+    Returns:
+        A list of reasons, each with its number and what to try. `.facts` are the measurements. For
+        several heads, a dict {head name: list}.
     """
     if not isinstance(callback, KnowledgeDistillation | None):
         raise DistillError(
-            f'callback is a {type(callback).__name__}: give what distill() returned, or nothing.'
+            f'callback is a {type(callback).__name__}: must be what distill() returned, or omitted.'
         )
     steps = getattr(callback, 'n_steps', None) or getattr(self, 'train_iter', None) or None
     trained = None if callback is None else callback.distiller
@@ -186,19 +191,22 @@ def explain(
 
 
 @patch
-def calibrate(self: Learner, dl=None, *, fold: bool = True, kind=None, axis=None) -> Calibration:
-    """Fit a temperature to the model's probabilities on validation data (one for each label, if it
-    predicts several labels), and divide the weights of its last linear layer by it. The predicted
-    classes stay the same, and their probabilities become less, or more, confident.
+def calibrate(
+    self: Learner, dl=None, *, fold: bool = True, kind: str | None = None, axis: int | None = None
+) -> Calibration:
+    """Fit a temperature on validation data and fold it into the model's last linear layer.
+
+    The layer's weights are divided by the temperature (one for each label, if the model predicts
+    several labels). The predicted classes stay the same; their probabilities become less, or more,
+    confident.
 
     Args:
-        : A trained Learner.
         dl: Labeled data that the model was not trained on. None for the validation set.
         fold: Whether to change the model. False to only measure. Models without a suitable last
-            layer stay as they are: divide their logits by `.temperature`, or
+            layer are not changed: divide their logits by `.temperature`, or use
             `export_student(learn, path, temperature=...)`.
-        kind: 'softmax' or 'sigmoid'; None to read it from the loss function.
-        axis: Class axis; None to read it from the loss function.
+        kind: 'softmax' or 'sigmoid'. None to derive it from the loss function.
+        axis: Class axis. None to derive it from the loss function.
 
     Returns:
         A `Calibration`, which prints as the temperature, and the calibration error, NLL and Brier
@@ -213,21 +221,23 @@ def calibrate(self: Learner, dl=None, *, fold: bool = True, kind=None, axis=None
 @patch
 def show_features(self: Learner, teacher, layers='auto', n: int = 4, p: float = 2):
     """Show attention maps of student and teacher side by side for `n` images of the validation set.
-    Return the figure, which notebooks show. For a dict of teachers of several heads, return a dict
-    of figures.
 
     Args:
-        : The student.
         teacher: What `KnowledgeDistillation` takes.
         layers: Layers with maps or tokens, named as in `Term`.
         n: Number of images.
         p: Exponent of the activations.
+
+    Returns:
+        The figure, which notebooks show. For several heads, a dict {head name: figure}.
     """
     valid, _ = prepared_batches(self, 1, 1)
     with RandomGuard(), closing(valid):
         x, _ = next(valid, (None, None))
     if x is None:
-        raise DistillError('These DataLoaders have no validation set, whose pictures are shown.')
+        raise DistillError(
+            'show_features shows images of the validation set, but these DataLoaders have none.'
+        )
     images = plots.picture_in(x)[:n]
     mean, std = [o.to(images) if hasattr(o, 'to') else o for o in image_stats(self.dls)]
     images = (images * std + mean).clamp(0, 1)

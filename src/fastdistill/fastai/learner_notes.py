@@ -1,4 +1,6 @@
-"What is remembered of a Learner from one fit to the next, outside of it: an exported or copied Learner has none of it."
+"""State of a Learner kept from one fit to the next, outside the Learner, so that exports and copies
+do not contain it.
+"""
 
 from dataclasses import dataclass, field
 from weakref import WeakKeyDictionary
@@ -8,15 +10,14 @@ __all__ = ['LearnerNotes', 'notes_of', 'passed_epochs']
 
 @dataclass
 class LearnerNotes:
-    """What is remembered of a Learner.
+    """State of a Learner kept between fits.
 
     Attributes:
-        fitting: The `KnowledgeDistillation` of the present fit.
+        fitting: The `KnowledgeDistillation` of the current fit.
         last_state: `KnowledgeDistillation.state_dict` after its last fit or load, for
-            `Learner.save`; None: there is none.
-        loaded_state: The same as `Learner.load` found it beside the student's file, for the next
-            fit.
-        passed_epochs: Cache -> number of epochs trained from it; the next fit continues with the
+            `Learner.save`. None if there is none.
+        loaded_state: State that `Learner.load` found next to the student's file, for the next fit.
+        passed_epochs: {cache: number of epochs trained from it}. The next fit continues with the
             next view.
     """
 

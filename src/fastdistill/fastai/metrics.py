@@ -11,8 +11,9 @@ __all__ = ['PartMetric', 'TaskMetric', 'column_of', 'columns_of', 'row_by_column
 
 
 def row_by_column(recorder, row) -> dict:
-    """Return {column of the progress table: number in this epoch}. It is None for a phase that did
-    not run or was cancelled.
+    """Return {column of the progress table: number in this epoch}.
+
+    The number is None for a phase that did not run or was canceled.
 
     Args:
         recorder: Recorder of fastai.
@@ -22,15 +23,16 @@ def row_by_column(recorder, row) -> dict:
     n_train = 1 if recorder.valid_metrics else len(names)
     if recorder.train_metrics and recorder.valid_metrics:
         n_train = len(names) // 2
-    # subtle: without metrics, both phases have a row of the same length
+    # subtle: without metrics, the rows of both phases have the same length
     only_valid = len(row) == len(names) - n_train and (len(row) != n_train or not recorder.losses)
     row = [*[None] * n_train, *row] if only_valid else [*row, *[None] * (len(names) - len(row))]
     return dict(zip(names, row))
 
 
 def columns_of(recorder) -> dict:
-    """Return {column of the progress table: number in each epoch}. Empty without a training, e.g.
-    after `validate`.
+    """Return {column of the progress table: number in each epoch}.
+
+    Empty without a training, e.g. after `validate`.
     """
     rows = [row_by_column(recorder, row) for row in getattr(recorder, 'values', [])]
     trained = any(v is not None for row in rows for k, v in row.items() if k.startswith('train_'))
@@ -81,7 +83,7 @@ class PartMetric(Metric):
 class TaskMetric(PartMetric):
     """Mean of the task loss over the training set, for comparison with `valid_loss`."""
 
-    # subtle: the Recorder measures metrics in validation, where this loss is `valid_loss`, so the callback measures it
+    # subtle: the Recorder computes metrics in validation, where this is `valid_loss`, so the callback computes it
     def __init__(self, kd):
         super().__init__(kd, 'task')
         self.start_training()
@@ -97,7 +99,7 @@ class TaskMetric(PartMetric):
         if (v := self.kd.parts.get('task')) is None:
             return
         n = find_bs(learn.yb)
-        # subtle: on the loss's device, so that no step waits for a GPU
+        # subtle: accumulate on the loss's device, so that no step waits for a GPU
         sums = torch.stack([v.float() * n, torch.full_like(v, n, dtype=torch.float)])
         self.training_sums = sums if self.training_sums is None else self.training_sums + sums
 

@@ -1,4 +1,4 @@
-"The teachers of one or several heads, looked at one by one."
+"""Run checks separately for the teacher of each head."""
 
 from ..base.distributed import counted_as_one
 from ..base.outputs import DistillError
@@ -12,18 +12,19 @@ __all__ = ['check_heads', 'running_heads']
 
 
 def running_heads(learn, teacher, kind, axis, output=None):
-    """(head, its task, its `Teacher`), of each head.
+    """Yield (head, its `Task`, its `Teacher`) for each head.
 
     Args:
+        learn: The student's Learner.
         teacher: What `KnowledgeDistillation` takes, except stored outputs.
-        kind, axis, output: As in `KnowledgeDistillation`
+        kind, axis, output: As in `KnowledgeDistillation`.
     """
     heads = comparisons_of(teacher, output)
     kinds = options_of_heads(kind, 'kind', heads)
     for k, h in heads.items():
         if k and feed_of(h.source) is not None:
             raise DistillError(
-                f"The head {k!r} has stored outputs, which can't be asked for other inputs: pass the "
+                f'The head {k!r} has stored outputs, but the teacher has to run on new inputs: pass the '
                 'teacher itself.'
             )
         task = h.task_of(learn, kinds[k], axis)
@@ -31,7 +32,7 @@ def running_heads(learn, teacher, kind, axis, output=None):
 
 
 def check_heads(learn, teachers, kind, axis, recipe, n) -> dict:
-    """Name of a head -> what `check_teacher` finds about its teacher, without costs."""
+    """Return {head name: findings of `check_teacher` about its teacher}, without costs."""
     recipes, out = options_of_heads(recipe, 'recipe', comparisons_of(teachers)), {}
     for h, task, t in running_heads(learn, teachers, kind, axis):
         with items_shown(learn.dls.loaders, t), counted_as_one():

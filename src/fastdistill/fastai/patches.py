@@ -1,18 +1,18 @@
-"""What fastdistill changes in fastai, in one place. The rest of fastai is not changed.
+"""All changes that fastdistill makes to fastai.
 
 | what | why | when |
 |---|---|---|
-| `DataBlock.__init__` | it counts a `TeacherBlock`, and the label before it, among the inputs | import |
+| `DataBlock.__init__` | it would count a `TeacherBlock` and the label before it as inputs | import |
 | `Datasets.decode` | `predict` and `show_results` have no prediction for the teacher's column | first target |
 | `Datasets.new_empty` | `export` would keep the teacher's column | first target |
 | `TfmdDL._one_pass` | `export` would keep the type of the teacher's targets | first target |
 | `TfmdDL._pre_show_batch` | fastai cannot show a tuple of label and teacher's target | first target |
-| `defaults.callbacks` | labels, MixUp and metrics must not see the target: see `TeacherTargets` | first target |
-| `Learner.fit` | no event follows an error or an interrupt: the callback of the fit cleans up here | first callback |
-| `Learner.fine_tune` | schedules span both of its phases: see `KnowledgeDistillation(span=)` | import |
-| `Learner.save` | with the optimizer, projectors are saved too, in a file beside the student's | first callback |
-| `Learner.load` | it loads that file | import |
-| `Recorder.plot_loss` | with a teacher, `train_loss` has another scale than the task losses | first callback |
+| `defaults.callbacks` | labels, MixUp and metrics must not see the target, see `TeacherTargets` | first target |
+| `Learner.fit` | there is no event after an error or an interrupt, so the callback cleans up here | first callback |
+| `Learner.fine_tune` | schedules span both of its phases, see `KnowledgeDistillation(span=)` | import |
+| `Learner.save` | also save the projectors, in a file next to the student's | first callback |
+| `Learner.load` | load that file | import |
+| `Recorder.plot_loss` | with a teacher, `train_loss` has a different scale than the task losses | first callback |
 | `Learner.distill` | a new method, in `learner.py` | import |
 | `Learner.check_teacher` | a new method, in `learner.py` | import |
 | `Learner.distill_find` | a new method, in `find.py` | import |
@@ -20,30 +20,30 @@
 | `Learner.calibrate` | a new method, in `learner.py` | import |
 | `Learner.show_features` | a new method, in `learner.py` | import |
 
-Why there is no other way:
+Why patches are needed:
 
-- `DataBlock`, `Datasets`, `TfmdDL`: a block can't say that it is not an input. Decoding, exporting and showing call no
-  transform that could drop a column, and what shows a batch is chosen by the types of input and label.
+- `DataBlock`, `Datasets`, `TfmdDL`: a block can't declare that it is not an input. No transform that could drop a
+  column is called in decoding, exporting and showing, and how a batch is shown depends on the types of input and label.
 - `defaults.callbacks` is fastai's own list of callbacks for new Learners.
-- `fit`, `fine_tune`, `save`, `load`: an interrupt, a phase, saving and loading send no event to a callback.
+- `fit`, `fine_tune`, `save`, `load`: callbacks get no event for interrupts, phases, saving and loading.
 - `plot_loss` draws all losses on one axis, and has no option for a second one.
 
-Tested with fastai 2.8.10 and 2.8.12. `tests/fastai/test_patches.py` has a test for each patch: that what it is for
-works, and that it would not work without it.
+Tested with fastai 2.8.10 and 2.8.12. `tests/fastai/test_patches.py` tests for each patch that its purpose is fulfilled
+with the patch, and not without it.
 
-"First target" is when the first `TeacherBlock` is made or unpickled, or the first fit begins whose
-batches bring their samples. "First callback" is when the first `KnowledgeDistillation` is made.
-Methods that are wrapped at import do what they did before as long as there is neither. They can't wait:
+"First target" is when the first `TeacherBlock` is created or unpickled, or when the first fit begins whose batches
+contain their samples. "First callback" is when the first `KnowledgeDistillation` is created. Until then, methods that
+are wrapped at import behave as before. They have to be wrapped at import for these reasons:
 
-- `DataBlock.__init__`: a `TeacherBlock` may be given as a class. fastai makes an instance of it when it is about to
-  count the inputs.
+- `DataBlock.__init__`: a `TeacherBlock` may be passed as a class, which fastai only instantiates right before it counts
+  the inputs.
 - `Learner.fine_tune`: in `learn.fine_tune(1, cbs=KnowledgeDistillation(teacher))`, Python looks up the method before it
-  makes the callback.
-- `Learner.load`: a student may be loaded before its callback is made.
+  creates the callback.
+- `Learner.load`: a student may be loaded before its callback is created.
 
 In a fit whose source needs the samples of a batch, `replay_dl.attach` sets `create_batches` and `after_batch` of the
-Learner's DataLoaders, which fastai takes as arguments of a DataLoader. They are set on the DataLoaders that the Learner
-has, since callbacks and users hold the same ones.
+Learner's DataLoaders, which are also arguments of fastai's DataLoader. The DataLoaders are changed in place, since
+callbacks and users refer to the same objects.
 """
 
 import functools
@@ -74,8 +74,8 @@ __all__ = ['DistillationCallback', 'patch_for_targets']
 
 
 class DistillationCallback(Callback):
-    """A callback that the wrapped methods of `Learner` know. Making the first one wraps those that
-    need it.
+    """A callback that the wrapped methods of `Learner` know. Creating the first one wraps the
+    methods that need it.
     """
 
     def __init__(self):
@@ -83,7 +83,7 @@ class DistillationCallback(Callback):
         super().__init__()
 
     def teardown(self, learn):
-        """Put everything back; safe to call at any time, and twice.
+        """Restore everything. Safe to call at any time, and repeatedly.
 
         Args:
             learn: The Learner of the fit.
@@ -91,7 +91,7 @@ class DistillationCallback(Callback):
         raise NotImplementedError
 
     def state_dict(self) -> dict:
-        """What a checkpoint needs beside the student."""
+        """Return what a checkpoint needs besides the student."""
         raise NotImplementedError
 
     def load_state_dict(self, state):
@@ -100,8 +100,9 @@ class DistillationCallback(Callback):
 
 
 def _n_inp_without_teacher(init):
-    """Inputs are all blocks but the last one (`n_inp` not given): here, all but the label and the
-    `TeacherBlock`s.
+    """Count the inputs without the label and the `TeacherBlock`s.
+
+    By default, fastai counts all blocks but the last one (`n_inp` not given).
     """
     sig = inspect.signature(init)
 
@@ -110,7 +111,7 @@ def _n_inp_without_teacher(init):
         try:
             given = sig.bind(self, *args, **kwargs)
         except TypeError:
-            return init(self, *args, **kwargs)  # which raises fastai's own error
+            return init(self, *args, **kwargs)  # raises fastai's own error
         blocks = given.arguments.get('blocks')
         if blocks is None:
             blocks = self.blocks
@@ -123,7 +124,9 @@ def _n_inp_without_teacher(init):
 
 
 def _is_teacher(block):
-    """A `TeacherBlock`, as an instance, as the class, or as a `functools.partial` of the class."""
+    """Return True for a `TeacherBlock` as an instance, a class, or a `functools.partial` of the
+    class.
+    """
     return getattr(getattr(block, 'func', block), 'holds_teacher', False)
 
 
@@ -132,7 +135,7 @@ def _without_targets(tls):
 
 
 def _decode_without_teacher(decode):
-    """An input and its prediction are decoded without the teacher's column."""
+    """Decode an input and its prediction without the teacher's column."""
 
     @functools.wraps(decode)
     def _decode(self, o, full=True):
@@ -145,7 +148,7 @@ def _decode_without_teacher(decode):
 
 
 def _empty_without_teacher(new_empty):
-    """The empty data of an exported student do not have the teacher's column."""
+    """Remove the teacher's column from the empty data of an exported student."""
 
     @functools.wraps(new_empty)
     def _new_empty(self):
@@ -158,8 +161,8 @@ def _empty_without_teacher(new_empty):
 
 
 def _types_without_teacher(one_pass):
-    """A DataLoader stores the types of a batch: the type of a teacher's target is stored as
-    `TensorBase`.
+    """Store `TensorBase` as the type of a teacher target, when a DataLoader stores the types of a
+    batch.
     """
 
     @functools.wraps(one_pass)
@@ -173,8 +176,9 @@ def _types_without_teacher(one_pass):
 
 
 def _show_without_teacher(pre_show_batch):
-    """How a batch is shown depends on the types of input and label, so the teacher's target is
-    removed first.
+    """Remove the teacher's target before a batch is shown.
+
+    How fastai shows a batch depends on the types of input and label.
     """
 
     @functools.wraps(pre_show_batch)
@@ -191,14 +195,14 @@ def _callback_on(learn):
 
 
 def _put_back_after(fit):
-    """Whatever ends a fit, nothing of distillation stays on the Learner."""
+    """Remove distillation from the Learner, however a fit ends."""
 
     @functools.wraps(fit)
     def _fit(self, *args, **kwargs):
         try:
             return fit(self, *args, **kwargs)
         finally:
-            # subtle: after an error, `Learner.fit` has removed the callbacks that it got
+            # subtle: after an error, `Learner.fit` has already removed the callbacks passed to it
             if (cb := notes_of(self).fitting) is not None:
                 cb.teardown(self)
 
@@ -206,7 +210,7 @@ def _put_back_after(fit):
 
 
 def _as_one_training(fine_tune):
-    """Meanwhile the Learner has an attribute with the epochs of both phases, and those that are
+    """Set an attribute on the Learner inside `fine_tune`: total epochs of both phases, and epochs
     done.
     """
     sig = inspect.signature(fine_tune)
@@ -231,7 +235,7 @@ def _file_beside(file):
 
 
 def _with_projectors(save):
-    """Projectors are saved in NAME.distill.pth beside the student's NAME.pth."""
+    """Save projectors in NAME.distill.pth next to the student's NAME.pth."""
 
     @functools.wraps(save)
     def _save(self, file, with_opt=True, **kwargs):
@@ -243,15 +247,16 @@ def _with_projectors(save):
         if state and (state.get('links') or state.get('distiller') is not None):
             torch.save(state, beside)
         else:
-            beside.unlink(missing_ok=True)  # it belonged to the student that this one replaces
+            beside.unlink(missing_ok=True)  # it belonged to the student that was overwritten
         return saved
 
     return _save
 
 
 def _with_its_projectors(load):
-    """The callback on the Learner gets what stands beside the student's file; without one, the next
-    fit's callback does.
+    """Load the projectors next to the student's file, for the Learner's callback.
+
+    Without a callback, the callback of the next fit gets them.
     """
 
     @functools.wraps(load)
@@ -267,7 +272,7 @@ def _with_its_projectors(load):
         if not beside.is_file():
             return out
         state = torch.load(beside, map_location='cpu', weights_only=True)
-        # subtle: also with a callback, which may leave the Learner before the next `save`, as after a fit
+        # subtle: even with a callback, since it may be removed before the next `save`, e.g. after a fit
         notes_of(self).last_state = state
         if cb is not None:
             cb.load_state_dict(state)
@@ -279,7 +284,7 @@ def _with_its_projectors(load):
 
 
 def _plot_labels_apart(plot_loss):
-    """The labels' losses, in training and validation, get an axis of their own on the right."""
+    """Plot the task losses of training and validation on an axis of their own on the right."""
 
     @functools.wraps(plot_loss)
     def _plot_loss(self, skip_start=5, with_valid=True, log=False, show_epochs=False, ax=None):
@@ -310,7 +315,7 @@ def _plot_labels_apart(plot_loss):
 
 
 def _once(cls, name, wrap):
-    """Wrap a method, but only once if this module is loaded again."""
+    """Wrap a method, only once even if this module is reloaded."""
     if hasattr(getattr(cls, name), '_knows_teacher'):
         return
     setattr(cls, name, wrap(getattr(cls, name)))
@@ -318,7 +323,7 @@ def _once(cls, name, wrap):
 
 
 def patch_for_targets():
-    """Wrap what must know of teacher's targets, once."""
+    """Wrap the methods that have to handle teacher targets, once."""
     _once(Datasets, 'decode', _decode_without_teacher)
     _once(Datasets, 'new_empty', _empty_without_teacher)
     _once(TfmdDL, '_one_pass', _types_without_teacher)

@@ -1,4 +1,6 @@
-"""The projectors' optimizer. Another group in the student's optimizer would break its schedules and
+"""Optimizer of the projectors.
+
+It is separate because another group in the student's optimizer would break schedules and
 checkpoints.
 """
 
@@ -15,12 +17,12 @@ __all__ = ['ProjectorOptimizer']
 
 
 class ProjectorOptimizer:
-    """Trains projectors with the student's kind of optimizer, and its current learning rate,
+    """Trains projectors with the student's type of optimizer and its current learning rate,
     momentum and weight decay.
 
     Args:
         learn: The student's Learner.
-        params: Of the projectors.
+        params: Parameters of the projectors.
     """
 
     def __init__(self, learn, params):
@@ -29,28 +31,29 @@ class ProjectorOptimizer:
         self.opt = make([self.params], lr=learn.lr)
 
     def average_gradients(self):
-        """Average the gradients over all processes: the projectors are not in
+        """Average the gradients over all processes, since projectors are not in
         DistributedDataParallel.
         """
         average_gradients(self.params)
 
     def step(self, learn, skip: bool = False):
-        """One step with the current hyperparameters of the student's last parameter group.
+        """Take a step with the current hyperparameters of the student's last parameter group.
 
         Args:
-            skip: The student's own step was skipped.
+            learn: The student's Learner.
+            skip: True if the student's own step was skipped.
         """
         overflow = self._unscale(getattr(learn, 'scaler', None))
         if not (skip or overflow):
             for k in ('lr', 'mom', 'wd'):
-                # subtle: `set_hyper` fails with numpy's numbers
+                # subtle: `set_hyper` fails with NumPy numbers
                 if k in self.opt.hypers[0] and k in learn.opt.hypers[-1]:
                     self.opt.set_hyper(k, float(learn.opt.hypers[-1][k]))
             self.opt.step()
         self.opt.zero_grad()
 
     def _unscale(self, scaler):
-        """Undo GradScaler's scaling of the loss; true if the gradients overflowed."""
+        """Undo GradScaler's scaling of the loss. Return True if the gradients overflowed."""
         grads = [p.grad for p in self.params if p.grad is not None]
         if scaler is None or not scaler.is_enabled() or not grads:
             return False
@@ -70,8 +73,9 @@ class ProjectorOptimizer:
 
 
 def as_builtins(o):
-    """Replace fastai's and NumPy's lists and numbers by Python's, since
-    `torch.load(weights_only=True)` refuses them.
+    """Replace fastai's and NumPy's lists and numbers by Python's.
+
+    `torch.load(weights_only=True)` would not load them.
     """
     if isinstance(o, dict):
         return {k: as_builtins(v) for k, v in o.items()}

@@ -1,6 +1,4 @@
-"""For teachers that read the raw items, texts or files, in their own way: which items a batch was
-made of.
-"""
+"""Give teachers the raw items of a batch (texts, files), which they process in their own way."""
 
 from contextlib import ExitStack, contextmanager
 
@@ -17,7 +15,7 @@ __all__ = ['items_shown', 'plan_of_items', 'raw_items', 'renewed', 'without_samp
 
 
 def raw_items(dl):
-    """The items of a DataLoader as they were given to it: the list of files or texts, or the
+    """Return the items of a DataLoader as they were passed to it: a list of files or texts, or a
     table.
     """
     refuse_unknown_items(dl)
@@ -25,13 +23,13 @@ def raw_items(dl):
 
 
 def given_items(dataset):
-    # subtle: fastai's tokenizer replaces the table of the inputs, but not that of the labels
+    # subtle: fastai's tokenizer replaces the table of the inputs, but not the table of the labels
     tls = getattr(dataset, 'tls', ())
     return tls[-1].items if len(tls) else items_of(dataset)
 
 
 def refuse_unknown_items(dl):
-    """Refuse a DataLoader that does not show which items a batch holds."""
+    """Raise an error for a DataLoader that does not show which items a batch holds."""
     why, ds = None, getattr(dl, 'dataset', None)
     if is_stream(dl):
         why = 'The samples of a language model are pieces of one long text, not items.'
@@ -46,17 +44,18 @@ def refuse_unknown_items(dl):
     if why is None:
         return
     raise DistillError(
-        'items= of the teacher needs to know of which items a batch was made, and here it is unknown: '
+        'items= of the teacher needs the items of each batch, which are unknown here: '
         f"{why} Teacher(model, inputs=fn) makes the teacher's inputs from the batch; for tables, an "
         'estimator takes frame=.'
     )
 
 
 def plan_of_items(dl, moved=()) -> Plan:
-    """Let batches bring the raw items.
+    """Return a plan that adds the raw items to the batches.
 
     Args:
-        moved: See `BatchSamples`
+        dl: The DataLoader.
+        moved: See `BatchSamples`.
     """
     items = raw_items(dl)
     return Plan(np.zeros(len(items), np.uint64), items=items, moved=list(moved), random=False)
@@ -68,11 +67,11 @@ def shows_items(dl):
 
 @contextmanager
 def items_shown(loaders, *teachers):
-    """Inside, the batches of these DataLoaders show their items.
+    """Add the raw items to the batches of these DataLoaders inside the context.
 
     Args:
         loaders: DataLoaders of fastai.
-        *teachers: Each a `Teacher`; if none reads items, nothing is done.
+        *teachers: `Teacher`s. If none of them reads items, nothing is done.
     """
     reads = any(t.needs == 'items' for t in teachers)
     with ExitStack() as stack:
@@ -84,11 +83,11 @@ def items_shown(loaders, *teachers):
 
 
 def renewed(dl, **options):
-    """`dl.new(...)`, which shows its items if `dl` does."""
+    """Return `dl.new(...)`, with raw items if the batches of `dl` have them."""
     new = dl.new(**options)
     return attach(new, sampled(dl).plan) if shows_items(dl) else new
 
 
 def without_samples(b):
-    """(batch as the model and its loss take it, its raw items or None)."""
+    """Split a batch into (batch for the model and the loss, raw items or None)."""
     return (b[:-1], b[-1].items) if isinstance(b[-1], BatchSamples) else (b, None)

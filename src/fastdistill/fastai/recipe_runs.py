@@ -1,9 +1,10 @@
-"Recipes with several seeds: the experiment behind a choice of recipe."
+"""Compare recipes by training students with several seeds."""
 
 import math
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from pathlib import Path
 
 from fastai.basics import Callback, Learner
 
@@ -26,47 +27,47 @@ from .trials import repeatable
 
 __all__ = ['compare_recipes']
 
-# metrics of fastai that are better when less
+# metrics of fastai for which lower is better
 LESS = 'loss', 'error', 'mae', 'mse', 'msle', 'rmspe', 'perplexity', 'hamming', 'brier'
 
 
 def compare_recipes(
-    make_student,
+    make_student: Callable[[], Learner],
     teacher,
     recipes: dict | None = None,
     n_epoch: int = 5,
     lr_max=None,
     *,
-    seeds=3,
+    seeds: int | list[int] = 3,
     metric: str | None = None,
     higher: bool | None = None,
-    folder=None,
+    folder: str | Path | None = None,
     progress: bool = True,
     **kwargs,
 ) -> RecipeReport:
-    """Train a student with each recipe and seed, one after another. With the same seed, all recipes
-    have the same start and the same batches. The baseline, which the others are compared with, is
-    the recipe None, or else the first.
+    """Train a student with each recipe and each seed, one after another.
 
-    Each student ends as after its own `distill` with the same random state. A teacher that runs is
-    run for each of them; with stored outputs (`cache_teacher`) it does not run at all.
+    With the same seed, all recipes start from the same weights and see the same batches. The others
+    are compared with the baseline: the recipe None, or else the first one. Each student ends up the
+    same as after a single `distill` with the same random state. A teacher is run again for each
+    student, unless its outputs are stored (`cache_teacher`).
 
     Args:
-        make_student: fn() -> a new Learner. Each recipe gets one that is made with the same
-            random numbers.
-        teacher: What `KnowledgeDistillation` takes. A dict: a teacher for each head.
-        recipes: Name -> recipe, 'auto' for `distill`'s default, None for labels alone; None:
-            these two.
-        lr_max: Maximum learning rate; or a list, one for each recipe.
-        seeds: How many, or a list of them.
-        metric: Column by which recipes are compared; None: the Learner's first metric, else
+        make_student: fn() -> new Learner. It is called with the same random state for each recipe.
+        teacher: What `KnowledgeDistillation` takes. For several heads, a dict {head name: teacher}.
+        recipes: {name: recipe}, with 'auto' for the default of `distill`, and None for training on
+            labels only. The default is to compare these two.
+        n_epoch: Number of epochs.
+        lr_max: Maximum learning rate, or a list with one for each recipe.
+        seeds: Number of seeds, or a list of seeds.
+        metric: Column by which recipes are compared. None for the Learner's first metric, or else
             'valid_loss'.
-        higher: Is more of it better? None: read off its name.
-        folder: Where each finished training is written: the same call continues from there, and
-            several processes may share it. Different samples are an error. None: nothing is
-            written.
-        progress: Show a bar.
-        **kwargs: More options of the training, as in `distill`
+        higher: Whether higher is better. None to tell by the name of the metric.
+        folder: Folder in which finished trainings are stored. The same call resumes from there, and
+            several processes can share it. It is an error if the samples have changed. None to
+            store nothing.
+        progress: Whether to show a progress bar.
+        **kwargs: More options of the training, as in `distill`.
     """
     if isinstance(make_student, Learner) or not callable(make_student):
         raise DistillError(
@@ -85,13 +86,13 @@ def compare_recipes(
     seeds = list(range(seeds)) if isinstance(seeds, int) else [int(s) for s in seeds]
     if len(recipes) < 2 or not seeds:
         raise DistillError(
-            f'{len(recipes)} recipe(s) and {len(seeds)} seed(s): give two recipes or more, and one seed '
-            'or more.'
+            f'{len(recipes)} recipe(s) and {len(seeds)} seed(s): give at least two recipes and '
+            'one seed.'
         )
     if 'cbs' in kwargs:
         raise DistillError(
-            'cbs=: a callback belongs to one Learner. Add callbacks in make_student, which makes new ones '
-            'for each student.'
+            'cbs=: a callback belongs to one Learner. Create the callbacks in make_student, so '
+            'that each student gets new ones.'
         )
     lrs = dict(zip(recipes, one_each('lr_max', lr_max, recipes)))
     texts = {k: comparable_text(r) for k, r in recipes.items()}
@@ -131,23 +132,26 @@ def compare_recipes(
 
 
 def one_each(name, value, recipes):
-    """One value for each recipe."""
+    """Return one value for each recipe."""
     if not isinstance(value, list | tuple):
         return [value] * len(recipes)
     if len(value) != len(recipes):
         raise DistillError(
-            f'{name} has {len(value)} values for {len(recipes)} recipes: give one, or one for each.'
+            f'{name} has {len(value)} values for {len(recipes)} recipes: pass one value, or one for each recipe.'
         )
     return value
 
 
 def comparable_text(o):
-    """For a comparison with another process: without addresses in memory."""
+    """Return a text that is equal in different processes, without memory addresses."""
     return re.sub(r' at 0x[0-9a-fA-F]+', '', repr(o))
 
 
 def teacher_text(teacher):
-    """A fingerprint of the teacher's weights, or of the cache; of several heads, of each teacher."""
+    """Return a fingerprint of the teacher's weights or of the cache.
+
+    For several heads, it has a fingerprint for each teacher.
+    """
     if is_heads(teacher):
         each = {k: '' if t is None else teacher_text(t) for k, t in teacher.items()}
         return ', '.join(f'{k}: {text}' for k, text in each.items())
@@ -168,28 +172,29 @@ class Students:
     """Trains the student of a run.
 
     Args:
-        lrs: Recipe -> maximum learning rate.
-        **options: Of `distill`
+        lrs: {recipe name: maximum learning rate}.
+        **options: Options of `distill`.
     """
 
     def __init__(self, make_student, teacher, recipes, n_epoch, lrs, metric, options):
         self.make_student, self.teacher, self.recipes = make_student, teacher, recipes
         self.n_epoch, self.lrs, self.metric, self.options = n_epoch, lrs, metric, options
-        self.starts = {}  # seed -> fingerprint of the weights with which its students begin
-        self.samples = None  # those of the first student, as text
+        self.starts = {}  # {seed: fingerprint of the initial weights of its students}
+        self.samples = None  # description of the first student's samples
 
     def train(self, run, after_epoch, late):
-        """The numbers of a training, as plain data."""
+        """Train the student of a run. Return its numbers as plain data."""
         learn = student_of(self.make_student, run.seed)
         start = fingerprint(learn.model.state_dict())
         if self.starts.setdefault(run.seed, start) != start:
             raise DistillError(
-                'make_student() returned students that begin with different weights, with the same random '
-                'state of Python, NumPy and PyTorch. Make a new model in each call, from these generators.'
+                'make_student() returned students with different initial weights, although the '
+                'random state of Python, NumPy and PyTorch was the same. Make a new model in each '
+                'call, using only these random generators.'
             )
         own = [m.name for m in learn.metrics]
         self.samples = self.samples or samples_text(learn.dls)
-        # subtle: labels alone go through `distill` too, so that a cache gives them the same views of the samples
+        # subtle: training on labels only goes through `distill` too, so that a cache replays the same views
         recipe = self.recipes[run.name]
         options = dict(self.options)
         if recipe is None:
@@ -203,21 +208,24 @@ class Students:
         return dict(start=start, samples=self.samples, metrics=own, history=history_of(learn))
 
     def check_start(self, runs):
-        """Refuse a folder with students that began with other weights, or saw different samples."""
+        """Raise an error if the folder has students with different initial weights or different
+        samples.
+        """
         finished = runs.finished()
         self.starts = {r.seed: r.result['start'] for r in finished}
         for run in finished[:1]:
             learn = student_of(self.make_student, run.seed)
             if fingerprint(learn.model.state_dict()) != self.starts[run.seed]:
                 raise DistillError(
-                    f'{runs.folder} holds an experiment with another student: make_student() now '
-                    f'begins with other weights for seed {run.seed}. Give this one another folder.'
+                    f'{runs.folder} holds an experiment with a different student: make_student() '
+                    f'now returns different initial weights for seed {run.seed}. Use a different '
+                    'folder.'
                 )
             now, before = samples_text(learn.dls), run.result.get('samples')
             if before != now:
                 raise DistillError(
                     f'{runs.folder} holds an experiment with different samples: {before} there, '
-                    f'{now} now. Give this one another folder.'
+                    f'{now} now. Use a different folder.'
                 )
 
 
@@ -227,16 +235,17 @@ def samples_text(dls):
     for dl, name in zip(dls.loaders, ('training', 'validation')):
         try:
             keys = item_keys(dl, None, root)
-        except DistillError:  # a stream, or a dataset that does not show its samples
+        except DistillError:  # an iterable dataset, or one that does not show its samples
             continue
         parts.append(f'{len(keys):,} {name} samples ({fingerprint(keys)[:8]})')
     return ' and '.join(parts)
 
 
 class WatchEpochs(Callback):
-    """Reports the first of some columns after each epoch.
+    """Callback that reports a column of the training table after each epoch.
 
     Args:
+        names: Names of columns. The first one that exists is reported.
         after_epoch: fn(value).
     """
 
@@ -253,7 +262,7 @@ class WatchEpochs(Callback):
 
 
 def progress_of(run, wanted, n_epoch):
-    """(text, share of all trainings that is done)."""
+    """Return (text, fraction of all trainings that is done)."""
     done = [(r.name, r.seed) for r in wanted].index((run.name, run.seed))
     epochs = len(run.scores)
     share = (done + min(epochs / n_epoch, 1)) / len(wanted)
@@ -261,7 +270,7 @@ def progress_of(run, wanted, n_epoch):
 
 
 def possible_columns(metric, own):
-    """Names of the columns that may be compared: the first one with numbers is."""
+    """Return the names of columns to compare by. The first one with numbers is used."""
     return [
         o for n in ([*own, 'valid_loss'] if metric is None else [metric]) for o in (n, f'valid_{n}')
     ]
@@ -272,6 +281,6 @@ def find_metric(metric, own, runs):
         if all(r.value(name) is not None for r in runs):
             return name
     raise DistillError(
-        f'metric={metric!r}: not all students have a number for it. They have '
+        f'metric={metric!r}: not all students have a value for it. The columns are '
         f'{", ".join(runs[0].history)}.'
     )

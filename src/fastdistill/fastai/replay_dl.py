@@ -1,6 +1,4 @@
-"""A DataLoader whose batches know their samples, and whose random transforms may repeat the views of
-a cache.
-"""
+"""Attach sample information to the batches of a DataLoader, and replay the random views of a cache."""
 
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -25,18 +23,18 @@ __all__ = ['Plan', 'SampledBatches', 'attach', 'detach', 'refuse_unindexed', 'sa
 
 @dataclass
 class Plan:
-    """What the batches of a DataLoader bring for their samples.
+    """What is added to the batches of a DataLoader, and whether random transforms are replayed.
 
     Attributes:
-        keys: Key of each sample by its position in the dataset, (N,) uint64.
-        views: Number of views that are repeated. 0: nothing is replayed.
-        cache: Its rows are brought. None: no rows.
-        at: Row of each sample, (N,).
-        items: Raw items of all samples, which are brought. None: no items.
+        keys: Key of each sample by position in the dataset, (N,) uint64.
+        views: Number of views that are repeated. 0 if nothing is replayed.
+        cache: Cache whose rows are added. None for no rows.
+        at: Row of each sample in the cache, (N,).
+        items: Raw items of all samples, to be added. None for no items.
         moved: See `BatchSamples`.
-        epoch: Number of the epoch, on which views depend.
-        random: Random transforms are seeded.
-        stream: Samples follow one another in a text, so all have the same view.
+        epoch: Epoch number, which determines the view.
+        random: True if random transforms are seeded.
+        stream: True if samples follow one another in a text, so that all have the same view.
     """
 
     keys: np.ndarray
@@ -51,7 +49,9 @@ class Plan:
     stream: bool = False
 
     def sample(self, i) -> tuple:
-        """(position, view) of a sampler's index. A writer's index is such a pair itself."""
+        """Return (position, view) for an index of the sampler. The index of a writer is already a
+        pair.
+        """
         if isinstance(i, tuple):
             return i
         key = 0 if self.stream else int(self.keys[i])
@@ -59,8 +59,9 @@ class Plan:
 
 
 class SampledBatches:
-    """Makes the batches of a DataLoader: (batch, its `BatchSamples`). If the plan says so, the random
-    numbers of an item depend on the sample and the view.
+    """Makes batches of a DataLoader: (batch, its `BatchSamples`).
+
+    If the plan says so, the random numbers of an item depend only on the sample and the view.
 
     Args:
         dl: The DataLoader.
@@ -69,19 +70,19 @@ class SampledBatches:
 
     def __init__(self, dl, plan, maker=None):
         self.dl, self.plan, self.maker = dl, plan, maker or dl
-        # subtle: fastai counts the parts of a first batch, which transforms may change
+        # subtle: fastai counts the parts of a batch at first use, and transforms may change their number
         self.n_inp = dl.n_inp
         self.look()
 
     def look(self):
-        """Find the generators inside transforms. They may be other objects in another epoch."""
+        """Find the generators inside transforms. These objects may be replaced in another epoch."""
         self.own = Generators(self.maker.after_item, self.maker.dataset)
 
     def create_batches(self, indices):
-        """What a DataLoader calls, in a worker if there are any."""
+        """Make batches for these indices. Called by the DataLoader, in a worker if there are any."""
         chunks = self.dl.chunkify(self._items(indices))
         while True:
-            # the global generators are restored once for each batch
+            # the global generators are restored once per batch
             with restored_once() if self.plan.random else nullcontext():
                 chunk = next(chunks, None)
                 b = chunk and self.dl.do_batch([item for *_, item in chunk])
@@ -106,7 +107,7 @@ class SampledBatches:
         return BatchSamples(at, views, rows, n_inp=self.n_inp)
 
     def item(self, at, view):
-        """The item at a position of the dataset, in one view. None if its transforms skip it."""
+        """Return one view of the item at a position of the dataset. None if its transforms skip it."""
         if not self.plan.random:
             return self.maker.do_item(at)
         seed = seeds_of(self.plan.seed, int(self.plan.keys[at]), view)
@@ -115,8 +116,8 @@ class SampledBatches:
 
 
 class SampledPieces(SampledBatches):
-    """The same for a language model, whose samples are cut from the joined texts: each view is an
-    order of the texts.
+    """`SampledBatches` of a language model, whose samples are cut from the concatenated texts. A
+    view is an order of the texts.
     """
 
     view = None
@@ -137,7 +138,7 @@ class SampledPieces(SampledBatches):
         return in_a_row(dl, order.tolist(), partial(self.text, seed))
 
     def text(self, seed, i):
-        """Text `i`. Its random numbers differ from those of the samples that are cut from it."""
+        """Return text `i`. Its random numbers differ from those of the samples cut from it."""
         get = lambda: self.maker.items.tfm(self.maker.items.coll[i])
         if not self.plan.random:
             return get()
@@ -146,21 +147,24 @@ class SampledPieces(SampledBatches):
 
 
 def sampled(dl) -> SampledBatches | None:
-    """What makes the batches of `dl`, if they know their samples."""
+    """Return the `SampledBatches` attached to `dl`. None if there is none."""
     own = getattr(vars(dl).get('create_batches'), '__self__', None)
     return own if isinstance(own, SampledBatches) else None
 
 
 def attach(dl, plan, maker=None):
-    """Let the batches of `dl` end with their samples. It stays the same object, so a Learner that
-    holds it gets them.
+    """Make the batches of `dl` end with their samples.
+
+    `dl` is changed in place, so a Learner that holds it gets these batches.
 
     Args:
-        maker: See `SampledBatches`
+        dl: The DataLoader.
+        plan: What is added to the batches.
+        maker: See `SampledBatches`.
     """
     detach(dl)
     refuse_unindexed(dl)
-    # subtle: bound methods are not copied by `dl.new()`, so its batches are the plain ones
+    # subtle: `dl.new()` does not copy bound methods, so the copy has plain batches
     dl.create_batches = (SampledPieces if plan.stream else SampledBatches)(
         dl, plan, maker
     ).create_batches
@@ -169,7 +173,7 @@ def attach(dl, plan, maker=None):
 
 
 def detach(dl):
-    """Undo `attach`; safe to call twice, and on a copy of the DataLoader."""
+    """Undo `attach`. It is safe to call twice, and on a copy of the DataLoader."""
     if sampled(dl) is None:
         return
     del dl.create_batches
@@ -179,7 +183,7 @@ def detach(dl):
 
 
 def refuse_unindexed(dl):
-    """Refuse a DataLoader whose samples have no indices."""
+    """Raise an error for a DataLoader whose samples have no indices."""
     what = type(dl).__name__
     if not hasattr(dl, 'after_batch') or not hasattr(dl, 'do_item'):
         raise DistillError(
@@ -193,13 +197,13 @@ def refuse_unindexed(dl):
         )
     if not dl.indexed:
         raise DistillError(
-            f'{what} loads data that can only be iterated: a stored output belongs to a sample, and '
-            'these samples have no indices. Use a dataset with __getitem__ and __len__.'
+            f'{what} has an iterable dataset, whose samples have no indices to which outputs '
+            'could be assigned. Use a dataset with __getitem__ and __len__.'
         )
     if (base := next((c for c in type(dl).__mro__ if c in KNOWN_LOADERS), None)) is None:
         raise DistillError(
-            f"{what} is none of fastai's loaders whose batches can be repeated: make the DataLoaders "
-            'with DataLoaders.from_dsets, or of TfmdDL.'
+            f'{what} is not a fastai loader whose batches can be replayed: create them with '
+            'DataLoaders.from_dsets, or from TfmdDL.'
         )
     if own := [
         m
@@ -207,8 +211,8 @@ def refuse_unindexed(dl):
         if getattr(type(dl), m) is not getattr(base, m)
     ]:
         raise DistillError(
-            f'{what} overrides {", ".join(own)}, so its batches could not be repeated: do this in the '
-            'dataset or in a transform.'
+            f'{what} overrides {", ".join(own)}, so its batches cannot be replayed: do this in '
+            'the dataset or in a transform.'
         )
 
 

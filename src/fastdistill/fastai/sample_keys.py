@@ -1,6 +1,4 @@
-"""The keys of a DataLoader's samples. They do not depend on labels, on the order of the data, or on
-the place of the folder.
-"""
+"""Keys that identify the samples of a DataLoader, whatever their labels, order and folder."""
 
 import os
 from pathlib import PurePath
@@ -21,13 +19,14 @@ __all__ = ['item_keys', 'items_of', 'key_root', 'matching_root', 'sample_files',
 
 
 def item_keys(dl, keys, root: str) -> np.ndarray:
-    """(N,) uint64 by position in the dataset. For a language model they also depend on all of its
-    texts.
+    """Return the keys of all samples by position in the dataset, (N,) uint64.
+
+    For a language model, they also depend on all of its texts.
 
     Args:
         dl: A DataLoader.
-        keys: The `keys=` of `cache_teacher`: a list, a function of an item, or None.
-        root: Paths are taken relative to it.
+        keys: Argument `keys` of `cache_teacher`: a list, a function of an item, or None.
+        root: Folder to which paths are taken relative.
     """
     names = keys_of_samples(dl.dataset, keys, root)
     if not is_stream(dl):
@@ -58,7 +57,7 @@ def keys_of_samples(dataset, keys, root):
 
 
 def items_of(dataset):
-    """The list or table from which a dataset makes its samples; None if it is unknown."""
+    """Return the list or table from which a dataset makes its samples. None if unknown."""
     return (
         dataset
         if isinstance(dataset, (list, tuple, L, np.ndarray))
@@ -67,17 +66,17 @@ def items_of(dataset):
 
 
 def keys_of_table(table):
-    """The key of a row is a hash of its content."""
+    """Return the keys of rows: hashes of their contents."""
     import pandas as pd
 
     try:
         return pd.util.hash_pandas_object(table, index=False).to_numpy(np.uint64)
     except TypeError:
-        return keys_of(table.to_numpy())  # cells that hold lists
+        return keys_of(table.to_numpy())  # cells that contain lists can't be hashed
 
 
 def input_columns(dataset, table):
-    """The columns of the model's inputs. A key depends neither on the label nor on unused columns."""
+    """Return the columns of the model's inputs. Keys depend on neither labels nor unused columns."""
     readers = [
         f
         for tl in getattr(dataset, 'tls', [])[: getattr(dataset, 'n_inp', 1)]
@@ -93,19 +92,20 @@ def input_columns(dataset, table):
 
 
 def column_name(table, c):
-    return c if c in table.columns else table.columns[c]  # readers take numbers, too
+    return c if c in table.columns else table.columns[c]  # readers also accept column numbers
 
 
 def key_root(dls) -> str:
-    """The root of relative paths: the DataLoaders' path, or else the common folder of all their
-    files.
+    """Return the root of relative paths: the path of the DataLoaders, or else the common folder of
+    all their files.
     """
     return root_of(dls.path) or common_folder(o for dl in dls.loaders for o in paths_in(dl))
 
 
 def paths_in(dl):
-    """The items that are paths, or tuples that begin with one. A text is a path if there is such a
-    file.
+    """Return the items that are paths, or tuples that begin with one.
+
+    A text is a path if such a file exists.
     """
     items = items_of(dl.dataset)
     if not isinstance(items, (list, tuple, L)):
@@ -121,8 +121,9 @@ def common_folder(items):
 
 
 def matching_root(cache, dls, dl) -> str:
-    """The root with which the first sample has a row. It differs if the folder was moved, or if
-    these are a part of the data.
+    """Return the root with which the first sample is found in the cache.
+
+    It differs from `key_root` if the folder was moved, or if this is only a part of the data.
     """
     first, root = next(iter(paths_in(dl)), None), key_root(dls)
     if first is None:
@@ -133,18 +134,20 @@ def matching_root(cache, dls, dl) -> str:
 
 
 def sample_files(dl, order=None):
-    """The file of each sample; None where samples are not files.
+    """Return the file of each sample, or None for samples that are not files.
 
     Args:
-        order: Positions in the dataset; None: its own order.
+        dl: The DataLoader.
+        order: Positions in the dataset. None for its own order.
     """
     files = None if is_stream(dl) else files_of(file_names(dl.dataset))
     return files if files is None or order is None else [files[i] for i in order]
 
 
 def file_names(dataset):
-    """What each sample is read from, as its `get_x` or the reader of a column says; else the items
-    themselves.
+    """Return what each sample is read from, according to `get_x` or the reader of a column.
+
+    If that is unknown, return the items themselves.
     """
     items, getter = items_of(dataset), first_transform(dataset)
     if hasattr(items, 'columns'):
@@ -159,11 +162,11 @@ def file_names(dataset):
         return items
     with RandomGuard() as guard:
         names = [getter(o) for o in items]
-    return items if guard.moved else names  # a file that is drawn at random is no sample's own
+    return items if guard.moved else names  # a randomly chosen file does not identify a sample
 
 
 def first_transform(dataset):
-    """What makes the first input of an item; None if there is none."""
+    """Return the transform that makes the first input of an item. None if there is none."""
     return next((f for tl in getattr(dataset, 'tls', [])[:1] for f in tl.tfms.fs), None)
 
 
@@ -174,8 +177,9 @@ def names_in_column(table, reader):
 
 
 def storage_order(dl):
-    """Positions in the order of the stored rows. Texts are sorted by length, so that padding does
-    not mix long and short.
+    """Return positions in the order of the stored rows.
+
+    Texts are sorted by length, so that batches need little padding.
     """
     if isinstance(dl, SortedDL):
         return np.argsort(-np.asarray(dl.res), kind='stable')

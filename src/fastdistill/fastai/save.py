@@ -37,16 +37,18 @@ model = load_student('FOLDER', model=make_the_same_network())
 
 def save_student(
     learn: Learner,
-    folder,
+    folder: str | Path,
     report: Report | None = None,
     *,
     onnx: bool | None = None,
     title: str = 'Student',
     temperature: float | list[float] | None = None,
 ) -> Path:
-    """Write a folder: weights (model.safetensors), facts such as class names and normalization
+    """Save a student as a folder without pickles.
+
+    It contains the weights (model.safetensors), facts such as class names and normalization
     (config.json), a model card (README.md) with the report's numbers, and the network
-    (student.onnx). Nothing in it is a pickle.
+    (student.onnx).
 
     Args:
         learn: The trained student.
@@ -54,8 +56,8 @@ def save_student(
         report: Report from `compare`, whose numbers go into the model card.
         onnx: Whether to write the network too. None to write it if it can be exported.
         title: Title of the card.
-        temperature: By which student.onnx divides its logits, as in `export_student`. It is stored in
-            config.json; the weights do not contain it.
+        temperature: Number by which student.onnx divides its logits, as in `export_student`. It is
+            stored in config.json, and not contained in the weights.
     """
     check_learner(learn, 'save_student')
     folder = Path(folder)
@@ -122,9 +124,10 @@ def card(title, facts, checked, report):
     return '\n'.join(lines if report is None else [*lines, report.to_markdown()])
 
 
-def load_student(folder, model: nn.Module | None = None):
-    """Load the student of a folder in evaluation mode, as a function of tensors. `.facts` are those
-    of config.json. Nothing is unpickled.
+def load_student(folder: str | Path, model: nn.Module | None = None):
+    """Load the student of a folder in evaluation mode, as a function of tensors.
+
+    `.facts` are those of config.json. Nothing is unpickled.
 
     Args:
         folder: Folder written by `save_student`.

@@ -1,5 +1,6 @@
-"""Estimators (scikit-learn, LightGBM ...) as teachers of tables: the rows of a batch as they were
-before the transforms.
+"""Use estimators (scikit-learn, LightGBM, ...) as teachers for tables.
+
+They get the rows of a batch as they were before the transforms.
 """
 
 import numpy as np
@@ -17,20 +18,20 @@ __all__ = ['RawRows', 'TableEstimator', 'table_of']
 
 KNOWN = Categorify, FillMissing, Normalize
 TARGETS = Categorize, EncodedMultiCategorize, RegressionSetup
-CHUNK = 2**16  # rows that are predicted at once
+CHUNK = 2**16  # number of rows predicted at once
 
 
 def table_of(dls) -> Tabular | None:
-    """The training set, if it is a table."""
+    """Return the training set if it is a table, else None."""
     ds = getattr(getattr(dls, 'train', None), 'dataset', None)
     return ds if isinstance(ds, Tabular) else None
 
 
 class TableEstimator(Estimator):
-    """An estimator for the batches of fastai's tables.
+    """An estimator for batches of fastai's tables.
 
-    The first batch makes it predict every row of the DataLoaders, at once. Rows of later batches
-    are found by their content. Others, such as perturbed ones, are predicted batch by batch.
+    On the first batch, it predicts all rows of the DataLoaders at once. Rows of later batches are
+    looked up by their content. Unknown rows, e.g. perturbed ones, are predicted batch by batch.
 
     Args:
         dls: DataLoaders of a table.
@@ -58,14 +59,17 @@ class TableEstimator(Estimator):
         return out
 
     def anew(self, *x):
-        """Predict the rows of a batch, known or not. With `frame`, a batch may lack columns, and
-        known rows are read.
+        """Predict the rows of a batch without looking them up.
+
+        With `frame`, a batch may lack columns, and known rows are read from it.
         """
         return self(*x) if self.frame is not None else self.predict(self.in_order(self.raw(*x)))
 
     def _predict_all(self):
-        """Predict all rows. Rows that are equal for the student, but not for the teacher, get the
-        mean prediction.
+        """Predict all rows.
+
+        Rows that are equal for the student, but not for the teacher, get the mean of their
+        predictions.
         """
         tables = [dl.dataset for dl in self.dls.loaders if len(dl.dataset)]
         keys = np.concatenate([keys_of_rows(table_inputs(o)) for o in tables])
@@ -86,13 +90,13 @@ class TableEstimator(Estimator):
 
 
 def table_inputs(table):
-    """The inputs of a table's rows, as in a batch."""
+    """Return the inputs of a table's rows, as in a batch."""
     cats = tensor(table.cats).long()
     return (cats, tensor(table.conts).float()) if table.with_cont else (cats,)
 
 
 def keys_of_rows(x) -> np.ndarray:
-    """(B,) uint64 by the content of each row.
+    """Return keys of the contents of each row, (B,) uint64.
 
     Args:
         x: (B, columns) tensors.
@@ -107,12 +111,11 @@ def keys_of_rows(x) -> np.ndarray:
 
 
 class RawRows:
-    """Rows of a table as they were before `Categorify`, `Normalize` and `FillMissing`: columns by
-    name.
+    """Rows of a table before `Categorify`, `Normalize` and `FillMissing`, with columns by name.
 
     Args:
         table: The training set.
-        frame: The DataFrame that the DataLoaders were made from.
+        frame: The DataFrame from which the DataLoaders were made.
     """
 
     def __init__(self, table: Tabular, frame=None):
@@ -135,15 +138,16 @@ class RawRows:
 
     @property
     def why_lost(self):
-        """Why the rows can't be restored from a batch; None if they can."""
+        """Return why the rows can't be restored from a batch. None if they can."""
         if other := [type(p).__name__ for p in self.procs if not isinstance(p, (*KNOWN, *TARGETS))]:
             return f'It is unknown how to undo {few(other)}'
         if len(self.flags) < len(self.filled):
-            return f'FillMissing(add_col=False) does not show which cells of {few(self.filled)} were missing'
+            return f'FillMissing(add_col=False) does not record which cells of {few(self.filled)} were missing'
 
     def __call__(self, *x: Tensor):
-        """The rows of a batch as a DataFrame. A category that is not in the training set is a
-        missing value.
+        """Return the rows of a batch as a DataFrame.
+
+        A category that is not in the training set becomes a missing value.
 
         Args:
             *x: Inputs of a batch.
@@ -168,7 +172,7 @@ class RawRows:
 
         if self.categorify is None:
             return codes
-        values = list(self.categorify.classes[name])[1:]  # the first is the missing value
+        values = list(self.categorify.classes[name])[1:]  # the first class is the missing value
         if all(isinstance(v, str) for v in values):
             return pd.Categorical.from_codes(codes - 1, values)
         dtype = None if all(map(is_number, values)) else object
@@ -183,9 +187,7 @@ class RawRows:
         return {n: v * self.normalize.stds[n] + self.normalize.means[n] for n, v in columns.items()}
 
     def _is_whole(self, name, v):
-        """Are all values of a column whole numbers, as precisely as single-precision numbers can
-        show it?
-        """
+        """Return True if all values of a column are integers, up to single precision."""
         error = (
             1.3e-7 * np.abs(v - (0 if self.normalize is None else self.normalize.means[name]))
             + 1e-6
@@ -193,7 +195,7 @@ class RawRows:
         return error.max() < 0.4 and (np.abs(v - np.round(v)) < error).all()
 
     def _typed(self, rows):
-        """The types of the columns as in `frame`."""
+        """Convert the columns to the types in `frame`."""
         if self.frame is None:
             return rows
         import pandas as pd
@@ -209,7 +211,7 @@ class RawRows:
         return rows
 
     def of_frame(self, table: Tabular):
-        """Its rows in `frame`, by their index.
+        """Return the rows of a dataset in `frame`, by their index.
 
         Args:
             table: One of the DataLoaders' datasets.
@@ -222,15 +224,15 @@ class RawRows:
             )
         if len(lost := index.difference(self.frame.index)):
             raise DistillError(
-                f'frame= has no rows {few(list(lost))}, which the DataLoaders have. Give the table that '
-                'they were made from.'
+                f'frame= has no rows {few(list(lost))}, which the DataLoaders have. Pass the '
+                'table from which they were made.'
             )
         rows = self.frame.loc[index]
         self._compare(rows, table_inputs(table))
         return rows
 
     def _compare(self, rows, x):
-        """Refuse a frame whose rows are not those of the DataLoaders."""
+        """Raise an error if the rows of the frame are not those of the DataLoaders."""
         if self.why_lost:
             return
         own = self(*x)
@@ -243,13 +245,13 @@ class RawRows:
             if not same.all():
                 i = int(np.argmin(same))
                 raise DistillError(
-                    f'frame= has other rows than the DataLoaders: {n} of the row {rows.index[i]} is '
-                    f'{b[i]!r} in frame, {a[i]!r} in the DataLoaders. Give the table that they were '
-                    'made from.'
+                    f'frame= has different rows than the DataLoaders: {n} of the row '
+                    f'{rows.index[i]} is {b[i]!r} in frame, {a[i]!r} in the DataLoaders. Pass the '
+                    'table from which they were made.'
                 )
 
 
-GIVE_FRAME = 'Give the table that the DataLoaders were made from: Teacher(pipeline, frame=df).'
+GIVE_FRAME = 'Pass the table from which the DataLoaders were made: Teacher(pipeline, frame=df).'
 
 
 def is_number(v):

@@ -1,4 +1,4 @@
-"Teacher outputs that the batches of a fit bring with them."
+"""Teacher outputs that are part of the batches of a fit."""
 
 import warnings
 
@@ -14,19 +14,21 @@ __all__ = ['GivenOutputs', 'HeldOutputs']
 
 
 class HeldOutputs:
-    """An `OutputSource` whose outputs are among the `BatchSamples` of a batch. It has no modules,
-    and always returns all stored layers.
+    """An `OutputSource` whose outputs are in the `BatchSamples` of a batch.
+
+    It has no modules, and always returns all stored layers.
     """
 
     kind, axis = 'softmax', 1
-    written_identity: dict = {}  # of the teacher whose outputs were stored, as far as it is known
+    written_identity: dict = {}  # identity of the teacher whose outputs were stored, if known
 
     def bind(self, learn, kind: str, axis: int):
-        """Prepare for the data of a Learner that is about to fit. Refuse data without outputs.
+        """Prepare for the data of a Learner about to fit. Raise an error if they have no outputs.
 
         Args:
+            learn: The Learner.
             kind: Kind of the logits, needed to mix them.
-            axis: Their class axis.
+            axis: Class axis of the logits.
         """
         self.kind, self.axis = kind, axis
 
@@ -73,9 +75,9 @@ class GivenOutputs(HeldOutputs):
     """Targets that a `TeacherBlock` added to the labels."""
 
     needs, name = 'target', 'stored outputs'
-    layers_advice = 'Outputs stored in the data have no layers: give the teacher itself, or a cache of its layers.'
+    layers_advice = 'Outputs stored in the data have no layers: pass the teacher itself, or a cache of its layers.'
     missing = (
-        "These batches hold no teacher's target. Give KnowledgeDistillation a teacher, or build the data with a "
+        'These batches have no teacher targets. Give KnowledgeDistillation a teacher, or build the data with a '
         'third block: DataBlock((ImageBlock, CategoryBlock, TeacherBlock), get_y=[label, teacher_row]).'
     )
 
@@ -106,15 +108,16 @@ class GivenOutputs(HeldOutputs):
 
 
 def in_first_batch(dl):
-    "Does the first batch of a DataLoader hold a teacher's target?"
+    """Return True if the first batch of a DataLoader has teacher targets."""
     with RandomGuard():
         b = next(iter(dl.new(num_workers=0) if isinstance(dl, TfmdDL) else dl), ())
     return isinstance(b, (tuple, list)) and any(isinstance(o, TeacherTarget) for o in b)
 
 
 def class_order(dls):
-    """Columns of the teacher's rows in the order of the labels' vocab; None if the order is the
-    same.
+    """Return the columns of the teacher's rows in the order of the labels' vocab.
+
+    None if the order is the same.
     """
     names = next((f.teacher_names for f in target_tfms(dls) if f.teacher_names), None)
     return None if names is None else stored_order(names, getattr(dls, 'vocab', None))

@@ -1,4 +1,4 @@
-"fastai's loss functions, registered by the kind of outputs that they take."
+"""Register fastai's loss functions with the kind of outputs that they take."""
 
 from fastai.basics import BaseLoss, DiceLoss, FocalLoss, LabelSmoothingCrossEntropy
 
@@ -11,8 +11,9 @@ register_losses('softmax', FocalLoss, LabelSmoothingCrossEntropy, DiceLoss)
 
 @register_wrapper
 def inside_mixup(lf):
-    """In training, MixUp replaces the loss function by its own method, and stores the old one in
-    `old_lf`.
+    """Return the loss function that MixUp replaced in training.
+
+    MixUp sets its own method as the loss function, and stores the old one in `old_lf`.
     """
     old = getattr(getattr(lf, '__self__', None), 'old_lf', None)
     return None if old is None else (old, None)
@@ -20,5 +21,5 @@ def inside_mixup(lf):
 
 @register_wrapper
 def inside_flat(lf):
-    """fastai's flat losses hold a loss of PyTorch, and the class axis."""
+    """Return the PyTorch loss inside one of fastai's flat losses, and its class axis."""
     return (lf.func, lf.axis) if isinstance(lf, BaseLoss) else None

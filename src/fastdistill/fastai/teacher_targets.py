@@ -1,6 +1,4 @@
-"""What a batch brings beside inputs and labels: its samples, or a teacher's target. It is removed
-before labels are used.
-"""
+"""Remove samples and teacher targets from a batch before inputs and labels are used."""
 
 import copy
 import inspect
@@ -23,8 +21,8 @@ __all__ = [
 
 
 class TeacherTarget(TensorBase):
-    """A teacher's output for an item. It has its own type, so that transforms of images, masks and
-    categories skip it.
+    """A teacher's output for an item. It is a type of its own, so that transforms of images, masks
+    and categories skip it.
     """
 
     def show(self, ctx=None, **kwargs):
@@ -32,8 +30,11 @@ class TeacherTarget(TensorBase):
 
 
 class TeacherTargets(Callback):
-    """Takes samples and teacher's targets out of the batch, since MixUp and metrics don't expect
-    them, and notes how MixUp or CutMix mixes the batch. A loss of three arguments gets the target.
+    """Callback that takes samples and teacher targets out of the batch, since MixUp and metrics
+    don't expect them.
+
+    It also records how MixUp or CutMix mixes the batch. A loss with three arguments gets the
+    target.
     """
 
     order, remove_on_fetch = -20, False
@@ -43,9 +44,9 @@ class TeacherTargets(Callback):
         self.samples = None
 
     def after_create(self):
-        """Remove the callback from a Learner whose batches bring nothing."""
+        """Remove the callback from a Learner whose batches have neither samples nor targets."""
         dls = self.learn.dls
-        # subtle: a DataLoader with its own `create_batches` may be prepared for a fit of another Learner
+        # subtle: a DataLoader with its own `create_batches` may belong to a fit of a different Learner
         own = any('create_batches' in vars(dl) for dl in getattr(dls, 'loaders', []))
         if not (own or target_tfms(dls)):
             self.learn.remove_cb(self)
@@ -54,16 +55,16 @@ class TeacherTargets(Callback):
         self.samples = None
         if any(isinstance(o, TeacherTarget) for o in self.xb):
             raise DistillError(
-                "The teacher's target is among the model's inputs: give Datasets or DataBlock n_inp=1 "
-                '(or the number of inputs).'
+                "The teacher's target is among the model's inputs: pass n_inp=1 (or the number "
+                'of inputs) to Datasets or DataBlock.'
             )
         *b, last = *self.xb, *self.yb
         if isinstance(last, BatchSamples):
-            # subtle: fastai's distributed DataLoader of a plain dataset takes all but the last part as inputs
+            # subtle: fastai's distributed DataLoader treats all parts of a plain dataset but the last as inputs
             self.samples, n = last, last.n_inp
             self.learn.xb, self.learn.yb = tuple(b[:n]), tuple(b[n:])
             if last.rows is not None:
-                # subtle: after the student ran, a copy to a GPU would wait for it
+                # subtle: copy now; after the student has been launched, a copy to a GPU would wait for it
                 last.rows = last.rows.to(next(tensors_in(self.xb), last.rows).device)
         if len(self.yb) and isinstance(self.yb[-1], TeacherTarget):
             if self.samples is None:
@@ -91,24 +92,24 @@ class TeacherTargets(Callback):
         if len(self.yb) and isinstance(self.yb[-1], TeacherTarget):
             self.learn.yb = self.yb[:-1]
 
-    # `__reduce__` is only for export: a copied Learner needs a callback that works
+    # `__reduce__` is only for export: a copied Learner needs a working callback
     def __deepcopy__(self, memo):
         new = type(self)()
         new.learn = copy.deepcopy(self.learn, memo)
         return new
 
-    # an exported Learner gets a callback that does nothing, and needs no fastdistill
+    # an exported Learner gets a no-op callback, so that it loads without fastdistill
     def __reduce__(self):
         return Callback, ()
 
 
 def samples_of(learn) -> BatchSamples | None:
-    """Return the samples of a Learner's current batch. None if it brought nothing."""
+    """Return the samples of a Learner's current batch. None if the batch has none."""
     return next((c.samples for c in learn.cbs if isinstance(c, TeacherTargets)), None)
 
 
 def recording(y, permutations):
-    """`y` as a tensor that appends each permutation that indexes it to `permutations`."""
+    """Return `y` as a tensor that appends each permutation that indexes it to `permutations`."""
     cls = type(y)
 
     class Recording(cls):
@@ -126,7 +127,7 @@ def recording(y, permutations):
 
 
 def takes_teacher(loss_func):
-    "Does this loss take (out, y, y_teacher)?"
+    """Return True if this loss takes (out, y, y_teacher)."""
     if isinstance(loss_func, BaseLoss):
         return False
     if isinstance(getattr(loss_func, '__self__', None), MixHandler):
@@ -145,12 +146,12 @@ def takes_teacher(loss_func):
 
 
 def makes_target(tfm) -> bool:
-    """Does this transform make teacher's targets of rows?"""
+    """Return True if this transform makes teacher targets of rows."""
     return getattr(tfm, 'makes_teacher_target', False)
 
 
 def target_tfms(dls):
-    """The transforms in these DataLoaders that make teacher's targets of rows."""
+    """Return the transforms in these DataLoaders that make teacher targets of rows."""
     datasets = [getattr(dl, 'dataset', None) for dl in getattr(dls, 'loaders', [])]
     return [
         f

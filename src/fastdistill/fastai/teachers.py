@@ -40,7 +40,7 @@ __all__ = [
     'teacher_of',
 ]
 
-# suffix -> how to write such a file
+# {suffix: how to write such a file}
 PICKLES = {
     '.pkl': 'teacher_learner.export({!r}) writes an exported Learner.',
     '.joblib': 'joblib.dump(estimator, {!r}) writes an estimator.',
@@ -48,9 +48,10 @@ PICKLES = {
 
 
 def teacher_of(obj, learn=None, task=None, **kwargs) -> Teacher:
-    """Convert `obj` to a `Teacher` for the batches of `learn`. Images are converted from the
-    student's normalization to the teacher's, and resized to the size on which the teacher's Learner
-    was trained.
+    """Convert `obj` to a `Teacher` for the batches of `learn`.
+
+    Images are converted from the student's normalization to the teacher's, and resized to the size
+    on which the teacher's Learner was trained.
 
     A Learner's statistics and image size are those of its DataLoaders at the time of this call. A
     pretrained `vision_learner` adds `Normalize` to its DataLoaders, so a student built on the
@@ -58,10 +59,11 @@ def teacher_of(obj, learn=None, task=None, **kwargs) -> Teacher:
     `.learner` is the teacher's Learner.
 
     Args:
-        obj: Learner, exported Learner (a .pkl) or estimator (a .joblib), whose code runs;
-            anything that `Teacher` takes; or a list of these.
-        learn: The student's Learner, or its DataLoaders: their `Normalize` and class names.
-        task: What the student predicts. It sets kind, axis, and the order of a Learner's classes.
+        obj: A Learner, an exported Learner (.pkl) or estimator (.joblib), whose code runs; anything
+            that `Teacher` takes; or a list of these.
+        learn: The student's Learner, or its DataLoaders, with their `Normalize` and class names.
+        task: What the student predicts. It determines kind, axis, and the order of a Learner's
+            classes.
         **kwargs: Options of `Teacher`.
     """
     dls = getattr(learn, 'dls', learn)
@@ -93,7 +95,9 @@ def teacher_of(obj, learn=None, task=None, **kwargs) -> Teacher:
         return of_learner(obj, own | kwargs)
     if isinstance(obj, Teacher):
         if obj.reads_items:
-            kwargs.pop('input_stats', None)  # they are those of the student's batch
+            kwargs.pop(
+                'input_stats', None
+            )  # the teacher reads raw items, not the student's normalized batches
         own = (
             {} if obj.given & {'select', 'classes'} else in_order(dls, class_names(obj, dls), task)
         )
@@ -114,8 +118,10 @@ def refuse_stored(teacher):
 
 
 def is_heads(teacher):
-    """Return True for a dict of teachers, one for each head. Raise a DistillError for a dict of
-    weights.
+    """Return True for a dict of teachers, one for each head.
+
+    Raises:
+        DistillError: If the dict holds weights.
     """
     if not isinstance(teacher, Mapping):
         return False
@@ -137,9 +143,7 @@ def refuse_heads(teacher):
 
 
 def adapted(teacher, kwargs):
-    """Return the Teacher with these options, except those it already has. If none is left, return
-    it unchanged.
-    """
+    """Return the Teacher with these options, except those it already has."""
     return teacher.with_defaults(**kwargs)
 
 
@@ -165,12 +169,13 @@ def on_table(teacher, dls):
 
 
 def class_names(teacher, dls):
-    """Names of the teacher's classes, in the order of its outputs; None if they have none. An
-    estimator that was fitted on the numbers 0, 1, 2 ... has none, unless the student's classes have
-    these names too.
+    """Return the names of the teacher's classes, in the order of its outputs. None if unknown.
+
+    An estimator fitted on the numbers 0, 1, 2, ... has no names, unless these are also the names of
+    the student's classes.
 
     Args:
-        teacher: One `Teacher`, no ensemble.
+        teacher: A single `Teacher`, not an ensemble.
         dls: The student's DataLoaders.
     """
     if teacher.learner is not None:
@@ -188,28 +193,32 @@ def class_names(teacher, dls):
 
 
 def same_column(dls, theirs):
-    """A teacher's DataLoaders, with the labels of the same head if `dls` are those of a head."""
+    """Return a teacher's DataLoaders, restricted to the labels of the same head if `dls` belong to
+    one.
+    """
     return dls.column_of(theirs) if hasattr(dls, 'column_of') else theirs
 
 
 def with_numbers(teacher, dls):
-    """A Teacher whose `classes` are numbers of the student's classes, if they were names."""
+    """Return a Teacher whose `classes` are indices of the student's classes instead of names."""
     if teacher.classes is None or dls is None or (vocab := vocab_of(dls)) is None:
         return teacher
     return Teacher(teacher, classes=class_groups(teacher.classes, 'classes', vocab))
 
 
 def other_size(dls, theirs):
-    """The option that resizes images to the size on which a teacher was trained; none if the
-    student's have this size.
+    """Return the option that resizes images to the size on which a teacher was trained.
+
+    Empty if the student's images have this size.
     """
     size = None if dls is None else size_of_images(theirs)
     return {} if size is None or size == size_of_images(dls) else dict(size=size)
 
 
 def in_order(dls, names, task):
-    """The option that puts a teacher's classes in the student's order; none if the order is the
-    same or unknown.
+    """Return the option that puts a teacher's classes in the student's order.
+
+    Empty if the order is the same or unknown.
     """
     if names is None or dls is None or task is None or task.kind == 'regression':
         return {}
@@ -218,8 +227,10 @@ def in_order(dls, names, task):
 
 
 def of_module(model, given):
-    """`stats` of a module. timm's modules know the normalization of their images. torchvision's
-    don't, which matters unless the student's normalization is ImageNet's.
+    """Return the option `stats` of a module.
+
+    timm's modules know the normalization of their images. torchvision's don't, which matters unless
+    the student's normalization is ImageNet's.
     """
     if timm_cfg(model):
         return 'auto'
@@ -237,7 +248,7 @@ def of_module(model, given):
 
 
 def exported(path):
-    """The Learner or the estimator in a pickle."""
+    """Load the Learner or the estimator from a pickle."""
     if not path.is_file():
         raise DistillError(
             f'There is no file {str(path)!r}. {PICKLES[path.suffix].format(path.name)}'
@@ -249,9 +260,9 @@ def exported(path):
         with warnings.catch_warnings():
             warnings.filterwarnings(
                 'ignore', message='load_learner. uses Python'
-            )  # the same in other words
+            )  # `warn_of_code` already says this
             return load_learner(path)
-    # subtle: any error at all, since the bytes of another file are instructions to pickle
+    # subtle: any error is possible, since pickle interprets the bytes of the file as instructions
     except Exception as e:
         reason = ' '.join(f'{type(e).__name__}: {e}'.split())
         raise DistillError(
@@ -262,15 +273,17 @@ def exported(path):
 
 
 def image_stats(dls) -> tuple:
-    """(mean, std) of the batches' `Normalize`; (0, 1) if there is none."""
+    """Return (mean, std) of the batches' `Normalize`, or (0, 1) if there is none."""
     tfms = getattr(getattr(dls, 'after_batch', None), 'fs', [])
     n = next((t for t in tfms if isinstance(t, Normalize)), None)
     return (0.0, 1.0) if n is None else (n.mean, n.std)
 
 
 def size_of_images(dls) -> tuple | None:
-    """(height, width) of the images in the batches: the size that the last resizing transform gives
-    them. Without such a transform it is the items' own; None if they are not images, or differ.
+    """Return (height, width) of the images in the batches, as given by the last resizing transform.
+
+    Without such a transform, it is the size of the items. None if they are not images, or differ in
+    size.
     """
     sizes = [
         size_after(t)
@@ -283,7 +296,7 @@ def size_of_images(dls) -> tuple | None:
 
 
 def size_after(tfm):
-    """(height, width) that a transform gives to all images; None if it does not resize."""
+    """Return (height, width) to which a transform resizes images. None if it does not resize."""
     if isinstance(tfm, (Resize, RandomResizedCrop, CropPad, RandomCrop)):
         return tuple(tfm.size[::-1])
     if isinstance(tfm, RandomResizedCropGPU):
@@ -292,14 +305,16 @@ def size_after(tfm):
 
 
 def size_of_items(dl):
-    """(height, width) of a few items of a DataLoader, if they are images of one size."""
+    """Return (height, width) of a few items of a DataLoader. None if they are not images of one
+    size.
+    """
     ds = getattr(dl, 'dataset', None)
     if not (
         hasattr(dl, 'do_item') and hasattr(ds, '__getitem__') and hasattr(ds, '__len__') and len(ds)
     ):
         return None
     with RandomGuard(), Generators(ds, dl.after_item).seeded(0):
-        # subtle: any error at all, since datasets may be the user's own. A fit shows it in full
+        # subtle: any error is possible, since datasets may be the user's own. A fit raises it again
         try:
             sizes = {size_of_item(dl.do_item(i)) for i in (0, len(ds) // 2, len(ds) - 1)}
         except Exception:
@@ -308,7 +323,7 @@ def size_of_items(dl):
 
 
 def size_of_item(x):
-    """(height, width) of an item's first part; None if it is not an image."""
+    """Return (height, width) of an item's first part. None if it is not an image."""
     while isinstance(x, (tuple, list)) and len(x):
         x = x[0]
     if isinstance(x, Tensor):

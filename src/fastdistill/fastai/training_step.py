@@ -1,4 +1,4 @@
-"The loss of a training step of a Learner, and the labels of a mixed batch."
+"""Change the loss of a Learner's training step, and read the labels of a mixed batch."""
 
 from fastai.callback.mixup import MixHandler
 
@@ -6,10 +6,11 @@ __all__ = ['add_distilled', 'add_loss', 'mixed_labels']
 
 
 def add_distilled(learn, r):
-    """Add the teacher's part to the loss of this batch.
+    """Add the distillation loss to the loss of this batch.
 
     Args:
-        r: `Distilled`, whose task loss is the Learner's loss.
+        learn: The student's Learner.
+        r: A `Distilled` whose task loss is the Learner's loss.
     """
     if r.added is None:
         return
@@ -20,19 +21,19 @@ def add_distilled(learn, r):
 
 
 def add_loss(learn, v):
-    """Add something to the loss of this batch."""
+    """Add a value to the loss of this batch."""
     learn.loss_grad, learn.loss = learn.loss_grad + v, learn.loss + v
 
 
 def regularizers(learn):
-    """What earlier callbacks added to the task loss."""
+    """Return what earlier callbacks added to the task loss."""
     a, b = learn.loss_grad, learn.loss
-    # subtle: where they added nothing, the task loss and its gradient must not be used at all: they may be nan
+    # subtle: if they added nothing, do not use the task loss or its gradient at all: they may be nan
     return 0.0 if origin(a) is origin(b) else (a - b).nan_to_num()
 
 
 def origin(loss):
-    """The operation that computed a loss, without the copies that fastai makes of it."""
+    """Return the operation that computed a loss, ignoring the copies that fastai makes of it."""
     fn = loss.grad_fn
     while fn is not None and fn.name() in ('AliasBackward0', 'CloneBackward0'):
         fn = fn.next_functions[0][0]
@@ -40,8 +41,9 @@ def origin(loss):
 
 
 def mixed_labels(learn):
-    """The second labels of a mixed batch, and the share of the first ones, where MixUp or CutMix
-    keep both apart; else None.
+    """Return (second labels, coefficient of the first ones) of a batch that MixUp or CutMix mixed.
+
+    None if the batch is not mixed, or its labels are not kept apart.
     """
     mixes = [c for c in learn.cbs if isinstance(c, MixHandler) and getattr(c, 'stack_y', False)]
     if not mixes or not learn.training:

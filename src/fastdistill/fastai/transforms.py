@@ -30,13 +30,15 @@ from .language_model import is_stream
 
 __all__ = ['Replay', 'augmented', 'describe_transforms', 'moves']
 
-# these draw no random numbers and transform each sample alone
+# these draw no random numbers and transform each sample independently
 FIXED = Normalize, IntToFloatTensor, ToTensor, ReadTabBatch
 
 
 class Replay(Pipeline):
-    """A DataLoader's `after_batch`, whose batches end with their samples. If the plan says so, it
-    repeats each sample's view.
+    """A pipeline that replaces a DataLoader's `after_batch`, and keeps the samples at the end of
+    the batch.
+
+    If the plan says so, it replays the view of each sample.
     """
 
     def __init__(self, pipe, plan):
@@ -48,7 +50,7 @@ class Replay(Pipeline):
             return super().__call__(o)
         (b, samples), p = o, self.plan
         if isinstance(b, list):
-            b = tuple(b)  # pinning memory makes lists of tuples
+            b = tuple(b)  # pinning memory turns tuples into lists
         b = self.replay(b, samples) if p.random else super().__call__(b)
         if p.items is not None:
             samples.items, samples.moved = items_at(p.items, samples.index.tolist()), p.moved
@@ -68,8 +70,9 @@ class Replay(Pipeline):
 
 
 def draws_alone(f):
-    """Must a transform get one sample at a time? Yes, if it has its own generator, or a list of
-    numbers for the positions in a batch.
+    """Return True if a transform must get one sample at a time.
+
+    This is the case if it has its own generator, or a list of numbers for the positions in a batch.
     """
     listed = lambda place, o: place[2] == 'draw' and isinstance(o, (list, tuple))
     return any(
@@ -83,7 +86,7 @@ def replay_one(f, b, seeds, split_idx, alone):
     if fixed(f):
         return f(b, split_idx=split_idx)
     x = first_of(b)
-    # subtle: these come before the check of `split_idx`, since theirs is that of the last batch
+    # subtle: handle these before the check of `split_idx`, since their own is from the last batch
     if isinstance(f, (AffineCoordTfm, SpaceTfm)) and isinstance(x, TensorImage):
         return (
             by_sample(f, b, seeds, split_idx) if alone else replay_drawn(f, b, x, seeds, split_idx)
@@ -111,15 +114,15 @@ def replay_drawn(f, b, x, seeds, split_idx):
     # subtle: with at least two samples, a number per batch and a number per sample have different shapes
     n = max(len(x), 2)
     like = TensorImage(torch.empty(1).expand(n, *x.shape[1:]))
-    like.__dict__.update(x.__dict__)  # img_size, if it has one
-    # subtle: with fastai's tensor types, each small operation would take many times longer
+    like.__dict__.update(x.__dict__)  # copies img_size, if there is one
+    # subtle: fastai's tensor types would make each small operation many times slower
     with (
         RandomGuard() as guard,
         PerSample(np.resize(seeds, n)),
         torch._C.DisableTorchFunctionSubclass(),
     ):
         f.before_call((like,), split_idx)
-    # it draws in a way that PerSample does not replace (batch=True)
+    # it draws random numbers in a way that PerSample does not replace (batch=True)
     if guard.moved:
         return by_sample(f, b, seeds, split_idx)
     if not f.do:
@@ -145,8 +148,9 @@ def replay_drawn(f, b, x, seeds, split_idx):
 
 
 def coupled(f, x):
-    """Does a sample's result depend on the others? fastai first shrinks images by the largest zoom
-    in the batch.
+    """Return True if a sample's result depends on the other samples.
+
+    fastai first shrinks images by the largest zoom in the batch.
     """
     if not isinstance(f, AffineCoordTfm):
         return False
@@ -176,14 +180,15 @@ def b_of(o, b):
 
 
 def describe_transforms(dl) -> dict:
-    """Name -> description of each transform that is replayed, except `Normalize`, since each model
-    may have its own.
+    """Return {name: description} of each transform that is replayed.
+
+    `Normalize` is left out, since each model may have its own.
     """
     out = {}
     if is_stream(dl):
         out['stream'] = f'{dl.bs} rows of {dl.bl} tokens, {dl.seq_len} at a time'
     tls = getattr(dl.dataset, 'tls', [])[: getattr(dl.dataset, 'n_inp', 1)]
-    # functions that read an item are not described: the items themselves are compared
+    # functions that read items are not described, since the items themselves are compared
     for i, tl in enumerate(tls):
         name_each(
             out, f'input {i}', [f for f in tl.tfms.fs if type(f) not in (Transform, ItemTransform)]
@@ -196,7 +201,7 @@ def describe_transforms(dl) -> dict:
         for f in dl.after_batch.fs
         if not (fixed(f) or isinstance(f, (AffineCoordTfm, SpaceTfm)))
     ]
-    # the same seed gives different numbers on different kinds of device
+    # the same seed gives different random numbers on different device types
     if own:
         out[f'device of {", ".join(own)}'] = getattr(dl.device, 'type', 'cpu')
     return out
@@ -206,7 +211,7 @@ def name_each(out, where, fs):
     for i, f in enumerate(fs):
         if f.name == 'noop' or isinstance(f, ReadTabBatch):
             continue
-        # except before a random transform, which then draws for normalized images (RandomErasing's noise)
+        # except before a random transform, whose noise then depends on it (RandomErasing)
         if isinstance(f, Normalize) and all(map(fixed, fs[i + 1 :])):
             continue
         name = f'{where}: {f.name.split(" -- ")[0]}'
@@ -218,11 +223,11 @@ PASSING_STATE = {'self', 'counter', 'lengths'}  # it depends on the data seen so
 
 
 def in_words(o, depth=6):
-    """A text of an object's options, without the numbers that it drew last."""
+    """Return an object's options as text, without the random numbers that it drew last."""
     say = lambda v: in_words(v, depth - 1)
     if isinstance(o, (str, bool, type(None))):
         return repr(o)
-    # the repr of NumPy's numbers and enums differs between versions
+    # the repr of NumPy numbers and enums differs between versions
     if isinstance(o, (int, float, np.number)):
         return repr(float(o))
     if depth == 0:
@@ -246,7 +251,7 @@ def in_words(o, depth=6):
 
 
 def own_code(o):
-    """A fingerprint of a transform's code, unless it is fastai's."""
+    """Return a fingerprint of a transform's code. Empty for fastai's transforms."""
     if type(o) is Transform:
         return (
             [code_of(m.implementation) for m in o.encodes.methods] if hasattr(o, 'encodes') else []
@@ -259,7 +264,7 @@ def own_code(o):
 
 
 def augmented(dl):
-    """Random transforms of the training set."""
+    """Return the random transforms of the training set."""
     if getattr(dl.dataset, 'split_idx', 1) != 0:
         return []
     parts = (getattr(dl, k) for k in ('after_item', 'after_batch'))
@@ -267,5 +272,5 @@ def augmented(dl):
 
 
 def moves(dl):
-    """Names of the random transforms that change positions."""
+    """Return the names of the random transforms that move positions."""
     return [type(f).__name__ for f in augmented(dl) if not isinstance(f, (SpaceTfm, RandomErasing))]

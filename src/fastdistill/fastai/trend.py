@@ -1,4 +1,4 @@
-"Warn during a fit if the student follows its teacher away from the labels."
+"""Warn during a fit if the student fits the teacher at the expense of the labels."""
 
 import warnings
 
@@ -8,13 +8,15 @@ from .metrics import column_of, columns_of
 
 __all__ = ['TrendCheck']
 
-BEGIN = 1 / 3  # progress of the training; earlier, losses may fluctuate
-RISE = 1.1  # of the validation loss, above its best
+BEGIN = 1 / 3  # fraction of the training before which losses may fluctuate
+RISE = 1.1  # ratio of the validation loss to its best value
 
 
 class TrendCheck:
-    """Warns once in a fit if the task loss on the validation set has risen since its best epoch,
-    while a term's has fallen.
+    """Warns once per fit if the student follows its teacher away from the labels.
+
+    This is the case if the task loss on the validation set has risen since its best epoch, while
+    the loss of a term has fallen.
     """
 
     def __init__(self):
@@ -22,8 +24,8 @@ class TrendCheck:
 
     def check(
         self,
-        learn,  # at the beginning of an epoch
-        training_progress: float,  # of the training
+        learn,  # at the start of an epoch
+        training_progress: float,  # from 0 to 1
         recipe,
     ):
         if self.warned or training_progress < BEGIN or rank() or not hasattr(learn, 'recorder'):
@@ -32,7 +34,7 @@ class TrendCheck:
         if len(valid) < 2 or None in valid or not 0 < min(valid) < valid[-1] / RISE:
             return
         best = valid.index(min(valid))
-        # subtle: without labels, terms between layers do not train the student's head, whose loss then says nothing
+        # subtle: without labels, terms between layers do not train the student's head, so its loss is meaningless
         for n in [t.name for t in recipe.terms if t.layers is None or recipe.task != 0]:
             term = self._column(learn.recorder, column_of(n))
             if not term or None in term or term[-1] >= term[best]:

@@ -1,4 +1,4 @@
-"A callback that reports a score after each epoch, and ends the training when it is told to."
+"""`Clock`: a callback that reports a score after each epoch, and stops the training when told to."""
 
 from collections.abc import Mapping
 
@@ -13,18 +13,19 @@ __all__ = ['Clock', 'chosen_half', 'scorer', 'scorer_of_heads']
 
 
 class Clock(Callback):
-    """Scores the validation items in the fit's own validation. One half of them decides how the
-    search goes on.
+    """Callback that scores the validation items during the fit's own validation.
+
+    The scores of one half of the items guide the search. The other half is for the final test.
 
     Args:
-        score: fn(logits, targets) -> (B,) scores; see `scorer`
-        output: Which of the student's outputs is scored, as in `Distiller`; of several heads, a
-            dict, and so are the logits.
-        after_epoch: fn(mean score of the half that chooses) -> is the training over?
-        late: fn() -> is the time over?
+        score: fn(logits, targets) -> (B,) scores, see `scorer`.
+        output: Which of the student's outputs is scored, as in `Distiller`. For several heads, a
+            dict; the logits passed to `score` are then a dict, too.
+        after_epoch: fn(mean score of the half that guides the search) -> True to stop the training.
+        late: fn() -> True if the time is over.
     """
 
-    order = -100  # before callbacks that would do something for a fit that is over
+    order = -100  # before all callbacks that should not act in a fit that is over
 
     def __init__(self, score, output, after_epoch, late):
         super().__init__()
@@ -33,7 +34,7 @@ class Clock(Callback):
 
     def before_fit(self):
         if self.over:
-            raise CancelFitException  # `fine_tune` fits twice
+            raise CancelFitException  # also cancels the second fit of `fine_tune`
 
     def before_validate(self):
         self.batches = []
@@ -56,7 +57,7 @@ class Clock(Callback):
 
     def after_epoch(self):
         if not self.batches:
-            raise DistillError('The validation set has no labels, so nothing can be compared.')
+            raise DistillError('The validation set has no labels, so recipes cannot be compared.')
         self.items = torch.cat(self.batches)
         if self.after_score(self.items[chosen_half(len(self.items))].nanmean().item()):
             self._end()
@@ -67,8 +68,9 @@ class Clock(Callback):
 
 
 def chosen_half(n):
-    """(n,) which validation items choose the recipe: a random half, always the same. The others
-    judge it.
+    """Return a bool array (n,): True for the validation items that guide the search.
+
+    It is a random half, always the same.
     """
     chosen = torch.zeros(n, dtype=torch.bool)
     chosen[torch.randperm(n, generator=torch.Generator().manual_seed(0))[: n // 2]] = True
@@ -76,8 +78,10 @@ def chosen_half(n):
 
 
 def scorer(task):
-    """The share of right predictions of each item, or minus its squared error; nan where no label
-    counts.
+    """Return a function that scores each item, (B,).
+
+    The score is the fraction of correct predictions of the item, or minus its squared error. It is
+    nan if all labels of the item are ignored.
 
     Args:
         task: What the student predicts.
@@ -97,11 +101,11 @@ def scorer(task):
 
 
 def scorer_of_heads(heads, tasks):
-    """The mean of the scores of all heads, for each item.
+    """Return a function that computes the mean score of all heads for each item.
 
     Args:
-        heads: Name -> head, which knows its labels.
-        tasks: Name -> what the head predicts.
+        heads: {head name: head}.
+        tasks: {head name: `Task`}.
     """
     of_each = {k: scorer(t) for k, t in tasks.items()}
 

@@ -1,4 +1,4 @@
-"Trainings of a student from where it stands, after which it stands there again."
+"""Train a student repeatedly from its present state, and restore that state afterwards."""
 
 import copy
 import random
@@ -23,19 +23,19 @@ from .trial_callback import Clock, chosen_half
 
 __all__ = ['Trials', 'repeatable']
 
-# modules of fastai whose callbacks write files or show something, or end a fit by themselves
+# modules of fastai whose callbacks write files, show something, or stop a fit
 LEFT_OUT = 'azureml', 'captum', 'comet', 'neptune', 'progress', 'tensorboard', 'tracker', 'wandb'
 
 
 class Trials:
-    """A call trains the student with a recipe, a rate and a seed, and returns the scores of the
-    items that judge.
+    """A callable that trains the student with a recipe, a rate and a seed, and returns the scores
+    of the validation items reserved for testing.
 
     Args:
         learn: The student.
         teacher: What `distill` takes.
-        score, output: Of `Clock`
-        **options: Of `distill`
+        score, output: As in `Clock`.
+        **options: Options of `distill`.
     """
 
     def __init__(self, learn, teacher, n_epoch: int, score, output, **options):
@@ -45,7 +45,9 @@ class Trials:
     def __call__(self, recipe, lr, seed, after_epoch, late):
         clock = Clock(self.score, self.output, after_epoch, late)
         with unchanged(self.learn, seed), warnings.catch_warnings():
-            warnings.simplefilter('ignore', DistillWarning)  # of recipes that are only tried
+            warnings.simplefilter(
+                'ignore', DistillWarning
+            )  # warnings about recipes that are only tried are not useful
             copy_of(self.learn).distill(
                 self.teacher,
                 self.n_epoch,
@@ -60,7 +62,7 @@ class Trials:
 
 
 def copy_of(learn) -> Learner:
-    """A Learner of the same model and data, with copies of the callbacks that matter for the
+    """Return a Learner with the same model and data, and copies of the callbacks that affect
     training.
     """
     new = copy.copy(learn)
@@ -95,12 +97,12 @@ def matters(cb):
 
 @contextmanager
 def repeatable(dls, seed: int):
-    """Make a training depend on its seed only. Restore the DataLoaders and all random states at the
-    end.
+    """Make a training depend only on its seed. Restore the DataLoaders and all random states
+    afterwards.
 
     Args:
-        dls: Of the Learner that is trained.
-        seed: Of all random numbers inside.
+        dls: DataLoaders of the Learner.
+        seed: Seed of all random generators inside.
     """
     parts = [getattr(dl, k, None) for dl in dls.loaders for k in PARTS]
     with ExitStack() as stack:
@@ -119,11 +121,12 @@ def repeatable(dls, seed: int):
 
 @contextmanager
 def unchanged(learn, seed: int):
-    """Train with `seed` inside. Afterwards the student's weights, gradients and modes, its
-    DataLoaders and all random states are as before.
+    """Seed a training, and restore everything afterwards.
+
+    The student's weights, gradients and modes, its DataLoaders and all random states are restored.
     """
     with repeatable(learn.dls, seed), same_weights(learn.model):
-        # subtle: scores belong to items by their order
+        # subtle: scores are matched to items by their order
         if hasattr(learn.dls.valid, 'shuffle'):
             learn.dls.valid.shuffle = False
         yield
@@ -131,7 +134,9 @@ def unchanged(learn, seed: int):
 
 @contextmanager
 def same_weights(model):
-    """Train without gradients from before. Afterwards the model is as it was, including its weights."""
+    """Clear the gradients for a training inside. Restore the model afterwards, including its
+    weights.
+    """
     inner = unwrap(model)
     state = ModelState(inner.modules(), weights=True)
     for p in inner.parameters():

@@ -1,4 +1,4 @@
-"Inputs without labels beside the labeled batches: there the teacher alone teaches."
+"""Batches of unlabeled inputs, on which the student learns only from the teacher."""
 
 from collections.abc import Mapping
 
@@ -14,36 +14,36 @@ from .cache_feed import SampleFeed, StoredOutputs
 
 __all__ = ['UnlabeledInputs', 'perturbed_rows']
 
-SWAPPED = 0.1  # share of a perturbed row's cells that come from other rows, as in AutoGluon's distillation
+SWAPPED = 0.1  # fraction of a perturbed row's cells that come from other rows, as in AutoGluon's distillation
 
 
 class UnlabeledInputs:
-    """The batches of inputs without labels that a training step gets beside its own.
+    """The unlabeled batches that accompany the training batches.
 
     Args:
-        items: Items like those of the training set, or a DataLoader (labels in its batches are
-            not used); None: there are none.
-        perturbed: For tables: rows to make of each row of a batch, by `perturbed_rows`
-        targets: Name of a head -> `TeacherCache` with the outputs for these items, or its folder;
-            None: the teachers run.
-        runs: Is there a teacher that runs?
-        heads: Name -> head; '' for a student with one output.
+        items: Items like those of the training set, or a DataLoader, whose labels are ignored. None
+            if there are none.
+        perturbed: For tables, the number of copies of each row that `perturbed_rows` makes.
+        targets: {head name: `TeacherCache` with the outputs for these items, or its folder}. None
+            to run the teachers.
+        runs: True if a teacher runs.
+        heads: {head name: head}. The name is '' for a student with one output.
     """
 
     def __init__(self, items, perturbed: int, targets, runs: bool, heads):
         if not is_whole(perturbed) or perturbed < 0:
             raise DistillError(
-                f'perturbed={perturbed!r}: it is how many rows are made of each row, a whole number '
-                'from 0 up, such as 5.'
+                f'perturbed={perturbed!r}: must be a whole number of at least 0, the number of copies of '
+                'each row, such as 5.'
             )
         if perturbed and not runs:
             raise DistillError(
-                'perturbed= needs a teacher that runs: the rows are made anew in each batch, so there '
-                'are no stored outputs for them. Pass the teacher itself.'
+                'perturbed= needs a teacher that runs: each batch has new perturbed rows, so '
+                'there are no stored outputs for them. Pass the teacher itself.'
             )
         if targets is not None and items is None:
             raise DistillError(
-                'unlabeled_targets= are stored outputs for unlabeled=, which is not given: give both.'
+                'unlabeled_targets= holds stored outputs for unlabeled=, which is missing: pass both.'
             )
         if items is not None and targets is None and not runs:
             raise DistillError(
@@ -59,16 +59,17 @@ class UnlabeledInputs:
         return self.items is not None or self.perturbed > 0
 
     def start(self, learn, heads):
-        """Refuse what cannot be used, before the first batch.
+        """Raise an error for inputs that cannot be used, before the first batch.
 
         Args:
-            heads: Those of the `Distiller`, by name.
+            learn: The student's Learner.
+            heads: {head name: head of the `Distiller`}.
         """
         if isinstance(learn.dls.train, LMDataLoader):
             raise DistillError(
                 'A language model needs no labels: add the texts to its training set.'
             )
-        with RandomGuard():  # a DataLoader of fastai draws its seed
+        with RandomGuard():  # fastai's DataLoader draws a random seed
             self.loader = None if self.items is None else loader_of(self.items, learn.dls)
         if self.stored is not None:
             for k, stored in self.stored.items():
@@ -79,10 +80,10 @@ class UnlabeledInputs:
                 self.feed.feed_rows(learn, self.loader, self.stored)
 
     def batches(self, learn, ask):
-        """(inputs, the teacher's outputs): the inputs are a tuple.
+        """Yield (inputs, teacher outputs) for a training batch. The inputs are a tuple.
 
         Args:
-            learn: In a training batch.
+            learn: The student's Learner, in a training batch.
             ask: fn(inputs) -> outputs of a teacher that runs.
         """
         if self.loader is not None:
@@ -93,7 +94,7 @@ class UnlabeledInputs:
             yield (x := perturbed_rows(learn.xb, self.perturbed)), ask(x)
 
     def _stored_outputs(self, x, samples):
-        """Return the stored outputs for a batch. A dict by name if there are several heads."""
+        """Return the stored outputs for a batch, or {head name: outputs} for several heads."""
         each = {k: o.outputs(x, samples) for k, o in self.stored.items()}
         return each.get('', each)
 
@@ -107,7 +108,7 @@ class UnlabeledInputs:
         return (b, None) if self.stored is None else (b[:-1], b[-1])
 
     def stop(self):
-        """Forget the DataLoader's iterator, and its workers."""
+        """Release the DataLoader's iterator and its workers."""
         if self.iterator is not None and hasattr(self.iterator, 'close'):
             self.iterator.close()
         self.feed.detach()
@@ -115,7 +116,7 @@ class UnlabeledInputs:
 
 
 def stored_outputs(targets, heads) -> dict:
-    """Name of a head -> its stored outputs for inputs without labels."""
+    """Return {head name: stored outputs for the unlabeled inputs}."""
     if '' in heads:
         return {'': StoredOutputs(targets)}
     if not isinstance(targets, Mapping) or {*map(str, targets)} != {*heads}:
@@ -127,15 +128,13 @@ def stored_outputs(targets, heads) -> dict:
 
 
 def refuse_other(cache, teacher, layers):
-    """Refuse outputs of another teacher than that of the labeled batches, or without layers that
-    are compared.
-    """
+    """Raise an error if the outputs are from a different teacher, or lack layers that are compared."""
     m, found = cache.manifest, []
     known = identity_of(teacher)
     weights = [o.get('weights') for o in (m.teacher, known)]
     if all(weights) and weights[0] != weights[1]:
         found.append(
-            f'teacher: {m.teacher.get("name")} in the cache has other weights than {known["name"]}, '
+            f'teacher: {m.teacher.get("name")} in the cache has different weights than {known["name"]}, '
             'which teaches the labeled batches'
         )
     refuse(cache.folder, found, cache.force)
@@ -147,13 +146,17 @@ def refuse_other(cache, teacher, layers):
 
 
 def perturbed_rows(x, n: int) -> tuple:
-    """`n` x B rows, each cell with the probability .1 that of another row of the batch, so that a
-    column holds what it can hold (Fakoor et al., NeurIPS 2020, arXiv:2006.14284, have several ways;
-    AutoGluon swaps cells).
+    """Return n copies of each row, in which 10% of the cells come from other rows of the batch.
+
+    Each column thus only has values that occur in the data. AutoGluon swaps cells in this way;
+    Fakoor et al. (NeurIPS 2020, arXiv:2006.14284) compare several methods.
 
     Args:
-        x: Inputs of a batch of a table: (B, columns) tensors.
-        n: Rows to make of each row.
+        x: Inputs of a batch of a table, (B, columns) tensors.
+        n: Number of copies of each row.
+
+    Returns:
+        The inputs, (n * B, columns) tensors.
     """
     if not all(isinstance(o, torch.Tensor) and o.dim() == 2 for o in x):
         shapes = ', '.join(str(tuple(getattr(o, 'shape', ()))) for o in x)

@@ -1,4 +1,4 @@
-"Names of classes, tokens and categories, and their order."
+"""Names of classes, tokens and categories, and their order."""
 
 import torch
 from fastai.basics import is_listy, nested_attr
@@ -12,21 +12,22 @@ __all__ = ['CODES', 'describe_difference', 'stored_order', 'vocab_of']
 
 
 def vocab_of(dls):
-    """Names of the classes, in the order of the outputs; None if there are none."""
+    """Return the names of the classes, in the order of the outputs. None if there are none."""
     v = None if is_stream(dls.train) else getattr(dls, 'vocab', None)
     if v is None:
-        v = nested_attr(dls, 'train.after_item.vocab')  # codes of masks
+        v = nested_attr(dls, 'train.after_item.vocab')  # vocab of mask codes
     if v is None or isinstance(v, dict):
         return None
-    # one vocab for each block, as (tokens, classes)
+    # one vocab per block, e.g. (tokens, classes)
     if len(v) and all(hasattr(o, '__len__') and not isinstance(o, str) for o in v):
         v = v[-1]
     return list(map(str, v))
 
 
 def stored_order(teacher, student) -> Tensor | None:
-    """The stored column of each of the labels' classes; None if the order is the same. Other
-    classes are an error.
+    """Return the stored column of each class of the labels. None if the order is the same.
+
+    Different classes are an error.
 
     Args:
         teacher: Names of the classes in stored outputs, in their order.
@@ -34,8 +35,8 @@ def stored_order(teacher, student) -> Tensor | None:
     """
     if student is None:
         raise DistillError(
-            "The teacher's classes have names, but the labels have no vocab to which they could be "
-            'mapped: remove vocab=.'
+            "The teacher's classes have names, but the labels have no vocab to map them to: "
+            'remove vocab=.'
         )
     found = map_classes(
         student[-1] if len(student) and isinstance(student[-1], (list, tuple)) else student, teacher
@@ -69,7 +70,7 @@ def categories(dls):
 
 
 def scales(dls):
-    """Means and standard deviations of a table's columns."""
+    """Return the means and standard deviations of a table's columns."""
     procs = getattr(getattr(dls, 'procs', None), 'fs', [])
     p = next((p for p in procs if hasattr(p, 'means') and hasattr(p, 'stds')), None)
     return (

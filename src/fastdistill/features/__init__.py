@@ -1,4 +1,4 @@
-"""The inside of a network: layers by name, their outputs, and pairs of student and teacher layers."""
+"""Layers of a network: names, outputs, and pairs of student and teacher layers."""
 
 from .layer_names import LayerInfo, LayerTree, resolve, unwrap
 from .layer_pairs import Pair, PairTable, pair

@@ -1,4 +1,4 @@
-"How a model is called on a batch: which inputs are passed by position and which by name."
+"""Call a model on a batch, passing inputs by position or by name."""
 
 import inspect
 from collections.abc import Mapping
@@ -22,12 +22,13 @@ def predicts_next(model: Any) -> bool:
 
 
 def arguments(model: Any, x: Any, by_name: Mapping | None = None) -> tuple:
-    """Return (args, kwargs) of the call. A batch that is one dict is passed by name if the model
-    has arguments with these names.
+    """Return (args, kwargs) for a call of the model.
+
+    A batch that is one dict is passed by name if the model has arguments with these names.
 
     Args:
         model: A module (wrapped or not), a callable, or a `Teacher`.
-        x: The batch's inputs, a tuple.
+        x: Inputs of the batch, a tuple.
         by_name: Inputs passed by name.
     """
     kwargs = dict(by_name or {})
@@ -41,7 +42,7 @@ def takes_names(model: Any, batch: Any) -> bool:
     model = unwrap(model)
     if is_hf(model):
         return True
-    # a `Teacher` gets the dict itself and decides for the model inside it
+    # a `Teacher` gets the dict itself, and decides how to call its model
     if not isinstance(model, nn.Module) and hasattr(model, 'named_modules'):
         return False
     try:

@@ -49,8 +49,9 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def named(model: Any) -> dict[str, nn.Module]:
-    """Return {dotted name: layer} for the model inside its wrappers. A shared layer has an entry
-    for each of its names.
+    """Return {dotted name: layer} for the model inside its wrappers.
+
+    A shared layer has an entry for each of its names.
     """
     inner = unwrap(model)
     # a teacher may hold several models, or none
@@ -59,7 +60,7 @@ def named(model: Any) -> dict[str, nn.Module]:
     have = dict(inner.named_modules(remove_duplicate=False))
     if any(
         '_orig_mod' in n for n in have
-    ):  # a compiled part has the name of the module that was compiled
+    ):  # a compiled part keeps the name of the module that was compiled
         have = {re.sub(r'(^|\.)_orig_mod(?=\.|$)', '', n): m for n, m in have.items()}
     return have
 
@@ -75,8 +76,9 @@ def model_name(model: Any) -> str:
 
 
 def how_to_name_layers(model: Any) -> str:
-    """Return advice for messages if the layers of a teacher can't be found. A source of stored
-    outputs has its own advice.
+    """Return advice for messages if the layers of a teacher can't be found.
+
+    A source of stored outputs has its own advice.
     """
     return getattr(
         unwrap(model),
@@ -193,6 +195,7 @@ def layer_tree(model: nn.Module, shapes: Any = None) -> LayerTree:
     """List every layer of the model with its class, output shape and number of parameters.
 
     Args:
+        model: A model, wrapped or not.
         shapes: {module: shape of its output} for the layers that ran.
     """
     count = lambda m: sum(p.numel() for p in m.parameters() if not is_lazy(p))

@@ -1,4 +1,4 @@
-"""Pair layers of the student with layers of the teacher, by name or automatically."""
+"""Pair student layers with teacher layers, by name or automatically."""
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -38,12 +38,12 @@ __all__ = [
 
 # 'auto', 'last', 'embedding', a name that both models have, or pairs of names in any of the forms of `pair`
 LayersLike = str | Mapping[str, Any] | Sequence[Any]
-MAX_BLOCKS = 6  # up to this many stages of one resolution are all paired; of more, only those at the quarters
+MAX_BLOCKS = 6  # up to this many stages of one resolution are all paired; if there are more, only those at the quarters
 
 
 @dataclass
 class Pair:
-    """A layer of the student and the layer of the teacher that it learns from.
+    """A student layer and the teacher layer it learns from.
 
     Attributes:
         projector: Description of the projector.
@@ -163,7 +163,7 @@ def inputs(x: Any) -> tuple:
 
 
 class _InModel:
-    """Context in which errors name the model that they are about."""
+    """Context that adds the name of the model to errors raised inside."""
 
     def __init__(self, who: str) -> None:
         self.who = who
@@ -188,8 +188,9 @@ def _pairs_asked(student: nn.Module, teacher: Any, x_s: Any, x_t: Any, layers: L
 
 
 def _refuse_unknown_layout(pairs: list) -> None:
-    """Raise a DistillError for features with three axes that come without a layer, so that the
-    channel axis is unknown.
+    """Raise a DistillError for features with three axes whose channel axis is unknown.
+
+    This is the case if they come without their layer.
     """
     for asked, s, _, t, t_shape in pairs:
         if s != asked and len(t_shape) == 3 and '@' not in t:
@@ -232,9 +233,7 @@ def _name_pairs(layers: LayersLike) -> list:
 
 
 def _matching_names(student: nn.Module, teacher: Any, s: str, t: str) -> list:
-    """Pair the names that match the student's glob with those that match the teacher's, in the
-    order of the models.
-    """
+    """Pair the names that match two globs, one for the student and one for the teacher, in order."""
     with _InModel('student'):
         a = resolve(student, s)
     with _InModel('teacher'):
@@ -285,8 +284,9 @@ def names_of_tokens(model: Any, x: Any, names: Iterable[str]) -> list:
 
 
 def _with_tokens(modules: dict, ran: Sequence[Fired], names: Iterable[str]) -> Iterator[str]:
-    """Add @tokens to the names of layers with output (B, C, L), and remove it if the output is
-    already (B, L, D).
+    """Add @tokens to the names of layers with output (B, C, L).
+
+    It is removed if the output is already (B, L, D).
     """
     first, fired = series_layers(ran), {f.module: f for f in ran}
     for name in names:
@@ -294,7 +294,7 @@ def _with_tokens(modules: dict, ran: Sequence[Fired], names: Iterable[str]) -> I
         f = fired[modules[base]]
         shape = f.shape_in if 'in' in how else f.shape
         if shape is not None and len(shape) == 3:
-            # @tokens comes before other changes of shape, which expect tokens
+            # @tokens must come before other suffixes, which expect tokens
             where, turns = (
                 [h for h in how if h in ('in', 'pre') or item_key(h) is not None],
                 [h for h in how if h in ('map', 'mean')],
@@ -308,7 +308,7 @@ def _shapes_of_outputs(model: Any, out: Any, names: Iterable[str]) -> dict:
     features.
     """
     feats = out.feats if isinstance(out, Outputs) else {}
-    # a cache holds '0' as '0@tokens' if it is a 1d convolution, see `names_of_tokens`
+    # the cache of a 1d convolution '0' is named '0@tokens', see `names_of_tokens`
     plain = lambda name: [o for o in name.split('@') if o != 'tokens']
     alike = lambda n: next((k for k in feats if plain(k) == plain(n)), None)
     found: dict[str, Any] = {n: n if n in feats or is_output(n) else alike(n) for n in names}
@@ -360,8 +360,9 @@ def _pairs_proposed(student: nn.Module, teacher: Any, x_s: Any, x_t: Any) -> lis
 
 
 def _name_and_shape(u: Any, other: nn.Module, x: Any) -> tuple:
-    """Return name and shape of a stage. Tokens of a square image become a map if the other model's
-    stage is a map.
+    """Return the name and shape of a stage.
+
+    Tokens of a square image become a map if the other model's stage is a map.
     """
     square = is_picture(x) and len(set(image_size(x))) == 1
     g = grid(u.shape[1]) if square and u.kind == 'tokens' and other.kind == 'map' else None
@@ -386,9 +387,7 @@ def pair_by_depth(a: list, b: list) -> list:
 
 
 def _pair_by_resolution(a: list, b: list, size_a: tuple, size_b: tuple) -> list | None:
-    """Pair stages of equal resolution, both on the way down or both on the way up. None if there
-    are no such pairs.
-    """
+    """Pair stages of equal resolution, both on the way down or both on the way up, or return None."""
     if not size_a or len(size_a) != len(size_b) or any(u.kind != 'map' for u in a + b):
         return None
     down_a, down_b = _going_down(a), _going_down(b)
@@ -403,15 +402,16 @@ def _pair_by_resolution(a: list, b: list, size_a: tuple, size_b: tuple) -> list 
     row = longest_row(a, b, lambda i, j: equal(i, j) and down_a[i] == down_b[j])
     if ends(row) or all(down_a + down_b):
         return row if ends(row) else None
-    # one of the two is a U-Net: a network that ends at full resolution pairs with its last stages. Others pair on its
-    # way down, or on its way up if no resolution on the way down is equal
+    # One model is a U-Net. If the other ends at full resolution, pair it with the U-Net's last stages. Otherwise pair
+    # it with the U-Net's way down, or with its way up if no resolution on the way down is equal
     anywhere = longest_row(a, b, equal)
     return anywhere if ends(anywhere) else row or anywhere or None
 
 
 def longest_row(a: list, b: list, equal: Callable) -> list:
-    """Find the longest sequence of pairs in the order of both models. Of several, take the one that
-    ends last.
+    """Return the longest sequence of pairs that keeps the order of both models.
+
+    If there are several, return the one that ends last.
     """
     best: dict[tuple[int, int], list] = {}
     for i in range(len(a)):
@@ -428,8 +428,9 @@ def longest_row(a: list, b: list, equal: Callable) -> list:
 
 
 def _going_down(us: list) -> list:
-    """Return for each stage whether it is on the way down. A stage of the same size as the previous
-    one has its direction.
+    """Return for each stage whether it is on the way down.
+
+    A stage of the same size as the previous one has its direction.
     """
     down = [True]
     for u, before in zip(us[1:], us):

@@ -19,8 +19,9 @@ PASSIVE = nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.AlphaDropout, nn.Identity, 
 
 
 def image_size(x: Any) -> tuple:
-    """Return height and width of input images, or the length of an input series. Empty if the input
-    is neither.
+    """Return the height and width of input images, or the length of an input series.
+
+    Empty if the input is neither.
     """
     xs = x[0].values() if isinstance(x[0], Mapping) else x[:1]
     return next(
@@ -93,9 +94,10 @@ def stages(model: Any, x: Any) -> list[Stage]:
 
 
 def embedding(model: Any, x: Any) -> Any:
-    """Return the name of the layer whose output is the model's embedding: the first vector after
-    the last map or tokens, or otherwise their mean. For a network of vectors, it is the last layer
-    before the head.
+    """Return the name of the layer whose output is the model's embedding.
+
+    This is the first vector after the last map or tokens, or else their mean. In a network of
+    vectors, it is the last layer before the head.
     """
     units = MainPath(model, x).walk()
     if not units:
@@ -126,8 +128,9 @@ def check_visible(model: Any) -> None:
 
 
 class MainPath:
-    """The main path through a model: its layers in order. A container counts as one layer unless
-    several stages end in it.
+    """The main path through a model: its layers in order.
+
+    A container counts as one layer unless several stages end in it.
     """
 
     def __init__(self, model: Any, x: Any) -> None:
@@ -136,7 +139,7 @@ class MainPath:
         self.ran, self.when = {f.name: f for f in ran}, {f.name: i for i, f in enumerate(ran)}
         self.first = series_layers(ran)
         self.size, self.picture = image_size(x), is_picture(x)
-        # a teacher may process the batch in slices
+        # a teacher may split the batch into slices
         ran_on = self.ran[''].shape_in if '' in self.ran else None
         self.batch = ran_on[0] if ran_on else batch_size(x)
         self.below: dict[str, list[str]] = {}
@@ -149,8 +152,9 @@ class MainPath:
         self.head = self._head(ran)
 
     def _head(self, ran: Sequence[Fired]) -> str:
-        """Return the last layer with weights, which produces the output. This layer and later ones
-        are not features. '' if there is none.
+        """Return the last layer with weights, which produces the output. '' if there is none.
+
+        This layer and all later ones are not features.
         """
         head = next((f.name for f in reversed(ran) if has_weights(f.module)), '')
         return (
@@ -159,11 +163,11 @@ class MainPath:
             else head
         )
 
-    # the output of a layer
+    # layers as stages
 
     def look(self, name: str) -> Stage | None:
-        """Return a layer as a stage. None if its output is not a feature whose first axis is the
-        batch.
+        """Return a layer as a stage, or None if its output is not a feature with the batch on axis
+        0.
         """
         f = self.ran.get(name)
         if f is None or not f.floats or not 2 <= len(f.shape) <= 5 or f.shape[0] != self.batch:
@@ -183,8 +187,9 @@ class MainPath:
         return Stage(name, f.module, kind, shape, weights, name not in self.below, turn)
 
     def _channels_last(self, f: Fired, shape: tuple) -> bool:
-        """Return True if the last axis holds the channels, judging by the image's height/width, or
-        else by the layers inside.
+        """Return True if the last axis holds the channels.
+
+        This is derived from the image's height/width, or else from the layers inside.
         """
         if len(shape) == 3:
             return f.module not in self.first
@@ -199,7 +204,7 @@ class MainPath:
                 return behind
         return of(nn.Linear) and not of(*CONVS)
 
-    # which layers are stages
+    # candidates for stages
 
     def walk(self, split_maps: bool = False) -> list[Stage]:
         """Return the candidates for stages, and the layers between them."""
@@ -217,8 +222,9 @@ class MainPath:
         return found
 
     def _open(self, name: str, split_maps: bool, block: bool = False) -> list[str]:
-        """Return the names of layers on the path at or below `name`. A `block` is one of a row of
-        blocks and is not split.
+        """Return the names of layers on the path at or below `name`.
+
+        A layer is not split if it is one of a row of blocks (`block`).
         """
         at_head = not name or is_inside(self.head, name)
         if not at_head and self.when.get(name, 0) > self.when[self.head]:
@@ -245,7 +251,7 @@ class MainPath:
         others = {o.place for o in inside if set(o.place) != {1}} - self._ends(u)
         areas = sorted(map(math.prod, self._ends(u)))
         between = [p for p in others if areas and areas[0] < math.prod(p) < areas[-1]]
-        # subtle: one resolution out of range is a shortcut, such as attention to a pooled map; several are a U-Net
+        # subtle: a single smaller resolution is a shortcut, e.g. attention to a pooled map; several mean a U-Net
         return bool(between) or len(others) > 1
 
     def _ends(self, u: Stage) -> set:
@@ -268,12 +274,12 @@ class MainPath:
             yield n
             yield from self._inside(n)
 
-    # where stages end
+    # ends of stages
 
     def stages(self, units: Sequence[Stage]) -> list[Stage]:
         """Return the last layer of each stage."""
         groups = self._groups([u for u in units if u.kind != 'vector'])
-        # in a network with blocks, single layers are stems and necks, not stages
+        # if a network has blocks, its single layers are stems and necks, not stages
         if any(u.deep for g in groups for u in g):
             groups = [g for g in groups if any(u.deep for u in g)]
         if not groups:
@@ -333,7 +339,7 @@ class MainPath:
         tail = group[i + 1 :]
         if group[i].leaf:
             tail = [u for u in tail if not isinstance(u.module, PASSIVE)]
-        else:  # after a block, take only an activation that would overwrite its output in place
+        else:  # after a block, only include an activation if it would overwrite the block's output in place
             n = next(
                 (k for k, u in enumerate(tail) if not getattr(u.module, 'inplace', False)),
                 len(tail),
@@ -347,8 +353,9 @@ def is_inside(name: str, above: str) -> bool:
 
 
 def has_weights(m: nn.Module) -> int:
-    """Return 1 if a layer itself has weight matrices or kernels, 2 if it is an RNN. Embeddings and
-    single tokens don't count.
+    """Return 1 if a layer itself has weight matrices or kernels, 2 if it is an RNN, else 0.
+
+    Embeddings and single tokens don't count.
     """
     if isinstance(m, nn.RNNBase):
         return 2

@@ -1,6 +1,4 @@
-"""Run a model once without changing it: which layers ran, and the shapes of their inputs and
-outputs.
-"""
+"""Run a model once without changing it, and record which layers ran and their shapes."""
 
 import contextlib
 from collections.abc import Iterable, Iterator, Mapping
@@ -32,12 +30,13 @@ __all__ = [
 
 
 def layers(model: nn.Module, *x: Any) -> LayerTree:
-    """List every layer of a model with its class, output shape and number of parameters. The model is
-    not changed.
+    """List every layer of a model with its class, output shape and number of parameters.
+
+    The model is not changed.
 
     Args:
         model: A model, wrapped or not.
-        *x: A batch of inputs, for the shapes. A dict is passed by name if the model has arguments
+        *x: Batch of inputs, for the shapes. A dict is passed by name if the model has arguments
             with these names.
     """
     return layer_tree(model, {f.module: f.shape for f in probe(model, *x)} if x else None)
@@ -59,12 +58,13 @@ class Fired:
 
 
 def probe(model: nn.Module, *x: Any) -> list:
-    """Return the layers that run, in the order in which they finish. The model runs once in evaluation
-    mode, which changes nothing.
+    """Return the layers that run, in the order in which they finish.
+
+    The model runs once in evaluation mode, which changes nothing.
 
     Args:
         model: A model, wrapped or not.
-        *x: A batch of inputs. A dict is passed by name if the model has arguments with these names.
+        *x: Batch of inputs. A dict is passed by name if the model has arguments with these names.
     """
     inner = unwrap(model)
     names: dict[nn.Module, str] = {}
@@ -74,7 +74,7 @@ def probe(model: nn.Module, *x: Any) -> list:
 
     def note(m: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
         i, y = main_tensor((args, kwargs)), main_tensor(out)
-        ran.pop(m, None)  # subtle: a layer that runs twice has the place of its last run
+        ran.pop(m, None)  # subtle: a layer that runs twice is listed at its last run
         ran[m] = Fired(names[m], m, _shape(i), _shape(y), y is not None and y.is_floating_point())
 
     hookable = [m for m in names if not isinstance(m, torch.jit.ScriptModule)]
@@ -157,7 +157,7 @@ def dry_run(model: Any, *x: Any) -> Any:
             f'{model_name(inner)} has lazy layers, which have no weights before the first batch. Run '
             'the model on a batch first.'
         )
-    # a faster copy of a teacher's model consists of different modules than those that are named, hooked and restored
+    # use the original model: the modules of a faster copy are not those that are named, hooked and restored
     run = inner if isinstance(inner, nn.Module) else getattr(inner, 'as_it_is', lambda: inner)()
     with untouched(model):
         try:
@@ -174,13 +174,15 @@ def dry_run(model: Any, *x: Any) -> Any:
 
 @contextlib.contextmanager
 def untouched(model: nn.Module, training: bool = False) -> Iterator[None]:
-    """Context with evaluation mode and without gradients, or with training mode and gradients.
-    Afterwards, modes, buffers, hidden states, attributes and random states are as before.
+    """Run a model inside without changing it.
+
+    The context sets evaluation mode without gradients, or training mode with gradients. Afterwards,
+    modes, buffers, hidden states, attributes and random states are restored.
     """
     modules = distinct_modules(unwrap(model))
     state = ModelState(modules)
     cuda = sorted({t.device.index for t in weights_and_buffers(modules) if t.is_cuda})
-    # subtle: the flag, not .eval(), since some layers override .eval() to do more, such as merging adapters
+    # subtle: set the flag instead of calling .eval(), which some layers override, e.g. to merge adapters
     for m, was in state.modes:
         if was != training:
             m.training = training
@@ -218,8 +220,10 @@ def run_eagerly(model: Any) -> contextlib.AbstractContextManager:
 
 
 def main_tensor(out: Any) -> Any:
-    """Return the main tensor of a layer's output: the output itself, `last_hidden_state` or `logits`
-    of a dict, or else the first tensor in it. None if there is no tensor.
+    """Return the main tensor of a layer's output, or None if there is no tensor.
+
+    This is the output itself, `last_hidden_state` or `logits` of a dict, or else the first tensor
+    in it.
     """
     if isinstance(out, Tensor):
         return as_plain(out)

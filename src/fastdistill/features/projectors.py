@@ -43,8 +43,9 @@ def _default_kind(dims: int) -> str:
 
 
 class Projector(nn.Module):
-    """Module that maps student features to the teacher's shape, as `p(s, t)`. Only the grid size of
-    `t` is used.
+    """Module that maps student features to the teacher's shape, as `p(s, t)`.
+
+    Only the grid size of `t` is used.
     """
 
     def __init__(
@@ -71,7 +72,7 @@ class Projector(nn.Module):
         self,
         s: Tensor,  # student's features
         t: Tensor
-        | None = None,  # teacher's features, whose grid may change between batches. None: grid of `t_shape`
+        | None = None,  # teacher's features, whose grid may change between batches; None for the grid of `t_shape`
     ) -> Tensor:
         like = (len(s), *self.t_shape[1:]) if t is None else tuple(t.shape)
         if not self.own and self.match != 'none':
@@ -81,7 +82,7 @@ class Projector(nn.Module):
         p = [*self.parameters(), None][
             0
         ]  # subtle: PyTorch 2.6 does not compile `next` with a default
-        # subtle: features computed under autocast have half precision, and autocast may have ended by now
+        # subtle: features computed under autocast are in half precision, even if autocast has ended by now
         if p is not None and p.dtype != s.dtype and not torch.is_autocast_enabled(s.device.type):
             s = s.to(p.dtype)
         y = self.map(s)
@@ -133,12 +134,13 @@ def projector(
     match: str = 'shape',
     picture: bool = True,
 ) -> Projector:
-    """Build a module that maps the student's shape to the teacher's. It has parameters only if the
-    channels differ or a kind is named.
+    """Build a module that maps the student's shape to the teacher's.
+
+    It has parameters only if the channels differ or a kind is named.
 
     First the grid: features are average-pooled to a smaller grid or interpolated to a larger one.
     Tokens become a map without their class and register tokens. A map becomes tokens, with its mean
-    in place of the class and register tokens.
+    as class and register tokens.
 
     Then the channels, at each position: vectors and tokens get a linear layer, maps a 1x1
     convolution and a batch norm, as in OFD (arXiv:1904.01866). arXiv:2303.11098 also recommends a

@@ -11,13 +11,14 @@ from ..base.outputs import DistillError
 
 __all__ = ['as_map', 'as_tokens', 'as_vector', 'grid', 'resize', 'to_grid']
 
-# numbers of tokens before those of the image: none; class; class and distillation; 4 registers; class and 4 registers
+# numbers of tokens before the image tokens: none; class; class and distillation; 4 registers; class and 4 registers
 LEAD = 0, 1, 2, 4, 5
 
 
 def grid(n: int, aspect: float = 1.0) -> tuple[int, int, int] | None:
-    """Return (tokens to skip, height, width) of the map that `n` tokens fill after class and
-    register tokens. None if none fits.
+    """Return (tokens to skip, height, width) of the map that `n` tokens fill, or None.
+
+    The skipped tokens are class and register tokens.
 
     Args:
         n: Number of tokens.
@@ -99,8 +100,9 @@ def resize(x: Tensor, size: Sequence[int]) -> Tensor:
 
 
 def to_grid(s: Tensor, like: Sequence[int], picture: bool = True) -> Tensor:
-    """Convert the student's features to the teacher's grid, with the student's channels. Maps
-    become tokens, or tokens a map, if needed.
+    """Convert the student's features to the teacher's grid, keeping the student's channels.
+
+    Maps become tokens, or tokens a map, if needed.
 
     Args:
         s: Student features, (B, D), (B, L, D), (B, C, H, W) or (B, C, D, H, W).
@@ -143,8 +145,9 @@ def _map_as_tokens(s: Tensor, n: int) -> Tensor:
 
 
 def _with_class_tokens(lead: Tensor, x: Tensor, n: int) -> Tensor:
-    """Prepend `n` class and register tokens to `x`: the student's own, then the mean over its image
-    for missing ones.
+    """Prepend `n` class and register tokens to `x`.
+
+    They are the student's own, or the mean over its image for missing ones.
     """
     lead = lead[:, :n]
     mean = x.mean(1, keepdim=True).expand(-1, n - lead.shape[1], -1)

@@ -66,7 +66,7 @@ def layer_output(o: Outputs, name: str) -> Any:
 
 
 class _Tap:
-    """Hook on one layer. It holds the layer and the dict to which it writes. A copy of it does
+    """Hook on one layer. It holds the layer and the dict to which it writes. Copies of it do
     nothing.
     """
 
@@ -132,7 +132,9 @@ class Taps:
         self.model = model
         self.seen: dict[str, Any] = {}
         self.handles: list = []
-        self.compiled = is_compiled(model)  # True if parts of it were compiled by torch.compile
+        self.compiled = is_compiled(
+            model
+        )  # True if torch.compile was applied to parts of the model
         have = named(model)
         self.names = list(dict.fromkeys(n for p in names for n in resolve_among(model, have, p)))
 
@@ -141,7 +143,7 @@ class Taps:
         self.detach()
         if self.names:
             _heed_hooks(self.model)
-        # layers are looked up only now, since SyncBatchNorm may have replaced some after the names were given
+        # look up layers only now, since SyncBatchNorm may have replaced some of them
         for n, m in [(n, self._layer(n)) for n in self.names]:
             tap = _Tap(n, m, self.seen)
             before = 'in' in tap.how
@@ -158,7 +160,7 @@ class Taps:
         try:
             m = unwrap(self.model).get_submodule(name)
         except (AttributeError, RuntimeError):
-            m = None  # a teacher, a compiled part or TorchScript
+            m = None  # teachers, compiled parts and TorchScript are looked up by `named`
         if m is None:
             m = named(self.model).get(name)
         if m is None:
@@ -185,7 +187,7 @@ class Taps:
 
     def __exit__(
         self, error: Any, *_: Any
-    ) -> None:  # after a `with` block without an error, the tensors can still be popped
+    ) -> None:  # unless there was an error, the tensors can still be popped after a `with` block
         self._unhook() if error is None else self.detach()
 
     @property
@@ -227,8 +229,9 @@ class Taps:
 
 
 def _heed_hooks(model: nn.Module) -> None:
-    """Make torch.compile check for hooks. Code compiled before never runs hooks, so it is
-    discarded.
+    """Make torch.compile check for hooks.
+
+    Code that is already compiled would never run hooks, so it is discarded.
     """
     if 'torch._dynamo' not in sys.modules or not is_compiled(model):
         return

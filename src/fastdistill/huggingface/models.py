@@ -53,10 +53,12 @@ def names_by_id(model):
 
 
 def predicts(model, labels=None) -> str | None:
-    """Return 'softmax', 'sigmoid' or 'regression', by the model's config. None if only labels show
-    it.
+    """Return 'softmax', 'sigmoid' or 'regression' according to the model's config.
+
+    None if only the labels can tell.
 
     Args:
+        model: A model of transformers.
         labels: Labels of a batch. None if unknown.
     """
     config, name = getattr(model, 'config', None), type(model).__name__
@@ -73,7 +75,10 @@ def teacher_for(teacher: Teacher, student, kind: str, axis: int, output) -> Teac
     """Return the teacher with the student's kind of outputs and its classes in the student's order.
 
     Args:
+        teacher: The teacher.
+        student: The student, a model of transformers.
         kind: Kind of the student's outputs.
+        axis: Class axis.
         output: Which output is distilled.
     """
     new = dict(kind=kind, axis=axis, output=output)

@@ -11,8 +11,9 @@ __all__ = ['student_from']
 
 
 def student_from(teacher: nn.Module, layers):
-    """Build a smaller copy of the teacher with some of its blocks. Embeddings, head and these
-    blocks are copied (DistilBERT, arXiv:1910.01108).
+    """Build a smaller copy of the teacher from some of its blocks (DistilBERT, arXiv:1910.01108).
+
+    The embeddings, the head and these blocks are copied.
 
     Args:
         teacher: A model of transformers.

@@ -29,7 +29,7 @@ from .models import names_taken, predicts, question_logits, teacher_for, without
 
 __all__ = ['DistillationMixin', 'DistillationTrainer']
 
-STATE_FILE = 'distillation.pt'  # in a checkpoint's folder
+STATE_FILE = 'distillation.pt'  # name of the file in a checkpoint folder
 
 
 class DistillationMixin:
@@ -80,7 +80,7 @@ class DistillationMixin:
                 'torchrun or accelerate launch, or choose one with CUDA_VISIBLE_DEVICES=0.'
             )
 
-    # before the first batch
+    # setup before the first batch
 
     def create_optimizer(self, *args, **kwargs):
         """Create the Trainer's optimizer, which also trains the projectors."""
@@ -142,8 +142,9 @@ class DistillationMixin:
         return {k: v for k, v in student.items() if k in teacher} or teacher
 
     def _batches(self):
-        """Yield (inputs, labels) of batches to look for mistakes. None from a stream, which can't
-        be read twice.
+        """Yield (inputs, labels) of batches to look for mistakes.
+
+        An iterable dataset yields none, since it may not be readable twice.
         """
         data = self.train_dataset if self.eval_dataset is None else self.eval_dataset
         if isinstance(data, dict):
@@ -163,7 +164,7 @@ class DistillationMixin:
             yield (
                 x,
                 self._targets(y, next(iter(x.values()))),
-            )  # whose length is that of the logits of an answer
+            )  # span logits have the length of the input
 
     def _example(self):
         """Return a training batch, without changing any state."""
@@ -176,7 +177,7 @@ class DistillationMixin:
             )
             return self._prepare_inputs(next(iter(loader)))
 
-    # the inputs of both models
+    # inputs of both models
 
     def _set_signature_columns_if_needed(self):
         """Keep columns that only the teacher takes, such as token_type_ids, in the batches."""
@@ -200,12 +201,10 @@ class DistillationMixin:
             **{k: v for k, v in batch.items() if k in self.label_names},
         }, of_teacher
 
-    # a batch
+    # training step
 
     def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
-        """Compute the loss of a batch: in training with the teacher's part, in evaluation only the
-        task loss.
-        """
+        """Return the loss of a batch: the total loss in training, only the task loss in evaluation."""
         x, x_teacher = self._inputs(inputs)
         progress = self.state.global_step / self.state.max_steps if self.state.max_steps else None
         if not model.training or not takes_part(self.distiller, progress):
@@ -231,9 +230,10 @@ class DistillationMixin:
         return super().compute_loss(model, dict(x), return_outputs=True, **options)
 
     def _scale(self, x, num_items_in_batch=None):
-        """Return the factor that the Trainer applies to the mean over this batch's labels. It
-        counts the labels of all batches of an optimizer step, `num_items_in_batch`, and may average
-        them over processes.
+        """Return the factor that the Trainer applies to the mean over this batch's labels.
+
+        The Trainer counts the labels of all batches of an optimizer step, `num_items_in_batch`, and
+        may average them over processes.
         """
         mine = (
             getattr(self, 'model_accepts_loss_kwargs', False)
@@ -252,8 +252,9 @@ class DistillationMixin:
         return y.ne(-100).sum().clamp_min(1) * ranks / num_items_in_batch
 
     def _counts_items(self, x):
-        """Return True if the task loss is divided by `num_items_in_batch`. Some models ignore it,
-        which is tested once.
+        """Return True if the task loss is divided by `num_items_in_batch`.
+
+        Some models ignore it, which is tested once.
         """
         if self.counts_items is None:
             tried = []
@@ -264,8 +265,9 @@ class DistillationMixin:
         return self.counts_items
 
     def _tokens(self, x):
-        """Return the inputs whose padding hides positions of the logits, which are not those of the
-        encoder if there is a decoder.
+        """Return the inputs whose padding applies to the logits.
+
+        If there is a decoder, these are not the encoder's inputs.
         """
         return (
             () if getattr(getattr(self.model, 'config', None), 'is_encoder_decoder', False) else x
@@ -282,14 +284,14 @@ class DistillationMixin:
         return y
 
     def _hide_padding(self, x, *outputs):
-        """Mask padded tokens, at which no answer begins or ends."""
+        """Mask padded tokens, where an answer can neither begin nor end."""
         if not self._answers or 'attention_mask' not in x:
             return
         for o in outputs:
             if o is not None:
                 o.logits = o.logits.masked_fill(x['attention_mask'][..., None] == 0, -1e4)
 
-    # around the batches
+    # training loop
 
     def train(self, *args, **kwargs):
         """Train the student; see `Trainer.train`."""
@@ -300,7 +302,7 @@ class DistillationMixin:
                 self.distiller.teacher.stop()
 
     def training_step(self, *args, **kwargs):
-        # subtle: after a step, the Trainer resets the gradients of the model, but not those of its optimizer
+        # subtle: after a step, the Trainer resets the gradients of the model, but not those of the projectors
         if self.last_step != self.state.global_step:
             reset_gradients(self.distiller)
         self.last_step = self.state.global_step

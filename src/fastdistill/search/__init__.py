@@ -1,1 +1,1 @@
-"Which recipe is best: candidates, runs, results."
+"""Search for the best recipe: candidates, runs, results."""

@@ -1,4 +1,4 @@
-"Which recipes are worth a try for a kind of task, and which values of their options."
+"""Candidate recipes for a task, and the values to try for their options."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -14,18 +14,19 @@ from ..recipes.zoo import at, cwd, dist, dkd, hint, kd, pkt, rkd, ttm
 
 __all__ = ['LABELS', 'Candidate', 'candidates_for', 'candidates_for_heads', 'given_candidates']
 
-GRAD_RATIOS = 1, 0.3, 3, 10  # of the gradient, beside the labels'
-SMALL_GRAD_RATIOS = 0.1, 0.03, 0.3, 1  # the same between layers
+GRAD_RATIOS = 1, 0.3, 3, 10  # ratios of a term's gradient norm to that of the task loss
+SMALL_GRAD_RATIOS = 0.1, 0.03, 0.3, 1  # the same for terms that compare layers
 
 
 @dataclass
 class Candidate:
-    """A recipe whose options are to be found.
+    """A recipe whose options are searched.
 
     Attributes:
-        make: fn(**options) -> Recipe, or a dict of them by head.
-        options: Option -> the values to try, the usual one first.
-        text: How to write the recipe, with '{}' where the options stand.
+        name: Name of the recipe.
+        make: fn(**options) -> recipe, or {head name: recipe}.
+        options: {option: values to try}, with the default first.
+        text: The recipe as code, with '{}' for the options.
     """
 
     name: str
@@ -38,21 +39,21 @@ class Candidate:
         return made if isinstance(made, Mapping) else Recipe(made)
 
     def written(self, options):
-        """The recipe as code."""
-        # subtle: a text of the user's own may have braces
+        """Return the recipe as code."""
+        # subtle: the user's own text may contain braces
         if not self.options:
             return self.text
         return self.text.format(', '.join(f'{k}={v:g}' for k, v in options.items()))
 
 
 def term(name, loss, options, written=None):
-    """A term beside the labels, by its share of the gradient."""
+    """Return a candidate with a term in addition to the task loss, weighted by its gradient ratio."""
     return Candidate(
         name, lambda **o: Term(loss, **o), options, f'Term(losses.{written or name}, {{}})'
     )
 
 
-# nothing of the teacher. The weight 0 is no distillation at all, on the same batches
+# labels only: with weight 0, the training equals one without a teacher, on the same batches
 LABELS = Candidate('labels alone', lambda: kd(alpha=0.0), {}, 'kd(alpha=0)')
 
 
@@ -66,17 +67,18 @@ def candidates_for(
     teacher: Tensor | None = None,
     doubt: str | None = None,
 ) -> list[Candidate]:
-    """The recipes that fit, what `auto` chooses first. Labels alone are not among them: they are
-    what all must beat.
+    """Return the recipes that fit a task, with the choice of `auto` first.
+
+    Training on labels only is not among them: it is what all recipes have to beat.
 
     Args:
-        kind: What the model predicts: 'softmax', 'sigmoid' or 'regression'.
-        classes: Of a softmax; None: unknown.
-        dense: Does each sample have many predictions, as pixels or tokens?
-        maps: Do these fill a map (B, C, H, W)?
-        layers: Recipes between layers too, which need a teacher that runs.
-        teacher: The teacher's logits, as in `auto`
-        doubt: As in `auto`
+        kind: Kind of the outputs: 'softmax', 'sigmoid' or 'regression'.
+        classes: Number of classes of a softmax. None if unknown.
+        dense: True if each sample has many predictions, e.g. for pixels or tokens.
+        maps: True if these predictions form a map (B, C, H, W).
+        layers: Whether to include recipes that compare layers, which need a teacher that runs.
+        teacher: The teacher's logits, as in `auto`.
+        doubt: As in `auto`.
     """
     chosen = auto(kind, classes=classes, dense=dense, teacher=teacher, doubt=doubt)
     text = chosen.text.removeprefix('labels + ')
@@ -89,12 +91,14 @@ def candidates_for(
 
 
 def candidates_for_heads(facts: dict, layers: bool = False) -> list[Candidate]:
-    """The recipes that fit all heads of a student, each the same for all heads. The first is what
-    `auto` chooses for each head, if these recipes give the task loss the same weight.
+    """Return recipes that fit all heads of a student, each used for all heads.
+
+    The first candidate is the choice of `auto` for each head, if these recipes give the task loss
+    the same weight.
 
     Args:
-        facts: Name of a head -> arguments of `candidates_for`
-        layers: As in `candidates_for`
+        facts: {head name: arguments of `candidates_for`}.
+        layers: As in `candidates_for`.
     """
     own = {k: candidates_for(**f)[0] for k, f in facts.items()}
     each = {k: c.recipe({}) for k, c in own.items()}
@@ -104,13 +108,13 @@ def candidates_for_heads(facts: dict, layers: bool = False) -> list[Candidate]:
     kinds = {f['kind'] for f in facts.values()}
     dense = any(f.get('dense') for f in facts.values())
     found = [between_outputs(k, min(known, default=None), dense) for k in sorted(kinds)]
-    # of heads of different kinds, kd takes the loss that fits each
+    # if the heads differ in kind, kd uses the loss that fits each
     same = found[0] if len(kinds) == 1 else [c for c in found[-1] if c.name == 'kd']
     return first + same + (between_layers() if layers else [])
 
 
 def between_outputs(kind, classes, dense):
-    """Recipes that compare the models' outputs."""
+    """Return recipes that compare the outputs of the models."""
     alphas = 0.5, 0.3, 0.9
     if kind == 'regression':
         return [
@@ -128,7 +132,7 @@ def between_outputs(kind, classes, dense):
         term('kl', losses.kl, dict(T=(1, 2, 4, 10), grad_ratio=GRAD_RATIOS)),
         Candidate('ttm', ttm, dict(T=(2, 4), grad_ratio=GRAD_RATIOS), 'recipes.ttm({})'),
     ]
-    # with two classes, the correlation of two probabilities is always 1 or -1
+    # with two classes, the correlation of the probabilities is always 1 or -1
     if (classes or 2) > 2:
         found.append(
             Candidate(
@@ -152,7 +156,7 @@ def between_outputs(kind, classes, dense):
 
 
 def between_layers():
-    """Recipes that compare what goes on inside both models."""
+    """Return recipes that compare layers of the models."""
     return [
         Candidate(
             make.__name__,
@@ -165,15 +169,15 @@ def between_layers():
 
 
 def given_candidates(recipes: dict) -> list[Candidate]:
-    """The user's own recipes, of which the rate alone is to be found.
+    """Return the user's own recipes as candidates, for which only the learning rate is searched.
 
     Args:
-        recipes: Name -> recipe, term, text of a recipe, a dict of these by head, or a function
-            without arguments that makes one.
+        recipes: {name: recipe}. A recipe can also be a term, text, a dict {head name: recipe}, or a
+            function without arguments that returns one.
     """
     if not isinstance(recipes, dict) or not recipes:
         raise DistillError(
-            f'recipes={recipes!r}: give names and recipes, as in dict(mild=kd(T=1, alpha=.3), '
+            f'recipes={recipes!r}: must be a dict of names and recipes, as in dict(mild=kd(T=1, alpha=.3), '
             'dist=recipes.dist(grad_ratio=1)).'
         )
 
@@ -184,11 +188,11 @@ def given_candidates(recipes: dict) -> list[Candidate]:
         r = as_recipe(o) if isinstance(o, str | Recipe | Term) else o
         if r is None:
             raise DistillError(
-                f'recipes={{{name!r}: {o!r}}}: leave recipes= out to try what fits the task.'
+                f'recipes={{{name!r}: {o!r}}}: omit recipes= to try the recipes that fit the task.'
             )
         make = (lambda: r) if isinstance(r, Recipe) else r
         if not callable(make):
-            raise DistillError(f'recipes={{{name!r}: {o!r}}}: this is no recipe. Try kd().')
+            raise DistillError(f'recipes={{{name!r}: {o!r}}}: this is not a recipe. Try kd().')
         return Candidate(str(name), make, {}, o if isinstance(o, str) else str(name))
 
     return [candidate(k, v) for k, v in recipes.items()]

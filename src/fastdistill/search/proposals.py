@@ -1,4 +1,4 @@
-"Which run of a search comes next: Optuna proposes it, from the scores of the runs before."
+"""Choose the next run of a search with Optuna, from the scores of earlier runs."""
 
 from contextlib import contextmanager
 
@@ -8,7 +8,9 @@ from .runs import Run
 
 __all__ = ['import_optuna', 'proposed_run']
 
-PROPOSALS = 5  # of Optuna, which may have run before; then one that did not is drawn at random
+PROPOSALS = (
+    5  # Optuna may propose finished runs; after this many proposals, draw a new run at random
+)
 
 
 def import_optuna():
@@ -16,14 +18,14 @@ def import_optuna():
         import optuna
     except ImportError as e:
         raise ImportError(
-            "Looking for a recipe needs Optuna: pip install 'fastdistill[find]'"
+            "Searching for a recipe needs Optuna: pip install 'fastdistill[find]'"
         ) from e
     return optuna
 
 
 @contextmanager
 def only_warnings_of(optuna):
-    """Inside, Optuna reports only warnings."""
+    """Silence Optuna inside the context, except for warnings."""
     was = optuna.logging.get_verbosity()
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     try:
@@ -33,11 +35,13 @@ def only_warnings_of(optuna):
 
 
 def proposed_run(candidates: dict, rates: list, runs: list[Run], left: list[Run]) -> Run:
-    """Return one of the runs that are left.
+    """Return one of the remaining runs.
 
     Args:
-        candidates: Name -> `Candidate`
-        runs: With these candidates, finished.
+        candidates: {name: `Candidate`}.
+        rates: Learning rates to try.
+        runs: Finished runs with these candidates.
+        left: The remaining runs.
     """
     optuna = import_optuna()
     startup = max(10, 2 * len(candidates))
@@ -57,7 +61,7 @@ def proposed_run(candidates: dict, rates: list, runs: list[Run], left: list[Run]
 
 
 def as_trial(run, candidates, rates):
-    """A finished run as Optuna's trial."""
+    """Convert a finished run to an Optuna trial."""
     from optuna.distributions import CategoricalDistribution
     from optuna.trial import TrialState, create_trial
 

@@ -1,4 +1,4 @@
-"Recipes that were trained with the same seeds: plain data, and how it is shown."
+"""Results of recipes that were trained with the same seeds, as plain data and as a table."""
 
 from dataclasses import dataclass, field
 from statistics import fmean, stdev
@@ -8,16 +8,16 @@ from .text_table import TextTable
 
 __all__ = ['RecipeReport', 'RecipeRun']
 
-RECIPES_FORMAT = 1  # of the JSON file
+RECIPES_FORMAT = 1  # version of the JSON file
 
 
 @dataclass
 class RecipeRun:
-    """One student: a recipe and a seed.
+    """Training of one student, with a recipe and a seed.
 
     Attributes:
-        recipe: Its name.
-        history: Column of the training's table -> a number for each epoch.
+        recipe: Name of the recipe.
+        history: {column of the training table: number for each epoch}.
     """
 
     recipe: str
@@ -30,15 +30,15 @@ class RecipeRun:
 
 @dataclass
 class RecipeReport(JsonReport):
-    """What each recipe reached after the last epoch, over several seeds, and its difference to the
-    baseline: data only.
+    """Results of each recipe after the last epoch over several seeds, and its difference from the
+    baseline. Contains only data.
 
     Attributes:
-        baseline: The recipe that the others are compared with.
-        metric: The column by which recipes are compared.
-        higher: Is more better?
-        recipes: Name -> the recipe as text.
-        differences: Recipe -> its metric minus the baseline's.
+        baseline: Recipe with which the others are compared.
+        metric: Column by which recipes are compared.
+        higher: True if higher is better.
+        recipes: {name: text of the recipe}.
+        differences: {recipe: its metric minus the baseline's}.
     """
 
     metric: str
@@ -56,23 +56,24 @@ class RecipeReport(JsonReport):
         return sorted({r.seed for r in self.runs})
 
     def values(self, recipe: str, column: str | None = None) -> list:
-        """What the recipe reached with each seed, in the order of `seeds`.
+        """Return the results of a recipe, one per seed, in the order of `seeds`.
 
         Args:
-            column: Of the training's table; None: the metric.
+            recipe: Name of the recipe.
+            column: Column of the training table. None for the metric.
         """
         runs = {r.seed: r for r in self.runs if r.recipe == recipe}
         return [runs[s].value(column or self.metric) for s in self.seeds]
 
     @property
     def best(self):
-        """The recipe with the best mean; a difference to the baseline may still be chance, see
+        """The recipe with the best mean. Its difference from the baseline may be chance, see
         `verdict`.
         """
         return (max if self.higher else min)(self.recipes, key=lambda n: fmean(self.values(n)))
 
     def verdict(self, recipe: str) -> str:
-        """'better' or 'worse' than the baseline, 'not significant', or why there is no test."""
+        """Return 'better' or 'worse' than the baseline, 'not significant', or why there is no test."""
         d = self.differences.get(recipe)
         if d is None:
             return ''
@@ -83,7 +84,7 @@ class RecipeReport(JsonReport):
         return 'better' if (d.value > 0) == self.higher else 'worse'
 
     def rows(self) -> list:
-        """The table: a list of dicts."""
+        """Return the rows of the table, as a list of dicts."""
         return TextTable(self._row(n) for n in self.recipes)
 
     def _row(self, name):

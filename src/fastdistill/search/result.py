@@ -1,6 +1,4 @@
-"""What a search found: the recipe, its rate, a table and a plot of the runs, and whether its lead
-is more than luck.
-"""
+"""Result of a search: the recipe, its learning rate, a table, a plot, and a significance test."""
 
 import math
 from statistics import mean, stdev
@@ -14,16 +12,16 @@ __all__ = ['Found', 'best_of']
 
 
 class Found:
-    """The result of `distill_find`: `student.distill(teacher, 5, found.lr, found.recipe)` trains
-    with it.
+    """Result of `distill_find`. `student.distill(teacher, 5, found.lr, found.recipe)` trains with
+    it.
 
     Args:
-        candidates: Name -> `Candidate`; the first one is labels alone.
-        runs: Of the search: `Run`s with one seed.
-        finals: Of the best, again, with other seeds.
-        metric: What the scores are; greater is better.
-        n_epoch: Of a whole run.
-        rates: All rates that labels alone should have had.
+        candidates: {name: `Candidate`}. The first one is training on labels only.
+        runs: Runs of the search, with one seed.
+        finals: Repetitions of the best runs with different seeds.
+        metric: Name of the score; higher is better.
+        n_epoch: Number of epochs of a complete run.
+        rates: Learning rates that training on labels only should have had.
     """
 
     def __init__(
@@ -48,8 +46,9 @@ class Found:
         self.lead = self._lead()
 
     def _winner(self):
-        """The best mean over seeds, of the items that choose; without repeated runs, the best run
-        of the search.
+        """The candidate with the best mean over seeds, on the items that choose.
+
+        Without repeated runs, that of the best run of the search.
         """
         seeds = self._seeds()
         if not seeds:
@@ -64,20 +63,18 @@ class Found:
         return sorted((f for f in self.finals if f.key == run.key), key=lambda f: f.seed)
 
     def _finalists(self):
-        """The best runs that were repeated; where two of them ran with several seeds, those that
-        did.
-        """
+        """The best runs that were repeated. If two or more have several seeds, only those."""
         found = [r for r in self.best.values() if self._repeats(r)]
         often = [r for r in found if len(self._repeats(r)) > 1]
         return often if len(often) > 1 else found
 
     def _seeds(self):
-        """Seeds with which all finalists ran; none if fewer than two did."""
+        """Seeds that all finalists have in common. Empty if there are fewer than two finalists."""
         seeds = [{f.seed for f in self._repeats(r)} for r in self._finalists()]
         return set.intersection(*seeds) if len(seeds) > 1 else set()
 
     def _lead(self):
-        """Over labels alone; None where labels alone won, or where too few runs were repeated."""
+        """The lead over labels only. None if labels only won, or if too few runs were repeated."""
         alone = self.best.get(self.labels)
         if alone is None or self.winner.name == self.labels:
             return None
@@ -85,7 +82,7 @@ class Found:
         seeds = sorted(a.keys() & b.keys())
         return lead_of(*(torch.stack([o[s] for s in seeds]) for o in (a, b))) if seeds else None
 
-    # what users read
+    # for users
 
     @property
     def recipe(self):
@@ -105,28 +102,29 @@ class Found:
 
     @property
     def verdict(self):
-        """Is the recipe better than labels alone? In words."""
+        """Describe whether the recipe is better than labels only."""
         if set(self.best) == {self.labels}:
             return 'no recipe was tried yet'
         if self.winner.name == self.labels:
-            return 'no recipe was better than labels alone on the items that chose'
+            return 'no recipe was better than labels alone on the items used to choose'
         tried = {r.lr for r in self.runs if r.name == self.labels and len(r.scores) >= self.n_epoch}
         if left := set(self.rates) - tried:
             return (
-                f'whether it is better than labels alone is unknown: there was no time for {len(left)} of their '
-                f'{len(self.rates)} learning rates'
+                'it is unknown whether it is better than labels alone, for which there was no '
+                f'time to try {len(left)} of {len(self.rates)} learning rates'
             )
         if self.lead is None:
             return (
-                'whether its lead over labels alone is more than luck is unknown: there was no time to repeat both '
-                'with other seeds'
+                'it is unknown whether its lead over labels alone is more than luck: there was '
+                'no time to repeat both with different seeds'
             )
         return f'{"" if self.lead.beyond_luck else "not "}more than luck: lead over labels alone {self.lead}'
 
     @property
     def table(self):
-        """A row for each candidate, the best first: its best run, and the mean over the seeds of
-        the repeated runs.
+        """Return a row for each candidate, the best first.
+
+        It has the candidate's best run, and the mean over the seeds of its repeated runs.
         """
         order = lambda r: (r is self.winner, bool(self._repeats(r)), r.rank)
         return TextTable(self._row(r) for r in sorted(self.best.values(), key=order, reverse=True))
@@ -150,8 +148,10 @@ class Found:
         return f'{self.winner.name}: {self.text}, lr={self.lr:.3g}; {self.verdict}'
 
     def plot(self):
-        """The score of each run over its learning rate, a color for each candidate. Returns the
-        figure.
+        """Plot the score of each run against its learning rate, in one color per candidate.
+
+        Returns:
+            The matplotlib figure.
         """
         import matplotlib.pyplot as plt  # noqa: F401 (notebooks show figures only after this import)
         from matplotlib.figure import Figure
@@ -188,7 +188,7 @@ class Found:
 
 
 def best_of(runs):
-    """Name of a candidate -> its best run."""
+    """Return {name of a candidate: its best run}."""
     best = {}
     for r in runs:
         if r.name not in best or r.rank > best[r.name].rank:

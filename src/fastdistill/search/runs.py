@@ -1,6 +1,4 @@
-"""Trainings of recipes, each of which happens once: what is finished is kept in a folder, from which
-the same call continues.
-"""
+"""Run each training once, and store the results in a folder from which the same call resumes."""
 
 import hashlib
 import json
@@ -19,20 +17,20 @@ from ..base.errors import DistillError
 
 __all__ = ['Run', 'Runs']
 
-RUNS_FORMAT = 2  # of the folder
+RUNS_FORMAT = 2  # version of the folder's format
 
 
 @dataclass
 class Run:
-    """One training with a recipe.
+    """A training with a recipe.
 
     Attributes:
-        name: Of the recipe.
-        options: Of the recipe.
-        scores: After each epoch.
-        stopped: Before its last epoch, for its scores.
-        result: What the training returned, as plain data; None if it did not get to its end.
-        ended: When; in seconds since 1970.
+        name: Name of the recipe.
+        options: Options of the recipe.
+        scores: Score after each epoch.
+        stopped: True if it was stopped early because of its scores.
+        result: What the training returned, as plain data. None if it did not finish.
+        ended: End time, in seconds since 1970.
     """
 
     name: str
@@ -55,52 +53,51 @@ class Run:
 
     @property
     def rank(self):
-        """Runs that went on longer are better, since others were stopped for their scores; then the
-        score decides.
+        """Sort key of a run: number of epochs, then score.
+
+        Runs that went on longer are better, since others were stopped because of their scores.
         """
         return len(self.scores), self.score
 
     @property
     def items(self):
-        """(N,) scores of single items, if the training returned these."""
+        """Scores of single items, (N,), if the training returned them."""
         return torch.tensor(self.result)
 
     @property
     def file(self):
-        """The same for the same training, whatever came of it."""
+        """File name, which is the same for the same training, whatever its result."""
         text = json.dumps([self.name, self.options, self.lr, self.seed], sort_keys=True)
         return f'run_{hashlib.sha256(text.encode()).hexdigest()[:16]}.json'
 
 
 class Runs:
-    """Trains each `Run` once. Several processes may share a folder; each trains what no other one
-    trains.
+    """Executes each `Run` once. Several processes can share a folder; each trains what no other
+    process is training.
 
     Args:
-        train: fn(run, after_epoch, late) -> the result, as plain data; None if it ended early.
-            after_epoch(score) and late() are true where the training has to end.
-        folder: Has a JSON file for each finished run, and one for the settings; None: nothing is
-            kept.
-        settings: Name -> what must be the same for whoever continues, as plain data.
+        train: fn(run, after_epoch, late) -> result as plain data, or None if it ended early.
+            after_epoch(score) and late() return True if the training has to stop.
+        folder: Folder with a JSON file for each finished run, and one for the settings. None to
+            store nothing.
+        settings: {name: value} that must be the same when the work is resumed, as plain data.
     """
 
     def __init__(self, train: Callable, folder=None, settings: dict | None = None):
         self.train = train
         self.folder = None if folder is None else Path(folder)
-        self.known = {}  # file -> finished run
+        self.known = {}  # {file name: finished run}
         if self.folder is not None:
             self._open(json.loads(json.dumps(dict(settings or {}, format=RUNS_FORMAT))))
 
     def _open(self, settings):
         if world_size() > 1:
             raise DistillError(
-                'folder= is for processes that train by themselves, not for those of one training '
-                '(torchrun). Start them one by one, with the same folder.'
+                'folder= is for independent processes, not for the ranks of a distributed '
+                'training (torchrun). Start them one by one, with the same folder.'
             )
         if ':/' in str(self.folder):
-            raise DistillError(
-                f'folder={str(self.folder)!r}: give a folder of this machine, or one that machines share.'
-            )
+            raise DistillError(f'folder={str(self.folder)!r}: must be a local or shared folder.')
         with file_errors(f"{self.folder} can't be the folder of an experiment"):
             self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / 'settings.json'
@@ -110,17 +107,19 @@ class Runs:
         if before.get('format') != RUNS_FORMAT:
             raise DistillError(
                 f'{self.folder} holds an experiment in the format of a different version of fastdistill '
-                f'({before.get("format", 1)} there, {RUNS_FORMAT} here). Give this one another folder.'
+                f'({before.get("format", 1)} there, {RUNS_FORMAT} here). Use a different folder.'
             )
         if changed := [k for k in settings if before.get(k) != settings[k]]:
             k = changed[0]
             raise DistillError(
-                f'{self.folder} holds an experiment with another {k}: {before.get(k)!r} there, '
-                f'{settings[k]!r} now. Give this one another folder.'
+                f'{self.folder} holds an experiment with {k}={before.get(k)!r}, but now it is '
+                f'{settings[k]!r}. Use a different folder.'
             )
 
     def finished(self) -> list[Run]:
-        """All finished runs, the first one first. Those of other processes are among them."""
+        """Return all finished runs in the order in which they ended, including those of other
+        processes.
+        """
         if self.folder is not None:
             for path in self.folder.glob('run_*.json'):
                 if path.name not in self.known:
@@ -128,12 +127,14 @@ class Runs:
         return sorted(self.known.values(), key=lambda r: r.ended)
 
     def once(self, run: Run, after_epoch=lambda run: False, late=lambda: False) -> Run | None:
-        """Return the finished run; train it first, unless that was done before. Without a result,
-        it ended early. None if another process trains it now.
+        """Return the finished run, after training it if that was not done before.
+
+        A run without a result ended early. Return None if another process is training it.
 
         Args:
-            after_epoch: fn(run) -> is it to be stopped? It has a new score.
-            late: fn() -> is there no time for the rest of it?
+            run: The run.
+            after_epoch: fn(run) -> True to stop it. The run has a new score.
+            late: fn() -> True if there is no time for the rest of the run.
         """
 
         def add_score(score):
@@ -158,11 +159,16 @@ class Runs:
             return self.known[run.file]
 
     def all(self, runs: list[Run], after_epoch=lambda run: False) -> list[Run]:
-        """Return all these runs, finished."""
+        """Return all these runs after they have finished.
+
+        Args:
+            runs: The runs.
+            after_epoch: As in `once`.
+        """
         left = list(runs)
         try:
             while left := [r for r in left if self.once(r, after_epoch) is None]:
-                sleep(1)  # other processes train these
+                sleep(1)  # other processes are training these
         except KeyboardInterrupt:
             if self.folder is not None:
                 done = sum(r.file in self.known for r in runs)
@@ -189,7 +195,7 @@ class Runs:
             try:
                 yield True
             finally:
-                with suppress(OSError):  # Windows keeps an open file
+                with suppress(OSError):  # Windows does not delete open files
                     (self.folder / lock).unlink()
 
 

@@ -1,6 +1,6 @@
-"""The search: which run comes next and which one ends early, until the time is over.
+"""The search: choose the next run, stop weak runs early, until the time is over.
 
-Optuna proposes the runs. The weak ones are stopped (successive halving, arXiv:1810.05934).
+Optuna proposes the runs. Weak ones are stopped (successive halving, arXiv:1810.05934).
 """
 
 from itertools import product
@@ -14,26 +14,29 @@ from .runs import Run, Runs
 
 __all__ = ['Search']
 
-FINALISTS = 2  # beside labels alone
+FINALISTS = 2  # in addition to labels only
 
 
 class Search:
-    """Runs with recipes, and runs with labels alone, with rates from one list. Of the recipes, the
-    weaker half is stopped after a third of the training, and again after two thirds. Then the best
-    once more, with other seeds.
+    """Runs recipes and training on labels only, with learning rates from one list.
+
+    Of the recipes, the weaker half is stopped after a third of the training, and again after two
+    thirds. At the end, the best are repeated with different seeds.
 
     Args:
-        candidates: List of `Candidate`
-        rates: Learning rates to try, the usual one first.
-        train: fn(recipe, lr, seed, after_epoch, late) -> scores of the items that judge; None
-            if it ended early. after_epoch(score) and late() are true where the run has to end.
-        n_epoch: Of a whole run.
-        begin, end: Time when the search began, and when it must be over.
-        trials: So many runs, then the best again; None: as many as there is time for.
-        seeds: With which the best runs are repeated.
-        folder: Of `Runs`
-        facts: What a folder's search must have in common with this one.
-        show: Called after each epoch, with the share of the time that has passed.
+        candidates: List of `Candidate`.
+        rates: Learning rates to try, the default first.
+        train: fn(recipe, lr, seed, after_epoch, late) -> scores of the test items, or None if it
+            ended early. after_epoch(score) and late() return True if the run has to stop.
+        metric: Name of the score; higher is better.
+        n_epoch: Number of epochs of a complete run.
+        begin, end: Start time of the search, and when it must be over.
+        trials: Maximum number of runs, before the best are repeated. None for as many as time
+            permits.
+        seeds: Number of seeds with which the best runs are repeated.
+        folder: As in `Runs`.
+        facts: What a search must have in common with this one to share its folder.
+        show: fn called after each epoch with the fraction of the time that has passed.
     """
 
     def __init__(
@@ -52,7 +55,7 @@ class Search:
         metric: str = 'score',
         show=lambda text, done: None,
     ):
-        import_optuna()  # before time is spent
+        import_optuna()  # fail before time is spent
         self.candidates = {c.name: c for c in candidates}
         self.all_candidates = {LABELS.name: LABELS, **self.candidates}
         self.rates = [float(o) for o in rates]
@@ -64,9 +67,9 @@ class Search:
         self.metric = metric
         self.show = show
         self.n_runs = 0
-        self.cut = []  # runs that the end of the time, or an interrupt, ended
-        self.busy = set()  # files of runs that other processes train now
-        self.errors = {}  # candidate -> why it can't be used
+        self.cut = []  # runs that were cut off by the time limit or an interrupt
+        self.busy = set()  # files of runs that other processes are training
+        self.errors = {}  # {candidate: why it can't be used}
         settings = dict(
             facts or {},
             n_epoch=n_epoch,
@@ -80,7 +83,7 @@ class Search:
         items = self.train(recipe, run.lr, run.seed, after_epoch, late)
         if items is None:
             return None
-        return items.tolist() if run.seed else []  # only repeated runs are judged
+        return items.tolist() if run.seed else []  # only repeated runs are tested
 
     def run(self) -> Found:
         """Search until the time is over, or until Ctrl-C."""
@@ -104,8 +107,8 @@ class Search:
         )
 
     def tried(self):
-        """The runs of the search, also those of earlier searches and other processes in the same
-        folder.
+        """The runs of the search, including those of earlier searches and other processes in the
+        same folder.
         """
         return [r for r in self.runs.finished() if not r.seed and r.scores] + self.cut
 
@@ -115,13 +118,15 @@ class Search:
                 f'No recipe could be tried. {" ".join(f"{k}: {v}" for k, v in self.errors.items())}'
             )
         return (
-            f'No run finished an epoch in {(self.end - self.begin) / 60:.3g} minutes. Give it more minutes, or a '
-            'part of the training set.'
+            f'No run finished an epoch in {(self.end - self.begin) / 60:.3g} minutes. Increase '
+            'minutes=, or use a part of the training set.'
         )
 
     @property
     def search_end(self):
-        """When the best runs have to be repeated: the time that this takes, at most half of all."""
+        """Time at which the best runs have to be repeated, which gets at most half of the total
+        time.
+        """
         whole = [r for r in self.runs.finished() if not r.seed and not r.stopped]
         alone = [r.seconds for r in whole if r.name == LABELS.name]
         if not 0 < len(alone) < len(whole):
@@ -129,14 +134,16 @@ class Search:
         took = (1 + FINALISTS) * self.seeds * max(r.seconds for r in whole)
         return self.end - min(took, (self.end - self.begin) / 2)
 
-    # which run comes next
+    # choice of the next run
 
     def _next(self):
-        """The next run; None if all were tried. Labels alone come first. After a third of the time,
-        they take every other turn.
+        """Return the next run, or None if all were tried.
 
-        Of labels alone every rate gets a whole run: while a rate warms up, its scores say little of
-        its end, and a comparison with a rate that was stopped too early would not be fair.
+        Labels only come first. After a third of the time, they get every second run.
+
+        With labels only, every learning rate gets a complete run: while a rate warms up, its scores
+        say little about the result, and a comparison with a rate that was stopped too early would
+        be unfair.
         """
         if self.n_trials is not None and self.n_runs >= self.n_trials:
             return None
@@ -147,7 +154,9 @@ class Search:
         return self._next_recipe() or alone
 
     def _left(self, candidates):
-        """The runs that nobody has begun, for each candidate the usual ones first."""
+        """Return the runs that have not been started, with the default options of each candidate
+        first.
+        """
         begun = {r.file for r in self.runs.finished()} | self.busy
         return [
             run
@@ -158,8 +167,10 @@ class Search:
         ]
 
     def _next_recipe(self):
-        """Each recipe begins with its usual options, and with the rate that is best for labels
-        alone so far. Then Optuna proposes the runs.
+        """Return the next run with a recipe.
+
+        Each recipe starts with its default options and with the rate that is best for labels only
+        so far. After that, Optuna proposes the runs.
         """
         best = best_of(self.tried())
         lr = best[LABELS.name].lr if LABELS.name in best else self.rates[0]
@@ -170,7 +181,7 @@ class Search:
         recipes = [r for r in self.runs.finished() if not r.seed and r.name != LABELS.name]
         return proposed_run(self.candidates, self.rates, recipes, left) if left else None
 
-    # one run
+    # execution of a run
 
     def _try(self, run):
         self.n_runs += 1
@@ -190,17 +201,19 @@ class Search:
             self.busy.add(run.file)
             self.n_runs -= 1
             return
-        self.busy.clear()  # a process may have ended without its run
+        self.busy.clear()  # a process may have ended before it finished its run
         if done.result is None and not done.stopped:
             self._cut_off(run)
 
     def _cut_off(self, run):
-        """Whoever continues from the folder trains it again; here its scores count."""
+        """Keep the scores of a run that was cut off. A search that resumes from the folder trains
+        it again.
+        """
         if run.scores:
             self.cut.append(run)
 
     def _is_over(self, run):
-        """Show a run's new score; is the run to be stopped?"""
+        """Show a run's new score. Return True if the run is to be stopped."""
         text = self.all_candidates[run.name].written(run.options)
         again = f', seed {run.seed}' if run.seed else ''
         self.show(
@@ -211,8 +224,9 @@ class Search:
         return run.name != LABELS.name and not run.seed and self._is_weak(run)
 
     def _is_weak(self, run):
-        """After a third and after two thirds of the epochs: is it not in the better half of the
-        recipes' runs that came so far?
+        """Return True if a run is not in the better half of the recipes' runs that came so far.
+
+        Checked only after one third and after two thirds of the epochs.
         """
         n, third = len(run.scores), -(-self.n_epoch // 3)
         if n not in (third, 2 * third) or n >= self.n_epoch:
@@ -221,7 +235,7 @@ class Search:
         scores = [run.score, *(r.scores[n - 1] for r in recipes if len(r.scores) >= n)]
         return run.score < sorted(scores, reverse=True)[max(len(scores) // 2 - 1, 0)]
 
-    # the best runs again
+    # repetitions of the best runs
 
     def _repeat(self):
         best = best_of(self.tried())
@@ -240,6 +254,6 @@ class Search:
 
 
 def runs_with(c, rates):
-    """All runs with a candidate, the usual ones first."""
+    """Return all runs with a candidate, the default options first."""
     for *values, lr in product(*c.options.values(), rates):
         yield Run(c.name, dict(zip(c.options, values)), lr)

@@ -1,6 +1,4 @@
-"""Differences of recipes that were trained with the same seeds: which of them are more than luck.
-scipy computes the tests.
-"""
+"""Significance tests for differences between recipes that were trained with the same seeds."""
 
 import warnings
 from dataclasses import dataclass, replace
@@ -16,13 +14,15 @@ TEST = 'paired t test'
 
 
 def difference_by_seed(a, b) -> Difference:
-    """Return the mean of `a` minus `b`, with its 95% interval and p-value (Student's paired t test).
-    There is no p-value if all differences are equal, since then nothing shows how much a seed
-    matters.
+    """Return the mean of `a` minus `b`, with its 95% interval and p-value (Student's paired t
+    test).
+
+    There is no p-value if all differences are equal, since the variation between seeds is then
+    unknown.
 
     Args:
-        a: What one recipe reached, a number for each seed.
-        b: The other one, with the same seeds.
+        a: Results of one recipe, one number per seed.
+        b: Results of the other recipe, with the same seeds.
     """
     from scipy.stats import ttest_rel
 
@@ -38,11 +38,12 @@ def difference_by_seed(a, b) -> Difference:
 
 
 def adjusted(differences: dict) -> dict:
-    """Return the same with p-values for several tests at once (Holm, 1979): the chance that any of
-    them is called significant by luck alone stays below 5%.
+    """Return the differences with p-values adjusted for several tests at once (Holm, 1979).
+
+    The probability that any of them is significant by chance stays below 5%.
 
     Args:
-        differences: Name -> Difference.
+        differences: {name: `Difference`}.
     """
     tested = sorted(
         (k for k, d in differences.items() if d.p is not None), key=lambda k: differences[k].p
@@ -62,8 +63,8 @@ class Lead:
     """Mean difference of two recipes' scores, and its 95% interval over items and seeds.
 
     Attributes:
-        p: How often luck alone gives a difference as large as this, in either direction.
-        n: Items.
+        p: Probability of a difference at least this large in either direction by chance.
+        n: Number of items.
     """
 
     mean: float
@@ -85,14 +86,15 @@ class Lead:
 
 
 def lead_of(a, b) -> Lead | None:
-    """Return how much better `a` is than `b`. None with fewer than two seeds or items, where the
-    luck of a run can't be told.
+    """Return how much better `a` is than `b`.
 
-    Both items and seeds are drawn: the variance of the mean is at most the sum of their means'
-    variances, as for the difference of two independent samples (Welch's t test).
+    None with fewer than two seeds or items, since the variation between runs is then unknown.
+
+    Both items and seeds are treated as samples: the variance of the mean is at most the sum of the
+    variances of their means, as for the difference of two independent samples (Welch's t test).
 
     Args:
-        a, b: (seeds, items) scores of the same items, in row i of runs with the same seed.
+        a, b: (seeds, items) scores of the same items. Row i of both has the same seed.
     """
     from scipy.stats import ttest_ind
 
@@ -103,11 +105,11 @@ def lead_of(a, b) -> Lead | None:
     seeds, n = d.shape
     mean = d.mean().item()
     of_items = d.mean(0)
-    of_seeds = d.mean(1) - mean  # a mean of 0, so that the difference of both is the lead
+    of_seeds = d.mean(1) - mean  # mean 0, so that the difference of the two means is the lead
     if not of_items.var() + of_seeds.var() > 0:
         return Lead(mean, mean, mean, 0.0 if mean else 1.0, n, seeds)
     with warnings.catch_warnings():
-        # of values that are all nearly equal: the variance of the others counts then
+        # ttest_ind warns if all values are nearly equal; the other variance then dominates
         warnings.filterwarnings('ignore', 'Precision loss', RuntimeWarning)
         test = ttest_ind(of_items.numpy(), of_seeds.numpy(), equal_var=False)
     low, high = map(float, test.confidence_interval(0.95))

@@ -1,4 +1,4 @@
-"Tables of runs and recipes: as text, and in a terminal or a notebook."
+"""Show tables of runs and recipes as text, in a terminal or in a notebook."""
 
 __all__ = ['TextTable']
 
