@@ -6,7 +6,6 @@ import torch.nn.functional as F
 from fastdistill import (
     Recipe,
     Term,
-    abkd,
     at,
     auto,
     dist,
@@ -14,13 +13,9 @@ from fastdistill import (
     hint,
     kd,
     losses,
-    nkd,
-    rld,
     soft_labels,
-    taid,
-    ttm,
-    wttm,
 )
+from fastdistill.recipes import abkd, nkd, rld, taid, ttm, wttm
 
 PLAIN = 'classes pixels tokens labels numbers'
 SOFT = 'classes pixels tokens'  # softmax

@@ -31,7 +31,7 @@ from fastdistill.fastai.default_recipe import example_of
 from fastdistill.recipes.default import softening_temperature
 from fastdistill.base.task import Task, facts_of_outputs
 
-DIST = dist(T=4.0, beta=2, gamma=2, grad_ratio=3)
+DIST = dist(T=4.0, beta=2, gamma=2, grad_ratio=3, fade=True)
 RULE = [
     (dict(classes=77), Recipe(DIST), '77 classes'),
     (dict(classes=3), Recipe(DIST), '3 classes'),
@@ -41,7 +41,11 @@ RULE = [
     (dict(classes=2, dense=True), kd(T=1, alpha=0.5), '2 classes for each of many positions'),
     (dict(classes=60000, dense=True), Recipe(DIST), '60000 classes for each of many positions'),
     (dict(classes=60000), Recipe(DIST), '60000 classes'),
-    (dict(kind='sigmoid'), Recipe(Term(losses.binary_kl, grad_ratio=3, T=1)), 'several labels'),
+    (
+        dict(kind='sigmoid'),
+        Recipe(Term(losses.binary_kl, grad_ratio=3, fade=True, T=1)),
+        'several labels',
+    ),
     (
         dict(kind='sigmoid', classes=1),
         kd(T=1, alpha=0.5),
@@ -53,21 +57,25 @@ RULE = [
         'one label for each of many positions',
     ),
     (dict(kind='sigmoid', dense=True), kd(T=1, alpha=0.5), 'labels for each of many positions'),
-    (dict(kind='regression', dense=True), Recipe(Term(losses.regression, grad_ratio=3)), 'numbers'),
+    (
+        dict(kind='regression', dense=True),
+        Recipe(Term(losses.regression, grad_ratio=3, fade=True)),
+        'numbers',
+    ),
     (dict(classes=77, labels=False), soft_labels(T=1), 'no labels'),
     (
         dict(classes=77, teacher=torch.arange(77.0) / 10),
-        Recipe(dist(T=2.1, beta=2, gamma=2, grad_ratio=3)),
+        Recipe(dist(T=2.1, beta=2, gamma=2, grad_ratio=3, fade=True)),
         'T=2.1 softens',
     ),
     (
         dict(classes=77, teacher=torch.zeros(4, 77)),
-        Recipe(dist(T=1.0, beta=2, gamma=2, grad_ratio=3)),
+        Recipe(dist(T=1.0, beta=2, gamma=2, grad_ratio=3, fade=True)),
         'T=1 softens',
     ),
     (
         dict(classes=77, teacher=1000 * torch.eye(77)),
-        Recipe(dist(T=20.0, beta=2, gamma=2, grad_ratio=3)),
+        Recipe(dist(T=20.0, beta=2, gamma=2, grad_ratio=3, fade=True)),
         'T=20 softens',
     ),
     (dict(classes=77, doubt='a bad teacher'), kd(T=1, alpha=0.3), 'a bad teacher'),

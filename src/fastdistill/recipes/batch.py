@@ -16,6 +16,7 @@ from ..base.class_mapping import grouped, taught_part
 from ..base.distributed import gather_rows, world_size
 from ..base.outputs import DistillError, Outputs, TopK, as_plain, map_tensors, tensors_in
 from ..base.task import Task, fit_labels, shape_of_labels
+from .teacher_gain import label_errors
 
 __all__ = [
     'Batch',
@@ -81,6 +82,14 @@ class Batch:
         pairs: Any = (first, other), (other, first)
         first, other = [(torch.ones_like(n) if m is None else m).to(self.lam) for m, n in pairs]
         return blend(first, other, self.lam)
+
+    def label_errors(self) -> Tensor | None:
+        """Return `label_errors` of both models. None if there are no labels, or none that fit."""
+        labels = [y[0] for y in (self.targets, self.others) if len(y)]
+        s, t = self.student.logits, self.teacher.logits
+        if not labels or not isinstance(s, Tensor) or not isinstance(t, Tensor):
+            return None
+        return label_errors(s, t, labels, self.task, lam=self.lam, mask=self.mask)
 
     def pairs_of(self, name: str, make: Callable) -> Any:
         """Return what a term compares. It is computed only once, since each run of a projector with

@@ -61,10 +61,11 @@ def auto(
     by default.
 
     If the term has a gradient ratio, the task loss has full weight and the term's gradient norm at
-    the student's logits is 3 times that of the task loss, whatever the scale of the term. With more
-    than two classes, T is `softening_temperature(teacher)`, so that confident and less confident
-    teachers are softened to the same degree. Without `teacher=` it is 4. benchmarks/quality has the
-    measurements behind the rule, and the tasks where it did not help.
+    the student's logits is 3 times that of the task loss, whatever the scale of the term. The ratio
+    falls as far as the teacher's predictions add little to the student's (`fade=True`, see `Term`).
+    With more than two classes, T is `softening_temperature(teacher)`, so that confident and less
+    confident teachers are softened to the same degree. Without `teacher=` it is 4.
+    benchmarks/quality has the measurements behind the rule, and the tasks where it did not help.
 
     Args:
         kind: What the model predicts: 'softmax' over classes, 'sigmoid' per label, or
@@ -106,8 +107,8 @@ def auto(
         T = float(f'{softening_temperature(teacher):.2g}')
         why += f', T={T:g} softens this teacher'
     return Automatic(
-        dist(T=T, beta=2, gamma=2, grad_ratio=3),
-        f'labels + dist(T={T:g}, beta=2, gamma=2, grad_ratio=3)',
+        dist(T=T, beta=2, gamma=2, grad_ratio=3, fade=True),
+        f'labels + dist(T={T:g}, beta=2, gamma=2, grad_ratio=3, fade=True)',
         why,
     )
 
@@ -154,9 +155,12 @@ def facts_for_auto(shape: Sequence[int], task: Task, ask: Callable) -> dict:
 
 def with_grad_ratio(loss: Callable, name: str, why: str, kind: str, **options: Any) -> Automatic:
     """Combine the task loss with a term whose gradient norm is 3 times as large."""
-    text = ', '.join(['grad_ratio=3', *(f'{k}={v:g}' for k, v in options.items())])
+    text = ', '.join(['grad_ratio=3', 'fade=True', *(f'{k}={v:g}' for k, v in options.items())])
     return Automatic(
-        Term(loss, grad_ratio=3, **options), f'labels + Term(losses.{name}, {text})', why, kind
+        Term(loss, grad_ratio=3, fade=True, **options),
+        f'labels + Term(losses.{name}, {text})',
+        why,
+        kind,
     )
 
 

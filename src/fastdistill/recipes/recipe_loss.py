@@ -153,8 +153,9 @@ class RecipeLoss(nn.Module):
         counted = {
             k: v for k, v in dict(task=task, **values).items() if v is not None and weights[k] != 0
         }
-        weights = self._measured(counted, weights, student, b)
+        weights, rest = self._measured(counted, weights, student, b)
         taught = [weights[k] * v for k, v in counted.items() if k in values]
+        taught += [] if rest is None else [rest]
         if not weights['task'] and student.logits is not None:
             taught.append(nothing(student.logits))
         return Distilled(
@@ -230,17 +231,25 @@ class RecipeLoss(nn.Module):
         )
 
     def _measured(self, values, weights, student, b):
-        """The weights as they count: of a term with a share, what makes its gradient that long.
+        """The weights as they count: of a term with a share, what makes its gradient that long. Where
+        terms faded, also a part of the other losses that makes up for their gradient, else None.
         Shares of the gradient are reported at the first training batch, and where a part counts for
         the first time.
         """
         learns = {k: v for k, v in values.items() if v.requires_grad}
-        fixed = {k: w for k, w in weights.items() if k not in self.ratios}
+        fixed, rest = {k: w for k, w in weights.items() if k not in self.ratios}, None
         if self.ratios:
             self.ratios.measure(
-                weights, learns, lambda k: self._compared(k, student), lambda k: self._apart(k, b)
+                weights,
+                learns,
+                lambda k: self._compared(k, student),
+                lambda k: self._apart(k, b),
+                b.label_errors,
             )
+            faded = self.ratios.faded(weights, learns)
             weights = self.ratios.weights(weights, learns)
+            base = [fixed[k] * v for k, v in learns.items() if k in fixed]
+            rest = faded * sum(base) if base and faded is not None else None
         if self.measures and torch.is_grad_enabled() and not learns.keys() <= self.seen:
             self.seen, self.gradient_shares = (
                 learns.keys(),
@@ -248,7 +257,7 @@ class RecipeLoss(nn.Module):
             )
             if (says := swamped(self.gradient_shares, fixed)) and rank() == 0:
                 warnings.warn(says, DistillWarning, stacklevel=4)
-        return weights
+        return weights, rest
 
     def _compared(self, name, student):
         """What a term compares of the student."""
