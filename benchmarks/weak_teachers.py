@@ -43,6 +43,7 @@ ORDINARY = dict(
     banking77_short=0.03,
     banking77weak_short=0.03,
     points_short=0.01,
+    goemotionsweak_short=0.03,
 )
 STEPS = 20, 40, 80, 160, 320, 640  # of a teacher
 
