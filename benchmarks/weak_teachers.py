@@ -6,8 +6,8 @@
     python benchmarks/weak_teachers.py --table
 
 Each run is a line of results/weak_teachers.jsonl; runs that are there are skipped. `before` is the default of protocol 2: the
-same recipe without `fade=True`, and `kd(T=1, alpha=.3)` or `kd(T=1, alpha=.1)` for a teacher in doubt. `fade` is the recipe with
-it, whatever the check of the teacher says."""
+same recipe without `fade=True`, and `kd(T=1, alpha=.3)` or `kd(T=1, alpha=.1)` for a teacher in doubt. `fade` is
+the default of today."""
 
 import copy, sys
 from dataclasses import replace
@@ -21,8 +21,8 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE / 'quality'))
 import protocol  # noqa: E402
 import task_first  # noqa: E402
-from fastdistill import Recipe, auto  # noqa: E402
-from loop import KINDS, predict  # noqa: E402
+from fastdistill import Recipe, auto, kd  # noqa: E402
+from loop import predict  # noqa: E402
 from measures import MAIN  # noqa: E402
 from run import commit, one_run  # noqa: E402
 from stored import append, read  # noqa: E402
@@ -57,16 +57,12 @@ def plain(recipe):
 
 
 def recipes(cell, data):
-    t = data.train.t.movedim(cell.axis + bool(data.train.views), -1)
-    t = t.reshape(-1, t.shape[-1])
-    kind = KINDS[cell.output]
-    trusted = auto(
-        kind,
-        classes=t.shape[-1] if kind == 'softmax' else None,
-        dense=cell.output in ('pixels', 'tokens'),
-        teacher=t[:: max(len(t) // 2048, 1)].float(),
-    )
-    return dict(labels=None, before=plain(protocol.library_default(cell, data)), fade=trusted)
+    facts = protocol.facts_for_auto(cell, data)
+    chosen = auto(**facts)
+    before = plain(chosen)
+    if facts['doubt'] is not None:
+        before = kd(T=1, alpha=0.1 if facts['kind'] == 'sigmoid' else 0.3)
+    return dict(labels=None, before=before, fade=chosen)
 
 
 def stopped(task, steps):

@@ -78,8 +78,9 @@ RULE = [
         Recipe(dist(T=20.0, beta=2, gamma=2, grad_ratio=3, fade=True)),
         'T=20 softens',
     ),
-    (dict(classes=77, doubt='a bad teacher'), kd(T=1, alpha=0.3), 'a bad teacher'),
-    (dict(kind='sigmoid', doubt='a bad teacher'), kd(T=1, alpha=0.1), 'a bad teacher'),
+    (dict(classes=2, doubt='a bad teacher'), kd(T=1, alpha=0.3), 'a bad teacher'),
+    (dict(kind='sigmoid', classes=1, doubt='a bad teacher'), kd(T=1, alpha=0.1), 'a bad teacher'),
+    (dict(classes=77, doubt='a bad teacher'), Recipe(DIST), '77 classes'),
 ]
 
 
@@ -397,7 +398,7 @@ def test_the_share_is_the_length_of_the_gradient():
     x, y = torch.stack([a for a, _ in items]), torch.stack([b for _, b in items])
     s = student(x).detach().requires_grad_()
     of = lambda v: torch.autograd.grad(v, s, retain_graph=True)[0].norm()
-    d = Distiller(student, teacher, auto(classes=5))
+    d = Distiller(student, teacher, dist(T=4.0, beta=2, gamma=2, grad_ratio=3))
     r = d(x, y)
     t = teacher(x).detach()
     term = losses.dist(s, t, T=4, beta=2, gamma=2)

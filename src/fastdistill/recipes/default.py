@@ -74,7 +74,8 @@ def auto(
         dense: True if each sample has many predictions, such as pixels or tokens.
         labels: True if the batches have labels.
         teacher: The teacher's logits for some training samples, (..., C). None if unknown.
-        doubt: Reason not to trust the teacher, as text. None if there is none.
+        doubt: Reason not to trust the teacher, as text. It lowers the weight of `kd`; a gradient
+            ratio falls by itself. None if there is none.
     """
     if kind not in ('softmax', 'sigmoid', 'regression'):
         raise DistillError(f"kind={kind!r}: must be 'softmax', 'sigmoid' or 'regression'")
@@ -85,11 +86,6 @@ def auto(
         )
     if not labels:
         return Automatic(soft_labels(T=1), 'soft_labels(T=1)', 'the batches have no labels', kind)
-    if doubt is not None:
-        alpha = 0.1 if kind == 'sigmoid' else 0.3
-        return Automatic(
-            kd(T=1, alpha=alpha), f'kd(T=1, alpha={alpha:g})'.replace('0.', '.'), doubt, kind
-        )
     if kind == 'regression':
         return with_grad_ratio(losses.regression, 'regression', 'numbers', kind)
     one = kind == 'sigmoid' and classes == 1  # equivalent to a softmax over two classes
@@ -100,6 +96,10 @@ def auto(
     if dense:
         why += ' for each of many positions'
     if not takes_dist(classes):
+        if doubt is not None:
+            alpha = 0.1 if kind == 'sigmoid' else 0.3
+            text = f'kd(T=1, alpha={alpha:g})'.replace('0.', '.')
+            return Automatic(kd(T=1, alpha=alpha), text, doubt, kind)
         return Automatic(kd(T=1, alpha=0.5), 'kd(T=1, alpha=.5)', why)
     if teacher is None:
         T = 4.0

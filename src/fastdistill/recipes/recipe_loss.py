@@ -25,7 +25,8 @@ class Distilled:
         taught: The weighted sum of all terms; None where none counts.
         parts: Each term's value, unweighted and detached; in training only of the terms that
             count.
-        weights: What each was multiplied by; 'task' among them. 0-dim for a term with a share.
+        weights: What each was multiplied by; 'task' among them. 0-dim for a term with a share. The
+            task loss counts more than this where a term faded.
     """
 
     task: Tensor | None
@@ -258,6 +259,14 @@ class RecipeLoss(nn.Module):
             if (says := swamped(self.gradient_shares, fixed)) and rank() == 0:
                 warnings.warn(says, DistillWarning, stacklevel=4)
         return weights, rest
+
+    @property
+    def faded(self) -> dict[str, float]:
+        """How much is left of the gradient ratio of each term with `fade=True`, from 0 to 1. Reading
+        it waits for the GPU.
+        """
+        gains = {k: r.gain for k, r in self.ratios.items() if r.gain is not None}
+        return {k: float(g.factor) for k, g in gains.items() if g.batches}
 
     def _compared(self, name, student):
         """What a term compares of the student."""
