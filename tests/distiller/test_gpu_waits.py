@@ -53,6 +53,8 @@ def to_device(d, device):
     d.to(device)
     for r in d.ratios.values():
         r.means = r.means.to(device)
+        if r.gain is not None:
+            r.gain.sums = r.gain.sums.to(device)
 
 
 def step_on_meta(recipe, dense=False, mixed=False, **options):

@@ -264,14 +264,15 @@ def test_a_teacher_that_scores_low_gets_a_small_part():
         pytest.warns(DistillWarning, match='no better than chance'),
     ):
         cb = student.distill(bad, 1, 0.01)
-    assert repr(cb.recipe) == repr(kd(T=1, alpha=0.3)) and 'in doubt' in cb.recipe.why
+    assert [t.name for t in cb.recipe.terms] == ['dist']
+    assert cb.distiller.faded['dist'] < 0.1
 
 
 @pytest.mark.parametrize('scale, small', [(1.0, False), (0.15, True)])
 def test_a_teacher_that_is_right_far_more_often_than_it_is_sure_gets_a_small_part(
     scale, small, capsys
 ):
-    student, teacher = learners(5)
+    student, teacher = learners(2)
     student.logger = print
     with student.no_bar():
         cb = student.distill(lambda x: scale * teacher.model(x), 1, 0.01)
@@ -283,16 +284,16 @@ def test_a_teacher_that_is_right_far_more_often_than_it_is_sure_gets_a_small_par
     'ignore:numpy.core is deprecated'
 )  # fastai's lr_find, as it loads the model again
 def test_a_choice_may_change_between_lr_find_and_a_fit():
-    student, _ = learners(5)
-    bad = nets(5)[1]
+    student, _ = learners(2)
+    bad = nets(2)[1]
     with torch.no_grad():
-        bad[2].bias[3] = 100.0
+        bad[2].bias[1] = 100.0
     cb = KnowledgeDistillation(bad)
     with student.no_bar(), student.no_logging(), student.added_cbs(cb):
         student.lr_find(
             num_it=3, show_plot=False, suggest_funcs=None
         )  # it does not check the teacher
-        assert [t.name for t in cb.recipe.terms] == ['dist']
+        assert repr(cb.recipe) == repr(kd(T=1, alpha=0.5))
         with pytest.warns(DistillWarning, match='no better than chance'):
             student.fit(1, 0.01)
     assert repr(cb.recipe) == repr(kd(T=1, alpha=0.3)) and [*cb.distiller.links] == ['kd']
@@ -300,7 +301,7 @@ def test_a_choice_may_change_between_lr_find_and_a_fit():
 
 @pytest.mark.parametrize('scale, small', [(1.0, False), (0.15, True)])
 def test_a_doubt_is_stored_with_the_outputs(scale, small, tmp_path):
-    student, teacher = learners(5)
+    student, teacher = learners(2)
     with torch.no_grad():
         for p in teacher.model[2].parameters():
             p *= scale
@@ -308,7 +309,7 @@ def test_a_doubt_is_stored_with_the_outputs(scale, small, tmp_path):
         DistillError, match="DataLoader is none of fastai's loaders whose batches can be repeated"
     ):
         cache_teacher(teacher.model, student.dls, tmp_path / 'c', kind='softmax', check=False)
-    student.dls = DataLoaders.from_dsets(data(5), data(5), bs=16, num_workers=0)
+    student.dls = DataLoaders.from_dsets(data(2), data(2), bs=16, num_workers=0)
     cache = cache_teacher(
         teacher.model, student.dls, tmp_path / 'c', kind='softmax', progress=False
     )
@@ -333,7 +334,7 @@ def test_a_single_label_is_a_task_of_two_classes():
     assert repr(cb.recipe) == repr(kd(T=1, alpha=0.5)) and cb.recipe.why == 'one label'
 
 
-def test_a_better_student_doubts_its_teacher():
+def test_a_better_student_does_not_listen_to_its_teacher():
     _, student = learners(5)
     worse = copy.deepcopy(student.model)
     with torch.no_grad():
@@ -344,7 +345,7 @@ def test_a_better_student_doubts_its_teacher():
         pytest.warns(DistillWarning, match='worse than the student'),
     ):
         cb = student.distill(worse, 1, 0.01)
-    assert repr(cb.recipe) == repr(kd(T=1, alpha=0.3))
+    assert cb.distiller.faded['dist'] < 0.2
 
 
 def test_without_labels_the_teacher_alone_teaches():
