@@ -12,7 +12,7 @@ __all__ = ['TeacherGain', 'label_errors']
 
 class TeacherGain:
     """The part of the student's squared error on the labels that the teacher's predictions explain:
-    1 - min over m of |y - (m p_teacher + (1-m) p_student)|^2 / |y - p_student|^2, where p are
+    1 - min over m in [0, 1] of |y - (m p_teacher + (1-m) p_student)|^2 / |y - p_student|^2, where p are
     probabilities at T=1 (numbers in regression), and the sums over samples are running means. It is
     close to 1 for a teacher that knows the labels of a student that does not, and 0 for a teacher
     whose predictions no mixture improves on the student's.
@@ -51,8 +51,9 @@ class TeacherGain:
         if self.sums is None:
             return torch.ones(())
         error, agreement, distance = self.sums
-        explained = agreement.clamp_min(0).square() / (distance * error).clamp_min(1e-30)
-        return explained.where(distance * error > 0, 1.0)
+        m = (agreement / distance.clamp_min(1e-30)).clamp(0, 1)
+        explained = (2 * m * agreement - m * m * distance) / error.clamp_min(1e-30)
+        return explained.where((distance > 0) & (error > 0), 1.0)
 
     @property
     def factor(self) -> Tensor:
@@ -91,7 +92,7 @@ def label_errors(
     """
     if not all(isinstance(y, Tensor) for y in labels) or t.shape != s.shape:
         return None
-    error, p = (-predictions(o, task) for o in (s, t))
+    error, p = (-probabilities_of(o, task) for o in (s, t))
     distance = error - p
     weights = [1.0] if lam is None else [lam, 1 - lam]
     for y, w in zip(labels, weights):
@@ -105,7 +106,7 @@ def label_errors(
     return torch.cat([products.flatten(1).sum(1), products.new_tensor([s.numel() / classes])])
 
 
-def predictions(logits: Tensor, task: Task) -> Tensor:
+def probabilities_of(logits: Tensor, task: Task) -> Tensor:
     logits = as_plain(logits).float()
     if task.kind == 'softmax':
         return logits.softmax(task.axis)
