@@ -21,7 +21,7 @@ def left_by_search(p_s, p_t, y, counts=1.0):
     "What a search over mixtures leaves of the gradient ratio, for labels as probabilities or numbers"
     error = lambda m: (counts * (y - m * p_t - (1 - m) * p_s).square()).sum()
     best = min(error(m) for m in torch.linspace(0, 1, 2001))
-    return min((1 - best / error(0)).item() / 0.4, 1.0)
+    return min((1 - best / error(0)).item() / 0.2, 1.0)
 
 
 def rows(kind, knows=1.5, n=80, c=6, seed=0):

@@ -20,7 +20,7 @@ class TeacherGain:
     The sums stay on the device, so that no step waits for them.
     """
 
-    ENOUGH = 0.4  # a larger gain leaves the gradient ratio as it is
+    ENOUGH = 0.2  # a larger gain leaves the gradient ratio as it is
     NEW = 0.2  # minimum weight of a new batch in the mean ...
     POSITIONS = 64  # ... of this many positions; of fewer, it is lower
 
