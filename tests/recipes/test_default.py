@@ -348,6 +348,19 @@ def test_a_better_student_does_not_listen_to_its_teacher():
     assert cb.distiller.faded['dist'] < 0.2
 
 
+def test_a_fit_says_once_that_the_teacher_adds_little(capsys):
+    student, good = learners(5)
+    student.logger = print
+    bad = nets(5)[1]
+    with torch.no_grad():
+        bad[2].bias[3] = 100.0
+    for teacher, times in ((bad, 1), (good, 0)):
+        with student.no_bar():
+            student.distill(teacher, 2, 0.01, check=False)
+        printed = capsys.readouterr().out
+        assert printed.count('of the gradient ratio of dist is left') == times
+
+
 def test_without_labels_the_teacher_alone_teaches():
     student, _ = learners(5, labels=False)
     with student.no_bar(), student.no_logging():
