@@ -109,7 +109,12 @@ class Stored(nn.Module):
 
 
 def library_default(cell, data):
-    "What the library chooses here: it scores the teacher on a few validation batches, and looks at its outputs for training items"
+    "What the library chooses here"
+    return auto(**facts_for_auto(cell, data))
+
+
+def facts_for_auto(cell, data):
+    "Arguments of `auto`: the library scores the teacher on a few validation batches, and looks at its outputs for training items"
     kind, v, bs = KINDS[cell.output], data.valid, 2 * cell.bs
     torch.manual_seed(REPORTED[0])
     student = cell.student(data).eval()
@@ -123,8 +128,8 @@ def library_default(cell, data):
     )
     t = data.train.t.movedim(cell.axis + bool(data.train.views), -1)
     t = t.reshape(-1, t.shape[-1])
-    return auto(
-        kind,
+    return dict(
+        kind=kind,
         classes=t.shape[-1] if kind == 'softmax' else None,
         dense=cell.output in ('pixels', 'tokens'),
         teacher=t[:: max(len(t) // 2048, 1)].float(),

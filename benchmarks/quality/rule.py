@@ -23,14 +23,16 @@ def group(f):
 
 
 def default(f):
-    "The candidate that is the library's default recipe in such a cell"
+    """The candidate that was the library's default recipe in such a cell when protocol 1 ran. Since then its gradient ratio can fall
+    (`fade=True`), which replaced the recipe of a teacher in doubt, but for two classes."""
     hesitant = f['output'] == 'classes' and f['teacher_valid'] - f['top_prob_valid'] > HESITANT
     hesitant = hesitant or (f['output'] == 'labels' and f['apart_valid'] < NOT_APART)
+    if hesitant:
+        return 'kd(.1)' if f['output'] == 'labels' else 'kd(1,.3)'
     recipe = auto(
         KINDS[f['output']],
         classes=f['classes'] if KINDS[f['output']] == 'softmax' else None,
         dense=f['dense'] or f['tokens'],
-        doubt='it was trained too briefly' if hesitant else None,
     )
     if [t.name for t in recipe.terms] == ['dist']:
         return 'dist(auto)x3'  # its T depends on the teacher

@@ -158,6 +158,13 @@ REASONS = [
         dict(shares=dict(task=0.03, kd=0.97)),
         'note: The task loss had 3% of the gradient',
     ),
+    (
+        'a faded term',
+        right,
+        blurred(0.3),
+        dict(faded=dict(dist=0.04)),
+        "note: At the end of the training, 4% of dist's gradient ratio was left",
+    ),
     ('few steps', right, blurred(0.3), dict(steps=240), 'note: The training had 240 steps'),
 ]
 

@@ -53,6 +53,8 @@ def to_device(d, device):
     d.to(device)
     for r in d.ratios.values():
         r.means = r.means.to(device)
+        if r.gain is not None:
+            r.gain.sums = r.gain.sums.to(device)
 
 
 def step_on_meta(recipe, dense=False, mixed=False, **options):
@@ -100,7 +102,10 @@ def test_a_step_of_mixed_labels_waits_for_nothing(recipe, mixed, no_numbers):
 
 def test_a_step_with_shares_waits_for_nothing_after_the_first(no_numbers):
     d, _ = step_on_meta(
-        kd() + recipes.dist(grad_ratio=3.0) + recipes.at() + recipes.hint(layers={'3': '3'})
+        kd()
+        + recipes.dist(grad_ratio=3.0, fade=True)
+        + recipes.at()
+        + recipes.hint(layers={'3': '3'})
     )
     assert all(r.measured == 2 for r in d.ratios.values())
 

@@ -420,7 +420,7 @@ def test_a_cell_whose_teacher_is_doubted_has_the_recipe_for_that(quality):
         )
 
 
-def test_the_default_of_each_cell_is_the_library_s(quality):
+def test_the_default_of_each_cell_is_the_library_s_but_for_fading(quality):
     from fastdistill import auto
 
     for output, classes, kind in (
@@ -452,9 +452,9 @@ def test_the_default_of_each_cell_is_the_library_s(quality):
             dense=output in ('pixels', 'tokens'),
             teacher=t if c.measures else None,
         )
-        assert repr(c.recipe(t) if c.measures else c.recipe()).replace('.0', '') == repr(
-            chosen
-        ).replace('.0', ''), output
+        # protocol 1 ran before gradient ratios could fade
+        plain = lambda r: repr(r).replace('.0', '').replace(', fade=True', '')
+        assert plain(c.recipe(t) if c.measures else c.recipe()) == plain(chosen), output
 
 
 def test_corrected_p_values_are_those_of_the_paper(quality):

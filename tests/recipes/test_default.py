@@ -31,7 +31,7 @@ from fastdistill.fastai.default_recipe import example_of
 from fastdistill.recipes.default import softening_temperature
 from fastdistill.base.task import Task, facts_of_outputs
 
-DIST = dist(T=4.0, beta=2, gamma=2, grad_ratio=3)
+DIST = dist(T=4.0, beta=2, gamma=2, grad_ratio=3, fade=True)
 RULE = [
     (dict(classes=77), Recipe(DIST), '77 classes'),
     (dict(classes=3), Recipe(DIST), '3 classes'),
@@ -41,7 +41,11 @@ RULE = [
     (dict(classes=2, dense=True), kd(T=1, alpha=0.5), '2 classes for each of many positions'),
     (dict(classes=60000, dense=True), Recipe(DIST), '60000 classes for each of many positions'),
     (dict(classes=60000), Recipe(DIST), '60000 classes'),
-    (dict(kind='sigmoid'), Recipe(Term(losses.binary_kl, grad_ratio=3, T=1)), 'several labels'),
+    (
+        dict(kind='sigmoid'),
+        Recipe(Term(losses.binary_kl, grad_ratio=3, fade=True, T=1)),
+        'several labels',
+    ),
     (
         dict(kind='sigmoid', classes=1),
         kd(T=1, alpha=0.5),
@@ -53,25 +57,30 @@ RULE = [
         'one label for each of many positions',
     ),
     (dict(kind='sigmoid', dense=True), kd(T=1, alpha=0.5), 'labels for each of many positions'),
-    (dict(kind='regression', dense=True), Recipe(Term(losses.regression, grad_ratio=3)), 'numbers'),
+    (
+        dict(kind='regression', dense=True),
+        Recipe(Term(losses.regression, grad_ratio=3, fade=True)),
+        'numbers',
+    ),
     (dict(classes=77, labels=False), soft_labels(T=1), 'no labels'),
     (
         dict(classes=77, teacher=torch.arange(77.0) / 10),
-        Recipe(dist(T=2.1, beta=2, gamma=2, grad_ratio=3)),
+        Recipe(dist(T=2.1, beta=2, gamma=2, grad_ratio=3, fade=True)),
         'T=2.1 softens',
     ),
     (
         dict(classes=77, teacher=torch.zeros(4, 77)),
-        Recipe(dist(T=1.0, beta=2, gamma=2, grad_ratio=3)),
+        Recipe(dist(T=1.0, beta=2, gamma=2, grad_ratio=3, fade=True)),
         'T=1 softens',
     ),
     (
         dict(classes=77, teacher=1000 * torch.eye(77)),
-        Recipe(dist(T=20.0, beta=2, gamma=2, grad_ratio=3)),
+        Recipe(dist(T=20.0, beta=2, gamma=2, grad_ratio=3, fade=True)),
         'T=20 softens',
     ),
-    (dict(classes=77, doubt='a bad teacher'), kd(T=1, alpha=0.3), 'a bad teacher'),
-    (dict(kind='sigmoid', doubt='a bad teacher'), kd(T=1, alpha=0.1), 'a bad teacher'),
+    (dict(classes=2, doubt='a bad teacher'), kd(T=1, alpha=0.3), 'a bad teacher'),
+    (dict(kind='sigmoid', classes=1, doubt='a bad teacher'), kd(T=1, alpha=0.1), 'a bad teacher'),
+    (dict(classes=77, doubt='a bad teacher'), Recipe(DIST), '77 classes'),
 ]
 
 
@@ -255,14 +264,15 @@ def test_a_teacher_that_scores_low_gets_a_small_part():
         pytest.warns(DistillWarning, match='no better than chance'),
     ):
         cb = student.distill(bad, 1, 0.01)
-    assert repr(cb.recipe) == repr(kd(T=1, alpha=0.3)) and 'in doubt' in cb.recipe.why
+    assert [t.name for t in cb.recipe.terms] == ['dist']
+    assert cb.distiller.faded['dist'] < 0.1
 
 
 @pytest.mark.parametrize('scale, small', [(1.0, False), (0.15, True)])
 def test_a_teacher_that_is_right_far_more_often_than_it_is_sure_gets_a_small_part(
     scale, small, capsys
 ):
-    student, teacher = learners(5)
+    student, teacher = learners(2)
     student.logger = print
     with student.no_bar():
         cb = student.distill(lambda x: scale * teacher.model(x), 1, 0.01)
@@ -274,16 +284,16 @@ def test_a_teacher_that_is_right_far_more_often_than_it_is_sure_gets_a_small_par
     'ignore:numpy.core is deprecated'
 )  # fastai's lr_find, as it loads the model again
 def test_a_choice_may_change_between_lr_find_and_a_fit():
-    student, _ = learners(5)
-    bad = nets(5)[1]
+    student, _ = learners(2)
+    bad = nets(2)[1]
     with torch.no_grad():
-        bad[2].bias[3] = 100.0
+        bad[2].bias[1] = 100.0
     cb = KnowledgeDistillation(bad)
     with student.no_bar(), student.no_logging(), student.added_cbs(cb):
         student.lr_find(
             num_it=3, show_plot=False, suggest_funcs=None
         )  # it does not check the teacher
-        assert [t.name for t in cb.recipe.terms] == ['dist']
+        assert repr(cb.recipe) == repr(kd(T=1, alpha=0.5))
         with pytest.warns(DistillWarning, match='no better than chance'):
             student.fit(1, 0.01)
     assert repr(cb.recipe) == repr(kd(T=1, alpha=0.3)) and [*cb.distiller.links] == ['kd']
@@ -291,7 +301,7 @@ def test_a_choice_may_change_between_lr_find_and_a_fit():
 
 @pytest.mark.parametrize('scale, small', [(1.0, False), (0.15, True)])
 def test_a_doubt_is_stored_with_the_outputs(scale, small, tmp_path):
-    student, teacher = learners(5)
+    student, teacher = learners(2)
     with torch.no_grad():
         for p in teacher.model[2].parameters():
             p *= scale
@@ -299,7 +309,7 @@ def test_a_doubt_is_stored_with_the_outputs(scale, small, tmp_path):
         DistillError, match='DataLoader is not a fastai loader whose batches can be replayed'
     ):
         cache_teacher(teacher.model, student.dls, tmp_path / 'c', kind='softmax', check=False)
-    student.dls = DataLoaders.from_dsets(data(5), data(5), bs=16, num_workers=0)
+    student.dls = DataLoaders.from_dsets(data(2), data(2), bs=16, num_workers=0)
     cache = cache_teacher(
         teacher.model, student.dls, tmp_path / 'c', kind='softmax', progress=False
     )
@@ -324,7 +334,7 @@ def test_a_single_label_is_a_task_of_two_classes():
     assert repr(cb.recipe) == repr(kd(T=1, alpha=0.5)) and cb.recipe.why == 'one label'
 
 
-def test_a_better_student_doubts_its_teacher():
+def test_a_better_student_does_not_listen_to_its_teacher():
     _, student = learners(5)
     worse = copy.deepcopy(student.model)
     with torch.no_grad():
@@ -335,7 +345,20 @@ def test_a_better_student_doubts_its_teacher():
         pytest.warns(DistillWarning, match='worse than the student'),
     ):
         cb = student.distill(worse, 1, 0.01)
-    assert repr(cb.recipe) == repr(kd(T=1, alpha=0.3))
+    assert cb.distiller.faded['dist'] < 0.2
+
+
+def test_a_fit_says_once_that_the_teacher_adds_little(capsys):
+    student, good = learners(5)
+    student.logger = print
+    bad = nets(5)[1]
+    with torch.no_grad():
+        bad[2].bias[3] = 100.0
+    for teacher, times in ((bad, 1), (good, 0)):
+        with student.no_bar():
+            student.distill(teacher, 2, 0.01, check=False)
+        printed = capsys.readouterr().out
+        assert printed.count('of the gradient ratio of dist is left') == times
 
 
 def test_without_labels_the_teacher_alone_teaches():
@@ -389,7 +412,7 @@ def test_the_share_is_the_length_of_the_gradient():
     x, y = torch.stack([a for a, _ in items]), torch.stack([b for _, b in items])
     s = student(x).detach().requires_grad_()
     of = lambda v: torch.autograd.grad(v, s, retain_graph=True)[0].norm()
-    d = Distiller(student, teacher, auto(classes=5))
+    d = Distiller(student, teacher, dist(T=4.0, beta=2, gamma=2, grad_ratio=3))
     r = d(x, y)
     t = teacher(x).detach()
     term = losses.dist(s, t, T=4, beta=2, gamma=2)

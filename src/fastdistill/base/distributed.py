@@ -23,6 +23,7 @@ __all__ = [
     'on_first',
     'previous_rows',
     'rank',
+    'sum_over_ranks',
     'world_size',
 ]
 
@@ -64,6 +65,18 @@ def mean_over_ranks(tensors: Iterable[Any]) -> None:
         return
     for t in tensors:
         distributed.all_reduce(t.div_(world_size()))
+
+
+def sum_over_ranks(tensors: Iterable[Tensor]) -> None:
+    """Replace tensors by their sum over all ranks.
+
+    Args:
+        tensors: Tensors that are overwritten.
+    """
+    if world_size() == 1:
+        return
+    for t in tensors:
+        distributed.all_reduce(t)
 
 
 def average_gradients(params: Iterable[Tensor]) -> None:

@@ -100,6 +100,7 @@ class Explanation:
         repeats: Fraction of the teacher's mistakes on validation items that the student repeats.
         top_prob_train: The teacher's largest probability, averaged over training items.
         shares: {loss: fraction of the gradient at the first batch}.
+        faded: {term: what is left of its gradient ratio at the end of the training}.
         same_train: Fraction of training predictions with the teacher's class. None for numbers.
     """
 
@@ -116,6 +117,7 @@ class Explanation:
     shares: dict = field(default_factory=dict)
     same_train: float | None = None
     same_valid: float | None = None
+    faded: dict = field(default_factory=dict)
 
     def lines(self):
         """Return one line about the scores and one about what the student learned from the teacher."""
@@ -139,7 +141,16 @@ class Explanation:
 
 
 def explain_training(
-    teacher, task, student, valid, train=(), *, steps: int | None = None, shares=None, output=None
+    teacher,
+    task,
+    student,
+    valid,
+    train=(),
+    *,
+    steps: int | None = None,
+    shares=None,
+    faded=None,
+    output=None,
 ) -> Findings:
     """Find reasons why a training helped less than hoped, each with its number and what to try.
 
@@ -153,6 +164,7 @@ def explain_training(
         train: Training batches in the same form, with their augmentation.
         steps: Number of steps of the training.
         shares: {loss: its fraction of the gradient}, as in `Distiller.gradient_shares`.
+        faded: {term: what is left of its gradient ratio}, as in `Distiller.faded`.
         output: Which of the student's outputs is distilled.
     """
     tallies, follows, mistakes = (
@@ -190,6 +202,7 @@ def explain_training(
         dict(shares or {}),
         follows[1].same,
         follows[0].same,
+        dict(faded or {}),
     )
     found = Findings(reasons(facts, tallies[0]))
     found.facts, found.none = facts, 'No obstacle to distillation was found.'
@@ -247,6 +260,14 @@ def reasons(f: Explanation, valid: Tally):
             f'The task loss had {as_percent(f.shares["task"])} of the gradient at the first batch',
             'Use a smaller grad_ratio, alpha or T',
         )
+    for name, left in f.faded.items():
+        if left < 0.5:
+            yield Finding(
+                'note',
+                f"At the end of the training, {left:.0%} of {name}'s gradient ratio was left: the "
+                "teacher's predictions added little to the student's on training batches",
+                'Use a better teacher. To follow this one anyway, pass the recipe without fade=True',
+            )
     if f.steps is not None and f.steps < FEW_STEPS:
         yield Finding(
             'note',

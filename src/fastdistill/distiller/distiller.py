@@ -287,6 +287,13 @@ class Distiller(nn.Module):
         each = {k: h.gradient_shares for k, h in self.heads.items()}
         return None if all(s is None for s in each.values()) else self._named(each)
 
+    @property
+    def faded(self) -> dict[str, float]:
+        """How much is left of the gradient ratio of each term with `fade=True`, from 0 to 1. Reading
+        it waits for the GPU.
+        """
+        return self._named({k: h.faded for k, h in self.heads.items()})
+
     def _named(self, each: dict) -> dict:
         """Merge the dicts of all heads, with names such as 'color.kd'."""
         if not self.several:

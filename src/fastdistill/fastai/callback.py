@@ -297,6 +297,7 @@ class KnowledgeDistillation(DistillationCallback):
             return
         self.finite_check.enforce(self.learn)
         self.part_metrics[0].end_training()
+        self.log.report_faded(self.distiller)
 
     def after_validate(self):
         if not self.active:

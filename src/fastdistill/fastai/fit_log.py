@@ -16,6 +16,7 @@ class FitLog:
     def __init__(self, callback):
         self.callback = callback
         self.reported = None  # gradient norms that were already printed
+        self.faded = set()  # terms for which fading was already printed
 
     @property
     def is_on(self) -> bool:
@@ -32,7 +33,7 @@ class FitLog:
 
     def forget(self):
         """Reset, for a new Distiller."""
-        self.reported = None
+        self.reported, self.faded = None, set()
 
     def report_shares(self, distiller, progress):
         """Print gradient norms at the first training batch, and whenever another term gets a
@@ -56,6 +57,23 @@ class FitLog:
         text = shares_in_words({printed_name(k): v for k, v in shares.items()}, at_layers)
         which = f' with {" and ".join(new)}' if before else ''
         self(f'fastdistill: gradient norms at the first batch{which}: {text}')
+
+    def report_faded(self, distiller):
+        """Print, once for each term, that less than half of its gradient ratio is left.
+
+        Args:
+            distiller: The `Distiller`, after an epoch of training.
+        """
+        if not self.is_on:
+            return
+        low = {k: v for k, v in distiller.faded.items() if v < 0.5 and k not in self.faded}
+        self.faded |= low.keys()
+        for k, v in low.items():
+            self(
+                f"fastdistill: the teacher adds little to the student's predictions on training "
+                f'batches, so {v:.0%} of the gradient ratio of {printed_name(k)} is left. The labels '
+                'get the rest'
+            )
 
 
 def printed_name(part: str) -> str:

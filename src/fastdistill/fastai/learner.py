@@ -185,6 +185,7 @@ def explain(
                 train,
                 steps=steps,
                 shares=None if known is None else known.gradient_shares,
+                faded=None if known is None else known.faded,
                 output=h.output,
             )
     return found if is_heads(teacher) else found['']

@@ -25,6 +25,7 @@ from ..base.outputs import (
     tensors_in,
 )
 from ..base.task import Task, fit_labels, shape_of_labels
+from .teacher_gain import label_errors
 
 __all__ = [
     'Batch',
@@ -113,6 +114,14 @@ class Batch:
             last = self.task.kind == 'softmax' and self.task.axis % t.dim() == t.dim() - 1
             return self.teacher if last and term.positionwise else self.dense_teacher
         return self.teacher
+
+    def label_errors(self) -> Tensor | None:
+        """Return `label_errors` of both models. None if there are no labels, or none that fit."""
+        labels = [y[0] for y in (self.targets, self.others) if len(y)]
+        s, t = self.student.logits, self.teacher.logits
+        if not labels or not isinstance(s, Tensor) or not isinstance(t, Tensor):
+            return None
+        return label_errors(s, t, labels, self.task, lam=self.lam, mask=self.mask)
 
     def pairs_of(self, name: str, make: Callable) -> Any:
         """Return what a term compares. It is computed only once, since each run of a projector with

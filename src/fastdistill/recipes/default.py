@@ -62,10 +62,11 @@ def auto(
     by default.
 
     If the term has a gradient ratio, the task loss has full weight and the term's gradient norm at
-    the student's logits is 3 times that of the task loss, whatever the scale of the term. With more
-    than two classes, T is `softening_temperature(teacher)`, so that confident and less confident
-    teachers are softened to the same degree. Without `teacher=` it is 4. benchmarks/quality has the
-    measurements behind the rule, and the tasks where it did not help.
+    the student's logits is 3 times that of the task loss, whatever the scale of the term. The ratio
+    falls as far as the teacher's predictions add little to the student's (`fade=True`, see `Term`).
+    With more than two classes, T is `softening_temperature(teacher)`, so that confident and less
+    confident teachers are softened to the same degree. Without `teacher=` it is 4.
+    benchmarks/quality has the measurements behind the rule, and the tasks where it did not help.
 
     Args:
         kind: What the model predicts: 'softmax' over classes, 'sigmoid' per label, or
@@ -74,7 +75,8 @@ def auto(
         dense: True if each sample has many predictions, such as pixels or tokens.
         labels: True if the batches have labels.
         teacher: The teacher's logits for some training samples, (..., C). None if unknown.
-        doubt: Reason not to trust the teacher, as text. None if there is none.
+        doubt: Reason not to trust the teacher, as text. It lowers the weight of `kd`; a gradient
+            ratio falls by itself. None if there is none.
     """
     if kind not in ('softmax', 'sigmoid', 'regression'):
         raise DistillError(f"kind={kind!r}: must be 'softmax', 'sigmoid' or 'regression'")
@@ -85,11 +87,6 @@ def auto(
         )
     if not labels:
         return Automatic(soft_labels(T=1), 'soft_labels(T=1)', 'the batches have no labels', kind)
-    if doubt is not None:
-        alpha = 0.1 if kind == 'sigmoid' else 0.3
-        return Automatic(
-            kd(T=1, alpha=alpha), f'kd(T=1, alpha={alpha:g})'.replace('0.', '.'), doubt, kind
-        )
     if kind == 'regression':
         return with_grad_ratio(losses.regression, 'regression', 'numbers', kind)
     one = kind == 'sigmoid' and classes == 1  # equivalent to a softmax over two classes
@@ -100,6 +97,10 @@ def auto(
     if dense:
         why += ' for each of many positions'
     if not takes_dist(classes):
+        if doubt is not None:
+            alpha = 0.1 if kind == 'sigmoid' else 0.3
+            text = f'kd(T=1, alpha={alpha:g})'.replace('0.', '.')
+            return Automatic(kd(T=1, alpha=alpha), text, doubt, kind)
         return Automatic(kd(T=1, alpha=0.5), 'kd(T=1, alpha=.5)', why)
     if teacher is None:
         T = 4.0
@@ -107,8 +108,8 @@ def auto(
         T = float(f'{softening_temperature(teacher):.2g}')
         why += f', T={T:g} softens this teacher'
     return Automatic(
-        dist(T=T, beta=2, gamma=2, grad_ratio=3),
-        f'labels + dist(T={T:g}, beta=2, gamma=2, grad_ratio=3)',
+        dist(T=T, beta=2, gamma=2, grad_ratio=3, fade=True),
+        f'labels + dist(T={T:g}, beta=2, gamma=2, grad_ratio=3, fade=True)',
         why,
     )
 
@@ -155,9 +156,12 @@ def facts_for_auto(shape: Sequence[int], task: Task, ask: Callable) -> dict:
 
 def with_grad_ratio(loss: Callable, name: str, why: str, kind: str, **options: Any) -> Automatic:
     """Combine the task loss with a term whose gradient norm is 3 times as large."""
-    text = ', '.join(['grad_ratio=3', *(f'{k}={v:g}' for k, v in options.items())])
+    text = ', '.join(['grad_ratio=3', 'fade=True', *(f'{k}={v:g}' for k, v in options.items())])
     return Automatic(
-        Term(loss, grad_ratio=3, **options), f'labels + Term(losses.{name}, {text})', why, kind
+        Term(loss, grad_ratio=3, fade=True, **options),
+        f'labels + Term(losses.{name}, {text})',
+        why,
+        kind,
     )
 
 

@@ -8,6 +8,7 @@ from torch import Tensor
 from ..base.distributed import length_over_ranks, previous_rows, world_size
 from ..base.outputs import DistillError
 from .gradient_norms import gradient_norm
+from .teacher_gain import TeacherGain
 
 __all__ = ['GradientRatio', 'GradientRatios']
 
@@ -24,6 +25,10 @@ class GradientRatio:
     student that disagrees. The norm is clamped to at least `FLOOR` times `apart`. The value of the
     term shows whether its gradient has grown since the last measurement. All numbers stay on the
     device, so that no step waits for them.
+
+    Args:
+        fade: Whether the weight falls if the teacher's predictions add little to the student's, see
+            `TeacherGain`.
     """
 
     # first batches, all measured; final interval; minimum weight of a new measurement in the mean
@@ -34,7 +39,8 @@ class GradientRatio:
     FLOOR = 0.7
     JUMP = 4.0  # larger growth replaces the mean
 
-    def __init__(self):
+    def __init__(self, fade: bool = False):
+        self.gain = TeacherGain() if fade else None
         self.batches = 0
         self.measured = 0
         self.parts = ()
@@ -113,7 +119,8 @@ class GradientRatio:
             # subtle: for a loss whose minimum is 0, the norm does not grow faster than the value
             growth = value.detach().float().abs() / mean.abs().clamp_min(1e-12)
             norm = norm * (growth / self.JUMP).clamp(1.0, 1e6)
-        return (base / norm).where(norm > 0, 0.0)
+        weight = (base / norm).where(norm > 0, 0.0)
+        return weight if self.gain is None else weight * self.gain.factor.to(weight)
 
     def state_dict(self):
         means = None if self.means is None else self.means.tolist()
@@ -124,6 +131,7 @@ class GradientRatio:
             parts=list(self.parts),
             means=means,
             previous=previous,
+            **({} if self.gain is None else dict(gain=self.gain.state_dict())),
         )
 
     def load_state_dict(self, state):
@@ -131,6 +139,8 @@ class GradientRatio:
         self.measured = state['measured']
         self.parts = tuple(state['parts'])
         self.means = None if state['means'] is None else torch.tensor(state['means'])
+        if self.gain is not None and 'gain' in state:
+            self.gain.load_state_dict(state['gain'])
         previous = state['previous']
         self.previous = None if previous is None else [torch.tensor(t) for t in previous]
 
@@ -139,9 +149,10 @@ class GradientRatios(dict):
     """The `GradientRatio` of each term with a gradient ratio, by name."""
 
     def __init__(self, recipe):
-        super().__init__({t.name: GradientRatio() for t in recipe.terms if t.has_grad_ratio})
+        terms = [t for t in recipe.terms if t.has_grad_ratio]
+        super().__init__({t.name: GradientRatio(t.fade) for t in terms})
 
-    def measure(self, weights, values, tensors, apart):
+    def measure(self, weights, values, tensors, apart, errors=None):
         """Measure the terms with a gradient ratio that are due in this batch.
 
         Args:
@@ -150,6 +161,7 @@ class GradientRatios(dict):
             tensors: fn(term name) -> the student's logits or features that this term compares.
             apart: fn(term name) -> the term's value against the teacher's outputs for different
                 samples.
+            errors: fn() -> `label_errors` of this batch, or None if they are unknown.
         """
         fixed = {k: weights[k] * v for k, v in values.items() if k not in self}
         base = sum(fixed.values()) if fixed else None
@@ -167,6 +179,8 @@ class GradientRatios(dict):
             at = [(i, x) for i, x in enumerate(tensors(k)) if x.requires_grad]
             if at and ratio.due((*fixed, *(i for i, _ in at))):
                 self._measure(k, base, values[k], apart, [x for _, x in at])
+                if ratio.gain is not None and errors and (new := errors()) is not None:
+                    ratio.gain.add(new)
 
     def weights(self, weights, values):
         """Return the weights. Gradient ratios are multiplied by the measured weight of their term."""
@@ -175,6 +189,22 @@ class GradientRatios(dict):
             for k, r in self.items()
             if r.means is not None
         }
+
+    def faded(self, weights, values):
+        """Return what is missing of the gradient because terms faded, as a multiple of the other
+        losses. None if no term can fade.
+
+        Args:
+            weights: {name: weight or gradient ratio}.
+            values: {name: value} of the losses that count and have a gradient.
+        """
+        on = {k: r for k, r in self.items() if r.means is not None and k in values}
+        fading = {k: r.gain.factor for k, r in on.items() if r.gain is not None}
+        if not fading:
+            return None
+        whole = 1 + sum(weights[k] for k in on)
+        lost = sum(weights[k] * (1 - f) for k, f in fading.items())
+        return lost / (whole - lost)
 
     def _measure(self, name, base, value, apart, tensors):
         try:

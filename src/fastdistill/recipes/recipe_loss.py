@@ -25,8 +25,10 @@ class Distilled:
         taught: The weighted sum of all terms; None where none counts.
         parts: Each term's value, unweighted and detached; in training only of the terms that
             count.
-        weights: What each was multiplied by; 'task' among them. 0-dim for a term with a share.
-        terms: The weighted terms that make up `taught`, with their gradient.
+        weights: {name: weight of each value}, including 'task'. 0-dim for a term with a gradient
+            ratio. The task loss counts more than this if a term faded.
+        terms: {name: weighted term}, with its gradient. They make up `taught`, together with what
+            the labels get instead of faded terms.
     """
 
     task: Tensor | None
@@ -155,9 +157,9 @@ class RecipeLoss(nn.Module):
         counted = {
             k: v for k, v in dict(task=task, **values).items() if v is not None and weights[k] != 0
         }
-        weights = self._measured(counted, weights, student, b)
+        weights, rest = self._measured(counted, weights, student, b)
         terms = {k: weights[k] * v for k, v in counted.items() if k in values}
-        taught = list(terms.values())
+        taught = [*terms.values(), *([] if rest is None else [rest])]
         if not weights['task'] and student.logits is not None:
             taught.append(nothing(student.logits))
         return Distilled(
@@ -235,17 +237,25 @@ class RecipeLoss(nn.Module):
         )
 
     def _measured(self, values, weights, student, b):
-        """The weights as they count: of a term with a share, what makes its gradient that long.
-        Shares of the gradient are reported at the first training batch, and where a part counts for
-        the first time.
+        """Return (weights, rest). The weight of a term with a gradient ratio is the one at which its
+        gradient norm has that ratio. The rest is added to the loss: a part of the other losses that
+        replaces the gradient of faded terms, or None. Gradient norms are measured for the report at
+        the first training batch, and whenever another term gets a weight.
         """
         learns = {k: v for k, v in values.items() if v.requires_grad}
-        fixed = {k: w for k, w in weights.items() if k not in self.ratios}
+        fixed, rest = {k: w for k, w in weights.items() if k not in self.ratios}, None
         if self.ratios:
             self.ratios.measure(
-                weights, learns, lambda k: self._compared(k, student), lambda k: self._apart(k, b)
+                weights,
+                learns,
+                lambda k: self._compared(k, student),
+                lambda k: self._apart(k, b),
+                b.label_errors,
             )
+            faded = self.ratios.faded(weights, learns)
             weights = self.ratios.weights(weights, learns)
+            base = [fixed[k] * v for k, v in learns.items() if k in fixed]
+            rest = faded * sum(base) if base and faded is not None else None
         if self.measures and torch.is_grad_enabled() and not learns.keys() <= self.seen:
             self.seen, self.gradient_shares = (
                 learns.keys(),
@@ -253,7 +263,15 @@ class RecipeLoss(nn.Module):
             )
             if (says := swamped(self.gradient_shares, fixed)) and rank() == 0:
                 warnings.warn(says, DistillWarning, stacklevel=4)
-        return weights
+        return weights, rest
+
+    @property
+    def faded(self) -> dict[str, float]:
+        """How much is left of the gradient ratio of each term with `fade=True`, from 0 to 1. Reading
+        it waits for the GPU.
+        """
+        gains = {k: r.gain for k, r in self.ratios.items() if r.gain is not None}
+        return {k: float(g.factor) for k, g in gains.items() if g.batches}
 
     def _compared(self, name, student):
         """What a term compares of the student."""

@@ -35,6 +35,9 @@ class Term:
         grad_ratio: Use instead of `weight`: ratio of this term's gradient norm to that of all weighted
             losses, measured at the tensors the term compares. 1 means equal. Number or schedule; see
             `GradientRatio`.
+        fade: Whether to lower the gradient ratio if the teacher's predictions add little to the
+            student's on the labels of the training batches, see `TeacherGain`. The other losses then
+            get that part of the gradient.
         layers: {'student.name': 'teacher.name'}, pairs of names, 'auto', 'last' or 'embedding' (see
             `fastdistill.pairs`). None to compare the logits.
         match: What must be equal in both models' layers: 'shape', 'grid' (positions) or 'none'.
@@ -53,6 +56,7 @@ class Term:
         weight: ScheduleLike | None = None,
         *,
         grad_ratio: ScheduleLike | None = None,
+        fade: bool = False,
         layers: LayersLike | None = None,
         match: str | None = None,
         projector: ProjectorLike = 'auto',
@@ -78,6 +82,12 @@ class Term:
                 'gradient norm is relative to that of the task loss.'
             )
         self.has_grad_ratio = grad_ratio is not None
+        if fade and not self.has_grad_ratio:
+            raise DistillError(
+                f'fade=True of {self.name} lowers its gradient ratio: give it grad_ratio= instead '
+                'of a weight.'
+            )
+        self.fade = fade
         how_much = weight if grad_ratio is None else grad_ratio
         self.weight = schedule(1.0 if how_much is None else how_much, f'weight of {self.name}')
         if self.has_grad_ratio and not callable(self.weight) and not 0 <= self.weight < math.inf:
@@ -121,7 +131,9 @@ class Term:
     def __repr__(self) -> str:
         of = f', layers={self.layers!r}' if self.layers is not None else ''
         how = 'grad_ratio' if self.has_grad_ratio else 'weight'
-        return f'Term({self.name}, {how}={self.weight!r}{of}{"".join(f", {k}={v!r}" for k, v in self.options.items())})'
+        fade = ', fade=True' if self.fade else ''
+        options = ''.join(f', {k}={v!r}' for k, v in self.options.items())
+        return f'Term({self.name}, {how}={self.weight!r}{fade}{of}{options})'
 
     def weight_at(self, progress: float | None) -> float:
         """Return the weight, or the gradient ratio, at this point of the training.

@@ -169,6 +169,7 @@ def dist(
     T: ScheduleLike = 1.0,
     weight: ScheduleLike | None = None,
     grad_ratio: ScheduleLike | None = None,
+    fade: bool = False,
 ) -> Recipe:
     """Add the correlation between and within classes to the task loss (NeurIPS 2022,
     arXiv:2205.10536).
@@ -180,12 +181,14 @@ def dist(
         weight: 1 if neither `weight` nor `grad_ratio` is given.
         grad_ratio: Use instead of `weight`: ratio of this term's gradient norm to that of all weighted
             losses, see `Term`.
+        fade: Whether to lower the gradient ratio if the teacher adds little, see `Term`.
     """
     return Recipe(
         Term(
             losses.dist,
             weight=weight,
             grad_ratio=grad_ratio,
+            fade=fade,
             beta=beta,
             gamma=gamma,
             T=T,

@@ -1,0 +1,152 @@
+"""Teachers that are worse than the student will be: does the default notice?
+
+    python benchmarks/weak_teachers.py first       # first tries of benchmarks/quality
+    python benchmarks/weak_teachers.py ordinary    # cells with good teachers, which must not lose
+    python benchmarks/weak_teachers.py stopped     # teachers stopped after a different number of steps
+    python benchmarks/weak_teachers.py --table
+
+Each run is a line of results/weak_teachers.jsonl; runs that are there are skipped. `before` is the default of protocol 2: the
+same recipe without `fade=True`, and `kd(T=1, alpha=.3)` or `kd(T=1, alpha=.1)` for a teacher in doubt. `fade` is
+the default of today."""
+
+import copy, sys
+from dataclasses import replace
+from pathlib import Path
+import numpy as np
+import torch
+import torch.nn.functional as F
+import typer
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE / 'quality'))
+import protocol  # noqa: E402
+import task_first  # noqa: E402
+from fastdistill import Recipe, auto, kd  # noqa: E402
+from loop import predict  # noqa: E402
+from measures import MAIN  # noqa: E402
+from run import commit, one_run  # noqa: E402
+from stored import append, read  # noqa: E402
+from tasks import Data, Split, cells, fit, kept  # noqa: E402
+
+OUT = HERE / 'results' / 'weak_teachers.jsonl'
+VERSION = 1
+FIRST = 'first_two_digits first_ages first_questions first_intents first_income first_emotions'
+# cell -> the rate, of the cell's grid, that protocol 1 or 2 chose for labels alone or the default
+ORDINARY = dict(
+    diabetes=0.01,
+    trec50_short=0.1,
+    trec_short=0.1,
+    age5000=0.003,
+    occupation_short=0.01,
+    digits100_short=0.01,
+    person_short=0.01,
+    banking77_short=0.03,
+    banking77weak_short=0.03,
+    points_short=0.01,
+    goemotionsweak_short=0.03,
+)
+STEPS = 20, 40, 80, 160, 320, 640  # of a teacher
+
+
+def plain(recipe):
+    "The same recipe without fading"
+    terms = [copy.copy(t) for t in recipe.terms]
+    for t in terms:
+        t.fade = False
+    return Recipe(*terms, task=recipe.task)
+
+
+def recipes(cell, data):
+    facts = protocol.facts_for_auto(cell, data)
+    chosen = auto(**facts)
+    before = plain(chosen)
+    if facts['doubt'] is not None:
+        before = kd(T=1, alpha=0.1 if facts['kind'] == 'sigmoid' else 0.3)
+    return dict(labels=None, before=before, fade=chosen)
+
+
+def stopped(task, steps):
+    "A first try whose teacher was trained for so many steps, at a rate that suits it"
+    cell = cells()[task]
+    d = task_first.inputs(task)
+
+    def make():
+        torch.manual_seed(0)
+        lr = 0.005 if task == 'first_two_digits' else 0.02
+        t = fit(task_first.TASKS[task][2](d), d.train.x, d.train.y, steps, lr, loss=F.cross_entropy)
+        return [(s.x, s.y, predict(t, s.x)) for s in (d.train, d.valid, d.test)]
+
+    splits = kept(f'weak_{task}_{steps}', make)
+    data = Data(*(Split(*s) for s in splits), extra=d.extra)
+    return replace(cell, name=f'{task}-{steps}', data=lambda: data)
+
+
+def chosen(which):
+    "(cell, rate) of a group"
+    have = cells()
+    if which == 'first':
+        return [(have[n], have[n].rates[0]) for n in FIRST.split()]
+    if which == 'ordinary':
+        return [(have[n], lr) for n, lr in ORDINARY.items()]
+    return [
+        (c, c.rates[0])
+        for task in ('first_two_digits', 'first_questions')
+        for c in (stopped(task, n) for n in STEPS)
+    ]
+
+
+def run(which, seeds):
+    done, code = {(r['cell'], r['name'], r['seed']) for r in read(OUT)}, commit()
+    for cell, lr in chosen(which):
+        data = cell.data()
+        facts = protocol.facts(cell, data)
+        for name, recipe in recipes(cell, data).items():
+            for seed in range(300, 300 + seeds):
+                if (cell.name, name, seed) in done:
+                    continue
+                r = one_run(cell, data, recipe, lr, seed)
+                own = dict(
+                    version=VERSION, group=which, cell=cell.name, name=name, seed=seed, lr=lr
+                )
+                teacher = dict(teacher=facts['teacher_test'], measure=MAIN[cell.output])
+                text = protocol.text_of(recipe)
+                append(OUT, own | teacher | dict(recipe=text, commit=code, **r))
+        print(table([r for r in read(OUT) if r['cell'] == cell.name]), flush=True)
+
+
+def table(rows):
+    "Mean of the main measure, NLL and calibration error on the test split, and the difference from labels alone"
+    lines = []
+    for cell in dict.fromkeys(r['cell'] for r in rows):
+        own = [r for r in rows if r['cell'] == cell]
+        alone = {r['seed']: r for r in own if r['name'] == 'labels'}
+        for name in dict.fromkeys(r['name'] for r in own):
+            rs = [r for r in own if r['name'] == name]
+            mean = lambda k: float(np.mean([r['test'][k] for r in rs]))
+            main = own[0]['measure']
+            gains = [100 * (r['test'][main] - alone[r['seed']]['test'][main]) for r in rs]
+            spread = f' ± {np.std(gains, ddof=1) / len(gains) ** 0.5:.2f}' if len(gains) > 1 else ''
+            more = f'{mean("nll"):.3f} | {mean("ece"):.3f}' if 'nll' in rs[0]['test'] else ' | '
+            gain = '' if name == 'labels' else f'{np.mean(gains):+.2f}{spread}'
+            lines.append(
+                f'| {cell} | {100 * own[0]["teacher"]:.1f} | {name} | {len(rs)} | '
+                f'{100 * mean(main):.2f} | {gain} | {more} |'
+            )
+    return '\n'.join(lines)
+
+
+def main(
+    which: str = typer.Argument(''), seeds: int = 4, show: bool = typer.Option(False, '--table')
+):
+    torch.set_num_threads(1)
+    if which:
+        run(which, seeds)
+    if show or not which:
+        print(
+            '| cell | teacher | recipe | seeds | mean | gain | NLL | ECE |\n|---|---|---|---|---|---|---|---|'
+        )
+        print(table(read(OUT)))
+
+
+if __name__ == '__main__':
+    typer.run(main)
