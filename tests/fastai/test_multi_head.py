@@ -753,11 +753,11 @@ def apart(net):
 def test_a_teacher_of_both_heads_runs_once_a_batch(as_tuple):
     net = CountedNet(as_tuple)
     learn = learner()
-    learn.distill(dict(color=net, shape=net), 1, 0.01, kd(), check=False)
+    learn.distill(dict(color=net, shape=net), 1, 0.01, kd(alpha=0.5), check=False)
     batches = len(learn.dls.train) + len(learn.dls.valid)
     assert net.calls == batches
     other = learner()
-    other.distill(apart(net), 1, 0.01, kd(), check=False)
+    other.distill(apart(net), 1, 0.01, kd(alpha=0.5), check=False)
     for a, b in zip(learn.model.parameters(), other.model.parameters()):
         torch.testing.assert_close(a, b)
 

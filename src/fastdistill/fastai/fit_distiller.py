@@ -55,9 +55,11 @@ class FitDistiller:
 
     @property
     def recipe(self):
-        """The recipe. None if it has not been chosen yet."""
+        """The recipe. None if it has not been chosen yet, or before the first fit of several heads."""
         d = self.distiller
-        return None if d is None or d.chooses else d.recipe
+        if d is None:
+            return self.recipes.get('')
+        return None if d.chooses else d.recipe
 
     @property
     def output(self):

@@ -94,7 +94,7 @@ def label_errors(
         return None
     error, p = (-probabilities_of(o, task) for o in (s, t))
     distance = error - p
-    weights = [1.0] if lam is None else [lam, 1 - lam]
+    weights: list = [1.0] if lam is None else [lam, 1 - lam]
     for y, w in zip(labels, weights):
         if not add_labels(error, as_plain(y), w, task):
             return None
