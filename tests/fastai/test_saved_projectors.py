@@ -125,7 +125,8 @@ def test_a_recipe_is_not_chosen_anew_after_a_load(tmp_path, capsys):
     assert alone.distiller.chosen != cb.distiller.chosen
     assert again.distiller.chosen == cb.distiller.chosen
     assert again.recipe.terms[0].options == cb.recipe.terms[0].options
-    assert f'recipe {cb.distiller.chosen['']}, as before' in capsys.readouterr().out
+    chosen = cb.distiller.chosen['']
+    assert f'recipe {chosen}, as before' in capsys.readouterr().out
 
 
 def test_lr_find_neither_measures_gradients_for_the_fit_nor_keeps_its_own(tmp_path):

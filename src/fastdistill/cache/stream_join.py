@@ -55,7 +55,7 @@ class StreamJoin(IterableDataset):
     def _keys(self, part, number):
         root = self.cache.manifest.data.get('root', '')
         try:
-            return keys_of([look(o, self.key) for o in part], root)
+            return keys_of([field_of(o, self.key) for o in part], root)
         except (KeyError, IndexError, TypeError) as e:
             raise DistillError(
                 f'One of the samples from number {number} on has no {self.key!r} '
@@ -71,7 +71,7 @@ class StreamJoin(IterableDataset):
         where = order[np.searchsorted(mine, keys, sorter=order).clip(max=len(mine) - 1)]
         if len(lost := np.flatnonzero(mine[where] != keys)):
             i = int(lost[0])
-            name = shortened(repr(look(part[i], self.key)), 100)
+            name = shortened(repr(field_of(part[i], self.key)), 100)
             raise DistillError(
                 f'Sample {number + i} of the stream ({name}) has no row in {self.cache.folder}: this '
                 f'is a different dataset, or key= is not what the rows were written with.'
@@ -81,7 +81,7 @@ class StreamJoin(IterableDataset):
     def _views(self, part):
         if isinstance(self.view, int):
             return self.view
-        return np.array([look(o, self.view) for o in part], np.int64)
+        return np.array([field_of(o, self.view) for o in part], np.int64)
 
     def _joined(self, sample, row):
         if isinstance(sample, dict):
@@ -89,5 +89,5 @@ class StreamJoin(IterableDataset):
         return (*sample, row) if isinstance(sample, (tuple, list)) else (sample, row)
 
 
-def look(sample, spec):
+def field_of(sample, spec):
     return spec(sample) if callable(spec) else sample[spec]
