@@ -381,7 +381,10 @@ def test_a_caches_folder_is_enough(tmp_path):
     'of, match',
     [
         (lambda folder: 'memory://nothing/here', 'There is no cache at memory://nothing/here'),
-        (lambda folder: folder, 'is a folder.*In fastai, the folder of a finished cache can be the teacher'),
+        (
+            lambda folder: folder,
+            'is a folder.*In fastai, the folder of a finished cache can be the teacher',
+        ),
         (lambda folder: [folder, Convs(3).eval()], 'is a folder.*but not part of a list'),
     ],
 )

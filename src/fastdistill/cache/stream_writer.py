@@ -101,7 +101,7 @@ def start_stream(
 
 
 def _begin_stream(where, m, first):
-    """Write what all writers must know, unless it is there."""
+    """Write the settings that all writers share, unless they have been written already."""
     if where.size('manifest.json') is not None:
         old = Manifest.read(where)
         if old.parts is None:

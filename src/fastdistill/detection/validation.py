@@ -16,9 +16,9 @@ def validation_losses(model: nn.Module, images, targets, seed: int = 0) -> dict[
     """Return torchvision's losses for a validation batch. In evaluation mode, torchvision's
     detectors return none.
 
-    All layers (batch norm, dropout, the transform) are in evaluation mode; only the parts that
-    compute losses are told to train. Those that draw anchors and proposals draw the same ones in
-    each call. There is no gradient, and the model and the random state stay as they are.
+    All layers (batch norm, dropout, the transform) are in evaluation mode, and only the modules
+    that compute the losses are in training mode. Anchors and proposals that are sampled at random
+    are the same in each call. There is no gradient, and the model and the random state stay as they are.
 
     Args:
         model: A detector.

@@ -1,4 +1,5 @@
-"""Style of all pictures: colors for light and dark backgrounds, and safe labels."""
+"""Style of all figures: colors for light and dark backgrounds, and labels that matplotlib does not
+read as math."""
 
 from contextlib import contextmanager
 from functools import cache

@@ -225,11 +225,11 @@ class SampleFeed:
                 self._feed(dl, plan)
 
     def feed_rows(self, learn, dl, stored: dict):
-        """Let the batches of a DataLoader bring the rows of caches, side by side. The views depend
-        on the epochs that were trained from these caches before.
+        """Attach the rows of one or several caches to the batches of a DataLoader, side by side. If
+        the student was trained from these caches before, the next views follow.
 
         Args:
-            stored: Name -> `StoredOutputs`.
+            stored: {head name: `StoredOutputs`}.
         """
         end = 0
         for s in stored.values():

@@ -74,8 +74,8 @@ def distill(
             several heads, a dict. None to run the teacher.
         perturbed: For tables, the number of perturbed copies of each row, without labels.
         check: Whether to look for mistakes first.
-        fine_tune: Whether to use `Learner.fine_tune`, which also gets the other options, instead of
-            `fit_one_cycle`.
+        fine_tune: Whether to train with `Learner.fine_tune` instead of `fit_one_cycle`. `**kwargs` are
+            passed to it.
         cbs: Additional callbacks.
     """
     if isinstance(lr_max, (Recipe, Term)):
@@ -125,7 +125,7 @@ def check_teacher(
         teacher: What `KnowledgeDistillation` takes.
         kind: 'softmax', 'sigmoid' or 'regression'. None to derive it from the loss function.
         axis: Class axis. None to derive it from the loss function.
-        recipe: Recipe or term of the training, which is checked too.
+        recipe: Recipe or term that you plan to train with. None to check only the teacher.
         n: Number of validation batches to read. A quarter as many training batches are read.
         n_epoch: Number of epochs for which costs are estimated. None to skip this.
 

@@ -139,8 +139,9 @@ def projector(
     It has parameters only if the channels differ or a kind is named.
 
     First the grid: features are average-pooled to a smaller grid or interpolated to a larger one.
-    Tokens become a map without their class and register tokens. A map becomes tokens, with its mean
-    as class and register tokens.
+    To compare tokens with a map, class and register tokens are dropped and the others become a map.
+    To compare a map with tokens, its positions become tokens, and its mean stands for class and
+    register tokens.
 
     Then the channels, at each position: vectors and tokens get a linear layer, maps a 1x1
     convolution and a batch norm, as in OFD (arXiv:1904.01866). arXiv:2303.11098 also recommends a

@@ -198,7 +198,7 @@ def some_rows(x: Any, i: slice) -> Any:
 
 
 def dense_rows(x: Any) -> Any:
-    """Compute logits, except of draws, which have none."""
+    """Compute the logits. Draws have none and are returned unchanged."""
     return x.dense() if isinstance(x, LinearLogits) else x
 
 

@@ -117,7 +117,7 @@ def mean_iou(out: Tensor, y: Tensor):
 
     Args:
         out: (N, C, H, W).
-        y: (N, H, W). Labels of C or more do not count.
+        y: (N, H, W). Labels equal to or above C are ignored.
     """
     c = out.shape[1]
     known = y < c
