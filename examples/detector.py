@@ -9,7 +9,7 @@ import sys
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
-from torchvision.models.detection import FCOS
+from torchvision.models.detection.fcos import FCOS
 from torchvision.models.detection.anchor_utils import AnchorGenerator, DefaultBoxGenerator
 from torchvision.models.detection.backbone_utils import BackboneWithFPN
 from torchvision.models.detection.ssd import SSD
@@ -24,10 +24,9 @@ def shapes(n, seed):
     g = torch.Generator().manual_seed(seed)
     number = lambda low, high: int(torch.randint(low, high, (1,), generator=g))
     rows, columns = torch.meshgrid(torch.arange(SIZE), torch.arange(SIZE), indexing='ij')
-    found = []
     for _ in range(n):
         x = torch.rand(3, 1, 1, generator=g) * 0.5 + 0.15 * torch.randn(3, SIZE, SIZE, generator=g)
-        boxes, labels = [], []
+        found = []
         for _ in range(number(1, 6)):
             side, kind = number(12, 32), number(1, 4)
             top, left = number(0, SIZE - side), number(0, SIZE - side)
@@ -36,11 +35,9 @@ def shapes(n, seed):
             disk = (i - side / 2) ** 2 + (j - side / 2) ** 2 <= side**2 / 4
             triangle = square & ((j - side / 2).abs() <= i / 2)
             x[:, [square, disk, triangle][kind - 1]] = torch.rand(3, 1, generator=g)
-            boxes.append([left, top, left + side, top + side])
-            labels.append(kind)
-        boxes = torch.tensor(boxes, dtype=torch.float32)
-        found.append((x.clamp(0, 1), dict(boxes=boxes, labels=torch.tensor(labels))))
-    return found
+            found.append([left, top, left + side, top + side, kind])
+        found = torch.tensor(found)
+        yield x.clamp(0, 1), dict(boxes=found[:, :4].float(), labels=found[:, 4])
 
 
 def pyramid(*widths, channels):
@@ -52,9 +49,8 @@ def pyramid(*widths, channels):
 
 
 def large():
-    anchors = AnchorGenerator(((8,), (16,), (32,)), ((1.0,),) * 3)
-    levels = pyramid(32, 64, 96, 128, channels=64)
-    return FCOS(levels, 4, min_size=SIZE, max_size=SIZE, anchor_generator=anchors)
+    sizes = AnchorGenerator(((8,), (16,), (32,)), ((1.0,),) * 3)
+    return FCOS(pyramid(32, 64, 96, 128, channels=64), 4, SIZE, SIZE, anchor_generator=sizes)
 
 
 def small(seed):
@@ -81,7 +77,7 @@ def train(step, data, epochs, lr):
 def main(quick=False, seed=42):
     torch.manual_seed(seed)
     n, epochs = (32, 1) if quick else (400, 12)
-    data, test = shapes(n, 0), DataLoader(shapes(200, 1), 50, collate_fn=collate)
+    data, test = [*shapes(n, 0)], DataLoader([*shapes(200, 1)], 50, collate_fn=collate)
     models = dict(teacher=large(), alone=small(seed), distilled=small(seed))
     train(models['teacher'].train(), data, epochs, 3e-3)
     train(models['alone'].train(), data, epochs, 1e-2)
@@ -90,9 +86,8 @@ def main(quick=False, seed=42):
     with distiller.teacher:
         train(distiller, data, epochs, 1e-2)
     report = compare_detectors(models, test, classes=CLASSES, seconds=0 if quick else 0.5)
-    names = 'teacher', 'student alone', 'student distilled'
-    scores = [m.measures['map'].value for m in report.models.values()]
-    print('mAP:', ', '.join(f'{n} {v:.3f}' for n, v in zip(names, scores)))
+    found = zip(('teacher', 'student alone', 'student distilled'), report.models.values())
+    print('mAP:', ', '.join(f'{n} {m.measures["map"].value:.3f}' for n, m in found))
     return models, test
 
 

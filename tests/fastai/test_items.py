@@ -518,7 +518,7 @@ def test_where_it_cannot_work_an_error_says_so(folder, tmp_path):
 
     stream = DataLoader(Stream(), bs=4, num_workers=0)
     loader = torch.utils.data.DataLoader([(torch.randn(4), torch.tensor(0))] * 8, 4)
-    for dl, why in ((stream, 'only be iterated'), (loader, 'not a fastai DataLoader')):
+    for dl, why in ((stream, 'has an iterable dataset'), (loader, 'not a fastai DataLoader')):
         plain = quiet(
             Learner(DataLoaders(dl, dl), nn.Linear(4, 2), loss_func=CrossEntropyLossFlat())
         )[0]

@@ -135,7 +135,7 @@ def figure():
 def test_plot_loss_has_the_labels_losses_on_a_scale_of_their_own(figure, train_metrics):
     student, teacher = toy()
     student.recorder.train_metrics = train_metrics
-    student.fit(4, 0.1, cbs=KD(teacher, T=20.0))
+    student.fit(4, 0.1, cbs=KD(teacher, T=20.0, alpha=0.3))
     left = student.recorder.plot_loss(skip_start=3)
     (right,) = [a for a in figure.axes if a is not left]
     assert left.get_ylabel() == 'loss with the teacher' and right.get_ylabel() == 'task loss'

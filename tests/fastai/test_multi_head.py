@@ -882,7 +882,7 @@ def test_recipes_of_heads_are_compared_over_seeds(tmp_path):
 def test_stored_outputs_for_inputs_without_labels_teach_each_head(tmp_path):
     t, items = teachers(), list(range(32))
     stored = cache_teacher(
-        t, named_dls(), tmp_path, views=0, dtype='float32', unlabeled=items, progress=False
+        t, named_dls(), tmp_path, views=0, store='float32', unlabeled=items, progress=False
     )
     live, old = quiet_learner(seeded_dls()), quiet_learner(seeded_dls())
     for learn, options in ((live, {}), (old, dict(unlabeled_targets=stored))):
@@ -896,7 +896,7 @@ def test_stored_outputs_for_inputs_without_labels_teach_each_head(tmp_path):
 def test_inputs_without_labels_are_taught_by_stored_outputs_alone(tmp_path):
     t, items = teachers(), list(range(32))
     store = lambda name, **kw: cache_teacher(
-        t, named_dls(), tmp_path / name, views=0, dtype='float32', progress=False, **kw
+        t, named_dls(), tmp_path / name, views=0, store='float32', progress=False, **kw
     )
     source, more = store('labeled'), store('more', unlabeled=items)
     live, old = quiet_learner(seeded_dls()), quiet_learner(seeded_dls())

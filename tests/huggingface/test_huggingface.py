@@ -951,7 +951,7 @@ def test_a_teacher_with_its_classes_in_a_different_order_is_refused_before_train
     assert train([0, 1, 2]) == 2
 
 
-def test_an_untrained_teacher_is_a_warning_and_gets_no_full_share(tmp_path, capsys):
+def test_an_untrained_teacher_is_a_warning_and_its_term_can_fade(tmp_path, capsys):
     rows = [dict(input_ids=torch.tensor([i % VOCAB, 1, 2]), labels=i % 3) for i in range(64)]
     args = TrainingArguments(
         str(tmp_path),
@@ -970,4 +970,4 @@ def test_an_untrained_teacher_is_a_warning_and_gets_no_full_share(tmp_path, caps
     trainer = DistillationTrainer(bert(), args, train_dataset=rows, teacher=Flat([0, 1, 2]))
     with pytest.warns(UserWarning, match='no better than chance: .*64 training labels'):
         trainer.train()
-    assert not any(t.has_grad_ratio for t in trainer.distiller.recipe.terms)
+    assert all(t.fade for t in trainer.distiller.recipe.terms)

@@ -270,7 +270,8 @@ def test_every_loss_has_a_row():
 
 
 def test_every_function_that_is_declared_a_loss_is_public():
-    files = [m for m in vars(losses).values() if inspect.ismodule(m)]
+    # those of detectors are public in fastdistill.detection
+    files = [m for n, m in vars(losses).items() if inspect.ismodule(m) and n != 'detection']
     declared = {n for m in files for n, f in vars(m).items() if hasattr(f, 'relates')}
     assert declared == set(losses.LOSSES)
 

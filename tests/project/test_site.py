@@ -12,7 +12,8 @@ SPEC.loader.exec_module(build_site)
 CONFIG = (ROOT / 'mkdocs.yml').read_text()
 MODULES = (
     'fastdistill fastdistill.fastai fastdistill.losses fastdistill.recipes '
-    'fastdistill.huggingface fastdistill.lightning'
+    'fastdistill.huggingface fastdistill.lightning fastdistill.detection fastdistill.fastai.detector '
+    'fastdistill.cache fastdistill.evaluation fastdistill.features'
 ).split()
 
 
