@@ -186,6 +186,19 @@ def test_nothing_changes_with_fold_false():
         assert torch.equal(v, MLP.state_dict()[k]), k
 
 
+def test_a_model_that_is_always_wrong_stays_as_it_is_and_the_reason_is_named():
+    model = copy.deepcopy(MLP)
+    x = torch.randn(200, 3)
+    with torch.no_grad():
+        y = model(x).argmin(1)
+    c = calibrate_model(model, [((x,), (y,))], Task('softmax'))
+    assert c.temperature == 1
+    assert c.layer is None
+    assert 'no temperature between 0.05 and 20' in str(c)
+    for k, v in model.state_dict().items():
+        assert torch.equal(v, MLP.state_dict()[k]), k
+
+
 def test_a_report_says_that_probabilities_became_worse_although_the_predictions_became_better():
     y = torch.randint(5, (400,))
     alone = 2.0 * F.one_hot(torch.where(torch.rand(400) < 0.6, y, torch.randint(5, (400,))), 5)

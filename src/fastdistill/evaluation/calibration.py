@@ -139,7 +139,9 @@ def calibrate_model(
         measures(z / T, y, task.kind),
         reason='fold=False',
     )
-    if fold:
+    if (T == 1).all():
+        out.reason = f'no temperature between {LOWEST_T:g} and {HIGHEST_T:g} has the lowest NLL on these labels.'
+    elif fold:
         out.layer, out.reason = fold_temperature(model, T, first, task)
     return out
 
