@@ -7,27 +7,31 @@ import apps
 from fastdistill import DistillError
 from fastdistill.fastai import *
 
-FOLDED = 'image', 'multi_label', 'unet', 'text_classifier', 'tabular'
+# enough to learn something, but not everything
+EPOCHS = dict(image=3, multi_label=8, unet=3, text_classifier=12, tabular=4)
 
 
-@pytest.mark.parametrize('name', FOLDED)
+@pytest.mark.parametrize('name', EPOCHS)
 def test_the_validation_loss_is_the_calibrated_nll_and_the_classes_stay(name):
+    torch.manual_seed(0)
     learn = getattr(apps, name)()[0]
     with learn.no_bar(), learn.no_logging():
-        learn.fit(1, 1e-2)
+        learn.fit(EPOCHS[name], 1e-2)
         before, y = learn.get_preds(act=lambda o: o)
         c = learn.calibrate()
         after, _ = learn.get_preds(act=lambda o: o)
     T = torch.tensor(c.temperature).view(-1, *[1] * (before.dim() - 2))
     assert c.layer is not None, c.reason
     assert torch.allclose(after, before / T, atol=1e-4)
-    assert c.after['nll'] <= c.before['nll']
+    assert c.after['nll'] < c.before['nll']
 
 
 def test_the_words_of_a_language_model_share_their_weights_so_nothing_is_folded():
+    torch.manual_seed(0)
     learn = apps.language_model()[0]
-    before = apps.snapshot(learn.model)
     with learn.no_bar(), learn.no_logging():
+        learn.fit(6, 1e-2)
+        before = apps.snapshot(learn.model)
         c = learn.calibrate()
     assert c.layer is None
     assert 'shares its weight with' in c.reason
