@@ -7,9 +7,9 @@ Each is trained by the labels alone and by the default, every tenth also by the 
 
 Seeds are 0 to n-1, and each decides everything. Decided before the first run: a training is worse than labels alone beyond noise if its accuracy on the test half is
 lower by more than 3 standard errors of the difference of two proportions, and by more than .03; in regression and with several labels, if its R2 or its accuracy per
-label is lower by more than .1 and .03. `strongest` is the norm of the term's gradient at the logits beside that of the labels (mean of the last 16 batches), in the
-batch where it was largest; 3 is what the recipe asks for. So the default makes steps of SGD 4 times as long: where it does harm, `longer steps` tells how labels
-alone end with 4 times the learning rate.
+label is lower by more than .1 and .03. `strongest` is the norm of the difference between the gradients at the logits of the total loss and of the task loss,
+beside that of the task loss (mean of the last 16 batches), in the batch where it was largest. Where the default does harm, `longer steps` tells how labels alone end
+with 4 times the learning rate: the default was a sum whose gradient was 4 times as long before all weights were divided by 1 plus the ratios.
 """
 
 import contextlib, copy, io, itertools, json, math, sys, time
@@ -178,7 +178,7 @@ def batches(o, n):
 
 
 def train(o, way, kind, data, test, teacher):
-    "Score, the term's strongest gradient, weights"
+    "Score, strongest gradient, CPU seconds"
     (x, y), start = data, time.process_time()
     student = student_of(o, teacher, data, kind)
     loss = lambda s, y: o['scale'] * LOSSES[kind](s, y)
@@ -199,7 +199,7 @@ def train(o, way, kind, data, test, teacher):
                 total = own
             else:
                 if d.chooses:
-                    d.choose(s, (x[i],), True)
+                    d.choose((x[i],), True)
                 out = d.compute(
                     Outputs(s), d.teacher_outputs(x[i]), own, (y[i],), progress=b / BATCHES
                 )
@@ -252,7 +252,7 @@ def run(
             with always, contextlib.redirect_stdout(io.StringIO()):
                 row[way] = train(o, way, kind, data, test, teacher)
         if row['default']['score'] < row['labels']['score'] - noise(row, 'default'):
-            # the default's gradient is 4 times as long as the labels': do labels alone stand steps of that length?
+            # does it come from the length of the steps alone?
             row['longer steps'] = train(
                 dict(o, lr=o['lr'] if o['adam'] else 4 * o['lr']),
                 'labels',
@@ -278,7 +278,7 @@ def table(out: Path = RESULTS):
         strong = sorted(r[way]['strongest'] for r in rows)
         print(
             f'{way}: {len(worse)} of {len(rows)} worse than labels alone beyond noise, {len(better)} better; mean lead {sum(map(lead, rows)) / len(rows):+.4f}, lowest '
-            f'{min(map(lead, rows)):+.3f}; strongest gradient of the term: median {median(strong):.2g}, largest {strong[-1]:.3g}; {median(r[way]["seconds"] for r in rows):.2f} s'
+            f'{min(map(lead, rows)):+.3f}; strongest: median {median(strong):.2g}, largest {strong[-1]:.3g}; {median(r[way]["seconds"] for r in rows):.2f} s'
         )
         for r in worse:
             print(

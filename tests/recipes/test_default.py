@@ -418,7 +418,24 @@ def test_the_share_is_the_length_of_the_gradient():
     term = losses.dist(s, t, T=4, beta=2, gamma=2)
     torch.testing.assert_close(
         r.weights['dist'] * of(term),
-        3 * of(F.cross_entropy(s, y)),
+        3 * of(r.weights['task'] * F.cross_entropy(s, y)),
         rtol=1e-4,
         atol=0,
+    )
+
+
+def test_with_a_ratio_the_gradient_is_as_long_as_that_of_the_task_loss_at_most():
+    (student, teacher), items = nets(5), data(5)
+    x, y = torch.stack([a for a, _ in items]), torch.stack([b for _, b in items])
+    s = student(x).detach().requires_grad_()
+    d = Distiller(student, teacher, dist(T=4.0, beta=2, gamma=2, grad_ratio=3))
+    r = d(x, y)
+    own = torch.autograd.grad(F.cross_entropy(s, y), s)[0]
+    term = torch.autograd.grad(losses.dist(s, teacher(x).detach(), T=4, beta=2, gamma=2), s)[0]
+    # three parts of the term's direction, one part of that of the labels
+    expected = own.norm() * (own / own.norm() + 3 * term / term.norm()) / 4
+    found = r.weights['task'] * own + r.weights['dist'] * term
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-8)
+    assert r.total.item() == pytest.approx(
+        (r.weights['task'] * r.task + r.weights['dist'] * r.parts['dist']).item()
     )

@@ -183,12 +183,19 @@ class GradientRatios(dict):
                     ratio.gain.add(new)
 
     def weights(self, weights, values):
-        """Return the weights. Gradient ratios are multiplied by the measured weight of their term."""
-        return weights | {
-            k: weights[k] * r.factor_at(values.get(k))
-            for k, r in self.items()
-            if r.means is not None
-        }
+        """Return the weights of a batch. A gradient ratio becomes the weight at which the gradient
+        norm of its term has that ratio. All weights are then divided by 1 plus the sum of the ratios,
+        so that the gradient of the total is at most as long as without these terms, and a learning
+        rate that suits the other losses still does.
+
+        Args:
+            weights: {name: weight or gradient ratio}.
+            values: {name: value} of the losses that count and have a gradient.
+        """
+        on = {k: r for k, r in self.items() if r.means is not None}
+        measured = {k: weights[k] * r.factor_at(values.get(k)) for k, r in on.items()}
+        length = 1 + sum(weights[k] for k in on)
+        return {k: w / length for k, w in (weights | measured).items()}
 
     def faded(self, weights, values):
         """Return what is missing of the gradient because terms faded, as a multiple of the other

@@ -26,7 +26,8 @@ class Distilled:
         parts: Each term's value, unweighted and detached; in training only of the terms that
             count.
         weights: {name: weight of each value}, including 'task'. 0-dim for a term with a gradient
-            ratio. The task loss counts more than this if a term faded.
+            ratio. They are divided by 1 plus the sum of the gradient ratios. The task loss counts
+            more than this if a term faded.
         terms: {name: weighted term}, with its gradient. They make up `taught`, together with what
             the labels get instead of faded terms.
     """
@@ -254,7 +255,7 @@ class RecipeLoss(nn.Module):
             )
             faded = self.ratios.faded(weights, learns)
             weights = self.ratios.weights(weights, learns)
-            base = [fixed[k] * v for k, v in learns.items() if k in fixed]
+            base = [weights[k] * v for k, v in learns.items() if k in fixed]
             rest = faded * sum(base) if base and faded is not None else None
         if self.measures and torch.is_grad_enabled() and not learns.keys() <= self.seen:
             self.seen, self.gradient_shares = (
