@@ -21,7 +21,7 @@ def values(found):
 @pytest.mark.parametrize('kind', KINDS)
 def test_returns_torchvisions_own_losses_and_the_terms(kind):
     student, teacher = detector(kind), detector('RetinaNet', width=12, seed=1)
-    distiller = DetectionDistiller(student.train(), teacher, pkd(grad_ratio=0.5))
+    distiller = DetectionDistiller(student.train(), teacher, pkd(weight=1.0))
     images, targets = batch()
     torch.manual_seed(5)
     found = distiller(images, targets)
@@ -31,6 +31,16 @@ def test_returns_torchvisions_own_losses_and_the_terms(kind):
     assert list(found) == [*own, 'pkd']
     assert {k: v.item() for k, v in own.items()} == {k: found[k].item() for k in own}
     assert found['pkd'].item() > 0
+
+
+def test_with_a_gradient_ratio_all_losses_are_divided():
+    student, teacher = detector('RetinaNet'), detector('RetinaNet', width=12, seed=1)
+    images, targets = batch()
+    own = copy.deepcopy(student).train()(images, targets)
+    found = DetectionDistiller(student.train(), teacher, pkd(grad_ratio=0.5))(images, targets)
+    assert {k: found[k].item() for k in own} == pytest.approx(
+        {k: v.item() / 1.5 for k, v in own.items()}
+    )
 
 
 @pytest.mark.parametrize('kind', KINDS)

@@ -3,7 +3,18 @@
 import pytest, torch
 import torch.nn.functional as F
 from torch import nn
-from fastdistill import DistillError, Distiller, Teacher, Term, kd, losses, soft_labels, with_items
+from fastdistill import (
+    DistillError,
+    Distiller,
+    Recipe,
+    Teacher,
+    Term,
+    kd,
+    losses,
+    recipes,
+    soft_labels,
+    with_items,
+)
 
 g = torch.Generator().manual_seed(0)
 X, COLOR, SHAPE, SIZE = (
@@ -363,6 +374,23 @@ def test_a_trainer_gives_the_task_loss_of_all_heads():
         heads.without_labels(heads.student_outputs(raw, {}, X), heads.teacher_outputs(X)),
         0.7 * terms,
     )
+
+
+def test_heads_that_share_a_task_loss_are_divided_by_the_same_number():
+    student, color, shape, _ = nets()
+    recipe = dict(color=recipes.dist(grad_ratio=3), shape=Recipe(Term(losses.mse)))
+    heads = two_heads(student, color, shape, recipe)
+    heads.share_task_loss()
+    raw = student(X)
+    task = F.cross_entropy(raw['color'], COLOR) + F.cross_entropy(raw['shape'], SHAPE)
+    outputs = heads.student_outputs(raw, {}, X), heads.teacher_outputs(X)
+    out = heads.compute(*outputs, task, (COLOR, SHAPE))
+    norm = lambda v: torch.autograd.grad(v, raw['color'], retain_graph=True)[0].norm()
+    dist = losses.dist(raw['color'], color(X))
+    ratio = (3 * norm(task) / norm(dist)).detach()
+    terms = ratio * dist + losses.mse(raw['shape'], shape(X))
+    torch.testing.assert_close(out.total, (task + terms) / 4)
+    torch.testing.assert_close(heads.without_labels(*outputs), terms / 4)
 
 
 def test_one_task_loss_needs_one_weight():

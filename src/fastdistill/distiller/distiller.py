@@ -264,6 +264,18 @@ class Distiller(nn.Module):
         if self.several and any(h.shares_task for h in self.heads.values()):
             self.share_task_loss()
 
+    def _scales(self, progress) -> tuple[dict, float]:
+        """Return ({head: factor of its terms}, number that the shared task loss is divided by).
+
+        Each head divides its weights by 1 plus its gradient ratios. Heads that share a task loss
+        must all divide by the same number, the largest of them.
+        """
+        lengths = {k: h.ratios.length(h.recipe.weights_at(progress)) for k, h in self.heads.items()}
+        longest = max(lengths.values())
+        shared = any(h.shares_task for h in self.heads.values())
+        own = {k: lengths[k] / longest if shared else 1.0 for k in self.heads}
+        return {k: h.weight * own[k] for k, h in self.heads.items()}, longest
+
     @property
     def pairs(self) -> PairTable | None:
         """The pairs of layers that are compared. None until they are known."""
@@ -668,17 +680,18 @@ class Distiller(nn.Module):
             )
         if not self.several:
             return each['']
-        scale = {k: h.weight for k, h in self.heads.items()}
+        scale, longest = self._scales(progress)
         taught = [scale[k] * e.taught for k, e in each.items() if e.taught is not None and scale[k]]
         weights = {
             k: {n: scale[k] * w for n, w in e.weights.items() if n != 'task'}
             for k, e in each.items()
         }
+        task_weight = next(iter(self.heads.values())).recipe.weights_at(progress)['task'] / longest
         return Distilled(
             task,
             sum(taught[1:], taught[0]) if taught else None,
             self._named({k: e.parts for k, e in each.items()}),
-            {'task': next(iter(each.values())).weights['task'], **self._named(weights)},
+            {'task': task_weight, **self._named(weights)},
             self._named({k: e.terms for k, e in each.items()}),
         )
 
@@ -694,8 +707,9 @@ class Distiller(nn.Module):
             progress: Fraction of the training that is done, from 0 to 1, for schedules.
         """
         s, t = self._by_head(student), self._by_head(teacher)
+        scale, _ = self._scales(progress)
         values = [
-            h.weight * h.without_labels(s[k], t.get(k), progress=progress)
+            scale[k] * h.without_labels(s[k], t.get(k), progress=progress)
             for k, h in self.heads.items()
             if h.weight
         ]

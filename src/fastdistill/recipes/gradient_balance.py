@@ -192,10 +192,21 @@ class GradientRatios(dict):
             weights: {name: weight or gradient ratio}.
             values: {name: value} of the losses that count and have a gradient.
         """
-        on = {k: r for k, r in self.items() if r.means is not None}
-        measured = {k: weights[k] * r.factor_at(values.get(k)) for k, r in on.items()}
-        length = 1 + sum(weights[k] for k in on)
+        measured = {
+            k: weights[k] * r.factor_at(values.get(k))
+            for k, r in self.items()
+            if r.means is not None
+        }
+        length = self.length(weights)
         return {k: w / length for k, w in (weights | measured).items()}
+
+    def length(self, weights) -> float:
+        """Return 1 plus the sum of the gradient ratios that are measured, by which `weights` divides.
+
+        Args:
+            weights: {name: weight or gradient ratio}.
+        """
+        return 1 + sum(weights[k] for k, r in self.items() if r.means is not None)
 
     def faded(self, weights, values):
         """Return what is missing of the gradient because terms faded, as a multiple of the other
