@@ -15,8 +15,8 @@ from ..base.task import fit_labels
 from .batch_scores import FEW, METRICS, Tally
 from .findings import Finding, Findings, numbers_in_words
 from .forward import student_logits, teacher_logits
-from .scores import CERTAIN
 from .shapes import mismatches
+from .teacher_scores import CERTAIN
 
 __all__ = ['Explanation', 'explain_training']
 

@@ -1,8 +1,8 @@
 "Run student and teacher on one batch without changing them."
 
 from ..base.outputs import Outputs
-from ..features.calls import arguments
 from ..features.layer_names import unwrap
+from ..features.model_call import arguments
 from ..features.probe import dry_run
 
 __all__ = ['run_student', 'student_logits', 'teacher_logits']

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from ..base.task import fit_labels
-from ..teachers.images import affine, is_image, stats_of
+from ..teachers.image_normalization import affine, is_image, stats_of
 from ..teachers.teacher import Teacher
 from .batch_scores import METRICS
 from .findings import Finding, count_in_words

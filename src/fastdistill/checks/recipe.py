@@ -4,9 +4,9 @@ from functools import partial
 
 import torch
 
+from ..features.layer_hooks import Taps
 from ..features.layer_pairs import pair
 from ..features.probe import untouched
-from ..features.taps import Taps
 from ..losses import response
 from .findings import Finding, few_names
 from .forward import run_student

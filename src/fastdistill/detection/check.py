@@ -9,7 +9,7 @@ from torchvision.ops import box_iou
 
 from ..checks.findings import Finding, Findings
 from .metrics import detect
-from .models import detector_name
+from .torchvision_detectors import detector_name
 
 __all__ = ['check_detections', 'seeing_size', 'top_matches']
 

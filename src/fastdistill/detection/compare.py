@@ -8,14 +8,14 @@ from torch.utils.flop_counter import FlopCounterMode
 from ..base.outputs import DistillError
 from ..base.random_state import guarded_random_state
 from ..evaluation.cost import timed_in_turns, unfused, wait_for
-from ..evaluation.data import Cost, Latency, MeasureInfo, ModelResult
 from ..evaluation.metrics import Measure
-from ..evaluation.models import comparisons, machine_of, roles_of
+from ..evaluation.model_comparison import comparisons, machine_of, roles_of
 from ..evaluation.paired_tests import PairedScores
 from ..evaluation.report import Report
-from .matches import match_image, precision_of_sums, sums_of_images
+from ..evaluation.report_data import Cost, Latency, MeasureInfo, ModelResult
+from .box_matches import match_image, precision_of_sums, sums_of_images
 from .metrics import detect
-from .models import detector_name, on_device_of
+from .torchvision_detectors import detector_name, on_device_of
 
 __all__ = ['compare_detectors', 'map_measures']
 

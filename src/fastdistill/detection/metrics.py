@@ -8,7 +8,7 @@ from torch import nn
 from ..base.model_state import ModelState
 from ..base.outputs import DistillError
 from ..base.random_state import RandomGuard
-from .models import on_device_of
+from .torchvision_detectors import on_device_of
 
 __all__ = ['DetectionScores', 'average_precision', 'detect']
 

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from ..base.errors import DistillError
 from ..base.outputs import as_plain
 from ..base.task import Task, fit_labels, task_for
-from ..features.taps import Taps
+from ..features.layer_hooks import Taps
 from ..teachers import Teacher
 from ..teachers.fast_copy import AS_IT_IS
-from .data import calibration_error
 from .metrics import rows_of, scores_of
+from .report_data import calibration_error
 
 __all__ = ['Calibration', 'calibrate_model', 'fit_temperature']
 

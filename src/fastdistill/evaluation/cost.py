@@ -13,8 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..base.outputs import tensors_in
-from ..teachers.items import items_at, items_in, with_items
-from .data import Cost, Latency
+from ..teachers.raw_items import items_at, items_in, with_items
+from .report_data import Cost, Latency
 
 __all__ = ['batch_of', 'cost_of', 'latencies', 'wait_for', 'weights_of_teacher']
 

@@ -5,10 +5,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..base.outputs import DistillError, as_plain, map_tensors, tensors_in
+from ..features.feature_shapes import as_map
+from ..features.layer_hooks import Taps
 from ..features.layer_pairs import inputs, pair
 from ..features.probe import dry_run
-from ..features.shapes import as_map
-from ..features.taps import Taps
 
 __all__ = ['attention_map', 'picture_in', 'show_features']
 

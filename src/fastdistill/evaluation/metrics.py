@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .data import MeasureInfo
+from .report_data import MeasureInfo
 
 __all__ = ['BINS', 'Measure', 'Rows', 'measures_of', 'rows_of', 'scores_of']
 

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from .data import Comparison, Difference, Estimate
+from .report_data import Comparison, Difference, Estimate
 
 __all__ = ['PairedScores', 'mcnemar']
 

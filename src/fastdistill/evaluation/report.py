@@ -3,9 +3,9 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from .data import ReportData, write_text
-from .page import page
-from .text import in_brief, markdown, print_report, show
+from .html_report import html_page
+from .report_data import ReportData, write_text
+from .text_report import in_brief, markdown, print_report, show
 
 __all__ = ['Report']
 
@@ -44,10 +44,10 @@ class Report(ReportData):
         Returns:
             The path if a file was written, else the text.
         """
-        return write_text(page(self, figures), path)
+        return write_text(html_page(self, figures), path)
 
     def __repr__(self):
         return in_brief(self)
 
     def _repr_html_(self):
-        return page(self, whole=False)
+        return html_page(self, whole=False)

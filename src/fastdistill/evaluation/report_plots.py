@@ -1,7 +1,7 @@
 """Plots of a report. Each function returns a figure, or None if the report lacks the data."""
 
-from .data import CLASS_MEASURES
 from .plot_style import color_of, new_figure, safe_label, styled
+from .report_data import CLASS_MEASURES
 
 __all__ = [
     'plot_classes',

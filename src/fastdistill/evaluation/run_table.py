@@ -1,8 +1,8 @@
 """Combine several reports into one table: the students of all runs, best first."""
 
-from .format import amount, estimate_text, recovered_text, verdict_of
-from .tables import Cell, Sheet
-from .text import print_sheet
+from .number_format import amount, estimate_text, recovered_text, verdict_of
+from .report_tables import Cell, Sheet
+from .text_report import print_sheet
 
 __all__ = ['print_runs', 'sheets_of_runs']
 

@@ -8,10 +8,10 @@ from torch import Tensor, nn
 
 from ..base.distributed import rank
 from ..base.outputs import DistillError, DistillWarning, Outputs, as_plain
-from .batch import Batch, all_classes, blend, nothing, of_all_processes
+from .batch_tensors import Batch, all_classes, blend, of_all_processes, zero_loss
 from .gradient_balance import GradientRatios
 from .gradient_norms import norms_at_layer, norms_at_logits, swamped
-from .link import Link, own_copy
+from .layer_link import Link, own_copy
 
 __all__ = ['Distilled', 'RecipeLoss', 'check_kind']
 
@@ -161,7 +161,7 @@ class RecipeLoss(nn.Module):
         terms = {k: weights[k] * v for k, v in counted.items() if k in values}
         taught = [*terms.values(), *([] if rest is None else [rest])]
         if not weights['task'] and student.logits is not None:
-            taught.append(nothing(student.logits))
+            taught.append(zero_loss(student.logits))
         return Distilled(
             task,
             sum(taught[1:], taught[0]) if taught else None,
@@ -183,7 +183,7 @@ class RecipeLoss(nn.Module):
         """
         terms = [t for t in self.active_terms(progress) if not t.n_targets]
         if not terms:
-            return nothing(student.logits)
+            return zero_loss(student.logits)
         b = Batch(student, all_classes(teacher, student), (), (), None, self.task, progress)
         values = {t.name: self._value(t, b) for t in terms}
         weights = self.ratios.weights(self.recipe.weights_at(progress), values)

@@ -8,8 +8,8 @@ from torch import Tensor
 from .. import losses
 from ..base.outputs import DistillError
 from ..recipes.default import auto
+from ..recipes.recipe_text import as_recipe
 from ..recipes.term import Recipe, Term
-from ..recipes.text import as_recipe
 from ..recipes.zoo import at, cwd, dist, dkd, hint, kd, pkt, rkd, ttm
 
 __all__ = ['LABELS', 'Candidate', 'candidates_for', 'candidates_for_heads', 'given_candidates']

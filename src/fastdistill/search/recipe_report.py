@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from statistics import fmean, stdev
 
-from ..evaluation.data import Difference, JsonReport
+from ..evaluation.report_data import Difference, JsonReport
 from .text_table import TextTable
 
 __all__ = ['RecipeReport', 'RecipeRun']

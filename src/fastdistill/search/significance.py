@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from ..evaluation.data import Difference
+from ..evaluation.report_data import Difference
 
 __all__ = ['Lead', 'adjusted', 'difference_by_seed', 'lead_of']
 

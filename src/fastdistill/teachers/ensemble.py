@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from ..base.outputs import DistillError, Outputs
-from .images import full_precision
+from .image_normalization import full_precision
 from .runner import Runner
 
 __all__ = ['EnsembleRunner', 'member_weights']

@@ -9,10 +9,10 @@ from torch import nn
 
 from ..base.outputs import DistillError, as_plain, tensors_in
 from ..features.probe import is_compiled
+from .batch_norm_folding import foldable
 from .compiled_module import CompiledModule
 from .copy_plan import CopyPlan, short_name, weights_of, without_layers
-from .folding import foldable
-from .forms import is_graph
+from .model_loading import is_graph
 
 __all__ = ['AS_IT_IS', 'DEFAULTS', 'OPTIONS', 'FastCopy', 'check_run', 'native_bf16', 'run_options']
 

@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from ..base.outputs import DistillError
-from .images import full_precision
+from .image_normalization import full_precision
 
 __all__ = ['check_probabilities', 'logits_of']
 

@@ -17,17 +17,17 @@ from ..base.outputs import (
     warn_of_several,
 )
 from ..base.random_state import global_generators
+from ..features.layer_hooks import Taps
 from ..features.probe import untouched
-from ..features.taps import Taps
+from .batch_slices import in_slices, joined, plain_output
 from .fast_copy import FastCopy, run_options
-from .forms import Onnx, explained, is_graph
 from .frozen import FrozenModel, cuda_devices
 from .hidden_state import NO_RESET, has_reset, why_no_reset
-from .images import affine, is_image, maps_of_size
+from .image_normalization import affine, is_image, maps_of_size
 from .input_aliasing import InputAliasing
-from .inputs import own_inputs, prepared_inputs
+from .model_loading import Onnx, explained, is_graph
 from .probabilities import check_probabilities, logits_of
-from .slices import in_slices, joined, plain_output
+from .teacher_inputs import own_inputs, prepared_inputs
 
 __all__ = ['ModelRunner', 'Runner']
 

@@ -6,7 +6,7 @@ import numpy as np
 from torch import nn
 
 from ..base.outputs import DistillError
-from .matches import match_image
+from .box_matches import match_image
 from .metrics import detect
 
 __all__ = ['ScoreThreshold', 'best_threshold', 'teacher_labels']

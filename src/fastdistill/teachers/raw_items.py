@@ -4,8 +4,8 @@ the batch's inputs.
 
 from torch import Tensor
 
+from ..base.mixup import mixed
 from ..base.outputs import DistillError, map_tensors, tensors_in
-from ..base.samples import mixed
 
 __all__ = ['as_in_batch', 'items_at', 'items_beside', 'items_in', 'with_items']
 

@@ -2,9 +2,9 @@
 
 import re
 
-from .data import ReportData
-from .format import caveat, estimate_text, shown_text, verdicts
-from .tables import sheets_of
+from .number_format import caveat, estimate_text, shown_text, verdicts
+from .report_data import ReportData
+from .report_tables import sheets_of
 
 __all__ = ['escaped', 'in_brief', 'markdown', 'print_report', 'print_sheet', 'show', 'title_of']
 

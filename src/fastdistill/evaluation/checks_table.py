@@ -3,8 +3,8 @@
 import io
 import shutil
 
-from .page import rendered
-from .text import escaped
+from .html_report import rendered
+from .text_report import escaped
 
 __all__ = ['checks_as_text', 'html_of_checks', 'print_checks']
 

@@ -7,7 +7,7 @@ from torchvision.models.detection.rpn import RegionProposalNetwork
 
 from ..base.model_state import ModelState
 from ..base.random_state import RandomGuard
-from .models import DETECTOR_CLASSES, checked_detector, on_device_of
+from .torchvision_detectors import DETECTOR_CLASSES, checked_detector, on_device_of
 
 __all__ = ['validation_losses']
 

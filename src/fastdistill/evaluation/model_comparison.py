@@ -12,10 +12,10 @@ from ..base.random_state import guarded_random_state
 from ..base.task import fit_labels, unusable
 from .agreement import Agreement
 from .cost import batch_of, cost_of, latencies
-from .data import Comparison, ModelResult
 from .metrics import MAX_PER_CLASS, measures_of, rows_of, scores_of
 from .paired_tests import PairedScores
 from .report import Report
+from .report_data import Comparison, ModelResult
 
 __all__ = ['cpu_name', 'measure_models', 'roles_of']
 

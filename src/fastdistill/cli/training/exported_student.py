@@ -5,10 +5,10 @@ from pathlib import Path
 
 from ...base.errors import DistillError
 from ...fastai.vocab import vocab_of
-from .checks import checked_samples
 from .config import TrainConfig, read_config
-from .files import read_samples
-from .loaders import loaders_of
+from .data_checks import checked_samples
+from .data_files import read_samples
+from .dataloaders import loaders_of
 from .teachers import file_teacher
 
 __all__ = ['learner_in_file']

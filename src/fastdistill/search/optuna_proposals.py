@@ -4,7 +4,7 @@ from contextlib import contextmanager
 
 import numpy as np
 
-from .runs import Run
+from .resumable_runs import Run
 
 __all__ = ['import_optuna', 'proposed_run']
 

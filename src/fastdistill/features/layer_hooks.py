@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from ..base.outputs import DistillError, Outputs
+from .feature_shapes import as_map, as_tokens, as_vector
 from .layer_names import item_key, model_name, named, no_such_layer, resolve_among, unwrap
 from .probe import is_compiled, main_tensor
-from .shapes import as_map, as_tokens, as_vector
 
 __all__ = ['Taps', 'is_output', 'layer_output', 'returned_by']
 

@@ -24,7 +24,6 @@ from .passed_checks import (
     unknown_normalization,
 )
 from .recipe import check_recipe
-from .scores import hesitant, low_score, saturated
 from .shapes import (
     UnknownId,
     broadcasts,
@@ -34,6 +33,7 @@ from .shapes import (
     unknown_id,
     unscored,
 )
+from .teacher_scores import hesitant, low_score, saturated
 
 __all__ = ['BATCHES', 'any_outputs', 'check_batch', 'check_outputs', 'single_teachers']
 

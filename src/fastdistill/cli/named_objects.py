@@ -39,7 +39,7 @@ def load_named_learner(name: str, data: str | None = None):
         name: 'file.py:name', or the file of an exported Learner.
         data: 'file.py:name' of its DataLoaders. None for its own, or those of its run.
     """
-    from .training.exported import learner_in_file
+    from .training.exported_student import learner_in_file
 
     dls = None if data is None else load_object(data, dataloaders)
     if not in_python(name):
@@ -67,7 +67,7 @@ def load_recipe(text: str):
     Args:
         text: A recipe as text (see `recipe_from_text`), or 'file.py:name'.
     """
-    from ..recipes.text import recipe_from_text
+    from ..recipes.recipe_text import recipe_from_text
 
     return load_object(text, lambda o: o) if in_python(text) else recipe_from_text(text)
 

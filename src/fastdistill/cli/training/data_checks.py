@@ -10,7 +10,7 @@ import pandas as pd
 
 from ...base.errors import DistillError
 from ...fastai.compare import shown_bar
-from .fingerprint import NAMED
+from .data_fingerprint import NAMED
 
 __all__ = ['checked_samples']
 

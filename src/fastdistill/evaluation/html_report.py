@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 from . import report_plots as plots
-from .data import ReportData
-from .format import caveat, recovered_text, shown_text, verdicts
+from .number_format import caveat, recovered_text, shown_text, verdicts
 from .plot_style import on_dark
-from .tables import sheets_of
-from .text import title_of
+from .report_data import ReportData
+from .report_tables import sheets_of
+from .text_report import title_of
 
-__all__ = ['page', 'rendered']
+__all__ = ['html_page', 'rendered']
 
 MARKS = {'better': 'good', 'worse': 'bad', 'not significant': 'even'}
 DPI = 72  # units of an SVG per inch
@@ -34,7 +34,7 @@ class Picture(NamedTuple):
     height: int
 
 
-def page(r: ReportData, figures=None, whole: bool = True) -> str:
+def html_page(r: ReportData, figures=None, whole: bool = True) -> str:
     """Return the HTML page.
 
     Args:
@@ -46,7 +46,7 @@ def page(r: ReportData, figures=None, whole: bool = True) -> str:
     drawn = {s.name: pictures(r, s.name) if whole else [] for s in sheets}
     drawn[''] = [own_picture(k, f) for k, f in (figures or {}).items()]
     return rendered(
-        'page.html',
+        'report.html',
         r=r,
         title=title_of(r),
         verdicts=verdicts(r),

@@ -3,7 +3,7 @@
 import json
 import pytest
 from fastdistill.base.errors import DistillError
-from fastdistill.search.runs import Run, Runs
+from fastdistill.search.resumable_runs import Run, Runs
 
 
 class Trainings:

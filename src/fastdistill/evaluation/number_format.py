@@ -1,6 +1,6 @@
 "Format numbers and verdicts as text."
 
-from .data import Comparison, ReportData
+from .report_data import Comparison, ReportData
 
 __all__ = [
     'amount',

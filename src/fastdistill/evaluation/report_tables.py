@@ -3,8 +3,7 @@
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from .data import CLASS_MEASURES, ReportData
-from .format import (
+from .number_format import (
     amount,
     estimate_text,
     p_text,
@@ -13,6 +12,7 @@ from .format import (
     three_digits,
     verdict_of,
 )
+from .report_data import CLASS_MEASURES, ReportData
 
 __all__ = ['Cell', 'Sheet', 'sheets_of']
 

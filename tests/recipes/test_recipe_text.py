@@ -4,7 +4,7 @@ import random, sys
 import pytest
 from fastdistill import DistillError, Recipe, Term, auto, losses, recipes
 from fastdistill.fastai import KnowledgeDistillation
-from fastdistill.recipes.text import recipe_from_text
+from fastdistill.recipes.recipe_text import recipe_from_text
 
 
 def test_whatever_a_recipe_is_given_as_becomes_one():

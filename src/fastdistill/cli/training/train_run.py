@@ -27,17 +27,17 @@ from ...fastai.batches import prepared_batches
 from ...fastai.compare import history_of
 from ...fastai.task import task_of
 from ...fastai.teachers import teacher_of
-from ...recipes.text import recipe_from_text
+from ...recipes.recipe_text import recipe_from_text
 from ...teachers.estimator import is_estimator
 from ...teachers.fast_copy import AS_IT_IS
-from .archs import check_arch, learner_of
-from .checks import checked_samples
+from .architectures import check_arch, learner_of
 from .config import TrainConfig, write_config
-from .files import read_samples
-from .fingerprint import data_changes, data_fingerprint
-from .loaders import loaders_of
-from .settings import settings_of
-from .stages import Checkpoints, find_rate, fit_stage, seed_everything, silent
+from .data_checks import checked_samples
+from .data_files import read_samples
+from .data_fingerprint import data_changes, data_fingerprint
+from .dataloaders import loaders_of
+from .resumable_fit import Checkpoints, find_rate, fit_stage, seed_everything, silent
+from .run_settings import settings_of
 from .teachers import file_teacher, with_weights
 
 __all__ = ['TrainRun', 'opened_run']

@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from ..base.outputs import DistillError, Outputs
-from ..features.taps import layer_output
+from ..features.layer_hooks import layer_output
 
 __all__ = ['Link', 'own_copy']
 

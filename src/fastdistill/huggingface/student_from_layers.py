@@ -5,7 +5,7 @@ import copy
 from torch import nn
 
 from ..base.outputs import DistillError
-from ..features.calls import is_hf
+from ..features.model_call import is_hf
 
 __all__ = ['student_from']
 

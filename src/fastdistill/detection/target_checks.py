@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from ..checks.findings import Finding, Findings
-from .models import n_classes
+from .torchvision_detectors import n_classes
 
 __all__ = ['check_targets']
 

@@ -8,9 +8,9 @@ from time import time
 
 from ..base.errors import DistillError
 from .candidates import LABELS
-from .proposals import import_optuna, proposed_run
-from .result import Found, best_of
-from .runs import Run, Runs
+from .optuna_proposals import import_optuna, proposed_run
+from .resumable_runs import Run, Runs
+from .search_result import Found, best_of
 
 __all__ = ['Search']
 

@@ -13,7 +13,7 @@ from ...base.atomic_files import enough_space, write_atomically
 from ...base.distributed import broadcast, on_first, rank, world_size
 from ...base.errors import DistillError
 from ...base.outputs import as_plain, map_tensors
-from ...base.seeds import seeds_of
+from ...base.sample_seeds import seeds_of
 from ...fastai.compare import history_of
 from ...fastai.metrics import row_by_column
 
@@ -182,7 +182,7 @@ def fit_stage(learn, n_epoch: int, lr, checkpoints: Checkpoints, cbs=(), bar: bo
     logger, learn._do_fit = learn.logger, EpochsFrom(learn, checkpoints.done)
     cbs = [*cbs, *filter(None, [checkpoints.kd]), checkpoints]
     if world_size() > 1:
-        from .processes import ProcessesTrainer  # needs accelerate
+        from .distributed_fit import ProcessesTrainer  # needs accelerate
 
         cbs.append(ProcessesTrainer(sync_bn=False, cpu=one_param(learn.model).device.type == 'cpu'))
     if not bar:

@@ -5,10 +5,10 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from ..base.outputs import DistillError, as_plain, map_tensors, tensors_in
-from ..features.calls import arguments, is_hf
-from .forms import check_second_argument
-from .images import check_images, fit_images, is_image
-from .items import items_beside
+from ..features.model_call import arguments, is_hf
+from .image_normalization import check_images, fit_images, is_image
+from .model_loading import check_second_argument
+from .raw_items import items_beside
 
 __all__ = ['check_own_inputs', 'own_inputs', 'prepared_inputs']
 

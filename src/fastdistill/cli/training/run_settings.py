@@ -59,7 +59,7 @@ def checked(config):
     """Return the settings. Raise a DistillError if a file does not exist or the recipe is wrong."""
     config.check_files()
     if config.recipe != 'auto':
-        from ...recipes.text import recipe_from_text  # imports PyTorch
+        from ...recipes.recipe_text import recipe_from_text  # imports PyTorch
 
         recipe_from_text(config.recipe)
     return config

@@ -4,7 +4,7 @@ import pickle, random
 from functools import partial
 import numpy as np
 import pytest, torch
-from fastdistill.base.generators import Generators
+from fastdistill.base.transform_random_state import Generators
 
 RNG = np.random.default_rng(3)
 
