@@ -1,6 +1,9 @@
 """Check whether stored outputs suit a recipe."""
 
-from ..base.outputs import Draws, TopK
+from collections.abc import Iterator
+from typing import Any
+
+from ..base.outputs import Draws, Outputs, TopK
 from ..cache.measure import BAD, loss_at
 from .findings import Finding
 
@@ -12,7 +15,7 @@ LITTLE_LOSS = (
 MISSING = 0.25  # part of the softened probability that may belong to classes that are not stored
 
 
-def check_stored(recipe, teacher, axis: int = 1):
+def check_stored(recipe: Any, teacher: Outputs, axis: int = 1) -> Iterator[Finding]:
     """Find terms that stored outputs do not suit, before training.
 
     Args:
@@ -30,7 +33,7 @@ def check_stored(recipe, teacher, axis: int = 1):
             yield from lossy_classes(term, t, teacher.lost)
 
 
-def unsuited_draws(term, t):
+def unsuited_draws(term: Any, t: Draws) -> Iterator[Finding]:
     T = term.temperature
     if not term.linear:
         text = t.refusal(term.name)
@@ -42,7 +45,7 @@ def unsuited_draws(term, t):
     yield Finding('error', what, f'Use {do}'.removesuffix('.'), about='store')
 
 
-def lossy_classes(term, t, lost):
+def lossy_classes(term: Any, t: TopK, lost: Any) -> Iterator[Finding]:
     """Find a term that loses much by the classes that are not stored."""
     T, k = term.temperature or 1.0, t.ids.shape[-1]
     stored = f'The cache stores the {k} likeliest of {t.n:,} classes, and {term.name} uses them at T={T:g}'
@@ -69,7 +72,7 @@ def lossy_classes(term, t, lost):
         )
 
 
-def missing_probability(t, T):
+def missing_probability(t: TopK, T: float) -> float:
     """Return the mean probability of the classes that are not stored, at this temperature."""
     if t.tail == 'bucket':
         return 1 - float(t.values.logsumexp(-1).exp().mean())

@@ -1,15 +1,19 @@
 """Check a teacher's outputs on a few batches: their shape, and whether the teacher knows the task."""
 
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import chain
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Module
 
 from ..base.class_mapping import taught_part
 from ..base.outputs import map_tensors, tensors_in
 from ..base.random_state import guarded_random_state
-from ..base.task import fit_labels
+from ..base.task import Task, fit_labels
+from ..teachers.teacher import Teacher
 from .batch_scores import Tally
 from .findings import Finding, Findings
 from .forward import student_logits, teacher_logits
@@ -44,17 +48,17 @@ KEPT = 4  # number of batches kept to run the teacher on them again
 
 
 def check_outputs(
-    teacher,
-    task,
-    batches,
-    student=None,
+    teacher: Teacher,
+    task: Task,
+    batches: Iterable,
+    student: Module | None = None,
     *,
-    train=(),
-    recipe=None,
-    names=None,
-    output=None,
-    place=None,
-    part='validation',
+    train: Iterable = (),
+    recipe: Any = None,
+    names: Sequence | None = None,
+    output: Any = None,
+    place: Callable | None = None,
+    part: str = 'validation',
 ) -> Findings:
     """Check the teacher's outputs on a few batches.
 
@@ -73,7 +77,8 @@ def check_outputs(
             None if they already are.
         part: Where `batches` come from, as in `Facts`.
     """
-    found, tally, kept, t = Findings(), Tally(task, part), [], None
+    found, tally, t = Findings(), Tally(task, part), None
+    kept: list[tuple] = []
     with guarded_random_state(), teacher:
         for training, xb, yb in chain(((False, *b) for b in batches), ((True, *b) for b in train)):
             first = t is None
@@ -119,8 +124,8 @@ def check_outputs(
         new = found.add('statistics', untrained(teacher), norms_in_words(teacher))
         found.add('outputs', probabilities(tally, task), outputs_in_words(tally))
         if not found.errors:
-            low = low_score(tally, teacher, task, student, kept, names, trained=not new)
-            low = found.add('score', [replace(f, doubt=True) for f in low])
+            why = low_score(tally, teacher, task, student, kept, names, trained=not new)
+            low = found.add('score', [replace(f, doubt=True) for f in why])
             if not low and not new:
                 found.add('order of classes', (), order_in_words(tally))
                 found.add('normalization', (), unknown_normalization(teacher, kept))
@@ -133,14 +138,14 @@ def check_outputs(
     return found
 
 
-def refused(about, found):
+def refused(about: str, found: Iterable[Finding]) -> Findings:
     """Return findings that end the check."""
     out = Findings()
     out.add(about, found)
     return out
 
 
-def any_outputs(recipe):
+def any_outputs(recipe: Any) -> bool:
     """Return True if the recipe compares layers, or outputs whose classes may differ.
 
     The teacher's outputs then don't have to fit the student's.
@@ -149,7 +154,7 @@ def any_outputs(recipe):
     return recipe is not None and all(t.layers is not None or t.match != 'shape' for t in terms)
 
 
-def check_batch(s, t, y, task) -> Findings:
+def check_batch(s: Tensor | None, t: Tensor | None, y: Tensor | None, task: Task) -> Findings:
     """Find outputs that would broadcast, class axes or labels that do not fit, and probabilities.
 
     Args:
@@ -174,19 +179,19 @@ def check_batch(s, t, y, task) -> Findings:
     return Findings(probabilities(tally, task))
 
 
-def single_teachers(teacher):
+def single_teachers(teacher: Teacher) -> list[Teacher]:
     """Return the members of an ensemble, recursively. For a single teacher, return the teacher
     itself.
     """
     return [o for m in teacher.members for o in single_teachers(m)] or [teacher]
 
 
-def unsteady(teacher, xb, t):
+def unsteady(teacher: Teacher, xb: Sequence, t: Tensor) -> Iterator[Finding]:
     """Find outputs that change between calls, or that depend on the other samples in the batch."""
     if teacher.mode == 'train' or teacher.combine == 'sample':
         return  # the user asked for it
 
-    def near(a, b):
+    def near(a: Tensor, b: Tensor) -> bool:
         largest = b.nan_to_num(0, 0, 0).abs().max().item()  # logits of excluded classes may be -inf
         return a.shape == b.shape and torch.allclose(
             a, b, rtol=0, atol=0.05 * largest, equal_nan=True
@@ -219,7 +224,7 @@ def unsteady(teacher, xb, t):
     )
 
 
-def untrained(teacher):
+def untrained(teacher: Teacher) -> Iterator[Finding]:
     norms = norms_of(teacher)
     if norms and all((m.running_mean == 0).all() and (m.running_var == 1).all() for m in norms):
         yield Finding(
@@ -229,7 +234,7 @@ def untrained(teacher):
         )
 
 
-def probabilities(tally, task):
+def probabilities(tally: Tally, task: Task) -> Iterator[Finding]:
     """Find nan or infinite values, and probabilities instead of logits."""
     if not tally.finite:
         yield Finding(

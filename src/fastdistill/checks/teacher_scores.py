@@ -1,11 +1,16 @@
 """Find out why a teacher scores low, and how certain it is of its training data."""
 
+from collections.abc import Iterable, Iterator, Sequence
+
 from torch import nn
+from torch.nn import Module
 
 from ..base.outputs import tensors_in
-from .batch_scores import FEW, KNOWS, LEADS, SLIGHT
+from ..base.task import Task
+from ..teachers.teacher import Teacher
+from .batch_scores import FEW, KNOWS, LEADS, SLIGHT, Tally
 from .class_order import reordered_classes
-from .findings import Finding, count_in_words
+from .findings import Facts, Finding, count_in_words
 from .normalization import renormalized_images
 
 __all__ = ['hesitant', 'low_score', 'saturated']
@@ -16,7 +21,15 @@ NOT_APART = 0.25  # below this difference in mean probability between present an
 FEWEST = 64  # minimum number of items for these checks
 
 
-def low_score(tally, teacher, task, student, batches, names, trained: bool):
+def low_score(
+    tally: Tally,
+    teacher: Teacher,
+    task: Task,
+    student: Module | None,
+    batches: Sequence,
+    names: Sequence | None,
+    trained: bool,
+) -> Iterator[Finding]:
     """Yield the reason why the teacher predicts badly: the most precise explanation that fits.
 
     Args:
@@ -49,7 +62,7 @@ def low_score(tally, teacher, task, student, batches, names, trained: bool):
         yield from why[:1]
 
 
-def embedding_rows(modules):
+def embedding_rows(modules: Iterable[Module]) -> int | None:
     """Return the number of rows of the largest embedding in these modules. None if there is none."""
     sizes = [
         m.num_embeddings
@@ -60,7 +73,9 @@ def embedding_rows(modules):
     return max(sizes, default=None)
 
 
-def other_tokens(tally, teacher, student, batches):
+def other_tokens(
+    tally: Tally, teacher: Teacher, student: Module | None, batches: Sequence
+) -> Iterator[Finding]:
     """Find token ids of a different tokenizer, which are valid but have a different meaning."""
     t, s = embedding_rows(teacher.modules), None if student is None else embedding_rows([student])
     ids = [o for o in tensors_in(batches[0][0]) if not o.is_floating_point()]
@@ -82,13 +97,13 @@ IF_SWAPPED = (
 )
 
 
-def student_is_better(tally, **margin):
+def student_is_better(tally: Tally, **margin: float) -> bool:
     """Return True if the student's predictions are already significantly better than the teacher's."""
     student = tally.items('student')
     return len(student) >= FEW and tally.above(student, tally.items('teacher'), **margin)
 
 
-def no_better_than_student(tally):
+def no_better_than_student(tally: Tally) -> Iterator[Finding]:
     teacher, student, f = tally.items('teacher'), tally.items('student'), tally.facts()
     if not len(student) or f.n < FEW:
         return
@@ -108,7 +123,7 @@ def no_better_than_student(tally):
         )
 
 
-def saturated(facts, task):
+def saturated(facts: Facts, task: Task) -> Iterator[Finding]:
     if facts.top_prob_train is None or facts.top_prob_train <= CERTAIN or task.kind != 'softmax':
         return
     beside = '' if facts.top_prob_valid is None else f' (validation: {facts.top_prob_valid:.3f})'
@@ -120,10 +135,10 @@ def saturated(facts, task):
     )
 
 
-def hesitant(tally):
+def hesitant(tally: Tally) -> Iterator[Finding]:
     """Find a teacher whose soft labels may mislead, e.g. after a training that was stopped early."""
     kind, f = tally.task.kind, tally.facts()
-    if None in (f.teacher_score, f.top_prob_valid) or f.n < FEWEST:
+    if f.teacher_score is None or f.top_prob_valid is None or f.n < FEWEST:
         return
     if kind == 'softmax' and f.teacher_score - f.top_prob_valid > HESITANT:
         why = (
@@ -143,13 +158,13 @@ def hesitant(tally):
     yield Finding('note', f'The teacher {why}. Its soft labels may mislead', do, doubt=True)
 
 
-def label_probs(tally):
+def label_probs(tally: Tally) -> tuple[float, float]:
     """Return the mean probabilities of present and of absent labels."""
     n_with, n_without, p_with, p_without = tally.sums[:4].sum(1).tolist()
     return p_with / max(n_with, 1), p_without / max(n_without, 1)
 
 
-def chance(tally):
+def chance(tally: Tally) -> Iterator[Finding]:
     """Find a teacher that is not better than a constant prediction."""
     # subtle: these measures also work for badly calibrated teachers and rare classes
     if why := dict(softmax=classes_known, sigmoid=labels_known, regression=numbers_known)[
@@ -173,9 +188,9 @@ def chance(tally):
         )
 
 
-def classes_known(tally):
+def classes_known(tally: Tally) -> tuple[float, str] | None:
     if tally.knows_classes():
-        return
+        return None
     recall, _, k = tally.recall()
     return (recall - 1 / k) / (1 - 1 / k), (
         f'on average it recognizes {recall:.1%} of the samples of a class '
@@ -183,21 +198,21 @@ def classes_known(tally):
     )
 
 
-def labels_known(tally):
+def labels_known(tally: Tally) -> tuple[float, str] | None:
     with_it, without, known = tally.knows_labels() or (1.0, 0.0, True)
     if known:
-        return
+        return None
     return with_it - without, (
         f'on {count_in_words(tally.n_labels, tally.part)}, the mean probability that it predicts is '
         f'{with_it:.3f} for labels that an item has, and {without:.3f} for labels that it does not have'
     )
 
 
-def numbers_known(tally):
+def numbers_known(tally: Tally) -> tuple[float, str] | None:
     error, var = tally.sums[0].mean().item() / tally.n_labels, tally.variance()
     few = len(tally.items('teacher')) < FEW and error < var
     if not var or few or tally.above_constant(SLIGHT, KNOWS):
-        return
+        return None
     return 1 - error / var, (
         f'its squared error on {count_in_words(tally.n_labels, tally.part)} is {error:.4g}, '
         f'the best constant prediction has {var:.4g}'

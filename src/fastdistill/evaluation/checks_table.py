@@ -2,6 +2,7 @@
 
 import io
 import shutil
+from typing import Any
 
 from .html_report import rendered
 from .text_report import escaped
@@ -15,7 +16,7 @@ LEVEL_STYLES = dict(ok='green', note='cyan', warning='yellow', error='red')
 LEVEL_CLASSES = dict(ok='good', warning='even', error='bad')  # CSS classes of the page
 
 
-def print_checks(check, console=None):
+def print_checks(check: Any, console: Any = None) -> None:
     """Print the table in a terminal.
 
     Args:
@@ -34,8 +35,8 @@ def print_checks(check, console=None):
         title_style='bold',
         padding=(0, 2, 0, 0),
     )
-    for options in (dict(no_wrap=True), dict(no_wrap=True), {}):
-        table.add_column(**options)
+    for no_wrap in (True, True, False):
+        table.add_column(no_wrap=no_wrap)
     for r in check.rows():
         color = LEVEL_STYLES.get(r.level, '')
         do = f'\n[dim]→ {escaped(r.do)}[/]' if r.do else ''
@@ -49,7 +50,7 @@ def print_checks(check, console=None):
     console.print(escaped(check.verdict), style='bold', highlight=False)
 
 
-def checks_as_text(check) -> str:
+def checks_as_text(check: Any) -> str:
     """Format the table without colors, as wide as the terminal."""
     from rich.console import Console
 
@@ -67,7 +68,7 @@ def checks_as_text(check) -> str:
     return '\n'.join(line.rstrip() for line in out.getvalue().splitlines())
 
 
-def html_of_checks(check) -> str:
+def html_of_checks(check: Any) -> str:
     """Format the table as HTML for a notebook."""
     return rendered(
         'checks.html',

@@ -3,8 +3,9 @@
 import base64
 import io
 import re
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from . import report_plots as plots
 from .number_format import caveat, recovered_text, shown_text, verdicts
@@ -19,7 +20,7 @@ MARKS = {'better': 'good', 'worse': 'bad', 'not significant': 'even'}
 DPI = 72  # units of an SVG per inch
 
 
-def finalize(o):
+def finalize(o: Any) -> Any:
     return o if hasattr(o, '__html__') else shown_text(o)
 
 
@@ -34,7 +35,7 @@ class Picture(NamedTuple):
     height: int
 
 
-def html_page(r: ReportData, figures=None, whole: bool = True) -> str:
+def html_page(r: ReportData, figures: Mapping[str, Any] | None = None, whole: bool = True) -> str:
     """Return the HTML page.
 
     Args:
@@ -58,7 +59,7 @@ def html_page(r: ReportData, figures=None, whole: bool = True) -> str:
     )
 
 
-def rendered(name, **values):
+def rendered(name: str, **values: Any) -> str:
     """Render a template of this folder."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
@@ -71,7 +72,7 @@ def rendered(name, **values):
     return env.get_template(name).render(**values)
 
 
-def words_of_cost(r):
+def words_of_cost(r: ReportData) -> str:
     info = r.info[r.headline]
     return f'{info.label} against milliseconds for one batch: ' + '; '.join(
         f'{n} {info.text(m.measures[r.headline].value)}{info.unit} at {m.cost.latency[0].p50:.3g} ms'
@@ -80,7 +81,7 @@ def words_of_cost(r):
     )
 
 
-def words_of_history(r):
+def words_of_history(r: ReportData) -> str:
     last = {
         n: {k: v[-1] for k, v in m.history.items() if k.endswith('_loss') and v[-1] is not None}
         for n, m in r.models.items()
@@ -91,7 +92,7 @@ def words_of_history(r):
     )
 
 
-def words_of_lead(r):
+def words_of_lead(r: ReportData) -> str:
     found = {c.model: c.recovered[r.headline] for c in r.comparisons if r.headline in c.recovered}
     return '; '.join(
         '{} recovers {}, interval {}'.format(n, *recovered_text(e))
@@ -100,18 +101,18 @@ def words_of_lead(r):
     )
 
 
-def words_of_reliability(r):
+def words_of_reliability(r: ReportData) -> str:
     return 'Accuracy against confidence. Calibration errors: ' + ', '.join(
         f'{n} {100 * (m.calibration_error or 0):.1f}%' for n, m in r.models.items()
     )
 
 
-def words_of_classes(r):
+def words_of_classes(r: ReportData) -> str:
     return 'The numbers of the table above as a picture'
 
 
 # {table of the page: (picture, caption, alternative text)}
-PICTURES = dict(
+PICTURES: dict[str, list[tuple[Callable, str, Callable]]] = dict(
     scores=[
         (plots.plot_cost, 'Score against time, size as area', words_of_cost),
         (plots.plot_history, 'Losses during training', words_of_history),
@@ -126,24 +127,24 @@ PICTURES = dict(
 )
 
 
-def pictures(r, name):
+def pictures(r: ReportData, name: str) -> list[Picture]:
     """Return the pictures shown next to a table."""
     out = []
     for draw, title, alt in PICTURES.get(name, ()):
         if (fig := draw(r)) is None:
             continue
         text = svg(fig)
-        out.append(
-            Picture(title, alt(r), *(svg_uri(o) for o in (text, on_dark(text))), *pixels(fig))
-        )
+        light, dark = svg_uri(text), svg_uri(on_dark(text))
+        out.append(Picture(title, alt(r), light, dark, *pixels(fig)))
     return out
 
 
-def pixels(fig):
-    return [round(DPI * o * 1.4) for o in fig.get_size_inches()]
+def pixels(fig: Any) -> tuple[int, int]:
+    width, height = (round(DPI * o * 1.4) for o in fig.get_size_inches())
+    return width, height
 
 
-def svg(fig):
+def svg(fig: Any) -> str:
     import matplotlib
 
     out = io.StringIO()
@@ -154,7 +155,7 @@ def svg(fig):
     )  # drop comments, which repeat the text of each label
 
 
-def own_picture(title, fig):
+def own_picture(title: str, fig: Any) -> Picture:
     """Return a picture of the user's own figure. Its content is unknown, so its caption is also its
     text.
     """
@@ -163,9 +164,9 @@ def own_picture(title, fig):
     return Picture(title, title, uri('image/png', out.getvalue()), '', *pixels(fig))
 
 
-def svg_uri(text):
+def svg_uri(text: str) -> str:
     return uri('image/svg+xml', text.encode())
 
 
-def uri(kind, data):
+def uri(kind: str, data: bytes) -> str:
     return f'data:{kind};base64,{base64.b64encode(data).decode()}'

@@ -2,20 +2,23 @@
 
 import os
 import platform
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
+from typing import Any
 
 import numpy as np
 import torch
 
 from ..base.outputs import DistillError, tensors_in
 from ..base.random_state import guarded_random_state
-from ..base.task import fit_labels, unusable
+from ..base.task import Task, fit_labels, unusable
+from ..teachers.teacher import Teacher
 from .agreement import Agreement
 from .cost import batch_of, cost_of, latencies
-from .metrics import MAX_PER_CLASS, measures_of, rows_of, scores_of
+from .metrics import MAX_PER_CLASS, Rows, measures_of, rows_of, scores_of
 from .paired_tests import PairedScores
 from .report import Report
-from .report_data import Comparison, ModelResult
+from .report_data import Comparison, Cost, Estimate, ModelResult
 
 __all__ = ['cpu_name', 'measure_models', 'roles_of']
 
@@ -23,7 +26,9 @@ PIECE = 2**25  # maximum number of output elements that are scored at once
 MAX_NAMED = 1000  # with more classes, the report has no table of classes
 
 
-def roles_of(names, teacher: str | None = None, baseline: str | None = None) -> tuple:
+def roles_of(
+    names: Iterable[str], teacher: str | None = None, baseline: str | None = None
+) -> tuple:
     """Return the names of the teacher and of the baseline. None if there is none.
 
     Args:
@@ -52,13 +57,14 @@ def roles_of(names, teacher: str | None = None, baseline: str | None = None) -> 
 class OfModel:
     """Sums over samples for one model, accumulated batch by batch."""
 
-    def __init__(self, kind, loss, metrics, own):
+    def __init__(self, kind: str, loss: Callable | None, metrics: Any, own: bool) -> None:
         self.kind, self.loss_func, self.metrics = kind, loss, metrics
-        self.scores, self.sums = {}, dict(bins=0.0, totals=0.0)
+        self.scores: dict[str, list[np.ndarray]] = {}
+        self.sums: dict[str, Any] = dict(bins=0.0, totals=0.0)  # tensors after the first batch
         self.agreement = Agreement(kind) if own else None
         self.loss, self.n = 0.0, 0
 
-    def add_batch(self, xb, out, yb):
+    def add_batch(self, xb: Sequence, out: torch.Tensor, yb: Sequence) -> None:
         """Add the task loss and the metrics of a batch."""
         if self.loss_func is not None:
             self.loss += float(self.loss_func(out, *yb)) * len(out)
@@ -66,7 +72,7 @@ class OfModel:
             self.metrics.add(xb, out, yb)
         self.n += len(out)
 
-    def add_rows(self, rows, teacher, per_class):
+    def add_rows(self, rows: Rows, teacher: Rows | None, per_class: bool) -> None:
         """Add the sums of each sample and the agreement with the teacher's rows."""
         for k, v in scores_of(rows, self.kind, per_class).items():
             if k in self.sums:
@@ -79,20 +85,20 @@ class OfModel:
 
 def measure_models(
     models: dict,
-    batches,
-    task,
+    batches: Iterable,
+    task: Task,
     *,
     teacher: str | None = None,
     baseline: str | None = None,
-    loss=None,
-    metrics=None,
+    loss: Callable | None = None,
+    metrics: Callable[[], Any] | None = None,
     language: bool = False,
     headline: str | None = None,
     repeats: int = 2000,
     seed: int = 0,
     large: int = 64,
     seconds: float = 0.5,
-    tick=None,
+    tick: Callable[[], None] | None = None,
 ) -> Report:
     """Measure all models on the same batches, which are read once.
 
@@ -142,9 +148,17 @@ def measure_models(
     )
 
 
-def add_batch(of, models, xb, yb, task, teacher, language):
+def add_batch(
+    of: Mapping[str, OfModel],
+    models: Mapping[str, Teacher],
+    xb: Sequence,
+    yb: Sequence,
+    task: Task,
+    teacher: str | None,
+    language: bool,
+) -> None:
     """Run every model on a batch and add its predictions."""
-    outs = {k: m(*xb).logits for k, m in models.items()}
+    outs: dict[str, Any] = {k: m(*xb).logits for k, m in models.items()}
     shape = next(iter(outs.values())).shape
     for k, o in outs.items():
         if o.numel() != shape.numel() or task.kind == 'softmax' and o.shape != shape:
@@ -175,10 +189,22 @@ def add_batch(of, models, xb, yb, task, teacher, language):
             and shape[task.axis] <= MAX_PER_CLASS
         )
         for k, r in rows.items():
-            of[k].add_rows(r, rows.get(teacher), dense)
+            of[k].add_rows(r, None if teacher is None else rows.get(teacher), dense)
 
 
-def report_of(of, models, costs, task, teacher, baseline, language, headline, repeats, seed, x):
+def report_of(
+    of: Mapping[str, OfModel],
+    models: Mapping[str, Teacher],
+    costs: Mapping[str, Cost],
+    task: Task,
+    teacher: str | None,
+    baseline: str | None,
+    language: bool,
+    headline: str | None,
+    repeats: int,
+    seed: int,
+    x: Any,
+) -> Report:
     """Build the report from the sums."""
     scores = {k: {c: np.concatenate(v) for c, v in o.scores.items()} for k, o in of.items()}
     first = next(iter(of.values()))
@@ -207,14 +233,18 @@ def report_of(of, models, costs, task, teacher, baseline, language, headline, re
     )
 
 
-def comparisons(paired, names, teacher, baseline) -> list[Comparison]:
+def comparisons(
+    paired: PairedScores, names: Iterable[str], teacher: str | None, baseline: str | None
+) -> list[Comparison]:
     """Compare each student with the baseline, and each model with the teacher."""
     students = [k for k in names if k not in (teacher, baseline)]
     out = [paired.compare(k, baseline, teacher) for k in students] if baseline is not None else []
     return out + [paired.compare(k, teacher) for k in names if teacher not in (None, k)]
 
 
-def result(o, estimates, cost, role, kind):
+def result(
+    o: OfModel, estimates: dict[str, Estimate], cost: Cost, role: str, kind: str
+) -> ModelResult:
     values = {} if o.metrics is None else o.metrics.values()
     agreement = {} if o.agreement is None else o.agreement.shares()
     out = ModelResult(
@@ -242,7 +272,7 @@ def result(o, estimates, cost, role, kind):
     return out
 
 
-def machine_of(x) -> dict:
+def machine_of(x: Any) -> dict:
     """Describe the machine and the versions with which the times were measured."""
     device = next((t.device for t in tensors_in(x)), torch.device('cpu'))
     name = torch.cuda.get_device_name(device) if device.type == 'cuda' else cpu_name()
@@ -255,7 +285,7 @@ def machine_of(x) -> dict:
     )
 
 
-def cpu_name():
+def cpu_name() -> str:
     """Return the name of the processor, if the system provides it."""
     try:
         with open('/proc/cpuinfo', encoding='utf-8') as f:

@@ -1,6 +1,8 @@
 "Format numbers and verdicts as text."
 
-from .report_data import Comparison, ReportData
+from typing import Any
+
+from .report_data import Comparison, Estimate, MeasureInfo, ReportData
 
 __all__ = [
     'amount',
@@ -16,7 +18,7 @@ __all__ = [
 ]
 
 
-def shown_text(o):
+def shown_text(o: Any) -> Any:
     """Remove characters from a text that move or color the text around it. Other objects are
     unchanged.
     """
@@ -28,7 +30,7 @@ def shown_text(o):
 UNITS = (1e12, 'T'), (1e9, 'G'), (1e6, 'M'), (1e3, 'k')
 
 
-def amount(v, unit=''):
+def amount(v: float | None, unit: str = '') -> str:
     """Format a large number with three significant digits.
 
     Args:
@@ -41,17 +43,17 @@ def amount(v, unit=''):
     return f'{three_digits(v / size)} {letter}{unit}'.strip() if letter or unit else f'{v:g}'
 
 
-def three_digits(v):
+def three_digits(v: float) -> str:
     return (
         f'{v:.0f}' if v >= 100 else f'{v:.1f}' if v >= 10 else f'{v:.2f}' if v >= 1 else f'{v:.3g}'
     )
 
 
-def percent_text(v, digits=1):
+def percent_text(v: float | None, digits: int = 1) -> str:
     return '–' if v is None else f'{100 * v:.{digits}f}%'
 
 
-def p_text(p):
+def p_text(p: float | None) -> str:
     return (
         'p is unknown'
         if p is None
@@ -61,13 +63,13 @@ def p_text(p):
     )
 
 
-def estimate_text(e, info, sign=False):
+def estimate_text(e: Estimate, info: MeasureInfo, sign: bool = False) -> tuple[str, str]:
     """Format (value, interval) as two texts."""
     between = '' if e.low is None else f'{info.text(e.low, sign)} to {info.text(e.high, sign)}'
     return info.text(e.value, sign) + ('' if e.value is None or sign else info.unit), between
 
 
-def recovered_text(e):
+def recovered_text(e: Any) -> tuple[str, str]:
     return (
         f'{100 * e.value:.0f}%',
         '' if e.low is None else f'{100 * e.low:.0f} to {100 * e.high:.0f}%',
@@ -102,7 +104,7 @@ def verdicts(
     ]
 
 
-def sentences(c, report):
+def sentences(c: Comparison, report: ReportData) -> str:
     """Describe a comparison, with its numbers."""
     k, info, d = report.headline, report.info[report.headline], c.differences[report.headline]
     a, b = (info.text(report.models[n].measures[k].value) + info.unit for n in (c.model, c.against))
@@ -121,9 +123,9 @@ def sentences(c, report):
     return first + lead(c, report) + overconfidence(c, report)
 
 
-def overconfidence(c, report):
+def overconfidence(c: Comparison, report: ReportData) -> str:
     """Describe probabilities that became worse although the predictions did not."""
-    d = c.differences.get('nll')
+    d: Any = c.differences.get('nll')
     if report.headline == 'nll' or d is None or not d.significant or d.value <= 0:
         return ''
     if verdict_of(c, report) == 'worse':
@@ -138,7 +140,7 @@ def overconfidence(c, report):
     )
 
 
-def lead(c, report):
+def lead(c: Comparison, report: ReportData) -> str:
     """Describe how much of the teacher's lead was recovered."""
     if report.teacher is None or c.against != report.baseline:
         return ''

@@ -2,8 +2,10 @@
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from typing import Any, Self, cast
 
 from ..base.errors import DistillError
 
@@ -48,7 +50,7 @@ class MeasureInfo:
     higher: bool = True
     percent: bool = False
 
-    def text(self, value, sign=False):
+    def text(self, value: float | None, sign: bool = False) -> str:
         """Format a value without its unit."""
         if value is None:
             return '–'
@@ -57,15 +59,15 @@ class MeasureInfo:
         return f'{v:{"+" if sign else ""}.{digits}f}'
 
     @property
-    def points(self):
+    def points(self) -> str:
         return ' points' if self.percent else ''
 
     @property
-    def unit(self):
+    def unit(self) -> str:
         return '%' if self.percent else ''
 
 
-def decimals(v):
+def decimals(v: float) -> int:
     """Return the number of decimals needed for about four significant digits."""
     return 2 if abs(v) >= 10 else 3 if abs(v) >= 1 else 4
 
@@ -83,7 +85,7 @@ class Difference(Estimate):
     test: str = ''
 
     @property
-    def significant(self):
+    def significant(self) -> bool:
         return self.p is not None and self.p < 0.05
 
 
@@ -117,7 +119,7 @@ class Latency:
     runs: int
 
     @property
-    def per_second(self):
+    def per_second(self) -> float:
         return 1000 * self.batch / self.p50
 
 
@@ -166,13 +168,15 @@ class ModelResult:
     history: dict[str, list] = field(default_factory=dict)
 
     @property
-    def calibration_error(self):
+    def calibration_error(self) -> float | None:
         """Mean distance between confidence and accuracy over the bins (ECE). None for regression."""
         b = self.reliability
         return calibration_error(b['count'], b['confidence'], b['right']) if b else None
 
 
-def calibration_error(count, confidence, right) -> float | None:
+def calibration_error(
+    count: Sequence[float], confidence: Sequence[float], right: Sequence[float]
+) -> float | None:
     """Return the expected calibration error (ECE), or None without predictions.
 
     Args:
@@ -189,21 +193,25 @@ class JsonReport:
     """A dataclass with a field `format` that can be written as JSON and read back."""
 
     called = 'report'  # name in messages
-    inside = {}  # like `INSIDE`, but only for this class
+    format: int
+    inside: dict = {}  # like `INSIDE`, but only for this class
 
-    def to_json(self, path=None) -> str | Path:
+    def to_json(self, path: str | Path | None = None) -> str | Path:
         """Convert the report to JSON. Return the path if it is written to a file, else the text.
 
         Args:
             path: File to write. None to return the text.
         """
         return write_text(
-            json.dumps(finite(asdict(self)), indent=1, ensure_ascii=False, allow_nan=False) + '\n',
+            json.dumps(
+                finite(asdict(cast(Any, self))), indent=1, ensure_ascii=False, allow_nan=False
+            )
+            + '\n',
             path,
         )
 
     @classmethod
-    def from_json(cls, source):
+    def from_json(cls, source: str | Path) -> Self:
         """Read a report written by `to_json`.
 
         Args:
@@ -265,7 +273,7 @@ class ReportData(JsonReport):
     format: int = REPORT_FORMAT
 
     @property
-    def students(self):
+    def students(self) -> list[str]:
         return [n for n, m in self.models.items() if m.role != 'teacher']
 
     def comparison(self, model: str, against: str | None = None) -> Comparison | None:
@@ -279,7 +287,7 @@ class ReportData(JsonReport):
         return next((c for c in self.comparisons if (c.model, c.against) == (model, against)), None)
 
     @property
-    def class_measure(self):
+    def class_measure(self) -> str:
         """Measure of each class: 'ap' for boxes, 'iou' for masks, else 'recall'."""
         has = lambda k: any(k in m.classes for m in self.models.values())
         return next((k for k in CLASS_MEASURES if has(k)), 'recall')
@@ -290,7 +298,7 @@ class ReportData(JsonReport):
         The largest gain comes first. Empty without a baseline.
         """
         model = next((n for n in self.students if n != self.baseline), None)
-        if None in (model, self.baseline):
+        if model is None or self.baseline is None:
             return []
         a, b = (self.models[n].classes.get(self.class_measure, []) for n in (self.baseline, model))
         rows = [
@@ -301,7 +309,7 @@ class ReportData(JsonReport):
         return sorted(rows, key=lambda o: -o[-1])
 
 
-def write_text(text, path):
+def write_text(text: str, path: str | Path | None) -> str | Path:
     """Write a text and return the path. Without a path, return the text."""
     if path is None:
         return text
@@ -310,13 +318,13 @@ def write_text(text, path):
     return path
 
 
-def read(cls, path):
+def read(cls: type, path: Path) -> str:
     if path.is_file():
         return path.read_text(encoding='utf-8')
     raise DistillError(f'There is no file {str(path)!r}. {cls.__name__}.to_json(path) writes one.')
 
 
-def finite(o):
+def finite(o: Any) -> Any:
     """Replace nan and infinity, which JSON does not have, by None."""
     if isinstance(o, float):
         return o if math.isfinite(o) else None
@@ -338,7 +346,7 @@ INSIDE = dict(
 )
 
 
-def built(cls, data):
+def built(cls: Any, data: Any) -> Any:
     """Build the dataclass `cls` from plain data."""
     names = {f.name for f in fields(cls)}
     if not isinstance(data, dict) or (wrong := set(data) - names):
@@ -350,7 +358,7 @@ def built(cls, data):
         raise TypeError(f'its {cls.__name__} has {what}')
     known = INSIDE | getattr(cls, 'inside', {})
 
-    def inside(k, v):
+    def inside(k: str, v: Any) -> Any:
         if k not in known:
             return v
         of, box = known[k]

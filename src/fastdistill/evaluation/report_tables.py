@@ -1,7 +1,8 @@
 """Tables of a report as text, shared by the terminal, Markdown and the HTML page."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from .number_format import (
     amount,
@@ -12,7 +13,7 @@ from .number_format import (
     three_digits,
     verdict_of,
 )
-from .report_data import CLASS_MEASURES, ReportData
+from .report_data import CLASS_MEASURES, Latency, ReportData
 
 __all__ = ['Cell', 'Sheet', 'sheets_of']
 
@@ -25,7 +26,7 @@ class Cell(NamedTuple):
     text: str
     small: str = ''
 
-    def __str__(self):
+    def __str__(self) -> str:
         return f'{self.text} ({self.small})' if self.small else self.text
 
 
@@ -43,11 +44,11 @@ class Sheet:
     rows: list[list] = field(default_factory=list)
     note: str = ''
 
-    def add(self, name, *cells):
+    def add(self, name: str, *cells: Any) -> None:
         """Add a row, unless all its cells are empty."""
-        cells = [c if isinstance(c, Cell) else Cell(c) for c in cells]
-        if any(c.text != '–' for c in cells):
-            self.rows.append([Cell(name), *cells])
+        row = [c if isinstance(c, Cell) else Cell(c) for c in cells]
+        if any(c.text != '–' for c in row):
+            self.rows.append([Cell(name), *row])
 
 
 def sheets_of(r: ReportData, brief: bool = False) -> list[Sheet]:
@@ -68,15 +69,17 @@ def sheets_of(r: ReportData, brief: bool = False) -> list[Sheet]:
     return [s for s in sheets if s.rows]
 
 
-def per_model(r, name, title, note='', models=None):
+def per_model(
+    r: ReportData, name: str, title: str, note: str = '', models: Sequence[str] | None = None
+) -> Sheet:
     return Sheet(name, title, ['', *(models or r.models)], note=note)
 
 
-def four_digits(v):
+def four_digits(v: float | None) -> str:
     return '–' if v is None else f'{v:.4g}'
 
 
-def sheet_of_scores(r):
+def sheet_of_scores(r: ReportData) -> Sheet:
     """Build the table of measures, task loss and metrics of the Learners."""
     s = per_model(
         r, 'scores', 'Scores', f'On {r.n:,} {r.unit}. Below a score: its 95% bootstrap interval.'
@@ -93,15 +96,17 @@ def sheet_of_scores(r):
     return s
 
 
-def is_repeated(r, metric):
+def is_repeated(r: ReportData, metric: str) -> bool:
     "Return True if this metric of the Learner is also one of the measures."
     if metric not in r.info:
         return False
-    pairs = [(m.metrics.get(metric), m.measures[metric].value) for m in r.models.values()]
+    pairs: list[Any] = [
+        (m.metrics.get(metric), m.measures[metric].value) for m in r.models.values()
+    ]
     return all(None not in p and abs(p[0] - p[1]) < 1e-5 for p in pairs)
 
 
-def sheet_of_differences(r, brief):
+def sheet_of_differences(r: ReportData, brief: bool) -> Sheet:
     """Build the table that compares each model with the baseline and the teacher, for each measure."""
     head = ['', 'measure', 'difference', 'p', 'verdict', "teacher's lead recovered"]
     s = Sheet(
@@ -146,7 +151,7 @@ AGREEMENT = [
 ]
 
 
-def sheet_of_agreement(r):
+def sheet_of_agreement(r: ReportData) -> Sheet:
     """Build the table of agreement with the teacher."""
     names = [n for n, m in r.models.items() if m.agreement]
     s = per_model(r, 'agreement', f'Agreement with {r.teacher}', models=names)
@@ -158,7 +163,7 @@ def sheet_of_agreement(r):
     return s
 
 
-def sheet_of_calibration(r):
+def sheet_of_calibration(r: ReportData) -> Sheet:
     "Build the table of calibration."
     s = per_model(
         r,
@@ -181,7 +186,7 @@ def sheet_of_calibration(r):
     return s
 
 
-def sheet_of_classes(r):
+def sheet_of_classes(r: ReportData) -> Sheet:
     """Build the table of the classes that gain and lose most."""
     changes, key = r.class_changes(), r.class_measure
     s = Sheet('classes', 'Classes', [''])
@@ -209,11 +214,11 @@ def sheet_of_classes(r):
     return s
 
 
-def times(l):
+def times(l: Latency | None) -> Cell | str:
     return '–' if l is None else Cell(three_digits(l.p50), f'p95 {three_digits(l.p95)}')
 
 
-def sheet_of_costs(r):
+def sheet_of_costs(r: ReportData) -> Sheet:
     """Build the table of parameters, operations, bytes and times."""
     ms, m = r.models.values(), r.machine
     sizes = list(dict.fromkeys(l.batch for o in ms for l in o.cost.latency))

@@ -1,10 +1,12 @@
 "Show a report in a terminal and as Markdown."
 
 import re
+from collections.abc import Callable
+from typing import Any
 
 from .number_format import caveat, estimate_text, shown_text, verdicts
 from .report_data import ReportData
-from .report_tables import sheets_of
+from .report_tables import Sheet, sheets_of
 
 __all__ = ['escaped', 'in_brief', 'markdown', 'print_report', 'print_sheet', 'show', 'title_of']
 
@@ -17,14 +19,14 @@ def title_of(r: ReportData) -> str:
     return r.title or (f'{", ".join(others)} and {last}' if others else last)
 
 
-def escaped(text):
+def escaped(text: str) -> str:
     """Escape markup and control characters of a text for rich."""
     from rich import markup
 
     return markup.escape(shown_text(text))
 
 
-def show(o, print_it, console=None):
+def show(o: Any, print_it: Callable[[Any, Any], None], console: Any = None) -> None:
     """Show an object as HTML in a notebook, else in the terminal.
 
     Args:
@@ -62,7 +64,7 @@ def in_brief(r: ReportData) -> str:
     )
 
 
-def print_report(r: ReportData, console=None):
+def print_report(r: ReportData, console: Any = None) -> None:
     """Print verdicts and tables in a terminal.
 
     Args:
@@ -82,7 +84,7 @@ def print_report(r: ReportData, console=None):
     console.print(escaped(caveat(r)), style='dim', highlight=False)
 
 
-def print_sheet(s, console):
+def print_sheet(s: Sheet, console: Any) -> None:
     """Print a table in a terminal."""
     from rich import box
     from rich.table import Table
@@ -104,7 +106,7 @@ def print_sheet(s, console):
     console.print(t)
 
 
-def cell(text):
+def cell(text: Any) -> str:
     """Escape a text for one Markdown cell: on one line, without Markdown or HTML syntax."""
     return re.sub(r'([\\`*_\[\]<>|&~$#])', r'\\\1', ' '.join(shown_text(str(text)).split()))
 

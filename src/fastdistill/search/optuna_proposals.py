@@ -1,6 +1,8 @@
 """Choose the next run of a search with Optuna, from the scores of earlier runs."""
 
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 
@@ -13,7 +15,7 @@ PROPOSALS = (
 )
 
 
-def import_optuna():
+def import_optuna() -> Any:
     try:
         import optuna
     except ImportError as e:
@@ -24,7 +26,7 @@ def import_optuna():
 
 
 @contextmanager
-def only_warnings_of(optuna):
+def only_warnings_of(optuna: Any) -> Iterator[None]:
     """Silence Optuna inside the context, except for warnings."""
     was = optuna.logging.get_verbosity()
     optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -60,7 +62,7 @@ def proposed_run(candidates: dict, rates: list, runs: list[Run], left: list[Run]
     return left[np.random.default_rng(len(runs)).integers(len(left))]
 
 
-def as_trial(run, candidates, rates):
+def as_trial(run: Run, candidates: Mapping[str, Any], rates: Sequence[float]) -> Any:
     """Convert a finished run to an Optuna trial."""
     from optuna.distributions import CategoricalDistribution
     from optuna.trial import TrialState, create_trial

@@ -3,11 +3,13 @@
 Optuna proposes the runs. Weak ones are stopped (successive halving, arXiv:1810.05934).
 """
 
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import product
+from pathlib import Path
 from time import time
 
 from ..base.errors import DistillError
-from .candidates import LABELS
+from .candidates import LABELS, Candidate
 from .optuna_proposals import import_optuna, proposed_run
 from .resumable_runs import Run, Runs
 from .search_result import Found, best_of
@@ -41,20 +43,20 @@ class Search:
 
     def __init__(
         self,
-        candidates,
-        rates,
-        train,
+        candidates: Sequence[Candidate],
+        rates: Iterable[float],
+        train: Callable,
         *,
         n_epoch: int,
         begin: float,
         end: float,
         trials: int | None = None,
         seeds: int = 5,
-        folder=None,
+        folder: str | Path | None = None,
         facts: dict | None = None,
         metric: str = 'score',
-        show=lambda text, done: None,
-    ):
+        show: Callable[[str, float | None], None] = lambda text, done: None,
+    ) -> None:
         import_optuna()  # fail before time is spent
         self.candidates = {c.name: c for c in candidates}
         self.all_candidates = {LABELS.name: LABELS, **self.candidates}
@@ -67,9 +69,9 @@ class Search:
         self.metric = metric
         self.show = show
         self.n_runs = 0
-        self.cut = []  # runs that were cut off by the time limit or an interrupt
-        self.busy = set()  # files of runs that other processes are training
-        self.errors = {}  # {candidate: why it can't be used}
+        self.cut: list[Run] = []  # runs that were cut off by the time limit or an interrupt
+        self.busy: set[str] = set()  # files of runs that other processes are training
+        self.errors: dict[str, str] = {}  # {candidate: why it can't be used}
         settings = dict(
             facts or {},
             n_epoch=n_epoch,
@@ -78,7 +80,9 @@ class Search:
         )
         self.runs = Runs(self._train, folder, settings)
 
-    def _train(self, run, after_epoch, late):
+    def _train(
+        self, run: Run, after_epoch: Callable[[float], bool], late: Callable[[], bool]
+    ) -> list | None:
         recipe = self.all_candidates[run.name].recipe(run.options)
         items = self.train(recipe, run.lr, run.seed, after_epoch, late)
         if items is None:
@@ -106,13 +110,13 @@ class Search:
             rates=self.rates,
         )
 
-    def tried(self):
+    def tried(self) -> list[Run]:
         """The runs of the search, including those of earlier searches and other processes in the
         same folder.
         """
         return [r for r in self.runs.finished() if not r.seed and r.scores] + self.cut
 
-    def _nothing(self):
+    def _nothing(self) -> str:
         if self.errors:
             return (
                 f'No recipe could be tried. {" ".join(f"{k}: {v}" for k, v in self.errors.items())}'
@@ -123,7 +127,7 @@ class Search:
         )
 
     @property
-    def search_end(self):
+    def search_end(self) -> float:
         """Time at which the best runs have to be repeated, which gets at most half of the total
         time.
         """
@@ -136,7 +140,7 @@ class Search:
 
     # choice of the next run
 
-    def _next(self):
+    def _next(self) -> Run | None:
         """Return the next run, or None if all were tried.
 
         Labels only come first. After a third of the time, they get every second run.
@@ -153,7 +157,7 @@ class Search:
             return alone
         return self._next_recipe() or alone
 
-    def _left(self, candidates):
+    def _left(self, candidates: Mapping[str, Candidate]) -> list[Run]:
         """Return the runs that have not been started, with the default options of each candidate
         first.
         """
@@ -166,7 +170,7 @@ class Search:
             if run.file not in begun
         ]
 
-    def _next_recipe(self):
+    def _next_recipe(self) -> Run | None:
         """Return the next run with a recipe.
 
         Each recipe starts with its default options and with the rate that is best for labels only
@@ -183,7 +187,7 @@ class Search:
 
     # execution of a run
 
-    def _try(self, run):
+    def _try(self, run: Run) -> None:
         self.n_runs += 1
         end = self.search_end
         try:
@@ -205,14 +209,14 @@ class Search:
         if done.result is None and not done.stopped:
             self._cut_off(run)
 
-    def _cut_off(self, run):
+    def _cut_off(self, run: Run) -> None:
         """Keep the scores of a run that was cut off. A search that resumes from the folder trains
         it again.
         """
         if run.scores:
             self.cut.append(run)
 
-    def _is_over(self, run):
+    def _is_over(self, run: Run) -> bool:
         """Show a run's new score. Return True if the run is to be stopped."""
         text = self.all_candidates[run.name].written(run.options)
         again = f', seed {run.seed}' if run.seed else ''
@@ -223,7 +227,7 @@ class Search:
         )
         return run.name != LABELS.name and not run.seed and self._is_weak(run)
 
-    def _is_weak(self, run):
+    def _is_weak(self, run: Run) -> bool:
         """Return True if a run is not in the better half of the recipes' runs that came so far.
 
         Checked only after one third and after two thirds of the epochs.
@@ -237,7 +241,7 @@ class Search:
 
     # repetitions of the best runs
 
-    def _repeat(self):
+    def _repeat(self) -> None:
         best = best_of(self.tried())
         others = sorted(
             (r for n, r in best.items() if n != LABELS.name), key=lambda r: r.rank, reverse=True
@@ -253,7 +257,7 @@ class Search:
                 self.runs.once(again, self._is_over, lambda: time() > self.end)
 
 
-def runs_with(c, rates):
+def runs_with(c: Candidate, rates: Iterable[float]) -> Iterator[Run]:
     """Return all runs with a candidate, the default options first."""
     for *values, lr in product(*c.options.values(), rates):
         yield Run(c.name, dict(zip(c.options, values)), lr)

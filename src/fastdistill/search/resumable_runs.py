@@ -3,13 +3,15 @@
 import hashlib
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from time import sleep, time
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..base.atomic_files import BusyError, file_errors, locked_folder, write_json
 from ..base.distributed import world_size
@@ -44,15 +46,15 @@ class Run:
     ended: float = 0.0
 
     @property
-    def key(self):
+    def key(self) -> tuple:
         return self.name, tuple(sorted(self.options.items())), self.lr
 
     @property
-    def score(self):
+    def score(self) -> float:
         return self.scores[-1] if self.scores else -math.inf
 
     @property
-    def rank(self):
+    def rank(self) -> tuple[int, float]:
         """Sort key of a run: number of epochs, then score.
 
         Runs that went on longer are better, since others were stopped because of their scores.
@@ -60,12 +62,12 @@ class Run:
         return len(self.scores), self.score
 
     @property
-    def items(self):
+    def items(self) -> Tensor:
         """Scores of single items, (N,), if the training returned them."""
         return torch.tensor(self.result)
 
     @property
-    def file(self):
+    def file(self) -> str:
         """File name, which is the same for the same training, whatever its result."""
         text = json.dumps([self.name, self.options, self.lr, self.seed], sort_keys=True)
         return f'run_{hashlib.sha256(text.encode()).hexdigest()[:16]}.json'
@@ -83,36 +85,40 @@ class Runs:
         settings: {name: value} that must be the same when the work is resumed, as plain data.
     """
 
-    def __init__(self, train: Callable, folder=None, settings: dict | None = None):
+    def __init__(
+        self, train: Callable, folder: str | Path | None = None, settings: dict | None = None
+    ) -> None:
         self.train = train
         self.folder = None if folder is None else Path(folder)
-        self.known = {}  # {file name: finished run}
+        self.known: dict[str, Run] = {}  # {file name: finished run}
         if self.folder is not None:
-            self._open(json.loads(json.dumps(dict(settings or {}, format=RUNS_FORMAT))))
+            plain = json.loads(json.dumps(dict(settings or {}, format=RUNS_FORMAT)))
+            self._open(self.folder, plain)
 
-    def _open(self, settings):
+    def _open(self, folder: Path, settings: dict[str, Any]) -> None:
         if world_size() > 1:
             raise DistillError(
                 'folder= is for independent processes, not for the ranks of a distributed '
                 'training (torchrun). Start them one by one, with the same folder.'
             )
-        if ':/' in str(self.folder):
-            raise DistillError(f'folder={str(self.folder)!r}: must be a local or shared folder.')
-        with file_errors(f"{self.folder} can't be the folder of an experiment"):
-            self.folder.mkdir(parents=True, exist_ok=True)
-        path = self.folder / 'settings.json'
+        if ':/' in str(folder):
+            raise DistillError(f'folder={str(folder)!r}: must be a local or shared folder.')
+        with file_errors(f"{folder} can't be the folder of an experiment"):
+            folder.mkdir(parents=True, exist_ok=True)
+        path = folder / 'settings.json'
         if not path.is_file():
-            return write_json(path, settings)
+            write_json(path, settings)
+            return
         before = read_json(path, dict)
         if before.get('format') != RUNS_FORMAT:
             raise DistillError(
-                f'{self.folder} holds an experiment in the format of a different version of fastdistill '
+                f'{folder} holds an experiment in the format of a different version of fastdistill '
                 f'({before.get("format", 1)} there, {RUNS_FORMAT} here). Use a different folder.'
             )
         if changed := [k for k in settings if before.get(k) != settings[k]]:
             k = changed[0]
             raise DistillError(
-                f'{self.folder} holds an experiment with {k}={before.get(k)!r}, but now it is '
+                f'{folder} holds an experiment with {k}={before.get(k)!r}, but now it is '
                 f'{settings[k]!r}. Use a different folder.'
             )
 
@@ -126,7 +132,12 @@ class Runs:
                     self.known[path.name] = read_json(path, lambda data: Run(**data))
         return sorted(self.known.values(), key=lambda r: r.ended)
 
-    def once(self, run: Run, after_epoch=lambda run: False, late=lambda: False) -> Run | None:
+    def once(
+        self,
+        run: Run,
+        after_epoch: Callable[[Run], bool] = lambda run: False,
+        late: Callable[[], bool] = lambda: False,
+    ) -> Run | None:
         """Return the finished run, after training it if that was not done before.
 
         A run without a result ended early. Return None if another process is training it.
@@ -137,7 +148,7 @@ class Runs:
             late: fn() -> True if there is no time for the rest of the run.
         """
 
-        def add_score(score):
+        def add_score(score: float) -> bool:
             run.scores.append(score if math.isfinite(score) else -math.inf)
             run.stopped = bool(after_epoch(run))
             return run.stopped
@@ -158,7 +169,9 @@ class Runs:
                     write_json(self.folder / run.file, asdict(run))
             return self.known[run.file]
 
-    def all(self, runs: list[Run], after_epoch=lambda run: False) -> list[Run]:
+    def all(
+        self, runs: list[Run], after_epoch: Callable[[Run], bool] = lambda run: False
+    ) -> list[Run]:
         """Return all these runs after they have finished.
 
         Args:
@@ -180,7 +193,7 @@ class Runs:
         return [self.known[r.file] for r in runs]
 
     @contextmanager
-    def _claimed(self, run):
+    def _claimed(self, run: Run) -> Iterator[bool]:
         """Yield whether this process may train the run."""
         if self.folder is None:
             yield True
@@ -199,7 +212,7 @@ class Runs:
                     (self.folder / lock).unlink()
 
 
-def read_json(path, made):
+def read_json(path: Path, made: Callable[[Any], Any]) -> Any:
     try:
         return made(json.loads(path.read_text(encoding='utf-8')))
     except (ValueError, TypeError) as e:

@@ -1,11 +1,15 @@
 """Result of a search: the recipe, its learning rate, a table, a plot, and a significance test."""
 
 import math
+from collections.abc import Iterable, Mapping, Sequence
 from statistics import mean, stdev
+from typing import Any
 
 import torch
 
-from .significance import lead_of
+from ..recipes.term import Recipe
+from .resumable_runs import Run
+from .significance import Lead, lead_of
 from .text_table import TextTable
 
 __all__ = ['Found', 'best_of']
@@ -27,13 +31,13 @@ class Found:
     def __init__(
         self,
         candidates: dict,
-        runs: list,
-        finals: list = (),
+        runs: Sequence[Run],
+        finals: Sequence[Run] = (),
         *,
         metric: str = 'score',
         n_epoch: int = 1,
-        rates=(),
-    ):
+        rates: Sequence[float] = (),
+    ) -> None:
         self.candidates, self.runs, self.finals = (
             candidates,
             [r for r in runs if r.scores],
@@ -45,7 +49,7 @@ class Found:
         self.winner = self._winner()
         self.lead = self._lead()
 
-    def _winner(self):
+    def _winner(self) -> Run:
         """The candidate with the best mean over seeds, on the items that choose.
 
         Without repeated runs, that of the best run of the search.
@@ -59,21 +63,21 @@ class Found:
         }
         return max(means.values(), key=lambda o: o[0])[1]
 
-    def _repeats(self, run):
+    def _repeats(self, run: Run) -> list[Run]:
         return sorted((f for f in self.finals if f.key == run.key), key=lambda f: f.seed)
 
-    def _finalists(self):
+    def _finalists(self) -> list[Run]:
         """The best runs that were repeated. If two or more have several seeds, only those."""
         found = [r for r in self.best.values() if self._repeats(r)]
         often = [r for r in found if len(self._repeats(r)) > 1]
         return often if len(often) > 1 else found
 
-    def _seeds(self):
+    def _seeds(self) -> set[int]:
         """Seeds that all finalists have in common. Empty if there are fewer than two finalists."""
         seeds = [{f.seed for f in self._repeats(r)} for r in self._finalists()]
         return set.intersection(*seeds) if len(seeds) > 1 else set()
 
-    def _lead(self):
+    def _lead(self) -> Lead | None:
         """The lead over labels only. None if labels only won, or if too few runs were repeated."""
         alone = self.best.get(self.labels)
         if alone is None or self.winner.name == self.labels:
@@ -85,23 +89,23 @@ class Found:
     # for users
 
     @property
-    def recipe(self):
+    def recipe(self) -> Recipe | Mapping[str, Any]:
         return self.candidates[self.winner.name].recipe(self.winner.options)
 
     @property
-    def lr(self):
+    def lr(self) -> Any:
         return self.winner.lr
 
     @property
-    def text(self):
+    def text(self) -> str:
         """The recipe as code."""
         return self._written(self.winner)
 
-    def _written(self, run):
+    def _written(self, run: Run) -> str:
         return self.candidates[run.name].written(run.options)
 
     @property
-    def verdict(self):
+    def verdict(self) -> str:
         """Describe whether the recipe is better than labels only."""
         if set(self.best) == {self.labels}:
             return 'no recipe was tried yet'
@@ -121,7 +125,7 @@ class Found:
         return f'{"" if self.lead.beyond_luck else "not "}more than luck: lead over labels alone {self.lead}'
 
     @property
-    def table(self):
+    def table(self) -> TextTable:
         """Return a row for each candidate, the best first.
 
         It has the candidate's best run, and the mean over the seeds of its repeated runs.
@@ -129,7 +133,7 @@ class Found:
         order = lambda r: (r is self.winner, bool(self._repeats(r)), r.rank)
         return TextTable(self._row(r) for r in sorted(self.best.values(), key=order, reverse=True))
 
-    def _row(self, run):
+    def _row(self, run: Run) -> dict[str, Any]:
         again = [f.items[~f.items.isnan()].mean().item() for f in self._repeats(run)]
         return {
             '': '*' if run is self.winner else '',
@@ -144,10 +148,10 @@ class Found:
             '+-': stdev(again) if len(again) > 1 else None,
         }
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         return f'{self.winner.name}: {self.text}, lr={self.lr:.3g}; {self.verdict}'
 
-    def plot(self):
+    def plot(self) -> Any:
         """Plot the score of each run against its learning rate, in one color per candidate.
 
         Returns:
@@ -160,7 +164,7 @@ class Found:
         ax = fig.subplots()
         for i, name in enumerate(o for o in self.candidates if o in self.best):
             for whole in (True, False):
-                runs = [
+                runs: list[Any] = [
                     r
                     for r in self.runs
                     if r.name == name
@@ -187,9 +191,9 @@ class Found:
         return fig
 
 
-def best_of(runs):
+def best_of(runs: Iterable[Run]) -> dict[str, Run]:
     """Return {name of a candidate: its best run}."""
-    best = {}
+    best: dict[str, Run] = {}
     for r in runs:
         if r.name not in best or r.rank > best[r.name].rank:
             best[r.name] = r

@@ -1,9 +1,12 @@
 "Find the batch norms that can be folded into the convolution before them, by watching one run."
 
 import weakref
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 from torch import Tensor, nn
+from torch.nn import Module
 from torch.overrides import TorchFunctionMode
 
 from ..base.outputs import tensors_in
@@ -31,43 +34,48 @@ HARMLESS = {
 class _Readers(TorchFunctionMode):
     """Mode that counts the functions that read each watched tensor."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
-        self.watched = {}  # id -> [weak reference, convolution, number of functions that read it]
+        # {id: [weak reference, convolution, number of functions that read it]}
+        self.watched: dict[int, list] = {}
 
-    def watch(self, y, conv):
+    def watch(self, y: Tensor, conv: Module) -> None:
         self.watched[id(y)] = [weakref.ref(y), conv, 0]
 
-    def entry(self, y):
+    def entry(self, y: Any) -> list | None:
         """Return the entry of a tensor, or None. A new tensor may have the id of one that is gone."""
         e = self.watched.get(id(y))
         return e if e is not None and e[0]() is y else None
 
-    def __torch_function__(self, fn, types, args=(), kwargs=None):
+    def __torch_function__(
+        self, fn: Callable, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
         out = fn(*args, **(kwargs or {}))
         name = getattr(fn, '__name__', '')
         if name not in HARMLESS and (name != '__get__' or isinstance(out, Tensor)):
             self.count((args, kwargs or {}))
         return out
 
-    def count(self, read):
+    def count(self, read: Any) -> None:
         for t in tensors_in(read):
             if (e := self.entry(t)) is not None:
                 e[2] += 1
 
 
 @contextmanager
-def watched_pairs(model):
+def watched_pairs(model: Module) -> Iterator[list]:
     """Context that watches runs of the model. It yields a list, which holds the pairs (convolution,
     batch norm) afterwards.
     """
-    pairs, runs, readers = [], {}, _Readers()
+    pairs: list = []
+    runs: dict[nn.Module, int] = {}
+    readers = _Readers()
 
-    def after_conv(m, args, y):
+    def after_conv(m: nn.Module, args: tuple, y: Tensor) -> None:
         runs[m] = runs.get(m, 0) + 1
         readers.watch(y, m)
 
-    def before_norm(m, args):
+    def before_norm(m: nn.Module, args: tuple) -> None:
         runs[m] = runs.get(m, 0) + 1
         if (e := readers.entry(args[0])) is not None:
             pairs.append((e, m))
@@ -88,7 +96,7 @@ def watched_pairs(model):
     pairs[:] = [(e[1], m) for e, m in pairs if e[2] == 1 and runs[m] == runs[e[1]] == 1]
 
 
-def foldable(model: nn.Module, run) -> list:
+def foldable(model: nn.Module, run: Callable[[], Any]) -> list:
     """Return the pairs (convolution, batch norm) that can become one convolution: each ran once, and
     only the batch norm reads the output of the convolution.
 

@@ -1,7 +1,11 @@
 "Convert images to the normalization and size of the teacher's training images."
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from ..base.outputs import DistillError, as_plain
 
@@ -22,15 +26,15 @@ POSSIBLE_STATS = (
 )
 
 
-def is_image(t):
+def is_image(t: Tensor) -> bool:
     return t.dim() == 4 and t.is_floating_point()
 
 
-def full_precision(t):
+def full_precision(t: Tensor) -> Tensor:
     return t.float() if t.dtype.itemsize < 4 else t
 
 
-def stats_of(stats, model=None):
+def stats_of(stats: Any, model: Any = None) -> tuple[Tensor, Tensor] | None:
     """Convert any `stats` that `Teacher` takes to (mean, std), each a tensor (C,) or (1,)."""
     if stats is None:
         return None
@@ -49,7 +53,7 @@ def stats_of(stats, model=None):
     return mean, std
 
 
-def named_stats(name, model):
+def named_stats(name: str, model: Any) -> tuple:
     if name == 'imagenet':
         return IMAGENET
     if name != 'auto':
@@ -63,12 +67,14 @@ def named_stats(name, model):
     )
 
 
-def timm_cfg(model):
+def timm_cfg(model: Any) -> dict[str, Any] | None:
     cfg = getattr(model, 'pretrained_cfg', None)
     return cfg if isinstance(cfg, dict) and 'mean' in cfg and 'std' in cfg else None
 
 
-def affine(given, wanted):
+def affine(
+    given: tuple[Tensor, Tensor], wanted: tuple[Tensor, Tensor]
+) -> tuple[Tensor, Tensor] | None:
     """Return (factor, shift), each (C, 1, 1), which convert images normalized with `given` to
     `wanted`. None if these are equal.
     """
@@ -83,7 +89,9 @@ def affine(given, wanted):
     return factor[:, None, None], shift[:, None, None]
 
 
-def check_images(images, stats, input_stats, scaling):
+def check_images(
+    images: Sequence[Tensor], stats: Any, input_stats: Any, scaling: tuple[Tensor, Tensor] | None
+) -> None:
     """Raise a DistillError for images that do not fit the statistics.
 
     Args:
@@ -111,7 +119,9 @@ def check_images(images, stats, input_stats, scaling):
         )
 
 
-def fit_images(images, scaling, size):
+def fit_images(
+    images: Tensor, scaling: tuple[Tensor, Tensor] | None, size: tuple[int, int] | None
+) -> Tensor:
     """Convert images to the teacher's normalization and size. None leaves them unchanged."""
     if scaling is None and size is None:
         return images
@@ -123,7 +133,7 @@ def fit_images(images, scaling, size):
     return F.interpolate(images, size, mode='bilinear', antialias=True)
 
 
-def maps_of_size(logits, size, wanted):
+def maps_of_size(logits: Tensor, size: tuple[int, int], wanted: tuple[int, int] | None) -> Tensor:
     """Resize logits for each pixel, (B, C, H, W), to the size of the batch's images. Other logits
     are unchanged.
 

@@ -4,12 +4,14 @@ import copy
 import inspect
 import warnings
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, Self
 
 import torch
 from torch import nn
+from torch.nn import Module
 
 from ..base.outputs import DistillError, DistillWarning, tensors_in
 from .estimator import Estimator, is_estimator
@@ -24,7 +26,7 @@ FORMS = (
 )
 
 
-def load_model(o):
+def load_model(o: Any) -> tuple[Any, Path | None]:
     """Return a callable, and the file that it was loaded from or None."""
     if isinstance(o, (str, Path)):
         return from_file(Path(o))
@@ -39,7 +41,7 @@ def load_model(o):
     return o, None
 
 
-def holds_weights(o) -> bool:
+def holds_weights(o: Any) -> bool:
     """Is it a state_dict or a checkpoint?"""
     return (
         isinstance(o, torch.Tensor)
@@ -48,7 +50,7 @@ def holds_weights(o) -> bool:
     )
 
 
-def why_no_teacher(o):
+def why_no_teacher(o: Any) -> str | None:
     """Return why `o` can't be a teacher. None if it can."""
     kind = type(o).__name__
     if o is None:
@@ -74,9 +76,10 @@ def why_no_teacher(o):
     # subtle: weights that accelerate stores on disk are meta tensors too, but they are loaded when the model runs
     if any(p.is_meta for p in ps) and not hasattr(o, 'hf_device_map'):
         return f'{kind} has no weights yet, only shapes (meta tensors).'
+    return None
 
 
-def from_file(path):
+def from_file(path: Path) -> tuple[Any, Path]:
     if path.is_dir():
         raise DistillError(
             f'{str(path)!r} is a folder. {FORMS} In fastai, the folder of a finished cache can be the '
@@ -109,7 +112,7 @@ def from_file(path):
     )
 
 
-def warn_of_code(path, what: str = 'is a pickle'):
+def warn_of_code(path: str | Path, what: str = 'is a pickle') -> None:
     """Warn before a file is loaded whose code may run.
 
     Args:
@@ -124,14 +127,14 @@ def warn_of_code(path, what: str = 'is a pickle'):
     )
 
 
-def torch_script(path):
+def torch_script(path: Path) -> Any:
     warn_of_code(path, 'holds pickles')  # PyTorch's own documentation warns of them
     with warnings.catch_warnings():
         warnings.filterwarnings('ignore', '.*torch.jit.load')
         return torch.jit.load(path, map_location='cpu')
 
 
-def exported_program(exported):
+def exported_program(exported: torch.export.ExportedProgram) -> Module:
     """Return the module of a program, whose mode is fixed."""
     training = {
         'aten.batch_norm.default': 5,
@@ -149,7 +152,7 @@ def exported_program(exported):
     return exported.module()
 
 
-def is_graph(m):
+def is_graph(m: Any) -> bool:
     """Return True for TorchScript and torch.export programs, in which the forward methods of
     submodules do not run.
     """
@@ -159,7 +162,7 @@ def is_graph(m):
 
 
 @contextmanager
-def explained(name, inputs, module):
+def explained(name: str, inputs: Any, module: Module | None) -> Iterator[None]:
     """Context that explains errors of a model on inputs that it was not made for.
 
     Args:
@@ -181,7 +184,7 @@ def explained(name, inputs, module):
         ) from e
 
 
-def hint_for(tensors, module):
+def hint_for(tensors: Sequence[torch.Tensor], module: Module) -> str:
     """Return what may be wrong with images or token ids. Empty if there are none."""
     rows = [m.num_embeddings for m in module.modules() if isinstance(m, nn.Embedding)]
     ids = [t for t in tensors if not t.is_floating_point() and t.dtype != torch.bool and t.numel()]
@@ -198,7 +201,7 @@ def hint_for(tensors, module):
     return ''
 
 
-def check_second_argument(model, ids, second):
+def check_second_argument(model: Module, ids: torch.Tensor, second: Any) -> None:
     """Raise a DistillError if the second tensor is not an attention mask, which is the second
     argument of most Hugging Face models.
     """
@@ -236,7 +239,7 @@ class Onnx:
     first one if there is none.
     """
 
-    def __init__(self, path):
+    def __init__(self, path: Path) -> None:
         try:
             import onnxruntime as ort
         except ImportError as e:
@@ -256,9 +259,10 @@ class Onnx:
             raise DistillError(f"onnxruntime can't load {path}: {e}") from e
         self.inputs = {i.name: i for i in self.session.get_inputs()}
         self.outputs = [o.name for o in self.session.get_outputs()]
-        self.wanted = None  # names of the outputs to return as a dict; None returns one tensor
+        # names of the outputs to return as a dict; None returns one tensor
+        self.wanted: list[str] | None = None
 
-    def returning(self, output):
+    def returning(self, output: Any) -> Self:
         """Return the same network with a dict as its result: of the named output, or of all outputs
         if `output` is an index or a function.
         """
@@ -272,7 +276,7 @@ class Onnx:
         )
         return other
 
-    def alike(self):
+    def alike(self) -> list[str]:
         """Return the names of the outputs that could be the logits: those with as many axes as the
         first. Empty if one is named 'logits'.
         """
@@ -281,7 +285,7 @@ class Onnx:
             return []
         return [o.name for o in have if 'float' in o.type and len(o.shape) == len(have[0].shape)]
 
-    def __call__(self, *x, **kw):
+    def __call__(self, *x: Sequence, **kw: Mapping[str, Any]) -> Any:
         feed = self._feed(x, kw)
         n = len(next(iter(feed.values())))
         # if the file fixes the batch size, the batch runs in pieces of that size, the last one padded
@@ -296,7 +300,9 @@ class Onnx:
         whole = [torch.cat(o)[:n] for o in zip(*pieces)]
         return whole[0] if self.wanted is None else dict(zip(names, whole))
 
-    def _run(self, names, feed, size):
+    def _run(
+        self, names: Sequence[str], feed: Mapping[str, torch.Tensor], size: int
+    ) -> list[torch.Tensor]:
         pad = lambda v: (
             torch.cat([v, v[-1:].expand(size - len(v), *v.shape[1:])]) if len(v) < size else v
         )
@@ -307,7 +313,7 @@ class Onnx:
             )
         )
 
-    def _feed(self, x, kw):
+    def _feed(self, x: Sequence, kw: Mapping[str, Any]) -> dict[str, torch.Tensor]:
         given = dict(zip(self.inputs, x)) | {
             k: v for k, v in kw.items() if k in self.inputs or k != 'labels'
         }
@@ -318,7 +324,7 @@ class Onnx:
             )
         return {k: self._cast(k, v.detach().cpu()) for k, v in given.items()}
 
-    def _cast(self, name, v):
+    def _cast(self, name: str, v: torch.Tensor) -> torch.Tensor:
         i = self.inputs[name]
         dtype = ONNX_TYPES.get(i.type[7:-1], v.dtype)  # i.type is 'tensor(float)'
         free = lambda n: not isinstance(n, int)
@@ -333,7 +339,7 @@ class Onnx:
             )
         return v.to(dtype).contiguous()
 
-    def _signature(self):
+    def _signature(self) -> str:
         return ', '.join(
             f'{n} ({i.type[7:-1]}: {" x ".join(map(str, i.shape))})' for n, i in self.inputs.items()
         )

@@ -2,15 +2,18 @@
 the batch's inputs.
 """
 
+from typing import Any
+
 from torch import Tensor
 
+from ..base.batch_samples import BatchSamples
 from ..base.mixup import mixed
-from ..base.outputs import DistillError, map_tensors, tensors_in
+from ..base.outputs import DistillError, Outputs, map_tensors, tensors_in
 
 __all__ = ['as_in_batch', 'items_at', 'items_beside', 'items_in', 'with_items']
 
 
-def with_items(x, items):
+def with_items(x: Any, items: Any) -> Any:
     """The same inputs, as tensors that carry the raw items of their samples, for a teacher with
     `items=`. In a plain loop: `distiller(with_items(x, paths), y)`.
 
@@ -29,11 +32,11 @@ def with_items(x, items):
     # subtle: views, which are new objects, since the batch's own must not change. `as_subclass` may return `t` itself
     x = map_tensors(x, lambda t: t.as_subclass(Tensor)[...])
     for t in tensors_in(x):
-        t.raw_items = items
+        t.raw_items = items  # type: ignore[attr-defined]
     return x
 
 
-def items_beside(x, name: str):
+def items_beside(x: Any, name: str) -> Any:
     """The raw items of these inputs.
 
     Args:
@@ -52,7 +55,7 @@ def items_beside(x, name: str):
     return items
 
 
-def items_in(x):
+def items_in(x: Any) -> Any:
     """The raw items that they carry; None if they carry none.
 
     Args:
@@ -61,7 +64,7 @@ def items_in(x):
     return next((t.raw_items for t in tensors_in(x) if hasattr(t, 'raw_items')), None)
 
 
-def items_at(items, positions: list):
+def items_at(items: Any, positions: list) -> Any:
     """Those at these positions: a list, or rows of the table.
 
     Args:
@@ -70,7 +73,7 @@ def items_at(items, positions: list):
     return items.iloc[positions] if hasattr(items, 'iloc') else [items[i] for i in positions]
 
 
-def as_in_batch(out, samples, teacher):
+def as_in_batch(out: Outputs, samples: BatchSamples, teacher: Any) -> Outputs:
     """Outputs for raw items, mixed as MixUp or CutMix mixed the batch.
 
     Args:

@@ -163,6 +163,12 @@ class Teacher:
               their mode.
     """
 
+    # options that `__init__` sets by their names
+    mode: str | None
+    combine: str
+    stats: Any
+    input_stats: Any
+
     @records_given
     def __init__(
         self,

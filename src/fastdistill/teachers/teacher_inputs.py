@@ -1,7 +1,9 @@
 "Prepare the inputs of a teacher's model: those of the batch, or what `inputs=` or `items=` returns."
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..base.outputs import DistillError, as_plain, map_tensors, tensors_in
@@ -13,7 +15,7 @@ from .raw_items import items_beside
 __all__ = ['check_own_inputs', 'own_inputs', 'prepared_inputs']
 
 
-def check_own_inputs(inputs, items):
+def check_own_inputs(inputs: Callable | None, items: Callable | None) -> None:
     """Raise a DistillError if `inputs=` or `items=` is not a function, or if both are given."""
     given = {k: fn for k, fn in dict(inputs=inputs, items=items).items() if fn is not None}
     if len(given) > 1:
@@ -26,7 +28,7 @@ def check_own_inputs(inputs, items):
             raise DistillError(f"{k}={fn!r}: give a function that returns the teacher's inputs.")
 
 
-def own_inputs(teacher, x: tuple, kw) -> tuple:
+def own_inputs(teacher: Any, x: tuple, kw: Mapping[str, Any]) -> tuple:
     """Return the model's inputs by position and by name: those of the batch, or what `inputs=` or
     `items=` returns.
 
@@ -55,7 +57,16 @@ def own_inputs(teacher, x: tuple, kw) -> tuple:
     )
 
 
-def prepared_inputs(teacher, x, kw, *, device, frozen, scaling, lend):
+def prepared_inputs(
+    teacher: Any,
+    x: Sequence,
+    kw: Mapping[str, Any],
+    *,
+    device: torch.device,
+    frozen: Any,
+    scaling: tuple[Tensor, Tensor] | None,
+    lend: Callable[[Tensor], bool],
+) -> tuple:
     """Return the inputs by position and by name, on the model's device, in its precision, and with
     its normalization and size of images.
 
@@ -76,7 +87,7 @@ def prepared_inputs(teacher, x, kw, *, device, frozen, scaling, lend):
     if frozen is not None:
         device, dtype, frozen.has_run = frozen.place(device), frozen.dtype, True
 
-    def prepare(original):
+    def prepare(original: Tensor) -> Tensor:
         t = (plain := as_plain(original)).to(device)
         if is_image(t):
             t = fit_images(t, scaling, teacher.size)
