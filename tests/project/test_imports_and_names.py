@@ -1,6 +1,6 @@
 "The house: who may import whom, and which names are public."
 
-import ast, importlib, itertools, re, subprocess, sys
+import ast, importlib, itertools, re, runpy, subprocess, sys
 from pathlib import Path
 import pytest
 
@@ -428,6 +428,15 @@ def test_the_paths_in_contributing_are_there():
     )
     assert len(paths) > 20
     assert not [p for p in paths if '*' not in p and not (ROOT / p).exists()]
+
+
+def test_the_source_tree_says_what_each_file_holds():
+    script = runpy.run_path(str(ROOT / 'scripts' / 'source_tree.py'))
+    found = dict(script['source_tree']())
+    assert set(found) == {
+        str((f.parent if f.name == '__init__.py' else f).relative_to(SRC.parent)) for f in FILES
+    }
+    assert not [k for k, v in found.items() if not v]
 
 
 def test_the_oldest_releases_are_the_lower_bounds():

@@ -1,6 +1,8 @@
 "Detections matched with labeled boxes, and average precision as a function of sums over images."
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,7 +33,7 @@ class Match:
     counts: dict
 
 
-def match_image(detected: dict, target: dict, thresholds=THRESHOLDS) -> Match:
+def match_image(detected: dict, target: dict, thresholds: Sequence[float] = THRESHOLDS) -> Match:
     """Match the detections of an image with its labeled boxes, as COCO does: from the most certain
     detection to the least, each takes the free box of its class with the highest IoU.
 
@@ -59,7 +61,7 @@ def match_image(detected: dict, target: dict, thresholds=THRESHOLDS) -> Match:
     return Match(scores.numpy(), labels.numpy(), right, dict(zip(values.tolist(), n.tolist())))
 
 
-def sums_of_images(matches: list, classes) -> dict:
+def sums_of_images(matches: list, classes: Sequence[int]) -> dict:
     """Return numbers of each image whose sums determine the average precision: detections and right
     ones in bins of the rank of their score, and labeled boxes.
 
@@ -80,16 +82,16 @@ def sums_of_images(matches: list, classes) -> dict:
     ]
     hits = np.concatenate([m.right for m in matches], 1)
     for j, k in enumerate(classes):
-        own = np.flatnonzero(labels == k)
+        own: Any = np.flatnonzero(labels == k)
         own = own[np.argsort(-scores[own], kind='stable')]
-        bins = np.arange(len(own)) * RANK_BINS // max(len(own), RANK_BINS)
+        bins: Any = np.arange(len(own)) * RANK_BINS // max(len(own), RANK_BINS)
         np.add.at(found, (image[own], j, bins), 1)
         for i in range(t):
             np.add.at(right, (image[own], j, i, bins), hits[i, own])
     return dict(found=found.reshape(n, -1), matched=right.reshape(n, -1), boxes=boxes)
 
 
-def precision_of_sums(sums: dict, thresholds=slice(None)) -> np.ndarray:
+def precision_of_sums(sums: dict, thresholds: slice = slice(None)) -> np.ndarray:
     """Return the average precision of each class and threshold, interpolated at 101 recalls as in
     COCO, (R, C, T). NaN for a class without boxes.
 

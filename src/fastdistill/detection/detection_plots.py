@@ -1,5 +1,10 @@
 "Detections of several models side by side."
 
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
 from ..evaluation.plot_style import COLORS, new_figure, safe_label, styled
 from .metrics import detect
 
@@ -7,8 +12,13 @@ __all__ = ['show_detections']
 
 
 def show_detections(
-    models: dict, images, targets=None, *, classes: list | None = None, score: float = 0.5
-):
+    models: dict,
+    images: Sequence[Tensor],
+    targets: Sequence[dict] | None = None,
+    *,
+    classes: list | None = None,
+    score: float = 0.5,
+) -> Any:
     """Draw the detections of several models side by side, one row for each image. Return the
     figure.
 
@@ -36,7 +46,7 @@ def show_detections(
     return fig
 
 
-def draw_boxes(ax, found: dict, classes, score):
+def draw_boxes(ax: Any, found: dict, classes: Sequence | None, score: float) -> None:
     from matplotlib.patches import Rectangle
 
     boxes, labels = found['boxes'].tolist(), found['labels'].tolist()

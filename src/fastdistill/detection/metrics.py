@@ -1,9 +1,10 @@
 "Mean average precision of a detector, with torchmetrics."
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..base.model_state import ModelState
 from ..base.outputs import DistillError
@@ -30,7 +31,7 @@ class DetectionScores:
     images: int = 0
 
 
-def detect(model: nn.Module, images) -> list:
+def detect(model: nn.Module, images: Sequence[Tensor]) -> list:
     """Return the detections of a model for a batch of images, on the CPU. The model is not changed.
 
     Args:
@@ -47,7 +48,7 @@ def detect(model: nn.Module, images) -> list:
     return [{k: v.detach().cpu() for k, v in o.items()} for o in found]
 
 
-def average_precision(detections, targets) -> DetectionScores:
+def average_precision(detections: Sequence[dict], targets: Sequence[dict]) -> DetectionScores:
     """Compute the mean average precision of detections.
 
     Args:

@@ -1,9 +1,10 @@
 "The teacher's boxes as labels for images without labels."
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from torch import nn
+from torch import Tensor, nn
 
 from ..base.outputs import DistillError
 from .box_matches import match_image
@@ -34,7 +35,7 @@ class ScoreThreshold:
         return 2 * self.precision * self.recall / total if total else 0.0
 
 
-def best_threshold(model: nn.Module, batches, *, iou: float = 0.5) -> ScoreThreshold:
+def best_threshold(model: nn.Module, batches: Iterable, *, iou: float = 0.5) -> ScoreThreshold:
     """Choose the score from which on a teacher's detections make the best labels: that with the
     highest F1 on labeled validation images, which the teacher has not learned from.
 
@@ -64,7 +65,9 @@ def best_threshold(model: nn.Module, batches, *, iou: float = 0.5) -> ScoreThres
     return ScoreThreshold(float(scores[i]), right[i] / found[i], right[i] / boxes, boxes)
 
 
-def teacher_labels(model: nn.Module, images, score: float | ScoreThreshold) -> list:
+def teacher_labels(
+    model: nn.Module, images: Sequence[Tensor], score: float | ScoreThreshold
+) -> list:
     """Return the teacher's certain boxes as targets, one dict for each image, on the device of the
     image. An image without any gets a target without boxes.
 

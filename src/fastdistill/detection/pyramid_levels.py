@@ -1,5 +1,8 @@
 "Pair the levels of two feature pyramids."
 
+from collections.abc import Sequence
+from typing import Any
+
 from ..base.outputs import DistillError
 from ..features.layer_pairs import longest_row, pair_by_depth
 from ..features.model_stages import Stage
@@ -7,7 +10,7 @@ from ..features.model_stages import Stage
 __all__ = ['pair_levels']
 
 
-def pair_levels(student: dict, teacher: dict, s_size, t_size) -> list:
+def pair_levels(student: dict, teacher: dict, s_size: Sequence[int], t_size: Sequence[int]) -> list:
     """Pair levels of equal stride, from fine to coarse. If no strides are equal, levels pair by
     their order.
 
@@ -24,7 +27,7 @@ def pair_levels(student: dict, teacher: dict, s_size, t_size) -> list:
     a, b = [[stage(n, shape) for n, shape in o.items()] for o in (student, teacher)]
     strides = lambda level, size: [n / p for n, p in zip(size, level.place)]
 
-    def equal(i, j):
+    def equal(i: int, j: int) -> bool:
         sides = zip(strides(a[i], s_size), strides(b[j], t_size))
         return all(0.8 < s / t < 1.25 for s, t in sides)
 
@@ -32,5 +35,6 @@ def pair_levels(student: dict, teacher: dict, s_size, t_size) -> list:
     return [(s.name, t.name) for s, t in row]
 
 
-def stage(name, shape):
-    return Stage(name, None, 'map', tuple(shape), 1, True)
+def stage(name: str, shape: Sequence[int]) -> Stage:
+    module: Any = None  # pairing needs only the shape
+    return Stage(name, module, 'map', tuple(shape), 1, True)

@@ -1,5 +1,8 @@
 "Check the targets of a detector: boxes and labels."
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -9,7 +12,9 @@ from .torchvision_detectors import n_classes
 __all__ = ['check_targets']
 
 
-def check_targets(images, targets, detector) -> Findings:
+def check_targets(
+    images: Sequence[Tensor], targets: Sequence[dict] | None, detector: Any
+) -> Findings:
     """Return what is wrong with the targets of a batch.
 
     Args:
@@ -45,7 +50,7 @@ def check_targets(images, targets, detector) -> Findings:
     return found
 
 
-def problem_of_one(image: Tensor, target: dict, classes: int):
+def problem_of_one(image: Tensor, target: dict, classes: int) -> tuple[str, str] | None:
     """Return (what is wrong, what to do) with the target of one image. None if nothing is."""
     missing = [k for k in ('boxes', 'labels') if not isinstance(target.get(k), Tensor)]
     if missing:

@@ -1,6 +1,7 @@
 "What torchvision's detectors have in common: a backbone with levels, a head, and their own resizing."
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -37,7 +38,7 @@ KNOWN_DETECTORS = (
 )
 
 
-def checked_detector(model, who: str) -> nn.Module:
+def checked_detector(model: Any, who: str) -> nn.Module:
     """Return the detector inside its wrappers. Raise a DistillError if it is a different model.
 
     Args:
@@ -49,16 +50,16 @@ def checked_detector(model, who: str) -> nn.Module:
     return inner
 
 
-def detector_name(model) -> str:
+def detector_name(model: Any) -> str:
     return type(unwrap(model)).__name__
 
 
-def is_dense(detector) -> bool:
+def is_dense(detector: Any) -> bool:
     """Return True if its head predicts classes and boxes at each position, without proposals."""
     return not isinstance(detector, GeneralizedRCNN)
 
 
-def n_classes(detector) -> int:
+def n_classes(detector: Any) -> int:
     """Return the number of classes, with the background that torchvision counts as class 0."""
     if not is_dense(detector):
         predictor = detector.roi_heads.box_predictor
@@ -69,18 +70,18 @@ def n_classes(detector) -> int:
     return head.num_classes
 
 
-def fixed_size(detector) -> tuple | None:
+def fixed_size(detector: Any) -> tuple | None:
     """Return the height and width to which it resizes every image. None if these vary."""
     size = detector.transform.fixed_size
     return None if size is None else (size[1], size[0])
 
 
-def pixel_stats(detector):
+def pixel_stats(detector: Any) -> tuple[Any, Any]:
     """Return (mean, std) of its images."""
     return detector.transform.image_mean, detector.transform.image_std
 
 
-def as_levels(features) -> dict:
+def as_levels(features: Any) -> Any:
     """Return the feature maps of a backbone by name, as torchvision's detectors do."""
     return features if isinstance(features, Mapping) else {'0': features}
 
@@ -91,12 +92,13 @@ class LevelScores(nn.Module):
     probability that there is any object.
     """
 
-    def __init__(self, detector):
+    def __init__(self, detector: Any) -> None:
         super().__init__()
         self.dense, self.softmax = is_dense(detector), isinstance(detector, SSD)
-        self.anchors = detector.anchor_generator.num_anchors_per_location() if self.dense else None
+        generator = detector.anchor_generator if self.dense else None
+        self.anchors: Any = None if generator is None else generator.num_anchors_per_location()
 
-    def forward(self, levels: dict, head) -> dict:
+    def forward(self, levels: dict, head: Any) -> dict:
         """Return a map (B, H, W) for each level.
 
         Args:
@@ -120,7 +122,7 @@ class DetectorView(nn.Module):
     without its resizing, normalization and postprocessing.
     """
 
-    def __init__(self, detector):
+    def __init__(self, detector: Any) -> None:
         super().__init__()
         self.backbone = detector.backbone
         self.dense = is_dense(detector)
@@ -156,7 +158,7 @@ def without_padding(images: Tensor, sizes: Tensor) -> Tensor:
     return torch.where((rows[:, :, None] & columns[:, None])[:, None], images, 0.0)
 
 
-def level_names(features) -> list:
+def level_names(features: Any) -> list:
     """Return the names with which `Taps` reads the levels of what a backbone returned."""
     if isinstance(features, Mapping):
         return [f'backbone@[{k}]' for k in features]
@@ -178,7 +180,7 @@ def level_scores(name: str) -> str:
     return f'scores@{how[0] if how else "[0]"}'
 
 
-def on_device_of(images, model: nn.Module) -> list:
+def on_device_of(images: Sequence[Tensor], model: nn.Module) -> list:
     """Return images on the device of a model.
 
     Args:
@@ -188,7 +190,7 @@ def on_device_of(images, model: nn.Module) -> list:
     return [o if p is None else o.to(p.device) for o in images]
 
 
-def example_pixels(detector) -> Tensor:
+def example_pixels(detector: Any) -> Tensor:
     """Return an empty batch of one image as the backbone gets it. Without a fixed size it is small,
     since the strides of the levels do not depend on it.
     """
@@ -197,7 +199,7 @@ def example_pixels(detector) -> Tensor:
     return torch.zeros(1, len(detector.transform.image_mean), *size, device=p.device, dtype=p.dtype)
 
 
-def detector_inside(teacher) -> nn.Module:
+def detector_inside(teacher: Any) -> nn.Module:
     """Return the detector of a teacher.
 
     Args:
@@ -206,7 +208,7 @@ def detector_inside(teacher) -> nn.Module:
     return checked_detector(teacher.module if isinstance(teacher, Teacher) else teacher, 'teacher')
 
 
-def detector_teacher(teacher, student: nn.Module, size=None) -> Teacher:
+def detector_teacher(teacher: Any, student: nn.Module, size: int | tuple | None = None) -> Teacher:
     """Build the `Teacher` that gets the student's pixels under its own normalization.
 
     Args:

@@ -1,5 +1,7 @@
 "The validation loss of a detector: torchvision's own losses, without changing the model."
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from torchvision.models.detection.roi_heads import RoIHeads
@@ -12,7 +14,9 @@ from .torchvision_detectors import DETECTOR_CLASSES, checked_detector, on_device
 __all__ = ['validation_losses']
 
 
-def validation_losses(model: nn.Module, images, targets, seed: int = 0) -> dict[str, Tensor]:
+def validation_losses(
+    model: nn.Module, images: Sequence[Tensor], targets: Sequence[dict], seed: int = 0
+) -> dict[str, Tensor]:
     """Return torchvision's losses for a validation batch. In evaluation mode, torchvision's
     detectors return none.
 

@@ -1,6 +1,8 @@
 "Students made of their teacher's layers."
 
 import copy
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from torch import nn
 
@@ -10,7 +12,7 @@ from ..features.model_call import is_hf
 __all__ = ['student_from']
 
 
-def student_from(teacher: nn.Module, layers):
+def student_from(teacher: nn.Module, layers: Sequence[int]) -> nn.Module:
     """Build a smaller copy of the teacher from some of its blocks (DistilBERT, arXiv:1910.01108).
 
     The embeddings, the head and these blocks are copied.
@@ -38,7 +40,7 @@ def student_from(teacher: nn.Module, layers):
     return student.train(teacher.training)
 
 
-def blocks_of(model):
+def blocks_of(model: Any) -> tuple[str, int]:
     """Return the name and length of the only list of blocks."""
     n = getattr(model.config, 'num_hidden_layers', None)
     lists = [k for k, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == n]
@@ -52,7 +54,7 @@ def blocks_of(model):
     )
 
 
-def shorter(config, layers, n):
+def shorter(config: Any, layers: Sequence[int], n: int) -> Any:
     """Return the config of a model with these blocks."""
     config = copy.deepcopy(config)
     for k, v in vars(config).items():
@@ -62,7 +64,7 @@ def shorter(config, layers, n):
     return config
 
 
-def kept(state, name, layers):
+def kept(state: Mapping[str, Any], name: str, layers: Sequence[int]) -> dict[str, Any]:
     """Return the weights of these blocks, renumbered, and all weights outside the blocks."""
     out = {k: v for k, v in state.items() if not k.startswith(f'{name}.')}
     for new, old in enumerate(layers):

@@ -2,6 +2,7 @@
 
 import inspect
 import re
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ PROBLEMS = dict(
 )
 
 
-def names_taken(model) -> set:
+def names_taken(model: Any) -> set:
     """Return the names of the arguments of a model's forward, or of all members of an ensemble.
 
     Args:
@@ -30,7 +31,7 @@ def names_taken(model) -> set:
     return {n for m in modules for n in inspect.signature(unwrap(m).forward).parameters}
 
 
-def without_loss(raw):
+def without_loss(raw: Any) -> Any:
     """Return the student's outputs without the loss, which is first in a tuple."""
     return (
         raw[1:]
@@ -39,12 +40,12 @@ def without_loss(raw):
     )
 
 
-def question_logits(out):
+def question_logits(out: Any) -> Tensor:
     """Return the logits of where an answer begins and ends, (B, L, 2), with classes along axis 1."""
     return torch.stack([out.start_logits, out.end_logits], -1)
 
 
-def names_by_id(model):
+def names_by_id(model: Any) -> list[str] | None:
     """Return the class names of the model's `id2label`. None if they are only numbered."""
     id2label = getattr(getattr(model, 'config', None), 'id2label', None)
     if not id2label or all(re.fullmatch(r'LABEL_\d+', str(v)) for v in id2label.values()):
@@ -52,7 +53,7 @@ def names_by_id(model):
     return [str(id2label[k]) for k in sorted(id2label, key=int)]
 
 
-def predicts(model, labels=None) -> str | None:
+def predicts(model: Any, labels: Tensor | None = None) -> str | None:
     """Return 'softmax', 'sigmoid' or 'regression' according to the model's config.
 
     None if only the labels can tell.
@@ -71,7 +72,7 @@ def predicts(model, labels=None) -> str | None:
     return None if labels is None else 'sigmoid' if labels.is_floating_point() else 'softmax'
 
 
-def teacher_for(teacher: Teacher, student, kind: str, axis: int, output) -> Teacher:
+def teacher_for(teacher: Teacher, student: Any, kind: str, axis: int, output: Any) -> Teacher:
     """Return the teacher with the student's kind of outputs and its classes in the student's order.
 
     Args:
@@ -87,7 +88,7 @@ def teacher_for(teacher: Teacher, student, kind: str, axis: int, output) -> Teac
     return teacher.with_defaults(**new)
 
 
-def in_order_of(student, teacher):
+def in_order_of(student: Any, teacher: Any) -> dict[str, Any]:
     """Return the option `select` that puts the teacher's classes into the student's order. Empty if
     they already are.
     """
@@ -109,7 +110,7 @@ def in_order_of(student, teacher):
     return dict(select=found.order)
 
 
-def refuse_other_order(student, member):
+def refuse_other_order(student: Any, member: Any) -> None:
     if option := in_order_of(student, member):
         raise DistillError(
             f'By id2label, {member.name} of the ensemble has its classes in a different order: '
