@@ -12,7 +12,7 @@ from rich.table import Table
 from torch import nn
 from fastdistill.teachers.copy_plan import CopyPlan
 from fastdistill.teachers.fast_copy import operations
-from fastdistill.teachers.folding import foldable
+from fastdistill.teachers.batch_norm_folding import foldable
 
 
 class Recurrent(nn.Module):

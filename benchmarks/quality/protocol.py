@@ -11,7 +11,7 @@ from torch import nn
 from candidates import CANDIDATES
 from fastdistill import DistillWarning, Teacher, auto
 from fastdistill.base.task import Task
-from fastdistill.checks.outputs import BATCHES, check_outputs
+from fastdistill.checks.teacher_outputs import BATCHES, check_outputs
 from loop import KINDS, predict, train
 from measures import MAIN, measure
 from rule import apart

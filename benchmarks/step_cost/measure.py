@@ -8,7 +8,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from fastdistill import DistillError
-from fastdistill.evaluation.models import cpu_name
+from fastdistill.evaluation.model_comparison import cpu_name
 from .pairs import PAIRS
 from .ways import FLOOR, WAYS
 

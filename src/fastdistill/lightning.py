@@ -28,9 +28,9 @@ from .distiller.integration import (
     takes_part,
     training_state,
 )
-from .features.calls import arguments
 from .features.layer_pairs import inputs
-from .recipes.batch import inputs_and_labels
+from .features.model_call import arguments
+from .recipes.batch_tensors import inputs_and_labels
 
 __all__ = ['DistillCallback', 'DistillModule']
 

@@ -10,7 +10,7 @@ from fastdistill.base.outputs import DistillError, Outputs
 from fastdistill.cache import Replayed
 from fastdistill.cache.per_sample import PerSample, per_sample
 from fastdistill.base.random_state import restored_once, seeded, RandomGuard
-from fastdistill.base.seeds import scramble, seeds_of, view_of
+from fastdistill.base.sample_seeds import scramble, seeds_of, view_of
 from fastdistill.teachers import Teacher
 
 

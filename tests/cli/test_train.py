@@ -18,12 +18,12 @@ from fastdistill import DistillError, DistillWarning
 from fastdistill.cli import main
 from fastdistill.evaluation import Report
 from fastdistill.cli.training import TrainConfig, opened_run
-from fastdistill.cli.training.archs import check_arch, ignored_class, learner_of
-from fastdistill.cli.training.checks import checked_samples
+from fastdistill.cli.training.architectures import check_arch, ignored_class, learner_of
+from fastdistill.cli.training.data_checks import checked_samples
 from fastdistill.cli.training.config import Arch, read_config, write_config
-from fastdistill.cli.training.files import read_samples
-from fastdistill.cli.training.loaders import loaders_of
-from fastdistill.cli.training.settings import settings_of
+from fastdistill.cli.training.data_files import read_samples
+from fastdistill.cli.training.dataloaders import loaders_of
+from fastdistill.cli.training.run_settings import settings_of
 from fastdistill.cli.training.teachers import file_teacher
 
 pytestmark = [
@@ -118,7 +118,7 @@ def assert_same(a, b):
 
 def test_the_command_that_find_prints_trains_with_what_was_found(command, finished, tmp_path):
     from fastdistill.cli.commands.find import training_command
-    from fastdistill.cli.objects import load_named_learner
+    from fastdistill.cli.named_objects import load_named_learner
 
     student, teacher = [shutil.copytree(finished, tmp_path / n) / 'student.pkl' for n in 'ab']
     found = load_named_learner(str(student)).distill_find(

@@ -14,7 +14,7 @@ from fastdistill.detection import (
     teacher_labels,
 )
 from fastdistill.detection.compare import map_measures
-from fastdistill.detection.matches import match_image, precision_of_sums, sums_of_images
+from fastdistill.detection.box_matches import match_image, precision_of_sums, sums_of_images
 
 
 class Finds(nn.Module):

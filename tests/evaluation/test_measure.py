@@ -11,7 +11,7 @@ from torch import nn
 from fastdistill import DistillError, Teacher
 from fastdistill.evaluation import PairedScores, mcnemar, measure_models, roles_of
 from fastdistill.evaluation.cost import cost_of, latencies
-from fastdistill.evaluation.models import MAX_NAMED
+from fastdistill.evaluation.model_comparison import MAX_NAMED
 from fastdistill.evaluation.paired_tests import MAX_SAMPLES
 from fastdistill.evaluation.metrics import BINS, measures_of
 from fastdistill.evaluation import Report
@@ -357,7 +357,7 @@ def test_one_sample_has_no_interval():
 
 
 def test_what_is_stored_of_a_sample_does_not_grow_with_its_size(monkeypatch):
-    import fastdistill.evaluation.models as models
+    import fastdistill.evaluation.model_comparison as models
 
     sizes = []
 
@@ -374,7 +374,7 @@ def test_what_is_stored_of_a_sample_does_not_grow_with_its_size(monkeypatch):
 
 
 def test_pieces_of_a_batch_add_up(monkeypatch):
-    import fastdistill.evaluation.models as models
+    import fastdistill.evaluation.model_comparison as models
 
     o, y = masks()
     whole = measured(dict(t=o, s=o.flip(0)), y, Task('softmax', 1, 11), teacher='t')

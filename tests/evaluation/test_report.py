@@ -15,8 +15,8 @@ from fastdistill.evaluation import (
     plot_reliability,
     plot_runs,
 )
-from fastdistill.evaluation.data import Difference, MeasureInfo
-from fastdistill.evaluation.format import amount, p_text, shown_text, verdicts
+from fastdistill.evaluation.report_data import Difference, MeasureInfo
+from fastdistill.evaluation.number_format import amount, p_text, shown_text, verdicts
 from fastdistill.base.task import Task
 from reports import a_report
 

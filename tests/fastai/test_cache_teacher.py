@@ -43,7 +43,7 @@ from fastdistill.fastai.replay_dl import sampled
 from fastdistill.fastai.teacher_targets import samples_of
 from fastdistill.fastai.transforms import Replay
 from fastdistill.base.outputs import DistillError, DistillWarning, Outputs
-from fastdistill.recipes.batch import all_classes
+from fastdistill.recipes.batch_tensors import all_classes
 from fastdistill.features import Taps
 from fastdistill.teachers import Teacher
 import cached

@@ -12,7 +12,8 @@ from fastai.data.all import CategoryBlock, DataBlock, IndexSplitter, TransformBl
 from torch import nn
 import cached
 from fastdistill import Teacher
-from fastdistill.base.samples import BatchSamples, OutputSource
+from fastdistill.base.batch_samples import BatchSamples
+from fastdistill.base.output_source import OutputSource
 from fastdistill.fastai import KnowledgeDistillation, TeacherBlock, cache_teacher, kd
 from fastdistill.fastai.cache_feed import StoredOutputs
 

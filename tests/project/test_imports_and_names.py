@@ -1,6 +1,6 @@
 "The house: who may import whom, and which names are public."
 
-import ast, importlib, itertools, re, subprocess, sys
+import ast, importlib, itertools, re, runpy, subprocess, sys
 from pathlib import Path
 import pytest
 
@@ -62,24 +62,24 @@ LAW = dict(
 )
 # the same inside a package: a file may import those of its package that stand before it
 ORDER = dict(
-    base='errors atomic_files outputs samples distributed progress_bar task class_mapping generators random_state model_state seeds',
-    losses='_base chunks correlations response divergence decoupled feature relation dense detection',
-    features='layer_names calls probe shapes taps projectors model_stages layer_pairs',
-    teachers='images probabilities estimator forms hidden_state frozen input_aliasing slices folding compiled_module copy_plan fast_copy items inputs runner ensemble teacher',
+    base='errors atomic_files outputs batch_samples output_source mixup distributed progress_bar task class_mapping transform_random_state random_state model_state sample_seeds',
+    losses='_base chunks correlations response divergence transformed_teacher decoupled feature relation dense detection',
+    features='layer_names model_call probe feature_shapes layer_hooks projectors model_stages layer_pairs',
+    teachers='image_normalization probabilities estimator model_loading hidden_state frozen input_aliasing batch_slices batch_norm_folding compiled_module copy_plan fast_copy raw_items teacher_inputs runner ensemble teacher',
     cache='per_sample keys digests folder files entries layout output_layer manifest reader source measure writer progress dataset stream_writer sealing stream_join tool_files importers server verify pack',
-    recipes='schedule teacher_gain batch gradient_norms gradient_balance link recipe_loss term zoo text default catalog',
-    checks='findings shared_parameters stored batch_scores class_order shapes forward normalization recipe scores passed_checks outputs explain',
+    recipes='schedule teacher_gain batch_tensors token_labels gradient_norms gradient_balance layer_link recipe_loss term zoo recipe_text default catalog',
+    checks='findings shared_parameters stored_outputs batch_scores class_order shapes forward normalization recipe teacher_scores passed_checks teacher_outputs explain',
     distiller='loader head distiller integration',
-    evaluation='data format tables text plot_style feature_plots report_plots page checks_page report run_table metrics calibration agreement paired_tests cost models',
-    search='candidates text_table significance runs proposals result search recipe_report',
+    evaluation='report_data number_format report_tables text_report plot_style feature_plots report_plots html_report checks_table report run_table metrics calibration agreement paired_tests cost model_comparison',
+    search='candidates text_table significance resumable_runs optuna_proposals search_result recipe_search recipe_report',
     fastai='task language_model learner_notes teacher_targets patches block vocab targets transforms replay_dl sample_keys raw_items tables teachers batches head metrics compare interpret export save default_recipe costs check cache_data cache_feed finite trend unlabeled projector_opt detector arguments multi_head fit_distiller fit_log fit_state training_step callback learner trial_callback trials find recipe_runs',
-    detection='models levels recipes targets validation metrics matches labels pictures compare check distiller',
-    huggingface='students models trainer',
-    cli='training arguments objects demo commands app',
+    detection='torchvision_detectors pyramid_levels recipes target_checks validation_loss metrics box_matches pseudo_labels detection_plots compare check distiller',
+    huggingface='student_from_layers transformers_models trainer',
+    cli='training arguments named_objects demo commands app',
 )
 ORDER |= {
     'cli.demo': 'tasks results picture',
-    'cli.training': 'config settings files fingerprint checks loaders archs teachers exported processes stages run',
+    'cli.training': 'config run_settings data_files data_fingerprint data_checks dataloaders architectures teachers exported_student distributed_fit resumable_fit train_run',
     'cli.commands': 'cache demo find check compare methods train',
 }
 
@@ -428,6 +428,15 @@ def test_the_paths_in_contributing_are_there():
     )
     assert len(paths) > 20
     assert not [p for p in paths if '*' not in p and not (ROOT / p).exists()]
+
+
+def test_the_source_tree_says_what_each_file_holds():
+    script = runpy.run_path(str(ROOT / 'scripts' / 'source_tree.py'))
+    found = dict(script['source_tree']())
+    assert set(found) == {
+        str((f.parent if f.name == '__init__.py' else f).relative_to(SRC.parent)) for f in FILES
+    }
+    assert not [k for k, v in found.items() if not v]
 
 
 def test_the_oldest_releases_are_the_lower_bounds():

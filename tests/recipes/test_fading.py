@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from fastdistill import DistillError, Distiller, Outputs, Recipe, Term, dist, losses
-from fastdistill.recipes.text import recipe_from_text
+from fastdistill.recipes.recipe_text import recipe_from_text
 from torch import nn
 
 KL = dict(grad_ratio=3, T=1.0)

@@ -23,10 +23,10 @@ from fastdistill.recipes.default import auto
 from fastdistill.search.candidates import LABELS, Candidate, candidates_for, given_candidates
 from fastdistill.fastai import kd, soft_labels
 from fastdistill.fastai.trial_callback import chosen_half
-from fastdistill.search.result import Found
-from fastdistill.search.runs import Run
+from fastdistill.search.search_result import Found
+from fastdistill.search.resumable_runs import Run
 from fastdistill.search.significance import lead_of
-from fastdistill.search.search import Search
+from fastdistill.search.recipe_search import Search
 
 pytestmark = pytest.mark.filterwarnings(*apps.FASTAI_WARNINGS)
 

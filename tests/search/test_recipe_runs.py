@@ -28,7 +28,7 @@ from fastdistill.fastai import (
 )
 from fastdistill.fastai.recipe_runs import comparable_text
 from fastdistill.search.significance import adjusted, difference_by_seed
-from fastdistill.evaluation.data import Difference
+from fastdistill.evaluation.report_data import Difference
 from fastdistill.search.recipe_report import RecipeRun
 from fastdistill.base.random_state import seeded
 

@@ -7,7 +7,7 @@ from torch import nn
 import torch.nn.functional as F
 from fastdistill import DistillError, Distiller, Outputs, Teacher, hint, kd
 from fastdistill.teachers import compiled_module, fast_copy as speed
-from fastdistill.teachers.folding import foldable
+from fastdistill.teachers.batch_norm_folding import foldable
 
 
 def conv_net(width=8):

@@ -16,7 +16,7 @@ from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
 )
-from fastdistill.teachers.forms import Onnx
+from fastdistill.teachers.model_loading import Onnx
 from fastdistill.base.outputs import DistillError, DistillWarning, Outputs
 from fastdistill import Teacher  # the public name, whose docstring explains the options
 

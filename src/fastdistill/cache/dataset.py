@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.data.dataloader import default_collate
 
-from ..base.generators import Generators
 from ..base.outputs import DistillError, LinearLogits, Outputs, check_axis
 from ..base.random_state import RandomGuard, restored_once, seeded
-from ..base.seeds import seeds_of, view_of
+from ..base.sample_seeds import seeds_of, view_of
+from ..base.transform_random_state import Generators
 from .digests import code_of, fingerprint, first_part, flat_values, input_digest
 from .files import dataset_files
 from .keys import dataset_keys, folder_of, root_of

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from ..base.outputs import DistillError, LinearLogits, Outputs
+from ..features.layer_hooks import Taps
 from ..features.layer_names import no_such_layer
-from ..features.taps import Taps
 from ..teachers.teacher import Teacher
 
 __all__ = ['OutputLayer', 'StoredHead', 'find_output_layer', 'worst_error']

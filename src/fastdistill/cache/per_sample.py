@@ -5,10 +5,10 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from ..base.generators import Generators
 from ..base.outputs import DistillError
 from ..base.random_state import restored_generators
-from ..base.seeds import MIX, scramble, seeds_of
+from ..base.sample_seeds import MIX, scramble, seeds_of
+from ..base.transform_random_state import Generators
 
 __all__ = ['PerSample', 'per_sample']
 

@@ -12,7 +12,7 @@ import torch
 
 from ..base.distributed import on_first, rank, world_size
 from ..base.outputs import DistillError, DistillWarning
-from ..base.seeds import seeds_of
+from ..base.sample_seeds import seeds_of
 from .digests import checksum, versions
 from .entries import json_object, json_text, parse_json
 from .files import changed_text, newer_record, read_record, record_files, write_record

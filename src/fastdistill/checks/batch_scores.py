@@ -1,9 +1,11 @@
 """Score teacher, student and a constant prediction on a few batches."""
 
+from typing import Any, Literal
+
 import torch
 from torch import Tensor
 
-from ..base.task import unusable
+from ..base.task import Task, unusable
 from .findings import Facts
 
 __all__ = ['FEW', 'METRICS', 'Tally']
@@ -30,20 +32,21 @@ class Tally:
         part: Where the scored items come from, as in `Facts`.
     """
 
-    def __init__(self, task, part='validation'):
+    def __init__(self, task: Task, part: str = 'validation') -> None:
         self.part = part
-        self.task, self.n_labels, self.sums, self.confusion = task, 0, 0.0, None
-        self.scores, self.tops = (
-            dict(teacher=[], student=[]),
-            dict(train=[], valid=[]),
-        )  # one number per item
+        self.task, self.n_labels = task, 0
+        self.sums: Any = 0.0  # a tensor after the first batch
+        self.confusion: Tensor | None = None
+        # one number per item
+        self.scores: dict[str, list[Tensor]] = dict(teacher=[], student=[])
+        self.tops: dict[str, list[Tensor]] = dict(train=[], valid=[])
         self.between, self.normed = (
             True,
             True,
         )  # True if all outputs are from 0 to 1; True if each row sums to 1
         self.finite = True
 
-    def add(self, t: Tensor, y: Tensor | None = None, s: Tensor | None = None):
+    def add(self, t: Tensor, y: Tensor | None = None, s: Tensor | None = None) -> None:
         """Count a batch, usually from the validation set.
 
         Args:
@@ -51,7 +54,7 @@ class Tally:
             y: Labels, from `fit_labels`.
             s: The student's outputs.
         """
-        t, s = (None if o is None else o.float() for o in (t, s))
+        t, s = t.float(), None if s is None else s.float()
         self.add_probabilities(t, 'valid')
         if y is None:
             return
@@ -62,7 +65,7 @@ class Tally:
             self.task.kind
         ](t, y)
 
-    def add_probabilities(self, t, part):
+    def add_probabilities(self, t: Tensor, part: str) -> None:
         """Add the largest probability of each item (mean over its positions), for 'train' or
         'valid'.
         """
@@ -76,7 +79,7 @@ class Tally:
         p = t.softmax(axis).amax(axis) if kind == 'softmax' else t.abs().sigmoid()
         self.tops[part].append(p.reshape(len(p), -1).mean(1).cpu())
 
-    def counts(self, y):
+    def counts(self, y: Tensor) -> Tensor:
         """Return which labels are not ignored, (B, positions)."""
         y = y.reshape(len(y), -1)
         return (
@@ -85,11 +88,11 @@ class Tally:
             else torch.ones_like(y, dtype=torch.bool)
         )
 
-    def counted(self, y):
+    def counted(self, y: Tensor) -> Tensor:
         """Return which items have labels that are not ignored, (B,)."""
         return self.counts(y).any(1).cpu()
 
-    def item_scores(self, o, y):
+    def item_scores(self, o: Tensor, y: Tensor) -> Tensor:
         """Return the fraction of correct predictions of each item, or its negative squared error,
         (B,).
         """
@@ -100,7 +103,7 @@ class Tally:
         counts = rows(self.counts(y))
         return ((rows(right) * counts).sum(1) / counts.sum(1)).cpu()
 
-    def add_classes(self, t, y):
+    def add_classes(self, t: Tensor, y: Tensor) -> None:
         """Count for each class the items that are present, recognized and predicted.
 
         An item counts as 1, divided among its positions.
@@ -118,7 +121,7 @@ class Tally:
         table = ((half * c + y) * c + p).bincount(w, minlength=2 * c * c).view(2, c, c)
         self.confusion = table if self.confusion is None else self.confusion + table
 
-    def add_labels(self, t, y):
+    def add_labels(self, t: Tensor, y: Tensor) -> None:
         """Count for each label the items with and without it.
 
         Also add the sums of their predicted probabilities and squared probabilities.
@@ -129,7 +132,7 @@ class Tally:
         )
         self.n_labels += len(y)
 
-    def add_numbers(self, t, y):
+    def add_numbers(self, t: Tensor, y: Tensor) -> None:
         """Add for each output the squared error, the sum of the targets and the sum of their
         squares.
         """
@@ -139,14 +142,14 @@ class Tally:
 
     # results
 
-    def items(self, who):
+    def items(self, who: Literal['teacher', 'student']) -> Tensor:
         return torch.cat(self.scores[who]) if self.scores[who] else torch.zeros(0)
 
-    def variance(self):
+    def variance(self) -> float:
         return (self.sums[2] / self.n_labels - (self.sums[1] / self.n_labels) ** 2).mean().item()
 
     @property
-    def constant(self):
+    def constant(self) -> float:
         """Compute the score of the best constant prediction."""
         if self.task.kind == 'regression':
             return -self.variance()
@@ -154,7 +157,9 @@ class Tally:
             return (self.sums[0].max() / self.sums[0].sum()).item()
         return (self.sums[:2].amax(0) / self.sums[:2].sum(0)).mean().item()
 
-    def above(self, a, b, least: float = SLIGHT, sure: float = SURE):
+    def above(
+        self, a: Tensor, b: Tensor | float, least: float = SLIGHT, sure: float = SURE
+    ) -> bool:
         """Return True if the scores `a` are significantly above the scores `b`.
 
         Args:
@@ -168,11 +173,11 @@ class Tally:
         way = (0.0 if self.task.kind == 'regression' else 1.0) - self.constant
         return (a - b).double().mean().item() / max(way, 1e-9) > least and p_above(a, b) < sure
 
-    def above_constant(self, least, sure=SURE):
+    def above_constant(self, least: float, sure: float = SURE) -> bool:
         "Return True if the teacher's scores are above those of the constant prediction."
         return self.above(self.items('teacher'), self.constant, least, sure)
 
-    def recall(self):
+    def recall(self) -> tuple[float, float, int]:
         """Return the mean recall over classes, its standard deviation by chance, and the number of
         classes.
 
@@ -187,7 +192,7 @@ class Tally:
             len(have),
         )
 
-    def knows_classes(self):
+    def knows_classes(self) -> bool:
         """Return True if the teacher's predictions are significantly better than chance.
 
         Either the mean over classes counts, which is fair to rare classes, or the mean over items,
@@ -208,7 +213,7 @@ class Tally:
         )  # expected value for predictions that are unrelated to the labels
         return items.mean().item() - luck > SLIGHT * (1 - luck) and p_above(items, luck) < KNOWS
 
-    def knows_labels(self):
+    def knows_labels(self) -> tuple[float, float, bool] | None:
         """Return (mean probability of present labels, mean of absent labels, True if significantly
         higher).
 
@@ -226,7 +231,7 @@ class Tally:
         enough = len(self.items('teacher')) < FEW or lead > LUCK * sd
         return (p1 / n1).mean().item(), (p0 / n0).mean().item(), lead > 0 and enough
 
-    def facts(self):
+    def facts(self) -> Facts:
         """Return the scores and the probabilities."""
         mean = lambda o: torch.cat(o).mean().item() if o else None
         score = lambda v: None if v is None else -v if self.task.kind == 'regression' else v
@@ -237,7 +242,8 @@ class Tally:
         return Facts(
             METRICS[self.task.kind],
             n,
-            *(score(mean(self.scores[who])) for who in ('teacher', 'student')),
+            score(mean(self.scores['teacher'])),
+            score(mean(self.scores['student'])),
             score(self.constant) if n else None,
             train,
             valid,
@@ -245,7 +251,7 @@ class Tally:
         )
 
 
-def p_above(a, b) -> float:
+def p_above(a: Tensor, b: Tensor | float) -> float:
     """Return the one-sided p-value for a mean of `a` above that of `b`.
 
     It is from an exact binomial test for correct and wrong predictions, and from a t-test for other

@@ -1,10 +1,13 @@
 """Detect teacher classes in a different order, by their names or by a confusion table."""
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from ..teachers.teacher import Teacher
+from .batch_scores import Tally
 from .findings import Finding, few_names
 
 __all__ = ['ClassMap', 'map_classes', 'reordered_classes']
@@ -30,7 +33,7 @@ class ClassMap:
     shared: list
 
 
-def map_classes(student, teacher) -> ClassMap | None:
+def map_classes(student: Sequence | None, teacher: Sequence | None) -> ClassMap | None:
     """Compare the classes of two models and their order. Return None if either has no class names.
 
     Args:
@@ -54,7 +57,9 @@ def map_classes(student, teacher) -> ClassMap | None:
     )
 
 
-def reordered_classes(tally, teacher, names=None):
+def reordered_classes(
+    tally: Tally, teacher: Teacher, names: Sequence | None = None
+) -> Iterator[tuple[float, Finding]]:
     """Find a teacher that is far more accurate with its outputs in a different order.
 
     Args:
@@ -94,7 +99,7 @@ def reordered_classes(tally, teacher, names=None):
     )
 
 
-def best_order(table: Tensor):
+def best_order(table: Tensor) -> list[int]:
     """Return the output for each class that makes as many predictions as possible correct."""
     from scipy.optimize import linear_sum_assignment
 
@@ -102,11 +107,11 @@ def best_order(table: Tensor):
     return linear_sum_assignment((table + torch.eye(len(table))).numpy(), maximize=True)[1].tolist()
 
 
-def hits(table, order):
+def hits(table: Tensor, order: Sequence[int]) -> Tensor:
     return table[torch.arange(len(order)), torch.tensor(order)]
 
 
-def holds_elsewhere(halves):
+def holds_elsewhere(halves: Tensor) -> bool:
     """Return True if the order found on half of the items is also far better on the other half."""
     now = then = 0.0
     for suggests, shows in (halves, halves.flip(0)):
@@ -117,7 +122,7 @@ def holds_elsewhere(halves):
     return then > 2 * now and then - now > 3 * (then + now) ** 0.5
 
 
-def moves_in_words(order, moved, names):
+def moves_in_words(order: Sequence[int], moved: Sequence[int], names: Sequence | None) -> str:
     """Describe which classes are swapped, or, in a longer cycle, which output is which class."""
     name = lambda i: (
         repr(str(names[i])) if names is not None and len(names) == len(order) else f'class {i}'

@@ -2,21 +2,25 @@
 more.
 """
 
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn import Module
 
 from ..base.class_mapping import taught_part
 from ..base.outputs import DistillError
 from ..base.random_state import guarded_random_state
-from ..base.task import fit_labels
+from ..base.task import Task, fit_labels
+from ..teachers.teacher import Teacher
 from .batch_scores import FEW, METRICS, Tally
 from .findings import Finding, Findings, numbers_in_words
 from .forward import student_logits, teacher_logits
-from .scores import CERTAIN
 from .shapes import mismatches
+from .teacher_scores import CERTAIN
 
 __all__ = ['Explanation', 'explain_training']
 
@@ -37,18 +41,14 @@ class Follow:
     class.
     """
 
-    def __init__(self, task):
-        self.task, self.n, self.apart, self.own, self.sums, self.squares = (
-            task,
-            0,
-            0.0,
-            0.0,
-            0.0,
-            0.0,
-        )
-        self.n_same = self.n_classes = 0
+    def __init__(self, task: Task) -> None:
+        self.task, self.n, self.apart, self.own = task, 0, 0.0, 0.0
+        self.sums: Any = 0.0  # a tensor after the first batch
+        self.squares: Any = 0.0
+        self.n_same: float = 0
+        self.n_classes = 0
 
-    def add(self, s, t):
+    def add(self, s: Tensor, t: Tensor) -> None:
         s, t = (o.double() for o in (s, t))
         if self.task.kind == 'softmax':
             axis = self.task.axis % s.dim()
@@ -73,11 +73,11 @@ class Follow:
             self.sums = self.sums + p.sum(0)
 
     @property
-    def same(self):
+    def same(self) -> float | None:
         return self.n_same / self.n_classes if self.n_classes else None
 
     @property
-    def value(self):
+    def value(self) -> float | None:
         if not self.n:
             return None
         mean = self.sums / self.n
@@ -119,7 +119,7 @@ class Explanation:
     same_valid: float | None = None
     faded: dict = field(default_factory=dict)
 
-    def lines(self):
+    def lines(self) -> Iterator[str]:
         """Return one line about the scores and one about what the student learned from the teacher."""
         if self.n and self.student_score is not None:
             yield (
@@ -135,22 +135,22 @@ class Explanation:
             ),
             ("it predicts the teacher's class for", self.same_train, self.same_valid),
         ):
-            found = dict(training=train, validation=valid).items()
-            if found := ', '.join(f'{k} {as_percent(v)}' for k, v in found if v is not None):
+            parts = dict(training=train, validation=valid).items()
+            if found := ', '.join(f'{k} {as_percent(v)}' for k, v in parts if v is not None):
                 yield f'{text}: {found}'
 
 
 def explain_training(
-    teacher,
-    task,
-    student,
-    valid,
-    train=(),
+    teacher: Teacher,
+    task: Task,
+    student: Module,
+    valid: Iterable,
+    train: Iterable = (),
     *,
     steps: int | None = None,
-    shares=None,
-    faded=None,
-    output=None,
+    shares: Mapping[str, float] | None = None,
+    faded: Mapping[str, float] | None = None,
+    output: Any = None,
 ) -> Findings:
     """Find reasons why a training helped less than hoped, each with its number and what to try.
 
@@ -209,7 +209,7 @@ def explain_training(
     return found
 
 
-def add_mistakes(counts, s, t, y, task):
+def add_mistakes(counts: list[float], s: Tensor, t: Tensor, y: Tensor, task: Task) -> None:
     """Count the teacher's mistakes, and those that the student repeats."""
     s, t = s.argmax(task.axis), t.argmax(task.axis)
     wrong = (t != y) & (y != task.ignore_index)
@@ -217,11 +217,11 @@ def add_mistakes(counts, s, t, y, task):
     counts[1] += (wrong & (s == t)).sum().item()
 
 
-def as_percent(v):
+def as_percent(v: float) -> str:
     return f'{max(v, 0.0):.0%}' if v > -0.005 else 'less than 0%'
 
 
-def reasons(f: Explanation, valid: Tally):
+def reasons(f: Explanation, valid: Tally) -> Iterator[Finding]:
     """Yield the reasons that the numbers suggest, the most likely first.
 
     Args:
@@ -277,7 +277,7 @@ def reasons(f: Explanation, valid: Tally):
         )
 
 
-def no_better(score, teacher, student, valid):
+def no_better(score: str, teacher: Tensor, student: Tensor, valid: Tally) -> Iterator[Finding]:
     """Find a teacher that is not better than the student in this score."""
     if len(teacher) < FEW:
         yield Finding(
@@ -301,7 +301,7 @@ def no_better(score, teacher, student, valid):
         )
 
 
-def does_not_follow(f):
+def does_not_follow(f: Explanation) -> Iterator[Finding]:
     """Find a student that does not reproduce the teacher's predictions, either at all or only on
     unseen items.
     """
@@ -320,7 +320,11 @@ def does_not_follow(f):
             'Train longer first. If that is not enough, use a larger student or a larger '
             'gradient ratio for the teacher',
         )
-    elif None not in (f.follows_train, f.follows_valid) and f.follows_train - f.follows_valid > GAP:
+    elif (
+        f.follows_train is not None
+        and f.follows_valid is not None
+        and f.follows_train - f.follows_valid > GAP
+    ):
         yield Finding(
             'warning',
             f'The student follows the teacher on training items ({as_percent(f.follows_train)}), '
@@ -329,9 +333,11 @@ def does_not_follow(f):
         )
 
 
-def other_view(f):
+def other_view(f: Explanation) -> Iterator[Finding]:
     """Find inputs that are augmented more than those the teacher was trained on."""
-    if not f.n or f.teacher_score_train is None or f.metric == METRICS['regression']:
+    if f.teacher_score is None or f.teacher_score_train is None:
+        return
+    if f.metric == METRICS['regression']:
         return
     if f.teacher_score - f.teacher_score_train > 0.1:
         yield Finding(

@@ -1,7 +1,9 @@
 "The result of the checks: findings and measured facts."
 
 import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from ..base.distributed import rank
 from ..base.outputs import DistillError, DistillWarning
@@ -9,7 +11,7 @@ from ..base.outputs import DistillError, DistillWarning
 __all__ = ['Facts', 'Finding', 'Findings', 'count_in_words', 'few_names', 'numbers_in_words']
 
 
-def few_names(names, n):
+def few_names(names: Sequence, n: int) -> str:
     return ', '.join(map(str, names[:n])) + (' ...' if len(names) > n else '')
 
 
@@ -32,7 +34,7 @@ class Finding:
     doubt: bool = False
     about: str = ''
 
-    def __str__(self):
+    def __str__(self) -> str:
         return f'{self.level}: {self.what}. {self.do}'
 
 
@@ -61,12 +63,12 @@ class Facts:
     part: str = 'validation'
 
     @property
-    def items(self):
+    def items(self) -> str:
         """Format what was scored: '64 validation items'."""
         return count_in_words(self.n, self.part)
 
     @property
-    def scores(self):
+    def scores(self) -> str:
         """Format the scores. Empty if there are none."""
         scores = dict(
             teacher=self.teacher_score, student=self.student_score, constant=self.constant_score
@@ -74,21 +76,21 @@ class Facts:
         return f'{self.metric} on {self.items}: {numbers_in_words(scores)}' if self.n else ''
 
     @property
-    def probabilities(self):
+    def probabilities(self) -> str:
         """Format the mean top probabilities. Empty if there are none."""
         words = numbers_in_words({'training': self.top_prob_train, self.part: self.top_prob_valid})
         return f"teacher's mean top probability: {words}" if words else ''
 
-    def lines(self):
+    def lines(self) -> Iterator[str]:
         """Format one line about the scores and one about the probabilities."""
         yield from filter(None, (self.scores, self.probabilities))
 
 
-def count_in_words(n, part, of='items'):
+def count_in_words(n: int, part: str, of: str = 'items') -> str:
     return ' '.join(filter(None, (str(n), part, of)))
 
 
-def numbers_in_words(values):
+def numbers_in_words(values: Mapping[str, float | None]) -> str:
     number = lambda v: f'{v:.3f}' if v < 10 else f'{v:.4g}'
     return ', '.join(f'{k} {number(v)}'.strip() for k, v in values.items() if v is not None)
 
@@ -98,15 +100,16 @@ class Findings(list):
     checks that found nothing.
     """
 
-    facts: Facts | None = None  # None if an error was found before anything could be measured
+    # `Facts`, or `Explanation` after training. None if an error was found before anything could be measured
+    facts: Any = None
     passed: tuple = ()  # checks that found nothing, see `in_order`
     none = 'Nothing found: the teacher fits.'  # text of an empty list
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         facts = [] if self.facts is None else self.facts.lines()
         return '\n'.join([*facts, *(map(str, self) if self else [self.none])])
 
-    def add(self, about: str, found=(), fine: str = '') -> list:
+    def add(self, about: str, found: Iterable[Finding] = (), fine: str = '') -> list:
         """Add the findings of a check and return them.
 
         Args:
@@ -120,7 +123,7 @@ class Findings(list):
             self.passed = *self.passed, Finding('ok', fine, '', about=about)
         return new
 
-    def join(self, others):
+    def join(self, others: 'Findings') -> 'Findings':
         """Add everything that a later check found and measured.
 
         Args:
@@ -131,7 +134,7 @@ class Findings(list):
         return self
 
     @property
-    def in_order(self):
+    def in_order(self) -> list[Finding]:
         """Return the checks that found nothing, each as a `Finding` of level 'ok'."""
         subjects = {f.about for f in self}
         return [f for f in self.passed if f.about not in subjects]
@@ -142,10 +145,10 @@ class Findings(list):
         return next((f.what for f in self if f.doubt or f.level in ('warning', 'error')), '')
 
     @property
-    def errors(self):
+    def errors(self) -> list[Finding]:
         return [f for f in self if f.level == 'error']
 
-    def enforce(self, facts: bool = True):
+    def enforce(self, facts: bool = True) -> 'Findings':
         """Print the facts and notes, issue the warnings, raise the errors.
 
         Args:

@@ -1,12 +1,15 @@
 """Detect a teacher that gets images with the wrong normalization, by trying the common ones."""
 
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from ..base.task import fit_labels
-from ..teachers.images import affine, is_image, stats_of
+from ..base.task import Task, fit_labels
+from ..teachers.image_normalization import affine, is_image, stats_of
 from ..teachers.teacher import Teacher
-from .batch_scores import METRICS
+from .batch_scores import METRICS, Tally
 from .findings import Finding, count_in_words
 from .forward import teacher_logits
 
@@ -22,7 +25,9 @@ USUAL = {
 ENOUGH = 0.9  # above this fraction of the way from a constant to a perfect prediction, the normalization is right
 
 
-def renormalized_images(tally, teacher, task, batches):
+def renormalized_images(
+    tally: Tally, teacher: Teacher, task: Task, batches: Sequence
+) -> Iterator[tuple[float, Finding]]:
     """Find a different common normalization with which the teacher is clearly better.
 
     Args:
@@ -64,11 +69,11 @@ def renormalized_images(tally, teacher, task, batches):
     )
 
 
-def images_in(x):
+def images_in(x: Iterable) -> list[Tensor]:
     return [o for o in x if isinstance(o, Tensor) and is_image(o)]
 
 
-def can_renormalize(teacher, batches):
+def can_renormalize(teacher: Teacher, batches: Sequence) -> bool:
     """Return True for a single teacher of color or gray images whose normalization is known."""
     if teacher.members or teacher.input_stats is None:
         return False
@@ -77,23 +82,24 @@ def can_renormalize(teacher, batches):
     )
 
 
-def with_stats(teacher, stats, batches):
+def with_stats(teacher: Teacher, stats: Any, batches: Sequence) -> Teacher | None:
     """Return the teacher with images normalized in this way, or None if nothing changes or if that
     is not possible.
     """
     now = teacher.input_stats if teacher.stats is None else teacher.stats
+    given: Any = stats_of(stats)
     (image,) = images_in(batches[0][0])
-    if len(stats_of(stats)[0]) not in (1, image.shape[1]) or affine(now, stats_of(stats)) is None:
+    if len(given[0]) not in (1, image.shape[1]) or affine(now, given) is None:
         return None
     return Teacher(teacher, images=dict(stats=stats))
 
 
-def scores_with(teacher, tally, task, batches):
+def scores_with(teacher: Teacher, tally: Tally, task: Task, batches: Sequence) -> Tensor:
     """Compute the teacher's score on each item of these batches, (items,)."""
     with teacher:
         outs = [(teacher_logits(teacher, xb).float(), yb[0]) for xb, yb in batches]
     scores = []
-    for t, y in outs:
-        y = fit_labels(y, t.shape, task)
+    for t, labels in outs:
+        y: Any = fit_labels(labels, t.shape, task)
         scores.append(tally.item_scores(t, y)[tally.counted(y)])
     return torch.cat(scores)

@@ -1,7 +1,13 @@
 """Describe the checks that found nothing: what they looked at, with numbers."""
 
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from ..teachers.teacher import Teacher
+from .batch_scores import Tally
 from .class_order import best_order, hits
 from .normalization import can_renormalize
 
@@ -17,7 +23,7 @@ __all__ = [
 ]
 
 
-def shapes_in_words(s, t, y):
+def shapes_in_words(s: Sequence[int] | None, t: Sequence[int], y: Tensor | None) -> str:
     """Describe the shapes of the student's outputs, the teacher's outputs and the labels. None if
     unknown.
     """
@@ -26,12 +32,12 @@ def shapes_in_words(s, t, y):
     return ', '.join(f'{k} {v}' for k, v in shapes.items() if v is not None)
 
 
-def steady_in_words(teacher):
+def steady_in_words(teacher: Teacher) -> str:
     drawn = teacher.mode == 'train' or teacher.combine == 'sample'
     return '' if drawn else 'the same in repeated calls with the same batch'
 
 
-def norms_of(teacher):
+def norms_of(teacher: Teacher) -> list[Any]:
     """Return the batch norms of a teacher that have statistics."""
     return [
         m
@@ -41,12 +47,12 @@ def norms_of(teacher):
     ]
 
 
-def norms_in_words(teacher):
+def norms_in_words(teacher: Teacher) -> str:
     n = len(norms_of(teacher))
     return f'{n} batch norm layer(s), not at their initial values' if n else ''
 
 
-def recipe_in_words(recipe):
+def recipe_in_words(recipe: Any) -> str:
     names = [t.name for t in getattr(recipe, 'terms', [] if recipe is None else [recipe])]
     return (
         f'{", ".join(names)}: each is meaningful for these outputs and trains something'
@@ -55,13 +61,13 @@ def recipe_in_words(recipe):
     )
 
 
-def outputs_in_words(tally):
+def outputs_in_words(tally: Tally) -> str:
     if tally.task.kind == 'regression':
         return 'finite numbers'
     return 'finite logits, not probabilities'
 
 
-def order_in_words(tally):
+def order_in_words(tally: Tally) -> str:
     """Describe the accuracy in the current and in the best order of the teacher's outputs."""
     if tally.confusion is None:
         return ''
@@ -73,7 +79,7 @@ def order_in_words(tally):
     )
 
 
-def unknown_normalization(teacher, batches):
+def unknown_normalization(teacher: Teacher, batches: Sequence) -> str:
     """Describe the check for a teacher whose normalization is unknown."""
     if teacher.stats is not None or not can_renormalize(teacher, batches):
         return ''

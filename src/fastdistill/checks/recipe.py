@@ -1,20 +1,26 @@
 """Check a recipe for two models: losses that need more classes, and layers that are not trained."""
 
+from collections.abc import Iterator, Sequence
 from functools import partial
+from typing import Any
 
 import torch
+from torch.nn import Module
 
+from ..features.layer_hooks import Taps
 from ..features.layer_pairs import pair
 from ..features.probe import untouched
-from ..features.taps import Taps
 from ..losses import response
+from ..teachers.teacher import Teacher
 from .findings import Finding, few_names
 from .forward import run_student
 
 __all__ = ['check_recipe']
 
 
-def check_recipe(recipe, student, teacher, x, n_classes):
+def check_recipe(
+    recipe: Any, student: Module | None, teacher: Teacher, x: Sequence, n_classes: int | None
+) -> Iterator[Finding]:
     """Find terms that would train nothing, or that are meaningless for these outputs.
 
     Args:
@@ -31,7 +37,7 @@ def check_recipe(recipe, student, teacher, x, n_classes):
             yield from frozen_layers(term, student, teacher, x)
 
 
-def two_classes(term):
+def two_classes(term: Any) -> Iterator[Finding]:
     fn = term.loss
     while isinstance(fn, partial):
         fn = fn.func
@@ -45,7 +51,7 @@ def two_classes(term):
     yield Finding('error', f'{term.name} is meaningless for 2 classes: {why}', 'Use kd(), or dkd()')
 
 
-def frozen_layers(term, student, teacher, x):
+def frozen_layers(term: Any, student: Module, teacher: Teacher, x: Sequence) -> Iterator[Finding]:
     """Find layers that a term can't train, because no parameter in or before them is trained."""
     if all(p.requires_grad for p in student.parameters()):
         return

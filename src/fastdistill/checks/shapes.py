@@ -1,12 +1,15 @@
 """Find mistakes that are visible in one batch: shapes, class axes, labels and ids that do not fit."""
 
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from math import prod
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..base.errors import DistillError
-from ..base.task import CLASS_NUMBERS, fit_labels, fitting_axes, float_labels, shape_of_labels
+from ..base.task import CLASS_NUMBERS, Task, fit_labels, fitting_axes, float_labels, shape_of_labels
+from ..teachers.teacher import Teacher
 from .findings import Finding
 
 __all__ = ['UnknownId', 'broadcasts', 'checked_ids', 'mismatches', 'unknown_id', 'unscored']
@@ -17,7 +20,7 @@ class UnknownId(Exception):
 
 
 @contextmanager
-def checked_ids(teacher):
+def checked_ids(teacher: Teacher) -> Iterator[None]:
     """Check the ids passed to the teacher's embeddings inside the context.
 
     On a GPU, an unknown id would crash the process.
@@ -31,7 +34,7 @@ def checked_ids(teacher):
         if isinstance(m, (nn.Embedding, nn.EmbeddingBag))
     }
 
-    def check(m, args, kwargs):
+    def check(m: Any, args: tuple, kwargs: dict) -> None:
         ids, n = args[0] if args else kwargs['input'], m.num_embeddings
         if ids.numel() and not 0 <= (largest := ids.max().item()) < n:
             raise UnknownId(
@@ -52,7 +55,7 @@ def checked_ids(teacher):
             h.remove()
 
 
-def unknown_id(error):
+def unknown_id(error: UnknownId) -> Finding:
     return Finding(
         'error',
         f'{error}',
@@ -62,7 +65,9 @@ def unknown_id(error):
     )
 
 
-def mismatches(s, t, y, task):
+def mismatches(
+    s: Sequence[int] | None, t: Sequence[int], y: Tensor | None, task: Task
+) -> Iterator[Finding]:
     """Find outputs and labels that do not fit each other.
 
     Only the first mistake is reported, since others follow from it.
@@ -86,13 +91,15 @@ def mismatches(s, t, y, task):
             return
 
 
-def broadcasts(s, t):
+def broadcasts(s: Sequence[int], t: Sequence[int]) -> bool:
     return len(s) == len(t) and all(a == b or 1 in (a, b) for a, b in zip(s, t))
 
 
-def outputs_differ(s, t, y, task):
+def outputs_differ(
+    s: Sequence[int] | None, t: Sequence[int], y: Tensor | None, task: Task
+) -> Finding | None:
     if s is None or (prod(s) == prod(t) if task.kind == 'regression' else s == t):
-        return
+        return None
     return Finding(
         'error',
         f"The student's output has shape {tuple(s)}, the teacher's {tuple(t)}",
@@ -103,9 +110,11 @@ def outputs_differ(s, t, y, task):
     )
 
 
-def axis_missing(s, t, y, task):
+def axis_missing(
+    s: Sequence[int] | None, t: Sequence[int], y: Tensor | None, task: Task
+) -> Finding | None:
     if task.kind != 'softmax' or task.axis and -len(t) < task.axis < len(t):
-        return  # axis 0 is the batch
+        return None  # axis 0 is the batch
     return Finding(
         'error',
         f'Outputs of shape {tuple(t)} have no axis {task.axis} for the classes',
@@ -113,9 +122,11 @@ def axis_missing(s, t, y, task):
     )
 
 
-def one_class(s, t, y, task):
+def one_class(
+    s: Sequence[int] | None, t: Sequence[int], y: Tensor | None, task: Task
+) -> Finding | None:
     if task.kind != 'softmax' or t[task.axis] > 1:
-        return
+        return None
     return Finding(
         'error',
         f'The outputs, of shape {tuple(t)}, have 1 class along axis {task.axis}. Its softmax is '
@@ -125,16 +136,21 @@ def one_class(s, t, y, task):
     )
 
 
-def labels_fractional(s, t, y, task):
+def labels_fractional(
+    s: Sequence[int] | None, t: Sequence[int], y: Tensor | None, task: Task
+) -> Finding | None:
     if y is None or task.kind != 'softmax' or not y.is_floating_point():
-        return
+        return None
     if y.shape == shape_of_labels(t, task.axis):
         return Finding('error', float_labels(y).removesuffix('.'), CLASS_NUMBERS.removesuffix('.'))
+    return None
 
 
-def axis_differs(s, t, y, task):
+def axis_differs(
+    s: Sequence[int] | None, t: Sequence[int], y: Tensor | None, task: Task
+) -> Finding | None:
     if y is None or task.kind != 'softmax' or fit_labels(y, t, task) is not None:
-        return
+        return None
     fits = [-1 if i == len(t) - 1 else i for i in fitting_axes(y, t)]
     if fits:
         return Finding(
@@ -143,9 +159,10 @@ def axis_differs(s, t, y, task):
             f'labels have shape {tuple(y.shape)}: they fit classes along axis {" or ".join(map(str, fits))}',
             axis_to_pass(*fits),
         )
+    return None
 
 
-def axis_to_pass(*fits):
+def axis_to_pass(*fits: int) -> str:
     axis = f', axis={fits[0]},' if len(fits) == 1 else ''
     return (
         f'Pass the class axis to KnowledgeDistillation, distill, check_teacher or Distiller{axis} '
@@ -153,9 +170,11 @@ def axis_to_pass(*fits):
     )
 
 
-def labels_beyond(s, t, y, task):
+def labels_beyond(
+    s: Sequence[int] | None, t: Sequence[int], y: Tensor | None, task: Task
+) -> Finding | None:
     if y is None or task.kind != 'softmax' or y.is_floating_point():
-        return
+        return None
     n, wrong = t[task.axis], y[(y != task.ignore_index) & ((y < 0) | (y >= t[task.axis]))]
     if len(wrong):
         return Finding(
@@ -164,9 +183,10 @@ def labels_beyond(s, t, y, task):
             'Give the model as many outputs as there are classes. Set ignore_index of the loss '
             'function to the label that does not count',
         )
+    return None
 
 
-def unscored(t, y, task):
+def unscored(t: Sequence[int], y: Tensor | None, task: Task) -> Iterator[Finding]:
     """Find labels of a different shape, which the user's loss function may accept."""
     if y is not None and fit_labels(y, t, task) is None:
         yield Finding(

@@ -1,11 +1,16 @@
 "Check that student and teacher do not share parameters."
 
+from collections.abc import Iterator
+
+from torch.nn import Module
+
+from ..teachers.teacher import Teacher
 from .findings import Finding, few_names
 
 __all__ = ['none_shared', 'shared_parameters']
 
 
-def shared_parameters(student, teacher):
+def shared_parameters(student: Module | None, teacher: Teacher) -> Iterator[Finding]:
     """Find parameters of the student that also belong to the teacher.
 
     Args:
@@ -24,7 +29,7 @@ def shared_parameters(student, teacher):
         )
 
 
-def none_shared(student, teacher):
+def none_shared(student: Module | None, teacher: Teacher) -> str:
     """Describe a check that found none. Empty if there was nothing to compare."""
     if student is None or not teacher.parameters_ids:
         return ''

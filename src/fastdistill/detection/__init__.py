@@ -2,12 +2,12 @@
 
 from ..losses.detection import anchor_kl, box_deltas, scored_hint
 from .compare import compare_detectors
+from .detection_plots import show_detections
 from .distiller import DetectionDistiller
-from .labels import ScoreThreshold, best_threshold, teacher_labels
 from .metrics import DetectionScores, average_precision, detect
-from .pictures import show_detections
+from .pseudo_labels import ScoreThreshold, best_threshold, teacher_labels
 from .recipes import anchors, mgd, scored
-from .validation import validation_losses
+from .validation_loss import validation_losses
 
 __all__ = [
     'DetectionDistiller',

@@ -2,6 +2,8 @@
 
 import copy
 from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 from torch import nn
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
@@ -9,7 +11,7 @@ from torchvision.ops import box_iou
 
 from ..checks.findings import Finding, Findings
 from .metrics import detect
-from .models import detector_name
+from .torchvision_detectors import detector_name
 
 __all__ = ['check_detections', 'seeing_size', 'top_matches']
 
@@ -18,7 +20,9 @@ LARGE_DROP = 0.1  # a drop of this much is more than luck on a few batches
 ENOUGH_MATCHES = 10  # matched boxes without which nothing is said about classes
 
 
-def check_detections(teacher: nn.Module, batches, transform, heads: bool) -> Findings:
+def check_detections(
+    teacher: nn.Module, batches: Sequence, transform: Any, heads: bool
+) -> Findings:
     """Return what is wrong with a teacher: boxes that it does not find, classes in a different
     order, images that are too small for it.
 
@@ -68,14 +72,14 @@ def check_detections(teacher: nn.Module, batches, transform, heads: bool) -> Fin
     return found
 
 
-def seeing_size(teacher: nn.Module, transform) -> nn.Module:
+def seeing_size(teacher: nn.Module, transform: Any) -> nn.Module:
     """Return a shallow copy of a detector that resizes images as a different one does. It has the
     same weights and its own normalization.
 
     Args:
         transform: Of the other detector.
     """
-    own = teacher.transform
+    own: Any = teacher.transform
     other = copy.copy(teacher)
     # subtle: a shallow copy shares the dict of submodules
     other._modules = dict(teacher._modules)
@@ -90,7 +94,7 @@ def seeing_size(teacher: nn.Module, transform) -> nn.Module:
     return other
 
 
-def top_matches(detections, targets) -> list:
+def top_matches(detections: Iterable[dict], targets: Iterable[dict]) -> list:
     """Return (label, predicted label) of each labeled box that is found by one of the most certain
     detections, of which there are as many as labeled boxes. A detection counts once, at an IoU of
     at least 0.5.
@@ -114,7 +118,7 @@ def top_matches(detections, targets) -> list:
     return pairs
 
 
-def class_findings(matches, heads: bool) -> list:
+def class_findings(matches: Sequence[tuple[int, int]], heads: bool) -> list:
     """Return a finding if the teacher predicts other classes than the labels, for boxes that it
     finds.
 

@@ -1,28 +1,31 @@
 "Compare detectors on the same images: mean average precision, cost, and paired tests."
 
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..base.outputs import DistillError
 from ..base.random_state import guarded_random_state
 from ..evaluation.cost import timed_in_turns, unfused, wait_for
-from ..evaluation.data import Cost, Latency, MeasureInfo, ModelResult
 from ..evaluation.metrics import Measure
-from ..evaluation.models import comparisons, machine_of, roles_of
+from ..evaluation.model_comparison import comparisons, machine_of, roles_of
 from ..evaluation.paired_tests import PairedScores
 from ..evaluation.report import Report
-from .matches import match_image, precision_of_sums, sums_of_images
+from ..evaluation.report_data import Cost, Latency, MeasureInfo, ModelResult
+from .box_matches import match_image, precision_of_sums, sums_of_images
 from .metrics import detect
-from .models import detector_name, on_device_of
+from .torchvision_detectors import detector_name, on_device_of
 
 __all__ = ['compare_detectors', 'map_measures']
 
 
 def compare_detectors(
     models: dict,
-    batches,
+    batches: Iterable,
     *,
     classes: list | None = None,
     teacher: str | None = None,
@@ -52,7 +55,9 @@ def compare_detectors(
         seed: Seed of the draws.
     """
     teacher, baseline = roles_of(models, teacher, baseline)
-    matches, counts, first = {k: [] for k in models}, {}, None
+    matches: dict[str, list] = {k: [] for k in models}
+    counts: dict[int, int] = {}
+    first: Any = None
     with guarded_random_state():
         for images, targets in batches:
             first = images[:1] if first is None else first
@@ -106,7 +111,7 @@ def compare_detectors(
 def map_measures() -> list:
     """Return the measures of a detector."""
 
-    def over(thresholds):
+    def over(thresholds: slice) -> Callable:
         return lambda sums: np.nanmean(precision_of_sums(sums, thresholds), (1, 2))
 
     info = lambda label: MeasureInfo(label, percent=True)
@@ -116,7 +121,7 @@ def map_measures() -> list:
     ]
 
 
-def costs_of(models, images, seconds) -> dict:
+def costs_of(models: Mapping[str, nn.Module], images: Sequence[Tensor], seconds: float) -> dict:
     """Return the `Cost` of each model for one image."""
     costs, calls, modes = {}, {}, [(o, o.training) for m in models.values() for o in m.modules()]
     try:
@@ -143,5 +148,5 @@ def costs_of(models, images, seconds) -> dict:
     return costs
 
 
-def run_on(model: nn.Module, images):
+def run_on(model: nn.Module, images: Sequence[Tensor]) -> Callable[[], Any]:
     return lambda: model(images)

@@ -11,22 +11,24 @@ from torchvision.models.detection.image_list import ImageList
 from ..base.outputs import DistillError, Outputs
 from ..base.random_state import RandomGuard
 from ..checks.findings import Findings
-from ..checks.outputs import BATCHES
 from ..checks.shared_parameters import none_shared, shared_parameters
+from ..checks.teacher_outputs import BATCHES
 from ..distiller.distiller import Distiller
 from ..distiller.head import Head
 from ..distiller.integration import takes_part
 from ..distiller.loader import own_generators
+from ..features.layer_hooks import Taps, returned_by
 from ..features.layer_names import split_suffixes
 from ..features.layer_pairs import PairTable, pair
 from ..features.probe import dry_run
-from ..features.taps import Taps, returned_by
 from ..recipes.recipe_loss import Distilled
+from ..recipes.recipe_text import as_recipe
 from ..recipes.term import Recipe
-from ..recipes.text import as_recipe
 from .check import check_detections
-from .levels import pair_levels
-from .models import (
+from .pyramid_levels import pair_levels
+from .recipes import automatic
+from .target_checks import check_targets
+from .torchvision_detectors import (
     DetectorView,
     as_levels,
     checked_detector,
@@ -38,8 +40,6 @@ from .models import (
     level_names,
     level_scores,
 )
-from .recipes import automatic
-from .targets import check_targets
 
 __all__ = ['DetectionDistiller', 'same_anchors']
 

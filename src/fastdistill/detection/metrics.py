@@ -1,14 +1,15 @@
 "Mean average precision of a detector, with torchmetrics."
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..base.model_state import ModelState
 from ..base.outputs import DistillError
 from ..base.random_state import RandomGuard
-from .models import on_device_of
+from .torchvision_detectors import on_device_of
 
 __all__ = ['DetectionScores', 'average_precision', 'detect']
 
@@ -30,7 +31,7 @@ class DetectionScores:
     images: int = 0
 
 
-def detect(model: nn.Module, images) -> list:
+def detect(model: nn.Module, images: Sequence[Tensor]) -> list:
     """Return the detections of a model for a batch of images, on the CPU. The model is not changed.
 
     Args:
@@ -47,7 +48,7 @@ def detect(model: nn.Module, images) -> list:
     return [{k: v.detach().cpu() for k, v in o.items()} for o in found]
 
 
-def average_precision(detections, targets) -> DetectionScores:
+def average_precision(detections: Sequence[dict], targets: Sequence[dict]) -> DetectionScores:
     """Compute the mean average precision of detections.
 
     Args:

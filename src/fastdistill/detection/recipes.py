@@ -1,6 +1,9 @@
 "Recipes for detectors."
 
+from ..features.layer_pairs import LayersLike
+from ..features.projectors import ProjectorLike
 from ..losses.detection import MGD, anchor_kl, box_deltas, scored_hint
+from ..recipes.schedule import ScheduleLike
 from ..recipes.term import Recipe, Term
 from ..recipes.zoo import pkd, scaled
 
@@ -16,7 +19,7 @@ def anchors(
     T: float = 1.0,
     sure: float = 0.5,
     background: int | None = None,
-):
+) -> Recipe:
     """Match the outputs of a dense head with the same anchors: class probabilities, weighted by the
     teacher's probability of an object, and boxes where the teacher is sure.
 
@@ -52,7 +55,13 @@ def anchors(
     return Recipe(*terms)
 
 
-def scored(layers='auto', weight=None, projector='auto', stop_at=None, grad_ratio=None):
+def scored(
+    layers: LayersLike = 'auto',
+    weight: ScheduleLike | None = None,
+    projector: ProjectorLike = 'auto',
+    stop_at: float | None = None,
+    grad_ratio: ScheduleLike | None = None,
+) -> Recipe:
     """Match feature maps where the teacher sees objects: squared differences, weighted by its
     probability of an object at each position.
 
@@ -74,13 +83,13 @@ def scored(layers='auto', weight=None, projector='auto', stop_at=None, grad_rati
 
 
 def mgd(
-    layers='auto',
-    weight=None,
+    layers: LayersLike = 'auto',
+    weight: ScheduleLike | None = None,
     drop: float = 0.65,
-    projector='auto',
-    stop_at=None,
-    grad_ratio=None,
-):
+    projector: ProjectorLike = 'auto',
+    stop_at: float | None = None,
+    grad_ratio: ScheduleLike | None = None,
+) -> Recipe:
     """Generate the teacher's feature maps from parts of the student's (MGD, arXiv:2205.01529).
 
     Args:

@@ -12,14 +12,14 @@ from torch import Tensor, nn
 from ..base.outputs import DistillError, Outputs, map_tensors
 from ..checks.findings import Findings
 from ..checks.forward import student_logits
-from ..checks.outputs import BATCHES
-from ..features.calls import arguments
+from ..checks.teacher_outputs import BATCHES
+from ..features.layer_hooks import Taps, returned_by
 from ..features.layer_pairs import PairTable, inputs
-from ..features.taps import Taps, returned_by
-from ..recipes.batch import inputs_and_labels
+from ..features.model_call import arguments
+from ..recipes.batch_tensors import inputs_and_labels
 from ..recipes.recipe_loss import Distilled
 from ..recipes.term import Recipe
-from ..teachers.forms import holds_weights
+from ..teachers.model_loading import holds_weights
 from ..teachers.teacher import Teacher, same_run
 from .head import Head, HeadOutput, SharedOutput, options_by_head, renamed
 from .loader import is_loader, own_generators

@@ -12,20 +12,21 @@ from ..base.outputs import DistillError, Outputs, as_plain, check_output, warn_o
 from ..base.random_state import RandomGuard
 from ..base.task import labels_loss, task_for
 from ..checks.findings import Findings
-from ..checks.outputs import check_batch, check_outputs
 from ..checks.shared_parameters import none_shared, shared_parameters
-from ..checks.stored import check_stored
-from ..features.calls import predicts_next
+from ..checks.stored_outputs import check_stored
+from ..checks.teacher_outputs import check_batch, check_outputs
+from ..features.layer_hooks import Taps, is_output, layer_output
 from ..features.layer_pairs import PairTable, check_names, inputs, pair
+from ..features.model_call import predicts_next
 from ..features.probe import dry_run
 from ..features.projectors import projector
-from ..features.taps import Taps, is_output, layer_output
-from ..recipes.batch import both, labels_to_shift, next_tokens, padding_mask, plain_logits
+from ..recipes.batch_tensors import both, plain_logits
 from ..recipes.default import chosen_before, chosen_for
-from ..recipes.link import Link, own_copy
+from ..recipes.layer_link import Link, own_copy
 from ..recipes.recipe_loss import Distilled, RecipeLoss
+from ..recipes.recipe_text import as_recipe
 from ..recipes.term import Recipe
-from ..recipes.text import as_recipe
+from ..recipes.token_labels import labels_to_shift, next_tokens, padding_mask
 from ..teachers.teacher import Teacher
 
 __all__ = ['Head', 'HeadOutput', 'SharedOutput', 'options_by_head', 'renamed']

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from ..base.generators import Generators
+from ..base.transform_random_state import Generators
 
 __all__ = ['is_loader', 'own_generators']
 

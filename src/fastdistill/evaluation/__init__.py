@@ -2,7 +2,7 @@
 
 from .calibration import Calibration, fit_temperature
 from .feature_plots import attention_map, picture_in, show_features
-from .models import measure_models, roles_of
+from .model_comparison import measure_models, roles_of
 from .paired_tests import PairedScores, mcnemar
 from .report import Report
 from .report_plots import (

@@ -1,8 +1,13 @@
 """Measure how often a student's predictions agree with its teacher's."""
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
+from torch import Tensor
 
 from ..losses import binary_kl, kl, reverse_kl
+from .metrics import Rows
 
 __all__ = ['Agreement']
 
@@ -10,14 +15,17 @@ __all__ = ['Agreement']
 class Agreement:
     """Agreement counts of a student and a teacher, added up batch by batch."""
 
-    def __init__(self, kind):
-        self.kind, self.sums = kind, {}
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+        self.sums: dict[str, float] = {}
 
-    def add(
-        self,
-        s,
-        t,  # `Rows` of student and teacher for a batch
-    ):
+    def add(self, s: Rows, t: Rows) -> None:
+        """Add a batch.
+
+        Args:
+            s: Rows of the student.
+            t: Rows of the teacher.
+        """
         counts = s.counts
         fn = dict(softmax=compare_classes, sigmoid=compare_labels, regression=compare_numbers)[
             self.kind
@@ -29,7 +37,7 @@ class Agreement:
         """Return the fractions and means, as {name: value}. A value is None if it has no positions."""
         n, s = self.sums.get('n', 0.0), self.sums
 
-        def per(k, of):
+        def per(k: str, of: float) -> float | None:
             return s[k] / of if of else None
 
         if self.kind == 'regression':
@@ -49,7 +57,7 @@ class Agreement:
         )
 
 
-def split(a, b, y, one):
+def split(a: Tensor, b: Tensor, y: Tensor, one: Tensor) -> dict[str, Tensor]:
     """Count agreement over all positions, and separately where the teacher is right and where it is
     wrong.
     """
@@ -64,9 +72,9 @@ def split(a, b, y, one):
     )
 
 
-def compare_classes(s, t):
+def compare_classes(s: Rows, t: Rows) -> dict[str, Tensor]:
     a, b = s.out.argmax(-1), t.out.argmax(-1)
-    options = dict(T=1.0, axis=-1, reduction='none')
+    options: dict[str, Any] = dict(T=1.0, axis=-1, reduction='none')
     out = split(a, b, s.y, torch.ones_like(a)) | dict(
         kl=kl(s.out, t.out, **options), reverse=reverse_kl(s.out, t.out, **options)
     )
@@ -75,7 +83,7 @@ def compare_classes(s, t):
     return out
 
 
-def compare_labels(s, t):
+def compare_labels(s: Rows, t: Rows) -> dict[str, Tensor]:
     yes = s.y > 0.5
     divergences = dict(
         kl=binary_kl(s.out, t.out, T=1.0, reduction='none'),
@@ -84,7 +92,7 @@ def compare_labels(s, t):
     return split(s.out > 0, t.out > 0, yes, torch.ones_like(yes)) | divergences
 
 
-def compare_numbers(s, t):
+def compare_numbers(s: Rows, t: Rows) -> dict[str, Tensor]:
     a, b = (s.out - s.y).double(), (t.out - t.y).double()
     return dict(
         n=torch.ones_like(a),
@@ -98,7 +106,7 @@ def compare_numbers(s, t):
     )
 
 
-def how_far_apart(s, n):
+def how_far_apart(s: Mapping[str, float], n: float) -> dict[str, float | None]:
     """Return the distances between two predictions and the correlation of their errors."""
     if not n:
         return {}

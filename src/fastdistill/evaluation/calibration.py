@@ -2,9 +2,10 @@
 (Guo et al., "On Calibration of Modern Neural Networks", arXiv:1706.04599).
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from math import exp, log
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,11 +14,11 @@ from torch import Tensor, nn
 from ..base.errors import DistillError
 from ..base.outputs import as_plain
 from ..base.task import Task, fit_labels, task_for
-from ..features.taps import Taps
+from ..features.layer_hooks import Taps
 from ..teachers import Teacher
 from ..teachers.fast_copy import AS_IT_IS
-from .data import calibration_error
 from .metrics import rows_of, scores_of
+from .report_data import calibration_error
 
 __all__ = ['Calibration', 'calibrate_model', 'fit_temperature']
 
@@ -46,7 +47,7 @@ class Calibration:
     layer: str | None = None
     reason: str = ''
 
-    def __str__(self):
+    def __str__(self) -> str:
         T = self.temperature
         value = f'{T:.3g}' if isinstance(T, float) else f'{min(T):.3g} to {max(T):.3g}'
         a, b = self.before, self.after
@@ -105,7 +106,12 @@ def fit_temperature(
 
 
 def calibrate_model(
-    model: nn.Module, batches: Iterable, task: Task, *, fold: bool = True, tick: Callable = None
+    model: nn.Module,
+    batches: Iterable,
+    task: Task,
+    *,
+    fold: bool = True,
+    tick: Callable[[], None] | None = None,
 ) -> Calibration:
     """Fit a temperature on labeled batches, and fold it into the model's last linear layer. The
     predicted classes do not change.
@@ -146,7 +152,7 @@ def calibrate_model(
     return out
 
 
-def labeled_positions(logits, labels, task):
+def labeled_positions(logits: Tensor, labels: Any, task: Task) -> tuple[np.ndarray, np.ndarray]:
     """Return logits (P, C) and labels, (P,) or (P, C), of the labeled positions, as NumPy arrays."""
     logits = as_plain(logits).detach().cpu().double()
     y = None
@@ -165,7 +171,7 @@ def labeled_positions(logits, labels, task):
     return z[counts].numpy(), y[counts].numpy()
 
 
-def thinned(z, y, logits):
+def thinned(z: np.ndarray, y: np.ndarray, logits: Tensor) -> tuple[np.ndarray, np.ndarray]:
     """Drop some positions of samples with many, such as pixels, so that all batches fit into
     memory.
     """
@@ -174,7 +180,7 @@ def thinned(z, y, logits):
     return z[::step], y[::step]
 
 
-def lowest(nll):
+def lowest(nll: Callable[[float], float]) -> float:
     """Return the T in the allowed range that minimizes nll(1/T), or 1 if the minimum is at a limit."""
     from scipy.optimize import minimize_scalar
 
@@ -188,7 +194,7 @@ def lowest(nll):
     return T if LOWEST_T * 1.01 < T < HIGHEST_T / 1.01 else 1.0
 
 
-def of_label(z, y):
+def of_label(z: np.ndarray, y: np.ndarray) -> float:
     """Fit the temperature of one label."""
     if y.all() or not y.any():
         return 1.0
@@ -196,7 +202,7 @@ def of_label(z, y):
     return lowest(lambda b: np.logaddexp(0, -b * signed).mean())
 
 
-def measures(z, y, kind) -> dict[str, float]:
+def measures(z: Tensor, y: Tensor, kind: str) -> dict[str, Any]:
     """Return NLL, calibration error and Brier score."""
     sums = scores_of(rows_of(z, y, Task(kind)), kind)
     n = float(sums['n'].sum())
@@ -210,7 +216,9 @@ def measures(z, y, kind) -> dict[str, float]:
 # folding the temperature into the last layer
 
 
-def fold_temperature(model, T, x, task):
+def fold_temperature(
+    model: nn.Module, T: Tensor, x: Sequence, task: Task
+) -> tuple[str | None, str]:
     """Divide weight and bias of the model's last layer by T.
 
     Returns:
@@ -248,7 +256,7 @@ def fold_temperature(model, T, x, task):
     return None, f'its last layer {name!r} also changes its other outputs.'
 
 
-def is_linear(m):
+def is_linear(m: nn.Module) -> bool:
     """Return True for a linear layer or 1x1 convolution whose weight is a plain parameter."""
     one = isinstance(m, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) and set(m.kernel_size) == {1}
     return (isinstance(m, nn.Linear) or one) and isinstance(
@@ -256,7 +264,7 @@ def is_linear(m):
     )
 
 
-def shared_with(model, layer):
+def shared_with(model: nn.Module, layer: nn.Module) -> str | None:
     """Return the name of a parameter outside `layer` that is the layer's weight or bias, or None."""
     own = {id(p) for p in layer.parameters()}
     for prefix, m in model.named_modules():

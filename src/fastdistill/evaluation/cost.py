@@ -3,8 +3,10 @@
 import time
 import warnings
 import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,9 +14,10 @@ from torch.backends import cudnn, mkldnn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..base.outputs import tensors_in
-from ..teachers.items import items_at, items_in, with_items
-from .data import Cost, Latency
+from ..base.outputs import Outputs, tensors_in
+from ..teachers.raw_items import items_at, items_in, with_items
+from ..teachers.teacher import Teacher
+from .report_data import Cost, Latency
 
 __all__ = ['batch_of', 'cost_of', 'latencies', 'wait_for', 'weights_of_teacher']
 
@@ -26,8 +29,8 @@ SECONDS, LEAST_RUNS, MOST_RUNS = (
 
 
 def cost_of(
-    teacher,
-    x,
+    teacher: Teacher,
+    x: Any,
 ) -> Cost:
     """Return the cost of a model, without times. Values that can't be counted are None.
 
@@ -47,7 +50,7 @@ def cost_of(
     return out
 
 
-def weights_of_teacher(teacher) -> int:
+def weights_of_teacher(teacher: Teacher) -> int:
     """Return the size in bytes of the parameters and buffers of a teacher, counting shared ones
     once.
     """
@@ -56,7 +59,7 @@ def weights_of_teacher(teacher) -> int:
 
 
 @contextmanager
-def unfused():
+def unfused() -> Iterator[None]:
     """Run recurrent layers as matrix products inside, since the counter does not know the fused
     ones.
     """
@@ -68,12 +71,12 @@ def unfused():
             yield
 
 
-def fresh_run(teacher, x):
+def fresh_run(teacher: Teacher, x: Any) -> Outputs:
     teacher.reset()
     return teacher(*x)
 
 
-def file_size(teacher):
+def file_size(teacher: Teacher) -> int:
     """Return the total size in bytes of the files that the models were loaded from.
 
     0 if any model was not loaded from a file.
@@ -82,7 +85,7 @@ def file_size(teacher):
     return sum(Path(p).stat().st_size for p in paths) if all(paths) else 0
 
 
-def batch_of(x, n: int) -> tuple:
+def batch_of(x: Any, n: int) -> tuple:
     """Return the first `n` samples of a batch.
 
     Args:
@@ -93,7 +96,7 @@ def batch_of(x, n: int) -> tuple:
     if items is not None:
         items = items_at(items, [i % len(items) for i in range(n)])
 
-    def fit(t):
+    def fit(t: Any) -> Any:
         if isinstance(t, torch.Tensor):
             return t.repeat(-(-n // len(t)), *[1] * (t.dim() - 1))[:n]
         if isinstance(t, dict):
@@ -108,11 +111,14 @@ class Peak(TorchDispatchMode):
     time.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
-        self.now, self.most, self.alive = 0, 0, set()
+        self.now = self.most = 0
+        self.alive: set[int] = set()
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(
+        self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
         # an unknown argument was created earlier, such as a weight
         for t in tensors_in((args, kwargs)):
             self._count(t, False)
@@ -121,7 +127,7 @@ class Peak(TorchDispatchMode):
             self._count(t, True)
         return out
 
-    def _count(self, t, made_here):
+    def _count(self, t: torch.Tensor, made_here: bool) -> None:
         if t.layout != torch.strided or t.is_meta:
             return
         storage = t.untyped_storage()
@@ -133,12 +139,12 @@ class Peak(TorchDispatchMode):
         self.most = max(self.most, self.now)
         weakref.finalize(storage, self._free, key, size)
 
-    def _free(self, key, size):
+    def _free(self, key: int, size: int) -> None:
         self.alive.discard(key)
         self.now -= size
 
 
-def peak_memory(teacher, x):
+def peak_memory(teacher: Teacher, x: Any) -> int:
     """Return the peak bytes allocated in a forward pass, without the weights."""
     device = next((t.device for t in tensors_in(x)), torch.device('cpu'))
     if device.type == 'cuda':
@@ -151,7 +157,13 @@ def peak_memory(teacher, x):
     return peak.most
 
 
-def latencies(teachers: dict, x, sizes, seconds: float = SECONDS, tick=lambda: None) -> dict:
+def latencies(
+    teachers: dict,
+    x: Any,
+    sizes: Iterable[int],
+    seconds: float = SECONDS,
+    tick: Callable[[], None] = lambda: None,
+) -> dict:
     """Return {name: [`Latency` for each size]}.
 
     The models are timed alternately, so that other load on the machine affects all of them equally.
@@ -163,7 +175,7 @@ def latencies(teachers: dict, x, sizes, seconds: float = SECONDS, tick=lambda: N
         seconds: Time limit for each model and size.
         tick: Called after each model and size.
     """
-    out = {k: [] for k in teachers}
+    out: dict[str, list[Latency]] = {k: [] for k in teachers}
     for n in sizes:
         xn = batch_of(x, n)
         calls = {k: bare_call(t, xn) for k, t in teachers.items()}
@@ -174,34 +186,39 @@ def latencies(teachers: dict, x, sizes, seconds: float = SECONDS, tick=lambda: N
     return out
 
 
-def bare_call(teacher, x):
+def bare_call(teacher: Teacher, x: Any) -> Callable[[], Any]:
     """Return the model's forward pass on prepared inputs, without the checks of a `Teacher`."""
     fresh_run(teacher, x)  # moves the model to its device and sets its mode
     return teacher.runner.bare_call(x)
 
 
-def wait_for(x):
+def wait_for(x: Any) -> Callable[[], None]:
     """Return a function that waits until the GPU has finished, if there is one."""
     device = next((t.device for t in tensors_in(x)), torch.device('cpu'))
     return (lambda: torch.cuda.synchronize(device)) if device.type == 'cuda' else (lambda: None)
 
 
 @torch.inference_mode()
-def timed_in_turns(calls, seconds, wait, tick):
+def timed_in_turns(
+    calls: Mapping[str, Callable[[], Any]],
+    seconds: float,
+    wait: Callable[[], None],
+    tick: Callable[[], None],
+) -> dict[str, list[float]]:
     """Time the calls alternately and return {name: seconds of each run}."""
-    ts = {k: [] for k in calls}
+    ts: dict[str, list[float]] = {k: [] for k in calls}
     for call in calls.values():
         for _ in range(5):
             call()  # warm-up
 
-    def once(call):
+    def once(call: Callable[[], Any]) -> float:
         wait()
         start = time.perf_counter()
         call()
         wait()
         return time.perf_counter() - start
 
-    def done(k):
+    def done(k: str) -> bool:
         return len(ts[k]) >= MOST_RUNS or (len(ts[k]) >= LEAST_RUNS and sum(ts[k]) >= seconds)
 
     while left := [k for k in calls if not done(k)]:

@@ -1,14 +1,17 @@
 """Plot attention maps of student and teacher."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..base.outputs import DistillError, as_plain, map_tensors, tensors_in
+from ..features.feature_shapes import as_map
+from ..features.layer_hooks import Taps
 from ..features.layer_pairs import inputs, pair
 from ..features.probe import dry_run
-from ..features.shapes import as_map
-from ..features.taps import Taps
 
 __all__ = ['attention_map', 'picture_in', 'show_features']
 
@@ -36,7 +39,7 @@ def attention_map(f: Tensor, p: float = 2, aspect: float = 1.0) -> Tensor:
     return (a - low) / (high - low).clamp_min(torch.finfo(a.dtype).tiny)
 
 
-def read_maps(model, x, names, p):
+def read_maps(model: nn.Module, x: Sequence, names: Sequence[str], p: float) -> dict[str, Tensor]:
     """Return {layer name: attention maps (B, H, W)} for a batch, without changing the model."""
     with Taps(model, names) as taps:
         dry_run(model, *x)
@@ -45,7 +48,7 @@ def read_maps(model, x, names, p):
     return {n: named_map(n, f, p, height / width) for n, f in feats.items()}
 
 
-def picture_in(x):
+def picture_in(x: Any) -> Tensor:
     """Return the first tensor (B, C, H, W) in the inputs, or the first tensor if there is none.
 
     Args:
@@ -55,18 +58,18 @@ def picture_in(x):
     return next((o for o in found if o.dim() == 4), found[0])
 
 
-def first_samples(x, n):
+def first_samples(x: Any, n: int) -> Any:
     return map_tensors(x, lambda o: o[:n] if o.dim() else o)
 
 
-def named_map(name, f, p, aspect):
+def named_map(name: str, f: Tensor, p: float, aspect: float) -> Tensor:
     try:
         return attention_map(f, p, aspect).cpu()
     except DistillError as e:
         raise DistillError(f"Layer {name!r} can't be drawn. {e}") from e
 
 
-def to_show(x):
+def to_show(x: Tensor) -> Tensor:
     """Convert images to (B, H, W, 3) from 0 to 1.
 
     If any value is outside this range, each image is rescaled to it.
@@ -85,14 +88,14 @@ def to_show(x):
 
 def show_features(
     student: nn.Module,
-    teacher,
-    x,
-    layers='auto',
+    teacher: Any,
+    x: Any,
+    layers: Any = 'auto',
     *,
     images: Tensor | None = None,
     n: int = 4,
     p: float = 2,
-):
+) -> Any:
     """Show attention maps of student and teacher side by side over each image, for each pair of
     layers.
 
@@ -123,15 +126,16 @@ def show_features(
 
 def draw_maps(
     pictures: Tensor,  # (B, H, W, 3) from 0 to 1
-    columns,  # (title, (B, h, w) maps), two for each pair
-):
+    columns: Sequence[tuple[str, Tensor]],  # (title, (B, h, w) maps), two for each pair
+) -> Any:
     import matplotlib.pyplot as plt  # noqa: F401 (notebooks show figures only after this import)
     from matplotlib.figure import Figure
 
     b, h, w = pictures.shape[:3]
     # subtle: not a pyplot figure, which would stay open and be shown twice in a notebook
     fig = Figure(figsize=(2 * (len(columns) + 1), 1.93 * h / w * b + 0.5), layout='constrained')
-    fig.get_layout_engine().set(h_pad=0.02, w_pad=0.02)
+    layout: Any = fig.get_layout_engine()
+    layout.set(h_pad=0.02, w_pad=0.02)
     groups = [('image', None)], *zip(columns[::2], columns[1::2])
     parts = fig.subfigures(
         1, len(groups), width_ratios=[len(g) for g in groups], wspace=0.02, squeeze=False
@@ -148,7 +152,7 @@ def draw_maps(
     return fig
 
 
-def overlay(ax, picture, m):
+def overlay(ax: Any, picture: Tensor, m: Tensor | None) -> Any:
     """Draw the image. If there is a map, draw it over a gray version of the image."""
     ax.axis('off')
     if m is None:

@@ -4,15 +4,17 @@ Any subset of samples can then be scored without storing outputs, as needed for 
 and paired tests.
 """
 
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
-from typing import Callable
+from typing import Any, Callable
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .data import MeasureInfo
+from ..base.task import Task
+from .report_data import MeasureInfo
 
 __all__ = ['BINS', 'Measure', 'Rows', 'measures_of', 'rows_of', 'scores_of']
 
@@ -36,7 +38,7 @@ class Rows:
     counts: Tensor
 
 
-def rows_of(logits: Tensor, y: Tensor, task) -> Rows:
+def rows_of(logits: Tensor, y: Tensor, task: Task) -> Rows:
     """Convert logits and labels of a batch to rows of positions.
 
     Args:
@@ -69,7 +71,7 @@ def scores_of(r: Rows, kind: str, per_class: bool = False) -> dict:
     )
 
 
-def class_scores(r, per_class):
+def class_scores(r: Rows, per_class: bool) -> dict[str, Tensor]:
     lp, y = r.out.log_softmax(-1), r.y.where(r.counts, 0)
     own, p = lp.gather(-1, y[..., None]), lp.exp()
     top, best = p.max(-1)
@@ -93,10 +95,10 @@ def class_scores(r, per_class):
     )
 
 
-def overlaps(best, y, counts, c):
+def overlaps(best: Tensor, y: Tensor, counts: Tensor, c: int) -> dict[str, Tensor]:
     """Return the intersections and unions of each class for each image."""
 
-    def per_image(classes, where):
+    def per_image(classes: Tensor, where: Tensor) -> Tensor:
         at = torch.arange(len(classes), device=classes.device)[:, None] * c + classes
         return at[where].bincount(minlength=len(classes) * c).view(len(classes), c).double()
 
@@ -108,7 +110,7 @@ def overlaps(best, y, counts, c):
     return dict(both=both, union=there + found - both)
 
 
-def label_scores(r, per_class):
+def label_scores(r: Rows, per_class: bool) -> dict[str, Tensor]:
     p, yes = r.out.sigmoid(), r.y > 0.5
     found = r.out > 0
     sums = dict(
@@ -124,14 +126,14 @@ def label_scores(r, per_class):
     return out | dict(bins=bins(p, yes, r.counts), totals=of_labels)
 
 
-def number_scores(r, _):
+def number_scores(r: Rows, _: bool) -> dict[str, Tensor]:
     o, y = r.out.double(), r.y.double()
     sums = dict(abs=(o - y).abs(), sq=(o - y).pow(2), y2=y.pow(2))
     means = y if y.shape[1] <= MAX_OUTPUTS else y.sum(1, keepdim=True)
     return {k: v.sum(1) for k, v in sums.items()} | dict(n=r.counts.sum(1).double(), y=means)
 
 
-def bins(confidence, right, counts):
+def bins(confidence: Tensor, right: Tensor, counts: Tensor) -> Tensor:
     """Return for each confidence bin the count, the sum of confidences and the number correct, (3,
     BINS).
     """
@@ -140,7 +142,7 @@ def bins(confidence, right, counts):
     return torch.stack([of(None), of(c), of(right[counts].double())])
 
 
-def totals(best, y, counts, c):
+def totals(best: Tensor, y: Tensor, counts: Tensor, c: int) -> Tensor:
     """Return for each class the counts of correct, actual and predicted positions, (3, C)."""
     y, best = y[counts], best[counts]
     return torch.stack([o.bincount(minlength=c).double() for o in (y[best == y], y, best)])
@@ -163,25 +165,27 @@ class Measure:
     info: MeasureInfo
 
 
-def share(name):
+def share(name: str) -> Callable[[Mapping], Any]:
     return lambda s: s[name] / s['n']
 
 
-def miou(s):
+def miou(s: Mapping) -> Any:
     """Return the mean IoU over the classes that are present or predicted."""
     return np.nanmean(np.where(s['union'] > 0, s['both'] / np.maximum(s['union'], 1), np.nan), -1)
 
 
-def r2(s):
+def r2(s: Mapping) -> Any:
     per = s['n'][..., None] / s['y'].shape[-1]  # number of values per mean
     return 1 - s['sq'] / (s['y2'] - (s['y'] ** 2 / per).sum(-1))
 
 
-def f1(s):
+def f1(s: Mapping) -> Any:
     return 2 * s['tp'] / (2 * s['tp'] + s['fp'] + s['fn'])
 
 
-def measure(name, of, label, higher=True, percent=False):
+def measure(
+    name: str, of: Callable[[Mapping], Any], label: str, higher: bool = True, percent: bool = False
+) -> Measure:
     return Measure(name, of, MeasureInfo(label, higher, percent))
 
 
@@ -191,7 +195,7 @@ NLL, BRIER = (
 )
 
 
-def measures_of(kind: str, columns, n_classes: int, language: bool) -> list:
+def measures_of(kind: str, columns: Container[str], n_classes: int, language: bool) -> list:
     """Return the measures for a kind of outputs, with the most informative one first.
 
     Args:

@@ -1,11 +1,12 @@
 """Paired significance tests for differences between models on the same samples."""
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 import numpy as np
 
-from .data import Comparison, Difference, Estimate
+from .report_data import Comparison, Difference, Estimate
 
 __all__ = ['PairedScores', 'mcnemar']
 
@@ -40,7 +41,7 @@ class PairedScores:
         measures: A list of `Measure`.
     """
 
-    def __init__(self, scores: dict, measures: list, repeats: int = 2000, seed: int = 0):
+    def __init__(self, scores: dict, measures: list, repeats: int = 2000, seed: int = 0) -> None:
         self.measures = {m.name: m for m in measures}
         self.repeats, self.seed = repeats, seed
         # subtle: set before grouping, since this test needs single samples
@@ -60,30 +61,32 @@ class PairedScores:
             k: {m: v[0] for m, v in self._values(s).items()} for k, s in self.whole.items()
         }
 
-    def _weighted(self, weights, scores):
+    def _weighted(
+        self, weights: Iterable[np.ndarray], scores: Mapping[str, Mapping]
+    ) -> dict[str, dict]:
         """Return sums over samples, one for each row of `weights`: {model: {name of a sum:
         (repeats, ...)}}.
         """
-        out = {k: {c: [] for c in v} for k, v in scores.items()}
+        out: dict[str, dict[str, list]] = {k: {c: [] for c in v} for k, v in scores.items()}
         for w in weights:
             for k, v in scores.items():
                 for c, o in v.items():
                     out[k][c].append(w @ o)
         return {k: {c: np.concatenate(o) for c, o in v.items()} for k, v in out.items()}
 
-    def _values(self, sums):
+    def _values(self, sums: Mapping) -> dict[str, Any]:
         with np.errstate(divide='ignore', invalid='ignore'), warnings.catch_warnings():
             warnings.simplefilter('ignore', RuntimeWarning)  # mean over no classes
             return {k: m.of(sums) for k, m in self.measures.items()}
 
-    def estimates(self, model) -> dict:
+    def estimates(self, model: str) -> dict:
         """Return {measure: value and interval} of a model."""
         return {
             k: Estimate(number(v), *self._interval(self.drawn[model][k]))
             for k, v in self.values[model].items()
         }
 
-    def _interval(self, drawn):
+    def _interval(self, drawn: np.ndarray) -> tuple:
         """Return (low, high) of 95% of the draws, or (None, None) if there are none."""
         drawn = drawn[np.isfinite(drawn)]
         if self.n < 2 or len(drawn) < 2:
@@ -103,12 +106,13 @@ class PairedScores:
             with np.errstate(invalid='ignore'):  # infinity minus infinity
                 d, drawn = (v[model][k] - v[against][k] for v in (self.values, self.drawn))
             p, test = ps[k]
-            out.differences[k] = Difference(number(d), *self._interval(drawn), p, test)
+            low, high = self._interval(drawn)
+            out.differences[k] = Difference(number(d), low, high, p, test)
         if teacher is not None and teacher not in (model, against):
             out.recovered = self._recovered(model, against, teacher)
         return out
 
-    def _p_values(self, a, b):
+    def _p_values(self, a: str, b: str) -> dict[str, tuple[float | None, str]]:
         """Return {measure: (p, name of the test)}."""
         whole = (
             {c: o.sum(0) for c, o in self.scores[a].items()},
@@ -130,14 +134,15 @@ class PairedScores:
             out['accuracy'] = mcnemar((ra & ~rb).sum(), (rb & ~ra).sum()), "McNemar's exact test"
         return out
 
-    def _recovered(self, model, against, teacher):
+    def _recovered(self, model: str, against: str, teacher: str) -> dict[str, Estimate]:
         """Compute the fraction of the teacher's lead that the model recovers, for each measure with
         a significant lead.
         """
         ps, out = self._p_values(teacher, against), {}
         for k, m in self.measures.items():
             lead = self.values[teacher][k] - self.values[against][k]
-            if not (ps[k][0] is not None and ps[k][0] < 0.05 and (lead > 0) == m.info.higher):
+            p, _ = ps[k]
+            if p is None or p >= 0.05 or (lead > 0) != m.info.higher:
                 continue
             part = lambda v, k=k: (v[model][k] - v[against][k]) / (v[teacher][k] - v[against][k])
             with np.errstate(divide='ignore', invalid='ignore'):
@@ -145,11 +150,11 @@ class PairedScores:
         return out
 
 
-def random_groups(n, rng):
+def random_groups(n: int, rng: np.random.Generator) -> np.ndarray:
     return np.sort(rng.integers(MAX_SAMPLES, size=n))[rng.permutation(n)]
 
 
-def summed_in_groups(o, groups):
+def summed_in_groups(o: Any, groups: np.ndarray | None) -> np.ndarray:
     """Convert (n, ...) to float64 and, if there are groups, sum within each."""
     o = np.asarray(o, np.float64)
     if groups is None:
@@ -159,7 +164,7 @@ def summed_in_groups(o, groups):
     return out
 
 
-def draws(n, repeats, seed) -> Iterator[np.ndarray]:
+def draws(n: int, repeats: int, seed: int) -> Iterator[np.ndarray]:
     """Yield how often each of `n` samples is drawn with replacement, as pieces of a (repeats, n)
     matrix.
     """
@@ -170,12 +175,12 @@ def draws(n, repeats, seed) -> Iterator[np.ndarray]:
         yield np.bincount(at.ravel(), minlength=r * n).reshape(r, n).astype(np.float64)
 
 
-def coins(n, repeats, seed) -> Iterator[np.ndarray]:
+def coins(n: int, repeats: int, seed: int) -> Iterator[np.ndarray]:
     """Yield 0 or 1 for each of `n` samples, as pieces of a (repeats, n) matrix."""
     rng, size = np.random.default_rng(seed + 2), max(1, CELLS // n)
     for i in range(0, repeats, size):
         yield rng.integers(2, size=(min(size, repeats - i), n)).astype(np.float64)
 
 
-def number(v):
+def number(v: Any) -> float | None:
     return float(v) if np.isfinite(v) else None

@@ -1,8 +1,12 @@
 """Style of all figures: colors for light and dark backgrounds, and labels that matplotlib does not
 read as math."""
 
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
+from typing import Any
+
+from .report_data import ReportData
 
 __all__ = ['COLORS', 'LIGHT', 'Ground', 'color_of', 'new_figure', 'on_dark', 'safe_label', 'styled']
 
@@ -13,11 +17,11 @@ COLORS = '#8a93a6', '#e0752d', '#1f7a8c', '#8e5bb5', '#4f9d4a', '#c4496b'
 class Ground:
     """Colors of text, secondary text, lines and background."""
 
-    def __init__(self, ink, grey, pale, paper):
+    def __init__(self, ink: str, grey: str, pale: str, paper: str) -> None:
         self.ink, self.grey, self.pale, self.paper = ink, grey, pale, paper
 
     @property
-    def rc(self):
+    def rc(self) -> Any:
         return {
             'font.size': 10,
             'text.color': self.ink,
@@ -46,7 +50,7 @@ LIGHT, DARK = (
 
 
 @contextmanager
-def styled():
+def styled() -> Iterator[Ground]:
     """Apply the style inside, and yield the `Ground` to draw on."""
     import matplotlib
 
@@ -65,7 +69,7 @@ def on_dark(svg: str) -> str:
     return svg
 
 
-def new_figure(width, height):
+def new_figure(width: float, height: float) -> Any:
     """Create a figure outside pyplot, so that it does not stay open and notebooks show it only
     once.
     """
@@ -75,24 +79,24 @@ def new_figure(width, height):
     return Figure(figsize=(width, height), layout='constrained')
 
 
-def color_of(report, name, ground):
+def color_of(report: ReportData, name: str | None, ground: Ground) -> str:
     """Return the color of a model, the same in every picture of a report."""
     if name == report.teacher:
         return ground.ink
     students = sorted(report.students, key=lambda n: n != report.baseline)
     first = 0 if report.baseline is not None else 1
-    return COLORS[(students.index(name) + first) % len(COLORS)]
+    return COLORS[(students.index(str(name)) + first) % len(COLORS)]
 
 
 @cache
-def characters():
+def characters() -> frozenset[int]:
     """Return the characters that the font can draw."""
     from matplotlib import font_manager, ft2font
 
     return frozenset(ft2font.FT2Font(font_manager.findfont('DejaVu Sans')).get_charmap())
 
 
-def safe_label(text, longest=24):
+def safe_label(text: Any, longest: int = 24) -> str:
     """Make a text safe for a picture: on one line, without formulas, and only with characters of
     the font.
     """

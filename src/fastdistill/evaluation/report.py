@@ -1,11 +1,13 @@
 "`Report`: the data of a comparison, and ways to show it."
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from .data import ReportData, write_text
-from .page import page
-from .text import in_brief, markdown, print_report, show
+from .html_report import html_page
+from .report_data import ReportData, write_text
+from .text_report import in_brief, markdown, print_report, show
 
 __all__ = ['Report']
 
@@ -16,7 +18,7 @@ class Report(ReportData):
     `to_json` and `from_json`; show it with `show`, `to_markdown` and `to_html`.
     """
 
-    def show(self, console=None):
+    def show(self, console: Any = None) -> None:
         """Show verdicts and tables, as HTML in a notebook or else in the terminal.
 
         Args:
@@ -32,7 +34,9 @@ class Report(ReportData):
         """
         return markdown(self, level)
 
-    def to_html(self, path=None, figures=None) -> str | Path:
+    def to_html(
+        self, path: str | Path | None = None, figures: Mapping[str, Any] | None = None
+    ) -> str | Path:
         """Format one HTML page with tables and pictures.
 
         The page is self-contained, needs no network, and works on phones and in dark mode.
@@ -44,10 +48,10 @@ class Report(ReportData):
         Returns:
             The path if a file was written, else the text.
         """
-        return write_text(page(self, figures), path)
+        return write_text(html_page(self, figures), path)
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         return in_brief(self)
 
-    def _repr_html_(self):
-        return page(self, whole=False)
+    def _repr_html_(self) -> str:
+        return html_page(self, whole=False)

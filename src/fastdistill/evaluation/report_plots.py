@@ -1,7 +1,10 @@
 """Plots of a report. Each function returns a figure, or None if the report lacks the data."""
 
-from .data import CLASS_MEASURES
+from collections.abc import Mapping
+from typing import Any
+
 from .plot_style import color_of, new_figure, safe_label, styled
+from .report_data import CLASS_MEASURES, MeasureInfo, ReportData
 
 __all__ = [
     'plot_classes',
@@ -17,15 +20,15 @@ WIDTH = 5.2  # inches; small enough that labels are readable on a phone
 LEAST_IN_BIN = 10  # bins with fewer predictions are left out, since their accuracy is too noisy
 
 
-def factor(info):
+def factor(info: MeasureInfo) -> int:
     return 100 if info.percent else 1
 
 
-def axis_name(info, what=''):
+def axis_name(info: MeasureInfo, what: str = '') -> str:
     return f'{info.label}{what}{", %" if info.percent else ""}'
 
 
-def plot_cost(report):
+def plot_cost(report: ReportData) -> Any:
     """Plot the headline score against the time for one sample. The area of a circle grows with the
     number of parameters.
 
@@ -42,7 +45,8 @@ def plot_cost(report):
         fig = new_figure(WIDTH, 3.6)
         ax, most = fig.subplots(), max(m.cost.params or 1 for m in shown.values())
         for n, m in shown.items():
-            e, f, x = m.measures[k], factor(info), m.cost.latency[0].p50
+            e: Any = m.measures[k]
+            f, x = factor(info), m.cost.latency[0].p50
             color = color_of(report, n, ground)
             if e.low is not None:
                 ax.plot([x, x], [f * e.low, f * e.high], color=color, lw=1.5)
@@ -69,7 +73,7 @@ def plot_cost(report):
     return fig
 
 
-def plain_ticks(axis):
+def plain_ticks(axis: Any) -> None:
     """Use plain numbers such as 0.5 and 20 on a logarithmic axis."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
@@ -78,7 +82,7 @@ def plain_ticks(axis):
     axis.set_minor_formatter(NullFormatter())
 
 
-def plot_recovered(report):
+def plot_recovered(report: ReportData) -> Any:
     """Plot the fraction of the teacher's lead over the baseline that each student recovered, with
     its interval.
 
@@ -89,7 +93,9 @@ def plot_recovered(report):
     shares = {
         c.model: c.recovered.get(k) for c in report.comparisons if c.against == report.baseline
     }
-    shown = {n: e for n, e in shares.items() if e is not None and e.value is not None}
+    shown: dict[str, Any] = {
+        n: e for n, e in shares.items() if e is not None and e.value is not None
+    }
     if not shown:
         return None
     with styled() as ground:
@@ -131,7 +137,7 @@ def plot_recovered(report):
     return fig
 
 
-def plot_reliability(report):
+def plot_reliability(report: ReportData) -> Any:
     """Plot accuracy against confidence for each model. Well-calibrated probabilities are on the
     diagonal.
 
@@ -183,7 +189,7 @@ def plot_reliability(report):
     return fig
 
 
-def plot_history(report):
+def plot_history(report: ReportData) -> Any:
     """Plot the losses of each training over its epochs: the task loss and each term of the
     distillation.
 
@@ -224,13 +230,13 @@ def plot_history(report):
 LINES = '-', '--', ':', '-.', (0, (1, 4)), (0, (6, 1, 1, 1, 1, 1))
 
 
-def losses_of(history):
+def losses_of(history: Mapping[str, list]) -> dict[str, list]:
     return {
         k: v for k, v in history.items() if k.endswith('_loss') and any(o is not None for o in v)
     }
 
 
-def plot_classes(report, most: int = 20):
+def plot_classes(report: ReportData, most: int = 20) -> Any:
     """Plot the gain or loss of each class from the baseline to the first student.
 
     Args:
@@ -262,7 +268,7 @@ def plot_classes(report, most: int = 20):
     return fig
 
 
-def plot_runs(reports: dict):
+def plot_runs(reports: dict) -> Any:
     """Plot the headline measure of the students of all runs, with intervals, in the order of the
     runs.
 

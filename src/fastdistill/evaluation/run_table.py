@@ -1,8 +1,12 @@
 """Combine several reports into one table: the students of all runs, best first."""
 
-from .format import amount, estimate_text, recovered_text, verdict_of
-from .tables import Cell, Sheet
-from .text import print_sheet
+from collections.abc import Mapping
+from typing import Any
+
+from .number_format import amount, estimate_text, recovered_text, verdict_of
+from .report_data import ReportData
+from .report_tables import Cell, Sheet
+from .text_report import print_sheet
 
 __all__ = ['print_runs', 'sheets_of_runs']
 
@@ -16,9 +20,9 @@ def sheets_of_runs(reports: dict) -> list[Sheet]:
     return [sheet_of_runs(k, reports) for k in dict.fromkeys(r.headline for r in reports.values())]
 
 
-def sheet_of_runs(k, reports):
+def sheet_of_runs(k: str, reports: Mapping[str, ReportData]) -> Sheet:
     info = next(r.info[k] for r in reports.values() if r.headline == k)
-    rows = [
+    rows: list[Any] = [
         (m.measures[k].value, run, r, n, m)
         for run, r in reports.items()
         if r.headline == k
@@ -56,7 +60,7 @@ def sheet_of_runs(k, reports):
     return s
 
 
-def print_runs(reports: dict, console=None):
+def print_runs(reports: dict, console: Any = None) -> None:
     """Print the tables in a terminal.
 
     Args:

@@ -2,8 +2,8 @@
 
 from ..base.outputs import DistillError
 from ..cache.reader import TeacherCache, is_cache
+from ..recipes.recipe_text import as_recipe
 from ..recipes.term import Recipe, Term
-from ..recipes.text import as_recipe
 from ..recipes.zoo import kd
 from .cache_feed import StoredOutputs
 from .targets import GivenOutputs, HeldOutputs

@@ -20,10 +20,10 @@ from fastai.basics import (
 from fastai.callback.mixup import MixHandler
 from torch.utils.data import IterableDataset
 
-from ..base.generators import Generators
 from ..base.model_state import restored
 from ..base.outputs import DistillError, as_plain, map_tensors
-from ..teachers.items import with_items
+from ..base.transform_random_state import Generators
+from ..teachers.raw_items import with_items
 from .raw_items import renewed, without_samples
 
 __all__ = ['PreparationError', 'loader_of', 'prepared_batches', 'split_batch', 'valid_batches']

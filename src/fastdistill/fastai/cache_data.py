@@ -43,8 +43,8 @@ from ..cache.source import (
 from ..cache.verify import Verified
 from ..cache.writer import check_views, write_cache
 from ..recipes.default import auto, facts_for_auto
-from ..recipes.text import as_recipe
-from ..teachers.items import with_items
+from ..recipes.recipe_text import as_recipe
+from ..teachers.raw_items import with_items
 from ..teachers.teacher import Teacher
 from .batches import loader_of
 from .check import check_teacher

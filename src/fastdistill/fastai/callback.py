@@ -4,10 +4,10 @@ from fastai.basics import Callback, L
 
 from ..base.outputs import DistillError, check_axis, check_output
 from ..base.task import pseudo_labels
-from ..features.taps import Taps
-from ..recipes.batch import all_classes
+from ..features.layer_hooks import Taps
+from ..recipes.batch_tensors import all_classes
 from ..recipes.term import one_temperature
-from ..teachers.items import with_items
+from ..teachers.raw_items import with_items
 from .arguments import check_options, make_recipe, refuse_options
 from .cache_feed import SampleFeed
 from .check import check_optimizer

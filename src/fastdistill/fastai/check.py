@@ -10,11 +10,11 @@ from ..base.distributed import counted_as_one
 from ..base.outputs import DistillError
 from ..checks.class_order import map_classes
 from ..checks.findings import Finding, Findings, few_names
-from ..checks.outputs import BATCHES, any_outputs, check_outputs, single_teachers
 from ..checks.shared_parameters import none_shared, shared_parameters
-from ..evaluation.checks_page import checks_as_text, html_of_checks, print_checks
-from ..evaluation.text import show
-from ..recipes.text import as_recipe
+from ..checks.teacher_outputs import BATCHES, any_outputs, check_outputs, single_teachers
+from ..evaluation.checks_table import checks_as_text, html_of_checks, print_checks
+from ..evaluation.text_report import show
+from ..recipes.recipe_text import as_recipe
 from ..teachers.hidden_state import has_reset, why_no_reset
 from .batches import PreparationError, prepared_batches
 from .costs import training_costs

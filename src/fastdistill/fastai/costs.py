@@ -14,7 +14,7 @@ from ..cache.layout import Layout, Store
 from ..cache.writer import Forecast
 from ..distiller.distiller import Distiller
 from ..evaluation.cost import wait_for, weights_of_teacher
-from ..evaluation.format import amount, three_digits
+from ..evaluation.number_format import amount, three_digits
 from ..features.probe import dry_run, untouched
 from ..recipes.term import Recipe
 from .batches import number_of_batches, prepared_batches

@@ -10,7 +10,7 @@ from ..base.outputs import DistillError, Outputs
 from ..base.random_state import RandomGuard
 from ..checks.findings import Findings
 from ..features.probe import dry_run
-from ..recipes.batch import plain_logits
+from ..recipes.batch_tensors import plain_logits
 from ..recipes.default import auto, facts_for_auto, for_draws
 from .batches import PreparationError, prepared_batches
 

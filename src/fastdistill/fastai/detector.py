@@ -6,11 +6,11 @@ from fastai.basics import Callback, L, Learner, Metric
 from fastai.data.transforms import Normalize
 
 from ..base.outputs import DistillError, as_plain
+from ..detection.detection_plots import show_detections
 from ..detection.distiller import DetectionDistiller
 from ..detection.metrics import average_precision, detect
-from ..detection.models import checked_detector
-from ..detection.pictures import show_detections
-from ..detection.validation import validation_losses
+from ..detection.torchvision_detectors import checked_detector
+from ..detection.validation_loss import validation_losses
 from ..distiller.integration import takes_part
 from .projector_opt import ProjectorOptimizer
 

@@ -16,10 +16,10 @@ from ..base.progress_bar import progress_bar
 from ..base.random_state import guarded_random_state
 from ..cache.source import is_whole
 from ..checks.batch_scores import METRICS
-from ..checks.outputs import BATCHES
+from ..checks.teacher_outputs import BATCHES
 from ..search.candidates import candidates_for, candidates_for_heads, given_candidates
-from ..search.proposals import import_optuna
-from ..search.search import Search
+from ..search.optuna_proposals import import_optuna
+from ..search.recipe_search import Search
 from .arguments import feed_of, refuse_options
 from .batches import restored
 from .cache_data import cache_teacher

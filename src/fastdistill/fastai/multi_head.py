@@ -2,7 +2,7 @@
 
 from ..base.distributed import counted_as_one
 from ..base.outputs import DistillError
-from ..recipes.text import as_recipe
+from ..recipes.recipe_text import as_recipe
 from .arguments import feed_of
 from .check import TeacherCheck, find_mistakes
 from .head import comparisons_of, options_of_heads

@@ -65,8 +65,8 @@ from fastai.basics import (
     join_path_file,
 )
 
+from ..base.batch_samples import BatchSamples
 from ..base.distributed import rank
-from ..base.samples import BatchSamples
 from .learner_notes import notes_of
 from .teacher_targets import TeacherTarget, TeacherTargets, makes_target
 

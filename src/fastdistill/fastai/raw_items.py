@@ -5,8 +5,8 @@ from contextlib import ExitStack, contextmanager
 import numpy as np
 from fastai.tabular.core import Tabular
 
+from ..base.batch_samples import BatchSamples
 from ..base.outputs import DistillError
-from ..base.samples import BatchSamples
 from .language_model import is_stream
 from .replay_dl import Plan, attach, detach, refuse_unindexed, sampled
 from .sample_keys import items_of

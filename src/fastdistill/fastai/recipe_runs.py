@@ -16,7 +16,7 @@ from ..cache.reader import TeacherCache
 from ..cache.source import identity_of
 from ..search.candidates import LABELS
 from ..search.recipe_report import RecipeReport, RecipeRun
-from ..search.runs import Run, Runs
+from ..search.resumable_runs import Run, Runs
 from ..search.significance import adjusted, difference_by_seed
 from .arguments import feed_of
 from .compare import history_of

@@ -10,11 +10,11 @@ from fastai.basics import TfmdDL
 from fastai.tabular.core import TabDataLoader
 from fastai.text.data import LMDataLoader, SortedDL
 
-from ..base.generators import Generators
+from ..base.batch_samples import BatchSamples
 from ..base.outputs import DistillError
 from ..base.random_state import restored_once, seeded
-from ..base.samples import BatchSamples
-from ..base.seeds import seeds_of, view_of
+from ..base.sample_seeds import seeds_of, view_of
+from ..base.transform_random_state import Generators
 from .language_model import in_a_row
 from .transforms import Replay
 

@@ -12,7 +12,7 @@ from torch import nn
 from ..base.atomic_files import new_file, write_atomically
 from ..base.outputs import DistillError
 from ..evaluation import Report
-from ..teachers.forms import Onnx
+from ..teachers.model_loading import Onnx
 from .export import check_learner, export_student, facts_of, validation_inputs
 
 __all__ = ['load_student', 'save_student']

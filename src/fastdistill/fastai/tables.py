@@ -1,6 +1,6 @@
-"""Use estimators (scikit-learn, LightGBM, ...) as teachers for tables.
+"""Tables: estimators (scikit-learn, LightGBM, ...) as teachers, and perturbed rows to learn from.
 
-They get the rows of a batch as they were before the transforms.
+Estimators get the rows of a batch as they were before the transforms.
 """
 
 import numpy as np
@@ -11,14 +11,15 @@ from fastai.tabular.core import Categorify, FillMissing, Tabular
 from torch import Tensor
 
 from ..base.outputs import DistillError
-from ..base.seeds import seeds_of
+from ..base.sample_seeds import seeds_of
 from ..teachers.estimator import Estimator, few
 
-__all__ = ['RawRows', 'TableEstimator', 'table_of']
+__all__ = ['RawRows', 'TableEstimator', 'perturbed_rows', 'table_of']
 
 KNOWN = Categorify, FillMissing, Normalize
 TARGETS = Categorize, EncodedMultiCategorize, RegressionSetup
 CHUNK = 2**16  # number of rows predicted at once
+SWAPPED = 0.1  # fraction of a perturbed row's cells that come from other rows, as in AutoGluon's distillation
 
 
 def table_of(dls) -> Tabular | None:
@@ -256,3 +257,30 @@ GIVE_FRAME = 'Pass the table from which the DataLoaders were made: Teacher(pipel
 
 def is_number(v):
     return isinstance(v, (int, float, np.number)) and not isinstance(v, (bool, np.bool_))
+
+
+def perturbed_rows(x, n: int) -> tuple:
+    """Return n copies of each row, in which 10% of the cells come from other rows of the batch.
+
+    Each column thus only has values that occur in the data. AutoGluon swaps cells in this way;
+    Fakoor et al. (NeurIPS 2020, arXiv:2006.14284) compare several methods.
+
+    Args:
+        x: Inputs of a batch of a table, (B, columns) tensors.
+        n: Number of copies of each row.
+
+    Returns:
+        The inputs, (n * B, columns) tensors.
+    """
+    if not all(isinstance(o, torch.Tensor) and o.dim() == 2 for o in x):
+        shapes = ', '.join(str(tuple(getattr(o, 'shape', ()))) for o in x)
+        raise DistillError(
+            f'perturbed= is for tables, with rows of numbers as inputs. Here they have shape {shapes}.'
+        )
+
+    def swap(o):
+        rows = o.repeat(n, 1)
+        other = o.gather(0, torch.randint(len(o), rows.shape, device=o.device))
+        return other.where(torch.rand(rows.shape, device=o.device) < SWAPPED, rows)
+
+    return tuple(map(swap, x))

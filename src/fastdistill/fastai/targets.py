@@ -4,9 +4,9 @@ import warnings
 
 from fastai.basics import TfmdDL
 
+from ..base.mixup import mixed
 from ..base.outputs import DistillError, DistillWarning, Outputs, as_plain, tensors_in
 from ..base.random_state import RandomGuard
-from ..base.samples import mixed
 from .teacher_targets import TeacherTarget, target_tfms
 from .vocab import stored_order
 

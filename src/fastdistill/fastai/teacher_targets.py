@@ -8,8 +8,9 @@ from fastai.basics import BaseLoss, Callback, Datasets, TensorBase
 from fastai.callback.mixup import MixHandler
 from torch import Tensor
 
+from ..base.batch_samples import BatchSamples
+from ..base.mixup import lerp
 from ..base.outputs import DistillError, as_plain, tensors_in
-from ..base.samples import BatchSamples, lerp
 
 __all__ = [
     'TeacherTarget',

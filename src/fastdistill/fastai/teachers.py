@@ -18,14 +18,14 @@ from fastai.vision.core import Image
 from torch import Tensor, nn
 
 from ..base.class_mapping import class_groups
-from ..base.generators import Generators
 from ..base.outputs import DistillError, DistillWarning, as_plain
 from ..base.random_state import RandomGuard
+from ..base.transform_random_state import Generators
 from ..cache.reader import TeacherCache, is_cache
 from ..checks.class_order import map_classes
 from ..teachers.estimator import Estimator, is_estimator, load_estimator
-from ..teachers.forms import holds_weights, warn_of_code
-from ..teachers.images import affine, stats_of, timm_cfg
+from ..teachers.image_normalization import affine, stats_of, timm_cfg
+from ..teachers.model_loading import holds_weights, warn_of_code
 from ..teachers.teacher import Teacher, grouped_options
 from .tables import TableEstimator, table_of
 from .vocab import vocab_of

@@ -17,15 +17,15 @@ from fastai.vision.augment import (
 )
 from torch import Tensor
 
-from ..base.generators import access_of, hands_out_generators, reachable
+from ..base.batch_samples import BatchSamples
 from ..base.outputs import DistillError
 from ..base.random_state import RandomGuard
-from ..base.samples import BatchSamples
-from ..base.seeds import seeds_of
+from ..base.sample_seeds import seeds_of
+from ..base.transform_random_state import access_of, hands_out_generators, reachable
 from ..cache.digests import code_of, fingerprint
 from ..cache.keys import hash_of
 from ..cache.per_sample import PerSample, per_sample
-from ..teachers.items import items_at
+from ..teachers.raw_items import items_at
 from .language_model import is_stream
 
 __all__ = ['Replay', 'augmented', 'describe_transforms', 'moves']

@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from fastai.basics import L, Learner, Recorder, noop
 
-from ..base.generators import Generators
 from ..base.model_state import ModelState, restored
 from ..base.outputs import DistillError, DistillWarning
 from ..base.random_state import guarded_random_state
+from ..base.transform_random_state import Generators
 from ..features.layer_names import unwrap
 from ..features.probe import run_eagerly
 from .batches import PARTS

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 
-import torch
 from fastai.text.data import LMDataLoader
 
 from ..base.outputs import DistillError
@@ -11,10 +10,9 @@ from ..cache.manifest import refuse
 from ..cache.source import identity_of, is_whole
 from .batches import loader_of, split_batch
 from .cache_feed import SampleFeed, StoredOutputs
+from .tables import perturbed_rows
 
-__all__ = ['UnlabeledInputs', 'perturbed_rows']
-
-SWAPPED = 0.1  # fraction of a perturbed row's cells that come from other rows, as in AutoGluon's distillation
+__all__ = ['UnlabeledInputs']
 
 
 class UnlabeledInputs:
@@ -143,30 +141,3 @@ def refuse_other(cache, teacher, layers):
             f"{cache.folder} has no outputs of the teacher's layers {', '.join(lost)}, which "
             f'the recipe compares: cache_teacher(..., unlabeled=items, layers={lost}).'
         )
-
-
-def perturbed_rows(x, n: int) -> tuple:
-    """Return n copies of each row, in which 10% of the cells come from other rows of the batch.
-
-    Each column thus only has values that occur in the data. AutoGluon swaps cells in this way;
-    Fakoor et al. (NeurIPS 2020, arXiv:2006.14284) compare several methods.
-
-    Args:
-        x: Inputs of a batch of a table, (B, columns) tensors.
-        n: Number of copies of each row.
-
-    Returns:
-        The inputs, (n * B, columns) tensors.
-    """
-    if not all(isinstance(o, torch.Tensor) and o.dim() == 2 for o in x):
-        shapes = ', '.join(str(tuple(getattr(o, 'shape', ()))) for o in x)
-        raise DistillError(
-            f'perturbed= is for tables, with rows of numbers as inputs. Here they have shape {shapes}.'
-        )
-
-    def swap(o):
-        rows = o.repeat(n, 1)
-        other = o.gather(0, torch.randint(len(o), rows.shape, device=o.device))
-        return other.where(torch.rand(rows.shape, device=o.device) < SWAPPED, rows)
-
-    return tuple(map(swap, x))

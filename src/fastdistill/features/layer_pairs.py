@@ -8,6 +8,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..base.outputs import DistillError, Outputs
+from .feature_shapes import grid
+from .layer_hooks import Taps, is_output, layer_output
 from .layer_names import (
     how_to_name_layers,
     item_key,
@@ -20,8 +22,6 @@ from .layer_names import (
 from .model_stages import check_visible, embedding, has_head, image_size, is_picture, stages
 from .probe import Fired, dry_run, probe, series_layers
 from .projectors import ProjectorLike, describe_projector
-from .shapes import grid
-from .taps import Taps, is_output, layer_output
 
 __all__ = [
     'LayersLike',

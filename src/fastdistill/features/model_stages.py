@@ -8,9 +8,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..base.outputs import DistillError
+from .feature_shapes import grid
 from .layer_names import how_to_name_layers, layer_tree, model_name, named
 from .probe import Fired, probe, series_layers
-from .shapes import grid
 
 __all__ = ['Stage', 'check_visible', 'embedding', 'has_head', 'stages']
 

@@ -14,8 +14,8 @@ from torch.nn.parameter import is_lazy
 from ..base.model_state import ModelState
 from ..base.outputs import DistillError, as_plain, map_tensors
 from ..base.random_state import RandomGuard
-from .calls import arguments
 from .layer_names import LayerTree, layer_tree, model_name, named, unwrap
+from .model_call import arguments
 
 __all__ = [
     'Fired',

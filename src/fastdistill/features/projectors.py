@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ..base.outputs import DistillError
-from .shapes import to_grid
+from .feature_shapes import to_grid
 
 __all__ = ['Projector', 'ProjectorLike', 'checked_projector', 'describe_projector', 'projector']
 

@@ -7,7 +7,7 @@ except ImportError as e:
     raise ImportError(
         "fastdistill.huggingface needs transformers and accelerate: pip install 'fastdistill[hf]'"
     ) from e
-from .students import student_from
+from .student_from_layers import student_from
 from .trainer import DistillationMixin, DistillationTrainer
 
 __all__ = ['DistillationMixin', 'DistillationTrainer', 'student_from']

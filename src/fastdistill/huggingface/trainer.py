@@ -20,12 +20,12 @@ from ..distiller.integration import (
     takes_part,
     training_state,
 )
-from ..features.calls import predicts_next
+from ..features.layer_hooks import Taps
+from ..features.model_call import predicts_next
 from ..features.probe import untouched
-from ..features.taps import Taps
-from ..recipes.batch import next_tokens
+from ..recipes.token_labels import next_tokens
 from ..teachers.teacher import Teacher
-from .models import names_taken, predicts, question_logits, teacher_for, without_loss
+from .transformers_models import names_taken, predicts, question_logits, teacher_for, without_loss
 
 __all__ = ['DistillationMixin', 'DistillationTrainer']
 

@@ -12,9 +12,8 @@ from torch import Tensor, nn
 
 from ..base.outputs import DistillError
 from ._base import Loss, loss, reduce, same_shape
-from .divergence import kl
 from .feature import hint
-from .response import binary_kl
+from .response import binary_kl, kl
 
 __all__ = [
     'MGD',

@@ -1,6 +1,4 @@
-"""Further divergences: with only the teacher softened, of mixtures of both models, and a family
-between forward and reverse KL.
-"""
+"""Further divergences: of mixtures of both models, and a family between forward and reverse KL."""
 
 import math
 from functools import partial
@@ -12,68 +10,7 @@ from ..base.outputs import DistillError
 from ._base import expect, log_probs, loss
 from .response import kl, kl_from_logs, kl_values, reduce_positions, reverse_kl, within
 
-__all__ = ['ttm', 'wttm', 'skewed_kl', 'taid', 'abkd']
-
-
-@loss(kind='softmax', match='shape', positionwise=True)
-def ttm(
-    s: Tensor,
-    t: Tensor,
-    *,
-    T: float = 4.0,
-    axis: int = 1,
-    mask: Tensor | None = None,
-    reduction: str = 'mean',
-) -> Tensor:
-    """Compute KL(softmax(t/T) || softmax(s)): transformed teacher matching (ICLR 2024,
-    arXiv:2402.11148).
-
-    It is 0 where the student predicts the softened probabilities themselves. There is no factor
-    T^2, since the student's logits are not divided by T.
-
-    Args:
-        s: Student logits, any shape.
-        t: Teacher logits, the same shape.
-        T: Temperature of the teacher's logits only.
-        axis: Class axis.
-        mask: Which positions count. Shape of `s` without the class axis.
-    """
-    return reduce_positions(partial(ttm_values, T=T), s, t, axis, mask, reduction)
-
-
-def ttm_values(s: Tensor, t: Tensor, T: float, axis: int) -> Tensor:
-    return kl_from_logs(log_probs(within(t, s), T, axis), log_probs(s, 1.0, axis), axis)
-
-
-@loss(kind='softmax', match='shape', positionwise=True)
-def wttm(
-    s: Tensor,
-    t: Tensor,
-    *,
-    T: float = 4.0,
-    axis: int = 1,
-    mask: Tensor | None = None,
-    reduction: str = 'mean',
-) -> Tensor:
-    """Compute `ttm` with each position weighted by the sum of its softmax(t)^(1/T) (ICLR 2024,
-    arXiv:2402.11148).
-
-    The weight goes from 1, where the teacher is certain, to C^(1-1/T), where all C classes are
-    equally likely.
-
-    Args:
-        s: Student logits, any shape.
-        t: Teacher logits, the same shape.
-        T: Temperature of the teacher's logits only.
-        axis: Class axis.
-        mask: Which positions count. Shape of `s` without the class axis.
-    """
-    return reduce_positions(partial(wttm_values, T=T), s, t, axis, mask, reduction)
-
-
-def wttm_values(s: Tensor, t: Tensor, T: float, axis: int) -> Tensor:
-    u = (log_probs(within(t, s), 1.0, axis) / T).logsumexp(axis).exp()
-    return u * ttm_values(s, t, T, axis)
+__all__ = ['skewed_kl', 'taid', 'abkd']
 
 
 @loss(kind='softmax', match='shape', positionwise=True)

@@ -18,6 +18,7 @@ __all__ = ['Method', 'Parameter', 'card_section', 'find_methods', 'method', 'met
 FAMILIES = dict(
     response='outputs',
     divergence='outputs',
+    transformed_teacher='outputs',
     decoupled='outputs',
     feature='features',
     relation='relations',

@@ -11,8 +11,8 @@ from torch import Tensor, special
 from .. import losses
 from ..base.outputs import DistillError
 from ..base.task import Task, facts_of_outputs
+from .recipe_text import Reader
 from .term import Recipe, Term
-from .text import Reader
 from .zoo import dist, kd, soft_labels
 
 __all__ = [

@@ -2,6 +2,9 @@
 that of the other losses.
 """
 
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -39,15 +42,17 @@ class GradientRatio:
     FLOOR = 0.7
     JUMP = 4.0  # larger growth replaces the mean
 
-    def __init__(self, fade: bool = False):
+    def __init__(self, fade: bool = False) -> None:
         self.gain = TeacherGain() if fade else None
         self.batches = 0
         self.measured = 0
-        self.parts = ()
-        self.means = None
-        self.previous = None  # the teacher's outputs for the last measured batch of one sample
+        self.parts: tuple = ()
+        self.means: Any = None  # a tensor after the first measurement
+        self.previous: list[Tensor] | None = (
+            None  # the teacher's outputs for the last measured batch of one sample
+        )
 
-    def due(self, parts):
+    def due(self, parts: tuple) -> bool:
         """Count this batch and return True if it should be measured.
 
         Args:
@@ -61,7 +66,7 @@ class GradientRatio:
         )  # 1 up to 31, 2 up to 63, 4 up to 127 ...
         return self.batches % min(every, self.EVERY) == 0
 
-    def add(self, new: Tensor, samples: Tensor):
+    def add(self, new: Tensor, samples: Tensor) -> None:
         """Add a measurement to the running means.
 
         Args:
@@ -80,7 +85,7 @@ class GradientRatio:
             new.isfinite().all(), before
         )  # ignore an overflow in half precision
 
-    def of_different_samples(self, outputs):
+    def of_different_samples(self, outputs: Sequence[Tensor]) -> list[Tensor]:
         """Return outputs of the teacher for different samples, in the same shapes: for each sample
         those for the one before it, in this batch or, if batches have one sample, in the batch
         measured before. A single map or sequence is moved by half of its length instead.
@@ -100,7 +105,7 @@ class GradientRatio:
         return [b.to(t) for b, t in zip(before, outputs)]
 
     @property
-    def factor(self):
+    def factor(self) -> Tensor:
         """The weight, 0-dim. It is 0 as long as the term has no gradient."""
         return self.factor_at(None)
 
@@ -122,7 +127,7 @@ class GradientRatio:
         weight = (base / norm).where(norm > 0, 0.0)
         return weight if self.gain is None else weight * self.gain.factor.to(weight)
 
-    def state_dict(self):
+    def state_dict(self) -> dict[str, Any]:
         means = None if self.means is None else self.means.tolist()
         previous = None if self.previous is None else [t.tolist() for t in self.previous]
         return dict(
@@ -134,7 +139,7 @@ class GradientRatio:
             **({} if self.gain is None else dict(gain=self.gain.state_dict())),
         )
 
-    def load_state_dict(self, state):
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.batches = state['batches']
         self.measured = state['measured']
         self.parts = tuple(state['parts'])
@@ -148,11 +153,18 @@ class GradientRatio:
 class GradientRatios(dict):
     """The `GradientRatio` of each term with a gradient ratio, by name."""
 
-    def __init__(self, recipe):
+    def __init__(self, recipe: Any) -> None:
         terms = [t for t in recipe.terms if t.has_grad_ratio]
         super().__init__({t.name: GradientRatio(t.fade) for t in terms})
 
-    def measure(self, weights, values, tensors, apart, errors=None):
+    def measure(
+        self,
+        weights: Mapping[str, Any],
+        values: Mapping[str, Tensor],
+        tensors: Callable[[str], Sequence[Tensor]],
+        apart: Callable[[str], Tensor],
+        errors: Callable[[], Tensor | None] | None = None,
+    ) -> None:
         """Measure the terms with a gradient ratio that are due in this batch.
 
         Args:
@@ -182,7 +194,7 @@ class GradientRatios(dict):
                 if ratio.gain is not None and errors and (new := errors()) is not None:
                     ratio.gain.add(new)
 
-    def weights(self, weights, values):
+    def weights(self, weights: dict[str, Any], values: Mapping[str, Tensor]) -> dict[str, Any]:
         """Return the weights of a batch. A gradient ratio becomes the weight at which the gradient
         norm of its term has that ratio. All weights are then divided by 1 plus the sum of the ratios,
         so that the gradient of the total is at most as long as without these terms, and a learning
@@ -200,7 +212,7 @@ class GradientRatios(dict):
         length = self.length(weights)
         return {k: w / length for k, w in (weights | measured).items()}
 
-    def length(self, weights) -> float:
+    def length(self, weights: Mapping[str, Any]) -> float:
         """Return 1 plus the sum of the gradient ratios that are measured, by which `weights` divides.
 
         Args:
@@ -208,7 +220,9 @@ class GradientRatios(dict):
         """
         return 1 + sum(weights[k] for k, r in self.items() if r.means is not None)
 
-    def faded(self, weights, values):
+    def faded(
+        self, weights: Mapping[str, Any], values: Mapping[str, Tensor]
+    ) -> Tensor | float | None:
         """Return what is missing of the gradient because terms faded, as a multiple of the other
         losses. None if no term can fade.
 
@@ -224,9 +238,16 @@ class GradientRatios(dict):
         lost = sum(weights[k] * (1 - f) for k, f in fading.items())
         return lost / (whole - lost)
 
-    def _measure(self, name, base, value, apart, tensors):
+    def _measure(
+        self,
+        name: str,
+        base: Tensor,
+        value: Tensor,
+        apart: Callable[[str], Tensor],
+        tensors: Sequence[Tensor],
+    ) -> None:
         try:
-            norms = [gradient_norm(v, tensors) for v in (base, value)]
+            norms: list[Any] = [gradient_norm(v, tensors) for v in (base, value)]
         except RuntimeError as e:
             raise DistillError(
                 f"The gradient of {name} can't be measured inside a part of the student that "
@@ -239,7 +260,7 @@ class GradientRatios(dict):
                 'to compare with. Give it weight= instead of grad_ratio=, or compare a different '
                 'output (output=) or layer.'
             )
-        far = gradient_norm(apart(name), tensors)
+        far: Any = gradient_norm(apart(name), tensors)
         # a class that is excluded for one sample may not be for the next
         far = norms[1] if far is None else far.where(far.isfinite(), norms[1])
         # a map or a sequence has many positions, so one is enough
@@ -249,10 +270,10 @@ class GradientRatios(dict):
         *new, samples = length_over_ranks(torch.stack(norms))
         self[name].add(torch.stack(new), samples * world_size())
 
-    def state_dict(self):
+    def state_dict(self) -> dict[str, Any]:
         return {k: r.state_dict() for k, r in self.items()}
 
-    def load_state_dict(self, state):
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         for k, s in state.items():
             if k in self:
                 self[k].load_state_dict(s)

@@ -1,8 +1,12 @@
 "Gradient norms of the losses of a batch, measured at tensors or parameters that all losses reach."
 
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
+from torch.nn import Module
 
 __all__ = ['gradient_norm', 'norms_at_layer', 'norms_at_logits', 'shares_in_words', 'swamped']
 
@@ -28,7 +32,7 @@ ARRANGES = {
 }
 
 
-def find_origin(x: Tensor):
+def find_origin(x: Tensor) -> Tensor | GradientEdge:
     """Return the place in the graph that `x` comes from, before it was rearranged, copied or
     averaged. The task loss may have been computed from there instead of from `x` itself.
 
@@ -39,11 +43,12 @@ def find_origin(x: Tensor):
         return x
     edge = get_gradient_edge(x)
     while edge.node.name() in ARRANGES:
-        edge = GradientEdge(*edge.node.next_functions[0])
+        node, output = edge.node.next_functions[0]
+        edge = GradientEdge(cast(Node, node), output)
     return edge
 
 
-def gradient_norm(value: Tensor, at) -> Tensor | None:
+def gradient_norm(value: Tensor, at: Sequence[Tensor]) -> Tensor | None:
     """Compute the norm of the gradient of `value` with respect to these tensors together.
 
     Args:
@@ -53,25 +58,27 @@ def gradient_norm(value: Tensor, at) -> Tensor | None:
     Returns:
         0-dim, on the device of `value`. None if `value` depends on none of the tensors.
     """
-    at = [find_origin(x) for x in at]
+    places: Any = [find_origin(x) for x in at]
     grads = torch.autograd.grad(
-        value, at, torch.full_like(value, SCALE), retain_graph=True, allow_unused=True
+        value, places, torch.full_like(value, SCALE), retain_graph=True, allow_unused=True
     )
     norms = [g.float().norm() for g in grads if g is not None]
     return torch.stack(norms).norm() / SCALE if norms else None
 
 
-def norms_at_logits(values, logits):
+def norms_at_logits(
+    values: Mapping[str, Tensor], logits: Tensor | None
+) -> dict[str, Tensor] | None:
     """Compute the gradient norm of each loss at the student's logits. None if not all losses reach
     them.
     """
     if logits is None or not logits.requires_grad:
         return None
-    norms = {k: gradient_norm(v, [logits]) for k, v in values.items()}
+    norms: dict[str, Any] = {k: gradient_norm(v, [logits]) for k, v in values.items()}
     return norms if all(n is not None and n > 0 for n in norms.values()) else None
 
 
-def norms_at_layer(values, student):
+def norms_at_layer(values: Mapping[str, Tensor], student: Module) -> dict[str, Any] | None:
     """Compute the gradient norm of each loss at the last student parameter that all losses reach.
     None if there is none.
     """
@@ -89,14 +96,14 @@ def norms_at_layer(values, student):
     return {k: n[shared[-1]] for k, n in norms.items()} if shared else None
 
 
-def norms_at_each(value, params):
+def norms_at_each(value: Tensor, params: Sequence[Tensor]) -> list[float | Tensor]:
     grads = torch.autograd.grad(
         value, params, torch.full_like(value, SCALE), retain_graph=True, allow_unused=True
     )
     return [0.0 if g is None else g.float().norm() / SCALE for g in grads]
 
 
-def shares_in_words(shares, at_layers):
+def shares_in_words(shares: Mapping[str, float], at_layers: Mapping[str, float]) -> str:
     """Format gradient norms for the line that is printed at the first batch.
 
     Args:
@@ -108,7 +115,7 @@ def shares_in_words(shares, at_layers):
     return ''.join([text, *terms])
 
 
-def swamped(shares, weights):
+def swamped(shares: Mapping[str, float], weights: Mapping[str, float]) -> str | None:
     """Return a warning if one loss dominates the gradient so that the task loss has almost no
     effect, else None.
 

@@ -1,33 +1,36 @@
 "The loss of a recipe for one batch whose outputs are known."
 
 import warnings
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from ..base.distributed import rank
 from ..base.outputs import DistillError, DistillWarning, Outputs, as_plain
-from .batch import Batch, all_classes, blend, nothing, of_all_processes
+from ..base.task import Task
+from .batch_tensors import Batch, all_classes, blend, of_all_processes, zero_loss
 from .gradient_balance import GradientRatios
 from .gradient_norms import norms_at_layer, norms_at_logits, swamped
-from .link import Link, own_copy
+from .layer_link import Link, own_copy
 
 __all__ = ['Distilled', 'RecipeLoss', 'check_kind']
 
 
 @dataclass
 class Distilled:
-    """One batch's loss and what it is made of.
+    """The loss of a batch and its parts.
 
     Attributes:
-        task: The task loss, unweighted; None without labels.
-        taught: The weighted sum of all terms; None where none counts.
-        parts: Each term's value, unweighted and detached; in training only of the terms that
-            count.
-        weights: {name: weight of each value}, including 'task'. 0-dim for a term with a gradient
-            ratio. They are divided by 1 plus the sum of the gradient ratios. The task loss counts
-            more than this if a term faded.
+        task: Task loss, without its weight. None if there are no labels.
+        taught: Weighted sum of all terms. None if no term has a weight.
+        parts: {name: value of a term}, unweighted and detached. In training, only terms with a
+            weight.
+        weights: {name: weight of each value}, including 'task'. A 0-dim tensor for a term with a
+            gradient ratio. All are divided by 1 plus the sum of the gradient ratios. The task
+            loss has a larger weight than this if a term faded.
         terms: {name: weighted term}, with its gradient. They make up `taught`, together with what
             the labels get instead of faded terms.
     """
@@ -39,18 +42,20 @@ class Distilled:
     terms: dict[str, Tensor] = field(default_factory=dict)
 
     @property
-    def total(self):
-        """What to call `backward` on."""
+    def total(self) -> Any:
+        """The loss to call `backward` on."""
         # subtle: labels of weight 0 take no part at all, since 0*nan is nan
         if not self.weights['task']:
             return self.taught
-        own = self.weights['task'] * self.task if self.weights['task'] != 1 else self.task
+        own: Any = self.task
+        if self.weights['task'] != 1:
+            own = self.weights['task'] * own
         return own if self.taught is None else own + self.taught
 
     @property
-    def added(self):
-        """What to add to the task loss to get `total`, for trainers that hold that loss
-        already; None if that is nothing.
+    def added(self) -> Tensor | None:
+        """`total` minus the task loss, for trainers that already have that loss. None if it is
+        zero.
         """
         if self.task is None or self.weights['task'] == 1:
             return self.taught
@@ -66,21 +71,19 @@ class RecipeLoss(nn.Module):
         task: What the logits are.
     """
 
-    def __init__(self, recipe, task):
+    def __init__(self, recipe: Any, task: Task) -> None:
         super().__init__()
         # subtle: the first child, so that the student's parameters are the first ones of a Distiller
         self.register_module('student', None)
         self.task, self.links = task, nn.ModuleDict()
-        self.measures, self.seen = (
-            True,
-            set(),
-        )  # are gradient shares measured? of which parts they were
-        # part -> share, the labels' is 'task'; None until the first training batch
+        self.measures = True  # whether gradient norms are measured for the report
+        self.seen: Set[str] = set()  # losses whose gradient norms were measured
+        # {loss: fraction of the gradient}, the task loss is 'task'. None until the first training batch
         self.gradient_shares: dict | None = None
         self.take(recipe)
 
-    def take(self, recipe):
-        """Use this recipe from now on, of terms on the logits or before any batch."""
+    def take(self, recipe: Any) -> None:
+        """Use this recipe from now on. After the first batch, its terms may only compare logits."""
         self.recipe, self.ratios = recipe, GradientRatios(recipe)
         self.links.clear()
         for t in recipe.terms:
@@ -89,15 +92,15 @@ class RecipeLoss(nn.Module):
                 self.links[t.name] = nn.ModuleList([Link(own_copy(t.loss))])
 
     @property
-    def layered(self):
+    def layered(self) -> list:
         return [t for t in self.recipe.terms if t.layers is not None]
 
     def active_terms(self, progress: float | None = None) -> list:
-        """The terms that a batch needs: those with a weight; without gradient, as in validation,
-        all of them.
+        """Return the terms that a batch needs: those with a weight, or all of them if gradients are
+        off, as in validation.
 
         Args:
-            progress: Share of the training that is done, for schedules.
+            progress: Fraction of the training that is done, for schedules.
         """
         return [
             t
@@ -106,32 +109,31 @@ class RecipeLoss(nn.Module):
         ]
 
     def needs_teacher(self, progress: float | None = None) -> bool:
-        """Whether any term needs the teacher's outputs for this batch."""
+        """Return True if any term needs the teacher's outputs for this batch."""
         return bool(self.active_terms(progress))
 
-    def check_first(self, student, teacher, targets):
-        """Refuse the mistakes that the first batches show."""
+    def check_first(self, student: Outputs, teacher: Outputs | None, targets: Sequence) -> None:
+        """Raise an error for mistakes that are visible in the first batches."""
 
     def compute(
         self,
         student: Outputs,
         teacher: Outputs | None,
         task: Tensor | None = None,
-        targets=(),
+        targets: Sequence = (),
         *,
         progress: float | None = None,
-        mixed=None,
+        mixed: tuple | None = None,
     ) -> Distilled:
-        """The loss of a batch whose student (and teacher) ran already: what trainers call.
+        """Compute the loss of a batch from the outputs of both models.
 
         Args:
-            student: Of this batch.
-            teacher: Of the same batch; None where no term needs it (see `needs_teacher`).
-            task: The task loss, already computed; None without labels.
+            student: The student's outputs.
+            teacher: The teacher's outputs. None if no term needs them (see `needs_teacher`).
+            task: Task loss of the batch. None if there are no labels.
             targets: Labels, for the losses that read them.
-            progress: Share of the training that is done, for schedules.
-            mixed: (other targets, share of the first ones): MixUp's batches have two labels a
-                sample.
+            progress: Fraction of the training that is done, for schedules.
+            mixed: (second labels, weight of the first labels) of a batch of MixUp or CutMix.
         """
         task, terms = None if task is None else as_plain(task), self.active_terms(progress)
         weights = self.recipe.weights_at(progress)
@@ -146,53 +148,50 @@ class RecipeLoss(nn.Module):
                 'needs_teacher(progress) says when'
             )
         self.check_first(student, teacher, targets)
-        b = Batch(
-            student,
-            all_classes(teacher, student),
-            targets,
-            *(mixed or ((), None)),
-            self.task,
-            progress,
-        )
+        known: Any = all_classes(teacher, student)
+        others, lam = mixed or ((), None)
+        b = Batch(student, known, tuple(targets), others, lam, self.task, progress)
         values = {t.name: self._value(t, b) for t in terms}
         counted = {
             k: v for k, v in dict(task=task, **values).items() if v is not None and weights[k] != 0
         }
         weights, rest = self._measured(counted, weights, student, b)
-        terms = {k: weights[k] * v for k, v in counted.items() if k in values}
-        taught = [*terms.values(), *([] if rest is None else [rest])]
+        weighted = {k: weights[k] * v for k, v in counted.items() if k in values}
+        taught = [*weighted.values(), *([] if rest is None else [rest])]
         if not weights['task'] and student.logits is not None:
-            taught.append(nothing(student.logits))
+            taught.append(zero_loss(cast(Tensor, student.logits)))
         return Distilled(
             task,
             sum(taught[1:], taught[0]) if taught else None,
             {k: v.detach() for k, v in values.items()},
             weights,
-            terms,
+            weighted,
         )
 
     def without_labels(
         self, student: Outputs, teacher: Outputs | None, *, progress: float | None = None
     ) -> Tensor:
-        """The weighted sum of the terms that read no labels, for inputs without labels beside the
-        batches with labels. Shares of the gradient are those that were measured there.
+        """Compute the weighted sum of the terms that read no labels, for unlabeled inputs next to
+        labeled batches. Gradient ratios use the norms that were measured in the labeled batches.
 
         Args:
-            student: For inputs without labels.
-            teacher: For the same.
-            progress: Share of the training that is done, for schedules.
+            student: The student's outputs for the unlabeled inputs.
+            teacher: The teacher's outputs for them.
+            progress: Fraction of the training that is done, for schedules.
         """
         terms = [t for t in self.active_terms(progress) if not t.n_targets]
         if not terms:
-            return nothing(student.logits)
-        b = Batch(student, all_classes(teacher, student), (), (), None, self.task, progress)
+            return zero_loss(cast(Tensor, student.logits))
+        known: Any = all_classes(teacher, student)
+        b = Batch(student, known, (), (), None, self.task, progress)
         values = {t.name: self._value(t, b) for t in terms}
         weights = self.ratios.weights(self.recipe.weights_at(progress), values)
-        return sum(weights[k] * v for k, v in values.items())
+        total: Any = sum(weights[k] * v for k, v in values.items())
+        return total
 
-    def _value(self, term, b):
-        """A term's value; where it reads labels and the batch has two a sample, mixed as the
-        task loss is.
+    def _value(self, term: Any, b: Batch) -> Tensor:
+        """Compute the value of a term. If it reads labels and the samples have two each, the values
+        for both are mixed, as in the task loss.
         """
         if b.lam is None or term.n_targets == 0:
             return self._of_labels(term, b, b.targets, b.options(term, b.mask))
@@ -217,9 +216,12 @@ class RecipeLoss(nn.Module):
             else b.mask.sum().clamp_min(1e-6)
         )
 
-    def _of_labels(self, term, b, targets, options):
-        """A term's value by one set of labels: summed over its pairs of layers, as the papers do."""
-        links, targets = self.links[term.name], targets[: term.n_targets]
+    def _of_labels(self, term: Any, b: Batch, targets: Sequence, options: dict[str, Any]) -> Tensor:
+        """Compute the value of a term for one set of labels, summed over its pairs of layers as in
+        the papers.
+        """
+        links: Any = self.links[term.name]
+        targets = targets[: term.n_targets]
         if term.n_targets and len(targets) < term.n_targets:
             raise DistillError(
                 f'{term.name} needs {term.n_targets} target(s) beside student and teacher, this batch '
@@ -228,16 +230,19 @@ class RecipeLoss(nn.Module):
         make = lambda: [k.tensors(b.student, b.teacher_for(term)) for k in links]
         pairs = b.pairs_of(term.name, make)
         if term.relates:
-            pairs, targets, options = of_all_processes(term, pairs, targets, options, b.task)
+            pairs, targets, options = of_all_processes(term, pairs, tuple(targets), options, b.task)
         if term.lists:
             return links[0].loss(
                 *map(list, zip(*pairs)), *targets, **term.channels(pairs[0][1]), **options
             )
-        return sum(
+        total: Any = sum(
             k.loss(s, t, *targets, **term.channels(t), **options) for k, (s, t) in zip(links, pairs)
         )
+        return total
 
-    def _measured(self, values, weights, student, b):
+    def _measured(
+        self, values: Mapping[str, Tensor], weights: dict[str, Any], student: Outputs, b: Batch
+    ) -> tuple[dict[str, Any], Any]:
         """Return (weights, rest). The weight of a term with a gradient ratio is the one at which its
         gradient norm has that ratio. The rest is added to the loss: a part of the other losses that
         replaces the gradient of faded terms, or None. Gradient norms are measured for the report at
@@ -258,10 +263,8 @@ class RecipeLoss(nn.Module):
             base = [weights[k] * v for k, v in learns.items() if k in fixed]
             rest = faded * sum(base) if base and faded is not None else None
         if self.measures and torch.is_grad_enabled() and not learns.keys() <= self.seen:
-            self.seen, self.gradient_shares = (
-                learns.keys(),
-                self.shares(learns, weights, student.logits),
-            )
+            logits: Any = student.logits
+            self.seen, self.gradient_shares = learns.keys(), self.shares(learns, weights, logits)
             if (says := swamped(self.gradient_shares, fixed)) and rank() == 0:
                 warnings.warn(says, DistillWarning, stacklevel=4)
         return weights, rest
@@ -274,41 +277,47 @@ class RecipeLoss(nn.Module):
         gains = {k: r.gain for k, r in self.ratios.items() if r.gain is not None}
         return {k: float(g.factor) for k, g in gains.items() if g.batches}
 
-    def _compared(self, name, student):
-        """What a term compares of the student."""
-        layers = [k.layers[0] for k in self.links[name] if k.layers]
-        return [student.feats[n] for n in dict.fromkeys(layers)] if layers else [student.logits]
+    def _compared(self, name: str, student: Outputs) -> list[Tensor]:
+        """Return the tensors of the student that a term compares."""
+        links: Any = self.links[name]
+        logits: Any = student.logits
+        layers = [k.layers[0] for k in links if k.layers]
+        return [student.feats[n] for n in dict.fromkeys(layers)] if layers else [logits]
 
-    def _apart(self, name, b):
-        """A term's value if each of the teacher's outputs belonged to a different sample."""
+    def _apart(self, name: str, b: Batch) -> Tensor:
+        """Compute the value of a term against the teacher's outputs for different samples."""
         term = next(t for t in self.recipe.terms if t.name == name)
         return self._value(term, b.with_teacher(name, self.ratios[name].of_different_samples))
 
-    def shares(self, values, weights, logits=None) -> dict:
-        """Each part's share of the gradient, by name: at the logits if all parts reach them, else
-        at the last layer of the student that all reach. Empty if there is no such place. A term
-        with a share of its own at its layers is left out. Training is not changed by it.
+    def shares(
+        self, values: Mapping[str, Tensor], weights: Mapping[str, Any], logits: Tensor | None = None
+    ) -> dict:
+        """Return {loss: its fraction of the gradient}, without changing the training.
+
+        The gradient is measured at the logits if all losses reach them, else at the last student
+        parameter that all of them reach. The result is empty if there is no such parameter. Terms
+        of layers with a gradient ratio are left out.
 
         Args:
-            values: Of what counts in a batch: the task loss ('task') and the terms, by name.
-            weights: Of each.
-            logits: The student's; None: its parameters are the place to measure at.
+            values: {name: value} of the task loss ('task') and the terms of a batch.
+            weights: {name: weight}.
+            logits: The student's logits. None to measure at its parameters.
         """
         apart = {t.name for t in self.layered if t.has_grad_ratio}
         values = {k: v for k, v in values.items() if k not in apart}
         try:
             norms = norms_at_logits(values, logits)
-            if norms is None and self.student is not None:
+            if norms is None and isinstance(self.student, nn.Module):
                 norms = norms_at_layer(values, self.student)
         except RuntimeError:
-            return {}  # compiled or checkpointed parts may allow one backward pass alone
-        norms = {k: float(weights[k] * n) for k, n in (norms or {}).items()}
-        return {k: n / sum(norms.values()) for k, n in norms.items()}
+            return {}  # compiled or checkpointed parts may allow only one backward pass
+        weighted = {k: float(weights[k] * n) for k, n in (norms or {}).items()}
+        return {k: n / sum(weighted.values()) for k, n in weighted.items()}
 
 
-def check_kind(term, kind):
-    """Refuse a loss over classes for a model that has none, and so on; features may be compared by
-    any loss.
+def check_kind(term: Any, kind: str) -> None:
+    """Raise an error if a term compares a different kind of logits than the model has. Terms of
+    layers fit any model.
     """
     if term.layers is None and term.kind not in (None, kind):
         says = dict(

@@ -2,14 +2,15 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor
 
 from .. import losses
 from ..base.outputs import DistillError
 from ..recipes.default import auto
+from ..recipes.recipe_text import as_recipe
 from ..recipes.term import Recipe, Term
-from ..recipes.text import as_recipe
 from ..recipes.zoo import at, cwd, dist, dkd, hint, kd, pkt, rkd, ttm
 
 __all__ = ['LABELS', 'Candidate', 'candidates_for', 'candidates_for_heads', 'given_candidates']
@@ -34,11 +35,11 @@ class Candidate:
     options: dict = field(default_factory=dict)
     text: str = '{}'
 
-    def recipe(self, options):
+    def recipe(self, options: Mapping[str, Any]) -> Recipe | Mapping[str, Any]:
         made = self.make(**options)
         return made if isinstance(made, Mapping) else Recipe(made)
 
-    def written(self, options):
+    def written(self, options: Mapping[str, Any]) -> str:
         """Return the recipe as code."""
         # subtle: the user's own text may contain braces
         if not self.options:
@@ -46,7 +47,7 @@ class Candidate:
         return self.text.format(', '.join(f'{k}={v:g}' for k, v in options.items()))
 
 
-def term(name, loss, options, written=None):
+def term(name: str, loss: Callable, options: dict, written: str | None = None) -> Candidate:
     """Return a candidate with a term in addition to the task loss, weighted by its gradient ratio."""
     return Candidate(
         name, lambda **o: Term(loss, **o), options, f'Term(losses.{written or name}, {{}})'
@@ -101,7 +102,7 @@ def candidates_for_heads(facts: dict, layers: bool = False) -> list[Candidate]:
         layers: As in `candidates_for`.
     """
     own = {k: candidates_for(**f)[0] for k, f in facts.items()}
-    each = {k: c.recipe({}) for k, c in own.items()}
+    each: dict[str, Any] = {k: c.recipe({}) for k, c in own.items()}
     chosen = Candidate('auto', lambda: each, {}, repr({k: c.text for k, c in own.items()}))
     first = [chosen] if len({r.task_at(0.0) for r in each.values()}) == 1 else []
     known = [n for f in facts.values() if (n := f.get('classes')) is not None]
@@ -113,7 +114,7 @@ def candidates_for_heads(facts: dict, layers: bool = False) -> list[Candidate]:
     return first + same + (between_layers() if layers else [])
 
 
-def between_outputs(kind, classes, dense):
+def between_outputs(kind: str, classes: int | None, dense: bool) -> list[Candidate]:
     """Return recipes that compare the outputs of the models."""
     alphas = 0.5, 0.3, 0.9
     if kind == 'regression':
@@ -155,7 +156,7 @@ def between_outputs(kind, classes, dense):
     return found
 
 
-def between_layers():
+def between_layers() -> list[Candidate]:
     """Return recipes that compare layers of the models."""
     return [
         Candidate(
@@ -181,7 +182,7 @@ def given_candidates(recipes: dict) -> list[Candidate]:
             'dist=recipes.dist(grad_ratio=1)).'
         )
 
-    def candidate(name, o):
+    def candidate(name: Any, o: Any) -> Candidate:
         if isinstance(o, Mapping):
             each = {k: as_recipe(v) for k, v in o.items()}
             return Candidate(str(name), lambda: each, {}, str(name))

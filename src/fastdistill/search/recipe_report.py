@@ -2,8 +2,9 @@
 
 from dataclasses import dataclass, field
 from statistics import fmean, stdev
+from typing import Any
 
-from ..evaluation.data import Difference, JsonReport
+from ..evaluation.report_data import Difference, JsonReport
 from .text_table import TextTable
 
 __all__ = ['RecipeReport', 'RecipeRun']
@@ -24,7 +25,7 @@ class RecipeRun:
     seed: int
     history: dict[str, list]
 
-    def value(self, column):
+    def value(self, column: str) -> Any:
         return self.history[column][-1] if self.history.get(column) else None
 
 
@@ -52,7 +53,7 @@ class RecipeReport(JsonReport):
     called, inside = 'report of recipes', dict(runs=(RecipeRun, list))
 
     @property
-    def seeds(self):
+    def seeds(self) -> list[int]:
         return sorted({r.seed for r in self.runs})
 
     def values(self, recipe: str, column: str | None = None) -> list:
@@ -66,7 +67,7 @@ class RecipeReport(JsonReport):
         return [runs[s].value(column or self.metric) for s in self.seeds]
 
     @property
-    def best(self):
+    def best(self) -> str:
         """The recipe with the best mean. Its difference from the baseline may be chance, see
         `verdict`.
         """
@@ -74,7 +75,7 @@ class RecipeReport(JsonReport):
 
     def verdict(self, recipe: str) -> str:
         """Return 'better' or 'worse' than the baseline, 'not significant', or why there is no test."""
-        d = self.differences.get(recipe)
+        d: Any = self.differences.get(recipe)
         if d is None:
             return ''
         if d.p is None:
@@ -83,11 +84,11 @@ class RecipeReport(JsonReport):
             return 'not significant'
         return 'better' if (d.value > 0) == self.higher else 'worse'
 
-    def rows(self) -> list:
+    def rows(self) -> TextTable:
         """Return the rows of the table, as a list of dicts."""
         return TextTable(self._row(n) for n in self.recipes)
 
-    def _row(self, name):
+    def _row(self, name: str) -> dict[str, str]:
         v, d = self.values(name), self.differences.get(name)
         out = {
             'recipe': name,
@@ -103,18 +104,18 @@ class RecipeReport(JsonReport):
         }
 
     @property
-    def caption(self):
+    def caption(self) -> str:
         test = next((f'; {d.test}' for d in self.differences.values() if d.test), '')
         return (
             f'{self.metric} after {self.n_epoch} epochs, {"more" if self.higher else "less"} is better; '
             f'{len(self.seeds)} seed(s), the same starts and batches for all recipes{test}'
         )
 
-    def __str__(self):
+    def __str__(self) -> str:
         return f'{self.caption}\n{self.rows()}'
 
     __repr__ = __str__
 
-    def show(self):
+    def show(self) -> None:
         """Print the table in a terminal or a notebook."""
         self.rows().show(self.caption)

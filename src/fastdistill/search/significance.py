@@ -1,19 +1,21 @@
 """Significance tests for differences between recipes that were trained with the same seeds."""
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from ..evaluation.data import Difference
+from ..evaluation.report_data import Difference
 
 __all__ = ['Lead', 'adjusted', 'difference_by_seed', 'lead_of']
 
 TEST = 'paired t test'
 
 
-def difference_by_seed(a, b) -> Difference:
+def difference_by_seed(a: Sequence[float], b: Sequence[float]) -> Difference:
     """Return the mean of `a` minus `b`, with its 95% interval and p-value (Student's paired t
     test).
 
@@ -75,17 +77,17 @@ class Lead:
     seeds: int
 
     @property
-    def beyond_luck(self):
+    def beyond_luck(self) -> bool:
         return self.low > 0
 
-    def __str__(self):
+    def __str__(self) -> str:
         return (
             f'{self.mean:+.4g} ({self.n} validation items that took no part in the choice, {self.seeds} seeds; '
             f'95% interval {self.low:+.4g} to {self.high:+.4g}, p = {self.p:.2g})'
         )
 
 
-def lead_of(a, b) -> Lead | None:
+def lead_of(a: Tensor, b: Tensor) -> Lead | None:
     """Return how much better `a` is than `b`.
 
     None with fewer than two seeds or items, since the variation between runs is then unknown.

@@ -1,12 +1,14 @@
 """Show tables of runs and recipes as text, in a terminal or in a notebook."""
 
+from typing import Any
+
 __all__ = ['TextTable']
 
 
 class TextTable(list):
     """A list of dicts with the same keys, shown as a table."""
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         if not self:
             return 'no runs'
         cells = [[*self[0]], *([cell_text(v) for v in row.values()] for row in self)]
@@ -15,7 +17,7 @@ class TextTable(list):
             '  '.join(c.ljust(w) for c, w in zip(row, widths)).rstrip() for row in cells
         )
 
-    def show(self, caption: str):
+    def show(self, caption: str) -> None:
         """Print the table in a terminal or a notebook."""
         from rich.console import Console
         from rich.markup import escape
@@ -27,7 +29,7 @@ class TextTable(list):
         Console().print(table)
 
 
-def cell_text(v):
+def cell_text(v: Any) -> str:
     if v is None:
         return ''
     return f'{v:.4g}' if isinstance(v, float) else str(v)

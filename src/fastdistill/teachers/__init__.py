@@ -1,6 +1,6 @@
 "A teacher in any common form."
 
-from .items import with_items
+from .raw_items import with_items
 from .teacher import Teacher
 
 __all__ = ['Teacher', 'with_items']

@@ -3,8 +3,11 @@
 import os
 import shutil
 import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
+from torch.nn import Module
 
 from ..base.outputs import tensors_in
 
@@ -21,25 +24,28 @@ class CompiledModule:
         say: fn(text) that reports the result.
     """
 
-    def __init__(self, module, close, say):
+    def __init__(
+        self, module: Module, close: Callable[[Any, Any], bool], say: Callable[[str], None]
+    ) -> None:
         self.module, self.close, self.say = module, close, say
-        self.fast = self.shapes = None
+        self.fast: Callable | None = None
+        self.shapes: tuple | None = None
         self.state = ''
 
-    def __call__(self, x, kw):
+    def __call__(self, x: Sequence, kw: Mapping[str, Any]) -> Any:
         if not self.state:
             self.state = self._compile(x, kw)
             self.say(f'is {self.state}')
         run = self.module if self.fast is None or shapes_of(x, kw) != self.shapes else self.fast
         return run(*x, **kw)
 
-    def _compile(self, x, kw) -> str:
+    def _compile(self, x: Sequence, kw: Mapping[str, Any]) -> str:
         """Compile for this batch. Return the result as text."""
         device = next(tensors_in((x, kw))).device
         if why := missing_compiler(device):
             return f'not compiled ({why})'
         # with frozen weights, the compiler merges convolutions and activations
-        options = dict(options=dict(freezing=True)) if device.type == 'cpu' else {}
+        options: dict[str, Any] = dict(options=dict(freezing=True)) if device.type == 'cpu' else {}
         start = time.perf_counter()
         try:
             fast = torch.compile(self.module, dynamic=False, **options)
@@ -53,7 +59,7 @@ class CompiledModule:
         return f'compiled in {time.perf_counter() - start:.0f} s'
 
 
-def missing_compiler(device) -> str | None:
+def missing_compiler(device: torch.device) -> str | None:
     """Return why torch.compile can't work on this machine. None if it can."""
     if device.type == 'cuda':
         return None
@@ -63,5 +69,5 @@ def missing_compiler(device) -> str | None:
     return 'there is no C++ compiler on this machine'
 
 
-def shapes_of(x, kw):
+def shapes_of(x: Sequence, kw: Mapping[str, Any]) -> tuple:
     return tuple((t.shape, t.dtype) for t in tensors_in((x, kw))), tuple(kw)

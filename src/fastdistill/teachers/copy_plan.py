@@ -1,10 +1,13 @@
 "How a faster copy of a teacher's model is built: its dtype, memory format, folded batch norms and device."
 
 import copy
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import Module
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from ..features.layer_names import named
@@ -30,7 +33,7 @@ class CopyPlan:
     pairs: tuple = ()
     all_floats: bool = False
 
-    def __str__(self):
+    def __str__(self) -> str:
         folded = f'{len(self.pairs)} batch-norms folded' if self.pairs else ''
         layout = 'channels_last' if self.layout is not None else ''
         return ', '.join(filter(None, [short_name(self.dtype), layout, folded]))
@@ -39,7 +42,7 @@ class CopyPlan:
         """Return a frozen copy of the model. Weights that need no change are shared, and no weight
         is copied unchanged first.
         """
-        memo = {}
+        memo: dict[int, Any] = {}
         for conv, norm in self.pairs:
             memo |= {id(conv): folded(conv, norm, self._frozen), id(norm): nn.Identity().eval()}
         for m in model.modules():
@@ -61,10 +64,10 @@ class CopyPlan:
                 m.flatten_parameters()
         return out
 
-    def _frozen(self, p):
+    def _frozen(self, p: Tensor) -> nn.Parameter:
         return nn.Parameter(self._convert(p), requires_grad=False)
 
-    def _convert(self, t, to_dtype=True):
+    def _convert(self, t: Tensor, to_dtype: bool = True) -> Tensor:
         t = t.detach()
         dtype = self.dtype if to_dtype and t.is_floating_point() else t.dtype
         if self.layout is not None and t.dim() == 4:
@@ -73,7 +76,7 @@ class CopyPlan:
 
 
 @torch.no_grad()
-def folded(conv, norm, frozen):
+def folded(conv: Any, norm: Any, frozen: Callable[[Tensor], nn.Parameter]) -> Module:
     """Return a convolution that computes what both compute.
 
     Args:
@@ -88,16 +91,18 @@ def folded(conv, norm, frozen):
     return new.train(False)
 
 
-def without_layers(model, pairs, layers):
+def without_layers(
+    model: Module, pairs: Iterable[tuple[Module, Module]], layers: Sequence[str]
+) -> tuple[tuple[Module, Module], ...]:
     """Return the pairs that can be folded if these layers are read."""
     have = named(model)
     read = {have.get(n.split('@')[0]) for n in layers}
     return tuple((c, n) for c, n in pairs if not {c, n} & read)
 
 
-def weights_of(model):
+def weights_of(model: Module) -> list[Tensor]:
     return [*model.parameters(), *model.buffers()]
 
 
-def short_name(dtype):
+def short_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix('torch.')

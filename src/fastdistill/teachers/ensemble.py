@@ -1,12 +1,17 @@
 "Several teachers as one: their weights, and the mean of their predictions."
 
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from math import log
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from ..base.outputs import DistillError, Outputs
-from .images import full_precision
+from ..base.random_state import RandomStream
+from .image_normalization import full_precision
 from .runner import Runner
 
 __all__ = ['EnsembleRunner', 'member_weights']
@@ -21,20 +26,20 @@ class EnsembleRunner(Runner):
 
     fast_copy = module = None
 
-    def __init__(self, teacher):
+    def __init__(self, teacher: Any) -> None:
         super().__init__()
         self.teacher = teacher
 
     @property
-    def members(self):
+    def members(self) -> Sequence:
         return self.teacher.members
 
-    def enter(self, stack):
+    def enter(self, stack: ExitStack) -> None:
         for m in self.members:
             stack.enter_context(m)
 
     @property
-    def cuda(self):
+    def cuda(self) -> set[torch.device]:
         return {d for m in self.members for d in m.runner.cuda}
 
     @property
@@ -45,11 +50,11 @@ class EnsembleRunner(Runner):
     def remembers(self) -> bool:
         return any(m.remembers for m in self.members)
 
-    def reset(self, random):
+    def reset(self, random: RandomStream) -> None:
         for m in self.members:
             m.reset()
 
-    def outputs(self, x, kw, layers) -> Outputs:
+    def outputs(self, x: Sequence, kw: Mapping[str, Any], layers: Sequence[str]) -> Outputs:
         """The combined outputs for a batch, with these layers."""
         self.check_layers(layers)
         t = self.teacher
@@ -69,7 +74,7 @@ class EnsembleRunner(Runner):
         mask = next((o.mask for o in outs if o.mask is not None), None)
         return Outputs(logits, feats, mask, outs[0].classes)
 
-    def _outputs_of_one(self, x, kw, layers):
+    def _outputs_of_one(self, x: Sequence, kw: Mapping[str, Any], layers: Sequence[str]) -> Outputs:
         """The outputs of a member that is drawn."""
         if layers:
             raise DistillError(
@@ -77,13 +82,13 @@ class EnsembleRunner(Runner):
                 "on the outputs, or combine='probs'."
             )
         drawn = torch.multinomial(torch.tensor(self.teacher.weights), 1).item()
-        return self.members[drawn].forward(x, kw, [])
+        return self.members[int(drawn)].forward(x, kw, [])
 
-    def bare_call(self, x: tuple):
+    def bare_call(self, x: tuple) -> Callable[[], Outputs]:
         """A function that runs the ensemble on these inputs."""
         return lambda: self.teacher(*x)
 
-    def check_layers(self, layers):
+    def check_layers(self, layers: Sequence[str]) -> None:
         """Refuse names of layers that do not begin with a member's number."""
         numbers = [*map(str, range(len(self.members)))]
         if wrong := [n for n in layers if n.partition('.')[0] not in numbers]:
@@ -93,7 +98,7 @@ class EnsembleRunner(Runner):
             )
 
 
-def member_weights(weights, n):
+def member_weights(weights: Sequence[float] | None, n: int) -> list[float]:
     """Weights that add up to 1."""
     w = [1.0] * n if weights is None else [float(o) for o in weights]
     if len(w) != n or min(w) < 0 or not 0 < sum(w) < float('inf'):
@@ -103,7 +108,9 @@ def member_weights(weights, n):
     return [o / sum(w) for o in w]
 
 
-def mix(logits, weights, combine, kind, axis):
+def mix(
+    logits: Sequence[Tensor], weights: Sequence[float], combine: str, kind: str, axis: int
+) -> Tensor:
     """Logits of the mean prediction of several teachers.
 
     Args:

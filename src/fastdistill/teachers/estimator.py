@@ -4,7 +4,8 @@ anything with their methods.
 
 import copy
 import pickle
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -15,14 +16,14 @@ from ..base.outputs import DistillError, as_plain
 __all__ = ['Estimator', 'is_estimator', 'load_estimator']
 
 
-def is_estimator(o):
+def is_estimator(o: Any) -> bool:
     "Return True for an object with `predict_proba` or `predict` that is not a function of tensors."
     if isinstance(o, (type, nn.Module)) or callable(o):
         return False
     return any(callable(getattr(o, k, None)) for k in ('predict_proba', 'predict'))
 
 
-def load_estimator(path):
+def load_estimator(path: Any) -> Any:
     """Load an estimator. The file is a pickle, whose code runs.
 
     Args:
@@ -61,7 +62,7 @@ class Estimator:
         frame: Rows before any transform, for fastai's tables.
     """
 
-    def __init__(self, model, kind: str = 'softmax', frame=None):
+    def __init__(self, model: Any, kind: str = 'softmax', frame: Any = None) -> None:
         self.model, self.kind, self.frame, self.__name__ = (
             model,
             kind,
@@ -69,14 +70,14 @@ class Estimator:
             type(last_step(model)).__name__,
         )
 
-    def of_kind(self, kind):
+    def of_kind(self, kind: str) -> Self:
         """Return the same estimator for a different kind of outputs."""
         other = copy.copy(self)
         other.kind = kind
         return other
 
     @property
-    def classes(self):
+    def classes(self) -> list | None:
         """Classes in the order of the outputs. None if there are none, or if several outputs are
         predicted.
         """
@@ -88,12 +89,13 @@ class Estimator:
         )
 
     @property
-    def columns(self):
+    def columns(self) -> list[str] | None:
         """Names of the columns that it was fitted on. None if they are unknown."""
         for k in ('feature_names_in_', 'feature_names_', 'feature_name'):
             names = getattr(self.model, k, None)
             if (names := names() if callable(names) else names) is not None:
                 return list(map(str, names))
+        return None
 
     @property
     def identity(self) -> bytes:
@@ -105,13 +107,13 @@ class Estimator:
         except ImportError:
             return pickle.dumps(self.model)
 
-    def __call__(self, *x, **named):
+    def __call__(self, *x: Any, **named: Any) -> Tensor:
         return self.predict(self._table(x, named))
 
     # for timing: fastai's tables remember the rows that they predicted before
     anew = __call__
 
-    def predict(self, rows) -> Tensor:
+    def predict(self, rows: Any) -> Tensor:
         """Predict probabilities, or numbers, (B, C).
 
         Args:
@@ -122,7 +124,7 @@ class Estimator:
         ](rows)
         return torch.from_numpy(np.array(given, dtype=np.float64)).float()  # a copy
 
-    def _classes(self, rows):
+    def _classes(self, rows: Any) -> Any:
         if hasattr(self.model, 'predict_proba'):
             if isinstance(p := self.model.predict_proba(rows), list):
                 raise DistillError(several(self.__name__, len(p)))
@@ -140,7 +142,7 @@ class Estimator:
             "returns a probability for each class: Teacher(fn, outputs='probs')."
         )
 
-    def _labels(self, rows):
+    def _labels(self, rows: Any) -> Any:
         if not hasattr(self.model, 'predict_proba'):
             return columns_of_numbers(self.model.predict(rows))
         p = self.model.predict_proba(rows)
@@ -153,10 +155,10 @@ class Estimator:
         )
         return p[:, 1:] if yes_or_no else p
 
-    def _numbers(self, rows):
+    def _numbers(self, rows: Any) -> np.ndarray:
         return columns_of_numbers(self.model.predict(rows))
 
-    def _table(self, x, named):
+    def _table(self, x: Any, named: Any) -> Any:
         if self.frame is not None:
             raise DistillError(
                 "frame= is for fastai's tables. In a loop of your own, the batch has the rows that "
@@ -175,12 +177,12 @@ class Estimator:
             return rows
         return self._of_columns(dict(zip(names, rows.T)))
 
-    def _of_columns(self, columns):
+    def _of_columns(self, columns: Mapping[str, Any]) -> Any:
         import pandas as pd
 
         return self.in_order(pd.DataFrame(columns))
 
-    def in_order(self, table):
+    def in_order(self, table: Any) -> Any:
         """Return the columns that it was fitted on, in their order. Raise a DistillError that names
         missing ones.
 
@@ -199,14 +201,15 @@ class Estimator:
             raise DistillError(self._missing(missing, table))
         return table[names]
 
-    def _missing(self, missing, table):
+    def _missing(self, missing: Sequence[str], table: Any) -> str:
+        names = self.columns or []
         return (
-            f'{self.__name__} was fitted on the columns {few(names := self.columns)} ({len(names)}), but the rows '
+            f'{self.__name__} was fitted on the columns {few(names)} ({len(names)}), but the rows '
             f'have no {few(missing)}. They have {few(list(table.columns), 20)}. In fastai, '
             'Teacher(pipeline, frame=df) takes them from the table that the DataLoaders were made from.'
         )
 
-    def _unfit(self, x):
+    def _unfit(self, x: Any) -> str:
         shapes = ', '.join(str(tuple(getattr(o, 'shape', ()))) for o in x)
         return (
             f'{self.__name__} takes a table: one tensor (B, columns), or a dict with a tensor for each column. '
@@ -215,20 +218,20 @@ class Estimator:
         )
 
 
-def last_step(model):
+def last_step(model: Any) -> Any:
     return model.steps[-1][1] if isinstance(getattr(model, 'steps', None), list) else model
 
 
-def few(names, n=5):
+def few(names: Sequence, n: int = 5) -> str:
     return ', '.join(map(str, names[:n])) + (' ...' if len(names) > n else '')
 
 
-def columns_of_numbers(v):
+def columns_of_numbers(v: Any) -> np.ndarray:
     v = np.asarray(v)
     return v.reshape(len(v), -1)
 
 
-def positive(p, classes):
+def positive(p: np.ndarray, classes: Iterable) -> np.ndarray:
     """Return the probability of the label from a binary estimator, which may have seen only one of
     the two classes.
     """
@@ -236,7 +239,7 @@ def positive(p, classes):
     return p[:, yes].sum(1)
 
 
-def several(name, n):
+def several(name: str, n: int) -> str:
     return (
         f'{name} predicts {n} outputs, the student one class of several. Give a function that returns the '
         "probabilities of one of them: Teacher(fn, outputs='probs')."

@@ -1,18 +1,21 @@
 "A faster copy of a teacher's model, which runs instead of it if its outputs are close. Decided at the first batch."
 
 import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from types import FunctionType
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import Module
 
 from ..base.outputs import DistillError, as_plain, tensors_in
 from ..features.probe import is_compiled
+from .batch_norm_folding import foldable
 from .compiled_module import CompiledModule
 from .copy_plan import CopyPlan, short_name, weights_of, without_layers
-from .folding import foldable
-from .forms import is_graph
+from .model_loading import is_graph
 
 __all__ = ['AS_IT_IS', 'DEFAULTS', 'OPTIONS', 'FastCopy', 'check_run', 'native_bf16', 'run_options']
 
@@ -35,12 +38,12 @@ NOT_FASTER = 'a copy is not faster'
 WORK = 5e9
 
 
-def run_options(given) -> dict:
+def run_options(given: dict[str, Any]) -> dict[str, Any]:
     """Return all options of `run=`: the given ones, and defaults."""
     return DEFAULTS | given
 
 
-def check_run(given, model):
+def check_run(given: dict[str, Any], model: Any) -> None:
     """Raise a DistillError for values that do not exist, and for options of an nn.Module if the
     teacher is not one.
 
@@ -68,7 +71,7 @@ def check_run(given, model):
         )
 
 
-def check_device(device):
+def check_device(device: Any) -> None:
     """Raise a DistillError for a device that is not available."""
     if device is None:
         return
@@ -83,7 +86,7 @@ def check_device(device):
         ) from e
 
 
-def native_bf16(device) -> bool:
+def native_bf16(device: torch.device) -> bool:
     "Return True if this device computes in bfloat16 natively."
     if device.type == 'cuda':
         return torch.cuda.get_device_capability(device) >= (8, 0)
@@ -95,7 +98,7 @@ def native_bf16(device) -> bool:
     )
 
 
-def why_no_copy(model) -> str:
+def why_no_copy(model: Module) -> str:
     """Return why a module can't be replaced by a copy. Empty if it can."""
     tensors = [*model.parameters(), *model.buffers()]
     if is_graph(model):
@@ -120,7 +123,7 @@ def why_no_copy(model) -> str:
     return ''
 
 
-def hooks_of(model):
+def hooks_of(model: Module) -> list[Callable]:
     """Return the hooks that modules call before and after they run."""
     return [
         h
@@ -130,7 +133,7 @@ def hooks_of(model):
     ]
 
 
-def owner_of(hook):
+def owner_of(hook: Any) -> Any:
     """Return the object that a hook is, or whose method it is. None for a function."""
     return None if isinstance(hook, FunctionType) else getattr(hook, '__self__', hook)
 
@@ -146,23 +149,37 @@ class FastCopy:
         say: fn(text) that reports what was decided, after 'fastdistill: the teacher NAME '.
     """
 
-    def __init__(self, model, mode, options, say):
+    def __init__(
+        self, model: Module, mode: str, options: Mapping[str, Any], say: Callable[[str], None]
+    ) -> None:
         self.model, self.mode, self.options, self.say = model, mode, options, say
         floats = {p.dtype for p in model.parameters() if p.is_floating_point()}
-        self.own = next(iter(floats)) if len(floats) == 1 else None  # dtype of the model's weights
+        self.own: Any = (
+            next(iter(floats)) if len(floats) == 1 else None
+        )  # dtype of the model's weights
         # options for which a small model is copied too
         self.by_hand = given_by_hand(options)
         self.restart()
 
-    def restart(self):
+    def restart(self) -> None:
         """Decide again at the next batch."""
-        self.module, self.plan, self.bytes, self.decided_for = self.model, None, 0, None
-        self.marks = self.compiled = None
+        self.module, self.bytes = self.model, 0
+        self.plan: Any = None  # the `CopyPlan`
+        self.decided_for: float | None = None  # size of the batch that decided
+        self.marks: ModelMarks | None = None
+        self.compiled: CompiledModule | None = None
         self.why = ''
 
     # before a batch
 
-    def choose(self, x, kw, device, layers, run):
+    def choose(
+        self,
+        x: Sequence,
+        kw: Mapping[str, Any],
+        device: torch.device,
+        layers: Sequence[str],
+        run: Callable[[Module], Tensor],
+    ) -> None:
         """Choose the module for a batch.
 
         Args:
@@ -188,7 +205,13 @@ class FastCopy:
         if layers and self.plan is not None:
             self._keep_apart(layers)
 
-    def _decide(self, large, device, layers, run):
+    def _decide(
+        self,
+        large: bool,
+        device: torch.device,
+        layers: Sequence[str],
+        run: Callable[[Module], Tensor],
+    ) -> None:
         self.why = why_no_copy(self.model)
         if not self.by_hand and not self.why and self.mode != 'eval':
             self.why = 'it runs in train mode'
@@ -199,7 +222,13 @@ class FastCopy:
             if self.why:
                 self.say(f'runs as it is: {self.why}')
 
-    def _try_copies(self, large, device, layers, run):
+    def _try_copies(
+        self,
+        large: bool,
+        device: torch.device,
+        layers: Sequence[str],
+        run: Callable[[Module], Tensor],
+    ) -> None:
         """Take the first copy whose outputs are close enough to those of the model."""
         dtypes = self._dtypes(large, device)
         if not dtypes:
@@ -220,9 +249,10 @@ class FastCopy:
             elif not self.by_hand and not is_faster(module, self.model, run):
                 self.why = NOT_FASTER
             else:
-                return self._take(module, plan, far)
+                self._take(module, plan, far)
+                return
 
-    def _dtypes(self, large, device):
+    def _dtypes(self, large: bool, device: torch.device) -> list[torch.dtype]:
         """Return the dtypes to try, fastest first."""
         dtypes, asked = [self.own] if self.own in FARTHEST else [], self.options['precision']
         auto = large and self.own == torch.float32 and asked == 'auto' and native_bf16(device)
@@ -230,7 +260,9 @@ class FastCopy:
             dtypes.insert(0, PRECISIONS.get(asked, torch.bfloat16))
         return list(dict.fromkeys(dtypes))
 
-    def _plans(self, dtypes, large, pairs, device):
+    def _plans(
+        self, dtypes: Sequence[torch.dtype], large: bool, pairs: tuple, device: torch.device
+    ) -> Iterator[CopyPlan]:
         """Yield the copies to try. 'auto' changes only large models."""
         auto = large and is_convolutional(self.model)
         layout = auto if self.options['memory_format'] == 'auto' else self.options['memory_format']
@@ -248,7 +280,7 @@ class FastCopy:
             elif plan.pairs or layout or self.options['device'] or self.options['compile']:
                 yield plan
 
-    def _take(self, module, plan, far):
+    def _take(self, module: Module, plan: CopyPlan, far: float) -> None:
         self.module, self.plan, self.why = module, plan, ''
         self.marks = ModelMarks(self.model)
         own = {t.data_ptr() for t in weights_of(self.model)}
@@ -265,7 +297,7 @@ class FastCopy:
             )
         self.say(text)
 
-    def _keep_apart(self, layers):
+    def _keep_apart(self, layers: Sequence[str]) -> None:
         """Stop folding batch norms into layers that are read."""
         left = without_layers(self.model, self.plan.pairs, layers)
         if len(left) == len(self.plan.pairs):
@@ -281,7 +313,7 @@ class FastCopy:
 
     # a batch
 
-    def run(self, x, kw, layers=()):
+    def run(self, x: Sequence, kw: Mapping[str, Any], layers: Sequence[str] = ()) -> Any:
         """Return the outputs of the module that runs.
 
         Args:
@@ -297,7 +329,7 @@ class FastCopy:
                 self.compiled = CompiledModule(self.module, self._are_close, self.say)
             return self.compiled(x, kw)
 
-    def _are_close(self, a, b):
+    def _are_close(self, a: Any, b: Any) -> bool:
         """Compare the outputs of compiled code with those of the same module without it."""
         pairs = zip(tensors_in(as_dict(a)), tensors_in(as_dict(b)))
         return all(
@@ -305,7 +337,7 @@ class FastCopy:
         )
 
     @property
-    def cast_back(self):
+    def cast_back(self) -> torch.dtype | None:
         """The model's own dtype if the copy computes in a different one, otherwise None."""
         return self.own if self.plan is not None and self.plan.dtype != self.own else None
 
@@ -320,7 +352,7 @@ class FastCopy:
         device = self.options['device']
         return f'{self.plan}{f", on {device}" if device else ""}'
 
-    def __str__(self):
+    def __str__(self) -> str:
         if self.decided_for is None:
             return ', '.join(f'{k}={self.options[k]!r}' for k in self.by_hand)
         if self.plan is None:
@@ -334,11 +366,11 @@ class ModelMarks:
     values, and the hooks.
     """
 
-    def __init__(self, model):
+    def __init__(self, model: Module) -> None:
         self.tensors, self.hooks = weights_of(model), hooks_of(model)
         self.places, self.values = places_of(self.tensors), first_values(self.tensors)
 
-    def match(self, model, thorough: bool) -> bool:
+    def match(self, model: Module, thorough: bool) -> bool:
         """Return True if the model is still the same. Unless `thorough`, only the values of a few
         tensors are compared, and hooks are not.
         """
@@ -358,23 +390,23 @@ class ModelMarks:
         return all(torch.equal(v, self.values[i]) for v, i in zip(now, some))
 
 
-def given_by_hand(options) -> list:
+def given_by_hand(options: Mapping[str, Any]) -> list:
     """Return the names of the options that ask for a copy."""
     asked = [k for k in OPTIONS if options[k] not in ('auto', 'fp32', None, False)]
     return asked + ['device'] * (options['device'] is not None)
 
 
-def places_of(tensors):
+def places_of(tensors: Iterable[Tensor]) -> list[tuple[int, int]]:
     return [(t.data_ptr(), t._version) for t in tensors]
 
 
 @torch.no_grad()
-def first_values(tensors):
+def first_values(tensors: Iterable[Tensor]) -> list[Tensor]:
     """Return a few values of each tensor."""
     return [t.detach().reshape(-1)[:4].clone() for t in tensors]
 
 
-def operations(model, x, kw) -> float:
+def operations(model: Module, x: Sequence, kw: Mapping[str, Any]) -> float:
     """Estimate the number of operations of a batch: two for each weight at each position of the
     largest input. A position is a token, a row of a table, or 16 pixels along each axis of an image, since
     most weights see it at that resolution or a lower one. Embeddings are only looked up.
@@ -390,24 +422,24 @@ def operations(model, x, kw) -> float:
     return 2 * positions * sum(p.numel() for p in weights)
 
 
-def positions_of(t) -> float:
+def positions_of(t: Tensor) -> float:
     if t.dim() >= 4:
         return t.numel() / max(t.shape[1], 1) / 16 ** (t.dim() - 2)
     return t.numel() / max(t.shape[-1], 1) if t.is_floating_point() and t.dim() > 1 else t.numel()
 
 
-def is_convolutional(model):
+def is_convolutional(model: Module) -> bool:
     kinds = [type(m) for m in model.modules()]
     return kinds.count(nn.Conv2d) > kinds.count(nn.Linear)
 
 
-def is_faster(a, b, run) -> bool:
+def is_faster(a: Module, b: Module, run: Callable[[Module], Tensor]) -> bool:
     """Return True if module `a` is faster than `b`, by the better of two alternating runs each.
 
     Not every module gains: in bfloat16, a Linear on a CPU is several times slower if its input is
     not contiguous, as the outputs of an LSTM with `batch_first=True` are.
     """
-    times = {a: [], b: []}
+    times: dict[Module, list[float]] = {a: [], b: []}
     for _ in range(2):
         for m, seconds in times.items():
             start = time.perf_counter()
@@ -416,26 +448,26 @@ def is_faster(a, b, run) -> bool:
     return min(times[a]) < min(times[b])
 
 
-def synchronize(t):
+def synchronize(t: Tensor) -> None:
     """Wait for the GPU that computes this tensor, if any."""
     if t.is_cuda:
         torch.cuda.synchronize(t.device)
 
 
-def no_autocast(x, kw):
+def no_autocast(x: Sequence, kw: Mapping[str, Any]) -> torch.autocast:
     """Context without autocast: a copy has its own precision, even if the student uses autocast."""
     return torch.autocast(next((t.device.type for t in tensors_in((x, kw))), 'cpu'), enabled=False)
 
 
-def size_of(x, kw):
+def size_of(x: Sequence, kw: Mapping[str, Any]) -> int:
     return max((t.numel() for t in tensors_in((x, kw))), default=0)
 
 
-def as_dict(o):
+def as_dict(o: Any) -> Any:
     return dict(o) if isinstance(o, dict) else o
 
 
-def difference(a, b):
+def difference(a: Any, b: Any) -> float:
     """Compute the root mean square difference of outputs, as a fraction of their spread."""
     a, b = [as_plain(o).detach().double().cpu() for o in (a, b)]
     if a.shape != b.shape:

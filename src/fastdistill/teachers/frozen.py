@@ -1,7 +1,10 @@
 "Freeze a module while it is the teacher. Its modes, buffers, device and hidden states are restored afterwards."
 
+from typing import Any, Self
+
 import torch
 from torch import nn
+from torch.nn import Module
 
 from ..base.model_state import Attributes, TensorValues
 from ..base.outputs import map_tensors, tensors_in
@@ -19,10 +22,10 @@ class FrozenModel:
         private: True for the teacher's own copy, whose buffers need not be restored.
     """
 
-    def __init__(self, model, mode, private: bool = False):
+    def __init__(self, model: Module, mode: str, private: bool = False) -> None:
         self.model, self.mode, self.private = model, mode, private
 
-    def __enter__(self):
+    def __enter__(self) -> Self:
         modules = list(self.model.modules())
         self.modes = [(m, m.training) for m in modules if hasattr(m, 'training')]
         self.buffers = [
@@ -38,13 +41,15 @@ class FrozenModel:
         dtypes = (p.dtype for p in params)
         self.dtype = next((d for d in dtypes if d.is_floating_point and d.itemsize > 1), None)
         self.cuda = {t.device for t in [*params, *(b for *_, b in self.buffers)] if t.is_cuda}
-        self.params = []  # as they were, if the model was moved
-        self.batch_device = self.device = None  # of the last batch, and where it goes
+        self.params: list[tuple] = []  # as they were, if the model was moved
+        # of the last batch, and where it goes
+        self.batch_device: torch.device | None = None
+        self.device: Any = None
         self.has_run = False
         self.settle()
         return self
 
-    def settle(self):
+    def settle(self) -> None:
         """Set every submodule to the teacher's mode. Each batch does this, since other code may
         have changed modes.
         """
@@ -53,7 +58,7 @@ class FrozenModel:
             if m.training != (self.mode == 'train'):
                 m.training = self.mode == 'train'
 
-    def place(self, device):
+    def place(self, device: torch.device) -> torch.device:
         """Return the device to which a batch on `device` moves. A model on the CPU moves to the
         batch. A model on a different device stays there.
         """
@@ -61,7 +66,7 @@ class FrozenModel:
             self.batch_device, self.device = device, self._place(device)
         return self.device
 
-    def _place(self, device):
+    def _place(self, device: torch.device) -> torch.device:
         at = dict.fromkeys(t.device for t in [*self.model.parameters(), *self.model.buffers()])
         if not at or device in at and len(at) == 1:
             return device
@@ -81,7 +86,7 @@ class FrozenModel:
             h.vars.update({k: map_tensors(v, lambda t: t.to(device)) for k, v in tensors.items()})
         return device
 
-    def __exit__(self, *_):
+    def __exit__(self, *_: object) -> None:
         for m, training in self.modes:
             m.training = training
         # the same tensors as before, not copies that were moved back
@@ -97,7 +102,7 @@ class FrozenModel:
             h.restore()
 
 
-def cuda_devices(model):
+def cuda_devices(model: Module) -> set[torch.device]:
     return {t.device for t in [*model.parameters(), *model.buffers()] if t.is_cuda}
 
 

@@ -2,7 +2,11 @@
 nothing else.
 """
 
+from typing import Any
+
 import torch
+from torch import Tensor
+from torch.nn import Module
 
 from ..base.model_state import ModelState
 from ..features.probe import distinct_modules, untouched
@@ -15,11 +19,11 @@ NO_RESET = (
 )
 
 
-def has_reset(model):
+def has_reset(model: Any) -> bool:
     return callable(getattr(model, 'reset', None))
 
 
-def why_no_reset(model):
+def why_no_reset(model: Any) -> str | None:
     """Return the reason not to call `model.reset()`. None if it changes only hidden states. It is
     called once to find out, and everything is restored.
     """
@@ -37,9 +41,10 @@ def why_no_reset(model):
         state.restore()
     if changed:
         return f'changes weights ({", ".join(changed[:3])}{" ..." if len(changed) > 3 else ""})'
+    return None
 
 
-def saved_tensors(model):
+def saved_tensors(model: Module) -> dict[str, Tensor]:
     """Return {name: tensor} of the parameters and saved buffers that can be compared."""
     buffers = {
         f'{n}.{k}'.lstrip('.'): b
@@ -51,7 +56,7 @@ def saved_tensors(model):
     return {n: t for n, t in {**dict(model.named_parameters()), **buffers}.items() if comparable(t)}
 
 
-def is_changed(was, now) -> bool:
+def is_changed(was: tuple | None, now: Tensor | None) -> bool:
     """Return True if a tensor is new, gone, moved or different.
 
     Args:

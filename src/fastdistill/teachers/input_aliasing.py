@@ -1,6 +1,10 @@
 "Find out whether a module leaves its inputs unchanged, so that it needs no copy of the student's batch."
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import torch
+from torch import Tensor
 
 from ..base.outputs import DistillError, tensors_in
 
@@ -16,15 +20,15 @@ class InputAliasing:
         keeps: {layers that are read: True if the module leaves its inputs unchanged}. Filled here.
     """
 
-    def __init__(self, name, keeps):
+    def __init__(self, name: str, keeps: dict[tuple, bool]) -> None:
         self.name, self.keeps = name, keeps
 
-    def lends(self, layers):
+    def lends(self, layers: Sequence[str]) -> Callable[[Tensor], bool]:
         """Return fn(tensor) -> True if the module may get the tensor itself."""
         known = self.keeps.get(tuple(layers))
         return lambda t: bool(known) and can_show_changes(t) and not t.requires_grad
 
-    def marks(self, batch, prepared, layers) -> list:
+    def marks(self, batch: Any, prepared: Any, layers: Sequence[str]) -> list:
         """Return marks that show after a run whether the module changed its inputs.
 
         Args:
@@ -37,7 +41,7 @@ class InputAliasing:
             return []
         return input_marks(batch, False) if known else input_marks(prepared, True)
 
-    def judge(self, marks, layers, outputs):
+    def judge(self, marks: Sequence[tuple], layers: Sequence[str], outputs: Any) -> None:
         """Decide after a run: a module that changes its inputs, or returns views of them, gets
         copies from now on.
         """
@@ -54,12 +58,12 @@ class InputAliasing:
             )
 
 
-def can_show_changes(t):
+def can_show_changes(t: Tensor) -> bool:
     "Return True if a change of this tensor can be seen."
     return t.layout == torch.strided and not t.is_inference()
 
 
-def input_marks(inputs, values: bool) -> list:
+def input_marks(inputs: Any, values: bool) -> list:
     """Return (tensor, version, values) of each input before a run.
 
     Args:
@@ -74,13 +78,13 @@ def input_marks(inputs, values: bool) -> list:
     ]
 
 
-def inputs_kept(marks) -> bool:
+def inputs_kept(marks: Sequence[tuple]) -> bool:
     return all(
         t._version == v and (was is None or t.is_meta or torch.equal(t, was)) for t, v, was in marks
     )
 
 
-def shares_memory(marks, outputs) -> bool:
+def shares_memory(marks: Sequence[tuple], outputs: Any) -> bool:
     """Return True if an output is a view of an input, and would change with the student's batch."""
     place = lambda t: t.untyped_storage().data_ptr()
     mine = {place(t) for t, *_ in marks}

@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from ..base.outputs import DistillError
-from .images import full_precision
+from .image_normalization import full_precision
 
 __all__ = ['check_probabilities', 'logits_of']
 
@@ -22,7 +22,7 @@ def logits_of(p: Tensor, kind: str = 'softmax') -> Tensor:
     return log(p) if kind == 'softmax' else log(p) - log(1 - p)
 
 
-def check_probabilities(p: Tensor, kind: str, axis: int, name: str):
+def check_probabilities(p: Tensor, kind: str, axis: int, name: str) -> None:
     """Raise a DistillError for values that are not probabilities.
 
     Args:

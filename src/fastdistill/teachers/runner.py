@@ -1,11 +1,14 @@
 "Runs the model of a teacher: as it is or as a faster copy, frozen from start to stop."
 
 import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import replace
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import Module
 
 from ..base.outputs import (
     DistillError,
@@ -16,33 +19,53 @@ from ..base.outputs import (
     tensors_in,
     warn_of_several,
 )
-from ..base.random_state import global_generators
+from ..base.random_state import RandomStream, global_generators
+from ..features.layer_hooks import Taps
 from ..features.probe import untouched
-from ..features.taps import Taps
+from .batch_slices import in_slices, joined, plain_output
 from .fast_copy import FastCopy, run_options
-from .forms import Onnx, explained, is_graph
 from .frozen import FrozenModel, cuda_devices
 from .hidden_state import NO_RESET, has_reset, why_no_reset
-from .images import affine, is_image, maps_of_size
+from .image_normalization import affine, is_image, maps_of_size
 from .input_aliasing import InputAliasing
-from .inputs import own_inputs, prepared_inputs
+from .model_loading import Onnx, explained, is_graph
 from .probabilities import check_probabilities, logits_of
-from .slices import in_slices, joined, plain_output
+from .teacher_inputs import own_inputs, prepared_inputs
 
 __all__ = ['ModelRunner', 'Runner']
 
 
 class Runner:
-    """What runs between `start` and `stop`."""
+    """What runs between `start` and `stop`. Subclasses define what is entered, the CUDA devices and
+    whether the model may draw random numbers of Python and NumPy.
+    """
 
-    def __init__(self):
-        self.stack = None
+    def __init__(self) -> None:
+        self.stack: Any = None  # an `ExitStack` after `start`
+
+    def enter(self, stack: ExitStack) -> None:
+        """Prepare for many batches.
+
+        Args:
+            stack: Context whose end restores everything.
+        """
+        raise NotImplementedError
+
+    @property
+    def cuda(self) -> set[torch.device]:
+        """The CUDA devices on which the model is."""
+        raise NotImplementedError
+
+    @property
+    def draws_anywhere(self) -> bool:
+        """True if it may draw random numbers of Python and NumPy too."""
+        raise NotImplementedError
 
     @property
     def started(self) -> bool:
         return self.stack is not None
 
-    def start(self):
+    def start(self) -> None:
         """Prepare for many batches; a second call changes nothing."""
         if self.started:
             return
@@ -50,16 +73,16 @@ class Runner:
             self.enter(stack)
             self.stack = stack.pop_all()
 
-    def stop(self):
+    def stop(self) -> None:
         """Restore what runs; may be called at any time, and twice."""
         stack, self.stack = self.stack, None
         if stack is not None:
             stack.close()
 
-    def generators(self, x=()):
+    def generators(self, x: Any = ()) -> dict:
         """The global random generators from which it may draw for these inputs."""
         on_gpu = {t.device for t in tensors_in(x) if t.is_cuda}
-        return global_generators(on_gpu | self.cuda, self.draws_anywhere)
+        return global_generators([*(on_gpu | self.cuda)], self.draws_anywhere)
 
 
 class ModelRunner(Runner):
@@ -71,10 +94,12 @@ class ModelRunner(Runner):
         say: fn(text): what was decided.
     """
 
-    def __init__(self, teacher, facts, say):
+    def __init__(self, teacher: Any, facts: dict, say: Callable[[str], None]) -> None:
         super().__init__()
         self.teacher, self.facts, self.run = teacher, facts, run_options(teacher.run)
-        self.frozen = self.scaling = self.fast_copy = None
+        self.frozen: Any = None  # the `FrozenModel`, from start to stop
+        self.scaling: tuple[Tensor, Tensor] | None = None
+        self.fast_copy: Any = None  # the `FastCopy`
         self.may_change = not isinstance(teacher.model, nn.Module) or is_graph(teacher.model)
         if not self.may_change:
             # variations with the same options share the copy
@@ -88,13 +113,13 @@ class ModelRunner(Runner):
         self.aliasing = InputAliasing(teacher.name, keeps)
 
     @property
-    def module(self):
+    def module(self) -> Any:
         """The nn.Module that runs: the teacher's, or a faster copy of it; None for a function."""
         return self.teacher.module if self.fast_copy is None else self.fast_copy.module
 
     # from start to stop
 
-    def enter(self, stack):
+    def enter(self, stack: ExitStack) -> None:
         if self.fast_copy is not None and self.fast_copy.is_stale(thorough=True):
             self.fast_copy.restart()
         if self.module is not None:
@@ -102,16 +127,16 @@ class ModelRunner(Runner):
         if None not in (self.teacher.stats, self.teacher.input_stats):
             self.scaling = affine(self.teacher.input_stats, self.teacher.stats)
 
-    def stop(self):
+    def stop(self) -> None:
         self.frozen = self.scaling = None
         super().stop()
 
-    def _new_frozen(self):
+    def _new_frozen(self) -> FrozenModel:
         private = self.module is not self.teacher.module
         return FrozenModel(self.module, self.teacher.mode, private=private)
 
     @property
-    def cuda(self):
+    def cuda(self) -> set[torch.device]:
         """The CUDA devices on which the model is."""
         if self.teacher.module is None:
             return set()
@@ -137,7 +162,7 @@ class ModelRunner(Runner):
                 warnings.warn(text, DistillWarning, stacklevel=4)
         return self.facts['reset']
 
-    def reset(self, random):
+    def reset(self, random: RandomStream) -> None:
         """Reset hidden states.
 
         Args:
@@ -149,11 +174,13 @@ class ModelRunner(Runner):
 
     # a batch
 
-    def outputs(self, x, kw, layers) -> Outputs:
+    def outputs(self, x: Sequence, kw: Mapping[str, Any], layers: Sequence[str]) -> Outputs:
         """The outputs for a batch, with these layers."""
         return self.outputs_for([self.teacher], x, kw, layers)[0]
 
-    def outputs_for(self, teachers, x, kw, layers) -> list[Outputs]:
+    def outputs_for(
+        self, teachers: Sequence, x: Sequence, kw: Mapping[str, Any], layers: Sequence[str]
+    ) -> list[Outputs]:
         """The outputs for a batch, with these layers, as each teacher reads them from one run of
         the model.
 
@@ -162,37 +189,59 @@ class ModelRunner(Runner):
         """
         self.check_layers(layers)
         device = device_of_inputs(x, kw)
-        batch_size = next((tuple(t.shape[2:]) for t in tensors_in((x, kw)) if is_image(t)), None)
-        x, kw = own_inputs(self.teacher, x, kw)
+        batch_size: Any = next(
+            (tuple(t.shape[2:]) for t in tensors_in((x, kw)) if is_image(t)), None
+        )
+        x, kw = own_inputs(self.teacher, tuple(x), kw)
         slices = in_slices(x, kw, self.run['batch'])
         if self.fast_copy is not None:
-            self._choose_copy(*slices[0], layers, device)
+            x0, kw0 = slices[0]
+            self._choose_copy(x0, kw0, layers, device)
         if self.frozen is not None:
             self.frozen.settle()
-        outs = map(joined, zip(*[self._slice(teachers, *o, layers, device) for o in slices]))
+        parts = [self._slice(teachers, xi, kwi, layers, device) for xi, kwi in slices]
+        outs = map(joined, zip(*parts))
         if self.teacher.size is None:
             return list(outs)
         resized = lambda o: maps_of_size(o.logits, self.teacher.size, batch_size)
         return [replace(o, logits=resized(o)) for o in outs]
 
-    def _choose_copy(self, x, kw, layers, device):
+    def _choose_copy(
+        self, x: Sequence, kw: Mapping[str, Any], layers: Sequence[str], device: torch.device
+    ) -> None:
         self.fast_copy.choose(x, kw, device, layers, lambda m: self._trial(m, x, kw, device))
         if self.module is not self.frozen.model:
             self.frozen = self.stack.enter_context(self._new_frozen())
 
-    def _trial(self, module, x, kw, device):
+    def _trial(
+        self, module: Module, x: Sequence, kw: Mapping[str, Any], device: torch.device
+    ) -> Tensor:
         """The logits of a module for a batch. Nothing is changed by it."""
         with untouched(module), FrozenModel(module, self.teacher.mode) as frozen:
             x, kw = self._prepared(x, kw, device, frozen)
             raw = module(*x, **kw)
             return as_plain(Outputs.of(raw, output=self.teacher.output).logits)
 
-    def _prepared(self, x, kw, device, frozen, lend=lambda t: False):
+    def _prepared(
+        self,
+        x: Sequence,
+        kw: Mapping[str, Any],
+        device: torch.device,
+        frozen: FrozenModel | None,
+        lend: Callable[[Tensor], bool] = lambda t: False,
+    ) -> tuple:
         return prepared_inputs(
             self.teacher, x, kw, device=device, frozen=frozen, scaling=self.scaling, lend=lend
         )
 
-    def _slice(self, teachers, x, kw, layers, device):
+    def _slice(
+        self,
+        teachers: Sequence,
+        x: Sequence,
+        kw: Mapping[str, Any],
+        layers: Sequence[str],
+        device: torch.device,
+    ) -> list[Outputs]:
         """The outputs of rows that run at once, for each teacher."""
         batch = x, kw
         lend = (lambda t: False) if self.may_change else self.aliasing.lends(layers)
@@ -202,7 +251,7 @@ class ModelRunner(Runner):
         with Taps(self.module, layers) if reads else nullcontext() as taps:
             with explained(self.teacher.name, (x, kw), self.teacher.module):
                 raw = self.call(x, kw, layers)
-            read = taps.pop() if reads else {}
+            read = {} if taps is None else taps.pop()
             outs = [self._read(t, raw, read) for t in teachers]
         if not self.may_change:
             self.aliasing.judge(marks, layers, [(o.logits, o.feats, o.mask) for o in outs])
@@ -213,24 +262,29 @@ class ModelRunner(Runner):
         dtype = None if self.fast_copy is None else self.fast_copy.cast_back
         plain = lambda t: plain_output(t, device, dtype)
         return [
-            Outputs(*(map_tensors(v, plain) for v in (o.logits, o.feats, o.mask)), o.classes)
+            Outputs(
+                map_tensors(o.logits, plain),
+                map_tensors(o.feats, plain),
+                map_tensors(o.mask, plain),
+                o.classes,
+            )
             for o in outs
         ]
 
-    def _read(self, t, raw, feats):
+    def _read(self, t: Any, raw: Any, feats: Mapping[str, Any]) -> Outputs:
         """What a teacher reads from what the model returned."""
         if t.output is None:
             warn_of_several(raw, t.module, f'The teacher {t.name}', self.facts)
         o = Outputs.of(raw, output=t.output)
         return replace(o, logits=self._logits(t, o.logits), feats={**o.feats, **feats})
 
-    def call(self, x, kw, layers=()):
+    def call(self, x: Sequence, kw: Mapping[str, Any], layers: Sequence[str] = ()) -> Any:
         """What the model returns for prepared inputs."""
         if self.fast_copy is None:
             return self.teacher.model(*x, **kw)
         return self.fast_copy.run(x, kw, layers)
 
-    def bare_call(self, x: tuple):
+    def bare_call(self, x: tuple) -> Callable[[], Any]:
         """A function that runs the model on these inputs, prepared once and without checks.
 
         Args:
@@ -241,7 +295,7 @@ class ModelRunner(Runner):
             return lambda: anew(*args, **kwargs)
         return lambda: self.call(args, kwargs)
 
-    def _logits(self, t, v):
+    def _logits(self, t: Any, v: Any) -> Any:
         """The logits of a teacher's output."""
         if t.returns == 'logits':
             return v
@@ -250,12 +304,12 @@ class ModelRunner(Runner):
             self.facts[checked] = True
         return logits_of(v, t.kind)
 
-    def check_layers(self, layers):
+    def check_layers(self, layers: Sequence[str]) -> None:
         """Refuse to read layers of a program or an ONNX file."""
         if layers and (isinstance(self.teacher.model, Onnx) or is_graph(self.teacher.module)):
             raise self._unreadable(layers)
 
-    def _unreadable(self, layers, feats=()):
+    def _unreadable(self, layers: Sequence[str], feats: Iterable[str] = ()) -> DistillError:
         return DistillError(
             f"Layers {', '.join(layers)} of {self.teacher.name} can't be read, only the layers that it "
             f'returns ({", ".join(feats) or "none"}). Give the nn.Module that it was made from, or a '
@@ -263,5 +317,5 @@ class ModelRunner(Runner):
         )
 
 
-def device_of_inputs(x, kw):
+def device_of_inputs(x: Sequence, kw: Mapping[str, Any]) -> torch.device:
     return next((t.device for t in tensors_in((x, kw))), torch.device('cpu'))

@@ -17,11 +17,11 @@ from ..features.layer_pairs import names_of_tokens
 from .ensemble import EnsembleRunner, member_weights
 from .estimator import Estimator
 from .fast_copy import AS_IT_IS, DEFAULTS, check_run
-from .forms import FORMS, Onnx, load_model
-from .images import affine, stats_of
-from .inputs import check_own_inputs
-from .items import as_in_batch, with_items
+from .image_normalization import affine, stats_of
+from .model_loading import FORMS, Onnx, load_model
+from .raw_items import as_in_batch, with_items
 from .runner import ModelRunner
+from .teacher_inputs import check_own_inputs
 
 __all__ = ['Teacher', 'grouped_options', 'same_run']
 
@@ -162,6 +162,12 @@ class Teacher:
             - 'mode': 'train' for papers that need it. torch.export programs and callables keep
               their mode.
     """
+
+    # options that `__init__` sets by their names
+    mode: str | None
+    combine: str
+    stats: Any
+    input_stats: Any
 
     @records_given
     def __init__(

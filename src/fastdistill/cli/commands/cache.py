@@ -9,7 +9,7 @@ from rich.table import Table
 
 from ...base.errors import DistillError
 from ..arguments import CacheArg, DataArg, NoCheck, TeacherArg
-from ..objects import dataloaders, load_object, load_teacher
+from ..named_objects import dataloaders, load_object, load_teacher
 
 __all__ = ['cache_app']
 

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from ..arguments import DataOption, RecipeText, StudentArg, TeacherArg, recipe_names
-from ..objects import load_named_learner, load_recipe, load_teacher
+from ..named_objects import load_named_learner, load_recipe, load_teacher
 
 __all__ = ['check_command']
 

@@ -10,7 +10,7 @@ import typer
 
 from ...base.errors import DistillError, DistillWarning
 from ..arguments import DataOption, ModelsArg, StudentArg, in_python, split_name
-from ..objects import (
+from ..named_objects import (
     dataloaders,
     load_model_with_data,
     load_named_learner,

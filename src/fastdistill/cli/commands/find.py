@@ -19,7 +19,7 @@ from ..arguments import (
     in_python,
     recipe_names,
 )
-from ..objects import load_named_learner, load_object, load_recipe, load_teacher, of_run
+from ..named_objects import load_named_learner, load_object, load_recipe, load_teacher, of_run
 
 __all__ = ['find']
 
@@ -135,7 +135,7 @@ def training_command(student, teacher, data, n_epoch, fine_tune, found):
             lines.append('student.dls = dls')
     else:
         lines += [
-            'from fastdistill.cli.training.exported import learner_in_file',
+            'from fastdistill.cli.training.exported_student import learner_in_file',
             f'student = learner_in_file({student!r}{"" if data is None else ", dls"})',
         ]
     fit = 'fine_tune' if fine_tune else 'fit_one_cycle'

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from ..training.settings import settings_of
+from ..training.run_settings import settings_of
 
 __all__ = ['train_command']
 

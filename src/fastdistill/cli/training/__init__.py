@@ -6,5 +6,5 @@ import lazy_loader
 
 # subtle: mistakes in the settings are found without PyTorch, whose import takes seconds
 __getattr__, __dir__, __all__ = lazy_loader.attach(
-    __name__, submod_attrs=dict(config=['TrainConfig'], run=['TrainRun', 'opened_run'])
+    __name__, submod_attrs=dict(config=['TrainConfig'], train_run=['TrainRun', 'opened_run'])
 )

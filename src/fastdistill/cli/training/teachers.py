@@ -8,7 +8,7 @@ from torch import nn
 
 from ...base.errors import DistillError
 from ...fastai.teachers import PICKLES, exported
-from .archs import FASTAI_ARCHS, is_timm, learner_of, vision_arch
+from .architectures import FASTAI_ARCHS, is_timm, learner_of, vision_arch
 
 __all__ = ['file_teacher', 'with_weights']
 

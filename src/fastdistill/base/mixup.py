@@ -1,0 +1,74 @@
+"""Mix teacher outputs for unmixed samples as MixUp or CutMix mixed the batch."""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .batch_samples import BatchSamples
+from .outputs import DistillError, Draws, LinearLogits, Outputs, TopK, as_plain
+
+__all__ = ['lerp', 'mixed']
+
+
+def mixed(out: Outputs, samples: BatchSamples, kind: str, axis: int) -> Outputs:
+    """Mix outputs for unmixed samples as MixUp (arXiv:1710.09412) or CutMix (arXiv:1905.04899)
+    mixed the batch.
+
+    Args:
+        kind: 'softmax', 'sigmoid' or 'regression': what the logits are.
+        axis: Class axis.
+    """
+    if samples is None or (mix_of := samples.mix) is None:
+        return out
+    if out.feats:
+        raise DistillError(
+            'MixUp and CutMix mix images, but the stored layers are of unmixed images. '
+            'Remove the terms with layers, or use a live teacher.'
+        )
+    if isinstance(out.logits, Draws):
+        raise DistillError(
+            'MixUp and CutMix mix probabilities, but the cache holds draws of unmixed images. Remove the '
+            "callback, or store the outputs in a different way, cache_teacher(..., store='auto')."
+        )
+    mix = lambda t: mix_logits(t, *mix_of, kind, axis)
+    if isinstance(out.logits, LinearLogits):
+        return replace(out, logits=mix(out.logits.dense()))
+    if isinstance(out.logits, TopK):
+        return replace(out, logits=MixedTopK(**vars(out.logits), mix=mix))
+    return replace(out, logits=mix(out.logits))
+
+
+@dataclass
+class MixedTopK(TopK):
+    """The most likely classes of unmixed samples, whose logits of all classes are mixed."""
+
+    mix: Any = None
+
+    def dense(self, student: Tensor | None = None) -> Tensor:
+        return self.mix(super().dense(student))
+
+
+def mix_logits(t: Tensor, perm: Tensor, lam: Tensor, kind: str, axis: int) -> Tensor:
+    """Logits of mixed probabilities.
+
+    Args:
+        t: Logits of the samples before they were mixed, (B, C, ...).
+    """
+    if kind == 'regression':
+        return lerp(t, perm, lam)
+    t = t.float()
+    lam = as_plain(torch.as_tensor(lam, device=t.device)).float().reshape(-1, *[1] * (t.dim() - 1))
+    # log(lam*exp(a) + (1-lam)*exp(b)) without overflow
+    both = lambda a: torch.logaddexp(a + lam.log(), a[perm] + (1 - lam).log())
+    if kind == 'softmax':
+        return both(t.log_softmax(axis))
+    return both(F.logsigmoid(t)) - both(F.logsigmoid(-t))
+
+
+def lerp(t: Tensor, perm: Tensor, lam: Tensor) -> Tensor:
+    """Mix as fastai does: `lam` of each sample, and 1-`lam` of the permuted one."""
+    lam = as_plain(torch.as_tensor(lam, device=t.device)).to(t.dtype).reshape(-1)
+    return torch.lerp(t[perm], t, lam.reshape(-1, *[1] * (t.dim() - 1)))

@@ -1,0 +1,80 @@
+"""Check whether stored outputs suit a recipe."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from ..base.outputs import Draws, Outputs, TopK
+from ..cache.measure import BAD, loss_at
+from .findings import Finding
+
+__all__ = ['check_stored']
+
+LITTLE_LOSS = (
+    0.05  # T^2 times a KL in nats that is not worth a warning, however little the teacher tells
+)
+MISSING = 0.25  # part of the softened probability that may belong to classes that are not stored
+
+
+def check_stored(recipe: Any, teacher: Outputs, axis: int = 1) -> Iterator[Finding]:
+    """Find terms that stored outputs do not suit, before training.
+
+    Args:
+        recipe: A recipe.
+        teacher: Stored `Outputs` of a batch, as a cache decodes them.
+        axis: Class axis.
+    """
+    t = teacher.logits
+    for term in recipe.terms:
+        if term.layers is not None:
+            continue
+        if isinstance(t, Draws):
+            yield from unsuited_draws(term, t)
+        if isinstance(t, TopK) and t.ids.shape[-1] < t.n:
+            yield from lossy_classes(term, t, teacher.lost)
+
+
+def unsuited_draws(term: Any, t: Draws) -> Iterator[Finding]:
+    T = term.temperature
+    if not term.linear:
+        text = t.refusal(term.name)
+    elif T != t.T or term.scheduled_temperature:
+        text = t.refusal(term.name, T)
+    else:
+        return
+    what, _, do = text.partition('. Use ')
+    yield Finding('error', what, f'Use {do}'.removesuffix('.'), about='store')
+
+
+def lossy_classes(term: Any, t: TopK, lost: Any) -> Iterator[Finding]:
+    """Find a term that loses much by the classes that are not stored."""
+    T, k = term.temperature or 1.0, t.ids.shape[-1]
+    stored = f'The cache stores the {k} likeliest of {t.n:,} classes, and {term.name} uses them at T={T:g}'
+    if lost is not None:
+        found = loss_at(lost, T)
+        told = (
+            f'at this temperature, {100 * found["share"]:.0f}% of what the teacher tells is lost (KL '
+            f'{found["kl"]:.2g} nats), and the correlations of its outputs '
+            f'fall by {found["correlation"]:.2f}, measured when the cache was written'
+        )
+        bad = found['correlation' if term.relates else 'share'] > BAD
+        bad = bad and (term.relates or T**2 * found['kl'] > LITTLE_LOSS)
+    else:
+        missing = missing_probability(t, T)
+        told = f'{100 * missing:.0f}% of its probability at this temperature is in classes that are not stored'
+        bad = missing > MISSING
+    if bad:
+        yield Finding(
+            'warning',
+            f'{stored}: {told}',
+            "Store the outputs in a different way: cache_teacher(..., store='auto') measures what each "
+            'way loses' + (', or use kd(T=1)' if T > 1 or term.relates else ''),
+            about='store',
+        )
+
+
+def missing_probability(t: TopK, T: float) -> float:
+    """Return the mean probability of the classes that are not stored, at this temperature."""
+    if t.tail == 'bucket':
+        return 1 - float(t.values.logsumexp(-1).exp().mean())
+    p = (t.dense().movedim(t.axis, -1) / T).softmax(-1)
+    return 1 - float(p.gather(-1, t.ids).sum(-1).mean())

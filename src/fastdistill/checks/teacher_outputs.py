@@ -1,0 +1,262 @@
+"""Check a teacher's outputs on a few batches: their shape, and whether the teacher knows the task."""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Module
+
+from ..base.class_mapping import taught_part
+from ..base.outputs import map_tensors, tensors_in
+from ..base.random_state import guarded_random_state
+from ..base.task import Task, fit_labels
+from ..teachers.teacher import Teacher
+from .batch_scores import Tally
+from .findings import Finding, Findings
+from .forward import student_logits, teacher_logits
+from .passed_checks import (
+    norms_in_words,
+    norms_of,
+    order_in_words,
+    outputs_in_words,
+    recipe_in_words,
+    shapes_in_words,
+    steady_in_words,
+    unknown_normalization,
+)
+from .recipe import check_recipe
+from .shapes import (
+    UnknownId,
+    broadcasts,
+    checked_ids,
+    mismatches,
+    outputs_differ,
+    unknown_id,
+    unscored,
+)
+from .teacher_scores import hesitant, low_score, saturated
+
+__all__ = ['BATCHES', 'any_outputs', 'check_batch', 'check_outputs', 'single_teachers']
+
+BATCHES = (
+    8  # validation batches used to score the teacher; a quarter as many training batches are read
+)
+KEPT = 4  # number of batches kept to run the teacher on them again
+
+
+def check_outputs(
+    teacher: Teacher,
+    task: Task,
+    batches: Iterable,
+    student: Module | None = None,
+    *,
+    train: Iterable = (),
+    recipe: Any = None,
+    names: Sequence | None = None,
+    output: Any = None,
+    place: Callable | None = None,
+    part: str = 'validation',
+) -> Findings:
+    """Check the teacher's outputs on a few batches.
+
+    `.facts` of the result are the scores of both models and of a constant prediction.
+
+    Args:
+        teacher: A `Teacher`.
+        task: What the student predicts.
+        batches: Batches to score, usually from the validation set: (inputs, targets), both tuples.
+        student: The student's module. None if unknown.
+        train: Training batches, augmented. Only probabilities are measured on them.
+        recipe: Recipe or term of the training. None if unknown.
+        names: Names of the student's classes.
+        output: Which of the student's outputs is distilled, as in `Outputs.of`.
+        place: fn(inputs, logits, targets) -> targets, each at the position where it is predicted.
+            None if they already are.
+        part: Where `batches` come from, as in `Facts`.
+    """
+    found, tally, t = Findings(), Tally(task, part), None
+    kept: list[tuple] = []
+    with guarded_random_state(), teacher:
+        for training, xb, yb in chain(((False, *b) for b in batches), ((True, *b) for b in train)):
+            first = t is None
+            try:
+                with checked_ids(teacher):
+                    t = teacher_logits(teacher, xb)
+            except UnknownId as e:
+                return refused('inputs', [unknown_id(e)])
+            s = (
+                student_logits(student, xb, output)
+                if student is not None and (first or not training)
+                else None
+            )
+            if place is not None and not training:
+                yb = place(xb, t if s is None else s, yb)
+            y = yb[0] if len(yb) and isinstance(yb[0], Tensor) else None
+            # the teacher has no head, or different classes
+            if first and any_outputs(recipe) and s is not None and s.shape != t.shape:
+                return Findings(
+                    [*unsteady(teacher, xb, t), *check_recipe(recipe, student, teacher, xb, None)]
+                )
+            s, y = taught_part(s, y, teacher.known_classes, task)
+            if mistakes := refused(
+                'shapes', mismatches(None if s is None else s.shape, t.shape, y, task)
+            ):
+                return mistakes
+            if first:
+                shapes = shapes_in_words(None if s is None else s.shape, t.shape, y)
+                found.add('shapes', unscored(t.shape, y, task), shapes)
+                found.add('steadiness', unsteady(teacher, xb, t), steady_in_words(teacher))
+            if training:
+                tally.add_probabilities(t.float(), 'train')
+            else:
+                tally.add(t, None if y is None else fit_labels(y, t.shape, task), s)
+            if not training and len(kept) < KEPT:
+                kept.append((xb, yb))
+        if t is None:
+            return found
+        n_classes = t.shape[task.axis] if task.kind == 'softmax' else None
+        found.add(
+            'recipe', check_recipe(recipe, student, teacher, xb, n_classes), recipe_in_words(recipe)
+        )
+        new = found.add('statistics', untrained(teacher), norms_in_words(teacher))
+        found.add('outputs', probabilities(tally, task), outputs_in_words(tally))
+        if not found.errors:
+            why = low_score(tally, teacher, task, student, kept, names, trained=not new)
+            low = found.add('score', [replace(f, doubt=True) for f in why])
+            if not low and not new:
+                found.add('order of classes', (), order_in_words(tally))
+                found.add('normalization', (), unknown_normalization(teacher, kept))
+    found.facts = facts = tally.facts()
+    if not any(f.doubt for f in found):
+        found.add('score', (), facts.scores)
+    notes_only = all(f.level == 'note' for f in found)
+    certain = [*saturated(facts, task), *hesitant(tally)] if notes_only else ()
+    found.add('certainty', certain, facts.probabilities)
+    return found
+
+
+def refused(about: str, found: Iterable[Finding]) -> Findings:
+    """Return findings that end the check."""
+    out = Findings()
+    out.add(about, found)
+    return out
+
+
+def any_outputs(recipe: Any) -> bool:
+    """Return True if the recipe compares layers, or outputs whose classes may differ.
+
+    The teacher's outputs then don't have to fit the student's.
+    """
+    terms = getattr(recipe, 'terms', [recipe])
+    return recipe is not None and all(t.layers is not None or t.match != 'shape' for t in terms)
+
+
+def check_batch(s: Tensor | None, t: Tensor | None, y: Tensor | None, task: Task) -> Findings:
+    """Find outputs that would broadcast, class axes or labels that do not fit, and probabilities.
+
+    Args:
+        s: The student's outputs. None if unknown.
+        t: The teacher's outputs for all classes. None if unknown.
+        y: Labels, or None.
+        task: What the student predicts.
+    """
+    if s is None:
+        return Findings()
+    # subtle: leave different shapes that do not broadcast to the losses, which may compare only some classes
+    mistakes = (
+        []
+        if t is None or not broadcasts(s.shape, t.shape)
+        else [outputs_differ(s.shape, t.shape, y, task)]
+    )
+    mistakes = Findings(filter(None, [*mistakes, *mismatches(None, s.shape, y, task)]))
+    if mistakes or t is None:
+        return mistakes
+    tally = Tally(task)
+    tally.add_probabilities(t.float(), 'train')
+    return Findings(probabilities(tally, task))
+
+
+def single_teachers(teacher: Teacher) -> list[Teacher]:
+    """Return the members of an ensemble, recursively. For a single teacher, return the teacher
+    itself.
+    """
+    return [o for m in teacher.members for o in single_teachers(m)] or [teacher]
+
+
+def unsteady(teacher: Teacher, xb: Sequence, t: Tensor) -> Iterator[Finding]:
+    """Find outputs that change between calls, or that depend on the other samples in the batch."""
+    if teacher.mode == 'train' or teacher.combine == 'sample':
+        return  # the user asked for it
+
+    def near(a: Tensor, b: Tensor) -> bool:
+        largest = b.nan_to_num(0, 0, 0).abs().max().item()  # logits of excluded classes may be -inf
+        return a.shape == b.shape and torch.allclose(
+            a, b, rtol=0, atol=0.05 * largest, equal_nan=True
+        )
+
+    # modules inside a function can't be found and set to evaluation mode
+    function = any(o.module is None and o.path is None for o in single_teachers(teacher))
+    parts = list(tensors_in(xb))
+    can_cut = (
+        function
+        and not teacher.reads_items
+        and len(t) > 1
+        and parts
+        and all(o.dim() and len(o) == len(t) for o in parts)
+    )
+    if not near(teacher_logits(teacher, xb), t):
+        why = 'differ from call to call for the same batch (is dropout on?)'
+    elif can_cut and not near(teacher_logits(teacher, map_tensors(xb, lambda o: o[:-1])), t[:-1]):
+        why = (
+            'for a sample depend on the other samples in its batch (is batch norm in training '
+            'mode?)'
+        )
+    else:
+        return
+    yield Finding(
+        'warning',
+        f"The teacher's outputs {why}",
+        'Modules are set to evaluation mode automatically. If your teacher is a function, call '
+        'eval() on the modules inside it',
+    )
+
+
+def untrained(teacher: Teacher) -> Iterator[Finding]:
+    norms = norms_of(teacher)
+    if norms and all((m.running_mean == 0).all() and (m.running_var == 1).all() for m in norms):
+        yield Finding(
+            'warning',
+            "The teacher's batch-norm statistics are the initial ones: it seems to be untrained",
+            'Load its weights before distilling',
+        )
+
+
+def probabilities(tally: Tally, task: Task) -> Iterator[Finding]:
+    """Find nan or infinite values, and probabilities instead of logits."""
+    if not tally.finite:
+        yield Finding(
+            'error',
+            "The teacher's outputs are nan or infinite, and the student's weights would become "
+            'so too',
+            'Are its inputs finite? Does it overflow in half precision?',
+        )
+    if not tally.between:
+        return
+    if task.kind == 'softmax' and tally.normed:
+        yield Finding(
+            'error',
+            "The teacher's outputs are probabilities (each row sums to 1). A softmax over them "
+            'would be nearly flat',
+            "Declare it with Teacher(model, outputs='probs'), or return the outputs before the "
+            'softmax',
+        )
+    if task.kind == 'sigmoid':
+        yield Finding(
+            'warning',
+            "All of the teacher's outputs are between 0 and 1: they seem to be probabilities",
+            "Declare it with Teacher(model, outputs='probs', kind='sigmoid'), or return the "
+            'outputs before the sigmoid',
+        )

@@ -1,0 +1,219 @@
+"""Find out why a teacher scores low, and how certain it is of its training data."""
+
+from collections.abc import Iterable, Iterator, Sequence
+
+from torch import nn
+from torch.nn import Module
+
+from ..base.outputs import tensors_in
+from ..base.task import Task
+from ..teachers.teacher import Teacher
+from .batch_scores import FEW, KNOWS, LEADS, SLIGHT, Tally
+from .class_order import reordered_classes
+from .findings import Facts, Finding, count_in_words
+from .normalization import renormalized_images
+
+__all__ = ['hesitant', 'low_score', 'saturated']
+
+CERTAIN = 0.99  # above this mean top probability, soft labels are nearly one-hot
+HESITANT = 0.2  # difference between accuracy and mean top probability above which a teacher is too hesitant
+NOT_APART = 0.25  # below this difference in mean probability between present and absent labels, they are not separated
+FEWEST = 64  # minimum number of items for these checks
+
+
+def low_score(
+    tally: Tally,
+    teacher: Teacher,
+    task: Task,
+    student: Module | None,
+    batches: Sequence,
+    names: Sequence | None,
+    trained: bool,
+) -> Iterator[Finding]:
+    """Yield the reason why the teacher predicts badly: the most precise explanation that fits.
+
+    Args:
+        tally: `Tally` of a few validation batches.
+        teacher: The teacher.
+        task: What the student predicts.
+        student: A module. None if unknown.
+        batches: (inputs, labels) of some of these batches.
+        names: Names of the student's classes. None if unknown.
+        trained: False if the teacher seems to be untrained.
+    """
+    if not tally.n_labels:
+        return
+    cures = []
+    # even an untrained teacher may prefer an output for a class
+    if trained:
+        cures = [
+            *reordered_classes(tally, teacher, names),
+            *renormalized_images(tally, teacher, task, batches),
+        ]
+    # a wrong normalization may look like a wrong class order, and vice versa: report the better fix
+    if cures:
+        yield max(cures, key=lambda o: o[0])[1]
+    else:
+        why = [
+            *other_tokens(tally, teacher, student, batches),
+            *chance(tally),
+            *no_better_than_student(tally),
+        ]
+        yield from why[:1]
+
+
+def embedding_rows(modules: Iterable[Module]) -> int | None:
+    """Return the number of rows of the largest embedding in these modules. None if there is none."""
+    sizes = [
+        m.num_embeddings
+        for o in modules
+        for m in o.modules()
+        if isinstance(m, (nn.Embedding, nn.EmbeddingBag))
+    ]
+    return max(sizes, default=None)
+
+
+def other_tokens(
+    tally: Tally, teacher: Teacher, student: Module | None, batches: Sequence
+) -> Iterator[Finding]:
+    """Find token ids of a different tokenizer, which are valid but have a different meaning."""
+    t, s = embedding_rows(teacher.modules), None if student is None else embedding_rows([student])
+    ids = [o for o in tensors_in(batches[0][0]) if not o.is_floating_point()]
+    if None in (t, s) or t == s or not ids or tally.above_constant(least=0.0):
+        return
+    f = tally.facts()
+    yield Finding(
+        'warning',
+        f"The teacher's embedding has {t} rows, the student's {s}. The teacher's predictions are "
+        f'not better than a constant ({f.metric} {f.teacher_score:.3f} and '
+        f'{f.constant_score:.3f}, {f.n} items)',
+        "Are the inputs token ids of a different tokenizer? Prepare the student's data with the "
+        "teacher's tokenizer",
+    )
+
+
+IF_SWAPPED = (
+    'Are student and teacher swapped? student.distill(teacher) trains the student. If not: '
+)
+
+
+def student_is_better(tally: Tally, **margin: float) -> bool:
+    """Return True if the student's predictions are already significantly better than the teacher's."""
+    student = tally.items('student')
+    return len(student) >= FEW and tally.above(student, tally.items('teacher'), **margin)
+
+
+def no_better_than_student(tally: Tally) -> Iterator[Finding]:
+    teacher, student, f = tally.items('teacher'), tally.items('student'), tally.facts()
+    if not len(student) or f.n < FEW:
+        return
+    scores = f'{f.metric} {f.teacher_score:.3f} and {f.student_score:.3f} on {f.items}'
+    if student_is_better(tally):
+        yield Finding(
+            'warning',
+            f'The teacher is worse than the student is now: {scores}',
+            f'{IF_SWAPPED}is it the right teacher, with all its weights, and does it get its own '
+            'preprocessing?',
+        )
+    elif not tally.above(teacher, student, least=0.0, sure=LEADS):
+        yield Finding(
+            'note',
+            f'The teacher is not significantly better than the student is now: {scores}',
+            'Such a teacher has little to teach. On more items, it may turn out better',
+        )
+
+
+def saturated(facts: Facts, task: Task) -> Iterator[Finding]:
+    if facts.top_prob_train is None or facts.top_prob_train <= CERTAIN or task.kind != 'softmax':
+        return
+    beside = '' if facts.top_prob_valid is None else f' (validation: {facts.top_prob_valid:.3f})'
+    yield Finding(
+        'note',
+        'The teacher is nearly certain on its training data: its mean top probability there is '
+        f'{facts.top_prob_train:.3f}{beside}, so its soft labels are nearly one-hot',
+        'Use a higher T, stronger augmentation, or data that it was not trained on',
+    )
+
+
+def hesitant(tally: Tally) -> Iterator[Finding]:
+    """Find a teacher whose soft labels may mislead, e.g. after a training that was stopped early."""
+    kind, f = tally.task.kind, tally.facts()
+    if f.teacher_score is None or f.top_prob_valid is None or f.n < FEWEST:
+        return
+    if kind == 'softmax' and f.teacher_score - f.top_prob_valid > HESITANT:
+        why = (
+            f'is right for {f.teacher_score:.1%} of {f.items}, but its mean top '
+            f'probability is {f.top_prob_valid:.3f}. It seems to be undertrained'
+        )
+        do = 'Train it longer, or without label smoothing'
+    elif kind == 'sigmoid' and (p := label_probs(tally))[0] - p[1] < NOT_APART:
+        why = (
+            f'barely separates the labels: on {f.items} its mean probability is '
+            f'{p[0]:.3f} for labels that an item has, and {p[1]:.3f} for the others. It is '
+            'undertrained, or these labels are hard to predict'
+        )
+        do = 'Train it longer. If it is already as good as possible for these labels, pass a recipe'
+    else:
+        return
+    yield Finding('note', f'The teacher {why}. Its soft labels may mislead', do, doubt=True)
+
+
+def label_probs(tally: Tally) -> tuple[float, float]:
+    """Return the mean probabilities of present and of absent labels."""
+    n_with, n_without, p_with, p_without = tally.sums[:4].sum(1).tolist()
+    return p_with / max(n_with, 1), p_without / max(n_without, 1)
+
+
+def chance(tally: Tally) -> Iterator[Finding]:
+    """Find a teacher that is not better than a constant prediction."""
+    # subtle: these measures also work for badly calibrated teachers and rare classes
+    if why := dict(softmax=classes_known, sigmoid=labels_known, regression=numbers_known)[
+        tally.task.kind
+    ](tally):
+        way, text = why
+        f, do = (
+            tally.facts(),
+            'is it trained for these labels, in this order, and does it get its own preprocessing?',
+        )
+        if student_is_better(tally, least=0.0, sure=LEADS):
+            text, do = (
+                f'{text}. The student has {f.metric} {f.student_score:.3f} before training',
+                IF_SWAPPED + do,
+            )
+        # subtle: a tiny lead gets a warning, a larger one that is not significant gets a note
+        yield Finding(
+            'warning' if way <= SLIGHT else 'note',
+            f'The teacher is {"no" if way <= 1e-9 else "hardly"} better than chance: {text}',
+            f'{do[0].upper()}{do[1:]} Check with teacher.validate()',
+        )
+
+
+def classes_known(tally: Tally) -> tuple[float, str] | None:
+    if tally.knows_classes():
+        return None
+    recall, _, k = tally.recall()
+    return (recall - 1 / k) / (1 - 1 / k), (
+        f'on average it recognizes {recall:.1%} of the samples of a class '
+        f'({count_in_words(tally.n_labels, tally.part, "labels")}, {k} classes), a constant prediction {1 / k:.1%}'
+    )
+
+
+def labels_known(tally: Tally) -> tuple[float, str] | None:
+    with_it, without, known = tally.knows_labels() or (1.0, 0.0, True)
+    if known:
+        return None
+    return with_it - without, (
+        f'on {count_in_words(tally.n_labels, tally.part)}, the mean probability that it predicts is '
+        f'{with_it:.3f} for labels that an item has, and {without:.3f} for labels that it does not have'
+    )
+
+
+def numbers_known(tally: Tally) -> tuple[float, str] | None:
+    error, var = tally.sums[0].mean().item() / tally.n_labels, tally.variance()
+    few = len(tally.items('teacher')) < FEW and error < var
+    if not var or few or tally.above_constant(SLIGHT, KNOWS):
+        return None
+    return 1 - error / var, (
+        f'its squared error on {count_in_words(tally.n_labels, tally.part)} is {error:.4g}, '
+        f'the best constant prediction has {var:.4g}'
+    )

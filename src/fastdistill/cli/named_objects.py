@@ -1,0 +1,173 @@
+"Load objects that the user names on the command line, as 'file.py:name'."
+
+import ast
+import importlib.util
+import inspect
+import sys
+import traceback
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+
+from ..base.errors import DistillError
+from .arguments import in_file, in_python
+
+__all__ = [
+    'dataloaders',
+    'load_model_with_data',
+    'load_named_learner',
+    'load_object',
+    'load_recipe',
+    'load_teacher',
+    'of_run',
+]
+
+
+def load_teacher(name: str):
+    """Load the object of 'file.py:name'. Any other name is returned for `Teacher` to load.
+
+    Args:
+        name: 'file.py:name', or a file that `Teacher` takes.
+    """
+    return load_object(name, called) if in_python(name) else name
+
+
+def load_named_learner(name: str, data: str | None = None):
+    """Load a Learner with data.
+
+    Args:
+        name: 'file.py:name', or the file of an exported Learner.
+        data: 'file.py:name' of its DataLoaders. None for its own, or those of its run.
+    """
+    from .training.exported_student import learner_in_file
+
+    dls = None if data is None else load_object(data, dataloaders)
+    if not in_python(name):
+        return learner_in_file(name, dls)
+    learn = load_object(name, learner)
+    if dls is not None:
+        learn.dls = dls
+    return learn
+
+
+def of_run(name):
+    return Path(name).suffix == '.pkl' and (Path(name).parent / 'config.toml').is_file()
+
+
+def load_model_with_data(name):
+    """Load a model as `load_teacher` does. For the folder of a run, load a Learner with the data of
+    the run.
+    """
+    return load_named_learner(name) if of_run(name) else load_teacher(name)
+
+
+def load_recipe(text: str):
+    """Load a recipe.
+
+    Args:
+        text: A recipe as text (see `recipe_from_text`), or 'file.py:name'.
+    """
+    from ..recipes.recipe_text import recipe_from_text
+
+    return load_object(text, lambda o: o) if in_python(text) else recipe_from_text(text)
+
+
+def load_object(name: str, use):
+    """Run a file and return an object from it.
+
+    Args:
+        name: 'file.py:name'.
+        use: fn(object) -> what to return.
+    """
+    file, attr = in_file(name)
+    module = module_of(Path(file).resolve())
+    if not hasattr(module, attr):
+        raise DistillError(
+            f'{file} has no {attr!r}. It has: {", ".join(names_in_file(file)) or "no names"}'
+        )
+    with own_mistakes(Path(file).resolve()):
+        return use(getattr(module, attr))
+
+
+def names_in_file(file):
+    """Return the public names that a file itself defines."""
+    names = []
+    for node in ast.parse(Path(file).read_text()).body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            names.append(node.name)
+        elif isinstance(node, (ast.Assign, ast.AnnAssign)):
+            names += [
+                n.id
+                for n in ast.walk(node)
+                if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)
+            ]
+    return [n for n in dict.fromkeys(names) if not n.startswith('_')]
+
+
+@cache
+def module_of(file):
+    """Load a file as a module. It runs only once, since data and teacher may come from the same
+    file.
+    """
+    # subtle: the module gets the file's name, unless it is taken, so that pickles of its classes can be loaded
+    name = file.stem if file.stem not in sys.modules else f'{file.stem}_'
+    spec = importlib.util.spec_from_file_location(name, file)
+    sys.path.insert(0, str(file.parent))
+    sys.modules[name] = module = importlib.util.module_from_spec(spec)
+    try:
+        with own_mistakes(file):
+            spec.loader.exec_module(module)
+    except DistillError:
+        del sys.modules[name]
+        raise
+    return module
+
+
+@contextmanager
+def own_mistakes(file):
+    """Context that turns an error in the user's file into one line that names the failing line."""
+    try:
+        yield
+    except DistillError:
+        raise
+    except Exception as e:
+        lines = [f.lineno for f in traceback.extract_tb(e.__traceback__) if f.filename == str(file)]
+        line = getattr(e, 'lineno', None) or (lines[-1] if lines else '?')
+        raise DistillError(f'{file.name} stopped in line {line}: {type(e).__name__}: {e}') from e
+
+
+def called(o):
+    """Call a function without required arguments and return its result. Return any other object
+    unchanged.
+    """
+    needs = lambda p: p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
+    return (
+        o()
+        if inspect.isroutine(o) and not any(map(needs, inspect.signature(o).parameters.values()))
+        else o
+    )
+
+
+def dataloaders(o):
+    """Return fastai DataLoaders: the object itself, the result of a function, or those of a
+    Learner.
+    """
+    o = called(o)
+    o = getattr(o, 'dls', o)
+    if not hasattr(o, 'loaders'):
+        raise DistillError(
+            f"A {type(o).__name__} is neither fastai's DataLoaders nor a function without arguments "
+            'that returns them.'
+        )
+    return o
+
+
+def learner(o):
+    """Return a fastai Learner: the object itself, or the result of a function."""
+    o = called(o)
+    if not hasattr(o, 'distill_find'):
+        raise DistillError(
+            f'A {type(o).__name__} is neither a fastai Learner nor a function without arguments that '
+            'returns one.'
+        )
+    return o

@@ -1,0 +1,268 @@
+"Check the samples before anything is trained: labels, the validation set, every file."
+
+import io
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from ...base.errors import DistillError
+from ...fastai.compare import shown_bar
+from .data_fingerprint import NAMED
+
+__all__ = ['checked_samples']
+
+MANY_NUMBERS = 50  # more different whole numbers than this are quantities, not classes
+
+
+def checked_samples(s, config):
+    """Return the samples with their classes and validation set. Raise a DistillError if something
+    is wrong with them.
+
+    Args:
+        s: As `read_samples` returns them.
+        config: A TrainConfig.
+    """
+    if s.task != 'masks':
+        s = with_target(s, config)
+    s = replace(s, valid=validation_rows(s, config))
+    for rows, name in ((~s.valid, 'training'), (s.valid, 'validation')):
+        if rows.sum() < 2:
+            raise DistillError(f'The {name} set has {rows.sum()} sample(s). At least 2 are needed.')
+    if s.task != 'masks' and s.target != 'numbers':
+        check_both_sets(s)
+    if s.task in ('images', 'masks'):
+        s = checked_files(with_paths(s), config)
+    if s.task == 'texts' and (n := int(s.frame[s.x[0]].isna().sum())):
+        raise DistillError(
+            f'{n} of {len(s)} rows have no text in column {s.x[0]!r}. Remove these rows.'
+        )
+    if s.task == 'table':
+        s = checked_columns(s)
+    return s
+
+
+def with_target(s, config):
+    """Determine what is predicted: one class, several labels, or a number."""
+    y = s.frame[s.y]
+    if s.delimiter:
+        y = y.fillna('')
+    if y.isna().any():
+        rows = [str(i) for i in np.flatnonzero(y.isna())[:NAMED]]
+        raise DistillError(
+            f'{y.isna().sum()} of {len(s)} rows have no label in column {s.y!r} (row {", ".join(rows)}, '
+            'counted from 0). Remove these rows.'
+        )
+    if not s.delimiter and pd.api.types.is_numeric_dtype(y) and y.dtype != bool:
+        parts = (y % 1 != 0).any()
+        if s.task == 'table' and (parts or y.nunique() > MANY_NUMBERS):
+            if not np.isfinite(y).all():
+                raise DistillError(f'Column {s.y!r} has numbers that are not finite.')
+            return replace(s, frame=s.frame.assign(**{s.y: y.astype(np.float32)}), target='numbers')
+        if parts:
+            raise DistillError(
+                f'Column {s.y!r} has fractional numbers, but numbers can be predicted only for '
+                'tables.'
+            )
+        y = y.astype(int)
+    y = y.astype(str).str.strip()
+    names = {o for v in y for o in (v.split(s.delimiter) if s.delimiter else [v]) if o}
+    target = 'labels' if s.delimiter else 'classes'
+    if len(names) < 2:
+        raise DistillError(
+            f'All samples have one {"label" if s.delimiter else "class"} ({", ".join(names)}): there is '
+            'nothing to learn. Is this the right column or folder?'
+        )
+    return replace(s, frame=s.frame.assign(**{s.y: y}), target=target, classes=sorted(names))
+
+
+def validation_rows(s, config):
+    """Return which rows are the validation set: as given by the data, or a fraction of each class.
+    Rows of the same image are in the same set.
+    """
+    files = image_identities(s)
+    if s.valid is not None:
+        if both := set(files[s.valid]) & set(files[~s.valid]):
+            name = next(x for x, f in zip(s.frame[s.x[0]], files) if f in both)
+            raise DistillError(
+                f'{len(both)} image(s) are in the training set and in the validation set, e.g. '
+                f'{f"{len(name)} bytes" if isinstance(name, bytes) else name}. Remove them from one of '
+                'the two.'
+            )
+        return s.valid
+    try:
+        share = float(config.valid)
+    except ValueError:
+        share = -1
+    if not 0 < share < 1:
+        columns = ', '.join(map(str, s.frame.columns[:20]))
+        raise DistillError(
+            f'valid={config.valid!r}: must be a fraction such as 0.2, or for a CSV file another CSV '
+            f'file, or a column that marks the rows. It has {columns}'
+        )
+    order, rows = np.random.default_rng(config.seed).permutation(len(s)), np.zeros(len(s), bool)
+    order = order[~files.duplicated()[order]]  # one row for each file
+    groups = (
+        s.frame[s.y].to_numpy()[order]
+        if s.task != 'masks' and s.target == 'classes'
+        else np.zeros(len(s))
+    )
+    for _, at in pd.Series(order).groupby(groups):
+        if len(at) > 1:
+            rows[at.iloc[: min(max(1, round(share * len(at))), len(at) - 1)]] = True
+    return files.isin(files[rows]).to_numpy()
+
+
+def image_identities(s):
+    """Return what must not be in both sets: the file of each image; otherwise, the number of each
+    row.
+    """
+    if s.task != 'images':
+        return pd.Series(range(len(s)))
+    real = lambda x: x if isinstance(x, bytes) else os.path.realpath(os.path.join(s.folder, str(x)))
+    return pd.Series([real(x) for x in s.frame[s.x[0]]])
+
+
+def check_both_sets(s):
+    """Check that each class is in both sets."""
+    split = (lambda v: v.split(s.delimiter)) if s.delimiter else (lambda v: [v])
+    train, valid = (
+        {o for v in s.frame[s.y][rows] for o in split(v) if o} for rows in (~s.valid, s.valid)
+    )
+    few = lambda names: ', '.join(sorted(names)[:NAMED]) + (' ...' if len(names) > NAMED else '')
+    what = 'label' if s.delimiter else 'class'
+    if missing := valid - train:
+        raise DistillError(
+            f'{len(missing)} {what}(es) of the validation set are not in the training set: '
+            f'{few(missing)}. Training has {few(train)}.'
+        )
+    if not s.delimiter and (missing := train - valid):
+        raise DistillError(
+            f'{len(missing)} class(es) are missing from the validation set: {few(missing)}. Each '
+            'class needs at least 2 samples, one of them there.'
+        )
+
+
+def with_paths(s):
+    """Make file names in a CSV relative to its folder."""
+    if s.task == 'masks' or isinstance(s.frame[s.x[0]].iloc[0], bytes):
+        return s
+    return replace(
+        s,
+        frame=s.frame.assign(**{s.x[0]: [os.path.join(s.folder, str(o)) for o in s.frame[s.x[0]]]}),
+    )
+
+
+def checked_files(s, config):
+    """Open every image, and read every mask, one after the other."""
+    sizes, values, bad = set(), set(), []
+    masks = s.frame[s.y] if s.task == 'masks' else [None] * len(s)
+    with shown_bar(True, len(s), 'check files') as tick:
+        for x, y in zip(s.frame[s.x[0]], masks):
+            tick()
+            try:
+                size = size_of_file(x)
+                if y is not None:
+                    values |= mask_values(y, size, x)
+                sizes.add(size)
+            except DistillError:
+                raise
+            # subtle: Pillow's plugins raise many kinds of errors for damaged files
+            except Exception as e:
+                bad.append((x, f'{type(e).__name__}: {e}'))
+    if bad:
+        name = lambda x: f'{len(x)} bytes' if isinstance(x, bytes) else x
+        words = '; '.join(f'{name(x)} ({" ".join(e.split())[:120]})' for x, e in bad[:NAMED])
+        raise DistillError(
+            f"{len(bad)} of {len(s)} images can't be read: {words}{' ...' if len(bad) > NAMED else ''}. "
+            'Repair or remove them.'
+        )
+    if s.task == 'masks':
+        s = replace(s, classes=mask_classes(s, values))
+    return replace(s, size=config.parts_of_size() or natural_size(sizes, s.task))
+
+
+def size_of_file(x):
+    """Return (height, width) of an image, after checking that its file is complete and undamaged."""
+    from PIL import Image
+
+    opened = lambda: Image.open(io.BytesIO(x) if isinstance(x, bytes) else x)
+    with opened() as im:
+        im.verify()
+    with opened() as im:
+        size = im.size[::-1]
+        im.draft(im.mode, (1, 1))  # a JPEG is read to its end, but decoded at an eighth of its size
+        im.load()
+    return size
+
+
+def mask_values(path, size, image):
+    """Return the class numbers in a mask."""
+    from PIL import Image
+
+    with Image.open(path) as im:
+        if len(im.getbands()) > 1:
+            raise DistillError(
+                f'{path} has {len(im.getbands())} channels. A mask has one: the class number of each '
+                'pixel.'
+            )
+        y = np.asarray(im.convert('L'))  # as fastai reads it
+    if y.shape != size:
+        raise DistillError(f'{path} has the size {y.shape}, but {image} has {size}.')
+    return set(np.unique(y).tolist())
+
+
+def mask_classes(s, values):
+    if s.classes is None and sorted(values) != list(range(len(values))):
+        numbers = ', '.join(map(str, sorted(values)[:NAMED]))
+        raise DistillError(
+            f'The masks hold the numbers {numbers} ... {max(values)}. Classes are numbered '
+            '0, 1, 2 ... without gaps, or named, one a line, in '
+            f'{Path(s.folder) / "codes.txt"}.'
+        )
+    classes = s.classes or [str(i) for i in range(len(values))]
+    if max(values) >= len(classes):
+        raise DistillError(
+            f'The masks hold the class number {max(values)}, but {Path(s.folder) / "codes.txt"} names '
+            f'{len(classes)} classes, 0 to {len(classes) - 1}.'
+        )
+    if len(values) < 2:
+        raise DistillError(
+            f'All masks hold one class ({classes[values.pop()]}): there is nothing to learn.'
+        )
+    return classes
+
+
+def natural_size(sizes, task):
+    """Return the images' size if it is the same for all and small. Otherwise return 224, or, for
+    masks, 256 for the longer side.
+    """
+    h, w = next(iter(sizes)) if len(sizes) == 1 else (256, 256)
+    if len(sizes) == 1 and max(h, w) <= 256:
+        return h, w
+    if task == 'images':
+        return 224, 224
+    return tuple(max(32, round(o * 256 / max(h, w) / 32) * 32) for o in (h, w))
+
+
+def checked_columns(s):
+    """Check a table's columns: none may be empty, and columns with gaps must have gaps in the
+    training set.
+    """
+    frame = s.frame[[*s.x, s.y]].copy()
+    if empty := [c for c in s.x if frame[c][~s.valid].isna().all()]:
+        raise DistillError(f"Column {empty[0]!r} is empty. Name the others: x='COLUMN,COLUMN'.")
+    for c in s.x:
+        if pd.api.types.is_bool_dtype(frame[c]):
+            frame[c] = frame[c].astype(str)
+        if not pd.api.types.is_numeric_dtype(frame[c]):
+            continue
+        gaps = frame[c].isna()
+        # subtle: fastai's FillMissing fails for a column with gaps only in the validation set
+        if gaps.any() and not gaps[~s.valid].any():
+            frame[c] = frame[c].fillna(frame[c][~s.valid].median())
+        if np.isinf(frame[c]).any():
+            raise DistillError(f'Column {c!r} has numbers that are not finite.')
+    return replace(s, frame=frame)

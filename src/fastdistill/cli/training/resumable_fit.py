@@ -1,0 +1,238 @@
+"A fit that can be interrupted after any epoch and continues to the same result."
+
+import random
+import warnings
+from contextlib import nullcontext
+
+import numpy as np
+import torch
+from fastai.basics import Callback, CancelEpochException, L, get_model, one_param, to_device
+from fastai.callback.schedule import valley
+
+from ...base.atomic_files import enough_space, write_atomically
+from ...base.distributed import broadcast, on_first, rank, world_size
+from ...base.errors import DistillError
+from ...base.outputs import as_plain, map_tensors
+from ...base.sample_seeds import seeds_of
+from ...fastai.compare import history_of
+from ...fastai.metrics import row_by_column
+
+__all__ = ['Checkpoints', 'find_rate', 'fit_stage', 'seed_everything']
+
+BEFORE_FIT = 2**32  # instead of the number of an epoch
+LOWEST, HIGHEST, IF_NONE_IS_FOUND = 1e-4, 0.03, 1e-3  # learning rates
+
+
+def seed_everything(*numbers):
+    """Seed the generators of Python, NumPy and PyTorch from these numbers. Return the seed."""
+    first, *others = map(int, numbers)
+    seed = seeds_of(first, 0, *others)
+    random.seed(seed)
+    np.random.seed(seed & 0xFFFFFFFF)
+    torch.manual_seed(seed & 0x7FFFFFFFFFFFFFFF)
+    return seed
+
+
+def seed_epoch(learn, *numbers):
+    """Seed every generator that an epoch uses, including those of the DataLoaders.
+
+    Args:
+        learn: A Learner.
+        *numbers: Numbers to seed from. The last one is the epoch.
+    """
+    # projectors and choices before the fit are the same in all processes, dropout and augmentation are not
+    mine = [rank()] if rank() and numbers[-1] != BEFORE_FIT else []
+    seed = seed_everything(*numbers, *mine)
+    for i, dl in enumerate(learn.dls.loaders):
+        dl.rng = random.Random(seed + i)
+
+
+class Checkpoints(Callback):
+    """Callback that writes everything the next epochs depend on after each epoch. A new fit with it
+    continues after the last epoch that was written. Each epoch seeds the generators from `seed` and
+    its number, so the order and the augmentation of the data need not be stored.
+
+    Args:
+        file: Path of the checkpoint.
+        seed: Numbers to seed from.
+        kd: The KnowledgeDistillation callback of the fit. None if there is none.
+        say: fn(text) that shows a line about each epoch. None to show fastai's bar and table.
+    """
+
+    order = 90  # after all that change the state of the training
+
+    def __init__(self, file, seed, kd=None, say=print):
+        super().__init__()
+        self.file, self.seed, self.kd, self.say = file, seed, kd, say
+        self.state = on_first(lambda: read_state(file) if file.is_file() else None)
+
+    @property
+    def done(self):
+        """Number of finished epochs."""
+        return 0 if self.state is None else self.state['epochs']
+
+    def before_fit(self):
+        if self.state is None:
+            return
+        s, r = self.state, self.learn.recorder
+        get_model(self.learn.model).load_state_dict(s['model'])
+        self.learn.opt.load_state_dict(to_device(s['opt'], one_param(self.learn.model).device))
+        if self.kd is not None:
+            self.kd.load_state_dict(s['kd'])
+        r.values, r.iters, r.losses, r.lrs = (
+            L(map(L, s['values'])),
+            s['iters'],
+            s['losses'],
+            s['lrs'],
+        )
+        r.smooth_loss.count, r.smooth_loss.val = s['smooth']
+        self.learn.train_iter = len(r.losses)
+
+    def before_epoch(self):
+        seed_epoch(self.learn, *self.seed, self.epoch)
+
+    def after_epoch(self):
+        # running averages of batch norms in projectors, which are outside DistributedDataParallel
+        if self.kd is not None:
+            broadcast(self.kd.distiller.links.buffers())
+        if rank():
+            return
+        r, opt = self.learn.recorder, self.opt.state_dict()
+        opt['hypers'] = [{k: plain(v) for k, v in h.items()} for h in opt['hypers']]
+        state = dict(
+            epochs=self.epoch + 1,
+            model=get_model(self.learn.model).state_dict(),
+            opt=opt,
+            kd=None if self.kd is None else self.kd.state_dict(),
+            names=[*r.metric_names],
+            values=[[*map(plain, v)] for v in r.values],
+            iters=[*r.iters],
+            losses=[torch.as_tensor(o) for o in r.losses],
+            lrs=[*map(plain, r.lrs)],
+            smooth=(r.smooth_loss.count, r.smooth_loss.val),
+        )
+        state = map_tensors(
+            state, as_plain
+        )  # weights_only files can't hold fastai's tensor classes
+        write_atomically(self.file, lambda f: torch.save(state, f))
+        if self.say is not None:
+            self.say(self.line(r))
+
+    def line(self, r):
+        shown = [
+            f'{k} {v:.4f}'
+            for k, v in row_by_column(r, r.values[-1]).items()
+            if isinstance(v, float)
+        ]
+        return f'epoch {self.epoch + 1} of {self.n_epoch}: {", ".join(shown)}, {r.log[-1]}'
+
+    def restore(self, learn):
+        """Restore a Learner as it was after the last epoch, without a fit."""
+        learn.model.load_state_dict(self.state['model'])
+        r = learn.recorder
+        r.metric_names, r.values, r.losses = (
+            L(self.state['names']),
+            L(map(L, self.state['values'])),
+            self.state['losses'],
+        )
+
+    # an exported Learner holds a callback that does nothing and loads without fastdistill
+    def __reduce__(self):
+        return Callback, ()
+
+
+def plain(v):
+    """Convert NumPy's numbers to Python's, which a weights_only file can hold."""
+    return (
+        float(v)
+        if isinstance(v, np.floating)
+        else tuple(map(plain, v))
+        if isinstance(v, tuple)
+        else v
+    )
+
+
+def read_state(file):
+    try:
+        return torch.load(file, map_location='cpu', weights_only=True)
+    # subtle: a damaged file is an error of zip, of pickle or of PyTorch
+    except Exception as e:
+        raise DistillError(
+            f'{file} is damaged ({type(e).__name__}). Delete it to start this training again.'
+        ) from e
+
+
+def fit_stage(learn, n_epoch: int, lr, checkpoints: Checkpoints, cbs=(), bar: bool = False) -> dict:
+    """Fit with the 1cycle policy, from the epoch after the last checkpoint. Return the history of the
+    training.
+
+    Args:
+        learn: A Learner.
+        n_epoch: Number of epochs.
+        lr: Maximum learning rate.
+        checkpoints: Callback that writes the checkpoints.
+        cbs: More callbacks.
+        bar: True to show fastai's bar and table.
+    """
+    if checkpoints.done >= n_epoch:
+        checkpoints.restore(learn)
+        return history_of(learn)
+    # subtle: what a fit measures before its first epoch, such as the teacher's temperature, is the same after a resume
+    seed_epoch(learn, *checkpoints.seed, BEFORE_FIT)
+    logger, learn._do_fit = learn.logger, EpochsFrom(learn, checkpoints.done)
+    cbs = [*cbs, *filter(None, [checkpoints.kd]), checkpoints]
+    if world_size() > 1:
+        from .distributed_fit import ProcessesTrainer  # needs accelerate
+
+        cbs.append(ProcessesTrainer(sync_bn=False, cpu=one_param(learn.model).device.type == 'cpu'))
+    if not bar:
+        learn.logger = silent
+    try:
+        with nullcontext() if bar else learn.no_bar():
+            learn.fit_one_cycle(n_epoch, lr, cbs=cbs)
+    finally:
+        learn.logger = logger
+        del learn._do_fit
+    return history_of(learn)
+
+
+def find_rate(learn, folder, *seed) -> float:
+    """Return the valley that fastai's lr_find suggests, clamped to LOWEST and HIGHEST, or
+    IF_NONE_IS_FOUND if there is none.
+
+    Args:
+        learn: A Learner, whose weights are restored at the end.
+        folder: Folder for these weights during the search.
+        *seed: Numbers to seed from.
+    """
+    learn.path, learn.model_dir = folder, '.'
+    seed_epoch(learn, *seed, BEFORE_FIT)
+    with learn.no_bar(), warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        try:
+            with enough_space(folder):
+                lr = float(learn.lr_find(show_plot=False, suggest_funcs=valley).valley)
+        except DistillError:
+            raise
+        # subtle: a loss that is not finite from the first steps leaves fastai's rule without numbers
+        except (RuntimeError, ValueError, IndexError, ZeroDivisionError, TypeError):
+            return IF_NONE_IS_FOUND
+    return float(f'{min(max(lr, LOWEST), HIGHEST):.3g}')
+
+
+def silent(_):
+    """Print nothing."""
+
+
+class EpochsFrom:
+    """Replacement of `Learner._do_fit` that starts with a later epoch. fastai's SkipToEpoch would
+    run the events of all epochs.
+    """
+
+    def __init__(self, learn, first):
+        self.learn, self.first = learn, first
+
+    def __call__(self):
+        for epoch in range(self.first, self.learn.n_epoch):
+            self.learn.epoch = epoch
+            self.learn._with_events(self.learn._do_epoch, 'epoch', CancelEpochException)

@@ -1,0 +1,85 @@
+"""The settings and the folder of a run. Nothing is written, and PyTorch is imported only to read a
+recipe.
+"""
+
+from dataclasses import asdict
+from pathlib import Path
+
+from ...base.errors import DistillError
+from .config import TrainConfig, read_config
+
+__all__ = ['settings_of']
+
+
+def settings_of(given, config_file, out, resume):
+    """Return the TrainConfig and the folder of a run.
+
+    Args:
+        given: Settings by name.
+        config_file: TOML file with settings. Those in `given` come first.
+        out: Folder of the run. None for a new one in runs/.
+        resume: True to continue the run in `out`, if there is one.
+    """
+    folder = None if out is None else Path(out)
+    if resume and folder is None:
+        raise DistillError("resume=True needs the folder of the run: out='runs/NAME'.")
+    if resume and (folder / 'config.toml').is_file():
+        if config_file is not None:
+            raise DistillError(f'{folder} has its own settings: leave config= out.')
+        stored = TrainConfig(**read_config(folder / 'config.toml'))
+        check_unchanged(given, stored, folder)
+        if (folder / 'report.json').is_file():
+            raise DistillError(f'The run in {folder} is finished.')
+        return checked(stored), folder
+    if resume and not given and config_file is None:
+        raise DistillError(f'There is no run in {folder} (no config.toml).')
+    settings = {} if config_file is None else read_config(config_file)
+    for role in ('teacher', 'student'):
+        if role in given:  # the layers in the file are those of its own architecture
+            settings.pop(f'{role}_layers', None)
+    settings |= given
+    if missing := [k for k in ('data', 'teacher', 'student') if k not in settings]:
+        raise DistillError(
+            f'{"=, ".join(missing)}= is missing. An example: fastdistill train --data photos --teacher '
+            'resnet34 --student resnet18'
+        )
+    config = checked(TrainConfig(**settings).absolute())
+    if folder is None:
+        folder = free_folder(config)
+    # subtle: a run that was killed at its very beginning has no settings yet
+    if folder.exists() and not (folder.is_dir() and all(map(is_beginning, folder.iterdir()))):
+        what = 'a run' if (folder / 'config.toml').is_file() else 'something else'
+        raise DistillError(
+            f'{folder} holds {what} already. Give a different out=, or resume=True to continue a run.'
+        )
+    return config, folder
+
+
+def checked(config):
+    """Return the settings. Raise a DistillError if a file does not exist or the recipe is wrong."""
+    config.check_files()
+    if config.recipe != 'auto':
+        from ...recipes.recipe_text import recipe_from_text  # imports PyTorch
+
+        recipe_from_text(config.recipe)
+    return config
+
+
+def is_beginning(path):
+    return path.name == 'checkpoints' or path.suffix == '.tmp'
+
+
+def check_unchanged(given, stored, folder):
+    asked = asdict(TrainConfig(**asdict(stored) | given).absolute())
+    for k in given:
+        if asked[k] != getattr(stored, k) and asked[k] != 'auto':
+            raise DistillError(
+                f'{folder} holds a run with {k}={getattr(stored, k)!r}, now {k}={asked[k]!r}. Give the '
+                'new one a different out=.'
+            )
+
+
+def free_folder(config):
+    stem = f'{Path(config.data).name.split(".")[0]}-{config.student}'
+    names = (f'{stem}-{i}' if i > 1 else stem for i in range(1, 10000))
+    return next(p for p in (Path('runs') / n for n in names) if not p.exists())

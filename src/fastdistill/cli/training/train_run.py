@@ -1,0 +1,419 @@
+"""A run of `fastdistill train`: it trains a teacher, and a student with and without it, compares
+them, and writes the results to a folder.
+"""
+
+import csv
+import io
+import json
+import platform
+import shutil
+import warnings
+from contextlib import ExitStack, closing
+from dataclasses import asdict, replace
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from fastai.basics import Learner
+from safetensors.torch import save_model
+
+from ...base.atomic_files import enough_space, locked_folder, new_file, write_atomically, write_json
+from ...base.distributed import first_then_others, leave_processes, on_first, rank, world_size
+from ...base.errors import DistillError
+from ...fastai import Distiller, KnowledgeDistillation, compare, save_student
+from ...fastai.batches import prepared_batches
+from ...fastai.compare import history_of
+from ...fastai.task import task_of
+from ...fastai.teachers import teacher_of
+from ...recipes.recipe_text import recipe_from_text
+from ...teachers.estimator import is_estimator
+from ...teachers.fast_copy import AS_IT_IS
+from .architectures import check_arch, learner_of
+from .config import TrainConfig, write_config
+from .data_checks import checked_samples
+from .data_files import read_samples
+from .data_fingerprint import data_changes, data_fingerprint
+from .dataloaders import loaders_of
+from .resumable_fit import Checkpoints, find_rate, fit_stage, seed_everything, silent
+from .run_settings import settings_of
+from .teachers import file_teacher, with_weights
+
+__all__ = ['TrainRun', 'opened_run']
+
+FOR_TEACHER, FOR_STUDENT = (
+    1,
+    2,
+)  # numbers of what is seeded: both students have the same start and the same batches
+PACKAGES = 'fastdistill', 'fastai', 'torch', 'torchvision', 'timm', 'numpy', 'pandas', 'safetensors'
+
+
+def opened_run(given: dict, config_file=None, out=None, resume: bool = False, **kwargs):
+    """Return the run in `out`, or a new one. Nothing is written yet.
+
+    Args:
+        given: Settings by name.
+        config_file: TOML file with settings. Those in `given` come first.
+        out: Folder of the run. None for a new one in runs/.
+        resume: True to continue the run in `out`, if there is one.
+        **kwargs: Arguments of TrainRun.
+    """
+    return TrainRun(*on_first(lambda: settings_of(given, config_file, out, resume)), **kwargs)
+
+
+class TrainRun:
+    """A run in its folder. Of several processes, only the first prints, writes and compares.
+
+    Args:
+        config: Settings of the run.
+        folder: Folder of the run.
+        say: fn(text) that shows a line.
+        bar: True to show fastai's progress bars.
+    """
+
+    def __init__(self, config: TrainConfig, folder: Path, say=print, bar: bool = False):
+        self.config, self.folder, self.first, self.processes = (
+            config,
+            folder,
+            rank() == 0,
+            world_size(),
+        )
+        self.say, self.bar = (say, bar) if self.first else (silent, False)
+        self.recipe = recipe_from_text(config.recipe)
+        self.files, self.locks = folder / 'checkpoints', ExitStack()
+        self.begun = self.files / 'begun.json'  # the settings and a fingerprint of the data
+
+    def __call__(self):
+        """Do what is missing of the run. Return the Report in the first process, otherwise None."""
+        with warnings.catch_warnings(), self.locks:
+            # fastai's tables with pandas 3, about arrays that it only reads
+            warnings.filterwarnings('ignore', message='The given NumPy array is not writable')
+            models = self.trained()
+            leave_processes()
+            report = self.write_results(models) if self.first else None
+        if self.first:
+            shutil.rmtree(self.files)  # after its lock is released
+        return report
+
+    def trained(self):
+        """Train what is missing. Return {name: model}."""
+        self.config = c = on_first(self.check_start)
+        loaded = first_then_others(lambda: file_teacher(c.teacher) if c.teacher_file else None)
+        s = on_first(lambda: self.samples(loaded))
+        student, teacher, make = first_then_others(lambda: self.make_models(s, loaded))
+        on_first(
+            lambda: self.check(
+                student, teacher, trained=loaded is not None or bool(c.teacher_weights)
+            )
+        )
+        on_first(self.write_start)
+        self.config = on_first(lambda: self.find_rates(make))
+        loggers = self.loggers() if self.first else []
+        models = dict(teacher=teacher)
+        if isinstance(teacher, Learner) and loaded is None and not c.teacher_weights:
+            self.fit(
+                'teacher',
+                teacher,
+                c.teacher_epochs or c.epochs,
+                self.config.teacher_lr,
+                FOR_TEACHER,
+                loggers,
+            )
+            if self.first:
+                self.write_weights(teacher)
+        if c.baseline:
+            models['alone'] = self.seeded(FOR_STUDENT, lambda: make(c.arch('student')))
+            self.fit('alone', models['alone'], c.epochs, self.config.lr, FOR_STUDENT, loggers)
+        models['distilled'] = student
+        kd = KnowledgeDistillation(self.as_teacher(teacher, student), self.recipe, check=c.check)
+        self.fit('distilled', student, c.epochs, self.config.lr, FOR_STUDENT, loggers, kd)
+        return models
+
+    def check_start(self):
+        """Check what can be checked before the data are read. Return the settings."""
+        config = self.settings_at_begin()
+        self.loggers()
+        if self.processes == 1:
+            return config
+        if find_spec('accelerate') is None:
+            raise ImportError(
+                'Training in several processes needs accelerate: pip install accelerate'
+            )
+        if ':' in self.config.device:
+            raise DistillError(
+                f'device={self.config.device!r} is one device, for {self.processes} processes. Each '
+                "takes its own with device='auto'."
+            )
+        return config
+
+    def read_begun(self):
+        """Read the settings and the data that the run began with. Empty for a new run."""
+        if not self.begun.is_file():
+            return {}
+        try:
+            return json.loads(self.begun.read_text(encoding='utf-8'))
+        except ValueError as e:
+            raise DistillError(
+                f'{self.begun} is damaged ({e}), so whether the data changed is unknown. Start a new '
+                'run with a different out=.'
+            ) from e
+
+    def settings_at_begin(self):
+        """Return the settings, with the learning rates that were found. Raise a DistillError if
+        config.toml was changed since.
+        """
+        before, now = self.read_begun().get('settings', {}), asdict(self.config)
+        found = {k: before[k] for k in ('lr', 'teacher_lr') if now[k] == 'auto' and k in before}
+        # of two paths, the contents are compared instead
+        same_kind = lambda k: all(
+            isinstance(o[k], str) and Path(o[k]).is_absolute() for o in (before, now)
+        )
+        wrong = [
+            k
+            for k in now
+            if k in before and k not in found and before[k] != now[k] and not same_kind(k)
+        ]
+        if wrong:
+            was = ', '.join(f'{k}={before[k]!r}' for k in wrong)
+            raise DistillError(
+                f'{self.folder / "config.toml"} has {", ".join(f"{k}={now[k]!r}" for k in wrong)}, but '
+                f'the run began with {was}. Restore that to resume, or start a new run with config= and '
+                'a different out=.'
+            )
+        return replace(self.config, **found)
+
+    def check_data_unchanged(self):
+        before = self.read_begun().get('data')
+        if before is None or not (changes := data_changes(before, self.data)):
+            return
+        raise DistillError(
+            f'The data of the run in {self.folder} changed since it began: {"; ".join(changes)}. '
+            'Continuing would train on different samples, and perhaps validate on samples that were '
+            'trained on. Restore the data to resume, or start a new run with config= and a different '
+            'out=.'
+        )
+
+    def make_models(self, s, loaded):
+        """Return the student, the teacher, and fn(Arch) -> a new Learner."""
+        c = self.config
+        self.dls = loaders_of(
+            s, c, loaded if isinstance(loaded, Learner) and s.task in ('texts', 'table') else None
+        )
+        self.say(f'data: {samples_in_words(s)}')
+        make = partial(learner_of, dls=self.dls, s=s, config=c, pretrained=c.pretrained)
+        student = self.seeded(FOR_STUDENT, lambda: make(c.arch('student')))
+        teacher = self.teacher(loaded, make, s)
+        self.say(
+            f'teacher: {c.arch("teacher")}, {parameters(teacher)}; student: {c.arch("student")}, '
+            f'{parameters(student)}'
+        )
+        if not c.pretrained:
+            self.say(
+                'All models begin with random weights; --pretrained begins with published ones.'
+            )
+        return student, teacher, make
+
+    def samples(self, loaded):
+        s = read_samples(self.config)
+        if is_estimator(loaded) and s.task != 'table':
+            raise DistillError(
+                f'{self.config.teacher} holds an estimator ({type(loaded).__name__}), which reads the '
+                f'rows of a table, but {self.config.data} holds {s.task}.'
+            )
+        check_arch(self.config.arch('student'), s.task)
+        if loaded is None:
+            check_arch(self.config.arch('teacher'), s.task)
+        checked = checked_samples(s, self.config)
+        self.data = data_fingerprint(checked, s.valid, self.config)
+        self.check_data_unchanged()
+        return checked
+
+    def seeded(self, number, make):
+        seed_everything(self.config.seed, number)
+        return make()
+
+    def teacher(self, loaded, make, s):
+        if loaded is not None:
+            return loaded
+        if self.config.teacher_weights:
+            return with_weights(self.config, self.dls, s)
+        return self.seeded(FOR_TEACHER, lambda: make(self.config.arch('teacher')))
+
+    def as_teacher(self, teacher, student):
+        """Return the teacher of the student. On a CPU it runs without a faster copy, which may round
+        differently after a resume.
+        """
+        on_cpu = torch.device(self.dls.device or 'cpu').type == 'cpu'
+        return (
+            teacher_of(teacher, student, task_of(student.loss_func), run=AS_IT_IS)
+            if on_cpu
+            else teacher
+        )
+
+    def check(self, student, teacher, trained):
+        """Find layers of the recipe that do not exist, and a teacher of a different task."""
+        task = task_of(student.loss_func)
+        if trained and self.config.check:
+            if (found := student.check_teacher(teacher, n_epoch=None)).errors:
+                found.enforce(facts=False)
+        if self.recipe == 'auto':
+            return
+        d = Distiller(
+            student.model,
+            teacher_of(teacher, student, task, run=AS_IT_IS),
+            self.recipe,
+            kind=task.kind,
+            axis=task.axis,
+            ignore_index=task.ignore_index,
+            check=False,
+        )
+        valid, train = prepared_batches(student, 1, 1)
+        with closing(valid), closing(train):
+            x, _ = next(valid)
+        d.setup(*x)
+
+    def find_rates(self, make):
+        """Return the settings with learning rates found for those that are 'auto', and write them to
+        config.toml.
+        """
+        c = self.config
+        wanted = [
+            k
+            for k in ('lr', 'teacher_lr')
+            if getattr(c, k) == 'auto'
+            and not (k == 'teacher_lr' and (c.teacher_file or c.teacher_weights))
+        ]
+        for k in wanted:
+            role, number = ('student', FOR_STUDENT) if k == 'lr' else ('teacher', FOR_TEACHER)
+            arch = c.arch(role)
+            learn = self.seeded(number, lambda arch=arch: make(arch))
+            lr = find_rate(learn, self.files, self.config.seed, number)
+            self.config = replace(self.config, **{k: lr})
+            self.say(f'learning rate of {arch}: {lr:g}, found by lr_find')
+        if wanted:
+            self.write_settings()
+        return self.config
+
+    def fit(self, name, learn, epochs, lr, number, loggers, kd=None):
+        say = None if self.bar else lambda text: self.say(f'{name}: {text}')
+        state = Checkpoints(self.files / f'{name}.pt', (self.config.seed, number), kd, say)
+        if state.done:
+            self.say(
+                f'{name}: continues after epoch {state.done} of {epochs}'
+                if state.done < epochs
+                else f'{name}: is finished'
+            )
+        elif self.bar:
+            self.say(f'{name}:')
+        fit_stage(learn, epochs, lr, state, [make(name) for make in loggers], self.bar)
+
+    def loggers(self):
+        """Return a list of fn(name of a model) -> callback."""
+        return [self.tensorboard()] if 'tensorboard' in self.config.loggers else []
+
+    def tensorboard(self):
+        try:
+            from fastai.callback.tensorboard import TensorBoardCallback
+        except ImportError as e:
+            raise ImportError("log='tensorboard': pip install tensorboard") from e
+        return lambda name: TensorBoardCallback(
+            self.folder / 'tensorboard' / name, trace_model=False, log_preds=False
+        )
+
+    def write_start(self):
+        self.locks.enter_context(locked_folder(self.files, self.folder))
+        if (self.folder / 'report.json').is_file():
+            raise DistillError(f'The run in {self.folder} is finished.')
+        for folder in (self.folder, self.files):
+            for p in folder.glob('*.tmp'):
+                p.unlink()  # of a process that was killed
+        self.write_settings()
+        facts = dict(
+            python=platform.python_version(),
+            platform=platform.platform(),
+            threads=torch.get_num_threads(),
+            processes=self.processes,
+            **{n: v for n in PACKAGES if (v := installed(n))},
+        )
+        write_json(self.folder / 'environment.json', facts)
+
+    def write_settings(self):
+        # subtle: begun.json first, since a rate that is 'auto' in config.toml is read from it
+        write_json(self.begun, dict(settings=asdict(self.config), data=self.data))
+        write_config(self.config, self.folder / 'config.toml')
+
+    def write_results(self, models):
+        with enough_space(self.folder):
+            return self.written(models)
+
+    def written(self, models):
+        """Write all results to the folder and return the report."""
+        self.write_history(models)
+        c = self.config
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')
+            title = f'{c.student}, taught by {Path(c.teacher).name}, on {Path(c.data).name}'
+            report = compare(models, self.dls, title=title, progress=self.bar)
+            student = models['distilled']
+            save_student(
+                student,
+                self.folder / 'student',
+                report,
+                onnx=None if c.onnx else False,
+                title=f'{c.student} on {Path(c.data).name}',
+            )
+            with new_file(Path.cwd() / self.folder / 'student.pkl') as tmp:
+                student.export(tmp)
+        with new_file(self.folder / 'report.html') as tmp:
+            report.to_html(tmp)
+        with new_file(self.folder / 'report.json') as tmp:
+            report.to_json(tmp)
+        return report
+
+    def write_weights(self, teacher):
+        with new_file(self.folder / 'teacher.safetensors') as tmp:
+            save_model(teacher.model, str(tmp))
+
+    def write_history(self, models):
+        """Write history.csv, with a row for each epoch of each model."""
+        tables = {n: history_of(m) for n, m in models.items() if isinstance(m, Learner)}
+        columns = list(dict.fromkeys(k for t in tables.values() for k in t))
+        text = io.StringIO(newline='')
+        rows = csv.writer(text)
+        rows.writerow(['model', 'epoch', *columns])
+        for n, t in tables.items():
+            for i, values in enumerate(zip(*t.values())):
+                row = dict(zip(t, values))
+                rows.writerow([n, i, *(row.get(k, '') for k in columns)])
+        write_atomically(self.folder / 'history.csv', text.getvalue())
+
+
+def samples_in_words(s):
+    """Describe the samples in one line."""
+    held = int(s.valid.sum())
+    what = {
+        'classes': f'{len(s.classes or [])} classes',
+        'labels': f'{len(s.classes or [])} labels',
+        'numbers': f'numbers of column {s.y}',
+    }[s.target]
+    x = f'column {s.x[0]}' if len(s.x) == 1 else f'{len(s.x)} columns'
+    x = f', {s.size[0]} x {s.size[1]} pixels' if s.size else f', {x}'
+    return f'{s.task}{x}, {what}; {len(s) - held:,} samples for training, {held:,} for validation'
+
+
+def parameters(model):
+    """Return the number of parameters as text."""
+    model = getattr(model, 'model', model)
+    return (
+        f'{sum(p.numel() for p in model.parameters()):,} parameters'
+        if hasattr(model, 'parameters')
+        else 'a file'
+    )
+
+
+def installed(name):
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None

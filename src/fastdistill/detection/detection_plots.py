@@ -1,0 +1,61 @@
+"Detections of several models side by side."
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from ..evaluation.plot_style import COLORS, new_figure, safe_label, styled
+from .metrics import detect
+
+__all__ = ['show_detections']
+
+
+def show_detections(
+    models: dict,
+    images: Sequence[Tensor],
+    targets: Sequence[dict] | None = None,
+    *,
+    classes: list | None = None,
+    score: float = 0.5,
+) -> Any:
+    """Draw the detections of several models side by side, one row for each image. Return the
+    figure.
+
+    Args:
+        models: {name: detector}.
+        images: Tensors (C, H, W) from 0 to 1.
+        targets: A dict with 'boxes' and 'labels' for each image, drawn in the first column. None
+            to leave it out.
+        classes: Names of the classes from 1 on. None for their numbers.
+        score: Least score of a detection that is drawn.
+    """
+    columns = {} if targets is None else {'labels': targets}
+    columns |= {k: detect(m, images) for k, m in models.items()}
+    with styled():
+        fig = new_figure(2.6 * len(columns), 2.2 * len(images))
+        axes = fig.subplots(len(images), len(columns), squeeze=False)
+        for row, x in zip(axes, images):
+            for ax in row:
+                ax.imshow(x.detach().cpu().clamp(0, 1).permute(1, 2, 0).numpy())
+                ax.set_axis_off()
+        for i, (name, found) in enumerate(columns.items()):
+            axes[0, i].set_title(safe_label(name))
+            for ax, o in zip(axes[:, i], found):
+                draw_boxes(ax, o, classes, score)
+    return fig
+
+
+def draw_boxes(ax: Any, found: dict, classes: Sequence | None, score: float) -> None:
+    from matplotlib.patches import Rectangle
+
+    boxes, labels = found['boxes'].tolist(), found['labels'].tolist()
+    scores = found['scores'].tolist() if 'scores' in found else [None] * len(boxes)
+    for (x1, y1, x2, y2), c, s in zip(boxes, labels, scores):
+        if s is not None and s < score:
+            continue
+        color = COLORS[c % len(COLORS)]
+        ax.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, color=color, linewidth=1.2))
+        name = str(c) if classes is None else classes[c - 1]
+        text = name if s is None else f'{name} {s:.2f}'
+        ax.text(x1, y1 - 1, safe_label(text), color=color, fontsize=6)

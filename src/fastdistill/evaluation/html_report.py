@@ -1,0 +1,172 @@
+"""Format a report as one HTML page: self-contained, without scripts, with every name escaped."""
+
+import base64
+import io
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from . import report_plots as plots
+from .number_format import caveat, recovered_text, shown_text, verdicts
+from .plot_style import on_dark
+from .report_data import ReportData
+from .report_tables import sheets_of
+from .text_report import title_of
+
+__all__ = ['html_page', 'rendered']
+
+MARKS = {'better': 'good', 'worse': 'bad', 'not significant': 'even'}
+DPI = 72  # units of an SVG per inch
+
+
+def finalize(o: Any) -> Any:
+    return o if hasattr(o, '__html__') else shown_text(o)
+
+
+class Picture(NamedTuple):
+    """A picture inside the page as data URIs, for light and dark backgrounds."""
+
+    title: str
+    alt: str
+    light: str
+    dark: str
+    width: int
+    height: int
+
+
+def html_page(r: ReportData, figures: Mapping[str, Any] | None = None, whole: bool = True) -> str:
+    """Return the HTML page.
+
+    Args:
+        r: The report.
+        figures: {caption: your own matplotlib figure}, shown at the end.
+        whole: False to leave out the head and the pictures, for a notebook.
+    """
+    sheets = sheets_of(r, brief=not whole)
+    drawn = {s.name: pictures(r, s.name) if whole else [] for s in sheets}
+    drawn[''] = [own_picture(k, f) for k, f in (figures or {}).items()]
+    return rendered(
+        'report.html',
+        r=r,
+        title=title_of(r),
+        verdicts=verdicts(r),
+        sheets=sheets,
+        figures=drawn,
+        caveat=caveat(r),
+        marks=MARKS,
+        whole=whole,
+    )
+
+
+def rendered(name: str, **values: Any) -> str:
+    """Render a template of this folder."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    env = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        finalize=finalize,
+    )
+    return env.get_template(name).render(**values)
+
+
+def words_of_cost(r: ReportData) -> str:
+    info = r.info[r.headline]
+    return f'{info.label} against milliseconds for one batch: ' + '; '.join(
+        f'{n} {info.text(m.measures[r.headline].value)}{info.unit} at {m.cost.latency[0].p50:.3g} ms'
+        for n, m in r.models.items()
+        if m.cost.latency
+    )
+
+
+def words_of_history(r: ReportData) -> str:
+    last = {
+        n: {k: v[-1] for k, v in m.history.items() if k.endswith('_loss') and v[-1] is not None}
+        for n, m in r.models.items()
+        if m.history
+    }
+    return 'Losses of each training over its epochs. The last ones: ' + '; '.join(
+        f'{n}, {", ".join(f"{k} {v:.3g}" for k, v in o.items())}' for n, o in last.items()
+    )
+
+
+def words_of_lead(r: ReportData) -> str:
+    found = {c.model: c.recovered[r.headline] for c in r.comparisons if r.headline in c.recovered}
+    return '; '.join(
+        '{} recovers {}, interval {}'.format(n, *recovered_text(e))
+        for n, e in found.items()
+        if e.value is not None
+    )
+
+
+def words_of_reliability(r: ReportData) -> str:
+    return 'Accuracy against confidence. Calibration errors: ' + ', '.join(
+        f'{n} {100 * (m.calibration_error or 0):.1f}%' for n, m in r.models.items()
+    )
+
+
+def words_of_classes(r: ReportData) -> str:
+    return 'The numbers of the table above as a picture'
+
+
+# {table of the page: (picture, caption, alternative text)}
+PICTURES: dict[str, list[tuple[Callable, str, Callable]]] = dict(
+    scores=[
+        (plots.plot_cost, 'Score against time, size as area', words_of_cost),
+        (plots.plot_history, 'Losses during training', words_of_history),
+    ],
+    differences=[
+        (plots.plot_recovered, "Fraction of the teacher's lead that was recovered", words_of_lead)
+    ],
+    calibration=[
+        (plots.plot_reliability, 'Reliability: accuracy against confidence', words_of_reliability)
+    ],
+    classes=[(plots.plot_classes, 'Gains and losses of classes', words_of_classes)],
+)
+
+
+def pictures(r: ReportData, name: str) -> list[Picture]:
+    """Return the pictures shown next to a table."""
+    out = []
+    for draw, title, alt in PICTURES.get(name, ()):
+        if (fig := draw(r)) is None:
+            continue
+        text = svg(fig)
+        light, dark = svg_uri(text), svg_uri(on_dark(text))
+        out.append(Picture(title, alt(r), light, dark, *pixels(fig)))
+    return out
+
+
+def pixels(fig: Any) -> tuple[int, int]:
+    width, height = (round(DPI * o * 1.4) for o in fig.get_size_inches())
+    return width, height
+
+
+def svg(fig: Any) -> str:
+    import matplotlib
+
+    out = io.StringIO()
+    with matplotlib.rc_context({'svg.fonttype': 'path', 'svg.hashsalt': 'fastdistill'}):
+        fig.savefig(out, format='svg', metadata={'Date': None, 'Creator': None}, transparent=True)
+    return re.sub(
+        r'<!--.*?-->', '', out.getvalue(), flags=re.S
+    )  # drop comments, which repeat the text of each label
+
+
+def own_picture(title: str, fig: Any) -> Picture:
+    """Return a picture of the user's own figure. Its content is unknown, so its caption is also its
+    text.
+    """
+    out = io.BytesIO()
+    fig.savefig(out, format='png', dpi=110)
+    return Picture(title, title, uri('image/png', out.getvalue()), '', *pixels(fig))
+
+
+def svg_uri(text: str) -> str:
+    return uri('image/svg+xml', text.encode())
+
+
+def uri(kind: str, data: bytes) -> str:
+    return f'data:{kind};base64,{base64.b64encode(data).decode()}'

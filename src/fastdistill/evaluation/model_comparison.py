@@ -1,0 +1,296 @@
+"""Compare models in one pass over the samples. Every model gets each batch."""
+
+import os
+import platform
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..base.outputs import DistillError, tensors_in
+from ..base.random_state import guarded_random_state
+from ..base.task import Task, fit_labels, unusable
+from ..teachers.teacher import Teacher
+from .agreement import Agreement
+from .cost import batch_of, cost_of, latencies
+from .metrics import MAX_PER_CLASS, Rows, measures_of, rows_of, scores_of
+from .paired_tests import PairedScores
+from .report import Report
+from .report_data import Comparison, Cost, Estimate, ModelResult
+
+__all__ = ['cpu_name', 'measure_models', 'roles_of']
+
+PIECE = 2**25  # maximum number of output elements that are scored at once
+MAX_NAMED = 1000  # with more classes, the report has no table of classes
+
+
+def roles_of(
+    names: Iterable[str], teacher: str | None = None, baseline: str | None = None
+) -> tuple:
+    """Return the names of the teacher and of the baseline. None if there is none.
+
+    Args:
+        names: Names of the models, in order.
+        teacher: Name of the teacher. None for the model named 'teacher', if there is one.
+        baseline: Name of the baseline. None for the model named 'alone', else the first of several
+            students.
+    """
+    names = list(names)
+    for option, o in (('teacher', teacher), ('baseline', baseline)):
+        if o is not None and o not in names:
+            raise DistillError(
+                f'{option}={o!r}: the models are named {", ".join(map(repr, names))}'
+            )
+    teacher = teacher or ('teacher' if 'teacher' in names else None)
+    students = [n for n in names if n != teacher]
+    if baseline is None and len(students) > 1:
+        baseline = 'alone' if 'alone' in students else students[0]
+    if teacher is not None and teacher == baseline:
+        raise DistillError(
+            f'{teacher!r} is both teacher= and baseline=: they must be different models'
+        )
+    return teacher, baseline
+
+
+class OfModel:
+    """Sums over samples for one model, accumulated batch by batch."""
+
+    def __init__(self, kind: str, loss: Callable | None, metrics: Any, own: bool) -> None:
+        self.kind, self.loss_func, self.metrics = kind, loss, metrics
+        self.scores: dict[str, list[np.ndarray]] = {}
+        self.sums: dict[str, Any] = dict(bins=0.0, totals=0.0)  # tensors after the first batch
+        self.agreement = Agreement(kind) if own else None
+        self.loss, self.n = 0.0, 0
+
+    def add_batch(self, xb: Sequence, out: torch.Tensor, yb: Sequence) -> None:
+        """Add the task loss and the metrics of a batch."""
+        if self.loss_func is not None:
+            self.loss += float(self.loss_func(out, *yb)) * len(out)
+        if self.metrics is not None:
+            self.metrics.add(xb, out, yb)
+        self.n += len(out)
+
+    def add_rows(self, rows: Rows, teacher: Rows | None, per_class: bool) -> None:
+        """Add the sums of each sample and the agreement with the teacher's rows."""
+        for k, v in scores_of(rows, self.kind, per_class).items():
+            if k in self.sums:
+                self.sums[k] = self.sums[k] + v.cpu()
+            else:
+                self.scores.setdefault(k, []).append(v.cpu().numpy())
+        if self.agreement is not None and teacher is not None:
+            self.agreement.add(rows, teacher)
+
+
+def measure_models(
+    models: dict,
+    batches: Iterable,
+    task: Task,
+    *,
+    teacher: str | None = None,
+    baseline: str | None = None,
+    loss: Callable | None = None,
+    metrics: Callable[[], Any] | None = None,
+    language: bool = False,
+    headline: str | None = None,
+    repeats: int = 2000,
+    seed: int = 0,
+    large: int = 64,
+    seconds: float = 0.5,
+    tick: Callable[[], None] | None = None,
+) -> Report:
+    """Measure all models on the same batches, which are read once.
+
+    Args:
+        models: {name: `Teacher`}.
+        batches: (inputs, targets) of each batch, both tuples.
+        task: What the models predict.
+        teacher: Name of the teacher. None if there is none.
+        baseline: Name of the model with which the students are compared. None if there is none.
+        loss: fn(logits, *targets) -> task loss.
+        metrics: fn() -> object with `add(inputs, logits, targets)` and `values()`, called for each
+            model.
+        language: True for models that predict the next token.
+        headline: Main measure, such as 'nll'. None for the usual one of the task.
+        repeats: Number of bootstrap draws.
+        seed: Seed of the bootstrap.
+        large: Size of the large batch.
+        seconds: Duration of each time measurement. 0 for none.
+        tick: Called after each batch, and after each measurement of time.
+    """
+    tick = tick or (lambda: None)
+    of = {
+        k: OfModel(
+            task.kind, loss, None if metrics is None else metrics(), teacher not in (None, k)
+        )
+        for k in models
+    }
+    with guarded_random_state(), torch.no_grad(), ExitStack() as stack:
+        for m in models.values():
+            stack.enter_context(m).reset()
+        first = None
+        for xb, yb in batches:
+            add_batch(of, models, xb, yb, task, teacher, language)
+            if first is None:
+                first = xb
+            tick()
+        if first is None:
+            raise DistillError(
+                'There is no batch to measure the models on: is the validation set empty?'
+            )
+        costs = {k: cost_of(m, batch_of(first, large)) for k, m in models.items()}
+        if seconds:
+            for k, v in latencies(models, first, dict.fromkeys((1, large)), seconds, tick).items():
+                costs[k].latency = v
+    return report_of(
+        of, models, costs, task, teacher, baseline, language, headline, repeats, seed, first
+    )
+
+
+def add_batch(
+    of: Mapping[str, OfModel],
+    models: Mapping[str, Teacher],
+    xb: Sequence,
+    yb: Sequence,
+    task: Task,
+    teacher: str | None,
+    language: bool,
+) -> None:
+    """Run every model on a batch and add its predictions."""
+    outs: dict[str, Any] = {k: m(*xb).logits for k, m in models.items()}
+    shape = next(iter(outs.values())).shape
+    for k, o in outs.items():
+        if o.numel() != shape.numel() or task.kind == 'softmax' and o.shape != shape:
+            raise DistillError(
+                f'The outputs of {k!r} have shape {tuple(o.shape)}, those of {next(iter(outs))!r} '
+                f'{tuple(shape)}: compared models must predict the same. Teacher(model, '
+                'select=[...]) selects classes.'
+            )
+        if unusable(o, task):
+            raise DistillError(
+                f'The outputs of {k!r} are nan or infinite: did its training diverge?'
+            )
+        of[k].add_batch(xb, o, yb)
+    y = fit_labels(yb[0], shape, task) if len(yb) and isinstance(yb[0], torch.Tensor) else None
+    if y is None:
+        given = ', '.join(str(tuple(o.shape)) for o in yb if isinstance(o, torch.Tensor)) or 'none'
+        raise DistillError(
+            f'The labels (shape {given}) do not fit the outputs of {next(iter(outs))!r} (shape '
+            f'{tuple(shape)}): models must be compared on labeled samples of their task.'
+        )
+    size = max(1, PIECE * len(y) // shape.numel())
+    for i in range(0, len(y), size):
+        rows = {k: rows_of(o[i : i + size], y[i : i + size], task) for k, o in outs.items()}
+        dense = (
+            task.kind == 'softmax'
+            and len(shape) > 2
+            and not language
+            and shape[task.axis] <= MAX_PER_CLASS
+        )
+        for k, r in rows.items():
+            of[k].add_rows(r, None if teacher is None else rows.get(teacher), dense)
+
+
+def report_of(
+    of: Mapping[str, OfModel],
+    models: Mapping[str, Teacher],
+    costs: Mapping[str, Cost],
+    task: Task,
+    teacher: str | None,
+    baseline: str | None,
+    language: bool,
+    headline: str | None,
+    repeats: int,
+    seed: int,
+    x: Any,
+) -> Report:
+    """Build the report from the sums."""
+    scores = {k: {c: np.concatenate(v) for c, v in o.scores.items()} for k, o in of.items()}
+    first = next(iter(of.values()))
+    n_classes = first.sums['totals'].shape[1] if task.kind != 'regression' else 0
+    measures = measures_of(task.kind, next(iter(scores.values())), n_classes, language)
+    names = [m.name for m in measures]
+    if headline is not None and headline not in names:
+        raise DistillError(f'headline={headline!r}: must be {" or ".join(map(repr, names))}.')
+    paired = PairedScores(scores, measures, repeats, seed)
+    role = lambda k: 'teacher' if k == teacher else 'baseline' if k == baseline else 'student'
+    results = {
+        k: result(o, paired.estimates(k), costs[k], role(k), models[k].name) for k, o in of.items()
+    }
+    counts = [] if task.kind == 'regression' else first.sums['totals'][1].tolist()
+    return Report(
+        task.kind,
+        headline or names[0],
+        first.n,
+        info={m.name: m.info for m in measures},
+        models=results,
+        comparisons=comparisons(paired, of, teacher, baseline),
+        teacher=teacher,
+        baseline=baseline,
+        counts=counts if len(counts) <= MAX_NAMED else [],
+        machine=machine_of(x),
+    )
+
+
+def comparisons(
+    paired: PairedScores, names: Iterable[str], teacher: str | None, baseline: str | None
+) -> list[Comparison]:
+    """Compare each student with the baseline, and each model with the teacher."""
+    students = [k for k in names if k not in (teacher, baseline)]
+    out = [paired.compare(k, baseline, teacher) for k in students] if baseline is not None else []
+    return out + [paired.compare(k, teacher) for k in names if teacher not in (None, k)]
+
+
+def result(
+    o: OfModel, estimates: dict[str, Estimate], cost: Cost, role: str, kind: str
+) -> ModelResult:
+    values = {} if o.metrics is None else o.metrics.values()
+    agreement = {} if o.agreement is None else o.agreement.shares()
+    out = ModelResult(
+        role,
+        kind,
+        o.loss / o.n if o.loss_func is not None else None,
+        estimates,
+        values,
+        agreement,
+        cost=cost,
+    )
+    if o.kind == 'regression':
+        return out
+    count, confidence, right = o.sums['bins']
+    out.reliability = dict(
+        count=count.tolist(), confidence=confidence.tolist(), right=right.tolist()
+    )
+    hit, there, found = o.sums['totals']
+    if len(hit) > MAX_NAMED:
+        return out
+    ratio = lambda a, b: [x / y if y else None for x, y in zip(a.tolist(), b.tolist())]
+    out.classes = dict(recall=ratio(hit, there), precision=ratio(hit, found))
+    if 'union' in o.scores:
+        out.classes['iou'] = ratio(hit, there + found - hit)
+    return out
+
+
+def machine_of(x: Any) -> dict:
+    """Describe the machine and the versions with which the times were measured."""
+    device = next((t.device for t in tensors_in(x)), torch.device('cpu'))
+    name = torch.cuda.get_device_name(device) if device.type == 'cuda' else cpu_name()
+    return dict(
+        device=name,
+        threads=torch.get_num_threads(),
+        cores=os.cpu_count(),
+        torch=torch.__version__,
+        python=platform.python_version(),
+    )
+
+
+def cpu_name() -> str:
+    """Return the name of the processor, if the system provides it."""
+    try:
+        with open('/proc/cpuinfo', encoding='utf-8') as f:
+            lines = f.read().splitlines()
+    except OSError:
+        lines = []
+    named = next((l.partition(':')[2].strip() for l in lines if l.startswith('model name')), '')
+    return named or platform.processor() or platform.machine()

@@ -1,0 +1,162 @@
+"Format numbers and verdicts as text."
+
+from typing import Any
+
+from .report_data import Comparison, Estimate, MeasureInfo, ReportData
+
+__all__ = [
+    'amount',
+    'caveat',
+    'estimate_text',
+    'p_text',
+    'percent_text',
+    'recovered_text',
+    'shown_text',
+    'three_digits',
+    'verdict_of',
+    'verdicts',
+]
+
+
+def shown_text(o: Any) -> Any:
+    """Remove characters from a text that move or color the text around it. Other objects are
+    unchanged.
+    """
+    if not isinstance(o, str):
+        return o
+    return ''.join(c if c.isprintable() else ' ' if c.isspace() else '�' for c in o)
+
+
+UNITS = (1e12, 'T'), (1e9, 'G'), (1e6, 'M'), (1e3, 'k')
+
+
+def amount(v: float | None, unit: str = '') -> str:
+    """Format a large number with three significant digits.
+
+    Args:
+        v: Number of parameters, operations or bytes. None if unknown.
+        unit: Unit, such as 'B'.
+    """
+    if v is None:
+        return '–'
+    size, letter = next(((s, l) for s, l in UNITS if v >= s), (1, ''))
+    return f'{three_digits(v / size)} {letter}{unit}'.strip() if letter or unit else f'{v:g}'
+
+
+def three_digits(v: float) -> str:
+    return (
+        f'{v:.0f}' if v >= 100 else f'{v:.1f}' if v >= 10 else f'{v:.2f}' if v >= 1 else f'{v:.3g}'
+    )
+
+
+def percent_text(v: float | None, digits: int = 1) -> str:
+    return '–' if v is None else f'{100 * v:.{digits}f}%'
+
+
+def p_text(p: float | None) -> str:
+    return (
+        'p is unknown'
+        if p is None
+        else 'p < 0.001'
+        if p < 0.001
+        else f'p = {p:.{3 if p < 0.1 else 2}f}'
+    )
+
+
+def estimate_text(e: Estimate, info: MeasureInfo, sign: bool = False) -> tuple[str, str]:
+    """Format (value, interval) as two texts."""
+    between = '' if e.low is None else f'{info.text(e.low, sign)} to {info.text(e.high, sign)}'
+    return info.text(e.value, sign) + ('' if e.value is None or sign else info.unit), between
+
+
+def recovered_text(e: Any) -> tuple[str, str]:
+    return (
+        f'{100 * e.value:.0f}%',
+        '' if e.low is None else f'{100 * e.low:.0f} to {100 * e.high:.0f}%',
+    )
+
+
+def verdict_of(c: Comparison, report: ReportData, measure: str | None = None) -> str:
+    """Return 'better', 'worse' or 'not significant'.
+
+    Args:
+        c: The comparison.
+        report: Report with the comparison.
+        measure: A measure. None for the headline.
+    """
+    d = c.differences[measure or report.headline]
+    if not d.significant or not d.value:
+        return 'not significant'
+    return 'better' if (d.value > 0) == report.info[measure or report.headline].higher else 'worse'
+
+
+def verdicts(
+    report: ReportData,
+) -> list:  # tuples ('better', 'worse' or 'not significant', sentences)
+    """Describe each student compared with the baseline, or with the teacher if there is no
+    baseline.
+    """
+    against = report.baseline or report.teacher
+    return [
+        (verdict_of(c, report), sentences(c, report))
+        for c in report.comparisons
+        if c.against == against
+    ]
+
+
+def sentences(c: Comparison, report: ReportData) -> str:
+    """Describe a comparison, with its numbers."""
+    k, info, d = report.headline, report.info[report.headline], c.differences[report.headline]
+    a, b = (info.text(report.models[n].measures[k].value) + info.unit for n in (c.model, c.against))
+    between = (
+        ''
+        if d.low is None
+        else f'95% interval {info.text(d.low, True)} to {info.text(d.high, True)}; '
+    )
+    numbers = f'{info.label} {a} and {b}, a difference of {info.text(d.value, True)}{info.points}'
+    tested = f'({between}{d.test}, {p_text(d.p)}; {report.n:,} {report.unit})'
+    verdict = verdict_of(c, report)
+    if verdict == 'not significant':
+        first = f'The difference between {c.model} and {c.against} is not significant: {numbers} {tested}.'
+    else:
+        first = f'{c.model} is {verdict} than {c.against}: {numbers} {tested}.'
+    return first + lead(c, report) + overconfidence(c, report)
+
+
+def overconfidence(c: Comparison, report: ReportData) -> str:
+    """Describe probabilities that became worse although the predictions did not."""
+    d: Any = c.differences.get('nll')
+    if report.headline == 'nll' or d is None or not d.significant or d.value <= 0:
+        return ''
+    if verdict_of(c, report) == 'worse':
+        return ''
+    a, b = (
+        report.info['nll'].text(report.models[n].measures['nll'].value)
+        for n in (c.model, c.against)
+    )
+    return (
+        f' Its probabilities are worse: NLL {a} and {b}. If you use them, call calibrate() on its '
+        'Learner.'
+    )
+
+
+def lead(c: Comparison, report: ReportData) -> str:
+    """Describe how much of the teacher's lead was recovered."""
+    if report.teacher is None or c.against != report.baseline:
+        return ''
+    if (e := c.recovered.get(report.headline)) is None:
+        return (
+            f' {report.teacher} has no significant lead over {report.baseline}, so there is '
+            'nothing to recover.'
+        )
+    share, between = recovered_text(e)
+    return f" It recovers {share} of {report.teacher}'s lead{f' (95% interval {between})' if between else ''}."
+
+
+def caveat(report: ReportData) -> str:
+    """Describe what the intervals do not cover."""
+    return (
+        f'Intervals and tests cover the choice of these {report.n:,} {report.unit}, but not the '
+        'variation between trainings: a different seed gives a different student. Each '
+        'comparison is tested separately.'
+    )

@@ -1,0 +1,241 @@
+"Read named layers of a model while it runs."
+
+import contextlib
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..base.outputs import DistillError, Outputs
+from .feature_shapes import as_map, as_tokens, as_vector
+from .layer_names import item_key, model_name, named, no_such_layer, resolve_among, unwrap
+from .probe import is_compiled, main_tensor
+
+__all__ = ['Taps', 'is_output', 'layer_output', 'returned_by']
+
+
+def as_is(y: Any) -> Any:
+    return y
+
+
+TURNS = dict(map=as_map, tokens=as_tokens, mean=as_vector)
+
+
+def item_of(out: Any, key: str, name: str) -> Any:
+    """Return one item of a layer's output.
+
+    Args:
+        out: A dict, or a tuple or list.
+        key: Its key, or its index as text.
+        name: Name of the layer, for the message.
+    """
+    have = (
+        list(out)
+        if isinstance(out, Mapping)
+        else range(len(out))
+        if isinstance(out, (tuple, list))
+        else []
+    )
+    found = next((k for k in have if str(k) == key), None)
+    if found is None:
+        says = f'has {", ".join(map(str, have))}' if len(have) else f'is a {type(out).__name__}'
+        raise DistillError(f'{name!r} reads the item {key!r} of the output, which {says}.')
+    return out[found]
+
+
+def is_output(name: str) -> bool:
+    "Return True if `name` stands for the model's output."
+    return name.split('@')[0] == ''
+
+
+def layer_output(o: Outputs, name: str) -> Any:
+    """Return the output of a layer, or None if `o` does not contain it.
+
+    Args:
+        o: Outputs of a batch.
+        name: Name of a layer, or '' for the model itself.
+    """
+    if not is_output(name):
+        return o.feats.get(name)
+    y = o.logits
+    for h in name.split('@')[1:]:
+        y = TURNS.get(h, as_is)(y)
+    return y
+
+
+class _Tap:
+    """Hook on one layer. It holds the layer and the dict to which it writes. Copies of it do
+    nothing.
+    """
+
+    def __init__(self, name: str, module: nn.Module, seen: dict) -> None:
+        self.name, self.module, self.seen = name, module, seen
+        self.how = name.split('@')[1:]
+
+    def __call__(
+        self, module: nn.Module, *what: Any
+    ) -> None:  # `what` is (args, kwargs) before the layer runs, (args, output) after it
+        if module is not self.module:
+            return
+        out = what if 'in' in self.how else what[-1]
+        for key in filter(None, map(item_key, self.how)):
+            out = item_of(out, key, self.name)
+        y = main_tensor(out)
+        if y is None:
+            self.seen[self.name] = type(out).__name__
+        else:
+            self.seen[self.name] = self.read(y)
+
+    def read(self, y: Any) -> tuple:
+        # subtle: compiled code does not track the versions of tensors, so only a copy is safe there
+        compiling = torch.compiler.is_compiling()
+        if 'in' in self.how or 'pre' in self.how or compiling:
+            y = y.clone()
+        for h in self.how:
+            y = TURNS.get(h, as_is)(y)
+        return y, None if compiling or y.is_inference() else y._version
+
+    # subtle: a model may be copied (EMA) or pickled (export) while it has hooks. A copied hook is a function that does
+    # nothing, takes any arguments, and can be loaded where fastdistill is not installed
+    def __reduce__(self) -> tuple:
+        return getattr, (contextlib.nullcontext(), '__exit__')
+
+
+@contextlib.contextmanager
+def returned_by(module: nn.Module) -> Iterator[list]:
+    """Context that yields a list of what the module returns inside it."""
+    seen = []
+    handle = module.register_forward_hook(lambda m, args, out: seen.append(out))
+    try:
+        yield seen
+    finally:
+        handle.remove()
+
+
+class Taps:
+    """Reader of named layers of a model: `attach`, run the model, `pop`, `detach`, or `with
+    Taps(model, names) as taps`.
+
+    Outputs keep their gradient. From a tuple, dict or ModelOutput, the main tensor is read. If a
+    layer runs several times in one forward pass, the last run counts. Replicas of DataParallel and
+    copies of the model are not read.
+
+    Args:
+        model: A model, possibly wrapped by DDP or torch.compile.
+        names: One name or glob, or a list of them, as in `resolve`.
+    """
+
+    def __init__(self, model: nn.Module, names: str | Iterable[str]) -> None:
+        names = [names] if isinstance(names, str) else names
+        self.model = model
+        self.seen: dict[str, Any] = {}
+        self.handles: list = []
+        self.compiled = is_compiled(
+            model
+        )  # True if torch.compile was applied to parts of the model
+        have = named(model)
+        self.names = list(dict.fromkeys(n for p in names for n in resolve_among(model, have, p)))
+
+    def attach(self) -> 'Taps':
+        """Add the hooks; a second call changes nothing."""
+        self.detach()
+        if self.names:
+            _heed_hooks(self.model)
+        # look up layers only now, since SyncBatchNorm may have replaced some of them
+        for n, m in [(n, self._layer(n)) for n in self.names]:
+            tap = _Tap(n, m, self.seen)
+            before = 'in' in tap.how
+            handle = (
+                m.register_forward_pre_hook(tap, with_kwargs=True)
+                if before
+                else m.register_forward_hook(tap)
+            )
+            self.handles.append(handle)
+        return self
+
+    def _layer(self, name: str) -> Any:
+        name = name.split('@')[0]
+        try:
+            m = unwrap(self.model).get_submodule(name)
+        except (AttributeError, RuntimeError):
+            m = None  # teachers, compiled parts and TorchScript are looked up by `named`
+        if m is None:
+            m = named(self.model).get(name)
+        if m is None:
+            raise DistillError(no_such_layer(self.model, name, list(named(self.model))))
+        if isinstance(m, torch.jit.ScriptModule):
+            raise DistillError(
+                f"Layer {name!r} is TorchScript, whose parts can't be read. Use the nn.Module "
+                'that it was made from.'
+            )
+        return m
+
+    def detach(self) -> None:
+        """Remove the hooks and the tensors that they read."""
+        self._unhook()
+        self.seen.clear()
+
+    def _unhook(self) -> None:
+        for h in self.handles:
+            h.remove()
+        self.handles = []
+
+    def __enter__(self) -> 'Taps':
+        return self.attach()
+
+    def __exit__(
+        self, error: Any, *_: Any
+    ) -> None:  # unless there was an error, the tensors can still be popped after a `with` block
+        self._unhook() if error is None else self.detach()
+
+    @property
+    def feats(self) -> dict[str, Tensor]:
+        """{layer name: tensor} of the layers that ran so far, in the given order."""
+        return {n: self.seen[n][0] for n in self.names if isinstance(self.seen.get(n), tuple)}
+
+    def pop(self) -> dict:
+        """Return {layer name: tensor} of the last batch, in the given order, and forget the
+        tensors.
+        """
+        seen = dict(self.seen)
+        self.seen.clear()
+        return {n: self._checked(n, seen.get(n)) for n in self.names}
+
+    def _checked(self, name: str, seen: Any) -> Any:
+        model, (base, *how) = model_name(self.model), name.split('@')
+        if seen is None:
+            raise DistillError(
+                f"Layer {name!r} of {model} did not run in this batch, or ran where it can't be "
+                'read: in replicas of DataParallel, or in a function compiled around the model. '
+                'Call pop() after the model runs and before detach(). layers(model, x) shows a '
+                'shape for each layer that runs.'
+            )
+        if isinstance(seen, str):
+            raise DistillError(
+                f'Layer {name!r} of {model} returned a {seen} without a tensor. layers(model, x) '
+                'shows a shape for each layer that returns a tensor.'
+            )
+        y, version = seen
+        if version is not None and y._version != version:
+            copied = '@'.join([base, 'pre', *how])
+            raise DistillError(
+                f'The output of {name!r} of {model} was overwritten by a later in-place '
+                f"activation or addition. Use the name '{copied}' for a copy of the original "
+                'output, or name the layer that overwrote it.'
+            )
+        return y
+
+
+def _heed_hooks(model: nn.Module) -> None:
+    """Make torch.compile check for hooks.
+
+    Code that is already compiled would never run hooks, so it is discarded.
+    """
+    if 'torch._dynamo' not in sys.modules or not is_compiled(model):
+        return
+    if not torch._dynamo.config.skip_nnmodule_hook_guards:
+        return  # already done in this process
+    torch._dynamo.config.skip_nnmodule_hook_guards = False
+    torch._dynamo.reset()

@@ -1,0 +1,118 @@
+"Inputs, outputs and class order of models of transformers."
+
+import inspect
+import re
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..base.outputs import DistillError
+from ..checks.class_order import map_classes
+from ..features.layer_names import unwrap
+from ..teachers.teacher import Teacher
+
+__all__ = ['names_taken', 'predicts', 'question_logits', 'teacher_for', 'without_loss']
+
+PROBLEMS = dict(
+    regression='regression',
+    single_label_classification='softmax',
+    multi_label_classification='sigmoid',
+)
+
+
+def names_taken(model: Any) -> set:
+    """Return the names of the arguments of a model's forward, or of all members of an ensemble.
+
+    Args:
+        model: A module or a `Teacher`.
+    """
+    modules = model.modules if isinstance(model, Teacher) else [model]
+    return {n for m in modules for n in inspect.signature(unwrap(m).forward).parameters}
+
+
+def without_loss(raw: Any) -> Any:
+    """Return the student's outputs without the loss, which is first in a tuple."""
+    return (
+        raw[1:]
+        if isinstance(raw, tuple) and isinstance(raw[0], Tensor) and not raw[0].dim()
+        else raw
+    )
+
+
+def question_logits(out: Any) -> Tensor:
+    """Return the logits of where an answer begins and ends, (B, L, 2), with classes along axis 1."""
+    return torch.stack([out.start_logits, out.end_logits], -1)
+
+
+def names_by_id(model: Any) -> list[str] | None:
+    """Return the class names of the model's `id2label`. None if they are only numbered."""
+    id2label = getattr(getattr(model, 'config', None), 'id2label', None)
+    if not id2label or all(re.fullmatch(r'LABEL_\d+', str(v)) for v in id2label.values()):
+        return None
+    return [str(id2label[k]) for k in sorted(id2label, key=int)]
+
+
+def predicts(model: Any, labels: Tensor | None = None) -> str | None:
+    """Return 'softmax', 'sigmoid' or 'regression' according to the model's config.
+
+    None if only the labels can tell.
+
+    Args:
+        model: A model of transformers.
+        labels: Labels of a batch. None if unknown.
+    """
+    config, name = getattr(model, 'config', None), type(model).__name__
+    if (problem := getattr(config, 'problem_type', None)) in PROBLEMS:
+        return PROBLEMS[problem]
+    if not name.endswith(('SequenceClassification', 'ImageClassification')):
+        return 'softmax'
+    if config.num_labels == 1:
+        return 'regression'
+    return None if labels is None else 'sigmoid' if labels.is_floating_point() else 'softmax'
+
+
+def teacher_for(teacher: Teacher, student: Any, kind: str, axis: int, output: Any) -> Teacher:
+    """Return the teacher with the student's kind of outputs and its classes in the student's order.
+
+    Args:
+        teacher: The teacher.
+        student: The student, a model of transformers.
+        kind: Kind of the student's outputs.
+        axis: Class axis.
+        output: Which output is distilled.
+    """
+    new = dict(kind=kind, axis=axis, output=output)
+    if kind != 'regression' and output is not question_logits:
+        new |= in_order_of(student, teacher)
+    return teacher.with_defaults(**new)
+
+
+def in_order_of(student: Any, teacher: Any) -> dict[str, Any]:
+    """Return the option `select` that puts the teacher's classes into the student's order. Empty if
+    they already are.
+    """
+    if 'select' in teacher.given:
+        return {}
+    for m in teacher.members:
+        refuse_other_order(student, m)
+    found = map_classes(names_by_id(student), names_by_id(teacher.module))
+    if found is None or found.same:
+        return {}
+    if found.missing:
+        theirs = ', '.join(found.extra[:5]) or 'none'
+        raise DistillError(
+            "By id2label, the teacher does not have the student's classes "
+            f'{", ".join(found.missing[:5])}. Classes that only the teacher has: {theirs}. Give '
+            "both models the same names, or list the teacher's class for each student class: "
+            'Teacher(model, select=[...]).'
+        )
+    return dict(select=found.order)
+
+
+def refuse_other_order(student: Any, member: Any) -> None:
+    if option := in_order_of(student, member):
+        raise DistillError(
+            f'By id2label, {member.name} of the ensemble has its classes in a different order: '
+            f"Teacher(model, select={option['select']}) puts them into the student's order."
+        )

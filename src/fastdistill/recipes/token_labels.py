@@ -1,0 +1,80 @@
+"""Labels of tokens: whether those of a language model must be shifted, and which are padding."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..base.outputs import DistillError, as_plain, tensors_in
+from ..base.task import Task, shape_of_labels
+
+__all__ = ['labels_to_shift', 'next_tokens', 'padding_mask']
+
+
+def padding_mask(x: Any, shape: Sequence[int], axis: int) -> Tensor | None:
+    """Find the `attention_mask` in a batch's inputs, if there are logits for each token. Hidden
+    positions do not count.
+
+    Args:
+        x: The batch's inputs: a tuple, which may hold a dict with a mask.
+        shape: Shape of the logits.
+        axis: Their class axis.
+    """
+    found = [
+        o['attention_mask']
+        for o in x
+        if isinstance(o, Mapping) and isinstance(o.get('attention_mask'), Tensor)
+    ]
+    return (
+        as_plain(found[0]) > 0 if found and found[0].shape == shape_of_labels(shape, axis) else None
+    )
+
+
+def next_tokens(y: Tensor, ignore_index: int) -> Tensor:
+    """Shift the labels of a causal language model by one position, to where each is predicted. The
+    last position has no label.
+
+    Args:
+        y: Labels, (B, L), each at the position of its own token.
+    """
+    return F.pad(as_plain(y)[:, 1:], (0, 1), value=ignore_index)
+
+
+def labels_to_shift(
+    x: Any, y: Any, shape: Sequence[int], task: Task, causal: bool = False
+) -> bool | None:
+    """Return True if the labels of a language model must be shifted, because each is at the
+    position of its own token instead of one position earlier. Return None if this batch has no
+    labels.
+
+    The answer makes a step wait for the GPU, so call this once.
+
+    Args:
+        x: The batch's inputs.
+        y: Labels.
+        shape: Shape of the logits.
+        causal: True if the student is known to predict the next token.
+    """
+    tokens = task.kind == 'softmax' and len(shape) == 3 and isinstance(y, Tensor)
+    if not tokens or y.shape != shape_of_labels(shape, task.axis):
+        return False
+    y, ids = (
+        as_plain(y),
+        [as_plain(o) for o in tensors_in(x) if o.shape == y.shape and not o.is_floating_point()],
+    )
+    on = y != task.ignore_index
+    if not on.any():
+        return None
+    here, ahead = (
+        any((o == y)[on].all() for o in ids),
+        any((o[:, 1:] == y[:, :-1])[on[:, :-1]].all() for o in ids),
+    )
+    if here != ahead or not causal:
+        return here and not ahead
+    raise DistillError(
+        'The student predicts the next token, but these labels do not show at which position '
+        'they are. If each label is at the position of its own token, as Hugging Face models '
+        'expect, pass shift_labels=True to the Distiller. If it is one position earlier, where '
+        'the token is predicted, pass shift_labels=False'
+    )

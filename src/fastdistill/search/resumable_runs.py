@@ -1,0 +1,219 @@
+"""Run each training once, and store the results in a folder from which the same call resumes."""
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from time import sleep, time
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..base.atomic_files import BusyError, file_errors, locked_folder, write_json
+from ..base.distributed import world_size
+from ..base.errors import DistillError
+
+__all__ = ['Run', 'Runs']
+
+RUNS_FORMAT = 2  # version of the folder's format
+
+
+@dataclass
+class Run:
+    """A training with a recipe.
+
+    Attributes:
+        name: Name of the recipe.
+        options: Options of the recipe.
+        scores: Score after each epoch.
+        stopped: True if it was stopped early because of its scores.
+        result: What the training returned, as plain data. None if it did not finish.
+        ended: End time, in seconds since 1970.
+    """
+
+    name: str
+    options: dict = field(default_factory=dict)
+    lr: float | None = None
+    seed: int = 0
+    scores: list = field(default_factory=list)
+    stopped: bool = False
+    result: object = None
+    seconds: float = 0.0
+    ended: float = 0.0
+
+    @property
+    def key(self) -> tuple:
+        return self.name, tuple(sorted(self.options.items())), self.lr
+
+    @property
+    def score(self) -> float:
+        return self.scores[-1] if self.scores else -math.inf
+
+    @property
+    def rank(self) -> tuple[int, float]:
+        """Sort key of a run: number of epochs, then score.
+
+        Runs that went on longer are better, since others were stopped because of their scores.
+        """
+        return len(self.scores), self.score
+
+    @property
+    def items(self) -> Tensor:
+        """Scores of single items, (N,), if the training returned them."""
+        return torch.tensor(self.result)
+
+    @property
+    def file(self) -> str:
+        """File name, which is the same for the same training, whatever its result."""
+        text = json.dumps([self.name, self.options, self.lr, self.seed], sort_keys=True)
+        return f'run_{hashlib.sha256(text.encode()).hexdigest()[:16]}.json'
+
+
+class Runs:
+    """Executes each `Run` once. Several processes can share a folder; each trains what no other
+    process is training.
+
+    Args:
+        train: fn(run, after_epoch, late) -> result as plain data, or None if it ended early.
+            after_epoch(score) and late() return True if the training has to stop.
+        folder: Folder with a JSON file for each finished run, and one for the settings. None to
+            store nothing.
+        settings: {name: value} that must be the same when the work is resumed, as plain data.
+    """
+
+    def __init__(
+        self, train: Callable, folder: str | Path | None = None, settings: dict | None = None
+    ) -> None:
+        self.train = train
+        self.folder = None if folder is None else Path(folder)
+        self.known: dict[str, Run] = {}  # {file name: finished run}
+        if self.folder is not None:
+            plain = json.loads(json.dumps(dict(settings or {}, format=RUNS_FORMAT)))
+            self._open(self.folder, plain)
+
+    def _open(self, folder: Path, settings: dict[str, Any]) -> None:
+        if world_size() > 1:
+            raise DistillError(
+                'folder= is for independent processes, not for the ranks of a distributed '
+                'training (torchrun). Start them one by one, with the same folder.'
+            )
+        if ':/' in str(folder):
+            raise DistillError(f'folder={str(folder)!r}: must be a local or shared folder.')
+        with file_errors(f"{folder} can't be the folder of an experiment"):
+            folder.mkdir(parents=True, exist_ok=True)
+        path = folder / 'settings.json'
+        if not path.is_file():
+            write_json(path, settings)
+            return
+        before = read_json(path, dict)
+        if before.get('format') != RUNS_FORMAT:
+            raise DistillError(
+                f'{folder} holds an experiment in the format of a different version of fastdistill '
+                f'({before.get("format", 1)} there, {RUNS_FORMAT} here). Use a different folder.'
+            )
+        if changed := [k for k in settings if before.get(k) != settings[k]]:
+            k = changed[0]
+            raise DistillError(
+                f'{folder} holds an experiment with {k}={before.get(k)!r}, but now it is '
+                f'{settings[k]!r}. Use a different folder.'
+            )
+
+    def finished(self) -> list[Run]:
+        """Return all finished runs in the order in which they ended, including those of other
+        processes.
+        """
+        if self.folder is not None:
+            for path in self.folder.glob('run_*.json'):
+                if path.name not in self.known:
+                    self.known[path.name] = read_json(path, lambda data: Run(**data))
+        return sorted(self.known.values(), key=lambda r: r.ended)
+
+    def once(
+        self,
+        run: Run,
+        after_epoch: Callable[[Run], bool] = lambda run: False,
+        late: Callable[[], bool] = lambda: False,
+    ) -> Run | None:
+        """Return the finished run, after training it if that was not done before.
+
+        A run without a result ended early. Return None if another process is training it.
+
+        Args:
+            run: The run.
+            after_epoch: fn(run) -> True to stop it. The run has a new score.
+            late: fn() -> True if there is no time for the rest of the run.
+        """
+
+        def add_score(score: float) -> bool:
+            run.scores.append(score if math.isfinite(score) else -math.inf)
+            run.stopped = bool(after_epoch(run))
+            return run.stopped
+
+        with self._claimed(run) as mine:
+            if not mine:
+                return None
+            self.finished()
+            if run.file not in self.known:
+                began = time()
+                run.result = self.train(run, add_score, late)
+                run.ended = time()
+                run.seconds = run.ended - began
+                if run.result is None and not run.stopped:
+                    return run
+                self.known[run.file] = run
+                if self.folder is not None:
+                    write_json(self.folder / run.file, asdict(run))
+            return self.known[run.file]
+
+    def all(
+        self, runs: list[Run], after_epoch: Callable[[Run], bool] = lambda run: False
+    ) -> list[Run]:
+        """Return all these runs after they have finished.
+
+        Args:
+            runs: The runs.
+            after_epoch: As in `once`.
+        """
+        left = list(runs)
+        try:
+            while left := [r for r in left if self.once(r, after_epoch) is None]:
+                sleep(1)  # other processes are training these
+        except KeyboardInterrupt:
+            if self.folder is not None:
+                done = sum(r.file in self.known for r in runs)
+                print(
+                    f'fastdistill: {done} of {len(runs)} trainings are finished. The same call continues '
+                    f'from {self.folder}'
+                )
+            raise
+        return [self.known[r.file] for r in runs]
+
+    @contextmanager
+    def _claimed(self, run: Run) -> Iterator[bool]:
+        """Yield whether this process may train the run."""
+        if self.folder is None:
+            yield True
+            return
+        lock = f'{run.file}.lock'
+        with ExitStack() as stack:
+            try:
+                stack.enter_context(locked_folder(self.folder, file=lock))
+            except BusyError:
+                yield False
+                return
+            try:
+                yield True
+            finally:
+                with suppress(OSError):  # Windows does not delete open files
+                    (self.folder / lock).unlink()
+
+
+def read_json(path: Path, made: Callable[[Any], Any]) -> Any:
+    try:
+        return made(json.loads(path.read_text(encoding='utf-8')))
+    except (ValueError, TypeError) as e:
+        raise DistillError(f'{path} is damaged ({e}). Delete it: its run is trained again.') from e

@@ -1,0 +1,200 @@
+"""Result of a search: the recipe, its learning rate, a table, a plot, and a significance test."""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from statistics import mean, stdev
+from typing import Any
+
+import torch
+
+from ..recipes.term import Recipe
+from .resumable_runs import Run
+from .significance import Lead, lead_of
+from .text_table import TextTable
+
+__all__ = ['Found', 'best_of']
+
+
+class Found:
+    """Result of `distill_find`. `student.distill(teacher, 5, found.lr, found.recipe)` trains with
+    it.
+
+    Args:
+        candidates: {name: `Candidate`}. The first one is training on labels only.
+        runs: Runs of the search, with one seed.
+        finals: Repetitions of the best runs with different seeds.
+        metric: Name of the score; higher is better.
+        n_epoch: Number of epochs of a complete run.
+        rates: Learning rates that training on labels only should have had.
+    """
+
+    def __init__(
+        self,
+        candidates: dict,
+        runs: Sequence[Run],
+        finals: Sequence[Run] = (),
+        *,
+        metric: str = 'score',
+        n_epoch: int = 1,
+        rates: Sequence[float] = (),
+    ) -> None:
+        self.candidates, self.runs, self.finals = (
+            candidates,
+            [r for r in runs if r.scores],
+            list(finals),
+        )
+        self.metric, self.n_epoch, self.labels = metric, n_epoch, next(iter(candidates))
+        self.rates = rates
+        self.best = best_of(self.runs)
+        self.winner = self._winner()
+        self.lead = self._lead()
+
+    def _winner(self) -> Run:
+        """The candidate with the best mean over seeds, on the items that choose.
+
+        Without repeated runs, that of the best run of the search.
+        """
+        seeds = self._seeds()
+        if not seeds:
+            return max(self.best.values(), key=lambda r: r.rank)
+        means = {
+            r.key: (mean(f.score for f in self._repeats(r) if f.seed in seeds), r)
+            for r in self._finalists()
+        }
+        return max(means.values(), key=lambda o: o[0])[1]
+
+    def _repeats(self, run: Run) -> list[Run]:
+        return sorted((f for f in self.finals if f.key == run.key), key=lambda f: f.seed)
+
+    def _finalists(self) -> list[Run]:
+        """The best runs that were repeated. If two or more have several seeds, only those."""
+        found = [r for r in self.best.values() if self._repeats(r)]
+        often = [r for r in found if len(self._repeats(r)) > 1]
+        return often if len(often) > 1 else found
+
+    def _seeds(self) -> set[int]:
+        """Seeds that all finalists have in common. Empty if there are fewer than two finalists."""
+        seeds = [{f.seed for f in self._repeats(r)} for r in self._finalists()]
+        return set.intersection(*seeds) if len(seeds) > 1 else set()
+
+    def _lead(self) -> Lead | None:
+        """The lead over labels only. None if labels only won, or if too few runs were repeated."""
+        alone = self.best.get(self.labels)
+        if alone is None or self.winner.name == self.labels:
+            return None
+        a, b = ({f.seed: f.items for f in self._repeats(r)} for r in (self.winner, alone))
+        seeds = sorted(a.keys() & b.keys())
+        return lead_of(*(torch.stack([o[s] for s in seeds]) for o in (a, b))) if seeds else None
+
+    # for users
+
+    @property
+    def recipe(self) -> Recipe | Mapping[str, Any]:
+        return self.candidates[self.winner.name].recipe(self.winner.options)
+
+    @property
+    def lr(self) -> Any:
+        return self.winner.lr
+
+    @property
+    def text(self) -> str:
+        """The recipe as code."""
+        return self._written(self.winner)
+
+    def _written(self, run: Run) -> str:
+        return self.candidates[run.name].written(run.options)
+
+    @property
+    def verdict(self) -> str:
+        """Describe whether the recipe is better than labels only."""
+        if set(self.best) == {self.labels}:
+            return 'no recipe was tried yet'
+        if self.winner.name == self.labels:
+            return 'no recipe was better than labels alone on the items used to choose'
+        tried = {r.lr for r in self.runs if r.name == self.labels and len(r.scores) >= self.n_epoch}
+        if left := set(self.rates) - tried:
+            return (
+                'it is unknown whether it is better than labels alone, for which there was no '
+                f'time to try {len(left)} of {len(self.rates)} learning rates'
+            )
+        if self.lead is None:
+            return (
+                'it is unknown whether its lead over labels alone is more than luck: there was '
+                'no time to repeat both with different seeds'
+            )
+        return f'{"" if self.lead.beyond_luck else "not "}more than luck: lead over labels alone {self.lead}'
+
+    @property
+    def table(self) -> TextTable:
+        """Return a row for each candidate, the best first.
+
+        It has the candidate's best run, and the mean over the seeds of its repeated runs.
+        """
+        order = lambda r: (r is self.winner, bool(self._repeats(r)), r.rank)
+        return TextTable(self._row(r) for r in sorted(self.best.values(), key=order, reverse=True))
+
+    def _row(self, run: Run) -> dict[str, Any]:
+        again = [f.items[~f.items.isnan()].mean().item() for f in self._repeats(run)]
+        return {
+            '': '*' if run is self.winner else '',
+            'candidate': run.name,
+            'recipe': self._written(run),
+            'lr': run.lr,
+            'runs': sum(r.name == run.name for r in self.runs),
+            'epochs': f'{len(run.scores)} of {self.n_epoch}',
+            self.metric: run.score,
+            'seeds': len(again),
+            'judged': mean(again) if again else None,
+            '+-': stdev(again) if len(again) > 1 else None,
+        }
+
+    def __repr__(self) -> str:
+        return f'{self.winner.name}: {self.text}, lr={self.lr:.3g}; {self.verdict}'
+
+    def plot(self) -> Any:
+        """Plot the score of each run against its learning rate, in one color per candidate.
+
+        Returns:
+            The matplotlib figure.
+        """
+        import matplotlib.pyplot as plt  # noqa: F401 (notebooks show figures only after this import)
+        from matplotlib.figure import Figure
+
+        fig = Figure(figsize=(7, 4), layout='constrained')
+        ax = fig.subplots()
+        for i, name in enumerate(o for o in self.candidates if o in self.best):
+            for whole in (True, False):
+                runs: list[Any] = [
+                    r
+                    for r in self.runs
+                    if r.name == name
+                    and math.isfinite(r.score)
+                    and (len(r.scores) >= self.n_epoch) == whole
+                ]
+                ax.scatter(
+                    [r.lr for r in runs],
+                    [r.score for r in runs],
+                    color=f'C{i}',
+                    marker='o' if whole else 'x',
+                    alpha=0.9 if whole else 0.4,
+                    label=name if whole else None,
+                )
+        if math.isfinite(self.winner.score):
+            ax.scatter([self.lr], [self.winner.score], s=200, facecolors='none', edgecolors='black')
+        ax.set(
+            xscale='log',
+            xlabel='learning rate (x: stopped early)',
+            ylabel=self.metric,
+            title=f'{self.winner.name}, lr={self.lr:.3g}',
+        )
+        ax.legend(fontsize=8)
+        return fig
+
+
+def best_of(runs: Iterable[Run]) -> dict[str, Run]:
+    """Return {name of a candidate: its best run}."""
+    best: dict[str, Run] = {}
+    for r in runs:
+        if r.name not in best or r.rank > best[r.name].rank:
+            best[r.name] = r
+    return best

@@ -1,0 +1,345 @@
+"Load a teacher's model in any form: module, program, file or callable."
+
+import copy
+import inspect
+import warnings
+import zipfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import nn
+from torch.nn import Module
+
+from ..base.outputs import DistillError, DistillWarning, tensors_in
+from .estimator import Estimator, is_estimator
+
+__all__ = ['Onnx', 'explained', 'holds_weights', 'load_model', 'warn_of_code']
+
+FORMS = (
+    'It must be an nn.Module (torchvision, timm, Hugging Face, TorchScript), a torch.export program, a file of '
+    'TorchScript (.pt), torch.export (.pt2) or ONNX (.onnx), any callable, what has predict_proba or predict '
+    '(scikit-learn, LightGBM, XGBoost, CatBoost), a Teacher, or a list of these (an '
+    'ensemble).'
+)
+
+
+def load_model(o: Any) -> tuple[Any, Path | None]:
+    """Return a callable, and the file that it was loaded from or None."""
+    if isinstance(o, (str, Path)):
+        return from_file(Path(o))
+    if isinstance(o, torch.export.ExportedProgram):
+        return exported_program(o), None
+    if isinstance(o, nn.parallel.DistributedDataParallel):
+        o = o.module  # its forward waits for the other processes
+    if is_estimator(o):
+        return Estimator(o), None
+    if problem := why_no_teacher(o):
+        raise DistillError(f'{problem} {FORMS}')
+    return o, None
+
+
+def holds_weights(o: Any) -> bool:
+    """Is it a state_dict or a checkpoint?"""
+    return (
+        isinstance(o, torch.Tensor)
+        or isinstance(o, Mapping)
+        and any(map(holds_weights, o.values()))
+    )
+
+
+def why_no_teacher(o: Any) -> str | None:
+    """Return why `o` can't be a teacher. None if it can."""
+    kind = type(o).__name__
+    if o is None:
+        return 'None is not a teacher.'
+    if isinstance(o, type):
+        return f'{o.__name__} is a class, not a model.'
+    if isinstance(o, Mapping) and o and not holds_weights(o):
+        return (
+            'A dict of teachers is for the heads of a student: Distiller, fastdistill.fastai and '
+            'DistillCallback take it. Here, give one teacher.'
+        )
+    if isinstance(o, Mapping):
+        return 'A dict (a state_dict?) holds weights, but no network: build the model and load them into it.'
+    if hasattr(o, 'dls') and hasattr(o, 'model'):
+        return 'This is a fastai Learner: pass it to fastdistill.fastai, or pass its `.model` here.'
+    if not callable(o):
+        return f'A {kind} is not a teacher.'
+    if not isinstance(o, nn.Module):
+        return None
+    ps, lazy = list(o.parameters()), nn.parameter.UninitializedParameter
+    if any(isinstance(p, lazy) for p in ps):
+        return f'{kind} is untrained: it has lazy layers that never ran.'
+    # subtle: weights that accelerate stores on disk are meta tensors too, but they are loaded when the model runs
+    if any(p.is_meta for p in ps) and not hasattr(o, 'hf_device_map'):
+        return f'{kind} has no weights yet, only shapes (meta tensors).'
+    return None
+
+
+def from_file(path: Path) -> tuple[Any, Path]:
+    if path.is_dir():
+        raise DistillError(
+            f'{str(path)!r} is a folder. {FORMS} In fastai, the folder of a finished cache can be the '
+            'teacher, but not part of a list.'
+        )
+    if not path.is_file():
+        raise DistillError(
+            f"There is no file {str(path)!r}. {FORMS} A model's name is not enough: build the model, "
+            'with its weights.'
+        )
+    path = path.resolve()
+    if path.suffix == '.onnx':
+        return Onnx(path), path
+    inside = zipfile.ZipFile(path).namelist() if zipfile.is_zipfile(path) else []
+    has = lambda *ends: any(n.endswith(ends) for n in inside)
+    try:
+        if has('/constants.pkl'):
+            return torch_script(path), path
+        if has('archive_format', 'serialized_exported_program.json'):
+            warn_of_code(
+                path, 'holds pickles'
+            )  # torch.export.load unpickles what it can't load as weights
+            return exported_program(torch.export.load(path)), path
+    except RuntimeError as e:
+        raise DistillError(f'{path} could not be loaded: {e}') from e
+    raise DistillError(
+        f'{path} holds no TorchScript, torch.export program or ONNX network. If it holds only weights '
+        '(a state_dict), build the model and load them into it. If it is an exported Learner or an '
+        'estimator that joblib wrote, pass it to fastdistill.fastai, or load it: joblib.load(path).'
+    )
+
+
+def warn_of_code(path: str | Path, what: str = 'is a pickle') -> None:
+    """Warn before a file is loaded whose code may run.
+
+    Args:
+        path: Path of the file.
+        what: 'is a pickle', or 'holds pickles' for an archive of PyTorch.
+    """
+    warnings.warn(
+        f'{path} {what}, and loading it runs the code in it. Load only files that you trust. ONNX files, and '
+        'weights in a .safetensors file, run nothing.',
+        DistillWarning,
+        stacklevel=4,
+    )
+
+
+def torch_script(path: Path) -> Any:
+    warn_of_code(path, 'holds pickles')  # PyTorch's own documentation warns of them
+    with warnings.catch_warnings():
+        warnings.filterwarnings('ignore', '.*torch.jit.load')
+        return torch.jit.load(path, map_location='cpu')
+
+
+def exported_program(exported: torch.export.ExportedProgram) -> Module:
+    """Return the module of a program, whose mode is fixed."""
+    training = {
+        'aten.batch_norm.default': 5,
+        'aten.dropout.default': 2,
+    }  # which argument is the mode
+    if any(
+        n.args[training[str(n.target)]] for n in exported.graph.nodes if str(n.target) in training
+    ):
+        warnings.warn(
+            'This torch.export program was exported from a model in train mode: dropout and batch-norm act '
+            'as in training. Export model.eval().',
+            DistillWarning,
+            stacklevel=4,
+        )
+    return exported.module()
+
+
+def is_graph(m: Any) -> bool:
+    """Return True for TorchScript and torch.export programs, in which the forward methods of
+    submodules do not run.
+    """
+    return isinstance(m, torch.jit.ScriptModule) or (
+        isinstance(m, torch.fx.GraphModule) and 'train' in vars(m)
+    )
+
+
+@contextmanager
+def explained(name: str, inputs: Any, module: Module | None) -> Iterator[None]:
+    """Context that explains errors of a model on inputs that it was not made for.
+
+    Args:
+        name: Name of the teacher.
+        inputs: Inputs of the model.
+        module: The nn.Module that runs. None if unknown.
+    """
+    try:
+        yield
+    except (DistillError, torch.OutOfMemoryError):
+        raise
+    except (RuntimeError, IndexError, AssertionError) as e:
+        if module is None or not (hint := hint_for(list(tensors_in(inputs)), module)):
+            raise
+        shapes = ', '.join(str(tuple(t.shape)) for t in tensors_in(inputs))
+        raise DistillError(
+            f'The teacher {name} does not run on inputs of shape {shapes} ({type(e).__name__}: '
+            f'{" ".join(str(e).split())[:300]}). {hint}'
+        ) from e
+
+
+def hint_for(tensors: Sequence[torch.Tensor], module: Module) -> str:
+    """Return what may be wrong with images or token ids. Empty if there are none."""
+    rows = [m.num_embeddings for m in module.modules() if isinstance(m, nn.Embedding)]
+    ids = [t for t in tensors if not t.is_floating_point() and t.dtype != torch.bool and t.numel()]
+    if rows and ids and (largest := max(t.max().item() for t in ids)) >= max(rows):
+        return (
+            f'The ids go up to {largest}, and its largest embedding has {max(rows)} rows: it has a smaller '
+            'vocabulary. Make the data with its tokenizer, or translate: Teacher(model, inputs=fn).'
+        )
+    if any(t.dim() == 4 and t.is_floating_point() for t in tensors):
+        return (
+            'If it was made for images of a different size, Teacher(model, images=dict(size=...)) '
+            'resizes them.'
+        )
+    return ''
+
+
+def check_second_argument(model: Module, ids: torch.Tensor, second: Any) -> None:
+    """Raise a DistillError if the second tensor is not an attention mask, which is the second
+    argument of most Hugging Face models.
+    """
+    if second is None:
+        return
+    name = list(inspect.signature(model.forward).parameters)[1]
+    hidden = (
+        ids[second == 0]
+        if name == 'attention_mask' and getattr(second, 'shape', None) == ids.shape
+        else None
+    )
+    # a mask hides padding, and padding is one token
+    if hidden is None or (hidden != hidden[:1]).any():
+        raise DistillError(
+            f'The second positional argument of {type(model).__name__} is {name}, but this tensor is '
+            'not one: pass all but the first by name, as in teacher(ids, attention_mask=...), or pass '
+            'one dict.'
+        )
+
+
+ONNX_TYPES = {
+    'float': torch.float32,
+    'float16': torch.float16,
+    'double': torch.float64,
+    'int64': torch.int64,
+    'int32': torch.int32,
+    'uint8': torch.uint8,
+    'int8': torch.int8,
+    'bool': torch.bool,
+}
+
+
+class Onnx:
+    """A network in an ONNX file, run by onnxruntime. It returns the output named 'logits', or the
+    first one if there is none.
+    """
+
+    def __init__(self, path: Path) -> None:
+        try:
+            import onnxruntime as ort
+        except ImportError as e:
+            raise ImportError(
+                "A teacher in an ONNX file needs onnxruntime: pip install 'fastdistill[onnx]'"
+            ) from e
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()
+        # other providers are not used: TensorRT compiles for minutes, Azure uses the network
+        wanted = 'CUDAExecutionProvider', 'ROCMExecutionProvider', 'CPUExecutionProvider'
+        have = ort.get_available_providers()
+        try:
+            self.session = ort.InferenceSession(
+                str(path), options, providers=[p for p in wanted if p in have]
+            )
+        except Exception as e:  # the errors of onnxruntime have no other base class
+            raise DistillError(f"onnxruntime can't load {path}: {e}") from e
+        self.inputs = {i.name: i for i in self.session.get_inputs()}
+        self.outputs = [o.name for o in self.session.get_outputs()]
+        # names of the outputs to return as a dict; None returns one tensor
+        self.wanted: list[str] | None = None
+
+    def returning(self, output: Any) -> Self:
+        """Return the same network with a dict as its result: of the named output, or of all outputs
+        if `output` is an index or a function.
+        """
+        if isinstance(output, str) and output not in self.outputs:
+            raise DistillError(
+                f'output={output!r}: the outputs of this ONNX network are {", ".join(self.outputs)}'
+            )
+        other = copy.copy(self)
+        other.wanted = (
+            None if output is None else [output] if isinstance(output, str) else self.outputs
+        )
+        return other
+
+    def alike(self) -> list[str]:
+        """Return the names of the outputs that could be the logits: those with as many axes as the
+        first. Empty if one is named 'logits'.
+        """
+        have = self.session.get_outputs()
+        if 'logits' in self.outputs:
+            return []
+        return [o.name for o in have if 'float' in o.type and len(o.shape) == len(have[0].shape)]
+
+    def __call__(self, *x: Sequence, **kw: Mapping[str, Any]) -> Any:
+        feed = self._feed(x, kw)
+        n = len(next(iter(feed.values())))
+        # if the file fixes the batch size, the batch runs in pieces of that size, the last one padded
+        size = next(
+            (i.shape[0] for i in self.inputs.values() if i.shape and isinstance(i.shape[0], int)), n
+        )
+        names = self.wanted or ['logits' if 'logits' in self.outputs else self.outputs[0]]
+        pieces = [
+            self._run(names, {k: v[j : j + size] for k, v in feed.items()}, size)
+            for j in range(0, n, size)
+        ]
+        whole = [torch.cat(o)[:n] for o in zip(*pieces)]
+        return whole[0] if self.wanted is None else dict(zip(names, whole))
+
+    def _run(
+        self, names: Sequence[str], feed: Mapping[str, torch.Tensor], size: int
+    ) -> list[torch.Tensor]:
+        pad = lambda v: (
+            torch.cat([v, v[-1:].expand(size - len(v), *v.shape[1:])]) if len(v) < size else v
+        )
+        return list(
+            map(
+                torch.from_numpy,
+                self.session.run(names, {k: pad(v).numpy() for k, v in feed.items()}),
+            )
+        )
+
+    def _feed(self, x: Sequence, kw: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+        given = dict(zip(self.inputs, x)) | {
+            k: v for k, v in kw.items() if k in self.inputs or k != 'labels'
+        }
+        if len(x) > len(self.inputs) or set(given) != set(self.inputs):
+            raise DistillError(
+                f'This ONNX network takes {self._signature()}. '
+                f'It got {len(x)} by position, {", ".join(kw) or "none"} by name.'
+            )
+        return {k: self._cast(k, v.detach().cpu()) for k, v in given.items()}
+
+    def _cast(self, name: str, v: torch.Tensor) -> torch.Tensor:
+        i = self.inputs[name]
+        dtype = ONNX_TYPES.get(i.type[7:-1], v.dtype)  # i.type is 'tensor(float)'
+        free = lambda n: not isinstance(n, int)
+        fits = v.dim() == len(i.shape) and all(
+            a == b or free(b) for a, b in zip(v.shape[1:], i.shape[1:])
+        )
+        if not fits or not torch.can_cast(v.dtype, dtype):
+            raise DistillError(
+                f'This ONNX network takes {self._signature()}. For {name} it got {v.dtype} of shape '
+                f'{tuple(v.shape)}. If the images have a different size, '
+                'Teacher(..., images=dict(size=...)) resizes them.'
+            )
+        return v.to(dtype).contiguous()
+
+    def _signature(self) -> str:
+        return ', '.join(
+            f'{n} ({i.type[7:-1]}: {" x ".join(map(str, i.shape))})' for n, i in self.inputs.items()
+        )

@@ -1,0 +1,99 @@
+"Prepare the inputs of a teacher's model: those of the batch, or what `inputs=` or `items=` returns."
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..base.outputs import DistillError, as_plain, map_tensors, tensors_in
+from ..features.model_call import arguments, is_hf
+from .image_normalization import check_images, fit_images, is_image
+from .model_loading import check_second_argument
+from .raw_items import items_beside
+
+__all__ = ['check_own_inputs', 'own_inputs', 'prepared_inputs']
+
+
+def check_own_inputs(inputs: Callable | None, items: Callable | None) -> None:
+    """Raise a DistillError if `inputs=` or `items=` is not a function, or if both are given."""
+    given = {k: fn for k, fn in dict(inputs=inputs, items=items).items() if fn is not None}
+    if len(given) > 1:
+        raise DistillError(
+            "inputs= makes the teacher's inputs from the batch, items= from the raw items: give one "
+            'of them.'
+        )
+    for k, fn in given.items():
+        if not callable(fn):
+            raise DistillError(f"{k}={fn!r}: give a function that returns the teacher's inputs.")
+
+
+def own_inputs(teacher: Any, x: tuple, kw: Mapping[str, Any]) -> tuple:
+    """Return the model's inputs by position and by name: those of the batch, or what `inputs=` or
+    `items=` returns.
+
+    Args:
+        teacher: A `Teacher` of one model.
+        x: Inputs of the batch.
+        kw: Inputs passed by name.
+    """
+    if teacher.inputs is None and teacher.items is None:
+        return x, kw
+    own = (
+        teacher.inputs(*x, **kw)
+        if teacher.items is None
+        else teacher.items(items_beside((x, kw), teacher.name))
+    )
+    lists = isinstance(own, Mapping) and any(isinstance(v, list) for v in own.values())
+    if isinstance(own, Mapping) and not lists:
+        return (dict(own),), {}
+    if isinstance(own, (Tensor, tuple)):
+        return own if isinstance(own, tuple) else (own,), {}
+    option = 'inputs' if teacher.items is None else 'items'
+    raise DistillError(
+        f'{option}= of the teacher {teacher.name} returned a {type(own).__name__}'
+        f'{" of lists" if lists else ""}: must be a tensor, a tuple of several, or a dict of '
+        "tensors by name (of a tokenizer of Hugging Face: return_tensors='pt', padding=True)."
+    )
+
+
+def prepared_inputs(
+    teacher: Any,
+    x: Sequence,
+    kw: Mapping[str, Any],
+    *,
+    device: torch.device,
+    frozen: Any,
+    scaling: tuple[Tensor, Tensor] | None,
+    lend: Callable[[Tensor], bool],
+) -> tuple:
+    """Return the inputs by position and by name, on the model's device, in its precision, and with
+    its normalization and size of images.
+
+    Args:
+        teacher: A `Teacher` of one model.
+        x, kw: Results of `own_inputs`.
+        device: Device of the batch.
+        frozen: The `FrozenModel`. None for other forms of teachers.
+        scaling: Result of `images.affine`.
+        lend: fn(tensor) -> True if the model may get the tensor itself, not a copy.
+    """
+    x, kw = arguments(teacher.model, x, kw)
+    if len(x) > 1 and is_hf(teacher.model) and not frozen.has_run:
+        check_second_argument(teacher.model, *x[:2])
+    images = [t for t in tensors_in((x, kw)) if is_image(t)]
+    check_images(images, teacher.stats, teacher.input_stats, scaling)
+    dtype = None
+    if frozen is not None:
+        device, dtype, frozen.has_run = frozen.place(device), frozen.dtype, True
+
+    def prepare(original: Tensor) -> Tensor:
+        t = (plain := as_plain(original)).to(device)
+        if is_image(t):
+            t = fit_images(t, scaling, teacher.size)
+        if dtype is not None and t.is_floating_point():
+            t = t.to(dtype)
+        # subtle: a copy, since a model that changes its input in place would change the student's batch
+        return t.clone() if t is plain and not lend(t) else t
+
+    return map_tensors((x, kw), prepare)
