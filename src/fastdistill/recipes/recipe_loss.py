@@ -1,4 +1,4 @@
-"The loss of a recipe for one batch whose outputs are known."
+"Compute the loss of a recipe from the outputs of student and teacher for one batch."
 
 import warnings
 from dataclasses import dataclass, field
@@ -18,17 +18,19 @@ __all__ = ['Distilled', 'RecipeLoss', 'check_kind']
 
 @dataclass
 class Distilled:
-    """One batch's loss and what it is made of.
+    """The loss of one batch and its parts.
 
     Attributes:
-        task: The task loss, unweighted; None without labels.
-        taught: The weighted sum of all terms; None where none counts.
-        parts: Each term's value, unweighted and detached; in training only of the terms that
-            count.
-        weights: {name: weight of each value}, including 'task'. 0-dim for a term with a gradient
-            ratio. The task loss counts more than this if a term faded.
-        terms: {name: weighted term}, with its gradient. They make up `taught`, together with what
-            the labels get instead of faded terms.
+        task: The task loss before weighting. None if the batch has no labels.
+        taught: Weighted sum of all terms. None if all terms have weight 0.
+        parts: {name: value} of each term, before weighting and detached. During training, terms
+            with weight 0 are left out.
+        weights: {name: weight} of each loss. The task loss is named 'task'. The weight of a term
+            with a gradient ratio is a 0-dim tensor. If the gradient ratio of a term was lowered by
+            `fade`, the effective weight of the task loss is larger than given here.
+        terms: {name: weighted value} of each term, attached to the graph. `taught` is their sum. If
+            `fade` lowered the gradient ratio of a term, `taught` also contains an additional
+            multiple of the other losses.
     """
 
     task: Tensor | None
@@ -39,8 +41,8 @@ class Distilled:
 
     @property
     def total(self):
-        """What to call `backward` on."""
-        # subtle: labels of weight 0 take no part at all, since 0*nan is nan
+        """The total loss, on which to call `backward`."""
+        # subtle: a task loss with weight 0 is left out, because 0 * nan is nan
         if not self.weights['task']:
             return self.taught
         own = self.weights['task'] * self.task if self.weights['task'] != 1 else self.task
@@ -48,8 +50,8 @@ class Distilled:
 
     @property
     def added(self):
-        """What to add to the task loss to get `total`, for trainers that hold that loss
-        already; None if that is nothing.
+        """`total` minus the task loss, for trainers that compute the task loss themselves. None if
+        there is nothing to add.
         """
         if self.task is None or self.weights['task'] == 1:
             return self.taught
@@ -58,28 +60,34 @@ class Distilled:
 
 
 class RecipeLoss(nn.Module):
-    """Computes the loss of a recipe from the outputs of both models. It owns what its terms own:
-    projectors, losses with parameters, measured gradients.
+    """Module that computes the loss of a recipe from the outputs of both models. The module owns
+    the projectors, the losses with parameters and the measured gradient norms.
 
     Args:
-        task: What the logits are.
+        task: The `Task` that describes the logits.
     """
 
     def __init__(self, recipe, task):
         super().__init__()
-        # subtle: the first child, so that the student's parameters are the first ones of a Distiller
+        # subtle: register the student as the first child, so that its parameters come first in
+        # `Distiller.parameters()`
         self.register_module('student', None)
         self.task, self.links = task, nn.ModuleDict()
         self.measures, self.seen = (
             True,
             set(),
-        )  # are gradient shares measured? of which parts they were
-        # part -> share, the labels' is 'task'; None until the first training batch
+            # `measures` turns the report of gradient norms on; `seen` holds the names of the losses in
+            # the last report
+        )
+        # {name: fraction of the sum of all gradient norms}, with 'task' for the task loss. None
+        # until the first training batch.
         self.gradient_shares: dict | None = None
         self.take(recipe)
 
     def take(self, recipe):
-        """Use this recipe from now on, of terms on the logits or before any batch."""
+        """Replace the recipe. A recipe with terms between layers can be set only before the first
+        batch.
+        """
         self.recipe, self.ratios = recipe, GradientRatios(recipe)
         self.links.clear()
         for t in recipe.terms:
@@ -92,11 +100,11 @@ class RecipeLoss(nn.Module):
         return [t for t in self.recipe.terms if t.layers is not None]
 
     def active_terms(self, progress: float | None = None) -> list:
-        """The terms that a batch needs: those with a weight; without gradient, as in validation,
-        all of them.
+        """Return the terms to compute for a batch. During training, terms with weight 0 are left
+        out. Without gradients, as in validation, all terms are returned.
 
         Args:
-            progress: Share of the training that is done, for schedules.
+            progress: Progress of the training, from 0 to 1, for schedules.
         """
         return [
             t
@@ -105,11 +113,13 @@ class RecipeLoss(nn.Module):
         ]
 
     def needs_teacher(self, progress: float | None = None) -> bool:
-        """Whether any term needs the teacher's outputs for this batch."""
+        """Return True if any term needs the teacher's outputs for this batch."""
         return bool(self.active_terms(progress))
 
     def check_first(self, student, teacher, targets):
-        """Refuse the mistakes that the first batches show."""
+        """Raise an error for mistakes that the first batches reveal. Subclasses override this
+        method.
+        """
 
     def compute(
         self,
@@ -121,16 +131,18 @@ class RecipeLoss(nn.Module):
         progress: float | None = None,
         mixed=None,
     ) -> Distilled:
-        """The loss of a batch whose student (and teacher) ran already: what trainers call.
+        """Compute the loss of a batch from the outputs of both models. Trainers call this method
+        after the forward passes.
 
         Args:
-            student: Of this batch.
-            teacher: Of the same batch; None where no term needs it (see `needs_teacher`).
-            task: The task loss, already computed; None without labels.
-            targets: Labels, for the losses that read them.
-            progress: Share of the training that is done, for schedules.
-            mixed: (other targets, share of the first ones): MixUp's batches have two labels a
-                sample.
+            student: Outputs of the student for this batch.
+            teacher: Outputs of the teacher for this batch. None if no term needs them (see
+                `needs_teacher`).
+            task: The task loss of this batch. None if the batch has no labels.
+            targets: Labels, for losses that use them.
+            progress: Progress of the training, from 0 to 1, for schedules.
+            mixed: (second labels, weight of the first labels) for a batch mixed by MixUp, in which
+                each sample has two labels.
         """
         task, terms = None if task is None else as_plain(task), self.active_terms(progress)
         weights = self.recipe.weights_at(progress)
@@ -173,13 +185,13 @@ class RecipeLoss(nn.Module):
     def without_labels(
         self, student: Outputs, teacher: Outputs | None, *, progress: float | None = None
     ) -> Tensor:
-        """The weighted sum of the terms that read no labels, for inputs without labels beside the
-        batches with labels. Shares of the gradient are those that were measured there.
+        """Compute the weighted sum of the terms that do not use labels, for a batch of unlabeled
+        inputs. Terms with a gradient ratio use the weight that was measured on labeled batches.
 
         Args:
-            student: For inputs without labels.
-            teacher: For the same.
-            progress: Share of the training that is done, for schedules.
+            student: Outputs of the student for the unlabeled inputs.
+            teacher: Outputs of the teacher for the same inputs.
+            progress: Progress of the training, from 0 to 1, for schedules.
         """
         terms = [t for t in self.active_terms(progress) if not t.n_targets]
         if not terms:
@@ -190,8 +202,8 @@ class RecipeLoss(nn.Module):
         return sum(weights[k] * v for k, v in values.items())
 
     def _value(self, term, b):
-        """A term's value; where it reads labels and the batch has two a sample, mixed as the
-        task loss is.
+        """Compute the value of a term. For a batch mixed by MixUp, a term that uses labels is
+        computed for both labels, and the two values are mixed like the task loss.
         """
         if b.lam is None or term.n_targets == 0:
             return self._of_labels(term, b, b.targets, b.options(term, b.mask))
@@ -209,7 +221,8 @@ class RecipeLoss(nn.Module):
         v = blend(first, other, b.lam)
         if not v.dim():
             return v
-        # subtle: per label that counts; a mask that the loss does not take cannot have left out any
+        # subtle: average over the included labels. A loss without a `mask` option includes all of
+        # them.
         return v.sum() / (
             v.numel()
             if b.mask is None or 'mask' not in options[0]
@@ -217,7 +230,9 @@ class RecipeLoss(nn.Module):
         )
 
     def _of_labels(self, term, b, targets, options):
-        """A term's value by one set of labels: summed over its pairs of layers, as the papers do."""
+        """Compute the value of a term for one set of labels. Values are summed over the term's
+        pairs of layers, as in the papers.
+        """
         links, targets = self.links[term.name], targets[: term.n_targets]
         if term.n_targets and len(targets) < term.n_targets:
             raise DistillError(
@@ -237,10 +252,10 @@ class RecipeLoss(nn.Module):
         )
 
     def _measured(self, values, weights, student, b):
-        """Return (weights, rest). The weight of a term with a gradient ratio is the one at which its
-        gradient norm has that ratio. The rest is added to the loss: a part of the other losses that
-        replaces the gradient of faded terms, or None. Gradient norms are measured for the report at
-        the first training batch, and whenever another term gets a weight.
+        """Return (weights, rest). For a term with a gradient ratio, the weight is chosen so that
+        the term's gradient norm has that ratio. `rest` is a multiple of the other losses that
+        replaces the gradient lost to `fade`, or None. The gradient norms for the report are
+        measured at the first training batch, and again when a new term becomes active.
         """
         learns = {k: v for k, v in values.items() if v.requires_grad}
         fixed, rest = {k: w for k, w in weights.items() if k not in self.ratios}, None
@@ -267,31 +282,33 @@ class RecipeLoss(nn.Module):
 
     @property
     def faded(self) -> dict[str, float]:
-        """How much is left of the gradient ratio of each term with `fade=True`, from 0 to 1. Reading
-        it waits for the GPU.
+        """Current factor of the gradient ratio of each term with `fade=True`, from 0 to 1. Reading
+        this property synchronizes with the GPU.
         """
         gains = {k: r.gain for k, r in self.ratios.items() if r.gain is not None}
         return {k: float(g.factor) for k, g in gains.items() if g.batches}
 
     def _compared(self, name, student):
-        """What a term compares of the student."""
+        """Return the student tensors that a term compares."""
         layers = [k.layers[0] for k in self.links[name] if k.layers]
         return [student.feats[n] for n in dict.fromkeys(layers)] if layers else [student.logits]
 
     def _apart(self, name, b):
-        """A term's value if each of the teacher's outputs belonged to a different sample."""
+        """Compute the value of a term with the teacher's outputs assigned to the wrong samples."""
         term = next(t for t in self.recipe.terms if t.name == name)
         return self._value(term, b.with_teacher(name, self.ratios[name].of_different_samples))
 
     def shares(self, values, weights, logits=None) -> dict:
-        """Each part's share of the gradient, by name: at the logits if all parts reach them, else
-        at the last layer of the student that all reach. Empty if there is no such place. A term
-        with a share of its own at its layers is left out. Training is not changed by it.
+        """Measure the gradient norm of each loss as a fraction of their sum. The norms are measured
+        at the logits if all losses depend on them, otherwise at the last student parameter on which
+        all losses depend. The result is empty if there is no such parameter. Terms with a gradient
+        ratio between layers are left out. The measurement does not change the training.
 
         Args:
-            values: Of what counts in a batch: the task loss ('task') and the terms, by name.
-            weights: Of each.
-            logits: The student's; None: its parameters are the place to measure at.
+            values: {name: value} of the losses with a nonzero weight. The task loss is named
+                'task'.
+            weights: {name: weight} of the same losses.
+            logits: Student logits. None to measure at the parameters.
         """
         apart = {t.name for t in self.layered if t.has_grad_ratio}
         values = {k: v for k, v in values.items() if k not in apart}
@@ -300,14 +317,14 @@ class RecipeLoss(nn.Module):
             if norms is None and self.student is not None:
                 norms = norms_at_layer(values, self.student)
         except RuntimeError:
-            return {}  # compiled or checkpointed parts may allow one backward pass alone
+            return {}  # compiled or checkpointed modules may allow only one backward pass
         norms = {k: float(weights[k] * n) for k, n in (norms or {}).items()}
         return {k: n / sum(norms.values()) for k, n in norms.items()}
 
 
 def check_kind(term, kind):
-    """Refuse a loss over classes for a model that has none, and so on; features may be compared by
-    any loss.
+    """Raise an error if a loss does not fit the kind of output, e.g. a loss over classes for a
+    regression model. Losses between features fit any model.
     """
     if term.layers is None and term.kind not in (None, kind):
         says = dict(
