@@ -1,4 +1,4 @@
-"""The samples of a batch, and the protocol of whatever has a teacher's outputs for them."""
+"""Information about the samples of a batch, and the protocol for sources of teacher outputs."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -16,19 +16,20 @@ __all__ = ['BatchSamples', 'OutputSource', 'lerp', 'mixed']
 
 @dataclass
 class BatchSamples:
-    """The samples of a batch. It travels with the batch, and stays on the CPU.
+    """Information about the samples of a batch. This object is passed along with the batch and
+    stays on the CPU.
 
     Attributes:
-        index: Position of each sample in the dataset, (B,). None if no source looks anything up.
-        view: View of each sample, (B,).
-        rows: Rows of a cache, (B, bytes) uint8, read where the batch was made.
-        target: Teacher outputs that are part of the data, (B, ...), see `TeacherBlock`.
-        items: Raw items, a list or rows of a table.
-        moved: Names of the transforms that moved positions in the inputs, but not in the items.
-        n_inp: Number of tensors of the batch that are inputs.
-        permutations: What MixUp or CutMix did: each sample was mixed with the one at its place in
-            the permutation.
-        lam: Fraction of each sample that is left after mixing.
+        index: Position of each sample in the dataset, (B,). None if no source needs the positions.
+        view: Number of the stored view (random augmentation) of each sample, (B,).
+        rows: Rows of a cache, (B, bytes) uint8, read by the process that created the batch.
+        target: Teacher outputs that are part of the data, (B, ...) (see `TeacherBlock`).
+        items: Raw items of the dataset, as a list or as rows of a table.
+        moved: Names of the transforms that moved positions in the inputs but not in the raw items.
+        n_inp: Number of tensors in the batch that are inputs.
+        permutations: Permutations used by MixUp or CutMix. Sample i was mixed with sample
+            permutation[i].
+        lam: Weight of each original sample in the mixed sample.
     """
 
     index: np.ndarray | None = None
@@ -42,12 +43,12 @@ class BatchSamples:
     lam: Tensor | None = None
 
     def pin_memory(self, device: Any = None) -> 'BatchSamples':
-        """Called by PyTorch's DataLoader."""
+        """Pin the rows. PyTorch's DataLoader calls this method."""
         return self if self.rows is None else replace(self, rows=self.rows.pin_memory())
 
     @property
     def mix(self) -> tuple[Tensor, Any] | None:
-        """(permutation, lam) of MixUp or CutMix. None if the batch was not mixed."""
+        """(permutation, lam) used by MixUp or CutMix. None if the batch was not mixed."""
         if not self.permutations:
             return None
         if len(self.permutations) > 1:
@@ -60,19 +61,19 @@ class BatchSamples:
 
 @runtime_checkable
 class OutputSource(Protocol):
-    """Teacher outputs for batches, from a model, a cache or the batch itself.
+    """Source of teacher outputs for batches: a model, a cache or the batch itself.
 
     Attributes:
-        name: In messages.
-        needs: What the samples of a batch must bring: 'items', 'rows' or 'target'. Empty if the
-            inputs are enough.
+        name: Name of the source in messages.
+        needs: Field of `BatchSamples` that the source needs: 'items', 'rows' or 'target'. Empty if
+            the inputs are enough.
     """
 
     name: str
     needs: str
 
     def start(self) -> None:
-        """Prepare for many batches. A second call changes nothing."""
+        """Prepare the source for many batches. A second call does nothing."""
 
     def outputs(
         self, inputs: Sequence = (), samples: BatchSamples | None = None, layers: Sequence[str] = ()
@@ -81,46 +82,49 @@ class OutputSource(Protocol):
 
         Args:
             inputs: Inputs of the batch.
-            samples: Its samples. None if they are unknown.
-            layers: Names of layers that are read too.
+            samples: Information about the samples of the batch. None if unknown.
+            layers: Names of layers whose outputs are also returned.
         """
 
     def has_outputs(self, samples: BatchSamples | None) -> bool:
-        """Return True if there are outputs for these samples. Stored ones may cover only the
+        """Return True if there are outputs for these samples. Stored outputs may cover only the
         training set.
         """
 
     def probe(self, *x: Any, layers: Sequence[str] | None = None) -> Outputs:
-        """Return outputs of the shapes of those for a batch. Nothing changes.
+        """Return outputs with the same shapes as those for a batch, without changing any state.
 
         Args:
             *x: Inputs of the batch.
-            layers: Names of layers that are read. None for the source's own.
+            layers: Names of layers whose outputs are returned. None for all layers that the source
+                provides.
         """
 
     def named_modules(self) -> dict:
-        """Return {name of a layer: module}. Empty if there is no model."""
+        """Return {layer name: module}. The dict is empty if the source has no model."""
 
     def say_with(self, fn: Callable | None) -> None:
-        """Set where messages go.
+        """Set the function that shows messages.
 
         Args:
             fn: fn(text). None to print.
         """
 
     def reset(self) -> None:
-        """Reset hidden states, before the first batch of a phase."""
+        """Reset hidden states before the first batch of a training or validation phase."""
 
     def stop(self) -> None:
-        """Restore everything. May be called at any time, and twice."""
+        """Restore the state from before `start`. This method may be called at any time and more
+        than once.
+        """
 
 
 def mixed(out: Outputs, samples: BatchSamples, kind: str, axis: int) -> Outputs:
-    """Mix outputs for unmixed samples as MixUp (arXiv:1710.09412) or CutMix (arXiv:1905.04899)
-    mixed the batch.
+    """Mix the outputs of unmixed samples in the same way as MixUp (arXiv:1710.09412) or CutMix
+    (arXiv:1905.04899) mixed the batch.
 
     Args:
-        kind: 'softmax', 'sigmoid' or 'regression': what the logits are.
+        kind: Kind of the logits: 'softmax', 'sigmoid' or 'regression'.
         axis: Class axis.
     """
     if samples is None or (mix_of := samples.mix) is None:
@@ -145,7 +149,9 @@ def mixed(out: Outputs, samples: BatchSamples, kind: str, axis: int) -> Outputs:
 
 @dataclass
 class MixedTopK(TopK):
-    """The most likely classes of unmixed samples, whose logits of all classes are mixed."""
+    """`TopK` of unmixed samples. `dense` first computes the logits of all classes and then mixes
+    them.
+    """
 
     mix: Any = None
 
@@ -154,10 +160,10 @@ class MixedTopK(TopK):
 
 
 def mix_logits(t: Tensor, perm: Tensor, lam: Tensor, kind: str, axis: int) -> Tensor:
-    """Logits of mixed probabilities.
+    """Compute the logits of mixed probabilities.
 
     Args:
-        t: Logits of the samples before they were mixed, (B, C, ...).
+        t: Logits of the samples before mixing, (B, C, ...).
     """
     if kind == 'regression':
         return lerp(t, perm, lam)
@@ -171,6 +177,8 @@ def mix_logits(t: Tensor, perm: Tensor, lam: Tensor, kind: str, axis: int) -> Te
 
 
 def lerp(t: Tensor, perm: Tensor, lam: Tensor) -> Tensor:
-    """Mix as fastai does: `lam` of each sample, and 1-`lam` of the permuted one."""
+    """Mix as fastai does, with weight `lam` for each sample and weight 1-`lam` for the permuted
+    sample.
+    """
     lam = as_plain(torch.as_tensor(lam, device=t.device)).to(t.dtype).reshape(-1)
     return torch.lerp(t[perm], t, lam.reshape(-1, *[1] * (t.dim() - 1)))

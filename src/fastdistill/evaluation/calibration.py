@@ -22,7 +22,7 @@ from .metrics import rows_of, scores_of
 __all__ = ['Calibration', 'calibrate_model', 'fit_temperature']
 
 LOWEST_T, HIGHEST_T = 0.05, 20.0
-MOST_LOGITS = 2**23  # approximate maximum number of logits to keep
+MOST_LOGITS = 2**23  # approximate maximum number of logits to keep in memory
 LARGEST_CHANGE = 1e-3  # largest change of the folded model's outputs, relative to the largest logit
 
 
@@ -31,12 +31,12 @@ class Calibration:
     """A fitted temperature and its effect, printed as one line.
 
     Attributes:
-        temperature: Number by which the logits are divided, or one for each label.
-        n: Number of predictions it was fitted on.
-        before: `nll`, `ece` and `brier` of these predictions.
-        after: The same after dividing by the temperature.
-        layer: Name of the layer into which the temperature was folded, or None.
-        reason: Why it was not folded into a layer.
+        temperature: Number by which the logits are divided, or one number per label.
+        n: Number of predictions on which the temperature was fitted.
+        before: `nll`, `ece` and `brier` of these predictions before calibration.
+        after: `nll`, `ece` and `brier` after dividing the logits by the temperature.
+        layer: Name of the layer into which the temperature was folded. None if it was not folded.
+        reason: Reason why the temperature was not folded into a layer.
     """
 
     temperature: float | list[float]
@@ -73,17 +73,18 @@ def fit_temperature(
     """Find the temperature T for which the logits divided by T have the lowest NLL.
 
     Args:
-        logits: Logits for samples that the model was not trained on, with classes or labels along
+        logits: Logits for samples that were not used for training, with classes or labels along
             `axis`.
-        labels: Class indices, shaped like the logits without `axis`, or 0 and 1, shaped like the
-            logits.
+        labels: For 'softmax', class indices with the shape of the logits without `axis`. For
+            'sigmoid', 0 and 1 with the shape of the logits.
         kind: 'softmax' for one temperature, 'sigmoid' for one per label.
         axis: Axis of classes or labels.
         ignore_index: Label to ignore.
 
     Returns:
-        A scalar, or (L,) for a sigmoid with L labels. It is 1 if the labels do not determine it,
-        i.e. if all predictions are correct, or a label is always or never present.
+        The temperature as a scalar tensor, or one per label, (L,), for a sigmoid. The temperature
+        is 1 if the best value is outside the range from 0.05 to 20. This happens, for example, if
+        all predictions are correct, or if a label is always or never present.
 
     Raises:
         DistillError: If the labels do not fit the logits, or if the kind is 'regression'.
@@ -107,15 +108,16 @@ def fit_temperature(
 def calibrate_model(
     model: nn.Module, batches: Iterable, task: Task, *, fold: bool = True, tick: Callable = None
 ) -> Calibration:
-    """Fit a temperature on labeled batches, and fold it into the model's last linear layer. The
-    predicted classes do not change.
+    """Fit a temperature on labeled batches, and fold it into the last linear layer of the model.
+    The predicted classes do not change.
 
     Args:
-        model: A trained model, whose last layer is changed if `fold` is True.
-        batches: (inputs, targets), both tuples, of samples that the model was not trained on.
+        model: A trained model. Its last layer is changed if `fold` is True.
+        batches: Iterable of (inputs, targets), both tuples, with samples that were not used for
+            training.
         task: What the model predicts.
-        fold: Whether to change the model. False to only measure.
-        tick: Called after each batch.
+        fold: If True, change the model. If False, only measure the effect.
+        tick: fn(), called after each batch.
     """
     if task.kind == 'regression':
         raise DistillError('This model predicts numbers, which have no temperature.')
@@ -147,7 +149,7 @@ def calibrate_model(
 
 
 def labeled_positions(logits, labels, task):
-    """Return logits (P, C) and labels, (P,) or (P, C), of the labeled positions, as NumPy arrays."""
+    """Return logits (P, C) and labels, (P,) or (P, C), of all labeled positions, as NumPy arrays."""
     logits = as_plain(logits).detach().cpu().double()
     y = None
     if isinstance(labels, Tensor):
@@ -166,8 +168,8 @@ def labeled_positions(logits, labels, task):
 
 
 def thinned(z, y, logits):
-    """Drop some positions of samples with many, such as pixels, so that all batches fit into
-    memory.
+    """Drop some positions if samples have many of them (such as pixels), so that all batches fit
+    into memory.
     """
     most = max(MOST_LOGITS // 64 // z.shape[1], len(logits))
     step = max(len(z) // most, 1)
@@ -175,7 +177,9 @@ def thinned(z, y, logits):
 
 
 def lowest(nll):
-    """Return the T in the allowed range that minimizes nll(1/T), or 1 if the minimum is at a limit."""
+    """Return the temperature T in the allowed range that minimizes nll(1/T). Return 1 if the
+    minimum is at an end of the range.
+    """
     from scipy.optimize import minimize_scalar
 
     found = minimize_scalar(
@@ -189,7 +193,7 @@ def lowest(nll):
 
 
 def of_label(z, y):
-    """Fit the temperature of one label."""
+    """Fit the temperature for one label."""
     if y.all() or not y.any():
         return 1.0
     signed = np.where(y, z, -z)
@@ -207,14 +211,14 @@ def measures(z, y, kind) -> dict[str, float]:
     )
 
 
-# folding the temperature into the last layer
+# fold the temperature into the last layer
 
 
 def fold_temperature(model, T, x, task):
-    """Divide weight and bias of the model's last layer by T.
+    """Divide the weight and bias of the model's last layer by T.
 
     Returns:
-        (name of the layer, ''), or (None, reason) if that is not possible.
+        (name of the layer, ''), or (None, reason) if the temperature can't be folded.
     """
     layers = {k: m for k, m in model.named_modules() if is_linear(m)}
     if not layers:
@@ -223,7 +227,8 @@ def fold_temperature(model, T, x, task):
         teacher.reset()
         with Taps(model, list(layers)) as taps:
             logits = as_plain(teacher(*x).logits)
-            # subtle: read `seen`, since `pop` raises for layers that did not run or were overwritten
+            # subtle: read `seen`, because `pop` raises an error for layers that did not run or
+            # whose output was overwritten
             seen = {k: o[0] for k, o in taps.seen.items() if isinstance(o, tuple)}
         same = lambda k: torch.equal(as_plain(seen[k]).flatten(), logits.flatten())
         name = next((k for k in reversed(layers) if k in seen and same(k)), None)

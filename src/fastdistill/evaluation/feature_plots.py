@@ -14,12 +14,13 @@ __all__ = ['attention_map', 'picture_in', 'show_features']
 
 
 def attention_map(f: Tensor, p: float = 2, aspect: float = 1.0) -> Tensor:
-    """Return the attention map of a layer: the mean over channels of |f|^p (arXiv:1612.03928).
+    """Compute the attention map of a layer, which is the mean over channels of |f|^p, rescaled to
+    the range from 0 to 1 (arXiv:1612.03928).
 
     Args:
         f: Maps (B, C, H, W), or tokens (B, L, D) that fill a grid.
         p: Exponent of the activations.
-        aspect: Height over width of the image, for tokens.
+        aspect: Height divided by width of the image. Used only for tokens.
 
     Returns:
         Attention maps, (B, H, W).
@@ -49,7 +50,7 @@ def picture_in(x):
     """Return the first tensor (B, C, H, W) in the inputs, or the first tensor if there is none.
 
     Args:
-        x: Inputs of a batch: nested tuples and dicts of tensors.
+        x: Inputs of a batch, as nested tuples and dicts of tensors.
     """
     found = list(tensors_in(x))
     return next((o for o in found if o.dim() == 4), found[0])
@@ -67,9 +68,9 @@ def named_map(name, f, p, aspect):
 
 
 def to_show(x):
-    """Convert images to (B, H, W, 3) from 0 to 1.
+    """Convert images to shape (B, H, W, 3) with values from 0 to 1.
 
-    If any value is outside this range, each image is rescaled to it.
+    If any value is outside this range, each image is rescaled to the range.
     """
     if x.dim() != 4 or x.shape[1] not in (1, 3):
         raise DistillError(
@@ -93,18 +94,18 @@ def show_features(
     n: int = 4,
     p: float = 2,
 ):
-    """Show attention maps of student and teacher side by side over each image, for each pair of
+    """Draw the attention maps of student and teacher over each image, side by side for each pair of
     layers.
 
     Args:
         student: A module.
-        teacher: A module, or a `Teacher`, which gets the images with its own normalization and
+        teacher: A module, or a `Teacher`. A `Teacher` can have its own normalization and image
             size.
-        x: Images as the student gets them, (B, 3, H, W), or a tuple or dict if it takes more than
-            images.
+        x: Images as the student gets them, (B, 3, H, W). If the student takes further inputs, a
+            tuple or dict of all inputs.
         layers: Layers with maps or tokens, named as in `Term`.
-        images: Images to show, (B, 3, H, W) from 0 to 1. None for those in `x`, each rescaled to
-            that range.
+        images: Images to show, (B, 3, H, W) with values from 0 to 1. None to show the images in
+            `x`, which are rescaled to that range if necessary.
         n: Number of images.
         p: Exponent of the activations.
     """
@@ -122,14 +123,14 @@ def show_features(
 
 
 def draw_maps(
-    pictures: Tensor,  # (B, H, W, 3) from 0 to 1
-    columns,  # (title, (B, h, w) maps), two for each pair
+    pictures: Tensor,  # images (B, H, W, 3) with values from 0 to 1
+    columns,  # list of (title, maps (B, h, w)), two for each pair of layers
 ):
     import matplotlib.pyplot as plt  # noqa: F401 (notebooks show figures only after this import)
     from matplotlib.figure import Figure
 
     b, h, w = pictures.shape[:3]
-    # subtle: not a pyplot figure, which would stay open and be shown twice in a notebook
+    # subtle: do not use a pyplot figure, which would stay open and be shown twice in a notebook
     fig = Figure(figsize=(2 * (len(columns) + 1), 1.93 * h / w * b + 0.5), layout='constrained')
     fig.get_layout_engine().set(h_pad=0.02, w_pad=0.02)
     groups = [('image', None)], *zip(columns[::2], columns[1::2])
@@ -149,7 +150,7 @@ def draw_maps(
 
 
 def overlay(ax, picture, m):
-    """Draw the image. If there is a map, draw it over a gray version of the image."""
+    """Draw an image. If a map is given, draw the map over a gray version of the image."""
     ax.axis('off')
     if m is None:
         return ax.imshow(picture.numpy())

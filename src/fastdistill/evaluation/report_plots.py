@@ -1,4 +1,4 @@
-"""Plots of a report. Each function returns a figure, or None if the report lacks the data."""
+"""Plot a report. Each function returns a figure, or None if the report lacks the data."""
 
 from .data import CLASS_MEASURES
 from .plot_style import color_of, new_figure, safe_label, styled
@@ -13,8 +13,8 @@ __all__ = [
 ]
 
 
-WIDTH = 5.2  # inches; small enough that labels are readable on a phone
-LEAST_IN_BIN = 10  # bins with fewer predictions are left out, since their accuracy is too noisy
+WIDTH = 5.2  # in inches; narrow enough for labels to be readable on a phone
+LEAST_IN_BIN = 10  # bins with fewer predictions are left out, because their accuracy is too noisy
 
 
 def factor(info):
@@ -26,8 +26,8 @@ def axis_name(info, what=''):
 
 
 def plot_cost(report):
-    """Plot the headline score against the time for one sample. The area of a circle grows with the
-    number of parameters.
+    """Plot the headline score against the time for one batch. The area of each circle grows with
+    the number of parameters.
 
     Args:
         report: A `Report`.
@@ -79,8 +79,8 @@ def plain_ticks(axis):
 
 
 def plot_recovered(report):
-    """Plot the fraction of the teacher's lead over the baseline that each student recovered, with
-    its interval.
+    """Plot the fraction of the teacher's lead over the baseline that each student recovers, with a
+    confidence interval.
 
     Args:
         report: A `Report`.
@@ -184,8 +184,8 @@ def plot_reliability(report):
 
 
 def plot_history(report):
-    """Plot the losses of each training over its epochs: the task loss and each term of the
-    distillation.
+    """Plot the losses of each training over the epochs, i.e. the task loss and the loss of each
+    term.
 
     Args:
         report: A `Report`.
@@ -231,11 +231,12 @@ def losses_of(history):
 
 
 def plot_classes(report, most: int = 20):
-    """Plot the gain or loss of each class from the baseline to the first student.
+    """Plot how much each class gains or loses from the baseline to the first student.
 
     Args:
         report: A `Report`.
-        most: Maximum number of classes. If there are more, those that change most are shown.
+        most: Maximum number of classes. If there are more classes, only those with the largest
+            gains and losses are shown.
     """
     changes = report.class_changes()
     if not changes:
@@ -263,13 +264,13 @@ def plot_classes(report, most: int = 20):
 
 
 def plot_runs(reports: dict):
-    """Plot the headline measure of the students of all runs, with intervals, in the order of the
-    runs.
+    """Plot the headline measure of the students in all runs, with confidence intervals, in the
+    order of the runs.
 
-    The headline is that of the first run.
+    The headline measure of the first run is used for all runs.
 
     Args:
-        reports: {name of a run: its report}.
+        reports: {run name: report}.
     """
     first = next(iter(reports.values()))
     k, info, f = first.headline, first.info[first.headline], factor(first.info[first.headline])

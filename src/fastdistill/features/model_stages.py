@@ -213,7 +213,9 @@ class MainPath:
     # find candidates for stages
 
     def walk(self, split_maps: bool = False) -> list[Stage]:
-        """Return the find candidates for stages, and the layers between them."""
+        """Return the candidates for stages, and the layers between them, in the order in which they
+        run.
+        """
         found, place = [], ()
         for n in sorted(self._open('', split_maps), key=self.when.__getitem__):
             u = self.look(n)

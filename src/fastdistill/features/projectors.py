@@ -1,5 +1,5 @@
-"""Project the student features to the teacher's shape. The grid is resized first, then the channels
-are mapped.
+"""Project student features to the shape of teacher features. The grid is resized first, then the
+channels are mapped.
 """
 
 from collections.abc import Callable, Sequence
@@ -156,9 +156,9 @@ def projector(
     values of the teacher.
 
     Args:
-        s_shape: Shape of the student features: (B, D) vector, (B, L, D) tokens or (B, C, H, W) map,
-            with any B.
-        t_shape: Shape of the teacher's features, in any of the same forms.
+        s_shape: Shape of the student features: vector (B, D), tokens (B, L, D) or map (B, C, H, W).
+            B is ignored.
+        t_shape: Shape of the teacher features, in any of the same forms.
         kind: 'auto', 'linear' or 'conv' (1x1), 'conv_bn', 'mlp', or your own module or function.
         match: What the projected features must have in common with the teacher's: 'shape', 'grid'
             (only the positions), or 'none'.

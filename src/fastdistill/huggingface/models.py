@@ -1,4 +1,4 @@
-"Inputs, outputs and class order of models of transformers."
+"Handle the inputs, the outputs and the class order of transformers models."
 
 import inspect
 import re
@@ -21,7 +21,8 @@ PROBLEMS = dict(
 
 
 def names_taken(model) -> set:
-    """Return the names of the arguments of a model's forward, or of all members of an ensemble.
+    """Return the names of the arguments of a model's `forward`. For an ensemble, return those of
+    all members.
 
     Args:
         model: A module or a `Teacher`.
@@ -31,7 +32,7 @@ def names_taken(model) -> set:
 
 
 def without_loss(raw):
-    """Return the student's outputs without the loss, which is first in a tuple."""
+    """Return the student's outputs without the loss. In a tuple, the loss is the first item."""
     return (
         raw[1:]
         if isinstance(raw, tuple) and isinstance(raw[0], Tensor) and not raw[0].dim()
@@ -40,12 +41,16 @@ def without_loss(raw):
 
 
 def question_logits(out):
-    """Return the logits of where an answer begins and ends, (B, L, 2), with classes along axis 1."""
+    """Return the logits for the start and the end of an answer, (B, L, 2). The class axis is axis
+    1, because each token is a class.
+    """
     return torch.stack([out.start_logits, out.end_logits], -1)
 
 
 def names_by_id(model):
-    """Return the class names of the model's `id2label`. None if they are only numbered."""
+    """Return the class names in the model's `id2label`. Return None if they are the default names
+    LABEL_0, LABEL_1, ...
+    """
     id2label = getattr(getattr(model, 'config', None), 'id2label', None)
     if not id2label or all(re.fullmatch(r'LABEL_\d+', str(v)) for v in id2label.values()):
         return None
@@ -53,12 +58,13 @@ def names_by_id(model):
 
 
 def predicts(model, labels=None) -> str | None:
-    """Return 'softmax', 'sigmoid' or 'regression' according to the model's config.
+    """Return the kind of outputs, 'softmax', 'sigmoid' or 'regression', according to the model's
+    config.
 
-    None if only the labels can tell.
+    Return None if the kind depends on the labels and they are unknown.
 
     Args:
-        model: A model of transformers.
+        model: A transformers model.
         labels: Labels of a batch. None if unknown.
     """
     config, name = getattr(model, 'config', None), type(model).__name__
@@ -72,14 +78,15 @@ def predicts(model, labels=None) -> str | None:
 
 
 def teacher_for(teacher: Teacher, student, kind: str, axis: int, output) -> Teacher:
-    """Return the teacher with the student's kind of outputs and its classes in the student's order.
+    """Return the teacher with the student's kind of outputs, and with its classes in the order of
+    the student's classes.
 
     Args:
         teacher: The teacher.
-        student: The student, a model of transformers.
+        student: The student, a transformers model.
         kind: Kind of the student's outputs.
         axis: Class axis.
-        output: Which output is distilled.
+        output: Output to distill, as a name or a function.
     """
     new = dict(kind=kind, axis=axis, output=output)
     if kind != 'regression' and output is not question_logits:
@@ -88,8 +95,8 @@ def teacher_for(teacher: Teacher, student, kind: str, axis: int, output) -> Teac
 
 
 def in_order_of(student, teacher):
-    """Return the option `select` that puts the teacher's classes into the student's order. Empty if
-    they already are.
+    """Return the option `select` that puts the teacher's classes into the student's order, as a
+    dict. The dict is empty if the order is already the same.
     """
     if 'select' in teacher.given:
         return {}

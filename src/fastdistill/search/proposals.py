@@ -9,7 +9,7 @@ from .runs import Run
 __all__ = ['import_optuna', 'proposed_run']
 
 PROPOSALS = (
-    5  # Optuna may propose finished runs; after this many proposals, draw a new run at random
+    5  # Optuna may propose finished runs. After this many proposals, a new run is chosen at random.
 )
 
 
@@ -25,7 +25,7 @@ def import_optuna():
 
 @contextmanager
 def only_warnings_of(optuna):
-    """Silence Optuna inside the context, except for warnings."""
+    """Context manager that hides Optuna's log messages, except for warnings."""
     was = optuna.logging.get_verbosity()
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     try:
@@ -35,7 +35,7 @@ def only_warnings_of(optuna):
 
 
 def proposed_run(candidates: dict, rates: list, runs: list[Run], left: list[Run]) -> Run:
-    """Return one of the remaining runs.
+    """Choose one of the remaining runs.
 
     Args:
         candidates: {name: `Candidate`}.

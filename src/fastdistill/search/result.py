@@ -1,4 +1,6 @@
-"""Result of a search: the recipe, its learning rate, a table, a plot, and a significance test."""
+"""Result of a search, with the best recipe and learning rate, a table, a plot, and a significance
+test.
+"""
 
 import math
 from statistics import mean, stdev
@@ -12,16 +14,15 @@ __all__ = ['Found', 'best_of']
 
 
 class Found:
-    """Result of `distill_find`. `student.distill(teacher, 5, found.lr, found.recipe)` trains with
-    it.
+    """Result of `distill_find`. Use it as in `student.distill(teacher, 5, found.lr, found.recipe)`.
 
     Args:
         candidates: {name: `Candidate`}. The first one is training on labels only.
         runs: Runs of the search, with one seed.
         finals: Repetitions of the best runs with different seeds.
-        metric: Name of the score; higher is better.
+        metric: Name of the score. Higher values are better.
         n_epoch: Number of epochs of a complete run.
-        rates: Learning rates that training on labels only should have had.
+        rates: Learning rates that must be tried on labels only before a verdict is possible.
     """
 
     def __init__(
@@ -46,9 +47,9 @@ class Found:
         self.lead = self._lead()
 
     def _winner(self):
-        """The candidate with the best mean over seeds, on the items that choose.
+        """Return the run with the best mean score over the seeds, on the items used to choose.
 
-        Without repeated runs, that of the best run of the search.
+        If no runs were repeated, return the best run of the search.
         """
         seeds = self._seeds()
         if not seeds:
@@ -63,18 +64,24 @@ class Found:
         return sorted((f for f in self.finals if f.key == run.key), key=lambda f: f.seed)
 
     def _finalists(self):
-        """The best runs that were repeated. If two or more have several seeds, only those."""
+        """Return the best runs that were repeated. If at least two of them were repeated with
+        several seeds, return only those.
+        """
         found = [r for r in self.best.values() if self._repeats(r)]
         often = [r for r in found if len(self._repeats(r)) > 1]
         return often if len(often) > 1 else found
 
     def _seeds(self):
-        """Seeds that all finalists have in common. Empty if there are fewer than two finalists."""
+        """Return the seeds that all finalists have in common. The set is empty if there are fewer
+        than two finalists.
+        """
         seeds = [{f.seed for f in self._repeats(r)} for r in self._finalists()]
         return set.intersection(*seeds) if len(seeds) > 1 else set()
 
     def _lead(self):
-        """The lead over labels only. None if labels only won, or if too few runs were repeated."""
+        """Compute the lead of the winner over labels only. Return None if labels only won, or if
+        too few runs were repeated.
+        """
         alone = self.best.get(self.labels)
         if alone is None or self.winner.name == self.labels:
             return None
@@ -82,7 +89,7 @@ class Found:
         seeds = sorted(a.keys() & b.keys())
         return lead_of(*(torch.stack([o[s] for s in seeds]) for o in (a, b))) if seeds else None
 
-    # for users
+    # public attributes and methods
 
     @property
     def recipe(self):
@@ -102,7 +109,7 @@ class Found:
 
     @property
     def verdict(self):
-        """Describe whether the recipe is better than labels only."""
+        """Text that says whether the recipe is better than labels only."""
         if set(self.best) == {self.labels}:
             return 'no recipe was tried yet'
         if self.winner.name == self.labels:
@@ -122,9 +129,9 @@ class Found:
 
     @property
     def table(self):
-        """Return a row for each candidate, the best first.
+        """Table with one row per candidate, sorted from best to worst.
 
-        It has the candidate's best run, and the mean over the seeds of its repeated runs.
+        Each row contains the best run of the candidate and the mean score of its repeated runs.
         """
         order = lambda r: (r is self.winner, bool(self._repeats(r)), r.rank)
         return TextTable(self._row(r) for r in sorted(self.best.values(), key=order, reverse=True))
@@ -188,7 +195,7 @@ class Found:
 
 
 def best_of(runs):
-    """Return {name of a candidate: its best run}."""
+    """Return {candidate name: best run}."""
     best = {}
     for r in runs:
         if r.name not in best or r.rank > best[r.name].rank:

@@ -1,10 +1,10 @@
-"""Show tables of runs and recipes as text, in a terminal or in a notebook."""
+"""Show tables of runs and recipes in a terminal or a notebook."""
 
 __all__ = ['TextTable']
 
 
 class TextTable(list):
-    """A list of dicts with the same keys, shown as a table."""
+    """A list of dicts with the same keys that prints as a table."""
 
     def __repr__(self):
         if not self:

@@ -59,11 +59,12 @@ def find(
 ):
     """Try recipes and learning rates on short runs, repeat the best, and print a table.
 
-    Several processes with the same folder search together. After Ctrl-C the best so far is shown;
-    the same command with a folder resumes. The last line is a command that trains with the best.
-    Example: fastdistill find train.py:student teacher.pkl --n-epoch 5.
+    Several processes can search together if they use the same folder. After Ctrl-C, the best result
+    so far is shown. With a folder, the same command resumes the search. The last line of the output
+    is a command that trains with the best recipe. Example: fastdistill find train.py:student
+    teacher.pkl --n-epoch 5.
     """
-    from ... import fastai  # noqa: F401 (it gives Learner distill_find)
+    from ... import fastai  # noqa: F401 (this import adds Learner.distill_find)
 
     recipes = {text: load_recipe(text) for text in recipe or ()}
     try:
@@ -90,7 +91,7 @@ def find(
 
 
 def training_command(student, teacher, data, n_epoch, fine_tune, found):
-    """Return a shell command that trains with what was found."""
+    """Return a shell command that trains with the recipe and learning rate that were found."""
     labels_alone = found.winner.name == found.labels
     if (
         of_run(student)

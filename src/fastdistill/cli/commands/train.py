@@ -95,8 +95,8 @@ def train_command(
 ):
     """Train a student with a teacher, from files on disk, and show what was gained.
 
-    Trains the teacher (unless given), the student without the teacher, and the student with the
-    teacher. Then they are compared.
+    The command trains the teacher (unless it is given), the student without the teacher, and the
+    student with the teacher. Then it compares the models.
 
     
     Images, a folder for each class (or train/CLASS and valid/CLASS):
@@ -121,7 +121,8 @@ def train_command(
     given = {
         k: v for k, v in locals().items() if v is not None and k not in ('out', 'config', 'resume')
     }
-    # mistakes are shown before PyTorch is imported; of several processes, the first one shows them later
+    # report mistakes in the settings before PyTorch is imported; with several processes, only the
+    # first process reports them, later
     if os.environ.get('WORLD_SIZE', '1') == '1':
         settings_of(given, config, out, resume)
     from ...base.distributed import joined_processes
