@@ -119,10 +119,12 @@ class DistillCallback(Callback):
     def _batches(self, trainer):
         """Yield training batches as (inputs, labels).
 
-        An iterable dataset yields none, since it may not be readable twice.
+        No batches are yielded for an iterable dataset, because it may not be possible to read it
+        twice.
         """
         # subtle: setup_data uses a random number, and Lightning does not call it again for
-        # training. Call it here, before `check_first` saves the random state.
+        # training.
+        # Call it here, before `check_first` saves the random state.
         trainer.fit_loop.setup_data()
         loader = trainer.train_dataloader
         if isinstance(getattr(loader, 'dataset', None), IterableDataset):

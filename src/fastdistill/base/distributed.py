@@ -83,8 +83,8 @@ def average_gradients(params: Iterable[Tensor]) -> None:
     """Average the gradients of parameters over all ranks. A missing gradient is treated as 0.
 
     Args:
-        params: Parameters of modules that are not wrapped by DistributedDataParallel. They must be
-            the same on all ranks.
+        params: Parameters of modules that are not wrapped by DistributedDataParallel. All ranks
+            must pass the same parameters in the same order.
     """
     if world_size() == 1:
         return

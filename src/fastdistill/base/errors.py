@@ -25,6 +25,6 @@ def close_name(name: str, have: Iterable[str]) -> str:
     return f' (did you mean {close[0]!r}?)' if close else ''
 
 
-# By default, Python shows equal warnings only once per process, but each training run must show its
-# warnings. Filters set by the user take precedence.
+# Show equal warnings again, because a process may run several trainings.
+# Filters set by the user take precedence.
 warnings.filterwarnings('always', category=DistillWarning, append=True)

@@ -48,8 +48,8 @@ LIBRARIES = {
     'torch',
     'torchvision',
 }
-# Longer collections are assumed to be data. A search that finds more objects is assumed to have
-# reached the data.
+# Longer collections are assumed to be data and are not searched.
+# The search ends after this many objects, because it has probably reached the data.
 MAX_ITEMS, MAX_OBJECTS = 200, 20_000
 
 # {generator class: (function that gets the state, function that sets the state, function that

@@ -75,8 +75,8 @@ class TopK:
         """Compute logits of all `n` classes. The logits are log-probabilities, except that with
         'mean' the probabilities sum to less than 1.
 
-        With 'bucket', the KL to the student at T=1 is the same as if the other classes were merged
-        into one class. The same is true for the gradient of the KL.
+        With 'bucket', the KL to the student at T=1 and its gradient are the same as if all other
+        classes were merged into one class.
 
         Args:
             student: Student logits. Required for 'bucket'.
@@ -221,9 +221,9 @@ class Draws:
     (Sparse Logit Sampling, ACL 2025, arXiv:2503.16870).
 
     The relative frequencies of the classes are an unbiased estimate of the probabilities. Losses
-    that are linear in the teacher's probabilities, and their gradients, are then unbiased too.
-    These losses are `kl` and `soft_ce` at the same temperature. All other losses would be biased,
-    so they raise an error.
+    that are linear in the teacher's probabilities, and their gradients, are then unbiased too. The
+    only such losses are `kl` and `soft_ce` at the temperature of the draws. All other losses would
+    be biased, so they raise an error.
 
     Attributes:
         ids: Class indices, (B, ..., k).

@@ -132,8 +132,8 @@ def restoring_outside(on: bool) -> Iterator[None]:
 
 @contextmanager
 def restored_once() -> Iterator[None]:
-    """Context manager inside which `seeded` does not restore the CPU generators. They are restored
-    once at the end, because restoring NumPy's generator is slow.
+    """Context manager inside which `seeded` does not restore the CPU generators. All CPU generators
+    are restored once at the end, because restoring NumPy's generator is slow.
     """
     with restored_generators(), restoring_outside(True):
         yield

@@ -16,8 +16,8 @@ __all__ = ['BatchSamples', 'OutputSource', 'lerp', 'mixed']
 
 @dataclass
 class BatchSamples:
-    """Information about the samples of a batch. This object is passed along with the batch and
-    stays on the CPU.
+    """Information about the samples of a batch. A `BatchSamples` object is passed along with the
+    batch and stays on the CPU.
 
     Attributes:
         index: Position of each sample in the dataset, (B,). None if no source needs the positions.

@@ -12,8 +12,8 @@ MIX = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 
 
 def scramble(x: Any) -> Any:
-    """Compute the splitmix64 hash of a 64-bit integer or an array of them. Every bit of the result
-    depends on every bit of `x`.
+    """Compute the splitmix64 hash of a 64-bit integer or of an array of 64-bit integers. Every bit
+    of the result depends on every bit of `x`.
     """
     # for a single integer, this computes the same value but is much faster than NumPy
     if isinstance(x, int):

@@ -37,7 +37,7 @@ def compare_detectors(
     multiply-accumulates and latency. The models are not changed.
 
     Intervals and tests resample whole images. For speed, the detections of each class are sorted by
-    score into 100 bins of equal size. This changes the average precision by less than one
+    score into 100 bins of equal size, which changes the average precision by less than one
     percentage point.
 
     Args:

@@ -290,9 +290,9 @@ class DetectionDistiller(Distiller):
     # checks
 
     def check(self, x, *targets, n: int = BATCHES) -> Findings:
-        """Check for mistakes that would otherwise go unnoticed. These are targets in a wrong form,
-        a teacher that finds hardly any boxes, a different order of classes (including a shift by
-        the background class), and images that are too small for the teacher. Neither model is
+        """Check for mistakes that would otherwise go unnoticed. The checks find targets in a wrong
+        form, a teacher that finds hardly any boxes, a different order of classes (such as a shift
+        by the background class), and images that are too small for the teacher. Neither model is
         changed.
 
         Args:

@@ -124,7 +124,7 @@ class LevelScores(nn.Module):
 
 class DetectorView(nn.Module):
     """The backbone and the head of a detector, without resizing, normalization and postprocessing.
-    The modules are those of the detector and keep their names.
+    The modules of the detector are used directly, under the same names.
     """
 
     def __init__(self, detector):
@@ -199,8 +199,9 @@ def on_device_of(images, model: nn.Module) -> list:
 
 
 def example_pixels(detector) -> Tensor:
-    """Return a batch with one empty image, in the form that the backbone gets. If the detector has
-    no fixed size, the image is small, because the strides of the levels do not depend on the size.
+    """Return a batch with one image of zeros, in the form that the backbone expects. If the
+    detector has no fixed size, the image is small, because the strides of the levels do not depend
+    on the size.
     """
     p = next(detector.parameters())
     size = fixed_size(detector) or (256, 256)

@@ -83,8 +83,8 @@ def fit_temperature(
 
     Returns:
         The temperature as a scalar tensor, or one per label, (L,), for a sigmoid. The temperature
-        is 1 if the best value is outside the range from 0.05 to 20. This happens, for example, if
-        all predictions are correct, or if a label is always or never present.
+        is 1 if the best value is outside the range from 0.05 to 20. The best value is outside this
+        range if, for example, all predictions are correct, or a label is always or never present.
 
     Raises:
         DistillError: If the labels do not fit the logits, or if the kind is 'regression'.
@@ -112,7 +112,7 @@ def calibrate_model(
     The predicted classes do not change.
 
     Args:
-        model: A trained model. Its last layer is changed if `fold` is True.
+        model: A trained model. The last layer is changed if `fold` is True.
         batches: Iterable of (inputs, targets), both tuples, with samples that were not used for
             training.
         task: What the model predicts.

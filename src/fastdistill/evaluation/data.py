@@ -295,7 +295,7 @@ class ReportData(JsonReport):
     def class_changes(self) -> list:
         """Return (class, index, baseline value, value of the first student, change) for each class.
 
-        The list is sorted by change, with the largest gain first. It is empty if there is no
+        The list is sorted by change, with the largest gain first. The list is empty if there is no
         baseline.
         """
         model = next((n for n in self.students if n != self.baseline), None)

@@ -10,8 +10,8 @@ from .data import Comparison, Difference, Estimate
 __all__ = ['PairedScores', 'mcnemar']
 
 MAX_SAMPLES = (
-    # If there are more samples, they are combined into this many random groups. The groups are then
-    # resampled instead of the samples.
+    # If there are more samples, groups of samples are resampled instead of single samples.
+    # This is then the number of groups.
     20_000
 )
 CELLS = 10_000_000  # maximum number of elements in a matrix of weights

@@ -39,8 +39,8 @@ __all__ = [
 # 'auto', 'last', 'embedding', a layer name that both models have, or pairs of names in any form
 # that `pair` accepts
 LayersLike = str | Mapping[str, Any] | Sequence[Any]
-# Up to this many blocks, all blocks are paired. If both models have more blocks, four pairs at
-# equal intervals are used.
+# If one model has at most this many blocks, all of its blocks are paired.
+# If both models have more blocks, four pairs at equal intervals are used.
 MAX_BLOCKS = 6
 
 
@@ -415,9 +415,9 @@ def _pair_by_resolution(a: list, b: list, size_a: tuple, size_b: tuple) -> list 
     row = longest_row(a, b, lambda i, j: equal(i, j) and down_a[i] == down_b[j])
     if ends(row) or all(down_a + down_b):
         return row if ends(row) else None
-    # One model is a U-Net. If the other model ends at the same resolution as the U-Net, pair it
-    # with the U-Net's last stages. Otherwise, pair it with the U-Net's way down, or with its way up
-    # if no stage on the way down matches.
+    # One model is a U-Net.
+    # If both models end at the same resolution, pair the last stages of both.
+    # Otherwise, use the U-Net's way down, or its way up if no stage on the way down matches.
     anywhere = longest_row(a, b, equal)
     return anywhere if ends(anywhere) else row or anywhere or None
 
@@ -425,7 +425,7 @@ def _pair_by_resolution(a: list, b: list, size_a: tuple, size_b: tuple) -> list 
 def longest_row(a: list, b: list, equal: Callable) -> list:
     """Return the longest sequence of matching pairs that keeps the order of both models.
 
-    If several sequences have this length, return the one that ends last.
+    If several sequences have this length, return the sequence that ends last.
     """
     best: dict[tuple[int, int], list] = {}
     for i in range(len(a)):
@@ -442,7 +442,7 @@ def longest_row(a: list, b: list, equal: Callable) -> list:
 
 
 def _going_down(us: list) -> list:
-    """Return for each stage whether it is on the way down, where resolution decreases.
+    """Return a list of bools, True for each stage on the way down, where resolution decreases.
 
     A stage with the same resolution as the stage before has the same direction.
     """

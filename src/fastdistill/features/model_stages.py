@@ -45,7 +45,7 @@ def batch_size(x: Any) -> int | None:
 
 @dataclass
 class Stage:
-    """A layer on the main path of a model that may be the end of a stage.
+    """A layer on the main path of a model, which may be the end of a stage.
 
     Attributes:
         kind: 'map', 'tokens' or 'vector'.
@@ -159,7 +159,7 @@ class MainPath:
         """Return the name of the last layer with weights, which produces the output. Return '' if
         there is no such layer, or if it is part of a block.
 
-        This layer and all later layers are not used as features.
+        This last layer and all layers after it are not used as features.
         """
         head = next((f.name for f in reversed(ran) if has_weights(f.module)), '')
         return (

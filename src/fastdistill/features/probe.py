@@ -120,9 +120,9 @@ def series_layers(ran: Iterable[Fired]) -> set:
 
     Some classes of layers always have their channels first, and some always have them last. Any
     other layer, such as an activation or a block, is compared with the last layer of these classes
-    that finished before. Its channels are assumed to be on the axis with the same number of
-    channels as that layer. If both axes or neither of them have this number, the axis is assumed to
-    be the same as in that layer.
+    that finished before. The channels of the other layer are assumed to be on the axis of the same
+    size as the number of channels. If both axes or neither of them have this size, the channels are
+    assumed to be on the same axis as in the earlier layer.
 
     Args:
         ran: Result of `probe`.
@@ -162,8 +162,8 @@ def dry_run(model: Any, *x: Any) -> Any:
             f'{model_name(inner)} has lazy layers, which have no weights before the first batch. Run '
             'the model on a batch first.'
         )
-    # Use the original model. A faster copy has different modules, which have no hooks and would not
-    # be restored.
+    # Use the original model.
+    # The modules of a faster copy have no hooks and would not be restored.
     run = inner if isinstance(inner, nn.Module) else getattr(inner, 'as_it_is', lambda: inner)()
     with untouched(model):
         try:
@@ -230,8 +230,8 @@ def run_eagerly(model: Any) -> contextlib.AbstractContextManager:
 def main_tensor(out: Any) -> Any:
     """Return the main tensor of a layer's output, or None if the output contains no tensor.
 
-    The main tensor is the output itself, or `last_hidden_state` or `logits` in a dict. Otherwise,
-    it is the first tensor in the output.
+    The main tensor is the output itself, or `last_hidden_state` or `logits` in a dict. If there is
+    neither, the main tensor is the first tensor in the output.
     """
     if isinstance(out, Tensor):
         return as_plain(out)

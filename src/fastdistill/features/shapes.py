@@ -11,8 +11,8 @@ from ..base.outputs import DistillError
 
 __all__ = ['as_map', 'as_tokens', 'as_vector', 'grid', 'resize', 'to_grid']
 
-# Possible numbers of tokens before the image tokens: no tokens; class token; class and distillation
-# tokens; 4 register tokens; class token and 4 register tokens
+# Possible numbers of tokens before the image tokens:
+# 0 none, 1 class, 2 class and distillation, 4 registers, 5 class and 4 registers
 LEAD = 0, 1, 2, 4, 5
 
 
@@ -152,8 +152,8 @@ def _map_as_tokens(s: Tensor, n: int) -> Tensor:
 def _with_class_tokens(lead: Tensor, x: Tensor, n: int) -> Tensor:
     """Prepend `n` class and register tokens to `x`.
 
-    The student's class and register tokens are used. If there are too few, the mean of `x` replaces
-    the missing ones.
+    The student's class and register tokens are used. The mean of `x` is used for tokens that the
+    student does not have.
     """
     lead = lead[:, :n]
     mean = x.mean(1, keepdim=True).expand(-1, n - lead.shape[1], -1)

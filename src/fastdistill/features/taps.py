@@ -95,9 +95,8 @@ class _Tap:
             y = TURNS.get(h, as_is)(y)
         return y, None if compiling or y.is_inference() else y._version
 
-    # subtle: a model may be copied (EMA) or pickled (export) while it has hooks. A hook is copied
-    # as a function that accepts any arguments and does nothing. This function can be loaded without
-    # fastdistill.
+    # subtle: a model may be copied (EMA) or pickled (export) while it has hooks.
+    # A hook is then replaced by a function that does nothing and can be loaded without fastdistill.
     def __reduce__(self) -> tuple:
         return getattr, (contextlib.nullcontext(), '__exit__')
 

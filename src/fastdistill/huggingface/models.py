@@ -21,8 +21,8 @@ PROBLEMS = dict(
 
 
 def names_taken(model) -> set:
-    """Return the names of the arguments of a model's `forward`. For an ensemble, return those of
-    all members.
+    """Return the names of the arguments of a model's `forward`. For an ensemble, return the
+    argument names of all members.
 
     Args:
         model: A module or a `Teacher`.

@@ -277,7 +277,7 @@ class ChunkedRows(torch.autograd.Function):
 
 
 def student_rows(parts: Sequence[Any], cap: float | None) -> Tensor:
-    """Compute the student's logits from the last arguments of `ChunkedRows.apply`."""
+    """Compute the student's logits from (logits,) or (hidden states, weight, bias)."""
     if len(parts) == 1:
         return parts[0]
     hidden, weight, bias = parts

@@ -52,7 +52,7 @@ def others(x: Tensor, axis: int = 1) -> list[int]:
 
 
 def pearson(a: Tensor, b: Tensor, dim: int | list[int], w: Tensor | None, eps: float) -> Tensor:
-    """Compute the Pearson correlation. It is 0 where `a` or `b` is constant.
+    """Compute the Pearson correlation, or 0 where `a` or `b` is constant.
 
     Args:
         a, b: Tensors of the same shape.

@@ -163,7 +163,8 @@ def ifvd(
     Args:
         s: Student map, (B, C, H, W).
         t: Teacher map, (B, C', H, W). The number of channels may differ.
-        y: Labels, (B, H', W'). They are resized to the size of the map by nearest neighbor.
+        y: Labels, (B, H', W'). Labels are resized to the size of the map by nearest-neighbor
+            interpolation.
         classes: Number of classes. None if unknown, which doubles the memory use.
         ignore_index: Positions with this label are excluded.
         axis: Channel axis.

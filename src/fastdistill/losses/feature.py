@@ -105,7 +105,7 @@ def at(
     Args:
         s: Student map, (B, C, H, W).
         t: Teacher map, (B, C', H', W'). The number of channels may differ. If the grids differ, the
-            larger one is average-pooled to the smaller one.
+            larger grid is average-pooled to the smaller grid.
         p: Exponent of the activations, at least 1.
         axis: Channel axis. Use -1 for tokens (B, L, D), whose attention map is over L.
         mask: Samples to include in the loss, (B,).
@@ -131,13 +131,13 @@ def nst(
     Args:
         s: Student map, (B, C, H, W).
         t: Teacher map, (B, C', H', W'). The number of channels may differ. If the grids differ, the
-            larger one is average-pooled to the smaller one.
+            larger grid is average-pooled to the smaller grid.
         axis: Channel axis.
         mask: Samples to include in the loss, (B,).
     """
     s, t = [unit(o.flatten(2), 2) for o in pooled([s, t], axis)]
-    # Both branches compute the same value. With fewer positions than channels, pairs of positions
-    # are cheaper.
+    # Both branches compute the same value.
+    # With fewer positions than channels, pairs of positions are cheaper.
     if s.shape[2] < max(s.shape[1], t.shape[1]):
         v = (s.mT @ s / s.shape[1] - t.mT @ t / t.shape[1]).pow(2).sum((1, 2))
     else:
@@ -294,8 +294,8 @@ def vid(
     be negative. For a fixed variance, its minimum is at s == t.
 
     Args:
-        s: Student features, projected to the teacher's shape. They are used as the mean of the
-            Gaussian.
+        s: Student features, projected to the teacher's shape. The features are used as the mean of
+            the Gaussian.
         t: Teacher features.
         log_scale: Trained parameter, (C,), owned by the module `VID`. The variance is
             softplus(log_scale) + eps. None to use `var` as the variance.

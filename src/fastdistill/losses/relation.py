@@ -130,8 +130,8 @@ def cc(
     """Compute the squared difference between the kernel matrices of the samples, averaged over all
     B^2 elements (correlation congruence, arXiv:1904.01802).
 
-    Other public implementations differ from the paper. One takes the square root of this loss.
-    Another uses products of neighboring samples in the batch instead of a kernel matrix.
+    Other public implementations differ from the paper. For example, some take the square root of
+    this loss, or use products of neighboring samples in the batch instead of a kernel matrix.
 
     Args:
         s: Student features, (B, D) or (B, ...).
@@ -276,7 +276,7 @@ def ickd(
     scaled to length 1 (inter-channel correlation, Liu et al., ICCV 2021).
 
     The loss is summed over the elements of a row and averaged over rows, as in the authors' code
-    for CIFAR. Their code for ImageNet divides by the batch size once more.
+    for CIFAR. The authors' code for ImageNet divides by the batch size once more.
 
     Args:
         s: Student map, projected to the teacher's channels, (B, C, H, W).

@@ -150,8 +150,8 @@ def kl(
 def kl_values(s: Tensor, t: Tensor, T: float, axis: int) -> Tensor:
     if not seen_finite(s, t):
         return kl_from_logs(log_probs(within(t, s), T, axis), log_probs(s, T, axis), axis)
-    # This formula needs half as many exponentials. The largest logit becomes 0, so the log of its
-    # probability is -logsumexp.
+    # This formula needs half as many exponentials as `kl_from_logs`.
+    # The largest logit becomes 0, so the log of its probability is -logsumexp.
     s, t = [(x - x.amax(axis, keepdim=True)).div_(temperature(T)) for x in (s, t)]
     p_s, p_t = s.softmax(axis), t.softmax(axis)
     return (
@@ -559,8 +559,8 @@ def standardize(x: Tensor, *, axis: int = 1, eps: float = 1e-7, correction: int 
 
 
 class Standardized:
-    """Function returned by `standardized`. It has the name and signature of the wrapped loss and
-    can be pickled.
+    """Function returned by `standardized`. The function has the name and signature of the wrapped
+    loss and can be pickled.
     """
 
     def __init__(self, fn: Callable, **options: Any) -> None:

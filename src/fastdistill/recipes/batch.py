@@ -51,7 +51,8 @@ class Batch:
 
     Attributes:
         others: Second labels of a mixed batch.
-        lam: Weight of the first labels in a mixed batch. None if the batch is not mixed.
+        lam: Weight of the first labels in a batch mixed by MixUp or CutMix. None if the batch is
+            not mixed.
     """
 
     student: Outputs
@@ -105,7 +106,7 @@ class Batch:
         return replace(self.teacher, logits=logits.dense())
 
     def teacher_for(self, term: Any) -> Outputs | None:
-        """Return the teacher's outputs in the form that a term needs.
+        """Return the teacher's outputs, converted to a form that the term supports.
 
         Hidden states are expanded to logits unless the loss supports them. Draws (sampled classes)
         raise an error unless the loss supports them.
@@ -131,8 +132,8 @@ class Batch:
         return label_errors(s, t, labels, self.task, lam=self.lam, mask=self.mask)
 
     def pairs_of(self, name: str, make: Callable) -> Any:
-        """Return the tensors that a term compares. They are computed only once, because each call
-        of a projector updates its batch norm statistics.
+        """Return the tensors that a term compares. The tensors are computed only once, because each
+        call of a projector updates its batch norm statistics.
         """
         if name not in self.pairs:
             self.pairs[name] = make()
@@ -269,9 +270,9 @@ def next_tokens(y: Tensor, ignore_index: int) -> Tensor:
 def labels_to_shift(
     x: Any, y: Any, shape: Sequence[int], task: Task, causal: bool = False
 ) -> bool | None:
-    """Check whether the labels of a language model must be shifted by one position. They must be
-    shifted if each label is at the position of its token, and not at the position before, which
-    predicts the token. Return None if this batch has no labels.
+    """Check whether the labels of a language model must be shifted by one position. Labels must be
+    shifted if each label is at the position of its token. No shift is needed if each label is one
+    position earlier, where the token is predicted. Return None if this batch has no labels.
 
     This check synchronizes with the GPU, so call it only once.
 

@@ -15,30 +15,32 @@ __all__ = ['GradientRatio', 'GradientRatios']
 
 class GradientRatio:
     """The weight at which a term's gradient norm equals that of the other losses, including the
-    task loss. Both norms are measured at the tensors the term compares (the student's logits or
-    layers) and averaged by running means. They are measured in each of the first batches, then less
-    and less often, and finally once in `EVERY` batches.
+    task loss. Norms are measured at the tensors that the term compares (the student's logits or
+    layers), and running means of the norms are used. The norms are measured in each of the first
+    batches, then less and less often, and finally once in `EVERY` batches.
 
     If the student already agrees with the teacher, the gradient of the term is close to zero, and
     the weight would become huge. Two more quantities prevent this. The first is `apart`, the term's
-    gradient norm with the teacher's outputs of different samples. It is the gradient norm to expect
-    for a student that disagrees with the teacher. The measured norm is clamped to at least `FLOOR`
-    times `apart`. The second is the value of the term, which shows whether the gradient may have
-    grown since the last measurement. All numbers stay on the GPU, so training steps do not wait for
-    a transfer to the CPU.
+    gradient norm with the teacher's outputs of different samples. `apart` estimates the gradient
+    norm for a student that disagrees with the teacher. The measured norm is clamped to at least
+    `FLOOR` times `apart`. The second is the value of the term, which shows whether the gradient may
+    have grown since the last measurement. All numbers stay on the GPU, so training steps do not
+    wait for a transfer to the CPU.
 
     Args:
         fade: If True, lower the weight when the teacher's predictions would hardly improve the
             student's predictions (see `TeacherGain`).
     """
 
-    # FIRST: up to twice this number, every batch is measured. EVERY: final interval between
-    # measured batches. NEW: minimum weight of a new measurement in the running mean.
+    # FIRST: all batches before twice this number are measured
+    # EVERY: final interval between measured batches
+    # NEW: minimum weight of a new measurement in the running mean
     FIRST, EVERY, NEW = 16, 32, 0.2
     ENOUGH = 16  # a measurement of fewer samples has a lower minimum weight
-    # Minimum norm relative to `apart`. Two samples are sqrt(2) times as far from each other as from
-    # the mean of all samples. So 0.7 is about the relative norm for a student that always predicts
-    # the mean.
+    # Minimum norm relative to `apart`.
+    # On average, two samples are sqrt(2) times as far from each other as from the mean of all
+    # samples.
+    # So 0.7 is about the relative norm for a student that always predicts the mean.
     FLOOR = 0.7
     JUMP = 4.0  # if the norm grows by more than this factor, the new norm replaces the mean
 
@@ -107,7 +109,7 @@ class GradientRatio:
 
     @property
     def factor(self):
-        """The weight, a 0-dim tensor. It is 0 as long as the term has no gradient."""
+        """The weight, a 0-dim tensor. The weight is 0 as long as the term has no gradient."""
         return self.factor_at(None)
 
     def factor_at(self, value: Tensor | None) -> Tensor:

@@ -9,8 +9,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 __all__ = ['gradient_norm', 'norms_at_layer', 'norms_at_logits', 'shares_in_words', 'swamped']
 
 
-# Gradients are multiplied by this factor during the measurement, so that they do not underflow in
-# half precision
+# Gradients are scaled by this factor while they are measured, to avoid underflow in half precision
 SCALE = 2.0**10
 # operations that only rearrange, copy or average the output of a layer
 ARRANGES = {
@@ -86,8 +85,8 @@ def norms_at_layer(values, student):
     buffers = [(b, b.clone()) for b in student.buffers()]
     norms = {k: norms_at_each(v, params) for k, v in values.items()}
     with torch.no_grad():
-        # With activation checkpointing, the backward pass runs a module again. The running
-        # statistics of its batch norm would then include this batch twice.
+        # With activation checkpointing, the backward pass runs a module a second time.
+        # Running statistics of batch norms would then include this batch twice.
         for b, before in buffers:
             if not torch.equal(b, before):
                 b.copy_(before)

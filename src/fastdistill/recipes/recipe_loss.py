@@ -294,7 +294,7 @@ class RecipeLoss(nn.Module):
         return [student.feats[n] for n in dict.fromkeys(layers)] if layers else [student.logits]
 
     def _apart(self, name, b):
-        """Compute the value of a term with the teacher's outputs assigned to the wrong samples."""
+        """Compute the value of a term with the teacher's outputs of different samples."""
         term = next(t for t in self.recipe.terms if t.name == name)
         return self._value(term, b.with_teacher(name, self.ratios[name].of_different_samples))
 

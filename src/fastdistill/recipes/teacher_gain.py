@@ -14,11 +14,11 @@ __all__ = ['TeacherGain', 'label_errors']
 
 class TeacherGain:
     """Fraction of the student's squared error that the teacher's predictions can remove. The gain
-    is 1 - min over m in [0, 1] of |y - (m p_teacher + (1-m) p_student)|^2 / |y - p_student|^2. Here
-    y are the labels and p are probabilities at T=1 (or the predicted numbers in regression). The
-    sums over samples are running means. The gain is close to 1 if the teacher predicts the labels
-    well and the student does not. It is 0 if no mixture of both predictions is better than the
-    student's predictions.
+    is 1 - min over m in [0, 1] of |y - (m p_teacher + (1-m) p_student)|^2 / |y - p_student|^2. In
+    this formula, y are the labels and p are probabilities at T=1 (or predicted numbers in
+    regression). Sums over samples are replaced by running means over batches. The gain is close to
+    1 if the teacher predicts the labels well and the student does not. The gain is 0 if no mixture
+    of both predictions is better than the student's predictions.
 
     All sums stay on the GPU, so training steps do not wait for a transfer to the CPU.
     """

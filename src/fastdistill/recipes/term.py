@@ -1,4 +1,6 @@
-"Terms, each of which compares student and teacher with one loss, and recipes made of terms."
+"""Define terms, which compare student and teacher with one loss each, and recipes, which combine
+terms.
+"""
 
 import copy
 import functools
@@ -24,7 +26,7 @@ SCHEDULED = 'T', 'lam'  # loss options that may follow a schedule
 
 
 class Term:
-    """One comparison of student and teacher: a loss, its weight, and the layers it compares (by
+    """One comparison of student and teacher, with a loss, a weight, and the layers to compare (by
     default, the logits).
 
     Args:
@@ -99,7 +101,7 @@ class Term:
         args = [p for p in ps if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
         self.accepts = {p.name for p in ps if p.kind is p.KEYWORD_ONLY}
         self.defaults = {p.name: p.default for p in ps if p.kind is p.KEYWORD_ONLY}
-        # number of targets that the loss takes; None if it takes all of them as *args
+        # number of targets that the loss takes; None if the loss takes any number of targets
         self.n_targets = (
             None
             if any(p.kind is p.VAR_POSITIONAL for p in ps)
@@ -178,7 +180,7 @@ class Term:
 
     def options_at(self, progress: float | None, context: dict) -> dict:
         """Return the options to call the loss with. `context` holds options that depend on the
-        batch, such as class axis and mask. The loss gets only those that it accepts.
+        batch, such as class axis and mask. Options that the loss does not accept are left out.
         """
         own = {
             k: value_at(v, progress, k) if k in SCHEDULED else v for k, v in self.options.items()

@@ -77,7 +77,7 @@ def kd(T: ScheduleLike = 4.0, alpha: ScheduleLike = 0.9, class_mean: bool = Fals
         T: Temperature, a number or schedule. `temperature` is an alias of `T`.
         alpha: Weight of the teacher, a number or schedule. The task loss has weight 1-alpha.
         class_mean: If True, also divide the KL by the number of classes, as many older scripts do.
-            The effect is that of a smaller alpha.
+            This has the same effect as a smaller alpha.
     """
     alpha = schedule(alpha, 'alpha')
     if not callable(alpha) and not 0 <= alpha <= 1:
@@ -297,8 +297,8 @@ def rld(
     weight: ScheduleLike | None = None,
     grad_ratio: ScheduleLike | None = None,
 ) -> Recipe:
-    """Add refined logit distillation to the task loss (ICCV 2025, arXiv:2408.07703). This loss
-    leaves out classes that the teacher considers more likely than the label.
+    """Add refined logit distillation to the task loss (ICCV 2025, arXiv:2408.07703). Classes that
+    the teacher considers more likely than the label are left out of this loss.
 
     Args:
         alpha: Weight of the part of the loss for the probability of the label.
@@ -373,8 +373,8 @@ def logit_std(recipe: Term | Recipe) -> Recipe:
     return Recipe(*map(std, recipe.terms), task=recipe.task)
 
 
-# The recipes below compare layers and are added to the task loss or to kd(). The papers' weights
-# depend on the size of the network, so the default is this gradient ratio instead of a weight.
+# The recipes below compare layers and are added to the task loss or to kd().
+# The default is this gradient ratio, because the papers' weights depend on the size of the network.
 GRAD_RATIO = 0.1
 
 
@@ -510,8 +510,9 @@ def ab(
     Args:
         layers: As in `Term`. For best results, name layers whose values are taken before the ReLU,
             e.g. '0.7.1.relu@in'.
-        weight: 'paper' is 50. This is the authors' weight of 0.003 times the number of elements in
-            the last stage of a CIFAR network, because our loss averages over elements.
+        weight: 'paper' is 50. The authors use a weight of 0.003 and sum over elements. Our loss
+            averages over elements, so 0.003 is multiplied by the number of elements in the last
+            stage of a CIFAR network.
         stop_at: As in `Term`. The paper used this loss only in the first phase of the training.
         grad_ratio: Use instead of `weight`: ratio of this term's gradient norm to that of all
             weighted losses, measured at the layers of the term. 0.1 if neither `weight` nor
@@ -699,8 +700,8 @@ def pkt(
 
     Args:
         layers: As in `Term`. The default compares pooled features, as in RepDistiller.
-        weight: 'paper' is 470. This is RepDistiller's weight of 30000 for batches of 64, converted
-            to the scale of our loss.
+        weight: 'paper' is 470. RepDistiller uses a weight of 30000 for batches of 64, which is
+            converted here to the scale of our loss.
         grad_ratio: Use instead of `weight`: ratio of this term's gradient norm to that of all
             weighted losses, measured at the layers of the term. 0.1 if neither `weight` nor
             `grad_ratio` is given.

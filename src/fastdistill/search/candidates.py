@@ -76,8 +76,8 @@ def candidates_for(
         classes: Number of classes of a softmax. None if unknown.
         dense: True if each sample has many predictions, e.g. for pixels or tokens.
         maps: True if the predictions form a map (B, C, H, W).
-        layers: If True, include recipes that compare layers. They need a teacher that runs during
-            the training.
+        layers: If True, include recipes that compare layers. Such recipes need a teacher that runs
+            during the training.
         teacher: Teacher logits, as in `auto`.
         doubt: As in `auto`.
     """

@@ -17,7 +17,7 @@ class Found:
     """Result of `distill_find`. Use it as in `student.distill(teacher, 5, found.lr, found.recipe)`.
 
     Args:
-        candidates: {name: `Candidate`}. The first one is training on labels only.
+        candidates: {name: `Candidate`}. The first candidate is training on labels only.
         runs: Runs of the search, with one seed.
         finals: Repetitions of the best runs with different seeds.
         metric: Name of the score. Higher values are better.
@@ -64,8 +64,8 @@ class Found:
         return sorted((f for f in self.finals if f.key == run.key), key=lambda f: f.seed)
 
     def _finalists(self):
-        """Return the best runs that were repeated. If at least two of them were repeated with
-        several seeds, return only those.
+        """Return the best runs that were repeated. If at least two runs were repeated with several
+        seeds, return only these runs.
         """
         found = [r for r in self.best.values() if self._repeats(r)]
         often = [r for r in found if len(self._repeats(r)) > 1]

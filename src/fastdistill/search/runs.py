@@ -68,16 +68,16 @@ class Run:
 
     @property
     def file(self):
-        """File name of the run. It depends on the recipe, options, learning rate and seed, but not
-        on the result.
+        """File name of the run. The name depends on the recipe, options, learning rate and seed,
+        but not on the result.
         """
         text = json.dumps([self.name, self.options, self.lr, self.seed], sort_keys=True)
         return f'run_{hashlib.sha256(text.encode()).hexdigest()[:16]}.json'
 
 
 class Runs:
-    """Executes each `Run` once. Several processes can share a folder. Each process then trains runs
-    that no other process is training.
+    """Executes each `Run` once. Several processes can share a folder. No two processes train the
+    same run.
 
     Args:
         train: fn(run, after_epoch, late) -> result as plain data, or None if the training ended

@@ -29,8 +29,8 @@ LOGGERS = 'csv', 'tensorboard'  # in addition to history.csv, which is always wr
 
 @dataclass(frozen=True)
 class Arch:
-    """An architecture, given by its name and the sizes of its layers. Sizes of None stand for the
-    default sizes.
+    """An architecture, given by its name and the sizes of its layers. The default sizes are used if
+    `layers` is None.
     """
 
     name: str
@@ -51,9 +51,9 @@ class TrainConfig:
 
     Attributes:
         data: A folder or a CSV file.
-        teacher: One of three: an architecture to train first; a file that `Teacher` accepts, such
-            as an exported Learner; or the folder of a finished run, whose student becomes the
-            teacher.
+        teacher: An architecture, which is trained first, or a file that `Teacher` accepts, such as
+            an exported Learner. The folder of a finished run is also allowed. The student of that
+            run then becomes the teacher.
         student: An architecture.
         teacher_layers: Sizes of the teacher's layers, such as '64,32', for architectures with
             configurable layers. Empty for the default sizes.

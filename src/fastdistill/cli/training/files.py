@@ -93,7 +93,7 @@ DATA_FORMS = dict(
 
 
 def split_folders(path):
-    """Return (training folder, validation folder). Return None if one of them does not exist."""
+    """Return (training folder, validation folder), or None unless both exist."""
     inside = {p.name.lower(): p for p in path.iterdir() if p.is_dir()}
     train, valid = (
         next((inside[n] for n in names if n in inside), None) for names in (TRAIN, VALID)
@@ -123,8 +123,8 @@ def leads_back(path, above):
 
 
 def check_each_once(files):
-    """Raise a DistillError if symbolic links lead to the same image twice. One of the two could be
-    in the training set and the other in the validation set.
+    """Raise a DistillError if symbolic links lead to the same image twice. The image could
+    otherwise be in both the training and the validation set.
     """
     folders, first, again = {}, {}, []
     for p in files:

@@ -33,7 +33,7 @@ BATCH = dict(images=64, masks=8, texts=64, table=256)
 
 
 def loaders_of(s, config, teacher=None):
-    """Build fastai DataLoaders. Their batches depend only on the random states of Python, NumPy and
+    """Build fastai DataLoaders. The batches depend only on the random states of Python, NumPy and
     PyTorch.
 
     Args:
