@@ -123,8 +123,7 @@ class DistillCallback(Callback):
         twice.
         """
         # subtle: setup_data uses a random number, and Lightning does not call it again for
-        # training.
-        # Call it here, before `check_first` saves the random state.
+        # training. So call setup_data here, before `check_first` saves the random state.
         trainer.fit_loop.setup_data()
         loader = trainer.train_dataloader
         if isinstance(getattr(loader, 'dataset', None), IterableDataset):

@@ -83,8 +83,8 @@ def disk_full(error: BaseException | None) -> str | None:
     return None.
     """
     while error is not None:
-        # subtle: PyTorch raises its own error with the system's error as the cause, and Rust
-        # libraries give the error number only in the text
+        # subtle: the system's error may be the cause of a PyTorch error.
+        # Rust libraries give the error number only in the text of the error.
         code = getattr(error, 'errno', None) or int(
             (re.search(r'\(os error (\d+)\)', str(error)) or [0, 0])[1]
         )

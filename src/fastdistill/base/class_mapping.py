@@ -25,7 +25,8 @@ def class_groups(
         groups: A class or a list of classes for each output, as {output name: classes} or as a
             list.
         option: Name of the option in messages.
-        vocab: Names of all classes, for groups that contain names.
+        vocab: Names of all classes, for converting names in `groups` to indices. None to keep
+            names.
         disjoint: True to raise an error if a class is in two groups.
     """
     if groups is None:

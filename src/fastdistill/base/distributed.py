@@ -144,9 +144,10 @@ def gather_rows(x: Tensor) -> Tensor:
 
 
 def previous_rows(x: Tensor) -> Tensor:
-    """Return the previous row for each row, with the rows of all ranks concatenated in the order of
-    the ranks. The first row gets the last row. If the shapes of rows differ between ranks, as with
-    tokens padded to different lengths, each rank uses only its own rows.
+    """Replace each row by the previous row. The rows of all ranks form one sequence, in the order
+    of the ranks. The first row of this sequence is replaced by the last row. If the shapes of rows
+    differ between ranks, as with tokens padded to different lengths, each rank uses only its own
+    rows.
 
     Args:
         x: At least one row, (B, ...).

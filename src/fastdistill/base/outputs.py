@@ -44,8 +44,8 @@ class TopK:
     - 'uniform': the remaining probability is divided equally among them;
     - 'bucket': the remaining probability is divided as in the student's prediction;
     - 'zero': they have probability 0;
-    - 'mean': each class has the mean of their log-probabilities, which is accurate at high
-      temperatures.
+    - 'mean': all of these classes have the same log-probability, the mean, which is accurate at
+      high temperatures.
 
     Attributes:
         ids: Class indices, (B, ..., k).
@@ -133,7 +133,7 @@ TAILS = 'mean', 'uniform', 'zero', 'bucket'
 @dataclass
 class LinearLogits:
     """Logits in factored form, as the last hidden state of a model and its output layer. The logits
-    are `hidden @ weight.T + bias`. With a `cap`, they are soft-capped as `cap * tanh(logits /
+    are `hidden @ weight.T + bias`. With a `cap`, the logits are soft-capped as `cap * tanh(logits /
     cap)`. The class axis is the last axis.
 
     Losses that compare each position separately compute the logits in chunks, so that the logits of
@@ -267,8 +267,8 @@ class Draws:
 
         Args:
             name: Name of the loss in the message.
-            T: Temperature of the loss, if it is the wrong temperature. None if the loss is not
-                linear in the teacher's probabilities.
+            T: Temperature of the loss, if it differs from the temperature of the draws. None if the
+                loss is not linear in the teacher's probabilities.
         """
         if T is None:
             return (
@@ -390,8 +390,8 @@ MAX_AXIS = 8
 
 
 def check_axis(axis: Any) -> None:
-    """Raise a DistillError if no outputs can have this class axis. Whether a model's outputs have
-    the axis is checked in the first batch.
+    """Raise a DistillError if no outputs can have this class axis. The first batch shows whether a
+    model's outputs really have this axis.
     """
     whole = isinstance(axis, Integral) and not isinstance(axis, bool)
     if axis is None or whole and 1 <= abs(axis) <= MAX_AXIS:

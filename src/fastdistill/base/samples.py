@@ -25,7 +25,8 @@ class BatchSamples:
         rows: Rows of a cache, (B, bytes) uint8, read by the process that created the batch.
         target: Teacher outputs that are part of the data, (B, ...) (see `TeacherBlock`).
         items: Raw items of the dataset, as a list or as rows of a table.
-        moved: Names of the transforms that moved positions in the inputs but not in the raw items.
+        moved: Names of the transforms (such as flips) that changed positions in the inputs but not
+            in the raw items.
         n_inp: Number of tensors in the batch that are inputs.
         permutations: Permutations used by MixUp or CutMix. Sample i was mixed with sample
             permutation[i].

@@ -20,8 +20,8 @@ ENOUGH_MATCHES = 10  # minimum number of matched boxes for checking the classes
 
 
 def check_detections(teacher: nn.Module, batches, transform, heads: bool) -> Findings:
-    """Check a teacher. Report if it does not find most boxes, if its classes are in a different
-    order, and if the images are too small for it.
+    """Check a teacher. The checks report boxes that the teacher does not find, classes in a
+    different order, and images that are too small for the teacher.
 
     Args:
         teacher: A detector.
@@ -93,9 +93,9 @@ def seeing_size(teacher: nn.Module, transform) -> nn.Module:
 
 
 def top_matches(detections, targets) -> list:
-    """Match labeled boxes with the detections that have the highest scores, as many as there are
-    labeled boxes. A match needs an IoU of at least 0.5. Each detection is used at most once. Return
-    (label, predicted label) for each match.
+    """Match the labeled boxes of each image with an equal number of detections, those with the
+    highest scores. A match needs an IoU of at least 0.5. Each detection is used at most once.
+    Return (label, predicted label) for each match.
 
     Args:
         detections: One dict per image, with 'boxes', 'scores' and 'labels'.

@@ -181,8 +181,8 @@ class DetectionDistiller(Distiller):
 
     Args:
         student: A RetinaNet, FCOS, SSD, SSDLite, Faster R-CNN, Mask R-CNN or Keypoint R-CNN.
-        teacher: Any of the same detectors, or a `Teacher` of one of them. The number of classes may
-            differ if only feature maps are compared.
+        teacher: A detector of any of these kinds, or a `Teacher` of such a detector. The number of
+            classes may differ if only feature maps are compared.
         recipe: A recipe such as `pkd()`, a `Term`, or a recipe as text. None for
             `pkd(weight='paper')`.
         size: Height and width to which the student's pixels are resized for the teacher. None for

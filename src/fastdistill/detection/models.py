@@ -94,8 +94,8 @@ def as_levels(features) -> dict:
 
 class LevelScores(nn.Module):
     """Module that computes the probability of an object at each position of each level. For dense
-    detectors, this is the highest probability over anchors and classes, without the background. For
-    detectors with proposals, it is the highest objectness over anchors.
+    detectors, the module uses the highest probability over anchors and classes, without the
+    background. For detectors with proposals, the module uses the highest objectness over anchors.
     """
 
     def __init__(self, detector):

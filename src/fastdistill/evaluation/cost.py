@@ -87,7 +87,7 @@ def batch_of(x, n: int) -> tuple:
 
     Args:
         x: Tuple of inputs.
-        n: Number of samples. If the batch has fewer samples, they are repeated.
+        n: Number of samples. The samples of a smaller batch are repeated.
     """
     items = items_in(x)
     if items is not None:

@@ -247,7 +247,7 @@ class ReportData(JsonReport):
         task: 'softmax', 'sigmoid', 'regression' or 'detection'.
         headline: Main measure, by which the verdicts compare the models.
         n: Number of samples.
-        unit: Name of the samples in texts: images, texts, rows ...
+        unit: What to call the samples in texts, e.g. images or rows.
         info: {measure: `MeasureInfo`}.
         teacher: Name of the teacher.
         baseline: Name of the model that was trained without the teacher.

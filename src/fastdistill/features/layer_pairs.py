@@ -444,7 +444,7 @@ def longest_row(a: list, b: list, equal: Callable) -> list:
 def _going_down(us: list) -> list:
     """Return a list of bools, True for each stage on the way down, where resolution decreases.
 
-    A stage with the same resolution as the stage before has the same direction.
+    A stage with the same resolution as the previous stage is assumed to have the same direction.
     """
     down = [True]
     for u, before in zip(us[1:], us):

@@ -97,9 +97,9 @@ def stages(model: Any, x: Any) -> list[Stage]:
 def embedding(model: Any, x: Any) -> Any:
     """Return the name of the layer whose output is the model's embedding.
 
-    The embedding is the first vector after the last map or tokens. If there is no such vector, the
-    embedding is the mean of the last map or tokens. In a network that uses only vectors, the
-    embedding is the output of the last layer before the head.
+    The embedding is the first vector after the last layer that returns a map or tokens. If no
+    vector follows, the embedding is the output of that layer, averaged over positions. In a network
+    that uses only vectors, the embedding is the output of the last layer before the head.
     """
     units = MainPath(model, x).walk()
     if not units:

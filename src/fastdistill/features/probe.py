@@ -118,11 +118,11 @@ def series_layers(ran: Iterable[Fired]) -> set:
     """Return the layers whose output has channels first, (B, C, L), like the output of a 1d
     convolution. Other outputs with three axes are tokens, (B, L, D).
 
-    Some classes of layers always have their channels first, and some always have them last. Any
-    other layer, such as an activation or a block, is compared with the last layer of these classes
-    that finished before. The channels of the other layer are assumed to be on the axis of the same
-    size as the number of channels. If both axes or neither of them have this size, the channels are
-    assumed to be on the same axis as in the earlier layer.
+    Some classes of layers always have their channels first, and some always have them last. For any
+    other layer, such as an activation or a block, the channel axis is inferred from the last layer
+    of these classes that finished before. The channel axis is the axis that has the same size as
+    the channel axis of that layer. If both axes or neither axis has this size, the position of the
+    channel axis is the same as in that layer.
 
     Args:
         ran: Result of `probe`.

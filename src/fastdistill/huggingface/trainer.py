@@ -238,7 +238,8 @@ class DistillationMixin:
         batch.
 
         The Trainer divides the summed loss by `num_items_in_batch`, the number of labels in all
-        batches of an optimizer step. Depending on its arguments, it also averages over processes.
+        batches of an optimizer step. Depending on its arguments, the Trainer also averages over
+        processes.
         """
         mine = (
             getattr(self, 'model_accepts_loss_kwargs', False)

@@ -1,5 +1,5 @@
-"""Compute one value per position in chunks. The only large tensor that this creates is the gradient
-of the logits.
+"""Compute one value per position in chunks. The only large tensor created is the gradient of the
+logits.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -156,7 +156,7 @@ def by_autograd(values: Callable, s: Tensor, t: Tensor, mask: Tensor | None) -> 
 
 
 def second_order(values: Callable, s: Tensor, t: Tensor, mask: Tensor | None, g: Tensor) -> Tensor:
-    """Compute the gradient with its own graph and without chunks."""
+    """Compute the gradient so that it can be differentiated again. This path does not use chunks."""
     return torch.autograd.grad(values(s, t, mask).unsqueeze(1), s, g, create_graph=True)[0]
 
 

@@ -76,8 +76,8 @@ def dkd(
     reduction: str = 'mean',
 ) -> Tensor:
     """Compute T^2 times the sum of two KLs (decoupled distillation, CVPR 2022, arXiv:2203.08679).
-    The first compares (p_y, 1-p_y) and has weight alpha. The second compares the softmax over the
-    classes other than y and has weight beta.
+    The first KL compares (p_y, 1-p_y) and has weight alpha. The second KL compares the softmax over
+    the classes other than y and has weight beta.
 
     Args:
         s: Student logits, any shape.

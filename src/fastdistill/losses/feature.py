@@ -203,8 +203,9 @@ def ab(
     """Compute a squared hinge loss that makes each neuron active where the teacher's neuron is
     active (activation boundaries, arXiv:1811.03233).
 
-    The loss is 0 where `s` has the same sign as `t` and |s| is at least `margin`. So it may be
-    positive at s == t. The authors sum over the elements of a sample and multiply by 0.003.
+    The loss is 0 where `s` has the same sign as `t` and |s| is at least `margin`. The loss may
+    therefore be positive at s == t. The authors sum over the elements of a sample and multiply by
+    0.003.
 
     Args:
         s: Student features before the ReLU, projected to the teacher's shape.
@@ -291,7 +292,7 @@ def vid(
     information distillation, arXiv:1904.05835).
 
     The loss is averaged over the elements of a sample, while the paper sums over them. The loss can
-    be negative. For a fixed variance, its minimum is at s == t.
+    be negative. For a fixed variance, the minimum of the loss is at s == t.
 
     Args:
         s: Student features, projected to the teacher's shape. The features are used as the mean of

@@ -1,9 +1,9 @@
 """Losses that compare relations between samples (`rkd`, `sp`, `cc`, `pkt`, `seed`) or between
 channels (`ickd`).
 
-Each loss compares a square matrix of the student with one of the teacher, so most losses allow
-features of different sizes. Features of a sample are flattened to one vector. Pool maps or tokens
-first if you want to compare their means.
+Each loss compares a square matrix of the student with a square matrix of the teacher, so most
+losses allow features of different sizes. Features of a sample are flattened to one vector. Pool
+maps or tokens first if you want to compare their means.
 """
 
 import math
@@ -68,8 +68,8 @@ def rkd(
     reduction: str = 'mean',
 ) -> Tensor:
     """Compute Huber losses between distances and between angles (relational KD, arXiv:1904.05068).
-    Distances are between pairs of samples and divided by their mean. Angles are the cosines in
-    triples of samples.
+    Distances are between pairs of samples and divided by their mean. Angles are represented by
+    their cosines in triples of samples.
 
     The Huber losses are averaged over all pairs and triples, including i = j, as in the authors'
     code. Samples with equal features have no angle and get no gradient.
@@ -152,8 +152,8 @@ def cc(
 
 
 def neighbors(x: Tensor) -> Tensor:
-    """Compute the log-probability of each other sample, (B, B). Probabilities are proportional to
-    (1 + cosine similarity)/2.
+    """Compute log-probabilities over the other samples for each sample, (B, B). Probabilities are
+    proportional to (1 + cosine similarity)/2.
 
     Args:
         x: Features, (B, D).

@@ -239,8 +239,8 @@ def jsd(
         raise DistillError(
             f'beta={beta}: the weight of the teacher in the mixture must be between 0 and 1'
         )
-    # subtle: at beta 0 and 1, the formula is 0. Return the KL instead, as TRL does. (The KL is the
-    # limit of the formula divided by beta or 1-beta.)
+    # subtle: at beta 0 and 1, the formula is 0.
+    # Return the limit of the formula divided by beta or 1-beta, which is a KL, as TRL does.
     if beta in (0, 1):
         return (reverse_kl if beta else kl)(s, t, T=T, axis=axis, mask=mask, reduction=reduction)
     return reduce_positions(
@@ -513,7 +513,7 @@ def dist(
 
     At s == t, the loss is 0 except for the effect of `eps`. A class whose probability is the same
     at all positions has r_c = 0 and no gradient, as in the authors' code. With a single position,
-    this is true for every class.
+    every class has r_c = 0.
 
     Args:
         s: Student logits, any shape.

@@ -323,8 +323,8 @@ def plain_logits(
     all logits.
 
     If the teacher's outputs are hidden states, logits are computed only for the first samples, and
-    the student outputs and targets are cut to the same samples. If they are draws (sampled
-    classes), the teacher logits are None.
+    the student outputs and targets are cut to the same samples. If the teacher's outputs are draws
+    (sampled classes), the teacher logits are None.
     """
     t: Any = getattr(all_classes(teacher, student), 'logits', None)
     if isinstance(t, Draws):

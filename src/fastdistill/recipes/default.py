@@ -63,10 +63,11 @@ def auto(
 
     In most cases the recipe is the task loss plus one term with a gradient ratio of 3. The term's
     gradient norm at the student's logits is then 3 times that of the task loss. With `fade=True`
-    (see `Term`), the ratio falls if the teacher's predictions add little to the student's. With
-    more than two classes, T is `softening_temperature(teacher)`, so that confident and less
-    confident teachers are softened to the same degree. If `teacher` is not given, T is 4. The
-    measurements are in benchmarks/quality, including the tasks where the default did not help.
+    (see `Term`), the ratio is lowered if the teacher's predictions would hardly improve the
+    student's predictions. With more than two classes, T is `softening_temperature(teacher)`, so
+    that confident and less confident teachers are softened to the same degree. If `teacher` is not
+    given, T is 4. The measurements are in benchmarks/quality, including the tasks where the default
+    did not help.
 
     Args:
         kind: What the model predicts: 'softmax' over classes, 'sigmoid' per label, or 'regression'.

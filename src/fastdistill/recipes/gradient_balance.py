@@ -20,12 +20,11 @@ class GradientRatio:
     batches, then less and less often, and finally once in `EVERY` batches.
 
     If the student already agrees with the teacher, the gradient of the term is close to zero, and
-    the weight would become huge. Two more quantities prevent this. The first is `apart`, the term's
-    gradient norm with the teacher's outputs of different samples. `apart` estimates the gradient
-    norm for a student that disagrees with the teacher. The measured norm is clamped to at least
-    `FLOOR` times `apart`. The second is the value of the term, which shows whether the gradient may
-    have grown since the last measurement. All numbers stay on the GPU, so training steps do not
-    wait for a transfer to the CPU.
+    the weight would become huge. Two more quantities prevent this. `apart` is the term's gradient
+    norm with the teacher's outputs of different samples, and estimates the norm for a student that
+    disagrees with the teacher. The measured norm is clamped to at least `FLOOR` times `apart`. The
+    value of the term shows whether the gradient may have grown since the last measurement. All
+    numbers stay on the GPU, so training steps do not wait for a transfer to the CPU.
 
     Args:
         fade: If True, lower the weight when the teacher's predictions would hardly improve the
@@ -38,8 +37,7 @@ class GradientRatio:
     FIRST, EVERY, NEW = 16, 32, 0.2
     ENOUGH = 16  # a measurement of fewer samples has a lower minimum weight
     # Minimum norm relative to `apart`.
-    # On average, two samples are sqrt(2) times as far from each other as from the mean of all
-    # samples.
+    # On average, two samples are sqrt(2) times as far apart as a sample and the mean of all.
     # So 0.7 is about the relative norm for a student that always predicts the mean.
     FLOOR = 0.7
     JUMP = 4.0  # if the norm grows by more than this factor, the new norm replaces the mean

@@ -76,11 +76,10 @@ class RecipeLoss(nn.Module):
         self.measures, self.seen = (
             True,
             set(),
-            # `measures` turns the report of gradient norms on; `seen` holds the names of the losses in
-            # the last report
+            # measures: whether gradient norms are reported; seen: names of the losses in the last
+            # report
         )
-        # {name: fraction of the sum of all gradient norms}, with 'task' for the task loss. None
-        # until the first training batch.
+        # {name: fraction of the sum of all gradient norms}; None until the first training batch
         self.gradient_shares: dict | None = None
         self.take(recipe)
 
@@ -221,8 +220,7 @@ class RecipeLoss(nn.Module):
         v = blend(first, other, b.lam)
         if not v.dim():
             return v
-        # subtle: average over the included labels. A loss without a `mask` option includes all of
-        # them.
+        # subtle: average over the included labels (all labels if the loss has no `mask` option)
         return v.sum() / (
             v.numel()
             if b.mask is None or 'mask' not in options[0]

@@ -311,8 +311,8 @@ class Recipe:
 
     Args:
         *terms: Terms or Recipes.
-        task: Weight of the task loss, a number or schedule. None for the weight in the given
-            recipes, or 1.
+        task: Weight of the task loss, a number or schedule. None for the weight given by the
+            recipes in `terms`, or else 1.
     """
 
     def __init__(self, *terms: 'Term | Recipe', task: ScheduleLike | None = None) -> None:

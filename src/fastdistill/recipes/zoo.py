@@ -171,7 +171,7 @@ def dist(
     grad_ratio: ScheduleLike | None = None,
     fade: bool = False,
 ) -> Recipe:
-    """Add the correlation between and within classes to the task loss (NeurIPS 2022,
+    """Add a loss for the correlations between and within classes to the task loss (NeurIPS 2022,
     arXiv:2205.10536).
 
     Args:
@@ -211,8 +211,8 @@ def ttm(
 
     Args:
         T: Temperature of the teacher. The student has none.
-        weight: 1 if neither `weight` nor `grad_ratio` is given. The authors tune it for each pair
-            of models.
+        weight: 1 if neither `weight` nor `grad_ratio` is given. The authors tune this weight for
+            each pair of models.
         grad_ratio: Use instead of `weight`: ratio of this term's gradient norm to that of all
             weighted losses (see `Term`).
     """
@@ -247,8 +247,8 @@ def wttm(
 
     Args:
         T: Temperature of the teacher. The student has none.
-        weight: 1 if neither `weight` nor `grad_ratio` is given. The authors tune it for each pair
-            of models.
+        weight: 1 if neither `weight` nor `grad_ratio` is given. The authors tune this weight for
+            each pair of models.
         grad_ratio: Use instead of `weight`: ratio of this term's gradient norm to that of all
             weighted losses (see `Term`).
     """
@@ -590,8 +590,8 @@ def pkd(
     stop_at: float | None = None,
     grad_ratio: ScheduleLike | None = None,
 ) -> Recipe:
-    """Maximize the correlation of each channel with the teacher's features, which ignores their
-    scale (PKD, arXiv:2207.02039).
+    """Maximize the correlation of each channel with the teacher's channel, independent of the scale
+    of the features (PKD, arXiv:2207.02039).
 
     Args:
         layers: As in `Term`. The authors used the levels of a detector's feature pyramid.

@@ -171,7 +171,8 @@ def between_layers():
 
 
 def given_candidates(recipes: dict) -> list[Candidate]:
-    """Return the user's recipes as candidates. Only the learning rate is searched for these.
+    """Return the user's recipes as candidates. For these candidates, only the learning rate is
+    searched.
 
     Args:
         recipes: {name: recipe}. A recipe can also be a term, a text, a dict {head name: recipe}, or

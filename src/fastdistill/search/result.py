@@ -14,7 +14,8 @@ __all__ = ['Found', 'best_of']
 
 
 class Found:
-    """Result of `distill_find`. Use it as in `student.distill(teacher, 5, found.lr, found.recipe)`.
+    """Result of `distill_find`. To train with the result, call `student.distill(teacher, 5,
+    found.lr, found.recipe)`.
 
     Args:
         candidates: {name: `Candidate`}. The first candidate is training on labels only.

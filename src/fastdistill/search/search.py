@@ -35,7 +35,7 @@ class Search:
         n_epoch: Number of epochs of a complete run.
         begin, end: Start and end time of the search.
         trials: Maximum number of runs, not counting repetitions of the best runs. None for as many
-            as possible in the time.
+            as the time permits.
         seeds: Number of seeds with which the best runs are repeated.
         folder: As in `Runs`.
         facts: {name: value} that must be the same in all searches that use the folder.

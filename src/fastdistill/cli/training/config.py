@@ -261,8 +261,8 @@ def exported_student(path: str) -> str:
 
 
 def checked_type(name, v, of):
-    """Return the value of a setting. Raise a DistillError if it does not have the type of its
-    field. An int is valid for a float.
+    """Return the value of a setting. Raise a DistillError if the value does not have the type of
+    its field. An int is valid for a float.
     """
     if not isinstance(of, type) and isinstance(v, int | float | str) and not isinstance(v, bool):
         return v

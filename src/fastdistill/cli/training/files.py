@@ -1,5 +1,5 @@
-"""Read samples from disk as a table. Supported are images in folders, images with masks, CSV files
-and Hugging Face datasets.
+"""Read samples from disk as a table. The data can be images in folders, images with masks, CSV
+files or Hugging Face datasets.
 """
 
 import os
@@ -331,7 +331,7 @@ def is_path(column):
 
 
 def is_text(column):
-    """Return True if the median row has at least three words."""
+    """Return True if at least half of the rows have three or more words."""
     return is_words(column) and column.dropna().iloc[:200].astype(str).str.count(' ').median() >= 2
 
 

@@ -58,8 +58,7 @@ def device_of(config):
         return default_device()
     try:
         device = torch.empty(0, device=config.device).device
-    # subtle: PyTorch raises different errors for unknown devices and for devices that are not
-    # available
+    # subtle: unknown devices and unavailable devices raise different errors in PyTorch
     except (RuntimeError, AssertionError, NotImplementedError) as e:
         raise DistillError(f'device={config.device!r}: {str(e).splitlines()[0]}') from e
     if device.type == 'meta':

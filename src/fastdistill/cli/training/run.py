@@ -52,7 +52,7 @@ PACKAGES = 'fastdistill', 'fastai', 'torch', 'torchvision', 'timm', 'numpy', 'pa
 
 
 def opened_run(given: dict, config_file=None, out=None, resume: bool = False, **kwargs):
-    """Open the run in `out`, or a new run. Nothing is written yet.
+    """Open the run in `out`, or prepare a new run. Nothing is written yet.
 
     Args:
         given: Settings by name.
