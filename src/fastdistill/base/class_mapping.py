@@ -125,7 +125,7 @@ def of_classes(
     if len(classes) != (n := logits.shape[axis]):
         raise DistillError(
             f'classes={classes} is for {len(classes)} outputs, but the teacher returns {n} along '
-            f"axis {axis}: pass the student's class(es) for each, or select= some."
+            f"axis {axis}: pass the student's class(es) for each output, or select outputs with select=."
         )
     return replace(out, classes=classes)
 

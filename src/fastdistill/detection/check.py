@@ -38,7 +38,7 @@ def check_detections(teacher: nn.Module, batches, transform, heads: bool) -> Fin
             [
                 Finding(
                     'note',
-                    'The batches that were looked at have no boxes, so the teacher was not checked',
+                    'The batches read have no boxes, so the teacher was not checked',
                     'Pass batches with boxes',
                 )
             ],

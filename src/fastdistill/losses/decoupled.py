@@ -46,7 +46,7 @@ def checked_labels(
     ):
         raise DistillError(
             f'Labels from {y.min()} to {y.max()} for {n} classes. Use ignore_index (now '
-            f'{ignore_index}) or mask to exclude labels that do not count'
+            f'{ignore_index}) or mask to exclude labels'
         )
     return y, keep
 

@@ -147,13 +147,13 @@ class RecipeLoss(nn.Module):
         weights = self.recipe.weights_at(progress)
         if task is None and weights['task']:
             raise DistillError(
-                'This batch has no labels, but the recipe gives their loss the weight '
-                f'{weights["task"]:g}: use alpha=1, or soft_labels(), to train from the teacher alone'
+                'This batch has no labels, but the recipe gives the task loss the weight '
+                f'{weights["task"]:g}: use alpha=1, or soft_labels(), to train only from the teacher'
             )
         if terms and teacher is None:
             raise DistillError(
-                f"{terms[0].name} needs the teacher's outputs for this batch, and got None: "
-                'needs_teacher(progress) says when'
+                f"{terms[0].name} needs the teacher's outputs for this batch, but got None. "
+                'needs_teacher(progress) returns True for batches that need them'
             )
         self.check_first(student, teacher, targets)
         b = Batch(
@@ -209,9 +209,10 @@ class RecipeLoss(nn.Module):
         each = b.lam.numel() > 1
         if each and ('reduction' not in term.accepts or term.layers is not None):
             raise DistillError(
-                f'{term.name} reads labels, and MixUp gives each sample two of them: a loss of your own '
-                "needs the keyword-only option `reduction` ('none': one value per sample) to be mixed. "
-                'Or use CutMix, whose share is one for the whole batch.'
+                f'{term.name} reads labels, and MixUp gives each sample two of them. With MixUp, your '
+                "own loss needs the keyword-only option `reduction` ('none' returns one value per "
+                'sample). CutMix does not need this option, because it mixes all labels of a batch with '
+                'the same weight.'
             )
         options = [b.options(term, m) | (dict(reduction='none') if each else {}) for m in b.masks]
         first, other = [
@@ -234,8 +235,8 @@ class RecipeLoss(nn.Module):
         links, targets = self.links[term.name], targets[: term.n_targets]
         if term.n_targets and len(targets) < term.n_targets:
             raise DistillError(
-                f'{term.name} needs {term.n_targets} target(s) beside student and teacher, this batch '
-                f'has {len(targets)}'
+                f'{term.name} needs {term.n_targets} target(s) in addition to the outputs of both '
+                f'models, but this batch has {len(targets)}'
             )
         make = lambda: [k.tensors(b.student, b.teacher_for(term)) for k in links]
         pairs = b.pairs_of(term.name, make)

@@ -227,8 +227,8 @@ def read_csv(path, header):
     """Read all columns of a CSV file, or of a .tsv file, which is separated by tabs."""
     if not is_csv(path):
         raise DistillError(
-            f'{path} is neither a folder nor a CSV file (.csv, .tsv; also .gz). Of other files, make '
-            'one of these.'
+            f'{path} is neither a folder nor a CSV file (.csv, .tsv; also .gz). Convert other files '
+            'to CSV.'
         )
     try:
         frame = pd.read_csv(
