@@ -120,9 +120,9 @@ def series_layers(ran: Iterable[Fired]) -> set:
 
     Some classes of layers always have their channels first, and some always have them last. For any
     other layer, such as an activation or a block, the channel axis is inferred from the last layer
-    of these classes that finished before. The channel axis is the axis that has the same size as
-    the channel axis of that layer. If both axes or neither axis has this size, the position of the
-    channel axis is the same as in that layer.
+    with a known channel axis that finished before. The channel axis is the axis that has the same
+    size as the channel axis of that layer. If both axes or neither axis has this size, the position
+    of the channel axis is the same as in that layer.
 
     Args:
         ran: Result of `probe`.

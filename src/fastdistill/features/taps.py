@@ -74,7 +74,7 @@ class _Tap:
 
     def __call__(
         self, module: nn.Module, *what: Any
-    ) -> None:  # `what` is (args, kwargs) before the layer runs, and (args, output) afterwards
+    ) -> None:  # (args, kwargs) before the layer runs, (args, output) afterwards
         if module is not self.module:
             return
         out = what if 'in' in self.how else what[-1]

@@ -507,9 +507,9 @@ def dist(
     mask: Tensor | None = None,
     reduction: str = 'mean',
 ) -> Tensor:
-    """Compute T^2 (beta (1 - r_p) + gamma (1 - r_c)) (DIST, NeurIPS 2022, arXiv:2205.10536). r_p is
-    the Pearson correlation over the classes of a position, and r_c is the Pearson correlation over
-    the positions of a class.
+    """Compute T^2 (beta (1 - r_p) + gamma (1 - r_c)) (DIST, NeurIPS 2022, arXiv:2205.10536). Here
+    r_p is the Pearson correlation over the classes of a position, and r_c is the Pearson
+    correlation over the positions of a class.
 
     At s == t, the loss is 0 except for the effect of `eps`. A class whose probability is the same
     at all positions has r_c = 0 and no gradient, as in the authors' code. With a single position,

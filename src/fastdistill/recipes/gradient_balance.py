@@ -152,7 +152,7 @@ class GradientRatio:
 
 
 class GradientRatios(dict):
-    """{name: `GradientRatio`} for each term with a gradient ratio."""
+    """Dict that maps the name of each term with a gradient ratio to a `GradientRatio`."""
 
     def __init__(self, recipe):
         terms = [t for t in recipe.terms if t.has_grad_ratio]

@@ -45,8 +45,8 @@ class Term:
         match: What must be equal in the layers of both models: 'shape', 'grid' (positions) or
             'none'. None for the value that the loss declares (see `losses.loss`), or 'shape' if the
             loss declares no value.
-        projector: Maps the student's features to the teacher's shape if the loss needs equal
-            shapes: 'auto', 'linear', 'conv', 'conv_bn', 'mlp', or a module.
+        projector: Projector that maps the student's features to the teacher's shape, if the loss
+            requires equal shapes. One of 'auto', 'linear', 'conv', 'conv_bn', 'mlp', or a module.
         stop_at: Training progress (0 to 1) from which on the term has weight 0.
         name: Name of the term and of its column in the training log. None for the name of the loss.
         **options: Options of the loss. `T` and `lam` may follow a schedule, e.g. T=('linear', 8,

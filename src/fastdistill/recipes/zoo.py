@@ -70,8 +70,8 @@ def kd(T: ScheduleLike = 4.0, alpha: ScheduleLike = 0.9, class_mean: bool = Fals
     """Combine soft targets and labels: alpha T^2 KL(teacher || student) + (1-alpha) task loss
     (Hinton 2015, arXiv:1503.02531).
 
-    The loss fits what the model predicts: `kl` for a softmax over classes, `binary_kl` for a
-    sigmoid per label (multi-label), and `regression` for numbers. Regression ignores T.
+    The loss depends on what the model predicts. It is `kl` for a softmax over classes, `binary_kl`
+    for a sigmoid per label (multi-label), and `regression` for numbers. Regression ignores T.
 
     Args:
         T: Temperature, a number or schedule. `temperature` is an alias of `T`.
