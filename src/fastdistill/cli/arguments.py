@@ -117,11 +117,11 @@ DataOption = Annotated[
     typer.Option(
         '--data',
         callback=python_name,
-        help="'file.py:name' of DataLoaders; default: those of the Learner, or of the run that wrote the model.",
+        help="'file.py:name' of DataLoaders; default: those of the Learner or of the run that wrote the model.",
     ),
 ]
 RecipeText = "Such as 'kd(T=4, alpha=.9) + at()', or 'file.py:name'"
 CacheArg = Annotated[
     str, typer.Argument(callback=existing_cache, help='Folder of the cache, or its URL.')
 ]
-NoCheck = Annotated[bool, typer.Option('--check/--no-check', help='Look for mistakes first.')]
+NoCheck = Annotated[bool, typer.Option('--check/--no-check', help='Check for mistakes first.')]

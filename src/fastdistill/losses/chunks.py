@@ -67,7 +67,9 @@ def chunk_size(x: Tensor) -> int | None:
 
 
 def in_transform() -> bool:
-    """Return True inside a torch.func transform, which does not support custom autograd functions."""
+    """Return True inside a torch.func transform, which does not support the autograd functions used
+    here.
+    """
     return getattr(torch._C._functorch, 'peek_interpreter_stack', lambda: None)() is not None
 
 

@@ -46,7 +46,7 @@ def distances(x: Tensor) -> tuple[Tensor, Tensor]:
 
 def cosines(d: Tensor, none: Tensor) -> Tensor:
     """Compute the cosine of the angle at i between j and k by the law of cosines, (B, B, B). The
-    result is 0 if the angle is undefined, because i equals j or k.
+    result is 0 if the angle is undefined, because the distance from i to j or k is 0.
 
     Args:
         d: Distances, (B, B).

@@ -15,7 +15,7 @@ __all__ = ['cache_app']
 
 cache_app = typer.Typer(
     no_args_is_help=True,
-    help="A teacher's outputs on disk: run it once, train as many students as you like.",
+    help="Store a teacher's outputs on disk: run the teacher once, train as many students as you like.",
 )
 
 # largest allowed difference of stored numbers, relative to the largest number of the same row
@@ -39,12 +39,17 @@ def write(
         ),
     ] = 'auto',
     layers: Annotated[
-        list[str] | None, typer.Option(help='A layer to store too; may be repeated.')
+        list[str] | None, typer.Option(help='A layer whose output is also stored; may be repeated.')
     ] = None,
     recipe: Annotated[
-        str | None, typer.Option(help="Recipe for which the store is chosen, such as 'kd(T=2)'.")
+        str | None,
+        typer.Option(
+            help="Recipe that the stored outputs must be suitable for, such as 'kd(T=2)'."
+        ),
     ] = None,
-    valid: Annotated[bool, typer.Option('--valid', help='Store the validation set too.')] = False,
+    valid: Annotated[
+        bool, typer.Option('--valid', help='Also store outputs for the validation set.')
+    ] = False,
     bs: Annotated[
         int | None, typer.Option(help='Batch size; default: that of the DataLoaders.')
     ] = None,
@@ -56,7 +61,7 @@ def write(
     force: Annotated[
         bool, typer.Option('--force', help="Overwrite a cache that doesn't fit.")
     ] = False,
-    yes: Annotated[bool, typer.Option('--yes', '-y', help='Ask no questions.')] = False,
+    yes: Annotated[bool, typer.Option('--yes', '-y', help='Do not ask for confirmation.')] = False,
 ):
     """Run the teacher on the data and store its outputs. An interrupted run is resumed by the same
     command.
@@ -125,7 +130,10 @@ def verify(
     data: DataArg,
     n: Annotated[int, typer.Option(help='Number of rows.', min=1)] = 64,
     tol: Annotated[
-        float | None, typer.Option(help='Largest difference of a logit, relative to its row.')
+        float | None,
+        typer.Option(
+            help='Largest allowed difference of a logit, relative to the largest logit of the same row.'
+        ),
     ] = None,
 ):
     """Run the teacher again on some samples. The exit code is 1 if the outputs differ from the
@@ -175,7 +183,8 @@ def pack_command(
         Path, typer.Argument(help="'targets.zip' (one file, not compressed), or a new folder.")
     ],
     title: Annotated[
-        str | None, typer.Option(help="Title of the card; default: by the teacher's name.")
+        str | None,
+        typer.Option(help='Title of the card; default: made from the name of the teacher.'),
     ] = None,
     data: Annotated[
         str | None, typer.Option(help='What the samples are, and where to get them.')

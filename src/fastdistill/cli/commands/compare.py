@@ -35,7 +35,7 @@ def compare_command(
     ] = None,
     headline: Annotated[str | None, typer.Option(help="The main measure, such as 'nll'.")] = None,
     seconds: Annotated[
-        float, typer.Option(help='Duration of each time measurement; 0 for none.')
+        float, typer.Option(help='Seconds for each time measurement; 0 to skip them.')
     ] = 0.5,
     title: Annotated[str, typer.Option(help='Title of the report.')] = '',
 ):

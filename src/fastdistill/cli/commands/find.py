@@ -31,7 +31,7 @@ def find(
         int, typer.Option(help='Epochs of the training that the recipe is for.', min=1)
     ],
     data: DataOption = None,
-    minutes: Annotated[float, typer.Option(help='The search ends after this time.')] = 10,
+    minutes: Annotated[float, typer.Option(help='Time limit of the search.')] = 10,
     rates: Annotated[
         list[float] | None, typer.Option(help='A learning rate to try; may be given several times.')
     ] = None,
@@ -43,7 +43,8 @@ def find(
     live: Annotated[
         bool,
         typer.Option(
-            '--live', help='Run the teacher in each trial, and try recipes that compare layers too.'
+            '--live',
+            help='Run the teacher in each trial, and also try recipes that compare layers.',
         ),
     ] = False,
     fine_tune: Annotated[bool, typer.Option('--fine-tune', help='Train with fine_tune.')] = False,
@@ -52,7 +53,7 @@ def find(
         list[str] | None,
         typer.Option(
             callback=recipe_names,
-            help=f'{RecipeText}; instead of the usual ones. May be given several times.',
+            help=f'{RecipeText}; replaces the default candidates. May be given several times.',
         ),
     ] = None,
     plot: Annotated[Path | None, typer.Option(help='File for the plot.')] = None,
