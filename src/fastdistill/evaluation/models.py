@@ -67,7 +67,7 @@ class OfModel:
         self.n += len(out)
 
     def add_rows(self, rows, teacher, per_class):
-        """Add the sums of each sample and the agreement with the teacher's rows."""
+        """Add the sums of each sample in a batch, and the agreement with the teacher on this batch."""
         for k, v in scores_of(rows, self.kind, per_class).items():
             if k in self.sums:
                 self.sums[k] = self.sums[k] + v.cpu()

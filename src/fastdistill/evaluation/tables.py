@@ -53,7 +53,7 @@ class Sheet:
 
 
 def sheets_of(r: ReportData, brief: bool = False) -> list[Sheet]:
-    """Return all tables of a report that have rows.
+    """Return all tables of a report that are not empty.
 
     Args:
         r: The report.

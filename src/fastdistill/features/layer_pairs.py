@@ -50,8 +50,8 @@ class Pair:
 
     Attributes:
         projector: Description of the projector, as text.
-        picture: True if tokens are positions in an image. False if they are positions in a sequence
-            such as text.
+        picture: True if tokens are positions in an image. False if tokens are positions in a
+            sequence such as text.
     """
 
     student: str

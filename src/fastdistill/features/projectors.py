@@ -163,7 +163,7 @@ def projector(
         match: What the projected features must have in common with the teacher's: 'shape', 'grid'
             (only the positions), or 'none'.
         picture: True if tokens are positions in an image, provided that their number fits a grid.
-            False if they are positions in a sequence.
+            False if tokens are positions in a sequence.
     """
     check_projector(s_shape, t_shape, kind, match)
     return Projector(s_shape, t_shape, kind, match, picture)

@@ -111,7 +111,7 @@ def to_grid(s: Tensor, like: Sequence[int], picture: bool = True) -> Tensor:
         s: Student features, (B, D), (B, L, D), (B, C, H, W) or (B, C, D, H, W).
         like: Shape of the teacher's features.
         picture: True if tokens are positions in an image, provided that their number fits a grid.
-            False if they are positions in a sequence.
+            False if tokens are positions in a sequence.
     """
     dims = s.dim(), len(like)
     if dims in ((2, 2), (3, 3)) and s.shape[1] == like[1]:

@@ -171,8 +171,8 @@ def by_rows(
     shape = s.shape[:axis] + s.shape[axis + 1 :]
     if axis != s.dim() - 1 and any(isinstance(x, LinearLogits) for x in (s, t)):
         raise DistillError(
-            f'The logits of hidden states have their classes on the last axis, but the loss was called with '
-            f'axis={axis} for {s.dim()} dimensions.'
+            f'The logits of hidden states have their classes on the last axis, but axis={axis} of '
+            f'{s.dim()} dimensions was given.'
         )
     s, t = as_rows(s, axis), as_rows(t, axis)
     mask = None if mask is None else mask.reshape(-1, 1)

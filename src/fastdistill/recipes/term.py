@@ -179,8 +179,8 @@ class Term:
         )
 
     def options_at(self, progress: float | None, context: dict) -> dict:
-        """Return the options to call the loss with. `context` holds options that depend on the
-        batch, such as class axis and mask. Options that the loss does not accept are left out.
+        """Return the options with which the loss is called. `context` holds options that depend on
+        the batch, such as class axis and mask. Options that the loss does not accept are left out.
         """
         own = {
             k: value_at(v, progress, k) if k in SCHEDULED else v for k, v in self.options.items()
