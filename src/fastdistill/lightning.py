@@ -1,4 +1,6 @@
-"""Distillation with Lightning: a callback for your own `LightningModule`, and a complete module."""
+"""Distillation with Lightning, by a callback for your own `LightningModule` or by a complete
+module.
+"""
 
 import functools
 import math
@@ -36,22 +38,25 @@ __all__ = ['DistillCallback', 'DistillModule']
 
 
 class DistillCallback(Callback):
-    """Adds a teacher to a `LightningModule`: `Trainer(callbacks=DistillCallback(teacher, kd(),
-    student='model'))`.
+    """Callback that adds a teacher to a `LightningModule`, as in
+    `Trainer(callbacks=DistillCallback(teacher, kd(), student='model'))`.
 
-    The module's `training_step` is unchanged: it returns the task loss, to which the distillation
-    loss is added.
+    The module's `training_step` returns the task loss as usual. The callback adds the distillation
+    loss.
 
     Args:
-        teacher: A model, a `Teacher`, or what `Teacher` takes. For several heads, a dict {head
-            name: teacher}, as in `Distiller`; a batch then has one label per head.
+        teacher: A model, a `Teacher`, or anything that `Teacher` accepts. For a student with
+            several heads, a dict {head name: teacher}, as in `Distiller`. A batch then needs one
+            label per head.
         recipe: A recipe such as `kd() + at()`, or a `Term`. None to let `auto` choose from the
             student's outputs.
-        student: Attribute of the module that is trained, e.g. 'model'. None for the module itself.
-        split: fn(batch) -> (inputs, labels) of the student. None to split a tuple into the first
-            item and the others, or a dict into inputs and 'labels'.
+        student: Attribute of the LightningModule that holds the student, e.g. 'model'. None if the
+            LightningModule itself is the student.
+        split: fn(batch) -> (inputs, labels) of the student. By default, the first item of a tuple
+            is the input and the others are labels. In a dict, 'labels' holds the labels.
         **options: Options of the `Distiller`: kind, axis, ignore_index, shift_labels, output,
-            check. check=False also skips scoring both models on a few batches.
+            check. With check=False, the scores of both models on a few batches are not checked
+            either.
     """
 
     def __init__(self, teacher, recipe=None, *, student: str | None = None, split=None, **options):
@@ -73,7 +78,7 @@ class DistillCallback(Callback):
         self.build(pl_module)
         d = self.distiller
         d.links.to(pl_module.device)
-        # subtle: restore the recipe chosen before, instead of choosing one for this batch
+        # subtle: restore the recipe from the checkpoint instead of choosing a new one
         if self.state is not None and 'distiller' in self.state:
             d.set_extra_state(self.state['distiller'])
         if self.options.get('check', True):
@@ -88,7 +93,7 @@ class DistillCallback(Callback):
         self._replace_step(trainer, pl_module)
 
     def build(self, pl_module):
-        """Build the Distiller of this module, unless it exists already."""
+        """Build the Distiller for this module, unless it already exists."""
         try:
             student = pl_module if self.student is None else pl_module.get_submodule(self.student)
         except AttributeError as e:
@@ -104,7 +109,7 @@ class DistillCallback(Callback):
                 self.distiller.share_task_loss()
 
     def _complete(self, trainer):
-        """Choose the recipe and build projectors, from a training batch."""
+        """Choose the recipe and build projectors, using a training batch."""
         trainer.fit_loop.setup_data()
         with RandomGuard():
             batch = trainer.strategy.batch_to_device(next(iter(trainer.train_dataloader)))
@@ -114,9 +119,11 @@ class DistillCallback(Callback):
     def _batches(self, trainer):
         """Yield training batches as (inputs, labels).
 
-        An iterable dataset yields none, since it may not be readable twice.
+        No batches are yielded for an iterable dataset, because it may not be possible to read it
+        twice.
         """
-        # subtle: Lightning draws a random number here, but not again when it trains
+        # subtle: setup_data uses a random number, and Lightning does not call it again for
+        # training. So call setup_data here, before `check_first` saves the random state.
         trainer.fit_loop.setup_data()
         loader = trainer.train_dataloader
         if isinstance(getattr(loader, 'dataset', None), IterableDataset):
@@ -130,7 +137,7 @@ class DistillCallback(Callback):
         self._stop(pl_module)
 
     def _stop(self, pl_module):
-        """Restore everything. It is safe to call this twice."""
+        """Restore the module and stop the teacher. A second call does nothing."""
         if self.replaced is None:
             return
         vars(pl_module).pop('training_step')
@@ -144,7 +151,7 @@ class DistillCallback(Callback):
         """Make the module's training step return the total loss."""
         step = pl_module.training_step
 
-        # subtle: Lightning reads the names of its arguments, which `wraps` keeps
+        # subtle: Lightning inspects the argument names of training_step, which `wraps` preserves
         @functools.wraps(step)
         def with_teacher(batch, *args, **kwargs):
             return self._step(
@@ -196,16 +203,16 @@ class DistillCallback(Callback):
     def load_state_dict(self, state):
         self.state = state
 
-    # subtle: an averaged copy of a module (`WeightAveraging`) needs no second teacher
+    # subtle: an averaged copy of the module (`WeightAveraging`) does not need a second teacher
     def __deepcopy__(self, memo):
         return self
 
 
 class DistillModule(LightningModule):
-    """A student that learns from a teacher: `Trainer().fit(DistillModule(student, teacher, kd()),
-    loader)`.
+    """LightningModule with a student that learns from a teacher, as in
+    `Trainer().fit(DistillModule(student, teacher, kd()), loader)`.
 
-    Its checkpoints hold only the student and the state of its `DistillCallback`.
+    Checkpoints contain only the student and the state of the `DistillCallback`.
 
     Args:
         student: The model to train.
@@ -263,7 +270,7 @@ class DistillModule(LightningModule):
         x, y = self.callback.split(batch)
         d = self.callback.distiller
         logits = Outputs.of(self(x), output=d.output).logits
-        # without labels, the student learns only from the teacher
+        # without labels, the task loss is 0 and the student learns only from the teacher
         return d.labels(x, logits, tuple(y))[0] if len(y) else logits.new_zeros(())
 
     def _log(self, name, batch):
@@ -272,7 +279,7 @@ class DistillModule(LightningModule):
 
 
 def distiller_class(student):
-    """Return the class of `Distiller` for a student: that of detectors for torchvision's."""
+    """Return `DetectionDistiller` for torchvision detectors, and `Distiller` for other students."""
     if not is_detector(student):
         return Distiller
     from .detection.distiller import DetectionDistiller
@@ -281,13 +288,13 @@ def distiller_class(student):
 
 
 def later(loader):
-    """Yield the batches of a DataLoader, loading the first one only when it is needed."""
+    """Yield the batches of a DataLoader. Loading starts only when the first batch is requested."""
     yield from loader
 
 
 def training_progress(trainer):
-    """Return the progress of the training, from 0 to 1, for schedules. None if its length is
-    unknown.
+    """Return the progress of the training, from 0 to 1, for schedules. Return None if the number of
+    steps is unknown.
     """
     steps = trainer.estimated_stepping_batches
     return trainer.global_step / steps if 0 < steps < math.inf else None

@@ -160,11 +160,12 @@ def test_without_labels_the_teacher_alone():
     assert soft_labels(2.0)(s, t).item() == pytest.approx(losses.kl(s, t, T=2.0).item())
     with pytest.raises(
         DistillError,
-        match='no labels, but the recipe gives their loss the weight 0.1: use alpha=1, or soft_labels',
+        match='no labels, but the recipe gives the task loss the weight 0.1: use alpha=1, or soft_labels',
     ):
         kd(4.0, 0.9)(s, t)
     with pytest.raises(
-        DistillError, match=r'dkd needs 1 target\(s\) beside student and teacher, this batch has 0'
+        DistillError,
+        match=r'dkd needs 1 target\(s\) in addition to the outputs of both models, but this batch has 0',
     ):
         Recipe(dkd(), task=0.0)(s, t)
 
@@ -619,7 +620,7 @@ def test_a_part_that_counts_asks_for_the_teacher():
     d, (x, y) = Distiller(mlp(6), mlp(16), kd()), batch()
     with pytest.raises(
         DistillError,
-        match=r"kd needs the teacher's outputs for this batch, and got None: needs_teacher\(progress\) says when",
+        match=r"kd needs the teacher's outputs for this batch, but got None. needs_teacher\(progress\) returns True",
     ):
         d.compute(Outputs(d.student(x)), None, F.cross_entropy(d.student(x), y), (y,))
 

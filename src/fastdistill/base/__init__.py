@@ -1,1 +1,1 @@
-"What every other package builds on: outputs, errors, tasks, classes, random numbers, processes."
+"Code that all other packages use: outputs, errors, tasks, classes, random numbers, processes."

@@ -1,4 +1,6 @@
-"Files that are written completely or not at all, and folders that one process writes at a time."
+"""Write files either completely or not at all, and lock folders so that only one process writes at
+a time.
+"""
 
 import errno
 import json
@@ -26,15 +28,16 @@ DISK_FULL = errno.ENOSPC, errno.EFBIG, errno.EDQUOT
 
 
 class BusyError(DistillError):
-    """Another process writes there."""
+    """Error raised if another process is writing to the same folder or file."""
 
 
 @contextmanager
 def enough_space(path: str | Path) -> Iterator[None]:
-    """Context that turns the error of a full disk into one line that names the file.
+    """Context manager that replaces the error for a full disk by a DistillError that names the
+    file.
 
     Args:
-        path: File or folder that is written.
+        path: File or folder to write.
     """
     try:
         yield
@@ -50,9 +53,9 @@ def enough_space(path: str | Path) -> Iterator[None]:
 
 @contextmanager
 def new_file(path: str | Path) -> Iterator[Path]:
-    """Context that yields the path of a temporary file in the same folder and renames it at the
-    end. Readers find the whole new file or the old one, even if the process is killed. The file's
-    mode follows the umask.
+    """Context manager that yields the path of a temporary file in the same folder, and renames the
+    file at the end. Readers find either the complete new file or the old file, even if the process
+    is killed. The permissions of the file follow the umask.
 
     Args:
         path: Path of the file to write.
@@ -63,9 +66,10 @@ def new_file(path: str | Path) -> Iterator[Path]:
         try:
             tmp.unlink(missing_ok=True)
             with open(tmp, 'xb') as f:
-                mode = os.fstat(f.fileno()).st_mode  # subtle: mode x does not open a link
+                # subtle: mode x does not follow a symbolic link
+                mode = os.fstat(f.fileno()).st_mode
             yield tmp
-            os.chmod(tmp, mode & 0o777)  # some writers choose a mode that only the owner can read
+            os.chmod(tmp, mode & 0o777)  # some libraries write files that only the owner can read
             with open(tmp, 'rb+') as f:
                 os.fsync(f.fileno())
             os.replace(tmp, path)
@@ -75,9 +79,12 @@ def new_file(path: str | Path) -> Iterator[Path]:
 
 
 def disk_full(error: BaseException | None) -> str | None:
-    """Return the system's message if there was no space, else None."""
+    """Return the system's message if the error or one of its causes is a full disk. Otherwise
+    return None.
+    """
     while error is not None:
-        # subtle: PyTorch raises its own error on top of the system's, and Rust has the error number in the text
+        # subtle: the system's error may be the cause of a PyTorch error.
+        # Rust libraries give the error number only in the text of the error.
         code = getattr(error, 'errno', None) or int(
             (re.search(r'\(os error (\d+)\)', str(error)) or [0, 0])[1]
         )
@@ -105,16 +112,18 @@ def write_json(path: str | Path, data: Any) -> None:
     write_atomically(path, json.dumps(data, indent=1) + '\n')
 
 
-LOCKED: set[str] = set()  # for this process; the system's locks work only between processes
+# folders locked by this process, because the system's locks work only between processes
+LOCKED: set[str] = set()
 
 
 @contextmanager
 def locked_folder(path: Path, name: object = None, file: str = '.lock') -> Iterator[None]:
-    """Context that allows one writer at a time. The system releases the lock when a writer dies.
+    """Context manager that locks a folder, so that only one process writes at a time. The system
+    releases the lock if the process dies.
 
     Args:
-        path: Folder, which is created.
-        name: Name of what is written, for messages. None for the path of the folder.
+        path: Folder to lock. It is created if necessary.
+        name: Name of the folder or file in messages. None for the path of the folder.
         file: Name of the lock file.
     """
     name = name or path
@@ -127,13 +136,14 @@ def locked_folder(path: Path, name: object = None, file: str = '.lock') -> Itera
     )
     if me in LOCKED:
         raise busy
-    # subtle: without O_NOFOLLOW, a link would create or lock a file somewhere else
+    # subtle: without O_NOFOLLOW, a symbolic link could create or lock a file in a different place
     try:
         opened = os.open(path / file, os.O_RDWR | os.O_CREAT | getattr(os, 'O_NOFOLLOW', 0), 0o666)
     except OSError as e:
         if e.errno not in (errno.EACCES, errno.EROFS):
             raise DistillError(f"Can't write to {name}: {e.strerror}.") from e
-        yield  # a read-only folder: an error is raised if there is something to write
+        # a read-only folder can't be locked; an error is raised later if something must be written
+        yield
         return
     with os.fdopen(opened, 'r+') as f:
         try:
@@ -148,7 +158,8 @@ def locked_folder(path: Path, name: object = None, file: str = '.lock') -> Itera
 
 
 def acquire(f: Any) -> Any:
-    # subtle: lockf, because locks of flock survive in forked DataLoader workers after the writer is killed
+    # subtle: use lockf instead of flock, whose locks survive in forked DataLoader workers after the
+    # writer is killed
     try:
         import fcntl
     except ImportError:  # Windows
@@ -162,7 +173,9 @@ def acquire(f: Any) -> Any:
 def file_errors(
     what: str, errors: tuple[type[BaseException], ...] = (OSError, ValueError)
 ) -> Iterator[None]:
-    """Context that turns an error of the file system into one clear line."""
+    """Context manager that replaces errors of the file system by a DistillError with a clear
+    message.
+    """
     try:
         yield
     except DistillError:

@@ -13,19 +13,21 @@ __all__ = ['BatchSamples']
 
 @dataclass
 class BatchSamples:
-    """The samples of a batch. It travels with the batch, and stays on the CPU.
+    """Information about the samples of a batch. A `BatchSamples` object is passed along with the
+    batch and stays on the CPU.
 
     Attributes:
-        index: Position of each sample in the dataset, (B,). None if no source looks anything up.
-        view: View of each sample, (B,).
-        rows: Rows of a cache, (B, bytes) uint8, read where the batch was made.
-        target: Teacher outputs that are part of the data, (B, ...), see `TeacherBlock`.
-        items: Raw items, a list or rows of a table.
-        moved: Names of the transforms that moved positions in the inputs, but not in the items.
-        n_inp: Number of tensors of the batch that are inputs.
-        permutations: What MixUp or CutMix did: each sample was mixed with the one at its place in
-            the permutation.
-        lam: Fraction of each sample that is left after mixing.
+        index: Position of each sample in the dataset, (B,). None if no source needs the positions.
+        view: Number of the stored view (random augmentation) of each sample, (B,).
+        rows: Rows of a cache, (B, bytes) uint8, read by the process that created the batch.
+        target: Teacher outputs that are part of the data, (B, ...) (see `TeacherBlock`).
+        items: Raw items of the dataset, as a list or as rows of a table.
+        moved: Names of the transforms (such as flips) that changed positions in the inputs but not
+            in the raw items.
+        n_inp: Number of tensors in the batch that are inputs.
+        permutations: Permutations used by MixUp or CutMix. Sample i was mixed with sample
+            permutation[i].
+        lam: Weight of each original sample in the mixed sample.
     """
 
     index: np.ndarray | None = None
@@ -39,12 +41,12 @@ class BatchSamples:
     lam: Tensor | None = None
 
     def pin_memory(self, device: Any = None) -> 'BatchSamples':
-        """Called by PyTorch's DataLoader."""
+        """Pin the rows. PyTorch's DataLoader calls this method."""
         return self if self.rows is None else replace(self, rows=self.rows.pin_memory())
 
     @property
     def mix(self) -> tuple[Tensor, Any] | None:
-        """(permutation, lam) of MixUp or CutMix. None if the batch was not mixed."""
+        """(permutation, lam) used by MixUp or CutMix. None if the batch was not mixed."""
         if not self.permutations:
             return None
         if len(self.permutations) > 1:

@@ -1,4 +1,6 @@
-"Models with different sets of classes: some classes of the other model, or groups of them."
+"""Map classes between models with different sets of classes, where a class of one model may be a
+group of classes of the other.
+"""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -17,13 +19,15 @@ __all__ = ['class_groups', 'grouped', 'grouped_labels', 'of_classes', 'taught_pa
 def class_groups(
     groups: Any, option: str, vocab: Sequence | None = None, disjoint: bool = False
 ) -> list | None:
-    """Convert groups to class numbers. Without `vocab`, names are kept.
+    """Convert groups of classes to groups of class indices. Without `vocab`, names are kept.
 
     Args:
-        groups: A class or a list of classes for each output: {name of the output: ...}, or a list.
+        groups: A class or a list of classes for each output, as {output name: classes} or as a
+            list.
         option: Name of the option in messages.
-        vocab: Names of the classes, for groups of names.
-        disjoint: True if no class may be in two groups.
+        vocab: Names of all classes, for converting names in `groups` to indices. None to keep
+            names.
+        disjoint: True to raise an error if a class is in two groups.
     """
     if groups is None:
         return None
@@ -67,14 +71,15 @@ def grouped(
     option: str = 'classes',
     who: str = 'student',
 ) -> Tensor:
-    """Compute the logits of groups. A group of one class has its logit. A group of several has the
-    logsumexp of their logits, so that its probability is the sum of theirs.
+    """Compute the logits of groups of classes. A group with one class gets the logit of that class.
+    A group with several classes gets the logsumexp of their logits, so that the probability of the
+    group is the sum of the classes' probabilities.
 
     Args:
         logits: Logits, (B, C, ...).
         groups: Groups, from `class_groups`.
         axis: Class axis.
-        option, who: Names in messages.
+        option, who: Names of the option and of the model in messages.
     """
     n, sets = logits.shape[axis], members(groups)
     if names := [c for c in chain(*sets) if isinstance(c, str)]:
@@ -105,7 +110,7 @@ def grouped(
 def of_classes(
     out: Outputs, select: list | None, classes: list | None, axis: int, kind: str
 ) -> Outputs:
-    """Select classes of a teacher, and map them to the student's classes.
+    """Select classes of a teacher, and record which classes of the student they correspond to.
 
     Args:
         out: Outputs of a teacher.
@@ -120,19 +125,19 @@ def of_classes(
     if len(classes) != (n := logits.shape[axis]):
         raise DistillError(
             f'classes={classes} is for {len(classes)} outputs, but the teacher returns {n} along '
-            f"axis {axis}: pass the student's class(es) for each, or select= some."
+            f"axis {axis}: pass the student's class(es) for each output, or select outputs with select=."
         )
     return replace(out, classes=classes)
 
 
 def grouped_labels(y: Tensor, groups: Any, n: int, ignore_index: int) -> Tensor:
-    """Return the group number of each label.
+    """Convert each label to the index of its group.
 
     Args:
-        y: Class numbers.
-        groups: Disjoint groups.
+        y: Class indices.
+        groups: Disjoint groups of classes.
         n: Number of classes.
-        ignore_index: The label of samples whose class is in no group.
+        ignore_index: Label for samples whose class is not in any group.
     """
     table = torch.full((n,), ignore_index, dtype=torch.long)
     for i, g in enumerate(members(groups)):
@@ -142,13 +147,13 @@ def grouped_labels(y: Tensor, groups: Any, n: int, ignore_index: int) -> Tensor:
 
 
 def taught_part(logits: Any, y: Any, groups: Any, task: Task) -> tuple:
-    """Restrict the student's logits and labels to the classes that the teacher knows.
+    """Restrict the student's logits and the labels to the classes that the teacher knows.
 
     Args:
-        logits: The student's logits. None if unknown.
-        y: The labels, or None.
-        groups: The teacher's `classes`. None for all.
-        task: The `Task` of both.
+        logits: Student logits. None if unknown.
+        y: Labels, or None.
+        groups: The teacher's `classes` (see `Outputs`). None if the teacher has the same classes.
+        task: The `Task` that describes logits and labels.
     """
     if groups is None:
         return logits, y

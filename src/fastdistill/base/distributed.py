@@ -1,4 +1,4 @@
-"Processes that train or write together. The only file that uses `torch.distributed`."
+"Communicate between the processes of a distributed run. No other file uses `torch.distributed`."
 
 import os
 from collections.abc import Callable, Iterable, Iterator
@@ -28,7 +28,7 @@ __all__ = [
 ]
 
 
-APART = [False]  # True while this process acts as if it were the only one
+APART = [False]  # True while this process acts as if it were the only process
 
 
 def is_running() -> bool:
@@ -47,7 +47,7 @@ def broadcast(tensors: Iterable[Tensor]) -> None:
     """Copy the tensors of the first rank to all ranks.
 
     Args:
-        tensors: Tensors that are overwritten with those of the first rank.
+        tensors: Tensors to overwrite with those of the first rank.
     """
     if world_size() == 1:
         return
@@ -59,7 +59,7 @@ def mean_over_ranks(tensors: Iterable[Any]) -> None:
     """Replace tensors by their mean over all ranks.
 
     Args:
-        tensors: Tensors that are overwritten.
+        tensors: Tensors to overwrite.
     """
     if world_size() == 1:
         return
@@ -71,7 +71,7 @@ def sum_over_ranks(tensors: Iterable[Tensor]) -> None:
     """Replace tensors by their sum over all ranks.
 
     Args:
-        tensors: Tensors that are overwritten.
+        tensors: Tensors to overwrite.
     """
     if world_size() == 1:
         return
@@ -80,23 +80,24 @@ def sum_over_ranks(tensors: Iterable[Tensor]) -> None:
 
 
 def average_gradients(params: Iterable[Tensor]) -> None:
-    """Average the gradients of parameters over all ranks. A missing gradient counts as 0.
+    """Average the gradients of parameters over all ranks. A missing gradient is treated as 0.
 
     Args:
-        params: Parameters of modules outside DistributedDataParallel, the same on all ranks.
+        params: Parameters of modules that are not wrapped by DistributedDataParallel. All ranks
+            must pass the same parameters in the same order.
     """
     if world_size() == 1:
         return
     for p in (params := list(params)):
-        # subtle: every rank must take part, or the others would wait for it
+        # subtle: every rank must take part, because the other ranks would otherwise wait forever
         if p.grad is None:
             p.grad = torch.zeros_like(p)
     mean_over_ranks(p.grad for p in params)
 
 
 def length_over_ranks(norms: Tensor) -> Tensor:
-    """Compute the root mean square over all ranks, which is proportional to the norm of the
-    gradients of all ranks together.
+    """Compute the root mean square of gradient norms over all ranks. The result is proportional to
+    the norm of the gradients of all ranks together.
 
     Args:
         norms: Gradient norms.
@@ -109,8 +110,8 @@ def length_over_ranks(norms: Tensor) -> Tensor:
 
 
 class Gathered(torch.autograd.Function):
-    """Gathers the rows of all ranks. Each rank gets back the gradient of its own rows, summed over
-    all ranks.
+    """Gather the rows of all ranks. In the backward pass, each rank gets the gradient of its own
+    rows, summed over all ranks.
     """
 
     @staticmethod
@@ -133,8 +134,8 @@ class Gathered(torch.autograd.Function):
 
 def gather_rows(x: Tensor) -> Tensor:
     """Gather the rows of all ranks, in the order of the ranks. If all ranks compute the same loss
-    of them, the mean of their gradients, as taken by DistributedDataParallel, is the gradient of
-    this loss.
+    from the gathered rows, the gradient averaged by DistributedDataParallel is the gradient of this
+    loss.
 
     Args:
         x: Rows, (B, ...), where B may differ between ranks.
@@ -143,12 +144,13 @@ def gather_rows(x: Tensor) -> Tensor:
 
 
 def previous_rows(x: Tensor) -> Tensor:
-    """Return for each row the one before it, where the rows of all ranks follow each other in the
-    order of the ranks. The first row gets the last one. Ranks whose rows have different shapes, such
-    as tokens padded to different lengths, each use only their own rows.
+    """Replace each row by the previous row. The rows of all ranks form one sequence, in the order
+    of the ranks. The first row of this sequence is replaced by the last row. If the shapes of rows
+    differ between ranks, as with tokens padded to different lengths, each rank uses only its own
+    rows.
 
     Args:
-        x: Rows, (B, ...), at least one.
+        x: At least one row, (B, ...).
     """
     rolled = x.roll(1, 0)
     if world_size() == 1:
@@ -163,7 +165,7 @@ def previous_rows(x: Tensor) -> Tensor:
 
 
 def of_first(o: Any) -> Any:
-    """Return the first rank's object on every rank. All ranks must call this."""
+    """Return the object of the first rank on every rank. All ranks must call this function."""
     if world_size() == 1:
         return o
     got = [o]
@@ -172,8 +174,8 @@ def of_first(o: Any) -> Any:
 
 
 def on_first(fn: Callable) -> Any:
-    """Run `fn` on the first rank once all ranks have arrived. Every rank gets its result or its
-    error.
+    """Run `fn` on the first rank after all ranks have reached this call. Every rank returns the
+    result of `fn` or raises its error.
     """
     if world_size() == 1:
         return fn()
@@ -187,14 +189,15 @@ def on_first(fn: Callable) -> Any:
             got = None, e
     out, error = of_first(got)
     if error is not None:
-        error.from_first = rank() > 0  # the first rank shows it
+        error.from_first = rank() > 0  # only the first rank shows the error
         raise error
     return out
 
 
 def first_then_others(fn: Callable) -> Any:
-    """Run `fn` on the first rank, then on the others, which find what it downloaded. An error is
-    raised on every rank.
+    """Run `fn` on the first rank and then on the other ranks, so that the other ranks find the
+    files that the first rank downloaded. If the first rank fails, the error is raised on every
+    rank.
     """
     out = []
     on_first(lambda: out.append(fn()))
@@ -203,7 +206,9 @@ def first_then_others(fn: Callable) -> Any:
 
 @contextmanager
 def counted_as_one() -> Iterator[None]:
-    """Context in which this process does not wait for others."""
+    """Context manager inside which this process acts as if it were the only one, and does not wait
+    for other processes.
+    """
     was, n = APART[0], os.environ.get('WORLD_SIZE')
     APART[0], os.environ['WORLD_SIZE'] = (
         True,
@@ -220,18 +225,19 @@ def counted_as_one() -> Iterator[None]:
 
 
 def leave_processes() -> None:
-    """Leave the process group, so that each process continues alone."""
+    """Leave the process group. Each process then continues on its own."""
     if not is_running():
         return
-    distributed.barrier()  # gloo aborts a process that ends while a different process is still sending to it
+    # gloo aborts if a process ends while another process is still sending data to it
+    distributed.barrier()
     distributed.destroy_process_group()
     os.environ['WORLD_SIZE'] = '1'
 
 
 @contextmanager
 def joined_processes() -> Iterator[bool]:
-    """Context that joins the other processes started by torchrun or accelerate launch, if any. It
-    yields True in the first process.
+    """Context manager that joins the process group if this process was started by torchrun or
+    accelerate launch. It yields True in the first process.
     """
     if int(os.environ.get('WORLD_SIZE', 1)) == 1 or is_running():
         yield rank() == 0
@@ -240,7 +246,7 @@ def joined_processes() -> Iterator[bool]:
         torch.cuda.set_device(int(os.environ['LOCAL_RANK']))
     distributed.init_process_group(
         'cpu:gloo,cuda:nccl' if on_gpu else 'gloo'
-    )  # Python objects use gloo
+    )  # Python objects are sent through gloo
     try:
         yield rank() == 0
         leave_processes()

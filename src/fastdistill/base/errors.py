@@ -1,4 +1,4 @@
-"The error for a mistake, and the warning for a probable one."
+"Define the error for mistakes and the warning for probable mistakes."
 
 import warnings
 from collections.abc import Iterable
@@ -8,21 +8,23 @@ __all__ = ['DistillError', 'DistillWarning', 'close_name']
 
 
 class DistillError(ValueError):
-    """A mistake that might go unnoticed in training. The message says what was given, what is
-    allowed and what to do.
+    """Error for mistakes, including those that could otherwise go unnoticed during training. The
+    message says what was given, what is allowed and what to do.
     """
 
 
 class DistillWarning(UserWarning):
-    """Something that is probably, but not certainly, a mistake."""
+    """Warning for something that is probably a mistake."""
 
 
 def close_name(name: str, have: Iterable[str]) -> str:
-    """Ask whether the most similar name was meant. Empty if none is similar."""
+    """Return the text ' (did you mean ...?)' with the most similar name. Return an empty string if
+    no name is similar.
+    """
     close = get_close_matches(name, have, 1)
     return f' (did you mean {close[0]!r}?)' if close else ''
 
 
-# each training must show its warnings, but Python would show equal warnings only once per process. The user's filters
-# come before this one
+# Show equal warnings again, because a process may run several trainings.
+# Filters set by the user take precedence.
 warnings.filterwarnings('always', category=DistillWarning, append=True)

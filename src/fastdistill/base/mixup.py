@@ -14,11 +14,11 @@ __all__ = ['lerp', 'mixed']
 
 
 def mixed(out: Outputs, samples: BatchSamples, kind: str, axis: int) -> Outputs:
-    """Mix outputs for unmixed samples as MixUp (arXiv:1710.09412) or CutMix (arXiv:1905.04899)
-    mixed the batch.
+    """Mix the outputs of unmixed samples in the same way as MixUp (arXiv:1710.09412) or CutMix
+    (arXiv:1905.04899) mixed the batch.
 
     Args:
-        kind: 'softmax', 'sigmoid' or 'regression': what the logits are.
+        kind: Kind of the logits: 'softmax', 'sigmoid' or 'regression'.
         axis: Class axis.
     """
     if samples is None or (mix_of := samples.mix) is None:
@@ -43,7 +43,9 @@ def mixed(out: Outputs, samples: BatchSamples, kind: str, axis: int) -> Outputs:
 
 @dataclass
 class MixedTopK(TopK):
-    """The most likely classes of unmixed samples, whose logits of all classes are mixed."""
+    """`TopK` of unmixed samples. `dense` first computes the logits of all classes and then mixes
+    them.
+    """
 
     mix: Any = None
 
@@ -52,10 +54,10 @@ class MixedTopK(TopK):
 
 
 def mix_logits(t: Tensor, perm: Tensor, lam: Tensor, kind: str, axis: int) -> Tensor:
-    """Logits of mixed probabilities.
+    """Compute the logits of mixed probabilities.
 
     Args:
-        t: Logits of the samples before they were mixed, (B, C, ...).
+        t: Logits of the samples before mixing, (B, C, ...).
     """
     if kind == 'regression':
         return lerp(t, perm, lam)
@@ -69,6 +71,8 @@ def mix_logits(t: Tensor, perm: Tensor, lam: Tensor, kind: str, axis: int) -> Te
 
 
 def lerp(t: Tensor, perm: Tensor, lam: Tensor) -> Tensor:
-    """Mix as fastai does: `lam` of each sample, and 1-`lam` of the permuted one."""
+    """Mix as fastai does, with weight `lam` for each sample and weight 1-`lam` for the permuted
+    sample.
+    """
     lam = as_plain(torch.as_tensor(lam, device=t.device)).to(t.dtype).reshape(-1)
     return torch.lerp(t[perm], t, lam.reshape(-1, *[1] * (t.dim() - 1)))

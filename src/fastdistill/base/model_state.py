@@ -13,16 +13,17 @@ __all__ = ['Attributes', 'ModelState', 'TensorValues', 'restored']
 
 
 class ModelState:
-    """The modes, attributes, hooks, hidden states and buffers of modules at the time of its creation.
+    """The modes, attributes, hooks, hidden states and buffers of modules, saved when this object is
+    created.
 
     Args:
-        modules: Modules, without those inside them.
-        weights: True to save parameters too: their values, gradients and `requires_grad`.
+        modules: Modules to save. Submodules must be listed separately.
+        weights: True to also save the values, gradients and `requires_grad` of parameters.
     """
 
     def __init__(self, modules: Iterable[nn.Module], weights: bool = False) -> None:
         modules = list(modules)
-        # TorchScript modules have a mode, but no attributes that could be saved
+        # TorchScript modules have a training mode, but no attributes that could be saved
         self.modes = [(m, m.training) for m in modules if hasattr(m, 'training')]
         self.attributes = [
             Attributes(m) for m in modules if not isinstance(m, torch.jit.ScriptModule)
@@ -47,12 +48,12 @@ class ModelState:
 
 
 class Attributes:
-    """The attributes of an object and the contents of its lists, dicts and sets. Those of a module
-    are its hidden states, buffers, hooks and mode.
+    """The attributes of an object and the contents of its lists, dicts and sets. The attributes of
+    a module include its hidden states, buffers, hooks and training mode.
 
     Args:
-        of: An object with a `__dict__`.
-        only: fn(name) -> True for attributes to save. None for all.
+        of: Object with a `__dict__`.
+        only: fn(name) -> True for attributes to save. None to save all.
     """
 
     def __init__(self, of: object, only: Callable[[str], bool] | None = None) -> None:
@@ -78,12 +79,12 @@ class Attributes:
 
 @contextmanager
 def restored(*objects: Any, only: Iterable[str] | None = None) -> Iterator[None]:
-    """Context that restores the attributes of these objects at the end, and the contents of lists,
-    dicts and sets among them.
+    """Context manager that restores the attributes of objects at the end, including the contents of
+    lists, dicts and sets.
 
     Args:
-        *objects: Objects. Those without a `__dict__` are left out.
-        only: Names of the attributes. None for all.
+        *objects: Objects to restore. Objects without a `__dict__` are ignored.
+        only: Names of the attributes to restore. None for all.
     """
     names = None if only is None else set(only).__contains__
     states = [Attributes(o, names) for o in objects if hasattr(o, '__dict__')]
@@ -95,12 +96,12 @@ def restored(*objects: Any, only: Iterable[str] | None = None) -> Iterator[None]
 
 
 class TensorValues:
-    """The values of tensors at the time of its creation. Those of one dtype and device are copied and
-    compared as one vector, since a model has hundreds of small buffers.
+    """The values of tensors, saved when this object is created. Tensors with the same dtype and
+    device are copied and compared as one vector, which is faster for hundreds of small buffers.
 
     Args:
-        tensors: Tensors. Sparse, quantized and meta tensors are left out, since they can't be
-            compared.
+        tensors: Tensors to save. Sparse, quantized and meta tensors are ignored, because they can't
+            be compared.
     """
 
     def __init__(self, tensors: Iterable[Tensor]) -> None:
@@ -113,7 +114,8 @@ class TensorValues:
     @torch.no_grad()
     def restore(self) -> None:
         for ts, shapes, values in self.groups:
-            # subtle: observers of quantization-aware training change the shape of their buffers in the first batch
+            # subtle: compare shapes first, because observers of quantization-aware training change
+            # the shapes of their buffers in the first batch
             if [t.shape for t in ts] == shapes and torch.equal(one_vector(ts), values):
                 continue
             for t, shape, was in zip(ts, shapes, values.split([s.numel() for s in shapes])):
@@ -126,7 +128,7 @@ def one_vector(ts: Sequence[Tensor]) -> Tensor:
 
 
 def restore_tensor(t: Tensor, was: Tensor) -> None:
-    """Give `t` the shape and the values of `was`, if they differ."""
+    """Set the shape and the values of `t` to those of `was`, if they differ."""
     if t.shape != was.shape:
         t.resize_(was.shape)
     if not torch.equal(t, was):

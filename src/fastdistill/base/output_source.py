@@ -11,19 +11,19 @@ __all__ = ['OutputSource']
 
 @runtime_checkable
 class OutputSource(Protocol):
-    """Teacher outputs for batches, from a model, a cache or the batch itself.
+    """Source of teacher outputs for batches: a model, a cache or the batch itself.
 
     Attributes:
-        name: In messages.
-        needs: What the samples of a batch must bring: 'items', 'rows' or 'target'. Empty if the
-            inputs are enough.
+        name: Name of the source in messages.
+        needs: Field of `BatchSamples` that the source needs: 'items', 'rows' or 'target'. Empty if
+            the inputs are enough.
     """
 
     name: str
     needs: str
 
     def start(self) -> None:
-        """Prepare for many batches. A second call changes nothing."""
+        """Prepare the source for many batches. A second call does nothing."""
 
     def outputs(
         self, inputs: Sequence = (), samples: BatchSamples | None = None, layers: Sequence[str] = ()
@@ -32,35 +32,38 @@ class OutputSource(Protocol):
 
         Args:
             inputs: Inputs of the batch.
-            samples: Its samples. None if they are unknown.
-            layers: Names of layers that are read too.
+            samples: Information about the samples of the batch. None if unknown.
+            layers: Names of layers whose outputs are also returned.
         """
 
     def has_outputs(self, samples: BatchSamples | None) -> bool:
-        """Return True if there are outputs for these samples. Stored ones may cover only the
+        """Return True if there are outputs for these samples. Stored outputs may cover only the
         training set.
         """
 
     def probe(self, *x: Any, layers: Sequence[str] | None = None) -> Outputs:
-        """Return outputs of the shapes of those for a batch. Nothing changes.
+        """Return outputs with the same shapes as those for a batch, without changing any state.
 
         Args:
             *x: Inputs of the batch.
-            layers: Names of layers that are read. None for the source's own.
+            layers: Names of layers whose outputs are returned. None for all layers that the source
+                provides.
         """
 
     def named_modules(self) -> dict:
-        """Return {name of a layer: module}. Empty if there is no model."""
+        """Return {layer name: module}. The dict is empty if the source has no model."""
 
     def say_with(self, fn: Callable | None) -> None:
-        """Set where messages go.
+        """Set the function that shows messages.
 
         Args:
             fn: fn(text). None to print.
         """
 
     def reset(self) -> None:
-        """Reset hidden states, before the first batch of a phase."""
+        """Reset hidden states before the first batch of a training or validation phase."""
 
     def stop(self) -> None:
-        """Restore everything. May be called at any time, and twice."""
+        """Restore the state from before `start`. This method may be called at any time and more
+        than once.
+        """

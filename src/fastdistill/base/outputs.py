@@ -1,4 +1,4 @@
-"The outputs of a model for a batch: logits, features, and which positions count."
+"The outputs of a model for a batch: logits, features, and a mask of the positions to include."
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -30,29 +30,30 @@ __all__ = [
 
 
 def as_plain(x: Any) -> Any:
-    """Return a tensor without its subclass, since fastai's `TensorImage` and others do not support
-    many losses.
+    """Convert a tensor of a subclass to a plain tensor, because subclasses such as fastai's
+    `TensorImage` do not support many losses.
     """
     return x.as_subclass(Tensor) if isinstance(x, Tensor) and type(x) is not Tensor else x
 
 
 @dataclass
 class TopK:
-    """Logits of the `k` most likely of `n` classes, with an assumption about the other classes,
-    `tail`:
+    """Log-probabilities of the `k` most likely of `n` classes. The option `tail` is an assumption
+    about the other classes:
 
     - 'uniform': the remaining probability is divided equally among them;
-    - 'bucket': it is divided as in the student's prediction;
+    - 'bucket': the remaining probability is divided as in the student's prediction;
     - 'zero': they have probability 0;
-    - 'mean': each has the mean of their log-probabilities, which is accurate at high temperatures.
+    - 'mean': all of these classes have the same log-probability, the mean, which is accurate at
+      high temperatures.
 
     Attributes:
-        ids: Class numbers, (B, ..., k).
-        values: Their log-probabilities, (B, ..., k).
+        ids: Class indices, (B, ..., k).
+        values: Log-probabilities of these classes, (B, ..., k).
         n: Number of classes.
         tail: The assumption about the other classes.
         axis: Class axis of the result of `dense`.
-        rest: Mean of the log-probabilities of the other classes, (B, ..., 1), for 'mean'.
+        rest: Mean of the log-probabilities of the other classes, (B, ..., 1). Required for 'mean'.
     """
 
     ids: Tensor
@@ -71,14 +72,14 @@ class TopK:
             )
 
     def dense(self, student: Tensor | None = None) -> Tensor:
-        """Compute logits of all `n` classes. They are log-probabilities, except with 'mean', where
-        the probabilities sum to less than 1.
+        """Compute logits of all `n` classes. The logits are log-probabilities, except that with
+        'mean' the probabilities sum to less than 1.
 
-        With 'bucket', the KL to the student at T=1 and its gradient are those over k+1 outcomes:
-        the k classes and one for all others.
+        With 'bucket', the KL to the student at T=1 and its gradient are the same as if all other
+        classes were merged into one class.
 
         Args:
-            student: The student's logits, needed for 'bucket'.
+            student: Student logits. Required for 'bucket'.
         """
         v, k = self.values.float(), self.ids.shape[-1]
         kept = v.logsumexp(-1, keepdim=True)
@@ -86,14 +87,17 @@ class TopK:
             v, rest = v - kept, v.new_full((), -torch.inf)
         elif self.tail == 'mean':
             rest = as_plain(self.rest).float()
-        # subtle: due to rounding, the k classes may sum to more than 1, but the others must have more than 0
+        # subtle: due to rounding errors, the k probabilities may sum to more than 1, but the other
+        # classes need a positive probability
         else:
             rest = torch.log(-torch.expm1(kept.clamp(max=-1e-7)))
         out = self._rest(rest, student, v).scatter(-1, self.ids, v)
         return out.movedim(-1, self.axis)
 
     def _rest(self, rest: Tensor, student: Tensor | None, v: Tensor) -> Tensor:
-        """Compute the log-probabilities of the other classes, for all `n` classes."""
+        """Compute a tensor with all `n` classes that holds the log-probabilities of the classes
+        that are not stored.
+        """
         shape = *v.shape[:-1], self.n
         if self.tail == 'mean':
             return rest.expand(shape)
@@ -116,7 +120,7 @@ class TopK:
         """Return the same logits with the classes in a different order.
 
         Args:
-            order: Stored class at each position of the new order, (n,).
+            order: For each position in the new order, the index of the stored class, (n,).
         """
         place = torch.empty_like(order)
         place[order] = torch.arange(len(order), device=order.device)
@@ -128,17 +132,18 @@ TAILS = 'mean', 'uniform', 'zero', 'bucket'
 
 @dataclass
 class LinearLogits:
-    """Logits as the last hidden state of a model and its output layer: `hidden @ weight.T + bias`,
-    soft-capped as `cap * tanh(... / cap)` if there is a `cap`. The class axis is the last one.
+    """Logits in factored form, as the last hidden state of a model and its output layer. The logits
+    are `hidden @ weight.T + bias`. With a `cap`, the logits are soft-capped as `cap * tanh(logits /
+    cap)`. The class axis is the last axis.
 
-    Losses that compare position by position compute them in chunks, so that the logits of all
-    positions never exist at once.
+    Losses that compare each position separately compute the logits in chunks, so that the logits of
+    all positions are never in memory at the same time.
 
     Attributes:
         hidden: Hidden states, (B, ..., D).
         weight: Weight of the output layer, (C, D).
         bias: Bias of the output layer, (C,), or None.
-        cap: Largest absolute value of a soft-capped logit, or None.
+        cap: Largest absolute value of soft-capped logits. None if logits are not capped.
     """
 
     hidden: Tensor
@@ -188,7 +193,7 @@ class LinearLogits:
         """Return the same logits with the classes in a different order.
 
         Args:
-            order: Stored class at each position of the new order, (n,).
+            order: For each position in the new order, the index of the stored class, (n,).
         """
         order = order.to(self.weight.device)
         bias = None if self.bias is None else self.bias[order]
@@ -212,20 +217,21 @@ class LinearLogits:
 
 @dataclass
 class Draws:
-    """Classes drawn with replacement from a teacher's probabilities softmax(t/T) (Sparse Logit
-    Sampling, ACL 2025, arXiv:2503.16870).
+    """Classes sampled with replacement from a teacher's probabilities softmax(t/T), called draws
+    (Sparse Logit Sampling, ACL 2025, arXiv:2503.16870).
 
-    Their relative frequencies are an unbiased estimate of the probabilities. So losses that are
-    linear in these, `kl` and `soft_ce` at this temperature, are unbiased, and so are their
-    gradients. All other losses would be biased and refuse them.
+    The relative frequencies of the classes are an unbiased estimate of the probabilities. Losses
+    that are linear in the teacher's probabilities, and their gradients, are then unbiased too. The
+    only such losses are `kl` and `soft_ce` at the temperature of the draws. All other losses would
+    be biased, so they raise an error.
 
     Attributes:
-        ids: Class numbers, (B, ..., k).
-        freqs: Their relative frequencies, (B, ..., k). 0 in places that are not used.
+        ids: Class indices, (B, ..., k).
+        freqs: Relative frequencies of the classes, (B, ..., k). Unused entries are 0.
         entropy: Entropy of the teacher's probabilities, (B, ...).
         n: Number of classes.
         T: Temperature of the probabilities.
-        axis: Class axis of the logits that they stand for.
+        axis: Class axis of the original logits.
     """
 
     ids: Tensor
@@ -237,7 +243,7 @@ class Draws:
 
     @property
     def shape(self) -> torch.Size:
-        """Shape of the logits that they stand for."""
+        """Shape of the original logits."""
         return (
             torch.empty((*self.ids.shape[:-1], self.n), device='meta').movedim(-1, self.axis).shape
         )
@@ -253,15 +259,16 @@ class Draws:
         return self.ids.device
 
     def dense(self, student: Tensor | None = None) -> Tensor:
-        """Raise a DistillError, since logits can't be computed from draws without a bias."""
+        """Raise a DistillError, because logits computed from draws would be biased."""
         raise DistillError(self.refusal('This loss'))
 
     def refusal(self, name: str, T: float | None = None) -> str:
-        """Return why a loss can't be computed.
+        """Return an error message that says why a loss can't be computed from draws.
 
         Args:
-            name: Name of the loss in the text.
-            T: Its temperature. None if the loss itself does not fit.
+            name: Name of the loss in the message.
+            T: Temperature of the loss, if it differs from the temperature of the draws. None if the
+                loss is not linear in the teacher's probabilities.
         """
         if T is None:
             return (
@@ -279,7 +286,7 @@ class Draws:
         """Return the same draws with the classes in a different order.
 
         Args:
-            order: Stored class at each position of the new order, (n,).
+            order: For each position in the new order, the index of the stored class, (n,).
         """
         place = torch.empty_like(order)
         place[order] = torch.arange(len(order), device=order.device)
@@ -298,18 +305,19 @@ class Draws:
 
 @dataclass
 class Outputs:
-    """Outputs of a model for one batch: logits, features of named layers, and which positions
-    count.
+    """Outputs of a model for one batch: logits, features of named layers, and a mask of the
+    positions to include.
 
     Attributes:
-        logits: Logits (B, C), (B, C, H, W) or (B, L, V), or any shape for regression. What a cache
-            stores instead of them: `TopK`, `LinearLogits` or `Draws`.
+        logits: Logits (B, C), (B, C, H, W) or (B, L, V), or any shape for regression. Stored
+            outputs may be `TopK`, `LinearLogits` or `Draws` instead.
         feats: {dotted layer name: output of the layer}.
-        mask: True, or a weight, where a position counts. Shape of the logits without the class
-            axis.
-        classes: For a teacher, the student's class, or list of classes, of each logit. None if the
-            classes are the same.
-        lost: What storing lost, a list of dicts (see `fastdistill.cache.measure`). None if unknown.
+        mask: True, or a positive weight, for positions to include in the loss. Same shape as the
+            logits without the class axis.
+        classes: For each of a teacher's logits, the corresponding class of the student, or a list
+            of classes. None if both models have the same classes.
+        lost: Measured loss of precision due to storing, as a list of dicts (see
+            `fastdistill.cache.measure`). None if unknown.
     """
 
     logits: Tensor | TopK | LinearLogits | Draws | None = None
@@ -322,13 +330,13 @@ class Outputs:
     def of(
         cls, raw: Any, feats: dict | None = None, mask: Tensor | None = None, output: Any = None
     ) -> 'Outputs':
-        """Convert what a model returned to `Outputs`.
+        """Convert the return value of a model to `Outputs`.
 
         Args:
-            raw: What a model returned: a tensor, a tuple whose first item is one, or a dict or
-                ModelOutput with `logits`.
-            output: Output with the logits, as a name, an index, or a function of `raw`. None for
-                the defaults above.
+            raw: Return value of a model: a tensor, a tuple whose first item is a tensor, or a dict
+                or ModelOutput with `logits`.
+            output: Selects the output that contains the logits: a name, an index, or a function of
+                `raw`. None for the defaults above.
         """
         if output is not None:
             raw = named_output(raw, output)
@@ -357,7 +365,9 @@ def _logits(raw: Any) -> Any:
 
 
 def parts_of(raw: Any) -> dict:
-    """Return {name and index: output} for each output of a model."""
+    """Return a dict with all outputs of a model. Each output is listed by index and, if it has a
+    name, by name.
+    """
     if isinstance(raw, Tensor):
         return dict.fromkeys((0, 'logits', 'out'), raw)
     if isinstance(raw, (tuple, list)):
@@ -380,8 +390,8 @@ MAX_AXIS = 8
 
 
 def check_axis(axis: Any) -> None:
-    """Raise a DistillError for a class axis that no outputs can have. The first batch shows whether
-    these outputs have it.
+    """Raise a DistillError if no outputs can have this class axis. The first batch shows whether a
+    model's outputs really have this axis.
     """
     whole = isinstance(axis, Integral) and not isinstance(axis, bool)
     if axis is None or whole and 1 <= abs(axis) <= MAX_AXIS:
@@ -422,13 +432,13 @@ def described(parts: dict) -> str:
 
 
 def warn_of_several(raw: Any, model: Any, who: str, found: dict) -> None:
-    """Warn once if the model returned several tensors that could be its logits. The first is
-    distilled.
+    """Warn once if the model returned several tensors that could be logits. The first of them is
+    used.
 
     Args:
-        raw: What the model returned.
+        raw: Return value of the model.
         who: Name of the model in the message.
-        found: Dict that stores that this was checked.
+        found: Dict in which this function records that the check was done.
     """
     if not isinstance(raw, (tuple, list)) or not len(raw) or 'several' in found:
         return
@@ -451,8 +461,8 @@ def warn_of_first(who: str, several: str) -> None:
 
 
 def is_fastai_text(model: Any) -> bool:
-    """Return True for a recurrent model of fastai, which returns (logits, raw outputs, outputs
-    after dropout).
+    """Return True for a recurrent text model of fastai. Such a model returns (logits, raw outputs,
+    outputs after dropout).
     """
     return any(
         type(m).__module__.startswith('fastai.text.') for m in getattr(model, 'modules', list)()

@@ -1,4 +1,6 @@
-"Show progress as a bar in a terminal or a notebook, and as nothing in a file or a pipe."
+"""Show a progress bar in a terminal or a notebook. No bar is shown if the output goes to a file or
+a pipe.
+"""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,7 +13,7 @@ __all__ = ['console_for_bars', 'progress_bar']
 
 
 def console_for_bars(**options: Any) -> Any:
-    """Return rich's console if it can show a moving bar: in a terminal, or in a notebook with
+    """Return rich's console if it can show a moving bar, i.e. in a terminal or in a notebook with
     ipywidgets. Otherwise return None.
 
     Args:
@@ -27,11 +29,12 @@ def console_for_bars(**options: Any) -> Any:
 
 @contextmanager
 def progress_bar(shown: bool, unit: str = '') -> Iterator[Callable]:
-    """Context that yields fn(text, done), which moves the bar (`done` goes from 0 to 1) and shows the
-    text beside it. With `done=None`, the text is printed and stays, even where there is no bar.
+    """Context manager that yields fn(text, done). The function moves the bar to `done`, from 0 to
+    1, and shows the text next to the bar. With `done=None`, the function prints the text
+    permanently, even if no bar is shown.
 
     Args:
-        shown: False to print nothing at all. Only the first process prints.
+        shown: False to print nothing. In distributed runs, only the first process prints.
         unit: Text after the percentage, such as 'of the time'.
     """
     shown = shown and rank() == 0

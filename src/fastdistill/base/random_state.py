@@ -1,4 +1,6 @@
-"The global random generators of Python, NumPy and PyTorch: saved, restored, seeded, and separate streams of numbers."
+"""Save, restore and seed the global random generators of Python, NumPy and PyTorch, and use
+separate streams of random numbers.
+"""
 
 import copy
 import random
@@ -23,10 +25,10 @@ __all__ = [
 
 
 class RandomState:
-    """The state of the global generators at the time of its creation.
+    """State of the global generators, saved when this object is created.
 
     Args:
-        devices: CUDA devices whose generators are saved too.
+        devices: CUDA devices whose generators are also saved.
     """
 
     def __init__(self, devices: Sequence = ()) -> None:
@@ -42,7 +44,7 @@ class RandomState:
             torch.cuda.set_rng_state(s, d)
 
     def same_on_cpu(self, other: 'RandomState') -> bool:
-        """Return True if the state of the CPU generators is the same."""
+        """Return True if the states of the CPU generators are the same in both objects."""
         (_, keys, at, *_), (_, other_keys, other_at, *_) = self.numpy, other.numpy
         return (
             self.python == other.python
@@ -53,11 +55,11 @@ class RandomState:
 
 
 class RandomGuard:
-    """Context that restores the global generators of Python, NumPy and PyTorch. Afterwards, `moved` is
-    True if any of the CPU generators was used.
+    """Context manager that restores the global generators of Python, NumPy and PyTorch at the end.
+    Afterwards, `moved` is True if code inside the context used any of the CPU generators.
 
     Args:
-        devices: CUDA devices whose generators are restored too.
+        devices: CUDA devices whose generators are also restored.
     """
 
     def __init__(self, devices: Sequence = ()) -> None:
@@ -79,12 +81,12 @@ def guarded_random_state() -> RandomGuard:
 
 @contextmanager
 def seeded(seed: int, device: Any = None) -> Iterator[None]:
-    """Context in which the global generators of Python, NumPy and PyTorch start from `seed`. They are
-    restored at the end.
+    """Context manager that seeds the global generators of Python, NumPy and PyTorch, and restores
+    them at the end.
 
     Args:
-        seed: Any 64-bit number.
-        device: Device whose generator is seeded too. None for only the CPU.
+        seed: Any 64-bit integer.
+        device: CUDA device whose generator is also seeded. None to seed only the CPU generators.
     """
     with restored_generators(device) as start:
         start(seed)
@@ -93,7 +95,9 @@ def seeded(seed: int, device: Any = None) -> Iterator[None]:
 
 @contextmanager
 def restored_generators(device: Any = None) -> Iterator[Callable]:
-    """Context that yields a function that seeds the global generators. They are restored at the end."""
+    """Context manager that yields a function for seeding the global generators, and restores them
+    at the end.
+    """
     cuda = [torch.device(device).index or 0] if is_cuda(device) else []
 
     def start(seed: int) -> None:
@@ -105,7 +109,7 @@ def restored_generators(device: Any = None) -> Iterator[Callable]:
 
     if RESTORED_OUTSIDE and RESTORED_OUTSIDE[-1] and not cuda:
         with restoring_outside(False):
-            yield start  # a `seeded` inside this one must restore
+            yield start  # contexts nested inside this one must restore the generators
         return
     state = RandomState(cuda)
     try:
@@ -128,8 +132,8 @@ def restoring_outside(on: bool) -> Iterator[None]:
 
 @contextmanager
 def restored_once() -> Iterator[None]:
-    """Context in which the CPU generators are restored only at the end, not after each `seeded`, since
-    restoring NumPy's is slow.
+    """Context manager inside which `seeded` does not restore the CPU generators. All CPU generators
+    are restored once at the end, because restoring NumPy's generator is slow.
     """
     with restored_generators(), restoring_outside(True):
         yield
@@ -142,11 +146,12 @@ def is_cuda(device: Any) -> bool:
 def global_generators(
     devices: Sequence = (), python: bool = True
 ) -> dict[str, tuple[Callable, Callable]]:
-    """Return {name: (function that reads, function that sets the state)} of the global generators.
+    """Return {name: (function that reads the state, function that sets the state)} for the global
+    generators.
 
     Args:
         devices: CUDA devices whose generators are included.
-        python: True to include Python's and NumPy's. Reading Python's state is slow.
+        python: True to include the generators of Python and NumPy. Reading Python's state is slow.
     """
     out: dict[str, tuple[Callable, Callable]] = {'cpu': (torch.get_rng_state, torch.set_rng_state)}
     for d in devices:
@@ -156,24 +161,25 @@ def global_generators(
         )
     if python:
         out['random'] = random.getstate, random.setstate
-        # NumPy's generator is replaced as a whole, which is faster than copying its state
+        # replacing NumPy's generator is faster than copying its state
         out['numpy'] = np.random.get_bit_generator, np.random.set_bit_generator  # type: ignore[attr-defined]
     return out
 
 
 class RandomStream:
     """A separate stream of random numbers. Inside `with stream.own(...)`, the global generators
-    continue from the state at the end of the last such block. The first block starts from the state
-    outside. At the end of each, the state outside is restored.
+    continue from their state at the end of the previous such block. The first block starts from the
+    current state. After each block, the state from before the block is restored.
     """
 
-    # subtle: if states were only restored, a teacher with dropout would draw the same numbers in each batch
+    # subtle: if the state were only restored, a teacher with dropout would use the same random
+    # numbers in each batch
     def __init__(self) -> None:
         self.states: dict[str, Any] = {}
 
     @contextmanager
     def own(self, generators: dict) -> Iterator[None]:
-        """Draw from this stream.
+        """Use this stream inside the context.
 
         Args:
             generators: Result of `global_generators`.

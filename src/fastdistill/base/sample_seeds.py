@@ -1,4 +1,4 @@
-"Seeds that depend on a sample and a view."
+"Compute seeds that depend on the sample and the view (random augmentation)."
 
 from math import gcd
 from typing import Any
@@ -12,10 +12,11 @@ MIX = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 
 
 def scramble(x: Any) -> Any:
-    """Compute splitmix64: a 64-bit number, or an array of them, in which every bit depends on every
-    bit of `x`.
+    """Compute the splitmix64 hash of a 64-bit integer or of an array of 64-bit integers. Every bit
+    of the result depends on every bit of `x`.
     """
-    if isinstance(x, int):  # one number: the same, but many times faster than an array of one
+    # for a single integer, this computes the same value but is much faster than NumPy
+    if isinstance(x, int):
         x = (x + MIX[0]) & MASK
         x = ((x ^ (x >> 30)) * MIX[1]) & MASK
         x = ((x ^ (x >> 27)) * MIX[2]) & MASK
@@ -29,13 +30,14 @@ def scramble(x: Any) -> Any:
 
 
 def seeds_of(seed: int, keys: Any, *stages: Any) -> Any:
-    """Compute a seed for each sample, (B,) uint64, or one number for one key.
+    """Compute a seed for each sample, (B,) uint64. If `keys` is one integer, the result is one
+    integer.
 
     Args:
         seed: Seed of the whole cache.
-        keys: Keys of the samples, (B,) uint64, or one number.
-        *stages: Numbers, or arrays (B,): the view, and the step that uses random numbers (the item,
-            or one of the batch transforms).
+        keys: Keys of the samples, (B,) uint64, or one integer.
+        *stages: Integers, or arrays (B,): the view, and the index of the step that uses random
+            numbers (the item transforms, or one of the batch transforms).
     """
     one = isinstance(keys, int)
     whole = int if one else lambda o: np.asarray(o).astype(np.uint64)
@@ -46,11 +48,11 @@ def seeds_of(seed: int, keys: Any, *stages: Any) -> Any:
 
 
 def view_of(keys: Any, epoch: int, views: int, seed: int = 0) -> Any:
-    """Return the view of each sample in an epoch. In `views` epochs, a sample shows each view once, in
-    its own order. The order changes with each round.
+    """Return the view of each sample to use in an epoch. In each round of `views` epochs, every
+    view of a sample is used once. The order differs between samples and between rounds.
 
     Args:
-        keys: Keys of the samples, (B,) uint64, or one number.
+        keys: Keys of the samples, (B,) uint64, or one integer.
         epoch: Number of the epoch, from 0.
         views: Number of stored views.
         seed: Seed of the cache.

@@ -1,4 +1,6 @@
-"What a model predicts, judging by its loss function, which labels fit, and the default task loss."
+"""Find out from a loss function what a model predicts, check which labels fit, and compute the
+default task loss.
+"""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -29,7 +31,7 @@ __all__ = [
     'unusable',
 ]
 
-# kind of outputs -> loss classes; frameworks register their own
+# {kind of outputs: loss classes}; integrations for frameworks register further classes
 CLASSES: dict[str, list[type]] = dict(
     softmax=[nn.CrossEntropyLoss],
     sigmoid=[nn.BCEWithLogitsLoss, nn.MultiLabelSoftMarginLoss],
@@ -49,20 +51,20 @@ WRAPPED: list[Callable] = [lambda lf: (lf.func, None) if isinstance(lf, partial)
 
 
 def register_losses(kind: str, *classes: type) -> None:
-    """Teach `task_of` the loss classes of a framework.
+    """Register loss classes of a framework, so that `task_of` recognizes them.
 
     Args:
         kind: 'softmax', 'sigmoid' or 'regression'.
-        *classes: Loss classes whose inputs are outputs of that kind.
+        *classes: Loss classes for outputs of this kind.
     """
     CLASSES[kind] += [c for c in classes if c not in CLASSES[kind]]
 
 
 def register_wrapper(look: Callable) -> None:
-    """Teach `task_of` to look inside a framework's wrappers of losses.
+    """Register a wrapper of losses, so that `task_of` can find the loss inside.
 
     Args:
-        look: fn(loss) -> (the loss inside it, its class axis or None), or None if it is not such a
+        look: fn(loss) -> (inner loss, class axis or None). Returns None if `loss` is not such a
             wrapper.
     """
     WRAPPED.append(look)
@@ -70,7 +72,7 @@ def register_wrapper(look: Callable) -> None:
 
 @dataclass
 class Task:
-    """The kind of logits, the class axis, and the label that does not count.
+    """The kind of logits, the class axis, and the label that losses ignore.
 
     Attributes:
         kind: 'softmax', 'sigmoid' or 'regression'.
@@ -82,12 +84,12 @@ class Task:
 
 
 def task_of(loss_func: Any, kind: str | None = None, axis: int | None = None) -> Task:
-    """Return the task of a loss function. If the loss is unknown, `kind` is required.
+    """Return the `Task` of a loss function. If the loss is unknown, `kind` is required.
 
     Args:
-        loss_func: A loss of PyTorch or one registered by a framework, or a partial or subclass of
-            these.
-        kind: Kind of outputs, for a loss function that does not show it.
+        loss_func: A loss of PyTorch, a loss registered by an integration, or a partial or subclass
+            of these.
+        kind: Kind of outputs, for a loss function that is not recognized.
     """
     check_axis(axis)
     lf, own_axis = innermost(loss_func)
@@ -102,8 +104,8 @@ def task_of(loss_func: Any, kind: str | None = None, axis: int | None = None) ->
 
 
 def innermost(loss: Any) -> tuple[Any, int | None]:
-    """Return the loss inside its wrappers, and the class axis of the outermost wrapper that has
-    one.
+    """Return the loss inside all wrappers, and the class axis of the outermost wrapper that has a
+    class axis.
     """
     axes: list[int] = []
     while (
@@ -116,7 +118,7 @@ def innermost(loss: Any) -> tuple[Any, int | None]:
 
 
 def kind_of(loss: Any) -> str | None:
-    """Return the kind of outputs that an unwrapped loss takes. None if unknown."""
+    """Return the kind of outputs that an unwrapped loss takes. Return None if unknown."""
     known = FUNCTIONS.get(loss) if callable(loss) and getattr(loss, '__hash__', None) else None
     return known or next(
         (k for k, classes in CLASSES.items() if isinstance(loss, tuple(classes))), None
@@ -126,11 +128,11 @@ def kind_of(loss: Any) -> str | None:
 def task_for(
     loss: Any, kind: str | None = None, axis: int | None = None, ignore_index: int | None = None
 ) -> Task:
-    """Build the task from options. Those that are None are read from the task loss; the default is
-    a softmax over axis 1.
+    """Build the `Task` from options. Options that are None are taken from the task loss. The
+    default is a softmax over axis 1.
 
     Args:
-        loss: The task loss. None for the default loss of the kind.
+        loss: The task loss. None for the default loss of this kind.
     """
     if kind not in (None, *CLASSES):
         raise DistillError(f'kind={kind!r}: must be one of {", ".join(map(repr, CLASSES))}')
@@ -155,19 +157,20 @@ def takes_probabilities(lf: Any) -> bool:
 
 
 def shape_of_labels(shape: Sequence[int], axis: int) -> tuple:
-    """Return the shape of labels, which is that of the logits without the class axis.
+    """Return the shape of the labels, which is the shape of the logits without the class axis.
 
     Args:
         shape: Shape of the logits.
-        axis: Their class axis.
+        axis: Class axis of the logits.
     """
     axis = axis % len(shape)
     return (*shape[:axis], *shape[axis + 1 :])
 
 
 def facts_of_outputs(shape: Sequence[int], task: Task) -> dict:
-    """Return `kind`, the number of `classes` (of a softmax, or 1 for a single label, or None if
-    unknown), and `dense`: whether each sample has many predictions.
+    """Return a dict with `kind`, `classes` and `dense`. `classes` is the number of classes of a
+    softmax, 1 for a single sigmoid label, and None otherwise. `dense` is True if each sample has
+    many predictions.
 
     Args:
         shape: Shape of the logits.
@@ -180,8 +183,8 @@ def facts_of_outputs(shape: Sequence[int], task: Task) -> dict:
 
 
 def fit_labels(y: Tensor, shape: Sequence[int], task: Task) -> Tensor | None:
-    """Convert labels to the shape of the predictions, as class numbers if there are classes. None
-    if they do not fit.
+    """Convert labels to the shape of the predictions, as class indices for a softmax. Return None
+    if the labels do not fit.
 
     Args:
         y: Labels of a batch.
@@ -191,7 +194,7 @@ def fit_labels(y: Tensor, shape: Sequence[int], task: Task) -> Tensor | None:
         return y.reshape(shape) if y.numel() == prod(shape) else None
     if not -len(shape) <= task.axis < len(shape):
         return None
-    # a probability for each class
+    # labels with a probability for each class
     if y.is_floating_point():
         return y.argmax(task.axis) if y.shape == shape else None
     wanted = shape_of_labels(shape, task.axis)
@@ -201,7 +204,7 @@ def fit_labels(y: Tensor, shape: Sequence[int], task: Task) -> Tensor | None:
 
 
 def fitting_axes(y: Tensor, shape: Sequence[int], kind: str = 'softmax') -> list:
-    """Return the class axes along which these labels fit these logits.
+    """Return all class axes for which these labels fit these logits.
 
     Args:
         y: Labels of a batch.
@@ -235,7 +238,7 @@ def labels_loss(s: Tensor, y: Tensor, *more: Any, task: Task) -> Tensor:
 
 
 def unfit_labels(y: Any, shape: Sequence[int], task: Task) -> str:
-    """Describe why labels do not fit, and what would fit."""
+    """Describe why the labels do not fit, and how to fix it."""
     if task.kind != 'softmax':
         return (
             f"The labels have shape {tuple(y.shape)}, the student's outputs {tuple(shape)}: "
@@ -286,34 +289,34 @@ def unknown_loss(lf: Any) -> str:
 
 
 def unusable(logits: Tensor, task: Task) -> Tensor:
-    """Return a bool tensor: True if logits hold nan or infinite values, except -inf for excluded
-    classes.
+    """Return a bool tensor that is True if logits contain nan or infinite values. Values of -inf
+    are allowed, because they exclude classes.
 
     Args:
         logits: Logits with classes along `task.axis`.
-        task: The `Task` of the logits.
+        task: The `Task` that describes the logits.
     """
     v = logits.detach()
-    # the largest logit is nan if one of them is, and -inf if all classes are excluded
+    # the largest logit is nan if any logit is nan, and -inf if all classes are excluded
     softmax = task.kind == 'softmax' and -v.dim() <= task.axis < v.dim()
-    # a sum, computed in one pass, is nan or infinite if one of the summands is
+    # the sum is nan or infinite if any value is, and needs only one pass
     total = (v.amax(task.axis) if softmax else v).sum(dtype=torch.float)
     return ~total.isfinite() if softmax else total.isnan() | (total == torch.inf)
 
 
 def pseudo_labels(t: Tensor, s: Tensor, task: Task) -> Tensor:
-    """Convert the teacher's prediction to a target of the task loss.
+    """Convert the teacher's predictions to labels for the task loss.
 
     Args:
-        t: The teacher's logits, or what a cache stores instead of them.
-        s: The student's logits.
+        t: Teacher logits, or stored outputs from which they can be computed.
+        s: Student logits.
     """
     if isinstance(t, Draws):
-        return t.ids[..., 0]  # the most frequent one
+        return t.ids[..., 0]  # the class drawn most often
     if not isinstance(t, Tensor):
         t = t.dense(s)
     if t.shape != s.shape:
-        t = s.detach()  # subtle: of a teacher without a head
+        t = s.detach()  # subtle: a teacher without a head has no predictions, so use the student's
     if task.kind == 'softmax':
         return t.argmax(task.axis)
     return (t > 0).to(s.dtype) if task.kind == 'sigmoid' else t.to(s.dtype)

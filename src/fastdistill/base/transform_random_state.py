@@ -1,4 +1,6 @@
-"Find the random generators inside transforms, and seed them like the global ones."
+"""Find the random generators inside transforms, so that they can be seeded like the global
+generators.
+"""
 
 import hashlib
 import inspect
@@ -32,7 +34,7 @@ PLAIN_TYPES = (
     type(None),
 )
 GLOBAL_GENERATORS = {id(o) for o in (random._inst, np.random.mtrand._rand, torch.default_generator)}
-# the code of these packages draws from the global generators, or from a generator that the user's transform holds
+# code of these packages uses the global generators, or a generator stored in the user's transform
 LIBRARIES = {
     'PIL',
     'builtins',
@@ -46,10 +48,12 @@ LIBRARIES = {
     'torch',
     'torchvision',
 }
-# longer collections are data, and a search that finds more objects has reached the data
+# Longer collections are assumed to be data and are not searched.
+# The search ends after this many objects, because it has probably reached the data.
 MAX_ITEMS, MAX_OBJECTS = 200, 20_000
 
-# class of generator -> (get its state, set its state, seed it)
+# {generator class: (function that gets the state, function that sets the state, function that
+# seeds)}
 ACCESS = {
     np.random.Generator: (
         lambda g: g.bit_generator.state,
@@ -71,11 +75,11 @@ ACCESS = {
 
 
 class Generators:
-    """The generators of NumPy, Python and PyTorch inside transforms or datasets, including those
-    that their functions name.
+    """The random generators of NumPy, Python and PyTorch that transforms or datasets use.
+    Generators in global variables and closures of their functions are included.
 
-    An object with a method `set_random_state(random_generator, py_random)`, such as a transform of
-    albumentations, gets new generators.
+    Objects with a method `set_random_state(random_generator, py_random)`, such as albumentations
+    transforms, get new generators.
     """
 
     def __init__(self, *roots: Any) -> None:
@@ -85,7 +89,8 @@ class Generators:
             if access_of(o) or hands_out_generators(o)
         ]
         self.places, self.owned = [p for p, _ in found], [owned for _, owned in found]
-        # subtle: a generator's seed depends on its name, so that an attribute added elsewhere does not change it
+        # subtle: derive the seed of a generator from its name, so that the seed does not change if
+        # other attributes are added
         names = [
             f'{getattr(at, "__qualname__", type(at).__qualname__)} {k}' for _, at, k in self.places
         ]
@@ -93,8 +98,8 @@ class Generators:
 
     @contextmanager
     def seeded(self, seed: int) -> Iterator[None]:
-        """Context in which each generator has its own seed, derived from `seed`. Their states are
-        restored at the end.
+        """Context manager that seeds each generator with its own seed, derived from `seed`. At the
+        end, the states of all generators are restored.
 
         Args:
             seed: Any 64-bit number.
@@ -106,7 +111,7 @@ class Generators:
         were = [vars(o).copy() if hands_out_generators(o) else access_of(o)[0](o) for o in here]
         for o, owned, name in zip(here, self.owned, self.names):
             if owned:
-                continue  # its owner seeds it
+                continue  # the object that contains this generator seeds it
             digest = hashlib.blake2b(f'{seed} {name}'.encode(), digest_size=8).digest()
             start_from(o, int.from_bytes(digest, 'little'))
         try:
@@ -132,7 +137,9 @@ def put_back(o: Any, was: Any) -> None:
 
 
 def access_of(o: Any) -> Any:
-    """Return how to read, set and seed a generator. None for any other object."""
+    """Return the functions that read, set and seed the state of a generator. Return None for other
+    objects.
+    """
     return next(
         (
             v
@@ -156,10 +163,11 @@ def hands_out_generators(o: Any) -> bool:
 
 
 def reachable(roots: Any) -> Iterator[tuple]:
-    """Yield (place, object, owned) for all objects that can be reached.
+    """Yield (place, object, owned) for all objects that can be reached from `roots`.
 
-    A place is (get, holder, key), since the object there may be replaced later. An object is
-    `owned` if it is inside an object that gives generators to all its parts.
+    A place is (get, holder, key), and get(holder, key) returns the object. Places are returned
+    because an object may be replaced later. An object is `owned` if it is inside an object with
+    `set_random_state`, which sets the generators of all its parts.
     """
     todo = deque(((getitem, roots, i), o, False) for i, o in enumerate(roots))
     seen: dict[int, Any] = {}
@@ -167,13 +175,16 @@ def reachable(roots: Any) -> Iterator[tuple]:
         place, o, owned = todo.popleft()
         if id(o) in seen or id(o) in GLOBAL_GENERATORS or isinstance(o, PLAIN_TYPES):
             continue
-        seen[id(o)] = o  # keeps the object: if it were freed, another one might get its id
+        # keep a reference, because after the object is freed, a new object could get the same id
+        seen[id(o)] = o
         yield place, o, owned
         todo.extend((p, v, owned or hands_out_generators(o)) for p, v in contents(o))
 
 
 def contents(o: Any) -> Iterator[tuple]:
-    """Yield (place, object) for each object that an object holds or names."""
+    """Yield (place, object) for each object that `o` contains, or refers to by a global name or
+    closure.
+    """
     if access_of(o):
         return
     if isinstance(o, (dict, list, tuple)):
@@ -200,7 +211,7 @@ def contents(o: Any) -> Iterator[tuple]:
             if not inspect.ismemberdescriptor(v):
                 yield (in_dict, c, k), v
             elif hasattr(o, k):
-                yield (getattr, o, k), getattr(o, k)  # of a class with __slots__
+                yield (getattr, o, k), getattr(o, k)  # attributes of a class with __slots__
 
 
 FUNCTION_PARTS = {
@@ -227,7 +238,7 @@ def in_dict(o: Any, k: str) -> Any:
 
 
 def names_in_code(code: CodeType) -> set[str]:
-    """Return the names that the code of a function, or of a function inside it, reads."""
+    """Return the global names used by the code of a function and of its inner functions."""
     return set(code.co_names).union(
         *(names_in_code(c) for c in code.co_consts if hasattr(c, 'co_names'))
     )

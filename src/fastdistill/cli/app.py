@@ -1,4 +1,4 @@
-"The `fastdistill` command: its options, and errors in one line instead of a traceback."
+"Define the `fastdistill` command. Errors are printed as one line instead of a traceback."
 
 import os
 import re
@@ -55,13 +55,15 @@ def options(
     ] = False,
     debug: Annotated[
         bool, typer.Option('--debug', help='Show the traceback of an error.')
-    ] = False,  # read by `main`
+    ] = False,  # `main` reads this flag from sys.argv
 ):
     pass
 
 
 def main():
-    """Run the command. Errors and warnings are one line each. After an error the exit code is 2."""
+    """Run the command. Errors and warnings are printed as one line each. After an error, the exit
+    code is 2.
+    """
     console, show_other = (
         Console(stderr=True, highlight=False, soft_wrap=True),
         warnings.showwarning,
@@ -78,7 +80,7 @@ def main():
         warnings.showwarning = show
         try:
             app()
-        # a package that is not installed, a path that cannot be read or written
+        # ImportError: a package is not installed. OSError: a path can't be read or written.
         except (DistillError, ImportError, OSError) as e:
             wait_for_launcher(5 if number_of_process() else 0)
             if '--debug' in sys.argv:
@@ -96,19 +98,19 @@ def number_of_process():
 
 
 def wait_for_launcher(seconds):
-    """Wait so that the launcher, such as torchrun, can end this process. If several processes fail,
-    the error of the first one is the cause.
+    """In a distributed run, wait before exiting, so that the launcher (such as torchrun) can end
+    this process. The launcher then reports the error of the process that failed first.
     """
     if int(os.environ.get('WORLD_SIZE', 1)) > 1:
         time.sleep(seconds)
 
 
 def in_flags(text: str):
-    """Convert a message to the flags of the command line: `views=8` becomes `--views 8`,
-    `force=True` becomes `--force`.
+    """Replace Python arguments in a message by command-line flags. For example, `views=8` becomes
+    `--views 8`, and `force=True` becomes `--force`.
 
     Args:
-        text: A message of the library, which names arguments in Python.
+        text: A message of the library.
     """
     have = {
         o.lstrip('-').replace('-', '_')

@@ -1,5 +1,5 @@
-"""Arguments that commands share: the models, data and recipes that the user names. Nothing here
-imports PyTorch.
+"""Command-line arguments used by several commands, for models, data and recipes. This module does
+not import PyTorch.
 """
 
 from pathlib import Path
@@ -33,7 +33,7 @@ def in_python(name):
 
 
 def in_file(name):
-    """Split 'file.py:name' into (file, name), if there is such a file."""
+    """Split 'file.py:name' into (file, name). Raise a DistillError if the file does not exist."""
     file, _, attr = name.rpartition(':')
     if not file.endswith('.py') or not attr:
         raise DistillError(f"{name!r}: must be a file and a name in it, such as 'train.py:dls'.")
@@ -43,14 +43,16 @@ def in_file(name):
 
 
 def python_name(name):
-    """Check an argument 'file.py:name'."""
+    """Check an argument of the form 'file.py:name'."""
     if name is not None:
         in_file(name)
     return name
 
 
 def named_model(name):
-    """Check an argument that names a model. The folder of a run becomes the student in it."""
+    """Check an argument that names a model. The folder of a run is replaced by the exported student
+    inside.
+    """
     if in_python(name):
         return python_name(name)
     file = exported_student(name)
@@ -60,7 +62,7 @@ def named_model(name):
 
 
 def named_models(texts):
-    """Check arguments such as 'teacher=teacher.pkl'."""
+    """Check arguments of the form 'teacher=teacher.pkl'."""
     return [f'{name}={named_model(what)}' for name, what in map(split_name, texts)]
 
 
@@ -73,7 +75,7 @@ def split_name(text):
 
 
 def recipe_names(texts):
-    """Check recipes given as text, or as 'file.py:name'."""
+    """Check recipes given as text or as 'file.py:name'."""
     for o in [texts] if isinstance(texts, str) else texts or []:
         if in_python(o):
             in_file(o)
@@ -115,11 +117,11 @@ DataOption = Annotated[
     typer.Option(
         '--data',
         callback=python_name,
-        help="'file.py:name' of DataLoaders; default: those of the Learner, or of the run that wrote the model.",
+        help="'file.py:name' of DataLoaders; default: those of the Learner or of the run that wrote the model.",
     ),
 ]
 RecipeText = "Such as 'kd(T=4, alpha=.9) + at()', or 'file.py:name'"
 CacheArg = Annotated[
     str, typer.Argument(callback=existing_cache, help='Folder of the cache, or its URL.')
 ]
-NoCheck = Annotated[bool, typer.Option('--check/--no-check', help='Look for mistakes first.')]
+NoCheck = Annotated[bool, typer.Option('--check/--no-check', help='Check for mistakes first.')]

@@ -1,4 +1,4 @@
-"Load objects that the user names on the command line, as 'file.py:name'."
+"Load objects that are named on the command line as 'file.py:name'."
 
 import ast
 import importlib.util
@@ -24,20 +24,22 @@ __all__ = [
 
 
 def load_teacher(name: str):
-    """Load the object of 'file.py:name'. Any other name is returned for `Teacher` to load.
+    """Load the object named 'file.py:name'. Return any other name unchanged, because `Teacher` can
+    load it.
 
     Args:
-        name: 'file.py:name', or a file that `Teacher` takes.
+        name: 'file.py:name', or a file that `Teacher` accepts.
     """
     return load_object(name, called) if in_python(name) else name
 
 
 def load_named_learner(name: str, data: str | None = None):
-    """Load a Learner with data.
+    """Load a Learner and its data.
 
     Args:
         name: 'file.py:name', or the file of an exported Learner.
-        data: 'file.py:name' of its DataLoaders. None for its own, or those of its run.
+        data: 'file.py:name' of DataLoaders. None for the Learner's own DataLoaders, or those of its
+            run.
     """
     from .training.exported_student import learner_in_file
 
@@ -55,8 +57,8 @@ def of_run(name):
 
 
 def load_model_with_data(name):
-    """Load a model as `load_teacher` does. For the folder of a run, load a Learner with the data of
-    the run.
+    """Load a model as `load_teacher` does. If the name refers to a run, load a Learner with the
+    data of the run.
     """
     return load_named_learner(name) if of_run(name) else load_teacher(name)
 
@@ -77,7 +79,7 @@ def load_object(name: str, use):
 
     Args:
         name: 'file.py:name'.
-        use: fn(object) -> what to return.
+        use: fn(object) -> value to return.
     """
     file, attr = in_file(name)
     module = module_of(Path(file).resolve())
@@ -90,7 +92,7 @@ def load_object(name: str, use):
 
 
 def names_in_file(file):
-    """Return the public names that a file itself defines."""
+    """Return the public names that are defined in a file, without imported names."""
     names = []
     for node in ast.parse(Path(file).read_text()).body:
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
@@ -106,10 +108,11 @@ def names_in_file(file):
 
 @cache
 def module_of(file):
-    """Load a file as a module. It runs only once, since data and teacher may come from the same
-    file.
+    """Load a file as a module. The result is cached, because data and teacher may come from the
+    same file.
     """
-    # subtle: the module gets the file's name, unless it is taken, so that pickles of its classes can be loaded
+    # subtle: name the module after the file if that name is free, so that pickles of its classes
+    # can be loaded
     name = file.stem if file.stem not in sys.modules else f'{file.stem}_'
     spec = importlib.util.spec_from_file_location(name, file)
     sys.path.insert(0, str(file.parent))
@@ -125,7 +128,9 @@ def module_of(file):
 
 @contextmanager
 def own_mistakes(file):
-    """Context that turns an error in the user's file into one line that names the failing line."""
+    """Context manager that replaces an error in the user's file by a DistillError that names the
+    failing line.
+    """
     try:
         yield
     except DistillError:
@@ -149,8 +154,8 @@ def called(o):
 
 
 def dataloaders(o):
-    """Return fastai DataLoaders: the object itself, the result of a function, or those of a
-    Learner.
+    """Convert an object to fastai DataLoaders. The object may be DataLoaders, a function that
+    returns them, or a Learner.
     """
     o = called(o)
     o = getattr(o, 'dls', o)
@@ -163,7 +168,9 @@ def dataloaders(o):
 
 
 def learner(o):
-    """Return a fastai Learner: the object itself, or the result of a function."""
+    """Convert an object to a fastai Learner. The object may be a Learner or a function that returns
+    one.
+    """
     o = called(o)
     if not hasattr(o, 'distill_find'):
         raise DistillError(

@@ -1,4 +1,4 @@
-"Distillation of torchvision's object detectors."
+"Distillation for torchvision's object detectors."
 
 from ..losses.detection import anchor_kl, box_deltas, scored_hint
 from .compare import compare_detectors

@@ -1,4 +1,4 @@
-"Detections matched with labeled boxes, and average precision as a function of sums over images."
+"Match detections with labeled boxes, and compute the average precision from sums over images."
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,21 +10,21 @@ from torchvision.ops import box_iou
 
 __all__ = ['THRESHOLDS', 'Match', 'match_image', 'precision_of_sums', 'sums_of_images']
 
-THRESHOLDS = tuple(0.5 + 0.05 * i for i in range(10))  # of COCO
-MOST_DETECTIONS = 100  # detections of an image that count, as in COCO
-RANK_BINS = 100  # of the ranks of the detections of a class
+THRESHOLDS = tuple(0.5 + 0.05 * i for i in range(10))  # IoU thresholds of COCO
+MOST_DETECTIONS = 100  # maximum number of detections per image, as in COCO
+RANK_BINS = 100  # number of bins for the detections of a class, sorted by score
 
 
 @dataclass
 class Match:
-    """The detections of an image.
+    """The detections of an image, matched with its labeled boxes.
 
     Attributes:
-        scores: (N,).
-        labels: (N,).
-        right: Whether each is matched with a labeled box of its class, for each IoU threshold
-            (T, N).
-        counts: {class: number of labeled boxes}.
+        scores: Scores of the detections, (N,).
+        labels: Predicted classes, (N,).
+        right: For each IoU threshold, True for detections that are matched with a labeled box of
+            the same class, (T, N).
+        counts: {class index: number of labeled boxes}.
     """
 
     scores: np.ndarray
@@ -34,13 +34,14 @@ class Match:
 
 
 def match_image(detected: dict, target: dict, thresholds: Sequence[float] = THRESHOLDS) -> Match:
-    """Match the detections of an image with its labeled boxes, as COCO does: from the most certain
-    detection to the least, each takes the free box of its class with the highest IoU.
+    """Match the detections of an image with its labeled boxes, as COCO does. In the order of
+    decreasing scores, each detection is matched with the unmatched box of the same class that has
+    the highest IoU.
 
     Args:
-        detected: 'boxes', 'scores' and 'labels'.
-        target: 'boxes' and 'labels'.
-        thresholds: Least IoU of a match.
+        detected: Dict with 'boxes', 'scores' and 'labels'.
+        target: Dict with 'boxes' and 'labels'.
+        thresholds: Minimum IoU of a match. Several values may be given.
     """
     order = detected['scores'].cpu().argsort(descending=True, stable=True)[:MOST_DETECTIONS]
     boxes, scores, labels = [detected[k].cpu()[order] for k in ('boxes', 'scores', 'labels')]
@@ -62,15 +63,16 @@ def match_image(detected: dict, target: dict, thresholds: Sequence[float] = THRE
 
 
 def sums_of_images(matches: list, classes: Sequence[int]) -> dict:
-    """Return numbers of each image whose sums determine the average precision: detections and right
-    ones in bins of the rank of their score, and labeled boxes.
+    """Count the detections, the matched detections and the labeled boxes of each image. Detections
+    are counted in bins of equal size, sorted by score. The sums of these counts over images
+    determine the average precision.
 
     Args:
-        matches: A `Match` for each image.
-        classes: The class numbers.
+        matches: One `Match` per image.
+        classes: Class indices.
 
     Returns:
-        'found' (n, C * bins), 'matched' (n, C * T * bins) and 'boxes' (n, C).
+        Dict with 'found' (n, C * bins), 'matched' (n, C * T * bins) and 'boxes' (n, C).
     """
     n, c, t = len(matches), len(classes), len(matches[0].right)
     found = np.zeros((n, c, RANK_BINS))
@@ -92,12 +94,12 @@ def sums_of_images(matches: list, classes: Sequence[int]) -> dict:
 
 
 def precision_of_sums(sums: dict, thresholds: slice = slice(None)) -> np.ndarray:
-    """Return the average precision of each class and threshold, interpolated at 101 recalls as in
-    COCO, (R, C, T). NaN for a class without boxes.
+    """Compute the average precision for each class and threshold, interpolated at 101 recall values
+    as in COCO, (R, C, T). The result is NaN for a class without boxes.
 
     Args:
-        sums: Sums of `sums_of_images` over R subsets of the images.
-        thresholds: Which of the thresholds.
+        sums: Results of `sums_of_images`, summed over the images of each of R subsets.
+        thresholds: Slice of the IoU thresholds to use.
     """
     r, c = sums['boxes'].shape
     found = sums['found'].reshape(r, c, 1, RANK_BINS).cumsum(-1)
@@ -107,8 +109,8 @@ def precision_of_sums(sums: dict, thresholds: slice = slice(None)) -> np.ndarray
         recall = right / boxes
         precision = np.where(found > 0, right / found, 0.0)
         precision = np.maximum.accumulate(precision[..., ::-1], -1)[..., ::-1]
-        # of the recalls 0, 0.01 ... 1, how many does each bin reach first
+        # count how many of the recall values 0, 0.01, ..., 1 are first reached in each bin
         reached = np.floor(recall * 100 + 1e-9) + 1
         share = np.diff(reached, axis=-1, prepend=0.0) / 101
-        # a class without a right detection still has the recall 0
+        # even a class without matched detections reaches recall 0
         return np.where(boxes[..., 0] > 0, (share * precision).sum(-1), np.nan)

@@ -1,4 +1,4 @@
-"Mistakes found before training, from the teacher's detections on a few batches."
+"Find mistakes before training, from the teacher's detections on a few batches."
 
 import copy
 from collections import Counter
@@ -15,22 +15,24 @@ from .torchvision_detectors import detector_name
 
 __all__ = ['check_detections', 'seeing_size', 'top_matches']
 
-FEW_FOUND = 0.1  # of the labeled boxes: below it, the teacher knows next to nothing
-LARGE_DROP = 0.1  # a drop of this much is more than luck on a few batches
-ENOUGH_MATCHES = 10  # matched boxes without which nothing is said about classes
+# a teacher that finds a smaller fraction of the labeled boxes is considered untrained
+FEW_FOUND = 0.1
+LARGE_DROP = 0.1  # a larger drop in the fraction of boxes found is not due to chance
+ENOUGH_MATCHES = 10  # minimum number of matched boxes for checking the classes
 
 
 def check_detections(
     teacher: nn.Module, batches: Sequence, transform: Any, heads: bool
 ) -> Findings:
-    """Return what is wrong with a teacher: boxes that it does not find, classes in a different
-    order, images that are too small for it.
+    """Check a teacher. The checks report boxes that the teacher does not find, classes in a
+    different order, and images that are too small for the teacher.
 
     Args:
         teacher: A detector.
-        batches: A list of (images, targets).
-        transform: The student's transform. None if the teacher resizes the images itself.
-        heads: True if the student learns classes from the teacher, not only from feature maps.
+        batches: List of (images, targets).
+        transform: The student's transform. None if the teacher does its own resizing.
+        heads: True if the student learns the teacher's class predictions. False if it learns only
+            feature maps.
     """
     found, targets = Findings(), [t for _, y in batches for t in y]
     n = sum(len(t['boxes']) for t in targets)
@@ -40,7 +42,7 @@ def check_detections(
             [
                 Finding(
                     'note',
-                    'The batches that were looked at have no boxes, so the teacher was not checked',
+                    'The batches read have no boxes, so the teacher was not checked',
                     'Pass batches with boxes',
                 )
             ],
@@ -73,15 +75,15 @@ def check_detections(
 
 
 def seeing_size(teacher: nn.Module, transform: Any) -> nn.Module:
-    """Return a shallow copy of a detector that resizes images as a different one does. It has the
-    same weights and its own normalization.
+    """Return a shallow copy of a detector that resizes images like a different detector. The copy
+    has the same weights and normalization as the original.
 
     Args:
-        transform: Of the other detector.
+        transform: Transform of the other detector.
     """
     own: Any = teacher.transform
     other = copy.copy(teacher)
-    # subtle: a shallow copy shares the dict of submodules
+    # subtle: copy the dict of submodules, which a shallow copy would share
     other._modules = dict(teacher._modules)
     other.transform = GeneralizedRCNNTransform(
         transform.min_size,
@@ -95,13 +97,13 @@ def seeing_size(teacher: nn.Module, transform: Any) -> nn.Module:
 
 
 def top_matches(detections: Iterable[dict], targets: Iterable[dict]) -> list:
-    """Return (label, predicted label) of each labeled box that is found by one of the most certain
-    detections, of which there are as many as labeled boxes. A detection counts once, at an IoU of
-    at least 0.5.
+    """Match the labeled boxes of each image with an equal number of detections, those with the
+    highest scores. A match needs an IoU of at least 0.5. Each detection is used at most once.
+    Return (label, predicted label) for each match.
 
     Args:
-        detections: A dict for each image, with 'boxes', 'scores' and 'labels'.
-        targets: A dict for each image, with 'boxes' and 'labels'.
+        detections: One dict per image, with 'boxes', 'scores' and 'labels'.
+        targets: One dict per image, with 'boxes' and 'labels'.
     """
     pairs = []
     for d, t in zip(detections, targets):
@@ -119,11 +121,11 @@ def top_matches(detections: Iterable[dict], targets: Iterable[dict]) -> list:
 
 
 def class_findings(matches: Sequence[tuple[int, int]], heads: bool) -> list:
-    """Return a finding if the teacher predicts other classes than the labels, for boxes that it
-    finds.
+    """Return a finding if the teacher's classes differ from the labels for most of the boxes that
+    it finds.
 
     Args:
-        matches: Of `top_matches`.
+        matches: Result of `top_matches`.
         heads: As in `check_detections`.
     """
     if len(matches) < ENOUGH_MATCHES or sum(a == b for a, b in matches) > len(matches) / 2:

@@ -1,4 +1,4 @@
-"Compare detectors on the same images: mean average precision, cost, and paired tests."
+"Compare detectors on the same images by mean average precision, cost and paired tests."
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -35,24 +35,27 @@ def compare_detectors(
     seconds: float = 0.5,
     seed: int = 0,
 ) -> Report:
-    """Measure detectors on the same images: mean average precision with bootstrap intervals over
-    images, average precision of each class, paired tests, parameters, multiply-accumulates and
-    latency. The models are not changed.
+    """Measure detectors on the same images. The report contains mean average precision with
+    bootstrap intervals over images, average precision per class, paired tests, parameters,
+    multiply-accumulates and latency. The models are not changed.
 
-    Intervals and tests draw whole images. For them, the detections of a class are put into 100
-    groups of equal size by their scores, which changes the average precision by less than a point.
+    Intervals and tests resample whole images. For speed, the detections of each class are sorted by
+    score into 100 bins of equal size, which changes the average precision by less than one
+    percentage point.
 
     Args:
         models: {name: detector}, such as dict(teacher=..., alone=..., distilled=...).
-        batches: (images, targets) of each batch.
-        classes: Names of the classes from 1 on, without the background. None for their numbers.
-        teacher: Name of the teacher. None for the model named 'teacher', if there is one.
-        baseline: Name of the model that was trained without the teacher. None for the one named
-            'alone', else the first of several students.
+        batches: Iterable of (images, targets).
+        classes: Names of the classes, starting with class 1, without the background. None to use
+            the class indices.
+        teacher: Name of the teacher in `models`. None for the model named 'teacher', if there is
+            one.
+        baseline: Name of the model that was trained without the teacher. None for the model named
+            'alone'. If there is no such model, the first of several students is used.
         title: Title of the report.
-        repeats: Number of bootstrap draws.
-        seconds: Duration of each time measurement. 0 for none.
-        seed: Seed of the draws.
+        repeats: Number of bootstrap samples.
+        seconds: Duration of each time measurement in seconds. 0 to skip these measurements.
+        seed: Seed of the bootstrap samples.
     """
     teacher, baseline = roles_of(models, teacher, baseline)
     matches: dict[str, list] = {k: [] for k in models}
@@ -109,7 +112,7 @@ def compare_detectors(
 
 
 def map_measures() -> list:
-    """Return the measures of a detector."""
+    """Return the measures for detectors."""
 
     def over(thresholds: slice) -> Callable:
         return lambda sums: np.nanmean(precision_of_sums(sums, thresholds), (1, 2))
@@ -122,7 +125,7 @@ def map_measures() -> list:
 
 
 def costs_of(models: Mapping[str, nn.Module], images: Sequence[Tensor], seconds: float) -> dict:
-    """Return the `Cost` of each model for one image."""
+    """Measure the `Cost` of each model for one image."""
     costs, calls, modes = {}, {}, [(o, o.training) for m in models.values() for o in m.modules()]
     try:
         for k, m in models.items():

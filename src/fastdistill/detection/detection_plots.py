@@ -1,4 +1,4 @@
-"Detections of several models side by side."
+"Draw the detections of several models side by side."
 
 from collections.abc import Sequence
 from typing import Any
@@ -19,16 +19,16 @@ def show_detections(
     classes: list | None = None,
     score: float = 0.5,
 ) -> Any:
-    """Draw the detections of several models side by side, one row for each image. Return the
+    """Draw the detections of several models side by side, with one row per image, and return the
     figure.
 
     Args:
         models: {name: detector}.
-        images: Tensors (C, H, W) from 0 to 1.
-        targets: A dict with 'boxes' and 'labels' for each image, drawn in the first column. None
-            to leave it out.
-        classes: Names of the classes from 1 on. None for their numbers.
-        score: Least score of a detection that is drawn.
+        images: Tensors (C, H, W) with values from 0 to 1.
+        targets: One dict per image, with 'boxes' and 'labels'. The labeled boxes are drawn in the
+            first column. None to leave out this column.
+        classes: Names of the classes, starting with class 1. None to use the class indices.
+        score: Minimum score of detections to draw.
     """
     columns = {} if targets is None else {'labels': targets}
     columns |= {k: detect(m, images) for k, m in models.items()}

@@ -1,4 +1,4 @@
-"The loss of one batch of a detector that learns from another."
+"Compute the loss of a batch for a detector that learns from another detector."
 
 from collections.abc import Mapping
 from contextlib import contextmanager
@@ -43,15 +43,17 @@ from .torchvision_detectors import (
 
 __all__ = ['DetectionDistiller', 'same_anchors']
 
-OF_HEAD = 'head', 'rpn', 'scores'  # layers of a view that run only with the head
+OF_HEAD = 'head', 'rpn', 'scores'  # layers of a `DetectorView` that run only if the head runs
 
 
 class DetectionHead(Head):
-    """The comparison of two detectors. The student's layers stand in place of its outputs."""
+    """`Head` that compares two detectors. The detectors are compared only by their layers, because
+    a detector has no single output with logits.
+    """
 
     @property
     def detector(self) -> nn.Module:
-        """The student inside its wrappers."""
+        """The student without wrappers such as DDP."""
         return checked_detector(self.student, 'student')
 
     def take(self, recipe):
@@ -65,8 +67,8 @@ class DetectionHead(Head):
         super().take(recipe)
 
     def setup(self, x: tuple = ()):
-        """Pair the levels and build projectors. It changes nothing, the random state included. It
-        needs no batch.
+        """Pair the levels and build projectors. This method runs both models on an empty image, and
+        restores the models and the random state.
         """
         pixels, teacher = example_pixels(self.detector), self.teacher.as_it_is()
         view, x = DetectorView(self.detector), (pixels, None, self._compares_heads())
@@ -92,7 +94,9 @@ class DetectionHead(Head):
                 self.links[term.name] = nn.ModuleList(self._links(term, tables[term.name], s, t))
 
     def _compares_heads(self) -> bool:
-        """Return True if a term compares the outputs of the heads, which must be of equal heads."""
+        """Return True if a term compares the outputs of the heads. Raise a DistillError if the
+        heads have different anchors or classes.
+        """
         heads = [
             t
             for t in self.layered
@@ -103,7 +107,7 @@ class DetectionHead(Head):
         return bool(heads)
 
     def _paired_levels(self, view, x):
-        """Return (student's level, teacher's level) of each pair, by the names of their layers."""
+        """Return a list of (student level, teacher level), as names of layers."""
         shapes = []
         for model, run in (
             (view, lambda: dry_run(view, *x)),
@@ -117,7 +121,7 @@ class DetectionHead(Head):
         return pair_levels(*shapes, size, self.teacher.size or size)
 
     def _named(self, layers):
-        """Return the layers of a term by name: 'auto' and 'last' mean levels."""
+        """Convert 'auto' and 'last' to pairs of levels. Return other layers unchanged."""
         word, *how = split_suffixes(layers) if isinstance(layers, str) else [None]
         if word not in ('auto', 'last'):
             return layers
@@ -134,50 +138,56 @@ class DetectionHead(Head):
             )
 
     def student_outputs(self, raw, feats: dict, x) -> Outputs:
-        """The student's layers. Its losses are no outputs that terms compare."""
+        """Return the outputs of the student's layers. The losses in `raw` are ignored, because
+        terms do not compare losses.
+        """
         return Outputs(feats=feats)
 
     def targets_at(self, x, logits, targets):
-        """The targets as they are."""
+        """Return the targets unchanged."""
         return targets
 
     def compute(
         self, student, teacher, task=None, targets=(), *, progress: float | None = None, mixed=None
     ) -> Distilled:
-        """As in `Distiller`. The labels that terms read are the teacher's scores."""
+        """Compute the loss as in `Distiller`. Terms that use labels get the teacher's scores
+        instead.
+        """
         scored = self.scored_layers(self.active_terms(progress))
         scores = ([teacher.feats[n] for n in scored],) if scored else ()
         return super().compute(student, teacher, task, scores, progress=progress)
 
     def scored_layers(self, terms):
-        """Return the names of the teacher's scores at the levels of terms that read them."""
+        """Return the names of the teacher's scores for the levels that terms with scores compare."""
         found = {tuple(k.layers[1] for k in self.links[t.name]) for t in terms if t.n_targets}
         if len(found) > 1:
             raise DistillError('Terms that read scores must compare the same levels.')
         return [level_scores(n) for n in found.pop()] if found else []
 
     def check_first(self, student, teacher, targets):
-        """Targets are checked before the student runs."""
+        """Do nothing, because `forward` checks the targets before the student runs."""
 
 
 class DetectionDistiller(Distiller):
-    """A detector of torchvision, its teacher, and a recipe: `losses = distiller(images, targets)`
-    returns torchvision's own dictionary of losses plus an entry for each term. Their sum is what to
-    call `backward` on. In evaluation mode, it returns the student's detections.
+    """A torchvision detector, a teacher, and a recipe. In training mode, `losses =
+    distiller(images, targets)` returns torchvision's dict of losses, with one more entry per term.
+    Call `backward` on the sum of all entries. In evaluation mode, `distiller(images)` returns the
+    student's detections.
 
-    The student's transform resizes and normalizes the images once. The teacher sees the same
-    pixels under its own normalization.
+    The student's transform resizes and normalizes the images once. The teacher gets the same
+    pixels, converted to its own normalization.
 
-    `layers='auto'` in a term means the levels of both feature pyramids, paired by their strides.
+    In a term, `layers='auto'` compares the levels of both feature pyramids, paired by stride.
 
     Args:
         student: A RetinaNet, FCOS, SSD, SSDLite, Faster R-CNN, Mask R-CNN or Keypoint R-CNN.
-        teacher: Any of these, or a `Teacher` of one. Its number of classes may differ if only
-            feature maps are compared.
-        recipe: A recipe such as `pkd()`, a `Term`, or a text. None for `pkd(weight='paper')`.
+        teacher: A detector of any of these kinds, or a `Teacher` of such a detector. The number of
+            classes may differ if only feature maps are compared.
+        recipe: A recipe such as `pkd()`, a `Term`, or a recipe as text. None for
+            `pkd(weight='paper')`.
         size: Height and width to which the student's pixels are resized for the teacher. None for
-            the student's size, or the teacher's own if it is fixed, as in an SSD.
-        check: Look for mistakes in the targets of the first batch.
+            the teacher's fixed size, if it has one (as an SSD does), or else the student's size.
+        check: If True, check the targets of the first batch.
     """
 
     head_class = DetectionHead
@@ -195,35 +205,37 @@ class DetectionDistiller(Distiller):
         theirs = detector_inside(teacher)
         teacher = detector_teacher(teacher, detector, size)
         super().__init__(student, teacher, Recipe(), check=check)
-        # subtle: in a tuple, since a module as an attribute would be trained and saved
+        # subtle: store the teacher in a tuple, because a module stored as an attribute would be
+        # trained and saved
         self.detectors = (theirs,)
         recipe = as_recipe(recipe)
         if recipe is None:
             recipe = automatic()
-        self.batch = None  # what the student's transform made of the last images
-        # shares in the first batch would mislead, since a new head passes on almost no gradient
+        self.batch = None  # the last images after the student's transform
+        # do not report gradient norms for the first batch, because a new head passes on almost no
+        # gradient
         self.measures = False
         self.head.take(recipe)
         self.setup()
 
     @property
     def detector(self) -> nn.Module:
-        """The student inside its wrappers."""
+        """The student without wrappers such as DDP."""
         return self.head.detector
 
-    # a batch
+    # run on a batch
 
     def forward(self, images, targets=None, progress: float | None = None) -> dict | list:
         """Run student and teacher on a batch and compare them.
 
         Args:
-            images: Tensors (C, H, W) from 0 to 1, as torchvision's detectors take them.
-            targets: A dict for each image, with 'boxes' and 'labels'. None in evaluation mode.
+            images: Tensors (C, H, W) with values from 0 to 1, as torchvision's detectors take them.
+            targets: One dict per image, with 'boxes' and 'labels'. None in evaluation mode.
             progress: Progress of the training, from 0 to 1, for schedules.
 
         Returns:
-            In training mode, torchvision's losses and the weighted terms, by name. In evaluation
-            mode, the detections.
+            In training mode, a dict with torchvision's losses and the weighted terms, by name. In
+            evaluation mode, the detections.
         """
         if not self.student.training:
             if targets is not None and torch.is_grad_enabled():
@@ -250,7 +262,9 @@ class DetectionDistiller(Distiller):
 
     @contextmanager
     def reading(self, progress: float | None = None):
-        """As in `Distiller`. It also keeps the pixels of the batch, for the teacher."""
+        """Read the student's layers as in `Distiller`. Also store the pixels of the batch for the
+        teacher.
+        """
         with returned_by(self.detector.transform) as batches, super().reading(progress) as found:
             yield found
         self.batch = batches[-1][0] if batches else None
@@ -258,13 +272,13 @@ class DetectionDistiller(Distiller):
     def teacher_outputs(
         self, x=None, progress: float | None = None, samples=None
     ) -> Outputs | None:
-        """The teacher's layers for the batch that the student ran on last, inside `reading`. None
-        if no term needs them.
+        """Return the outputs of the teacher's layers for the last batch on which the student ran
+        inside `reading`. Return None if no term needs them.
 
         Args:
-            x: Not used: the teacher sees the pixels that the student's transform made.
-            progress: Progress of the training, for schedules.
-            samples: Not used.
+            x: Ignored. The teacher gets the pixels from the student's transform.
+            progress: Progress of the training, from 0 to 1, for schedules.
+            samples: Ignored.
         """
         terms, (batch, self.batch) = self.active_terms(progress), (self.batch, None)
         if not terms:
@@ -276,14 +290,15 @@ class DetectionDistiller(Distiller):
     # checks
 
     def check(self, x, *targets, n: int = BATCHES) -> Findings:
-        """Return what would go wrong in silence: targets in a wrong form, a teacher that finds
-        hardly any boxes, whose classes are in a different order or shifted by the background, or
-        for which the student's images are too small. Both models stay as they are.
+        """Check for mistakes that would otherwise go unnoticed. The checks find targets in a wrong
+        form, a teacher that finds hardly any boxes, a different order of classes (such as a shift
+        by the background class), and images that are too small for the teacher. Neither model is
+        changed.
 
         Args:
             x: A DataLoader of (images, targets), or the images of one batch.
-            *targets: The targets of one batch.
-            n: Number of batches to read of a DataLoader.
+            *targets: Targets of the batch, if `x` contains images.
+            n: Number of batches to read from a DataLoader.
         """
         if targets:
             return self.check_batches([(x, targets)], n)
@@ -293,13 +308,13 @@ class DetectionDistiller(Distiller):
     def check_batches(
         self, batches, n: int = BATCHES, *, placed: bool = False, part: str = ''
     ) -> Findings:
-        """As `check`, for batches that are split already.
+        """Check batches that are already split into images and targets (see `check`).
 
         Args:
-            batches: (images, (targets,)) of each.
-            n: How many are read.
-            placed: Has no meaning here.
-            part: Has no meaning here.
+            batches: Iterable of (images, (targets,)).
+            n: Number of batches to read.
+            placed: Ignored.
+            part: Ignored.
         """
         found, teacher = Findings(), self.detectors[0]
         found.add(
@@ -320,7 +335,9 @@ class DetectionDistiller(Distiller):
 
 
 def padded_sizes(batch: ImageList) -> Tensor | None:
-    """Return the fractions of height and width that are not padding, (B, 2). None without padding."""
+    """Return the fractions of height and width that are not padding, (B, 2). Return None if no
+    image is padded.
+    """
     whole = tuple(batch.tensors.shape[2:])
     if all(tuple(size) == whole for size in batch.image_sizes):
         return None
@@ -329,7 +346,7 @@ def padded_sizes(batch: ImageList) -> Tensor | None:
 
 
 def layers_named(layers) -> list:
-    """Return the names in the layers of a term: a dict, pairs or names."""
+    """Return all layer names in the `layers` of a term, given as a dict, pairs or names."""
     items = layers.items() if isinstance(layers, Mapping) else layers
     return [n for o in items for n in ([o] if isinstance(o, str) else layers_named(o))]
 
@@ -339,11 +356,12 @@ def runs_head(names) -> bool:
 
 
 def same_anchors(student, teacher) -> bool:
-    """Return True if both are dense detectors that predict the same classes at the same anchors.
+    """Return True if student and teacher are dense detectors with the same classes and the same
+    anchors.
 
     Args:
         student: A detector.
-        teacher: A `Teacher` that `detector_teacher` made.
+        teacher: A `Teacher` created by `detector_teacher`.
     """
     view = teacher.module
     if not is_dense(student) or not view.dense or teacher.size is not None:

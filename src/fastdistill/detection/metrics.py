@@ -1,4 +1,4 @@
-"Mean average precision of a detector, with torchmetrics."
+"Compute the mean average precision of a detector with torchmetrics."
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -16,12 +16,12 @@ __all__ = ['DetectionScores', 'average_precision', 'detect']
 
 @dataclass
 class DetectionScores:
-    """Scores of a detector on a dataset, from 0 to 1. NaN without any box.
+    """Scores of a detector on a dataset, from 0 to 1. A score is NaN if there are no boxes.
 
     Attributes:
         map: Mean average precision over IoU thresholds from 0.5 to 0.95 and classes, as in COCO.
-        map50: The same at an IoU of 0.5.
-        classes: {class number: average precision over the thresholds}.
+        map50: Mean average precision at an IoU threshold of 0.5.
+        classes: {class index: average precision over the thresholds}.
         images: Number of images.
     """
 
@@ -52,8 +52,8 @@ def average_precision(detections: Sequence[dict], targets: Sequence[dict]) -> De
     """Compute the mean average precision of detections.
 
     Args:
-        detections: A dict for each image, with 'boxes' (N, 4), 'scores' and 'labels'.
-        targets: A dict for each image, with 'boxes' (N, 4) and 'labels'.
+        detections: One dict per image, with 'boxes' (N, 4), 'scores' and 'labels'.
+        targets: One dict per image, with 'boxes' (N, 4) and 'labels'.
     """
     try:
         from torchmetrics.detection import MeanAveragePrecision

@@ -1,4 +1,4 @@
-"The teacher's boxes as labels for images without labels."
+"Use the teacher's boxes as labels for unlabeled images."
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -15,12 +15,12 @@ __all__ = ['ScoreThreshold', 'best_threshold', 'teacher_labels']
 
 @dataclass
 class ScoreThreshold:
-    """A score from which on detections count, with what they are worth on validation images.
+    """A score threshold for detections, with precision and recall on validation images.
 
     Attributes:
-        score: The least score.
-        precision: Share of the detections that match a labeled box.
-        recall: Share of the labeled boxes that a detection matches.
+        score: Minimum score.
+        precision: Fraction of the detections that match a labeled box.
+        recall: Fraction of the labeled boxes that are matched by a detection.
         boxes: Number of labeled boxes.
     """
 
@@ -36,13 +36,13 @@ class ScoreThreshold:
 
 
 def best_threshold(model: nn.Module, batches: Iterable, *, iou: float = 0.5) -> ScoreThreshold:
-    """Choose the score from which on a teacher's detections make the best labels: that with the
-    highest F1 on labeled validation images, which the teacher has not learned from.
+    """Choose the score threshold for using a teacher's detections as labels. The threshold has the
+    highest F1 score on labeled validation images, which must not be training images of the teacher.
 
     Args:
         model: The teacher, a detector.
-        batches: (images, targets) of each batch.
-        iou: Least overlap of a detection with a labeled box of the same class.
+        batches: Iterable of (images, targets).
+        iou: Minimum IoU between a detection and a labeled box of the same class.
     """
     matches = [
         match_image(d, t, (iou,))
@@ -58,7 +58,7 @@ def best_threshold(model: nn.Module, batches: Iterable, *, iou: float = 0.5) -> 
     scores = scores[order]
     right = np.concatenate([m.right[0] for m in matches])[order].cumsum()
     found = np.arange(1, len(scores) + 1)
-    # equal scores are kept or left out together
+    # detections with equal scores are either all kept or all left out
     last = np.append(scores[1:] != scores[:-1], True)
     f1 = np.where(last, 2 * right / (found + boxes), -1)
     i = int(f1.argmax())
@@ -68,13 +68,13 @@ def best_threshold(model: nn.Module, batches: Iterable, *, iou: float = 0.5) -> 
 def teacher_labels(
     model: nn.Module, images: Sequence[Tensor], score: float | ScoreThreshold
 ) -> list:
-    """Return the teacher's certain boxes as targets, one dict for each image, on the device of the
-    image. An image without any gets a target without boxes.
+    """Return the teacher's detections above a score threshold as targets, one dict per image, on
+    the device of the image. An image without such detections gets a target without boxes.
 
     Args:
         model: The teacher, a detector.
         images: Tensors (C, H, W).
-        score: The least score, such as `best_threshold` chooses.
+        score: Minimum score, such as the result of `best_threshold`.
     """
     least = score.score if isinstance(score, ScoreThreshold) else score
     out = []

@@ -11,16 +11,16 @@ __all__ = ['pair_levels']
 
 
 def pair_levels(student: dict, teacher: dict, s_size: Sequence[int], t_size: Sequence[int]) -> list:
-    """Pair levels of equal stride, from fine to coarse. If no strides are equal, levels pair by
-    their order.
+    """Pair levels of equal stride, from fine to coarse. If no strides are equal, pair levels by
+    relative depth.
 
     Args:
-        student: {name of a level: its shape} of the student.
-        teacher: The same of the teacher.
-        s_size, t_size: Height and width of the images that each saw.
+        student: {level name: shape of the feature map} of the student.
+        teacher: {level name: shape of the feature map} of the teacher.
+        s_size, t_size: Height and width of the images that each model got.
 
     Returns:
-        (name in the student, name in the teacher) of each pair.
+        List of (student level name, teacher level name).
     """
     if not student or not teacher:
         raise DistillError('A detector without feature maps has no levels to pair.')

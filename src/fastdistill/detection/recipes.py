@@ -20,16 +20,17 @@ def anchors(
     sure: float = 0.5,
     background: int | None = None,
 ) -> Recipe:
-    """Match the outputs of a dense head with the same anchors: class probabilities, weighted by the
-    teacher's probability of an object, and boxes where the teacher is sure.
+    """Match the outputs of dense heads that have the same anchors. Class probabilities are weighted
+    by the teacher's probability of an object. Boxes are compared only where the teacher is
+    confident.
 
     Args:
-        weight: Weight of the classes.
-        boxes: Weight of the boxes. 0 for none.
-        T: Temperature of the classes.
-        sure: Probability above which an anchor's box counts.
-        background: Class that means no object in a softmax over classes: 0 for an SSD. None for a
-            sigmoid per class, as in RetinaNet and FCOS.
+        weight: Weight of the loss for class probabilities.
+        boxes: Weight of the loss for boxes. 0 to leave out this loss.
+        T: Temperature of the class probabilities.
+        sure: Probability of an object above which the box of an anchor is included.
+        background: Index of the background class, for a softmax over classes (0 for an SSD). None
+            for a sigmoid per class, as in RetinaNet and FCOS.
     """
     terms = [
         Term(
@@ -62,14 +63,15 @@ def scored(
     stop_at: float | None = None,
     grad_ratio: ScheduleLike | None = None,
 ) -> Recipe:
-    """Match feature maps where the teacher sees objects: squared differences, weighted by its
-    probability of an object at each position.
+    """Match feature maps where the teacher sees objects. Squared differences are weighted by the
+    teacher's probability of an object at each position.
 
     Args:
-        layers: Levels, as in `DetectionDistiller`.
+        layers: As in `DetectionDistiller`. 'auto' compares all levels.
         weight: Number or schedule.
         grad_ratio: Use instead of `weight`: ratio of this term's gradient norm to that of all
-            weighted losses, measured at its levels. 0.1 if neither is given.
+            weighted losses, measured at the levels of the term. 0.1 if neither `weight` nor
+            `grad_ratio` is given.
     """
     return Recipe(
         Term(
@@ -90,14 +92,16 @@ def mgd(
     stop_at: float | None = None,
     grad_ratio: ScheduleLike | None = None,
 ) -> Recipe:
-    """Generate the teacher's feature maps from parts of the student's (MGD, arXiv:2205.01529).
+    """Generate the teacher's feature maps from randomly masked feature maps of the student (MGD,
+    arXiv:2205.01529).
 
     Args:
-        layers: Levels, as in `DetectionDistiller`.
+        layers: As in `DetectionDistiller`. 'auto' compares all levels.
         weight: Number or schedule.
         drop: Probability that a position of the student's map is hidden.
         grad_ratio: Use instead of `weight`: ratio of this term's gradient norm to that of all
-            weighted losses, measured at its levels. 0.1 if neither is given.
+            weighted losses, measured at the levels of the term. 0.1 if neither `weight` nor
+            `grad_ratio` is given.
     """
     return Recipe(
         Term(
@@ -112,11 +116,11 @@ def mgd(
 
 
 def automatic() -> Recipe:
-    """Return the default recipe of a `DetectionDistiller`: `pkd` on all pairs of levels, with the
-    authors' weight.
+    """Return the default recipe of a `DetectionDistiller`, which is `pkd` on all pairs of levels
+    with the authors' weight.
 
-    A gradient ratio does not suit a new RetinaNet: the last layers of its head begin so small that
-    hardly any gradient of the task loss reaches the levels, and the term would get next to no
-    weight in the first batches.
+    A gradient ratio would not work for a new RetinaNet. The initial weights of its head are so
+    small that hardly any gradient of the task loss reaches the levels. The term would therefore get
+    almost no weight in the first batches.
     """
     return pkd(weight='paper')

@@ -1,4 +1,4 @@
-"Check the targets of a detector: boxes and labels."
+"Check the boxes and labels on which a detector is trained."
 
 from collections.abc import Sequence
 from typing import Any
@@ -15,12 +15,12 @@ __all__ = ['check_targets']
 def check_targets(
     images: Sequence[Tensor], targets: Sequence[dict] | None, detector: Any
 ) -> Findings:
-    """Return what is wrong with the targets of a batch.
+    """Check the targets of a batch, and return the problems found.
 
     Args:
         images: Tensors (C, H, W).
-        targets: A dict for each image.
-        detector: The student.
+        targets: One dict per image.
+        detector: The student detector.
     """
     found, n = Findings(), n_classes(detector)
     error = lambda what, do: found.add('targets', [Finding('error', what, do)])
@@ -51,7 +51,9 @@ def check_targets(
 
 
 def problem_of_one(image: Tensor, target: dict, classes: int) -> tuple[str, str] | None:
-    """Return (what is wrong, what to do) with the target of one image. None if nothing is."""
+    """Return (what is wrong, what to do) for the target of one image. Return None if there is no
+    problem.
+    """
     missing = [k for k in ('boxes', 'labels') if not isinstance(target.get(k), Tensor)]
     if missing:
         return f'the target has no tensor {missing[0]!r}', 'It needs boxes (N, 4) and labels (N,)'

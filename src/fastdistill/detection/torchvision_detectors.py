@@ -1,4 +1,6 @@
-"What torchvision's detectors have in common: a backbone with levels, a head, and their own resizing."
+"""Access the parts that all torchvision detectors have: a backbone with several levels, a head, and
+a transform that resizes images.
+"""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -39,7 +41,8 @@ KNOWN_DETECTORS = (
 
 
 def checked_detector(model: Any, who: str) -> nn.Module:
-    """Return the detector inside its wrappers. Raise a DistillError if it is a different model.
+    """Return a detector without its wrappers. Raise a DistillError if the model is not a supported
+    detector.
 
     Args:
         who: 'student', 'teacher' or 'model'.
@@ -55,12 +58,14 @@ def detector_name(model: Any) -> str:
 
 
 def is_dense(detector: Any) -> bool:
-    """Return True if its head predicts classes and boxes at each position, without proposals."""
+    """Return True if the detector is dense, i.e. predicts classes and boxes at each position
+    without proposals.
+    """
     return not isinstance(detector, GeneralizedRCNN)
 
 
 def n_classes(detector: Any) -> int:
-    """Return the number of classes, with the background that torchvision counts as class 0."""
+    """Return the number of classes, including the background, which is class 0 in torchvision."""
     if not is_dense(detector):
         predictor = detector.roi_heads.box_predictor
         return predictor.cls_score.out_features
@@ -71,25 +76,27 @@ def n_classes(detector: Any) -> int:
 
 
 def fixed_size(detector: Any) -> tuple | None:
-    """Return the height and width to which it resizes every image. None if these vary."""
+    """Return the height and width to which the detector resizes every image. Return None if the
+    size varies.
+    """
     size = detector.transform.fixed_size
     return None if size is None else (size[1], size[0])
 
 
 def pixel_stats(detector: Any) -> tuple[Any, Any]:
-    """Return (mean, std) of its images."""
+    """Return the (mean, std) with which the detector normalizes images."""
     return detector.transform.image_mean, detector.transform.image_std
 
 
 def as_levels(features: Any) -> Any:
-    """Return the feature maps of a backbone by name, as torchvision's detectors do."""
+    """Convert the output of a backbone to {name: feature map}, as torchvision's detectors do."""
     return features if isinstance(features, Mapping) else {'0': features}
 
 
 class LevelScores(nn.Module):
-    """How sure a detector is that an object is at each position of each level, from 0 to 1: the
-    highest probability over anchors and classes without the background. With proposals, it is the
-    probability that there is any object.
+    """Module that computes the probability of an object at each position of each level. For dense
+    detectors, the module uses the highest probability over anchors and classes, without the
+    background. For detectors with proposals, the module uses the highest objectness over anchors.
     """
 
     def __init__(self, detector: Any) -> None:
@@ -99,11 +106,11 @@ class LevelScores(nn.Module):
         self.anchors: Any = None if generator is None else generator.num_anchors_per_location()
 
     def forward(self, levels: dict, head: Any) -> dict:
-        """Return a map (B, H, W) for each level.
+        """Return {level name: map (B, H, W)}.
 
         Args:
             levels: Feature maps by name.
-            head: What the detector's head returned for them.
+            head: Output of the detector's head for these feature maps.
         """
         if not self.dense:
             return {k: o.sigmoid().amax(1) for k, o in zip(levels, head[0])}
@@ -118,8 +125,8 @@ class LevelScores(nn.Module):
 
 
 class DetectorView(nn.Module):
-    """A detector from its pixels to its head: the detector's own modules under their own names,
-    without its resizing, normalization and postprocessing.
+    """The backbone and the head of a detector, without resizing, normalization and postprocessing.
+    The modules of the detector are used directly, under the same names.
     """
 
     def __init__(self, detector: Any) -> None:
@@ -134,12 +141,13 @@ class DetectorView(nn.Module):
         self.anchors = detector.anchor_generator if self.dense else None
 
     def forward(self, images: Tensor, sizes: Tensor | None = None, head: bool = False) -> Tensor:
-        """Return the last feature map. Hooks read everything else.
+        """Run the backbone and return the last feature map. All other outputs are read by hooks.
 
         Args:
             images: Normalized pixels, (B, C, H, W).
-            sizes: Fractions of height and width that are not padding, (B, 2). None if nothing is.
-            head: True to run the head and the scores too.
+            sizes: Fractions of height and width that are not padding, (B, 2). None if no image is
+                padded.
+            head: True to also run the head and compute the scores.
         """
         if sizes is not None:
             images = without_padding(images, sizes)
@@ -151,7 +159,7 @@ class DetectorView(nn.Module):
 
 
 def without_padding(images: Tensor, sizes: Tensor) -> Tensor:
-    """Return images whose padding is 0, as torchvision pads them after the normalization."""
+    """Set the padding of images to 0. torchvision also pads with 0 after the normalization."""
     place = [torch.arange(n, device=images.device) for n in images.shape[2:]]
     ends = [(sizes[:, i] * n).round() for i, n in enumerate(images.shape[2:])]
     rows, columns = [p[None] < e[:, None] for p, e in zip(place, ends)]
@@ -159,14 +167,16 @@ def without_padding(images: Tensor, sizes: Tensor) -> Tensor:
 
 
 def level_names(features: Any) -> list:
-    """Return the names with which `Taps` reads the levels of what a backbone returned."""
+    """Return the layer names with which `Taps` reads the levels of a backbone, given the output of
+    the backbone.
+    """
     if isinstance(features, Mapping):
         return [f'backbone@[{k}]' for k in features]
     return ['backbone']
 
 
 def level_scores(name: str) -> str:
-    """Return the name of the scores at a level.
+    """Return the layer name of the scores for a level.
 
     Args:
         name: Name of the level, from `level_names`.
@@ -181,7 +191,7 @@ def level_scores(name: str) -> str:
 
 
 def on_device_of(images: Sequence[Tensor], model: nn.Module) -> list:
-    """Return images on the device of a model.
+    """Move images to the device of a model.
 
     Args:
         images: Tensors (C, H, W), or one tensor (B, C, H, W).
@@ -191,8 +201,9 @@ def on_device_of(images: Sequence[Tensor], model: nn.Module) -> list:
 
 
 def example_pixels(detector: Any) -> Tensor:
-    """Return an empty batch of one image as the backbone gets it. Without a fixed size it is small,
-    since the strides of the levels do not depend on it.
+    """Return a batch with one image of zeros, in the form that the backbone expects. If the
+    detector has no fixed size, the image is small, because the strides of the levels do not depend
+    on the size.
     """
     p = next(detector.parameters())
     size = fixed_size(detector) or (256, 256)
@@ -200,7 +211,7 @@ def example_pixels(detector: Any) -> Tensor:
 
 
 def detector_inside(teacher: Any) -> nn.Module:
-    """Return the detector of a teacher.
+    """Return the detector inside a teacher.
 
     Args:
         teacher: A detector, or a `Teacher` of one.
@@ -209,13 +220,14 @@ def detector_inside(teacher: Any) -> nn.Module:
 
 
 def detector_teacher(teacher: Any, student: nn.Module, size: int | tuple | None = None) -> Teacher:
-    """Build the `Teacher` that gets the student's pixels under its own normalization.
+    """Build a `Teacher` that takes the student's pixels and converts them to the teacher's
+    normalization.
 
     Args:
         teacher: A detector, or a `Teacher` of one.
-        student: The detector that is trained.
-        size: Height and width at which the teacher sees the images. None for the student's size,
-            or its own if it has a fixed one.
+        student: The detector to train.
+        size: Height and width of the images for the teacher. None for the teacher's fixed size, if
+            it has one, or else the student's size.
     """
     given = isinstance(teacher, Teacher)
     options = {k: teacher.option(k) for k in teacher.given} if given else {}

@@ -1,4 +1,4 @@
-"The validation loss of a detector: torchvision's own losses, without changing the model."
+"Compute torchvision's losses for validation batches without changing the model."
 
 from collections.abc import Sequence
 
@@ -17,18 +17,19 @@ __all__ = ['validation_losses']
 def validation_losses(
     model: nn.Module, images: Sequence[Tensor], targets: Sequence[dict], seed: int = 0
 ) -> dict[str, Tensor]:
-    """Return torchvision's losses for a validation batch. In evaluation mode, torchvision's
-    detectors return none.
+    """Compute torchvision's losses for a validation batch. By default, torchvision's detectors do
+    not return losses in evaluation mode.
 
-    All layers (batch norm, dropout, the transform) are in evaluation mode, and only the modules
-    that compute the losses are in training mode. Anchors and proposals that are sampled at random
-    are the same in each call. There is no gradient, and the model and the random state stay as they are.
+    Batch norm, dropout and the transform run in evaluation mode. Only the modules that compute
+    losses are switched to training mode. The random sampling of anchors and proposals is seeded, so
+    repeated calls return the same losses. No gradients are computed. The model and the random state
+    are restored.
 
     Args:
         model: A detector.
         images: Tensors (C, H, W).
-        targets: A dict for each image.
-        seed: Seed of the draws.
+        targets: One dict per image, with 'boxes' and 'labels'.
+        seed: Seed for sampling anchors and proposals.
     """
     detector = checked_detector(model, 'model')
     state = ModelState(detector.modules())

@@ -1,4 +1,4 @@
-"""Measure how often a student's predictions agree with its teacher's."""
+"""Measure how often a student's predictions agree with those of the teacher."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -13,7 +13,7 @@ __all__ = ['Agreement']
 
 
 class Agreement:
-    """Agreement counts of a student and a teacher, added up batch by batch."""
+    """Counts of the agreement between a student and a teacher, summed over batches."""
 
     def __init__(self, kind: str) -> None:
         self.kind = kind
@@ -34,7 +34,9 @@ class Agreement:
             self.sums[k] = self.sums.get(k, 0.0) + v[counts].double().sum().item()
 
     def shares(self) -> dict:
-        """Return the fractions and means, as {name: value}. A value is None if it has no positions."""
+        """Return {name: fraction or mean}. A value is None if there are no positions to compute it
+        from.
+        """
         n, s = self.sums.get('n', 0.0), self.sums
 
         def per(k: str, of: float) -> float | None:
@@ -58,8 +60,8 @@ class Agreement:
 
 
 def split(a: Tensor, b: Tensor, y: Tensor, one: Tensor) -> dict[str, Tensor]:
-    """Count agreement over all positions, and separately where the teacher is right and where it is
-    wrong.
+    """Compare predictions at all positions, and separately where the teacher is right and where the
+    teacher is wrong.
     """
     same, right = a == b, b == y
     return dict(
@@ -107,7 +109,9 @@ def compare_numbers(s: Rows, t: Rows) -> dict[str, Tensor]:
 
 
 def how_far_apart(s: Mapping[str, float], n: float) -> dict[str, float | None]:
-    """Return the distances between two predictions and the correlation of their errors."""
+    """Return the mean distances between the predictions of both models, and the correlation of
+    their errors.
+    """
     if not n:
         return {}
     cov, va, vb = (s[i + j] - s[i] * s[j] / n for i, j in ('ab', 'aa', 'bb'))

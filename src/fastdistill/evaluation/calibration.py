@@ -23,7 +23,7 @@ from .report_data import calibration_error
 __all__ = ['Calibration', 'calibrate_model', 'fit_temperature']
 
 LOWEST_T, HIGHEST_T = 0.05, 20.0
-MOST_LOGITS = 2**23  # approximate maximum number of logits to keep
+MOST_LOGITS = 2**23  # approximate maximum number of logits to keep in memory
 LARGEST_CHANGE = 1e-3  # largest change of the folded model's outputs, relative to the largest logit
 
 
@@ -32,12 +32,12 @@ class Calibration:
     """A fitted temperature and its effect, printed as one line.
 
     Attributes:
-        temperature: Number by which the logits are divided, or one for each label.
-        n: Number of predictions it was fitted on.
-        before: `nll`, `ece` and `brier` of these predictions.
-        after: The same after dividing by the temperature.
-        layer: Name of the layer into which the temperature was folded, or None.
-        reason: Why it was not folded into a layer.
+        temperature: Number by which the logits are divided, or one number per label.
+        n: Number of predictions on which the temperature was fitted.
+        before: `nll`, `ece` and `brier` of these predictions before calibration.
+        after: `nll`, `ece` and `brier` after dividing the logits by the temperature.
+        layer: Name of the layer into which the temperature was folded. None if it was not folded.
+        reason: Reason why the temperature was not folded into a layer.
     """
 
     temperature: float | list[float]
@@ -74,17 +74,18 @@ def fit_temperature(
     """Find the temperature T for which the logits divided by T have the lowest NLL.
 
     Args:
-        logits: Logits for samples that the model was not trained on, with classes or labels along
+        logits: Logits for samples that were not used for training, with classes or labels along
             `axis`.
-        labels: Class indices, shaped like the logits without `axis`, or 0 and 1, shaped like the
-            logits.
+        labels: For 'softmax', class indices with the shape of the logits without `axis`. For
+            'sigmoid', 0 and 1 with the shape of the logits.
         kind: 'softmax' for one temperature, 'sigmoid' for one per label.
         axis: Axis of classes or labels.
         ignore_index: Label to ignore.
 
     Returns:
-        A scalar, or (L,) for a sigmoid with L labels. It is 1 if the labels do not determine it,
-        i.e. if all predictions are correct, or a label is always or never present.
+        The temperature as a scalar tensor, or one per label, (L,), for a sigmoid. The temperature
+        is 1 if the best value is outside the range from 0.05 to 20. The best value is outside this
+        range if, for example, all predictions are correct, or a label is always or never present.
 
     Raises:
         DistillError: If the labels do not fit the logits, or if the kind is 'regression'.
@@ -113,15 +114,16 @@ def calibrate_model(
     fold: bool = True,
     tick: Callable[[], None] | None = None,
 ) -> Calibration:
-    """Fit a temperature on labeled batches, and fold it into the model's last linear layer. The
-    predicted classes do not change.
+    """Fit a temperature on labeled batches, and fold it into the last linear layer of the model.
+    The predicted classes do not change.
 
     Args:
-        model: A trained model, whose last layer is changed if `fold` is True.
-        batches: (inputs, targets), both tuples, of samples that the model was not trained on.
+        model: A trained model. The last layer is changed if `fold` is True.
+        batches: Iterable of (inputs, targets), both tuples, with samples that were not used for
+            training.
         task: What the model predicts.
-        fold: Whether to change the model. False to only measure.
-        tick: Called after each batch.
+        fold: If True, change the model. If False, only measure the effect.
+        tick: fn(), called after each batch.
     """
     if task.kind == 'regression':
         raise DistillError('This model predicts numbers, which have no temperature.')
@@ -153,7 +155,7 @@ def calibrate_model(
 
 
 def labeled_positions(logits: Tensor, labels: Any, task: Task) -> tuple[np.ndarray, np.ndarray]:
-    """Return logits (P, C) and labels, (P,) or (P, C), of the labeled positions, as NumPy arrays."""
+    """Return logits (P, C) and labels, (P,) or (P, C), of all labeled positions, as NumPy arrays."""
     logits = as_plain(logits).detach().cpu().double()
     y = None
     if isinstance(labels, Tensor):
@@ -172,8 +174,8 @@ def labeled_positions(logits: Tensor, labels: Any, task: Task) -> tuple[np.ndarr
 
 
 def thinned(z: np.ndarray, y: np.ndarray, logits: Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """Drop some positions of samples with many, such as pixels, so that all batches fit into
-    memory.
+    """Drop some positions if samples have many of them (such as pixels), so that all batches fit
+    into memory.
     """
     most = max(MOST_LOGITS // 64 // z.shape[1], len(logits))
     step = max(len(z) // most, 1)
@@ -181,7 +183,9 @@ def thinned(z: np.ndarray, y: np.ndarray, logits: Tensor) -> tuple[np.ndarray, n
 
 
 def lowest(nll: Callable[[float], float]) -> float:
-    """Return the T in the allowed range that minimizes nll(1/T), or 1 if the minimum is at a limit."""
+    """Return the temperature T in the allowed range that minimizes nll(1/T). Return 1 if the
+    minimum is at an end of the range.
+    """
     from scipy.optimize import minimize_scalar
 
     found = minimize_scalar(
@@ -195,7 +199,7 @@ def lowest(nll: Callable[[float], float]) -> float:
 
 
 def of_label(z: np.ndarray, y: np.ndarray) -> float:
-    """Fit the temperature of one label."""
+    """Fit the temperature for one label."""
     if y.all() or not y.any():
         return 1.0
     signed = np.where(y, z, -z)
@@ -213,16 +217,16 @@ def measures(z: Tensor, y: Tensor, kind: str) -> dict[str, Any]:
     )
 
 
-# folding the temperature into the last layer
+# fold the temperature into the last layer
 
 
 def fold_temperature(
     model: nn.Module, T: Tensor, x: Sequence, task: Task
 ) -> tuple[str | None, str]:
-    """Divide weight and bias of the model's last layer by T.
+    """Divide the weight and bias of the model's last layer by T.
 
     Returns:
-        (name of the layer, ''), or (None, reason) if that is not possible.
+        (name of the layer, ''), or (None, reason) if the temperature can't be folded.
     """
     layers = {k: m for k, m in model.named_modules() if is_linear(m)}
     if not layers:
@@ -231,7 +235,8 @@ def fold_temperature(
         teacher.reset()
         with Taps(model, list(layers)) as taps:
             logits = as_plain(teacher(*x).logits)
-            # subtle: read `seen`, since `pop` raises for layers that did not run or were overwritten
+            # subtle: read `seen`, because `pop` raises an error for layers that did not run or
+            # whose output was overwritten
             seen = {k: o[0] for k, o in taps.seen.items() if isinstance(o, tuple)}
         same = lambda k: torch.equal(as_plain(seen[k]).flatten(), logits.flatten())
         name = next((k for k in reversed(layers) if k in seen and same(k)), None)

@@ -1,4 +1,6 @@
-"""Show the results of the checks before training as a table: a mark, the finding, and what to do."""
+"""Show the results of the checks before training as a table. Each row has a mark, a finding, and
+advice.
+"""
 
 import io
 import shutil
@@ -11,18 +13,18 @@ __all__ = ['checks_as_text', 'html_of_checks', 'print_checks']
 
 LEVEL_MARKS = dict(
     ok='✓', note='i', warning='!', error='✗'
-)  # {level: mark}; other rows are measurements, which have no mark
+)  # {level: mark}. Rows with other levels are measurements, which have no mark.
 LEVEL_STYLES = dict(ok='green', note='cyan', warning='yellow', error='red')
-LEVEL_CLASSES = dict(ok='good', warning='even', error='bad')  # CSS classes of the page
+LEVEL_CLASSES = dict(ok='good', warning='even', error='bad')  # {level: CSS class}
 
 
 def print_checks(check: Any, console: Any = None) -> None:
     """Print the table in a terminal.
 
     Args:
-        check: Object with a `title`, `rows()` with `level`, `about`, `what` and `do`, and a
-            `verdict`.
-        console: Console of Rich. None for standard output.
+        check: Object with `title`, `verdict` and `rows()`. Each row has `level`, `about`, `what`
+            and `do`.
+        console: A Rich console. None for standard output.
     """
     from rich.console import Console
     from rich.table import Table
@@ -51,7 +53,7 @@ def print_checks(check: Any, console: Any = None) -> None:
 
 
 def checks_as_text(check: Any) -> str:
-    """Format the table without colors, as wide as the terminal."""
+    """Format the table as text without colors, as wide as the terminal."""
     from rich.console import Console
 
     out = io.StringIO()

@@ -25,18 +25,18 @@ SECONDS, LEAST_RUNS, MOST_RUNS = (
     0.5,
     20,
     1000,
-)  # seconds per time measurement; minimum and maximum number of runs
+)  # seconds per time measurement, and minimum and maximum number of runs
 
 
 def cost_of(
     teacher: Teacher,
     x: Any,
 ) -> Cost:
-    """Return the cost of a model, without times. Values that can't be counted are None.
+    """Measure the cost of a model, except for its latency. Values that can't be measured are None.
 
     Args:
-        teacher: A started `Teacher`.
-        x: Inputs of a large batch, a tuple.
+        teacher: A `Teacher` that was started.
+        x: Inputs of a large batch, as a tuple.
     """
     n_params = sum({id(p): p.numel() for m in teacher.modules for p in m.parameters()}.values())
     weights = weights_of_teacher(teacher)
@@ -51,8 +51,8 @@ def cost_of(
 
 
 def weights_of_teacher(teacher: Teacher) -> int:
-    """Return the size in bytes of the parameters and buffers of a teacher, counting shared ones
-    once.
+    """Return the size of the parameters and buffers of a teacher in bytes. Shared tensors are
+    counted once.
     """
     own = {id(t): t for m in teacher.modules for t in [*m.parameters(), *m.buffers()]}.values()
     return sum(t.numel() * t.element_size() for t in own)
@@ -60,13 +60,13 @@ def weights_of_teacher(teacher: Teacher) -> int:
 
 @contextmanager
 def unfused() -> Iterator[None]:
-    """Run recurrent layers as matrix products inside, since the counter does not know the fused
-    ones.
+    """Context manager that runs recurrent layers as matrix products, because PyTorch's FLOP counter
+    ignores fused recurrent layers.
     """
     with warnings.catch_warnings(), cudnn.flags(enabled=False):
         warnings.filterwarnings(
             'ignore', 'TF32 acceleration'
-        )  # PyTorch's warning about its own default
+        )  # PyTorch warns about its own default settings here
         with mkldnn.flags(enabled=False):
             yield
 
@@ -77,9 +77,9 @@ def fresh_run(teacher: Teacher, x: Any) -> Outputs:
 
 
 def file_size(teacher: Teacher) -> int:
-    """Return the total size in bytes of the files that the models were loaded from.
+    """Return the total size of the files from which the models were loaded, in bytes.
 
-    0 if any model was not loaded from a file.
+    Return 0 if any model was not loaded from a file.
     """
     paths = [o.path for o in (teacher.members or [teacher])]
     return sum(Path(p).stat().st_size for p in paths) if all(paths) else 0
@@ -90,7 +90,7 @@ def batch_of(x: Any, n: int) -> tuple:
 
     Args:
         x: Tuple of inputs.
-        n: Number of samples. If there are fewer, they are repeated.
+        n: Number of samples. The samples of a smaller batch are repeated.
     """
     items = items_in(x)
     if items is not None:
@@ -107,9 +107,7 @@ def batch_of(x: Any, n: int) -> tuple:
 
 
 class Peak(TorchDispatchMode):
-    """Records the peak number of bytes of tensors created inside the context and alive at the same
-    time.
-    """
+    """Context manager that records the peak memory of the tensors created inside, in bytes."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -119,7 +117,8 @@ class Peak(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
-        # an unknown argument was created earlier, such as a weight
+        # arguments that are not known yet, such as weights, were created before the context and are
+        # not counted
         for t in tensors_in((args, kwargs)):
             self._count(t, False)
         out = func(*args, **(kwargs or {}))
@@ -145,7 +144,7 @@ class Peak(TorchDispatchMode):
 
 
 def peak_memory(teacher: Teacher, x: Any) -> int:
-    """Return the peak bytes allocated in a forward pass, without the weights."""
+    """Measure the peak memory of a forward pass in bytes, without the weights."""
     device = next((t.device for t in tensors_in(x)), torch.device('cpu'))
     if device.type == 'cuda':
         torch.cuda.reset_peak_memory_stats(device)
@@ -164,16 +163,17 @@ def latencies(
     seconds: float = SECONDS,
     tick: Callable[[], None] = lambda: None,
 ) -> dict:
-    """Return {name: [`Latency` for each size]}.
+    """Measure the latency of each model and return {name: [`Latency` for each size]}.
 
-    The models are timed alternately, so that other load on the machine affects all of them equally.
+    Models take turns, so that other load on the machine affects all models equally.
 
     Args:
         teachers: {name: started `Teacher`}.
-        x: Inputs of a batch, a tuple.
+        x: Inputs of a batch, as a tuple.
         sizes: Batch sizes.
-        seconds: Time limit for each model and size.
-        tick: Called after each model and size.
+        seconds: Minimum measurement time for each model and batch size, unless the maximum number
+            of runs is reached first.
+        tick: fn(), called after each model and batch size.
     """
     out: dict[str, list[Latency]] = {k: [] for k in teachers}
     for n in sizes:
@@ -187,13 +187,15 @@ def latencies(
 
 
 def bare_call(teacher: Teacher, x: Any) -> Callable[[], Any]:
-    """Return the model's forward pass on prepared inputs, without the checks of a `Teacher`."""
-    fresh_run(teacher, x)  # moves the model to its device and sets its mode
+    """Return a function that runs only the forward pass on prepared inputs, without the checks of a
+    `Teacher`.
+    """
+    fresh_run(teacher, x)  # this run moves the model to its device and sets evaluation mode
     return teacher.runner.bare_call(x)
 
 
 def wait_for(x: Any) -> Callable[[], None]:
-    """Return a function that waits until the GPU has finished, if there is one."""
+    """Return a function that waits until the GPU has finished. On a CPU, the function does nothing."""
     device = next((t.device for t in tensors_in(x)), torch.device('cpu'))
     return (lambda: torch.cuda.synchronize(device)) if device.type == 'cuda' else (lambda: None)
 
@@ -205,7 +207,7 @@ def timed_in_turns(
     wait: Callable[[], None],
     tick: Callable[[], None],
 ) -> dict[str, list[float]]:
-    """Time the calls alternately and return {name: seconds of each run}."""
+    """Time the calls in turns and return {name: [seconds of each run]}."""
     ts: dict[str, list[float]] = {k: [] for k in calls}
     for call in calls.values():
         for _ in range(5):

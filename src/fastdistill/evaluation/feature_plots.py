@@ -17,12 +17,13 @@ __all__ = ['attention_map', 'picture_in', 'show_features']
 
 
 def attention_map(f: Tensor, p: float = 2, aspect: float = 1.0) -> Tensor:
-    """Return the attention map of a layer: the mean over channels of |f|^p (arXiv:1612.03928).
+    """Compute the attention map of a layer, which is the mean over channels of |f|^p, rescaled to
+    the range from 0 to 1 (arXiv:1612.03928).
 
     Args:
         f: Maps (B, C, H, W), or tokens (B, L, D) that fill a grid.
         p: Exponent of the activations.
-        aspect: Height over width of the image, for tokens.
+        aspect: Height divided by width of the image. Used only for tokens.
 
     Returns:
         Attention maps, (B, H, W).
@@ -52,7 +53,7 @@ def picture_in(x: Any) -> Tensor:
     """Return the first tensor (B, C, H, W) in the inputs, or the first tensor if there is none.
 
     Args:
-        x: Inputs of a batch: nested tuples and dicts of tensors.
+        x: Inputs of a batch, as nested tuples and dicts of tensors.
     """
     found = list(tensors_in(x))
     return next((o for o in found if o.dim() == 4), found[0])
@@ -70,9 +71,9 @@ def named_map(name: str, f: Tensor, p: float, aspect: float) -> Tensor:
 
 
 def to_show(x: Tensor) -> Tensor:
-    """Convert images to (B, H, W, 3) from 0 to 1.
+    """Convert images to shape (B, H, W, 3) with values from 0 to 1.
 
-    If any value is outside this range, each image is rescaled to it.
+    If any value is outside this range, each image is rescaled to the range.
     """
     if x.dim() != 4 or x.shape[1] not in (1, 3):
         raise DistillError(
@@ -96,18 +97,18 @@ def show_features(
     n: int = 4,
     p: float = 2,
 ) -> Any:
-    """Show attention maps of student and teacher side by side over each image, for each pair of
+    """Draw the attention maps of student and teacher over each image, side by side for each pair of
     layers.
 
     Args:
         student: A module.
-        teacher: A module, or a `Teacher`, which gets the images with its own normalization and
+        teacher: A module, or a `Teacher`. A `Teacher` can have its own normalization and image
             size.
-        x: Images as the student gets them, (B, 3, H, W), or a tuple or dict if it takes more than
-            images.
+        x: Images as the student gets them, (B, 3, H, W). If the student takes further inputs, a
+            tuple or dict of all inputs.
         layers: Layers with maps or tokens, named as in `Term`.
-        images: Images to show, (B, 3, H, W) from 0 to 1. None for those in `x`, each rescaled to
-            that range.
+        images: Images to show, (B, 3, H, W) with values from 0 to 1. None to show the images in
+            `x`, which are rescaled to that range if necessary.
         n: Number of images.
         p: Exponent of the activations.
     """
@@ -132,7 +133,7 @@ def draw_maps(
     from matplotlib.figure import Figure
 
     b, h, w = pictures.shape[:3]
-    # subtle: not a pyplot figure, which would stay open and be shown twice in a notebook
+    # subtle: do not use a pyplot figure, which would stay open and be shown twice in a notebook
     fig = Figure(figsize=(2 * (len(columns) + 1), 1.93 * h / w * b + 0.5), layout='constrained')
     layout: Any = fig.get_layout_engine()
     layout.set(h_pad=0.02, w_pad=0.02)
@@ -153,7 +154,7 @@ def draw_maps(
 
 
 def overlay(ax: Any, picture: Tensor, m: Tensor | None) -> Any:
-    """Draw the image. If there is a map, draw it over a gray version of the image."""
+    """Draw an image. If a map is given, draw the map over a gray version of the image."""
     ax.axis('off')
     if m is None:
         return ax.imshow(picture.numpy())

@@ -1,4 +1,4 @@
-"""Format a report as one HTML page: self-contained, without scripts, with every name escaped."""
+"""Format a report as one self-contained HTML page without scripts. All names are escaped."""
 
 import base64
 import io
@@ -17,7 +17,7 @@ from .text_report import title_of
 __all__ = ['html_page', 'rendered']
 
 MARKS = {'better': 'good', 'worse': 'bad', 'not significant': 'even'}
-DPI = 72  # units of an SVG per inch
+DPI = 72  # SVG units per inch
 
 
 def finalize(o: Any) -> Any:
@@ -25,7 +25,9 @@ def finalize(o: Any) -> Any:
 
 
 class Picture(NamedTuple):
-    """A picture inside the page as data URIs, for light and dark backgrounds."""
+    """A picture that is embedded in the page as data URIs, one for light and one for dark
+    backgrounds.
+    """
 
     title: str
     alt: str
@@ -41,7 +43,7 @@ def html_page(r: ReportData, figures: Mapping[str, Any] | None = None, whole: bo
     Args:
         r: The report.
         figures: {caption: your own matplotlib figure}, shown at the end.
-        whole: False to leave out the head and the pictures, for a notebook.
+        whole: False to leave out the HTML head and the pictures, for use in a notebook.
     """
     sheets = sheets_of(r, brief=not whole)
     drawn = {s.name: pictures(r, s.name) if whole else [] for s in sheets}
@@ -60,7 +62,7 @@ def html_page(r: ReportData, figures: Mapping[str, Any] | None = None, whole: bo
 
 
 def rendered(name: str, **values: Any) -> str:
-    """Render a template of this folder."""
+    """Render an HTML template from the folder of this module."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     env = Environment(
@@ -152,12 +154,12 @@ def svg(fig: Any) -> str:
         fig.savefig(out, format='svg', metadata={'Date': None, 'Creator': None}, transparent=True)
     return re.sub(
         r'<!--.*?-->', '', out.getvalue(), flags=re.S
-    )  # drop comments, which repeat the text of each label
+    )  # drop comments, in which matplotlib repeats the text of each label
 
 
 def own_picture(title: str, fig: Any) -> Picture:
-    """Return a picture of the user's own figure. Its content is unknown, so its caption is also its
-    text.
+    """Convert a figure of the user to a `Picture`. The content of the figure is unknown, so the
+    caption is also the alternative text.
     """
     out = io.BytesIO()
     fig.savefig(out, format='png', dpi=110)

@@ -1,7 +1,7 @@
-"""Compute measures from sums over samples.
+"""Compute measures of quality, such as accuracy, from sums over samples.
 
-Any subset of samples can then be scored without storing outputs, as needed for bootstrap intervals
-and paired tests.
+With these sums, any subset of samples can be scored without storing the outputs. Bootstrap
+intervals and paired tests need such scores.
 """
 
 from collections.abc import Container, Mapping
@@ -19,16 +19,18 @@ from .report_data import MeasureInfo
 __all__ = ['BINS', 'Measure', 'Rows', 'measures_of', 'rows_of', 'scores_of']
 
 BINS = 15  # number of confidence bins, for the calibration error
-MAX_PER_CLASS = 256  # with more classes, intersections and unions of masks are not stored per image
-MAX_OUTPUTS = 64  # with more outputs, R2 is relative to their common mean
+# with more classes, intersections and unions of masks are not stored for each image
+MAX_PER_CLASS = 256
+MAX_OUTPUTS = 64  # with more outputs, R2 uses one common mean instead of one mean per output
 
 
 @dataclass
 class Rows:
-    """A batch as rows of positions: pixels, tokens, labels, outputs, or whole samples.
+    """A batch with one row of positions per sample. A position is a pixel, a token, a label, an
+    output, or the whole sample.
 
     Attributes:
-        out: Logits of classes (B, P, C), logits of labels (B, P), or numbers (B, P).
+        out: Logits of classes (B, P, C), logits of labels (B, P), or predicted numbers (B, P).
         y: Targets, (B, P).
         counts: True for positions that are not ignored, (B, P).
     """
@@ -43,7 +45,7 @@ def rows_of(logits: Tensor, y: Tensor, task: Task) -> Rows:
 
     Args:
         logits: Logits of the batch, with classes along the class axis of `task`.
-        y: Labels, from `fit_labels`.
+        y: Labels, as returned by `fit_labels`.
         task: What the model predicts.
     """
     o = logits.float() if logits.dtype.itemsize < 4 else logits
@@ -55,16 +57,16 @@ def rows_of(logits: Tensor, y: Tensor, task: Task) -> Rows:
     return Rows(o, y, torch.ones_like(y, dtype=torch.bool))
 
 
-# sums for each sample: {name: (B,) or (B, k)}
+# compute sums for each sample, {name: (B,) or (B, k)}
 
 
 def scores_of(r: Rows, kind: str, per_class: bool = False) -> dict:
-    """Return the sums of each sample for all measures and for the confidence bins.
+    """Compute the sums of each sample that all measures and the confidence bins need.
 
     Args:
         r: Rows of a batch.
         kind: Kind of the outputs.
-        per_class: Whether to store intersections and unions of each class.
+        per_class: If True, also compute the intersection and union of each class.
     """
     return dict(softmax=class_scores, sigmoid=label_scores, regression=number_scores)[kind](
         r, per_class
@@ -87,7 +89,7 @@ def class_scores(r: Rows, per_class: bool) -> dict[str, Tensor]:
     )
     out['nll'] = torch.where(r.counts, -own[..., 0].double(), 0.0).sum(
         1
-    )  # masked positions may be infinite
+    )  # use `where`, because the NLL may be infinite at masked positions
     if per_class:
         out |= overlaps(best, y, r.counts, r.out.shape[-1])
     return out | dict(
@@ -96,7 +98,7 @@ def class_scores(r: Rows, per_class: bool) -> dict[str, Tensor]:
 
 
 def overlaps(best: Tensor, y: Tensor, counts: Tensor, c: int) -> dict[str, Tensor]:
-    """Return the intersections and unions of each class for each image."""
+    """Compute the intersection and union of each class for each image."""
 
     def per_image(classes: Tensor, where: Tensor) -> Tensor:
         at = torch.arange(len(classes), device=classes.device)[:, None] * c + classes
@@ -134,8 +136,8 @@ def number_scores(r: Rows, _: bool) -> dict[str, Tensor]:
 
 
 def bins(confidence: Tensor, right: Tensor, counts: Tensor) -> Tensor:
-    """Return for each confidence bin the count, the sum of confidences and the number correct, (3,
-    BINS).
+    """Compute the number of predictions, the sum of confidences and the number of correct
+    predictions in each confidence bin, (3, BINS).
     """
     at, c = (confidence * BINS).long().clamp(0, BINS - 1)[counts], confidence[counts].double()
     of = lambda w: at.bincount(w, minlength=BINS).double()
@@ -143,21 +145,20 @@ def bins(confidence: Tensor, right: Tensor, counts: Tensor) -> Tensor:
 
 
 def totals(best: Tensor, y: Tensor, counts: Tensor, c: int) -> Tensor:
-    """Return for each class the counts of correct, actual and predicted positions, (3, C)."""
+    """Count the correct, the actual and the predicted positions of each class, (3, C)."""
     y, best = y[counts], best[counts]
     return torch.stack([o.bincount(minlength=c).double() for o in (y[best == y], y, best)])
 
 
-# measures computed from the sums
+# compute measures from the sums
 
 
 @dataclass(frozen=True)
 class Measure:
-    """A number computed from sums over samples.
+    """A measure of quality that is computed from sums over samples.
 
     Attributes:
-        of: Function of the sums {name: (R,) or (R, k)} for R subsets of samples, which returns
-            (R,).
+        of: fn({name: sums (R,) or (R, k)}) -> values (R,), for R subsets of the samples.
     """
 
     name: str
@@ -170,7 +171,7 @@ def share(name: str) -> Callable[[Mapping], Any]:
 
 
 def miou(s: Mapping) -> Any:
-    """Return the mean IoU over the classes that are present or predicted."""
+    """Compute the mean IoU over all classes that are present or predicted."""
     return np.nanmean(np.where(s['union'] > 0, s['both'] / np.maximum(s['union'], 1), np.nan), -1)
 
 
@@ -196,7 +197,7 @@ NLL, BRIER = (
 
 
 def measures_of(kind: str, columns: Container[str], n_classes: int, language: bool) -> list:
-    """Return the measures for a kind of outputs, with the most informative one first.
+    """Return the measures for a kind of outputs. The first one is the default headline.
 
     Args:
         kind: Kind of the outputs.

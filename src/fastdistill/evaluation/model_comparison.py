@@ -1,4 +1,4 @@
-"""Compare models in one pass over the samples. Every model gets each batch."""
+"""Compare models in one pass over the samples. Each batch is passed to all models."""
 
 import os
 import platform
@@ -29,13 +29,13 @@ MAX_NAMED = 1000  # with more classes, the report has no table of classes
 def roles_of(
     names: Iterable[str], teacher: str | None = None, baseline: str | None = None
 ) -> tuple:
-    """Return the names of the teacher and of the baseline. None if there is none.
+    """Return (name of the teacher, name of the baseline). A name is None if there is no such model.
 
     Args:
         names: Names of the models, in order.
         teacher: Name of the teacher. None for the model named 'teacher', if there is one.
-        baseline: Name of the baseline. None for the model named 'alone', else the first of several
-            students.
+        baseline: Name of the baseline. None for the model named 'alone'. If there is no such model,
+            the first of several students is used.
     """
     names = list(names)
     for option, o in (('teacher', teacher), ('baseline', baseline)):
@@ -55,7 +55,7 @@ def roles_of(
 
 
 class OfModel:
-    """Sums over samples for one model, accumulated batch by batch."""
+    """Sums over samples for one model, accumulated over batches."""
 
     def __init__(self, kind: str, loss: Callable | None, metrics: Any, own: bool) -> None:
         self.kind, self.loss_func, self.metrics = kind, loss, metrics
@@ -73,7 +73,7 @@ class OfModel:
         self.n += len(out)
 
     def add_rows(self, rows: Rows, teacher: Rows | None, per_class: bool) -> None:
-        """Add the sums of each sample and the agreement with the teacher's rows."""
+        """Add the sums of each sample in a batch, and the agreement with the teacher on this batch."""
         for k, v in scores_of(rows, self.kind, per_class).items():
             if k in self.sums:
                 self.sums[k] = self.sums[k] + v.cpu()
@@ -100,24 +100,24 @@ def measure_models(
     seconds: float = 0.5,
     tick: Callable[[], None] | None = None,
 ) -> Report:
-    """Measure all models on the same batches, which are read once.
+    """Measure all models on the same batches, which are read only once.
 
     Args:
         models: {name: `Teacher`}.
-        batches: (inputs, targets) of each batch, both tuples.
+        batches: Iterable of (inputs, targets), both tuples.
         task: What the models predict.
-        teacher: Name of the teacher. None if there is none.
-        baseline: Name of the model with which the students are compared. None if there is none.
+        teacher: Name of the teacher, or None.
+        baseline: Name of the model with which students are compared, or None.
         loss: fn(logits, *targets) -> task loss.
-        metrics: fn() -> object with `add(inputs, logits, targets)` and `values()`, called for each
-            model.
+        metrics: fn() -> object with `add(inputs, logits, targets)` and `values()`. It is called
+            once for each model.
         language: True for models that predict the next token.
-        headline: Main measure, such as 'nll'. None for the usual one of the task.
-        repeats: Number of bootstrap draws.
+        headline: Main measure, such as 'nll'. None for the default of the task.
+        repeats: Number of bootstrap samples.
         seed: Seed of the bootstrap.
         large: Size of the large batch.
-        seconds: Duration of each time measurement. 0 for none.
-        tick: Called after each batch, and after each measurement of time.
+        seconds: Duration of each time measurement in seconds. 0 to skip these measurements.
+        tick: fn(), called after each batch and after each time measurement.
     """
     tick = tick or (lambda: None)
     of = {
@@ -273,7 +273,7 @@ def result(
 
 
 def machine_of(x: Any) -> dict:
-    """Describe the machine and the versions with which the times were measured."""
+    """Describe the machine and the package versions with which the times were measured."""
     device = next((t.device for t in tensors_in(x)), torch.device('cpu'))
     name = torch.cuda.get_device_name(device) if device.type == 'cuda' else cpu_name()
     return dict(
@@ -286,7 +286,7 @@ def machine_of(x: Any) -> dict:
 
 
 def cpu_name() -> str:
-    """Return the name of the processor, if the system provides it."""
+    """Return the name of the processor, or its type if the system does not provide a name."""
     try:
         with open('/proc/cpuinfo', encoding='utf-8') as f:
             lines = f.read().splitlines()

@@ -19,8 +19,8 @@ __all__ = [
 
 
 def shown_text(o: Any) -> Any:
-    """Remove characters from a text that move or color the text around it. Other objects are
-    unchanged.
+    """Replace control characters in a text, which could move or color the surrounding text. Return
+    other objects unchanged.
     """
     if not isinstance(o, str):
         return o
@@ -64,7 +64,7 @@ def p_text(p: float | None) -> str:
 
 
 def estimate_text(e: Estimate, info: MeasureInfo, sign: bool = False) -> tuple[str, str]:
-    """Format (value, interval) as two texts."""
+    """Format an estimate as two texts, (value, interval)."""
     between = '' if e.low is None else f'{info.text(e.low, sign)} to {info.text(e.high, sign)}'
     return info.text(e.value, sign) + ('' if e.value is None or sign else info.unit), between
 
@@ -82,7 +82,7 @@ def verdict_of(c: Comparison, report: ReportData, measure: str | None = None) ->
     Args:
         c: The comparison.
         report: Report with the comparison.
-        measure: A measure. None for the headline.
+        measure: Name of a measure. None for the headline measure.
     """
     d = c.differences[measure or report.headline]
     if not d.significant or not d.value:
@@ -92,8 +92,8 @@ def verdict_of(c: Comparison, report: ReportData, measure: str | None = None) ->
 
 def verdicts(
     report: ReportData,
-) -> list:  # tuples ('better', 'worse' or 'not significant', sentences)
-    """Describe each student compared with the baseline, or with the teacher if there is no
+) -> list:  # list of (verdict, sentences); the verdict is 'better', 'worse' or 'not significant'
+    """Describe how each student compares with the baseline, or with the teacher if there is no
     baseline.
     """
     against = report.baseline or report.teacher
@@ -105,7 +105,7 @@ def verdicts(
 
 
 def sentences(c: Comparison, report: ReportData) -> str:
-    """Describe a comparison, with its numbers."""
+    """Describe a comparison of two models with numbers."""
     k, info, d = report.headline, report.info[report.headline], c.differences[report.headline]
     a, b = (info.text(report.models[n].measures[k].value) + info.unit for n in (c.model, c.against))
     between = (
@@ -124,7 +124,9 @@ def sentences(c: Comparison, report: ReportData) -> str:
 
 
 def overconfidence(c: Comparison, report: ReportData) -> str:
-    """Describe probabilities that became worse although the predictions did not."""
+    """Return a sentence if the probabilities are worse although the predictions are not. Otherwise
+    return ''.
+    """
     d: Any = c.differences.get('nll')
     if report.headline == 'nll' or d is None or not d.significant or d.value <= 0:
         return ''
@@ -141,7 +143,7 @@ def overconfidence(c: Comparison, report: ReportData) -> str:
 
 
 def lead(c: Comparison, report: ReportData) -> str:
-    """Describe how much of the teacher's lead was recovered."""
+    """Describe how much of the teacher's lead the student recovers."""
     if report.teacher is None or c.against != report.baseline:
         return ''
     if (e := c.recovered.get(report.headline)) is None:
@@ -154,7 +156,7 @@ def lead(c: Comparison, report: ReportData) -> str:
 
 
 def caveat(report: ReportData) -> str:
-    """Describe what the intervals do not cover."""
+    """Describe which kinds of variation the intervals do not cover."""
     return (
         f'Intervals and tests cover the choice of these {report.n:,} {report.unit}, but not the '
         'variation between trainings: a different seed gives a different student. Each '

@@ -11,7 +11,9 @@ from .report_data import Comparison, Difference, Estimate
 __all__ = ['PairedScores', 'mcnemar']
 
 MAX_SAMPLES = (
-    20_000  # more samples are combined into this many random groups, which are resampled instead
+    # If there are more samples, groups of samples are resampled instead of single samples.
+    # This is then the number of groups.
+    20_000
 )
 CELLS = 10_000_000  # maximum number of elements in a matrix of weights
 
@@ -20,8 +22,8 @@ def mcnemar(only_a: int, only_b: int) -> float:
     """Compute the two-sided p-value of McNemar's exact test.
 
     Args:
-        only_a: Number of samples on which only the first model is right.
-        only_b: Number of samples on which only the second model is right.
+        only_a: Number of samples for which only the first model is right.
+        only_b: Number of samples for which only the second model is right.
     """
     from scipy.stats import binomtest
 
@@ -31,20 +33,21 @@ def mcnemar(only_a: int, only_b: int) -> float:
 
 
 class PairedScores:
-    """Sums over each sample for several models, for bootstrap intervals and paired tests.
+    """Computes bootstrap intervals and paired tests for several models, from the sums of each
+    sample.
 
-    All models share the bootstrap draws, so that differences are paired. Intervals are percentiles
-    of `repeats` draws of whole samples.
+    All models use the same bootstrap samples, so that differences are paired. Intervals are
+    percentiles over `repeats` bootstrap samples.
 
     Args:
-        scores: {model: {name of a sum: (n,) or (n, k)}}.
+        scores: {model name: {sum name: array (n,) or (n, k)}}.
         measures: A list of `Measure`.
     """
 
     def __init__(self, scores: dict, measures: list, repeats: int = 2000, seed: int = 0) -> None:
         self.measures = {m.name: m for m in measures}
         self.repeats, self.seed = repeats, seed
-        # subtle: set before grouping, since this test needs single samples
+        # subtle: store before grouping, because McNemar's test needs single samples
         self.right = {
             k: v['right'] for k, v in scores.items() if 'right' in v and (v['n'] == 1).all()
         }
@@ -64,8 +67,8 @@ class PairedScores:
     def _weighted(
         self, weights: Iterable[np.ndarray], scores: Mapping[str, Mapping]
     ) -> dict[str, dict]:
-        """Return sums over samples, one for each row of `weights`: {model: {name of a sum:
-        (repeats, ...)}}.
+        """Compute the weighted sums over samples for each row of `weights`, as {model name: {sum
+        name: array (repeats, ...)}}.
         """
         out: dict[str, dict[str, list]] = {k: {c: [] for c in v} for k, v in scores.items()}
         for w in weights:
@@ -76,34 +79,36 @@ class PairedScores:
 
     def _values(self, sums: Mapping) -> dict[str, Any]:
         with np.errstate(divide='ignore', invalid='ignore'), warnings.catch_warnings():
-            warnings.simplefilter('ignore', RuntimeWarning)  # mean over no classes
+            # NumPy warns about means over no classes
+            warnings.simplefilter('ignore', RuntimeWarning)
             return {k: m.of(sums) for k, m in self.measures.items()}
 
     def estimates(self, model: str) -> dict:
-        """Return {measure: value and interval} of a model."""
+        """Return {measure: `Estimate`} for a model."""
         return {
             k: Estimate(number(v), *self._interval(self.drawn[model][k]))
             for k, v in self.values[model].items()
         }
 
     def _interval(self, drawn: np.ndarray) -> tuple:
-        """Return (low, high) of 95% of the draws, or (None, None) if there are none."""
+        """Return the (low, high) ends of the 95% interval, or (None, None) if it can't be computed."""
         drawn = drawn[np.isfinite(drawn)]
         if self.n < 2 or len(drawn) < 2:
             return None, None
         return tuple(map(float, np.percentile(drawn, (2.5, 97.5))))
 
     def compare(self, model: str, against: str, teacher: str | None = None) -> Comparison:
-        """Compare two models by each measure.
+        """Compare two models by all measures.
 
         Args:
             model: Name of a model.
             against: Name of the model to compare with.
-            teacher: Model whose lead over `against` may be recovered.
+            teacher: Name of the teacher, for computing how much of its lead over `against` is
+                recovered. None to skip this.
         """
         ps, out = self._p_values(model, against), Comparison(model, against)
         for k in self.measures:
-            with np.errstate(invalid='ignore'):  # infinity minus infinity
+            with np.errstate(invalid='ignore'):  # infinity minus infinity is nan
                 d, drawn = (v[model][k] - v[against][k] for v in (self.values, self.drawn))
             p, test = ps[k]
             low, high = self._interval(drawn)
@@ -113,13 +118,13 @@ class PairedScores:
         return out
 
     def _p_values(self, a: str, b: str) -> dict[str, tuple[float | None, str]]:
-        """Return {measure: (p, name of the test)}."""
+        """Return {measure: (p-value, name of the test)}."""
         whole = (
             {c: o.sum(0) for c, o in self.scores[a].items()},
             {c: o.sum(0) for c, o in self.scores[b].items()},
         )
         apart = {c: self.scores[a][c] - self.scores[b][c] for c in self.scores[a]}
-        # a permutation swaps some samples between `a` and `b`
+        # each permutation swaps the results of random samples between `a` and `b`
         moved = self._weighted(coins(self.n, self.repeats, self.seed), dict(moved=apart))['moved']
         swapped = [{c: w[c] + sign * moved[c] for c in moved} for w, sign in zip(whole, (-1, 1))]
         va, vb = map(self._values, swapped)
@@ -135,8 +140,8 @@ class PairedScores:
         return out
 
     def _recovered(self, model: str, against: str, teacher: str) -> dict[str, Estimate]:
-        """Compute the fraction of the teacher's lead that the model recovers, for each measure with
-        a significant lead.
+        """Compute the fraction of the teacher's lead that the model recovers, for each measure in
+        which the teacher has a significant lead.
         """
         ps, out = self._p_values(teacher, against), {}
         for k, m in self.measures.items():
@@ -155,7 +160,9 @@ def random_groups(n: int, rng: np.random.Generator) -> np.ndarray:
 
 
 def summed_in_groups(o: Any, groups: np.ndarray | None) -> np.ndarray:
-    """Convert (n, ...) to float64 and, if there are groups, sum within each."""
+    """Convert an array (n, ...) to float64. If groups are given, sum over the samples in each
+    group.
+    """
     o = np.asarray(o, np.float64)
     if groups is None:
         return o
@@ -165,8 +172,8 @@ def summed_in_groups(o: Any, groups: np.ndarray | None) -> np.ndarray:
 
 
 def draws(n: int, repeats: int, seed: int) -> Iterator[np.ndarray]:
-    """Yield how often each of `n` samples is drawn with replacement, as pieces of a (repeats, n)
-    matrix.
+    """Draw bootstrap samples. Yield the number of times that each of `n` samples is drawn, as row
+    blocks of a (repeats, n) matrix.
     """
     rng, size = np.random.default_rng(seed + 1), max(1, CELLS // n)
     for i in range(0, repeats, size):
@@ -176,7 +183,7 @@ def draws(n: int, repeats: int, seed: int) -> Iterator[np.ndarray]:
 
 
 def coins(n: int, repeats: int, seed: int) -> Iterator[np.ndarray]:
-    """Yield 0 or 1 for each of `n` samples, as pieces of a (repeats, n) matrix."""
+    """Yield random values 0 or 1 for each of `n` samples, as row blocks of a (repeats, n) matrix."""
     rng, size = np.random.default_rng(seed + 2), max(1, CELLS // n)
     for i in range(0, repeats, size):
         yield rng.integers(2, size=(min(size, repeats - i), n)).astype(np.float64)

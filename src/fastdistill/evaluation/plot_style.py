@@ -1,5 +1,6 @@
-"""Style of all figures: colors for light and dark backgrounds, and labels that matplotlib does not
-read as math."""
+"""Style of all figures, with colors for light and dark backgrounds, and with labels that matplotlib
+does not interpret as math.
+"""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,12 +11,13 @@ from .report_data import ReportData
 
 __all__ = ['COLORS', 'LIGHT', 'Ground', 'color_of', 'new_figure', 'on_dark', 'safe_label', 'styled']
 
-# colors of baseline, distilled and further students; the teacher has the text color
+# colors of the baseline, the distilled student and further students; the teacher has the color of
+# the text
 COLORS = '#8a93a6', '#e0752d', '#1f7a8c', '#8e5bb5', '#4f9d4a', '#c4496b'
 
 
 class Ground:
-    """Colors of text, secondary text, lines and background."""
+    """The colors of text, secondary text, lines and background."""
 
     def __init__(self, ink: str, grey: str, pale: str, paper: str) -> None:
         self.ink, self.grey, self.pale, self.paper = ink, grey, pale, paper
@@ -51,7 +53,7 @@ LIGHT, DARK = (
 
 @contextmanager
 def styled() -> Iterator[Ground]:
-    """Apply the style inside, and yield the `Ground` to draw on."""
+    """Context manager that applies the style and yields the `Ground` with its colors."""
     import matplotlib
 
     with matplotlib.rc_context(LIGHT.rc):
@@ -59,10 +61,10 @@ def styled() -> Iterator[Ground]:
 
 
 def on_dark(svg: str) -> str:
-    """Convert a picture to the colors for a dark background.
+    """Replace the colors of an SVG picture by those for a dark background.
 
     Args:
-        svg: A picture in this style.
+        svg: SVG text of a picture in this style.
     """
     for k in ('ink', 'grey', 'pale', 'paper'):
         svg = svg.replace(getattr(LIGHT, k), getattr(DARK, k))
@@ -70,8 +72,8 @@ def on_dark(svg: str) -> str:
 
 
 def new_figure(width: float, height: float) -> Any:
-    """Create a figure outside pyplot, so that it does not stay open and notebooks show it only
-    once.
+    """Create a figure without pyplot, so that the figure does not stay open and notebooks show it
+    only once.
     """
     import matplotlib.pyplot as plt  # noqa: F401 (notebooks show figures only after this import)
     from matplotlib.figure import Figure
@@ -80,7 +82,7 @@ def new_figure(width: float, height: float) -> Any:
 
 
 def color_of(report: ReportData, name: str | None, ground: Ground) -> str:
-    """Return the color of a model, the same in every picture of a report."""
+    """Return the color of a model, which is the same in all pictures of a report."""
     if name == report.teacher:
         return ground.ink
     students = sorted(report.students, key=lambda n: n != report.baseline)
@@ -90,15 +92,15 @@ def color_of(report: ReportData, name: str | None, ground: Ground) -> str:
 
 @cache
 def characters() -> frozenset[int]:
-    """Return the characters that the font can draw."""
+    """Return the set of characters that the font can draw."""
     from matplotlib import font_manager, ft2font
 
     return frozenset(ft2font.FT2Font(font_manager.findfont('DejaVu Sans')).get_charmap())
 
 
 def safe_label(text: Any, longest: int = 24) -> str:
-    """Make a text safe for a picture: on one line, without formulas, and only with characters of
-    the font.
+    """Prepare a text for use in a picture. The result is on one line, contains no formulas, and has
+    only characters that the font can draw.
     """
     line = ' '.join(str(text).split())
     line = ''.join(c if ord(c) in characters() else '□' for c in line)

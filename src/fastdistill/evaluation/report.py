@@ -14,15 +14,15 @@ __all__ = ['Report']
 
 @dataclass(repr=False)
 class Report(ReportData):
-    """Results of models measured on the same samples, as returned by `compare`. Store it with
-    `to_json` and `from_json`; show it with `show`, `to_markdown` and `to_html`.
+    """Results of models measured on the same samples, as returned by `compare`. Use `to_json` and
+    `from_json` to store a report, and `show`, `to_markdown` and `to_html` to show it.
     """
 
     def show(self, console: Any = None) -> None:
-        """Show verdicts and tables, as HTML in a notebook or else in the terminal.
+        """Show verdicts and tables, as HTML in a notebook or as text in a terminal.
 
         Args:
-            console: Console of Rich. None for standard output.
+            console: A Rich console. None for standard output.
         """
         show(self, print_report, console)
 
@@ -37,16 +37,16 @@ class Report(ReportData):
     def to_html(
         self, path: str | Path | None = None, figures: Mapping[str, Any] | None = None
     ) -> str | Path:
-        """Format one HTML page with tables and pictures.
+        """Format the report as one HTML page with tables and pictures.
 
         The page is self-contained, needs no network, and works on phones and in dark mode.
 
         Args:
-            path: File to write. None to return the text.
-            figures: {caption: your own matplotlib figure}, such as a gallery, shown at the end.
+            path: File to write. None to return the HTML text.
+            figures: {caption: matplotlib figure} of your own figures, which are shown at the end.
 
         Returns:
-            The path if a file was written, else the text.
+            The path if a file was written, or else the HTML text.
         """
         return write_text(html_page(self, figures), path)
 

@@ -1,4 +1,4 @@
-"""Dataclasses with the results of a comparison, convertible to JSON and back."""
+"""Dataclasses for the results of a comparison, which can be converted to JSON and back."""
 
 import json
 import math
@@ -30,7 +30,7 @@ REPORT_FORMAT = 1  # version of the JSON format
 
 @dataclass
 class Estimate:
-    """A number and its 95% bootstrap interval, or None if there is nothing to measure."""
+    """A number and its 95% bootstrap interval. All values are None if there is nothing to measure."""
 
     value: float | None = None
     low: float | None = None
@@ -39,10 +39,10 @@ class Estimate:
 
 @dataclass
 class MeasureInfo:
-    """Name of a measure, and how to format and compare its values.
+    """Name of a measure, with information for formatting and comparing its values.
 
     Attributes:
-        higher: True if higher is better.
+        higher: True if higher values are better.
         percent: True for a fraction from 0 to 1, shown as a percentage.
     """
 
@@ -74,10 +74,11 @@ def decimals(v: float) -> int:
 
 @dataclass
 class Difference(Estimate):
-    """The difference between two models on the same samples, with its test.
+    """The difference between two models on the same samples, with the result of a significance
+    test.
 
     Attributes:
-        p: Probability of a difference at least as large if both were equally good.
+        p: Probability of a difference at least this large if both models were equally good.
         test: "McNemar's exact test" or 'paired permutation test'.
     """
 
@@ -94,8 +95,9 @@ class Comparison:
     """Comparison of two models on the same samples.
 
     Attributes:
-        differences: {measure: model minus the other model}.
-        recovered: {measure: fraction of the teacher's lead}, only for measures with a lead.
+        differences: {measure: value of `model` minus value of `against`}.
+        recovered: {measure: fraction of the teacher's lead that the model recovers}. Only measures
+            in which the teacher has a significant lead are included.
     """
 
     model: str
@@ -110,7 +112,7 @@ class Latency:
 
     Attributes:
         batch: Batch size.
-        p50: Median, in milliseconds.
+        p50: Median time in milliseconds.
     """
 
     batch: int
@@ -125,12 +127,12 @@ class Latency:
 
 @dataclass
 class Cost:
-    """Cost of a model. Values that can't be counted are None, e.g. in an ONNX file.
+    """Cost of a model. Values that can't be measured, e.g. for an ONNX file, are None.
 
     Attributes:
         macs: Multiply-accumulates of matrix products and convolutions, per sample.
         bytes: Size of the model's file, or of its weights.
-        memory: Peak bytes during a forward pass of the large batch, including weights.
+        memory: Peak memory of a forward pass with the large batch in bytes, including weights.
         latency: Latencies for batch size 1 and for a large batch.
     """
 
@@ -147,13 +149,15 @@ class ModelResult:
 
     Attributes:
         role: 'teacher', 'baseline' or 'student'.
-        kind: What it is, e.g. the name of its class or file.
+        kind: Kind of model, e.g. the name of its class or file.
         loss: The task loss.
-        metrics: Metrics of the Learner.
-        agreement: Agreement with the teacher.
-        reliability: (count, confidence, correct) for each bin of confidence.
-        classes: 'recall' of each class; for masks also 'iou', for boxes only 'ap'.
-        history: {column of the training table: number for each epoch}.
+        metrics: {name: value} of the metrics of the Learner.
+        agreement: {name: value} of the agreement with the teacher.
+        reliability: {'count', 'confidence' or 'right': value for each confidence bin}. 'confidence'
+            is the sum of confidences.
+        classes: {'recall', 'precision', 'iou' or 'ap': value for each class}. 'iou' is available
+            only for masks. For boxes, only 'ap' is available.
+        history: {column of the training table: [value after each epoch]}.
     """
 
     role: str
@@ -169,7 +173,9 @@ class ModelResult:
 
     @property
     def calibration_error(self) -> float | None:
-        """Mean distance between confidence and accuracy over the bins (ECE). None for regression."""
+        """Expected calibration error (ECE), i.e. the mean distance between confidence and accuracy
+        over the bins. None for regression.
+        """
         b = self.reliability
         return calibration_error(b['count'], b['confidence'], b['right']) if b else None
 
@@ -177,12 +183,12 @@ class ModelResult:
 def calibration_error(
     count: Sequence[float], confidence: Sequence[float], right: Sequence[float]
 ) -> float | None:
-    """Return the expected calibration error (ECE), or None without predictions.
+    """Compute the expected calibration error (ECE). Return None if there are no predictions.
 
     Args:
         count: Number of predictions in each bin of confidence.
-        confidence: Sum of their confidences.
-        right: Number of correct predictions among them.
+        confidence: Sum of the confidences in each bin.
+        right: Number of correct predictions in each bin.
     """
     if not sum(count):
         return None
@@ -190,17 +196,19 @@ def calibration_error(
 
 
 class JsonReport:
-    """A dataclass with a field `format` that can be written as JSON and read back."""
+    """Base class for dataclasses that can be written as JSON and read back. They must have a field
+    `format`.
+    """
 
     called = 'report'  # name in messages
     format: int
     inside: dict = {}  # like `INSIDE`, but only for this class
 
     def to_json(self, path: str | Path | None = None) -> str | Path:
-        """Convert the report to JSON. Return the path if it is written to a file, else the text.
+        """Convert the report to JSON. Return the path if a file was written, or else the JSON text.
 
         Args:
-            path: File to write. None to return the text.
+            path: File to write. None to return the JSON text.
         """
         return write_text(
             json.dumps(
@@ -215,7 +223,7 @@ class JsonReport:
         """Read a report written by `to_json`.
 
         Args:
-            source: Path of a file, or the text itself.
+            source: Path of a file, or the JSON text itself.
         """
         text = (
             source
@@ -241,19 +249,19 @@ class JsonReport:
 
 @dataclass
 class ReportData(JsonReport):
-    """Data of models measured on the same samples, convertible to JSON and back.
+    """Results of models measured on the same samples, which can be converted to JSON and back.
 
     Attributes:
         task: 'softmax', 'sigmoid', 'regression' or 'detection'.
-        headline: Main measure, by which the models are compared first.
+        headline: Main measure, by which the verdicts compare the models.
         n: Number of samples.
-        unit: What the samples are: images, texts, rows ...
+        unit: What to call the samples in texts, e.g. images or rows.
         info: {measure: `MeasureInfo`}.
         teacher: Name of the teacher.
         baseline: Name of the model that was trained without the teacher.
         classes: Names of the classes.
         counts: Number of samples, or positions, of each class.
-        machine: Machine and versions with which the times were measured.
+        machine: Machine and package versions with which the times were measured.
     """
 
     task: str
@@ -277,7 +285,7 @@ class ReportData(JsonReport):
         return [n for n, m in self.models.items() if m.role != 'teacher']
 
     def comparison(self, model: str, against: str | None = None) -> Comparison | None:
-        """Return the comparison of two models. None if they were not compared.
+        """Return the comparison of two models. Return None if they were not compared.
 
         Args:
             model: Name of a model.
@@ -288,14 +296,15 @@ class ReportData(JsonReport):
 
     @property
     def class_measure(self) -> str:
-        """Measure of each class: 'ap' for boxes, 'iou' for masks, else 'recall'."""
+        """Measure by which classes are compared: 'ap' for boxes, 'iou' for masks, or else 'recall'."""
         has = lambda k: any(k in m.classes for m in self.models.values())
         return next((k for k in CLASS_MEASURES if has(k)), 'recall')
 
     def class_changes(self) -> list:
         """Return (class, index, baseline value, value of the first student, change) for each class.
 
-        The largest gain comes first. Empty without a baseline.
+        The list is sorted by change, with the largest gain first. The list is empty if there is no
+        baseline.
         """
         model = next((n for n in self.students if n != self.baseline), None)
         if model is None or self.baseline is None:
@@ -310,7 +319,7 @@ class ReportData(JsonReport):
 
 
 def write_text(text: str, path: str | Path | None) -> str | Path:
-    """Write a text and return the path. Without a path, return the text."""
+    """Write a text to a file and return the path. If `path` is None, return the text."""
     if path is None:
         return text
     path = Path(path)
@@ -325,7 +334,7 @@ def read(cls: type, path: Path) -> str:
 
 
 def finite(o: Any) -> Any:
-    """Replace nan and infinity, which JSON does not have, by None."""
+    """Replace nan and infinity by None, because JSON does not support them."""
     if isinstance(o, float):
         return o if math.isfinite(o) else None
     if isinstance(o, dict):
@@ -333,7 +342,7 @@ def finite(o: Any) -> Any:
     return [finite(v) for v in o] if isinstance(o, (list, tuple)) else o
 
 
-# dataclasses inside a report: {field: (class, type of the container or None)}
+# nested dataclasses of a report: {field: (class, type of the container or None)}
 INSIDE = dict(
     info=(MeasureInfo, dict),
     models=(ModelResult, dict),
@@ -347,7 +356,7 @@ INSIDE = dict(
 
 
 def built(cls: Any, data: Any) -> Any:
-    """Build the dataclass `cls` from plain data."""
+    """Build an instance of the dataclass `cls` from plain data."""
     names = {f.name for f in fields(cls)}
     if not isinstance(data, dict) or (wrong := set(data) - names):
         what = (

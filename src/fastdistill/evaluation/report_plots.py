@@ -1,4 +1,4 @@
-"""Plots of a report. Each function returns a figure, or None if the report lacks the data."""
+"""Plot a report. Each function returns a figure, or None if the report lacks the data."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -16,8 +16,8 @@ __all__ = [
 ]
 
 
-WIDTH = 5.2  # inches; small enough that labels are readable on a phone
-LEAST_IN_BIN = 10  # bins with fewer predictions are left out, since their accuracy is too noisy
+WIDTH = 5.2  # in inches; narrow enough for labels to be readable on a phone
+LEAST_IN_BIN = 10  # bins with fewer predictions are left out, because their accuracy is too noisy
 
 
 def factor(info: MeasureInfo) -> int:
@@ -29,8 +29,8 @@ def axis_name(info: MeasureInfo, what: str = '') -> str:
 
 
 def plot_cost(report: ReportData) -> Any:
-    """Plot the headline score against the time for one sample. The area of a circle grows with the
-    number of parameters.
+    """Plot the headline score against the time for one batch. The area of each circle grows with
+    the number of parameters.
 
     Args:
         report: A `Report`.
@@ -83,8 +83,8 @@ def plain_ticks(axis: Any) -> None:
 
 
 def plot_recovered(report: ReportData) -> Any:
-    """Plot the fraction of the teacher's lead over the baseline that each student recovered, with
-    its interval.
+    """Plot the fraction of the teacher's lead over the baseline that each student recovers, with a
+    confidence interval.
 
     Args:
         report: A `Report`.
@@ -190,8 +190,8 @@ def plot_reliability(report: ReportData) -> Any:
 
 
 def plot_history(report: ReportData) -> Any:
-    """Plot the losses of each training over its epochs: the task loss and each term of the
-    distillation.
+    """Plot the losses of each training over the epochs, i.e. the task loss and the loss of each
+    term.
 
     Args:
         report: A `Report`.
@@ -237,11 +237,12 @@ def losses_of(history: Mapping[str, list]) -> dict[str, list]:
 
 
 def plot_classes(report: ReportData, most: int = 20) -> Any:
-    """Plot the gain or loss of each class from the baseline to the first student.
+    """Plot how much each class gains or loses from the baseline to the first student.
 
     Args:
         report: A `Report`.
-        most: Maximum number of classes. If there are more, those that change most are shown.
+        most: Maximum number of classes. If there are more classes, only those with the largest
+            gains and losses are shown.
     """
     changes = report.class_changes()
     if not changes:
@@ -269,13 +270,13 @@ def plot_classes(report: ReportData, most: int = 20) -> Any:
 
 
 def plot_runs(reports: dict) -> Any:
-    """Plot the headline measure of the students of all runs, with intervals, in the order of the
-    runs.
+    """Plot the headline measure of the students in all runs, with confidence intervals, in the
+    order of the runs.
 
-    The headline is that of the first run.
+    The headline measure of the first run is used for all runs.
 
     Args:
-        reports: {name of a run: its report}.
+        reports: {run name: report}.
     """
     first = next(iter(reports.values()))
     k, info, f = first.headline, first.info[first.headline], factor(first.info[first.headline])

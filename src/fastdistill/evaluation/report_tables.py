@@ -1,4 +1,6 @@
-"""Tables of a report as text, shared by the terminal, Markdown and the HTML page."""
+"""Build the tables of a report as text. The terminal, Markdown and HTML output all use these
+tables.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -17,11 +19,11 @@ from .report_data import CLASS_MEASURES, Latency, ReportData
 
 __all__ = ['Cell', 'Sheet', 'sheets_of']
 
-SHOWN = 10  # number of classes shown with the largest gains, and with the largest losses
+SHOWN = 10  # number of classes to show with the largest gains, and with the largest losses
 
 
 class Cell(NamedTuple):
-    """A text with a smaller text below it."""
+    """A text with an optional smaller text below."""
 
     text: str
     small: str = ''
@@ -32,10 +34,10 @@ class Cell(NamedTuple):
 
 @dataclass
 class Sheet:
-    """A table. The first cell of each row is its name.
+    """A table. The first cell of each row is the name of the row.
 
     Attributes:
-        name: Short name, for links.
+        name: Short name for links.
     """
 
     name: str
@@ -45,18 +47,18 @@ class Sheet:
     note: str = ''
 
     def add(self, name: str, *cells: Any) -> None:
-        """Add a row, unless all its cells are empty."""
+        """Add a row, unless all of its cells are empty."""
         row = [c if isinstance(c, Cell) else Cell(c) for c in cells]
         if any(c.text != '–' for c in row):
             self.rows.append([Cell(name), *row])
 
 
 def sheets_of(r: ReportData, brief: bool = False) -> list[Sheet]:
-    """Return the tables that have rows.
+    """Return all tables of a report that are not empty.
 
     Args:
         r: The report.
-        brief: True to show only the differences in the headline.
+        brief: True to show only differences in the headline measure.
     """
     sheets = (
         sheet_of_scores(r),
@@ -80,7 +82,7 @@ def four_digits(v: float | None) -> str:
 
 
 def sheet_of_scores(r: ReportData) -> Sheet:
-    """Build the table of measures, task loss and metrics of the Learners."""
+    """Build the table with measures, task loss and the metrics of the Learners."""
     s = per_model(
         r, 'scores', 'Scores', f'On {r.n:,} {r.unit}. Below a score: its 95% bootstrap interval.'
     )
@@ -107,7 +109,9 @@ def is_repeated(r: ReportData, metric: str) -> bool:
 
 
 def sheet_of_differences(r: ReportData, brief: bool) -> Sheet:
-    """Build the table that compares each model with the baseline and the teacher, for each measure."""
+    """Build the table with the differences from the baseline and from the teacher, for each model
+    and measure.
+    """
     head = ['', 'measure', 'difference', 'p', 'verdict', "teacher's lead recovered"]
     s = Sheet(
         'differences',
@@ -187,7 +191,7 @@ def sheet_of_calibration(r: ReportData) -> Sheet:
 
 
 def sheet_of_classes(r: ReportData) -> Sheet:
-    """Build the table of the classes that gain and lose most."""
+    """Build the table of the classes with the largest gains and losses."""
     changes, key = r.class_changes(), r.class_measure
     s = Sheet('classes', 'Classes', [''])
     if not changes:

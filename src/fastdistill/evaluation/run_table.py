@@ -1,4 +1,4 @@
-"""Combine several reports into one table: the students of all runs, best first."""
+"""Combine several reports into one table with the students of all runs, sorted from best to worst."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -12,10 +12,10 @@ __all__ = ['print_runs', 'sheets_of_runs']
 
 
 def sheets_of_runs(reports: dict) -> list[Sheet]:
-    """Build a table of students, best first, for each measure that is a headline.
+    """Build one table of students for each headline measure, sorted from best to worst.
 
     Args:
-        reports: {name of a run: its report}.
+        reports: {run name: report}.
     """
     return [sheet_of_runs(k, reports) for k in dict.fromkeys(r.headline for r in reports.values())]
 
@@ -64,8 +64,8 @@ def print_runs(reports: dict, console: Any = None) -> None:
     """Print the tables in a terminal.
 
     Args:
-        reports: {name of a run: its report}.
-        console: Console of Rich. None for standard output.
+        reports: {run name: report}.
+        console: A Rich console. None for standard output.
     """
     from rich.console import Console
 

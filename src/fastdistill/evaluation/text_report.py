@@ -14,7 +14,7 @@ COLORS_OF_VERDICTS = {'better': 'green', 'worse': 'red', 'not significant': 'yel
 
 
 def title_of(r: ReportData) -> str:
-    """Return the report's title, or the names of its models."""
+    """Return the title of a report, or the names of its models if there is no title."""
     *others, last = r.models
     return r.title or (f'{", ".join(others)} and {last}' if others else last)
 
@@ -27,12 +27,12 @@ def escaped(text: str) -> str:
 
 
 def show(o: Any, print_it: Callable[[Any, Any], None], console: Any = None) -> None:
-    """Show an object as HTML in a notebook, else in the terminal.
+    """Show an object as HTML in a notebook, or as text in a terminal.
 
     Args:
-        o: Object with `_repr_html_`.
-        print_it: fn(o, console).
-        console: Console of Rich. None for standard output.
+        o: Object with a method `_repr_html_`.
+        print_it: fn(o, console) that prints the object.
+        console: A Rich console. None for standard output.
     """
     try:
         from IPython import get_ipython
@@ -69,7 +69,7 @@ def print_report(r: ReportData, console: Any = None) -> None:
 
     Args:
         r: The report.
-        console: Console of Rich. None for standard output.
+        console: A Rich console. None for standard output.
     """
     from rich.console import Console
 
@@ -107,7 +107,9 @@ def print_sheet(s: Sheet, console: Any) -> None:
 
 
 def cell(text: Any) -> str:
-    """Escape a text for one Markdown cell: on one line, without Markdown or HTML syntax."""
+    """Escape a text for a cell of a Markdown table. The result is on one line and contains no
+    Markdown or HTML syntax.
+    """
     return re.sub(r'([\\`*_\[\]<>|&~$#])', r'\\\1', ' '.join(shown_text(str(text)).split()))
 
 

@@ -1,4 +1,6 @@
-"""Layers of a network: names, outputs, and pairs of student and teacher layers."""
+"""Work with the layers of a network: find them by name, read their outputs, and pair student layers
+with teacher layers.
+"""
 
 from .layer_hooks import Taps
 from .layer_names import LayerInfo, LayerTree, resolve, unwrap

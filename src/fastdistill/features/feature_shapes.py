@@ -1,4 +1,4 @@
-"Convert between maps, tokens and vectors."
+"Convert features between maps, tokens and vectors."
 
 import math
 from collections.abc import Callable, Sequence
@@ -11,18 +11,20 @@ from ..base.outputs import DistillError
 
 __all__ = ['as_map', 'as_tokens', 'as_vector', 'grid', 'resize', 'to_grid']
 
-# numbers of tokens before the image tokens: none; class; class and distillation; 4 registers; class and 4 registers
+# Possible numbers of tokens before the image tokens:
+# 0 none, 1 class, 2 class and distillation, 4 registers, 5 class and 4 registers
 LEAD = 0, 1, 2, 4, 5
 
 
 def grid(n: int, aspect: float = 1.0) -> tuple[int, int, int] | None:
-    """Return (tokens to skip, height, width) of the map that `n` tokens fill, or None.
+    """Return (tokens to skip, height, width) of the map that `n` tokens fill. Return None if they
+    do not fill a map.
 
     The skipped tokens are class and register tokens.
 
     Args:
         n: Number of tokens.
-        aspect: Height over width of the image.
+        aspect: Height divided by width of the image.
     """
     for skip in (k for k in LEAD if k < n):
         h = max(1, round(math.sqrt((n - skip) * aspect)))
@@ -33,12 +35,12 @@ def grid(n: int, aspect: float = 1.0) -> tuple[int, int, int] | None:
 
 
 def as_map(y: Tensor, aspect: float = 1.0) -> Tensor:
-    """Convert tokens, or a map with channels last, to (B, C, H, W), without class and register
-    tokens.
+    """Convert tokens, or a map with channels last, to a map (B, C, H, W). Class and register tokens
+    are dropped.
 
     Args:
         y: Tokens (B, L, D), or a map (B, H, W, C).
-        aspect: Height over width of the image, for tokens.
+        aspect: Height divided by width of the image. Used only for tokens.
     """
     if y.dim() == 4:
         return y.movedim(-1, 1)
@@ -69,7 +71,7 @@ def as_tokens(y: Tensor) -> Tensor:
 
 
 def as_vector(y: Tensor) -> Tensor:
-    """Average over positions, (B, C).
+    """Average features over positions. The result has shape (B, C).
 
     Args:
         y: A map (B, C, H, W) or tokens (B, L, D).
@@ -86,7 +88,8 @@ SMOOTH = {1: 'linear', 2: 'bilinear', 3: 'trilinear'}
 
 
 def resize(x: Tensor, size: Sequence[int]) -> Tensor:
-    """Resize a grid. Axes that shrink are average-pooled, axes that grow are interpolated.
+    """Resize features to a new grid. Axes that shrink are average-pooled, and axes that grow are
+    interpolated.
 
     Args:
         x: Features, (B, C, *grid).
@@ -100,15 +103,15 @@ def resize(x: Tensor, size: Sequence[int]) -> Tensor:
 
 
 def to_grid(s: Tensor, like: Sequence[int], picture: bool = True) -> Tensor:
-    """Convert the student's features to the teacher's grid, keeping the student's channels.
+    """Convert student features to the grid of the teacher's features. The channels do not change.
 
-    Maps become tokens, or tokens a map, if needed.
+    Maps are converted to tokens, or tokens to a map, if necessary.
 
     Args:
         s: Student features, (B, D), (B, L, D), (B, C, H, W) or (B, C, D, H, W).
-        like: Shape of the teacher's tensor.
-        picture: True if tokens are positions in an image (if their number allows it), False if they
-            are positions in a sequence.
+        like: Shape of the teacher's features.
+        picture: True if tokens are positions in an image, provided that their number fits a grid.
+            False if tokens are positions in a sequence.
     """
     dims = s.dim(), len(like)
     if dims in ((2, 2), (3, 3)) and s.shape[1] == like[1]:
@@ -125,7 +128,9 @@ def to_grid(s: Tensor, like: Sequence[int], picture: bool = True) -> Tensor:
 
 
 def _resize_tokens(s: Tensor, n: int, picture: bool) -> Tensor:
-    """Resize (B, L, D) to (B, n, D): in two dimensions if both are images, else along the sequence."""
+    """Resize tokens from (B, L, D) to (B, n, D). Tokens of images are resized in two dimensions,
+    and other tokens along the sequence.
+    """
     a, b = grid(s.shape[1]), grid(n)
     if not picture or a is None or b is None:
         return resize(s.transpose(1, 2), (n,)).transpose(1, 2)
@@ -147,7 +152,8 @@ def _map_as_tokens(s: Tensor, n: int) -> Tensor:
 def _with_class_tokens(lead: Tensor, x: Tensor, n: int) -> Tensor:
     """Prepend `n` class and register tokens to `x`.
 
-    They are the student's own, or the mean over its image for missing ones.
+    The student's class and register tokens are used. The mean of `x` is used for tokens that the
+    student does not have.
     """
     lead = lead[:, :n]
     mean = x.mean(1, keepdim=True).expand(-1, n - lead.shape[1], -1)

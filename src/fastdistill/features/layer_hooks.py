@@ -1,4 +1,4 @@
-"Read named layers of a model while it runs."
+"Read the outputs of named layers while a model runs."
 
 import contextlib
 import sys
@@ -28,8 +28,8 @@ def item_of(out: Any, key: str, name: str) -> Any:
 
     Args:
         out: A dict, or a tuple or list.
-        key: Its key, or its index as text.
-        name: Name of the layer, for the message.
+        key: Key of the item, or its index as text.
+        name: Name of the layer, for the error message.
     """
     have = (
         list(out)
@@ -46,7 +46,7 @@ def item_of(out: Any, key: str, name: str) -> Any:
 
 
 def is_output(name: str) -> bool:
-    "Return True if `name` stands for the model's output."
+    "Return True if `name` refers to the output of the model."
     return name.split('@')[0] == ''
 
 
@@ -55,7 +55,7 @@ def layer_output(o: Outputs, name: str) -> Any:
 
     Args:
         o: Outputs of a batch.
-        name: Name of a layer, or '' for the model itself.
+        name: Name of a layer, or '' for the output of the model.
     """
     if not is_output(name):
         return o.feats.get(name)
@@ -66,9 +66,7 @@ def layer_output(o: Outputs, name: str) -> Any:
 
 
 class _Tap:
-    """Hook on one layer. It holds the layer and the dict to which it writes. Copies of it do
-    nothing.
-    """
+    """Hook that stores the output of one layer in a dict. Copies of the hook do nothing."""
 
     def __init__(self, name: str, module: nn.Module, seen: dict) -> None:
         self.name, self.module, self.seen = name, module, seen
@@ -76,7 +74,7 @@ class _Tap:
 
     def __call__(
         self, module: nn.Module, *what: Any
-    ) -> None:  # `what` is (args, kwargs) before the layer runs, (args, output) after it
+    ) -> None:  # (args, kwargs) before the layer runs, (args, output) afterwards
         if module is not self.module:
             return
         out = what if 'in' in self.how else what[-1]
@@ -89,7 +87,7 @@ class _Tap:
             self.seen[self.name] = self.read(y)
 
     def read(self, y: Any) -> tuple:
-        # subtle: compiled code does not track the versions of tensors, so only a copy is safe there
+        # subtle: compiled code does not track tensor versions, so copy the output
         compiling = torch.compiler.is_compiling()
         if 'in' in self.how or 'pre' in self.how or compiling:
             y = y.clone()
@@ -97,15 +95,17 @@ class _Tap:
             y = TURNS.get(h, as_is)(y)
         return y, None if compiling or y.is_inference() else y._version
 
-    # subtle: a model may be copied (EMA) or pickled (export) while it has hooks. A copied hook is a function that does
-    # nothing, takes any arguments, and can be loaded where fastdistill is not installed
+    # subtle: a model may be copied (EMA) or pickled (export) while it has hooks.
+    # A hook is then replaced by a function that does nothing and can be loaded without fastdistill.
     def __reduce__(self) -> tuple:
         return getattr, (contextlib.nullcontext(), '__exit__')
 
 
 @contextlib.contextmanager
 def returned_by(module: nn.Module) -> Iterator[list]:
-    """Context that yields a list of what the module returns inside it."""
+    """Context manager that yields a list. Everything that the module returns inside the context is
+    appended to the list.
+    """
     seen = []
     handle = module.register_forward_hook(lambda m, args, out: seen.append(out))
     try:
@@ -115,16 +115,16 @@ def returned_by(module: nn.Module) -> Iterator[list]:
 
 
 class Taps:
-    """Reader of named layers of a model: `attach`, run the model, `pop`, `detach`, or `with
-    Taps(model, names) as taps`.
+    """Reader of named layers of a model. Call `attach()`, run the model, and call `pop()` and
+    `detach()`. Or use `with Taps(model, names) as taps`.
 
-    Outputs keep their gradient. From a tuple, dict or ModelOutput, the main tensor is read. If a
-    layer runs several times in one forward pass, the last run counts. Replicas of DataParallel and
-    copies of the model are not read.
+    Outputs stay attached to the autograd graph. If a layer returns a tuple, dict or ModelOutput,
+    its main tensor is read. If a layer runs several times in one forward pass, the output of the
+    last run is read. Outputs of DataParallel replicas and of copies of the model are not read.
 
     Args:
-        model: A model, possibly wrapped by DDP or torch.compile.
-        names: One name or glob, or a list of them, as in `resolve`.
+        model: A model, which may be wrapped by DDP or torch.compile.
+        names: A name or glob, or a list of names and globs, as in `resolve`.
     """
 
     def __init__(self, model: nn.Module, names: str | Iterable[str]) -> None:
@@ -139,11 +139,11 @@ class Taps:
         self.names = list(dict.fromkeys(n for p in names for n in resolve_among(model, have, p)))
 
     def attach(self) -> 'Taps':
-        """Add the hooks; a second call changes nothing."""
+        """Add the hooks. If hooks are already attached, replace them."""
         self.detach()
         if self.names:
             _heed_hooks(self.model)
-        # look up layers only now, since SyncBatchNorm may have replaced some of them
+        # look up layers only now, because SyncBatchNorm may have replaced some of them
         for n, m in [(n, self._layer(n)) for n in self.names]:
             tap = _Tap(n, m, self.seen)
             before = 'in' in tap.how
@@ -160,7 +160,7 @@ class Taps:
         try:
             m = unwrap(self.model).get_submodule(name)
         except (AttributeError, RuntimeError):
-            m = None  # teachers, compiled parts and TorchScript are looked up by `named`
+            m = None  # use `named` for teachers, compiled parts and TorchScript
         if m is None:
             m = named(self.model).get(name)
         if m is None:
@@ -173,7 +173,7 @@ class Taps:
         return m
 
     def detach(self) -> None:
-        """Remove the hooks and the tensors that they read."""
+        """Remove the hooks and discard the tensors that they read."""
         self._unhook()
         self.seen.clear()
 
@@ -186,17 +186,20 @@ class Taps:
         return self.attach()
 
     def __exit__(
-        self, error: Any, *_: Any
-    ) -> None:  # unless there was an error, the tensors can still be popped after a `with` block
+        self,
+        error: Any,
+        *_: Any,
+        # unless there was an error, the tensors stay available for `pop` after the `with` block
+    ) -> None:
         self._unhook() if error is None else self.detach()
 
     @property
     def feats(self) -> dict[str, Tensor]:
-        """{layer name: tensor} of the layers that ran so far, in the given order."""
+        """{layer name: tensor} for the layers that ran so far, in the given order."""
         return {n: self.seen[n][0] for n in self.names if isinstance(self.seen.get(n), tuple)}
 
     def pop(self) -> dict:
-        """Return {layer name: tensor} of the last batch, in the given order, and forget the
+        """Return {layer name: tensor} for the last batch, in the given order, and release the
         tensors.
         """
         seen = dict(self.seen)
@@ -229,9 +232,9 @@ class Taps:
 
 
 def _heed_hooks(model: nn.Module) -> None:
-    """Make torch.compile check for hooks.
+    """Make torch.compile check for hooks in compiled code.
 
-    Code that is already compiled would never run hooks, so it is discarded.
+    Existing compiled code is discarded, because it would not run new hooks.
     """
     if 'torch._dynamo' not in sys.modules or not is_compiled(model):
         return

@@ -1,4 +1,4 @@
-"Look up layers of a model by name or glob, inside its wrappers, and list them."
+"Look up and list the layers of a model by name or glob. Wrappers such as DDP are ignored."
 
 import difflib
 import re
@@ -37,7 +37,7 @@ SUFFIXES = {
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """Return the model inside DDP, DataParallel and torch.compile."""
+    """Return the model inside wrappers by DDP, DataParallel or torch.compile."""
     inner: Any = model
     while True:
         if isinstance(inner, WRAPPERS):
@@ -49,24 +49,24 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def named(model: Any) -> dict[str, nn.Module]:
-    """Return {dotted name: layer} for the model inside its wrappers.
+    """Return {dotted name: layer} for a model, without its wrappers.
 
-    A shared layer has an entry for each of its names.
+    A layer that is used under several names has one entry per name.
     """
     inner = unwrap(model)
-    # a teacher may hold several models, or none
+    # a teacher may contain several modules, or none
     if not isinstance(inner, nn.Module):
         return dict(getattr(inner, 'named_modules', dict)())
     have = dict(inner.named_modules(remove_duplicate=False))
     if any(
         '_orig_mod' in n for n in have
-    ):  # a compiled part keeps the name of the module that was compiled
+    ):  # a compiled part gets the name of the module that was compiled
         have = {re.sub(r'(^|\.)_orig_mod(?=\.|$)', '', n): m for n, m in have.items()}
     return have
 
 
 def model_name(model: Any) -> str:
-    """Return the name of a model for messages: its class, or the name of a `Teacher`."""
+    """Return the name of a model for messages: the name of its class, or the name of a `Teacher`."""
     inner = unwrap(model)
     return (
         type(inner).__name__
@@ -76,9 +76,9 @@ def model_name(model: Any) -> str:
 
 
 def how_to_name_layers(model: Any) -> str:
-    """Return advice for messages if the layers of a teacher can't be found.
+    """Return advice for error messages about layers that can't be found.
 
-    A source of stored outputs has its own advice.
+    Sources of stored outputs give their own advice.
     """
     return getattr(
         unwrap(model),
@@ -88,8 +88,8 @@ def how_to_name_layers(model: Any) -> str:
 
 
 def _regex(glob: str) -> str:
-    """Convert a glob over dotted names to a regular expression: `*` and `?` match within one level,
-    `**` across levels.
+    """Convert a glob for dotted names to a regular expression. `*` and `?` match within one level,
+    and `**` matches across levels.
     """
     wild = {'**': '.*', '*': '[^.]*', '?': '[^.]'}
     parts = re.split(r'(\*\*|\*|\?|\[[^\]]*\])', glob)
@@ -99,10 +99,11 @@ def _regex(glob: str) -> str:
 
 
 def resolve(model: nn.Module, pattern: str) -> list:
-    """Return the names that match `pattern`, in the model's order, each with its suffix.
+    """Return the names that match `pattern`, in the order of the model, with the suffix of the
+    pattern.
 
     Args:
-        model: A model, wrapped or not. Names are those of the inner model.
+        model: A model, which may be wrapped. Names are those of the model inside the wrappers.
         pattern: A dotted name or a glob ('layer?', '0.*', 'blocks.**.attn'), with or without a
             suffix (see `SUFFIXES`).
     """
@@ -110,14 +111,14 @@ def resolve(model: nn.Module, pattern: str) -> list:
 
 
 def item_key(suffix: str) -> str | None:
-    """Return the key in a suffix '[key]', which reads one item of a layer's output. None if it is
-    a different suffix.
+    """Return the key in a suffix '[key]', which selects one item of a layer's output. Return None
+    for other suffixes.
     """
     return suffix[1:-1] if suffix[:1] == '[' and suffix[-1:] == ']' else None
 
 
 def split_suffixes(pattern: str) -> list[str]:
-    """Split a pattern into [name or glob, *suffixes]. Raise a DistillError for an unknown suffix."""
+    """Split a pattern into [name or glob, *suffixes]. Raise a DistillError if a suffix is unknown."""
     name, *how = pattern.split('@')
     if wrong := [h for h in how if h not in SUFFIXES and item_key(h) is None]:
         raise DistillError(
@@ -148,9 +149,9 @@ class LayerInfo:
 
     Attributes:
         name: Dotted name.
-        kind: Name of its class.
+        kind: Name of the layer's class.
         shape: Shape of the output. None if the layer did not run.
-        params: Number of parameters, including the layers inside it.
+        params: Number of parameters, including those of inner layers.
     """
 
     name: str
@@ -195,7 +196,7 @@ def layer_tree(model: nn.Module, shapes: Any = None) -> LayerTree:
     """List every layer of the model with its class, output shape and number of parameters.
 
     Args:
-        model: A model, wrapped or not.
+        model: A model, which may be wrapped.
         shapes: {module: shape of its output} for the layers that ran.
     """
     count = lambda m: sum(p.numel() for p in m.parameters() if not is_lazy(p))

@@ -36,9 +36,12 @@ __all__ = [
     'pair_by_depth',
 ]
 
-# 'auto', 'last', 'embedding', a name that both models have, or pairs of names in any of the forms of `pair`
+# 'auto', 'last', 'embedding', a layer name that both models have, or pairs of names in any form
+# that `pair` accepts
 LayersLike = str | Mapping[str, Any] | Sequence[Any]
-MAX_BLOCKS = 6  # up to this many stages of one resolution are all paired; if there are more, only those at the quarters
+# If one model has at most this many blocks, all of its blocks are paired.
+# If both models have more blocks, four pairs at equal intervals are used.
+MAX_BLOCKS = 6
 
 
 @dataclass
@@ -46,9 +49,9 @@ class Pair:
     """A student layer and the teacher layer it learns from.
 
     Attributes:
-        projector: Description of the projector.
-        picture: True if tokens are positions in an image, False if they are positions in a sequence
-            such as a text.
+        projector: Description of the projector, as text.
+        picture: True if tokens are positions in an image. False if tokens are positions in a
+            sequence such as text.
     """
 
     student: str
@@ -82,34 +85,36 @@ def pair(
     match: str = 'shape',
     projector: ProjectorLike = 'auto',
 ) -> PairTable:
-    """Find pairs of layers and their shapes, in the given order. Both models run on the batch in
-    evaluation mode and are not changed.
+    """Find pairs of layers and their shapes. Both models run on the batch once in evaluation mode
+    and are not changed.
 
-    What 'auto' pairs:
+    'auto' pairs these layers:
 
-    - Convolutional networks and U-Nets: the last layers of their stages (resolutions). They pair by
-      resolution if that includes the last stages of both, otherwise by relative depth.
-    - A U-Net and a different network: stages of equal resolution on the U-Net's way down.
+    - Convolutional networks and U-Nets: the last layer of each stage. A stage is a group of layers
+      with one resolution. Stages of equal resolution are paired if that pairs the last stages of
+      both models. Otherwise, stages are paired by relative depth.
+    - A U-Net and a different network: the network's stages and the stages of equal resolution in
+      the U-Net's encoder.
     - Transformers, LSTM stacks and MLPs: blocks at equal relative depth. If the shorter model has
-      up to 6 blocks, all are paired; otherwise those at the quarters.
+      up to 6 blocks, all its blocks are paired. Otherwise, four pairs at equal intervals are used.
 
-    The layer that produces a model's output is never paired. 'last' is the last pair of 'auto'.
-    Names may be globs. A suffix of 'auto' or 'last' is added to all names, e.g. 'last@mean'. With
-    'last@map', maps stay as they are.
+    'auto' never pairs the layer that produces the output of a model. 'last' is the last pair of
+    'auto'. Names may be globs. A suffix of 'auto' or 'last' is added to all names, e.g.
+    'last@mean'. 'last@map' converts tokens to maps and does not change maps.
 
-    'embedding' pairs the input vectors of both models' heads. If the teacher has no head, its
-    output is the embedding. The name '' is a model's output.
+    'embedding' pairs the inputs of both models' heads. If the teacher has no head, its output is
+    used. The name '' refers to the output of a model.
 
     Args:
         teacher: A module or a `Teacher`.
-        x_student: A batch of inputs: a tensor, a tuple of several, or a dict of keyword
-            arguments.
-        layers: 'auto', 'last', 'embedding', {'student.layer': 'teacher.layer' or a list}, pairs
-            of names, or names of both.
-        x_teacher: The teacher's inputs, if different from the student's.
-        match: What the loss needs of the teacher's shape (see `projectors.projector`). Used only
-            for the table.
-        projector: How the shape is changed (see `projectors.projector`). Used only for the table.
+        x_student: A batch of inputs: a tensor, a tuple of tensors, or a dict of keyword arguments.
+        layers: 'auto', 'last', 'embedding', {'student.layer': 'teacher.layer'} (the value may be a
+            list), a list of (student, teacher) names, or names that both models have.
+        x_teacher: Inputs of the teacher, if they differ from those of the student.
+        match: What the shapes of both features must have in common (see `projectors.projector`).
+            Used only to describe the projector.
+        projector: Kind of projector (see `projectors.projector`). Used only to describe the
+            projector.
     """
     x_s, x_t = inputs(x_student), inputs(x_student if x_teacher is None else x_teacher)
     word, *how = _parse_word(checked_layers(layers))
@@ -128,7 +133,7 @@ def pair(
 
 
 def checked_layers(layers: LayersLike) -> LayersLike:
-    """Return `layers`. Raise a DistillError if it is wrong for any model."""
+    """Return `layers`. Raise a DistillError if the value is not valid for any model."""
     word, *_ = _parse_word(layers)
     names: list = [layers] if word else [n for names in _name_pairs(layers) for n in names]
     if not names:
@@ -142,7 +147,7 @@ def checked_layers(layers: LayersLike) -> LayersLike:
 
 
 def check_names(student: nn.Module, teacher: Any, layers: LayersLike) -> None:
-    """Raise a DistillError for layers that these models don't have. Needs no batch."""
+    """Raise a DistillError if these models do not have the layers. The models do not run."""
     if not _parse_word(layers)[0]:
         _names_asked(student, teacher, layers)
         return
@@ -153,7 +158,9 @@ def check_names(student: nn.Module, teacher: Any, layers: LayersLike) -> None:
 
 
 def _parse_word(layers: LayersLike) -> list:
-    """Return ['auto', 'last' or 'embedding', *suffixes], or [None] if `layers` holds names."""
+    """Split 'auto', 'last' or 'embedding' into [word, *suffixes]. Return [None] if `layers`
+    contains names of layers.
+    """
     word, *how = split_suffixes(layers) if isinstance(layers, str) else [None]
     return [word, *how] if word in ('auto', 'last', 'embedding') else [None]
 
@@ -163,7 +170,7 @@ def inputs(x: Any) -> tuple:
 
 
 class _InModel:
-    """Context that adds the name of the model to errors raised inside."""
+    """Context manager that adds 'student' or 'teacher' to the message of errors raised inside."""
 
     def __init__(self, who: str) -> None:
         self.who = who
@@ -190,7 +197,7 @@ def _pairs_asked(student: nn.Module, teacher: Any, x_s: Any, x_t: Any, layers: L
 def _refuse_unknown_layout(pairs: list) -> None:
     """Raise a DistillError for features with three axes whose channel axis is unknown.
 
-    This is the case if they come without their layer.
+    The axis is unknown if the teacher's outputs contain only tensors, without the layers.
     """
     for asked, s, _, t, t_shape in pairs:
         if s != asked and len(t_shape) == 3 and '@' not in t:
@@ -206,7 +213,7 @@ def _names_asked(student: nn.Module, teacher: Any, layers: LayersLike) -> list:
 
 
 def _name_pairs(layers: LayersLike) -> list:
-    """Return (student pattern, teacher pattern) for each pair, in the given order."""
+    """Return a list of (student pattern, teacher pattern), in the given order."""
     if isinstance(layers, Tensor):
         raise DistillError('layers= got a tensor. Pass inputs for only the teacher as x_teacher=.')
     if isinstance(layers, str):
@@ -233,7 +240,9 @@ def _name_pairs(layers: LayersLike) -> list:
 
 
 def _matching_names(student: nn.Module, teacher: Any, s: str, t: str) -> list:
-    """Pair the names that match two globs, one for the student and one for the teacher, in order."""
+    """Pair the student layers that match one glob with the teacher layers that match the other, in
+    order.
+    """
     with _InModel('student'):
         a = resolve(student, s)
     with _InModel('teacher'):
@@ -252,8 +261,8 @@ def _has_layers(model: Any) -> bool:
 
 
 def _layer_shapes(model: Any, x: Any, names: Iterable[str]) -> dict:
-    """Return {given name: (name, shape)}. The name gets the suffix @tokens if the layer's output is
-    (B, C, L).
+    """Return {given name: (name, shape)}. If the output of a layer is (B, C, L), the suffix @tokens
+    is added to the name.
     """
     if not _has_layers(model):
         return _shapes_of_outputs(model, dry_run(model, *x), names)
@@ -268,12 +277,12 @@ def _layer_shapes(model: Any, x: Any, names: Iterable[str]) -> dict:
 
 
 def names_of_tokens(model: Any, x: Any, names: Iterable[str]) -> list:
-    """Return the names with which `Taps` reads series as tokens (B, L, D), e.g. '0@tokens' if '0'
-    is a 1d convolution.
+    """Add @tokens to the names of layers that return series with channels first, (B, C, L). For
+    example, '0' becomes '0@tokens' if '0' is a 1d convolution. `Taps` then reads tokens (B, L, C).
 
     Args:
         model: A module or a `Teacher`.
-        x: A batch of inputs, a tuple.
+        x: A batch of inputs, as a tuple.
         names: Names of layers, with or without suffixes.
     """
     return (
@@ -284,9 +293,9 @@ def names_of_tokens(model: Any, x: Any, names: Iterable[str]) -> list:
 
 
 def _with_tokens(modules: dict, ran: Sequence[Fired], names: Iterable[str]) -> Iterator[str]:
-    """Add @tokens to the names of layers with output (B, C, L).
+    """Add @tokens to the names of layers whose output is (B, C, L).
 
-    It is removed if the output is already (B, L, D).
+    Remove @tokens if the output is already (B, L, D).
     """
     first, fired = series_layers(ran), {f.module: f for f in ran}
     for name in names:
@@ -294,7 +303,7 @@ def _with_tokens(modules: dict, ran: Sequence[Fired], names: Iterable[str]) -> I
         f = fired[modules[base]]
         shape = f.shape_in if 'in' in how else f.shape
         if shape is not None and len(shape) == 3:
-            # @tokens must come before other suffixes, which expect tokens
+            # @tokens must come before @map and @mean, which expect tokens
             where, turns = (
                 [h for h in how if h in ('in', 'pre') or item_key(h) is not None],
                 [h for h in how if h in ('map', 'mean')],
@@ -304,11 +313,11 @@ def _with_tokens(modules: dict, ran: Sequence[Fired], names: Iterable[str]) -> I
 
 
 def _shapes_of_outputs(model: Any, out: Any, names: Iterable[str]) -> dict:
-    """Like `_layer_shapes`, for a teacher without layers (such as a function) whose outputs hold
-    features.
+    """Return the same as `_layer_shapes` for a teacher without readable layers, such as a function,
+    whose outputs include features.
     """
     feats = out.feats if isinstance(out, Outputs) else {}
-    # the cache of a 1d convolution '0' is named '0@tokens', see `names_of_tokens`
+    # the stored features of a 1d convolution '0' are named '0@tokens' (see `names_of_tokens`)
     plain = lambda name: [o for o in name.split('@') if o != 'tokens']
     alike = lambda n: next((k for k in feats if plain(k) == plain(n)), None)
     found: dict[str, Any] = {n: n if n in feats or is_output(n) else alike(n) for n in names}
@@ -325,7 +334,7 @@ def _output_shape(model: Any, x: Any) -> tuple:
 
 
 def _embeddings(student: nn.Module, teacher: Any, x_s: Any, x_t: Any, how: Sequence[str]) -> list:
-    """Return the names of both models' embeddings, as one pair."""
+    """Return a list with one pair: the names of both models' embedding layers."""
     with _InModel('student'):
         own, s = embedding(student, x_s), _output_shape(student, x_s)
     with _InModel('teacher'):
@@ -362,7 +371,7 @@ def _pairs_proposed(student: nn.Module, teacher: Any, x_s: Any, x_t: Any) -> lis
 def _name_and_shape(u: Any, other: nn.Module, x: Any) -> tuple:
     """Return the name and shape of a stage.
 
-    Tokens of a square image become a map if the other model's stage is a map.
+    Tokens of a square image are converted to a map if the other model's stage is a map.
     """
     square = is_picture(x) and len(set(image_size(x))) == 1
     g = grid(u.shape[1]) if square and u.kind == 'tokens' and other.kind == 'map' else None
@@ -378,7 +387,9 @@ def _with_suffixes(name: str, shape: Sequence[int], how: Sequence[str]) -> str:
 
 
 def pair_by_depth(a: list, b: list) -> list:
-    """Pair stages at equal relative depth. The last stages are paired."""
+    """Pair stages at equal relative depth. The last pair consists of the last stages of both
+    models.
+    """
     n = min(len(a), len(b))
     if n > MAX_BLOCKS and any(len({u.place for u in us}) == 1 for us in (a, b)):
         n = 4
@@ -387,7 +398,9 @@ def pair_by_depth(a: list, b: list) -> list:
 
 
 def _pair_by_resolution(a: list, b: list, size_a: tuple, size_b: tuple) -> list | None:
-    """Pair stages of equal resolution, both on the way down or both on the way up, or return None."""
+    """Pair stages of equal resolution. Both stages of a pair must be on the way down (where
+    resolution decreases), or both on the way up. Return None if resolutions do not match.
+    """
     if not size_a or len(size_a) != len(size_b) or any(u.kind != 'map' for u in a + b):
         return None
     down_a, down_b = _going_down(a), _going_down(b)
@@ -402,16 +415,17 @@ def _pair_by_resolution(a: list, b: list, size_a: tuple, size_b: tuple) -> list 
     row = longest_row(a, b, lambda i, j: equal(i, j) and down_a[i] == down_b[j])
     if ends(row) or all(down_a + down_b):
         return row if ends(row) else None
-    # One model is a U-Net. If the other ends at full resolution, pair it with the U-Net's last stages. Otherwise pair
-    # it with the U-Net's way down, or with its way up if no resolution on the way down is equal
+    # One model is a U-Net.
+    # If both models end at the same resolution, pair the last stages of both.
+    # Otherwise, use the U-Net's way down, or its way up if no stage on the way down matches.
     anywhere = longest_row(a, b, equal)
     return anywhere if ends(anywhere) else row or anywhere or None
 
 
 def longest_row(a: list, b: list, equal: Callable) -> list:
-    """Return the longest sequence of pairs that keeps the order of both models.
+    """Return the longest sequence of matching pairs that keeps the order of both models.
 
-    If there are several, return the one that ends last.
+    If several sequences have this length, return the sequence that ends last.
     """
     best: dict[tuple[int, int], list] = {}
     for i in range(len(a)):
@@ -428,9 +442,9 @@ def longest_row(a: list, b: list, equal: Callable) -> list:
 
 
 def _going_down(us: list) -> list:
-    """Return for each stage whether it is on the way down.
+    """Return a list of bools, True for each stage on the way down, where resolution decreases.
 
-    A stage of the same size as the previous one has its direction.
+    A stage with the same resolution as the previous stage is assumed to have the same direction.
     """
     down = [True]
     for u, before in zip(us[1:], us):

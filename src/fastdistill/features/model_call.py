@@ -16,7 +16,7 @@ def is_hf(model: Any) -> bool:
 
 
 def predicts_next(model: Any) -> bool:
-    "Return True if it is a causal language model of Hugging Face."
+    "Return True if the model is a Hugging Face causal language model."
     model = unwrap(model)
     return is_hf(model) and type(model).__name__.endswith(('ForCausalLM', 'LMHeadModel'))
 
@@ -24,12 +24,13 @@ def predicts_next(model: Any) -> bool:
 def arguments(model: Any, x: Any, by_name: Mapping | None = None) -> tuple:
     """Return (args, kwargs) for a call of the model.
 
-    A batch that is one dict is passed by name if the model has arguments with these names.
+    If the batch is a single dict, its items are passed by name, provided that the model has
+    arguments with these names.
 
     Args:
-        model: A module (wrapped or not), a callable, or a `Teacher`.
-        x: Inputs of the batch, a tuple.
-        by_name: Inputs passed by name.
+        model: A module (which may be wrapped), a callable, or a `Teacher`.
+        x: Inputs of the batch, as a tuple.
+        by_name: Further inputs to pass by name.
     """
     kwargs = dict(by_name or {})
     if len(x) != 1 or not isinstance(x[0], Mapping) or not takes_names(model, x[0]):
@@ -38,11 +39,11 @@ def arguments(model: Any, x: Any, by_name: Mapping | None = None) -> tuple:
 
 
 def takes_names(model: Any, batch: Any) -> bool:
-    """Return True if the keys of a dict are names of the model's arguments."""
+    """Return True if the keys of a dict are names of arguments of the model."""
     model = unwrap(model)
     if is_hf(model):
         return True
-    # a `Teacher` gets the dict itself, and decides how to call its model
+    # a `Teacher` gets the dict as one argument and decides how to call its model
     if not isinstance(model, nn.Module) and hasattr(model, 'named_modules'):
         return False
     try:

@@ -19,9 +19,9 @@ PASSIVE = nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.AlphaDropout, nn.Identity, 
 
 
 def image_size(x: Any) -> tuple:
-    """Return the height and width of input images, or the length of an input series.
+    """Return the height and width of input images, or the length of an input series, as a tuple.
 
-    Empty if the input is neither.
+    The tuple is empty for other inputs.
     """
     xs = x[0].values() if isinstance(x[0], Mapping) else x[:1]
     return next(
@@ -45,14 +45,15 @@ def batch_size(x: Any) -> int | None:
 
 @dataclass
 class Stage:
-    """A layer on the main path of a model in which no other stage ends.
+    """A layer on the main path of a model, which may be the end of a stage.
 
     Attributes:
         kind: 'map', 'tokens' or 'vector'.
-        shape: Output shape, with the channels first if it is a map.
-        weights: Number of layers inside it that have weights.
-        leaf: True if it contains no other layers.
-        turn: Suffix that gives its output this shape.
+        shape: Output shape. Maps have their channels first.
+        weights: Number of layers with weights inside this layer.
+        leaf: True if this layer does not contain other layers.
+        turn: Suffix for the layer name that converts the output to `shape`, e.g. '@map'. Empty if
+            no conversion is needed.
     """
 
     name: str
@@ -79,10 +80,10 @@ class Stage:
 
 
 def stages(model: Any, x: Any) -> list[Stage]:
-    """Return the last layers of a model's stages, in the order in which they run."""
+    """Return the last layer of each stage of a model, in the order in which they run."""
     path = MainPath(model, x)
     found = path.stages(path.walk())
-    # in a network with one resolution, the blocks are the stages
+    # in a network with only one resolution, each block is a stage
     if len(found) == 1 and found[0].kind == 'map':
         found = path.stages(path.walk(split_maps=True))
     if not found:
@@ -96,8 +97,9 @@ def stages(model: Any, x: Any) -> list[Stage]:
 def embedding(model: Any, x: Any) -> Any:
     """Return the name of the layer whose output is the model's embedding.
 
-    This is the first vector after the last map or tokens, or else their mean. In a network of
-    vectors, it is the last layer before the head.
+    The embedding is the first vector after the last layer that returns a map or tokens. If no
+    vector follows, the embedding is the output of that layer, averaged over positions. In a network
+    that uses only vectors, the embedding is the output of the last layer before the head.
     """
     units = MainPath(model, x).walk()
     if not units:
@@ -111,14 +113,16 @@ def embedding(model: Any, x: Any) -> Any:
 
 
 def has_head(model: Any, x: Any) -> bool:
-    """Return True if the model ends in a linear layer that is not part of a block, like a classifier."""
+    """Return True if the model ends in a linear layer that is not part of a block, as classifiers
+    do.
+    """
     path = MainPath(model, x)
     return path.head != '' and isinstance(path.ran[path.head].module, nn.Linear)
 
 
 def check_visible(model: Any) -> None:
-    """Raise a DistillError for a teacher whose layers can't be read: a function, a file, several
-    models.
+    """Raise a DistillError if the layers of a teacher can't be read, because it is a function, a
+    file or several models.
     """
     if '' not in named(model):
         raise DistillError(
@@ -128,9 +132,9 @@ def check_visible(model: Any) -> None:
 
 
 class MainPath:
-    """The main path through a model: its layers in order.
+    """The main path through a model: its layers in the order in which they run.
 
-    A container counts as one layer unless several stages end in it.
+    A container is treated as one layer unless several stages end inside.
     """
 
     def __init__(self, model: Any, x: Any) -> None:
@@ -139,7 +143,7 @@ class MainPath:
         self.ran, self.when = {f.name: f for f in ran}, {f.name: i for i, f in enumerate(ran)}
         self.first = series_layers(ran)
         self.size, self.picture = image_size(x), is_picture(x)
-        # a teacher may split the batch into slices
+        # use the batch size that the model got, because a teacher may split the batch into slices
         ran_on = self.ran[''].shape_in if '' in self.ran else None
         self.batch = ran_on[0] if ran_on else batch_size(x)
         self.below: dict[str, list[str]] = {}
@@ -152,9 +156,10 @@ class MainPath:
         self.head = self._head(ran)
 
     def _head(self, ran: Sequence[Fired]) -> str:
-        """Return the last layer with weights, which produces the output. '' if there is none.
+        """Return the name of the last layer with weights, which produces the output. Return '' if
+        there is no such layer, or if it is part of a block.
 
-        This layer and all later ones are not features.
+        This last layer and all layers after it are not used as features.
         """
         head = next((f.name for f in reversed(ran) if has_weights(f.module)), '')
         return (
@@ -163,11 +168,11 @@ class MainPath:
             else head
         )
 
-    # layers as stages
+    # convert layers to stages
 
     def look(self, name: str) -> Stage | None:
-        """Return a layer as a stage, or None if its output is not a feature with the batch on axis
-        0.
+        """Return a layer as a `Stage`. Return None if the output is not a floating-point tensor of
+        2 to 5 axes with the batch on axis 0.
         """
         f = self.ran.get(name)
         if f is None or not f.floats or not 2 <= len(f.shape) <= 5 or f.shape[0] != self.batch:
@@ -187,9 +192,10 @@ class MainPath:
         return Stage(name, f.module, kind, shape, weights, name not in self.below, turn)
 
     def _channels_last(self, f: Fired, shape: tuple) -> bool:
-        """Return True if the last axis holds the channels.
+        """Return True if the channels are on the last axis.
 
-        This is derived from the image's height/width, or else from the layers inside.
+        For images, the axis follows from the ratio of height and width. If that is ambiguous, the
+        axis follows from the types of the layers inside.
         """
         if len(shape) == 3:
             return f.module not in self.first
@@ -204,16 +210,18 @@ class MainPath:
                 return behind
         return of(nn.Linear) and not of(*CONVS)
 
-    # candidates for stages
+    # find candidates for stages
 
     def walk(self, split_maps: bool = False) -> list[Stage]:
-        """Return the candidates for stages, and the layers between them."""
+        """Return the candidates for stages, and the layers between them, in the order in which they
+        run.
+        """
         found, place = [], ()
         for n in sorted(self._open('', split_maps), key=self.when.__getitem__):
             u = self.look(n)
             if u is None:
                 continue
-            # a map pooled to 1 x 1 is effectively a vector
+            # skip a map that was pooled to 1 x 1, which is effectively a vector
             if u.kind == 'map' and set(u.place) == {1} and max(place, default=0) > 4:
                 continue
             if u.kind == 'map':
@@ -222,9 +230,10 @@ class MainPath:
         return found
 
     def _open(self, name: str, split_maps: bool, block: bool = False) -> list[str]:
-        """Return the names of layers on the path at or below `name`.
+        """Return the names of the layers on the main path, starting from the container `name`.
 
-        A layer is not split if it is one of a row of blocks (`block`).
+        Containers are replaced by the layers inside where necessary. Blocks of a row (`block=True`)
+        are not replaced.
         """
         at_head = not name or is_inside(self.head, name)
         if not at_head and self.when.get(name, 0) > self.when[self.head]:
@@ -251,11 +260,14 @@ class MainPath:
         others = {o.place for o in inside if set(o.place) != {1}} - self._ends(u)
         areas = sorted(map(math.prod, self._ends(u)))
         between = [p for p in others if areas and areas[0] < math.prod(p) < areas[-1]]
-        # subtle: a single smaller resolution is a shortcut, e.g. attention to a pooled map; several mean a U-Net
+        # subtle: one smaller resolution inside may be a side path, e.g. attention to a pooled map.
+        # Several smaller resolutions indicate a U-Net.
         return bool(between) or len(others) > 1
 
     def _ends(self, u: Stage) -> set:
-        """Return the resolutions of the input and the output of a layer that returns a map."""
+        """Return the resolutions of a layer's input and output. The result is empty if the layer
+        does not return a map.
+        """
         if u.kind != 'map':
             return set()
         entry = self.ran[u.name].shape_in or ()
@@ -264,7 +276,7 @@ class MainPath:
         return {u.place, entry[1:3] if u.turn == '@map' else entry[2:]}
 
     def _blocks(self, name: str, maps: bool) -> bool:
-        "Return True if the layer is a row of blocks of one class."
+        "Return True if the layer contains a row of blocks of the same class."
         below = [o for n in self.below.get(name, []) if (o := self.look(n)) and o.deep]
         found = {(type(o.module), o.kind, o.place if o.kind == 'tokens' else None) for o in below}
         return len(below) > 1 and len(found) == 1 and (maps or below[0].kind != 'map')
@@ -274,12 +286,12 @@ class MainPath:
             yield n
             yield from self._inside(n)
 
-    # ends of stages
+    # find the ends of stages
 
     def stages(self, units: Sequence[Stage]) -> list[Stage]:
         """Return the last layer of each stage."""
         groups = self._groups([u for u in units if u.kind != 'vector'])
-        # if a network has blocks, its single layers are stems and necks, not stages
+        # if a network has blocks, its single layers are stems or necks and not stages
         if any(u.deep for g in groups for u in g):
             groups = [g for g in groups if any(u.deep for u in g)]
         if not groups:
@@ -291,7 +303,9 @@ class MainPath:
         return [self._end(g) for g in groups]
 
     def _groups(self, units: Sequence[Stage]) -> list[list[Stage]]:
-        """Group consecutive layers of one resolution and dilation, if any of them has weights."""
+        """Group consecutive layers with the same resolution and dilation. Groups without weights
+        are dropped.
+        """
         groups: list[list[Stage]] = []
         place: tuple | None = None
         dilation: int | None = None
@@ -308,11 +322,11 @@ class MainPath:
     def _place(self, u: Stage) -> tuple:
         if u.kind == 'map':
             return u.place
-        # class tokens are not part of the resolution
+        # the resolution does not depend on the number of class tokens
         return (grid(u.shape[1]) or u.shape)[1:] if self.picture else ()
 
     def _layers(self, units: Sequence[Stage]) -> list[list[Stage]]:
-        """Group each layer with weights with the activations after it."""
+        """Build one group for each layer with weights, including the activations after the layer."""
         groups: list[list[Stage]] = []
         for u in units:
             if u.weights:
@@ -322,7 +336,9 @@ class MainPath:
         return groups
 
     def _stem(self, group: Sequence[Stage], units: Sequence[Stage]) -> bool:
-        "Return True if this group is just the first layer, which shrinks the image."
+        """Return True if this group contains only the first layer, which reduces the resolution of
+        the image.
+        """
         entry, *more = [u for u in group if u.weights]
         first = next(u for u in units if u.weights)
         return (
@@ -333,13 +349,17 @@ class MainPath:
         )
 
     def _end(self, group: Sequence[Stage]) -> Stage:
-        """Return the last block, or, without blocks, the last activation after the single layers."""
+        """Return the last block of a group. If the group has no blocks, return the last activation
+        after the last layer with weights.
+        """
         blocks = any(u.deep for u in group)
         i = max(i for i, u in enumerate(group) if u.weights and (u.deep or not blocks))
         tail = group[i + 1 :]
         if group[i].leaf:
             tail = [u for u in tail if not isinstance(u.module, PASSIVE)]
-        else:  # after a block, only include an activation if it would overwrite the block's output in place
+        # after a block, include an activation only if it overwrites the output of the block in
+        # place
+        else:
             n = next(
                 (k for k, u in enumerate(tail) if not getattr(u.module, 'inplace', False)),
                 len(tail),
@@ -353,9 +373,10 @@ def is_inside(name: str, above: str) -> bool:
 
 
 def has_weights(m: nn.Module) -> int:
-    """Return 1 if a layer itself has weight matrices or kernels, 2 if it is an RNN, else 0.
+    """Return 1 if the layer has its own weight matrices or kernels, 2 if it is an RNN, and 0
+    otherwise.
 
-    Embeddings and single tokens don't count.
+    Weights of embeddings and parameters for single tokens are ignored.
     """
     if isinstance(m, nn.RNNBase):
         return 2

@@ -1,4 +1,6 @@
-"""Run a model once without changing it, and record which layers ran and their shapes."""
+"""Run a model once without changing it, and record the layers that ran and the shapes of their
+outputs.
+"""
 
 import contextlib
 from collections.abc import Iterable, Iterator, Mapping
@@ -35,9 +37,9 @@ def layers(model: nn.Module, *x: Any) -> LayerTree:
     The model is not changed.
 
     Args:
-        model: A model, wrapped or not.
-        *x: Batch of inputs, for the shapes. A dict is passed by name if the model has arguments
-            with these names.
+        model: A model, which may be wrapped.
+        *x: Batch of inputs. Required for output shapes. The items of a dict are passed by name if
+            the model has arguments with these names.
     """
     return layer_tree(model, {f.module: f.shape for f in probe(model, *x)} if x else None)
 
@@ -47,7 +49,7 @@ class Fired:
     """A layer that ran, with the shapes of its input and output.
 
     Attributes:
-        floats: True if the output is floating point.
+        floats: True if the output is a floating-point tensor.
     """
 
     name: str
@@ -60,11 +62,12 @@ class Fired:
 def probe(model: nn.Module, *x: Any) -> list:
     """Return the layers that run, in the order in which they finish.
 
-    The model runs once in evaluation mode, which changes nothing.
+    The model runs once in evaluation mode and is not changed.
 
     Args:
-        model: A model, wrapped or not.
-        *x: Batch of inputs. A dict is passed by name if the model has arguments with these names.
+        model: A model, which may be wrapped.
+        *x: Batch of inputs. The items of a dict are passed by name if the model has arguments with
+            these names.
     """
     inner = unwrap(model)
     names: dict[nn.Module, str] = {}
@@ -74,7 +77,8 @@ def probe(model: nn.Module, *x: Any) -> list:
 
     def note(m: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
         i, y = main_tensor((args, kwargs)), main_tensor(out)
-        ran.pop(m, None)  # subtle: a layer that runs twice is listed at its last run
+        # subtle: a layer that runs twice is listed at the position of its last run
+        ran.pop(m, None)
         ran[m] = Fired(names[m], m, _shape(i), _shape(y), y is not None and y.is_floating_point())
 
     hookable = [m for m in names if not isinstance(m, torch.jit.ScriptModule)]
@@ -111,13 +115,14 @@ CHANNELS_LAST = (
 
 
 def series_layers(ran: Iterable[Fired]) -> set:
-    """Return the layers whose output is (B, C, L), like that of a 1d convolution, and not (B, L, D),
-    like tokens.
+    """Return the layers whose output has channels first, (B, C, L), like the output of a 1d
+    convolution. Other outputs with three axes are tokens, (B, L, D).
 
-    Some classes of layers always have their channels first, and some always last. Any other layer,
-    such as an activation or a block, is compared with the last layer of these classes that finished
-    before it: its channels are on the axis that has the same number of channels. If both axes have
-    this number, or neither, they are on the same axis as in that layer.
+    Some classes of layers always have their channels first, and some always have them last. For any
+    other layer, such as an activation or a block, the channel axis is inferred from the last layer
+    with a known channel axis that finished before. The channel axis is the axis that has the same
+    size as the channel axis of that layer. If both axes or neither axis has this size, the position
+    of the channel axis is the same as in that layer.
 
     Args:
         ran: Result of `probe`.
@@ -149,7 +154,7 @@ def _shape(y: Any) -> Any:
 
 
 def dry_run(model: Any, *x: Any) -> Any:
-    """Run the inner model once without changing anything."""
+    """Run the model once, without its wrappers and without changing it."""
     inner = unwrap(model)
     args, kwargs = arguments(inner, map_tensors(x, as_plain))
     if any(map(is_lazy, weights_and_buffers(distinct_modules(inner)))):
@@ -157,7 +162,8 @@ def dry_run(model: Any, *x: Any) -> Any:
             f'{model_name(inner)} has lazy layers, which have no weights before the first batch. Run '
             'the model on a batch first.'
         )
-    # use the original model: the modules of a faster copy are not those that are named, hooked and restored
+    # Use the original model.
+    # The modules of a faster copy have no hooks and would not be restored.
     run = inner if isinstance(inner, nn.Module) else getattr(inner, 'as_it_is', lambda: inner)()
     with untouched(model):
         try:
@@ -174,15 +180,17 @@ def dry_run(model: Any, *x: Any) -> Any:
 
 @contextlib.contextmanager
 def untouched(model: nn.Module, training: bool = False) -> Iterator[None]:
-    """Run a model inside without changing it.
+    """Context manager that restores the model afterwards.
 
-    The context sets evaluation mode without gradients, or training mode with gradients. Afterwards,
-    modes, buffers, hidden states, attributes and random states are restored.
+    Inside the context, the model is in evaluation mode without gradients, or in training mode with
+    gradients (`training=True`). Afterwards, modes, buffers, hidden states, attributes and random
+    states are restored.
     """
     modules = distinct_modules(unwrap(model))
     state = ModelState(modules)
     cuda = sorted({t.device.index for t in weights_and_buffers(modules) if t.is_cuda})
-    # subtle: set the flag instead of calling .eval(), which some layers override, e.g. to merge adapters
+    # subtle: set the flag `training` instead of calling eval(), which some layers override, e.g. to
+    # merge adapters
     for m, was in state.modes:
         if was != training:
             m.training = training
@@ -213,17 +221,17 @@ def is_compiled(model: Any) -> bool:
 
 
 def run_eagerly(model: Any) -> contextlib.AbstractContextManager:
-    """Return a context in which compiled parts run without their compiled code."""
+    """Return a context manager in which compiled parts of the model run in eager mode."""
     if not hasattr(torch.compiler, 'set_stance') or not is_compiled(model):
         return contextlib.nullcontext()
     return torch.compiler.set_stance('force_eager')
 
 
 def main_tensor(out: Any) -> Any:
-    """Return the main tensor of a layer's output, or None if there is no tensor.
+    """Return the main tensor of a layer's output, or None if the output contains no tensor.
 
-    This is the output itself, `last_hidden_state` or `logits` of a dict, or else the first tensor
-    in it.
+    The main tensor is the output itself, or `last_hidden_state` or `logits` in a dict. If there is
+    neither, the main tensor is the first tensor in the output.
     """
     if isinstance(out, Tensor):
         return as_plain(out)

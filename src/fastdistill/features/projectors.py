@@ -1,4 +1,6 @@
-"Project the student's features to the teacher's shape: first the grid, then the channels."
+"""Project student features to the shape of teacher features. The grid is resized first, then the
+channels are mapped.
+"""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -11,7 +13,7 @@ from .feature_shapes import to_grid
 
 __all__ = ['Projector', 'ProjectorLike', 'checked_projector', 'describe_projector', 'projector']
 
-ProjectorLike = str | Callable[..., Tensor]  # a name in PROJECTORS, a module or a function
+ProjectorLike = str | Callable[..., Tensor]  # a name in `PROJECTORS`, a module or a function
 PROJECTORS = 'auto', 'linear', 'conv', 'conv_bn', 'mlp'
 MATCHES = 'shape', 'grid', 'none'
 CONV = {2: nn.Conv2d, 3: nn.Conv3d}
@@ -43,9 +45,10 @@ def _default_kind(dims: int) -> str:
 
 
 class Projector(nn.Module):
-    """Module that maps student features to the teacher's shape, as `p(s, t)`.
+    """Module that maps student features to the shape of teacher features, called as `projector(s,
+    t)`.
 
-    Only the grid size of `t` is used.
+    Only the shape of `t` is used.
     """
 
     def __init__(
@@ -61,7 +64,7 @@ class Projector(nn.Module):
         self.t_shape = tuple(t_shape)
         self.match = match
         self.picture = picture
-        self.own = not isinstance(kind, str)  # the user's module or function
+        self.own = not isinstance(kind, str)  # True for a module or function passed by the user
         self.text = describe_projector(s_shape, t_shape, kind, match)
         self.map: Any = kind if self.own else None
         if not self.own and _needs_mapping(s_shape, t_shape, kind, match):
@@ -70,19 +73,19 @@ class Projector(nn.Module):
 
     def forward(
         self,
-        s: Tensor,  # student's features
+        s: Tensor,  # student features
         t: Tensor
-        | None = None,  # teacher's features, whose grid may change between batches; None for the grid of `t_shape`
+        # teacher features, whose grid may change between batches; None to use the grid of `t_shape`
+        | None = None,
     ) -> Tensor:
         like = (len(s), *self.t_shape[1:]) if t is None else tuple(t.shape)
         if not self.own and self.match != 'none':
             s = to_grid(s, like, self.picture)
         if self.map is None:
             return s
-        p = [*self.parameters(), None][
-            0
-        ]  # subtle: PyTorch 2.6 does not compile `next` with a default
-        # subtle: features computed under autocast are in half precision, even if autocast has ended by now
+        p = [*self.parameters(), None][0]  # subtle: PyTorch 2.6 can't compile `next` with a default
+        # subtle: features may be in half precision even though autocast is off here, because the
+        # models ran under autocast
         if p is not None and p.dtype != s.dtype and not torch.is_autocast_enabled(s.device.type):
             s = s.to(p.dtype)
         y = self.map(s)
@@ -123,7 +126,9 @@ def _places(shape: Sequence[int]) -> tuple[int, ...]:
 def _needs_mapping(
     s_shape: Sequence[int], t_shape: Sequence[int], kind: ProjectorLike, match: str
 ) -> bool:
-    """Return True if the projector needs weights. One with a named kind always does."""
+    """Return True if the projector needs weights. If the user names a kind other than 'auto', the
+    projector always has weights.
+    """
     return kind != 'auto' or (match == 'shape' and _channels(s_shape) != _channels(t_shape))
 
 
@@ -134,35 +139,38 @@ def projector(
     match: str = 'shape',
     picture: bool = True,
 ) -> Projector:
-    """Build a module that maps the student's shape to the teacher's.
+    """Build a module that maps student features to the shape of teacher features.
 
-    It has parameters only if the channels differ or a kind is named.
+    The module has parameters only if the numbers of channels differ or if `kind` is not 'auto'.
 
-    First the grid: features are average-pooled to a smaller grid or interpolated to a larger one.
-    To compare tokens with a map, class and register tokens are dropped and the others become a map.
-    To compare a map with tokens, its positions become tokens, and its mean stands for class and
-    register tokens.
+    The grid is resized first. Features are average-pooled to a smaller grid or interpolated to a
+    larger grid. If the student has tokens and the teacher has a map, class and register tokens are
+    dropped and the other tokens are arranged as a map. If the student has a map and the teacher has
+    tokens, each position becomes a token. The mean over positions then replaces the missing class
+    and register tokens.
 
-    Then the channels, at each position: vectors and tokens get a linear layer, maps a 1x1
-    convolution and a batch norm, as in OFD (arXiv:1904.01866). arXiv:2303.11098 also recommends a
-    linear layer with a normalized output. Unlike in CRD's code (arXiv:1910.10699), no ReLU follows,
-    because the student could not match negative values of the teacher.
+    Then the channels are mapped at each position. By default, vectors and tokens get a linear
+    layer. Maps get a 1x1 convolution and a batch norm, as in OFD (arXiv:1904.01866).
+    arXiv:2303.11098 also recommends a linear layer with a normalized output. Unlike in the code of
+    CRD (arXiv:1910.10699), there is no ReLU, because the student could then not match negative
+    values of the teacher.
 
     Args:
-        s_shape: Shape of the student's features: (B, D) vector, (B, L, D) tokens or (B, C, H, W)
-            map, with any B.
-        t_shape: Shape of the teacher's features, in any of these forms.
+        s_shape: Shape of the student features: vector (B, D), tokens (B, L, D) or map (B, C, H, W).
+            B is ignored.
+        t_shape: Shape of the teacher features, in any of the same forms.
         kind: 'auto', 'linear' or 'conv' (1x1), 'conv_bn', 'mlp', or your own module or function.
-        match: What the loss needs: the teacher's 'shape', only its 'grid' (positions), or 'none'.
-        picture: True if tokens are positions in an image (if their number allows it), False if they
-            are positions in a sequence.
+        match: What the projected features must have in common with the teacher's: 'shape', 'grid'
+            (only the positions), or 'none'.
+        picture: True if tokens are positions in an image, provided that their number fits a grid.
+            False if tokens are positions in a sequence.
     """
     check_projector(s_shape, t_shape, kind, match)
     return Projector(s_shape, t_shape, kind, match, picture)
 
 
 def checked_projector(kind: ProjectorLike) -> ProjectorLike:
-    """Return `kind`. Raise a DistillError if it is not valid for any shape."""
+    """Return `kind`. Raise a DistillError if the value is not valid for any shape."""
     if isinstance(kind, type) or not (callable(kind) or kind in PROJECTORS):
         raise DistillError(
             f'projector={kind!r}: must be one of {", ".join(map(repr, PROJECTORS))}, a module '
@@ -174,7 +182,7 @@ def checked_projector(kind: ProjectorLike) -> ProjectorLike:
 def check_projector(
     s_shape: Sequence[int], t_shape: Sequence[int], kind: ProjectorLike, match: str
 ) -> None:
-    """Raise a DistillError for options that are wrong for these shapes."""
+    """Raise a DistillError if the options do not fit these shapes."""
     checked_projector(kind)
     if match not in MATCHES:
         raise DistillError(f'match={match!r}: must be one of {", ".join(map(repr, MATCHES))}')

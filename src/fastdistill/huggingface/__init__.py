@@ -1,7 +1,9 @@
-"Distillation with Hugging Face's `Trainer`, and students made of their teacher's layers."
+"""Distillation with Hugging Face's `Trainer`, and functions that build a student from the layers of
+a teacher.
+"""
 
 try:
-    import accelerate  # noqa: F401 (the Trainer needs it)
+    import accelerate  # noqa: F401 (required by the Trainer)
     import transformers  # noqa: F401
 except ImportError as e:
     raise ImportError(

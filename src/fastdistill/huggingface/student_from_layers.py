@@ -1,4 +1,4 @@
-"Students made of their teacher's layers."
+"Build students from the layers of a teacher."
 
 import copy
 from collections.abc import Mapping, Sequence
@@ -15,11 +15,11 @@ __all__ = ['student_from']
 def student_from(teacher: nn.Module, layers: Sequence[int]) -> nn.Module:
     """Build a smaller copy of the teacher from some of its blocks (DistilBERT, arXiv:1910.01108).
 
-    The embeddings, the head and these blocks are copied.
+    The embeddings, the head and the selected blocks are copied with their weights.
 
     Args:
         teacher: A model of transformers.
-        layers: Indices of the teacher's blocks to keep, e.g. [0, 2, 4]. -1 is the last.
+        layers: Indices of the teacher's blocks to keep, e.g. [0, 2, 4]. -1 is the last block.
     """
     if not is_hf(teacher):
         raise DistillError(
@@ -41,7 +41,9 @@ def student_from(teacher: nn.Module, layers: Sequence[int]) -> nn.Module:
 
 
 def blocks_of(model: Any) -> tuple[str, int]:
-    """Return the name and length of the only list of blocks."""
+    """Return the name and the length of the model's list of blocks. Raise a DistillError if there
+    is not exactly one list.
+    """
     n = getattr(model.config, 'num_hidden_layers', None)
     lists = [k for k, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == n]
     outer = [k for k in lists if not any(k.startswith(f'{o}.') for o in lists)]
@@ -55,7 +57,7 @@ def blocks_of(model: Any) -> tuple[str, int]:
 
 
 def shorter(config: Any, layers: Sequence[int], n: int) -> Any:
-    """Return the config of a model with these blocks."""
+    """Return the config of a model that has only these blocks."""
     config = copy.deepcopy(config)
     for k, v in vars(config).items():
         if isinstance(v, list) and len(v) == n and n > 1:
@@ -65,7 +67,9 @@ def shorter(config: Any, layers: Sequence[int], n: int) -> Any:
 
 
 def kept(state: Mapping[str, Any], name: str, layers: Sequence[int]) -> dict[str, Any]:
-    """Return the weights of these blocks, renumbered, and all weights outside the blocks."""
+    """Return the weights of these blocks under new numbers, and all weights outside the list of
+    blocks.
+    """
     out = {k: v for k, v in state.items() if not k.startswith(f'{name}.')}
     for new, old in enumerate(layers):
         old = f'{name}.{old}.'

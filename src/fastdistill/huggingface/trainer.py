@@ -1,4 +1,4 @@
-"A `Trainer` with a teacher."
+"A Hugging Face `Trainer` with a teacher."
 
 import os
 
@@ -29,26 +29,28 @@ from .transformers_models import names_taken, predicts, question_logits, teacher
 
 __all__ = ['DistillationMixin', 'DistillationTrainer']
 
-STATE_FILE = 'distillation.pt'  # name of the file in a checkpoint folder
+STATE_FILE = 'distillation.pt'  # name of our file in a checkpoint folder
 
 
 class DistillationMixin:
-    """Adds a teacher to your own `Trainer`: `class MyTrainer(DistillationMixin, Trainer)`.
+    """Mixin that adds a teacher to your own `Trainer`, as in `class MyTrainer(DistillationMixin,
+    Trainer)`.
 
-    It replaces the loss of training batches. Everything else is unchanged: the evaluation loss is
-    the task loss, and only the student is saved.
+    The mixin replaces the loss of training batches. The evaluation loss is still the task loss, and
+    only the student is saved.
 
     Args:
         *args: Arguments of the Trainer.
         teacher: A model, a `Teacher`, or a list of these (an ensemble).
-        recipe: A recipe such as `kd() + at()`, or a `Term`. None to let `auto` choose, by what the
-            student predicts.
-        kind: 'softmax', 'sigmoid' or 'regression'. None to tell by the student's config and the
-            labels.
-        axis: Class axis. None for the last, or 1 for questions and pixels.
-        output: Output of both models that is distilled, a name or a function. None for 'logits'.
-        check: Whether to look for mistakes before training, on a few batches of the evaluation set
-            (or else of the training set), and in the first batch.
+        recipe: A recipe such as `kd() + at()`, or a `Term`. None to let `auto` choose a recipe for
+            the student's kind of outputs.
+        kind: 'softmax', 'sigmoid' or 'regression'. None to infer the kind from the student's config
+            and the labels.
+        axis: Class axis. None for the last axis, or for axis 1 in question answering and
+            segmentation.
+        output: Output of both models to distill, as a name or a function. None for 'logits'.
+        check: If True, check for mistakes before training, on a few batches of the evaluation set
+            (or of the training set if there is none) and in the first batch.
         **kwargs: Keyword arguments of the Trainer.
     """
 
@@ -83,7 +85,7 @@ class DistillationMixin:
     # setup before the first batch
 
     def create_optimizer(self, *args, **kwargs):
-        """Create the Trainer's optimizer, which also trains the projectors."""
+        """Create the Trainer's optimizer and add the parameters of the projectors."""
         if self.distiller is None or self.distiller.student is not self.model:
             self._build()
         optimizer = super().create_optimizer(*args, **kwargs)
@@ -93,7 +95,7 @@ class DistillationMixin:
         return optimizer
 
     def _build(self):
-        """Build the Distiller of this model."""
+        """Build the Distiller for this model."""
         asked = self.asked
         kind = asked['kind'] or predicts(self.model)
         batch = self._example() if kind is None else None
@@ -117,7 +119,8 @@ class DistillationMixin:
             check=asked['check'],
         )
         self.distiller.links.to(self.args.device)
-        # subtle: models whose weights are sharded over processes can't run in only one of them
+        # subtle: skip the check if weights are sharded over processes, because such a model can't
+        # run in only one process
         if asked['check'] and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             part = 'training' if self.eval_dataset is None else 'validation'
             check_first(self.distiller, self._batches(), placed=True, part=part)
@@ -132,7 +135,7 @@ class DistillationMixin:
         return 1 if self._answers or type(self.model).__name__.endswith('Segmentation') else -1
 
     def _complete(self, batch):
-        """Choose the recipe and build projectors, from inputs of both models."""
+        """Choose the recipe and build projectors, using a batch."""
         complete(
             self.distiller, self._inputs_of_both(batch), any(k in batch for k in self.label_names)
         )
@@ -142,9 +145,10 @@ class DistillationMixin:
         return {k: v for k, v in student.items() if k in teacher} or teacher
 
     def _batches(self):
-        """Yield (inputs, labels) of batches to look for mistakes.
+        """Yield (inputs, labels) of batches on which to check for mistakes.
 
-        An iterable dataset yields none, since it may not be readable twice.
+        No batches are yielded for an iterable dataset, because it may not be possible to read it
+        twice.
         """
         data = self.train_dataset if self.eval_dataset is None else self.eval_dataset
         if isinstance(data, dict):
@@ -164,7 +168,7 @@ class DistillationMixin:
             yield (
                 x,
                 self._targets(y, next(iter(x.values()))),
-            )  # span logits have the length of the input
+            )  # start and end logits have the length of the input
 
     def _example(self):
         """Return a training batch, without changing any state."""
@@ -180,7 +184,7 @@ class DistillationMixin:
     # inputs of both models
 
     def _set_signature_columns_if_needed(self):
-        """Keep columns that only the teacher takes, such as token_type_ids, in the batches."""
+        """Keep dataset columns that only the teacher uses, such as token_type_ids."""
         new = self._signature_columns is None
         super()._set_signature_columns_if_needed()
         if new:
@@ -189,7 +193,7 @@ class DistillationMixin:
             )
 
     def _inputs(self, batch):
-        """Split a batch into (the student's inputs with the labels, the teacher's inputs)."""
+        """Split a batch into (student inputs and labels, teacher inputs)."""
         student, teacher = names_taken(self.model), names_taken(self.teacher)
         plain = {k: v for k, v in batch.items() if k not in self.label_names}
         of_student = {k: v for k, v in plain.items() if k in student or k not in teacher}
@@ -204,7 +208,7 @@ class DistillationMixin:
     # training step
 
     def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
-        """Return the loss of a batch: the total loss in training, only the task loss in evaluation."""
+        """Return the total loss of a training batch, or the task loss of an evaluation batch."""
         x, x_teacher = self._inputs(inputs)
         progress = self.state.global_step / self.state.max_steps if self.state.max_steps else None
         if not model.training or not takes_part(self.distiller, progress):
@@ -222,18 +226,20 @@ class DistillationMixin:
         return (r.total * scale, raw) if return_outputs else r.total * scale
 
     def _run(self, model, x, options):
-        """Return the task loss as computed by the Trainer (None without labels) and the student's
-        outputs.
+        """Return the task loss computed by the Trainer, and the student's outputs. The task loss is
+        None if the batch has no labels.
         """
         if not any(k in x for k in self.label_names):
             return None, model(**x)
         return super().compute_loss(model, dict(x), return_outputs=True, **options)
 
     def _scale(self, x, num_items_in_batch=None):
-        """Return the factor that the Trainer applies to the mean over this batch's labels.
+        """Return the factor by which the Trainer scales the mean loss over the labels of this
+        batch.
 
-        The Trainer counts the labels of all batches of an optimizer step, `num_items_in_batch`, and
-        may average them over processes.
+        The Trainer divides the summed loss by `num_items_in_batch`, the number of labels in all
+        batches of an optimizer step. Depending on its arguments, the Trainer also averages over
+        processes.
         """
         mine = (
             getattr(self, 'model_accepts_loss_kwargs', False)
@@ -252,9 +258,9 @@ class DistillationMixin:
         return y.ne(-100).sum().clamp_min(1) * ranks / num_items_in_batch
 
     def _counts_items(self, x):
-        """Return True if the task loss is divided by `num_items_in_batch`.
+        """Return True if the task loss of this model depends on `num_items_in_batch`.
 
-        Some models ignore it, which is tested once.
+        Some models ignore this argument, so this method tests the model once.
         """
         if self.counts_items is None:
             tried = []
@@ -265,16 +271,17 @@ class DistillationMixin:
         return self.counts_items
 
     def _tokens(self, x):
-        """Return the inputs whose padding applies to the logits.
+        """Return the inputs whose attention mask applies to the logits.
 
-        If there is a decoder, these are not the encoder's inputs.
+        In an encoder-decoder model, the attention mask of the encoder does not apply to the logits,
+        so the result is empty.
         """
         return (
             () if getattr(getattr(self.model, 'config', None), 'is_encoder_decoder', False) else x
         )
 
     def _targets(self, x, logits):
-        """Return the labels, each at the position where it is predicted."""
+        """Return the labels, with each label at the position that predicts it."""
         y = tuple(x[k] for k in self.label_names if k in x)
         if self._answers and y:
             y = torch.stack([o.reshape(-1).clamp_min(0) for o in y], -1)
@@ -284,7 +291,9 @@ class DistillationMixin:
         return y
 
     def _hide_padding(self, x, *outputs):
-        """Mask padded tokens, where an answer can neither begin nor end."""
+        """Set the logits of padded tokens to a large negative number, because an answer can't start
+        or end there.
+        """
         if not self._answers or 'attention_mask' not in x:
             return
         for o in outputs:
@@ -294,7 +303,7 @@ class DistillationMixin:
     # training loop
 
     def train(self, *args, **kwargs):
-        """Train the student; see `Trainer.train`."""
+        """Train the student (see `Trainer.train`)."""
         try:
             return super().train(*args, **kwargs)
         finally:
@@ -302,7 +311,8 @@ class DistillationMixin:
                 self.distiller.teacher.stop()
 
     def training_step(self, *args, **kwargs):
-        # subtle: after a step, the Trainer resets the gradients of the model, but not those of the projectors
+        # subtle: after an optimizer step, the Trainer resets the gradients of the model but not
+        # those of the projectors
         if self.last_step != self.state.global_step:
             reset_gradients(self.distiller)
         self.last_step = self.state.global_step
@@ -311,7 +321,7 @@ class DistillationMixin:
         return loss
 
     def log(self, logs, *args, **kwargs):
-        """Add the mean of each loss to the logs of the training loss."""
+        """Log the values. Whenever the training loss is logged, also log the mean of each loss."""
         super().log({**logs, **self.part_means.pop()} if 'loss' in logs else logs, *args, **kwargs)
 
     def _save_optimizer_and_scheduler(self, output_dir):
@@ -327,13 +337,13 @@ class DistillationMixin:
 
 
 class DistillationTrainer(DistillationMixin, Trainer):
-    """`Trainer` with a teacher: `DistillationTrainer(model, args, train_dataset=..., teacher=...,
-    recipe=kd())`.
+    """`Trainer` with a teacher, as in `DistillationTrainer(model, args, train_dataset=...,
+    teacher=..., recipe=kd())`.
     """
 
 
 class PartMeans:
-    """Mean of each loss over the training batches since the last log."""
+    """Means of the losses over the training batches since the last log."""
 
     def __init__(self):
         self.sums = {}

@@ -1,4 +1,4 @@
-"Inputs, outputs and class order of models of transformers."
+"Handle the inputs, the outputs and the class order of transformers models."
 
 import inspect
 import re
@@ -22,7 +22,8 @@ PROBLEMS = dict(
 
 
 def names_taken(model: Any) -> set:
-    """Return the names of the arguments of a model's forward, or of all members of an ensemble.
+    """Return the names of the arguments of a model's `forward`. For an ensemble, return the
+    argument names of all members.
 
     Args:
         model: A module or a `Teacher`.
@@ -32,7 +33,7 @@ def names_taken(model: Any) -> set:
 
 
 def without_loss(raw: Any) -> Any:
-    """Return the student's outputs without the loss, which is first in a tuple."""
+    """Return the student's outputs without the loss. In a tuple, the loss is the first item."""
     return (
         raw[1:]
         if isinstance(raw, tuple) and isinstance(raw[0], Tensor) and not raw[0].dim()
@@ -41,12 +42,16 @@ def without_loss(raw: Any) -> Any:
 
 
 def question_logits(out: Any) -> Tensor:
-    """Return the logits of where an answer begins and ends, (B, L, 2), with classes along axis 1."""
+    """Return the logits for the start and the end of an answer, (B, L, 2). The class axis is axis
+    1, because each token is a class.
+    """
     return torch.stack([out.start_logits, out.end_logits], -1)
 
 
 def names_by_id(model: Any) -> list[str] | None:
-    """Return the class names of the model's `id2label`. None if they are only numbered."""
+    """Return the class names in the model's `id2label`. Return None if they are the default names
+    LABEL_0, LABEL_1, ...
+    """
     id2label = getattr(getattr(model, 'config', None), 'id2label', None)
     if not id2label or all(re.fullmatch(r'LABEL_\d+', str(v)) for v in id2label.values()):
         return None
@@ -54,12 +59,13 @@ def names_by_id(model: Any) -> list[str] | None:
 
 
 def predicts(model: Any, labels: Tensor | None = None) -> str | None:
-    """Return 'softmax', 'sigmoid' or 'regression' according to the model's config.
+    """Return the kind of outputs, 'softmax', 'sigmoid' or 'regression', according to the model's
+    config.
 
-    None if only the labels can tell.
+    Return None if the kind depends on the labels and they are unknown.
 
     Args:
-        model: A model of transformers.
+        model: A transformers model.
         labels: Labels of a batch. None if unknown.
     """
     config, name = getattr(model, 'config', None), type(model).__name__
@@ -73,14 +79,15 @@ def predicts(model: Any, labels: Tensor | None = None) -> str | None:
 
 
 def teacher_for(teacher: Teacher, student: Any, kind: str, axis: int, output: Any) -> Teacher:
-    """Return the teacher with the student's kind of outputs and its classes in the student's order.
+    """Return the teacher with the student's kind of outputs, and with its classes in the order of
+    the student's classes.
 
     Args:
         teacher: The teacher.
-        student: The student, a model of transformers.
+        student: The student, a transformers model.
         kind: Kind of the student's outputs.
         axis: Class axis.
-        output: Which output is distilled.
+        output: Output to distill, as a name or a function.
     """
     new = dict(kind=kind, axis=axis, output=output)
     if kind != 'regression' and output is not question_logits:
@@ -89,8 +96,8 @@ def teacher_for(teacher: Teacher, student: Any, kind: str, axis: int, output: An
 
 
 def in_order_of(student: Any, teacher: Any) -> dict[str, Any]:
-    """Return the option `select` that puts the teacher's classes into the student's order. Empty if
-    they already are.
+    """Return the option `select` that puts the teacher's classes into the student's order, as a
+    dict. The dict is empty if the order is already the same.
     """
     if 'select' in teacher.given:
         return {}

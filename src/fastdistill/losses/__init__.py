@@ -1,5 +1,5 @@
-"""Losses: pure functions of two tensors, student first. `Loss` is the module form of any of them;
-`OFD`, `VID` and `SEED` own a tensor.
+"""Losses: pure functions of two tensors, with the student's first. `Loss` turns any of these
+functions into a module. The modules `OFD`, `VID` and `SEED` also own a tensor.
 """
 
 from . import decoupled, dense, divergence, feature, relation, response, transformed_teacher
@@ -23,5 +23,5 @@ __all__ = [
     *response.__all__,
     *transformed_teacher.__all__,
 ]
-# the loss functions among these names: what is decorated with `@loss`
+# all functions in `__all__` that are decorated with `@loss`
 LOSSES = {n: f for n in __all__ if hasattr(f := globals()[n], 'relates')}

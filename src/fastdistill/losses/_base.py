@@ -1,5 +1,5 @@
-"""What all losses have in common: precision, shape checks, mask, reduction, and the module form of
-a function.
+"""Code shared by all losses: the `@loss` decorator, shape checks, masks, reductions, and the `Loss`
+module.
 """
 
 import functools
@@ -30,7 +30,7 @@ __all__ = [
 
 
 def _full(x: Any, detach: bool = False) -> Any:
-    """Convert `x` (a tensor, or a list of them) to float32, or float64 if it is that already."""
+    """Convert a tensor or a list of tensors to float32. Tensors of dtype float64 stay float64."""
     if isinstance(x, (list, tuple)):
         return [_full(o, detach) for o in x]
     if isinstance(x, (LinearLogits, Draws)):
@@ -58,19 +58,22 @@ def loss(
 ) -> Callable[[LossFn], LossFn]:
     """Decorate `fn(s, t, ...)` as a loss, e.g. `@loss(match='grid')`.
 
-    The loss runs in float32 or float64, even under autocast. No gradient reaches the teacher. The
-    options become attributes, which tell a `Term` what the loss needs.
+    The decorated loss runs in float32 or float64, even under autocast, and passes no gradient to
+    the teacher. The options are stored as attributes of the function, where `Term` reads them.
 
     Args:
-        kind: Outputs that the loss is for: 'softmax', 'sigmoid' or 'regression'. None for any.
-        match: What must be equal in student and teacher features: 'shape', 'grid' (positions only)
-            or 'none'.
+        kind: Kind of outputs that the loss compares: 'softmax', 'sigmoid' or 'regression'. None for
+            any kind.
+        match: What student and teacher features must have in common: 'shape', 'grid' (only the
+            positions) or 'none'.
         lists: True if the loss takes the features of all layers at once, as two lists.
-        samples: True if the loss's `mask` has one value per sample, not per position.
+        samples: True if `mask` has one value per sample instead of one per position.
         relates: True if the loss compares samples with each other. In distributed training, each
             process then sees the samples of all processes.
-        positionwise: True if the loss takes `LinearLogits`, whose logits it computes in chunks.
-        linear: True if the loss is linear in the teacher's probabilities and takes `Draws`.
+        positionwise: True if the loss accepts `LinearLogits` (hidden states and output layer), from
+            which it computes logits in chunks.
+        linear: True if the loss is linear in the teacher's probabilities and accepts `Draws`
+            (sampled classes).
     """
     if callable(kind):
         raise DistillError(
@@ -103,7 +106,9 @@ def loss(
 
 
 def fit_mask(mask: Tensor, shape: Sequence[int]) -> Tensor:
-    """Expand `mask` to this shape, as a plain tensor. Raise a DistillError if it does not fit."""
+    """Expand `mask` to this shape, as a plain tensor. Raise a DistillError if the mask does not
+    fit.
+    """
     if mask.dim() > len(shape) or any(
         m not in (1, n) for m, n in zip(mask.shape[::-1], shape[::-1])
     ):
@@ -115,18 +120,21 @@ def fit_mask(mask: Tensor, shape: Sequence[int]) -> Tensor:
 
 
 def reduce(v: Tensor, reduction: str = 'mean', mask: Tensor | None = None) -> Tensor:
-    """Reduce `v` over the positions that count. An empty mask gives 0 with a gradient, never nan.
+    """Reduce `v` over the included positions. If the mask excludes all positions, the result is 0
+    (not nan) and still has a gradient.
 
     Args:
         v: One value per position.
-        reduction: 'mean' over the positions that count, 'sum', or 'none'.
-        mask: True, or a weight, where a position counts. Has the shape of `v`, or broadcasts to it.
+        reduction: 'mean' over the included positions, 'sum', or 'none'.
+        mask: True, or a positive weight, for included positions. Must broadcast to the shape of
+            `v`.
     """
     if reduction not in ('mean', 'sum', 'none'):
         raise DistillError(f"reduction={reduction!r}: must be 'mean', 'sum' or 'none'")
     if mask is not None:
         mask = fit_mask(mask, v.shape).to(v.dtype)
-        # subtle: where, not a product: 0*inf is nan, and a masked position may hold anything
+        # subtle: use `where` instead of a product, because a masked position may hold inf, and 0 *
+        # inf is nan
         v = torch.where(mask > 0, v, 0.0) * mask
     if reduction == 'none':
         return v
@@ -136,7 +144,7 @@ def reduce(v: Tensor, reduction: str = 'mean', mask: Tensor | None = None) -> Te
 
 
 def same_shape(s: Tensor, t: Tensor) -> None:
-    """Raise a DistillError for shapes that would broadcast silently."""
+    """Raise a DistillError if the shapes differ. PyTorch would otherwise broadcast them silently."""
     if s.shape != t.shape:
         raise DistillError(
             f"The student's output has shape {tuple(s.shape)}, the teacher's {tuple(t.shape)}: they "
@@ -170,13 +178,13 @@ def log_probs(x: Tensor, T: float = 1.0, axis: int = 1) -> Tensor:
 
 
 def expect(lp: Tensor, v: Tensor) -> Tensor:
-    """Compute `exp(lp)*v`, with 0 where the probability is 0 (`v` may be infinite there)."""
+    """Compute `exp(lp)*v`. The result is 0 where the probability is 0, even if `v` is infinite."""
     zero = lp == -torch.inf
     return lp.exp() * v.masked_fill(zero, 0.0)
 
 
 def channels_first(x: Tensor, axis: int = 1) -> Tensor:
-    """Move the channel axis of `x` to 1."""
+    """Move the channel axis of `x` to axis 1."""
     if x.dim() < 2 or not -x.dim() <= axis < x.dim() or axis % x.dim() == 0:
         raise DistillError(
             f'axis={axis}: features of shape {tuple(x.shape)} have no such channel axis. Axis 0 is the '
@@ -186,27 +194,27 @@ def channels_first(x: Tensor, axis: int = 1) -> Tensor:
 
 
 def cells(x: Tensor, axis: int = 1) -> Tensor:
-    """Reshape `x` to (B, C, P): channels, then all positions. A vector has one position."""
+    """Reshape `x` to (B, C, P), where P is the number of positions. A vector has one position."""
     x = channels_first(x, axis)
     return x.flatten(2) if x.dim() > 2 else x.unsqueeze(2)
 
 
 def unit(x: Tensor, axis: int = 1, least: Tensor | float = 0.0) -> Tensor:
-    """Scale `x` to length 1 along `axis`. Zero vectors stay zero and get no gradient (`F.normalize`
-    would multiply their gradient by 1e12).
+    """Scale vectors to length 1 along `axis`. Zero vectors stay zero and get no gradient. With
+    `F.normalize`, the gradient of a zero vector would be multiplied by 1e12.
 
     Args:
-        least: Vectors of at most this length count as zero.
+        least: Vectors of at most this length are treated as zero.
     """
     n = torch.linalg.vector_norm(x, dim=axis, keepdim=True)
     return x / n.masked_fill(n <= least, torch.inf)
 
 
 class Loss(nn.Module):
-    """Module form of a loss function. It only holds the function and its options.
+    """Module form of a loss function. The module holds only the function and its options.
 
     Args:
-        fn: A function of `fastdistill.losses`, or your own with keyword-only options.
+        fn: A function of `fastdistill.losses`, or your own function with keyword-only options.
         **options: Options of the function.
 
     Example:
@@ -229,8 +237,8 @@ class Loss(nn.Module):
 
     @property
     def kind(self) -> str | None:
-        """Outputs that the loss is for: 'softmax' over classes, 'sigmoid' per label or
-        'regression'. None for any.
+        """Kind of outputs that the loss compares: 'softmax' over classes, 'sigmoid' per label or
+        'regression'. None for any kind.
         """
         return getattr(self.fn, 'kind', None)
 
@@ -238,14 +246,14 @@ class Loss(nn.Module):
         return self.fn(s, t, *args, **{**self.options, **kwargs})
 
     def option(self, name: str) -> Any:
-        """Return the value of an option: the given one, or the function's default."""
+        """Return the value of an option, or the function's default if the option was not given."""
         return self.options.get(name, inspect.signature(self.fn).parameters[name].default)
 
     def prepare(
         self, s: Tensor, t: Tensor, layer: nn.Module | None = None, axis: int | None = None
     ) -> None:
-        """Create the tensors that the loss owns. Called once, with the projected student features,
-        the teacher features and the teacher's layer.
+        """Create the tensors that the loss owns. A `Distiller` calls this method once, before the
+        training, with projected student features, teacher features and the teacher's layer.
         """
 
     def extra_repr(self) -> str:

@@ -1,5 +1,5 @@
-"""Compute one value per position in chunks, so that large logits need no more memory than their
-gradient.
+"""Compute one value per position in chunks. The only large tensor created is the gradient of the
+logits.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -31,12 +31,13 @@ def per_position(
     """Compute `values` for all logits. The result has no class axis.
 
     Args:
-        values: fn(s, t, axis=) -> one value per position, each computed only from the logits at
-            that position.
+        values: fn(s, t, axis=) -> one value per position, which depends only on the logits at that
+            position.
         s: Student logits, any shape: a tensor or `LinearLogits`.
         t: Teacher logits, the same shape: a tensor, `LinearLogits` or `Draws`.
         axis: Class axis.
-        mask: Shape of `s` without the class axis. Logits are replaced by 0 where it is 0.
+        mask: Same shape as `s` without the class axis. Logits at masked positions are replaced by
+            0.
         slope: fn(s, t, axis=) -> gradient of `values` with respect to `s`. None to use autograd.
     """
     axis = class_axis(s, axis)
@@ -54,7 +55,9 @@ def per_position(
 
 
 def chunk_size(x: Tensor) -> int | None:
-    """Return the number of elements per chunk of these logits, or None if they need no chunks."""
+    """Return the number of elements per chunk, or None if `x` is small enough to be processed at
+    once.
+    """
     size = ON_CPU if x.is_cpu else ON_GPU
     return (
         None
@@ -64,13 +67,15 @@ def chunk_size(x: Tensor) -> int | None:
 
 
 def in_transform() -> bool:
-    """Return True inside a torch.func transform, which needs to see every operation of the loss."""
+    """Return True inside a torch.func transform, which does not support the autograd functions used
+    here.
+    """
     return getattr(torch._C._functorch, 'peek_interpreter_stack', lambda: None)() is not None
 
 
 def seen_finite(*xs: Tensor) -> bool:
-    """Return True if all numbers are known to be finite. Checked only where that is fast: on a CPU,
-    without a graph.
+    """Return True if all numbers are known to be finite. The check runs only on a CPU and without
+    gradients, where it is fast. Otherwise return False.
     """
     if torch.is_grad_enabled() or torch.compiler.is_compiling() or in_transform():
         return False
@@ -86,8 +91,8 @@ def in_three(x: Tensor, axis: int) -> Tensor:
 def blanked(
     fn: Callable, s: Tensor, t: Tensor, mask: Tensor | None, axis: int = 1, **options: Any
 ) -> Any:
-    """Call `fn` with 0 at masked positions, so that a nan there reaches neither the loss nor the
-    gradient.
+    """Call `fn` with 0 at masked positions, so that a nan at a masked position affects neither the
+    loss nor the gradient.
     """
     if mask is not None:
         s, t = [x.where(mask > 0, 0.0) for x in (s, t)]
@@ -95,7 +100,7 @@ def blanked(
 
 
 def chunks(shape: Sequence[int], size: int) -> Iterator[tuple[slice, slice, slice]]:
-    """Yield slices of (before, classes, after) with about `size` elements each."""
+    """Yield slices of a (before, classes, after) tensor with about `size` elements each."""
     a, c, p = shape
     rows, cols = max(size // (c * p), 1), max(min(p, size // c), 1)
     for i in range(0, a, rows):
@@ -104,7 +109,9 @@ def chunks(shape: Sequence[int], size: int) -> Iterator[tuple[slice, slice, slic
 
 
 class Chunked(torch.autograd.Function):
-    """Values of logits (before, classes, after). The backward pass recomputes each chunk."""
+    """Loss values for logits of shape (before, classes, after). The backward pass recomputes each
+    chunk.
+    """
 
     @staticmethod
     def forward(
@@ -137,8 +144,8 @@ class Chunked(torch.autograd.Function):
 
 
 def rows_at(tensors: Sequence[Tensor | None], i: tuple[slice, slice, slice]) -> list:
-    """Return chunk `i` of each tensor, without a last axis of size 1: PyTorch's softmax is faster
-    over the last axis.
+    """Return chunk `i` of each tensor. A last axis of size 1 is removed, because PyTorch's softmax
+    is faster over the last axis.
     """
     rows: list = [None if x is None else x[i] for x in tensors]
     return rows if rows[0].shape[2] > 1 else [None if x is None else x.squeeze(2) for x in rows]
@@ -151,21 +158,21 @@ def by_autograd(values: Callable, s: Tensor, t: Tensor, mask: Tensor | None) -> 
 
 
 def second_order(values: Callable, s: Tensor, t: Tensor, mask: Tensor | None, g: Tensor) -> Tensor:
-    """Compute the gradient with its own graph and without chunks."""
+    """Compute the gradient so that it can be differentiated again. This path does not use chunks."""
     return torch.autograd.grad(values(s, t, mask).unsqueeze(1), s, g, create_graph=True)[0]
 
 
 def by_rows(
     values: Callable, s: Any, t: Any, axis: int, mask: Tensor | None, slope: Callable | None
 ) -> Tensor:
-    """Compute `per_position` where the logits of at least one model are not given as a tensor. They
-    are computed in chunks, also in the backward pass.
+    """Compute `per_position` if the logits of at least one model are not given as a tensor. These
+    logits are computed in chunks in both the forward and the backward pass.
     """
     shape = s.shape[:axis] + s.shape[axis + 1 :]
     if axis != s.dim() - 1 and any(isinstance(x, LinearLogits) for x in (s, t)):
         raise DistillError(
             f'The logits of hidden states have their classes on the last axis, but axis={axis} of '
-            f'{s.dim()} dimensions was asked for.'
+            f'{s.dim()} dimensions was given.'
         )
     s, t = as_rows(s, axis), as_rows(t, axis)
     mask = None if mask is None else mask.reshape(-1, 1)
@@ -191,14 +198,14 @@ def as_rows(x: Any, axis: int) -> Any:
 
 
 def some_rows(x: Any, i: slice) -> Any:
-    """Return some positions, (N, classes)."""
+    """Return the logits of a slice of positions."""
     if isinstance(x, LinearLogits):
         return replace(x, hidden=x.hidden[i])
     return x.map(lambda o: o[i]) if isinstance(x, Draws) else x[i]
 
 
 def dense_rows(x: Any) -> Any:
-    """Compute the logits. Draws have none and are returned unchanged."""
+    """Compute logits from hidden states. Other inputs are returned unchanged."""
     return x.dense() if isinstance(x, LinearLogits) else x
 
 
@@ -213,10 +220,11 @@ def blanked_rows(fn: Callable, s: Any, t: Any, mask: Tensor | None) -> Tensor:
 
 
 class ChunkedRows(torch.autograd.Function):
-    """Values of logits (positions, classes) that are computed chunk by chunk, in both passes.
+    """Loss values for logits of shape (positions, classes), which both passes compute chunk by
+    chunk.
 
-    The last arguments are the tensors of the student: its logits, or its hidden states and output
-    layer.
+    The last arguments of `apply` are the student's tensors: either the logits, or the hidden states
+    and the weight and bias of the output layer.
     """
 
     @staticmethod
@@ -271,7 +279,7 @@ class ChunkedRows(torch.autograd.Function):
 
 
 def student_rows(parts: Sequence[Any], cap: float | None) -> Tensor:
-    """Compute the student's logits from its tensors."""
+    """Compute the student's logits from (logits,) or (hidden states, weight, bias)."""
     if len(parts) == 1:
         return parts[0]
     hidden, weight, bias = parts
@@ -279,7 +287,7 @@ def student_rows(parts: Sequence[Any], cap: float | None) -> Tensor:
 
 
 def gradients_of(v: Tensor, parts: Sequence[Any], g: Tensor, **options: Any) -> list:
-    """Return the gradient of each part. None where none is needed."""
+    """Return the gradient of each part. Parts that do not require a gradient get None."""
     needed = [p is not None and p.requires_grad for p in parts]
     found = iter(torch.autograd.grad(v, [p for p, on in zip(parts, needed) if on], g, **options))
     return [next(found) if on else None for on in needed]

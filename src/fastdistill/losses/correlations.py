@@ -1,5 +1,5 @@
-"""Correlations of probabilities, over the classes and over the positions. Large logits are
-processed in chunks.
+"""Compute correlations between the probabilities of student and teacher, over the classes and over
+the positions. Large logits are processed in chunks.
 """
 
 from typing import Any
@@ -12,22 +12,25 @@ from .chunks import blanked, chunk_size, chunks, in_three, rows_at
 
 __all__ = ['both_correlations']
 
-FEW_POSITIONS = 8  # minimum per chunk, so that the mean of the first chunk is close to the mean of all positions
+# minimum number of positions per chunk, so that the mean of the first chunk is close to the mean of
+# all positions
+FEW_POSITIONS = 8
 
 
 def both_correlations(
     s: Tensor, t: Tensor, T: float, axis: int, mask: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """Compute Pearson correlations of the probabilities over the classes and over the positions.
+    """Compute the Pearson correlations between both models' probabilities, over the classes of each
+    position and over the positions of each class.
 
     Args:
         s: Student logits, any shape.
         t: Teacher logits, the same shape.
         T: Temperature.
-        axis: Class axis, counted from the front.
-        mask: How much each position counts in the correlation of a class. Shape of `s` without the
+        axis: Class axis, as a non-negative index.
+        mask: Weight of each position in the correlation of a class. Same shape as `s` without the
             class axis.
-        eps: Added to the product of norms.
+        eps: Added to the product of the norms in the denominator.
     """
     mask = None if mask is None else mask.to(s.dtype).unsqueeze(axis)
     if (size := chunk_size(s)) is None:
@@ -49,12 +52,12 @@ def others(x: Tensor, axis: int = 1) -> list[int]:
 
 
 def pearson(a: Tensor, b: Tensor, dim: int | list[int], w: Tensor | None, eps: float) -> Tensor:
-    """Correlation, and 0 where one of the two does not vary.
+    """Compute the Pearson correlation, or 0 where `a` or `b` is constant.
 
     Args:
-        a, b: Of one shape.
+        a, b: Tensors of the same shape.
         dim: Dimensions to correlate over.
-        w: Weights that broadcast to `a`
+        w: Weights that broadcast to `a`. None for equal weights.
     """
 
     def center(x: Tensor) -> Tensor:
@@ -73,7 +76,9 @@ def pearson(a: Tensor, b: Tensor, dim: int | list[int], w: Tensor | None, eps: f
 
 
 class Correlations(torch.autograd.Function):
-    """`both_correlations` of (before, classes, after). Each pass reads the logits once."""
+    """`both_correlations` for logits of shape (before, classes, after). The forward and the
+    backward pass each read the logits once.
+    """
 
     @staticmethod
     def forward(
@@ -85,7 +90,8 @@ class Correlations(torch.autograd.Function):
         for i in chunks(s.shape, size):
             p, q, w = probs_at(s, t, mask, i, T)
             own[i] = pearson(p, q, 1, None, eps).reshape(own[i].shape)
-            # subtle: sums of squares keep their precision if a number close to the mean is subtracted first
+            # subtle: subtract a value close to the mean before squaring, because the sums would
+            # otherwise lose precision
             if not first:
                 first = [x.mean(others(x), keepdim=True) for x in (p, q)]
             sums = sums + moments(p - first[0], q - first[1], w)
@@ -93,7 +99,7 @@ class Correlations(torch.autograd.Function):
         means = sums[:2] / n
         norms = (sums[2:4] - n * means**2).clamp_min(0).sqrt()
         cov, both = sums[4] - n * means[0] * means[1], norms[0] * norms[1] + eps
-        # gradient of a class's correlation: factors of the teacher's and the student's deviations from the mean
+        # the gradient of a class's correlation is of_t * (teacher - mean) - of_s * (student - mean)
         of_t, of_s = 1 / both, safe_ratio(cov * norms[1], both**2 * norms[0])
         ctx.save_for_backward(s, t, mask, *(f + m for f, m in zip(first, means)), of_t, of_s)
         ctx.options = T, eps, size
@@ -118,7 +124,7 @@ class Correlations(torch.autograd.Function):
 def probs_at(
     s: Tensor, t: Tensor, mask: Tensor | None, i: tuple[slice, slice, slice], T: float
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Return both models' probabilities in a chunk, and its mask."""
+    """Return both models' probabilities in a chunk, and the mask of the chunk."""
     s, t, w = rows_at((s, t, mask), i)
     if w is not None:
         s, t = [x.where(w > 0, 0.0) for x in (s, t)]
@@ -126,8 +132,8 @@ def probs_at(
 
 
 def moments(a: Tensor, b: Tensor, w: Tensor | None) -> Tensor:
-    """Compute weighted sums over the positions of a, b, their squares and their product. Their
-    shape is kept.
+    """Compute weighted sums over the positions of a, b, a*a, b*b and a*b. The reduced axes are kept
+    with size 1.
     """
     wa, wb = (a, b) if w is None else (w * a, w * b)
     return torch.stack([x.sum(others(a), keepdim=True) for x in (wa, wb, wa * a, wb * b, wa * b)])
@@ -135,7 +141,7 @@ def moments(a: Tensor, b: Tensor, w: Tensor | None) -> Tensor:
 
 def own_slope(p: Tensor, q: Tensor, eps: float) -> Tensor:
     """Compute the gradient of the correlation over the classes with respect to the student's
-    probabilities.
+    probabilities `p`.
     """
     a, b = [x - x.mean(1, keepdim=True) for x in (p, q)]
     norm_a, norm_b = [torch.linalg.vector_norm(x, dim=1, keepdim=True) for x in (a, b)]
@@ -150,7 +156,7 @@ def safe_ratio(a: Tensor, b: Tensor) -> Tensor:
 def with_graph(
     s: Tensor, t: Tensor, mask: Tensor | None, T: float, eps: float, g_own: Tensor, g_shared: Tensor
 ) -> Tensor:
-    """Compute the gradient with its own graph and without chunks."""
+    """Compute the gradient so that it can be differentiated again. This path does not use chunks."""
     own, shared = blanked(at_once, s, t, mask, axis=1, w=mask, T=T, eps=eps)
     return torch.autograd.grad([own.unsqueeze(1), shared], s, [g_own, g_shared], create_graph=True)[
         0

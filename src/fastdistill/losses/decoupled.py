@@ -1,4 +1,4 @@
-"Losses that treat the label's class and the other classes separately."
+"Losses that treat the class of the label and the other classes separately."
 
 import torch
 from torch import Tensor
@@ -13,7 +13,9 @@ __all__ = ['dkd', 'nkd', 'rld']
 def checked_labels(
     y: Tensor, s: Tensor, axis: int, ignore_index: int, mask: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Return one class per position, and the mask without positions whose label is `ignore_index`."""
+    """Check the labels. Return one class per position, and a mask that excludes positions whose
+    label is `ignore_index`.
+    """
     y, axis = as_plain(y), class_axis(s, axis)
     shape, n = positions(s, axis), s.shape[axis]
     if y.is_floating_point() or y.is_complex():
@@ -34,7 +36,8 @@ def checked_labels(
     if mask is not None:
         keep = keep * fit_mask(mask, shape)
     y = y.where(keep > 0, 0)
-    # subtle: checked only where it is free. On a GPU each step would wait for the values; a traced graph would break
+    # subtle: check the range only on a CPU and in eager mode. The check would force a
+    # synchronization on a GPU, and would break the graph of torch.compile.
     if (
         y.is_cpu
         and not torch.compiler.is_compiling()
@@ -43,7 +46,7 @@ def checked_labels(
     ):
         raise DistillError(
             f'Labels from {y.min()} to {y.max()} for {n} classes. Use ignore_index (now '
-            f'{ignore_index}) or mask to exclude labels that do not count'
+            f'{ignore_index}) or mask to exclude labels'
         )
     return y, keep
 
@@ -72,19 +75,20 @@ def dkd(
     mask: Tensor | None = None,
     reduction: str = 'mean',
 ) -> Tensor:
-    """Compute T^2 (alpha KL of (p_y, 1-p_y) + beta KL of the softmax without y) (decoupled
-    distillation, CVPR 2022, arXiv:2203.08679).
+    """Compute T^2 times the sum of two KLs (decoupled distillation, CVPR 2022, arXiv:2203.08679).
+    The first KL compares (p_y, 1-p_y) and has weight alpha. The second KL compares the softmax over
+    the classes other than y and has weight beta.
 
     Args:
         s: Student logits, any shape.
         t: Teacher logits, the same shape.
-        y: Labels. Shape of `s` without the class axis.
-        alpha: Weight of the target class versus all other classes.
-        beta: Weight of the other classes among themselves.
+        y: Labels. Same shape as `s` without the class axis.
+        alpha: Weight of the KL between the probabilities of the target class.
+        beta: Weight of the part that compares the other classes.
         T: Temperature.
         axis: Class axis.
-        ignore_index: Positions with this label do not count.
-        mask: Which positions count. Shape of `y`.
+        ignore_index: Positions with this label are excluded.
+        mask: Positions to include in the loss. Same shape as `y`.
     """
     y, mask = checked_labels(y, s, axis, ignore_index, mask)
     s, t = checked_classes(s, t, axis, mask)
@@ -115,21 +119,23 @@ def nkd(
     mask: Tensor | None = None,
     reduction: str = 'mean',
 ) -> Tensor:
-    """Compute -p_t^y log p_s^y + gamma T^2 cross-entropy of the softmax without y (normalized
-    distillation, ICCV 2023, arXiv:2303.13005).
+    """Compute -p_t^y log p_s^y plus gamma T^2 times a cross-entropy (normalized distillation, ICCV
+    2023, arXiv:2303.13005). The cross-entropy compares the softmax over the classes other than y.
 
-    Its minimum is gamma T^2 times the entropy of the teacher's other classes. The student reaches
-    it if it predicts y with probability 1.
+    The minimum is gamma T^2 times the entropy of the teacher's softmax over the other classes. The
+    student reaches this minimum if it predicts y with probability 1 and matches the teacher on the
+    other classes.
 
     Args:
         s: Student logits, any shape.
         t: Teacher logits, the same shape.
-        y: Labels. Shape of `s` without the class axis.
-        gamma: Weight of the other classes among themselves.
-        T: Temperature of the other classes. The target class has none.
+        y: Labels. Same shape as `s` without the class axis.
+        gamma: Weight of the part that compares the other classes.
+        T: Temperature of the part that compares the other classes. The target class has no
+            temperature.
         axis: Class axis.
-        ignore_index: Positions with this label do not count.
-        mask: Which positions count. Shape of `y`.
+        ignore_index: Positions with this label are excluded.
+        mask: Positions to include in the loss. Same shape as `y`.
     """
     y, mask = checked_labels(y, s, axis, ignore_index, mask)
     s, t = checked_classes(s, t, axis, mask)
@@ -156,21 +162,21 @@ def rld(
     """Compute the two-part loss of refined logit distillation (ICCV 2025, arXiv:2408.07703).
 
     The first part is alpha_T^2 alpha KL between the teacher's (max p_t, 1 - max p_t) and the
-    student's (p_s^y, 1-p_s^y). The second part is T^2 beta KL of the softmax over classes that the
-    teacher considers less likely than y.
+    student's (p_s^y, 1-p_s^y). The second part is T^2 beta KL between softmaxes over the classes
+    that the teacher considers less likely than y.
 
     Args:
         s: Student logits, any shape.
         t: Teacher logits, the same shape.
-        y: Labels. Shape of `s` without the class axis.
-        alpha: Weight of the first part, which compares the student's certainty of the label with
-            the teacher's certainty of its top class.
+        y: Labels. Same shape as `s` without the class axis.
+        alpha: Weight of the first part, which compares the student's probability of the label with
+            the teacher's highest probability.
         beta: Weight of the second part, which compares the classes less likely than the label.
         T: Temperature.
-        alpha_T: Temperature of the first part. None for `T`.
+        alpha_T: Temperature of the first part. None to use `T`.
         axis: Class axis.
-        ignore_index: Positions with this label do not count.
-        mask: Which positions count. Shape of `y`.
+        ignore_index: Positions with this label are excluded.
+        mask: Positions to include in the loss. Same shape as `y`.
     """
     y, mask = checked_labels(y, s, axis, ignore_index, mask)
     s, t = checked_classes(s, t, axis, mask)
@@ -181,8 +187,11 @@ def rld(
     ruled_out = (t == -torch.inf) | (s == -torch.inf)
     out = ruled_out | (t >= select_class(t, y, axis).unsqueeze(axis))
     none = out.all(
-        axis, keepdim=True
-    )  # positions without any class below the label, whose second part is 0
+        axis,
+        keepdim=True,
+        # positions where the teacher considers no class less likely than the label; their second part
+        # is 0
+    )
     os, ot = [
         log_probs(x.masked_fill(out, -torch.inf).masked_fill(none, 0.0), T, axis) for x in (s, t)
     ]

@@ -1,5 +1,5 @@
-"""Losses for dense prediction: (B, C, H, W) maps of logits or features, or (B, L, D) tokens with
-axis=-1.
+"""Losses for dense prediction, between maps of logits or features (B, C, H, W), or tokens (B, L, D)
+with axis=-1.
 
 `axis` is the channel axis.
 """
@@ -26,15 +26,16 @@ def cwd(
     mask: Tensor | None = None,
     reduction: str = 'mean',
 ) -> Tensor:
-    """Compute T^2 KL between each channel's softmax over all positions, averaged over channels and
-    samples (channel-wise KD, arXiv:2011.13256).
+    """Compute T^2 KL between the softmax of each channel over all positions, averaged over channels
+    and samples (channel-wise KD, arXiv:2011.13256).
 
     Args:
         s: Student logits, or features projected to the teacher's shape, (B, C, H, W).
         t: Teacher logits or features, (B, C, H, W).
         T: Temperature.
         axis: Channel axis.
-        mask: Pixels that are part of the softmax, (B, H, W). An image without any does not count.
+        mask: Pixels to include in the softmax, (B, H, W). An image without included pixels is
+            ignored.
         reduction: 'mean', 'sum' or 'none' (one value per sample and channel, (B, C)).
     """
     if s.shape != t.shape:
@@ -51,7 +52,7 @@ def cwd(
     s, t = cells(s, axis), cells(t, axis)
     if mask is not None:
         mask = (fit_mask(mask, grid) > 0).reshape(len(s), 1, -1)
-        # subtle: a finite number, since -inf gives nan in an image that is masked everywhere
+        # subtle: use a finite number, because -inf gives nan in an image without included pixels
         s, t = [o.masked_fill(~mask, -1e30) for o in (s, t)]
         mask = mask.any(2)
     ls, lt = log_probs(s, T, 2), log_probs(t, T, 2)
@@ -59,7 +60,9 @@ def cwd(
 
 
 def affinity(x: Tensor, pool: float, axis: int) -> Tensor:
-    """Max-pool to cells and compute the cosines over channels between them, (B, P, P)."""
+    """Max-pool features to cells and compute the cosine similarity between all pairs of cells, (B,
+    P, P).
+    """
     x = channels_first(x, axis)
     grid = x.shape[2:]
     if len(grid) not in MAX_POOL:
@@ -81,19 +84,19 @@ def pairwise(
     mask: Tensor | None = None,
     reduction: str = 'mean',
 ) -> Tensor:
-    """Compute the squared difference of the cosines between all pairs of cells, averaged over pairs
-    (structured KD, arXiv:1903.04197).
+    """Compute the squared difference between the cosine similarities of all pairs of cells,
+    averaged over pairs (structured KD, arXiv:1903.04197). Cells are max-pooled positions.
 
-    The gradient is that of the whole cosine. In the authors' code, no gradient passes through the
-    lengths of the student's vectors.
+    In the authors' code, no gradient passes through the lengths of the student's vectors. In this
+    implementation, it does.
 
     Args:
         s: Student map, (B, C, H, W).
-        t: Teacher map, (B, C', H, W). Channels may differ.
-        pool: Size of a cell in pixels, or, if below 1, as a fraction of height and width (the
-            authors use 0.5).
+        t: Teacher map, (B, C', H, W). The number of channels may differ.
+        pool: Size of a cell in pixels, as an int. A float below 1 is a fraction of the height and
+            width. The authors use 0.5.
         axis: Channel axis.
-        mask: Which samples count, (B,).
+        mask: Samples to include in the loss, (B,).
     """
     if not (pool >= 1 if isinstance(pool, int) else 0 < pool < 1):
         raise DistillError(
@@ -110,7 +113,8 @@ def pairwise(
 
 
 def to_prototypes(x: Tensor, y: Tensor, n: int) -> Tensor:
-    """Compute the cosine of each position with the mean of its class in the same image, (B, P).
+    """Compute the cosine similarity between the feature at each position and the mean feature of
+    the same class in the image, (B, P).
 
     Args:
         x: Features, (B, C, P).
@@ -118,15 +122,15 @@ def to_prototypes(x: Tensor, y: Tensor, n: int) -> Tensor:
         n: Number of classes.
     """
     i = y[:, None].expand_as(x)
-    # a sum instead of the mean: the cosine is the same
+    # the sum gives the same cosine similarity as the mean
     proto = x.new_zeros(len(x), x.shape[1], n).scatter_add(2, i, x)
     return (unit(x) * unit(proto).gather(2, i)).sum(1)
 
 
 def numbered(y: Tensor) -> Tensor:
-    """Renumber the classes of each image as 0, 1, 2 ... in ascending order.
+    """Renumber the classes of each image as 0, 1, 2, ... in ascending order.
 
-    Unlike counting the classes, this does not make the GPU wait.
+    Unlike counting the classes, this does not force a GPU synchronization.
 
     Args:
         y: Class of each position, (B, P).
@@ -149,20 +153,22 @@ def ifvd(
     mask: Tensor | None = None,
     reduction: str = 'mean',
 ) -> Tensor:
-    """Compute the squared difference of each position's cosine with the mean feature of its class
-    in the image (intra-class feature variation, Wang et al., ECCV 2020).
+    """Compute the squared difference between both models' intra-class variation (Wang et al., ECCV
+    2020). The variation at a position is the cosine similarity between the feature at the position
+    and the mean feature of the same class in the image.
 
-    It is averaged over the positions that count. The authors average over all positions, with 0 for
-    ignored ones.
+    The loss is averaged over the included positions. The authors average over all positions, with 0
+    for ignored positions.
 
     Args:
         s: Student map, (B, C, H, W).
-        t: Teacher map, (B, C', H, W). Channels may differ.
-        y: Labels, (B, H', W'), resized to the map by nearest neighbor.
-        classes: Number of classes. None if unknown, which needs twice the memory.
-        ignore_index: Positions with this label do not count.
+        t: Teacher map, (B, C', H, W). The number of channels may differ.
+        y: Labels, (B, H', W'). Labels are resized to the size of the map by nearest-neighbor
+            interpolation.
+        classes: Number of classes. None if unknown, which doubles the memory use.
+        ignore_index: Positions with this label are excluded.
         axis: Channel axis.
-        mask: Which positions of the map count, (B, H, W).
+        mask: Positions of the map to include in the loss, (B, H, W).
         reduction: 'mean', 'sum' or 'none' (one value per position, (B, H, W), 0 where ignored).
     """
     s, t = channels_first(s, axis), channels_first(t, axis)
@@ -177,7 +183,7 @@ def ifvd(
     n = classes or y.shape[1]
     if not classes:
         y = numbered(y)
-    # positions that do not count are 0, so they do not change any mean
+    # set ignored positions to 0, so that they do not change the mean of any class
     s, t = [to_prototypes(torch.where(on[:, None], x, 0.0).flatten(2), y, n) for x in (s, t)]
     return reduce(
         (s - t).pow(2).reshape(on.shape),

@@ -1,6 +1,7 @@
-"""Losses for object detectors: feature maps weighted by where objects are, and the outputs of dense heads.
+"""Losses for object detectors, between feature maps (weighted by where objects are) and between the
+outputs of dense heads.
 
-A dense head predicts for each anchor: class logits (B, A, K) and box deltas (B, A, 4).
+For each anchor, a dense head predicts class logits (B, A, K) and box deltas (B, A, 4).
 """
 
 from collections.abc import Callable
@@ -25,11 +26,11 @@ __all__ = [
 
 
 def object_scores(t: Tensor, background: int | None) -> Tensor:
-    """Return the probability of any object at each anchor, (B, A).
+    """Return the probability that there is an object of any class at each anchor, (B, A).
 
     Args:
         t: Class logits, (B, A, K).
-        background: Class that means no object, with a softmax over classes. None for a sigmoid
+        background: Index of the background class, for a softmax over classes. None for a sigmoid
             per class.
     """
     if background is None:
@@ -46,17 +47,17 @@ def anchor_kl(
     background: int | None = None,
     reduction: str = 'mean',
 ) -> Tensor:
-    """Compute the KL of the class probabilities at each anchor, averaged with the teacher's
-    probability of an object as weight.
+    """Compute the KL between the class probabilities at each anchor, weighted by the teacher's
+    probability of an object.
 
-    Without the weight, the few anchors with objects would vanish among thousands without any.
+    Without this weight, thousands of anchors without objects would dominate the few with objects.
 
     Args:
         s: Student class logits, (B, A, K).
         t: Teacher class logits, (B, A, K), of the same anchors.
         T: Temperature.
-        background: Class that means no object, if the logits are of a softmax over classes (0 in
-            torchvision's SSD). None for a sigmoid per class (RetinaNet, FCOS).
+        background: Index of the background class, for a softmax over classes (0 in torchvision's
+            SSD). None for a sigmoid per class (RetinaNet, FCOS).
         reduction: 'mean', 'sum' or 'none' (one weighted value per anchor, (B, A)).
     """
     same_shape(s, t)
@@ -78,17 +79,17 @@ def box_deltas(
     background: int | None = None,
     reduction: str = 'mean',
 ) -> Tensor:
-    """Compute the smooth L1 distance of the box deltas, summed over the four, at anchors where the
-    teacher's probability of an object is above `sure`.
+    """Compute the smooth L1 distance between the box deltas, summed over the four deltas. Only
+    anchors where the teacher's probability of an object is above `sure` are included.
 
     Args:
         s: Student class logits (B, A, K) and box deltas (B, A, 4).
-        t: The same of the teacher, of the same anchors.
-        sure: Probability above which an anchor counts. If none does, the loss is 0.
+        t: Teacher class logits and box deltas, of the same anchors.
+        sure: Probability of an object above which an anchor is included. If no anchor is included,
+            the loss is 0.
         beta: Distance at which the loss changes from quadratic to linear.
         background: As in `anchor_kl`.
-        reduction: 'mean', 'sum' or 'none' (one value per anchor, (B, A), 0 where it does not
-            count).
+        reduction: 'mean', 'sum' or 'none' (one value per anchor, (B, A), 0 for excluded anchors).
     """
     logits, deltas = t
     same_shape(s[1], deltas)
@@ -98,13 +99,14 @@ def box_deltas(
 
 @loss(kind=None, match='shape', lists=True)
 def scored_hint(s: list, t: list, y: list) -> Tensor:
-    """Compute the mean squared difference of feature maps, weighted by the teacher's probability of
-    an object at each position, summed over levels.
+    """Compute the mean squared difference between feature maps, weighted by the teacher's
+    probability of an object at each position. The loss is summed over the levels of the feature
+    pyramid.
 
     Args:
-        s: Student feature maps, each projected to the teacher's shape (B, C, H, W).
+        s: Student feature maps, (B, C, H, W), each projected to the shape of the teacher's map.
         t: Teacher feature maps.
-        y: Weight of each position, (B, H, W) for each map.
+        y: Weights of the positions of each map, (B, H, W).
     """
     if not len(s) == len(t) == len(y):
         raise DistillError(
@@ -123,17 +125,18 @@ def mgd(
     keep: Tensor | None = None,
     reduction: str = 'mean',
 ) -> Tensor:
-    """Compute the mean squared difference of the teacher's map and one generated from the student's
-    map, of which random positions are hidden (MGD, arXiv:2205.01529).
+    """Compute the mean squared difference between the teacher's map and a map that convolutions
+    generate from the student's map, with random positions set to 0 (MGD, arXiv:2205.01529).
 
-    The authors sum over channels and positions instead: this is C x H x W times as much.
+    The authors sum over channels and positions instead of averaging, so their loss is C x H x W
+    times as large.
 
     Args:
         s: Student feature map, projected to the teacher's shape (B, C, H, W).
         t: Teacher feature map, (B, C, H, W).
         generate: fn(map) -> map of the same shape, usually two convolutions.
-        keep: 1 where a position is visible, 0 where it is hidden, (B, 1, H, W). None if all are
-            visible.
+        keep: 1 for visible positions and 0 for hidden positions, (B, 1, H, W). None if all
+            positions are visible.
         reduction: 'mean', 'sum' or 'none' (one value per position, (B, H, W)).
     """
     same_shape(s, t)
@@ -142,7 +145,8 @@ def mgd(
 
 
 class MGD(Loss):
-    """Module form of `mgd` that owns the generating convolutions and draws the hidden positions.
+    """Module form of `mgd`. The module owns the convolutions and selects the hidden positions at
+    random.
 
     Args:
         drop: Probability that a position is hidden.
@@ -159,7 +163,7 @@ class MGD(Loss):
     def prepare(
         self, s: Tensor, t: Tensor, layer: nn.Module | None = None, axis: int | None = None
     ) -> None:
-        """Create the convolutions, for the teacher's number of channels."""
+        """Create the convolutions, with the teacher's number of channels."""
         if self.generate is None:
             c = t.shape[1]
             conv = lambda: nn.Conv2d(c, c, 3, padding=1)

@@ -1,4 +1,4 @@
-"""Further divergences: of mixtures of both models, and a family between forward and reverse KL."""
+"""Further divergences: KL to mixtures of both models, and divergences between forward and reverse KL."""
 
 import math
 from functools import partial
@@ -28,16 +28,16 @@ def skewed_kl(
     """Compute the skewed KL, T^2 KL(p_t || lam p_t + (1-lam) p_s), whose gradient is bounded
     (DistiLLM, ICML 2024, arXiv:2402.03898).
 
-    With `reverse=True` it is T^2 KL(p_s || lam p_s + (1-lam) p_t).
+    With `reverse=True`, the loss is T^2 KL(p_s || lam p_s + (1-lam) p_t).
 
     Args:
         s: Student logits, any shape.
         t: Teacher logits, the same shape.
         lam: Weight of the first distribution in the mixture, from 0 (plain KL) to below 1.
-        reverse: Start from the student's probabilities instead of the teacher's.
+        reverse: If True, swap the roles of the student's and the teacher's probabilities.
         T: Temperature.
         axis: Class axis.
-        mask: Which positions count. Shape of `s` without the class axis.
+        mask: Positions to include in the loss. Same shape as `s` without the class axis.
     """
     if not 0 <= lam < 1:
         raise DistillError(
@@ -64,7 +64,8 @@ def skewed_values(s: Tensor, t: Tensor, lam: float, reverse: bool, T: float, axi
 
 def mixture(a: Tensor, b: Tensor, lam: float) -> Tensor:
     """Compute log(lam exp(a) + (1-lam) exp(b))."""
-    low = torch.finfo(a.dtype).min / 4  # the gradient of logaddexp is nan where both are -inf
+    # the gradient of logaddexp is nan where both inputs are -inf
+    low = torch.finfo(a.dtype).min / 4
     return torch.logaddexp(a.clamp_min(low) + math.log(lam), b.clamp_min(low) + math.log(1 - lam))
 
 
@@ -82,7 +83,7 @@ def taid(
     """Compute T^2 KL(softmax(m/T) || softmax(s/T)), where m = (1-lam) s + lam t without a gradient
     (TAID, ICLR 2025, arXiv:2501.16937).
 
-    The target moves from the student to the teacher while `lam` grows.
+    As `lam` grows, the target moves from the student to the teacher.
 
     Args:
         s: Student logits, any shape.
@@ -91,7 +92,7 @@ def taid(
             ('linear', .4, 1.).
         T: Temperature.
         axis: Class axis.
-        mask: Which positions count. Shape of `s` without the class axis.
+        mask: Positions to include in the loss. Same shape as `s` without the class axis.
     """
     if not 0 <= lam <= 1:
         raise DistillError(
@@ -103,7 +104,7 @@ def taid(
 
 
 def taid_values(s: Tensor, t: Tensor, lam: float, T: float, axis: int) -> Tensor:
-    # subtle: at 0 and 1 one of the two is used unchanged, since 0*inf is nan
+    # subtle: at lam 0 and 1, use the logits of only one model, because 0 * inf is nan
     target = t if lam == 1 else s.detach() if lam == 0 else (1 - lam) * s.detach() + lam * t
     return kl_values(s, target, T, axis)
 
@@ -124,17 +125,18 @@ def abkd(
     arXiv:2505.04560).
 
     With a = alpha, b = beta and c = a + b, the divergence is 1/(ab) times the sum over classes of
-    a/c p_t^c + b/c p_s^c - p_t^a p_s^b. If a or b is 0, it is the limit of that.
+    a/c p_t^c + b/c p_s^c - p_t^a p_s^b. If a or b is 0, the limit of this formula is used.
 
     Args:
         s: Student logits, any shape.
         t: Teacher logits, the same shape.
         alpha: Exponent of the teacher's probabilities.
-        beta: Exponent of the student's probabilities. As (alpha, beta), (1, 0) is `kl`, (0, 1) is
-            `reverse_kl`, and (0.5, 0.5) is 4 times the squared Hellinger distance.
+        beta: Exponent of the student's probabilities. The loss equals `kl` for alpha=1 and beta=0,
+            `reverse_kl` for alpha=0 and beta=1, and 4 times the squared Hellinger distance for
+            alpha=0.5 and beta=0.5.
         T: Temperature.
         axis: Class axis.
-        mask: Which positions count. Shape of `s` without the class axis.
+        mask: Positions to include in the loss. Same shape as `s` without the class axis.
     """
     if alpha < 0 or beta < 0 or alpha + beta == 0:
         raise DistillError(
@@ -146,13 +148,16 @@ def abkd(
 
 
 def abkd_values(s: Tensor, t: Tensor, alpha: float, beta: float, T: float, axis: int) -> Tensor:
-    # subtle: as in `kl` and `reverse_kl`, where a class that one model rules out would make the limit infinite
+    # subtle: leave out classes with logit -inf, as in `kl` and `reverse_kl`, because they would
+    # make the limit infinite
     a, b = within(t, s) if beta == 0 else t, within(s, t) if alpha == 0 else s
     return ab_divergence(log_probs(a, T, axis), log_probs(b, T, axis), alpha, beta).sum(axis)
 
 
 def ab_divergence(lp: Tensor, lq: Tensor, a: float, b: float) -> Tensor:
-    """Compute the summands of the alpha-beta divergence of two distributions, given as logarithms."""
+    """Compute the summands of the alpha-beta divergence from the log-probabilities of two
+    distributions.
+    """
     if a == 0:
         return ab_divergence(lq, lp, b, 0)
     if b == 0:

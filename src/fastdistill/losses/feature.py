@@ -1,5 +1,5 @@
-"""Losses between the features of two layers: (B, D) vectors, (B, C, H, W) maps, (B, L, D) tokens
-with axis=-1.
+"""Losses between the features of two layers. Features are vectors (B, D), maps (B, C, H, W), or
+tokens (B, L, D) with axis=-1.
 
 `axis` is the channel axis. Unless a docstring says otherwise, a loss is the mean over all elements.
 """
@@ -26,7 +26,7 @@ GRID_POOL: dict[int, Callable] = {
 
 
 def same_features(s: Tensor, t: Tensor) -> None:
-    """Raise a DistillError for shapes that would broadcast silently."""
+    """Raise a DistillError if the shapes differ. PyTorch would otherwise broadcast them silently."""
     if s.shape != t.shape:
         raise DistillError(
             f"The student's features have shape {tuple(s.shape)}, the teacher's {tuple(t.shape)}: this "
@@ -50,14 +50,14 @@ def pooled(xs: Sequence[Tensor], axis: int = 1) -> list[Tensor]:
 
 
 def tensor_like(v: Tensor | float, x: Tensor) -> Tensor:
-    """Return `v` as a tensor on the device of `x`. A number is created there, since a copy would
-    make the GPU wait.
+    """Return `v` as a tensor on the device of `x`. A number is created directly on that device,
+    because a copy from the CPU would force a synchronization.
     """
     return v.to(x) if isinstance(v, Tensor) else x.new_full((1,), v)
 
 
 def per_channel(v: Tensor | float, x: Tensor, axis: int) -> Tensor:
-    """Reshape one number, or one per channel, so that it broadcasts to `x`."""
+    """Reshape one number, or one number per channel, so that it broadcasts to `x`."""
     v = tensor_like(v, x).flatten()
     if len(v) not in (1, x.shape[axis]):
         raise DistillError(
@@ -71,15 +71,15 @@ def per_channel(v: Tensor | float, x: Tensor, axis: int) -> Tensor:
 def hint(
     s: Tensor, t: Tensor, *, axis: int = 1, mask: Tensor | None = None, reduction: str = 'mean'
 ) -> Tensor:
-    """Compute the mean squared difference (FitNets, arXiv:1412.6550).
+    """Compute the mean squared difference between features (FitNets, arXiv:1412.6550).
 
-    The paper's loss, 1/2 ||t-s||^2, equals this one times channels x positions / 2.
+    The paper's loss, 1/2 ||t-s||^2, equals this loss times channels x positions / 2.
 
     Args:
         s: Student features, projected to the teacher's shape.
         t: Teacher features.
         axis: Channel axis.
-        mask: Which positions count. Shape of `s` without the channel axis.
+        mask: Positions to include in the loss. Same shape as `s` without the channel axis.
     """
     same_features(s, t)
     return reduce((s - t).pow(2).mean(axis), reduction, mask)
@@ -95,20 +95,20 @@ def at(
     mask: Tensor | None = None,
     reduction: str = 'mean',
 ) -> Tensor:
-    """Compute the squared difference of the attention maps q = mean_c |x|^p, scaled to length 1
-    (arXiv:1612.03928).
+    """Compute the squared difference between the attention maps q = mean_c |x|^p, scaled to length
+    1 (arXiv:1612.03928).
 
-    It is averaged over positions, as in the authors' code, where its weight is 1000. Multiplied by
-    H x W it is ||q_s - q_t||^2, from 0 to 2 at any resolution. The paper's formula is half the
-    square root of that.
+    The loss is averaged over positions, as in the authors' code, which uses a weight of 1000. The
+    loss times H x W is ||q_s - q_t||^2, which is between 0 and 2 at any resolution. The formula in
+    the paper is half the square root of that value.
 
     Args:
         s: Student map, (B, C, H, W).
-        t: Teacher map, (B, C', H', W'). Channels may differ; the larger grid is average-pooled to
-            the smaller one.
+        t: Teacher map, (B, C', H', W'). The number of channels may differ. If the grids differ, the
+            larger grid is average-pooled to the smaller grid.
         p: Exponent of the activations, at least 1.
-        axis: Channel axis. With -1, tokens (B, L, D) have a map over L.
-        mask: Which samples count, (B,).
+        axis: Channel axis. Use -1 for tokens (B, L, D), whose attention map is over L.
+        mask: Samples to include in the loss, (B,).
     """
     if p < 1:
         raise DistillError(
@@ -122,21 +122,22 @@ def at(
 def nst(
     s: Tensor, t: Tensor, *, axis: int = 1, mask: Tensor | None = None, reduction: str = 'mean'
 ) -> Tensor:
-    """Compute the maximum mean discrepancy between the channels, with the kernel (a.b)^2 (neuron
-    selectivity transfer, arXiv:1707.01219).
+    """Compute the maximum mean discrepancy between the student's and the teacher's channels, with
+    the kernel (a.b)^2 (neuron selectivity transfer, arXiv:1707.01219).
 
-    A channel is a vector over the positions, scaled to length 1. The loss is the mean over pairs of
-    channels, as in the authors' code.
+    Each channel is a vector over the positions, scaled to length 1. The loss is averaged over pairs
+    of channels, as in the authors' code.
 
     Args:
         s: Student map, (B, C, H, W).
-        t: Teacher map, (B, C', H', W'). Channels may differ; the larger grid is average-pooled to
-            the smaller one.
+        t: Teacher map, (B, C', H', W'). The number of channels may differ. If the grids differ, the
+            larger grid is average-pooled to the smaller grid.
         axis: Channel axis.
-        mask: Which samples count, (B,).
+        mask: Samples to include in the loss, (B,).
     """
     s, t = [unit(o.flatten(2), 2) for o in pooled([s, t], axis)]
-    # both branches give the same number. Pairs of positions are cheaper if there are fewer positions than channels
+    # Both branches compute the same value.
+    # With fewer positions than channels, pairs of positions are cheaper.
     if s.shape[2] < max(s.shape[1], t.shape[1]):
         v = (s.mT @ s / s.shape[1] - t.mT @ t / t.shape[1]).pow(2).sum((1, 2))
     else:
@@ -146,8 +147,8 @@ def nst(
 
 
 def flows(xs: Sequence[Tensor], axis: int) -> list[Tensor]:
-    """Compute the products of the channels of consecutive layers, averaged over positions: (B, C1,
-    C2) each.
+    """Compute the products of the channels of consecutive layers, averaged over positions. Each
+    result has shape (B, C1, C2).
     """
     pairs = [[o.flatten(2) for o in pooled(pair, axis)] for pair in zip(xs, xs[1:])]
     return [a @ b.mT / a.shape[2] for a, b in pairs]
@@ -157,19 +158,21 @@ def flows(xs: Sequence[Tensor], axis: int) -> list[Tensor]:
 def fsp(
     s: list, t: list, *, axis: int = 1, mask: Tensor | None = None, reduction: str = 'mean'
 ) -> Tensor:
-    """Compute the squared difference of the flows between consecutive layers (Yim et al., CVPR
+    """Compute the squared difference between the flows of consecutive layers (Yim et al., CVPR
     2017).
 
-    A flow G holds the products of each channel of one layer with each channel of the next. The loss
-    is the mean over G, summed over pairs of layers. The paper sums over G, which gives C1 x C2
-    times as much. If the grids of two layers differ, the larger one is average-pooled.
+    A flow is the matrix of products between the channels of one layer and the channels of the next.
+    The loss is averaged over the elements of each matrix and summed over the pairs of layers. The
+    paper sums over the elements, so its loss is C1 x C2 times as large. If the grids of two layers
+    differ, the larger grid is average-pooled.
 
     Args:
         s: Two or more student maps [(B, C1, H, W), (B, C2, H2, W2), ...] in the order of the
             layers.
-        t: The same number of teacher maps, with the same channels. Grids may differ.
+        t: The same number of teacher maps, with the same numbers of channels. The grids may differ
+            from the student's.
         axis: Channel axis.
-        mask: Which samples count, (B,).
+        mask: Samples to include in the loss, (B,).
     """
     if not isinstance(s, list) or not isinstance(t, list) or len(s) != len(t) or len(s) < 2:
         got = [
@@ -197,18 +200,19 @@ def ab(
     mask: Tensor | None = None,
     reduction: str = 'mean',
 ) -> Tensor:
-    """Compute a squared hinge loss that makes each neuron active where the teacher's is (activation
-    boundaries, arXiv:1811.03233).
+    """Compute a squared hinge loss that makes each neuron active where the teacher's neuron is
+    active (activation boundaries, arXiv:1811.03233).
 
-    It is 0 where `s` has the sign of `t` and is at least `margin` away from 0, so it may be
-    positive at s == t. The authors' loss is the sum over a sample's elements, times 0.003.
+    The loss is 0 where `s` has the same sign as `t` and |s| is at least `margin`. The loss may
+    therefore be positive at s == t. The authors sum over the elements of a sample and multiply by
+    0.003.
 
     Args:
         s: Student features before the ReLU, projected to the teacher's shape.
         t: Teacher features before the ReLU.
-        margin: Distance from 0 beyond which the loss is 0, on the teacher's side.
+        margin: Value of |s| above which the loss is 0, if `s` has the same sign as `t`.
         axis: Channel axis.
-        mask: Which positions count. Shape of `s` without the channel axis.
+        mask: Positions to include in the loss. Same shape as `s` without the channel axis.
     """
     same_features(s, t)
     return reduce(
@@ -217,7 +221,9 @@ def ab(
 
 
 def negative_mean(t: Tensor, axis: int) -> Tensor:
-    """Compute the mean of each channel's negative values, or 0 if it has none."""
+    """Compute the mean of the negative values of each channel, or 0 for a channel without negative
+    values.
+    """
     t = cells(t, axis)
     return t.clamp_max(0).sum((0, 2)) / (t < 0).sum((0, 2)).clamp_min(1)
 
@@ -226,7 +232,8 @@ def ofd_margin(bn: _BatchNorm) -> Tensor:
     """Compute the expected negative value of each channel, E[x | x < 0] for x ~ N(bias, weight^2),
     as (C,).
 
-    Where almost no value is negative, it is -3 |weight|, as in the OFD authors' code.
+    If less than 0.1% of a channel's values are expected to be negative, the result is -3 |weight|,
+    as in the code of the OFD authors.
 
     Args:
         bn: The teacher's batch norm before the ReLU.
@@ -249,18 +256,20 @@ def ofd(
     mask: Tensor | None = None,
     reduction: str = 'mean',
 ) -> Tensor:
-    """Compute the squared distance to max(t, margin), but 0 where that is not positive and the
-    student is already below it (overhaul of feature distillation, arXiv:1904.01866).
+    """Compute the squared distance between `s` and the target max(t, margin) (overhaul of feature
+    distillation, arXiv:1904.01866). The loss is 0 where the target is not positive and `s` is below
+    the target.
 
-    The authors' loss is the sum over a sample's elements, divided by 1,000 for CIFAR and by 10,000
-    for ImageNet.
+    The authors sum over the elements of a sample and divide by 1,000 for CIFAR and by 10,000 for
+    ImageNet.
 
     Args:
         s: Student features before the ReLU, projected to the teacher's shape.
         t: Teacher features before the ReLU.
-        margin: Lower bound of the teacher's values, (C,). None for the mean of its negative values.
+        margin: Lower bound of the target, (C,). None for the mean of the teacher's negative values
+            in each channel.
         axis: Channel axis.
-        mask: Which positions count. Shape of `s` without the channel axis.
+        mask: Positions to include in the loss. Same shape as `s` without the channel axis.
     """
     same_features(s, t)
     t = torch.maximum(t, per_channel(negative_mean(t, axis) if margin is None else margin, t, axis))
@@ -282,18 +291,19 @@ def vid(
     """Compute the Gaussian negative log-likelihood of `t`, 1/2 ((s-t)^2/var + log var) (variational
     information distillation, arXiv:1904.05835).
 
-    The paper sums over a sample's elements. The loss can be negative. For a given variance, its
-    minimum is at s == t.
+    The loss is averaged over the elements of a sample, while the paper sums over them. The loss can
+    be negative. For a fixed variance, the minimum of the loss is at s == t.
 
     Args:
-        s: Student features, projected to the teacher's shape. They are the mean of the Gaussian.
+        s: Student features, projected to the teacher's shape. The features are used as the mean of
+            the Gaussian.
         t: Teacher features.
-        log_scale: Trained parameter, (C,), owned by `VID`. The variance is softplus(log_scale) +
-            eps. None to use `var`.
-        var: Initial variance.
-        eps: Smallest variance.
+        log_scale: Trained parameter, (C,), owned by the module `VID`. The variance is
+            softplus(log_scale) + eps. None to use `var` as the variance.
+        var: Variance if `log_scale` is None. `VID` uses it as the initial variance.
+        eps: Minimum of the variance.
         axis: Channel axis.
-        mask: Which positions count. Shape of `s` without the channel axis.
+        mask: Positions to include in the loss. Same shape as `s` without the channel axis.
     """
     same_features(s, t)
     variance = (
@@ -305,11 +315,11 @@ def vid(
 
 
 class Owner(Loss):
-    """Loss that owns a tensor whose size depends on the teacher. It is given as an option or made
-    by `prepare`.
+    """Loss that owns a tensor whose size depends on the teacher. The tensor is given as an option
+    or created by `prepare`.
     """
 
-    own: str  # name of the option, and of the attribute
+    own: str  # name of the option and of the attribute that hold the tensor
 
     def __init__(self, fn: Callable, **options: Any) -> None:
         super().__init__(fn, **options)
@@ -322,7 +332,7 @@ class Owner(Loss):
         setattr(self, self.own, v.detach().clone())
 
     def _load_from_state_dict(self, state: dict, prefix: str, *args: Any) -> None:
-        """Take the tensor from the state if the loss is not prepared yet."""
+        """Create the tensor from the saved state if `prepare` was not called yet."""
         v = state.get(prefix + self.own)
         if v is not None and getattr(self, self.own) is None:
             self.keep(v)
@@ -330,7 +340,7 @@ class Owner(Loss):
 
 
 class OFD(Owner):
-    """Module form of `ofd`, which owns the margin.
+    """Module form of `ofd` that owns the margin.
 
     Args:
         **options: Options of `ofd`.
@@ -345,8 +355,8 @@ class OFD(Owner):
     def prepare(
         self, s: Tensor, t: Tensor, layer: nn.Module | None = None, axis: int | None = None
     ) -> None:
-        """Set the margin: from the teacher's layer if it is a batch norm, otherwise from the
-        negative values in this batch.
+        """Set the margin. If the teacher's layer is a batch norm, the margin is computed from its
+        parameters, otherwise from the negative values in this batch.
         """
         if self.margin is not None:
             return
@@ -360,7 +370,7 @@ class OFD(Owner):
 
 
 class VID(Owner):
-    """Module form of `vid`, which owns the trained variances.
+    """Module form of `vid` that owns the trained variances.
 
     Args:
         **options: Options of `vid`.
@@ -379,7 +389,7 @@ class VID(Owner):
     def prepare(
         self, s: Tensor, t: Tensor, layer: nn.Module | None = None, axis: int | None = None
     ) -> None:
-        """Create the trained variance of each teacher channel."""
+        """Create a trainable variance for each teacher channel."""
         if self.log_scale is not None:
             return
         start = math.log(math.expm1(self.option('var') - self.option('eps')))
@@ -398,12 +408,12 @@ class VID(Owner):
 
 
 def standardized_rows(x: Tensor, w: Tensor) -> Tensor:
-    """Subtract each row's mean and scale the row to length 1. A row that is constant up to rounding
-    becomes 0.
+    """Subtract the mean of each row and scale the row to length 1. A row that is constant up to
+    rounding errors becomes 0.
 
     Args:
         x: Rows, (C, N).
-        w: Weights, (N,).
+        w: Weights of the columns, (N,).
     """
     x = torch.where(w > 0, x, 0.0)
     eps = torch.finfo(x.dtype).eps
@@ -419,14 +429,15 @@ def pkd(s: Tensor, t: Tensor, *, axis: int = 1, mask: Tensor | None = None) -> T
     """Compute 1 - Pearson correlation of each channel over batch and positions, averaged over
     channels (PKD, arXiv:2207.02039).
 
-    The authors' code multiplies it by (M-1)/M, where M = batch x positions. A channel that is
-    constant in one model contributes 1/2, a channel that is constant in both contributes 0.
+    The authors' code multiplies the loss by (M-1)/M, where M = batch x positions. A channel that is
+    constant in only one model contributes 1/2. A channel that is constant in both models
+    contributes 0.
 
     Args:
         s: Student features, projected to the teacher's shape.
         t: Teacher features.
         axis: Channel axis.
-        mask: Which positions count in the correlation. Shape of `s` without the channel axis.
+        mask: Positions to include in the correlation. Same shape as `s` without the channel axis.
     """
     same_features(s, t)
     grid = channels_first(s, axis)[:, 0].shape
@@ -434,7 +445,8 @@ def pkd(s: Tensor, t: Tensor, *, axis: int = 1, mask: Tensor | None = None) -> T
     s, t = [
         standardized_rows(cells(o, axis).transpose(0, 1).flatten(1), w.flatten()) for o in (s, t)
     ]
-    # subtle: half the squared distance of unit vectors equals 1-r, and rounding can't make it negative at s == t
+    # subtle: half the squared distance between unit vectors equals 1-r, and rounding errors can't
+    # make it negative
     return (s - t).pow(2).sum(1).mean() / 2
 
 
@@ -445,13 +457,13 @@ def cosine(
     """Compute 1 - cosine similarity of the features at each position, from 0 to 2 (DistilBERT,
     arXiv:1910.01108).
 
-    Twice this is the squared distance between the features scaled to length 1.
+    The loss is half the squared distance between the features scaled to length 1.
 
     Args:
         s: Student features, projected to the teacher's shape.
         t: Teacher features.
         axis: Channel axis.
-        mask: Which positions count. Shape of `s` without the channel axis.
+        mask: Positions to include in the loss. Same shape as `s` without the channel axis.
     """
     same_features(s, t)
     return reduce(1 - (unit(s, axis) * unit(t, axis)).sum(axis), reduction, mask)

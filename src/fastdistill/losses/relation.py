@@ -1,8 +1,9 @@
-"""Losses between relations: of samples (`rkd`, `sp`, `cc`, `pkt`, `seed`) or of channels (`ickd`).
+"""Losses that compare relations between samples (`rkd`, `sp`, `cc`, `pkt`, `seed`) or between
+channels (`ickd`).
 
-Each compares a square matrix of the student with one of the teacher, so their features may have
-different sizes. A sample is one vector, flattened behind the batch axis. To compare means, pool
-maps or tokens first.
+Each loss compares a square matrix of the student with a square matrix of the teacher, so most
+losses allow features of different sizes. Features of a sample are flattened to one vector. Pool
+maps or tokens first if you want to compare their means.
 """
 
 import math
@@ -20,7 +21,7 @@ __all__ = ['rkd', 'sp', 'cc', 'pkt', 'seed', 'SEED', 'ickd']
 
 
 def samples(s: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-    """Flatten both to (B, D)."""
+    """Flatten the features of both models to (B, D)."""
     if len(s) != len(t) or s.dim() < 2 or t.dim() < 2:
         raise DistillError(
             f'Student {tuple(s.shape)} and teacher {tuple(t.shape)}: relations between samples need the '
@@ -30,25 +31,26 @@ def samples(s: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def distances(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Compute the (B, B) distances divided by their mean, and which of them are 0 up to rounding
-    (such pairs have no direction).
+    """Compute the distances between all samples, (B, B), divided by their mean. Also return a mask
+    of the distances that are 0 up to rounding errors.
 
     Args:
-        x: (B, D).
+        x: Features, (B, D).
     """
-    # subtle: the gradient of cdist is 0 at equal rows (a root's is infinite). The matrix form loses half the digits
+    # subtle: the gradient of cdist is 0 at equal rows, while that of a square root is infinite. Do
+    # not use matrix multiplication, which loses half of the digits.
     d = torch.cdist(x, x, compute_mode='donot_use_mm_for_euclid_dist')
     d = d / (d.sum() / (d > 0).sum().clamp_min(1)).clamp_min(torch.finfo(d.dtype).tiny)
     return d, d <= torch.finfo(d.dtype).eps ** 0.5
 
 
 def cosines(d: Tensor, none: Tensor) -> Tensor:
-    """Compute the cosine of the angle at i between j and k by the law of cosines, (B, B, B). It is
-    0 where there is no angle.
+    """Compute the cosine of the angle at i between j and k by the law of cosines, (B, B, B). The
+    result is 0 if the angle is undefined, because the distance from i to j or k is 0.
 
     Args:
         d: Distances, (B, B).
-        none: Which of them are 0.
+        none: Mask of the distances that are 0.
     """
     sq, d = d.square(), d.masked_fill(none, 1.0)
     cos = (sq[:, :, None] + sq[:, None] - sq) / (2 * d[:, :, None] * d[:, None])
@@ -65,18 +67,20 @@ def rkd(
     mask: Tensor | None = None,
     reduction: str = 'mean',
 ) -> Tensor:
-    """Compute Huber losses of the distances, divided by their mean, and of the cosines of all
-    triples (relational KD, arXiv:1904.05068).
+    """Compute Huber losses between distances and between angles (relational KD, arXiv:1904.05068).
+    Distances are between pairs of samples and divided by their mean. Angles are represented by
+    their cosines in triples of samples.
 
-    They are means over all pairs and triples, including i = j, as in the authors' code. Equal rows
-    have no angle and get no gradient.
+    The Huber losses are averaged over all pairs and triples, including i = j, as in the authors'
+    code. Samples with equal features have no angle and get no gradient.
 
     Args:
         s: Student features, (B, D) or (B, ...).
         t: Teacher features, (B, D') or (B, ...).
         w_d: Weight of the distances.
-        w_a: Weight of the angles, which take memory for B^3 numbers.
-        mask: Whose relations count, (B,). All samples remain neighbors of the others.
+        w_a: Weight of the angles. They need memory for B^3 numbers.
+        mask: Samples whose relations are included, (B,). Excluded samples remain neighbors of the
+            others.
     """
     (ds, ns), (dt, nt) = map(distances, samples(s, t))
     v = w_d * F.smooth_l1_loss(ds, dt, reduction='none').mean(1)
@@ -89,20 +93,23 @@ def rkd(
 
 @loss(kind=None, match='none', samples=True, relates=True)
 def sp(s: Tensor, t: Tensor, *, mask: Tensor | None = None, reduction: str = 'mean') -> Tensor:
-    """Compute the squared difference of the matrices x x^T with rows scaled to length 1, averaged
-    over B^2 (similarity-preserving KD, arXiv:1907.09682).
+    """Compute the squared difference between the matrices x x^T, with rows scaled to length 1,
+    averaged over all B^2 elements (similarity-preserving KD, arXiv:1907.09682).
 
     Args:
         s: Student features, (B, D) or (B, ...).
         t: Teacher features, (B, D') or (B, ...).
-        mask: Whose relations count, (B,). All samples remain neighbors of the others.
+        mask: Samples whose relations are included, (B,). Excluded samples remain neighbors of the
+            others.
     """
     s, t = [unit(x @ x.T) for x in samples(s, t)]
     return reduce((s - t).pow(2).mean(1), reduction, mask)
 
 
 def gaussian(x: Tensor, gamma: float, degree: int) -> Tensor:
-    """Compute exp(-gamma |a-b|^2) for rows of length 1, as a Taylor sum up to `degree`."""
+    """Compute exp(-gamma |a-b|^2) for all pairs of rows of length 1, as a Taylor series up to
+    `degree`.
+    """
     x = x @ x.T
     terms = ((2 * gamma) ** p / math.factorial(p) * x**p for p in range(degree + 1))
     return math.exp(-2 * gamma) * sum(terms, x.new_zeros(()))
@@ -120,21 +127,22 @@ def cc(
     mask: Tensor | None = None,
     reduction: str = 'mean',
 ) -> Tensor:
-    """Compute the squared difference of the kernel matrices of the samples, averaged over B^2
-    (correlation congruence, arXiv:1904.01802).
+    """Compute the squared difference between the kernel matrices of the samples, averaged over all
+    B^2 elements (correlation congruence, arXiv:1904.01802).
 
-    Other implementations differ from the paper: one takes the root of this, another multiplies
-    neighbors in the batch.
+    Other public implementations differ from the paper. For example, some take the square root of
+    this loss, or use products of neighboring samples in the batch instead of a kernel matrix.
 
     Args:
         s: Student features, (B, D) or (B, ...).
         t: Teacher features, (B, D') or (B, ...).
         kernel: 'gaussian', or 'bilinear' for x x^T.
         gamma: Coefficient of the Gaussian kernel.
-        degree: Degree of its Taylor sum.
-        normalize: Scale rows to length 1 first. The Taylor sum approximates the Gaussian only for
-            such rows.
-        mask: Whose relations count, (B,). All samples remain neighbors of the others.
+        degree: Degree of the Taylor series of the Gaussian kernel.
+        normalize: If True, scale the features of each sample to length 1 first. The Taylor series
+            approximates the Gaussian kernel only for features of length 1.
+        mask: Samples whose relations are included, (B,). Excluded samples remain neighbors of the
+            others.
     """
     if kernel not in ('gaussian', 'bilinear'):
         raise DistillError(f"kernel={kernel!r}: must be 'gaussian' or 'bilinear'")
@@ -144,30 +152,31 @@ def cc(
 
 
 def neighbors(x: Tensor) -> Tensor:
-    """Compute the (B, B) log-probabilities of the other samples: (1 + cosine)/2, divided by their
-    sum.
+    """Compute log-probabilities over the other samples for each sample, (B, B). Probabilities are
+    proportional to (1 + cosine similarity)/2.
 
     Args:
-        x: (B, D).
+        x: Features, (B, D).
     """
     x = unit(x)
     k = ((1 + x @ x.T) / 2).clamp_min(1e-7).log()
-    # subtle: a finite number, far below any log here, since -inf gives nan in a batch of one
+    # subtle: use a finite number far below any of the logarithms, because -inf gives nan in a batch
+    # of one sample
     return log_probs(k.masked_fill(torch.eye(len(x), dtype=torch.bool, device=x.device), -1e4))
 
 
 @loss(kind=None, match='none', samples=True, relates=True)
 def pkt(s: Tensor, t: Tensor, *, mask: Tensor | None = None, reduction: str = 'mean') -> Tensor:
-    """Compute the KL of each sample's distribution over the others, p(j|i) ~ (1 + cos(i, j))/2,
-    averaged over samples (probabilistic knowledge transfer, arXiv:1803.10837).
+    """Compute the KL between the distributions of each sample over the other samples, p(j|i) ~ (1 +
+    cos(i, j))/2, averaged over samples (probabilistic knowledge transfer, arXiv:1803.10837).
 
-    The paper sums over samples. The authors' code includes j = i and averages over B^2, so its
-    values are about B times smaller.
+    The paper sums over samples. The authors' code includes j = i and averages over all B^2 pairs,
+    so its loss is about B times smaller.
 
     Args:
         s: Student features, (B, D) or (B, ...).
         t: Teacher features, (B, D') or (B, ...).
-        mask: Whose neighbors count, (B,).
+        mask: Samples whose distributions are included in the loss, (B,).
     """
     ls, lt = map(neighbors, samples(s, t))
     return reduce(expect(lt, lt - ls).sum(1), reduction, mask)
@@ -184,21 +193,22 @@ def seed(
     mask: Tensor | None = None,
     reduction: str = 'mean',
 ) -> Tensor:
-    """Compute the cross-entropy of each sample's similarities to many teacher embeddings, softmax
-    of cosine/T (self-supervised distillation SEED, arXiv:2101.04731).
+    """Compute the cross-entropy between the similarities of each sample to many teacher embeddings,
+    as a softmax of cosine/T (self-supervised distillation SEED, arXiv:2101.04731).
 
-    The teacher embeddings are those of the batch, which include the sample's own, and those of the
-    queue. The minimum is the entropy of the teacher's probabilities. Student and teacher have
-    different temperatures, so s == t does not reach it.
+    The teacher embeddings are those of the batch (including the sample itself) and those in the
+    queue. The minimum of the loss is the entropy of the teacher's probabilities. The loss does not
+    reach this minimum at s == t, because student and teacher have different temperatures.
 
     Args:
         s: Student embeddings, projected to the teacher's size, (B, D).
         t: Teacher embeddings, (B, D).
-        queue: Teacher embeddings of earlier samples, (K, D), owned by `SEED`. Rows of zeros are
-            empty.
+        queue: Teacher embeddings of earlier samples, (K, D), owned by the module `SEED`. Rows of
+            zeros are ignored.
         T_s: Temperature of the student's similarities.
         T_t: Temperature of the teacher's similarities.
-        mask: Whose similarities count, (B,). All samples remain neighbors of the others.
+        mask: Samples to include in the loss, (B,). Teacher embeddings of excluded samples are still
+            compared with the others.
     """
     s, t = samples(s, t)
     same_features(s, t)
@@ -212,10 +222,10 @@ def seed(
 
 
 class SEED(Owner):
-    """Module form of `seed`, which owns the queue of teacher embeddings.
+    """Module form of `seed` that owns the queue of teacher embeddings.
 
     Args:
-        size: Embeddings in the queue. The authors use 65,536 for ImageNet.
+        size: Number of embeddings in the queue. The authors use 65,536 for ImageNet.
         **options: Options of `seed`.
     """
 
@@ -236,8 +246,8 @@ class SEED(Owner):
             self.keep(_full(t).new_zeros(self.size, t[0].numel()))
 
     def forward(self, s: Tensor, t: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Compute the loss. In training, the teacher embeddings then enter the queue and the oldest
-        ones leave it.
+        """Compute the loss. During training, the teacher embeddings of the batch then replace the
+        oldest embeddings in the queue.
         """
         v = super().forward(s, t, *args, **{'queue': self.queue, **kwargs})
         if torch.is_grad_enabled() and s.requires_grad:
@@ -251,7 +261,9 @@ class SEED(Owner):
 
 
 def correlations(x: Tensor, axis: int) -> Tensor:
-    """Compute the products of channels over positions with rows scaled to length 1, (B, C, C)."""
+    """Compute the matrix of products between channels, summed over positions, with rows scaled to
+    length 1, (B, C, C).
+    """
     x = cells(x, axis)
     return unit(x @ x.mT, 2)
 
@@ -260,17 +272,17 @@ def correlations(x: Tensor, axis: int) -> Tensor:
 def ickd(
     s: Tensor, t: Tensor, *, axis: int = 1, mask: Tensor | None = None, reduction: str = 'mean'
 ) -> Tensor:
-    """Compute the squared difference of the products of channels, with rows scaled to length 1
-    (inter-channel correlation, Liu et al., ICCV 2021).
+    """Compute the squared difference between the matrices of products between channels, with rows
+    scaled to length 1 (inter-channel correlation, Liu et al., ICCV 2021).
 
-    It is summed over a row and averaged over channels, as in the authors' CIFAR code. Their
-    ImageNet code divides by the batch size once more.
+    The loss is summed over the elements of a row and averaged over rows, as in the authors' code
+    for CIFAR. The authors' code for ImageNet divides by the batch size once more.
 
     Args:
         s: Student map, projected to the teacher's channels, (B, C, H, W).
         t: Teacher map, (B, C, H', W'). The grids may differ.
         axis: Channel axis.
-        mask: Which samples count, (B,).
+        mask: Samples to include in the loss, (B,).
     """
     s, t = correlations(s, axis), correlations(t, axis)
     if s.shape != t.shape:

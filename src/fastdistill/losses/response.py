@@ -1,5 +1,5 @@
-"""Losses between the outputs of two models: (B, C), (B, C, H, W), (B, L, V) ... with `axis` as the
-class axis.
+"""Losses between the outputs of two models, such as (B, C), (B, C, H, W) or (B, L, V). `axis` is
+the class axis.
 """
 
 import copy
@@ -53,8 +53,8 @@ def positions(x: Tensor, axis: int) -> torch.Size:
 
 
 def blank(mask: Tensor, *xs: Tensor) -> list[Tensor]:
-    """Replace masked values of `xs` by 0, so that a nan there reaches neither the loss nor the
-    gradient.
+    """Replace masked values of `xs` by 0, so that a nan at a masked position affects neither the
+    loss nor the gradient.
     """
     return [x.where(mask > 0, 0.0) for x in xs]
 
@@ -79,7 +79,7 @@ def check_classes(s: Tensor, axis: int) -> None:
 
 
 def checked_classes(s: Tensor, t: Tensor, axis: int, mask: Tensor | None) -> Sequence[Tensor]:
-    """Do the same as `checked_pair`, for a softmax."""
+    """Check the logits as `checked_pair` does. Also check that there are at least two classes."""
     check_classes(s, axis)
     return checked_pair(s, t, axis, mask)
 
@@ -94,7 +94,7 @@ def reduce_positions(
     slope: Callable | None = None,
     scale: float = 1.0,
 ) -> Tensor:
-    """Compute and reduce a loss whose value at a position depends only on the logits at that
+    """Compute and reduce a loss whose value at each position depends only on the logits at that
     position.
     """
     check_classes(s, axis)
@@ -105,8 +105,8 @@ def reduce_positions(
 
 
 def within(x: Tensor, other: Tensor) -> Tensor:
-    """Set `x` to -inf for classes that are -inf in `other` (outside its vocabulary), so that the
-    others sum to 1.
+    """Set `x` to -inf for classes that are -inf in `other`. The probabilities of the remaining
+    classes then sum to 1.
     """
     return x.masked_fill(other == -torch.inf, -torch.inf)
 
@@ -131,15 +131,15 @@ def kl(
     mask: Tensor | None = None,
     reduction: str = 'mean',
 ) -> Tensor:
-    """Compute T^2 KL(softmax(t/T) || softmax(s/T)): soft targets (Hinton, Vinyals and Dean 2015,
-    arXiv:1503.02531).
+    """Compute T^2 KL(softmax(t/T) || softmax(s/T)), called soft targets (Hinton, Vinyals and Dean
+    2015, arXiv:1503.02531).
 
     Args:
         s: Student logits, any shape.
         t: Teacher logits, the same shape.
         T: Temperature.
         axis: Class axis.
-        mask: Which positions count. Shape of `s` without the class axis.
+        mask: Positions to include in the loss. Same shape as `s` without the class axis.
     """
     values = drawn_kl if isinstance(t, Draws) else kl_values
     return reduce_positions(
@@ -150,7 +150,8 @@ def kl(
 def kl_values(s: Tensor, t: Tensor, T: float, axis: int) -> Tensor:
     if not seen_finite(s, t):
         return kl_from_logs(log_probs(within(t, s), T, axis), log_probs(s, T, axis), axis)
-    # this needs half as many exponentials. The largest logit becomes 0, so the log of its probability is -logsumexp
+    # This formula needs half as many exponentials as `kl_from_logs`.
+    # The largest logit becomes 0, so the log of its probability is -logsumexp.
     s, t = [(x - x.amax(axis, keepdim=True)).div_(temperature(T)) for x in (s, t)]
     p_s, p_t = s.softmax(axis), t.softmax(axis)
     return (
@@ -159,7 +160,9 @@ def kl_values(s: Tensor, t: Tensor, T: float, axis: int) -> Tensor:
 
 
 def drawn_ce(s: Tensor, t: Draws, T: float, axis: int) -> Tensor:
-    """Estimate the cross-entropy with the teacher from draws, without a bias."""
+    """Compute an unbiased estimate of the cross-entropy with the teacher from draws (sampled
+    classes).
+    """
     if temperature(T) != t.T:
         raise DistillError(t.refusal('the loss', T))
     drawn = (s / T).gather(axis, t.ids)
@@ -167,7 +170,9 @@ def drawn_ce(s: Tensor, t: Draws, T: float, axis: int) -> Tensor:
 
 
 def drawn_kl(s: Tensor, t: Draws, T: float, axis: int) -> Tensor:
-    """Estimate the KL from draws. The teacher's entropy is stored, so it has no bias either."""
+    """Compute an unbiased estimate of the KL from draws. The exact entropy of the teacher is stored
+    with the draws.
+    """
     return drawn_ce(s, t, T, axis) - t.entropy
 
 
@@ -199,7 +204,7 @@ def reverse_kl(
         t: Teacher logits, the same shape.
         T: Temperature.
         axis: Class axis.
-        mask: Which positions count. Shape of `s` without the class axis.
+        mask: Positions to include in the loss. Same shape as `s` without the class axis.
     """
     return reduce_positions(partial(reverse_values, T=T), s, t, axis, mask, reduction, scale=T**2)
 
@@ -228,13 +233,14 @@ def jsd(
         beta: Weight of the teacher in the mixture. 0 gives `kl` and 1 gives `reverse_kl`.
         T: Temperature.
         axis: Class axis.
-        mask: Which positions count. Shape of `s` without the class axis.
+        mask: Positions to include in the loss. Same shape as `s` without the class axis.
     """
     if not 0 <= beta <= 1:
         raise DistillError(
             f'beta={beta}: the weight of the teacher in the mixture must be between 0 and 1'
         )
-    # subtle: at beta 0 and 1 the formula gives 0 (the KLs are its slopes there), so these give the KLs, as in TRL
+    # subtle: at beta 0 and 1, the formula is 0.
+    # Return the limit of the formula divided by beta or 1-beta, which is a KL, as TRL does.
     if beta in (0, 1):
         return (reverse_kl if beta else kl)(s, t, T=T, axis=axis, mask=mask, reduction=reduction)
     return reduce_positions(
@@ -244,7 +250,7 @@ def jsd(
 
 def jsd_values(s: Tensor, t: Tensor, beta: float, T: float, axis: int) -> Tensor:
     ls, lt = log_probs(s, T, axis), log_probs(t, T, axis)
-    # subtle: without the clamp, the gradient of logaddexp is nan where both are -inf
+    # subtle: without the clamp, the gradient of logaddexp is nan where both inputs are -inf
     lm = torch.logaddexp(
         lt + math.log(beta), ls.clamp_min(torch.finfo(ls.dtype).min / 4) + math.log(1 - beta)
     )
@@ -261,15 +267,15 @@ def tvd(
     mask: Tensor | None = None,
     reduction: str = 'mean',
 ) -> Tensor:
-    """Compute the total variation distance T^2/2 |softmax(t/T) - softmax(s/T)|, at most T^2
-    (f-distill, arXiv:2307.15190).
+    """Compute the total variation distance T^2/2 |softmax(t/T) - softmax(s/T)|, which is at most
+    T^2 (f-distill, arXiv:2307.15190).
 
     Args:
         s: Student logits, any shape.
         t: Teacher logits, the same shape.
         T: Temperature.
         axis: Class axis.
-        mask: Which positions count. Shape of `s` without the class axis.
+        mask: Positions to include in the loss. Same shape as `s` without the class axis.
     """
     return reduce_positions(partial(tvd_values, T=T), s, t, axis, mask, reduction, scale=T**2)
 
@@ -288,18 +294,18 @@ def uld(
     mask: Tensor | None = None,
     reduction: str = 'mean',
 ) -> Tensor:
-    """Compute T^2 |sort(softmax(t/T)) - sort(softmax(s/T))|, with zeros for classes missing in the
-    smaller vocabulary (universal logit distillation, TMLR 2025, arXiv:2402.12030).
+    """Compute T^2 |sort(softmax(t/T)) - sort(softmax(s/T))|, with the smaller vocabulary padded
+    with zeros (universal logit distillation, TMLR 2025, arXiv:2402.12030).
 
-    It compares how the probabilities are spread, but not over which classes. Values range from 0 to
-    2 T^2.
+    The loss compares the sorted probabilities and ignores which class has which probability. Values
+    range from 0 to 2 T^2.
 
     Args:
         s: Student logits, any shape.
-        t: Teacher logits: the same positions, any number of classes.
+        t: Teacher logits, with the same positions and any number of classes.
         T: Temperature.
         axis: Class axis.
-        mask: Which positions count. Shape of `s` without the class axis.
+        mask: Positions to include in the loss. Same shape as `s` without the class axis.
     """
     check_classes(s, axis)
     shape = positions(s, class_axis(s, axis))
@@ -335,16 +341,17 @@ def soft_ce(
     mask: Tensor | None = None,
     reduction: str = 'mean',
 ) -> Tensor:
-    """Compute T^2 times the cross-entropy with the soft targets (arXiv:1503.02531).
+    """Compute T^2 times the cross-entropy with soft targets (arXiv:1503.02531).
 
-    It equals `kl` plus the teacher's entropy and has the same gradient.
+    The loss equals `kl` plus T^2 times the entropy of the teacher's probabilities. Both losses have
+    the same gradient.
 
     Args:
         s: Student logits, any shape.
         t: Teacher logits, the same shape.
         T: Temperature.
         axis: Class axis.
-        mask: Which positions count. Shape of `s` without the class axis.
+        mask: Positions to include in the loss. Same shape as `s` without the class axis.
     """
     values = drawn_ce if isinstance(t, Draws) else ce_values
     return reduce_positions(
@@ -360,16 +367,17 @@ def ce_values(s: Tensor, t: Tensor, T: float, axis: int) -> Tensor:
 def mse(
     s: Tensor, t: Tensor, *, axis: int = 1, mask: Tensor | None = None, reduction: str = 'mean'
 ) -> Tensor:
-    """Compute the squared distance of the logits, summed over classes (Ba and Caruana 2014,
+    """Compute the squared distance between the logits, summed over classes (Ba and Caruana 2014,
     arXiv:1312.6184).
 
-    It has no temperature, since T and the factor T^2 would cancel.
+    This loss has no temperature, because dividing the logits by T and multiplying the loss by T^2
+    would cancel.
 
     Args:
         s: Student logits, any shape.
         t: Teacher logits, the same shape.
         axis: Class axis.
-        mask: Which positions count. Shape of `s` without the class axis.
+        mask: Positions to include in the loss. Same shape as `s` without the class axis.
     """
     s, t = checked_pair(s, t, axis, mask)
     return reduce((s - t).pow(2).sum(axis), reduction, mask)
@@ -381,13 +389,13 @@ def hard(
 ) -> Tensor:
     """Compute the cross-entropy with the class that the teacher predicts (DeiT, arXiv:2012.12877).
 
-    It is 0 if the student predicts that class with probability 1.
+    The loss is 0 if the student predicts that class with probability 1.
 
     Args:
         s: Student logits, any shape.
         t: Teacher logits, the same shape.
         axis: Class axis.
-        mask: Which positions count. Shape of `s` without the class axis.
+        mask: Positions to include in the loss. Same shape as `s` without the class axis.
     """
     s, t = checked_classes(s, t, axis, mask)
     return reduce(
@@ -399,14 +407,14 @@ def hard(
 def binary_kl(
     s: Tensor, t: Tensor, *, T: float = 4.0, mask: Tensor | None = None, reduction: str = 'mean'
 ) -> Tensor:
-    """Compute T^2 KL from sigmoid(t/T) to sigmoid(s/T) per label: soft targets of multi-label
-    models.
+    """Compute T^2 KL(sigmoid(t/T) || sigmoid(s/T)) for each label, called soft targets for
+    multi-label models.
 
     Args:
         s: Student logits, any shape, one per label.
         t: Teacher logits, the same shape.
         T: Temperature.
-        mask: Which labels of which samples count. Shape of `s`.
+        mask: Labels to include in the loss. Same shape as `s`.
     """
     same_shape(s, t)
     if mask is not None:
@@ -430,16 +438,16 @@ def regression(
     mask: Tensor | None = None,
     reduction: str = 'mean',
 ) -> Tensor:
-    """Compute the mean distance of the predicted numbers, one value per sample.
+    """Compute the distance between predicted numbers, averaged over the numbers of each sample.
 
-    Shapes may differ as long as each sample has the same number of values: (B,) compares with (B,
-    1), and (B, n, 2) with (B, 2n).
+    Shapes may differ as long as each sample has the same number of values. For example, (B,) can be
+    compared with (B, 1), and (B, n, 2) with (B, 2n).
 
     Args:
         s: Student's numbers, (B, ...).
         t: Teacher's numbers, (B, ...), with the same number of values per sample.
-        distance: 'mse', 'l1' or 'huber' (quadratic up to 1).
-        mask: Which samples count, (B,).
+        distance: 'mse', 'l1' or 'huber' (quadratic up to a distance of 1).
+        mask: Samples to include in the loss, (B,).
     """
     if distance not in DISTANCES:
         raise DistillError(
@@ -467,14 +475,14 @@ def soft_targets(
     mask: Tensor | None = None,
     reduction: str = 'mean',
 ) -> Tensor:
-    """Compute the soft-target loss for a kind of output: `kl`, `binary_kl` or `regression` (mse).
+    """Compute `kl`, `binary_kl` or `regression`, depending on the kind of output.
 
     Args:
         s: Student outputs before softmax or sigmoid.
         t: Teacher outputs before softmax or sigmoid.
         kind: 'softmax' over classes, 'sigmoid' per label, or 'regression'.
-        T: Temperature; not used for regression.
-        axis: Class axis, for softmax.
+        T: Temperature. Ignored for regression.
+        axis: Class axis. Used only for softmax.
         mask: As in `kl`, `binary_kl` or `regression`.
     """
     if kind == 'softmax':
@@ -499,22 +507,24 @@ def dist(
     mask: Tensor | None = None,
     reduction: str = 'mean',
 ) -> Tensor:
-    """Compute T^2 (beta (1 - r_p) + gamma (1 - r_c)) with Pearson correlations r_p over the classes
-    of a position and r_c over the positions of a class (DIST, NeurIPS 2022, arXiv:2205.10536).
+    """Compute T^2 (beta (1 - r_p) + gamma (1 - r_c)) (DIST, NeurIPS 2022, arXiv:2205.10536). Here
+    r_p is the Pearson correlation over the classes of a position, and r_c is the Pearson
+    correlation over the positions of a class.
 
-    At s == t it is 0 up to `eps`. As in the authors' code, a class that does not vary over the
-    positions has r_c = 0 and no gradient. In a batch of one, that is every class.
+    At s == t, the loss is 0 except for the effect of `eps`. A class whose probability is the same
+    at all positions has r_c = 0 and no gradient, as in the authors' code. With a single position,
+    every class has r_c = 0.
 
     Args:
         s: Student logits, any shape.
         t: Teacher logits, the same shape.
-        beta: Weight of the relation between the classes of a position.
-        gamma: Weight of the relation between the positions of a class.
+        beta: Weight of the correlation over the classes of a position.
+        gamma: Weight of the correlation over the positions of a class.
         T: Temperature.
         axis: Class axis.
-        eps: Added to the product of norms, so that a class that hardly varies over the batch has
-            little effect.
-        mask: Which positions count. Shape of `s` without the class axis.
+        eps: Added to the product of the norms in the denominator, which reduces the effect of
+            classes that hardly vary over the batch.
+        mask: Positions to include in the loss. Same shape as `s` without the class axis.
         reduction: 'mean', 'sum' or 'none' (r_c is the same for all positions).
     """
     check_classes(s, axis)
@@ -549,8 +559,8 @@ def standardize(x: Tensor, *, axis: int = 1, eps: float = 1e-7, correction: int 
 
 
 class Standardized:
-    """Function returned by `standardized`. It has the name and signature of the given one and can
-    be pickled.
+    """Function returned by `standardized`. The function has the name and signature of the wrapped
+    loss and can be pickled.
     """
 
     def __init__(self, fn: Callable, **options: Any) -> None:
@@ -584,7 +594,7 @@ class Standardized:
 
 
 def standardized(loss: Callable, *, eps: float = 1e-7, correction: int = 1) -> Callable:
-    """Return a loss that standardizes both logits first, e.g. standardized(kl) or
+    """Return a loss that first standardizes the logits of both models, e.g. standardized(kl) or
     standardized(DKD(beta=2.)) (CVPR 2024, arXiv:2403.01427).
 
     Args:

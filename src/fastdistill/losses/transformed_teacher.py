@@ -20,18 +20,18 @@ def ttm(
     mask: Tensor | None = None,
     reduction: str = 'mean',
 ) -> Tensor:
-    """Compute KL(softmax(t/T) || softmax(s)): transformed teacher matching (ICLR 2024,
+    """Compute KL(softmax(t/T) || softmax(s)), called transformed teacher matching (ICLR 2024,
     arXiv:2402.11148).
 
-    It is 0 where the student predicts the softened probabilities themselves. There is no factor
-    T^2, since the student's logits are not divided by T.
+    The loss is 0 if the student's probabilities equal the teacher's softened probabilities. There
+    is no factor T^2, because the student's logits are not divided by T.
 
     Args:
         s: Student logits, any shape.
         t: Teacher logits, the same shape.
         T: Temperature of the teacher's logits only.
         axis: Class axis.
-        mask: Which positions count. Shape of `s` without the class axis.
+        mask: Positions to include in the loss. Same shape as `s` without the class axis.
     """
     return reduce_positions(partial(ttm_values, T=T), s, t, axis, mask, reduction)
 
@@ -50,10 +50,10 @@ def wttm(
     mask: Tensor | None = None,
     reduction: str = 'mean',
 ) -> Tensor:
-    """Compute `ttm` with each position weighted by the sum of its softmax(t)^(1/T) (ICLR 2024,
-    arXiv:2402.11148).
+    """Compute `ttm`, with each position weighted by the sum of softmax(t)^(1/T) over classes (ICLR
+    2024, arXiv:2402.11148).
 
-    The weight goes from 1, where the teacher is certain, to C^(1-1/T), where all C classes are
+    The weight is 1 if the teacher is certain, and C^(1-1/T) if the teacher considers all C classes
     equally likely.
 
     Args:
@@ -61,7 +61,7 @@ def wttm(
         t: Teacher logits, the same shape.
         T: Temperature of the teacher's logits only.
         axis: Class axis.
-        mask: Which positions count. Shape of `s` without the class axis.
+        mask: Positions to include in the loss. Same shape as `s` without the class axis.
     """
     return reduce_positions(partial(wttm_values, T=T), s, t, axis, mask, reduction)
 

@@ -1,4 +1,4 @@
-"Recipes: functions that return terms with their paper's defaults. `+` joins them."
+"Recipes: functions that return terms with the defaults of the papers. `+` combines recipes."
 
 from . import zoo
 from .zoo import *

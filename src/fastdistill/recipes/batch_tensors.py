@@ -1,6 +1,8 @@
-"""The tensors that the terms of one batch need, and which positions count.
+"""Collect the tensors that terms need from one batch, and find the positions to include in the
+loss.
 
-A mask has the logits' shape without the class axis."""
+Masks have the shape of the logits without the class axis.
+"""
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
@@ -39,12 +41,13 @@ __all__ = [
 
 @dataclass
 class Batch:
-    """Everything the terms of one batch need. If the teacher has different classes, only those that
-    it knows.
+    """Data that terms need to compute their values for one batch. If the teacher has different
+    classes, only the classes that the teacher knows are kept.
 
     Attributes:
         others: Second labels of a mixed batch.
-        lam: Weight of the first labels. None if the batch is not mixed.
+        lam: Weight of the first labels in a batch mixed by MixUp or CutMix. None if the batch is
+            not mixed.
     """
 
     student: Outputs
@@ -56,7 +59,8 @@ class Batch:
     progress: float | None
 
     def __post_init__(self) -> None:
-        self.pairs: dict = {}  # term -> (student's tensor, teacher's tensor) of each of its pairs of layers
+        # {term name: [(student tensor, teacher tensor) for each pair of layers]}
+        self.pairs: dict = {}
         if self.teacher is None or (known := self.teacher.classes) is None:
             return
         part = lambda y: taught_part(self.student.logits, y, known, self.task)
@@ -67,8 +71,8 @@ class Batch:
 
     @cached_property
     def masks(self) -> list[Tensor | None]:
-        """One mask each for the first and the second labels: where both models and the label count.
-        None for everywhere.
+        """Masks for the first and for the second labels. A position is included if neither the
+        masks of the models nor the label exclude it. None means that all positions are included.
         """
         models = both(self.student.mask, self.teacher.mask)
         return [
@@ -78,7 +82,9 @@ class Batch:
 
     @cached_property
     def mask(self) -> Tensor | None:
-        """Where a term without labels counts. In a mixed batch, weighted by the labels that count."""
+        """Mask for terms that do not use labels. In a mixed batch, the masks of the first and
+        second labels are mixed by `lam`.
+        """
         first, other = self.masks
         if self.lam is None:
             return first
@@ -90,15 +96,15 @@ class Batch:
 
     @cached_property
     def dense_teacher(self) -> Outputs:
-        """The teacher's outputs with all logits, for losses that need these."""
+        """Teacher outputs with all logits, for losses that cannot use hidden states."""
         logits: Any = self.teacher.logits
         return replace(self.teacher, logits=logits.dense())
 
     def teacher_for(self, term: Any) -> Outputs | None:
-        """Return the teacher's outputs as a term takes them.
+        """Return the teacher's outputs, converted to a form that the term supports.
 
-        Hidden states and draws stay as they are for the losses that take them. Draws are refused
-        for all others.
+        Hidden states are expanded to logits unless the loss supports them. Draws (sampled classes)
+        raise an error unless the loss supports them.
         """
         t = self.teacher if self.teacher is None else self.teacher.logits
         if term.layers is not None:
@@ -111,7 +117,9 @@ class Batch:
         return self.teacher
 
     def label_errors(self) -> Tensor | None:
-        """Return `label_errors` of both models. None if there are no labels, or none that fit."""
+        """Return `label_errors` of both models. Return None if there are no labels, or if they do
+        not fit.
+        """
         labels = [y[0] for y in (self.targets, self.others) if len(y)]
         s, t = self.student.logits, self.teacher.logits
         if not labels or not isinstance(s, Tensor) or not isinstance(t, Tensor):
@@ -119,18 +127,18 @@ class Batch:
         return label_errors(s, t, labels, self.task, lam=self.lam, mask=self.mask)
 
     def pairs_of(self, name: str, make: Callable) -> Any:
-        """Return what a term compares. It is computed only once, since each run of a projector with
-        a batch norm changes its statistics.
+        """Return the tensors that a term compares. The tensors are computed only once, because each
+        call of a projector updates its batch norm statistics.
         """
         if name not in self.pairs:
             self.pairs[name] = make()
         return self.pairs[name]
 
     def with_teacher(self, name: str, outputs: Callable) -> 'Batch':
-        """Return this batch with different outputs of the teacher for one term.
+        """Return a copy of this batch with different teacher outputs for one term.
 
         Args:
-            outputs: fn(the teacher's tensors that the term compares) -> those to use instead.
+            outputs: fn(teacher tensors that the term compares) -> tensors to use instead.
         """
         other = copy.copy(self)
         s, t = zip(*self.pairs[name])
@@ -138,11 +146,11 @@ class Batch:
         return other
 
     def options(self, term: Any, mask: Tensor | None) -> dict:
-        """Return a term's options, including those that come from this batch. Only terms on logits
-        get an axis and a mask.
+        """Return the options of a term, including those that depend on this batch. Only terms on
+        logits get `axis` and `mask`.
         """
         context = dict(kind=self.task.kind, ignore_index=self.task.ignore_index)
-        # a sample counts if any of its positions does
+        # include a sample if any of its positions is included
         if mask is not None and term.samples:
             mask = mask.reshape(len(mask), -1).amax(1)
         if term.layers is None:
@@ -151,8 +159,9 @@ class Batch:
 
 
 def inputs_and_labels(batch: Any) -> tuple[Any, tuple]:
-    """Split a batch into inputs and labels: the first item of a tuple and the others, or a dict and
-    its labels. Other batches have no labels.
+    """Split a batch into inputs and labels. In a tuple or list, the first item is the input and the
+    others are labels. In a dict, the keys 'labels' and 'label' hold labels. Any other batch has no
+    labels.
     """
     if isinstance(batch, (tuple, list)):
         return batch[0], tuple(batch[1:])
@@ -165,27 +174,28 @@ def inputs_and_labels(batch: Any) -> tuple[Any, tuple]:
 def of_all_processes(
     term: Any, pairs: Sequence, targets: tuple, options: dict, task: Task
 ) -> tuple:
-    """Gather pairs, targets and options over all processes of a distributed run.
+    """Gather pairs, targets and options from all processes of a distributed run.
 
     Args:
         term: A term whose loss compares samples with each other.
         pairs: (student tensor, teacher tensor) for each pair of layers.
-        targets, options: Targets and options of the loss.
+        targets, options: Targets and options that the loss is called with.
     """
-    # subtle: not in validation, which may run in only one process
+    # subtle: do not gather in validation, which may run in only one process
     if world_size() == 1 or not torch.is_grad_enabled():
         return pairs, targets, options
     if term.layers is None and 'mask' in term.accepts:
         s, mask = pairs[0][0], options.get('mask')
         shape = s.shape[:1] if term.samples else shape_of_labels(s.shape, task.axis)
-        # subtle: even if all positions count here, since in a different process some may not
+        # subtle: gather a mask even if this process includes all positions, because another process
+        # may not
         mask = s.new_ones(shape) if mask is None else mask.to(s).expand(shape)
         options = {**options, 'mask': gather_rows(mask)}
     return *map_tensors((pairs, targets), gather_rows), options
 
 
 def blend(first: Tensor, other: Tensor, lam: Tensor) -> Tensor:
-    """Compute lam*first + (1-lam)*other, with one lam for all samples or one for each."""
+    """Compute lam*first + (1-lam)*other, with one `lam` for all samples or one per sample."""
     lam = (
         lam.to(first).reshape(-1, *[1] * (first.dim() - 1))
         if lam.numel() > 1
@@ -195,13 +205,13 @@ def blend(first: Tensor, other: Tensor, lam: Tensor) -> Tensor:
 
 
 def both(*masks: Tensor | None) -> Tensor | None:
-    """Combine masks: True where all of them count. None counts everywhere."""
+    """Combine masks by multiplication. A mask of None includes every position."""
     given = [m for m in masks if m is not None]
     return reduce(torch.mul, given) if given else None
 
 
 def label_mask(y: Any, logits: Any, task: Task) -> Tensor | None:
-    """Return where a label counts, or None for everywhere.
+    """Return a mask without ignored labels. Return None if all positions are included.
 
     Args:
         y: Labels, or None.
@@ -218,7 +228,8 @@ def label_mask(y: Any, logits: Any, task: Task) -> Tensor | None:
     if (y := fit_labels(as_plain(y), logits.shape, task)) is None:
         return None
     on = y != task.ignore_index
-    # subtle: the values are checked only on a CPU, since a step would have to wait for a GPU
+    # subtle: check the values only on a CPU, because on a GPU the check would force a
+    # synchronization
     return None if on.is_cpu and not torch.compiler.is_compiling() and on.all() else on
 
 
@@ -230,17 +241,18 @@ def zero_loss(logits: Tensor) -> Tensor:
     return logits.where(logits.new_zeros((), dtype=torch.bool), 0.0).sum()
 
 
-PLAIN = 2**22  # logits that are computed of hidden states for a check
+PLAIN = 2**22  # maximum number of logits to compute from hidden states for a check
 
 
 def plain_logits(
     student: Outputs, teacher: Outputs | None, targets: Sequence = ()
 ) -> tuple[Outputs, Tensor | None, Sequence]:
-    """Return (student's outputs, teacher's logits as a tensor or None, targets) for checks that need
+    """Return (student outputs, teacher logits as a tensor or None, targets) for checks that need
     all logits.
 
-    With hidden states, these are of the first samples of the batch. With draws, the teacher's are
-    None.
+    If the teacher's outputs are hidden states, logits are computed only for the first samples, and
+    the student outputs and targets are cut to the same samples. If the teacher's outputs are draws
+    (sampled classes), the teacher logits are None.
     """
     t: Any = getattr(all_classes(teacher, student), 'logits', None)
     if isinstance(t, Draws):
@@ -254,9 +266,10 @@ def plain_logits(
 
 
 def all_classes(teacher: Outputs | None, student: Outputs) -> Outputs | None:
-    """Expand stored outputs that hold only the most likely classes, since losses need all classes."""
+    """Expand stored outputs that hold only the most likely classes to all classes."""
     if teacher is None or not isinstance(teacher.logits, TopK):
-        return teacher  # hidden states and draws are left as they are for the losses that take them
+        # hidden states and draws are not expanded, because some losses use them directly
+        return teacher
     s: Any = student.logits
     if teacher.classes is not None:
         s = grouped(s, teacher.classes, teacher.logits.axis)

@@ -1,5 +1,5 @@
-"""All losses and recipes as data, read from their signatures, docstrings and `@loss` attributes,
-and from their cards.
+"""List all losses and recipes, with the information in their signatures, docstrings, `@loss`
+attributes and cards.
 """
 
 import inspect
@@ -23,11 +23,12 @@ FAMILIES = dict(
     feature='features',
     relation='relations',
     dense='dense maps',
-)  # module of a loss -> what its methods compare
+)  # {module in fastdistill.losses: what its losses compare}
 KINDS_IN_WORDS = dict(
     softmax='classes', sigmoid='several labels', regression='numbers'
-)  # of logits
-# cards of recipes that are named differently from their loss; any other method has a card of its own name
+)  # names of the kinds of logits in messages
+# cards of recipes whose name differs from that of the loss; any other card is named after its
+# method
 CARDS = dict(
     kd='kl', soft_labels='kl', hard_labels='hard', logit_std='standardize', pretrain='cosine'
 )
@@ -38,7 +39,7 @@ class Parameter:
     """An option of a loss or of a recipe.
 
     Attributes:
-        default: The default as code. Empty if a value must be given.
+        default: Default value as code. Empty if the parameter is required.
         says: Description from the docstring.
     """
 
@@ -49,18 +50,19 @@ class Parameter:
 
 @dataclass
 class Method:
-    """A recipe, a loss, or both under one name.
+    """A recipe, a loss, or a recipe and a loss of the same name.
 
     Attributes:
-        line: What it computes.
-        family: What is compared: outputs, features, relations or dense maps.
-        needs: 'logits' or 'features'; 'relations' between the samples of a batch; 'classes',
-            'several labels' or 'numbers' if it needs a certain kind of logits; 'labels' if the loss
-            reads them itself.
-        paper: The paper. Empty if the docstring names none.
-        card: Name of its card, a page in docs/methods.
-        recipe: Parameters of its recipe. None if it has no recipe.
-        loss: Parameters of its loss. None if it has no loss.
+        line: Description of what the method computes.
+        family: What the method compares: outputs, features, relations or dense maps.
+        needs: What the method needs, as a list. 'logits' or 'features' is always included.
+            'relations' means that samples of a batch are compared with each other. 'classes',
+            'several labels' or 'numbers' means that the logits must be of this kind. 'labels' means
+            that the loss uses the labels.
+        paper: Reference to the paper. Empty if the docstring does not name one.
+        card: Name of the method's page in docs/methods, without the extension.
+        recipe: Parameters of the recipe. None if the method has no recipe.
+        loss: Parameters of the loss. None if the method has no loss.
     """
 
     name: str
@@ -78,7 +80,7 @@ class Method:
 
     @property
     def use(self) -> str:
-        """Code for it in a recipe."""
+        """Code that uses the method in a recipe."""
         if self.recipe is None:
             return f'Term(losses.{self.name}, weight=1.)'
         first = 'kd()' if self.recipe and not self.recipe[0].default else ''
@@ -90,7 +92,8 @@ class Method:
 
 
 def method(name: str) -> Method:
-    """Return one method. An unknown name raises a DistillError that lists the closest names.
+    """Return the method of this name. An unknown name raises a `DistillError` that lists similar
+    names.
 
     Args:
         name: Name of a recipe or a loss.
@@ -109,8 +112,9 @@ def find_methods(text: str = '', needs: Iterable[str] = ()) -> list[Method]:
     """Return the methods that match, sorted by family.
 
     Args:
-        text: Words that must occur in the name, line, paper or family.
-        needs: What the method must need, as in `Method.needs`.
+        text: Words to search for in the name, description, paper and family. All of them must
+            occur.
+        needs: Required entries of `Method.needs`.
     """
     have = list(dict.fromkeys(n for m in methods() for n in m.needs))
     if unknown := set(needs) - set(have):
@@ -160,7 +164,7 @@ def _method(name: str, recipe: Callable | None, loss: Callable | None) -> Method
 
 
 def _terms(recipe: Any) -> list[Term]:
-    """Return the terms that a recipe makes with its defaults."""
+    """Return the terms that a recipe creates with its default arguments."""
     first = next(iter(inspect.signature(recipe).parameters.values()), None)
     return (
         recipe(recipes.kd()).terms
@@ -205,14 +209,15 @@ def _line(doc: str | None) -> str:
 
 
 def card_section(card: str, heading: str) -> str:
-    """Return the text under a heading of a card, as Markdown. Empty if the cards are not installed.
+    """Return the text under a heading of a card, as Markdown. The result is empty if the cards are
+    not installed.
 
     Args:
         card: Name of a card.
-        heading: Start of the heading.
+        heading: Beginning of the heading.
     """
     here = Path(__file__).parents[1]
-    # in the wheel the cards are inside the package, in a checkout next to it
+    # the wheel contains the cards inside the package; a checkout has them in docs/
     for folder in (here / 'cards', here.parent.parent / 'docs' / 'methods'):
         if (folder / f'{card}.md').is_file():
             text = (folder / f'{card}.md').read_text(encoding='utf-8')
@@ -221,5 +226,5 @@ def card_section(card: str, heading: str) -> str:
             )
             return (
                 re.sub(r'\[([^\]]*)\]\([^)]*\)', r'\1', found[1]).strip() if found else ''
-            )  # without links
+            )  # remove links
     return ''

@@ -1,6 +1,4 @@
-"""The default recipe, used if none is given. The rule is based on measurements on many tasks
-(benchmarks/quality).
-"""
+"""Choose the default recipe. The rule is based on measurements on many tasks (benchmarks/quality)."""
 
 from collections.abc import Callable, Sequence
 from math import log, sqrt
@@ -26,17 +24,19 @@ __all__ = [
 ]
 
 CLASSIC = 'kd(T=4, alpha=.9)'
-CLASSIC_ALONE = 'soft_labels(T=4)'  # without labels
-EVEN = 0.9  # entropy of the softened teacher, as a fraction of the entropy of equal probabilities
+CLASSIC_ALONE = 'soft_labels(T=4)'  # for batches without labels
+EVEN = 0.9  # target entropy of the softened teacher, as a fraction of the maximum entropy
 COLDEST, HOTTEST = 1.0, 20.0  # range of temperatures that may be chosen
 ENOUGH_NUMBERS, ENOUGH_ROWS = (
     2**22,
     4096,
-)  # at most this many logits, and rows, are used to estimate the temperature
+)  # maximum number of logits, and of rows, for estimating the temperature
 
 
 class Automatic(Recipe):
-    """A recipe chosen by `auto`. `text` is the code for it, `why` the reason it was chosen."""
+    """A recipe chosen by `auto`. `text` is the recipe as code, and `why` is the reason for the
+    choice.
+    """
 
     def __init__(self, recipe: Term | Recipe, text: str, why: str, kind: str = 'softmax') -> None:
         super().__init__(recipe)
@@ -44,7 +44,7 @@ class Automatic(Recipe):
 
     def __str__(self) -> str:
         if self.kind == 'regression':
-            return f'{self.text} ({self.why})'  # T has no meaning in regression
+            return f'{self.text} ({self.why})'  # regression has no temperature
         classic = CLASSIC if self.task != 0 else CLASSIC_ALONE
         return f'{self.text} ({self.why}; {classic} is the classic)'
 
@@ -61,22 +61,22 @@ def auto(
     """Return the recipe that `KnowledgeDistillation(teacher)` and `Distiller(student, teacher)` use
     by default.
 
-    If the term has a gradient ratio, the task loss has full weight and the term's gradient norm at
-    the student's logits is 3 times that of the task loss, whatever the scale of the term. The ratio
-    falls as far as the teacher's predictions add little to the student's (`fade=True`, see `Term`).
-    With more than two classes, T is `softening_temperature(teacher)`, so that confident and less
-    confident teachers are softened to the same degree. Without `teacher=` it is 4.
-    benchmarks/quality has the measurements behind the rule, and the tasks where it did not help.
+    In most cases the recipe is the task loss plus one term with a gradient ratio of 3. The term's
+    gradient norm at the student's logits is then 3 times that of the task loss. With `fade=True`
+    (see `Term`), the ratio is lowered if the teacher's predictions would hardly improve the
+    student's predictions. With more than two classes, T is `softening_temperature(teacher)`, so
+    that confident and less confident teachers are softened to the same degree. If `teacher` is not
+    given, T is 4. The measurements are in benchmarks/quality, including the tasks where the default
+    did not help.
 
     Args:
-        kind: What the model predicts: 'softmax' over classes, 'sigmoid' per label, or
-            'regression'.
-        classes: Number of classes of a softmax, or 1 for a single 'sigmoid' label. None if unknown.
+        kind: What the model predicts: 'softmax' over classes, 'sigmoid' per label, or 'regression'.
+        classes: Number of classes of a softmax, or 1 for a single sigmoid label. None if unknown.
         dense: True if each sample has many predictions, such as pixels or tokens.
         labels: True if the batches have labels.
         teacher: The teacher's logits for some training samples, (..., C). None if unknown.
-        doubt: Reason not to trust the teacher, as text. It lowers the weight of `kd`; a gradient
-            ratio falls by itself. None if there is none.
+        doubt: Reason not to trust the teacher, as text, or None. If given, `kd` gets a lower
+            weight. Terms with a gradient ratio ignore this argument.
     """
     if kind not in ('softmax', 'sigmoid', 'regression'):
         raise DistillError(f"kind={kind!r}: must be 'softmax', 'sigmoid' or 'regression'")
@@ -89,7 +89,8 @@ def auto(
         return Automatic(soft_labels(T=1), 'soft_labels(T=1)', 'the batches have no labels', kind)
     if kind == 'regression':
         return with_grad_ratio(losses.regression, 'regression', 'numbers', kind)
-    one = kind == 'sigmoid' and classes == 1  # equivalent to a softmax over two classes
+    # a single sigmoid is equivalent to a softmax over two classes
+    one = kind == 'sigmoid' and classes == 1
     if kind == 'sigmoid' and not (dense or one):
         return with_grad_ratio(losses.binary_kl, 'binary_kl', 'several labels', kind, T=1)
     unknown = 'labels' if kind == 'sigmoid' else 'an unknown number of classes'
@@ -115,7 +116,7 @@ def auto(
 
 
 def takes_dist(classes: int | None) -> bool:
-    "Return True if there are enough classes to correlate."
+    "Return True if there are enough classes for `dist`, which needs at least three."
     return classes is not None and classes > 2
 
 
@@ -139,14 +140,14 @@ def softening_temperature(logits: Tensor) -> float:
 
 
 def facts_for_auto(shape: Sequence[int], task: Task, ask: Callable) -> dict:
-    """Build the arguments of `auto`. The teacher is queried only if its outputs matter for the
-    choice.
+    """Build the arguments of `auto`. The teacher is queried only if the choice depends on its
+    outputs.
 
     Args:
         shape: Shape of the student's logits.
-        task: The `Task` that describes them.
-        ask: fn() -> the teacher's logits for training samples, with the same axes, or None if they
-            are unknown.
+        task: The `Task` that describes the logits.
+        ask: fn() -> teacher logits for some training samples, with the same axes as the student's.
+            None if the logits are not available.
     """
     facts = facts_of_outputs(shape, task)
     if not takes_dist(facts['classes']) or (t := ask()) is None or t.dim() != len(shape):
@@ -172,7 +173,9 @@ def chosen_for(
 
 
 def for_draws(T: float, labels: bool = True) -> Automatic:
-    """Choose a recipe for draws, which are unbiased only for `kl` at their temperature."""
+    """Choose a recipe for teacher outputs stored as draws (sampled classes). Draws give unbiased
+    gradients only for `kl` at the temperature at which they were sampled.
+    """
     why = f'the stored draws are unbiased for kl at T={T:g}'
     if not labels:
         return Automatic(soft_labels(T=T), f'soft_labels(T={T:g})', why)

@@ -1,5 +1,5 @@
-"""Terms with a gradient ratio: the weight at which a term's gradient norm is a given multiple of
-that of the other losses.
+"""Set the weight of a term with a gradient ratio, so that the term's gradient norm is a given
+multiple of that of the other losses.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -17,30 +17,33 @@ __all__ = ['GradientRatio', 'GradientRatios']
 
 
 class GradientRatio:
-    """The weight at which a term's gradient norm equals that of all weighted losses, including the
-    task loss, measured at the tensors the term compares (the student's logits or layers). Both
-    norms are running means. They are measured in each of the first batches, then less and less
-    often, and finally once in `EVERY` batches.
+    """The weight at which a term's gradient norm equals that of the other losses, including the
+    task loss. Norms are measured at the tensors that the term compares (the student's logits or
+    layers), and running means of the norms are used. The norms are measured in each of the first
+    batches, then less and less often, and finally once in `EVERY` batches.
 
-    If the student already agrees with its teacher, there is hardly any gradient to measure, and the
-    weight would become huge. Two more numbers are therefore measured. `apart` is the norm of the
-    term's gradient against the teacher's outputs for different samples, i.e. its scale for a
-    student that disagrees. The norm is clamped to at least `FLOOR` times `apart`. The value of the
-    term shows whether its gradient has grown since the last measurement. All numbers stay on the
-    device, so that no step waits for them.
+    If the student already agrees with the teacher, the gradient of the term is close to zero, and
+    the weight would become huge. Two more quantities prevent this. `apart` is the term's gradient
+    norm with the teacher's outputs of different samples, and estimates the norm for a student that
+    disagrees with the teacher. The measured norm is clamped to at least `FLOOR` times `apart`. The
+    value of the term shows whether the gradient may have grown since the last measurement. All
+    numbers stay on the GPU, so training steps do not wait for a transfer to the CPU.
 
     Args:
-        fade: Whether the weight falls if the teacher's predictions add little to the student's, see
-            `TeacherGain`.
+        fade: If True, lower the weight when the teacher's predictions would hardly improve the
+            student's predictions (see `TeacherGain`).
     """
 
-    # first batches, all measured; final interval; minimum weight of a new measurement in the mean
+    # FIRST: all batches before twice this number are measured
+    # EVERY: final interval between measured batches
+    # NEW: minimum weight of a new measurement in the running mean
     FIRST, EVERY, NEW = 16, 32, 0.2
-    ENOUGH = 16  # samples; a measurement of fewer has a lower minimum weight
-    # minimum norm relative to `apart`. Two samples are sqrt(2) times as far from each other as from
-    # their mean, so this is about the norm for a student that always predicts the mean
+    ENOUGH = 16  # a measurement of fewer samples has a lower minimum weight
+    # Minimum norm relative to `apart`.
+    # On average, two samples are sqrt(2) times as far apart as a sample and the mean of all.
+    # So 0.7 is about the relative norm for a student that always predicts the mean.
     FLOOR = 0.7
-    JUMP = 4.0  # larger growth replaces the mean
+    JUMP = 4.0  # if the norm grows by more than this factor, the new norm replaces the mean
 
     def __init__(self, fade: bool = False) -> None:
         self.gain = TeacherGain() if fade else None
@@ -48,15 +51,15 @@ class GradientRatio:
         self.measured = 0
         self.parts: tuple = ()
         self.means: Any = None  # a tensor after the first measurement
-        self.previous: list[Tensor] | None = (
-            None  # the teacher's outputs for the last measured batch of one sample
-        )
+        # the teacher's outputs for the last measured batch, if it had only one sample
+        self.previous: list[Tensor] | None = None
 
     def due(self, parts: tuple) -> bool:
-        """Count this batch and return True if it should be measured.
+        """Advance the batch counter and return True if this batch should be measured.
 
         Args:
-            parts: What the norms depend on. If it changes, the means start over.
+            parts: Names of the other losses and indices of the measured layers. If they change, the
+                running means are reset.
         """
         if parts != self.parts:
             self.batches, self.measured, self.parts = 0, 0, parts
@@ -70,12 +73,12 @@ class GradientRatio:
         """Add a measurement to the running means.
 
         Args:
-            new: (4,): norms of the weighted losses, of the term, and of the term `apart`; value of
-                the term.
-            samples: Number of samples that were measured, 0-dim.
+            new: Tensor (4,) with the gradient norm of the other losses, the gradient norm of the
+                term, `apart`, and the value of the term.
+            samples: Number of measured samples, a 0-dim tensor.
         """
         self.measured += 1
-        # the fifth number counts the measurements since the mean was replaced
+        # the fifth number is the count of measurements since the mean was last replaced
         before = new.new_zeros(5) if self.means is None else self.means.to(new)
         jumped = (new[1] > self.JUMP * before[1]) | (self.measured == 1)
         n = torch.where(jumped, 1.0, before[4] + 1)
@@ -86,9 +89,10 @@ class GradientRatio:
         )  # ignore an overflow in half precision
 
     def of_different_samples(self, outputs: Sequence[Tensor]) -> list[Tensor]:
-        """Return outputs of the teacher for different samples, in the same shapes: for each sample
-        those for the one before it, in this batch or, if batches have one sample, in the batch
-        measured before. A single map or sequence is moved by half of its length instead.
+        """Return teacher outputs that belong to different samples, in the same shapes. Each sample
+        gets the outputs of the sample before it in the batch. If batches have only one sample, the
+        sample gets the outputs from the last measured batch. A single feature map or sequence is
+        instead shifted by half of its length.
 
         Args:
             outputs: The teacher's tensors that the term compares, (B, ...).
@@ -96,7 +100,7 @@ class GradientRatio:
         before, self.previous = self.previous, None
         if world_size() > 1 or any(len(t) > 1 for t in outputs):
             return [previous_rows(t) for t in outputs]
-        # subtle: only outputs without positions are kept, since others may be large
+        # subtle: keep only outputs without positions, because maps and sequences may be large
         if any(t.dim() > 2 for t in outputs):
             return [t.flatten().roll(t.numel() // 2).reshape(t.shape) for t in outputs]
         self.previous = [t.detach() for t in outputs]
@@ -106,15 +110,15 @@ class GradientRatio:
 
     @property
     def factor(self) -> Tensor:
-        """The weight, 0-dim. It is 0 as long as the term has no gradient."""
+        """The weight, a 0-dim tensor. The weight is 0 as long as the term has no gradient."""
         return self.factor_at(None)
 
     def factor_at(self, value: Tensor | None) -> Tensor:
-        """Compute the weight for a batch. It is lower if the term's value is much larger than
-        before.
+        """Compute the weight for a batch. The weight is lowered if the value of the term is much
+        larger than its running mean.
 
         Args:
-            value: Value of the term in this batch. None for its value at the last measurement.
+            value: Value of the term in this batch. None to skip this correction.
         """
         if value is not None:
             self.means = self.means.to(value.device)
@@ -151,7 +155,7 @@ class GradientRatio:
 
 
 class GradientRatios(dict):
-    """The `GradientRatio` of each term with a gradient ratio, by name."""
+    """Dict that maps the name of each term with a gradient ratio to a `GradientRatio`."""
 
     def __init__(self, recipe: Any) -> None:
         terms = [t for t in recipe.terms if t.has_grad_ratio]
@@ -165,29 +169,29 @@ class GradientRatios(dict):
         apart: Callable[[str], Tensor],
         errors: Callable[[], Tensor | None] | None = None,
     ) -> None:
-        """Measure the terms with a gradient ratio that are due in this batch.
+        """Measure those terms with a gradient ratio that are due for a measurement in this batch.
 
         Args:
-            weights: {name: weight or gradient ratio}. The task loss is 'task'.
-            values: {name: value} of the losses that count and have a gradient.
-            tensors: fn(term name) -> the student's logits or features that this term compares.
-            apart: fn(term name) -> the term's value against the teacher's outputs for different
+            weights: {name: weight or gradient ratio}. The task loss is named 'task'.
+            values: {name: value} of the losses with a nonzero weight and a gradient.
+            tensors: fn(term name) -> list of student logits or features that this term compares.
+            apart: fn(term name) -> value of the term with the teacher's outputs of different
                 samples.
-            errors: fn() -> `label_errors` of this batch, or None if they are unknown.
+            errors: fn() -> `label_errors` of this batch, or None if they can't be computed.
         """
         fixed = {k: weights[k] * v for k, v in values.items() if k not in self}
         base = sum(fixed.values()) if fixed else None
         for k, ratio in self.items():
             if k not in values:
                 continue
-            if base is None:  # without a task loss, earlier measurements count
+            if base is None:  # a batch without a task loss uses earlier measurements
                 if ratio.means is not None:
                     continue
                 raise DistillError(
                     f'grad_ratio= of {k} is relative to the task loss and the terms with a '
                     f'weight, and this batch has neither. Give {k} a weight= instead.'
                 )
-            # with frozen layers, the term only trains its projector
+            # frozen layers have no gradient; the term then trains only its projector
             at = [(i, x) for i, x in enumerate(tensors(k)) if x.requires_grad]
             if at and ratio.due((*fixed, *(i for i, _ in at))):
                 self._measure(k, base, values[k], apart, [x for _, x in at])
@@ -223,12 +227,12 @@ class GradientRatios(dict):
     def faded(
         self, weights: Mapping[str, Any], values: Mapping[str, Tensor]
     ) -> Tensor | float | None:
-        """Return what is missing of the gradient because terms faded, as a multiple of the other
-        losses. None if no term can fade.
+        """Return the multiple of the other losses that makes up for the gradient lost to `fade`.
+        Return None if no term has `fade=True`.
 
         Args:
             weights: {name: weight or gradient ratio}.
-            values: {name: value} of the losses that count and have a gradient.
+            values: {name: value} of the losses with a nonzero weight and a gradient.
         """
         on = {k: r for k, r in self.items() if r.means is not None and k in values}
         fading = {k: r.gain.factor for k, r in on.items() if r.gain is not None}
@@ -261,9 +265,9 @@ class GradientRatios(dict):
                 'output (output=) or layer.'
             )
         far: Any = gradient_norm(apart(name), tensors)
-        # a class that is excluded for one sample may not be for the next
+        # `far` is infinite if a class has logit -inf for one sample but not for another
         far = norms[1] if far is None else far.where(far.isfinite(), norms[1])
-        # a map or a sequence has many positions, so one is enough
+        # a map or sequence has many positions, so one sample is enough
         few = all(x.dim() < 3 for x in tensors)
         samples = len(tensors[0]) if few else GradientRatio.ENOUGH
         norms += [far, value.detach().float(), far.new_tensor(float(samples))]

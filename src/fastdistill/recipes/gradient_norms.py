@@ -1,4 +1,6 @@
-"Gradient norms of the losses of a batch, measured at tensors or parameters that all losses reach."
+"""Measure the gradient norm of each loss of a batch, at a tensor or parameter on which all losses
+depend.
+"""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
@@ -11,7 +13,7 @@ from torch.nn import Module
 __all__ = ['gradient_norm', 'norms_at_layer', 'norms_at_logits', 'shares_in_words', 'swamped']
 
 
-# gradients are scaled by this while they are measured, so that they do not vanish in half precision
+# Gradients are scaled by this factor while they are measured, to avoid underflow in half precision
 SCALE = 2.0**10
 # operations that only rearrange, copy or average the output of a layer
 ARRANGES = {
@@ -33,11 +35,11 @@ ARRANGES = {
 
 
 def find_origin(x: Tensor) -> Tensor | GradientEdge:
-    """Return the place in the graph that `x` comes from, before it was rearranged, copied or
-    averaged. The task loss may have been computed from there instead of from `x` itself.
+    """Find the tensor in the autograd graph from which `x` was rearranged, copied or averaged. The
+    task loss may have been computed from that tensor instead of from `x`.
 
     Args:
-        x: Logits or features, as a term gets them.
+        x: Logits or features that a term compares.
     """
     if x.grad_fn is None:
         return x
@@ -49,14 +51,15 @@ def find_origin(x: Tensor) -> Tensor | GradientEdge:
 
 
 def gradient_norm(value: Tensor, at: Sequence[Tensor]) -> Tensor | None:
-    """Compute the norm of the gradient of `value` with respect to these tensors together.
+    """Compute the norm of the gradient of `value` with respect to all tensors in `at`.
 
     Args:
         value: A loss, 0-dim.
-        at: Tensors, logits or features.
+        at: List of tensors: logits or features.
 
     Returns:
-        0-dim, on the device of `value`. None if `value` depends on none of the tensors.
+        The norm as a 0-dim tensor on the device of `value`. None if `value` does not depend on any
+        of the tensors.
     """
     places: Any = [find_origin(x) for x in at]
     grads = torch.autograd.grad(
@@ -69,8 +72,8 @@ def gradient_norm(value: Tensor, at: Sequence[Tensor]) -> Tensor | None:
 def norms_at_logits(
     values: Mapping[str, Tensor], logits: Tensor | None
 ) -> dict[str, Tensor] | None:
-    """Compute the gradient norm of each loss at the student's logits. None if not all losses reach
-    them.
+    """Compute the gradient norm of each loss at the student's logits. Return None if a loss does
+    not depend on the logits.
     """
     if logits is None or not logits.requires_grad:
         return None
@@ -79,16 +82,18 @@ def norms_at_logits(
 
 
 def norms_at_layer(values: Mapping[str, Tensor], student: Module) -> dict[str, Any] | None:
-    """Compute the gradient norm of each loss at the last student parameter that all losses reach.
-    None if there is none.
+    """Compute the gradient norm of each loss at the last student parameter on which all losses
+    depend. Return None if there is no such parameter.
     """
-    # subtle: preferably matrices and kernels; the gradient of a bias before a batch norm is only rounding errors
+    # subtle: prefer weight matrices and kernels, because the gradient of a bias before a batch norm
+    # is only rounding error
     params = [p for p in student.parameters() if p.requires_grad]
     params = [p for p in params if p.dim() > 1] or params
     buffers = [(b, b.clone()) for b in student.buffers()]
     norms = {k: norms_at_each(v, params) for k, v in values.items()}
     with torch.no_grad():
-        # a checkpointed module runs again in its backward pass, and its batch norm would count this batch twice
+        # With activation checkpointing, the backward pass runs a module a second time.
+        # Running statistics of batch norms would then include this batch twice.
         for b, before in buffers:
             if not torch.equal(b, before):
                 b.copy_(before)
@@ -104,11 +109,12 @@ def norms_at_each(value: Tensor, params: Sequence[Tensor]) -> list[float | Tenso
 
 
 def shares_in_words(shares: Mapping[str, float], at_layers: Mapping[str, float]) -> str:
-    """Format gradient norms for the line that is printed at the first batch.
+    """Format gradient norms for the line printed at the first batch.
 
     Args:
-        shares: {name: fraction of the gradient}. The task loss is 'task'.
-        at_layers: {term name: ratio of its gradient norm to that of all these, at its layers}.
+        shares: {name: fraction of the sum of all gradient norms}. The task loss is named 'task'.
+        at_layers: {term name: ratio of the term's gradient norm to that of the losses in `shares`,
+            measured at the layers of the term}.
     """
     text = ', '.join(f'{k} {v:.0%}' for k, v in shares.items())
     terms = (f". Term '{k}': {v:.0%} of that, measured at its layers" for k, v in at_layers.items())
@@ -116,18 +122,18 @@ def shares_in_words(shares: Mapping[str, float], at_layers: Mapping[str, float])
 
 
 def swamped(shares: Mapping[str, float], weights: Mapping[str, float]) -> str | None:
-    """Return a warning if one loss dominates the gradient so that the task loss has almost no
-    effect, else None.
+    """Return a warning if one term dominates the gradient and the task loss has almost no effect.
+    Otherwise return None.
 
     Args:
-        shares: {name: fraction of the gradient}. The task loss is 'task'.
-        weights: {name: weight} of the losses that have a weight, not a gradient ratio.
+        shares: {name: fraction of the sum of all gradient norms}. The task loss is named 'task'.
+        weights: {name: weight} of all losses without a gradient ratio.
     """
     if not weights.get('task') or 'task' not in shares:
         return None
     part = max(shares, key=lambda k: 0.0 if k == 'task' else shares[k])
-    # subtle: with the weight 0.1, as in kd(), the task loss has a small fraction by design, about 0.05 at T=4. Only
-    # less than a fifth of its weight is too little
+    # subtle: in kd(), the task loss has weight 0.1, so its fraction of the gradient is small by
+    # design (about 0.05 at T=4). Warn only if that fraction is less than a fifth of the weight.
     if (
         part == 'task'
         or part not in weights

@@ -1,4 +1,4 @@
-"One pair of layers that a term compares, or the logits."
+"A pair of layers, or the logits, that a term compares."
 
 import copy
 from collections.abc import Callable
@@ -13,8 +13,8 @@ __all__ = ['Link', 'own_copy']
 
 
 class Link(nn.Module):
-    """One pair of layers that a term compares, with its projector and, if the loss has parameters,
-    its own copy of the loss.
+    """A pair of layers that a term compares, with a projector and a loss. If the loss has
+    parameters, each pair has its own copy of the loss.
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class Link(nn.Module):
 
 
 def own_copy(loss: Callable) -> Callable:
-    """Return a copy of a loss that may have parameters, so that a recipe can be used more than
-    once.
+    """Copy a loss if it is a module. Several models can then be trained with the same recipe
+    without sharing parameters.
     """
     return copy.deepcopy(loss) if isinstance(loss, nn.Module) else loss

@@ -1,4 +1,4 @@
-"The loss of a recipe for one batch whose outputs are known."
+"Compute the loss of a recipe from the outputs of student and teacher for one batch."
 
 import warnings
 from collections.abc import Mapping, Sequence, Set
@@ -64,16 +64,17 @@ class Distilled:
 
 
 class RecipeLoss(nn.Module):
-    """Computes the loss of a recipe from the outputs of both models. It owns what its terms own:
-    projectors, losses with parameters, measured gradients.
+    """Module that computes the loss of a recipe from the outputs of both models. The module owns
+    the projectors, the losses with parameters and the measured gradient norms.
 
     Args:
-        task: What the logits are.
+        task: The `Task` that describes the logits.
     """
 
     def __init__(self, recipe: Any, task: Task) -> None:
         super().__init__()
-        # subtle: the first child, so that the student's parameters are the first ones of a Distiller
+        # subtle: register the student as the first child, so that its parameters come first in
+        # `Distiller.parameters()`
         self.register_module('student', None)
         self.task, self.links = task, nn.ModuleDict()
         self.measures = True  # whether gradient norms are measured for the report
@@ -139,13 +140,13 @@ class RecipeLoss(nn.Module):
         weights = self.recipe.weights_at(progress)
         if task is None and weights['task']:
             raise DistillError(
-                'This batch has no labels, but the recipe gives their loss the weight '
-                f'{weights["task"]:g}: use alpha=1, or soft_labels(), to train from the teacher alone'
+                'This batch has no labels, but the recipe gives the task loss the weight '
+                f'{weights["task"]:g}: use alpha=1, or soft_labels(), to train only from the teacher'
             )
         if terms and teacher is None:
             raise DistillError(
-                f"{terms[0].name} needs the teacher's outputs for this batch, and got None: "
-                'needs_teacher(progress) says when'
+                f"{terms[0].name} needs the teacher's outputs for this batch, but got None. "
+                'needs_teacher(progress) returns True for batches that need them'
             )
         self.check_first(student, teacher, targets)
         known: Any = all_classes(teacher, student)
@@ -198,9 +199,10 @@ class RecipeLoss(nn.Module):
         each = b.lam.numel() > 1
         if each and ('reduction' not in term.accepts or term.layers is not None):
             raise DistillError(
-                f'{term.name} reads labels, and MixUp gives each sample two of them: a loss of your own '
-                "needs the keyword-only option `reduction` ('none': one value per sample) to be mixed. "
-                'Or use CutMix, whose share is one for the whole batch.'
+                f'{term.name} reads labels, and MixUp gives each sample two of them. With MixUp, your '
+                "own loss needs the keyword-only option `reduction` ('none' returns one value per "
+                'sample). CutMix does not need this option, because it mixes all labels of a batch with '
+                'the same weight.'
             )
         options = [b.options(term, m) | (dict(reduction='none') if each else {}) for m in b.masks]
         first, other = [
@@ -209,7 +211,7 @@ class RecipeLoss(nn.Module):
         v = blend(first, other, b.lam)
         if not v.dim():
             return v
-        # subtle: per label that counts; a mask that the loss does not take cannot have left out any
+        # subtle: average over the included labels (all labels if the loss has no `mask` option)
         return v.sum() / (
             v.numel()
             if b.mask is None or 'mask' not in options[0]
@@ -224,8 +226,8 @@ class RecipeLoss(nn.Module):
         targets = targets[: term.n_targets]
         if term.n_targets and len(targets) < term.n_targets:
             raise DistillError(
-                f'{term.name} needs {term.n_targets} target(s) beside student and teacher, this batch '
-                f'has {len(targets)}'
+                f'{term.name} needs {term.n_targets} target(s) in addition to the outputs of both '
+                f'models, but this batch has {len(targets)}'
             )
         make = lambda: [k.tensors(b.student, b.teacher_for(term)) for k in links]
         pairs = b.pairs_of(term.name, make)
@@ -243,10 +245,10 @@ class RecipeLoss(nn.Module):
     def _measured(
         self, values: Mapping[str, Tensor], weights: dict[str, Any], student: Outputs, b: Batch
     ) -> tuple[dict[str, Any], Any]:
-        """Return (weights, rest). The weight of a term with a gradient ratio is the one at which its
-        gradient norm has that ratio. The rest is added to the loss: a part of the other losses that
-        replaces the gradient of faded terms, or None. Gradient norms are measured for the report at
-        the first training batch, and whenever another term gets a weight.
+        """Return (weights, rest). For a term with a gradient ratio, the weight is chosen so that
+        the term's gradient norm has that ratio. `rest` is a multiple of the other losses that
+        replaces the gradient lost to `fade`, or None. The gradient norms for the report are
+        measured at the first training batch, and again when a new term becomes active.
         """
         learns = {k: v for k, v in values.items() if v.requires_grad}
         fixed, rest = {k: w for k, w in weights.items() if k not in self.ratios}, None
@@ -271,8 +273,8 @@ class RecipeLoss(nn.Module):
 
     @property
     def faded(self) -> dict[str, float]:
-        """How much is left of the gradient ratio of each term with `fade=True`, from 0 to 1. Reading
-        it waits for the GPU.
+        """Current factor of the gradient ratio of each term with `fade=True`, from 0 to 1. Reading
+        this property synchronizes with the GPU.
         """
         gains = {k: r.gain for k, r in self.ratios.items() if r.gain is not None}
         return {k: float(g.factor) for k, g in gains.items() if g.batches}

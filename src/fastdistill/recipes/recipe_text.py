@@ -1,6 +1,4 @@
-"""Recipes written as text, e.g. on a command line. They are parsed node by node and never run as
-Python.
-"""
+"""Parse recipes written as text, e.g. on a command line. The text is never executed as Python code."""
 
 import ast
 import inspect
@@ -17,16 +15,16 @@ from .term import Recipe, Term
 __all__ = ['as_recipe', 'recipe_from_text']
 
 LONGEST, MOST = 2000, 20  # characters, parts
-LARGEST = 2**53  # of a whole number
+LARGEST = 2**53  # largest integer allowed
 EXAMPLE = "'kd(T=4, alpha=.9) + at()'"
 
 
 def as_recipe(recipe: Term | Recipe | str | None) -> Recipe | None:
-    """Convert a recipe in any form to a `Recipe`, or to None if `auto` should choose one.
+    """Convert a recipe in any form to a `Recipe`. Return None if `auto` should choose the recipe.
 
     Args:
-        recipe: A recipe such as `kd() + at()`, a `Term`, or the text of a recipe. None or 'auto' to
-            let `auto` choose.
+        recipe: A recipe such as `kd() + at()`, a `Term`, or a recipe as text. None or 'auto' to let
+            `auto` choose.
     """
     if isinstance(recipe, str):
         recipe = recipe_from_text(recipe)
@@ -36,9 +34,9 @@ def as_recipe(recipe: Term | Recipe | str | None) -> Recipe | None:
 def recipe_from_text(text: str) -> Recipe | str:
     """Build the recipe that `text` describes. 'auto' is returned unchanged.
 
-    The parts of a recipe must be names of `fastdistill.recipes`, `Term(losses.NAME, ...)`, or
-    `labels`, which stands for the task loss. Arguments must be numbers, strings, True, False, None,
-    or lists, tuples or dicts of these.
+    Each part of the sum must call a function of `fastdistill.recipes` or `Term(losses.NAME, ...)`,
+    or be `labels` for the task loss. Arguments must be numbers, strings, True, False, None, or
+    lists, tuples or dicts of these.
 
     Args:
         text: 'auto', or calls of recipes joined by `+`, as in 'kd(T=4, alpha=.9) + at()'.
@@ -49,7 +47,7 @@ def recipe_from_text(text: str) -> Recipe | str:
 
 
 class Reader:
-    """Reader of one text. Its errors quote the text."""
+    """Parser for one recipe. Error messages quote the text of the recipe."""
 
     def __init__(self, text: str) -> None:
         self.text = text
@@ -78,10 +76,11 @@ class Reader:
 
     def parsed(self) -> ast.expr:
         with warnings.catch_warnings():
-            warnings.simplefilter('ignore')  # of Python, about escapes in strings
+            warnings.simplefilter('ignore')  # Python warns about invalid escapes in strings
             try:
                 return ast.parse(self.text.strip(), mode='eval').body
-            # subtle: deep nesting raises MemoryError or RecursionError; a null byte or a long number raises ValueError
+            # subtle: deep nesting raises MemoryError or RecursionError, and a null byte or a long
+            # number raises ValueError
             except (SyntaxError, ValueError, MemoryError, RecursionError) as e:
                 raise self.error(
                     f'this is not a recipe ({getattr(e, "msg", None) or e or type(e).__name__}). '
@@ -89,7 +88,7 @@ class Reader:
                 ) from e
 
     def summands(self, node: Any) -> list[ast.expr]:
-        """Return the parts of a sum, in order."""
+        """Return the summands of a sum, in order."""
         parts: list[ast.expr] = []
         while isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
             parts, node = [node.right, *parts], node.left

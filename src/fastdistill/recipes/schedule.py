@@ -11,18 +11,19 @@ from ..base.outputs import DistillError
 __all__ = ['Schedule', 'ScheduleLike', 'Scheduled', 'one_minus', 'schedule', 'value_at']
 
 Scheduled = float | Callable[[float], float]  # a number, or a function of progress
-ScheduleLike = Scheduled | str | Sequence[Any]  # what `schedule` converts to it
+ScheduleLike = Scheduled | str | Sequence[Any]  # all forms that `schedule` accepts
 
 NAMES: dict[str, Callable[[float], float]] = dict(
     linear=lambda p: 1 - p,  # linearly from `start` to `end`
     cosine=lambda p: (1 + cos(pi * p)) / 2,  # from `start` to `end` along half a cosine
-    warmup=lambda p: 1 - min(p / 0.1, 1),  # from `start` to `end` in the first tenth, then flat
+    # from `start` to `end` in the first 10% of the training, then constant
+    warmup=lambda p: 1 - min(p / 0.1, 1),
 )
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """A number that goes from `start` to `end` while training progress goes from 0 to 1.
+    """A number that changes from `start` to `end` as training progress goes from 0 to 1.
 
     Attributes:
         name: 'linear', 'cosine' or 'warmup'.
@@ -37,15 +38,15 @@ class Schedule:
 
 
 def schedule(v: ScheduleLike, what: str = 'value') -> Scheduled:
-    """Convert `v` to a number or a function of progress. It may be:
+    """Convert `v` to a number or a function of progress. `v` must be one of these:
 
     - a number;
     - a function of progress from 0 to 1, such as fastai's `SchedCos(.9, .1)`;
     - a name: 'linear' and 'cosine' go from 1 to 0, 'warmup' goes from 0 to 1;
-    - a name with its ends: ('cosine', start, end), ('warmup', end).
+    - a name with start and end: ('cosine', start, end), ('warmup', end).
 
     Args:
-        v: A number, function, name, or name with its ends, as above.
+        v: A number, a function, a name, or a name with start and end, as above.
         what: Name of the value in error messages.
     """
     if isinstance(v, Real):
@@ -82,7 +83,7 @@ def schedule(v: ScheduleLike, what: str = 'value') -> Scheduled:
 
 @dataclass(frozen=True)
 class Rest:
-    """1 - alpha, where alpha follows a schedule."""
+    """The schedule 1 - alpha for an `alpha` that follows a schedule."""
 
     alpha: Callable
 

@@ -1,4 +1,6 @@
-"How much the teacher's predictions add to the student's, measured on the labels of the batches."
+"""Estimate how much the teacher's predictions would improve the student's, from the labels of the
+training batches.
+"""
 
 import torch
 from torch import Tensor
@@ -11,33 +13,37 @@ __all__ = ['TeacherGain', 'label_errors']
 
 
 class TeacherGain:
-    """The part of the student's squared error on the labels that the teacher's predictions explain:
-    1 - min over m in [0, 1] of |y - (m p_teacher + (1-m) p_student)|^2 / |y - p_student|^2, where p are
-    probabilities at T=1 (numbers in regression), and the sums over samples are running means. It is
-    close to 1 for a teacher that knows the labels of a student that does not, and 0 for a teacher
-    whose predictions no mixture improves on the student's.
+    """Fraction of the student's squared error that the teacher's predictions can remove. The gain
+    is 1 - min over m in [0, 1] of |y - (m p_teacher + (1-m) p_student)|^2 / |y - p_student|^2. In
+    this formula, y are the labels and p are probabilities at T=1 (or predicted numbers in
+    regression). Sums over samples are replaced by running means over batches. The gain is close to
+    1 if the teacher predicts the labels well and the student does not. The gain is 0 if no mixture
+    of both predictions is better than the student's predictions.
 
-    The sums stay on the device, so that no step waits for them.
+    All sums stay on the GPU, so training steps do not wait for a transfer to the CPU.
     """
 
-    ENOUGH = 0.2  # a larger gain leaves the gradient ratio as it is
-    NEW = 0.2  # minimum weight of a new batch in the mean ...
-    POSITIONS = 64  # ... of this many positions; of fewer, it is lower
+    ENOUGH = 0.2  # a gain above this leaves the gradient ratio unchanged
+    NEW = 0.2  # minimum weight of a new batch in the running mean
+    POSITIONS = 64  # a batch with fewer positions has a proportionally lower minimum weight
 
     def __init__(self) -> None:
         self.batches = 0
-        self.sums: Tensor | None = None  # see `label_errors`
+        # running means of the first three numbers of `label_errors`
+        self.sums: Tensor | None = None
 
     def add(self, errors: Tensor) -> None:
-        """Add a batch to the running means. All ranks must call this.
+        """Add a batch to the running means. In distributed training, all ranks must call this
+        method.
 
         Args:
-            errors: Result of `label_errors`.
+            errors: Result of `label_errors` for the batch.
         """
         sum_over_ranks([errors])
         self.batches += 1
         *_, positions = errors
-        # subtle: means of sums, not of errors, so that all positions that count weigh the same
+        # subtle: average the sums instead of the errors per position, so that each position has the
+        # same weight
         before = torch.zeros_like(errors[:3]) if self.sums is None else self.sums.to(errors)
         rate = (positions / self.POSITIONS).clamp(max=1.0) * self.NEW
         means = before.lerp(errors[:3], rate.clamp_min(1 / self.batches))
@@ -45,8 +51,9 @@ class TeacherGain:
 
     @property
     def gain(self) -> Tensor:
-        """The part of the student's squared error that the teacher explains, 0-dim. It is 1 before the
-        first batch, and where both models predict the same.
+        """Fraction of the student's squared error that the teacher's predictions can remove, a
+        0-dim tensor. The gain is 1 before the first batch, and if both models make the same
+        predictions.
         """
         if self.sums is None:
             return torch.ones(())
@@ -57,7 +64,7 @@ class TeacherGain:
 
     @property
     def factor(self) -> Tensor:
-        """What a gradient ratio is multiplied by, from 0 to 1, 0-dim."""
+        """Factor for the gradient ratio of a term, from 0 to 1, a 0-dim tensor."""
         return (self.gain / self.ENOUGH).clamp(max=1.0)
 
     def state_dict(self) -> dict:
@@ -78,17 +85,18 @@ def label_errors(
     lam: Tensor | None = None,
     mask: Tensor | None = None,
 ) -> Tensor | None:
-    """Return the sums over a batch of |y - p_s|^2, of (y - p_s) (p_t - p_s), and of |p_t - p_s|^2,
-    and the number of positions, as one tensor (4,). None if the labels do not fit, or if the models
-    predict different things.
+    """Compute the sums from which `TeacherGain` estimates the gain. The result has shape (4,): the
+    sums over the batch of |y - p_s|^2, of (y - p_s) (p_t - p_s) and of |p_t - p_s|^2, and the
+    number of positions. The result is None if the labels do not fit the logits, or if the shapes of
+    both models' logits differ.
 
     Args:
         s: Student logits.
         t: Teacher logits.
-        labels: The labels; of a mixed batch, the first and the second ones.
+        labels: List with the labels. For a batch mixed by MixUp, the first and the second labels.
         task: The `Task` that describes the logits.
-        lam: Weight of the first labels in a mixed batch, one or one for each sample.
-        mask: Which positions count. Shape of the logits without the class axis.
+        lam: Weight of the first labels in a mixed batch: one number, or one number per sample.
+        mask: Positions to include. Same shape as the logits without the class axis.
     """
     if not all(isinstance(y, Tensor) for y in labels) or t.shape != s.shape:
         return None
@@ -114,11 +122,11 @@ def probabilities_of(logits: Tensor, task: Task) -> Tensor:
 
 
 def add_labels(out: Tensor, y: Tensor, weight: Tensor | float, task: Task) -> bool:
-    """Add weight * labels to a tensor in the shape of the logits, as probabilities or numbers. Return
-    False if they do not fit.
+    """Add weight * labels to `out` in place. Class labels are added as one-hot vectors. Return
+    False if the shapes of the labels and of `out` do not fit.
 
     Args:
-        weight: A number, or one for each sample.
+        weight: One number, or one number per sample.
     """
     if isinstance(weight, Tensor):
         weight = weight.to(out).reshape(-1, *[1] * (out.dim() - 1))
@@ -132,7 +140,7 @@ def add_labels(out: Tensor, y: Tensor, weight: Tensor | float, task: Task) -> bo
         out += weight * fitted
         return True
     axis = task.axis % out.dim()
-    # a label that does not count is hidden by the mask
+    # the mask excludes labels outside the range, so any valid index will do
     index = fitted.clamp(0, out.shape[axis] - 1).unsqueeze(axis)
     out.scatter_add_(axis, index, torch.ones_like(out.narrow(axis, 0, 1)) * weight)
     return True

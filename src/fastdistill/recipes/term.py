@@ -1,4 +1,6 @@
-"Terms, which say what is compared and how much it counts, and recipes made of terms."
+"""Define terms, which compare student and teacher with one loss each, and recipes, which combine
+terms.
+"""
 
 import copy
 import functools
@@ -20,34 +22,35 @@ from .schedule import Scheduled, ScheduleLike, schedule, value_at
 __all__ = ['Recipe', 'Term', 'long_name_too', 'one_temperature']
 
 
-SCHEDULED = 'T', 'lam'  # options of losses that may follow a schedule
+SCHEDULED = 'T', 'lam'  # loss options that may follow a schedule
 
 
 class Term:
-    """One comparison of student and teacher: a loss, its weight, and the layers it compares (by
+    """One comparison of student and teacher, with a loss, a weight, and the layers to compare (by
     default, the logits).
 
     Args:
         loss: fn(student, teacher, *targets, **options): a function or module of
-            `fastdistill.losses`, or your own.
+            `fastdistill.losses`, or your own function.
         weight: Number or schedule (see `fastdistill.recipes.schedule`). 1 if neither `weight` nor
             `grad_ratio` is given.
-        grad_ratio: Use instead of `weight`: ratio of this term's gradient norm to that of all weighted
-            losses, measured at the tensors the term compares. 1 means equal. Number or schedule; see
-            `GradientRatio`.
-        fade: Whether to lower the gradient ratio if the teacher's predictions add little to the
-            student's on the labels of the training batches, see `TeacherGain`. The other losses then
-            get that part of the gradient.
+        grad_ratio: Use instead of `weight`: ratio of this term's gradient norm to that of all
+            weighted losses, measured at the tensors the term compares. A ratio of 1 makes both
+            norms equal. Number or schedule. See `GradientRatio`.
+        fade: If True, lower the gradient ratio when the teacher's predictions would hardly improve
+            the student's predictions (see `TeacherGain`). The other losses are scaled up to make up
+            for the lost gradient.
         layers: {'student.name': 'teacher.name'}, pairs of names, 'auto', 'last' or 'embedding' (see
             `fastdistill.pairs`). None to compare the logits.
-        match: What must be equal in both models' layers: 'shape', 'grid' (positions) or 'none'.
-            None for what the loss declares (see `losses.loss`), or 'shape' if it declares nothing.
-        projector: Maps the student's features to the teacher's shape if the loss needs it: 'auto',
-            'linear', 'conv', 'conv_bn', 'mlp', or a module.
-        stop_at: Progress (0 to 1) at which the term ends.
-        name: Name of the term and of its column. None for the name of the loss.
-        **options: Options of the loss. T and lam may follow a schedule, e.g. T=('linear', 8, 1).
-            `temperature=` is an alias of T.
+        match: What must be equal in the layers of both models: 'shape', 'grid' (positions) or
+            'none'. None for the value that the loss declares (see `losses.loss`), or 'shape' if the
+            loss declares no value.
+        projector: Projector that maps the student's features to the teacher's shape, if the loss
+            requires equal shapes. One of 'auto', 'linear', 'conv', 'conv_bn', 'mlp', or a module.
+        stop_at: Training progress (0 to 1) from which on the term has weight 0.
+        name: Name of the term and of its column in the training log. None for the name of the loss.
+        **options: Options of the loss. `T` and `lam` may follow a schedule, e.g. T=('linear', 8,
+            1). `temperature` is an alias of `T`.
     """
 
     def __init__(
@@ -98,7 +101,7 @@ class Term:
         args = [p for p in ps if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
         self.accepts = {p.name for p in ps if p.kind is p.KEYWORD_ONLY}
         self.defaults = {p.name: p.default for p in ps if p.kind is p.KEYWORD_ONLY}
-        # number of targets that the loss takes: those without a default, or all
+        # number of targets that the loss takes; None if the loss takes any number of targets
         self.n_targets = (
             None
             if any(p.kind is p.VAR_POSITIONAL for p in ps)
@@ -136,7 +139,7 @@ class Term:
         return f'Term({self.name}, {how}={self.weight!r}{fade}{of}{options})'
 
     def weight_at(self, progress: float | None) -> float:
-        """Return the weight, or the gradient ratio, at this point of the training.
+        """Return the weight, or the gradient ratio, at the given training progress.
 
         Args:
             progress: Progress of the training, from 0 to 1.
@@ -148,7 +151,7 @@ class Term:
 
     @property
     def temperature(self) -> float | None:
-        """Temperature at the beginning of the training. None if the loss has none."""
+        """Temperature at the beginning of the training. None if the loss has no temperature."""
         T = {**self.held, **self.options}.get('T', self.defaults.get('T'))
         return None if T is None else value_at(T, 0.0, 'T')
 
@@ -159,11 +162,15 @@ class Term:
 
     @property
     def held(self) -> dict:
-        """Options that the loss already has, as a module or a partial."""
+        """Options that are already set in the loss, if it is a `Loss` module or a
+        `functools.partial`.
+        """
         return getattr(self.loss, 'options', getattr(self.loss, 'keywords', {}))
 
     def channels(self, t: Tensor) -> dict[str, int]:
-        """Return {'axis': -1} for tokens (B, L, D), whose channels come last; otherwise no option."""
+        """Return {'axis': -1} for tokens (B, L, D), whose channels are on the last axis. Return {}
+        for other features.
+        """
         own = {**self.options, **self.held}
         return (
             {'axis': -1}
@@ -172,8 +179,8 @@ class Term:
         )
 
     def options_at(self, progress: float | None, context: dict) -> dict:
-        """Return the options of the loss: its own, and those it accepts from the context (class
-        axis, mask, ...).
+        """Return the options with which the loss is called. `context` holds options that depend on
+        the batch, such as class axis and mask. Options that the loss does not accept are left out.
         """
         own = {
             k: value_at(v, progress, k) if k in SCHEDULED else v for k, v in self.options.items()
@@ -185,7 +192,7 @@ class Term:
 
 
 def signature(loss: Callable) -> tuple[Callable, Collection[inspect.Parameter]]:
-    """Return the function behind a loss, and its parameters."""
+    """Return the function that a module or partial wraps, and its parameters."""
     fn = loss
     while isinstance(fn, partial):
         fn = fn.func
@@ -201,12 +208,12 @@ def signature(loss: Callable) -> tuple[Callable, Collection[inspect.Parameter]]:
     try:
         return fn, inspect.signature(given).parameters.values()
     except ValueError:
-        return fn, ()  # builtins have no signature: they are called with the two tensors
+        return fn, ()  # builtins have no signature, so they are called only with the two tensors
 
 
 def one_temperature(
     T: ScheduleLike | None,  # None if it was not given
-    temperature: ScheduleLike | None,  # the long name of the same option; None if it was not given
+    temperature: ScheduleLike | None,  # alias of `T`; None if it was not given
 ) -> ScheduleLike | None:
     if T is not None and temperature is not None:
         raise DistillError(
@@ -221,7 +228,7 @@ R = TypeVar('R', covariant=True)
 
 
 class WithTemperature(Protocol[P, R]):
-    """A function of these parameters that accepts `temperature` as a different name of `T`."""
+    """Type of a function that also accepts `temperature` as an alias of `T`."""
 
     @overload
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R: ...
@@ -230,7 +237,7 @@ class WithTemperature(Protocol[P, R]):
 
 
 def long_name_too(recipe: Callable[P, R]) -> WithTemperature[P, R]:
-    """Let a recipe with an option `T` also accept `temperature`, the name in many other libraries."""
+    """Make a recipe accept `temperature` as an alias of `T`. Many libraries use the long name."""
     sig = inspect.signature(recipe)
     make = cast(Callable[..., R], recipe)
 
@@ -245,11 +252,11 @@ def long_name_too(recipe: Callable[P, R]) -> WithTemperature[P, R]:
 
 
 def with_short_name(options: dict, named: Collection[str]) -> dict:
-    """Rename the option `temperature` to `T`, unless the loss itself has an option `temperature`.
+    """Rename the option `temperature` to `T`, unless the loss has its own option `temperature`.
 
     Args:
         options: Options of a term.
-        named: Names of the options of its loss.
+        named: Names of the options of the loss.
     """
     if 'temperature' not in options or 'temperature' in named or 'T' not in named:
         return options
@@ -258,15 +265,17 @@ def with_short_name(options: dict, named: Collection[str]) -> dict:
 
 
 def option_schedule(name: str, v: Any) -> Any:
-    """Convert an option that may follow a schedule. Other options stay as they are."""
+    """Convert an option to a number or schedule if it may follow a schedule. Return other options
+    unchanged.
+    """
     if name == 'T':
         return temperature_schedule(v)
     return schedule(v, name) if name in SCHEDULED else v
 
 
 def temperature_schedule(T: ScheduleLike) -> Scheduled:
-    """Convert a temperature to a number or schedule. It must stay above 0 until the end, when the
-    last validation runs.
+    """Convert a temperature to a number or schedule. The temperature must be above 0 at both ends
+    of the training, because the last validation runs at progress 1.
     """
     T = schedule(T, 'T')
     for progress, when in ((0.0, 'beginning'), (1.0, 'end')):
@@ -281,7 +290,9 @@ def temperature_schedule(T: ScheduleLike) -> Scheduled:
 
 
 def checked_name(name: str) -> str:
-    """Return the name of a term, which also names its column and its saved state."""
+    """Return `name` if a term can have this name. The name is also used for a column and for the
+    saved state.
+    """
     if name == 'task' or '.' in name or hasattr(nn.ModuleDict, name):
         raise DistillError(
             f"A term can't be named {name!r}, which already has a meaning. Give it a different "
@@ -296,11 +307,12 @@ def weight_text(v: Scheduled) -> str:
 
 
 class Recipe:
-    """Terms, and the weight of the task loss added to them.
+    """Terms whose weighted sum is added to the weighted task loss.
 
     Args:
         *terms: Terms or Recipes.
-        task: Weight of the task loss, number or schedule. None for 1.
+        task: Weight of the task loss, a number or schedule. None for the weight given by the
+            recipes in `terms`, or else 1.
     """
 
     def __init__(self, *terms: 'Term | Recipe', task: ScheduleLike | None = None) -> None:
@@ -346,16 +358,16 @@ class Recipe:
         axis: int | None = None,
         ignore_index: int | None = None,
     ) -> Tensor:
-        """Compute the whole loss of one batch of logits, if you run both models yourself: kd(T=4,
+        """Compute the total loss of one batch from the logits of both models, e.g. kd(T=4,
         alpha=.9)(s, t, y).
 
         Args:
             s: Student logits.
             t: Teacher logits.
             *targets: Labels, if the recipe uses them.
-            task_loss: fn(s, *targets). None to choose it by `kind`.
+            task_loss: fn(s, *targets). None for the usual loss of this `kind`.
             progress: Progress of the training, from 0 to 1, for schedules.
-            mask: Which positions count.
+            mask: Positions to include.
             kind, axis, ignore_index: As in `Distiller`.
         """
         task = task_for(task_loss, kind, axis, ignore_index)
@@ -375,8 +387,8 @@ class Recipe:
         return 1.0 if self.task is None else value_at(self.task, progress, "The task's weight")
 
     def weights_at(self, progress: float | None) -> dict[str, float]:
-        """Return the weight, or gradient ratio, of each loss at this point of the training, by
-        name. The task loss is 'task'.
+        """Return {name: weight or gradient ratio} of each loss at the given training progress. The
+        task loss is named 'task'.
         """
         return dict(
             task=self.task_at(progress), **{t.name: t.weight_at(progress) for t in self.terms}

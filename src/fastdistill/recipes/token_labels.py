@@ -13,13 +13,13 @@ __all__ = ['labels_to_shift', 'next_tokens', 'padding_mask']
 
 
 def padding_mask(x: Any, shape: Sequence[int], axis: int) -> Tensor | None:
-    """Find the `attention_mask` in a batch's inputs, if there are logits for each token. Hidden
-    positions do not count.
+    """Find the `attention_mask` in the inputs of a batch. Return None unless the logits have one
+    position per token.
 
     Args:
-        x: The batch's inputs: a tuple, which may hold a dict with a mask.
+        x: Inputs of the batch: a tuple that may contain a dict with an attention mask.
         shape: Shape of the logits.
-        axis: Their class axis.
+        axis: Class axis of the logits.
     """
     found = [
         o['attention_mask']
@@ -32,11 +32,11 @@ def padding_mask(x: Any, shape: Sequence[int], axis: int) -> Tensor | None:
 
 
 def next_tokens(y: Tensor, ignore_index: int) -> Tensor:
-    """Shift the labels of a causal language model by one position, to where each is predicted. The
-    last position has no label.
+    """Shift the labels of a causal language model by one position, so that each label is at the
+    position that predicts it. The last position has no label.
 
     Args:
-        y: Labels, (B, L), each at the position of its own token.
+        y: Labels, (B, L), each at the position of its token.
     """
     return F.pad(as_plain(y)[:, 1:], (0, 1), value=ignore_index)
 
@@ -44,17 +44,17 @@ def next_tokens(y: Tensor, ignore_index: int) -> Tensor:
 def labels_to_shift(
     x: Any, y: Any, shape: Sequence[int], task: Task, causal: bool = False
 ) -> bool | None:
-    """Return True if the labels of a language model must be shifted, because each is at the
-    position of its own token instead of one position earlier. Return None if this batch has no
-    labels.
+    """Check whether the labels of a language model must be shifted by one position. Labels must be
+    shifted if each label is at the position of its token. No shift is needed if each label is one
+    position earlier, where the token is predicted. Return None if this batch has no labels.
 
-    The answer makes a step wait for the GPU, so call this once.
+    This check synchronizes with the GPU, so call it only once.
 
     Args:
-        x: The batch's inputs.
+        x: Inputs of the batch.
         y: Labels.
         shape: Shape of the logits.
-        causal: True if the student is known to predict the next token.
+        causal: True if the student is a causal model, which predicts the next token.
     """
     tokens = task.kind == 'softmax' and len(shape) == 3 and isinstance(y, Tensor)
     if not tokens or y.shape != shape_of_labels(shape, task.axis):

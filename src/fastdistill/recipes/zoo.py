@@ -59,8 +59,8 @@ def kl_per_class(
     mask: Tensor | None = None,
     reduction: str = 'mean',
 ) -> Tensor:
-    """Compute `kl` divided by the number of classes, as in `nn.KLDivLoss()` and `F.kl_div(...,
-    reduction='mean')`.
+    """Compute `kl` divided by the number of classes, as `nn.KLDivLoss()` and `F.kl_div(...,
+    reduction='mean')` do.
     """
     return losses.kl(s, t, T=T, axis=axis, mask=mask, reduction=reduction) / s.shape[axis]
 
@@ -70,14 +70,14 @@ def kd(T: ScheduleLike = 4.0, alpha: ScheduleLike = 0.9, class_mean: bool = Fals
     """Combine soft targets and labels: alpha T^2 KL(teacher || student) + (1-alpha) task loss
     (Hinton 2015, arXiv:1503.02531).
 
-    The form depends on what the model predicts: softmax over classes, sigmoid per label
-    (multi-label), or numbers (regression, where T has no meaning).
+    The loss depends on what the model predicts. It is `kl` for a softmax over classes, `binary_kl`
+    for a sigmoid per label (multi-label), and `regression` for numbers. Regression ignores T.
 
     Args:
-        T: Temperature, number or schedule. `temperature=` is an alias.
-        alpha: Weight of the teacher, number or schedule. The task loss has weight 1-alpha.
-        class_mean: Also average over classes, the scale of older scripts. Has the same effect as a
-            smaller alpha.
+        T: Temperature, a number or schedule. `temperature` is an alias of `T`.
+        alpha: Weight of the teacher, a number or schedule. The task loss has weight 1-alpha.
+        class_mean: If True, also divide the KL by the number of classes, as many older scripts do.
+            This has the same effect as a smaller alpha.
     """
     alpha = schedule(alpha, 'alpha')
     if not callable(alpha) and not 0 <= alpha <= 1:
@@ -93,12 +93,12 @@ def kd(T: ScheduleLike = 4.0, alpha: ScheduleLike = 0.9, class_mean: bool = Fals
 
 @long_name_too
 def soft_labels(T: ScheduleLike = 1.0) -> Recipe:
-    """Learn only from the teacher: kd with alpha 1. Batches need no labels."""
+    """Learn only from the teacher, as `kd` with alpha=1. Batches do not need labels."""
     return kd(T, alpha=1.0)
 
 
 def hard_labels(alpha: ScheduleLike = 1.0) -> Recipe:
-    """Use the teacher's predicted class as label (DeiT, arXiv:2012.12877).
+    """Use the class that the teacher predicts as a label (DeiT, arXiv:2012.12877).
 
     Args:
         alpha: Weight of the teacher's labels. The true labels have weight 1-alpha (0.5 in DeiT).
@@ -118,14 +118,14 @@ def dkd(
     """Add decoupled distillation to the task loss (CVPR 2022, arXiv:2203.08679).
 
     Args:
-        alpha: Weight of the target class's part.
-        beta: Weight of the other classes' part. The authors use 2 to 8 for CIFAR-100, depending on
-            the models, and 0.5 for ImageNet.
+        alpha: Weight of the part of the loss for the target class.
+        beta: Weight of the part of the loss for the other classes. The authors use 2 to 8 for
+            CIFAR-100, depending on the models, and 0.5 for ImageNet.
         T: Temperature.
-        weight: Weight of both parts. The authors let it grow over the first 20 of 240 epochs:
-            ('warmup', 1.).
-        grad_ratio: Use instead of `weight`: ratio of this term's gradient norm to that of all weighted
-            losses, see `Term`.
+        weight: Weight of both parts. The authors increase the weight linearly over the first 20 of
+            240 epochs, similar to ('warmup', 1.).
+        grad_ratio: Use instead of `weight`: ratio of this term's gradient norm to that of all
+            weighted losses (see `Term`).
     """
     return Recipe(
         Term(
@@ -150,12 +150,12 @@ def nkd(
     """Add normalized distillation to the task loss (ICCV 2023, arXiv:2303.13005).
 
     Args:
-        gamma: Weight of the other classes' part. The authors use 1.5 for ImageNet, and 3.5 with T=3
-            for CIFAR-100.
-        T: Temperature of the other classes' part.
+        gamma: Weight of the part of the loss for the other classes. The authors use 1.5 for
+            ImageNet, and 3.5 with T=3 for CIFAR-100.
+        T: Temperature of the part of the loss for the other classes.
         weight: 1 if neither `weight` nor `grad_ratio` is given.
-        grad_ratio: Use instead of `weight`: ratio of this term's gradient norm to that of all weighted
-            losses, see `Term`.
+        grad_ratio: Use instead of `weight`: ratio of this term's gradient norm to that of all
+            weighted losses (see `Term`).
     """
     return Recipe(
         Term(losses.nkd, weight=weight, grad_ratio=grad_ratio, gamma=gamma, T=T, name='nkd')
@@ -171,17 +171,20 @@ def dist(
     grad_ratio: ScheduleLike | None = None,
     fade: bool = False,
 ) -> Recipe:
-    """Add the correlation between and within classes to the task loss (NeurIPS 2022,
+    """Add a loss for the correlations between and within classes to the task loss (NeurIPS 2022,
     arXiv:2205.10536).
 
     Args:
-        beta: Weight of the relation between classes. The authors use 2 for CIFAR-100.
-        gamma: Weight of the relation within a class. The authors use 2 for CIFAR-100.
+        beta: Weight of the correlation between the classes of a sample. The authors use 2 for
+            CIFAR-100.
+        gamma: Weight of the correlation between the samples of a class. The authors use 2 for
+            CIFAR-100.
         T: Temperature. The authors use 4 for CIFAR-100.
         weight: 1 if neither `weight` nor `grad_ratio` is given.
-        grad_ratio: Use instead of `weight`: ratio of this term's gradient norm to that of all weighted
-            losses, see `Term`.
-        fade: Whether to lower the gradient ratio if the teacher adds little, see `Term`.
+        grad_ratio: Use instead of `weight`: ratio of this term's gradient norm to that of all
+            weighted losses (see `Term`).
+        fade: If True, lower the gradient ratio when the teacher's predictions would hardly improve
+            the student's (see `Term`).
     """
     return Recipe(
         Term(
@@ -203,15 +206,15 @@ def ttm(
     weight: ScheduleLike | None = None,
     grad_ratio: ScheduleLike | None = None,
 ) -> Recipe:
-    """Add transformed teacher matching to the task loss: the student, without a temperature,
-    predicts the teacher's softened probabilities (ICLR 2024, arXiv:2402.11148).
+    """Add transformed teacher matching to the task loss (ICLR 2024, arXiv:2402.11148). Only the
+    teacher's probabilities are softened by a temperature.
 
     Args:
-        T: Temperature of the teacher only.
-        weight: 1 if neither `weight` nor `grad_ratio` is given. The authors tune it for each pair
-            of models.
-        grad_ratio: Use instead of `weight`: ratio of this term's gradient norm to that of all weighted
-            losses, see `Term`.
+        T: Temperature of the teacher. The student has none.
+        weight: 1 if neither `weight` nor `grad_ratio` is given. The authors tune this weight for
+            each pair of models.
+        grad_ratio: Use instead of `weight`: ratio of this term's gradient norm to that of all
+            weighted losses (see `Term`).
     """
     return Recipe(Term(losses.ttm, weight=weight, grad_ratio=grad_ratio, T=T, name='ttm'))
 
@@ -222,13 +225,13 @@ def uld(
     weight: ScheduleLike | None = None,
     grad_ratio: ScheduleLike | None = None,
 ) -> Recipe:
-    """Add the distance of sorted probabilities to the task loss, for a teacher with a different
-    vocabulary (TMLR 2025, arXiv:2402.12030).
+    """Add the distance between sorted probabilities to the task loss, for a teacher with a
+    different vocabulary (TMLR 2025, arXiv:2402.12030).
 
     Args:
         weight: 1 if neither `weight` nor `grad_ratio` is given. The authors use 1.5.
-        grad_ratio: Use instead of `weight`: ratio of this term's gradient norm to that of all weighted
-            losses, see `Term`.
+        grad_ratio: Use instead of `weight`: ratio of this term's gradient norm to that of all
+            weighted losses (see `Term`).
     """
     return Recipe(Term(losses.uld, weight=weight, grad_ratio=grad_ratio, T=T, name='uld'))
 
@@ -239,15 +242,15 @@ def wttm(
     weight: ScheduleLike | None = None,
     grad_ratio: ScheduleLike | None = None,
 ) -> Recipe:
-    """Add `ttm`, with more weight where the teacher is unsure, to the task loss (ICLR 2024,
-    arXiv:2402.11148).
+    """Add `ttm`, with a larger weight where the teacher is less certain, to the task loss (ICLR
+    2024, arXiv:2402.11148).
 
     Args:
-        T: Temperature of the teacher only.
-        weight: 1 if neither `weight` nor `grad_ratio` is given. The authors tune it for each pair
-            of models.
-        grad_ratio: Use instead of `weight`: ratio of this term's gradient norm to that of all weighted
-            losses, see `Term`.
+        T: Temperature of the teacher. The student has none.
+        weight: 1 if neither `weight` nor `grad_ratio` is given. The authors tune this weight for
+            each pair of models.
+        grad_ratio: Use instead of `weight`: ratio of this term's gradient norm to that of all
+            weighted losses (see `Term`).
     """
     return Recipe(Term(losses.wttm, weight=weight, grad_ratio=grad_ratio, T=T, name='wttm'))
 
@@ -264,12 +267,13 @@ def abkd(
     arXiv:2505.04560).
 
     Args:
-        alpha: Exponent of the teacher's probabilities. The default is the authors' for CIFAR-100,
-            ResNet-56 -> 20. As (alpha, beta), (1, 0) is forward and (0, 1) is reverse KL.
-        weight: 2 if neither `weight` nor `grad_ratio` is given. This is the authors' 32 for that
-            pair, divided by the T^2 that is part of our loss.
-        grad_ratio: Use instead of `weight`: ratio of this term's gradient norm to that of all weighted
-            losses, see `Term`.
+        alpha: Exponent of the teacher's probabilities. The default is the authors' value for
+            CIFAR-100 with a ResNet-56 as teacher and a ResNet-20 as student. With alpha=1 and
+            beta=0, the loss is forward KL. With alpha=0 and beta=1, the loss is reverse KL.
+        weight: 2 if neither `weight` nor `grad_ratio` is given. The authors use 32 for these
+            models, and our loss already contains the factor T^2 = 16.
+        grad_ratio: Use instead of `weight`: ratio of this term's gradient norm to that of all
+            weighted losses (see `Term`).
     """
     weight = 2.0 if weight is None and grad_ratio is None else weight
     return Recipe(
@@ -293,16 +297,16 @@ def rld(
     weight: ScheduleLike | None = None,
     grad_ratio: ScheduleLike | None = None,
 ) -> Recipe:
-    """Add distillation without the classes that the teacher considers more likely than the label to
-    the task loss (ICCV 2025, arXiv:2408.07703).
+    """Add refined logit distillation to the task loss (ICCV 2025, arXiv:2408.07703). Classes that
+    the teacher considers more likely than the label are left out of this loss.
 
     Args:
-        alpha: Weight of the part for the certainty of the label.
-        beta: Weight of the part for the classes that the teacher considers less likely than the
-            label.
+        alpha: Weight of the part of the loss for the probability of the label.
+        beta: Weight of the part of the loss for the classes that the teacher considers less likely
+            than the label.
         weight: Weight of both parts. 1 if neither `weight` nor `grad_ratio` is given.
-        grad_ratio: Use instead of `weight`: ratio of this term's gradient norm to that of all weighted
-            losses, see `Term`.
+        grad_ratio: Use instead of `weight`: ratio of this term's gradient norm to that of all
+            weighted losses (see `Term`).
     """
     return Recipe(
         Term(
@@ -324,16 +328,16 @@ def taid(
     weight: ScheduleLike | None = None,
     grad_ratio: ScheduleLike | None = None,
 ) -> Recipe:
-    """Add a target that moves from the student to the teacher during training (TAID, ICLR 2025,
-    arXiv:2501.16937).
+    """Add a KL to a target that moves from the student to the teacher during training (TAID, ICLR
+    2025, arXiv:2501.16937).
 
     Args:
-        start: Weight of the teacher in the target at the beginning. It grows to 1. The default is
-            the authors'.
-        weight: 1 if neither `weight` nor `grad_ratio` is given. Recipe(taid(), task=0.) trains only
-            on this term.
-        grad_ratio: Use instead of `weight`: ratio of this term's gradient norm to that of all weighted
-            losses, see `Term`.
+        start: Weight of the teacher in the target at the beginning of the training. The weight
+            grows linearly to 1. The default is the authors' value.
+        weight: 1 if neither `weight` nor `grad_ratio` is given. Recipe(taid(), task=0.) trains
+            without the task loss.
+        grad_ratio: Use instead of `weight`: ratio of this term's gradient norm to that of all
+            weighted losses (see `Term`).
     """
     return Recipe(
         Term(
@@ -350,12 +354,12 @@ def taid(
 def logit_std(recipe: Term | Recipe) -> Recipe:
     """Standardize the logits of any recipe (CVPR 2024, arXiv:2403.01427).
 
-    The authors use a weight of 9, and 0.1 for the labels:
+    The authors use a weight of 9 for the KL and 0.1 for the task loss, as in
     Recipe(Term(losses.standardized(losses.kl), weight=9., T=2.), task=.1).
 
     Args:
-        recipe: A recipe such as kd(T=2., alpha=.9). Its terms on logits get standardized logits of
-            both models.
+        recipe: A recipe such as kd(T=2., alpha=.9). Terms on logits get the standardized logits of
+            both models. Terms between layers do not change.
     """
 
     def std(t: Term) -> Term:
@@ -369,8 +373,8 @@ def logit_std(recipe: Term | Recipe) -> Recipe:
     return Recipe(*map(std, recipe.terms), task=recipe.task)
 
 
-# Recipes between layers, added to the task loss (or kd()): `layers` as in `Term`. The papers' weights depend on
-# the size of the network, so a term starts with this gradient ratio unless a weight is given.
+# The recipes below compare layers and are added to the task loss or to kd().
+# The default is this gradient ratio, because the papers' weights depend on the size of the network.
 GRAD_RATIO = 0.1
 
 
@@ -403,11 +407,12 @@ def hint(
 
     Args:
         layers: As in `Term`. FitNets used one layer in the middle.
-        weight: 'paper' is 100, from RepDistiller.
+        weight: 'paper' is 100, the weight in RepDistiller.
         projector: As in `Term`. The paper uses a convolution.
-        stop_at: As in `Term`. FitNets used the hint only in a first phase of the training.
-        grad_ratio: Use instead of `weight`: ratio of this term's gradient norm to that of all weighted
-            losses, measured at its layers. 0.1 if neither is given.
+        stop_at: As in `Term`. FitNets used this loss only in the first phase of the training.
+        grad_ratio: Use instead of `weight`: ratio of this term's gradient norm to that of all
+            weighted losses, measured at the layers of the term. 0.1 if neither `weight` nor
+            `grad_ratio` is given.
     """
     return Recipe(
         Term(
@@ -427,14 +432,15 @@ def at(
     stop_at: float | None = None,
     grad_ratio: ScheduleLike | None = None,
 ) -> Recipe:
-    """Match where the activations are (attention transfer, arXiv:1612.03928).
+    """Match where in the image the activations are large (attention transfer, arXiv:1612.03928).
 
     Args:
-        layers: As in `Term`. 'auto' is the end of each stage, as in the paper.
-        weight: 'paper' is 1000, from the authors.
+        layers: As in `Term`. 'auto' selects the end of each stage, as in the paper.
+        weight: 'paper' is 1000, the authors' weight.
         p: Exponent of the activations.
-        grad_ratio: Use instead of `weight`: ratio of this term's gradient norm to that of all weighted
-            losses, measured at its layers. 0.1 if neither is given.
+        grad_ratio: Use instead of `weight`: ratio of this term's gradient norm to that of all
+            weighted losses, measured at the layers of the term. 0.1 if neither `weight` nor
+            `grad_ratio` is given.
     """
     return Recipe(
         Term(losses.at, **scaled(weight, grad_ratio, 1000.0), layers=layers, stop_at=stop_at, p=p)
@@ -447,13 +453,15 @@ def nst(
     stop_at: float | None = None,
     grad_ratio: ScheduleLike | None = None,
 ) -> Recipe:
-    """Match which patterns the channels select (neuron selectivity transfer, arXiv:1707.01219).
+    """Match the spatial patterns to which the channels respond (neuron selectivity transfer,
+    arXiv:1707.01219).
 
     Args:
-        layers: As in `Term`. The default is the paper's.
-        weight: 'paper' is 50, from the authors.
+        layers: As in `Term`. The default is that of the paper.
+        weight: 'paper' is 50, the authors' weight.
         grad_ratio: Use instead of `weight`: ratio of this term's gradient norm to that of all
-            weighted losses, measured at its layers. 0.1 if neither is given.
+            weighted losses, measured at the layers of the term. 0.1 if neither `weight` nor
+            `grad_ratio` is given.
     """
     return Recipe(
         Term(losses.nst, **scaled(weight, grad_ratio, 50.0), layers=layers, stop_at=stop_at)
@@ -467,15 +475,16 @@ def fsp(
     stop_at: float | None = None,
     grad_ratio: ScheduleLike | None = None,
 ) -> Recipe:
-    """Match how the features of one layer turn into those of the next (Yim et al., CVPR 2017).
+    """Match how features change from one layer to the next (Yim et al., CVPR 2017).
 
     Args:
-        layers: As in `Term`. 'auto' is the end of each stage.
+        layers: As in `Term`. 'auto' selects the end of each stage.
         weight: 'paper' is 1.
-        projector: As in `Term`, used where the numbers of channels differ.
-        stop_at: As in `Term`. The paper used the term only in a first phase.
-        grad_ratio: Use instead of `weight`: ratio of this term's gradient norm to that of all weighted
-            losses, measured at its layers. 0.1 if neither is given.
+        projector: As in `Term`. Used where the numbers of channels differ.
+        stop_at: As in `Term`. The paper used this loss only in the first phase of the training.
+        grad_ratio: Use instead of `weight`: ratio of this term's gradient norm to that of all
+            weighted losses, measured at the layers of the term. 0.1 if neither `weight` nor
+            `grad_ratio` is given.
     """
     return Recipe(
         Term(
@@ -499,13 +508,15 @@ def ab(
     """Match which neurons are active (activation boundaries, arXiv:1811.03233).
 
     Args:
-        layers: As in `Term`. It is better to name layers whose values are before the ReLU, e.g.
-            '0.7.1.relu@in'.
-        weight: 'paper' is 50: the authors' 0.003 times channels and positions of the last stage of
-            a CIFAR network.
-        stop_at: As in `Term`. The paper used the term only in a first phase.
-        grad_ratio: Use instead of `weight`: ratio of this term's gradient norm to that of all weighted
-            losses, measured at its layers. 0.1 if neither is given.
+        layers: As in `Term`. For best results, name layers whose values are taken before the ReLU,
+            e.g. '0.7.1.relu@in'.
+        weight: 'paper' is 50. The authors use a weight of 0.003 and sum over elements. Our loss
+            averages over elements, so 0.003 is multiplied by the number of elements in the last
+            stage of a CIFAR network.
+        stop_at: As in `Term`. The paper used this loss only in the first phase of the training.
+        grad_ratio: Use instead of `weight`: ratio of this term's gradient norm to that of all
+            weighted losses, measured at the layers of the term. 0.1 if neither `weight` nor
+            `grad_ratio` is given.
     """
     how = scaled(weight, grad_ratio, 50.0)
     return Recipe(
@@ -520,17 +531,18 @@ def ofd(
     stop_at: float | None = None,
     grad_ratio: ScheduleLike | None = None,
 ) -> Recipe:
-    """Match the teacher's features before the ReLU, as far as they matter after it (overhaul of
-    feature distillation, arXiv:1904.01866).
+    """Match the teacher's features before the ReLU, except for negative values that the ReLU sets
+    to 0 anyway (overhaul of feature distillation, arXiv:1904.01866).
 
     Args:
-        layers: As in `Term`. It is better to name layers whose values are before the ReLU, or
-            outputs of a batch norm ('layer3.1.bn2@pre') for an exact margin.
-        weight: 'paper' is 10, from the authors for ImageNet with a ResNet-50, converted to this
-            scale. For CIFAR it would be 16.
-        projector: As in `Term`. The default is the authors'.
-        grad_ratio: Use instead of `weight`: ratio of this term's gradient norm to that of all weighted
-            losses, measured at its layers. 0.1 if neither is given.
+        layers: As in `Term`. For best results, name layers whose values are taken before the ReLU.
+            For an exact margin, name the output of a batch norm, e.g. 'layer3.1.bn2@pre'.
+        weight: 'paper' is 10, the authors' weight for ImageNet with a ResNet-50, converted to a
+            loss that averages over elements. The converted weight for CIFAR is 16.
+        projector: As in `Term`. The default is the authors' choice.
+        grad_ratio: Use instead of `weight`: ratio of this term's gradient norm to that of all
+            weighted losses, measured at the layers of the term. 0.1 if neither `weight` nor
+            `grad_ratio` is given.
     """
     return Recipe(
         Term(
@@ -550,14 +562,15 @@ def vid(
     stop_at: float | None = None,
     grad_ratio: ScheduleLike | None = None,
 ) -> Recipe:
-    """Match the teacher's features, each channel as accurately as it can be predicted (variational
-    information distillation, arXiv:1904.05835).
+    """Match the teacher's features, with a learned weight for each channel (variational information
+    distillation, arXiv:1904.05835).
 
     Args:
-        weight: 'paper' is 1, from RepDistiller.
-        projector: As in `Term`. The default is that of RepDistiller, made of 1x1 convolutions.
-        grad_ratio: Use instead of `weight`: ratio of this term's gradient norm to that of all weighted
-            losses, measured at its layers. 0.1 if neither is given.
+        weight: 'paper' is 1, the weight in RepDistiller.
+        projector: As in `Term`. The default consists of 1x1 convolutions, as in RepDistiller.
+        grad_ratio: Use instead of `weight`: ratio of this term's gradient norm to that of all
+            weighted losses, measured at the layers of the term. 0.1 if neither `weight` nor
+            `grad_ratio` is given.
     """
     return Recipe(
         Term(
@@ -577,14 +590,16 @@ def pkd(
     stop_at: float | None = None,
     grad_ratio: ScheduleLike | None = None,
 ) -> Recipe:
-    """Match the teacher's features up to their scale, as the correlation of each channel (PKD,
-    arXiv:2207.02039).
+    """Maximize the correlation of each channel with the teacher's channel, independent of the scale
+    of the features (PKD, arXiv:2207.02039).
 
     Args:
         layers: As in `Term`. The authors used the levels of a detector's feature pyramid.
-        weight: 'paper' is 6, from the authors for two-stage detectors. For RetinaNet they use 10.
-        grad_ratio: Use instead of `weight`: ratio of this term's gradient norm to that of all weighted
-            losses, measured at its layers. 0.1 if neither is given.
+        weight: 'paper' is 6, the authors' weight for two-stage detectors. For RetinaNet, the
+            authors use 10.
+        grad_ratio: Use instead of `weight`: ratio of this term's gradient norm to that of all
+            weighted losses, measured at the layers of the term. 0.1 if neither `weight` nor
+            `grad_ratio` is given.
     """
     return Recipe(
         Term(
@@ -608,12 +623,13 @@ def rkd(
     """Match the distances and angles between samples (relational KD, arXiv:1904.05068).
 
     Args:
-        layers: As in `Term`. The default is pooled features, as in the paper.
+        layers: As in `Term`. The default compares pooled features, as in the paper.
         weight: 'paper' is 1.
         w_d: Weight of the distances.
         w_a: Weight of the angles.
-        grad_ratio: Use instead of `weight`: ratio of this term's gradient norm to that of all weighted
-            losses, measured at its layers. 0.1 if neither is given.
+        grad_ratio: Use instead of `weight`: ratio of this term's gradient norm to that of all
+            weighted losses, measured at the layers of the term. 0.1 if neither `weight` nor
+            `grad_ratio` is given.
     """
     return Recipe(
         Term(
@@ -636,10 +652,11 @@ def sp(
     """Match which samples of a batch are similar (similarity-preserving KD, arXiv:1907.09682).
 
     Args:
-        layers: As in `Term`. The default is the authors'.
-        weight: 'paper' is 3000, from the authors, for batches of 64.
-        grad_ratio: Use instead of `weight`: ratio of this term's gradient norm to that of all weighted
-            losses, measured at its layers. 0.1 if neither is given.
+        layers: As in `Term`. The default is the authors' choice.
+        weight: 'paper' is 3000, the authors' weight for batches of 64.
+        grad_ratio: Use instead of `weight`: ratio of this term's gradient norm to that of all
+            weighted losses, measured at the layers of the term. 0.1 if neither `weight` nor
+            `grad_ratio` is given.
     """
     return Recipe(
         Term(losses.sp, **scaled(weight, grad_ratio, 3000.0), layers=layers, stop_at=stop_at)
@@ -658,11 +675,13 @@ def cc(
     arXiv:1904.01802).
 
     Args:
-        weight: 'paper' is 100, our choice: none is published for the paper's form.
+        weight: 'paper' is 100. We chose this value, because the paper does not give a weight for
+            this form of the loss.
         kernel: 'gaussian' or 'bilinear'.
         gamma: Coefficient of the Gaussian kernel.
-        grad_ratio: Use instead of `weight`: ratio of this term's gradient norm to that of all weighted
-            losses, measured at its layers. 0.1 if neither is given.
+        grad_ratio: Use instead of `weight`: ratio of this term's gradient norm to that of all
+            weighted losses, measured at the layers of the term. 0.1 if neither `weight` nor
+            `grad_ratio` is given.
     """
     how = scaled(weight, grad_ratio, 100.0)
     return Recipe(
@@ -676,15 +695,16 @@ def pkt(
     stop_at: float | None = None,
     grad_ratio: ScheduleLike | None = None,
 ) -> Recipe:
-    """Match each sample's neighbors in the batch, as probabilities (probabilistic knowledge
-    transfer, arXiv:1803.10837).
+    """Match how similar each sample is to its neighbors in the batch, expressed as probabilities
+    (probabilistic knowledge transfer, arXiv:1803.10837).
 
     Args:
-        layers: As in `Term`. The default is pooled features, as in RepDistiller.
-        weight: 'paper' is 470: the 30000 of RepDistiller for batches of 64, converted to this
-            scale.
-        grad_ratio: Use instead of `weight`: ratio of this term's gradient norm to that of all weighted
-            losses, measured at its layers. 0.1 if neither is given.
+        layers: As in `Term`. The default compares pooled features, as in RepDistiller.
+        weight: 'paper' is 470. RepDistiller uses a weight of 30000 for batches of 64, which is
+            converted here to the scale of our loss.
+        grad_ratio: Use instead of `weight`: ratio of this term's gradient norm to that of all
+            weighted losses, measured at the layers of the term. 0.1 if neither `weight` nor
+            `grad_ratio` is given.
     """
     return Recipe(
         Term(losses.pkt, **scaled(weight, grad_ratio, 470.0), layers=layers, stop_at=stop_at)
@@ -701,19 +721,22 @@ def seed(
     stop_at: float | None = None,
     grad_ratio: ScheduleLike | None = None,
 ) -> Recipe:
-    """Match the similarities to many samples, using a queue of teacher embeddings (self-supervised
-    SEED, arXiv:2101.04731).
+    """Match the similarities of each sample to a queue of teacher embeddings (self-supervised SEED,
+    arXiv:2101.04731).
 
     Args:
-        layers: As in `Term`. The default is both models' vectors before their heads. For a teacher
-            without a head, it is its output.
+        layers: As in `Term`. The default compares the inputs of both models' heads. If the teacher
+            has no head, its output is used.
         weight: 'paper' is 1.
-        size: Embeddings in the queue. The authors use 65,536 for ImageNet.
+        size: Number of embeddings in the queue. The authors use 65,536 for ImageNet.
         T_s: Temperature of the student.
-        T_t: Temperature of the teacher. 0.1 was better with a teacher trained on labels.
-        projector: As in `Term`. 'auto' is a linear layer where sizes differ. The authors use 'mlp'.
-        grad_ratio: Use instead of `weight`: ratio of this term's gradient norm to that of all weighted
-            losses, measured at its layers. 0.1 if neither is given.
+        T_t: Temperature of the teacher. For teachers trained on labels, 0.1 worked better in our
+            tests.
+        projector: As in `Term`. 'auto' is a linear layer if the sizes of the embeddings differ. The
+            authors use 'mlp'.
+        grad_ratio: Use instead of `weight`: ratio of this term's gradient norm to that of all
+            weighted losses, measured at the layers of the term. 0.1 if neither `weight` nor
+            `grad_ratio` is given.
     """
     loss, how = losses.SEED(size=size, T_s=T_s, T_t=T_t), scaled(weight, grad_ratio, 1.0)
     return Recipe(Term(loss, **how, layers=layers, projector=projector, stop_at=stop_at))
@@ -729,10 +752,11 @@ def ickd(
     """Match which channels are correlated (inter-channel correlation, Liu et al., ICCV 2021).
 
     Args:
-        weight: 'paper' is 2.5, from the authors for CIFAR.
-        projector: As in `Term`. The default is the authors'.
-        grad_ratio: Use instead of `weight`: ratio of this term's gradient norm to that of all weighted
-            losses, measured at its layers. 0.1 if neither is given.
+        weight: 'paper' is 2.5, the authors' weight for CIFAR.
+        projector: As in `Term`. The default is the authors' choice.
+        grad_ratio: Use instead of `weight`: ratio of this term's gradient norm to that of all
+            weighted losses, measured at the layers of the term. 0.1 if neither `weight` nor
+            `grad_ratio` is given.
     """
     return Recipe(
         Term(
@@ -758,10 +782,10 @@ def cwd(
     arXiv:2011.13256).
 
     Args:
-        layers: As in `Term`. None for the logits, or layers with maps.
-        weight: 'paper' is 3 on logits and 50 on features.
-        grad_ratio: Use instead of `weight`. If neither is given: the paper's weight on logits, a ratio
-            of 0.1 on features.
+        layers: As in `Term`. None to compare the logits. Layers must have feature maps.
+        weight: 'paper' is 3 for logits and 50 for features.
+        grad_ratio: Use instead of `weight` (see `Term`). If neither is given, logits get the
+            paper's weight, and features get a gradient ratio of 0.1.
     """
     if layers is None and weight is None and grad_ratio is None:
         weight = 'paper'
@@ -780,10 +804,12 @@ def pairwise(
     arXiv:1903.04197).
 
     Args:
-        weight: 'paper' is 0.5, from the authors.
-        pool: Size of a cell in pixels, or as a fraction of the map if below 1.
-        grad_ratio: Use instead of `weight`: ratio of this term's gradient norm to that of all weighted
-            losses, measured at its layers. 0.1 if neither is given.
+        weight: 'paper' is 0.5, the authors' weight.
+        pool: Size of a pooling cell in pixels. A value below 1 is a fraction of the height and
+            width of the map.
+        grad_ratio: Use instead of `weight`: ratio of this term's gradient norm to that of all
+            weighted losses, measured at the layers of the term. 0.1 if neither `weight` nor
+            `grad_ratio` is given.
     """
     return Recipe(
         Term(
@@ -802,15 +828,16 @@ def gram(
     stop_at: float | None = None,
     grad_ratio: ScheduleLike | None = None,
 ) -> Recipe:
-    """Match which positions of an image are similar, with `pairwise` of single positions (DINOv3's
-    Gram loss, arXiv:2508.10104).
+    """Match which positions of an image are similar, like `pairwise` without pooling (DINOv3's Gram
+    loss, arXiv:2508.10104).
 
     Args:
-        layers: As in `Term`. The default is maps, or tokens without class and register tokens. Use
-            'last' for texts.
+        layers: As in `Term`. The default compares feature maps, or the patch tokens of a
+            transformer without class and register tokens. Use 'last' for text.
         weight: 'paper' is 2.
-        grad_ratio: Use instead of `weight`: ratio of this term's gradient norm to that of all weighted
-            losses, measured at its layers. 0.1 if neither is given.
+        grad_ratio: Use instead of `weight`: ratio of this term's gradient norm to that of all
+            weighted losses, measured at the layers of the term. 0.1 if neither `weight` nor
+            `grad_ratio` is given.
     """
     how = scaled(weight, grad_ratio, 2.0)
     return Recipe(Term(losses.pairwise, **how, layers=layers, stop_at=stop_at, pool=1, name='gram'))
@@ -822,13 +849,14 @@ def ifvd(
     stop_at: float | None = None,
     grad_ratio: ScheduleLike | None = None,
 ) -> Recipe:
-    """Match how pixels of a class vary around their mean, for dense prediction (Wang et al., ECCV
-    2020).
+    """Match how the features of a class vary around their mean, for dense prediction (Wang et al.,
+    ECCV 2020).
 
     Args:
-        weight: 'paper' is 200, from the authors.
-        grad_ratio: Use instead of `weight`: ratio of this term's gradient norm to that of all weighted
-            losses, measured at its layers. 0.1 if neither is given.
+        weight: 'paper' is 200, the authors' weight.
+        grad_ratio: Use instead of `weight`: ratio of this term's gradient norm to that of all
+            weighted losses, measured at the layers of the term. 0.1 if neither `weight` nor
+            `grad_ratio` is given.
     """
     return Recipe(
         Term(losses.ifvd, **scaled(weight, grad_ratio, 200.0), layers=layers, stop_at=stop_at)
@@ -836,13 +864,12 @@ def ifvd(
 
 
 def pretrain(layers: LayersLike = 'embedding', projector: ProjectorLike = 'auto') -> Recipe:
-    """Match only the direction of the teacher's embeddings, without labels, for a backbone that is
-    fine-tuned afterwards.
+    """Pretrain a backbone on unlabeled inputs by matching the direction of the teacher's
+    embeddings.
 
     Args:
-        layers: As in `Term`. The default is both models' vectors before their heads. For a teacher
-            without a head, it is its output.
-        projector: As in `Term`. 'mlp' keeps the student's features more independent of the
-            teacher's.
+        layers: As in `Term`. The default compares the inputs of both models' heads. If the teacher
+            has no head, its output is used.
+        projector: As in `Term`. With 'mlp', the student's features depend less on the teacher's.
     """
     return Recipe(Term(losses.cosine, layers=layers, projector=projector), task=0.0)

@@ -1,4 +1,4 @@
-"""Candidate recipes for a task, and the values to try for their options."""
+"""Choose candidate recipes for a task, and the values to try for their options."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -16,7 +16,7 @@ from ..recipes.zoo import at, cwd, dist, dkd, hint, kd, pkt, rkd, ttm
 __all__ = ['LABELS', 'Candidate', 'candidates_for', 'candidates_for_heads', 'given_candidates']
 
 GRAD_RATIOS = 1, 0.3, 3, 10  # ratios of a term's gradient norm to that of the task loss
-SMALL_GRAD_RATIOS = 0.1, 0.03, 0.3, 1  # the same for terms that compare layers
+SMALL_GRAD_RATIOS = 0.1, 0.03, 0.3, 1  # gradient ratios for terms that compare layers
 
 
 @dataclass
@@ -41,20 +41,20 @@ class Candidate:
 
     def written(self, options: Mapping[str, Any]) -> str:
         """Return the recipe as code."""
-        # subtle: the user's own text may contain braces
+        # subtle: text written by the user may contain braces
         if not self.options:
             return self.text
         return self.text.format(', '.join(f'{k}={v:g}' for k, v in options.items()))
 
 
 def term(name: str, loss: Callable, options: dict, written: str | None = None) -> Candidate:
-    """Return a candidate with a term in addition to the task loss, weighted by its gradient ratio."""
+    """Return a candidate that adds one term to the task loss, weighted by a gradient ratio."""
     return Candidate(
         name, lambda **o: Term(loss, **o), options, f'Term(losses.{written or name}, {{}})'
     )
 
 
-# labels only: with weight 0, the training equals one without a teacher, on the same batches
+# training on labels only; with alpha=0, the training is the same as without a teacher
 LABELS = Candidate('labels alone', lambda: kd(alpha=0.0), {}, 'kd(alpha=0)')
 
 
@@ -70,15 +70,16 @@ def candidates_for(
 ) -> list[Candidate]:
     """Return the recipes that fit a task, with the choice of `auto` first.
 
-    Training on labels only is not among them: it is what all recipes have to beat.
+    Training on labels only is not included. All recipes are compared with it.
 
     Args:
         kind: Kind of the outputs: 'softmax', 'sigmoid' or 'regression'.
         classes: Number of classes of a softmax. None if unknown.
         dense: True if each sample has many predictions, e.g. for pixels or tokens.
-        maps: True if these predictions form a map (B, C, H, W).
-        layers: Whether to include recipes that compare layers, which need a teacher that runs.
-        teacher: The teacher's logits, as in `auto`.
+        maps: True if the predictions form a map (B, C, H, W).
+        layers: If True, include recipes that compare layers. Such recipes need a teacher that runs
+            during the training.
+        teacher: Teacher logits, as in `auto`.
         doubt: As in `auto`.
     """
     chosen = auto(kind, classes=classes, dense=dense, teacher=teacher, doubt=doubt)
@@ -92,10 +93,10 @@ def candidates_for(
 
 
 def candidates_for_heads(facts: dict, layers: bool = False) -> list[Candidate]:
-    """Return recipes that fit all heads of a student, each used for all heads.
+    """Return recipes that fit all heads of a student. Each recipe is used for all heads.
 
-    The first candidate is the choice of `auto` for each head, if these recipes give the task loss
-    the same weight.
+    If the recipes that `auto` chooses for the heads give the task loss the same weight, they are
+    combined as the first candidate.
 
     Args:
         facts: {head name: arguments of `candidates_for`}.
@@ -109,7 +110,8 @@ def candidates_for_heads(facts: dict, layers: bool = False) -> list[Candidate]:
     kinds = {f['kind'] for f in facts.values()}
     dense = any(f.get('dense') for f in facts.values())
     found = [between_outputs(k, min(known, default=None), dense) for k in sorted(kinds)]
-    # if the heads differ in kind, kd uses the loss that fits each
+    # if the heads have different kinds of outputs, keep only kd, which uses a suitable loss for
+    # each head
     same = found[0] if len(kinds) == 1 else [c for c in found[-1] if c.name == 'kd']
     return first + same + (between_layers() if layers else [])
 
@@ -133,7 +135,7 @@ def between_outputs(kind: str, classes: int | None, dense: bool) -> list[Candida
         term('kl', losses.kl, dict(T=(1, 2, 4, 10), grad_ratio=GRAD_RATIOS)),
         Candidate('ttm', ttm, dict(T=(2, 4), grad_ratio=GRAD_RATIOS), 'recipes.ttm({})'),
     ]
-    # with two classes, the correlation of the probabilities is always 1 or -1
+    # with two classes, the correlation between the probabilities is always 1 or -1
     if (classes or 2) > 2:
         found.append(
             Candidate(
@@ -170,11 +172,12 @@ def between_layers() -> list[Candidate]:
 
 
 def given_candidates(recipes: dict) -> list[Candidate]:
-    """Return the user's own recipes as candidates, for which only the learning rate is searched.
+    """Return the user's recipes as candidates. For these candidates, only the learning rate is
+    searched.
 
     Args:
-        recipes: {name: recipe}. A recipe can also be a term, text, a dict {head name: recipe}, or a
-            function without arguments that returns one.
+        recipes: {name: recipe}. A recipe can also be a term, a text, a dict {head name: recipe}, or
+            a function without arguments that returns a recipe.
     """
     if not isinstance(recipes, dict) or not recipes:
         raise DistillError(

@@ -11,7 +11,7 @@ from .resumable_runs import Run
 __all__ = ['import_optuna', 'proposed_run']
 
 PROPOSALS = (
-    5  # Optuna may propose finished runs; after this many proposals, draw a new run at random
+    5  # Optuna may propose finished runs. After this many proposals, a new run is chosen at random.
 )
 
 
@@ -27,7 +27,7 @@ def import_optuna() -> Any:
 
 @contextmanager
 def only_warnings_of(optuna: Any) -> Iterator[None]:
-    """Silence Optuna inside the context, except for warnings."""
+    """Context manager that hides Optuna's log messages, except for warnings."""
     was = optuna.logging.get_verbosity()
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     try:
@@ -37,7 +37,7 @@ def only_warnings_of(optuna: Any) -> Iterator[None]:
 
 
 def proposed_run(candidates: dict, rates: list, runs: list[Run], left: list[Run]) -> Run:
-    """Return one of the remaining runs.
+    """Choose one of the remaining runs.
 
     Args:
         candidates: {name: `Candidate`}.

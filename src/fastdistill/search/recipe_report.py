@@ -1,4 +1,4 @@
-"""Results of recipes that were trained with the same seeds, as plain data and as a table."""
+"""Results of recipes trained with the same seeds, as plain data and as a table."""
 
 from dataclasses import dataclass, field
 from statistics import fmean, stdev
@@ -14,11 +14,11 @@ RECIPES_FORMAT = 1  # version of the JSON file
 
 @dataclass
 class RecipeRun:
-    """Training of one student, with a recipe and a seed.
+    """Training of one student with a recipe and a seed.
 
     Attributes:
         recipe: Name of the recipe.
-        history: {column of the training table: number for each epoch}.
+        history: {column of the training table: [value after each epoch]}.
     """
 
     recipe: str
@@ -31,15 +31,15 @@ class RecipeRun:
 
 @dataclass
 class RecipeReport(JsonReport):
-    """Results of each recipe after the last epoch over several seeds, and its difference from the
-    baseline. Contains only data.
+    """Results of each recipe after the last epoch for several seeds, and the difference from the
+    baseline. The report contains only plain data.
 
     Attributes:
-        baseline: Recipe with which the others are compared.
+        baseline: Name of the recipe with which the others are compared.
         metric: Column by which recipes are compared.
-        higher: True if higher is better.
-        recipes: {name: text of the recipe}.
-        differences: {recipe: its metric minus the baseline's}.
+        higher: True if higher values are better.
+        recipes: {name: recipe as text}.
+        differences: {recipe name: metric minus the baseline's metric}.
     """
 
     metric: str
@@ -68,13 +68,15 @@ class RecipeReport(JsonReport):
 
     @property
     def best(self) -> str:
-        """The recipe with the best mean. Its difference from the baseline may be chance, see
-        `verdict`.
+        """Name of the recipe with the best mean. The difference from the baseline may be due to
+        chance (see `verdict`).
         """
         return (max if self.higher else min)(self.recipes, key=lambda n: fmean(self.values(n)))
 
     def verdict(self, recipe: str) -> str:
-        """Return 'better' or 'worse' than the baseline, 'not significant', or why there is no test."""
+        """Return 'better' or 'worse' (than the baseline), 'not significant', or the reason why
+        there is no test.
+        """
         d: Any = self.differences.get(recipe)
         if d is None:
             return ''

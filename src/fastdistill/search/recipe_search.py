@@ -1,6 +1,6 @@
-"""The search: choose the next run, stop weak runs early, until the time is over.
+"""Search for a recipe by training short runs until the time is over.
 
-Optuna proposes the runs. Weak ones are stopped (successive halving, arXiv:1810.05934).
+Optuna proposes the runs. Weak runs are stopped early (successive halving, arXiv:1810.05934).
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -16,29 +16,32 @@ from .search_result import Found, best_of
 
 __all__ = ['Search']
 
-FINALISTS = 2  # in addition to labels only
+FINALISTS = 2  # number of recipes whose runs are repeated, in addition to training on labels only
 
 
 class Search:
-    """Runs recipes and training on labels only, with learning rates from one list.
+    """Search over recipes and learning rates. Training on labels only, without a teacher, is always
+    included.
 
-    Of the recipes, the weaker half is stopped after a third of the training, and again after two
-    thirds. At the end, the best are repeated with different seeds.
+    After one third of the epochs, a run is stopped if its score is in the lower half of all
+    recipes. The same is done after two thirds. At the end, the best runs are repeated with
+    different seeds.
 
     Args:
         candidates: List of `Candidate`.
-        rates: Learning rates to try, the default first.
-        train: fn(recipe, lr, seed, after_epoch, late) -> scores of the test items, or None if it
-            ended early. after_epoch(score) and late() return True if the run has to stop.
-        metric: Name of the score; higher is better.
+        rates: Learning rates to try, with the default first.
+        train: fn(recipe, lr, seed, after_epoch, late) -> scores of the test items, or None if the
+            training ended early. after_epoch(score) and late() return True if the training has to
+            stop.
+        metric: Name of the score. Higher values are better.
         n_epoch: Number of epochs of a complete run.
-        begin, end: Start time of the search, and when it must be over.
-        trials: Maximum number of runs, before the best are repeated. None for as many as time
-            permits.
+        begin, end: Start and end time of the search.
+        trials: Maximum number of runs, not counting repetitions of the best runs. None for as many
+            as the time permits.
         seeds: Number of seeds with which the best runs are repeated.
         folder: As in `Runs`.
-        facts: What a search must have in common with this one to share its folder.
-        show: fn called after each epoch with the fraction of the time that has passed.
+        facts: {name: value} that must be the same in all searches that use the folder.
+        show: fn(text, done), called after each epoch with the fraction of the time that has passed.
     """
 
     def __init__(
@@ -57,7 +60,7 @@ class Search:
         metric: str = 'score',
         show: Callable[[str, float | None], None] = lambda text, done: None,
     ) -> None:
-        import_optuna()  # fail before time is spent
+        import_optuna()  # fail early if Optuna is not installed
         self.candidates = {c.name: c for c in candidates}
         self.all_candidates = {LABELS.name: LABELS, **self.candidates}
         self.rates = [float(o) for o in rates]
@@ -87,7 +90,8 @@ class Search:
         items = self.train(recipe, run.lr, run.seed, after_epoch, late)
         if items is None:
             return None
-        return items.tolist() if run.seed else []  # only repeated runs are tested
+        # scores of items are needed only for repeated runs
+        return items.tolist() if run.seed else []
 
     def run(self) -> Found:
         """Search until the time is over, or until Ctrl-C."""
@@ -111,8 +115,8 @@ class Search:
         )
 
     def tried(self) -> list[Run]:
-        """The runs of the search, including those of earlier searches and other processes in the
-        same folder.
+        """Return the runs of the search, including those of earlier searches and of other processes
+        in the same folder.
         """
         return [r for r in self.runs.finished() if not r.seed and r.scores] + self.cut
 
@@ -128,8 +132,8 @@ class Search:
 
     @property
     def search_end(self) -> float:
-        """Time at which the best runs have to be repeated, which gets at most half of the total
-        time.
+        """Time at which the search must stop so that the best runs can be repeated. At most half of
+        the total time is reserved for repetitions.
         """
         whole = [r for r in self.runs.finished() if not r.seed and not r.stopped]
         alone = [r.seconds for r in whole if r.name == LABELS.name]
@@ -141,13 +145,14 @@ class Search:
     # choice of the next run
 
     def _next(self) -> Run | None:
-        """Return the next run, or None if all were tried.
+        """Return the next run, or None if there are no more runs.
 
-        Labels only come first. After a third of the time, they get every second run.
+        During the first third of the time, runs on labels only come first. After that, every second
+        run is on labels only, as long as there are learning rates left to try.
 
-        With labels only, every learning rate gets a complete run: while a rate warms up, its scores
-        say little about the result, and a comparison with a rate that was stopped too early would
-        be unfair.
+        Runs on labels only are never stopped early. Early scores say little about the final result,
+        because the learning rate is still warming up, and stopping a good learning rate would make
+        the comparison unfair.
         """
         if self.n_trials is not None and self.n_runs >= self.n_trials:
             return None
@@ -158,8 +163,8 @@ class Search:
         return self._next_recipe() or alone
 
     def _left(self, candidates: Mapping[str, Candidate]) -> list[Run]:
-        """Return the runs that have not been started, with the default options of each candidate
-        first.
+        """Return all runs that have not been started. For each candidate, the run with default
+        options comes first.
         """
         begun = {r.file for r in self.runs.finished()} | self.busy
         return [
@@ -173,8 +178,8 @@ class Search:
     def _next_recipe(self) -> Run | None:
         """Return the next run with a recipe.
 
-        Each recipe starts with its default options and with the rate that is best for labels only
-        so far. After that, Optuna proposes the runs.
+        The first run of each recipe uses the default options and the learning rate that is best for
+        labels only so far. After that, Optuna proposes the runs.
         """
         best = best_of(self.tried())
         lr = best[LABELS.name].lr if LABELS.name in best else self.rates[0]
@@ -205,19 +210,20 @@ class Search:
             self.busy.add(run.file)
             self.n_runs -= 1
             return
-        self.busy.clear()  # a process may have ended before it finished its run
+        # another process may have ended without finishing its run, so try these runs again
+        self.busy.clear()
         if done.result is None and not done.stopped:
             self._cut_off(run)
 
     def _cut_off(self, run: Run) -> None:
-        """Keep the scores of a run that was cut off. A search that resumes from the folder trains
-        it again.
+        """Keep the scores of a run that was ended early. A search that resumes from the folder
+        trains this run again.
         """
         if run.scores:
             self.cut.append(run)
 
     def _is_over(self, run: Run) -> bool:
-        """Show a run's new score. Return True if the run is to be stopped."""
+        """Show the new score of a run. Return True if the run should be stopped."""
         text = self.all_candidates[run.name].written(run.options)
         again = f', seed {run.seed}' if run.seed else ''
         self.show(
@@ -228,9 +234,9 @@ class Search:
         return run.name != LABELS.name and not run.seed and self._is_weak(run)
 
     def _is_weak(self, run: Run) -> bool:
-        """Return True if a run is not in the better half of the recipes' runs that came so far.
+        """Return True if the score of a run is in the lower half of all recipes at the same epoch.
 
-        Checked only after one third and after two thirds of the epochs.
+        The comparison is made only after one third and after two thirds of the epochs.
         """
         n, third = len(run.scores), -(-self.n_epoch // 3)
         if n not in (third, 2 * third) or n >= self.n_epoch:
@@ -258,6 +264,6 @@ class Search:
 
 
 def runs_with(c: Candidate, rates: Iterable[float]) -> Iterator[Run]:
-    """Return all runs with a candidate, the default options first."""
+    """Yield all runs of a candidate, starting with the default options."""
     for *values, lr in product(*c.options.values(), rates):
         yield Run(c.name, dict(zip(c.options, values)), lr)

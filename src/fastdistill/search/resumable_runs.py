@@ -1,4 +1,6 @@
-"""Run each training once, and store the results in a folder from which the same call resumes."""
+"""Run each training once, and store the results in a folder. The same call resumes from that
+folder.
+"""
 
 import hashlib
 import json
@@ -30,8 +32,8 @@ class Run:
         name: Name of the recipe.
         options: Options of the recipe.
         scores: Score after each epoch.
-        stopped: True if it was stopped early because of its scores.
-        result: What the training returned, as plain data. None if it did not finish.
+        stopped: True if the run was stopped early because of its scores.
+        result: Return value of the training, as plain data. None if the training did not finish.
         ended: End time, in seconds since 1970.
     """
 
@@ -55,34 +57,36 @@ class Run:
 
     @property
     def rank(self) -> tuple[int, float]:
-        """Sort key of a run: number of epochs, then score.
+        """Sort key of a run: (number of epochs, score).
 
-        Runs that went on longer are better, since others were stopped because of their scores.
+        Runs with more epochs rank higher, because the other runs were stopped for low scores.
         """
         return len(self.scores), self.score
 
     @property
     def items(self) -> Tensor:
-        """Scores of single items, (N,), if the training returned them."""
+        """Scores of the single test items, (N,), if the training returned them."""
         return torch.tensor(self.result)
 
     @property
     def file(self) -> str:
-        """File name, which is the same for the same training, whatever its result."""
+        """File name of the run. The name depends on the recipe, options, learning rate and seed,
+        but not on the result.
+        """
         text = json.dumps([self.name, self.options, self.lr, self.seed], sort_keys=True)
         return f'run_{hashlib.sha256(text.encode()).hexdigest()[:16]}.json'
 
 
 class Runs:
-    """Executes each `Run` once. Several processes can share a folder; each trains what no other
-    process is training.
+    """Executes each `Run` once. Several processes can share a folder. No two processes train the
+    same run.
 
     Args:
-        train: fn(run, after_epoch, late) -> result as plain data, or None if it ended early.
-            after_epoch(score) and late() return True if the training has to stop.
-        folder: Folder with a JSON file for each finished run, and one for the settings. None to
-            store nothing.
-        settings: {name: value} that must be the same when the work is resumed, as plain data.
+        train: fn(run, after_epoch, late) -> result as plain data, or None if the training ended
+            early. after_epoch(score) and late() return True if the training has to stop.
+        folder: Folder with one JSON file per finished run, and one for the settings. None to store
+            nothing.
+        settings: {name: value} of plain data that must be the same when the runs are resumed.
     """
 
     def __init__(
@@ -138,14 +142,14 @@ class Runs:
         after_epoch: Callable[[Run], bool] = lambda run: False,
         late: Callable[[], bool] = lambda: False,
     ) -> Run | None:
-        """Return the finished run, after training it if that was not done before.
+        """Train a run unless it is already finished, and return the finished run.
 
-        A run without a result ended early. Return None if another process is training it.
+        A run that ended early has no result. Return None if another process is training the run.
 
         Args:
             run: The run.
-            after_epoch: fn(run) -> True to stop it. The run has a new score.
-            late: fn() -> True if there is no time for the rest of the run.
+            after_epoch: fn(run), called when the run has a new score. Returns True to stop the run.
+            late: fn() -> True if there is not enough time to finish the run.
         """
 
         def add_score(score: float) -> bool:
@@ -172,7 +176,7 @@ class Runs:
     def all(
         self, runs: list[Run], after_epoch: Callable[[Run], bool] = lambda run: False
     ) -> list[Run]:
-        """Return all these runs after they have finished.
+        """Train all of these runs and return them when they have finished.
 
         Args:
             runs: The runs.
@@ -181,7 +185,7 @@ class Runs:
         left = list(runs)
         try:
             while left := [r for r in left if self.once(r, after_epoch) is None]:
-                sleep(1)  # other processes are training these
+                sleep(1)  # other processes are training the remaining runs
         except KeyboardInterrupt:
             if self.folder is not None:
                 done = sum(r.file in self.known for r in runs)
@@ -194,7 +198,7 @@ class Runs:
 
     @contextmanager
     def _claimed(self, run: Run) -> Iterator[bool]:
-        """Yield whether this process may train the run."""
+        """Context manager that yields True if this process may train the run."""
         if self.folder is None:
             yield True
             return

@@ -1,4 +1,6 @@
-"""Result of a search: the recipe, its learning rate, a table, a plot, and a significance test."""
+"""Result of a search, with the best recipe and learning rate, a table, a plot, and a significance
+test.
+"""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,16 +18,16 @@ __all__ = ['Found', 'best_of']
 
 
 class Found:
-    """Result of `distill_find`. `student.distill(teacher, 5, found.lr, found.recipe)` trains with
-    it.
+    """Result of `distill_find`. To train with the result, call `student.distill(teacher, 5,
+    found.lr, found.recipe)`.
 
     Args:
-        candidates: {name: `Candidate`}. The first one is training on labels only.
+        candidates: {name: `Candidate`}. The first candidate is training on labels only.
         runs: Runs of the search, with one seed.
         finals: Repetitions of the best runs with different seeds.
-        metric: Name of the score; higher is better.
+        metric: Name of the score. Higher values are better.
         n_epoch: Number of epochs of a complete run.
-        rates: Learning rates that training on labels only should have had.
+        rates: Learning rates that must be tried on labels only before a verdict is possible.
     """
 
     def __init__(
@@ -50,9 +52,9 @@ class Found:
         self.lead = self._lead()
 
     def _winner(self) -> Run:
-        """The candidate with the best mean over seeds, on the items that choose.
+        """Return the run with the best mean score over the seeds, on the items used to choose.
 
-        Without repeated runs, that of the best run of the search.
+        If no runs were repeated, return the best run of the search.
         """
         seeds = self._seeds()
         if not seeds:
@@ -67,18 +69,24 @@ class Found:
         return sorted((f for f in self.finals if f.key == run.key), key=lambda f: f.seed)
 
     def _finalists(self) -> list[Run]:
-        """The best runs that were repeated. If two or more have several seeds, only those."""
+        """Return the best runs that were repeated. If at least two runs were repeated with several
+        seeds, return only these runs.
+        """
         found = [r for r in self.best.values() if self._repeats(r)]
         often = [r for r in found if len(self._repeats(r)) > 1]
         return often if len(often) > 1 else found
 
     def _seeds(self) -> set[int]:
-        """Seeds that all finalists have in common. Empty if there are fewer than two finalists."""
+        """Return the seeds that all finalists have in common. The set is empty if there are fewer
+        than two finalists.
+        """
         seeds = [{f.seed for f in self._repeats(r)} for r in self._finalists()]
         return set.intersection(*seeds) if len(seeds) > 1 else set()
 
     def _lead(self) -> Lead | None:
-        """The lead over labels only. None if labels only won, or if too few runs were repeated."""
+        """Compute the lead of the winner over labels only. Return None if labels only won, or if
+        too few runs were repeated.
+        """
         alone = self.best.get(self.labels)
         if alone is None or self.winner.name == self.labels:
             return None
@@ -86,7 +94,7 @@ class Found:
         seeds = sorted(a.keys() & b.keys())
         return lead_of(*(torch.stack([o[s] for s in seeds]) for o in (a, b))) if seeds else None
 
-    # for users
+    # public attributes and methods
 
     @property
     def recipe(self) -> Recipe | Mapping[str, Any]:
@@ -106,7 +114,7 @@ class Found:
 
     @property
     def verdict(self) -> str:
-        """Describe whether the recipe is better than labels only."""
+        """Text that says whether the recipe is better than labels only."""
         if set(self.best) == {self.labels}:
             return 'no recipe was tried yet'
         if self.winner.name == self.labels:
@@ -126,9 +134,9 @@ class Found:
 
     @property
     def table(self) -> TextTable:
-        """Return a row for each candidate, the best first.
+        """Table with one row per candidate, sorted from best to worst.
 
-        It has the candidate's best run, and the mean over the seeds of its repeated runs.
+        Each row contains the best run of the candidate and the mean score of its repeated runs.
         """
         order = lambda r: (r is self.winner, bool(self._repeats(r)), r.rank)
         return TextTable(self._row(r) for r in sorted(self.best.values(), key=order, reverse=True))
@@ -192,7 +200,7 @@ class Found:
 
 
 def best_of(runs: Iterable[Run]) -> dict[str, Run]:
-    """Return {name of a candidate: its best run}."""
+    """Return {candidate name: best run}."""
     best: dict[str, Run] = {}
     for r in runs:
         if r.name not in best or r.rank > best[r.name].rank:

@@ -1,4 +1,4 @@
-"""Significance tests for differences between recipes that were trained with the same seeds."""
+"""Significance tests for differences between recipes trained with the same seeds."""
 
 import warnings
 from collections.abc import Sequence
@@ -16,15 +16,15 @@ TEST = 'paired t test'
 
 
 def difference_by_seed(a: Sequence[float], b: Sequence[float]) -> Difference:
-    """Return the mean of `a` minus `b`, with its 95% interval and p-value (Student's paired t
-    test).
+    """Compute the mean of `a` minus `b`, with a 95% confidence interval and a p-value from
+    Student's paired t test.
 
-    There is no p-value if all differences are equal, since the variation between seeds is then
-    unknown.
+    The p-value is None if all differences are equal (and not 0), because the variation between
+    seeds is then unknown.
 
     Args:
         a: Results of one recipe, one number per seed.
-        b: Results of the other recipe, with the same seeds.
+        b: Results of the other recipe, for the same seeds.
     """
     from scipy.stats import ttest_rel
 
@@ -40,9 +40,9 @@ def difference_by_seed(a: Sequence[float], b: Sequence[float]) -> Difference:
 
 
 def adjusted(differences: dict) -> dict:
-    """Return the differences with p-values adjusted for several tests at once (Holm, 1979).
+    """Adjust the p-values for multiple tests with Holm's method (1979).
 
-    The probability that any of them is significant by chance stays below 5%.
+    The probability that at least one difference is significant by chance is then below 5%.
 
     Args:
         differences: {name: `Difference`}.
@@ -62,10 +62,11 @@ def adjusted(differences: dict) -> dict:
 
 @dataclass
 class Lead:
-    """Mean difference of two recipes' scores, and its 95% interval over items and seeds.
+    """Mean difference between the scores of two recipes, with a 95% confidence interval over items
+    and seeds.
 
     Attributes:
-        p: Probability of a difference at least this large in either direction by chance.
+        p: Probability of a difference at least this large, in either direction, by chance.
         n: Number of items.
     """
 
@@ -88,12 +89,14 @@ class Lead:
 
 
 def lead_of(a: Tensor, b: Tensor) -> Lead | None:
-    """Return how much better `a` is than `b`.
+    """Compute how much better `a` is than `b`.
 
-    None with fewer than two seeds or items, since the variation between runs is then unknown.
+    Return None if there are fewer than two seeds or two items, because the variation can't be
+    estimated then.
 
-    Both items and seeds are treated as samples: the variance of the mean is at most the sum of the
-    variances of their means, as for the difference of two independent samples (Welch's t test).
+    Items and seeds are both random samples. The variance of the mean difference is at most the sum
+    of two variances: that of the mean over items and that of the mean over seeds. The test
+    therefore uses the formula for two independent samples (Welch's t test).
 
     Args:
         a, b: (seeds, items) scores of the same items. Row i of both has the same seed.
@@ -107,11 +110,13 @@ def lead_of(a: Tensor, b: Tensor) -> Lead | None:
     seeds, n = d.shape
     mean = d.mean().item()
     of_items = d.mean(0)
-    of_seeds = d.mean(1) - mean  # mean 0, so that the difference of the two means is the lead
+    # center to mean 0, so that the difference of the two means is the lead
+    of_seeds = d.mean(1) - mean
     if not of_items.var() + of_seeds.var() > 0:
         return Lead(mean, mean, mean, 0.0 if mean else 1.0, n, seeds)
     with warnings.catch_warnings():
-        # ttest_ind warns if all values are nearly equal; the other variance then dominates
+        # ttest_ind warns if all values of one sample are nearly equal, which is harmless because
+        # the variance of the other sample dominates
         warnings.filterwarnings('ignore', 'Precision loss', RuntimeWarning)
         test = ttest_ind(of_items.numpy(), of_seeds.numpy(), equal_var=False)
     low, high = map(float, test.confidence_interval(0.95))

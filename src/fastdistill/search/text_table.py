@@ -1,4 +1,4 @@
-"""Show tables of runs and recipes as text, in a terminal or in a notebook."""
+"""Show tables of runs and recipes in a terminal or a notebook."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ __all__ = ['TextTable']
 
 
 class TextTable(list):
-    """A list of dicts with the same keys, shown as a table."""
+    """A list of dicts with the same keys that prints as a table."""
 
     def __repr__(self) -> str:
         if not self:

@@ -15,10 +15,10 @@ __all__ = ['cache_app']
 
 cache_app = typer.Typer(
     no_args_is_help=True,
-    help="A teacher's outputs on disk: run it once, train as many students as you like.",
+    help="Store a teacher's outputs on disk: run the teacher once, train as many students as you like.",
 )
 
-# largest difference of stored numbers, rounding included, relative to the largest number of their row
+# largest allowed difference of stored numbers, relative to the largest number of the same row
 TOLERANCE = dict(float32=1e-3, float16=0.01, int8=0.03)
 
 
@@ -39,12 +39,17 @@ def write(
         ),
     ] = 'auto',
     layers: Annotated[
-        list[str] | None, typer.Option(help='A layer to store too; may be repeated.')
+        list[str] | None, typer.Option(help='A layer whose output is also stored; may be repeated.')
     ] = None,
     recipe: Annotated[
-        str | None, typer.Option(help="Recipe for which the store is chosen, such as 'kd(T=2)'.")
+        str | None,
+        typer.Option(
+            help="Recipe that the stored outputs must be suitable for, such as 'kd(T=2)'."
+        ),
     ] = None,
-    valid: Annotated[bool, typer.Option('--valid', help='Store the validation set too.')] = False,
+    valid: Annotated[
+        bool, typer.Option('--valid', help='Also store outputs for the validation set.')
+    ] = False,
     bs: Annotated[
         int | None, typer.Option(help='Batch size; default: that of the DataLoaders.')
     ] = None,
@@ -56,11 +61,12 @@ def write(
     force: Annotated[
         bool, typer.Option('--force', help="Overwrite a cache that doesn't fit.")
     ] = False,
-    yes: Annotated[bool, typer.Option('--yes', '-y', help='Ask no questions.')] = False,
+    yes: Annotated[bool, typer.Option('--yes', '-y', help='Do not ask for confirmation.')] = False,
 ):
-    """Run the teacher over the data and store its outputs. An interrupted run is resumed.
+    """Run the teacher on the data and store its outputs. An interrupted run is resumed by the same
+    command.
 
-    Under torchrun or accelerate launch, each process writes its part.
+    Under torchrun or accelerate launch, each process writes a part of the cache.
     """
     from ...base.distributed import joined_processes
     from ...fastai.cache_data import cache_teacher
@@ -99,7 +105,9 @@ def write(
 
 
 def store_from_text(text):
-    """Convert 'topk=10, dtype=int8' to a dict of options. A single word stays as it is."""
+    """Convert text such as 'topk=10, dtype=int8' to a dict of options. Return a single word
+    unchanged.
+    """
     if '=' not in text:
         return text
     pairs = [o.partition('=')[::2] for o in text.split(',')]
@@ -122,10 +130,15 @@ def verify(
     data: DataArg,
     n: Annotated[int, typer.Option(help='Number of rows.', min=1)] = 64,
     tol: Annotated[
-        float | None, typer.Option(help='Largest difference of a logit, relative to its row.')
+        float | None,
+        typer.Option(
+            help='Largest allowed difference of a logit, relative to the largest logit of the same row.'
+        ),
     ] = None,
 ):
-    "Run the teacher again on some of the rows. The exit code is 1 if its outputs differ."
+    """Run the teacher again on some samples. The exit code is 1 if the outputs differ from the
+    stored ones.
+    """
     from ...fastai.cache_data import verify_cache
 
     v = verify_cache(path, load_teacher(teacher), load_object(data, dataloaders), n)
@@ -141,7 +154,7 @@ def info(
         bool, typer.Option('--check', help='Compare every file with its checksum.')
     ] = False,
 ):
-    "Show the content of a cache and its teacher."
+    "Show the content of a cache and information about the teacher."
     from ...cache.folder import open_folder
     from ...cache.manifest import Manifest
     from ...cache.pack import cache_facts
@@ -170,7 +183,8 @@ def pack_command(
         Path, typer.Argument(help="'targets.zip' (one file, not compressed), or a new folder.")
     ],
     title: Annotated[
-        str | None, typer.Option(help="Title of the card; default: by the teacher's name.")
+        str | None,
+        typer.Option(help='Title of the card; default: made from the name of the teacher.'),
     ] = None,
     data: Annotated[
         str | None, typer.Option(help='What the samples are, and where to get them.')
@@ -183,8 +197,8 @@ def pack_command(
     data_license: Annotated[str | None, typer.Option(help='License of the data.')] = None,
     force: Annotated[bool, typer.Option('--force', help='Overwrite a file of this name.')] = False,
 ):
-    """Copy a cache with a card (README.md) for its recipients. All files are compared with their
-    checksums first.
+    """Copy a cache to share it, and add a card (README.md). All files are first compared with their
+    checksums.
 
     Example: fastdistill cache pack targets targets.zip --license cc-by-4.0.
     """
@@ -209,14 +223,14 @@ def unpack_command(
     packed: Annotated[Path, typer.Argument(help='File written by `fastdistill cache pack`.')],
     path: Annotated[Path, typer.Argument(help='Folder of the cache, new or empty.')],
 ):
-    "Unpack a cache into a folder, and compare its files with their checksums."
+    "Unpack a cache into a folder, and compare all files with their checksums."
     from ...cache.pack import unpack_cache
 
     typer.echo(str(unpack_cache(packed, path)))
 
 
 class WriterBar:
-    """Display of the forecast of each pass and of its progress."""
+    """Display of the forecast and the progress of each pass over the data."""
 
     def __init__(self, console, ask):
         from ...cache.progress import ProgressBar
@@ -230,11 +244,11 @@ class WriterBar:
         self.bar.stop()
 
     def forecast(self, plan):
-        """Print the size of the cache before the teacher runs, and ask for confirmation if it is
-        large.
+        """Print the size of the cache before the teacher runs. Ask for confirmation if the cache
+        needs more than half of the free disk space.
         """
         self.bar.stop()
         self.console.print(str(plan) if plan.bytes else 'Nothing is missing.', highlight=False)
-        # the writer refuses a plan that needs more than the free disk
+        # the writer itself raises an error if the cache needs more than the free disk space
         if plan.free is not None and plan.free / 2 < plan.bytes <= plan.free and self.ask:
             typer.confirm('That is more than half of the free disk. Continue?', abort=True)

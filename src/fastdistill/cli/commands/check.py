@@ -1,5 +1,5 @@
-"""`fastdistill check`: find mistakes that training with a teacher would not show, and estimate its
-cost.
+"""`fastdistill check`: find mistakes that would go unnoticed in a training with a teacher, and
+estimate the cost of the training.
 """
 
 from typing import Annotated
@@ -36,7 +36,7 @@ def check_command(
     The exit code is 1 if a mistake was found that would stop a training, and 2 if the check could
     not run. Example: fastdistill check train.py:student teacher.pkl.
     """
-    from ... import fastai  # noqa: F401 (it gives Learner check_teacher)
+    from ... import fastai  # noqa: F401 (this import adds Learner.check_teacher)
 
     found = load_named_learner(student, data).check_teacher(
         load_teacher(teacher),

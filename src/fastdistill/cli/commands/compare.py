@@ -1,5 +1,5 @@
-"""`fastdistill compare`, `report` and `export`: measure what was gained, and export the student as a
-file.
+"""`fastdistill compare`, `report` and `export`: compare models, show reports, and export the
+student to a file.
 """
 
 import warnings
@@ -35,11 +35,12 @@ def compare_command(
     ] = None,
     headline: Annotated[str | None, typer.Option(help="The main measure, such as 'nll'.")] = None,
     seconds: Annotated[
-        float, typer.Option(help='Duration of each time measurement; 0 for none.')
+        float, typer.Option(help='Seconds for each time measurement; 0 to skip them.')
     ] = 0.5,
     title: Annotated[str, typer.Option(help='Title of the report.')] = '',
 ):
-    """Compare models on the same validation data, and show which differences are more than chance.
+    """Compare models on the same validation data, and show which differences are statistically
+    significant.
 
     Example: fastdistill compare teacher=t.pkl alone=a.pkl distilled=s.pkl --data train.py:dls --out
     runs/a.
@@ -83,7 +84,8 @@ def report_command(
     html: Annotated[Path | None, typer.Option(help='Write the page of a single report.')] = None,
     plot: Annotated[Path | None, typer.Option(help='Write a picture of all runs.')] = None,
 ):
-    """Show reports again: one in full, several as a table of all students, best first.
+    """Show saved reports. A single report is shown in full. Several reports are shown as a table of
+    all students, sorted by score.
 
     Example: fastdistill report runs/* --plot runs.png.
     """
@@ -122,8 +124,8 @@ def export_command(
         ),
     ] = False,
 ):
-    """Export a trained student to a file that needs neither fastai nor fastdistill, and check it
-    against the Learner.
+    """Export a trained student to a file that can be used without fastai and fastdistill, and
+    compare its outputs with those of the Learner.
 
     Example: fastdistill export runs/photos-resnet18 student.onnx --int8.
     """

@@ -24,8 +24,8 @@ def demo(
         Path | None, typer.Option(help='Folder of the data, for cifar10 and camvid.')
     ] = None,
 ):
-    """Train a large model, and small ones with and without it as their teacher, on real data. Print
-    a table and save a picture.
+    """Train a large model on real data, and small models with and without the large model as a
+    teacher. Print a table and save a picture.
     """
     from ..demo import run
 

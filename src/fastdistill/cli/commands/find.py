@@ -31,7 +31,7 @@ def find(
         int, typer.Option(help='Epochs of the training that the recipe is for.', min=1)
     ],
     data: DataOption = None,
-    minutes: Annotated[float, typer.Option(help='The search ends after this time.')] = 10,
+    minutes: Annotated[float, typer.Option(help='Time limit of the search.')] = 10,
     rates: Annotated[
         list[float] | None, typer.Option(help='A learning rate to try; may be given several times.')
     ] = None,
@@ -43,7 +43,8 @@ def find(
     live: Annotated[
         bool,
         typer.Option(
-            '--live', help='Run the teacher in each trial, and try recipes that compare layers too.'
+            '--live',
+            help='Run the teacher in each trial, and also try recipes that compare layers.',
         ),
     ] = False,
     fine_tune: Annotated[bool, typer.Option('--fine-tune', help='Train with fine_tune.')] = False,
@@ -52,18 +53,19 @@ def find(
         list[str] | None,
         typer.Option(
             callback=recipe_names,
-            help=f'{RecipeText}; instead of the usual ones. May be given several times.',
+            help=f'{RecipeText}; replaces the default candidates. May be given several times.',
         ),
     ] = None,
     plot: Annotated[Path | None, typer.Option(help='File for the plot.')] = None,
 ):
     """Try recipes and learning rates on short runs, repeat the best, and print a table.
 
-    Several processes with the same folder search together. After Ctrl-C the best so far is shown;
-    the same command with a folder resumes. The last line is a command that trains with the best.
-    Example: fastdistill find train.py:student teacher.pkl --n-epoch 5.
+    Several processes can search together if they use the same folder. After Ctrl-C, the best result
+    so far is shown. With a folder, the same command resumes the search. The last line of the output
+    is a command that trains with the best recipe. Example: fastdistill find train.py:student
+    teacher.pkl --n-epoch 5.
     """
-    from ... import fastai  # noqa: F401 (it gives Learner distill_find)
+    from ... import fastai  # noqa: F401 (this import adds Learner.distill_find)
 
     recipes = {text: load_recipe(text) for text in recipe or ()}
     try:
@@ -90,7 +92,7 @@ def find(
 
 
 def training_command(student, teacher, data, n_epoch, fine_tune, found):
-    """Return a shell command that trains with what was found."""
+    """Return a shell command that trains with the recipe and learning rate that were found."""
     labels_alone = found.winner.name == found.labels
     if (
         of_run(student)

@@ -1,4 +1,4 @@
-"`fastdistill methods`: list the losses and recipes, and show what is known about each."
+"`fastdistill methods`: list the losses and recipes, or show the details of one of them."
 
 from typing import Annotated
 
@@ -12,7 +12,8 @@ from ...base.errors import DistillError
 
 __all__ = ['methods_command']
 
-SECTIONS = 'Suggested values', 'When it helps'  # the headings of a card that have numbers
+# headings of the sections of a card that contain numbers
+SECTIONS = 'Suggested values', 'When it helps'
 
 
 def methods_command(
@@ -28,7 +29,8 @@ def methods_command(
         ),
     ] = None,
 ):
-    """List the losses and recipes, or show one with its parameters and the numbers of its card.
+    """List the losses and recipes, or show one method with its parameters and the numbers from its
+    card.
 
     Example: fastdistill methods kd.
     """
@@ -40,7 +42,7 @@ def methods_command(
     elif found := find_methods(' '.join(words), needs or []):
         list_methods(found, console)
     elif not needs:
-        method(' '.join(words))  # its error lists the closest names
+        method(' '.join(words))  # raises an error that lists similar names
     else:
         raise DistillError(
             f'No method needs {" and ".join(needs)} and has the words {" ".join(words)!r}.'
@@ -54,7 +56,7 @@ def plain_table():
 
 
 def list_methods(found, console):
-    """Print a list by family."""
+    """Print a list of methods, grouped by family."""
     for family in dict.fromkeys(m.family for m in found):
         table = plain_table()
         for m in found:

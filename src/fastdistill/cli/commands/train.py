@@ -28,18 +28,18 @@ def train_command(
         Text, option('Architecture: resnet18, vit_tiny_patch16_224, awd_lstm, tabular ...')
     ] = None,
     teacher_layers: Annotated[
-        Text, option("Layers of a teacher cnn, awd_lstm, embedding_bag or tabular: '64,32'.")
+        Text, option("Layer sizes of a cnn, awd_lstm, embedding_bag or tabular teacher: '64,32'.")
     ] = None,
-    student_layers: Annotated[Text, option('The same for the student.')] = None,
+    student_layers: Annotated[Text, option('Layer sizes of the student, in the same form.')] = None,
     teacher_weights: Annotated[
         Text, option("A .safetensors file with the teacher's weights.")
     ] = None,
     task: Annotated[
-        Text, option('images, masks, texts or table. (default: auto, read off the data)')
+        Text, option('images, masks, texts or table. (default: auto, inferred from the data)')
     ] = None,
     recipe: Annotated[Text, option("Such as 'kd(T=4, alpha=.9) + at()'. (default: auto)")] = None,
     epochs: Annotated[Number, option('Epochs of each training. (default: 10)')] = None,
-    teacher_epochs: Annotated[Number, option('Epochs of the teacher. (default: as many)')] = None,
+    teacher_epochs: Annotated[Number, option('Epochs of the teacher. (default: --epochs)')] = None,
     lr: Annotated[
         Text, option('Learning rate of the students. (default: auto, by lr_find)')
     ] = None,
@@ -55,10 +55,11 @@ def train_command(
         Flag, option('Whether the CSV begins with the names of its columns. (default: yes)')
     ] = None,
     valid: Annotated[
-        Text, option('Validation set: a fraction, a column that marks it, or a CSV. (default: 0.2)')
+        Text,
+        option('Validation set: a fraction, a column that marks it, or a CSV file. (default: 0.2)'),
     ] = None,
     ignore: Annotated[
-        Text, option('Class of masks that does not count. (default: the one named void)')
+        Text, option('Class of masks to ignore. (default: a class named void)')
     ] = None,
     size: Annotated[
         Text, option('Size of images: 224, or 72x96 (height, width). (default: auto)')
@@ -95,8 +96,8 @@ def train_command(
 ):
     """Train a student with a teacher, from files on disk, and show what was gained.
 
-    Trains the teacher (unless given), the student without the teacher, and the student with the
-    teacher. Then they are compared.
+    The command trains the teacher (unless it is given), the student without the teacher, and the
+    student with the teacher. Then it compares the models.
 
     
     Images, a folder for each class (or train/CLASS and valid/CLASS):
@@ -121,7 +122,8 @@ def train_command(
     given = {
         k: v for k, v in locals().items() if v is not None and k not in ('out', 'config', 'resume')
     }
-    # mistakes are shown before PyTorch is imported; of several processes, the first one shows them later
+    # report mistakes in the settings before PyTorch is imported; with several processes, only the
+    # first process reports them, later
     if os.environ.get('WORLD_SIZE', '1') == '1':
         settings_of(given, config, out, resume)
     from ...base.distributed import joined_processes

@@ -20,12 +20,12 @@ from .tasks import DemoTask, ToFloat, load_task
 
 __all__ = ['Results', 'run']
 
-# the ways in which the same small model is trained
+# ways to train the same small model
 WAYS = {ALONE: None, 'distilled': 'auto', 'soft labels only': soft_labels(T=4)}
 
 
 class Ticks(Callback):
-    """Call `tick` after each training batch."""
+    """Callback that calls `tick` after each training batch."""
 
     def __init__(self, tick):
         self.tick = tick
@@ -43,16 +43,16 @@ def run(
     quick: bool = False,
     console: Console | None = None,
 ) -> Results:
-    """Train a teacher, then small students without it and with it. Print a table, and save a picture
-    and the numbers.
+    """Train a teacher, then small students with and without the teacher. Print a table, and save a
+    picture and the numbers.
 
     Args:
         data: Name of a task in `fastdistill.cli.demo.tasks`.
-        root: Folder of the data. The digits need none.
-        seeds: Number of students of each kind.
+        root: Folder of the data. Not needed for the digits.
+        seeds: Number of students to train in each way.
         out: Folder for the picture and the numbers.
-        quick: Train only a few steps with one seed, to see that it runs.
-        console: Where to print. None for the terminal.
+        quick: If True, train only a few steps with one seed, to test that everything works.
+        console: Console to print to. None for the terminal.
     """
     if seeds < 1:
         raise DistillError(
@@ -79,7 +79,7 @@ def run(
 
 
 def train_all(task, seeds, bar):
-    """Train the teacher, and the students in each way. Return both."""
+    """Train the teacher, and students in each way. Return (teacher, {way: students})."""
     row = lambda name, total: partial(bar.advance, bar.add_task(name, total=total))
     of_teacher, of_student = zip(task.epochs, task.lr, task.augment)
     teacher = train(task, task.teacher, *of_teacher, 0, row('teacher', task.steps[0]))
@@ -96,13 +96,13 @@ def train_all(task, seeds, bar):
 def train(
     task: DemoTask, model, n_epoch, lr, augment, seed, tick, teacher=None, recipe=None
 ) -> Trained:
-    """Train a new model, alone or with a teacher. With the same seed, all ways start from the same
-    weights and see the same batches.
+    """Train a new model with or without a teacher. With the same seed, all students start from the
+    same weights and get the same batches.
     """
     set_seed(seed)
     learn = Learner(task.dls(augment), model(), loss_func=task.loss(), cbs=Ticks(tick))
     with learn.no_bar(), learn.no_logging(), warnings.catch_warnings():
-        # a rising task loss shows in the table, as the student's score
+        # hide warnings about a rising task loss, because the table shows the student's score
         warnings.simplefilter('ignore', DistillWarning)
         cb = (
             learn.distill(teacher, n_epoch, lr, recipe, check=False)
@@ -114,11 +114,10 @@ def train(
 
 
 def latency(task: DemoTask, seconds, batches=(1, 64), **models):
-    """Measure the median milliseconds of one forward pass for each model and batch size, on one
-    device in one process.
+    """Measure the median time of a forward pass in milliseconds, for each model and batch size.
 
     Args:
-        seconds: Duration of each measurement.
+        seconds: Duration of each measurement in seconds.
         batches: Batch sizes.
         **models: Models by name.
     """
@@ -147,7 +146,9 @@ def time_of(model, x, seconds):
 
 @contextmanager
 def threads(n):
-    """Context with at most `n` threads: on two cores, small models are faster with one."""
+    """Context manager that limits PyTorch to `n` threads. On two cores, small models are faster
+    with one thread.
+    """
     before = torch.get_num_threads()
     torch.set_num_threads(n or before)
     try:

@@ -1,5 +1,5 @@
-"""The picture of the demo: the score of each student, and the test images on which distillation
-helps most.
+"""Draw the picture of the demo, with the score of each student and the test images on which
+distillation helps most.
 """
 
 import torch
@@ -33,8 +33,8 @@ def title(fig, text):
 
 
 def draw_scores(fig, r):
-    """Draw a dot for each student, a line through the dots of one seed, a bar at each mean, and the
-    teacher's score.
+    """Draw a dot for each student, a line through the dots with the same seed, a bar at each mean,
+    and a line at the teacher's score.
     """
     title(fig, f'{r.data}\n{r.params["student"]:,} parameters learn from {r.params["teacher"]:,}')
     ax, ways = fig.subplots(), list(r.scores)
@@ -69,7 +69,7 @@ def draw_scores(fig, r):
 
 def draw_items(fig, task, teacher, students, n=4):
     """Draw test images that distilled students classify correctly more often than students trained
-    alone, with the teacher's soft labels.
+    alone. Next to each image, draw the teacher's soft labels.
     """
     title(fig, 'Where teaching helps most\n')
     y, x = task.test[1], task.test[0]
@@ -78,9 +78,9 @@ def draw_items(fig, task, teacher, students, n=4):
     }
     gain = sum(v for k, v in right.items() if k != ALONE) - (len(right) - 1) * right[ALONE]
     soft = F.softmax(teacher.out / T, 1)
-    # ties: first the images whose second class is most probable for the teacher
+    # in case of ties, prefer images whose second most likely class has a high teacher probability
     order = (gain + soft.topk(2).values[:, 1]).where(teacher.out.argmax(1) == y, -torch.inf)
-    # one image of each class
+    # select one image per class
     best = torch.stack([order.where(y == c, -torch.inf).max(0).indices for c in y.unique()])
     best = best[order[best].topk(min(n, len(best))).indices]
     axs = fig.subplots(n, 3, width_ratios=(1, 1.9, 1.5))
@@ -130,7 +130,9 @@ def predicted_class(students, i, task):
 
 
 def draw_scenes(fig, task, teacher, students):
-    """Draw the test image on which distilled students gain most: its labels and all predictions."""
+    """Draw the test image on which distilled students gain most over the student alone, with its
+    labels and all predictions.
+    """
     title(fig, 'Where teaching helps most\n')
     x, y = task.test
     right = lambda out: ((out.argmax(1) == y) & (y != task.ignore_index)).double().mean((1, 2))

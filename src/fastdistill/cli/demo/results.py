@@ -1,4 +1,4 @@
-"The results of the demo, as text and numbers."
+"Results of the demo, as text and numbers."
 
 import json
 import os
@@ -25,7 +25,7 @@ class Trained:
     Attributes:
         out: Logits for the test set.
         score: Score on the test set after the last epoch.
-        recipe: The recipe that `auto` chose. Empty if it was not asked.
+        recipe: The recipe that `auto` chose. Empty if the recipe was not chosen by `auto`.
     """
 
     learn: Learner
@@ -40,12 +40,12 @@ class Trained:
 
 @dataclass
 class Results:
-    """All numbers of one run of the demo.
+    """All results of one run of the demo.
 
     Attributes:
         unit: Name of the score.
-        n: Number of training and test items.
-        steps: Training steps of the teacher and of each student.
+        n: (number of training samples, number of test samples).
+        steps: (training steps of the teacher, training steps of each student).
         teacher: Score of the teacher.
         scores: {way: [score for each seed]}.
         params: {'teacher' or 'student': number of parameters}.
@@ -91,18 +91,18 @@ class Results:
         return len(self.scores[ALONE])
 
     def gain(self, way):
-        """Return the mean score minus that of the student alone."""
+        """Return the mean score minus the mean score of the students trained alone."""
         return mean(self.scores[way]) - mean(self.scores[ALONE])
 
     def recovered(self, way):
-        """Return the gain as a fraction of the teacher's lead over the student alone. None if there
-        is no lead.
+        """Return the gain as a fraction of the teacher's lead over the students trained alone.
+        Return None if the teacher has no lead.
         """
         lead = self.teacher - mean(self.scores[ALONE])
         return self.gain(way) / lead if lead > 0 else None
 
     def better(self, way):
-        """Return the number of seeds for which it is better than the student alone."""
+        """Return the number of seeds with a higher score than the student trained alone."""
         return sum(a > b for a, b in zip(self.scores[way], self.scores[ALONE]))
 
     def save(self, path):
@@ -119,7 +119,7 @@ def n_params(model):
 
 
 def machine():
-    """Return the machine and the versions that the numbers come from."""
+    """Describe the machine and the versions of the packages."""
     return dict(
         device=str(default_device()),
         cpu=platform.processor() or platform.machine(),
@@ -145,7 +145,7 @@ def percent(xs):
 
 
 def results_table(r: Results):
-    """Build a table with a row for each model."""
+    """Build a table with one row per model."""
     t = Table('', box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     t.columns[0].no_wrap = True
     columns = (
@@ -168,7 +168,7 @@ def results_table(r: Results):
 
 
 def closing(r: Results, picture, numbers):
-    """Return the last lines: the gains, the files, and what to do next."""
+    """Return the last lines of the output, with the gains, the files written, and what to do next."""
     over = f'mean ± standard deviation over {r.seeds} seeds' if r.seeds > 1 else 'one seed'
     chosen = '\n'.join(f'{way}: {recipe}' for way, recipe in r.recipes.items())
     gains = ', '.join(f'{way} {100 * r.gain(way):+.1f}' for way in r.scores if way != ALONE)

@@ -1,4 +1,4 @@
-"The tasks of the demo: data, a large and a small model, and how they are trained."
+"Tasks of the demo, each with data, a large and a small model, and training settings."
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -20,24 +20,24 @@ __all__ = ['TASKS', 'DemoTask', 'ToFloat', 'load_task', 'to_rgb']
 
 @dataclass
 class DemoTask:
-    """Data, both models, and how they are trained.
+    """Data, a teacher and a student architecture, and training settings.
 
     Attributes:
         title: Name of the data.
         classes: Names of the classes.
         train: Training set: x (N, C, H, W) and y.
         test: Test set, in the same form.
-        teacher: fn() -> a new model.
-        student: fn() -> a new model.
-        epochs: Epochs of the teacher and of a student.
-        lr: Learning rates of the teacher and of a student.
+        teacher: fn() -> new model.
+        student: fn() -> new model.
+        epochs: (epochs of the teacher, epochs of a student).
+        lr: (learning rate of the teacher, learning rate of a student).
         bs: Batch size.
-        score: fn(outputs (N, C, ...), y) -> a number from 0 to 1.
+        score: fn(outputs (N, C, ...), y) -> score from 0 to 1.
         unit: Name of the score.
         axis: Class axis.
-        ignore_index: Label that is not a class.
-        augment: For the teacher and for a student: fn(x, y) of a training batch -> the augmented
-            (x, y). None for no augmentation.
+        ignore_index: Label that the loss ignores.
+        augment: (augmentation for the teacher, augmentation for a student). Each is fn(x, y) ->
+            augmented (x, y) for a training batch, or None for no augmentation.
         threads: Maximum number of threads. None for PyTorch's default.
     """
 
@@ -58,10 +58,10 @@ class DemoTask:
     threads: int | None = None
 
     def dls(self, augment=None):
-        """Build DataLoaders of data in memory."""
+        """Build DataLoaders from the data in memory."""
         tfms = [ToFloat(), *([Augment(augment)] if augment else [])]
         train, test = TensorDataset(*self.train), TensorDataset(*self.test)
-        train.split_idx, test.split_idx = 0, 1  # fastai's transforms read it
+        train.split_idx, test.split_idx = 0, 1  # fastai's transforms use split_idx
         return DataLoaders.from_dsets(train, test, bs=self.bs, num_workers=0, after_batch=tfms)
 
     def loss(self):
@@ -69,11 +69,11 @@ class DemoTask:
 
     @property
     def steps(self):
-        """Training steps of the teacher and of a student."""
+        """(training steps of the teacher, training steps of a student)."""
         return tuple(e * (len(self.train[0]) // self.bs) for e in self.epochs)
 
     def quick(self):
-        """Return a task so short that it only shows that everything works."""
+        """Return a shortened copy of the task for testing that everything works."""
         cut = lambda xy, n: tuple(
             o[torch.linspace(0, len(o) - 1, min(n, len(o))).long()] for o in xy
         )
@@ -83,7 +83,7 @@ class DemoTask:
 
 
 class ToFloat(ItemTransform):
-    """Transform of bytes to floats around 0. Other inputs are unchanged."""
+    """Transform that converts bytes to floats around 0. Other inputs are not changed."""
 
     def encodes(self, b):
         return (b[0].float() / 64 - 2 if b[0].dtype == torch.uint8 else b[0], *b[1:])
@@ -113,7 +113,8 @@ def accuracy(out: Tensor, y: Tensor):
 
 
 def mean_iou(out: Tensor, y: Tensor):
-    """Compute the intersection over union of all pixels, averaged over the classes that occur.
+    """Compute the intersection over union over all pixels, averaged over the classes that occur in
+    `y`.
 
     Args:
         out: (N, C, H, W).
@@ -153,7 +154,7 @@ LAYOUTS = dict(
 
 
 def existing_folder(*parts):
-    """Return the path of a folder. Raise a DistillError if there is none."""
+    """Return the path of a folder. Raise a DistillError if the folder does not exist."""
     if not (p := Path(*parts)).is_dir():
         raise DistillError(
             f'No folder {p}. A root holds: {"; ".join(f"{k}: {v}" for k, v in LAYOUTS.items())}.'
@@ -162,7 +163,7 @@ def existing_folder(*parts):
 
 
 def rgb(file, size=None):
-    """Read an image as bytes, (3, H, W), resized to `size` (width, height)."""
+    """Read an image as a uint8 tensor (3, H, W), resized to `size` (width, height) if given."""
     im = Image.open(file).convert('RGB')
     return torch.from_numpy(
         np.array(im.resize(size, Image.Resampling.BILINEAR) if size else im)
@@ -183,7 +184,7 @@ def digits():
 
     d = load_digits()
     x, y = torch.tensor(d.images, dtype=torch.float32)[:, None] / 16, torch.tensor(d.target)
-    # the file is sorted by writer, so the writers of the test set are not in the training set
+    # the samples are sorted by writer, so the test set has different writers than the training set
     return DemoTask(
         "scikit-learn's handwritten digits",
         [str(i) for i in range(10)],
@@ -242,7 +243,9 @@ def cifar10(root):
 
 
 def by_class(path, classes, size):
-    """Read all images under `path` as bytes (N, 3, size, size), with the class number of each."""
+    """Read all images under `path` as a uint8 tensor (N, 3, size, size), and return it with the
+    class index of each image.
+    """
     xs = [torch.cat([tiles(rgb(f), size) for f in class_files(path, c)]) for c in classes]
     return torch.cat(xs), torch.arange(len(xs)).repeat_interleave(
         torch.tensor([len(x) for x in xs])
@@ -250,7 +253,7 @@ def by_class(path, classes, size):
 
 
 def class_files(path, c):
-    """Return the files of class `c`."""
+    """Return the image files of class `c`."""
     files = sorted((path / c).iterdir()) if (path / c).is_dir() else sorted(path.glob(c + '.*'))
     if not files:
         raise DistillError(f'No pictures of {c!r} in {path}. It must hold {LAYOUTS["cifar10"]}.')
@@ -265,7 +268,7 @@ def tiles(x, size):
 
 
 def flip_and_shift(x, y):
-    """Mirror each image with probability 0.5, and shift all of them by up to 4 pixels."""
+    """Mirror each image with probability 0.5, and shift all images of the batch by up to 4 pixels."""
     return shift(
         torch.where(torch.rand(len(x), 1, 1, 1, device=x.device) < 0.5, x, x.flip(3)), y, by=4
     )

@@ -1,4 +1,4 @@
-"Build Learners for given data from names of architectures."
+"Build Learners from the names of architectures."
 
 import re
 from functools import partial
@@ -23,14 +23,14 @@ __all__ = ['check_arch', 'learner_of']
 
 IGNORED = 'void', 'ignore', 'unlabeled', 'unlabelled'
 FASTAI_ARCHS = [n for n in xresnet.__all__ if re.fullmatch(r'xresnet\d+', n)]
-# task -> architectures whose layers can be chosen, with an example of them
+# {task: {architecture with configurable layers: example of layer sizes}}
 LAYERED = dict(
     images=dict(cnn='16,32,64'),
     masks={},
     texts=dict(awd_lstm='100,200,200', embedding_bag='64,32'),
     table=dict(tabular='200,100'),
 )
-# of these, the ones that have layers by default: those of fastai
+# architectures in LAYERED that have default layers in fastai
 HAVE_DEFAULTS = 'awd_lstm', 'tabular'
 ARCHS_IN_WORDS = dict(
     images='a name of torchvision (resnet18, mobilenet_v3_small), timm (resnet10t, '
@@ -42,10 +42,11 @@ ARCHS_IN_WORDS = dict(
 
 
 def check_arch(arch: Arch, task: str):
-    """Raise a DistillError if there is no such architecture for the task, or it has no such layers.
+    """Raise a DistillError if the architecture does not exist for the task, or can't have these
+    layers.
 
     Args:
-        arch: Its name and layers.
+        arch: Name and layer sizes of the architecture.
         task: One of TRAIN_TASKS.
     """
     name, layers = arch.name, arch.layers
@@ -73,7 +74,9 @@ def check_arch(arch: Arch, task: str):
 
 
 def is_awd_lstm(layers):
-    """Return True for an embedding and equal hidden layers."""
+    """Return True if these layer sizes are valid for an AWD-LSTM, i.e. an embedding size and equal
+    hidden sizes.
+    """
     return 2 <= len(layers) <= 17 and len(set(layers[1:])) == 1
 
 
@@ -86,14 +89,16 @@ def is_timm(arch):
 
 
 def own_names(task):
-    """Return the names of torchvision's and fastai's architectures for images or masks. Empty for
-    other tasks.
+    """Return the names of torchvision's and fastai's architectures for images or masks. The list is
+    empty for other tasks.
     """
     return [*list_models(module=models), *FASTAI_ARCHS] if task in ('images', 'masks') else []
 
 
 def vision_names(task):
-    """Return the names of all architectures for images or masks. Empty for other tasks."""
+    """Return the names of all architectures for images or masks, including those of timm. The list
+    is empty for other tasks.
+    """
     names = own_names(task)
     if task != 'images':
         return names
@@ -105,11 +110,11 @@ def vision_names(task):
 
 
 def learner_of(arch: Arch, dls, s, config, pretrained: bool = False) -> Learner:
-    """Build a Learner with a new model, initialized with PyTorch's random generator.
+    """Build a Learner with a new model. Random weights are drawn from PyTorch's global generator.
 
     Args:
-        arch: An architecture, with its layers if they can be chosen.
-        s: The Samples behind `dls`.
+        arch: An architecture, with the sizes of its layers if they are configurable.
+        s: The `Samples` from which `dls` was built.
         config: A TrainConfig.
     """
     check_arch(arch, s.task)
@@ -121,7 +126,8 @@ def learner_of(arch: Arch, dls, s, config, pretrained: bool = False) -> Learner:
         return make(arch.name, arch.layers, dls, s, config, pretrained, **options)
     except DistillError:
         raise
-    # subtle: an architecture may fail in any way for this image size, and so may a download
+    # subtle: catch all errors, because an architecture may fail in any way for this image size, and
+    # so may a download
     except Exception as e:
         reason = ' '.join(f'{type(e).__name__}: {e}'.split())[:300]
         hint = (
@@ -143,7 +149,7 @@ def metrics_of_task(s, config):
 
 
 def ignored_class(s, config):
-    """Return the number of the class of masks that does not count. None if there is none."""
+    """Return the index of the class in masks to ignore. Return None if no class is ignored."""
     if config.ignore:
         if config.ignore not in s.classes:
             raise DistillError(
@@ -165,7 +171,9 @@ def image_learner(name, layers, dls, s, config, pretrained, **options):
 
 
 def runs(learn, s):
-    """Return the Learner if its model takes images of this size. All layers are trained."""
+    """Unfreeze all layers, run the model once to check that it accepts this image size, and return
+    the Learner.
+    """
     learn.unfreeze()
     with torch.no_grad():
         learn.model.eval()(torch.zeros(1, 3, *s.size))
@@ -174,7 +182,9 @@ def runs(learn, s):
 
 
 def vision_arch(name):
-    """Return a function of torchvision or fastai, or a name of timm."""
+    """Return the function that builds a model of torchvision or fastai. Return the name of a timm
+    model unchanged.
+    """
     if name in FASTAI_ARCHS:
         return getattr(xresnet, name)
     return getattr(models, name) if name in models.list_models(module=models) else name

@@ -1,4 +1,4 @@
-"The settings of a run, from flags or from a TOML file, which repeats the run."
+"Settings of a run, which can be given as flags or read from a TOML file."
 
 import json
 import math
@@ -22,18 +22,20 @@ __all__ = [
 
 TRAIN_TASKS = 'images', 'masks', 'texts', 'table'
 AUGMENTATIONS = 'flip', 'full', 'none'
-WIDEST = 65536  # units of a layer
+WIDEST = 65536  # maximum size of a layer
 FILES = '.pkl', '.joblib', '.pt', '.pth', '.pt2', '.onnx', '.safetensors'
-LOGGERS = 'csv', 'tensorboard'  # history.csv is always written
+LOGGERS = 'csv', 'tensorboard'  # in addition to history.csv, which is always written
 
 
 @dataclass(frozen=True)
 class Arch:
-    """An architecture: its name, and the sizes of its layers, or None for the usual ones."""
+    """An architecture, given by its name and the sizes of its layers. The default sizes are used if
+    `layers` is None.
+    """
 
     name: str
     layers: list[int] | None = None
-    option: str = 'student_layers'  # option that has the layers, for messages
+    option: str = 'student_layers'  # name of the option with the sizes of the layers, for messages
 
     @property
     def layers_in_words(self):
@@ -45,37 +47,40 @@ class Arch:
 
 @dataclass
 class TrainConfig:
-    """Settings of a training: what is trained, on what, and how. The command has a flag for each.
+    """Settings of `fastdistill train`. The command has a flag for each setting.
 
     Attributes:
         data: A folder or a CSV file.
-        teacher: An architecture that is trained first, a file that `Teacher` takes, such as an
-            exported Learner, or the folder of a finished run, whose student is the teacher.
+        teacher: An architecture, which is trained first, or a file that `Teacher` accepts, such as
+            an exported Learner. The folder of a finished run is also allowed. The student of that
+            run then becomes the teacher.
         student: An architecture.
-        teacher_layers: Sizes of the teacher's layers, such as '64,32', if the architecture lets you
-            choose them. Empty for the usual ones.
-        student_layers: The same for the student.
-        teacher_weights: Safetensors file for the teacher's architecture. Empty to train the
-            teacher.
+        teacher_layers: Sizes of the teacher's layers, such as '64,32', for architectures with
+            configurable layers. Empty for the default sizes.
+        student_layers: Sizes of the student's layers, in the same form.
+        teacher_weights: Safetensors file with weights for the teacher's architecture. Empty to
+            train the teacher.
         task: One of TRAIN_TASKS.
-        recipe: Recipe as in `recipe_from_text`.
-        teacher_epochs: Epochs of the teacher. 0 for `epochs`.
-        lr: Learning rate of the students, or 'auto' for `lr_find`.
-        x: Column of the input, or columns of a table separated by commas.
-        y: Column of the label.
-        delimiter: Delimiter between the labels of an item. Empty if each item has one label.
-        header: True if the first line of the CSV has the names of the columns.
-        valid: Fraction of the validation set, a column that marks its rows, or a path.
-        ignore: Class of masks that does not count. Empty for one named void, ignore or unlabeled.
-        size: Size of images, '224' or '72x96' (height and width).
+        recipe: Recipe as text (see `recipe_from_text`).
+        teacher_epochs: Number of epochs for the teacher. 0 to use `epochs`.
+        lr: Learning rate of the students, or 'auto' to use `lr_find`.
+        x: Name of the input column. For a table, names of the input columns, separated by commas.
+        y: Name of the label column.
+        delimiter: Delimiter between the labels of a sample. Empty if each sample has one label.
+        header: True if the first line of the CSV file contains the column names.
+        valid: Fraction of the data for the validation set, a column that marks the validation rows,
+            or the path of a CSV file with the validation set.
+        ignore: Class in masks that losses and metrics ignore. Empty to ignore a class named void,
+            ignore or unlabeled, if there is one.
+        size: Size of images, such as '224' or '72x96' (height and width).
         augment: One of AUGMENTATIONS.
-        batch_size: Batch size. 0 to choose it by the task.
-        pretrained: Whether to start with published weights.
-        baseline: Whether to train the student without the teacher too.
-        check: Whether to check the teacher for mistakes first.
-        onnx: Whether to write the student as ONNX too, if it can be exported.
+        batch_size: Batch size. 0 for the default of the task.
+        pretrained: If True, start from published pretrained weights.
+        baseline: If True, also train the student without the teacher.
+        check: If True, check the teacher for mistakes before the training.
+        onnx: If True, also export the student as ONNX, if that is possible.
         workers: Number of processes that load data.
-        log: LOGGERS, separated by commas.
+        log: Names from LOGGERS, separated by commas.
     """
 
     data: str
@@ -131,7 +136,7 @@ class TrainConfig:
         self.arch('student')
 
     def arch(self, role: str) -> Arch:
-        """Return an architecture with its layers.
+        """Return the architecture of the teacher or the student, with the sizes of its layers.
 
         Args:
             role: 'teacher' or 'student'.
@@ -170,11 +175,11 @@ class TrainConfig:
 
     @property
     def teacher_file(self):
-        "True if the teacher is a file, not an architecture."
+        "True if the teacher is a file instead of an architecture."
         return Path(self.teacher).suffix in FILES or os.sep in self.teacher
 
     def check_files(self):
-        """Check that the files named in the settings exist."""
+        """Check that all files named in the settings exist."""
         check_data_path(self.data)
         if Path(self.student).suffix in FILES or '.py:' in self.student:
             raise DistillError(
@@ -201,7 +206,9 @@ class TrainConfig:
             )
 
     def absolute(self):
-        """Return the settings with absolute paths, so that they can be used in any folder."""
+        """Return the settings with absolute paths, so that they do not depend on the current
+        folder.
+        """
         c = replace(self, teacher=exported_student(self.teacher))
         given = dict(
             data=True,
@@ -214,7 +221,7 @@ class TrainConfig:
         )
 
     def parts_of_size(self):
-        """Return (height, width). None to read it from the images."""
+        """Return (height, width). Return None if the size should be determined from the images."""
         if self.size == 'auto':
             return None
         h, _, w = self.size.partition('x')
@@ -236,7 +243,8 @@ def check_data_path(path):
 
 
 def exported_student(path: str) -> str:
-    """Return the exported student if this is the folder of a run. Return any other path unchanged.
+    """If `path` is the folder of a run, return the path of the exported student. Return any other
+    path unchanged.
 
     Args:
         path: Path of a model.
@@ -253,11 +261,14 @@ def exported_student(path: str) -> str:
 
 
 def checked_type(name, v, of):
-    """Return a value that has the type of its field. A whole number is also a float."""
+    """Return the value of a setting. Raise a DistillError if the value does not have the type of
+    its field. An int is valid for a float.
+    """
     if not isinstance(of, type) and isinstance(v, int | float | str) and not isinstance(v, bool):
         return v
     if isinstance(v, str) and of is str:
-        # subtle: a command line may hold bytes that are not UTF-8, and a file null bytes, which no path can have
+        # subtle: a command line may contain bytes that are not UTF-8, and a file may contain null
+        # bytes, which are not allowed in paths
         try:
             v.encode()
         except UnicodeEncodeError:
@@ -273,7 +284,7 @@ def checked_type(name, v, of):
 
 
 def read_config(path) -> dict:
-    """Read settings.
+    """Read settings from a TOML file.
 
     Args:
         path: Path of a TOML file.
@@ -305,12 +316,12 @@ def read_config(path) -> dict:
 
 
 def write_config(config: TrainConfig, path):
-    """Write settings as TOML."""
+    """Write settings to a TOML file."""
     lines = ['# repeats this run: fastdistill train --config FILE']
     lines += [f'{k} = {toml_value(v)}' for k, v in asdict(config).items()]
     write_atomically(path, '\n'.join(lines) + '\n')
 
 
 def toml_value(v):
-    # subtle: JSON's escapes are TOML's, but for one character that JSON does not escape
+    # subtle: JSON escapes strings as TOML does, except for one character
     return json.dumps(v, ensure_ascii=False).replace('\x7f', '\\u007f')

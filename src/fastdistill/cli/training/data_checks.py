@@ -1,4 +1,4 @@
-"Check the samples before anything is trained: labels, the validation set, every file."
+"Check the samples before the training: the labels, the validation set and every file."
 
 import io
 import os
@@ -14,15 +14,16 @@ from .data_fingerprint import NAMED
 
 __all__ = ['checked_samples']
 
-MANY_NUMBERS = 50  # more different whole numbers than this are quantities, not classes
+# a label column with more distinct integers is treated as numbers instead of classes
+MANY_NUMBERS = 50
 
 
 def checked_samples(s, config):
-    """Return the samples with their classes and validation set. Raise a DistillError if something
-    is wrong with them.
+    """Check the samples, and determine their classes and validation set. Raise a DistillError if a
+    check fails.
 
     Args:
-        s: As `read_samples` returns them.
+        s: Samples returned by `read_samples`.
         config: A TrainConfig.
     """
     if s.task != 'masks':
@@ -45,7 +46,7 @@ def checked_samples(s, config):
 
 
 def with_target(s, config):
-    """Determine what is predicted: one class, several labels, or a number."""
+    """Determine whether one class, several labels or a number is predicted."""
     y = s.frame[s.y]
     if s.delimiter:
         y = y.fillna('')
@@ -79,8 +80,8 @@ def with_target(s, config):
 
 
 def validation_rows(s, config):
-    """Return which rows are the validation set: as given by the data, or a fraction of each class.
-    Rows of the same image are in the same set.
+    """Return a mask of the validation rows. The validation set is defined by the data, or is a
+    random fraction of each class. All rows with the same image are in the same set.
     """
     files = image_identities(s)
     if s.valid is not None:
@@ -103,7 +104,7 @@ def validation_rows(s, config):
             f'file, or a column that marks the rows. It has {columns}'
         )
     order, rows = np.random.default_rng(config.seed).permutation(len(s)), np.zeros(len(s), bool)
-    order = order[~files.duplicated()[order]]  # one row for each file
+    order = order[~files.duplicated()[order]]  # keep only one row per file
     groups = (
         s.frame[s.y].to_numpy()[order]
         if s.task != 'masks' and s.target == 'classes'
@@ -116,8 +117,8 @@ def validation_rows(s, config):
 
 
 def image_identities(s):
-    """Return what must not be in both sets: the file of each image; otherwise, the number of each
-    row.
+    """Return an identifier for each row. Rows with the same identifier must be in the same set. The
+    identifier is the file of an image, or the row number for other tasks.
     """
     if s.task != 'images':
         return pd.Series(range(len(s)))
@@ -126,7 +127,7 @@ def image_identities(s):
 
 
 def check_both_sets(s):
-    """Check that each class is in both sets."""
+    """Check that each class occurs in both the training and the validation set."""
     split = (lambda v: v.split(s.delimiter)) if s.delimiter else (lambda v: [v])
     train, valid = (
         {o for v in s.frame[s.y][rows] for o in split(v) if o} for rows in (~s.valid, s.valid)
@@ -146,7 +147,7 @@ def check_both_sets(s):
 
 
 def with_paths(s):
-    """Make file names in a CSV relative to its folder."""
+    """Prepend the folder of the CSV file to the file names in the table."""
     if s.task == 'masks' or isinstance(s.frame[s.x[0]].iloc[0], bytes):
         return s
     return replace(
@@ -156,7 +157,7 @@ def with_paths(s):
 
 
 def checked_files(s, config):
-    """Open every image, and read every mask, one after the other."""
+    """Open every image and read every mask, to check that the files are not damaged."""
     sizes, values, bad = set(), set(), []
     masks = s.frame[s.y] if s.task == 'masks' else [None] * len(s)
     with shown_bar(True, len(s), 'check files') as tick:
@@ -169,7 +170,8 @@ def checked_files(s, config):
                 sizes.add(size)
             except DistillError:
                 raise
-            # subtle: Pillow's plugins raise many kinds of errors for damaged files
+            # subtle: catch all errors, because Pillow's plugins raise many kinds of errors for
+            # damaged files
             except Exception as e:
                 bad.append((x, f'{type(e).__name__}: {e}'))
     if bad:
@@ -185,7 +187,7 @@ def checked_files(s, config):
 
 
 def size_of_file(x):
-    """Return (height, width) of an image, after checking that its file is complete and undamaged."""
+    """Return the (height, width) of an image. Raise an error if the file is incomplete or damaged."""
     from PIL import Image
 
     opened = lambda: Image.open(io.BytesIO(x) if isinstance(x, bytes) else x)
@@ -193,13 +195,14 @@ def size_of_file(x):
         im.verify()
     with opened() as im:
         size = im.size[::-1]
-        im.draft(im.mode, (1, 1))  # a JPEG is read to its end, but decoded at an eighth of its size
+        # read the complete JPEG file, but decode it at one eighth of its size for speed
+        im.draft(im.mode, (1, 1))
         im.load()
     return size
 
 
 def mask_values(path, size, image):
-    """Return the class numbers in a mask."""
+    """Return the set of class indices in a mask."""
     from PIL import Image
 
     with Image.open(path) as im:
@@ -208,7 +211,7 @@ def mask_values(path, size, image):
                 f'{path} has {len(im.getbands())} channels. A mask has one: the class number of each '
                 'pixel.'
             )
-        y = np.asarray(im.convert('L'))  # as fastai reads it
+        y = np.asarray(im.convert('L'))  # fastai reads masks in the same way
     if y.shape != size:
         raise DistillError(f'{path} has the size {y.shape}, but {image} has {size}.')
     return set(np.unique(y).tolist())
@@ -236,8 +239,8 @@ def mask_classes(s, values):
 
 
 def natural_size(sizes, task):
-    """Return the images' size if it is the same for all and small. Otherwise return 224, or, for
-    masks, 256 for the longer side.
+    """Return the size of the images if all have the same size of at most 256 pixels. Otherwise,
+    return 224 x 224 for images, and a size of 256 for the longer side for masks.
     """
     h, w = next(iter(sizes)) if len(sizes) == 1 else (256, 256)
     if len(sizes) == 1 and max(h, w) <= 256:
@@ -248,8 +251,8 @@ def natural_size(sizes, task):
 
 
 def checked_columns(s):
-    """Check a table's columns: none may be empty, and columns with gaps must have gaps in the
-    training set.
+    """Check the columns of a table. Raise a DistillError for empty columns and infinite numbers.
+    Fill missing values in columns where only the validation set has them.
     """
     frame = s.frame[[*s.x, s.y]].copy()
     if empty := [c for c in s.x if frame[c][~s.valid].isna().all()]:
@@ -260,7 +263,8 @@ def checked_columns(s):
         if not pd.api.types.is_numeric_dtype(frame[c]):
             continue
         gaps = frame[c].isna()
-        # subtle: fastai's FillMissing fails for a column with gaps only in the validation set
+        # subtle: fastai's FillMissing fails for a column with missing values only in the validation
+        # set
         if gaps.any() and not gaps[~s.valid].any():
             frame[c] = frame[c].fillna(frame[c][~s.valid].median())
         if np.isinf(frame[c]).any():

@@ -1,5 +1,5 @@
-"""Read samples from disk as a table: images in folders, images with masks, CSV files and datasets
-of Hugging Face.
+"""Read samples from disk as a table. The data can be images in folders, images with masks, CSV
+files or Hugging Face datasets.
 """
 
 import os
@@ -27,18 +27,19 @@ CSV = '.csv', '.tsv', '.txt'
 
 @dataclass
 class Samples:
-    """A table with a row for each sample.
+    """A table with one row per sample.
 
     Attributes:
         task: 'images', 'masks', 'texts' or 'table'.
-        x: Columns of the inputs.
-        y: Column of the labels, or of the paths of masks.
-        valid: True where a sample is in the validation set. None if that is not decided yet.
+        x: Names of the input columns.
+        y: Name of the column with labels or with the paths of masks.
+        valid: True for samples in the validation set. None if the validation set is not chosen yet.
         folder: Folder to which paths in the table are relative.
-        delimiter: Delimiter between the labels of a sample. Empty if each has one label.
-        target: What is predicted: 'classes', 'labels' or 'numbers'.
+        delimiter: Delimiter between the labels of a sample. Empty if each sample has one label.
+        target: What is predicted: 'classes' (one per sample), 'labels' (several per sample) or
+            'numbers'.
         classes: Names of the classes, in the order of the outputs.
-        size: (height, width) of the images, if all are equal.
+        size: (height, width) to which images are resized. None if the samples are not images.
     """
 
     task: str
@@ -57,7 +58,7 @@ class Samples:
 
 
 def read_samples(config) -> Samples:
-    """Read the samples at `config.data`, before anything is checked.
+    """Read the samples at `config.data` without checking their content.
 
     Args:
         config: A TrainConfig.
@@ -92,7 +93,7 @@ DATA_FORMS = dict(
 
 
 def split_folders(path):
-    """Return the folders of the training and the validation set. None if there are none."""
+    """Return (training folder, validation folder), or None unless both exist."""
     inside = {p.name.lower(): p for p in path.iterdir() if p.is_dir()}
     train, valid = (
         next((inside[n] for n in names if n in inside), None) for names in (TRAIN, VALID)
@@ -101,11 +102,11 @@ def split_folders(path):
 
 
 def image_files(folder):
-    """Return the images below a folder. Links to other folders are followed."""
+    """Return all images in a folder and its subfolders. Symbolic links to folders are followed."""
     files, above = [], {str(folder): [os.path.realpath(folder)]}
     for parent, folders, names in os.walk(folder, followlinks=True):
         inside = {n: os.path.join(parent, n) for n in folders if not n.startswith('.')}
-        # subtle: a link to a folder that leads back here would be followed again and again
+        # subtle: do not follow a link that leads back to a parent folder, which would never end
         folders[:] = [n for n, p in inside.items() if not leads_back(p, above[parent])]
         above |= {inside[n]: [*above[parent], os.path.realpath(inside[n])] for n in folders}
         files += [
@@ -122,8 +123,8 @@ def leads_back(path, above):
 
 
 def check_each_once(files):
-    """Raise a DistillError for an image that is there twice, through links: one of them could be in
-    the validation set.
+    """Raise a DistillError if symbolic links lead to the same image twice. The image could
+    otherwise be in both the training and the validation set.
     """
     folders, first, again = {}, {}, []
     for p in files:
@@ -143,7 +144,9 @@ def check_each_once(files):
 
 
 def from_folders(path, config):
-    """Read images whose folders are their classes, with or without folders train and valid."""
+    """Read images from one folder per class. The class folders may be inside folders train and
+    valid.
+    """
     split = split_folders(path)
     files = [(p, i) for i, folder in enumerate(split or [path]) for p in image_files(folder)]
     check_each_once([p for p, _ in files])
@@ -164,8 +167,9 @@ def from_folders(path, config):
 
 
 def mask_folders(path):
-    """Return (folder of images, folder of masks) for the training and the validation set, or for
-    both together. None if there are no such folders.
+    """Return a list of (image folder, mask folder). The list has one item for the training set and
+    one for the validation set, or a single item if they are not separated. Return None if there are
+    no such folders.
     """
     pairs = []
     for folder in split_folders(path) or [path]:
@@ -201,7 +205,9 @@ def is_csv(path):
 
 
 def table_in(path, config):
-    """Return the CSV file in a folder. None if there is none, or if there are class folders."""
+    """Return the CSV file in a folder. Return None if there is no CSV file, or if the data are
+    images in class folders.
+    """
     found = sorted(p for p in path.iterdir() if p.is_file() and is_csv(p) and p.name != 'codes.txt')
     if not found or config.task == 'images' and not config.x:
         return None
@@ -218,11 +224,11 @@ def table_in(path, config):
 
 
 def read_csv(path, header):
-    """Read all columns of a CSV file. A .tsv file is separated by tabs."""
+    """Read all columns of a CSV file, or of a .tsv file, which is separated by tabs."""
     if not is_csv(path):
         raise DistillError(
-            f'{path} is neither a folder nor a CSV file (.csv, .tsv; also .gz). Of other files, make '
-            'one of these.'
+            f'{path} is neither a folder nor a CSV file (.csv, .tsv; also .gz). Convert other files '
+            'to CSV.'
         )
     try:
         frame = pd.read_csv(
@@ -256,7 +262,7 @@ def from_csv(path, config):
 
 
 def marked(column):
-    """Return which rows a column marks as the validation set."""
+    """Return a mask of the rows that a column marks as the validation set."""
     text = column.astype(str).str.lower().str.strip()
     yes, no = ('true', '1', '1.0', *VALID), ('false', '0', '0.0', *TRAIN)
     known = dict.fromkeys(yes, True) | dict.fromkeys(no, False)
@@ -269,7 +275,9 @@ def marked(column):
 
 
 def from_frame(frame, valid, folder, config, name):
-    """Find the columns of inputs and labels, by the flags or else by names and content."""
+    """Find the columns of inputs and labels. Columns that the settings do not specify are
+    recognized by their names and content.
+    """
     columns = [*frame.columns]
     for k in filter(None, [config.y, *(o.strip() for o in config.x.split(','))]):
         if k not in columns:
@@ -299,7 +307,7 @@ def from_frame(frame, valid, folder, config, name):
 
 
 def task_of_columns(frame, x):
-    """Return the task, and its only input column (None for a table)."""
+    """Return (task, input column). The input column is None for a table."""
     if paths := [c for c in x if is_path(frame[c])]:
         return 'images', paths[0]
     texts = [c for c in x if is_text(frame[c])]
@@ -318,12 +326,12 @@ def is_path(column):
         return False
     first = column.dropna().iloc[:50]
     if all(isinstance(o, bytes) for o in first):
-        return True  # images themselves
+        return True  # the bytes of image files
     return all(Path(str(o)).suffix.lower() in image_extensions for o in first)
 
 
 def is_text(column):
-    """Return True if most rows have several words."""
+    """Return True if at least half of the rows have three or more words."""
     return is_words(column) and column.dropna().iloc[:200].astype(str).str.count(' ').median() >= 2
 
 
@@ -334,7 +342,7 @@ def is_dataset(path):
 
 
 def from_dataset(path, config):
-    """Read what `save_to_disk` of Hugging Face's datasets wrote."""
+    """Read a dataset written by `save_to_disk` of Hugging Face's datasets."""
     try:
         import datasets
     except ImportError as e:
@@ -359,7 +367,7 @@ def from_dataset(path, config):
 
 
 def frame_of(split, datasets):
-    """Convert a split to a DataFrame with names of classes, and with images as bytes or paths."""
+    """Convert a split to a DataFrame with class names as labels, and with images as bytes or paths."""
     for k, f in split.features.items():
         if isinstance(f, datasets.Image):
             split = split.cast_column(k, datasets.Image(decode=False))

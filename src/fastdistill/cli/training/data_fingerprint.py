@@ -1,5 +1,5 @@
-"""A fingerprint of the data of a run: a hash of each file or row, so that a resumed run notices
-changes.
+"""Compute a fingerprint of the data of a run, with a hash of each file or row. A resumed run uses
+the fingerprint to detect changes.
 """
 
 import hashlib
@@ -9,15 +9,16 @@ from pathlib import Path
 
 __all__ = ['NAMED', 'data_changes', 'data_fingerprint']
 
-NAMED = 5  # files, rows or classes that a message names
+NAMED = 5  # maximum number of files, rows or classes named in a message
 
 
 def data_fingerprint(s, held, config) -> dict:
-    """Compute a hash of each file, or of each row, as plain data.
+    """Compute a hash of each file or row. The result can be written as JSON.
 
     Args:
         s: Samples, from `checked_samples`.
-        held: The validation set, if the data define it. None if it is drawn at random.
+        held: Mask of the validation set, if it is defined by the data. None if the validation set
+            is chosen at random.
         config: A TrainConfig.
     """
     frame = s.frame[[*s.x, s.y]] if held is None else s.frame[[*s.x, s.y]].assign(held=held)
@@ -37,7 +38,7 @@ def data_fingerprint(s, held, config) -> dict:
         label = [file_hash(label[0]), *label[1:]] if s.task == 'masks' else label
         files[name] = values_hash(
             [files.get(name), file_hash(x), *label]
-        )  # a file may be in several rows
+        )  # several rows may have the same file
     return facts | dict(files=files)
 
 
@@ -58,7 +59,7 @@ def values_hash(values):
 
 
 def data_changes(before: dict, now: dict) -> list:
-    """Describe what changed.
+    """Describe what changed in the data, as a list of texts.
 
     Args:
         before, now: Results of `data_fingerprint`.
@@ -101,7 +102,7 @@ def data_changes(before: dict, now: dict) -> list:
 
 
 def rows_beyond(a, b):
-    """Return the positions of rows in `a` that `b` does not have, or not as often."""
+    """Return the positions of rows in `a` that do not occur in `b`, or that occur there less often."""
     left, out = Counter(b), []
     for i, h in enumerate(a):
         if left[h]:

@@ -1,4 +1,4 @@
-"Build fastai's DataLoaders from samples."
+"Build fastai DataLoaders from samples."
 
 import warnings
 from pathlib import Path
@@ -33,13 +33,13 @@ BATCH = dict(images=64, masks=8, texts=64, table=256)
 
 
 def loaders_of(s, config, teacher=None):
-    """Build fastai's DataLoaders. Their batches depend only on the random state of Python, NumPy and
+    """Build fastai DataLoaders. The batches depend only on the random states of Python, NumPy and
     PyTorch.
 
     Args:
-        s: Samples, from `checked_samples`.
+        s: `Samples` returned by `checked_samples`.
         config: A TrainConfig.
-        teacher: An exported Learner, whose vocabulary texts and tables get. None if there is none.
+        teacher: An exported Learner whose vocabulary is used for texts and tables, or None.
     """
     n = int((~s.valid).sum())
     options = dict(
@@ -58,7 +58,7 @@ def device_of(config):
         return default_device()
     try:
         device = torch.empty(0, device=config.device).device
-    # subtle: PyTorch has no common error for an unknown device and one that is not there
+    # subtle: unknown devices and unavailable devices raise different errors in PyTorch
     except (RuntimeError, AssertionError, NotImplementedError) as e:
         raise DistillError(f'device={config.device!r}: {str(e).splitlines()[0]}') from e
     if device.type == 'meta':
@@ -80,7 +80,7 @@ def label_block(s):
 
 
 def image_transforms(s, config):
-    """Return the transforms of an item and those of a batch."""
+    """Return (item transform, list of batch transforms)."""
     squish = s.task == 'masks'
     extra = dict(none=[], flip=[Flip()], full=aug_transforms())[config.augment]
     return (
@@ -94,7 +94,7 @@ def image_loaders(s, config, teacher, **options):
     how = dict(item_tfms=item, batch_tfms=batch)
     x, y = s.x[0], s.y
     if s.y == 'y' and not isinstance(s.frame[x].iloc[0], bytes) and folder_names(s):
-        # items are paths, so that the exported Learner predicts for a path
+        # use paths as items, so that the exported Learner can predict from a path
         block = DataBlock(
             (ImageBlock, label_block(s)),
             get_y=parent_label,
@@ -113,7 +113,7 @@ def image_loaders(s, config, teacher, **options):
 
 
 def folder_names(s):
-    "Return True if each image's class is the name of its folder."
+    "Return True if the class of each image is the name of its folder."
     return not s.delimiter and all(
         Path(p).parent.name == y for p, y in zip(s.frame[s.x[0]], s.frame[s.y])
     )
@@ -180,8 +180,8 @@ def table_loaders(s, config, teacher, **options):
 
 
 def known(teacher, task, read):
-    """Read something from the teacher's own data. Raise a DistillError if it was trained on a
-    different task.
+    """Read a property of the teacher's DataLoaders. Raise a DistillError if the teacher was trained
+    on a different task.
     """
     try:
         return read(teacher.dls)

@@ -1,4 +1,4 @@
-"A fit in several processes."
+"Train in several processes with fastai."
 
 import torch
 from fastai.distributed import DistributedDL, DistributedTrainer
@@ -9,7 +9,9 @@ __all__ = ['ProcessesTrainer']
 
 
 class ProcessesDL(DistributedDL):
-    """fastai's DistributedDL for any device, shuffled by the generator of its own DataLoader."""
+    """fastai's DistributedDL, changed to work on any device and to shuffle with the generator of
+    the wrapped DataLoader.
+    """
 
     def _broadcast(self, t, rank):
         t = torch.tensor(t)
@@ -26,7 +28,7 @@ class ProcessesDL(DistributedDL):
 
 
 class ProcessesTrainer(DistributedTrainer):
-    """fastai's DistributedTrainer, with `ProcessesDL`."""
+    """fastai's DistributedTrainer that uses `ProcessesDL`."""
 
     def _wrap_dl(self, dl):
         return (

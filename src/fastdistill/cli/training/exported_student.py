@@ -1,4 +1,4 @@
-"The exported student of a run, with the data of the run."
+"Load the exported student of a run together with the data of the run."
 
 from dataclasses import replace
 from pathlib import Path
@@ -15,11 +15,11 @@ __all__ = ['learner_in_file']
 
 
 def learner_in_file(path, dls=None):
-    """Load an exported Learner and give it data, on which commands check it.
+    """Load an exported Learner and set its DataLoaders.
 
     Args:
         path: Path of an exported Learner (.pkl).
-        dls: DataLoaders. None for those of the run that wrote the file.
+        dls: DataLoaders for the Learner. None for those of the run that wrote the file.
     """
     learn = file_teacher(str(path))
     if not hasattr(learn, 'dls'):

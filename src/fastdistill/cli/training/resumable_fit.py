@@ -1,4 +1,6 @@
-"A fit that can be interrupted after any epoch and continues to the same result."
+"""Fit a model with checkpoints after each epoch. A resumed fit gives the same result as an
+uninterrupted fit.
+"""
 
 import random
 import warnings
@@ -19,12 +21,14 @@ from ...fastai.metrics import row_by_column
 
 __all__ = ['Checkpoints', 'find_rate', 'fit_stage', 'seed_everything']
 
-BEFORE_FIT = 2**32  # instead of the number of an epoch
-LOWEST, HIGHEST, IF_NONE_IS_FOUND = 1e-4, 0.03, 1e-3  # learning rates
+BEFORE_FIT = 2**32  # used instead of the epoch number
+LOWEST, HIGHEST, IF_NONE_IS_FOUND = 1e-4, 0.03, 1e-3  # limits and default for learning rates
 
 
 def seed_everything(*numbers):
-    """Seed the generators of Python, NumPy and PyTorch from these numbers. Return the seed."""
+    """Seed the generators of Python, NumPy and PyTorch with a hash of these numbers. Return the
+    seed.
+    """
     first, *others = map(int, numbers)
     seed = seeds_of(first, 0, *others)
     random.seed(seed)
@@ -34,13 +38,14 @@ def seed_everything(*numbers):
 
 
 def seed_epoch(learn, *numbers):
-    """Seed every generator that an epoch uses, including those of the DataLoaders.
+    """Seed all random generators that an epoch uses, including those of the DataLoaders.
 
     Args:
         learn: A Learner.
-        *numbers: Numbers to seed from. The last one is the epoch.
+        *numbers: Numbers from which the seed is computed. The last number is the epoch.
     """
-    # projectors and choices before the fit are the same in all processes, dropout and augmentation are not
+    # before the fit, all processes use the same seed, so that they build the same projectors;
+    # during the fit, dropout and augmentation must differ between processes
     mine = [rank()] if rank() and numbers[-1] != BEFORE_FIT else []
     seed = seed_everything(*numbers, *mine)
     for i, dl in enumerate(learn.dls.loaders):
@@ -48,18 +53,19 @@ def seed_epoch(learn, *numbers):
 
 
 class Checkpoints(Callback):
-    """Callback that writes everything the next epochs depend on after each epoch. A new fit with it
-    continues after the last epoch that was written. Each epoch seeds the generators from `seed` and
-    its number, so the order and the augmentation of the data need not be stored.
+    """Callback that writes a checkpoint after each epoch. A new fit with this callback continues
+    after the last epoch in the checkpoint. The order and augmentation of the data are not stored,
+    because each epoch seeds the generators from `seed` and the epoch number.
 
     Args:
         file: Path of the checkpoint.
-        seed: Numbers to seed from.
-        kd: The KnowledgeDistillation callback of the fit. None if there is none.
-        say: fn(text) that shows a line about each epoch. None to show fastai's bar and table.
+        seed: Numbers from which the seeds are computed.
+        kd: The KnowledgeDistillation callback of the fit, or None.
+        say: fn(text) that prints a line about each epoch. None to show fastai's progress bar and
+            table instead.
     """
 
-    order = 90  # after all that change the state of the training
+    order = 90  # run after all callbacks that change the state of the training
 
     def __init__(self, file, seed, kd=None, say=print):
         super().__init__()
@@ -92,7 +98,7 @@ class Checkpoints(Callback):
         seed_epoch(self.learn, *self.seed, self.epoch)
 
     def after_epoch(self):
-        # running averages of batch norms in projectors, which are outside DistributedDataParallel
+        # DistributedDataParallel does not synchronize the batch norm statistics of the projectors
         if self.kd is not None:
             broadcast(self.kd.distiller.links.buffers())
         if rank():
@@ -113,7 +119,7 @@ class Checkpoints(Callback):
         )
         state = map_tensors(
             state, as_plain
-        )  # weights_only files can't hold fastai's tensor classes
+        )  # torch.load(weights_only=True) can't load fastai's tensor classes
         write_atomically(self.file, lambda f: torch.save(state, f))
         if self.say is not None:
             self.say(self.line(r))
@@ -127,7 +133,7 @@ class Checkpoints(Callback):
         return f'epoch {self.epoch + 1} of {self.n_epoch}: {", ".join(shown)}, {r.log[-1]}'
 
     def restore(self, learn):
-        """Restore a Learner as it was after the last epoch, without a fit."""
+        """Restore the state of a Learner after the last epoch, without a fit."""
         learn.model.load_state_dict(self.state['model'])
         r = learn.recorder
         r.metric_names, r.values, r.losses = (
@@ -136,13 +142,14 @@ class Checkpoints(Callback):
             self.state['losses'],
         )
 
-    # an exported Learner holds a callback that does nothing and loads without fastdistill
+    # pickle this callback as a plain Callback, so that an exported Learner can be loaded without
+    # fastdistill
     def __reduce__(self):
         return Callback, ()
 
 
 def plain(v):
-    """Convert NumPy's numbers to Python's, which a weights_only file can hold."""
+    """Convert NumPy floats to Python floats, which torch.load(weights_only=True) can load."""
     return (
         float(v)
         if isinstance(v, np.floating)
@@ -155,7 +162,7 @@ def plain(v):
 def read_state(file):
     try:
         return torch.load(file, map_location='cpu', weights_only=True)
-    # subtle: a damaged file is an error of zip, of pickle or of PyTorch
+    # subtle: a damaged file may raise an error of zipfile, pickle or PyTorch
     except Exception as e:
         raise DistillError(
             f'{file} is damaged ({type(e).__name__}). Delete it to start this training again.'
@@ -163,21 +170,22 @@ def read_state(file):
 
 
 def fit_stage(learn, n_epoch: int, lr, checkpoints: Checkpoints, cbs=(), bar: bool = False) -> dict:
-    """Fit with the 1cycle policy, from the epoch after the last checkpoint. Return the history of the
-    training.
+    """Fit with the 1cycle policy, starting after the last epoch in the checkpoint. Return the
+    history of the training.
 
     Args:
         learn: A Learner.
         n_epoch: Number of epochs.
         lr: Maximum learning rate.
-        checkpoints: Callback that writes the checkpoints.
-        cbs: More callbacks.
-        bar: True to show fastai's bar and table.
+        checkpoints: Callback that reads and writes the checkpoints.
+        cbs: Further callbacks.
+        bar: True to show fastai's progress bar and table.
     """
     if checkpoints.done >= n_epoch:
         checkpoints.restore(learn)
         return history_of(learn)
-    # subtle: what a fit measures before its first epoch, such as the teacher's temperature, is the same after a resume
+    # subtle: seed the generators before the fit too, so that values measured before the first
+    # epoch, such as the temperature, are the same in a resumed fit
     seed_epoch(learn, *checkpoints.seed, BEFORE_FIT)
     logger, learn._do_fit = learn.logger, EpochsFrom(learn, checkpoints.done)
     cbs = [*cbs, *filter(None, [checkpoints.kd]), checkpoints]
@@ -197,13 +205,13 @@ def fit_stage(learn, n_epoch: int, lr, checkpoints: Checkpoints, cbs=(), bar: bo
 
 
 def find_rate(learn, folder, *seed) -> float:
-    """Return the valley that fastai's lr_find suggests, clamped to LOWEST and HIGHEST, or
-    IF_NONE_IS_FOUND if there is none.
+    """Return the learning rate that fastai's lr_find suggests (`valley`), clamped to LOWEST and
+    HIGHEST. Return IF_NONE_IS_FOUND if lr_find fails.
 
     Args:
-        learn: A Learner, whose weights are restored at the end.
-        folder: Folder for these weights during the search.
-        *seed: Numbers to seed from.
+        learn: A Learner. Its weights are restored at the end.
+        folder: Folder in which lr_find stores the weights during the search.
+        *seed: Numbers from which the seeds are computed.
     """
     learn.path, learn.model_dir = folder, '.'
     seed_epoch(learn, *seed, BEFORE_FIT)
@@ -214,7 +222,8 @@ def find_rate(learn, folder, *seed) -> float:
                 lr = float(learn.lr_find(show_plot=False, suggest_funcs=valley).valley)
         except DistillError:
             raise
-        # subtle: a loss that is not finite from the first steps leaves fastai's rule without numbers
+        # subtle: lr_find raises one of these errors if the loss is not finite from the first steps
+        # on
         except (RuntimeError, ValueError, IndexError, ZeroDivisionError, TypeError):
             return IF_NONE_IS_FOUND
     return float(f'{min(max(lr, LOWEST), HIGHEST):.3g}')
@@ -225,8 +234,8 @@ def silent(_):
 
 
 class EpochsFrom:
-    """Replacement of `Learner._do_fit` that starts with a later epoch. fastai's SkipToEpoch would
-    run the events of all epochs.
+    """Replacement for `Learner._do_fit` that starts with a later epoch. fastai's SkipToEpoch would
+    also run the events of the skipped epochs.
     """
 
     def __init__(self, learn, first):

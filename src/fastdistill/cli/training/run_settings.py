@@ -1,5 +1,5 @@
-"""The settings and the folder of a run. Nothing is written, and PyTorch is imported only to read a
-recipe.
+"""Find out the settings and the folder of a run. Nothing is written, and PyTorch is imported only
+to read a recipe.
 """
 
 from dataclasses import asdict
@@ -16,9 +16,9 @@ def settings_of(given, config_file, out, resume):
 
     Args:
         given: Settings by name.
-        config_file: TOML file with settings. Those in `given` come first.
-        out: Folder of the run. None for a new one in runs/.
-        resume: True to continue the run in `out`, if there is one.
+        config_file: TOML file with settings. Settings in `given` override those in the file.
+        out: Folder of the run. None for a new folder in runs/.
+        resume: True to continue the run in `out` if there is one.
     """
     folder = None if out is None else Path(out)
     if resume and folder is None:
@@ -35,7 +35,7 @@ def settings_of(given, config_file, out, resume):
         raise DistillError(f'There is no run in {folder} (no config.toml).')
     settings = {} if config_file is None else read_config(config_file)
     for role in ('teacher', 'student'):
-        if role in given:  # the layers in the file are those of its own architecture
+        if role in given:  # the layers in the file belong to the architecture in the file
             settings.pop(f'{role}_layers', None)
     settings |= given
     if missing := [k for k in ('data', 'teacher', 'student') if k not in settings]:
@@ -46,7 +46,7 @@ def settings_of(given, config_file, out, resume):
     config = checked(TrainConfig(**settings).absolute())
     if folder is None:
         folder = free_folder(config)
-    # subtle: a run that was killed at its very beginning has no settings yet
+    # subtle: the folder of a run that was killed at the very beginning has no settings yet
     if folder.exists() and not (folder.is_dir() and all(map(is_beginning, folder.iterdir()))):
         what = 'a run' if (folder / 'config.toml').is_file() else 'something else'
         raise DistillError(
@@ -56,7 +56,9 @@ def settings_of(given, config_file, out, resume):
 
 
 def checked(config):
-    """Return the settings. Raise a DistillError if a file does not exist or the recipe is wrong."""
+    """Return the settings. Raise a DistillError if a file does not exist or the recipe is not
+    valid.
+    """
     config.check_files()
     if config.recipe != 'auto':
         from ...recipes.recipe_text import recipe_from_text  # imports PyTorch

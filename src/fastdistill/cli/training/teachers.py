@@ -1,4 +1,4 @@
-"The teacher of a run: trained first, read from weights, or a file."
+"Load the teacher of a run from a file or from weights."
 
 from pathlib import Path
 
@@ -14,18 +14,20 @@ __all__ = ['file_teacher', 'with_weights']
 
 
 def file_teacher(path: str):
-    """Load an exported Learner or an estimator. Any other path is returned for `Teacher` to load."""
+    """Load an exported Learner or an estimator. Return any other path unchanged, because `Teacher`
+    can load it.
+    """
     file = Path(path)
     return exported(file) if file.suffix in PICKLES else path
 
 
 def with_weights(config, dls, s):
-    """Build a Learner, or a plain model of torchvision or timm, with the weights of a file.
+    """Build a Learner, or a model of torchvision or timm, and load weights from a file.
 
     Args:
         config: A TrainConfig.
         dls: DataLoaders of the run.
-        s: The Samples behind `dls`.
+        s: The `Samples` from which `dls` was built.
     """
     path = Path(config.teacher_weights)
     try:
@@ -59,8 +61,8 @@ def fits(have, need):
 
 
 def plain_model(name, classes) -> nn.Module | None:
-    """Build a model of torchvision, timm or fastai, without the head of `vision_learner`. None if
-    there is no such model.
+    """Build a model of torchvision, timm or fastai with its original head instead of that of
+    `vision_learner`. Return None if there is no such model.
     """
     arch = vision_arch(name)
     if callable(arch):

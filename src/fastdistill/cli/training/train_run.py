@@ -1,5 +1,5 @@
-"""A run of `fastdistill train`: it trains a teacher, and a student with and without it, compares
-them, and writes the results to a folder.
+"""Run `fastdistill train`: train a teacher, train a student with and without the teacher, compare
+the models, and write the results to a folder.
 """
 
 import csv
@@ -45,30 +45,33 @@ __all__ = ['TrainRun', 'opened_run']
 FOR_TEACHER, FOR_STUDENT = (
     1,
     2,
-)  # numbers of what is seeded: both students have the same start and the same batches
+    # numbers for seeding; both students use the same number, so that they have the same initial weights
+    # and batches
+)
 PACKAGES = 'fastdistill', 'fastai', 'torch', 'torchvision', 'timm', 'numpy', 'pandas', 'safetensors'
 
 
 def opened_run(given: dict, config_file=None, out=None, resume: bool = False, **kwargs):
-    """Return the run in `out`, or a new one. Nothing is written yet.
+    """Open the run in `out`, or prepare a new run. Nothing is written yet.
 
     Args:
         given: Settings by name.
         config_file: TOML file with settings. Those in `given` come first.
         out: Folder of the run. None for a new one in runs/.
         resume: True to continue the run in `out`, if there is one.
-        **kwargs: Arguments of TrainRun.
+        **kwargs: Arguments of `TrainRun`.
     """
     return TrainRun(*on_first(lambda: settings_of(given, config_file, out, resume)), **kwargs)
 
 
 class TrainRun:
-    """A run in its folder. Of several processes, only the first prints, writes and compares.
+    """A run of `fastdistill train` in a folder. With several processes, only the first process
+    prints, writes files and compares models.
 
     Args:
         config: Settings of the run.
         folder: Folder of the run.
-        say: fn(text) that shows a line.
+        say: fn(text) that prints a line.
         bar: True to show fastai's progress bars.
     """
 
@@ -82,22 +85,24 @@ class TrainRun:
         self.say, self.bar = (say, bar) if self.first else (silent, False)
         self.recipe = recipe_from_text(config.recipe)
         self.files, self.locks = folder / 'checkpoints', ExitStack()
-        self.begun = self.files / 'begun.json'  # the settings and a fingerprint of the data
+        # file with the settings and a fingerprint of the data
+        self.begun = self.files / 'begun.json'
 
     def __call__(self):
-        """Do what is missing of the run. Return the Report in the first process, otherwise None."""
+        """Complete the run. Return the Report in the first process, and None in all others."""
         with warnings.catch_warnings(), self.locks:
-            # fastai's tables with pandas 3, about arrays that it only reads
+            # fastai's tables cause this warning with pandas 3, although they do not write to the
+            # arrays
             warnings.filterwarnings('ignore', message='The given NumPy array is not writable')
             models = self.trained()
             leave_processes()
             report = self.write_results(models) if self.first else None
         if self.first:
-            shutil.rmtree(self.files)  # after its lock is released
+            shutil.rmtree(self.files)  # only after the lock in this folder is released
         return report
 
     def trained(self):
-        """Train what is missing. Return {name: model}."""
+        """Train all models that are not finished. Return {name: model}."""
         self.config = c = on_first(self.check_start)
         loaded = first_then_others(lambda: file_teacher(c.teacher) if c.teacher_file else None)
         s = on_first(lambda: self.samples(loaded))
@@ -131,7 +136,7 @@ class TrainRun:
         return models
 
     def check_start(self):
-        """Check what can be checked before the data are read. Return the settings."""
+        """Run the checks that do not need the data. Return the settings."""
         config = self.settings_at_begin()
         self.loggers()
         if self.processes == 1:
@@ -148,7 +153,9 @@ class TrainRun:
         return config
 
     def read_begun(self):
-        """Read the settings and the data that the run began with. Empty for a new run."""
+        """Read the settings and the fingerprint of the data at the beginning of the run. Return an
+        empty dict for a new run.
+        """
         if not self.begun.is_file():
             return {}
         try:
@@ -160,12 +167,13 @@ class TrainRun:
             ) from e
 
     def settings_at_begin(self):
-        """Return the settings, with the learning rates that were found. Raise a DistillError if
-        config.toml was changed since.
+        """Return the settings, with the learning rates found earlier. Raise a DistillError if
+        config.toml was changed since the run began.
         """
         before, now = self.read_begun().get('settings', {}), asdict(self.config)
         found = {k: before[k] for k in ('lr', 'teacher_lr') if now[k] == 'auto' and k in before}
-        # of two paths, the contents are compared instead
+        # if both values are paths, they may differ, because the contents of the files are compared
+        # instead
         same_kind = lambda k: all(
             isinstance(o[k], str) and Path(o[k]).is_absolute() for o in (before, now)
         )
@@ -195,7 +203,7 @@ class TrainRun:
         )
 
     def make_models(self, s, loaded):
-        """Return the student, the teacher, and fn(Arch) -> a new Learner."""
+        """Return (student, teacher, fn(Arch) -> a new Learner)."""
         c = self.config
         self.dls = loaders_of(
             s, c, loaded if isinstance(loaded, Learner) and s.task in ('texts', 'table') else None
@@ -241,8 +249,8 @@ class TrainRun:
         return self.seeded(FOR_TEACHER, lambda: make(self.config.arch('teacher')))
 
     def as_teacher(self, teacher, student):
-        """Return the teacher of the student. On a CPU it runs without a faster copy, which may round
-        differently after a resume.
+        """Prepare the teacher for the student. On a CPU, the teacher runs without a faster copy,
+        because the copy may round differently in a resumed run.
         """
         on_cpu = torch.device(self.dls.device or 'cpu').type == 'cpu'
         return (
@@ -252,7 +260,7 @@ class TrainRun:
         )
 
     def check(self, student, teacher, trained):
-        """Find layers of the recipe that do not exist, and a teacher of a different task."""
+        """Check that the teacher fits the task, and that the layers in the recipe exist."""
         task = task_of(student.loss_func)
         if trained and self.config.check:
             if (found := student.check_teacher(teacher, n_epoch=None)).errors:
@@ -274,8 +282,8 @@ class TrainRun:
         d.setup(*x)
 
     def find_rates(self, make):
-        """Return the settings with learning rates found for those that are 'auto', and write them to
-        config.toml.
+        """Find learning rates for the settings that are 'auto', write the settings to config.toml,
+        and return them.
         """
         c = self.config
         wanted = [
@@ -309,7 +317,7 @@ class TrainRun:
         fit_stage(learn, epochs, lr, state, [make(name) for make in loggers], self.bar)
 
     def loggers(self):
-        """Return a list of fn(name of a model) -> callback."""
+        """Return a list of functions fn(model name) -> callback."""
         return [self.tensorboard()] if 'tensorboard' in self.config.loggers else []
 
     def tensorboard(self):
@@ -327,7 +335,7 @@ class TrainRun:
             raise DistillError(f'The run in {self.folder} is finished.')
         for folder in (self.folder, self.files):
             for p in folder.glob('*.tmp'):
-                p.unlink()  # of a process that was killed
+                p.unlink()  # left by a process that was killed
         self.write_settings()
         facts = dict(
             python=platform.python_version(),
@@ -339,7 +347,8 @@ class TrainRun:
         write_json(self.folder / 'environment.json', facts)
 
     def write_settings(self):
-        # subtle: begun.json first, since a rate that is 'auto' in config.toml is read from it
+        # subtle: write begun.json first, because learning rates that are 'auto' in config.toml are
+        # read from it
         write_json(self.begun, dict(settings=asdict(self.config), data=self.data))
         write_config(self.config, self.folder / 'config.toml')
 
@@ -348,7 +357,7 @@ class TrainRun:
             return self.written(models)
 
     def written(self, models):
-        """Write all results to the folder and return the report."""
+        """Write all results to the folder of the run and return the report."""
         self.write_history(models)
         c = self.config
         with warnings.catch_warnings():
@@ -376,7 +385,7 @@ class TrainRun:
             save_model(teacher.model, str(tmp))
 
     def write_history(self, models):
-        """Write history.csv, with a row for each epoch of each model."""
+        """Write history.csv, with one row per model and epoch."""
         tables = {n: history_of(m) for n, m in models.items() if isinstance(m, Learner)}
         columns = list(dict.fromkeys(k for t in tables.values() for k in t))
         text = io.StringIO(newline='')
@@ -390,7 +399,7 @@ class TrainRun:
 
 
 def samples_in_words(s):
-    """Describe the samples in one line."""
+    """Describe the samples in one line of text."""
     held = int(s.valid.sum())
     what = {
         'classes': f'{len(s.classes or [])} classes',
@@ -403,7 +412,7 @@ def samples_in_words(s):
 
 
 def parameters(model):
-    """Return the number of parameters as text."""
+    """Format the number of parameters of a model."""
     model = getattr(model, 'model', model)
     return (
         f'{sum(p.numel() for p in model.parameters()):,} parameters'
