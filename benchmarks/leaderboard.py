@@ -91,8 +91,8 @@ def chosen(runs, output):
         if r['seed'] < REPORTED:
             by_rate[r['lr']][r['seed']] = score(r, output, 'valid')
     by_rate = {lr: o for lr, o in by_rate.items() if 0 in o}
-    if not by_rate:
-        return []
+    if not by_rate:  # a cell with one rate, where nothing is chosen
+        return [r for r in runs if r['seed'] >= REPORTED]
     both = set.intersection(*map(set, by_rate.values()))
     best = max(by_rate, key=lambda lr: mean(by_rate[lr][s] for s in sorted(both)))
     at_best = [r for r in runs if r['lr'] == best]
@@ -124,9 +124,17 @@ def compared(cell, method, version, runs, alone, output):
     )
 
 
+def facts_of(folder):
+    "What is known of each cell: its own file has it for protocol 1, the plans for newer ones"
+    facts = json.loads((folder / 'facts.json').read_text())
+    for path in sorted(folder.rglob('plan.json')):
+        facts = {k: o['facts'] for k, o in json.loads(path.read_text()).items()} | facts
+    return facts
+
+
 def rows(folder=QUALITY):
     "All rows of all result files; the version is the name of the folder, or protocol 1"
-    facts = json.loads((folder / 'facts.json').read_text())
+    facts = facts_of(folder)
     for path in sorted(folder.rglob('*.jsonl')):
         version = '1' if path.parent == folder else re.sub(r'\D', '', path.parent.name)
         by = defaultdict(list)
