@@ -2,7 +2,8 @@
 
     python benchmarks/leaderboard.py
 
-It reads benchmarks/results/quality/*.jsonl, those of newer protocols in folders beside them, and benchmarks/results/bench/*.json.
+It reads benchmarks/results/quality/*.jsonl, those of newer protocols in folders beside them, and benchmarks/results/bench/*.json, and benchmarks/results/loss_memory.json
+(written by benchmarks/loss_memory.py).
 """
 
 import json
@@ -18,6 +19,7 @@ from scipy import stats
 ROOT = Path(__file__).resolve().parents[1]
 QUALITY = ROOT / 'benchmarks' / 'results' / 'quality'
 BENCH = ROOT / 'benchmarks' / 'results' / 'bench'
+MEMORY = ROOT / 'benchmarks' / 'results' / 'loss_memory.json'
 PAGE = ROOT / 'docs' / 'leaderboard.md'
 PICTURE = ROOT / 'docs' / 'img' / 'leaderboard.png'
 START, END = '<!-- made by benchmarks/leaderboard.py -->', '<!-- end -->'
@@ -32,6 +34,17 @@ MAIN = dict(
 UNITS = dict(tokens='bits')
 # result files keep the names that recipes had when they ran
 SHOWN = {'timm': 'kl(1)w1', 'keras': 'kd(10,.9)', 'fasterai': 'kd(20,.9)'}
+# the loss whose memory a method needs, by the start of its name. kd(.5), mse(.5) and the kd of protocol 2 have different ones in different cells
+LOSS_OF = {
+    r'kd\(\d+,|kl\(|soft\(': 'kl',
+    r'dist\(|Recipe\(Term\(dist,': 'dist',
+    r'logit_std\(': 'standardized kl',
+    r'regression|Recipe\(Term\(regression,': 'regression',
+    r'binary\(': 'binary_kl',
+    'skewedx': 'skewed_kl',
+    'smoothing': 'labels alone',
+    r'(abkd|taid|ttm|wttm|dkd|nkd|rld|cwd|hint|at)(?=[x(])': None,  # its own name
+}
 REPORTED = 100  # protocols with separate seeds for choosing a rate report those from here on
 
 
@@ -78,8 +91,8 @@ def chosen(runs, output):
         if r['seed'] < REPORTED:
             by_rate[r['lr']][r['seed']] = score(r, output, 'valid')
     by_rate = {lr: o for lr, o in by_rate.items() if 0 in o}
-    if not by_rate:
-        return []
+    if not by_rate:  # a cell with one rate, where nothing is chosen
+        return [r for r in runs if r['seed'] >= REPORTED]
     both = set.intersection(*map(set, by_rate.values()))
     best = max(by_rate, key=lambda lr: mean(by_rate[lr][s] for s in sorted(both)))
     at_best = [r for r in runs if r['lr'] == best]
@@ -111,9 +124,17 @@ def compared(cell, method, version, runs, alone, output):
     )
 
 
+def facts_of(folder):
+    "What is known of each cell: its own file has it for protocol 1, the plans for newer ones"
+    facts = json.loads((folder / 'facts.json').read_text())
+    for path in sorted(folder.rglob('plan.json')):
+        facts = {k: o['facts'] for k, o in json.loads(path.read_text()).items()} | facts
+    return facts
+
+
 def rows(folder=QUALITY):
     "All rows of all result files; the version is the name of the folder, or protocol 1"
-    facts = json.loads((folder / 'facts.json').read_text())
+    facts = facts_of(folder)
     for path in sorted(folder.rglob('*.jsonl')):
         version = '1' if path.parent == folder else re.sub(r'\D', '', path.parent.name)
         by = defaultdict(list)
@@ -130,6 +151,15 @@ def rows(folder=QUALITY):
                     yield row
 
 
+def memory(method):
+    "What its loss needs at once, in multiples of the logits; empty if it was not measured"
+    measured = json.loads(MEMORY.read_text())['losses']
+    for start, loss in LOSS_OF.items():
+        if match := re.match(start, method):
+            return f'{measured[loss or match[1]]:.1f}'
+    return ''
+
+
 def overall(found):
     "One line for each method: in how many cells, better, worse, and the best and worst gain"
     by = defaultdict(list)
@@ -137,8 +167,8 @@ def overall(found):
         by[r.method, r.version].append(r)
     by = dict(sorted(by.items(), key=lambda o: -len(o[1])))
     out = [
-        '| method | protocol | cells | significantly better | significantly worse | median gain | largest | smallest | calibration error | time |',
-        '|---|---|---|---|---|---|---|---|---|---|',
+        '| method | protocol | cells | significantly better | significantly worse | median gain | largest | smallest | calibration error | time | memory |',
+        '|---|---|---|---|---|---|---|---|---|---|---|',
     ]
     for (method, version), those in by.items():
         points = [r for r in those if r.cell not in BITS]
@@ -148,7 +178,7 @@ def overall(found):
         out.append(
             f'| `{method}` | {version} | {len(those)} | {verdicts.count("better")} | {verdicts.count("worse")} '
             f'| {median(r.gain for r in points or those):+.1f} | {best.gain:+.1f} {best.cell} | {worst.gain:+.1f} {worst.cell} '
-            f'| {f"{median(eces):+.3f}" if eces else ""} | {median(r.cost for r in those):.1f} |'
+            f'| {f"{median(eces):+.3f}" if eces else ""} | {median(r.cost for r in those):.1f} | {memory(method)} |'
         )
     return '\n'.join(out)
 
@@ -173,8 +203,12 @@ def of_cell(name, those):
     return '\n'.join([*out, ''])
 
 
+def measured_memory(pair):
+    return any(o.get('peak') for o in pair['ways'].values())
+
+
 def step_costs():
-    "Time of a step with a teacher, divided by that of a step without one"
+    "Time of a step with a teacher, divided by that of a step without one, and the memory of the process"
     files = {p.stem: json.loads(p.read_text()) for p in sorted(BENCH.glob('*.json'))}
     pairs = {n: f['pairs'][n] for n, f in files.items()}
     ways = list(dict.fromkeys(w for o in pairs.values() for w in o['ways']))
@@ -186,6 +220,17 @@ def step_costs():
     for way in ways:
         ratios = [o['ways'].get(way, {}).get('cpu_ratio') for o in pairs.values()]
         cells = ' | '.join('' if r is None else f'{r:.2f}' for r in ratios)
+        out.append(f'| {way} | {cells} |')
+    out += [
+        '',
+        'Most memory of the process, in MiB, where it was measured:',
+        '',
+        f'| way | {" | ".join(n for n, o in pairs.items() if measured_memory(o))} |',
+        '|---|' + '---|' * sum(map(measured_memory, pairs.values())),
+    ]
+    for way in ways:
+        peaks = [o['ways'].get(way, {}).get('peak') for o in pairs.values() if measured_memory(o)]
+        cells = ' | '.join('' if o is None else f'{o:,.0f}' for o in peaks)
         out.append(f'| {way} | {cells} |')
     tools = ', '.join(f'{t} {versions[t]}' for t in ('fasterai', 'torchdistill', 'timm', 'torch'))
     return '\n'.join(out) + f'\n\nWith {tools}.'

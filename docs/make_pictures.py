@@ -5,6 +5,7 @@
 
 `python docs/make_pictures.py report` draws docs/img/report.png, with Chromium and without weights;
 `python docs/make_pictures.py detectors` draws docs/img/detectors.png, without weights.
+docs/output_pictures.py draws the losses of outputs.
 
 The student is EfficientNet-Lite0 and the teacher EfficientNet-Lite2, both as they were trained on ImageNet, neither on the other.
 Where a loss needs the teacher's channels, the student's go through a 1x1 projector fitted by least squares to these photographs."""
@@ -339,13 +340,21 @@ def nst():
     places('nst', products, 'blocks.6', [(0.38, 0.3), (0.45, 0.5)])
 
 
-def pairwise():
+def of_cells(name, pool, layer):
     def cosines(f):
-        a = dense.affinity(f, 2, 1)
-        n = (f.shape[2] + 1) // 2
+        a = dense.affinity(f, pool, 1)
+        n = -(-f.shape[2] // pool)
         return a.unflatten(2, (n, -1)).unflatten(1, (n, -1))
 
-    places('pairwise', cosines, 'blocks.4', [(0.38, 0.3), (0.45, 0.5)])
+    places(name, cosines, layer, [(0.38, 0.3), (0.45, 0.5)])
+
+
+def pairwise():
+    of_cells('pairwise', 2, 'blocks.4')
+
+
+def gram():
+    of_cells('gram', 1, 'blocks.2')
 
 
 def ifvd():
@@ -632,6 +641,7 @@ if __name__ == '__main__':
         ickd,
         nst,
         pairwise,
+        gram,
         ifvd,
         cwd,
         sp,

@@ -165,7 +165,7 @@ def tables(results):
         out += [
             f'## {head}',
             '',
-            '| script | each seed | teacher; trainer | student alone → distilled | gain | minutes |',
+            '| script | each seed | teacher; trainer | student alone → distilled | gain | CPU minutes |',
             '|---|---|---|---|---|---|',
         ]
         out += [row(script, summary(results[script.stem])) for script in these]

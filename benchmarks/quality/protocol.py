@@ -88,10 +88,10 @@ def names(cell):
     ]
 
 
-def recipes(cell, data, known):
-    "name -> Recipe, or None for labels alone: all that the protocol has for this cell"
+def recipes(cell, data, known, also=()):
+    "name -> Recipe, or None for labels alone: all that the protocol has for this cell, and candidates that are named"
     own = dict(labels=None, default=library_default(cell, data))
-    for name in names(cell)[2:]:
+    for name in dict.fromkeys([*names(cell)[2:], *also]):
         if CANDIDATES[name].fits(cell, known['classes']):
             own[name] = CANDIDATES[name].recipe()
     return own
@@ -213,10 +213,10 @@ def close(a, b):
     return bool(np.allclose(a, b, rtol=1e-3, atol=1e-3))
 
 
-def plan(cell, data):
+def plan(cell, data, also=()):
     "All that stored runs of this cell must agree with, as plain data"
     known = facts(cell, data)
-    own = recipes(cell, data, known)
+    own = recipes(cell, data, known, also)
     return dict(
         protocol=VERSION,
         setup=f'{cell.setup}; {known["rows"]} training items, {known["parameters"]} parameters',

@@ -3,6 +3,7 @@
     python benchmarks/quality/run.py                                                   # all that is missing, quick cells first
     python benchmarks/quality/run.py --cells sst2_short --recipes 'labels;default' --minutes 5
     python benchmarks/quality/run.py --plan                                            # what is missing, and how long it will take
+    python benchmarks/quality/run.py --out FOLDER --recipes 'labels;jsd(4)x3'          # other candidates, into another folder
 
 Each run is one line of JSON in benchmarks/results/quality/protocol2/CELL.jsonl. A restart skips what is there and still counts: a
 run with a different recipe, teacher, setup or protocol, or of a library that trains differently, does not. QUALITY_DATA names the folder of the data sets."""
@@ -12,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch, typer
 import protocol
+from candidates import CANDIDATES
 from fastdistill import DistillWarning
 from loop import predict, train
 from measures import MAIN, measure, score
@@ -63,7 +65,7 @@ def run_cell(cell, out, until, names=(), code=''):
         print(f'{cell.name}: its data are for the frozen default, see PROTOCOL.md')
         return True
     path, data = out / f'{cell.name}.jsonl', cell.data()
-    planned, recipes = protocol.plan(cell, data)
+    planned, recipes = protocol.plan(cell, data, others(cell, names))
     write_plan(out, cell.name, planned)
     runs = read(path)
     for name in [n for n in recipes if not names or n in names]:
@@ -98,6 +100,21 @@ def run_cell(cell, out, until, names=(), code=''):
     return True
 
 
+def others(cell, names):
+    "Candidates that are named and that the protocol does not have for such a cell"
+    return [n for n in names if n in CANDIDATES and n not in protocol.names(cell)]
+
+
+def check_names(names, chosen, out):
+    for name in names:
+        if name not in ('labels', 'default', *CANDIDATES):
+            raise typer.BadParameter(f'{name!r} is not in CANDIDATES of candidates.py')
+        if out == FOLDER and not any(name in protocol.names(c) for c in chosen):
+            raise typer.BadParameter(
+                f'the protocol does not have {name!r} in these cells. Write it to a folder of its own: --out {FOLDER}_more'
+            )
+
+
 def write_plan(out, name, planned):
     plans = read_json(out / 'plan.json') | {name: planned}
     write_json(out / 'plan.json', dict(sorted(plans.items())))
@@ -118,9 +135,9 @@ def main(
     torch.set_num_threads(1)
     until, have, code = time.time() + 60 * minutes, cells(), commit()
     names, total = [n for n in recipes.split(';') if n], 0.0
-    for cell in quick_first(
-        [have[n] for n in cell_names.split(',')] if cell_names else have.values()
-    ):
+    chosen = [have[n] for n in cell_names.split(',')] if cell_names else [*have.values()]
+    check_names(names, chosen, out)
+    for cell in quick_first(chosen):
         if plan:
             total += estimate(cell, out, names)
             continue

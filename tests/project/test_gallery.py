@@ -115,6 +115,48 @@ def test_results_of_a_newer_protocol_stand_beside_the_older_ones(tmp_path):
     assert found[0].gain == pytest.approx(20)
 
 
+def test_a_cell_with_one_rate_reports_all_of_its_seeds(tmp_path):
+    (tmp_path / 'facts.json').write_text('{}')
+    folder = tmp_path / 'protocol2_more'
+    folder.mkdir()
+    (folder / 'plan.json').write_text(json.dumps(dict(first=dict(facts=dict(output='classes')))))
+    lines = [*runs('labels', a=0.5, b=0.6), *runs('kd', a=0.6, b=0.8)]
+    lines = [r | dict(seed=100 + r['seed']) for r in lines]
+    (folder / 'first.jsonl').write_text('\n'.join(map(json.dumps, lines)))
+    (row,) = leaderboard.rows(tmp_path)
+    assert (row.method, row.version, row.seeds) == ('kd', '2', 2)
+    assert row.gain == pytest.approx(15)
+
+
+@pytest.mark.parametrize(
+    'method, loss',
+    [
+        ('kd(4,.9->.2)', 'kl'),
+        ('ttm(2)x1', 'ttm'),
+        ('wttmx1', 'wttm'),
+        ('atx0.3', 'at'),
+        ('dist(auto)x3', 'dist'),
+        ('Recipe(Term(dist, grad_ratio=3, T=1), task=1)', 'dist'),
+    ],
+)
+def test_a_method_has_the_memory_of_its_loss(method, loss):
+    measured = json.loads(leaderboard.MEMORY.read_text())['losses'][loss]
+    assert leaderboard.memory(method) == f'{measured:.1f}'
+
+
+def test_a_method_whose_loss_depends_on_the_cell_has_no_memory():
+    assert leaderboard.memory('kd(.5)') == ''
+
+
+def test_the_stored_memory_of_a_loss_is_what_it_needs_now():
+    loss_memory = module(ROOT / 'benchmarks' / 'loss_memory.py')
+    stored = json.loads(leaderboard.MEMORY.read_text())
+    assert stored['losses'].keys() == loss_memory.LOSSES.keys()
+    assert loss_memory.peak(*loss_memory.LOSSES['hint']) == pytest.approx(
+        stored['losses']['hint'], rel=0.1
+    )
+
+
 def test_one_seed_is_no_row(tmp_path):
     (tmp_path / 'facts.json').write_text(json.dumps(dict(cell=dict(output='classes'))))
     lines = [*runs('labels', a=0.5), *runs('kd', a=0.6)]

@@ -80,6 +80,28 @@ def test_a_restart_runs_only_what_is_missing(quality, blobs, tmp_path):
     assert [without_time(r) for r in quality.stored.read(path)] == before
 
 
+def test_a_candidate_that_the_protocol_does_not_have_runs_where_it_is_named(
+    quality, blobs, tmp_path
+):
+    cell, _ = blobs
+    assert 'kl(2)x3' not in quality.protocol.names(cell)
+    assert quality.run.run_cell(cell, tmp_path, math.inf, ['labels', 'kl(2)x3'])
+    runs = quality.stored.read(tmp_path / 'blobs.jsonl')
+    assert {r['recipe'] for r in runs} == {
+        'labels',
+        'Recipe(Term(kl, grad_ratio=3, T=2), task=1)',
+    }
+
+
+@pytest.mark.parametrize(
+    'name, said',
+    [('kl(2)x3', 'Write it to a folder of its own: --out .*_more'), ('kl(2)', 'not in CANDIDATES')],
+)
+def test_the_protocol_s_folder_gets_only_what_the_protocol_has(quality, blobs, name, said):
+    with pytest.raises(quality.run.typer.BadParameter, match=said):
+        quality.run.check_names(['labels', name], [blobs[0]], quality.run.FOLDER)
+
+
 def test_no_time_left_starts_no_run(quality, blobs, tmp_path):
     assert not quality.run.run_cell(blobs[0], tmp_path, 0, ['labels'])
     assert not (tmp_path / 'blobs.jsonl').exists()
@@ -716,16 +738,19 @@ def logits():
 
 
 def test_fasterai_s_default_is_the_candidate_of_its_numbers(quality, logits):
+    pytest.importorskip('fasterai')
     from fasterai.distill.distillation_callback import KnowledgeDistillationCallback
     from fasterai.distill.losses import SoftTarget
 
     s, t, y = logits
+    s, t = s.double(), t.double()
     weight = inspect.signature(KnowledgeDistillationCallback).parameters['weight'].default
     assert (inspect.signature(SoftTarget).parameters['T'].default, weight) == (5, 0.5)
     theirs = torch.lerp(
         F.cross_entropy(s, y), SoftTarget(s, t), weight
     )  # as its callback mixes them
-    torch.testing.assert_close(quality.candidates.CANDIDATES['kd(5,.5)'].recipe()(s, t, y), theirs)
+    ours = quality.candidates.CANDIDATES['kd(5,.5)'].recipe()(s, t, y)
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
     assert not torch.isclose(
         quality.candidates.CANDIDATES['fasterai'].recipe()(s, t, y), theirs
     )  # the name in the result files is wrong

@@ -77,6 +77,54 @@ def test_the_card_of_a_method_gets_what_was_measured(tmp_path):
     assert '\n| `dkdx1` | 1 |' in (tmp_path / 'dkd.md').read_text()
 
 
+@pytest.mark.parametrize(
+    'card', sorted((ROOT / 'docs' / 'methods').glob('*.md')), ids=lambda o: o.stem
+)
+def test_the_card_of_a_method_has_a_picture_and_words_that_say_what_is_seen(card):
+    (words,) = re.findall(rf'!\[(.+)\]\(\.\./img/{card.stem}\.png\)', card.read_text())
+    assert len(words.split()) > 5
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    "Draw the picture of a loss of outputs, and return its parts"
+    monkeypatch.syspath_prepend(ROOT / 'docs')
+    pictures, figures = pytest.importorskip('output_pictures'), []
+    monkeypatch.setattr(pictures, 'save', lambda fig, name: figures.append(fig))
+
+    def draw(name):
+        pictures.drawings()[name]()
+        return figures[-1].axes
+
+    draw.student, draw.teacher = pictures.STUDENT.double(), pictures.TEACHER.double()
+    return draw
+
+
+def test_the_curve_of_a_picture_is_the_loss(drawn):
+    _, curves, _ = drawn('tvd')
+    x, y = curves.lines[0].get_data()
+    p_t = drawn.teacher.exp() / drawn.teacher.exp().sum()
+    for logit, value in list(zip(x, y))[::40]:
+        s = drawn.student.clone()
+        s[0] = float(logit)
+        p_s = s.exp() / s.exp().sum()
+        assert float(value) == pytest.approx(float((p_s - p_t).abs().sum() / 2), rel=1e-4)
+
+
+def test_the_bars_of_a_picture_are_a_step_down_the_gradient(drawn):
+    *_, bars = drawn('soft_ce')
+    p_s, p_t = [(o / 4).exp() / (o / 4).exp().sum() for o in (drawn.student, drawn.teacher)]
+    expected = (p_t - p_s) / (p_t - p_s).abs().sum()
+    assert [o.get_width() for o in bars.patches] == pytest.approx(expected.tolist(), abs=1e-5)
+
+
+def test_the_target_in_the_picture_of_taid_is_the_mixture_of_both_models(drawn):
+    bars, *_ = drawn('taid')
+    mixed = ((drawn.student + drawn.teacher) / 2).softmax(0)
+    target = [o.get_width() for o in bars.containers[2]]
+    assert target == pytest.approx(mixed.tolist(), abs=1e-5)
+
+
 QUESTIONS = (
     'alpha, no gain, worse than alone, NaN, scale, eval, store, top-k, memory, several teachers, tokenizer, '
     'other classes, quantized, detector, tables, language models, served, teach what'
