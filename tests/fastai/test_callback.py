@@ -56,6 +56,7 @@ from fastai.callback.tracker import (
     TerminateOnNaNCallback,
 )
 from fastai.callback.training import GradientAccumulation, GradientClip, ShortEpochCallback
+from fastai.data.all import CategoryBlock, DataBlock, TransformBlock
 from fastai.data.transforms import Normalize
 from fastai.interpret import Interpretation
 import fastdistill.fastai
@@ -1049,7 +1050,20 @@ from fastai.vision.all import load_learner
 for file in {files!r}:
     learn = load_learner(file)
     print(*map(float, learn.predict(0)[2]), *[type(c).__name__ for c in learn.cbs])
+learn = load_learner({of_targets!r})
+with learn.no_bar():
+    print(learn.dls.vocab, len(learn.predict((torch.zeros(4),))[2]))
 """
+
+
+def student_with_targets(path):
+    "A student whose DataLoaders hold a teacher's outputs beside the labels"
+    columns = [torch.zeros(4)] * 8, ['a', 'b'] * 4, [np.zeros(2, 'f4')] * 8
+    blocks = TransformBlock, CategoryBlock, fastdistill.fastai.TeacherBlock
+    dls = DataBlock.from_columns(blocks).dataloaders(columns, bs=2)
+    (learn,) = apps.quiet(Learner(dls, nn.Linear(4, 2), path=path))
+    learn.fit(1)
+    return learn
 
 
 def test_an_exported_student_loads_where_fastdistill_is_not_installed(tmp_path):
@@ -1073,13 +1087,15 @@ def test_an_exported_student_loads_where_fastdistill_is_not_installed(tmp_path):
         assert b'fastdistill' not in file.read_bytes()
     sizes = [Path(f).stat().st_size for f in wants]
     assert max(sizes) < sizes[0] + 2000  # neither teacher nor projector inside
-    r = subprocess.run(
-        [sys.executable, '-c', LOAD.format(tests=str(TESTS), files=list(wants))],
-        capture_output=True,
-        text=True,
+    student_with_targets(tmp_path).export('targets.pkl')
+    code = LOAD.format(
+        tests=str(TESTS), files=list(wants), of_targets=str(tmp_path / 'targets.pkl')
     )
+    r = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
     assert r.returncode == 0, r.stderr
-    for line, want in zip(r.stdout.splitlines(), wants.values()):
+    *lines, of_targets = r.stdout.splitlines()
+    assert of_targets == "['a', 'b'] 2"
+    for line, want in zip(lines, wants.values(), strict=True):
         torch.testing.assert_close(
             torch.tensor(list(map(float, line.split()[:3]))), want, rtol=1e-5, atol=1e-6
         )

@@ -25,7 +25,7 @@ TABLE = {
 
 # all that fastai, fastcore and fasttransform hold in their modules, classes and defaults, before and after each step
 SNAPSHOT = """
-import random, sys, warnings
+import os, pickle, random, sys, warnings
 warnings.simplefilter('ignore')
 import numpy as np, torch
 from fastai.vision.all import *
@@ -45,6 +45,11 @@ def surroundings(): return random.getstate(), np.random.get_state()[1].tolist(),
 def callbacks(): return [type(c).__name__ for c in Learner(DataLoaders(), nn.Identity(), loss_func=noop).cbs]
 
 before,around,cbs = state(),surroundings(),callbacks()
+if not os.fork(): # a process that has imported fastai alone: the first that it has of fastdistill is a target from a file
+    target = pickle.loads(bytes.fromhex(sys.argv[1]))
+    print('unpickled', hasattr(Datasets.decode, '_knows_teacher'), [c.__name__ for c in defaults.callbacks].count('TeacherTargets'), target(1.), flush=True)
+    os._exit(0)
+os.wait()
 import fastdistill.fastai
 imported = state()
 same = surroundings() == around and callbacks() == cbs
@@ -53,14 +58,24 @@ ToTeacherTarget('logits', None, None)
 with_target = state()
 fastdistill.fastai.KnowledgeDistillation(nn.Identity())
 steps = changes(before, imported), changes(imported, with_target), changes(with_target, state())
+print('optuna' in sys.modules)
 print(repr((steps, same, callbacks() == cbs)))
 """
 
 
-def test_importing_changes_what_the_table_names_and_nothing_else():
-    out = subprocess.run([sys.executable, '-c', SNAPSHOT], capture_output=True, text=True)
+@pytest.fixture(scope='module')
+def snapshot():
+    "The lines that SNAPSHOT prints in a new Python"
+    target = pickle.dumps(TeacherBlock().type_tfms[0])
+    out = subprocess.run(
+        [sys.executable, '-c', SNAPSHOT, target.hex()], capture_output=True, text=True
+    )
     assert out.returncode == 0, out.stderr
-    steps, same, same_callbacks = eval(out.stdout.splitlines()[-1])
+    return out.stdout.splitlines()[-3:]
+
+
+def test_importing_changes_what_the_table_names_and_nothing_else(snapshot):
+    steps, same, same_callbacks = eval(snapshot[-1])
     assert [*map(len, steps)] == [9, 5, 3]
     for names, step in zip(steps, ('import', 'first target', 'first callback')):
         assert names == sorted(n for n, when in TABLE.items() if when == step)
@@ -97,21 +112,12 @@ def test_what_the_star_does_not_bring_is_one_word_away():
     assert all(getattr(fastdistill.fastai, n) is getattr(recipes, n) for n in recipes.__all__)
 
 
-UNPICKLE = """
-import pickle, sys, warnings
-warnings.simplefilter('ignore')
-target = pickle.loads(bytes.fromhex(sys.argv[1]))
-from fastai.basics import Datasets, defaults
-print(hasattr(Datasets.decode, '_knows_teacher'), [c.__name__ for c in defaults.callbacks].count('TeacherTargets'), target(1.))
-"""
+def test_an_unpickled_target_is_a_first_target_too(snapshot):
+    assert snapshot[0] == 'unpickled True 1 TeacherTarget(1.)'
 
 
-def test_an_unpickled_target_is_a_first_target_too():
-    target = pickle.dumps(TeacherBlock().type_tfms[0])
-    out = subprocess.run(
-        [sys.executable, '-c', UNPICKLE, target.hex()], capture_output=True, text=True
-    )
-    assert out.stdout.strip() == 'True 1 TeacherTarget(1.)', out.stderr
+def test_optuna_is_not_imported(snapshot):
+    assert snapshot[1] == 'False'
 
 
 # Learners

@@ -1,6 +1,5 @@
 "A teacher's outputs from anywhere, beside the label: nothing else may notice."
 
-import subprocess, sys
 import numpy as np
 import pandas as pd
 import pytest, torch
@@ -411,22 +410,3 @@ def test_terms_of_layers_are_refused_where_targets_have_none():
     with pytest.raises(DistillError, match="have no layer 'l'. They have: no layers"):
         quiet(learn, cbs=KnowledgeDistillation(recipe=hint(layers={'l': 'l'})))
     assert not any('loss' in m.name for m in learn.metrics)
-
-
-def test_an_exported_student_loads_where_fastdistill_is_not_installed(tmp_path):
-    columns = [torch.zeros(4)] * 8, ['a', 'b'] * 4, [np.zeros(2, 'f4')] * 8
-    dls = DataBlock.from_columns((TransformBlock, CategoryBlock, TeacherBlock)).dataloaders(
-        columns, bs=2
-    )
-    quiet(Learner(dls, nn.Linear(4, 2), path=tmp_path)).export('student.pkl')
-    code = f"""
-import sys
-sys.modules['fastdistill'] = None
-from fastai.learner import load_learner
-learn = load_learner({str(tmp_path / 'student.pkl')!r})
-import torch
-with learn.no_bar(): print(learn.dls.vocab, len(learn.predict((torch.zeros(4),))[2]))"""
-    out = subprocess.run(
-        [sys.executable, '-W', 'ignore', '-c', code], capture_output=True, text=True
-    )
-    assert out.returncode == 0 and "['a', 'b'] 2" in out.stdout, out.stderr

@@ -5,6 +5,8 @@ import torch
 from torch import nn
 from torchvision.models.detection import FCOS, FasterRCNN, KeypointRCNN, MaskRCNN, RetinaNet
 from torchvision.models.detection.anchor_utils import AnchorGenerator, DefaultBoxGenerator
+from torchvision.models.detection.keypoint_rcnn import KeypointRCNNHeads, KeypointRCNNPredictor
+from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 from torchvision.models.detection.ssd import SSD
 from torchvision.ops import MultiScaleRoIAlign
 
@@ -49,9 +51,17 @@ def detector(kind, width=8, classes=4, names='012', seed=0, **options):
     common = dict(rpn_anchor_generator=anchors, box_roi_pool=pool(7), **options)
     if kind == 'FasterRCNN':
         return FasterRCNN(backbone, classes, **common)
+    # torchvision's own heads have up to 512 channels: a prediction takes seconds
     if kind == 'MaskRCNN':
-        return MaskRCNN(backbone, classes, mask_roi_pool=pool(14), **common)
-    return KeypointRCNN(backbone, classes, keypoint_roi_pool=pool(14), num_keypoints=2, **common)
+        head = MaskRCNNHeads(width, (16, 16), 1)
+        model = MaskRCNN(backbone, classes, mask_roi_pool=pool(14), mask_head=head, **common)
+        model.roi_heads.mask_predictor = MaskRCNNPredictor(16, 16, classes)
+        return model
+    small = dict(
+        keypoint_head=KeypointRCNNHeads(width, (16, 16)),
+        keypoint_predictor=KeypointRCNNPredictor(16, 2),
+    )
+    return KeypointRCNN(backbone, classes, keypoint_roi_pool=pool(14), **small, **common)
 
 
 KINDS = 'RetinaNet', 'FCOS', 'SSD', 'FasterRCNN', 'MaskRCNN', 'KeypointRCNN'

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
+from torchvision.models.resnet import BasicBlock, ResNet
 
 with (
     warnings.catch_warnings()
@@ -59,9 +60,28 @@ def vision_dls():
     return block.dataloaders(range(24), bs=8, num_workers=0)
 
 
+class Narrow(ResNet):
+    "A ResNet of torchvision with its layers and their names, and a quarter of their channels: a page runs in half the time"
+
+    def _make_layer(self, block, planes, *args, **kwargs):
+        return super()._make_layer(block, planes // 4, *args, **kwargs)
+
+
+def narrow18(pretrained=False):
+    return Narrow(BasicBlock, [2, 2, 2, 2])
+
+
+def narrow34(pretrained=False):
+    return Narrow(BasicBlock, [3, 4, 6, 3])
+
+
+# fastai knows this of its own architectures only
+SPLIT = fastai_vision.model_meta[fastai_vision.resnet18]['split']
+
+
 def learner(arch, dls):
     learn = fastai_vision.vision_learner(
-        dls, arch, pretrained=False, metrics=fastai_vision.accuracy
+        dls, arch, pretrained=False, splitter=SPLIT, metrics=fastai_vision.accuracy
     )
     learn.remove_cb(fastai_vision.ProgressCallback)
     return learn
@@ -71,7 +91,7 @@ def learner(arch, dls):
 def trained():
     "A teacher that knows the colours, made once"
     torch.manual_seed(0)
-    teacher = learner(fastai_vision.resnet34, vision_dls())
+    teacher = learner(narrow34, vision_dls())
     for m in teacher.model.modules():
         if isinstance(m, nn.modules.batchnorm._BatchNorm):
             m.momentum = 0.5  # its statistics must settle within ten steps
@@ -81,9 +101,9 @@ def trained():
 
 
 def vision():
-    "`student` (ResNet-18) and the trained `teacher` (ResNet-34), Learners on 16 + 8 `images` of 32 pixels in 3 classes; after both star imports"
+    "`student` (a narrow ResNet-18) and the trained `teacher` (a narrow ResNet-34), Learners on 16 + 8 `images` of 32 pixels in 3 classes; after both star imports"
     dls = vision_dls()
-    student, teacher = learner(fastai_vision.resnet18, dls), learner(fastai_vision.resnet34, dls)
+    student, teacher = learner(narrow18, dls), learner(narrow34, dls)
     teacher.model.load_state_dict(trained().state_dict())
     return (
         names(fastai_vision)
@@ -109,8 +129,8 @@ def forum():
     )
     dls = block.dataloaders(range(24), bs=8, num_workers=0)
     nets = {
-        n: v.unet_learner(dls, arch, pretrained=False, n_out=4)
-        for n, arch in dict(small=v.resnet18, big=v.resnet34).items()
+        n: v.unet_learner(dls, arch, pretrained=False, splitter=SPLIT, n_out=4)
+        for n, arch in dict(small=narrow18, big=narrow34).items()
     }
     for l in nets.values():
         l.remove_cb(v.ProgressCallback)
@@ -125,7 +145,7 @@ def forum():
 def compare():
     "`vision`, and `alone`, a third Learner with the student's architecture"
     space = vision()
-    return space | dict(alone=learner(fastai_vision.resnet18, space['dls']))
+    return space | dict(alone=learner(narrow18, space['dls']))
 
 
 def loop():
