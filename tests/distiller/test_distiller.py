@@ -1173,6 +1173,7 @@ def run(d, opt, steps):
 
 RESUMED = dict(
     automatic=None,
+    kd=kd(),
     logits=Recipe(recipes.dist(grad_ratio=3.0), kd(T=('linear', 8, 1), alpha=0.5)),
     layers=Term(losses.hint, grad_ratio=0.5, layers={'1': '1'}, projector='mlp'),
 )

@@ -5,7 +5,17 @@ from contextlib import nullcontext
 import pytest, torch
 import torch.nn.functional as F
 from torch import nn
-from fastdistill import Distiller, Outputs, Recipe, Term, kd, logit_std, losses, recipes
+from fastdistill import (
+    Distiller,
+    DistillWarning,
+    Outputs,
+    Recipe,
+    Term,
+    kd,
+    logit_std,
+    losses,
+    recipes,
+)
 from fastdistill.features import Taps
 from no_copies import NoCopies
 
@@ -80,11 +90,12 @@ RECIPES = {n: getattr(recipes, n) for n in recipes.__all__ if n != 'logit_std'}
 DENSE = {'cwd', 'pairwise', 'ifvd'}
 
 
-@pytest.mark.filterwarnings('ignore:dist has .* of the gradient of the first batch')
 @pytest.mark.parametrize('name', RECIPES)
 def test_a_step_of_every_recipe_waits_for_nothing(name, no_numbers):
     recipe = RECIPES[name]()
-    d, out = step_on_meta(recipe, dense=name in DENSE)
+    swamps = pytest.warns(DistillWarning, match='^dist has 9.* of the gradient of the first batch')
+    with swamps if name == 'dist' else nullcontext():
+        d, out = step_on_meta(recipe, dense=name in DENSE)
     assert set(out.parts) == {t.name for t in recipe.terms} and all(
         v.is_meta for v in out.parts.values()
     )

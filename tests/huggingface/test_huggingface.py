@@ -520,6 +520,48 @@ def test_a_resumed_training_ends_like_one_that_was_not_interrupted(tmp_path):
     assert whole.distiller.ratios['hint'].factor == again.distiller.ratios['hint'].factor
 
 
+PLANS = dict(
+    automatic=(None, 1),
+    kd=(kd(), 2),
+    layers=(kd() + Term(losses.hint, layers='last', grad_ratio=0.2), 2),
+)
+
+
+@pytest.mark.parametrize('recipe, accumulated', PLANS.values(), ids=PLANS)
+@pytest.mark.parametrize('step', [1, 5])
+def test_a_training_that_resumes_within_an_epoch_ends_the_same(tmp_path, recipe, accumulated, step):
+    data, teacher = list(texts()), loud(bert(width=16))
+    teacher.classifier.weight.data *= 20
+
+    def trainer(folder):
+        torch.manual_seed(0)
+        return DistillationTrainer(
+            loud(bert(width=8, hidden_dropout_prob=0.1)),
+            args(
+                tmp_path / folder,
+                max_steps=6,
+                save_strategy='steps',
+                save_steps=step,
+                per_device_train_batch_size=1,
+                gradient_accumulation_steps=accumulated,
+            ),
+            train_dataset=data,
+            teacher=teacher,
+            recipe=recipe,
+            check=False,
+        )
+
+    whole, again = trainer('a'), trainer('b')
+    whole.train()
+    again.train(resume_from_checkpoint=str(tmp_path / 'a' / f'checkpoint-{step}'))
+    assert step * accumulated % len(data)  # not at the end of an epoch
+    assert again.distiller.get_extra_state().equal(whole.distiller.get_extra_state())
+    for a, b in zip(whole.model.parameters(), again.model.parameters()):
+        assert torch.equal(a, b)
+    for a, b in zip(whole.distiller.own_parameters(), again.distiller.own_parameters()):
+        assert torch.equal(a, b)
+
+
 def test_a_resumed_training_keeps_the_recipe_that_was_chosen(tmp_path):
     "And the gradients that were measured; another first batch would give another temperature"
     data, teacher = list(texts()), loud(bert(width=16))

@@ -149,15 +149,15 @@ class Findings(list):
         return [f for f in self if f.level == 'error']
 
     def enforce(self, facts: bool = True) -> 'Findings':
-        """Print the facts and notes, issue the warnings, raise the errors.
+        """Print the facts and notes and issue the warnings on the first rank, raise the errors on all.
 
         Args:
             facts: Whether to print the facts.
         """
         if facts and self.facts is not None and rank() == 0:
             print('fastdistill:', '; '.join(self.facts.lines()))
-        for f in self:
-            if f.level == 'note' and rank() == 0:
+        for f in self if rank() == 0 else ():
+            if f.level == 'note':
                 print(f'fastdistill: {f.what}. {f.do}')
             if f.level == 'warning':
                 warnings.warn(f'{f.what}. {f.do}', DistillWarning, stacklevel=2)

@@ -50,7 +50,8 @@ class Distiller(nn.Module):
 
     Its parameters are those of the student and the projectors, not of the teacher. Put `with
     distiller.teacher:` around a loop to prepare the teacher once instead of for each batch.
-    `state_dict()` holds everything needed to resume training, except the state of the optimizer.
+    `state_dict()` holds everything needed to resume training, except the state of the optimizer and
+    the random numbers of a teacher that draws some (`mode='train'` or `combine='sample'`).
 
     A student with several outputs can learn each from its own teacher: `Distiller(student,
     {'color': teacher1, 'shape': teacher2})`. A batch is then `distiller(x, y_color, y_shape)`, and

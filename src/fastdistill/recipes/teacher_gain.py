@@ -57,7 +57,7 @@ class TeacherGain:
         """
         if self.sums is None:
             return torch.ones(())
-        error, agreement, distance = self.sums
+        error, agreement, distance = self.sums.clamp_min(0)  # a gain of 0 has no sign
         m = (agreement / distance.clamp_min(1e-30)).clamp(0, 1)
         explained = (2 * m * agreement - m * m * distance) / error.clamp_min(1e-30)
         return explained.where((distance > 0) & (error > 0), 1.0)
