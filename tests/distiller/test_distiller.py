@@ -594,7 +594,7 @@ def test_layers_run_only_where_their_part_counts():
         + Term(losses.hint, layers={'0': '0'}, projector='linear', stop_at=0.3, name='early')
     )
     d = Distiller(student, mlp(16, 1), recipe, example=batch()[0])
-    read = lambda p: [layers(d.active_terms(p)) for layers in (d.student_layers, d.teacher_layers)]
+    read = lambda p: [d.head.layers(i, d.active_terms(p)) for i in (0, 1)]
     assert (
         read(0.1) == [['0'], ['0']]
         and read(0.4) == [[], []]
@@ -1466,7 +1466,7 @@ def test_measuring_gradient_shares_changes_nothing(checkpointed):
             kd(2.0, 0.5) + Term(losses.hint, layers={'net.4': '4'}),
             example=batch()[0],
         )
-        d.measures = measures
+        d.head.measures = measures
         opt = torch.optim.Adam(d.parameters(), 0.01)
         for i in range(3):
             d(*batch(seed=i)).total.backward()
@@ -1939,7 +1939,7 @@ def test_a_student_that_shares_parameters_is_found_with_a_loader_too():
 def test_a_recipe_may_be_a_text():
     d = Distiller(mlp(6), knowing(), 'kd(T=2, alpha=.5)')
     assert repr(d.recipe) == repr(Distiller(mlp(6), knowing(), kd(T=2, alpha=0.5)).recipe)
-    assert Distiller(mlp(6), knowing(), 'auto').chooses
+    assert Distiller(mlp(6), knowing(), 'auto').head.chooses
     with pytest.raises(DistillError, match="there is no recipe 'kdd'"):
         Distiller(mlp(6), knowing(), 'kdd()')
 

@@ -4,6 +4,7 @@ import pytest, torch
 import torch.nn.functional as F
 from torch import nn
 from fastdistill import DistillError, Distiller, Teacher, Term, kd, losses, soft_labels, with_items
+from fastdistill.distiller.head import share_task_loss
 
 g = torch.Generator().manual_seed(0)
 X, COLOR, SHAPE, SIZE = (
@@ -349,7 +350,7 @@ def test_what_is_no_set_of_heads():
 def test_a_trainer_gives_the_task_loss_of_all_heads():
     student, color, shape, _ = nets()
     heads = two_heads(student, color, shape, kd(2.0, 0.7), weights=dict(shape=0.5))
-    heads.share_task_loss()
+    share_task_loss(heads.heads)
     raw = student(X)
     task = F.cross_entropy(raw['color'], COLOR) + F.cross_entropy(raw['shape'], SHAPE)
     out = heads.compute(
@@ -369,4 +370,4 @@ def test_one_task_loss_needs_one_weight():
     student, color, shape, _ = nets()
     heads = two_heads(student, color, shape, dict(color=kd(alpha=0.9), shape=kd(alpha=0.5)))
     with pytest.raises(DistillError, match='give the task loss different weights'):
-        heads.share_task_loss()
+        share_task_loss(heads.heads)

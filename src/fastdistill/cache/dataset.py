@@ -16,6 +16,7 @@ from ..base.generators import Generators
 from ..base.outputs import DistillError, LinearLogits, Outputs, check_axis
 from ..base.random_state import RandomGuard, restored_once, seeded
 from ..base.seeds import seeds_of, view_of
+from ..teachers.teacher import Teacher, reading_tokens
 from .digests import code_of, fingerprint, first_part, flat_values, input_digest
 from .files import dataset_files
 from .keys import dataset_keys, folder_of, root_of
@@ -127,9 +128,9 @@ def cache_dataset(
         look = lambda i, view: fingerprint(*flat_values(next(asked(np.array([view * n + i]), 1))))
         items.views = views = distinct_views(views, n, look)
         check_items_repeat(items, asked if shake is not None else None)
-        if hasattr(teacher, 'reading_tokens'):
+        if isinstance(teacher, Teacher):
             x = next(asked(np.array([0]), 1))
-            teacher = teacher.reading_tokens(*(x if isinstance(x, tuple) else (x,)))
+            teacher = reading_tokens(teacher, *(x if isinstance(x, tuple) else (x,)))
         held = teacher
         check_alone(partial(plain_run, run), len(dataset))
         described = dict(transforms or {})

@@ -202,7 +202,7 @@ class DetectionDistiller(Distiller):
             recipe = automatic()
         self.batch = None  # what the student's transform made of the last images
         # shares in the first batch would mislead, since a new head passes on almost no gradient
-        self.measures = False
+        self.head.measures = False
         self.head.take(recipe)
         self.setup()
 
@@ -269,7 +269,7 @@ class DetectionDistiller(Distiller):
         terms, (batch, self.batch) = self.active_terms(progress), (self.batch, None)
         if not terms:
             return None
-        names = [*self.teacher_layers(terms), *self.head.scored_layers(terms)]
+        names = [*self.head.layers(1, terms), *self.head.scored_layers(terms)]
         args = batch.tensors, padded_sizes(batch), runs_head(names)
         return Outputs(feats=self.teacher.outputs(args, layers=names).feats)
 

@@ -1,14 +1,17 @@
 """Helpers for integrations with other trainers: setup before the optimizer, checkpoints."""
 
 from ..base.distributed import broadcast, on_first, rank
+from ..checks.forward import student_logits
 from ..features.layer_names import unwrap
 from ..features.layer_pairs import inputs
 from .distiller import Distiller
+from .head import share_task_loss_again
 
 __all__ = [
     'add_parameters',
     'check_first',
     'complete',
+    'is_choosing',
     'is_detector',
     'load_state',
     'needs_example',
@@ -29,9 +32,14 @@ def is_detector(model) -> bool:
     return any(o.__module__.startswith('torchvision.models.detection.') for o in kinds)
 
 
+def is_choosing(d: Distiller) -> bool:
+    """Return True if the recipe of a head has still to be chosen."""
+    return any(h.chooses for h in d.heads.values())
+
+
 def needs_example(d: Distiller) -> bool:
     """Return True if a batch is needed to choose the recipe or build projectors."""
-    return d.chooses or not d.ready
+    return is_choosing(d) or not d.ready
 
 
 def check_first(d: Distiller, batches, **options):
@@ -60,8 +68,10 @@ def complete(d: Distiller, x, labels: bool = True):
         labels: Whether the batches have labels.
     """
     x = inputs(x)
-    if d.chooses:
-        d.choose(x, labels)
+    for h in d.heads.values():
+        if h.chooses:
+            h.choose(student_logits(d.student, x, h.output), x, labels)
+    share_task_loss_again(d.heads)
     if d.ready:
         return
     d.setup(*x)

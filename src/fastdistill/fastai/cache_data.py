@@ -44,8 +44,8 @@ from ..cache.verify import Verified
 from ..cache.writer import check_views, write_cache
 from ..recipes.default import auto, facts_for_auto
 from ..recipes.text import as_recipe
-from ..teachers.items import with_items
-from ..teachers.teacher import Teacher
+from ..teachers.items import reads_only_items, with_items
+from ..teachers.teacher import Teacher, reading_tokens
 from .batches import loader_of
 from .check import check_teacher
 from .head import HeadData, heads_of, options_of_heads
@@ -196,7 +196,7 @@ def only_items(teacher, views):
     """Return True if the teacher reads only the raw items, so that its outputs are the same in each
     view.
     """
-    if not teacher.reads_only_items:
+    if not reads_only_items(teacher):
         return False
     if views > 1:
         raise DistillError(
@@ -332,7 +332,7 @@ def source_of(
 
     inputs = lambda b: with_items(inputs_of(b, dl.n_inp), b[-1].items)
     if teacher.layers:
-        teacher = teacher.reading_tokens(*inputs(next(iter(make([0], 1, 0)))))
+        teacher = reading_tokens(teacher, *inputs(next(iter(make([0], 1, 0)))))
 
     def run(tasks, bs, teacher=teacher):
         with (

@@ -70,7 +70,7 @@ from ..base.samples import BatchSamples
 from .learner_notes import notes_of
 from .teacher_targets import TeacherTarget, TeacherTargets, makes_target
 
-__all__ = ['DistillationCallback', 'patch_for_targets']
+__all__ = ['DistillationCallback', 'claim_epochs', 'patch_for_targets']
 
 
 class DistillationCallback(Callback):
@@ -228,6 +228,17 @@ def _as_one_training(fine_tune):
             del self.fine_tune_span
 
     return _fine_tune
+
+
+def claim_epochs(learn):
+    """Return (epochs before this fit, total epochs) of the `fine_tune` that this fit belongs to.
+    None if there is none. The epochs of this fit are then done.
+    """
+    span = getattr(learn, 'fine_tune_span', None)
+    if span is None:
+        return None
+    before, span['done'] = span['done'], span['done'] + learn.n_epoch
+    return before, span['epochs']
 
 
 def _file_beside(file):

@@ -58,13 +58,19 @@ class UnlabeledInputs:
     def __bool__(self):
         return self.items is not None or self.perturbed > 0
 
-    def start(self, learn, heads):
+    def start(self, learn, distiller):
         """Raise an error for inputs that cannot be used, before the first batch.
 
         Args:
             learn: The student's Learner.
-            heads: {head name: head of the `Distiller`}.
+            distiller: The `Distiller` of the fit.
         """
+        terms, heads = distiller.recipe.terms, distiller.heads
+        if all(t.n_targets for t in terms):
+            raise DistillError(
+                f'unlabeled= and perturbed=: all terms read labels ({", ".join(t.name for t in terms)}). '
+                'Add one that reads none, as kd() or soft_labels().'
+            )
         if isinstance(learn.dls.train, LMDataLoader):
             raise DistillError(
                 'A language model needs no labels: add the texts to its training set.'

@@ -7,6 +7,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 
+from ..base.class_mapping import of_classes
 from ..base.outputs import (
     DistillError,
     DistillWarning,
@@ -29,7 +30,7 @@ from .inputs import own_inputs, prepared_inputs
 from .probabilities import check_probabilities, logits_of
 from .slices import in_slices, joined, plain_output
 
-__all__ = ['ModelRunner', 'Runner']
+__all__ = ['ModelRunner', 'Runner', 'with_classes']
 
 
 class Runner:
@@ -55,6 +56,22 @@ class Runner:
         stack, self.stack = self.stack, None
         if stack is not None:
             stack.close()
+
+    @property
+    def half(self) -> str:
+        """Name of the dtype of a faster copy if it is not the model's own, otherwise empty."""
+        return '' if self.fast_copy is None else self.fast_copy.half
+
+    @property
+    def copy_bytes(self) -> int:
+        """Bytes of weights that faster copies do not share with the model."""
+        return 0 if self.fast_copy is None else self.fast_copy.bytes
+
+    def outputs(self, x, kw, layers) -> Outputs:
+        """The outputs for a batch, with exactly these layers. Random numbers come from the global
+        generators.
+        """
+        return self.outputs_for([self.teacher], x, kw, layers)[0]
 
     def generators(self, x=()):
         """The global random generators from which it may draw for these inputs."""
@@ -149,10 +166,6 @@ class ModelRunner(Runner):
 
     # a batch
 
-    def outputs(self, x, kw, layers) -> Outputs:
-        """The outputs for a batch, with these layers."""
-        return self.outputs_for([self.teacher], x, kw, layers)[0]
-
     def outputs_for(self, teachers, x, kw, layers) -> list[Outputs]:
         """The outputs for a batch, with these layers, as each teacher reads them from one run of
         the model.
@@ -170,10 +183,10 @@ class ModelRunner(Runner):
         if self.frozen is not None:
             self.frozen.settle()
         outs = map(joined, zip(*[self._slice(teachers, *o, layers, device) for o in slices]))
-        if self.teacher.size is None:
-            return list(outs)
-        resized = lambda o: maps_of_size(o.logits, self.teacher.size, batch_size)
-        return [replace(o, logits=resized(o)) for o in outs]
+        if self.teacher.size is not None:
+            resized = lambda o: maps_of_size(o.logits, self.teacher.size, batch_size)
+            outs = [replace(o, logits=resized(o)) for o in outs]
+        return [with_classes(t, o) for t, o in zip(teachers, outs)]
 
     def _choose_copy(self, x, kw, layers, device):
         self.fast_copy.choose(x, kw, device, layers, lambda m: self._trial(m, x, kw, device))
@@ -261,6 +274,11 @@ class ModelRunner(Runner):
             f'returns ({", ".join(feats) or "none"}). Give the nn.Module that it was made from, or a '
             'function that returns Outputs(logits, feats).'
         )
+
+
+def with_classes(teacher, o: Outputs) -> Outputs:
+    """Outputs with the classes that a teacher selects or maps."""
+    return of_classes(o, teacher.select, teacher.classes, teacher.axis, teacher.kind)
 
 
 def device_of_inputs(x, kw):
