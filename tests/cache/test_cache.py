@@ -637,7 +637,7 @@ def test_a_begun_cache_with_other_keys_gets_its_own_again(tmp_path):
 
     x = TensorDataset(torch.randn(20, 3))
     write = lambda path, **kw: cache_dataset(
-        lambda x: Outputs(x), x, path, views=0, bs=4, store=dict(dtype='float32'), **kw
+        lambda x: Outputs(x), x, path, views=0, run=dict(bs=4), store=dict(dtype='float32'), **kw
     )
     with pytest.warns(DistillWarning):
         whole = write(tmp_path / 'whole')
@@ -658,13 +658,12 @@ def test_a_begun_cache_with_other_keys_gets_its_own_again(tmp_path):
 def test_a_damaged_manifest_says_so_and_force_overwrites_it(tmp_path):
     x = TensorDataset(torch.randn(8, 3))
     write = lambda **kw: cache_dataset(writers.Slow('/dev/null', 0), x, tmp_path, views=0, **kw)
-    write(vocab=('a', 'b'), transforms={'n': (1, np.int64(2)), 'a': np.arange(2)})
-    assert write(
-        vocab=('a', 'b'), transforms={'n': (1, np.int64(2)), 'a': np.arange(2)}
-    ).check()  # as JSON keeps them
+    facts = dict(vocab=('a', 'b'), transforms={'n': (1, np.int64(2)), 'a': np.arange(2)})
+    write(facts=facts)
+    assert write(facts=facts).check()  # as JSON keeps them
     good = (tmp_path / 'manifest.json').read_text()
     with pytest.raises(DistillError, match="object can't be stored in a manifest"):
-        write(vocab=[object()], force=True)
+        write(facts=dict(vocab=[object()]), force=True)
     assert (tmp_path / 'manifest.json').read_text() == good  # nothing was removed
     for bad in (
         '{',
@@ -687,7 +686,7 @@ def test_an_overwritten_cache_is_not_read_with_the_old_manifest(tmp_path, monkey
     monkeypatch.setitem(writer.write_cache.__kwdefaults__, 'shard_bytes', 32)
     x = TensorDataset(torch.randn(8, 3))
     write = lambda seed, **kw: cache_dataset(
-        Teacher(seeded_linear(seed)), x, tmp_path, views=0, bs=2, **kw
+        Teacher(seeded_linear(seed)), x, tmp_path, views=0, run=dict(bs=2), **kw
     )
     cache = write(0)
     cache.outputs([0])
@@ -859,7 +858,9 @@ def paint(path, n, seed=0):
 
 
 def write_images(root, path, **kwargs):
-    return cache_dataset(Teacher(seeded_linear(0)), Images(root), path, views=0, bs=4, **kwargs)
+    return cache_dataset(
+        Teacher(seeded_linear(0)), Images(root), path, views=0, run=dict(bs=4), **kwargs
+    )
 
 
 def test_images_that_were_replaced_under_the_same_names_are_found_and_named(tmp_path):

@@ -5,7 +5,6 @@ from fastai.basics import Callback, L
 from ..base.outputs import DistillError, check_axis, check_output
 from ..base.task import pseudo_labels
 from ..recipes.batch import all_classes
-from ..recipes.term import one_temperature
 from ..teachers.items import with_items
 from .arguments import check_options, make_recipe, refuse_options
 from .cache_feed import SampleFeed
@@ -42,7 +41,6 @@ class KnowledgeDistillation(DistillationCallback):
         T: Temperature: a number or a schedule (fastai's `SchedCos(8, 2)`). The default is 4.
         alpha: Weight of the teacher: a number or a schedule. The task loss has weight 1-alpha. The
             default is 0.9.
-        temperature: Alias of T.
         loss: Your own loss, fn(student_logits, teacher_logits, *targets). It replaces the whole
             loss or, if alpha is given, only the distillation loss.
         kind: 'softmax', 'sigmoid' or 'regression'. None to derive it from the Learner's loss
@@ -55,11 +53,12 @@ class KnowledgeDistillation(DistillationCallback):
             output=...).
         unlabeled: Additional inputs without labels, on which the student learns only from the
             teacher: items like those of the training set, or a DataLoader. Each training batch is
-            accompanied by one batch of these.
-        unlabeled_targets: A cache of the teacher's outputs for `unlabeled`, or its folder. For
-            several heads, a dict. None to run the teacher.
-        perturbed: For tables, the number of perturbed copies of each row, on which the student
-            learns only from the teacher.
+            accompanied by one batch of these. Or a dict.
+
+            - 'items': these items, or the DataLoader.
+            - 'targets': a cache of the teacher's outputs for them, or its folder. For several
+              heads, a dict. None to run the teacher.
+            - 'perturbed': for tables, the number of perturbed copies of each row.
         check: Whether to look for mistakes before the first fit (see `check_teacher`).
     """
 
@@ -73,15 +72,12 @@ class KnowledgeDistillation(DistillationCallback):
         *,
         T=None,
         alpha=None,
-        temperature=None,
         loss=None,
         kind: str | None = None,
         axis: int | None = None,
         span: str = 'fine_tune',
         output=None,
         unlabeled=None,
-        unlabeled_targets=None,
-        perturbed: int = 0,
         check: bool = True,
     ):
         super().__init__()
@@ -90,7 +86,6 @@ class KnowledgeDistillation(DistillationCallback):
         check_options(None, span=span)
         check_output(output)
         check_axis(axis)
-        T = one_temperature(T, temperature)
         self.log = FitLog(self)
         self.fit_distiller = FitDistiller(
             teacher,
@@ -111,8 +106,6 @@ class KnowledgeDistillation(DistillationCallback):
         self.finite_check = FiniteCheck(stored=not self.fit_distiller.runs)
         self.unlabeled = UnlabeledInputs(
             unlabeled,
-            perturbed,
-            unlabeled_targets,
             runs=not self.fit_distiller.stored,
             heads=self.fit_distiller.heads,
         )

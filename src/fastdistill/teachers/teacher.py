@@ -10,6 +10,7 @@ from torch import nn
 
 from ..base.class_mapping import class_groups
 from ..base.distributed import rank
+from ..base.errors import options_of_group
 from ..base.outputs import DistillError, Outputs, check_axis, check_output, warn_of_first
 from ..base.random_state import RandomStream
 from ..features.layer_names import named
@@ -68,14 +69,10 @@ def ungrouped_options(options: dict) -> dict:
     """Take the options out of their groups."""
     out = {k: v for k, v in options.items() if k not in GROUPS}
     for group, names in GROUPS.items():
-        given = options.get(group)
-        if given is None:
+        if options.get(group) is None:
             continue
         have = (*DEFAULTS, *names) if group == 'run' else names
-        if not isinstance(given, Mapping) or set(given) - set(have):
-            raise DistillError(
-                f'{group}={given!r}: must be a dict with any of {", ".join(map(repr, have))}'
-            )
+        given = options_of_group(group, options[group], have)
         out |= {k: v for k, v in given.items() if k in names}
         if group == 'run':
             out['run'] = {k: v for k, v in given.items() if k not in names}
