@@ -75,7 +75,7 @@ class DistillCallback(Callback):
         d = self.distiller
         d.links.to(pl_module.device)
         # subtle: restore the recipe chosen before, instead of choosing one for this batch
-        if self.state is not None and 'distiller' in self.state:
+        if self.state is not None:
             d.set_extra_state(self.state['distiller'])
         if self.options.get('check', True):
             check_first(d, self._batches(trainer), part='training')
@@ -195,7 +195,7 @@ class DistillCallback(Callback):
         return {} if self.distiller is None else training_state(self.distiller)
 
     def load_state_dict(self, state):
-        self.state = state
+        self.state = state or None  # empty if saved before the first fit
 
     # subtle: an averaged copy of a module (`WeightAveraging`) needs no second teacher
     def __deepcopy__(self, memo):

@@ -574,13 +574,13 @@ def test_the_teacher_is_not_asked_where_no_part_counts(recipe, when):
     state = torch.get_rng_state()
     for p in when:
         assert (
-            not d.needs_teacher(p)
-            and d.active_terms(p) == []
+            d.active_terms(p) == []
+            and d.teacher_outputs(x, p) is None
             and d(x, y, progress=p).total.item() == F.cross_entropy(d.student(x), y).item()
         )
     assert teacher.times == 0 and torch.equal(state, torch.get_rng_state())
     with torch.no_grad():
-        assert d(x, y, progress=when[0]).parts and d.needs_teacher(when[0])
+        assert d(x, y, progress=when[0]).parts and d.active_terms(when[0])
     assert teacher.times == 1 and torch.equal(
         state, torch.get_rng_state()
     )  # what validation draws is put back
@@ -619,7 +619,7 @@ def test_a_part_that_counts_asks_for_the_teacher():
     d, (x, y) = Distiller(mlp(6), mlp(16), kd()), batch()
     with pytest.raises(
         DistillError,
-        match=r"kd needs the teacher's outputs for this batch, and got None: needs_teacher\(progress\) says when",
+        match=r"kd needs the teacher's outputs for this batch, and got None: pass what teacher_outputs\(\) returned",
     ):
         d.compute(Outputs(d.student(x)), None, F.cross_entropy(d.student(x), y), (y,))
 
@@ -1205,24 +1205,6 @@ def test_the_chosen_recipe_continues_and_is_not_chosen_again(capsys):
     capsys.readouterr()
     run(*again, range(20, 22))
     assert 'recipe' not in capsys.readouterr().out
-
-
-def test_a_checkpoint_of_an_earlier_release_says_what_it_lacks():
-    state = {
-        k: v
-        for k, v in parts_of_training(recipes.dist(grad_ratio=1.0))[0].state_dict().items()
-        if k != '_extra_state'
-    }
-    for recipe in (None, recipes.dist(grad_ratio=1.0)):
-        with pytest.raises(
-            RuntimeError,
-            match=r'Missing.*the chosen recipe and the measured gradients, which checkpoints of earlier releases lack.*strict=False\) loads only the weights',
-        ):
-            parts_of_training(recipe)[0].load_state_dict(state)
-        d = parts_of_training(recipe, seed=5)[0]
-        d.load_state_dict(state, strict=False)
-        assert torch.equal(d.student[0].weight, state['student.0.weight'])
-    parts_of_training(kd())[0].load_state_dict(state)  # nothing of it is needed here
 
 
 def test_a_checkpoint_holds_only_tensors():

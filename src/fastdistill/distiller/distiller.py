@@ -34,12 +34,6 @@ from .teacher_groups import share_models, teacher_groups
 
 __all__ = ['Distiller']
 
-LACKS = (
-    'the chosen recipe and the measured gradients, which checkpoints of earlier releases lack. '
-    'load_state_dict(state, strict=False) loads only the weights; the recipe is then chosen '
-    'and gradients are measured again'
-)
-
 
 class Distiller(nn.Module):
     """A student, its teacher and a recipe. `distiller(x, y)` computes the loss of one batch.
@@ -284,14 +278,6 @@ class Distiller(nn.Module):
             h.load_state(state[k] if self.several else state)
         share_task_loss_again(self.heads)
 
-    def _load_from_state_dict(self, state, prefix, meta, strict, missing, unexpected, errors):
-        if (key := f'{prefix}_extra_state') not in state:
-            # subtle: PyTorch always passes strict=True here; the user's value decides whether `missing` raises
-            if self.ratios or any(h.automatic for h in self.heads.values()):
-                missing.append(f'{key}: {LACKS}')
-            state = {**state, key: self.get_extra_state()}
-        super()._load_from_state_dict(state, prefix, meta, strict, missing, unexpected, errors)
-
     # checks and setup before the first batch
 
     def parameters(self, recurse=True):
@@ -382,10 +368,6 @@ class Distiller(nn.Module):
             progress: Fraction of the training that is done, from 0 to 1, for schedules.
         """
         return [t for h in self.heads.values() for t in h.active_terms(progress)]
-
-    def needs_teacher(self, progress: float | None = None) -> bool:
-        """Return True if any term needs the teacher's outputs for this batch."""
-        return bool(self.active_terms(progress))
 
     def student_layers(self, terms=None) -> list:
         """Return the student layers that the terms compare.
@@ -507,7 +489,7 @@ class Distiller(nn.Module):
         Args:
             student: Student outputs for this batch.
             teacher: Teacher outputs for the same batch. None if no term needs them (see
-                `needs_teacher`).
+                `teacher_outputs`).
             task: Task loss of the batch. None without labels. For several heads, the total task
                 loss, weighted equally in all recipes.
             targets: Labels, for losses that read them.

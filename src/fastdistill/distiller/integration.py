@@ -1,6 +1,6 @@
 """Helpers for integrations with other trainers: setup before the optimizer, checkpoints."""
 
-from ..base.distributed import broadcast, on_first, rank
+from ..base.distributed import broadcast, on_first
 from ..checks.forward import student_logits
 from ..features.layer_names import unwrap
 from ..features.layer_pairs import inputs
@@ -19,11 +19,6 @@ __all__ = [
     'takes_part',
     'training_state',
 ]
-
-OLD_STATE = (
-    'fastdistill: this checkpoint was saved by an earlier release, without measured gradients, so '
-    'they are measured again'
-)
 
 
 def is_detector(model) -> bool:
@@ -124,8 +119,5 @@ def load_state(d: Distiller, state: dict):
         d: A `Distiller` after `complete`.
         state: What `training_state` returned.
     """
-    if 'distiller' in state:
-        d.set_extra_state(state['distiller'])
-    elif rank() == 0:
-        print(OLD_STATE)
+    d.set_extra_state(state['distiller'])
     d.links.load_state_dict(state['links'])

@@ -5,7 +5,6 @@ gradients.
 import copy
 
 from ..base.outputs import DistillError
-from ..distiller.integration import OLD_STATE
 from .learner_notes import notes_of
 from .projector_opt import ProjectorOptimizer
 
@@ -85,10 +84,8 @@ class FitState:
             )
         d.links.load_state_dict(state['links'])
         before = {k: h.chosen_text for k, h in d.heads.items()}
-        if state.get('distiller') is not None:
+        if state['distiller'] is not None:
             d.set_extra_state(state['distiller'])
-        elif state.get('ratios'):
-            self.log(OLD_STATE)
         for k, h in d.heads.items():
             if h.chosen_text != before[k]:
                 self.log(f'fastdistill: {h.prefix}recipe {h.chosen_text}, as before')

@@ -255,7 +255,7 @@ def _with_projectors(save):
         if beside is None or rank() or hasattr(self, 'lr_finder'):
             return saved
         state = {} if not with_opt else notes_of(self).last_state if cb is None else cb.state_dict()
-        if state and (state.get('links') or state.get('distiller') is not None):
+        if state and (state['links'] or state['distiller'] is not None):
             torch.save(state, beside)
         else:
             beside.unlink(missing_ok=True)  # it belonged to the student that was overwritten

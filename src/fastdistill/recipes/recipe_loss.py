@@ -104,10 +104,6 @@ class RecipeLoss(nn.Module):
             if not torch.is_grad_enabled() or t.weight_at(progress) != 0
         ]
 
-    def needs_teacher(self, progress: float | None = None) -> bool:
-        """Whether any term needs the teacher's outputs for this batch."""
-        return bool(self.active_terms(progress))
-
     def check_first(self, student, teacher, targets):
         """Refuse the mistakes that the first batches show."""
 
@@ -125,7 +121,7 @@ class RecipeLoss(nn.Module):
 
         Args:
             student: Of this batch.
-            teacher: Of the same batch; None where no term needs it (see `needs_teacher`).
+            teacher: Of the same batch; None where no term needs it (see `active_terms`).
             task: The task loss, already computed; None without labels.
             targets: Labels, for the losses that read them.
             progress: Share of the training that is done, for schedules.
@@ -142,7 +138,7 @@ class RecipeLoss(nn.Module):
         if terms and teacher is None:
             raise DistillError(
                 f"{terms[0].name} needs the teacher's outputs for this batch, and got None: "
-                'needs_teacher(progress) says when'
+                'pass what teacher_outputs() returned'
             )
         self.check_first(student, teacher, targets)
         b = Batch(
