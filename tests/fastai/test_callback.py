@@ -481,7 +481,7 @@ def test_looking_for_nan_does_not_wait_for_a_gpu():
                 return
             check = FiniteCheck(stored=False)
             check.found = torch.zeros((), dtype=torch.bool, device='meta')
-            check.add(outputs, self.learn, Task('softmax'))
+            check.add(outputs, self.learn, {'': Task('softmax')})
             with pytest.raises(RuntimeError):
                 check.enforce(self.learn)
             self.looked = True

@@ -28,6 +28,17 @@ Why patches are needed:
 - `fit`, `fine_tune`, `save`, `load`: callbacks get no event for interrupts, phases, saving and loading.
 - `plot_loss` draws all losses on one axis, and has no option for a second one.
 
+Private names of fastai that are used without a patch, since there is no public alternative:
+
+- `TfmdDL._n_inp` in `language_model.py`: `dls.n_inp = 1` does not reach the DataLoaders,
+  whose `n_inp` can't be set.
+- `TfmdDL._types` in `compare.py`: the types of a batch, known without loading one.
+- `Callback._only_train_loop` in `callback.py`: fastai's hooks remove such callbacks before they run the model.
+- `Learner._do_fit`, `Learner._with_events` and `Learner._do_epoch` in `cli/training/stages.py`: a fit can't begin
+  with a later epoch, and `SkipToEpoch` runs the events of all epochs.
+- `DistributedDL._broadcast` and `DistributedTrainer._wrap_dl` in `cli/training/processes.py`: fastai broadcasts only on
+  GPUs, and its trainer can't use a different DataLoader.
+
 Tested with fastai 2.8.10 and 2.8.12. `tests/fastai/test_patches.py` tests for each patch that its purpose is fulfilled
 with the patch, and not without it.
 
@@ -66,9 +77,8 @@ from fastai.basics import (
 )
 
 from ..base.distributed import rank
-from ..base.samples import BatchSamples
 from .learner_notes import notes_of
-from .teacher_targets import TeacherTarget, TeacherTargets, makes_target
+from .teacher_targets import TeacherTarget, TeacherTargets, makes_target, without_targets
 
 __all__ = ['DistillationCallback', 'claim_epochs', 'patch_for_targets']
 
@@ -183,9 +193,7 @@ def _show_without_teacher(pre_show_batch):
 
     @functools.wraps(pre_show_batch)
     def _pre_show_batch(self, b, max_n=9):
-        if isinstance(b, (tuple, list)):
-            b = type(b)(o for o in b if not isinstance(o, (TeacherTarget, BatchSamples)))
-        return pre_show_batch(self, b, max_n=max_n)
+        return pre_show_batch(self, without_targets(b), max_n=max_n)
 
     return _pre_show_batch
 
