@@ -1,6 +1,7 @@
 "Stored teacher outputs: the right row for each sample, whatever happens to the writer, the files and the order."
 
 import hashlib, json, math, multiprocessing, os, pickle, random, re, resource, shutil, time
+from functools import partial
 from collections import namedtuple
 from dataclasses import replace
 from pathlib import Path
@@ -680,6 +681,17 @@ def test_a_damaged_manifest_says_so_and_force_overwrites_it(tmp_path):
             write()
         with pytest.warns(DistillWarning, match='It is overwritten'):
             assert write(force=True).check()
+
+
+def test_an_unknown_option_of_writing_is_named_with_the_allowed_ones(tmp_path):
+    data = TensorDataset(torch.randn(4, 3))
+    write = partial(cache_dataset, Teacher(seeded_linear(0)), data, tmp_path, views=0)
+    loader = "'bs', 'num_workers', 'collate_fn', 'device', 'seed', 'forecast'"
+    with pytest.raises(DistillError, match=f"'batch': 4.*: must be a dict with any of {loader}"):
+        write(run=dict(batch=4))
+    with pytest.raises(DistillError, match="must be a dict with any of 'vocab', 'transforms'"):
+        write(facts=['a', 'b'])
+    assert not any(tmp_path.iterdir())
 
 
 def test_an_overwritten_cache_is_not_read_with_the_old_manifest(tmp_path, monkeypatch):

@@ -194,6 +194,11 @@ def test_what_goes_wrong_is_said_before_the_first_batch(tmp_path):
         DistillError, match='targets in unlabeled= are stored outputs for its items'
     ):
         KD(teacher, unlabeled=dict(targets=tmp_path))
+    with pytest.raises(
+        DistillError,
+        match="'item': .*: must be a dict with any of 'items', 'targets', 'perturbed'",
+    ):
+        KD(teacher, unlabeled=dict(item=[1]))
     with pytest.raises(DistillError, match='the list of items is empty'):
         student.fit(1, cbs=KD(teacher, unlabeled=[]))
     for n in (-1, True, 2.5):
