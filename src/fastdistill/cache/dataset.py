@@ -100,10 +100,8 @@ def cache_dataset(
     if not len(dataset):
         raise DistillError('The dataset is empty: there is nothing to write.')
     names = dataset_keys(dataset, keys)
-    items, get = (
-        Views(dataset, names, views, options['seed']),
-        first_part if inputs is None else inputs,
-    )
+    items = Views(dataset, names, views, options['seed'])
+    get = first_part if inputs is None else inputs
     shake = batch_tfm if views else None
 
     def asked(tasks, bs):
