@@ -183,7 +183,7 @@ def main(
 
 def written(teacher, crops, clean, out, views):
     return cache_dataset(
-        teacher, crops if views else clean, out / f'views{views}', views=views, bs=250
+        teacher, crops if views else clean, out / f'views{views}', views=views, run=dict(bs=250)
     )
 
 

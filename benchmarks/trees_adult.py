@@ -176,7 +176,7 @@ def main(
     ways = dict(
         alone={},
         **{f'of {k}': dict(teacher=m) for k, m in models.items()},
-        perturbed=dict(teacher=models[best], perturbed=3),
+        perturbed=dict(teacher=models[best], unlabeled=dict(perturbed=3)),
     )
     for seed in range(seeds):
         for k, options in ways.items():

@@ -43,7 +43,7 @@ def main(
                 ways = {
                     'the default': {},
                     'and inputs without labels': dict(unlabeled=more),
-                    'the same, stored': dict(unlabeled=more, unlabeled_targets=stored),
+                    'the same, stored': dict(unlabeled=dict(items=more, targets=stored)),
                 }
                 for name, options in {'labels alone': None, **ways}.items():
                     set_seed(seed, reproducible=True)

@@ -50,7 +50,7 @@ def main(quick=False, seed=42):
 
     alone, student = learner(), learner()
     alone.fit_one_cycle(epochs, 1e-2)
-    student.distill(forest, epochs, 1e-2, perturbed=5)
+    student.distill(forest, epochs, 1e-2, unlabeled=dict(perturbed=5))
 
     t = forest.score(df[AMOUNTS][n_forest:], df.kind[n_forest:])
     a, s = [l.validate()[1] for l in (alone, student)]

@@ -20,6 +20,7 @@ from .base.distributed import average_gradients
 from .base.outputs import DistillError, Outputs, tensors_in
 from .base.random_state import RandomGuard
 from .distiller.distiller import Distiller
+from .distiller.head import share_task_loss
 from .distiller.integration import (
     add_parameters,
     check_first,
@@ -79,7 +80,7 @@ class DistillCallback(Callback):
         d = self.distiller
         d.links.to(pl_module.device)
         # subtle: restore the recipe from the checkpoint instead of choosing a new one
-        if self.state is not None and 'distiller' in self.state:
+        if self.state is not None:
             d.set_extra_state(self.state['distiller'])
         if self.options.get('check', True):
             check_first(d, self._batches(trainer), part='training')
@@ -106,7 +107,7 @@ class DistillCallback(Callback):
             kind = distiller_class(student)
             self.distiller = kind(student, self.teacher, self.recipe, **self.options)
             if self.distiller.several:
-                self.distiller.share_task_loss()
+                share_task_loss(self.distiller.heads)
 
     def _complete(self, trainer):
         """Choose the recipe and build projectors, using a training batch."""
@@ -174,7 +175,7 @@ class DistillCallback(Callback):
         s = d.student_outputs(self._last(seen), feats, x)
         task, y = (
             out['loss'] if isinstance(out, Mapping) else out,
-            d.targets_at(x, s, tuple(y)),
+            tuple(y) if d.several else d.head.targets_at(x, s.logits, tuple(y)),
         )
         r = d.compute(s, d.teacher_outputs(x, progress), task, y, progress=progress)
         parts = {f'{k}_loss': v for k, v in dict(task=task.detach(), **r.parts).items()}
@@ -201,7 +202,7 @@ class DistillCallback(Callback):
         return {} if self.distiller is None else training_state(self.distiller)
 
     def load_state_dict(self, state):
-        self.state = state
+        self.state = state or None  # empty if saved before the first fit
 
     # subtle: an averaged copy of the module (`WeightAveraging`) does not need a second teacher
     def __deepcopy__(self, memo):
@@ -269,9 +270,9 @@ class DistillModule(LightningModule):
         """Return the task loss."""
         x, y = self.callback.split(batch)
         d = self.callback.distiller
-        logits = Outputs.of(self(x), output=d.output).logits
+        logits = Outputs.of(self(x), output=d.head.output).logits
         # without labels, the task loss is 0 and the student learns only from the teacher
-        return d.labels(x, logits, tuple(y))[0] if len(y) else logits.new_zeros(())
+        return d.head.task_and_targets(x, logits, tuple(y))[0] if len(y) else logits.new_zeros(())
 
     def _log(self, name, batch):
         loss = self.labels_loss(batch)

@@ -1,6 +1,7 @@
 "Stored teacher outputs: the right row for each sample, whatever happens to the writer, the files and the order."
 
 import hashlib, json, math, multiprocessing, os, pickle, random, re, resource, shutil, time
+from functools import partial
 from collections import namedtuple
 from dataclasses import replace
 from pathlib import Path
@@ -637,7 +638,7 @@ def test_a_begun_cache_with_other_keys_gets_its_own_again(tmp_path):
 
     x = TensorDataset(torch.randn(20, 3))
     write = lambda path, **kw: cache_dataset(
-        lambda x: Outputs(x), x, path, views=0, bs=4, store=dict(dtype='float32'), **kw
+        lambda x: Outputs(x), x, path, views=0, run=dict(bs=4), store=dict(dtype='float32'), **kw
     )
     with pytest.warns(DistillWarning):
         whole = write(tmp_path / 'whole')
@@ -658,13 +659,12 @@ def test_a_begun_cache_with_other_keys_gets_its_own_again(tmp_path):
 def test_a_damaged_manifest_says_so_and_force_overwrites_it(tmp_path):
     x = TensorDataset(torch.randn(8, 3))
     write = lambda **kw: cache_dataset(writers.Slow('/dev/null', 0), x, tmp_path, views=0, **kw)
-    write(vocab=('a', 'b'), transforms={'n': (1, np.int64(2)), 'a': np.arange(2)})
-    assert write(
-        vocab=('a', 'b'), transforms={'n': (1, np.int64(2)), 'a': np.arange(2)}
-    ).check()  # as JSON keeps them
+    facts = dict(vocab=('a', 'b'), transforms={'n': (1, np.int64(2)), 'a': np.arange(2)})
+    write(facts=facts)
+    assert write(facts=facts).check()  # as JSON keeps them
     good = (tmp_path / 'manifest.json').read_text()
     with pytest.raises(DistillError, match="object can't be stored in a manifest"):
-        write(vocab=[object()], force=True)
+        write(facts=dict(vocab=[object()]), force=True)
     assert (tmp_path / 'manifest.json').read_text() == good  # nothing was removed
     for bad in (
         '{',
@@ -683,11 +683,22 @@ def test_a_damaged_manifest_says_so_and_force_overwrites_it(tmp_path):
             assert write(force=True).check()
 
 
+def test_an_unknown_option_of_writing_is_named_with_the_allowed_ones(tmp_path):
+    data = TensorDataset(torch.randn(4, 3))
+    write = partial(cache_dataset, Teacher(seeded_linear(0)), data, tmp_path, views=0)
+    loader = "'bs', 'num_workers', 'collate_fn', 'device', 'seed', 'forecast'"
+    with pytest.raises(DistillError, match=f"'batch': 4.*: must be a dict with any of {loader}"):
+        write(run=dict(batch=4))
+    with pytest.raises(DistillError, match="must be a dict with any of 'vocab', 'transforms'"):
+        write(facts=['a', 'b'])
+    assert not any(tmp_path.iterdir())
+
+
 def test_an_overwritten_cache_is_not_read_with_the_old_manifest(tmp_path, monkeypatch):
     monkeypatch.setitem(writer.write_cache.__kwdefaults__, 'shard_bytes', 32)
     x = TensorDataset(torch.randn(8, 3))
     write = lambda seed, **kw: cache_dataset(
-        Teacher(seeded_linear(seed)), x, tmp_path, views=0, bs=2, **kw
+        Teacher(seeded_linear(seed)), x, tmp_path, views=0, run=dict(bs=2), **kw
     )
     cache = write(0)
     cache.outputs([0])
@@ -859,7 +870,9 @@ def paint(path, n, seed=0):
 
 
 def write_images(root, path, **kwargs):
-    return cache_dataset(Teacher(seeded_linear(0)), Images(root), path, views=0, bs=4, **kwargs)
+    return cache_dataset(
+        Teacher(seeded_linear(0)), Images(root), path, views=0, run=dict(bs=4), **kwargs
+    )
 
 
 def test_images_that_were_replaced_under_the_same_names_are_found_and_named(tmp_path):

@@ -22,8 +22,8 @@ class Noisy(TensorDataset):
 @pytest.fixture
 def cache(tmp_path):
     teacher = Teacher(torch.nn.Linear(5, 3), name='big | one')
-    stored = cache_dataset(teacher, Noisy(*DATA.tensors), tmp_path / 'c', views=2, bs=4)
-    cache_dataset(teacher, DATA, tmp_path / 'c' / 'valid', views=0, bs=4)
+    stored = cache_dataset(teacher, Noisy(*DATA.tensors), tmp_path / 'c', views=2, run=dict(bs=4))
+    cache_dataset(teacher, DATA, tmp_path / 'c' / 'valid', views=0, run=dict(bs=4))
     return stored
 
 
@@ -353,7 +353,7 @@ def test_unpacking_needs_little_memory(tmp_path):
         x,
         tmp_path / 'c',
         views=0,
-        bs=32,
+        run=dict(bs=32),
         store=dict(dtype='float32'),
     )
     packed = pack_cache(cache, tmp_path / 'a.zip')

@@ -235,8 +235,7 @@ def test_a_plain_loop_sees_the_views_that_the_teacher_saw(tmp_path, workers):
         views=3,
         store=dict(dtype='float32'),
         keys=range(23),
-        bs=4,
-        num_workers=workers,
+        run=dict(bs=4, num_workers=workers),
     )
     data = Replayed(Noisy(), cache, keys=range(23))
     kw = dict(num_workers=workers, persistent_workers=True) if workers else {}
@@ -269,7 +268,7 @@ def test_batch_transforms_of_a_plain_loop(tmp_path):
         views=2,
         store=dict(dtype='float32'),
         keys=range(23),
-        bs=4,
+        run=dict(bs=4),
         batch_tfm=shake,
     )
     data = Replayed(Noisy(), cache, keys=range(23), seeds=True)
@@ -325,8 +324,7 @@ def test_generators_of_a_datasets_own_are_replayed_too(tmp_path, workers):
         views=2,
         store=dict(dtype='float32'),
         keys=range(23),
-        bs=4,
-        num_workers=workers,
+        run=dict(bs=4, num_workers=workers),
     )
     data = Replayed(Own(), cache, keys=range(23))
     for x, _, rows in DataLoader(data, 5, shuffle=True, num_workers=workers):

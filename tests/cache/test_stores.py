@@ -117,7 +117,13 @@ def test_a_number_that_is_rarely_used_does_not_take_the_whole_range(tmp_path):
     x = torch.randn(64, 40).relu()
     x[:8, :4] *= 1e-6
     cache = cache_dataset(
-        Teacher(model), TensorDataset(x), tmp_path, views=0, store='hidden', bs=8, progress=False
+        Teacher(model),
+        TensorDataset(x),
+        tmp_path,
+        views=0,
+        store='hidden',
+        run=dict(bs=8),
+        progress=False,
     )
     t, got = model(x).detach(), cache.outputs(range(64)).logits.dense()
     assert ((got - t).abs().amax(1) <= 0.01 * (t.amax(1) - t.amin(1))).all()
@@ -137,7 +143,7 @@ def test_hidden_states_that_int8_cannot_hold_are_reported(tmp_path):
             tmp_path,
             views=0,
             store='hidden',
-            bs=8,
+            run=dict(bs=8),
             progress=False,
         )
 

@@ -74,7 +74,7 @@ def test_a_loss_function_says_which_label_it_ignores():
         nn.CrossEntropyLoss(ignore_index=4),
         partial(F.cross_entropy, ignore_index=4),
     ):
-        assert Distiller(None, None, kd(), task_loss=task_loss).task.ignore_index == 4
+        assert Distiller(None, None, kd(), task_loss=task_loss).head.task.ignore_index == 4
         same(
             value_and_grad(kd()(s, t, y, task_loss=task_loss), s),
             value_and_grad(kd()(s, t, y, ignore_index=4), s),
@@ -222,7 +222,10 @@ def test_labels_that_stand_where_their_tokens_stand_are_moved_to_where_they_are_
         assert d(dict(input_ids=ids), y).total.item() == pytest.approx(
             by_hand(d, ids, y).item(), rel=1e-5
         )
-    assert d.shift_labels and capsys.readouterr().out.count('labels are the inputs themselves') == 1
+    assert (
+        d.head.shift_labels
+        and capsys.readouterr().out.count('labels are the inputs themselves') == 1
+    )
 
 
 def test_labels_that_stand_where_they_are_predicted_stay_there(capsys):
@@ -233,7 +236,7 @@ def test_labels_that_stand_where_they_are_predicted_stay_there(capsys):
         assert (
             d(x, y).total.item()
             == pytest.approx(by_hand(d, ids, F.pad(y, (1, 0))[:, :-1]).item(), rel=1e-5)
-            and d.shift_labels is False
+            and d.head.shift_labels is False
         )
     assert capsys.readouterr().out == ''
 
@@ -256,7 +259,7 @@ def test_labels_of_tokens_are_no_next_tokens():
     assert d(ids, tags).total.item() == pytest.approx(
         F.cross_entropy(d.student(ids)['logits'].flatten(0, 1), tags.flatten()).item()
     )
-    assert d.shift_labels is False
+    assert d.head.shift_labels is False
 
 
 def test_a_causal_model_whose_labels_show_nothing_asks():
@@ -273,10 +276,10 @@ def test_a_causal_model_whose_labels_show_nothing_asks():
         assert Distiller(student, teacher, kd(), axis=-1, shift_labels=shift)(x, y).total.isfinite()
     d = Distiller(student, teacher, kd(), axis=-1)
     assert (
-        d(x, torch.full_like(y, -100)).task.isnan() and d.shift_labels is None
+        d(x, torch.full_like(y, -100)).task.isnan() and d.head.shift_labels is None
     )  # a batch without labels shows nothing
     d(x, x['input_ids'])
-    assert d.shift_labels
+    assert d.head.shift_labels
 
 
 # the task loss
@@ -326,7 +329,7 @@ def test_the_labels_own_loss_knows_the_class_axis(axis):
     ],
 )
 def test_a_loss_function_that_is_known_says_the_kind(task_loss, kind):
-    assert Distiller(None, None, kd(), task_loss=task_loss).task.kind == kind
+    assert Distiller(None, None, kd(), task_loss=task_loss).head.task.kind == kind
 
 
 @pytest.mark.parametrize(

@@ -575,13 +575,13 @@ def test_the_teacher_is_not_asked_where_no_part_counts(recipe, when):
     state = torch.get_rng_state()
     for p in when:
         assert (
-            not d.needs_teacher(p)
-            and d.active_terms(p) == []
+            d.active_terms(p) == []
+            and d.teacher_outputs(x, p) is None
             and d(x, y, progress=p).total.item() == F.cross_entropy(d.student(x), y).item()
         )
     assert teacher.times == 0 and torch.equal(state, torch.get_rng_state())
     with torch.no_grad():
-        assert d(x, y, progress=when[0]).parts and d.needs_teacher(when[0])
+        assert d(x, y, progress=when[0]).parts and d.active_terms(when[0])
     assert teacher.times == 1 and torch.equal(
         state, torch.get_rng_state()
     )  # what validation draws is put back
@@ -595,7 +595,7 @@ def test_layers_run_only_where_their_part_counts():
         + Term(losses.hint, layers={'0': '0'}, projector='linear', stop_at=0.3, name='early')
     )
     d = Distiller(student, mlp(16, 1), recipe, example=batch()[0])
-    read = lambda p: [layers(d.active_terms(p)) for layers in (d.student_layers, d.teacher_layers)]
+    read = lambda p: [d.head.layers(i, d.active_terms(p)) for i in (0, 1)]
     assert (
         read(0.1) == [['0'], ['0']]
         and read(0.4) == [[], []]
@@ -620,7 +620,7 @@ def test_a_part_that_counts_asks_for_the_teacher():
     d, (x, y) = Distiller(mlp(6), mlp(16), kd()), batch()
     with pytest.raises(
         DistillError,
-        match=r"kd needs the teacher's outputs for this batch, but got None. needs_teacher\(progress\) returns True",
+        match=r"kd needs the teacher's outputs for this batch, but got None. Pass what teacher_outputs\(\) returned",
     ):
         d.compute(Outputs(d.student(x)), None, F.cross_entropy(d.student(x), y), (y,))
 
@@ -1210,24 +1210,6 @@ def test_the_chosen_recipe_continues_and_is_not_chosen_again(capsys):
     assert 'recipe' not in capsys.readouterr().out
 
 
-def test_a_checkpoint_of_an_earlier_release_says_what_it_lacks():
-    state = {
-        k: v
-        for k, v in parts_of_training(recipes.dist(grad_ratio=1.0))[0].state_dict().items()
-        if k != '_extra_state'
-    }
-    for recipe in (None, recipes.dist(grad_ratio=1.0)):
-        with pytest.raises(
-            RuntimeError,
-            match=r'Missing.*the chosen recipe and the measured gradients, which checkpoints of earlier releases lack.*strict=False\) loads only the weights',
-        ):
-            parts_of_training(recipe)[0].load_state_dict(state)
-        d = parts_of_training(recipe, seed=5)[0]
-        d.load_state_dict(state, strict=False)
-        assert torch.equal(d.student[0].weight, state['student.0.weight'])
-    parts_of_training(kd())[0].load_state_dict(state)  # nothing of it is needed here
-
-
 def test_a_checkpoint_holds_only_tensors():
     "So that it can be stored wherever weights can, as in safetensors"
     whole = parts_of_training(None)
@@ -1469,7 +1451,7 @@ def test_measuring_gradient_shares_changes_nothing(checkpointed):
             kd(2.0, 0.5) + Term(losses.hint, layers={'net.4': '4'}),
             example=batch()[0],
         )
-        d.measures = measures
+        d.head.measures = measures
         opt = torch.optim.Adam(d.parameters(), 0.01)
         for i in range(3):
             d(*batch(seed=i)).total.backward()
@@ -1942,7 +1924,7 @@ def test_a_student_that_shares_parameters_is_found_with_a_loader_too():
 def test_a_recipe_may_be_a_text():
     d = Distiller(mlp(6), knowing(), 'kd(T=2, alpha=.5)')
     assert repr(d.recipe) == repr(Distiller(mlp(6), knowing(), kd(T=2, alpha=0.5)).recipe)
-    assert Distiller(mlp(6), knowing(), 'auto').chooses
+    assert Distiller(mlp(6), knowing(), 'auto').head.chooses
     with pytest.raises(DistillError, match="there is no recipe 'kdd'"):
         Distiller(mlp(6), knowing(), 'kdd()')
 

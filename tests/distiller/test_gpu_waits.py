@@ -142,7 +142,7 @@ def test_a_step_with_labels_for_each_pixel_waits_for_nothing(recipe, no_numbers)
 def test_labels_and_padding_of_a_text_make_nothing_wait(no_numbers):
     net = lambda: nn.Linear(8, 11, device='meta')
     d = Distiller(None, None, kd(), axis=-1, shift_labels=True, check=False)
-    d.measures = False  # both look at the first batch's numbers
+    d.head.measures = False  # both look at the first batch's numbers
     x, on, y = (
         torch.randn(2, 7, 8, device='meta'),
         torch.ones(2, 7, device='meta'),
@@ -150,7 +150,7 @@ def test_labels_and_padding_of_a_text_make_nothing_wait(no_numbers):
     )
     with NoCopies():
         s = d.student_outputs(net()(x), {}, dict(attention_mask=on))
-        task, y = d.labels(x, s.logits, (y,))
+        task, y = d.head.task_and_targets(x, s.logits, (y,))
         d.compute(s, Outputs(net()(x)), task, y).total.backward()
     assert s.mask is not None
 

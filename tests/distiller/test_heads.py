@@ -15,6 +15,7 @@ from fastdistill import (
     soft_labels,
     with_items,
 )
+from fastdistill.distiller.head import share_task_loss
 
 g = torch.Generator().manual_seed(0)
 X, COLOR, SHAPE, SIZE = (
@@ -360,7 +361,7 @@ def test_what_is_no_set_of_heads():
 def test_a_trainer_gives_the_task_loss_of_all_heads():
     student, color, shape, _ = nets()
     heads = two_heads(student, color, shape, kd(2.0, 0.7), weights=dict(shape=0.5))
-    heads.share_task_loss()
+    share_task_loss(heads.heads)
     raw = student(X)
     task = F.cross_entropy(raw['color'], COLOR) + F.cross_entropy(raw['shape'], SHAPE)
     out = heads.compute(
@@ -380,7 +381,7 @@ def test_heads_that_share_a_task_loss_are_divided_by_the_same_number():
     student, color, shape, _ = nets()
     recipe = dict(color=recipes.dist(grad_ratio=3), shape=Recipe(Term(losses.mse)))
     heads = two_heads(student, color, shape, recipe)
-    heads.share_task_loss()
+    share_task_loss(heads.heads)
     raw = student(X)
     task = F.cross_entropy(raw['color'], COLOR) + F.cross_entropy(raw['shape'], SHAPE)
     outputs = heads.student_outputs(raw, {}, X), heads.teacher_outputs(X)
@@ -397,4 +398,4 @@ def test_one_task_loss_needs_one_weight():
     student, color, shape, _ = nets()
     heads = two_heads(student, color, shape, dict(color=kd(alpha=0.9), shape=kd(alpha=0.5)))
     with pytest.raises(DistillError, match='give the task loss different weights'):
-        heads.share_task_loss()
+        share_task_loss(heads.heads)

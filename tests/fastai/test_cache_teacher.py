@@ -594,7 +594,7 @@ def test_a_stream_that_is_cut_otherwise_is_refused(tmp_path):
     with pytest.raises(
         DistillError, match='bs=4, but the text of a language model is cut into as many rows'
     ):
-        cache_teacher(teacher, learn.dls, tmp_path / 'b', bs=4)
+        cache_teacher(teacher, learn.dls, tmp_path / 'b', run=dict(bs=4))
     for kw in (dict(bs=4), dict(seq_len=6)):
         learn.dls = DataLoaders(learn.dls.train.new(**kw), learn.dls.valid)
         with pytest.raises(
@@ -1050,7 +1050,7 @@ def test_an_interrupt_while_writing_leaves_nothing_behind_even_if_its_traceback_
             torch.utils.data.TensorDataset(torch.rand(16, 3, 8, 8)),
             tmp_path / 'c',
             views=0,
-            bs=4,
+            run=dict(bs=4),
             progress=stop,
         )
     assert e.tb and torch.is_grad_enabled() and net.training

@@ -684,4 +684,4 @@ def test_a_batch_size_of_nothing_is_refused(tmp_path):
     learner, teacher, _ = images()
     for bs in (0, -3):
         with pytest.raises(DistillError, match=f'bs={bs}: must be a whole number of at least 1'):
-            cache_teacher(teacher, learner().dls, tmp_path, bs=bs)
+            cache_teacher(teacher, learner().dls, tmp_path, run=dict(bs=bs))

@@ -482,7 +482,7 @@ def test_looking_for_nan_does_not_wait_for_a_gpu():
                 return
             check = FiniteCheck(stored=False)
             check.found = torch.zeros((), dtype=torch.bool, device='meta')
-            check.add(outputs, self.learn, Task('softmax'))
+            check.add(outputs, self.learn, {'': Task('softmax')})
             with pytest.raises(RuntimeError):
                 check.enforce(self.learn)
             self.looked = True
@@ -879,9 +879,9 @@ def test_projectors_are_trained_by_the_students_kind_of_optimizer(opt_func):
     student, teacher = toy(opt_func=opt_func)
     cb = KD(teacher, kd() + hint())
     student.fit_one_cycle(1, 0.01, cbs=cb)
-    assert cb.projector_opt.opt.hypers[0]['lr'] == pytest.approx(
+    assert cb.state.optimizer.opt.hypers[0]['lr'] == pytest.approx(
         student.opt.hypers[-1]['lr']
-    ) and type(cb.projector_opt.opt) is type(student.opt)
+    ) and type(cb.state.optimizer.opt) is type(student.opt)
     before = projectors(cb)
     student.fit_one_cycle(1, 0.01, cbs=cb)
     assert not any(map(torch.equal, before, projectors(cb)))
@@ -917,7 +917,7 @@ def test_an_optimizer_that_is_built_already_leaves_projectors_to_adam():
     student.opt_func = OptimWrapper(opt=torch.optim.SGD(student.model.parameters(), lr=0.1))
     cb = KD(teacher, kd() + hint())
     student.fit(1, 0.1, cbs=cb)
-    assert cb.projector_opt.opt.hypers[0]['lr'] == 0.1
+    assert cb.state.optimizer.opt.hypers[0]['lr'] == 0.1
 
 
 def test_channels_last_changes_nothing():
@@ -952,7 +952,7 @@ def test_a_model_copied_in_mid_fit_is_free_of_distillation():
     assert len(copies) == 7 and all(
         m(x).shape == (96, 4) for m in copies
     )  # 1 + 4 training batches + 2 of validation
-    assert not cb.distiller.ready or cb.taps is None
+    assert not cb.distiller.ready or cb.taps.taps is None
 
 
 def test_an_averaged_model_may_stand_in_for_validation():
@@ -1563,7 +1563,7 @@ def test_a_fit_asks_the_teacher_only_while_a_part_counts_and_validation_shows_al
                     self.training,
                     round(self.pct_train, 3),
                     drawing.times,
-                    list(cb.taps.names) if cb.taps else [],
+                    list(cb.taps.taps.names) if cb.taps.taps else [],
                 )
             )
 

@@ -80,9 +80,9 @@ def test_projectors_follow_the_students_schedule_and_stay_out_of_it(tmp_path):
     watch = Watch(
         cb,
         lambda kd: (
-            kd.projector_opt.opt.hypers[-1]['lr'],
+            kd.state.optimizer.opt.hypers[-1]['lr'],
             student.opt.hypers[-1]['lr'],
-            kd.projector_opt.opt.hypers[-1]['mom'],
+            kd.state.optimizer.opt.hypers[-1]['mom'],
             student.opt.hypers[-1]['mom'],
         ),
     )

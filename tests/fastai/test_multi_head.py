@@ -245,7 +245,7 @@ def test_heads_learn_from_their_teachers_on_inputs_without_labels():
 def test_perturbed_rows_are_for_heads_too():
     learn, t, calls = learner(), teachers(), []
     count = {k: Teacher(lambda x, k=k: (calls.append((k, len(x))), t[k](x))[1]) for k in t}
-    learn.distill(count, 1, 0.01, kd(), perturbed=2, check=False)
+    learn.distill(count, 1, 0.01, kd(), unlabeled=dict(perturbed=2), check=False)
     assert calls.count(('color', 32)) == calls.count(('shape', 32)) == 4
 
 
@@ -392,12 +392,11 @@ def test_mistakes_are_named():
         of=numbers,
     )
     refused(
-        r'unlabeled_targets= with several heads: give a dict with the cache of each \(color, shape\)',
+        r'targets in unlabeled= with several heads: give a dict with the cache of each \(color, shape\)',
         t,
         1,
         0.01,
-        unlabeled=[(x,) for x in X],
-        unlabeled_targets='more',
+        unlabeled=dict(items=[(x,) for x in X], targets='more'),
     )
     refused(
         "output= with several heads: each head's output is selected by its name",
@@ -683,7 +682,7 @@ def test_mistakes_with_stored_heads_are_named(tmp_path):
         r'other views of the samples \(color: 2 view\(s\), seed 0; shape: 3 view\(s\), seed 0\)',
         dict(color=two['color'], shape=three['shape']),
     )
-    seed1 = cache_teacher(t, dls, tmp_path / 'seed', views=2, seed=1)
+    seed1 = cache_teacher(t, dls, tmp_path / 'seed', views=2, run=dict(seed=1))
     refused('shape: 2 view.s., seed 1', dict(color=two['color'], shape=seed1['shape']))
     refused(
         'does not have the class.es. red, green, blue: it has disc',
@@ -885,10 +884,11 @@ def test_stored_outputs_for_inputs_without_labels_teach_each_head(tmp_path):
         t, named_dls(), tmp_path, views=0, store='float32', unlabeled=items, progress=False
     )
     live, old = quiet_learner(seeded_dls()), quiet_learner(seeded_dls())
-    for learn, options in ((live, {}), (old, dict(unlabeled_targets=stored))):
+    for learn, targets in ((live, None), (old, stored)):
         set_seed(5)
         with learn.no_bar():
-            learn.distill(t, 2, 0.01, kd(T=2.0), unlabeled=items, check=False, **options)
+            unlabeled = dict(items=items, targets=targets)
+            learn.distill(t, 2, 0.01, kd(T=2.0), unlabeled=unlabeled, check=False)
     for a, b in zip(live.model.parameters(), old.model.parameters()):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
@@ -900,10 +900,11 @@ def test_inputs_without_labels_are_taught_by_stored_outputs_alone(tmp_path):
     )
     source, more = store('labeled'), store('more', unlabeled=items)
     live, old = quiet_learner(seeded_dls()), quiet_learner(seeded_dls())
-    for learn, teacher, options in ((live, t, {}), (old, source, dict(unlabeled_targets=more))):
+    for learn, teacher, targets in ((live, t, None), (old, source, more)):
         set_seed(5)
         with learn.no_bar():
-            learn.distill(teacher, 2, 0.01, kd(T=2.0), unlabeled=items, check=False, **options)
+            unlabeled = dict(items=items, targets=targets)
+            learn.distill(teacher, 2, 0.01, kd(T=2.0), unlabeled=unlabeled, check=False)
     for a, b in zip(live.model.parameters(), old.model.parameters()):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
@@ -980,7 +981,7 @@ def test_a_chosen_recipe_of_a_head_is_that_of_the_file(tmp_path, capsys):
     with learn.no_bar():
         learn.fit(1, 0.01, cbs=cb)
     learn.save('half')
-    chosen = cb.distiller.chosen
+    chosen = {k: h.chosen_text for k, h in cb.distiller.heads.items()}
     assert chosen['color'].startswith('labels + dist(T=')
     # a teacher that is softened otherwise
     with torch.no_grad():
@@ -990,5 +991,5 @@ def test_a_chosen_recipe_of_a_head_is_that_of_the_file(tmp_path, capsys):
     other.load('half')
     with other.no_bar():
         other.fit(1, 0.01, cbs=again)
-    assert again.distiller.chosen == chosen
+    assert {k: h.chosen_text for k, h in again.distiller.heads.items()} == chosen
     assert f'fastdistill: color: recipe {chosen["color"]}, as before' in capsys.readouterr().out

@@ -1,12 +1,14 @@
 "What importing fastdistill.fastai changes: in fastai what the table in `fastai/patches.py` names, in the user's scope nothing that is in use."
 
-import builtins, copy, functools, pickle, re, subprocess, sys
+import ast, builtins, copy, functools, inspect, pickle, re, subprocess, sys
 from functools import partial
+from pathlib import Path
 import numpy as np
 import pytest, torch
 import apps  # before the rest of fastai: it keeps its warnings quiet
 from fastai.basics import Callback, Datasets, L, Recorder, TfmdDL, defaults
 from fastai.data.all import CategoryBlock, DataBlock, IndexSplitter, TransformBlock
+from fastai.distributed import DistributedDL, DistributedTrainer
 from fastai.learner import Learner
 from matplotlib.figure import Figure
 from torch import nn
@@ -366,3 +368,31 @@ def test_default_callbacks_are_needed_for_metrics(tmp_path, monkeypatch):
         (AssertionError, AttributeError, KeyError, RuntimeError, TypeError, ValueError)
     ):
         trained(dls, metrics=lambda pred, y: 0.5)
+
+
+def test_private_names_of_fastai_are_listed():
+    "Each is a place that a new release of fastai may break"
+    package = Path(patches.__file__).parents[1]
+    theirs = {
+        n
+        for c in (Callback, DataBlock, Datasets, DistributedDL, DistributedTrainer, Learner, TfmdDL)
+        for k in c.__mro__
+        if k.__module__.split('.')[0] in ('fastai', 'fastcore')
+        for n in [*vars(k), *re.findall(r'self\.(_\w+)', inspect.getsource(k))]
+        if re.fullmatch('_[a-z]\\w*', n)
+    }
+    used = set()
+    for f in [*(package / 'fastai').glob('*.py'), *(package / 'cli' / 'training').glob('*.py')]:
+        tree = ast.parse(f.read_text())
+        own = {
+            n.name
+            for c in ast.walk(tree)
+            if isinstance(c, ast.ClassDef) and not c.bases
+            for n in c.body
+            if isinstance(n, ast.FunctionDef)
+        }
+        for n in ast.walk(tree):
+            if isinstance(n, ast.Attribute) and n.attr in theirs - own:
+                used.add(n.attr)
+    listed = set(re.findall(r'[`.](_[a-z]\w*)`', patches.__doc__))
+    assert used <= listed

@@ -100,7 +100,7 @@ def test_a_chosen_recipe_continues_with_its_measured_gradients(tmp_path):
     cb2 = automatic(teacher)
     second.fit(1, 0.1, cbs=cb2)
     assert cb2.distiller.ratios  # a recipe with measured gradients was chosen
-    assert cb2.distiller.chosen == cb.distiller.chosen
+    assert cb2.distiller.head.chosen_text == cb.distiller.head.chosen_text
     assert cb2.distiller.ratios.state_dict() == cb.distiller.ratios.state_dict()
     assert same(weights(straight), weights(second))
 
@@ -122,10 +122,10 @@ def test_a_recipe_is_not_chosen_anew_after_a_load(tmp_path, capsys):
     second.logger = print
     again = automatic(other)
     second.fit(1, 0.01, cbs=again)
-    assert alone.distiller.chosen != cb.distiller.chosen
-    assert again.distiller.chosen == cb.distiller.chosen
+    assert alone.distiller.head.chosen_text != cb.distiller.head.chosen_text
+    assert again.distiller.head.chosen_text == cb.distiller.head.chosen_text
     assert again.recipe.terms[0].options == cb.recipe.terms[0].options
-    chosen = cb.distiller.chosen['']
+    chosen = cb.distiller.head.chosen_text
     assert f'recipe {chosen}, as before' in capsys.readouterr().out
 
 
@@ -248,7 +248,7 @@ def test_a_student_that_is_saved_after_the_fit_keeps_its_projectors(tmp_path):
     cb = KD(teacher)
     again.fit(1, 0.0, cbs=cb)
     assert (
-        same(projectors(cb), want) and cb.projector_opt.state_dict()['state'][0]['step'] == 8
+        same(projectors(cb), want) and cb.state.optimizer.state_dict()['state'][0]['step'] == 8
     )  # 4 steps before, 4 now
 
 

@@ -188,7 +188,7 @@ def test_each_row_is_predicted_once_and_perturbed_rows_once_a_batch():
     student = learner(tables(df))
     student.distill(pipeline, 3, 1e-2)  # with its check, which runs the teacher on several batches
     assert pipeline.calls == [N, VALID]
-    student.distill(pipeline, 1, 1e-2, perturbed=5)
+    student.distill(pipeline, 1, 1e-2, unlabeled=dict(perturbed=5))
     assert pipeline.calls[:4] == [N, VALID] * 2
     new = pipeline.calls[4:]  # many a perturbed row is equal to a known one
     assert len(new) == N // BS and all(BS < n < 5 * BS for n in new)
@@ -200,7 +200,7 @@ def test_perturbed_rows_are_predicted_as_the_rows_that_they_are(monkeypatch):
     pipeline = Counted(trees(df))
     ask = pipeline.predict_proba
     pipeline.predict_proba = lambda rows: (seen.append(rows), ask(rows))[1]
-    learner(dls).distill(pipeline, 1, 1e-2, soft_labels(), perturbed=3, check=False)
+    learner(dls).distill(pipeline, 1, 1e-2, soft_labels(), unlabeled=dict(perturbed=3), check=False)
     for rows in seen[2:]:
         for c in [*CATS, *CONTS]:
             known = df[c].iloc[:N].to_numpy()
@@ -270,7 +270,7 @@ def test_a_frame_has_the_columns_that_the_student_lacks():
         )
     student.distill(Teacher(pipeline, frame=df), 1, 1e-2)
     with pytest.raises(DistillError, match='the rows have no hidden'):
-        student.distill(Teacher(pipeline, frame=df), 1, 1e-2, perturbed=1)
+        student.distill(Teacher(pipeline, frame=df), 1, 1e-2, unlabeled=dict(perturbed=1))
 
 
 def test_rows_that_only_the_teacher_tells_apart_get_the_mean_prediction():
@@ -333,7 +333,9 @@ def test_what_a_transform_lost_is_asked_for():
             probs(teacher, dls.valid), pipeline.predict_proba(df.iloc[N:]), atol=1e-6
         )
         with pytest.raises(DistillError, match="so the estimator can't predict perturbed rows"):
-            learner(dls).distill(Teacher(pipeline, frame=df), 1, perturbed=1, check=False)
+            learner(dls).distill(
+                Teacher(pipeline, frame=df), 1, unlabeled=dict(perturbed=1), check=False
+            )
 
 
 def test_an_estimator_without_column_names_is_refused_on_a_table():
@@ -419,7 +421,7 @@ def test_lightgbm_gets_its_categories_and_a_booster_its_probabilities():
             model.predict_proba(rows.iloc[N:]),
             atol=1e-6,
         )
-    learner(dls).distill(model, 1, 1e-2, perturbed=2)
+    learner(dls).distill(model, 1, 1e-2, unlabeled=dict(perturbed=2))
 
 
 def test_the_exported_student_has_no_trees(tmp_path):

@@ -182,23 +182,28 @@ def test_what_goes_wrong_is_said_before_the_first_batch(tmp_path):
         student.fit(1, cbs=KD(teacher, dkd(), unlabeled=more))
     with pytest.raises(
         DistillError,
-        match="needs a teacher that runs, or stored outputs .*unlabeled_targets='more'",
+        match="needs a teacher that runs, or stored outputs .*unlabeled=dict\\(items=items, targets='more'\\)",
     ):
         KD(None, unlabeled=more)
     with pytest.raises(
         DistillError,
-        match='perturbed= needs a teacher that runs: each batch has new perturbed rows',
+        match='perturbed in unlabeled= needs a teacher that runs: each batch has new perturbed rows',
     ):
-        KD(None, perturbed=2)
+        KD(None, unlabeled=dict(perturbed=2))
     with pytest.raises(
-        DistillError, match='unlabeled_targets= holds stored outputs for unlabeled='
+        DistillError, match='targets in unlabeled= are stored outputs for its items'
     ):
-        KD(teacher, unlabeled_targets=tmp_path)
+        KD(teacher, unlabeled=dict(targets=tmp_path))
+    with pytest.raises(
+        DistillError,
+        match="'item': .*: must be a dict with any of 'items', 'targets', 'perturbed'",
+    ):
+        KD(teacher, unlabeled=dict(item=[1]))
     with pytest.raises(DistillError, match='the list of items is empty'):
         student.fit(1, cbs=KD(teacher, unlabeled=[]))
     for n in (-1, True, 2.5):
         with pytest.raises(DistillError, match=f'perturbed={n}: must be a whole number'):
-            KD(teacher, perturbed=n)
+            KD(teacher, unlabeled=dict(perturbed=n))
     for o in ('photos', Path('photos'), 5):
         with pytest.raises(
             DistillError, match=r'must be a list of items like those of the training set'
@@ -210,8 +215,10 @@ def test_what_goes_wrong_is_said_before_the_first_batch(tmp_path):
     ):
         lm.fit(1, cbs=KD(big, unlabeled=['a']))
     image, big = pair('image')
-    with pytest.raises(DistillError, match='perturbed= is for tables, with rows of numbers'):
-        image.fit(1, cbs=KD(big, perturbed=2))
+    with pytest.raises(
+        DistillError, match='perturbed in unlabeled= is for tables, with rows of numbers'
+    ):
+        image.fit(1, cbs=KD(big, unlabeled=dict(perturbed=2)))
     with pytest.raises(
         DistillError, match="these items can't be prepared like those of the training set"
     ):
@@ -245,13 +252,13 @@ def test_weight_0_trains_bit_for_bit_as_without_a_teacher(tmp_path, how, recipe)
         )
         more, options = torch.randn(24, 8, generator=torch.Generator().manual_seed(5)), {}
         if how == 'perturbed':
-            options = dict(perturbed=2)
+            options = dict(unlabeled=dict(perturbed=2))
         elif how == 'DataLoader':
             options = dict(unlabeled=DataLoader(more, bs=8, shuffle=True))
         else:
             options = dict(unlabeled=list(more))
         if how == 'stored':
-            options['unlabeled_targets'] = cache_teacher(
+            targets = cache_teacher(
                 teacher,
                 student.dls,
                 tmp_path / f'{teach}',
@@ -259,6 +266,7 @@ def test_weight_0_trains_bit_for_bit_as_without_a_teacher(tmp_path, how, recipe)
                 unlabeled=list(more),
                 check=False,
             )
+            options = dict(unlabeled=dict(items=list(more), targets=targets))
         apps.set_seed(3, reproducible=True)
         for p in student.model.parameters():
             nn.init.normal_(p)
@@ -306,18 +314,16 @@ def test_stored_outputs_teach_as_the_live_teacher_does(tmp_path, of_labeled):
     more, runs = torch.randn(40, 8, generator=torch.Generator().manual_seed(5)), []
     for stored in (False, True):
         student, teacher = toy(bs=16)
-        source, options = teacher, {}
+        source, targets = teacher, None
         if stored:
-            options = dict(
-                unlabeled_targets=cache_teacher(
-                    teacher,
-                    student.dls,
-                    tmp_path / 'more',
-                    store=dict(dtype='float32'),
-                    kind='softmax',
-                    unlabeled=list(more),
-                    check=False,
-                )
+            targets = cache_teacher(
+                teacher,
+                student.dls,
+                tmp_path / 'more',
+                store=dict(dtype='float32'),
+                kind='softmax',
+                unlabeled=list(more),
+                check=False,
             )
             if of_labeled == 'stored':
                 source = cache_teacher(
@@ -330,7 +336,9 @@ def test_stored_outputs_teach_as_the_live_teacher_does(tmp_path, of_labeled):
                 )
         seen = Steps()
         drawn(student).fit(
-            3, 0.1, cbs=[KD(source, kd(2.0, 0.7), unlabeled=list(more), **options), seen]
+            3,
+            0.1,
+            cbs=[KD(source, kd(2.0, 0.7), unlabeled=dict(items=list(more), targets=targets)), seen],
         )
         assert len(seen.losses) == 12
         runs.append((torch.tensor(seen.losses), weights_of(student)))
@@ -364,7 +372,7 @@ def test_each_view_is_replayed_and_a_pass_over_the_items_has_the_next_one(tmp_pa
     learn.fit(
         1,
         1e-3,
-        cbs=KD(teacher, Term(watched), unlabeled=items, unlabeled_targets=tmp_path / 'more'),
+        cbs=KD(teacher, Term(watched), unlabeled=dict(items=items, targets=tmp_path / 'more')),
     )
     hook.remove()
     steps = len(learn.dls.train)
@@ -380,10 +388,10 @@ def test_stored_outputs_of_a_table_and_of_other_inputs(tmp_path):
     learn, teacher = pair('tabular')
     rows = apps.table(20, seed=3).drop(columns='kind')
     cache_teacher(teacher, learn.dls, tmp_path / 'more', unlabeled=rows, check=False)
-    fit = lambda rows, **o: learn.fit(
+    fit = lambda rows: learn.fit(
         1,
         1e-3,
-        cbs=KD(teacher, kd(), unlabeled=rows, **{'unlabeled_targets': tmp_path / 'more', **o}),
+        cbs=KD(teacher, kd(), unlabeled=dict(items=rows, targets=tmp_path / 'more')),
     )
     fit(rows)
     fit(rows.iloc[4:])
@@ -398,7 +406,9 @@ def test_stored_outputs_of_a_table_and_of_other_inputs(tmp_path):
         DistillError,
         match='(?s)different weights than .*, which teaches the labeled batches.*write a new cache',
     ):
-        learn.fit(1, 1e-3, cbs=KD(other, kd(), unlabeled=rows, unlabeled_targets=tmp_path / 'more'))
+        learn.fit(
+            1, 1e-3, cbs=KD(other, kd(), unlabeled=dict(items=rows, targets=tmp_path / 'more'))
+        )
     with pytest.raises(DistillError, match='valid=True caches the labeled validation set'):
         cache_teacher(teacher, learn.dls, tmp_path / 'x', valid=True, unlabeled=rows)
 
@@ -423,10 +433,11 @@ def test_layers_that_are_not_stored_are_refused_before_the_first_batch(tmp_path)
         DistillError, match="has no outputs of the teacher's layers 0, which the recipe compares"
     ):
         learn.fit(
-            1, cbs=KD(teacher, kd() + hint, unlabeled=more, unlabeled_targets=tmp_path / 'moreNone')
+            1,
+            cbs=KD(teacher, kd() + hint, unlabeled=dict(items=more, targets=tmp_path / 'moreNone')),
         )
     learn.fit(
-        1, cbs=KD(teacher, kd() + hint, unlabeled=more, unlabeled_targets=tmp_path / "more['0']")
+        1, cbs=KD(teacher, kd() + hint, unlabeled=dict(items=more, targets=tmp_path / "more['0']"))
     )
 
 
@@ -434,7 +445,7 @@ def test_stored_outputs_come_in_the_order_of_the_labels_classes(tmp_path):
     theirs = data(block=CategoryBlock(vocab=['b', 'c', 'a'], sort=False))
     learn, teacher, more = student(data()), Learner(theirs, Convs(3)), list(range(TRAIN, N))
     cache_teacher(teacher, learn.dls, tmp_path, views=1, unlabeled=more, check=False)
-    cb = KD(teacher, kd(), unlabeled=more, unlabeled_targets=tmp_path)
+    cb = KD(teacher, kd(), unlabeled=dict(items=more, targets=tmp_path))
     seen = []
 
     class Look(Callback):
@@ -463,7 +474,7 @@ def test_nothing_is_left_behind(tmp_path, error):
         def after_backward(self):
             raise error('now')
 
-    cb = KD(teacher, kd(), unlabeled=loader, unlabeled_targets=tmp_path / 'more')
+    cb = KD(teacher, kd(), unlabeled=dict(items=loader, targets=tmp_path / 'more'))
     with pytest.raises(error, match='now'):
         learn.fit(1, 1e-3, cbs=[cb, Stop()])
     assert {
@@ -495,7 +506,7 @@ def test_a_table_is_perturbed_by_one_argument():
     student, teacher = pair('tabular')
     seen = []
     tap = teacher.model.register_forward_hook(lambda m, x, y: seen.append(len(y)))
-    student.distill(teacher, 1, 0.01, kd(1.0, 0.5), perturbed=3, check=False)
+    student.distill(teacher, 1, 0.01, kd(1.0, 0.5), unlabeled=dict(perturbed=3), check=False)
     tap.remove()
     bs = student.dls.train.bs
     assert 3 * bs in seen and bs in seen

@@ -6,7 +6,6 @@ import apps
 from torch import nn
 import torch.nn.functional as F
 from fastdistill import DistillError, Recipe, Term, kd, losses, recipes
-from fastdistill.fastai import KnowledgeDistillation
 
 pytestmark = [pytest.mark.filterwarnings(w) for w in apps.FASTAI_WARNINGS]
 
@@ -62,24 +61,6 @@ def test_a_loss_with_an_option_temperature_of_its_own_gets_it():
         return (s - t).mean() + options['temperature']
 
     assert Recipe(Term(any_options, temperature=5.0), task=0.0)(s, t).item() == 6
-
-
-def test_the_callback_and_distill_take_temperature_too():
-    student, teacher = apps.toy()
-    assert repr(KnowledgeDistillation(teacher, temperature=2).recipe) == repr(kd(T=2))
-    with pytest.raises(DistillError, match='two names for the same option'):
-        KnowledgeDistillation(teacher, T=2, temperature=2)
-    with pytest.raises(DistillError, match='A recipe and T='):
-        KnowledgeDistillation(teacher, kd(), temperature=2)
-    with pytest.raises(DistillError, match='two names for the same option'):
-        student.distill(teacher, 1, T=2, temperature=3)
-    losses = []
-    for option in (dict(T=2), dict(temperature=2)):
-        student, teacher = apps.toy()
-        apps.set_seed(0)
-        student.distill(teacher, 1, 0.1, check=False, **option)
-        losses.append(student.recorder.values[-1])
-    assert losses[0] == losses[1]
 
 
 @pytest.mark.parametrize(

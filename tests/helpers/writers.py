@@ -55,7 +55,7 @@ def write(path, log='/dev/null', pause=0.0, limit=None, rank=0, world=1, meet=No
             path,
             views=2,
             store=dict(dtype='float32'),
-            bs=BS,
+            run=dict(bs=BS),
             progress=progress,
         )
     finally:

@@ -588,14 +588,14 @@ def test_a_resumed_training_keeps_the_recipe_that_was_chosen(tmp_path):
     checkpoint = str(tmp_path / 'a' / 'checkpoint-3')
     again.train(resume_from_checkpoint=checkpoint)
     assert whole.distiller.ratios  # a recipe with measured gradients was chosen
-    assert again.distiller.chosen == whole.distiller.chosen
+    assert again.distiller.head.chosen_text == whole.distiller.head.chosen_text
     assert again.distiller.ratios.state_dict() == whole.distiller.ratios.state_dict()
     for a, b in zip(whole.model.parameters(), again.model.parameters()):
         assert torch.equal(a, b)
     reversed_.create_optimizer()
-    assert reversed_.distiller.chosen != whole.distiller.chosen
+    assert reversed_.distiller.head.chosen_text != whole.distiller.head.chosen_text
     reversed_.train(resume_from_checkpoint=checkpoint)
-    assert reversed_.distiller.chosen == whole.distiller.chosen
+    assert reversed_.distiller.head.chosen_text == whole.distiller.head.chosen_text
 
 
 def test_a_checkpoint_holds_only_the_student_and_projectors_are_trained(tmp_path):

@@ -239,7 +239,6 @@ def test_T_or_alpha_alone_mean_kd(capsys):
     for given, recipe in (
         (dict(T=2), kd(T=2)),
         (dict(alpha=0.5), kd(alpha=0.5)),
-        (dict(temperature=3), kd(T=3)),
     ):
         assert repr(KnowledgeDistillation(teacher, **given).recipe) == repr(recipe)
     assert (

@@ -738,8 +738,8 @@ def test_what_cannot_be_searched_is_refused():
     refused = lambda match, *args, **kwargs: pytest.raises(DistillError, match=match)
     with refused('takes no unlabeled=.*Find a recipe without them'):
         learn.distill_find(teacher, 1, unlabeled=[1])
-    with refused('takes no perturbed='):
-        learn.distill_find(teacher, 1, perturbed=3)
+    with refused('takes no unlabeled=.*there are no stored outputs'):
+        learn.distill_find(teacher, 1, unlabeled=dict(perturbed=3))
     for n in (0, 1.5, '2', True):
         with refused(f'n_epoch={n!r}: must be a whole number of at least 1'):
             learn.distill_find(teacher, n)

@@ -118,7 +118,7 @@ def test_auto_chooses_what_the_processor_does_itself(eager):
         t(x)
         assert (
             next(t.runner.module.parameters()).dtype == dtype
-            and t.half == ('bfloat16' if native else '')
+            and t.runner.half == ('bfloat16' if native else '')
             and 'channels_last, 2 batch-norms folded' in repr(t)
         )
     t = Teacher(net, run=dict(precision='fp32', memory_format=None, fold_bn=False))
@@ -170,9 +170,9 @@ def test_one_sample_decides_nothing_for_larger_batches(eager):
     eager.setattr(speed, 'WORK', 2 * 32 * 64 * 64)
     t = Teacher(nn.Linear(64, 64))
     t(torch.randn(1, 64))
-    assert not t.half
+    assert not t.runner.half
     t(torch.randn(32, 64))
-    assert t.half == 'bfloat16'
+    assert t.runner.half == 'bfloat16'
 
 
 def test_a_copy_that_is_not_faster_for_one_sample_is_tried_with_larger_batches(eager):
@@ -180,9 +180,9 @@ def test_a_copy_that_is_not_faster_for_one_sample_is_tried_with_larger_batches(e
     eager.setattr(speed, 'is_faster', lambda a, b, run: len(run(b)) > 1)
     t = Teacher(nn.Linear(64, 64))
     t(torch.randn(1, 64))
-    assert not t.half
+    assert not t.runner.half
     t(torch.randn(32, 64))
-    assert t.half == 'bfloat16'
+    assert t.runner.half == 'bfloat16'
 
 
 class Cancels(nn.Module):
@@ -271,7 +271,7 @@ def test_a_hook_that_comes_after_a_copy_was_made_sees_its_layers():
     n = len(seen)
     t(images())
     assert len(seen) == n
-    assert t.half == 'bfloat16'
+    assert t.runner.half == 'bfloat16'
 
 
 def test_the_representation_counts_the_batch_norms_that_are_folded_now():
@@ -304,7 +304,7 @@ def test_a_teacher_with_batch_is_never_run_on_more_rows():
     seen = []
     t = Teacher(Counts(*conv_net()), run=dict(batch=3, precision='bf16', fold_bn=True))
     t(images(8))
-    assert t.half == 'bfloat16'
+    assert t.runner.half == 'bfloat16'
     assert max(seen) == 3
 
 
@@ -392,7 +392,7 @@ def test_a_teacher_whose_weights_change_is_not_an_old_copy(change):
         with torch.no_grad():
             change(p)
     a = t(x).logits
-    assert far(a, net(x).detach()) < 0.03 and t.half == 'bfloat16'
+    assert far(a, net(x).detach()) < 0.03 and t.runner.half == 'bfloat16'
 
 
 def test_with_and_without_the_block_the_numbers_are_the_same():
@@ -458,12 +458,12 @@ def test_members_of_an_ensemble_get_the_options():
     with t:
         a = t(x).logits
     assert (
-        all(m.half == 'bfloat16' for m in t.members)
+        all(m.runner.half == 'bfloat16' for m in t.members)
         and far(a, sum(n.eval()(x) for n in nets).detach() / 2) < 0.03
     )
     t = Teacher([Teacher(nets[0], run=dict(precision='fp32')), nets[1]], run=dict(precision='bf16'))
     t(x)
-    assert [m.half for m in t.members] == ['', 'bfloat16']
+    assert [m.runner.half for m in t.members] == ['', 'bfloat16']
 
 
 def test_a_variation_keeps_what_it_does_not_change():
@@ -486,8 +486,8 @@ def test_a_teacher_that_is_given_as_it_is_gets_no_copy(eager):
     t, x = Teacher([conv_net(), conv_net()], run=dict(batch=4)), images()
     plain = t.as_it_is()
     t(x), plain(x)
-    assert [m.half for m in t.members] == ['bfloat16'] * 2
-    assert [m.half for m in plain.members] == [''] * 2
+    assert [m.runner.half for m in t.members] == ['bfloat16'] * 2
+    assert [m.runner.half for m in plain.members] == [''] * 2
     assert all(m.runner.module is m.module for m in plain.members)
 
 
@@ -675,7 +675,9 @@ def test_a_fit_reports_the_copy_where_the_learner_prints(eager, capsys):
     was = facts(teacher.model)
     kd = KnowledgeDistillation(teacher, check=False)
     student.fit(1, 1e-3, cbs=kd)
-    assert 'bfloat16' in repr(kd.distiller.teacher) and kd.distiller.teacher.half == 'bfloat16'
+    assert (
+        'bfloat16' in repr(kd.distiller.teacher) and kd.distiller.teacher.runner.half == 'bfloat16'
+    )
     assert (
         'runs as a copy' not in capsys.readouterr().out
     )  # this learner's logger is fastai's `noop`

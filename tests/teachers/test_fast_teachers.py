@@ -118,7 +118,7 @@ def test_layers_are_found_and_named_as_in_the_model_itself(names, used):
     exact = Distiller(copy.deepcopy(s), model, recipes.hint(layers=names), example=x)
     assert d.pairs == exact.pairs
     d(x, y).total.backward()
-    assert t.runner.module is not model and t.half == 'bfloat16'
+    assert t.runner.module is not model and t.runner.half == 'bfloat16'
 
 
 LAYERED = {
@@ -491,7 +491,7 @@ def test_every_trainer_learns_from_layers_of_a_copy_as_from_the_model_itself(
         start = torch.cat([p.detach().flatten() for p in s.parameters()])
         d = FACES[face](s, t, recipe(), tmp_path)
         ends.append(torch.cat([p.detach().flatten() for p in s.parameters()]) - start)
-    assert d.teacher.half == 'bfloat16'
+    assert d.teacher.runner.half == 'bfloat16'
     assert not d.teacher.started
     assert 0 < far(ends[1], ends[0]) < 0.1
     assert same(was, snapshot(model))

@@ -16,6 +16,7 @@ from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
 )
+from fastdistill.checks.shared_parameters import parameter_ids
 from fastdistill.teachers.model_loading import Onnx
 from fastdistill.base.outputs import DistillError, DistillWarning, Outputs
 from fastdistill import Teacher  # the public name, whose docstring explains the options
@@ -345,7 +346,7 @@ def test_a_distributed_model_is_asked_without_its_wrapper(tmp_path):
 def test_its_parameters_are_known():
     a, b = nn.Linear(2, 2), nn.Linear(2, 2)
     t = Teacher([a, [b, Teacher(a)]])
-    assert t.parameters_ids == {id(p) for m in (a, b) for p in m.parameters()} and t.modules == [
+    assert parameter_ids(t) == {id(p) for m in (a, b) for p in m.parameters()} and t.modules == [
         a,
         b,
         a,
@@ -543,7 +544,7 @@ def test_a_module_whose_reset_reinitializes_keeps_its_weights(how, says):
         and set(vars(model)) == attributes
     )
     assert (
-        len(model.calls) == 0 and model.state.sum() == 2 and not t.remembers
+        len(model.calls) == 0 and model.state.sum() == 2 and not t.runner.remembers
     )  # the trial's own traces are gone too
 
 
@@ -557,10 +558,10 @@ def test_a_reset_of_hidden_states_alone_is_called_whenever_it_is_asked_for():
     assert (
         state(model) == was
         and torch.equal(torch.get_rng_state(), rng)
-        and t.remembers
-        and Teacher([nn.Linear(1, 1), t]).remembers
+        and t.runner.remembers
+        and Teacher([nn.Linear(1, 1), t]).runner.remembers
     )
-    assert not Teacher([nn.Linear(1, 1), torch.sin]).remembers
+    assert not Teacher([nn.Linear(1, 1), torch.sin]).runner.remembers
     Teacher(scripted(nn.Linear(2, 2))).reset()
 
 
@@ -933,7 +934,7 @@ def test_torchscript_object_and_file(tmp_path):
         st[2],
     )  # a script makes new Python objects each time
     assert strip(state(s)) == strip(was)
-    assert Teacher(s).parameters_ids == set()
+    assert parameter_ids(Teacher(s)) == set()
 
 
 def test_exported_program_and_file(tmp_path):

@@ -1,10 +1,10 @@
 "Define the error for mistakes and the warning for probable mistakes."
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 
-__all__ = ['DistillError', 'DistillWarning', 'close_name']
+__all__ = ['DistillError', 'DistillWarning', 'close_name', 'options_of_group']
 
 
 class DistillError(ValueError):
@@ -23,6 +23,23 @@ def close_name(name: str, have: Iterable[str]) -> str:
     """
     close = get_close_matches(name, have, 1)
     return f' (did you mean {close[0]!r}?)' if close else ''
+
+
+def options_of_group(group: str, given: Mapping | None, have: Iterable[str]) -> dict:
+    """Return the options in a group, an argument that is a dict. Empty for None.
+
+    Args:
+        group: Name of the argument.
+        given: Its value.
+        have: Names of the options that it may have.
+    """
+    if given is None:
+        return {}
+    if not isinstance(given, Mapping) or set(given) - set(have):
+        raise DistillError(
+            f'{group}={given!r}: must be a dict with any of {", ".join(map(repr, have))}'
+        )
+    return dict(given)
 
 
 # Show equal warnings again, because a process may run several trainings.

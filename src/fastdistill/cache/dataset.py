@@ -12,10 +12,12 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.data.dataloader import default_collate
 
+from ..base.errors import options_of_group
 from ..base.outputs import DistillError, LinearLogits, Outputs, check_axis
 from ..base.random_state import RandomGuard, restored_once, seeded
 from ..base.sample_seeds import seeds_of, view_of
 from ..base.transform_random_state import Generators
+from ..teachers.teacher import Teacher, reading_tokens
 from .digests import code_of, fingerprint, first_part, flat_values, input_digest
 from .files import dataset_files
 from .keys import dataset_keys, folder_of, root_of
@@ -25,7 +27,7 @@ from .per_sample import per_sample
 from .progress import shown_progress
 from .reader import TeacherCache
 from .source import Source, check_alone, distinct_views, identity_of, spread_positions, unrepeatable
-from .writer import write_cache
+from .writer import options_of_run, write_cache
 
 __all__ = ['Replayed', 'cache_dataset']
 
@@ -42,16 +44,10 @@ def cache_dataset(
     inputs=None,
     batch_tfm=None,
     axis: int = 1,
-    bs: int = 64,
-    num_workers: int = 0,
-    collate_fn=default_collate,
-    device=None,
-    seed: int = 0,
-    vocab=None,
-    transforms=None,
     force: bool = False,
     progress=True,
-    forecast=None,
+    run: dict | None = None,
+    facts: dict | None = None,
 ) -> TeacherCache:
     """Run the teacher on each view of each sample, store its outputs, and open the cache. An
     interrupted run is resumed.
@@ -73,16 +69,25 @@ def cache_dataset(
         batch_tfm: Random transform fn(x) -> x, which runs on one sample at a time, see
             `per_sample`.
         axis: Class axis.
-        bs, num_workers, collate_fn, device: As in DataLoader.
-        seed: Seed of the random numbers.
-        vocab: Class names, in the order of the logits.
-        transforms: {name: description} of the transforms, compared when an interrupted run is
-            resumed.
         force: Whether to overwrite a cache that does not fit.
         progress: True for a bar in terminals and notebooks, False for none, or fn(rows done, total
             rows, bytes done).
-        forecast: fn(Forecast), called before the teacher runs.
+        run: Rare options, as a dict.
+
+            - 'bs' (64 by default), 'num_workers', 'collate_fn': options of the DataLoader.
+            - 'device': device to which the batches are moved.
+            - 'seed': seed of the random numbers, 0 by default.
+            - 'forecast': fn(Forecast), called before the teacher runs.
+        facts: What the cache should say about itself, as a dict.
+
+            - 'vocab': class names, in the order of the logits.
+            - 'transforms': {name: description} of the transforms, compared when an interrupted run
+              is resumed.
     """
+    loader, options = options_of_run(
+        run, bs=64, num_workers=0, collate_fn=default_collate, device=None
+    )
+    facts = options_of_group('facts', facts, ('vocab', 'transforms'))
     if isinstance(teacher, nn.Module):
         raise DistillError(
             'A bare module may be in training mode, with gradients: pass Teacher(model).'
@@ -95,26 +100,27 @@ def cache_dataset(
     if not len(dataset):
         raise DistillError('The dataset is empty: there is nothing to write.')
     names = dataset_keys(dataset, keys)
-    items, get = Views(dataset, names, views, seed), first_part if inputs is None else inputs
+    items = Views(dataset, names, views, options['seed'])
+    get = first_part if inputs is None else inputs
     shake = batch_tfm if views else None
 
     def asked(tasks, bs):
         """The teacher's inputs."""
         workers = (
-            num_workers if len(tasks) > bs else 0
+            loader['num_workers'] if len(tasks) > bs else 0
         )  # starting workers takes longer than one batch
         dl = DataLoader(
             items,
             bs,
             sampler=tasks.tolist(),
             num_workers=workers,
-            collate_fn=CollatePairs(collate_fn),
+            collate_fn=CollatePairs(loader['collate_fn']),
         )
         for batch, seeds in dl:
-            x = to_device(get(batch), device)
+            x = to_device(get(batch), loader['device'])
             yield x if shake is None else shaken(shake, seeds, x)
 
-    def run(tasks, bs, teacher=None):
+    def outputs(tasks, bs, teacher=None):
         teacher = held if teacher is None else teacher
         with teacher if hasattr(teacher, '__enter__') else nullcontext():
             for x in asked(tasks, bs):
@@ -127,22 +133,22 @@ def cache_dataset(
         look = lambda i, view: fingerprint(*flat_values(next(asked(np.array([view * n + i]), 1))))
         items.views = views = distinct_views(views, n, look)
         check_items_repeat(items, asked if shake is not None else None)
-        if hasattr(teacher, 'reading_tokens'):
+        if isinstance(teacher, Teacher):
             x = next(asked(np.array([0]), 1))
-            teacher = teacher.reading_tokens(*(x if isinstance(x, tuple) else (x,)))
+            teacher = reading_tokens(teacher, *(x if isinstance(x, tuple) else (x,)))
         held = teacher
-        check_alone(partial(plain_run, run), len(dataset))
-        described = dict(transforms or {})
+        check_alone(partial(plain_run, outputs), len(dataset))
+        described = dict(facts.get('transforms') or {})
         if shake is not None:
             described['batch_tfm'] = code_of(shake if inspect.isroutine(shake) else type(shake))
         source = Source(
             names,
-            run,
-            bs,
+            outputs,
+            loader['bs'],
             identity_of(teacher),
             described,
             root_of(folder_of(dataset)),
-            vocab,
+            facts.get('vocab'),
             items.digests(),
             dataset_files(dataset),
         )
@@ -152,11 +158,10 @@ def cache_dataset(
                 source,
                 store,
                 views=views,
-                seed=seed,
                 force=force,
                 progress=show,
-                forecast=forecast,
                 choose=Choice(teacher, kind, uses, recipe is not None),
+                **options,
             )
 
 

@@ -373,7 +373,7 @@ class HiddenRun:
         """Yield the outputs of batches."""
         with closing(self.run(tasks, bs, teacher=self.teacher)) as batches:
             for out in batches:
-                yield self.layer.outputs(out, bool(self.teacher.half))
+                yield self.layer.outputs(out, bool(self.teacher.runner.half))
 
 
 def few_outputs(source, tasks=None) -> list:

@@ -8,6 +8,7 @@ from numbers import Integral
 import numpy as np
 
 from ..base.outputs import DistillError, DistillWarning
+from ..teachers.teacher import Teacher
 from .digests import fingerprint
 
 __all__ = [
@@ -172,8 +173,8 @@ def options_of(teacher) -> dict:
     if (known := getattr(teacher, 'known_classes', None)) is not None:
         out['classes'] = known
     # a different precision gives different numbers
-    if half := getattr(teacher, 'half', ''):
-        out['precision'] = half
+    if isinstance(teacher, Teacher) and teacher.runner.half:
+        out['precision'] = teacher.runner.half
     if getattr(teacher, 'returns', 'logits') != 'logits':
         out['outputs'] = teacher.returns
     if members := getattr(teacher, 'members', None):

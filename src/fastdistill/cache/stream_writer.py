@@ -211,7 +211,7 @@ class TeacherRows:
             found = find_output_layer(self.teacher, run, self.layer)
             self._states = HiddenRun(None, self.teacher, found)
         s = self._states
-        return s.layer.outputs(outputs_of(s.teacher, x), bool(s.teacher.half))
+        return s.layer.outputs(outputs_of(s.teacher, x), bool(s.teacher.runner.half))
 
     def check_accuracy(self):
         """Warn if hidden states in int8 were not accurate."""

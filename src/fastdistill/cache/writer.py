@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from ..base.distributed import on_first, rank, world_size
+from ..base.errors import options_of_group
 from ..base.outputs import DistillError, DistillWarning
 from ..base.sample_seeds import seeds_of
 from .digests import checksum, versions
@@ -24,7 +25,7 @@ from .output_layer import StoredHead, worst_error
 from .reader import TeacherCache, damages
 from .source import Source, is_whole
 
-__all__ = ['Forecast', 'check_views', 'finished', 'write_cache']
+__all__ = ['Forecast', 'check_views', 'finished', 'options_of_run', 'write_cache']
 
 SHARD_BYTES = 64 * 2**20
 INACCURATE = 0.02  # error of logits of hidden states, relative to their spread
@@ -66,6 +67,19 @@ def check_views(views):
         raise DistillError(
             f'views={views!r}: must be a whole number from 0 (the clean view) to {MAX_VIEWS}.'
         )
+
+
+def options_of_run(run, **loader) -> tuple[dict, dict]:
+    """Return the options of the DataLoader and those of `write_cache` in the argument `run` of
+    `cache_dataset` and `cache_teacher`.
+
+    Args:
+        run: What the user passed.
+        **loader: Options of the DataLoader, with their defaults.
+    """
+    own = dict(seed=0, forecast=None)
+    given = options_of_group('run', run, [*loader, *own])
+    return tuple({k: given.get(k, v) for k, v in o.items()} for o in (loader, own))
 
 
 def write_cache(

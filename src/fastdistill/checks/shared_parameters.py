@@ -2,12 +2,13 @@
 
 from collections.abc import Iterator
 
+import torch
 from torch.nn import Module
 
 from ..teachers.teacher import Teacher
 from .findings import Finding, few_names
 
-__all__ = ['none_shared', 'shared_parameters']
+__all__ = ['none_shared', 'parameter_ids', 'shared_parameters']
 
 
 def shared_parameters(student: Module | None, teacher: Teacher) -> Iterator[Finding]:
@@ -19,7 +20,7 @@ def shared_parameters(student: Module | None, teacher: Teacher) -> Iterator[Find
     """
     if student is None:
         return
-    ids = teacher.parameters_ids
+    ids = parameter_ids(teacher)
     if both := [n for n, p in student.named_parameters() if id(p) in ids]:
         yield Finding(
             'error',
@@ -29,9 +30,15 @@ def shared_parameters(student: Module | None, teacher: Teacher) -> Iterator[Find
         )
 
 
+def parameter_ids(teacher: Teacher) -> set[int]:
+    """Return the ids of a teacher's parameters. TorchScript's parameters have no lasting ids."""
+    modules = [m for m in teacher.modules if not isinstance(m, torch.jit.ScriptModule)]
+    return {id(p) for m in modules for p in m.parameters()}
+
+
 def none_shared(student: Module | None, teacher: Teacher) -> str:
     """Describe a check that found none. Empty if there was nothing to compare."""
-    if student is None or not teacher.parameters_ids:
+    if student is None or not parameter_ids(teacher):
         return ''
     n = sum({id(p): p.numel() for m in teacher.modules for p in m.parameters()}.values())
     return f'{sum(p.numel() for p in student.parameters()):,} of the student, {n:,} of the teacher, none shared'

@@ -214,7 +214,7 @@ class DetectionDistiller(Distiller):
         self.batch = None  # the last images after the student's transform
         # do not report gradient norms for the first batch, because a new head passes on almost no
         # gradient
-        self.measures = False
+        self.head.measures = False
         self.head.take(recipe)
         self.setup()
 
@@ -283,7 +283,7 @@ class DetectionDistiller(Distiller):
         terms, (batch, self.batch) = self.active_terms(progress), (self.batch, None)
         if not terms:
             return None
-        names = [*self.teacher_layers(terms), *self.head.scored_layers(terms)]
+        names = [*self.head.layers(1, terms), *self.head.scored_layers(terms)]
         args = batch.tensors, padded_sizes(batch), runs_head(names)
         return Outputs(feats=self.teacher.outputs(args, layers=names).feats)
 

@@ -14,7 +14,7 @@ from torchvision.models.detection.ssd import SSD
 
 from ..base.outputs import DistillError
 from ..features.layer_names import unwrap
-from ..teachers.teacher import Teacher, grouped_options
+from ..teachers.teacher import Teacher, given_options, grouped_options
 
 __all__ = [
     'DETECTOR_CLASSES',
@@ -230,7 +230,7 @@ def detector_teacher(teacher: Any, student: nn.Module, size: int | tuple | None 
             it has one, or else the student's size.
     """
     given = isinstance(teacher, Teacher)
-    options = {k: teacher.option(k) for k in teacher.given} if given else {}
+    options = given_options(teacher) if given else {}
     detector = detector_inside(teacher)
     if size is None and fixed_size(detector) != fixed_size(student):
         size = fixed_size(detector)

@@ -20,29 +20,19 @@ from ..recipes.batch_tensors import inputs_and_labels
 from ..recipes.recipe_loss import Distilled
 from ..recipes.term import Recipe
 from ..teachers.model_loading import holds_weights
-from ..teachers.teacher import Teacher, same_run
-from .head import Head, HeadOutput, SharedOutput, options_by_head, renamed
+from ..teachers.teacher import Teacher
+from .head import (
+    Head,
+    HeadOutput,
+    SharedOutput,
+    options_by_head,
+    renamed,
+    share_task_loss_again,
+)
 from .loader import is_loader, own_generators
+from .teacher_groups import share_models, teacher_groups
 
 __all__ = ['Distiller']
-
-LACKS = (
-    'the chosen recipe and the measured gradients, which checkpoints of earlier releases lack. '
-    'load_state_dict(state, strict=False) loads only the weights; the recipe is then chosen '
-    'and gradients are measured again'
-)
-
-
-def of_the_only_head(name, doc):
-    """Return a property that reads and sets an attribute of the head of a single-output Distiller."""
-
-    def get(self):
-        return getattr(self.head, name)
-
-    def set_(self, v):
-        setattr(self.head, name, v)
-
-    return property(get, set_, doc=doc)
 
 
 class Distiller(nn.Module):
@@ -141,8 +131,8 @@ class Distiller(nn.Module):
             k: self._head(k, t, {n: o[k] for n, o in of_each.items()}, teachers)
             for k, t in teachers.items()
         }
-        self._register_links()
-        self.share_models()
+        self.register_links()
+        share_models(self.heads)
         if example is not None:
             self.setup(*inputs(example))
 
@@ -181,28 +171,15 @@ class Distiller(nn.Module):
             )
         return self.heads['']
 
-    teacher = of_the_only_head('teacher', 'The teacher. For several heads, see `heads`.')
-    task = of_the_only_head(
-        'task', 'The `Task`: the type of prediction, the class axis and the ignored label.'
-    )
-    output = of_the_only_head(
-        'output', 'Which output is distilled: a name, an index or a function.'
-    )
-    shift_labels = of_the_only_head(
-        'shift_labels', 'Whether labels are moved to the positions where they are predicted.'
-    )
+    @property
+    def teacher(self) -> Teacher | None:
+        """The teacher. For several heads, see `heads`."""
+        return self.head.teacher
 
     @property
     def sources(self) -> list:
         """The teachers to run, one for each group of heads that share a run."""
-        return [next(iter(group.values())).teacher for group in self._runs(self.heads)]
-
-    def share_models(self):
-        """Let teachers that share a run also share the faster copy of their model."""
-        for group in self._runs(self.heads):
-            first, *others = group.values()
-            for h in others:
-                h.teacher = h.teacher.sharing(first.teacher)
+        return [next(iter(g.values())).teacher for g in teacher_groups(self.heads)]
 
     def start(self):
         """Prepare the teachers for many batches."""
@@ -228,42 +205,10 @@ class Distiller(nn.Module):
             task = None
         return Recipe(*(t for k, h in self.heads.items() for t in whole(k, h)), task=task)
 
-    def take(self, recipe):
-        """Use this recipe from now on. Only for a student with one output."""
-        self.head.take(recipe)
-
-    def _register_links(self):
-        """Register the modules that are trained in addition to the student."""
+    def register_links(self):
+        """Register the modules of the heads that are trained in addition to the student."""
         links = {k: h.links for k, h in self.heads.items()}
         self.links = nn.ModuleDict(links) if self.several else links['']
-
-    def measured(self) -> dict:
-        """Return {head name: (projectors and losses with parameters, measured gradients)}."""
-        return {k: (h.links, h.ratios) for k, h in self.heads.items()}
-
-    def use(self, measured: dict):
-        """Continue with these projectors and measured gradients.
-
-        Args:
-            measured: What `measured` returned.
-        """
-        for k, h in self.heads.items():
-            h.links, h.ratios = measured[k]
-        self._register_links()
-
-    def share_task_loss(self):
-        """Give the task loss the same weight in all recipes.
-
-        For trainers that compute a single task loss for all heads.
-        """
-        task = Recipe(*(h.recipe for h in self.heads.values())).task
-        for h in self.heads.values():
-            h.shares_task, h.recipe = True, Recipe(*h.recipe.terms, task=task)
-
-    def _share_again(self):
-        """Repeat `share_task_loss` after a recipe has changed, if it was called before."""
-        if self.several and any(h.shares_task for h in self.heads.values()):
-            self.share_task_loss()
 
     def _scales(self, progress) -> tuple[dict, float]:
         """Return ({head: factor of its terms}, number that the shared task loss is divided by).
@@ -314,26 +259,6 @@ class Distiller(nn.Module):
         return {f'{k}.{n}': v for k, o in each.items() for n, v in (o or {}).items()}
 
     @property
-    def measures(self) -> bool:
-        """True if gradient norms are measured."""
-        return all(h.measures for h in self.heads.values())
-
-    @measures.setter
-    def measures(self, on):
-        for h in self.heads.values():
-            h.measures = on
-
-    @property
-    def chooses(self) -> bool:
-        """True if a recipe has still to be chosen."""
-        return any(h.chooses for h in self.heads.values())
-
-    @property
-    def chosen(self) -> dict:
-        """{head name: text of the recipe that `auto` chose, or None if it did not choose}."""
-        return {k: h.chosen and h.chosen[0] for k, h in self.heads.items()}
-
-    @property
     def ready(self) -> bool:
         """True if all projectors are built."""
         return all(h.ready for h in self.heads.values())
@@ -364,15 +289,7 @@ class Distiller(nn.Module):
             )
         for k, h in self.heads.items():
             h.load_state(state[k] if self.several else state)
-        self._share_again()
-
-    def _load_from_state_dict(self, state, prefix, meta, strict, missing, unexpected, errors):
-        if (key := f'{prefix}_extra_state') not in state:
-            # subtle: PyTorch always passes strict=True here; the user's value decides whether `missing` raises
-            if self.ratios or any(h.automatic for h in self.heads.values()):
-                missing.append(f'{key}: {LACKS}')
-            state = {**state, key: self.get_extra_state()}
-        super()._load_from_state_dict(state, prefix, meta, strict, missing, unexpected, errors)
+        share_task_loss_again(self.heads)
 
     # checks and setup before the first batch
 
@@ -442,11 +359,6 @@ class Distiller(nn.Module):
             return fn(self.head)
         return {k: fn(h) for k, h in self.heads.items() if h.teacher is not None}
 
-    def check_names(self):
-        """Raise an error for layers that the models don't have."""
-        for h in self.heads.values():
-            h.check_names()
-
     def setup(self, *x):
         """Pair layers and build projectors.
 
@@ -456,18 +368,6 @@ class Distiller(nn.Module):
             if not (self.several and h.ready):
                 h.setup(x)
         return self
-
-    def choose(self, x: tuple, labels: bool):
-        """Let `auto` choose a recipe for each head that has none.
-
-        Args:
-            x: Inputs of a batch.
-            labels: Whether the batches have labels.
-        """
-        for h in self.heads.values():
-            if h.chooses:
-                h.choose(student_logits(self.student, x, h.output), x, labels)
-        self._share_again()
 
     # computing the loss of a batch
 
@@ -482,24 +382,13 @@ class Distiller(nn.Module):
         """
         return [t for h in self.heads.values() for t in h.active_terms(progress)]
 
-    def needs_teacher(self, progress: float | None = None) -> bool:
-        """Return True if any term needs the teacher's outputs for this batch."""
-        return bool(self.active_terms(progress))
-
     def student_layers(self, terms=None) -> list:
         """Return the student layers that the terms compare.
 
         Args:
             terms: Terms to consider, as returned by `active_terms`. None for all.
         """
-        return self._layers(0, terms)
-
-    def teacher_layers(self, terms=None) -> list:
-        """Return the teacher layers that the terms compare."""
-        return self._layers(1, terms)
-
-    def _layers(self, i, terms):
-        return list(dict.fromkeys(n for h in self.heads.values() for n in h.layers(i, terms)))
+        return list(dict.fromkeys(n for h in self.heads.values() for n in h.layers(0, terms)))
 
     def teacher_outputs(
         self, x, progress: float | None = None, samples=None
@@ -520,7 +409,7 @@ class Distiller(nn.Module):
         out = {k: None for k in self.heads if k not in ask}
         if self.several and not torch.is_grad_enabled():
             ask = {k: h for k, h in ask.items() if h.teacher.has_outputs(samples)}
-        for group in self._runs(ask):
+        for group in teacher_groups(ask):
             first = next(iter(group.values())).teacher
             layers = list(dict.fromkeys(n for k, h in group.items() for n in h.layers(1, terms[k])))
             if len(group) == 1:
@@ -531,18 +420,6 @@ class Distiller(nn.Module):
             out |= dict(zip(group, outs))
         none = len(out) == len(self.heads) and all(o is None for o in out.values())
         return None if none else self._only(out)
-
-    def _runs(self, heads) -> list[dict]:
-        """Group the heads whose teachers share one run."""
-        groups = []
-        for k, h in heads.items():
-            if h.teacher is None:
-                continue
-            same = (g for g in groups if same_run(next(iter(g.values())).teacher, h.teacher))
-            if (group := next(same, None)) is None:
-                groups.append(group := {})
-            group[k] = h
-        return groups
 
     def student_outputs(self, raw, feats: dict, x) -> Outputs | dict[str, Outputs]:
         """Return the student's outputs, with the padding of the batch masked. For several heads, a
@@ -555,23 +432,6 @@ class Distiller(nn.Module):
             x: Inputs of the batch, used to find padded positions.
         """
         return self._only({k: h.student_outputs(raw, feats, x) for k, h in self.heads.items()})
-
-    def has_outputs(self, samples) -> bool:
-        """Return True if any teacher has outputs for these samples.
-
-        Args:
-            samples: The `BatchSamples` of a batch. None if they are unknown.
-        """
-        teachers = (h.teacher for h in self.heads.values())
-        return any(t.has_outputs(samples) for t in teachers if t is not None)
-
-    def outputs_by_head(self, outputs: Outputs | dict | None) -> dict[str, Outputs]:
-        """Return {head name: outputs}, without heads that have no outputs.
-
-        Args:
-            outputs: What `teacher_outputs` or `student_outputs` returned.
-        """
-        return {k: o for k, o in self._by_head(outputs).items() if o is not None}
 
     def _only(self, each: dict):
         return each if self.several else each['']
@@ -625,24 +485,6 @@ class Distiller(nn.Module):
             return each['']
         return whole_loss(each, {k: h.weight for k, h in self.heads.items()})
 
-    def labels(self, x, logits, targets):
-        """Return the task loss and the targets, each at the position where it is predicted."""
-        return self.head.task_and_targets(x, logits, targets)
-
-    def targets_at(self, x, student: Outputs | dict, targets):
-        """Move the targets to the positions where they are predicted.
-
-        A language model predicts the next token. The targets of several heads are not moved.
-
-        Args:
-            x: Inputs of the batch.
-            student: Outputs, as returned by `student_outputs`.
-            targets: Tuple of labels.
-        """
-        if self.several:
-            return targets
-        return self.head.targets_at(x, student.logits, targets)
-
     def compute(
         self,
         student: Outputs | dict[str, Outputs],
@@ -660,9 +502,9 @@ class Distiller(nn.Module):
         Args:
             student: Student outputs for this batch.
             teacher: Teacher outputs for the same batch. None if no term needs them (see
-                `needs_teacher`).
+                `teacher_outputs`).
             task: Task loss of the batch. None without labels. For several heads, the total task
-                loss, see `share_task_loss`.
+                loss, weighted equally in all recipes.
             targets: Labels, for losses that read them.
             progress: Fraction of the training that is done, from 0 to 1, for schedules.
             mixed: (second labels, coefficient of the first ones) for a MixUp or CutMix batch.

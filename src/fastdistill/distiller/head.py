@@ -29,7 +29,15 @@ from ..recipes.term import Recipe
 from ..recipes.token_labels import labels_to_shift, next_tokens, padding_mask
 from ..teachers.teacher import Teacher
 
-__all__ = ['Head', 'HeadOutput', 'SharedOutput', 'options_by_head', 'renamed']
+__all__ = [
+    'Head',
+    'HeadOutput',
+    'SharedOutput',
+    'options_by_head',
+    'renamed',
+    'share_task_loss',
+    'share_task_loss_again',
+]
 
 
 class Head(RecipeLoss):
@@ -111,6 +119,11 @@ class Head(RecipeLoss):
     def chooses(self) -> bool:
         """True if `auto` has still to choose the recipe from the teacher's outputs."""
         return self.automatic and self.chosen is None and self.teacher is not None
+
+    @property
+    def chosen_text(self) -> str | None:
+        """Text of the recipe that `auto` chose. None if it did not choose."""
+        return self.chosen and self.chosen[0]
 
     @property
     def prefix(self):
@@ -345,6 +358,22 @@ def options_by_head(o, option: str, heads, who: str = 'the heads are') -> dict:
     if unknown := set(o) - set(heads):
         raise DistillError(f'{option}= has {", ".join(sorted(unknown))}, {who} {", ".join(heads)}.')
     return {k: o.get(k) for k in heads}
+
+
+def share_task_loss(heads: dict):
+    """Give the task loss the same weight in the recipes of all heads.
+
+    For trainers that compute a single task loss for all heads.
+    """
+    task = Recipe(*(h.recipe for h in heads.values())).task
+    for h in heads.values():
+        h.shares_task, h.recipe = True, Recipe(*h.recipe.terms, task=task)
+
+
+def share_task_loss_again(heads: dict):
+    """Repeat `share_task_loss` after a recipe has changed, if it was called before."""
+    if any(h.shares_task for h in heads.values()):
+        share_task_loss(heads)
 
 
 def with_full_task(recipe):

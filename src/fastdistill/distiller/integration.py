@@ -1,14 +1,17 @@
 """Helpers for integrations with other trainers: setup before the optimizer, checkpoints."""
 
-from ..base.distributed import broadcast, on_first, rank
+from ..base.distributed import broadcast, on_first
+from ..checks.forward import student_logits
 from ..features.layer_names import unwrap
 from ..features.layer_pairs import inputs
 from .distiller import Distiller
+from .head import share_task_loss_again
 
 __all__ = [
     'add_parameters',
     'check_first',
     'complete',
+    'is_choosing',
     'is_detector',
     'load_state',
     'needs_example',
@@ -17,11 +20,6 @@ __all__ = [
     'training_state',
 ]
 
-OLD_STATE = (
-    'fastdistill: this checkpoint was saved by an earlier release, without measured gradients, so '
-    'they are measured again'
-)
-
 
 def is_detector(model) -> bool:
     """Is it a detector of torchvision, which `fastdistill.detection` distills?"""
@@ -29,9 +27,14 @@ def is_detector(model) -> bool:
     return any(o.__module__.startswith('torchvision.models.detection.') for o in kinds)
 
 
+def is_choosing(d: Distiller) -> bool:
+    """Return True if the recipe of a head has still to be chosen."""
+    return any(h.chooses for h in d.heads.values())
+
+
 def needs_example(d: Distiller) -> bool:
     """Return True if a batch is needed to choose the recipe or build projectors."""
-    return d.chooses or not d.ready
+    return is_choosing(d) or not d.ready
 
 
 def check_first(d: Distiller, batches, **options):
@@ -60,8 +63,10 @@ def complete(d: Distiller, x, labels: bool = True):
         labels: Whether the batches have labels.
     """
     x = inputs(x)
-    if d.chooses:
-        d.choose(x, labels)
+    for h in d.heads.values():
+        if h.chooses:
+            h.choose(student_logits(d.student, x, h.output), x, labels)
+    share_task_loss_again(d.heads)
     if d.ready:
         return
     d.setup(*x)
@@ -114,8 +119,5 @@ def load_state(d: Distiller, state: dict):
         d: A `Distiller` after `complete`.
         state: What `training_state` returned.
     """
-    if 'distiller' in state:
-        d.set_extra_state(state['distiller'])
-    elif rank() == 0:
-        print(OLD_STATE)
+    d.set_extra_state(state['distiller'])
     d.links.load_state_dict(state['links'])

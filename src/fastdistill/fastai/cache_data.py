@@ -41,11 +41,11 @@ from ..cache.source import (
     unrepeatable,
 )
 from ..cache.verify import Verified
-from ..cache.writer import check_views, write_cache
+from ..cache.writer import check_views, options_of_run, write_cache
 from ..recipes.default import auto, facts_for_auto
 from ..recipes.recipe_text import as_recipe
-from ..teachers.raw_items import with_items
-from ..teachers.teacher import Teacher
+from ..teachers.raw_items import reads_only_items, with_items
+from ..teachers.teacher import Teacher, reading_tokens
 from .batches import loader_of
 from .check import check_teacher
 from .head import HeadData, heads_of, options_of_heads
@@ -102,15 +102,12 @@ def cache_teacher(
     valid: bool = False,
     unlabeled=None,
     keys=None,
-    bs: int | None = None,
-    num_workers: int | None = None,
-    seed: int = 0,
     kind: str | None = None,
     axis: int | None = None,
     check: bool = True,
     force: bool = False,
     progress=True,
-    forecast=None,
+    run: dict | None = None,
 ) -> TeacherCache:
     """Run the teacher on each view of each sample, store its outputs, and open the cache. An
     interrupted run is resumed.
@@ -132,16 +129,19 @@ def cache_teacher(
         unlabeled: Items without labels, or a DataLoader, to cache instead of the training set.
         keys: Names of the training samples, a list or a function of the item. None to use the item
             itself.
-        bs, num_workers: Options of the DataLoader. None for those of `dls`.
-        seed: Seed of the random numbers.
         kind, axis: Kind of logits and class axis. None to read them from the loss function.
         check: Whether to look for mistakes first, as `Learner.check_teacher` does.
         force: Whether to overwrite a cache that does not fit.
         progress: True for a bar in terminals and notebooks, False for none, or fn(rows done, total
             rows, bytes done).
-        forecast: fn(Forecast), called before the teacher runs.
+        run: Rare options, as a dict.
+
+            - 'bs', 'num_workers': options of the DataLoader. The default is those of `dls`.
+            - 'seed': seed of the random numbers, 0 by default.
+            - 'forecast': fn(Forecast), called before the teacher runs.
     """
     share_n_inp(dls)
+    loader, options = options_of_run(run, bs=None, num_workers=None)
     task = task_of_data(dls, teacher, kind, axis)
     store = Store.of(store, task.axis)
     check_kind_of_store(store, task.kind)
@@ -161,13 +161,13 @@ def cache_teacher(
     uses = lambda t: uses_of(auto(**facts_of_logits(t, task)) if known is None else known)
     first_view = np.arange(train.bs) if is_stream(train) else None
     choose = Choice(teacher, task.kind, uses, known is not None, first_view)
-    given = dict(seed=seed, force=force, forecast=forecast, choose=choose)
+    given = dict(force=force, choose=choose, **options)
     names = None if task.kind == 'regression' else classes_of(teacher, dls)
     source = lambda dl, views, keys: source_of(
-        teacher, dls, dl, views, seed, keys, names, bs, num_workers
+        teacher, dls, dl, views, options['seed'], keys, names, **loader
     )
     with RandomGuard():  # DataLoaders draw a seed for their workers
-        views = 0 if only_items(teacher, views) else views_of(train, views, seed)
+        views = 0 if only_items(teacher, views) else views_of(train, views, options['seed'])
         with shown_progress(progress) as show:
             of_train = replace(source(train, views, keys), doubt=found.doubt if check else '')
             cache = write_cache(path, of_train, store, views=views, progress=show, **given)
@@ -196,7 +196,7 @@ def only_items(teacher, views):
     """Return True if the teacher reads only the raw items, so that its outputs are the same in each
     view.
     """
-    if not teacher.reads_only_items:
+    if not reads_only_items(teacher):
         return False
     if views > 1:
         raise DistillError(
@@ -332,7 +332,7 @@ def source_of(
 
     inputs = lambda b: with_items(inputs_of(b, dl.n_inp), b[-1].items)
     if teacher.layers:
-        teacher = teacher.reading_tokens(*inputs(next(iter(make([0], 1, 0)))))
+        teacher = reading_tokens(teacher, *inputs(next(iter(make([0], 1, 0)))))
 
     def run(tasks, bs, teacher=teacher):
         with (

@@ -4,9 +4,7 @@ from fastai.basics import Callback, L
 
 from ..base.outputs import DistillError, check_axis, check_output
 from ..base.task import pseudo_labels
-from ..features.layer_hooks import Taps
 from ..recipes.batch_tensors import all_classes
-from ..recipes.term import one_temperature
 from ..teachers.raw_items import with_items
 from .arguments import check_options, make_recipe, refuse_options
 from .cache_feed import SampleFeed
@@ -18,10 +16,10 @@ from .fit_log import FitLog
 from .fit_state import FitState
 from .learner_notes import notes_of
 from .metrics import PartMetric, TaskMetric
-from .patches import DistillationCallback
+from .patches import DistillationCallback, claim_epochs
 from .teacher_targets import samples_of
 from .teachers import is_heads
-from .training_step import add_distilled, add_loss, mixed_labels
+from .training_step import StudentTaps, add_distilled, add_loss, has_outputs, mixed_labels
 from .trend import TrendCheck
 from .unlabeled import UnlabeledInputs
 
@@ -43,7 +41,6 @@ class KnowledgeDistillation(DistillationCallback):
         T: Temperature: a number or a schedule (fastai's `SchedCos(8, 2)`). The default is 4.
         alpha: Weight of the teacher: a number or a schedule. The task loss has weight 1-alpha. The
             default is 0.9.
-        temperature: Alias of T.
         loss: Your own loss, fn(student_logits, teacher_logits, *targets). It replaces the whole
             loss or, if alpha is given, only the distillation loss.
         kind: 'softmax', 'sigmoid' or 'regression'. None to derive it from the Learner's loss
@@ -56,11 +53,12 @@ class KnowledgeDistillation(DistillationCallback):
             output=...).
         unlabeled: Additional inputs without labels, on which the student learns only from the
             teacher: items like those of the training set, or a DataLoader. Each training batch is
-            accompanied by one batch of these.
-        unlabeled_targets: A cache of the teacher's outputs for `unlabeled`, or its folder. For
-            several heads, a dict. None to run the teacher.
-        perturbed: For tables, the number of perturbed copies of each row, on which the student
-            learns only from the teacher.
+            accompanied by one batch of these. Or a dict.
+
+            - 'items': these items, or the DataLoader.
+            - 'targets': a cache of the teacher's outputs for them, or its folder. For several
+              heads, a dict. None to run the teacher.
+            - 'perturbed': for tables, the number of perturbed copies of each row.
         check: Whether to look for mistakes before the first fit (see `check_teacher`).
     """
 
@@ -74,15 +72,12 @@ class KnowledgeDistillation(DistillationCallback):
         *,
         T=None,
         alpha=None,
-        temperature=None,
         loss=None,
         kind: str | None = None,
         axis: int | None = None,
         span: str = 'fine_tune',
         output=None,
         unlabeled=None,
-        unlabeled_targets=None,
-        perturbed: int = 0,
         check: bool = True,
     ):
         super().__init__()
@@ -91,7 +86,6 @@ class KnowledgeDistillation(DistillationCallback):
         check_options(None, span=span)
         check_output(output)
         check_axis(axis)
-        T = one_temperature(T, temperature)
         self.log = FitLog(self)
         self.fit_distiller = FitDistiller(
             teacher,
@@ -107,12 +101,11 @@ class KnowledgeDistillation(DistillationCallback):
         self.feed = SampleFeed()
         self.state = FitState(self.log)
         self.in_fit, self.part_metrics, self.parts = False, L(), {}
-        self.taps = self.trend = self.teacher_outputs = self.epochs_span = None
+        self.taps = StudentTaps()
+        self.trend = self.teacher_outputs = self.epochs_span = None
         self.finite_check = FiniteCheck(stored=not self.fit_distiller.runs)
         self.unlabeled = UnlabeledInputs(
             unlabeled,
-            perturbed,
-            unlabeled_targets,
             runs=not self.fit_distiller.stored,
             heads=self.fit_distiller.heads,
         )
@@ -126,11 +119,6 @@ class KnowledgeDistillation(DistillationCallback):
     def recipe(self):
         """The recipe. None if it has not been chosen yet."""
         return self.fit_distiller.recipe
-
-    @property
-    def projector_opt(self):
-        """The optimizer of the projectors. None before the first step."""
-        return self.state.optimizer
 
     # before and after a fit
 
@@ -158,16 +146,17 @@ class KnowledgeDistillation(DistillationCallback):
             self.state.take(self.learn, d)
         if finder:
             self.state.begin_finder(d)
-        d.measures = not finder
+        for h in d.heads.values():
+            h.measures = not finder
         if not d.ready and (example := example_of(self.learn, self.fit_distiller.output)):
             self._setup(*example.x)
-        self.epochs_span = None if finder or self.span == 'fit' else self._epochs_span()
+        self.epochs_span = None if finder or self.span == 'fit' else claim_epochs(self.learn)
         self.part_metrics = L(
             TaskMetric(self), *(PartMetric(self, t.name) for t in self.recipe.terms)
         )
         self.learn.metrics = self.learn.metrics + self.part_metrics
         if self.unlabeled and not finder:
-            self._start_unlabeled()
+            self.unlabeled.start(self.learn, self.distiller)
         d.start()
 
     def _attach(self):
@@ -177,15 +166,6 @@ class KnowledgeDistillation(DistillationCallback):
         sources = {k: h.teacher for k, h in self.distiller.heads.items() if h.teacher is not None}
         self.feed.attach(self.learn, sources, self.fit_distiller.tasks)
 
-    def _start_unlabeled(self):
-        if not any(not t.n_targets for t in self.recipe.terms):
-            names = ', '.join(t.name for t in self.recipe.terms)
-            raise DistillError(
-                f'unlabeled= and perturbed=: all terms read labels ({names}). Add one that reads none, '
-                'as kd() or soft_labels().'
-            )
-        self.unlabeled.start(self.learn, self.distiller.heads)
-
     def _setup(self, *x):
         """Pair layers and build projectors, once per student."""
         self.fit_distiller.setup(x, self.training)
@@ -193,21 +173,11 @@ class KnowledgeDistillation(DistillationCallback):
         if self.distiller.pairs and not hasattr(self.learn, 'lr_finder'):
             self.log(self.distiller.pairs)
 
-    def _epochs_span(self):
-        """Return (epochs before this fit, total epochs) of the `fine_tune` that this fit belongs
-        to.
-        """
-        span = getattr(self.learn, 'fine_tune_span', None)
-        if span is None:
-            return None
-        before, span['done'] = span['done'], span['done'] + self.n_epoch
-        return before, span['epochs']
-
     def after_fit(self):
         self.teardown(self.learn)
 
     def teardown(self, learn):
-        self._untap()
+        self.taps.detach()
         self.feed.detach()
         self.unlabeled.stop()
         if not self.in_fit:
@@ -269,30 +239,15 @@ class KnowledgeDistillation(DistillationCallback):
         if not self.distiller.ready:
             # the student did not run on the example batch
             self._setup(*with_items(self.xb, getattr(samples_of(self.learn), 'items', None)))
-        self._tap()
-
-    def _tap(self):
-        """Hook the layers that this batch compares."""
         # subtle: hook the model of this batch, since an averaged model may replace it in validation
-        names = self.distiller.student_layers(self.distiller.active_terms(self.training_progress))
-        if self.taps is not None and self.taps.names == names:
-            return
-        self._untap()
-        if names:
-            self.taps = Taps(self.learn.model, names).attach()
-
-    def _untap(self):
-        if self.taps is not None:
-            self.taps.detach()
-        self.taps = None
+        terms = self.distiller.active_terms(self.training_progress)
+        self.taps.attach(self.learn.model, self.distiller.student_layers(terms))
 
     def after_batch(self):
-        # subtle: adding and removing hooks would make torch.compile recompile
-        if self.taps is not None and not self.taps.compiled:
-            self._untap()
+        self.taps.end_batch()
 
     def after_train(self):
-        self._untap()
+        self.taps.detach()
         if not self.active:
             return
         self.finite_check.enforce(self.learn)
@@ -302,7 +257,7 @@ class KnowledgeDistillation(DistillationCallback):
     def after_validate(self):
         if not self.active:
             return
-        self._untap()
+        self.taps.detach()
         self.finite_check.enforce(self.learn)
 
     def after_pred(self):
@@ -323,18 +278,18 @@ class KnowledgeDistillation(DistillationCallback):
         if self.teacher_outputs is not None:
             own = self.distiller.student_outputs(self.learn.pred, {}, self.xb)
             t = all_classes(self.teacher_outputs, own).logits
-            y = pseudo_labels(t, own.logits, self.distiller.task)
+            y = pseudo_labels(t, own.logits, self.distiller.head.task)
             self.learn.yb = (y,)
 
     def after_loss(self):
         if not self.active or not len(self.yb):
             return
         d, progress = self.distiller, self.training_progress
-        if not (self.training or d.has_outputs(samples_of(self.learn))):
+        if not (self.training or has_outputs(d, samples_of(self.learn))):
             return  # a cache may hold only the outputs for the training set
         unlabeled = self.teacher_outputs is not None
         t = self.teacher_outputs if unlabeled else self._ask_teacher()
-        s = d.student_outputs(self.learn.pred, self.taps.pop() if self.taps else {}, self.xb)
+        s = d.student_outputs(self.learn.pred, self.taps.pop(), self.xb)
         y, mixed = () if unlabeled else self.yb, mixed_labels(self.learn)
         r = d.compute(s, t, self.learn.loss, y, progress=progress, mixed=mixed)
         self.parts = r.parts if unlabeled else {'task': r.task.detach(), **r.parts}
@@ -355,21 +310,17 @@ class KnowledgeDistillation(DistillationCallback):
         if all(t.n_targets for t in d.active_terms(progress)):
             return
         for x, t in self.unlabeled.batches(self.learn, lambda x: d.teacher_outputs(x, progress)):
-            self._check_finite(t)
+            self.finite_check.add(t, self.learn, self.fit_distiller.tasks)
             raw = self.learn.model(*x)
-            s = d.student_outputs(raw, self.taps.pop() if self.taps else {}, x)
+            s = d.student_outputs(raw, self.taps.pop(), x)
             add_loss(self.learn, d.without_labels(s, t, progress=progress))
 
     def _ask_teacher(self):
         """Return the teacher's outputs for this batch. None if no term needs them."""
         samples = samples_of(self.learn)
         t = self.distiller.teacher_outputs(self.xb, self.training_progress, samples)
-        self._check_finite(t)
+        self.finite_check.add(t, self.learn, self.fit_distiller.tasks)
         return t
-
-    def _check_finite(self, outputs):
-        for k, o in self.distiller.outputs_by_head(outputs).items():
-            self.finite_check.add(o, self.learn, self.fit_distiller.tasks[k])
 
     # projectors
 

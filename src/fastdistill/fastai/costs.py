@@ -116,7 +116,7 @@ def training_costs(learn, teacher, task, recipe, output=None) -> TrainingCosts |
         if not live.ready:
             live.setup(*x)
         for d in (alone, live):
-            d.measures = False
+            d.head.measures = False
         runs = dict(
             alone=lambda x, y: gradients(alone, x, y),
             live=lambda x, y: gradients(live, x, y),
@@ -131,7 +131,7 @@ def training_costs(learn, teacher, task, recipe, output=None) -> TrainingCosts |
         steps,
         **seconds,
         weights=weights_of_teacher(teacher),
-        copy=teacher.copy_bytes,
+        copy=teacher.runner.copy_bytes,
         view=view,
         mixed=any(isinstance(c, MixedPrecision) for c in learn.cbs),
     )

@@ -175,7 +175,7 @@ OTHERS = {
     'cbs': 'add callbacks to the Learner',
     'storage': "give folder='find', to which each finished run is written",
 } | dict.fromkeys(
-    ('recipe', 'T', 'alpha', 'temperature', 'loss'),
+    ('recipe', 'T', 'alpha', 'loss'),
     'give recipes=dict(mine=kd(T=2, alpha=.5), ...)',
 )
 
@@ -185,11 +185,11 @@ def refuse_search(learn, score, options):
     for k in OTHERS:
         if k in options:
             raise DistillError(f'distill_find takes no {k}=: {OTHERS[k]}.')
-    if given := [k for k in ('unlabeled', 'unlabeled_targets', 'perturbed') if options.get(k)]:
+    if options.get('unlabeled') is not None:
         raise DistillError(
-            f'distill_find takes no {"= and ".join(given)}=: there are no stored outputs for inputs '
-            'without labels. Find a recipe without them, then distill(teacher, n_epoch, found.lr, '
-            f'found.recipe, {given[0]}=...).'
+            'distill_find takes no unlabeled=: there are no stored outputs for inputs without '
+            'labels. Find a recipe without them, then distill(teacher, n_epoch, found.lr, '
+            'found.recipe, unlabeled=...).'
         )
     if score is not None and not callable(score):
         raise DistillError(

@@ -27,8 +27,21 @@ class FiniteCheck:
     def start_phase(self):
         self.found = None
 
-    def add(self, outputs, learn, task):
-        found, first = not_finite(outputs, task), self.found is None
+    def add(self, outputs, learn, tasks):
+        """Look at the outputs of a batch.
+
+        Args:
+            outputs: What `Distiller.teacher_outputs` returned.
+            learn: The student's Learner.
+            tasks: {head name: `Task`}. The name is '' for a student with one output.
+        """
+        each = {'': outputs} if '' in tasks else outputs or {}
+        for k, o in each.items():
+            if o is not None:
+                self._add(not_finite(o, tasks[k]), learn)
+
+    def _add(self, found, learn):
+        first = self.found is None
         self.found = found if first else self.found | found
         # this does not wait for the GPU: the Recorder already copied the loss to the CPU
         diverged = not math.isfinite(getattr(learn, 'smooth_loss', 0.0))

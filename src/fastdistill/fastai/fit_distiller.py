@@ -7,6 +7,9 @@ from fastai.basics import one_param
 from ..base.distributed import broadcast, of_first, on_first
 from ..base.outputs import as_plain
 from ..distiller.distiller import Distiller
+from ..distiller.head import share_task_loss
+from ..distiller.integration import is_choosing
+from ..distiller.teacher_groups import share_models
 from ..features.layer_names import unwrap
 from .arguments import check_options, feed_of, stored_head
 from .check import find_mistakes, weight_shapes
@@ -59,7 +62,7 @@ class FitDistiller:
         d = self.distiller
         if d is None:
             return self.recipes.get('')
-        return None if d.chooses else d.recipe
+        return None if is_choosing(d) else d.recipe
 
     @property
     def output(self):
@@ -103,7 +106,7 @@ class FitDistiller:
             return Distiller(model, None, self.recipes[''], **options)
         options['labels'] = of_each(lambda k: self.heads[k].labels)
         d = Distiller(model, dict.fromkeys(self.heads), self.recipes, **options)
-        d.share_task_loss()
+        share_task_loss(d.heads)
         return d
 
     def _take_teachers(self, learn):
@@ -111,7 +114,7 @@ class FitDistiller:
             h.teacher = self._source_of(k, learn)
             if self.several and k not in self.stored:
                 h.check_names()
-        self.distiller.share_models()
+        share_models(self.distiller.heads)
 
     def _source_of(self, k, learn):
         if k in self.stored:
@@ -154,7 +157,7 @@ class FitDistiller:
             found: What `look` returned.
         """
         heads = [h for h in self.distiller.heads.values() if h.automatic]
-        if not heads or not (self.distiller.chooses or found is not None):
+        if not heads or not (is_choosing(self.distiller) or found is not None):
             return
         for h in heads:
             example = example_of(learn, h.output)
@@ -165,7 +168,7 @@ class FitDistiller:
             h.take(chosen)
             self.log(f'fastdistill: {h.prefix}recipe {chosen}')
         if self.several:
-            self.distiller.share_task_loss()
+            share_task_loss(self.distiller.heads)
 
     def setup(self, x, training: bool):
         """Pair layers and build projectors, once per student.

@@ -5,7 +5,6 @@ gradients.
 import copy
 
 from ..base.outputs import DistillError
-from ..distiller.integration import OLD_STATE
 from .learner_notes import notes_of
 from .projector_opt import ProjectorOptimizer
 
@@ -33,16 +32,16 @@ class FitState:
 
     def begin_finder(self, d):
         """Replace the projectors by copies, since lr_find trains until the loss diverges."""
-        self.before_finder = d.measured(), self.optimizer
-        d.use(copy.deepcopy(d.measured()))
+        self.before_finder = measured(d), self.optimizer
+        use(d, copy.deepcopy(measured(d)))
         self.optimizer = None
 
     def end_finder(self, d) -> bool:
         """Undo `begin_finder`. Return False if there was none."""
         if self.before_finder is None:
             return False
-        measured, self.optimizer = self.before_finder
-        d.use(measured)
+        before, self.optimizer = self.before_finder
+        use(d, before)
         self.before_finder = None
         return True
 
@@ -84,17 +83,27 @@ class FitState:
                 f'fastdistill: loaded the projectors and their optimizer from {state["file"]}.'
             )
         d.links.load_state_dict(state['links'])
-        before = d.chosen
-        if state.get('distiller') is not None:
+        before = {k: h.chosen_text for k, h in d.heads.items()}
+        if state['distiller'] is not None:
             d.set_extra_state(state['distiller'])
-        elif state.get('ratios'):
-            self.log(OLD_STATE)
-        for k, text in d.chosen.items():
-            if text != before[k]:
-                self.log(f'fastdistill: {d.heads[k].prefix}recipe {text}, as before')
+        for k, h in d.heads.items():
+            if h.chosen_text != before[k]:
+                self.log(f'fastdistill: {h.prefix}recipe {h.chosen_text}, as before')
         self.optimizer = None
         if state['opt'] is not None:
             self.optimizer_for(learn, d).load_state_dict(state['opt'])
+
+
+def measured(d) -> dict:
+    """Return {head name: (projectors and losses with parameters, measured gradients)}."""
+    return {k: (h.links, h.ratios) for k, h in d.heads.items()}
+
+
+def use(d, measured: dict):
+    """Let a Distiller continue with what `measured` returned."""
+    for k, h in d.heads.items():
+        h.links, h.ratios = measured[k]
+    d.register_links()
 
 
 def what_differs(links, own) -> str:

@@ -14,6 +14,7 @@ from ..teachers.fast_copy import AS_IT_IS
 from .batches import split_batch
 from .head import comparisons_of, options_of_heads
 from .language_model import is_stream
+from .teacher_targets import without_targets
 from .teachers import is_heads, teacher_of
 from .vocab import vocab_of
 
@@ -104,7 +105,7 @@ class DistillInterpretation(Interpretation):
         with restored(dl), guarded_random_state(), self.student, self.teacher:
             for b in dl:
                 x, _ = split_batch(self.learn, b)
-                *_, items = self.dl._pre_show_batch(b, max_n=len(x[0]))
+                items = self.dl.decode_batch(without_targets(b), len(x[0]), full=False)
                 both = [predictions(m, x, names) for m in (self.teacher, self.student)]
                 yield from ((item[0], t, s) for item, t, s in zip(items, *both))
 
@@ -161,7 +162,7 @@ def show_plainly(dl, t, s, n):
     import matplotlib.pyplot as plt
 
     plt.close('all')  # close the empty figure that the failed function left
-    (_, _, taught), (_, _, own) = (dl._pre_show_batch(b, max_n=n) for b in (t, s))
+    taught, own = (dl.decode_batch(b, n, full=False) for b in (t, s))
     show_rows([(x, a, b) for (x, a), (_, b) in zip(taught, own)])
 
 

@@ -106,7 +106,11 @@ def stream_outputs(teacher, dl, make, tasks: np.ndarray, bs: int):
         bs: Batch size.
     """
     firsts, n = tasks[::bs].tolist(), dl.n
-    runs = list(with_lead_in(firsts, bs, n)) if teacher.remembers else [(t, True) for t in firsts]
+    runs = (
+        list(with_lead_in(firsts, bs, n))
+        if teacher.runner.remembers
+        else [(t, True) for t in firsts]
+    )
     whole = np.concatenate([np.arange(t, t + min(bs, len(tasks))) for t, _ in runs])
     for (t, wanted), b in zip(runs, make(whole)):
         if t % n == 0:

@@ -34,15 +34,11 @@ def distill(
     *,
     T=None,
     alpha=None,
-    temperature=None,
     loss=None,
     kind: str | dict | None = None,
     axis: int | dict | None = None,
-    span: str = 'fine_tune',
     output=None,
     unlabeled=None,
-    unlabeled_targets=None,
-    perturbed: int = 0,
     check: bool = True,
     fine_tune: bool = False,
     cbs=None,
@@ -60,19 +56,14 @@ def distill(
             choose, or for kd(T, alpha) if these are given.
         T: Temperature.
         alpha: Weight of the teacher. The task loss has weight 1-alpha.
-        temperature: Alias of T.
         loss: Your own loss, fn(student_logits, teacher_logits, *targets).
         kind: 'softmax', 'sigmoid' or 'regression'. None to derive it from the Learner's loss
             function.
         axis: Class axis. None to derive it from the Learner's loss function.
-        span: 'fine_tune' to run schedules once over a whole `fine_tune`, 'fit' to run them once in
-            each of its two fits.
         output: Which of the student's outputs is distilled: a name, an index or a function.
-        unlabeled: Additional inputs without labels: items like those of the training set, or a
-            DataLoader.
-        unlabeled_targets: A cache of the teacher's outputs for `unlabeled`, or its folder. For
-            several heads, a dict. None to run the teacher.
-        perturbed: For tables, the number of perturbed copies of each row, without labels.
+        unlabeled: Additional inputs without labels: items like those of the training set, a
+            DataLoader, or a dict with 'items', 'targets' (their cache) and 'perturbed' (for tables,
+            the number of perturbed copies of each row), see `KnowledgeDistillation`.
         check: Whether to look for mistakes first.
         fine_tune: Whether to train with `Learner.fine_tune` instead of `fit_one_cycle`. `**kwargs` are
             passed to it.
@@ -88,15 +79,11 @@ def distill(
         recipe,
         T=T,
         alpha=alpha,
-        temperature=temperature,
         loss=loss,
         kind=kind,
         axis=axis,
-        span=span,
         output=output,
         unlabeled=unlabeled,
-        unlabeled_targets=unlabeled_targets,
-        perturbed=perturbed,
         check=check,
     )
     cbs = L(cbs) + kd

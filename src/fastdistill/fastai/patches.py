@@ -28,6 +28,19 @@ Why patches are needed:
 - `fit`, `fine_tune`, `save`, `load`: callbacks get no event for interrupts, phases, saving and loading.
 - `plot_loss` draws all losses on one axis, and has no option for a second one.
 
+Private names of fastai that are used without a patch, since there is no public alternative:
+
+- `TfmdDL._n_inp` in `language_model.py`: `dls.n_inp = 1` does not reach the DataLoaders,
+  whose `n_inp` can't be set.
+- `TfmdDL._types` in `compare.py`: the types of a batch, known without loading one.
+- `Callback._only_train_loop` in `callback.py`: fastai's hooks remove such callbacks before they run the model.
+- `Learner._do_fit`, `Learner._with_events` and `Learner._do_epoch` in
+  `cli/training/resumable_fit.py`: a fit can't begin with a later epoch, and `SkipToEpoch` runs the
+  events of all epochs.
+- `DistributedDL._broadcast` and `DistributedTrainer._wrap_dl` in
+  `cli/training/distributed_fit.py`: fastai broadcasts only on GPUs, and its trainer can't use a
+  different DataLoader.
+
 Tested with fastai 2.8.10 and 2.8.12. `tests/fastai/test_patches.py` tests for each patch that its purpose is fulfilled
 with the patch, and not without it.
 
@@ -65,12 +78,11 @@ from fastai.basics import (
     join_path_file,
 )
 
-from ..base.batch_samples import BatchSamples
 from ..base.distributed import rank
 from .learner_notes import notes_of
-from .teacher_targets import TeacherTarget, TeacherTargets, makes_target
+from .teacher_targets import TeacherTarget, TeacherTargets, makes_target, without_targets
 
-__all__ = ['DistillationCallback', 'patch_for_targets']
+__all__ = ['DistillationCallback', 'claim_epochs', 'patch_for_targets']
 
 
 class DistillationCallback(Callback):
@@ -183,9 +195,7 @@ def _show_without_teacher(pre_show_batch):
 
     @functools.wraps(pre_show_batch)
     def _pre_show_batch(self, b, max_n=9):
-        if isinstance(b, (tuple, list)):
-            b = type(b)(o for o in b if not isinstance(o, (TeacherTarget, BatchSamples)))
-        return pre_show_batch(self, b, max_n=max_n)
+        return pre_show_batch(self, without_targets(b), max_n=max_n)
 
     return _pre_show_batch
 
@@ -230,6 +240,17 @@ def _as_one_training(fine_tune):
     return _fine_tune
 
 
+def claim_epochs(learn):
+    """Return (epochs before this fit, total epochs) of the `fine_tune` that this fit belongs to.
+    None if there is none. The epochs of this fit are then done.
+    """
+    span = getattr(learn, 'fine_tune_span', None)
+    if span is None:
+        return None
+    before, span['done'] = span['done'], span['done'] + learn.n_epoch
+    return before, span['epochs']
+
+
 def _file_beside(file):
     return Path(file).with_suffix('.distill.pth') if isinstance(file, (str, Path)) else None
 
@@ -244,7 +265,7 @@ def _with_projectors(save):
         if beside is None or rank() or hasattr(self, 'lr_finder'):
             return saved
         state = {} if not with_opt else notes_of(self).last_state if cb is None else cb.state_dict()
-        if state and (state.get('links') or state.get('distiller') is not None):
+        if state and (state['links'] or state['distiller'] is not None):
             torch.save(state, beside)
         else:
             beside.unlink(missing_ok=True)  # it belonged to the student that was overwritten

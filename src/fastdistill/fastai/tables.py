@@ -275,7 +275,7 @@ def perturbed_rows(x, n: int) -> tuple:
     if not all(isinstance(o, torch.Tensor) and o.dim() == 2 for o in x):
         shapes = ', '.join(str(tuple(getattr(o, 'shape', ()))) for o in x)
         raise DistillError(
-            f'perturbed= is for tables, with rows of numbers as inputs. Here they have shape {shapes}.'
+            f'perturbed in unlabeled= is for tables, with rows of numbers as inputs. Here they have shape {shapes}.'
         )
 
     def swap(o):

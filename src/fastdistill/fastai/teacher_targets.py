@@ -18,6 +18,7 @@ __all__ = [
     'makes_target',
     'samples_of',
     'target_tfms',
+    'without_targets',
 ]
 
 
@@ -102,6 +103,13 @@ class TeacherTargets(Callback):
     # an exported Learner gets a no-op callback, so that it loads without fastdistill
     def __reduce__(self):
         return Callback, ()
+
+
+def without_targets(b):
+    """Return a batch without samples and teacher targets."""
+    if not isinstance(b, (tuple, list)):
+        return b
+    return type(b)(o for o in b if not isinstance(o, (TeacherTarget, BatchSamples)))
 
 
 def samples_of(learn) -> BatchSamples | None:

@@ -26,7 +26,7 @@ from ..checks.class_order import map_classes
 from ..teachers.estimator import Estimator, is_estimator, load_estimator
 from ..teachers.image_normalization import affine, stats_of, timm_cfg
 from ..teachers.model_loading import holds_weights, warn_of_code
-from ..teachers.teacher import Teacher, grouped_options
+from ..teachers.teacher import Teacher, given_options, grouped_options
 from .tables import TableEstimator, table_of
 from .vocab import vocab_of
 
@@ -83,9 +83,7 @@ def teacher_of(obj, learn=None, task=None, **kwargs) -> Teacher:
     if is_estimator(obj):
         obj = Teacher(obj)
     if isinstance(obj, Teacher) and has_estimators(obj.sources):
-        return teacher_of(
-            obj.sources, learn, task, **kwargs | {k: obj.option(k) for k in obj.given}
-        )
+        return teacher_of(obj.sources, learn, task, **kwargs | given_options(obj))
     if isinstance(obj, Learner):
         own = (
             {'stats': image_stats(obj.dls)}

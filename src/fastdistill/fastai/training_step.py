@@ -2,7 +2,50 @@
 
 from fastai.callback.mixup import MixHandler
 
-__all__ = ['add_distilled', 'add_loss', 'mixed_labels']
+from ..features.layer_hooks import Taps
+
+__all__ = ['StudentTaps', 'add_distilled', 'add_loss', 'has_outputs', 'mixed_labels']
+
+
+class StudentTaps:
+    """Hooks on the student's layers, kept from batch to batch where that helps."""
+
+    def __init__(self):
+        self.taps = None
+
+    def attach(self, model, names: list):
+        """Hook the layers that a batch compares."""
+        if self.taps is not None and self.taps.names == names:
+            return
+        self.detach()
+        if names:
+            self.taps = Taps(model, names).attach()
+
+    def pop(self) -> dict:
+        """Return what the layers returned, by name."""
+        return {} if self.taps is None else self.taps.pop()
+
+    def end_batch(self):
+        # subtle: adding and removing hooks would make torch.compile recompile
+        if self.taps is not None and not self.taps.compiled:
+            self.detach()
+
+    def detach(self):
+        """Remove the hooks. Safe to call twice."""
+        if self.taps is not None:
+            self.taps.detach()
+        self.taps = None
+
+
+def has_outputs(distiller, samples) -> bool:
+    """Return True if any teacher has outputs for these samples.
+
+    Args:
+        distiller: The `Distiller`.
+        samples: The `BatchSamples` of a batch. None if they are unknown.
+    """
+    teachers = (h.teacher for h in distiller.heads.values())
+    return any(t.has_outputs(samples) for t in teachers if t is not None)
 
 
 def add_distilled(learn, r):

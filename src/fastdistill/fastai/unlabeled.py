@@ -4,6 +4,7 @@ from collections.abc import Mapping
 
 from fastai.text.data import LMDataLoader
 
+from ..base.errors import options_of_group
 from ..base.outputs import DistillError
 from ..base.random_state import RandomGuard
 from ..cache.manifest import refuse
@@ -19,16 +20,16 @@ class UnlabeledInputs:
     """The unlabeled batches that accompany the training batches.
 
     Args:
-        items: Items like those of the training set, or a DataLoader, whose labels are ignored. None
-            if there are none.
-        perturbed: For tables, the number of copies of each row that `perturbed_rows` makes.
-        targets: {head name: `TeacherCache` with the outputs for these items, or its folder}. None
-            to run the teachers.
+        given: `unlabeled` of `KnowledgeDistillation`. Labels of a DataLoader are ignored.
         runs: True if a teacher runs.
         heads: {head name: head}. The name is '' for a student with one output.
     """
 
-    def __init__(self, items, perturbed: int, targets, runs: bool, heads):
+    def __init__(self, given, runs: bool, heads):
+        given = given if isinstance(given, Mapping) else dict(items=given)
+        options = dict(items=None, targets=None, perturbed=0)
+        options |= options_of_group('unlabeled', given, options)
+        items, targets, perturbed = options.values()
         if not is_whole(perturbed) or perturbed < 0:
             raise DistillError(
                 f'perturbed={perturbed!r}: must be a whole number of at least 0, the number of copies of '
@@ -36,18 +37,18 @@ class UnlabeledInputs:
             )
         if perturbed and not runs:
             raise DistillError(
-                'perturbed= needs a teacher that runs: each batch has new perturbed rows, so '
+                'perturbed in unlabeled= needs a teacher that runs: each batch has new perturbed rows, so '
                 'there are no stored outputs for them. Pass the teacher itself.'
             )
         if targets is not None and items is None:
             raise DistillError(
-                'unlabeled_targets= holds stored outputs for unlabeled=, which is missing: pass both.'
+                'targets in unlabeled= are stored outputs for its items, which are missing: pass both.'
             )
         if items is not None and targets is None and not runs:
             raise DistillError(
                 'unlabeled= needs a teacher that runs, or stored outputs for these inputs too: write '
                 "them with cache_teacher(teacher, dls, 'more', unlabeled=items), and pass "
-                "unlabeled_targets='more'."
+                "unlabeled=dict(items=items, targets='more')."
             )
         self.items, self.perturbed, self.iterator, self.loader = items, perturbed, None, None
         self.stored = None if targets is None else stored_outputs(targets, heads)
@@ -56,13 +57,19 @@ class UnlabeledInputs:
     def __bool__(self):
         return self.items is not None or self.perturbed > 0
 
-    def start(self, learn, heads):
+    def start(self, learn, distiller):
         """Raise an error for inputs that cannot be used, before the first batch.
 
         Args:
             learn: The student's Learner.
-            heads: {head name: head of the `Distiller`}.
+            distiller: The `Distiller` of the fit.
         """
+        terms, heads = distiller.recipe.terms, distiller.heads
+        if all(t.n_targets for t in terms):
+            raise DistillError(
+                f'unlabeled=: all terms read labels ({", ".join(t.name for t in terms)}). '
+                'Add one that reads none, as kd() or soft_labels().'
+            )
         if isinstance(learn.dls.train, LMDataLoader):
             raise DistillError(
                 'A language model needs no labels: add the texts to its training set.'
@@ -119,7 +126,7 @@ def stored_outputs(targets, heads) -> dict:
         return {'': StoredOutputs(targets)}
     if not isinstance(targets, Mapping) or {*map(str, targets)} != {*heads}:
         raise DistillError(
-            'unlabeled_targets= with several heads: give a dict with the cache of each '
+            'targets in unlabeled= with several heads: give a dict with the cache of each '
             f'({", ".join(heads)}), as cache_teacher({{...}}, dls, folder, unlabeled=items) returns it.'
         )
     return {str(k): StoredOutputs(o, head=heads[str(k)]) for k, o in targets.items()}

@@ -109,10 +109,6 @@ class RecipeLoss(nn.Module):
             if not torch.is_grad_enabled() or t.weight_at(progress) != 0
         ]
 
-    def needs_teacher(self, progress: float | None = None) -> bool:
-        """Return True if any term needs the teacher's outputs for this batch."""
-        return bool(self.active_terms(progress))
-
     def check_first(self, student: Outputs, teacher: Outputs | None, targets: Sequence) -> None:
         """Raise an error for mistakes that are visible in the first batches."""
 
@@ -130,7 +126,7 @@ class RecipeLoss(nn.Module):
 
         Args:
             student: The student's outputs.
-            teacher: The teacher's outputs. None if no term needs them (see `needs_teacher`).
+            teacher: The teacher's outputs. None if no term needs them (see `active_terms`).
             task: Task loss of the batch. None if there are no labels.
             targets: Labels, for the losses that read them.
             progress: Fraction of the training that is done, for schedules.
@@ -146,7 +142,7 @@ class RecipeLoss(nn.Module):
         if terms and teacher is None:
             raise DistillError(
                 f"{terms[0].name} needs the teacher's outputs for this batch, but got None. "
-                'needs_teacher(progress) returns True for batches that need them'
+                'Pass what teacher_outputs() returned.'
             )
         self.check_first(student, teacher, targets)
         known: Any = all_classes(teacher, student)

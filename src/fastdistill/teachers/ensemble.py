@@ -12,7 +12,7 @@ from torch import Tensor
 from ..base.outputs import DistillError, Outputs
 from ..base.random_state import RandomStream
 from .image_normalization import full_precision
-from .runner import Runner
+from .runner import Runner, with_classes
 
 __all__ = ['EnsembleRunner', 'member_weights']
 
@@ -48,21 +48,35 @@ class EnsembleRunner(Runner):
 
     @property
     def remembers(self) -> bool:
-        return any(m.remembers for m in self.members)
+        return any(m.runner.remembers for m in self.members)
 
     def reset(self, random: RandomStream) -> None:
         for m in self.members:
             m.reset()
 
-    def outputs(self, x: Sequence, kw: Mapping[str, Any], layers: Sequence[str]) -> Outputs:
-        """The combined outputs for a batch, with these layers."""
+    @property
+    def copy_bytes(self) -> int:
+        return sum(m.runner.copy_bytes for m in self.members)
+
+    def outputs_for(
+        self, teachers: Sequence, x: Sequence, kw: Mapping[str, Any], layers: Sequence[str]
+    ) -> list[Outputs]:
+        """The combined outputs for a batch, with these layers, as each teacher reads them.
+
+        Args:
+            teachers: Variations with different classes.
+        """
+        o = self._combined(x, kw, layers)
+        return [with_classes(t, o) for t in teachers]
+
+    def _combined(self, x: Sequence, kw: Mapping[str, Any], layers: Sequence[str]) -> Outputs:
         self.check_layers(layers)
         t = self.teacher
         if t.combine == 'sample':
             return self._outputs_of_one(x, kw, layers)
         names = lambda i: [n.partition('.')[2] for n in layers if n.partition('.')[0] == str(i)]
         outs = [
-            m.forward(x, kw, list(dict.fromkeys(m.layers + names(i))))
+            m.runner.outputs(x, kw, list(dict.fromkeys(m.layers + names(i))))
             for i, m in enumerate(self.members)
         ]
         feats = {f'{i}.{k}': v for i, o in enumerate(outs) for k, v in o.feats.items()}
@@ -82,7 +96,7 @@ class EnsembleRunner(Runner):
                 "on the outputs, or combine='probs'."
             )
         drawn = torch.multinomial(torch.tensor(self.teacher.weights), 1).item()
-        return self.members[int(drawn)].forward(x, kw, [])
+        return self.members[int(drawn)].runner.outputs(x, kw, [])
 
     def bare_call(self, x: tuple) -> Callable[[], Outputs]:
         """A function that runs the ensemble on these inputs."""

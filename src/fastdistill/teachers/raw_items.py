@@ -10,7 +10,7 @@ from ..base.batch_samples import BatchSamples
 from ..base.mixup import mixed
 from ..base.outputs import DistillError, Outputs, map_tensors, tensors_in
 
-__all__ = ['as_in_batch', 'items_at', 'items_beside', 'items_in', 'with_items']
+__all__ = ['as_in_batch', 'items_at', 'items_beside', 'items_in', 'reads_only_items', 'with_items']
 
 
 def with_items(x: Any, items: Any) -> Any:
@@ -64,6 +64,11 @@ def items_in(x: Any) -> Any:
     return next((t.raw_items for t in tensors_in(x) if hasattr(t, 'raw_items')), None)
 
 
+def reads_only_items(teacher: Any) -> bool:
+    """Return True if the teacher, or each of its members, reads raw items."""
+    return all(map(reads_only_items, teacher.members)) if teacher.members else teacher.reads_items
+
+
 def items_at(items: Any, positions: list) -> Any:
     """Those at these positions: a list, or rows of the table.
 
@@ -86,7 +91,7 @@ def as_in_batch(out: Outputs, samples: BatchSamples, teacher: Any) -> Outputs:
             f"but {', '.join(samples.moved)} would move the student's input. Remove these "
             'transforms, or use a teacher of the batch: Teacher(model, inputs=fn).'
         )
-    if samples.mix is not None and not teacher.reads_only_items:
+    if samples.mix is not None and not reads_only_items(teacher):
         raise DistillError(
             'MixUp and CutMix mix the batch, which some members of the ensemble read, while others '
             'read the raw items: give all members items=, or train without mixing.'

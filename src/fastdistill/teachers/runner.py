@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import Module
 
+from ..base.class_mapping import of_classes
 from ..base.outputs import (
     DistillError,
     DistillWarning,
@@ -32,13 +33,16 @@ from .model_loading import Onnx, explained, is_graph
 from .probabilities import check_probabilities, logits_of
 from .teacher_inputs import own_inputs, prepared_inputs
 
-__all__ = ['ModelRunner', 'Runner']
+__all__ = ['ModelRunner', 'Runner', 'with_classes']
 
 
 class Runner:
     """What runs between `start` and `stop`. Subclasses define what is entered, the CUDA devices and
     whether the model may draw random numbers of Python and NumPy.
     """
+
+    teacher: Any  # the `Teacher`, whose options it reads
+    fast_copy: Any = None
 
     def __init__(self) -> None:
         self.stack: Any = None  # an `ExitStack` after `start`
@@ -78,6 +82,28 @@ class Runner:
         stack, self.stack = self.stack, None
         if stack is not None:
             stack.close()
+
+    @property
+    def half(self) -> str:
+        """Name of the dtype of a faster copy if it is not the model's own, otherwise empty."""
+        return '' if self.fast_copy is None else self.fast_copy.half
+
+    @property
+    def copy_bytes(self) -> int:
+        """Bytes of weights that faster copies do not share with the model."""
+        return 0 if self.fast_copy is None else self.fast_copy.bytes
+
+    def outputs(self, x: Sequence, kw: Mapping[str, Any], layers: Sequence[str]) -> Outputs:
+        """The outputs for a batch, with exactly these layers. Random numbers come from the global
+        generators.
+        """
+        return self.outputs_for([self.teacher], x, kw, layers)[0]
+
+    def outputs_for(
+        self, teachers: Sequence, x: Sequence, kw: Mapping[str, Any], layers: Sequence[str]
+    ) -> list[Outputs]:
+        """The outputs for a batch from one run, as each of these teachers reads them."""
+        raise NotImplementedError
 
     def generators(self, x: Any = ()) -> dict:
         """The global random generators from which it may draw for these inputs."""
@@ -174,10 +200,6 @@ class ModelRunner(Runner):
 
     # a batch
 
-    def outputs(self, x: Sequence, kw: Mapping[str, Any], layers: Sequence[str]) -> Outputs:
-        """The outputs for a batch, with these layers."""
-        return self.outputs_for([self.teacher], x, kw, layers)[0]
-
     def outputs_for(
         self, teachers: Sequence, x: Sequence, kw: Mapping[str, Any], layers: Sequence[str]
     ) -> list[Outputs]:
@@ -200,11 +222,11 @@ class ModelRunner(Runner):
         if self.frozen is not None:
             self.frozen.settle()
         parts = [self._slice(teachers, xi, kwi, layers, device) for xi, kwi in slices]
-        outs = map(joined, zip(*parts))
-        if self.teacher.size is None:
-            return list(outs)
-        resized = lambda o: maps_of_size(o.logits, self.teacher.size, batch_size)
-        return [replace(o, logits=resized(o)) for o in outs]
+        outs = [joined(o) for o in zip(*parts)]
+        if self.teacher.size is not None:
+            resized = lambda o: maps_of_size(o.logits, self.teacher.size, batch_size)
+            outs = [replace(o, logits=resized(o)) for o in outs]
+        return [with_classes(t, o) for t, o in zip(teachers, outs)]
 
     def _choose_copy(
         self, x: Sequence, kw: Mapping[str, Any], layers: Sequence[str], device: torch.device
@@ -315,6 +337,11 @@ class ModelRunner(Runner):
             f'returns ({", ".join(feats) or "none"}). Give the nn.Module that it was made from, or a '
             'function that returns Outputs(logits, feats).'
         )
+
+
+def with_classes(teacher: Any, o: Outputs) -> Outputs:
+    """Outputs with the classes that a teacher selects or maps."""
+    return of_classes(o, teacher.select, teacher.classes, teacher.axis, teacher.kind)
 
 
 def device_of_inputs(x: Sequence, kw: Mapping[str, Any]) -> torch.device:

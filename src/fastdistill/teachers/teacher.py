@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..base.class_mapping import class_groups, of_classes
+from ..base.class_mapping import class_groups
 from ..base.distributed import rank
+from ..base.errors import options_of_group
 from ..base.outputs import DistillError, Outputs, check_axis, check_output, warn_of_first
 from ..base.random_state import RandomStream
 from ..features.layer_names import named
@@ -23,7 +24,14 @@ from .raw_items import as_in_batch, with_items
 from .runner import ModelRunner
 from .teacher_inputs import check_own_inputs
 
-__all__ = ['Teacher', 'grouped_options', 'same_run']
+__all__ = [
+    'Teacher',
+    'given_options',
+    'grouped_options',
+    'reading_tokens',
+    'same_run',
+    'sharing_model',
+]
 
 POSSIBLE = dict(
     mode=('eval', 'train'),
@@ -61,14 +69,10 @@ def ungrouped_options(options: dict) -> dict:
     """Take the options out of their groups."""
     out = {k: v for k, v in options.items() if k not in GROUPS}
     for group, names in GROUPS.items():
-        given = options.get(group)
-        if given is None:
+        if options.get(group) is None:
             continue
         have = (*DEFAULTS, *names) if group == 'run' else names
-        if not isinstance(given, Mapping) or set(given) - set(have):
-            raise DistillError(
-                f'{group}={given!r}: must be a dict with any of {", ".join(map(repr, have))}'
-            )
+        given = options_of_group(group, options[group], have)
         out |= {k: v for k, v in given.items() if k in names}
         if group == 'run':
             out['run'] = {k: v for k, v in given.items() if k not in names}
@@ -200,7 +204,7 @@ class Teacher:
         if isinstance(model, Teacher):
             # a variation: it takes the options that are not given from `model`
             check_run(options['run'], None)
-            options = {k: v if k in self.given else model.option(k) for k, v in options.items()}
+            options = {k: v if k in self.given else option_of(model, k) for k, v in options.items()}
             options['run'] = model.run | options['run']
             self.given |= model.given
             self.model, self.path, self.learner = model.model, model.path, model.learner
@@ -215,14 +219,6 @@ class Teacher:
         self.__dict__.update(options)
         self.layers, self.name = list(self.layers), self.name or self._name()
         self._check()
-
-    def option(self, name: str):
-        """Return the value of an option.
-
-        Args:
-            name: Name of an option, without its group.
-        """
-        return self.returns if name == 'outputs' else getattr(self, name)
 
     def with_defaults(self, **options) -> 'Teacher':
         """Return the teacher with these options, except those that it was given itself. The same
@@ -239,10 +235,10 @@ class Teacher:
 
     def _check(self):
         for o, have in POSSIBLE.items():
-            if (v := self.option(o)) not in have:
+            if (v := option_of(self, o)) not in have:
                 raise DistillError(f'{o}={v!r}: must be one of {", ".join(map(repr, have))}')
         if self.sources:
-            mine = {k: self.option(k) for k in INHERITED if k in self.given}
+            mine = {k: v for k, v in given_options(self).items() if k in INHERITED}
             self.members = [Teacher(m).with_defaults(**mine, run=self.run) for m in self.sources]
             self.weights = member_weights(self.weights, len(self.members))
         else:
@@ -322,18 +318,6 @@ class Teacher:
             o for m in self.members for o in m.modules
         ]
 
-    @property
-    def parameters_ids(self):
-        """Ids of the parameters, to find those that a student shares. TorchScript's parameters have
-        no lasting ids.
-        """
-        return {
-            id(p)
-            for m in self.modules
-            if not isinstance(m, torch.jit.ScriptModule)
-            for p in m.parameters()
-        }
-
     def named_modules(self):
         """Return {name as in `layers`: submodule}."""
         if self.module is not None:
@@ -369,11 +353,6 @@ class Teacher:
         return self.items is not None
 
     @property
-    def reads_only_items(self) -> bool:
-        """Do all of its members?"""
-        return all(m.reads_only_items for m in self.members) if self.members else self.reads_items
-
-    @property
     def needs(self) -> str:
         """What the samples of a batch must bring, as in `OutputSource`."""
         return 'items' if self.reads_items else ''
@@ -406,27 +385,6 @@ class Teacher:
     def _say(self, text):
         if rank() == 0:
             (self._facts.get('say') or print)(f'fastdistill: the teacher {self.name} {text}')
-
-    @property
-    def half(self) -> str:
-        """Name of the dtype of a faster copy if it is not the model's own, otherwise empty."""
-        return '' if self.runner.fast_copy is None else self.runner.fast_copy.half
-
-    @property
-    def copy_bytes(self) -> int:
-        """Bytes of weights that faster copies do not share with the model."""
-        copy = self.runner.fast_copy
-        return (0 if copy is None else copy.bytes) + sum(m.copy_bytes for m in self.members)
-
-    def sharing(self, other: 'Teacher') -> 'Teacher':
-        """Return the same teacher, which shares the known facts about the model, and its faster copy,
-        with another teacher of this model.
-        """
-        if self._facts is other._facts:
-            return self
-        new = copy.copy(self)
-        new.model, new._facts = other.model, other._facts
-        return new
 
     def as_it_is(self) -> 'Teacher':
         """Return the same teacher, which runs the model itself and never a faster copy. Code that
@@ -464,11 +422,6 @@ class Teacher:
     def __exit__(self, *_):
         if not self._was_started.pop():
             self.stop()
-
-    @property
-    def remembers(self) -> bool:
-        """True if `reset` does something: a model has hidden states that it may reset."""
-        return self.runner.remembers
 
     def reset(self):
         """Reset hidden states with the model's own method `reset`, if it has one that changes no
@@ -535,19 +488,7 @@ class Teacher:
                 self.stop()
         layers = list(dict.fromkeys([*self.layers, *layers]))
         with torch.no_grad(), self.random.own(self.runner.generators((inputs, kwargs))):
-            if len(teachers) == 1:
-                return [self.forward(inputs, kwargs, layers)]
-            outs = self.runner.outputs_for(teachers, inputs, kwargs, layers)
-            return [t._of_classes(o) for t, o in zip(teachers, outs)]
-
-    def forward(self, args, kwargs, layers) -> Outputs:
-        """Return the outputs of a started teacher with exactly these layers. Random numbers come from
-        the global generators.
-        """
-        return self._of_classes(self.runner.outputs(args, kwargs, layers))
-
-    def _of_classes(self, o):
-        return of_classes(o, self.select, self.classes, self.axis, self.kind)
+            return self.runner.outputs_for(teachers, inputs, kwargs, layers)
 
     def probe(self, *x, layers=None, **kw) -> Outputs:
         """Return the outputs for a batch. Hidden states and random states do not change, even in the
@@ -560,16 +501,33 @@ class Teacher:
         """
         return Teacher(self, **({} if layers is None else dict(layers=layers)))(*x, **kw)
 
-    def reading_tokens(self, *x) -> 'Teacher':
-        """Return the teacher for stored outputs. It reads a series (B, C, L), such as the output of a
-        1d convolution, as tokens (B, L, C), since stored features do not show which axis holds the
-        channels.
 
-        Args:
-            *x: Inputs of a batch.
-        """
-        names = names_of_tokens(self, x, self.layers) if self.layers else []
-        return self if names == self.layers else Teacher(self, layers=names)
+def option_of(teacher: Teacher, name: str):
+    """Return the value of an option.
+
+    Args:
+        teacher: A `Teacher`.
+        name: Name of the option, without its group.
+    """
+    return teacher.returns if name == 'outputs' else getattr(teacher, name)
+
+
+def given_options(teacher: Teacher) -> dict:
+    """Return the options that a teacher was given, without their groups."""
+    return {k: option_of(teacher, k) for k in teacher.given}
+
+
+def reading_tokens(teacher: Teacher, *x) -> Teacher:
+    """Return the teacher for stored outputs. It reads a series (B, C, L), such as the output of a
+    1d convolution, as tokens (B, L, C), since stored features do not show which axis holds the
+    channels.
+
+    Args:
+        teacher: A `Teacher`.
+        *x: Inputs of a batch.
+    """
+    names = names_of_tokens(teacher, x, teacher.layers) if teacher.layers else []
+    return teacher if names == teacher.layers else Teacher(teacher, layers=names)
 
 
 # options that change how a model runs, and not only which of its outputs is read
@@ -588,6 +546,17 @@ def same_run(a, b) -> bool:
         return False
     same = all(getattr(a, k) == getattr(b, k) for k in OF_A_RUN)
     return same and same_stats(a.stats, b.stats) and same_stats(a.input_stats, b.input_stats)
+
+
+def sharing_model(teacher, other):
+    """Return the same teacher, which shares the known facts about the model, and its faster copy,
+    with another teacher of this model.
+    """
+    if teacher._facts is other._facts:
+        return teacher
+    new = copy.copy(teacher)
+    new.model, new._facts = other.model, other._facts
+    return new
 
 
 def same_stats(a, b) -> bool:

@@ -86,13 +86,10 @@ def write(
                 layers or None,
                 recipe=recipe,
                 valid=valid,
-                bs=bs,
-                num_workers=workers,
-                seed=seed,
+                run=dict(bs=bs, num_workers=workers, seed=seed, forecast=bar.forecast),
                 check=check and first,
                 force=force,
                 progress=bar.bar.progress,
-                forecast=bar.forecast,
             )
         except KeyboardInterrupt:
             bar.bar.stop()

@@ -1,0 +1,30 @@
+"""Heads whose teachers share one run of a model."""
+
+from ..teachers.teacher import same_run, sharing_model
+
+__all__ = ['share_models', 'teacher_groups']
+
+
+def teacher_groups(heads: dict) -> list[dict]:
+    """Group the heads that have a teacher by the run that they share.
+
+    Args:
+        heads: {head name: `Head`}.
+    """
+    groups = []
+    for k, h in heads.items():
+        if h.teacher is None:
+            continue
+        same = (g for g in groups if same_run(next(iter(g.values())).teacher, h.teacher))
+        if (group := next(same, None)) is None:
+            groups.append(group := {})
+        group[k] = h
+    return groups
+
+
+def share_models(heads: dict):
+    """Let teachers that share a run also share the faster copy of their model."""
+    for group in teacher_groups(heads):
+        first, *others = group.values()
+        for h in others:
+            h.teacher = sharing_model(h.teacher, first.teacher)
