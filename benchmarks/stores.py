@@ -22,7 +22,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 from fastdistill import Distiller, Outputs, Teacher, kd, losses
 from fastdistill.cache import Replayed, cache_dataset
-from fastdistill.cache.measure import lost_by
+from fastdistill.cache.store_choice import lost_by
 
 PROTOCOL = 1
 ROOT = Path(os.environ.get('BENCHMARK_DATA', '../shared/data'))

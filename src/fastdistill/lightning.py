@@ -21,7 +21,7 @@ from .base.outputs import DistillError, Outputs, tensors_in
 from .base.random_state import RandomGuard
 from .distiller.distiller import Distiller
 from .distiller.head import share_task_loss
-from .distiller.integration import (
+from .distiller.trainer_integration import (
     add_parameters,
     check_first,
     complete,

@@ -12,7 +12,7 @@ from fastdistill.base.outputs import TopK
 from fastdistill.fastai import KnowledgeDistillation, cache_teacher
 from fastdistill.fastai.task import Task
 from fastdistill.fastai.teachers import teacher_of
-from fastdistill.fastai.vocab import vocab_of
+from fastdistill.fastai.class_names import vocab_of
 
 pytestmark = [pytest.mark.filterwarnings(w) for w in apps.FASTAI_WARNINGS]
 g = torch.Generator().manual_seed(0)

@@ -21,13 +21,13 @@ from fastdistill.cache import (
     write_cache,
     writer,
 )
-from fastdistill.cache.files import dataset_files, files_of
-from fastdistill.cache.folder import Folder
+from fastdistill.cache.sample_files import dataset_files, files_of
+from fastdistill.cache.file_store import Folder
 from fastdistill.cache.keys import dataset_keys, key_of
 from fastdistill.cache.digests import file_checksum, fingerprint
 from fastdistill.cache.manifest import Manifest
 from fastdistill.cache.reader import is_cache
-from fastdistill.cache.source import distinct_views
+from fastdistill.cache.teacher_description import distinct_views
 from fastdistill.losses import kl
 from fastdistill.base.outputs import DistillError, DistillWarning, Outputs, TopK
 from fastdistill.teachers import Teacher
@@ -1337,7 +1337,7 @@ def test_a_teachers_fingerprint_is_its_weights():
         b.load_state_dict(a.state_dict())
         b.weight[0, 0] = torch.nextafter(b.weight[0, 0], torch.tensor(9.0))
     assert fingerprint(a.state_dict()) != fingerprint(b.state_dict())
-    from fastdistill.cache.source import identity_of
+    from fastdistill.cache.teacher_description import identity_of
 
     assert identity_of(Teacher(a)) == identity_of(Teacher(a)) != identity_of(Teacher(b))
     with pytest.warns(DistillWarning, match="weights of .* can't be read"):

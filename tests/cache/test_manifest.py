@@ -5,7 +5,7 @@ from contextlib import contextmanager
 import numpy as np
 import pytest, torch
 from fastdistill.cache import Source, TeacherCache, Store, write_cache
-from fastdistill.cache.folder import open_folder
+from fastdistill.cache.file_store import open_folder
 from fastdistill.base.outputs import DistillError, Outputs
 
 N = 26

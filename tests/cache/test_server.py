@@ -291,7 +291,7 @@ def test_an_answer_of_another_kind_is_not_asked_for_again(tmp_path):
 
 @pytest.mark.parametrize('after', ['3600', '9' * 400, 'Fri, 31 Dec 2100 23:59:59 GMT'])
 def test_a_wait_has_a_limit_and_is_shown(after, tmp_path, monkeypatch, capsys):
-    import fastdistill.cache.server as module
+    import fastdistill.cache.http_teacher as module
 
     monkeypatch.setattr(module, 'LONGEST_WAIT', 1)
     begin = time.monotonic()

@@ -16,7 +16,7 @@ from fastdistill.base.outputs import (
     Outputs,
     TopK,
 )
-from fastdistill.cache import Store, TeacherCache, cache_dataset, measure
+from fastdistill.cache import Store, TeacherCache, cache_dataset, store_choice
 from fastdistill.cache.output_layer import OutputLayer, find_output_layer
 from fastdistill.losses import dist, kl, soft_ce
 from fastdistill.recipes.term import Term
@@ -471,7 +471,7 @@ def test_a_tiny_cache_is_not_measured(tmp_path, capsys):
 
 @pytest.fixture
 def nothing_is_tiny(monkeypatch):
-    monkeypatch.setattr(measure, 'TINY', 0)
+    monkeypatch.setattr(store_choice, 'TINY', 0)
 
 
 def test_small_logits_are_stored_in_int8(tmp_path, nothing_is_tiny, capsys):
@@ -492,14 +492,14 @@ def test_small_logits_are_stored_in_int8(tmp_path, nothing_is_tiny, capsys):
 def test_the_smallest_store_with_a_negligible_loss_is_chosen(
     tmp_path, nothing_is_tiny, monkeypatch
 ):
-    monkeypatch.setattr(measure, 'SMALL', 0)
+    monkeypatch.setattr(store_choice, 'SMALL', 0)
     layout = written(tmp_path, 'auto', n=3000).manifest.layout
     assert layout.fields[0].name == 'hidden'
     assert layout.fields[0].dtype == 'int8'
 
 
 def test_few_classes_are_chosen_where_they_are_enough(tmp_path, nothing_is_tiny, monkeypatch):
-    monkeypatch.setattr(measure, 'SMALL', 0)
+    monkeypatch.setattr(store_choice, 'SMALL', 0)
     sure = Teacher(net(scale=60.0))
     layout = written(tmp_path, 'auto', sure, recipe=kd(T=1)).manifest.layout
     assert layout.fields[0].name == 'ids'
@@ -519,14 +519,14 @@ def test_the_table_says_why_hidden_states_are_not_possible(tmp_path, nothing_is_
 
 def test_losses_between_temperatures():
     lost = [dict(T=1.0, kl=0.0, share=0.0), dict(T=4.0, kl=1.0, share=0.5)]
-    assert measure.loss_at(lost, 2.0) == dict(T=2.0, kl=0.5, share=0.25)
-    assert measure.loss_at(lost, 9.0) == dict(T=9.0, kl=1.0, share=0.5)
+    assert store_choice.loss_at(lost, 2.0) == dict(T=2.0, kl=0.5, share=0.25)
+    assert store_choice.loss_at(lost, 9.0) == dict(T=9.0, kl=1.0, share=0.5)
 
 
 def test_what_is_stored_exactly_loses_nothing():
     "Classes that hardly vary have a correlation of 0 in `dist`, also with themselves"
     t = exact() * torch.linspace(0, 5, 300)
-    for o in measure.lost_by(t, t.clone(), (1.0, 4.0)):
+    for o in store_choice.lost_by(t, t.clone(), (1.0, 4.0)):
         assert (o['kl'], o['share'], o['correlation']) == (0.0, 0.0, 0.0)
 
 

@@ -193,7 +193,7 @@ def test_what_does_not_fit_is_refused_and_what_nearly_does_is_asked(
 ):
     args = 'write', f'{script}:teacher', f'{script}:dls', tmp_path / 'c'
     free = [60]
-    monkeypatch.setattr('fastdistill.cache.folder.Folder.free', lambda self: free[0])
+    monkeypatch.setattr('fastdistill.cache.file_store.Folder.free', lambda self: free[0])
     fails(
         cache(*args, code=None),
         r'16 samples x 1 view\(s\) x 4 bytes = 0.0 MB, 0.00 GB free. The disk is too small: use fewer views',

@@ -71,7 +71,7 @@ from fastdistill.fastai import (
     losses,
     soft_labels,
 )
-from fastdistill.fastai.finite import FiniteCheck
+from fastdistill.fastai.finite_check import FiniteCheck
 from fastdistill.fastai.task import Task, task_of
 
 pytestmark = pytest.mark.filterwarnings(*apps.FASTAI_WARNINGS)

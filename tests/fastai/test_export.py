@@ -191,7 +191,7 @@ def test_mistakes_are_named(normalized, tmp_path):
 
 
 def test_a_file_that_predicts_something_else_is_refused(normalized, tmp_path, monkeypatch):
-    import fastdistill.fastai.export as export
+    import fastdistill.fastai.student_export as export
 
     write = export.WRITERS['.pt2']
     monkeypatch.setitem(

@@ -35,7 +35,7 @@ from fastdistill.fastai import (
     kd,
     verify_cache,
 )
-from fastdistill.fastai.targets import GivenOutputs
+from fastdistill.fastai.held_outputs import GivenOutputs
 from fastdistill.fastai.teacher_targets import samples_of
 
 pytestmark = pytest.mark.filterwarnings(*apps.FASTAI_WARNINGS)

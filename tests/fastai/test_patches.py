@@ -15,7 +15,7 @@ from torch import nn
 import fastdistill.fastai
 from fastdistill import recipes
 from fastdistill.fastai import KnowledgeDistillation, patches
-from fastdistill.fastai.block import TeacherBlock
+from fastdistill.fastai.teacher_block import TeacherBlock
 from fastdistill.fastai.teacher_targets import TeacherTargets
 
 pytestmark = [pytest.mark.filterwarnings(w) for w in apps.FASTAI_WARNINGS]
@@ -55,7 +55,7 @@ os.wait()
 import fastdistill.fastai
 imported = state()
 same = surroundings() == around and callbacks() == cbs
-from fastdistill.fastai.block import ToTeacherTarget
+from fastdistill.fastai.teacher_block import ToTeacherTarget
 ToTeacherTarget('logits', None, None)
 with_target = state()
 fastdistill.fastai.KnowledgeDistillation(nn.Identity())

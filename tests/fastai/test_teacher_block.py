@@ -31,9 +31,9 @@ from fastai.vision.all import (
 from torch import nn
 import torch.nn.functional as F
 from fastdistill.fastai import KnowledgeDistillation, hint
-from fastdistill.fastai.block import TeacherBlock
+from fastdistill.fastai.teacher_block import TeacherBlock
 from cached import feed
-from fastdistill.fastai.targets import GivenOutputs
+from fastdistill.fastai.held_outputs import GivenOutputs
 from fastdistill.fastai.teacher_targets import TeacherTarget, TeacherTargets, samples_of
 from fastdistill.base.outputs import DistillError, DistillWarning
 

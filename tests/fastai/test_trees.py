@@ -29,7 +29,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import OneHotEncoder, StandardScaler
 from sklearn.tree import DecisionTreeClassifier
 from fastdistill import Distiller
-from fastdistill.cache.source import identity_of
+from fastdistill.cache.teacher_description import identity_of
 from fastdistill.fastai import (
     DistillError,
     DistillWarning,

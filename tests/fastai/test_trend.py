@@ -14,7 +14,7 @@ from fastdistill.fastai import (
     losses,
     soft_labels,
 )
-from fastdistill.fastai.trend import TrendCheck
+from fastdistill.fastai.trend_check import TrendCheck
 
 pytestmark = pytest.mark.filterwarnings(*apps.FASTAI_WARNINGS)
 SAYS = r'The task loss on the validation set rose from \S+ in epoch 0 to \S+, while kd fell from \S+ to \S+: .*Use a smaller grad_ratio, alpha or T'

@@ -22,7 +22,7 @@ from fastdistill.fastai import (
     soft_labels,
 )
 from fastdistill.fastai import cache_teacher, verify_cache
-from fastdistill.fastai.batches import loader_of
+from fastdistill.fastai.probe_batches import loader_of
 from fastdistill.fastai.cache_feed import passed_epochs
 from fastdistill.fastai.tables import perturbed_rows
 from cached import N, TRAIN, Convs, data, student

@@ -7,7 +7,7 @@ import torch
 
 from fastdistill import losses
 from fastdistill.base.outputs import DistillError, Draws, LinearLogits
-from fastdistill.cache.layout import draw_classes
+from fastdistill.cache.row_layout import draw_classes
 from fastdistill.losses import chunks
 
 POSITIONWISE = (

@@ -317,7 +317,7 @@ class Outputs:
         classes: For each of a teacher's logits, the corresponding class of the student, or a list
             of classes. None if both models have the same classes.
         lost: Measured loss of precision due to storing, as a list of dicts (see
-            `fastdistill.cache.measure`). None if unknown.
+            `fastdistill.cache.store_choice`). None if unknown.
     """
 
     logits: Tensor | TopK | LinearLogits | Draws | None = None

@@ -2,16 +2,16 @@
 docs/cache.md for the format.
 """
 
+from .cache_importers import cache_from
 from .dataset import Replayed, cache_dataset
-from .importers import cache_from
-from .layout import Layout, Store
+from .http_teacher import ask_server
 from .pack import pack_cache, unpack_cache
 from .reader import TeacherCache
+from .row_layout import Layout, Store
 from .sealing import seal_stream
-from .server import ask_server
-from .source import Source
 from .stream_join import StreamJoin
 from .stream_writer import RowWriter, TeacherRows, start_stream, write_stream
+from .teacher_description import Source
 from .writer import Forecast, write_cache
 
 __all__ = [

@@ -19,14 +19,21 @@ from ..base.sample_seeds import seeds_of, view_of
 from ..base.transform_random_state import Generators
 from ..teachers.teacher import Teacher, reading_tokens
 from .digests import code_of, fingerprint, first_part, flat_values, input_digest
-from .files import dataset_files
 from .keys import dataset_keys, folder_of, root_of
-from .layout import Store
-from .measure import Choice, check_kind_of_store, uses_of
 from .per_sample import per_sample
-from .progress import shown_progress
 from .reader import TeacherCache
-from .source import Source, check_alone, distinct_views, identity_of, spread_positions, unrepeatable
+from .row_layout import Store
+from .sample_files import dataset_files
+from .store_choice import Choice, check_kind_of_store, uses_of
+from .teacher_description import (
+    Source,
+    check_alone,
+    distinct_views,
+    identity_of,
+    spread_positions,
+    unrepeatable,
+)
+from .write_progress import shown_progress
 from .writer import options_of_run, write_cache
 
 __all__ = ['Replayed', 'cache_dataset']

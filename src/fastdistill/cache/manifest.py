@@ -11,7 +11,7 @@ import numpy as np
 
 from ..base.outputs import DistillError, DistillWarning
 from .digests import versions
-from .entries import (
+from .json_checks import (
     json_list,
     json_object,
     json_text,
@@ -20,7 +20,7 @@ from .entries import (
     shortened,
     whole_number,
 )
-from .layout import Layout
+from .row_layout import Layout
 
 __all__ = [
     'CHECKSUM',
@@ -64,7 +64,7 @@ class Manifest:
         samples: Row, view, digest and numbers `after` the batch transforms for a few inputs.
         shards: Name, bytes and checksum of each file, once all are written.
         doubt: Reason not to trust the teacher, found when the cache was written.
-        lost: What storing lost at a few temperatures, see `fastdistill.cache.measure`.
+        lost: What storing lost at a few temperatures, see `fastdistill.cache.store_choice`.
         parts: Name and number of rows of each file of a view, if they were written as a stream. None
             for files of equal length. An empty list until they are sealed.
     """

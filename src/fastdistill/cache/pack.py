@@ -10,10 +10,10 @@ from pathlib import Path
 
 from ..base.atomic_files import file_errors, new_file
 from ..base.outputs import DistillError
-from .files import record_size
-from .folder import Folder, open_folder
+from .file_store import Folder, open_folder
 from .manifest import MAX_MANIFEST, Manifest
 from .reader import TeacherCache
+from .sample_files import record_size
 from .writer import finished
 
 __all__ = ['cache_facts', 'pack_cache', 'unpack_cache']

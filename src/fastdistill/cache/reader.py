@@ -11,11 +11,11 @@ from torch import Tensor
 from ..base.atomic_files import file_errors
 from ..base.outputs import DistillError, Outputs
 from .digests import checksum, file_checksum, input_digest
-from .files import changed_text, newer_record, read_record
-from .folder import open_folder
+from .file_store import open_folder
 from .keys import dataset_keys
 from .manifest import Manifest, refuse, sample_differences
 from .output_layer import StoredHead
+from .sample_files import changed_text, newer_record, read_record
 
 __all__ = ['TeacherCache', 'damages', 'is_cache']
 

@@ -11,7 +11,7 @@ import torch
 
 from ..base.outputs import DistillError
 from .digests import checksum
-from .folder import open_folder
+from .file_store import open_folder
 from .keys import hash_of, keys_of
 from .reader import TeacherCache, damage_of
 from .stream_writer import NUMBERED, keys_file, read_keys, rows_at_end, stream_manifest

@@ -7,7 +7,7 @@ import torch
 from torch.utils.data import IterableDataset
 
 from ..base.outputs import DistillError
-from .entries import shortened
+from .json_checks import shortened
 from .keys import keys_of
 from .reader import TeacherCache
 

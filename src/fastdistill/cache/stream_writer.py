@@ -11,14 +11,14 @@ from torch import Tensor
 
 from ..base.outputs import DistillError, DistillWarning, LinearLogits, Outputs, map_tensors
 from .digests import checksum, versions
-from .entries import json_object, parse_json, shortened, whole_number
-from .folder import open_folder
+from .file_store import open_folder
+from .json_checks import json_object, parse_json, shortened, whole_number
 from .keys import hash_of, keys_of
-from .layout import Layout, Store
 from .manifest import MAX_COUNT, PART_NAME, PART_NAMES, Manifest
-from .measure import Choice, HiddenRun, check_kind_of_store, uses_of
 from .output_layer import StoredHead, find_output_layer
-from .source import Source, check_alone, identity_of
+from .row_layout import Layout, Store
+from .store_choice import Choice, HiddenRun, check_kind_of_store, uses_of
+from .teacher_description import Source, check_alone, identity_of
 from .writer import SHARD_BYTES, check_views, encoded, warn_of_int8
 
 __all__ = [

@@ -15,15 +15,15 @@ from ..base.errors import options_of_group
 from ..base.outputs import DistillError, DistillWarning
 from ..base.sample_seeds import seeds_of
 from .digests import checksum, versions
-from .entries import json_object, json_text, parse_json
-from .files import changed_text, newer_record, read_record, record_files, write_record
-from .folder import open_folder
+from .file_store import open_folder
+from .json_checks import json_object, json_text, parse_json
 from .keys import hash_of
-from .layout import Layout, Store
 from .manifest import CHECKSUM, MAX_VIEWS, Manifest, differences, refuse
 from .output_layer import StoredHead, worst_error
 from .reader import TeacherCache, damages
-from .source import Source, is_whole
+from .row_layout import Layout, Store
+from .sample_files import changed_text, newer_record, read_record, record_files, write_record
+from .teacher_description import Source, is_whole
 
 __all__ = ['Forecast', 'check_views', 'finished', 'options_of_run', 'write_cache']
 
@@ -107,7 +107,7 @@ def write_cache(
         force: Whether to overwrite a cache that does not fit instead of raising an error.
         progress: fn(rows done, total rows, bytes done), called after each batch.
         forecast: fn(Forecast), called before the teacher runs.
-        choose: `fastdistill.cache.measure.Choice`. None to store logits if `store` is 'auto'.
+        choose: `fastdistill.cache.store_choice.Choice`. None to store logits if `store` is 'auto'.
     """
     check_views(views)
     if not len(source.keys):

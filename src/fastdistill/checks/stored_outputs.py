@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from ..base.outputs import Draws, Outputs, TopK
-from ..cache.measure import BAD, loss_at
+from ..cache.store_choice import BAD, loss_at
 from .findings import Finding
 
 __all__ = ['check_stored']

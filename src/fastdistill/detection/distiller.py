@@ -13,10 +13,10 @@ from ..base.random_state import RandomGuard
 from ..checks.findings import Findings
 from ..checks.shared_parameters import none_shared, shared_parameters
 from ..checks.teacher_outputs import BATCHES
+from ..distiller.dataloader import own_generators
 from ..distiller.distiller import Distiller
 from ..distiller.head import Head
-from ..distiller.integration import takes_part
-from ..distiller.loader import own_generators
+from ..distiller.trainer_integration import takes_part
 from ..features.layer_hooks import Taps, returned_by
 from ..features.layer_names import split_suffixes
 from ..features.layer_pairs import PairTable, pair

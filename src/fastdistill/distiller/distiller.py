@@ -21,6 +21,7 @@ from ..recipes.recipe_loss import Distilled
 from ..recipes.term import Recipe
 from ..teachers.model_loading import holds_weights
 from ..teachers.teacher import Teacher
+from .dataloader import is_loader, own_generators
 from .head import (
     Head,
     HeadOutput,
@@ -29,7 +30,6 @@ from .head import (
     renamed,
     share_task_loss_again,
 )
-from .loader import is_loader, own_generators
 from .teacher_groups import share_models, teacher_groups
 
 __all__ = ['Distiller']

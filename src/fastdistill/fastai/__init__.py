@@ -9,17 +9,17 @@ from ..recipes.term import Recipe, Term
 from ..recipes.zoo import *
 from ..search.recipe_report import RecipeReport
 from ..teachers import Teacher
-from . import find as _find
 from . import learner as _learner
-from .block import TeacherBlock
+from . import recipe_find as _find
 from .cache_data import cache_teacher, verify_cache
 from .callback import KnowledgeDistillation
-from .check import check_teacher
 from .compare import compare
-from .export import export_student
 from .interpret import DistillInterpretation
 from .recipe_runs import compare_recipes
-from .save import load_student, save_student
+from .saved_student import load_student, save_student
+from .student_export import export_student
+from .teacher_block import TeacherBlock
+from .teacher_check import check_teacher
 
 # A star import must not shadow common names, such as `dist`, `at`, `sp`, `cwd` or `losses`. So it has only the recipes
 # with unmistakable names. All recipes are in `recipes`, and can be imported by name

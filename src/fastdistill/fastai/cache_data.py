@@ -26,12 +26,11 @@ from ..base.outputs import (
 )
 from ..base.random_state import RandomGuard
 from ..cache.digests import fingerprint, flat_values
-from ..cache.folder import open_folder
-from ..cache.layout import Store
-from ..cache.measure import Choice, check_kind_of_store, existing_store, uses_of
-from ..cache.progress import shown_progress
+from ..cache.file_store import open_folder
 from ..cache.reader import TeacherCache
-from ..cache.source import (
+from ..cache.row_layout import Store
+from ..cache.store_choice import Choice, check_kind_of_store, existing_store, uses_of
+from ..cache.teacher_description import (
     Source,
     check_alone,
     check_batch_size,
@@ -40,23 +39,24 @@ from ..cache.source import (
     spread_positions,
     unrepeatable,
 )
-from ..cache.verify import Verified
+from ..cache.verify_rows import Verified
+from ..cache.write_progress import shown_progress
 from ..cache.writer import check_views, options_of_run, write_cache
 from ..recipes.default import auto, facts_for_auto
 from ..recipes.recipe_text import as_recipe
 from ..teachers.raw_items import reads_only_items, with_items
 from ..teachers.teacher import Teacher, reading_tokens
-from .batches import loader_of
-from .check import check_teacher
-from .head import HeadData, heads_of, options_of_heads
+from .class_names import stored_order, vocab_of
 from .language_model import inputs_of, is_stream, share_n_inp, stream_outputs
+from .learner_heads import HeadData, heads_of, options_of_heads
+from .probe_batches import loader_of
 from .raw_items import raw_items
 from .replay_dl import Plan, attach, refuse_unindexed, sampled
 from .sample_keys import item_keys, key_root, sample_files, storage_order
 from .task import task_of
+from .teacher_check import check_teacher
 from .teachers import class_names, image_stats, is_heads, teacher_of
 from .transforms import describe_transforms
-from .vocab import stored_order, vocab_of
 
 __all__ = ['cache_teacher', 'verify_cache']
 

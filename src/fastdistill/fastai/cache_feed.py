@@ -12,17 +12,17 @@ from ..base.random_state import RandomGuard
 from ..cache.manifest import refuse, sample_differences, transform_differences
 from ..cache.reader import TeacherCache
 from .cache_data import inspect_views, writer_dl
-from .head import HeadData
+from .class_names import stored_order, vocab_of
+from .held_outputs import HeldOutputs
 from .language_model import inner_dl, is_stream, of_length, share_n_inp
+from .learner_heads import HeadData
 from .learner_notes import passed_epochs
 from .patches import patch_for_targets
 from .raw_items import plan_of_items
 from .replay_dl import Plan, attach, detach, refuse_unindexed, sampled
 from .sample_keys import item_keys, matching_root, sample_files
-from .targets import HeldOutputs
 from .teacher_targets import TeacherTargets
 from .transforms import augmented, describe_transforms, moves
-from .vocab import stored_order, vocab_of
 
 __all__ = ['SampleFeed', 'StoredOutputs']
 

@@ -6,21 +6,21 @@ from ..base.outputs import DistillError, check_axis, check_output
 from ..base.task import pseudo_labels
 from ..recipes.batch_tensors import all_classes
 from ..teachers.raw_items import with_items
-from .arguments import check_options, make_recipe, refuse_options
 from .cache_feed import SampleFeed
-from .check import check_optimizer
+from .callback_arguments import check_options, make_recipe, refuse_options
 from .default_recipe import example_of
-from .finite import FiniteCheck
+from .finite_check import FiniteCheck
 from .fit_distiller import FitDistiller
 from .fit_log import FitLog
 from .fit_state import FitState
 from .learner_notes import notes_of
 from .metrics import PartMetric, TaskMetric
 from .patches import DistillationCallback, claim_epochs
+from .teacher_check import check_optimizer
 from .teacher_targets import samples_of
 from .teachers import is_heads
 from .training_step import StudentTaps, add_distilled, add_loss, has_outputs, mixed_labels
-from .trend import TrendCheck
+from .trend_check import TrendCheck
 from .unlabeled import UnlabeledInputs
 
 __all__ = ['KnowledgeDistillation']

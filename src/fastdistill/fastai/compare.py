@@ -17,14 +17,14 @@ from ..base.task import labels_loss
 from ..evaluation import Report, measure_models, roles_of
 from ..teachers.fast_copy import AS_IT_IS
 from ..teachers.teacher import Teacher
-from .batches import number_of_batches, prepared, some_batches
-from .head import LearnerHead, WholeModel, heads_of, options_of_heads
+from .class_names import vocab_of
 from .language_model import is_stream
+from .learner_heads import LearnerHead, WholeModel, heads_of, options_of_heads
 from .metrics import columns_of
+from .probe_batches import number_of_batches, prepared, some_batches
 from .raw_items import items_shown
 from .task import task_of
 from .teachers import is_heads, teacher_of
-from .vocab import vocab_of
 
 __all__ = ['compare', 'history_of']
 

@@ -10,14 +10,14 @@ import torch
 from fastai.callback.fp16 import MixedPrecision
 
 from ..base.random_state import guarded_random_state
-from ..cache.layout import Layout, Store
+from ..cache.row_layout import Layout, Store
 from ..cache.writer import Forecast
 from ..distiller.distiller import Distiller
 from ..evaluation.cost import wait_for, weights_of_teacher
 from ..evaluation.number_format import amount, three_digits
 from ..features.probe import dry_run, untouched
 from ..recipes.term import Recipe
-from .batches import number_of_batches, prepared_batches
+from .probe_batches import number_of_batches, prepared_batches
 
 __all__ = ['TrainingCosts', 'training_costs']
 

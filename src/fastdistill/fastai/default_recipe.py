@@ -12,7 +12,7 @@ from ..checks.findings import Findings
 from ..features.probe import dry_run
 from ..recipes.batch_tensors import plain_logits
 from ..recipes.default import auto, facts_for_auto, for_draws
-from .batches import PreparationError, prepared_batches
+from .probe_batches import PreparationError, prepared_batches
 
 __all__ = ['Example', 'choose_recipe', 'example_of', 'facts_for_choice']
 

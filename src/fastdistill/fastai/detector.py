@@ -11,7 +11,7 @@ from ..detection.distiller import DetectionDistiller
 from ..detection.metrics import average_precision, detect
 from ..detection.torchvision_detectors import checked_detector
 from ..detection.validation_loss import validation_losses
-from ..distiller.integration import takes_part
+from ..distiller.trainer_integration import takes_part
 from .projector_opt import ProjectorOptimizer
 
 __all__ = ['DetectorCallback', 'DetectorDistillation', 'DetectorLearner', 'MeanAveragePrecision']

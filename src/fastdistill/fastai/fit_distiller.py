@@ -8,13 +8,13 @@ from ..base.distributed import broadcast, of_first, on_first
 from ..base.outputs import as_plain
 from ..distiller.distiller import Distiller
 from ..distiller.head import share_task_loss
-from ..distiller.integration import is_choosing
 from ..distiller.teacher_groups import share_models
+from ..distiller.trainer_integration import is_choosing
 from ..features.layer_names import unwrap
-from .arguments import check_options, feed_of, stored_head
-from .check import find_mistakes, weight_shapes
+from .callback_arguments import check_options, feed_of, stored_head
 from .default_recipe import choose_recipe, example_of
-from .head import comparisons_of, options_of_heads
+from .learner_heads import comparisons_of, options_of_heads
+from .teacher_check import find_mistakes, weight_shapes
 from .teachers import is_heads
 
 __all__ = ['FitDistiller']

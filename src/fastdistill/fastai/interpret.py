@@ -11,12 +11,12 @@ from ..base.outputs import DistillError
 from ..base.random_state import guarded_random_state
 from ..losses import binary_kl, kl
 from ..teachers.fast_copy import AS_IT_IS
-from .batches import split_batch
-from .head import comparisons_of, options_of_heads
+from .class_names import vocab_of
 from .language_model import is_stream
+from .learner_heads import comparisons_of, options_of_heads
+from .probe_batches import split_batch
 from .teacher_targets import without_targets
 from .teachers import is_heads, teacher_of
-from .vocab import vocab_of
 
 __all__ = ['DistillInterpretation']
 

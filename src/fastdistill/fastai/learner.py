@@ -11,11 +11,11 @@ from ..base.random_state import RandomGuard
 from ..checks.explain import explain_training
 from ..evaluation.calibration import Calibration, calibrate_model
 from ..recipes.term import Recipe, Term
-from . import check
-from .batches import prepared, prepared_batches, valid_batches
+from . import teacher_check
 from .callback import KnowledgeDistillation
-from .head import heads_of
+from .learner_heads import heads_of
 from .multi_head import check_heads, running_heads
+from .probe_batches import prepared, prepared_batches, valid_batches
 from .raw_items import items_shown
 from .task import task_of
 from .teachers import image_stats, is_heads, teacher_of
@@ -103,7 +103,7 @@ def check_teacher(
     kind: str | dict | None = None,
     axis: int | dict | None = None,
     recipe=None,
-    n: int = check.BATCHES,
+    n: int = teacher_check.BATCHES,
     n_epoch: int | None = 10,
 ):
     """Find mistakes that training with `teacher` would not report, and estimate its cost.
@@ -123,7 +123,7 @@ def check_teacher(
     """
     if is_heads(teacher):
         return check_heads(self, teacher, kind, axis, recipe, n)
-    return check.check_teacher(
+    return teacher_check.check_teacher(
         self, teacher, task_of(self.loss_func, kind, axis), recipe, n, n_epoch=n_epoch
     )
 

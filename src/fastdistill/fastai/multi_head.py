@@ -3,10 +3,10 @@
 from ..base.distributed import counted_as_one
 from ..base.outputs import DistillError
 from ..recipes.recipe_text import as_recipe
-from .arguments import feed_of
-from .check import TeacherCheck, find_mistakes
-from .head import comparisons_of, options_of_heads
+from .callback_arguments import feed_of
+from .learner_heads import comparisons_of, options_of_heads
 from .raw_items import items_shown
+from .teacher_check import TeacherCheck, find_mistakes
 
 __all__ = ['check_heads', 'running_heads']
 

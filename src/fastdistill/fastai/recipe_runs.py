@@ -13,12 +13,12 @@ from ..base.progress_bar import progress_bar
 from ..base.random_state import seeded
 from ..cache.digests import fingerprint
 from ..cache.reader import TeacherCache
-from ..cache.source import identity_of
+from ..cache.teacher_description import identity_of
 from ..search.candidates import LABELS
 from ..search.recipe_report import RecipeReport, RecipeRun
 from ..search.resumable_runs import Run, Runs
 from ..search.significance import adjusted, difference_by_seed
-from .arguments import feed_of
+from .callback_arguments import feed_of
 from .compare import history_of
 from .metrics import row_by_column
 from .sample_keys import item_keys, key_root

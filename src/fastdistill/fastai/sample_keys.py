@@ -11,8 +11,8 @@ from fastai.text.data import SortedDL
 from ..base.outputs import DistillError
 from ..base.random_state import RandomGuard
 from ..base.sample_seeds import seeds_of
-from ..cache.files import files_of
 from ..cache.keys import hash_of, key_of, keys_of, name_of, root_of
+from ..cache.sample_files import files_of
 from .language_model import is_stream
 
 __all__ = ['item_keys', 'items_of', 'key_root', 'matching_root', 'sample_files', 'storage_order']

@@ -27,8 +27,8 @@ from ..teachers.estimator import Estimator, is_estimator, load_estimator
 from ..teachers.image_normalization import affine, stats_of, timm_cfg
 from ..teachers.model_loading import holds_weights, warn_of_code
 from ..teachers.teacher import Teacher, given_options, grouped_options
+from .class_names import vocab_of
 from .tables import TableEstimator, table_of
-from .vocab import vocab_of
 
 __all__ = [
     'PICKLES',

@@ -16,10 +16,10 @@ from ..base.random_state import guarded_random_state
 from ..base.transform_random_state import Generators
 from ..features.layer_names import unwrap
 from ..features.probe import run_eagerly
-from .batches import PARTS
 from .callback import KnowledgeDistillation
 from .language_model import in_first_order
-from .trial_callback import Clock, chosen_half
+from .probe_batches import PARTS
+from .trial_clock import Clock, chosen_half
 
 __all__ = ['Trials', 'repeatable']
 

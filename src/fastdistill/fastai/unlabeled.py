@@ -8,9 +8,9 @@ from ..base.errors import options_of_group
 from ..base.outputs import DistillError
 from ..base.random_state import RandomGuard
 from ..cache.manifest import refuse
-from ..cache.source import identity_of, is_whole
-from .batches import loader_of, split_batch
+from ..cache.teacher_description import identity_of, is_whole
 from .cache_feed import SampleFeed, StoredOutputs
+from .probe_batches import loader_of, split_batch
 from .tables import perturbed_rows
 
 __all__ = ['UnlabeledInputs']

@@ -10,7 +10,7 @@ from ..base.distributed import average_gradients, mean_over_ranks
 from ..base.outputs import DistillError
 from ..base.random_state import RandomGuard
 from ..distiller.distiller import Distiller
-from ..distiller.integration import (
+from ..distiller.trainer_integration import (
     add_parameters,
     check_first,
     complete,

@@ -152,7 +152,7 @@ def info(
     ] = False,
 ):
     "Show the content of a cache and information about the teacher."
-    from ...cache.folder import open_folder
+    from ...cache.file_store import open_folder
     from ...cache.manifest import Manifest
     from ...cache.pack import cache_facts
     from ...cache.reader import TeacherCache
@@ -230,7 +230,7 @@ class WriterBar:
     """Display of the forecast and the progress of each pass over the data."""
 
     def __init__(self, console, ask):
-        from ...cache.progress import ProgressBar
+        from ...cache.write_progress import ProgressBar
 
         self.console, self.ask, self.bar = console, ask, ProgressBar(console)
 

@@ -136,7 +136,7 @@ def export_command(
             f'{str(path)!r}: the file must end in .onnx or .pt2; a name without an ending is a folder.'
         )
     from ...fastai import export_student, save_student
-    from ...fastai.export import weak_score
+    from ...fastai.student_export import weak_score
 
     learn = load_named_learner(student, data)
     if why := weak_score(learn):

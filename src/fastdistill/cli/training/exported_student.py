@@ -4,7 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from ...base.errors import DistillError
-from ...fastai.vocab import vocab_of
+from ...fastai.class_names import vocab_of
 from .config import TrainConfig, read_config
 from .data_checks import checked_samples
 from .data_files import read_samples

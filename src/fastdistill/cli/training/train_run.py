@@ -23,8 +23,8 @@ from ...base.atomic_files import enough_space, locked_folder, new_file, write_at
 from ...base.distributed import first_then_others, leave_processes, on_first, rank, world_size
 from ...base.errors import DistillError
 from ...fastai import Distiller, KnowledgeDistillation, compare, save_student
-from ...fastai.batches import prepared_batches
 from ...fastai.compare import history_of
+from ...fastai.probe_batches import prepared_batches
 from ...fastai.task import task_of
 from ...fastai.teachers import teacher_of
 from ...recipes.recipe_text import recipe_from_text

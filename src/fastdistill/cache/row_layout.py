@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..base.outputs import TAILS, DistillError, Draws, LinearLogits, Outputs, TopK
-from .entries import json_list, json_object, json_text, refuse_entry, whole_number
+from .json_checks import json_list, json_object, json_text, refuse_entry, whole_number
 
 __all__ = ['Field', 'Layout', 'Store']
 

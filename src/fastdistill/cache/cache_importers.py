@@ -15,13 +15,13 @@ import torch
 
 from ..base.outputs import DistillError, Outputs, TopK
 from .digests import file_checksum, fingerprint
-from .entries import shortened
+from .json_checks import shortened
 from .keys import keys_of
-from .layout import Store
-from .progress import shown_progress
+from .other_tools import converted_rows
 from .reader import TeacherCache
-from .source import Source, is_whole
-from .tool_files import converted_rows
+from .row_layout import Store
+from .teacher_description import Source, is_whole
+from .write_progress import shown_progress
 from .writer import write_cache
 
 __all__ = ['cache_from']

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from ..base.outputs import DistillError
-from .entries import json_list, json_object, refuse_entry, shortened, whole_number
+from .json_checks import json_list, json_object, refuse_entry, shortened, whole_number
 
 __all__ = ['TOOLS', 'converted_rows']
 

@@ -17,9 +17,9 @@ from urllib.parse import urlsplit
 
 from ..base.atomic_files import file_errors
 from ..base.outputs import DistillError
-from .entries import shortened
-from .folder import Folder
-from .source import is_whole
+from .file_store import Folder
+from .json_checks import shortened
+from .teacher_description import is_whole
 
 __all__ = ['ask_server']
 

@@ -16,14 +16,14 @@ from ..evaluation.checks_table import checks_as_text, html_of_checks, print_chec
 from ..evaluation.text_report import show
 from ..recipes.recipe_text import as_recipe
 from ..teachers.hidden_state import has_reset, why_no_reset
-from .batches import PreparationError, prepared_batches
+from .class_names import CODES, describe_difference, vocab_of
 from .costs import training_costs
 from .default_recipe import choose_recipe, example_of
-from .head import HeadData
+from .learner_heads import HeadData
+from .probe_batches import PreparationError, prepared_batches
 from .raw_items import items_shown
 from .task import task_of
 from .teachers import class_names, image_stats, size_of_images, teacher_of
-from .vocab import CODES, describe_difference, vocab_of
 
 __all__ = ['TeacherCheck', 'check_optimizer', 'check_teacher', 'find_mistakes', 'weight_shapes']
 

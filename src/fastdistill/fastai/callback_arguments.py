@@ -6,7 +6,7 @@ from ..recipes.recipe_text import as_recipe
 from ..recipes.term import Recipe, Term
 from ..recipes.zoo import kd
 from .cache_feed import StoredOutputs
-from .targets import GivenOutputs, HeldOutputs
+from .held_outputs import GivenOutputs, HeldOutputs
 
 __all__ = ['check_options', 'feed_of', 'make_recipe', 'refuse_options', 'stored_head']
 

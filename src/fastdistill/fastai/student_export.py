@@ -27,11 +27,11 @@ from ..checks.batch_scores import FEW, Tally
 from ..evaluation import Report
 from ..teachers import Teacher
 from ..teachers.fast_copy import AS_IT_IS
-from .batches import prepared, prepared_batches, some_batches
+from .class_names import vocab_of
 from .compare import compare
+from .probe_batches import prepared, prepared_batches, some_batches
 from .task import task_of
 from .teachers import image_stats
-from .vocab import vocab_of
 
 __all__ = [
     'Exported',

@@ -14,10 +14,10 @@ from ..base.outputs import DistillError, DistillWarning, LinearLogits, Outputs
 from ..features.layer_names import text_table
 from ..losses.response import dist, kl
 from ..teachers.teacher import Teacher
-from .layout import Layout, Store, outputs_like
 from .manifest import Manifest
 from .output_layer import StoredHead, find_output_layer
-from .source import spread_positions
+from .row_layout import Layout, Store, outputs_like
+from .teacher_description import spread_positions
 
 __all__ = [
     'Choice',

@@ -9,7 +9,7 @@ from ..base.random_state import RandomGuard
 from ..base.task import Task
 from ..distiller.distiller import same_model
 from ..distiller.head import HeadOutput, SharedOutput, options_by_head
-from .batches import PreparationError, prepared_batches
+from .probe_batches import PreparationError, prepared_batches
 from .task import task_of
 from .teachers import is_heads, teacher_of
 

@@ -14,22 +14,22 @@ from ..base.distributed import rank
 from ..base.outputs import DistillError, DistillWarning
 from ..base.progress_bar import progress_bar
 from ..base.random_state import guarded_random_state
-from ..cache.source import is_whole
+from ..cache.teacher_description import is_whole
 from ..checks.batch_scores import METRICS
 from ..checks.teacher_outputs import BATCHES
 from ..search.candidates import candidates_for, candidates_for_heads, given_candidates
 from ..search.optuna_proposals import import_optuna
 from ..search.recipe_search import Search
-from .arguments import feed_of, refuse_options
-from .batches import restored
 from .cache_data import cache_teacher
-from .check import check_teacher
+from .callback_arguments import feed_of, refuse_options
 from .default_recipe import example_of, facts_for_choice
-from .head import comparisons_of, options_of_heads
+from .learner_heads import comparisons_of, options_of_heads
 from .multi_head import check_heads
+from .probe_batches import restored
+from .teacher_check import check_teacher
 from .teachers import is_heads
 from .transforms import moves
-from .trial_callback import scorer, scorer_of_heads
+from .trial_clock import scorer, scorer_of_heads
 from .trials import Trials
 
 __all__ = []

@@ -7,8 +7,8 @@ from fastai.basics import TfmdDL
 from ..base.mixup import mixed
 from ..base.outputs import DistillError, DistillWarning, Outputs, as_plain, tensors_in
 from ..base.random_state import RandomGuard
+from .class_names import stored_order
 from .teacher_targets import TeacherTarget, target_tfms
-from .vocab import stored_order
 
 __all__ = ['GivenOutputs', 'HeldOutputs']
 

@@ -13,7 +13,7 @@ from ..base.atomic_files import new_file, write_atomically
 from ..base.outputs import DistillError
 from ..evaluation import Report
 from ..teachers.model_loading import Onnx
-from .export import check_learner, export_student, facts_of, validation_inputs
+from .student_export import check_learner, export_student, facts_of, validation_inputs
 
 __all__ = ['load_student', 'save_student']
 
