@@ -4,7 +4,11 @@ module.
 
 import functools
 import math
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
 
 try:
     from lightning.pytorch import Callback, LightningModule
@@ -17,8 +21,8 @@ from torch import nn
 from torch.utils.data import IterableDataset
 
 from .base.distributed import average_gradients
-from .base.outputs import DistillError, Outputs, tensors_in
-from .base.random_state import RandomGuard
+from .base.outputs import DistillError, DistillWarning, Outputs, tensors_in
+from .distiller.dataloader import read_apart
 from .distiller.distiller import Distiller
 from .distiller.head import share_task_loss
 from .distiller.trainer_integration import (
@@ -66,11 +70,13 @@ class DistillCallback(Callback):
         self.distiller = None
         self.state = None
         self.replaced = None
+        self.compared_inputs = False
 
     # before and after a fit
 
     def on_fit_start(self, trainer, pl_module):
         self._stop(pl_module)
+        self.compared_inputs = False
         if not pl_module.automatic_optimization:
             raise DistillError(
                 'DistillCallback changes the loss that training_step returns, which manual optimization '
@@ -82,8 +88,11 @@ class DistillCallback(Callback):
         # subtle: restore the recipe from the checkpoint instead of choosing a new one
         if self.state is not None:
             d.set_extra_state(self.state['distiller'])
-        if self.options.get('check', True):
-            check_first(d, self._batches(trainer), part='training')
+        # subtle: Lightning draws a random number here, but not again when it trains
+        trainer.fit_loop.setup_data()
+        with read_apart(trainer.train_dataloader):
+            if self.options.get('check', True):
+                check_first(d, self._batches(trainer), part='training')
         if needs_example(d):
             self._complete(trainer)
         add_parameters(trainer.optimizers[0], d)
@@ -111,8 +120,7 @@ class DistillCallback(Callback):
 
     def _complete(self, trainer):
         """Choose the recipe and build projectors, using a training batch."""
-        trainer.fit_loop.setup_data()
-        with RandomGuard():
+        with read_apart(trainer.train_dataloader):
             batch = trainer.strategy.batch_to_device(next(iter(trainer.train_dataloader)))
         x, y = self.split(batch)
         complete(self.distiller, x, bool(len(y)))
@@ -123,9 +131,6 @@ class DistillCallback(Callback):
         No batches are yielded for an iterable dataset, because it may not be possible to read it
         twice.
         """
-        # subtle: setup_data uses a random number, and Lightning does not call it again for
-        # training. So call setup_data here, before `check_first` saves the random state.
-        trainer.fit_loop.setup_data()
         loader = trainer.train_dataloader
         if isinstance(getattr(loader, 'dataset', None), IterableDataset):
             return ()
@@ -166,13 +171,15 @@ class DistillCallback(Callback):
         d, progress = self.distiller, training_progress(trainer)
         if not takes_part(d, progress):
             return run()
-        with d.reading(progress) as (seen, taps):
-            out = run()
-            feats = taps.pop() if seen else {}
-        if out is None:
-            return
         x, y = self.split(batch)
-        s = d.student_outputs(self._last(seen), feats, x)
+        with d.reading(progress) as (_, taps), calls_of(d.student, taps) as calls:
+            out = run()
+            if out is None:
+                return
+            call = self._compared(calls, x)
+            taps.seen.update(call.seen)
+            feats = taps.pop()
+        s = d.student_outputs(call.returned, feats, x)
         task, y = (
             out['loss'] if isinstance(out, Mapping) else out,
             tuple(y) if d.several else d.head.targets_at(x, s.logits, tuple(y)),
@@ -183,14 +190,43 @@ class DistillCallback(Callback):
         pl_module.log_dict(parts, batch_size=n)
         return {**out, 'loss': r.total} if isinstance(out, Mapping) else r.total
 
-    def _last(self, seen):
-        """Return the student's last outputs."""
-        if seen:
-            return seen[-1]
-        raise DistillError(
-            f'training_step did not call the student, {type(self.distiller.student).__name__}. Name the '
-            "module that it calls: DistillCallback(..., student='model')"
-        )
+    def _compared(self, calls, x):
+        """Return the call of the student that is compared with the teacher: the one that got the
+        inputs of the batch.
+
+        Args:
+            calls: All calls in the training step.
+            x: Inputs of the batch.
+        """
+        name = type(self.distiller.student).__name__
+        if not calls:
+            raise DistillError(
+                f'training_step did not call the student, {name}. Name the module that it calls: '
+                "DistillCallback(..., student='model')"
+            )
+        # a call under `no_grad` trains nothing
+        calls = [c for c in calls if c.trains] or calls[-1:]
+        if is_detector(self.distiller.student) or (len(calls) == 1 and self.compared_inputs):
+            return calls[-1]
+        given, self.compared_inputs = list(tensors_in(x)), True
+        got = [c.number_of(given) for c in calls]
+        most = [c for c, n in zip(calls, got) if n == max(got)]
+        if len(calls) > 1 and (not max(got) or len(most) > 1 and max(got) < len(given)):
+            raise DistillError(
+                f'training_step calls the student, {name}, {len(calls)} times, and the inputs of the '
+                'batch do not show which call to compare with the teacher: pass split=, a function '
+                'of the batch that returns the inputs of that call and the labels. Or call a '
+                '`Distiller` in your training_step instead.'
+            )
+        if not max(got):
+            warnings.warn(
+                f'training_step gives the student, {name}, different inputs than the batch has, '
+                'and the teacher gets those of the batch, so its outputs may not fit. Change the '
+                'inputs before the step, in on_after_batch_transfer.',
+                DistillWarning,
+                stacklevel=2,
+            )
+        return most[-1]
 
     def on_after_backward(self, trainer, pl_module):
         if self.replaced is not None:
@@ -275,8 +311,10 @@ class DistillModule(LightningModule):
         return d.head.task_and_targets(x, logits, tuple(y))[0] if len(y) else logits.new_zeros(())
 
     def _log(self, name, batch):
-        loss = self.labels_loss(batch)
-        self.log(name, loss, prog_bar=True, batch_size=len(self.callback.split(batch)[1][0]))
+        _, y = self.callback.split(batch)
+        if not len(y):
+            return  # without labels, there is no task loss
+        self.log(name, self.labels_loss(batch), prog_bar=True, batch_size=len(y[0]))
 
 
 def distiller_class(student):
@@ -286,6 +324,50 @@ def distiller_class(student):
     from .detection.distiller import DetectionDistiller
 
     return DetectionDistiller
+
+
+@dataclass
+class StudentCall:
+    """A call of the student.
+
+    Attributes:
+        inputs: Its arguments.
+        returned: What it returned.
+        seen: What the taps on its layers read.
+    """
+
+    inputs: tuple
+    returned: Any
+    seen: dict
+
+    @property
+    def trains(self) -> bool:
+        return any(t.requires_grad for t in tensors_in(self.returned))
+
+    def number_of(self, given: list) -> int:
+        """Return how many of these tensors are among its inputs."""
+        mine = list(tensors_in(self.inputs))
+        return sum(any(is_same(t, o) for o in mine) for t in given)
+
+
+def is_same(a, b):
+    alike = (a.shape, a.dtype, a.device) == (b.shape, b.dtype, b.device)
+    return a is b or alike and torch.equal(a, b)
+
+
+@contextmanager
+def calls_of(student, taps) -> Iterator[list[StudentCall]]:
+    """Context that yields a list of the student's calls inside it."""
+    calls = []
+
+    def add(module, args, kwargs, out):
+        calls.append(StudentCall((args, kwargs), out, dict(taps.seen)))
+
+    handle = student.register_forward_hook(add, with_kwargs=True)
+    try:
+        yield calls
+    finally:
+        handle.remove()
 
 
 def later(loader):

@@ -1509,6 +1509,47 @@ class Drawing(nn.Module):
         return self.drop(self.net(x)) + torch.randn(len(x), 4)
 
 
+class Augmented:
+    "A dataset with random augmentation, by its own generator or PyTorch's"
+
+    def __init__(self, xs, ys, own):
+        self.xs, self.ys, self.rng = xs, ys, np.random.default_rng(0) if own else None
+
+    def __len__(self):
+        return len(self.xs)
+
+    def __getitem__(self, i):
+        noise = torch.randn(5) if self.rng is None else tensor(self.rng.standard_normal(5)).float()
+        return self.xs[i] + noise, self.ys[i]
+
+
+@pytest.mark.parametrize('own', [True, False])
+def test_checks_do_not_change_the_augmentation_of_the_training(own):
+    g = torch.Generator().manual_seed(0)
+    x, y = torch.randn(48, 5, generator=g), torch.randint(3, (48,), generator=g)
+
+    def net(width):
+        return nn.Sequential(nn.Linear(5, width), nn.ReLU(), nn.Linear(width, 3))
+
+    ends = []
+    recipe = kd(alpha=0.0) + Term(losses.hint, 0.0, layers={'0': '0'}, projector='linear')
+    set_seed(1)
+    teacher = net(8)
+    for cbs in ([], [KD(teacher, recipe)]):
+        set_seed(2, True)
+        dls = DataLoaders.from_dsets(
+            Augmented(x[:32], y[:32], own), Augmented(x[32:], y[32:], own), bs=8, num_workers=0
+        )
+        learn = Learner(dls, net(4), loss_func=CrossEntropyLossFlat())
+        set_seed(3, True)
+        with warnings.catch_warnings():
+            warnings.filterwarnings('ignore', 'The teacher')  # it is untrained
+            learn.fit(2, 0.1, cbs=cbs)
+        ends.append((weights(learn), learn.recorder.values[-1][1]))
+    assert torch.equal(ends[0][0], ends[1][0])
+    assert ends[0][1] == ends[1][1]
+
+
 def test_alpha_0_is_bit_identical_whatever_the_teacher_does():
     runs = []
     for recipe in (None, kd(alpha=0.0), kd(alpha=0.0) + hint(0.0), kd(alpha=lambda p: 0.0)):

@@ -1,6 +1,6 @@
 "A student as a file: the same outputs in a process without fastai, any batch size, and everything a user must know inside."
 
-import importlib, json, subprocess, sys, zipfile
+import copy, importlib, json, subprocess, sys, zipfile
 from pathlib import Path
 import numpy as np
 import pytest, torch
@@ -311,6 +311,28 @@ def test_a_file_may_divide_its_logits_by_a_temperature(normalized, tmp_path, T):
 def test_a_saved_student_names_its_temperature(normalized, tmp_path):
     folder = save_student(normalized, tmp_path / 's', onnx=False, temperature=1.5)
     assert json.loads((folder / 'config.json').read_text())['temperature'] == 1.5
+
+
+@pytest.mark.parametrize('T', [2.5, [1.0, 2.0, 4.0]])
+def test_saved_weights_predict_with_the_temperature_as_the_saved_network_does(
+    normalized, tmp_path, T
+):
+    folder = save_student(normalized, tmp_path / 's', onnx=True, temperature=T)
+    x = torch.from_numpy(batch(normalized)[0])
+    weights = load_student(folder, model=copy.deepcopy(normalized.model))
+    network = load_student(folder)
+    with torch.no_grad():
+        wanted = normalized.model.eval()(x) / torch.tensor(T)
+        assert torch.allclose(weights(x), wanted, atol=1e-6)
+        assert torch.allclose(network(x), wanted, atol=1e-4)
+    assert weights.facts['temperature'] == T
+    assert not weights.training
+
+
+def test_a_wrong_temperature_saves_nothing(normalized, tmp_path):
+    with pytest.raises(DistillError, match='must be a positive number'):
+        save_student(normalized, tmp_path / 's', temperature=-1.0)
+    assert not (tmp_path / 's').exists()
 
 
 @pytest.mark.parametrize('T', [0, -1.0, float('inf'), [1.0, 0.0]])

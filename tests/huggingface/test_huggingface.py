@@ -362,6 +362,34 @@ def test_alpha_0_trains_bit_for_bit_as_the_plain_trainer(tmp_path):
         assert torch.equal(v, students[1][k]), k
 
 
+class Drawn:
+    "A dataset that draws from a generator of its own"
+
+    def __init__(self):
+        self.generator = torch.Generator().manual_seed(0)
+
+    def __len__(self):
+        return 8
+
+    def __getitem__(self, i):
+        ids = torch.randint(VOCAB, (5,), generator=self.generator)
+        return dict(input_ids=ids, labels=i % 3)
+
+
+def test_checks_do_not_change_what_a_dataset_draws(tmp_path):
+    students = []
+    layer = 'bert.encoder.layer.1'
+    recipe = kd(alpha=0) + Term(losses.hint, weight=0, layers={layer: layer})
+    for cls, more in ((Trainer, {}), (DistillationTrainer, dict(teacher=bert(), recipe=recipe))):
+        torch.manual_seed(0)
+        m = bert()
+        training = args(tmp_path, max_steps=3, per_device_train_batch_size=2)
+        cls(m, training, train_dataset=Drawn(), **more).train()
+        students.append(m.state_dict())
+    for k, v in students[0].items():
+        assert torch.equal(v, students[1][k]), k
+
+
 class OnItems(nn.Module):
     "Its loss is divided as the Trainer wants it: by the labels of all batches before a step"
 

@@ -8,7 +8,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 from transformers import GPT2Config, GPT2LMHeadModel
-from fastdistill import DistillError, Term, kd, losses, soft_labels
+from fastdistill import DistillError, DistillWarning, Term, kd, losses, soft_labels
 from fastdistill.lightning import DistillCallback, DistillModule
 
 # what Lightning warns of about itself, and about loaders as small as these
@@ -126,6 +126,75 @@ def test_alpha_0_trains_bit_for_bit_as_without_it(tmp_path):
         ends.append(module.state_dict())
     for k, v in ends[0].items():
         assert torch.equal(v, ends[1][k]), k
+
+
+def test_looking_at_batches_does_not_change_the_order_of_a_loader_with_its_own_generator(tmp_path):
+    def shuffled():
+        dataset, g = data().dataset, torch.Generator().manual_seed(5)
+        return DataLoader(dataset, 8, shuffle=True, generator=g)
+
+    ends = []
+    term = Term(losses.hint, weight=0, layers={'1': '1'})  # its projector is built from a batch
+    for cbs in ([], [DistillCallback(net(16), kd(alpha=0) + term, student='model')]):
+        torch.manual_seed(0)
+        module = Mine()
+        trainer(tmp_path, *cbs, steps=6, max_epochs=9).fit(module, shuffled())
+        ends.append(module.state_dict())
+    for k, v in ends[0].items():
+        assert torch.equal(v, ends[1][k]), k
+
+
+class CallsTwice(Mine):
+    "Its step calls the student with other inputs too"
+
+    def __init__(self, gradient, twice=True, **kwargs):
+        super().__init__(**kwargs)
+        self.gradient, self.twice = gradient, twice
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        out = self.model(x)
+        if self.twice:
+            with torch.set_grad_enabled(self.gradient):
+                self.model(2 * x + 1)
+        return F.cross_entropy(out, y)
+
+
+@pytest.mark.parametrize('gradient', [True, False])
+def test_the_call_with_the_inputs_of_the_batch_is_compared(gradient, tmp_path):
+    teacher, recipe = net(16), kd() + Term(losses.sp, layers={'1': '1'}, weight=0.1)
+    ends = []
+    for twice in (False, True):
+        torch.manual_seed(0)
+        module = CallsTwice(gradient, twice)
+        trainer(tmp_path, DistillCallback(teacher, recipe, student='model')).fit(module, data())
+        ends.append(module.state_dict())
+    for k, v in ends[0].items():
+        assert torch.equal(v, ends[1][k]), k
+
+
+class ChangesInputs(Mine):
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        return F.cross_entropy(self.model(x + 1), y)
+
+
+class CallsTwiceWithChanged(ChangesInputs):
+    def training_step(self, batch, batch_idx):
+        self.model(batch[0] + 2)
+        return super().training_step(batch, batch_idx)
+
+
+def test_inputs_that_change_inside_the_step_are_reported(tmp_path):
+    t = trainer(tmp_path, DistillCallback(net(16), kd(), student='model'))
+    with pytest.warns(DistillWarning, match='Change the inputs before the step'):
+        t.fit(ChangesInputs(), data())
+    t = trainer(tmp_path, DistillCallback(net(16), kd(), student='model'))
+    with refuses('calls the student, Sequential, 2 times'):
+        t.fit(CallsTwiceWithChanged(), data())
+    split = lambda batch: (batch[0] + 1, batch[1:])
+    t = trainer(tmp_path, DistillCallback(net(16), kd(), student='model', split=split))
+    t.fit(CallsTwiceWithChanged(), data())
 
 
 def module_of(teacher, width=8, recipe=None, dropout=0.0):
@@ -281,6 +350,8 @@ def test_without_a_recipe_or_labels(tmp_path, capsys):
     assert t.callback_metrics['kd_loss'].item() == pytest.approx(
         (b.exp() * (b - a)).sum(1).mean().item(), rel=1e-5
     )
+    t.validate(module, DataLoader(x, 8))
+    assert 'val_loss' not in t.callback_metrics
 
 
 def test_labels_of_a_language_model_are_shifted(tmp_path, capsys):

@@ -1,12 +1,14 @@
 """Tell a DataLoader from the inputs of one batch, and read it without changing its random state."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 
 from torch import Tensor
 
+from ..base.random_state import RandomGuard
 from ..base.transform_random_state import Generators
 
-__all__ = ['is_loader', 'own_generators']
+__all__ = ['is_loader', 'own_generators', 'read_apart']
 
 
 def is_loader(x):
@@ -20,3 +22,14 @@ def own_generators(loader):
     """Return the random generators of a DataLoader, seeded now and restored at the end."""
     parts = ('dataset', 'sampler', 'batch_sampler', 'generator')
     return Generators(*(getattr(loader, k, None) for k in parts)).seeded(0)
+
+
+@contextmanager
+def read_apart(*loaders) -> Iterator[None]:
+    """Context in which DataLoaders may be read without changing the batches of the training: the
+    global random generators and their own are restored at the end.
+    """
+    with RandomGuard(), ExitStack() as stack:
+        for o in loaders:
+            stack.enter_context(own_generators(o))
+        yield

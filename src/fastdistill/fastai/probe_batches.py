@@ -3,6 +3,7 @@ items.
 """
 
 import inspect
+from contextlib import closing, contextmanager, nullcontext
 from itertools import islice
 from pathlib import PurePath
 
@@ -43,17 +44,15 @@ class PreparationError(Exception):
 
 def valid_batches(dl, n=None):
     """Yield some batches from all over the validation set, which is often sorted by class."""
-    # a copy, so that the Learner's DataLoader is unchanged
-    if hasattr(dl, 'shuffle_fn'):
-        dl = renewed(dl, shuffle=getattr(dl, 'indexed', True), drop_last=False, num_workers=0)
-    yield from some_batches(dl, n)
+    options = dict(shuffle=getattr(dl, 'indexed', True), drop_last=False, num_workers=0)
+    yield from some_batches(dl, n, **options)
 
 
 def train_batches(dl, n):
     """Yield some batches of the training set, shuffled independently of the training."""
     if isinstance(getattr(dl, 'dataset', None), IterableDataset):
         return  # iterable datasets may not be readable twice
-    yield from some_batches(renewed(dl, num_workers=0) if hasattr(dl, 'shuffle_fn') else dl, n)
+    yield from some_batches(dl, n, num_workers=0)
 
 
 # parts of a DataLoader that may have their own generators
@@ -68,9 +67,27 @@ PARTS = (
 )
 
 
-def some_batches(dl, n=None):
-    """Yield the first `n` batches, then restore the DataLoader and its random generators."""
-    with restored(dl), Generators(*(getattr(dl, k, None) for k in PARTS)).seeded(0):
+@contextmanager
+def restored_loaders(*loaders):
+    """Context in which DataLoaders and their random generators may be used."""
+    # subtle: fastai makes an item to count the parts of a batch, once. A fit must do this again, since
+    # the item draws random numbers
+    parts = (getattr(dl, k, None) for dl in loaders for k in PARTS)
+    with restored(*loaders), Generators(*parts).seeded(0):
+        yield
+
+
+def some_batches(dl, n=None, **options):
+    """Yield the first `n` batches, then restore the DataLoader and its random generators.
+
+    Args:
+        dl: The DataLoader.
+        n: Number of batches. None for all.
+        **options: What a fastai DataLoader is copied with before it is read.
+    """
+    with restored_loaders(dl):
+        if options and hasattr(dl, 'shuffle_fn'):
+            dl = renewed(dl, **options)
         yield from islice(dl, n)
 
 
@@ -103,17 +120,24 @@ def prepared_batches(learn, n_valid, n_train):
 
 def prepared(learn, batches, ds_idx, training):
     """Yield (inputs, targets) of batches after the Learner's callbacks have changed them."""
-    for i, b in enumerate(batches):
-        b, items = without_samples(b)
-        try:
-            x, y = (
-                split_batch(learn, b)
-                if learn.model is None
-                else with_callbacks(learn, b, i, ds_idx, training)
-            )
-        except CANCELED:
-            continue  # a fit also skips such a batch
-        yield with_items(x, items), y
+    # subtle: the batches are closed first, since they restore the same generators
+    with restored_loaders(*getattr(learn.dls, 'loaders', ())), closed(batches):
+        for i, b in enumerate(batches):
+            b, items = without_samples(b)
+            try:
+                x, y = (
+                    split_batch(learn, b)
+                    if learn.model is None
+                    else with_callbacks(learn, b, i, ds_idx, training)
+                )
+            except CANCELED:
+                continue  # a fit also skips such a batch
+            yield with_items(x, items), y
+
+
+def closed(batches):
+    """Return a context that closes a generator at its end. Other series need none."""
+    return closing(batches) if hasattr(batches, 'close') else nullcontext()
 
 
 def number_of_batches(dl):

@@ -13,7 +13,14 @@ from ..base.atomic_files import new_file, write_atomically
 from ..base.outputs import DistillError
 from ..evaluation import Report
 from ..teachers.model_loading import Onnx
-from .student_export import check_learner, export_student, facts_of, validation_inputs
+from .student_export import (
+    LogitsOnly,
+    check_learner,
+    export_student,
+    facts_of,
+    temperature_tensor,
+    validation_inputs,
+)
 
 __all__ = ['load_student', 'save_student']
 
@@ -56,10 +63,11 @@ def save_student(
         report: Report from `compare`, whose numbers go into the model card.
         onnx: Whether to write the network too. None to write it if it can be exported.
         title: Title of the card.
-        temperature: Number by which student.onnx divides its logits, as in `export_student`. It is
-            stored in config.json, and not contained in the weights.
+        temperature: Number by which the logits are divided, as in `export_student`. student.onnx
+            contains it. The weights don't, but `load_student` applies it to them.
     """
     check_learner(learn, 'save_student')
+    temperature_tensor(temperature)  # raises an error for a wrong one before anything is written
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     facts = facts_of(learn, validation_inputs(learn, 1)[0]) | dict(
@@ -132,6 +140,10 @@ def load_student(folder: str | Path, model: nn.Module | None = None):
     Args:
         folder: Folder written by `save_student`.
         model: The same network, for the weights. None to run the exported network with onnxruntime.
+
+    Returns:
+        The exported network, or `model` with the weights. If the student was saved with a
+        temperature, `model` is wrapped, so that its logits are divided too.
     """
     folder = Path(folder)
     if not (folder / 'config.json').is_file():
@@ -153,6 +165,8 @@ def load_student(folder: str | Path, model: nn.Module | None = None):
             raise DistillError(
                 f'The weights in {str(folder)!r} belong to a different network: {e}'
             ) from e
+        if (T := temperature_tensor(facts.get('temperature'))) is not None:
+            model = LogitsOnly(model, T)
         model.eval()
     model.facts = facts
     return model

@@ -89,8 +89,8 @@ class LogitsOnly(nn.Module):
         self.model = model
         self.register_buffer('temperature', temperature)
 
-    def forward(self, *x):
-        raw = self.model(*x)
+    def forward(self, *x, **kwargs):
+        raw = self.model(*x, **kwargs)
         # subtle: return a tensor unchanged, since tensors in a trace have a class of their own
         logits = (
             raw

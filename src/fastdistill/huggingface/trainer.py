@@ -9,6 +9,7 @@ from transformers import Trainer
 from ..base.distributed import average_gradients, mean_over_ranks
 from ..base.outputs import DistillError
 from ..base.random_state import RandomGuard
+from ..distiller.dataloader import read_apart
 from ..distiller.distiller import Distiller
 from ..distiller.trainer_integration import (
     add_parameters,
@@ -123,7 +124,9 @@ class DistillationMixin:
         # run in only one process
         if asked['check'] and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             part = 'training' if self.eval_dataset is None else 'validation'
-            check_first(self.distiller, self._batches(), placed=True, part=part)
+            loader = self._check_loader()
+            with read_apart(loader):
+                check_first(self.distiller, self._batches(loader), placed=True, part=part)
         if needs_example(self.distiller):
             self._complete(self._example() if batch is None else batch)
 
@@ -144,22 +147,25 @@ class DistillationMixin:
         student, teacher = self._inputs(batch)
         return {k: v for k, v in student.items() if k in teacher} or teacher
 
-    def _batches(self):
-        """Yield (inputs, labels) of batches on which to check for mistakes.
+    def _check_loader(self):
+        """Return a DataLoader with the data in which to look for mistakes.
 
-        No batches are yielded for an iterable dataset, because it may not be possible to read it
+        An iterable dataset is replaced by no data, because it may not be possible to read it
         twice.
         """
         data = self.train_dataset if self.eval_dataset is None else self.eval_dataset
         if isinstance(data, dict):
             data = next(iter(data.values()))
         if not hasattr(data, '__len__') or not len(data):
-            return
+            return DataLoader([])
         collate = self._get_collator_with_removed_columns(self.data_collator)
         order = torch.Generator().manual_seed(0)
-        for batch in DataLoader(
-            data, self.args.eval_batch_size, shuffle=True, generator=order, collate_fn=collate
-        ):
+        size = self.args.eval_batch_size
+        return DataLoader(data, size, shuffle=True, generator=order, collate_fn=collate)
+
+    def _batches(self, loader):
+        """Yield (inputs, labels) of the batches of a DataLoader."""
+        for batch in loader:
             batch = self._prepare_inputs(batch)
             x, y = (
                 self._inputs_of_both(batch),
@@ -179,6 +185,7 @@ class DistillationMixin:
                 if self.train_dataset is None
                 else DataLoader(self.train_dataset, self.args.train_batch_size, collate_fn=collate)
             )
+        with read_apart(loader):
             return self._prepare_inputs(next(iter(loader)))
 
     # inputs of both models
