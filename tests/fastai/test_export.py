@@ -245,6 +245,24 @@ def test_a_folder_holds_no_pickle_and_loads_again(normalized, saved):
     assert Report.from_json(folder / 'report.json') == r
 
 
+@pytest.mark.parametrize('name', ['README.md', 'config.json'])
+def test_files_of_something_else_are_not_overwritten(name, normalized, tmp_path):
+    (tmp_path / name).write_text('{"mine": 1}')
+    with pytest.raises(DistillError, match=f'has a {name} that is not of a saved student'):
+        save_student(normalized, tmp_path, onnx=False)
+    assert [p.name for p in tmp_path.iterdir()] == [name]
+    assert (tmp_path / name).read_text() == '{"mine": 1}'
+
+
+def test_a_student_may_be_saved_again_after_an_interrupt_too(normalized, tmp_path):
+    for missing in ('README.md', 'config.json'):
+        save_student(normalized, tmp_path, onnx=False)
+        (tmp_path / missing).unlink()
+        (tmp_path / 'README.md').unlink(missing_ok=True)  # it is written last
+    save_student(normalized, tmp_path, onnx=False)
+    assert load_student(tmp_path, normalized.model) is normalized.model
+
+
 def test_the_cards_code_runs(normalized, saved, monkeypatch):
     folder, _ = saved
     code = (folder / 'README.md').read_text().split('```python\n')[1].split('```')[0]

@@ -9,7 +9,7 @@ from fastai.basics import Learner
 from safetensors.torch import load_model, save_model
 from torch import nn
 
-from ..base.atomic_files import new_file, write_atomically
+from ..base.atomic_files import file_errors, new_file, write_atomically
 from ..base.outputs import DistillError
 from ..evaluation import Report
 from ..teachers.forms import Onnx
@@ -61,7 +61,9 @@ def save_student(
     """
     check_learner(learn, 'save_student')
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    with file_errors(f"{folder} can't be the folder of a student"):
+        folder.mkdir(parents=True, exist_ok=True)
+    check_own_files(folder)
     facts = facts_of(learn, validation_inputs(learn, 1)[0]) | dict(
         network=type(learn.model).__name__,
         temperature=temperature,
@@ -82,6 +84,22 @@ def save_student(
     if report is not None:
         report.to_json(folder / 'report.json')
     return folder
+
+
+def check_own_files(folder):
+    """Raise a DistillError instead of overwriting files of something else."""
+    try:
+        facts = json.loads((folder / 'config.json').read_text(encoding='utf-8'))
+    except (OSError, ValueError):
+        facts = None
+    # subtle: config.json comes first, so an interrupted `save_student` leaves no README.md without it
+    if isinstance(facts, dict) and {'network', 'normalization'} <= set(facts):
+        return
+    if found := [n for n in ('config.json', 'README.md') if (folder / n).exists()]:
+        raise DistillError(
+            f'{folder} has a {found[0]} that is not of a saved student, and would be overwritten: '
+            'choose a different folder.'
+        )
 
 
 def card(title, facts, checked, report):
