@@ -5,6 +5,7 @@ import math
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
+from ..base.atomic_files import file_errors, write_atomically
 from ..base.errors import DistillError
 
 __all__ = [
@@ -306,7 +307,12 @@ def write_text(text, path):
     if path is None:
         return text
     path = Path(path)
-    path.write_text(text, encoding='utf-8')
+    with file_errors(f"Can't write {path}"):
+        # subtle: a terminal or a pipe can't be replaced by a file
+        if path.exists() and not path.is_file():
+            path.write_text(text, encoding='utf-8')
+        else:
+            write_atomically(path, text)
     return path
 
 
