@@ -254,6 +254,23 @@ def test_files_of_something_else_are_not_overwritten(name, normalized, tmp_path)
     assert (tmp_path / name).read_text() == '{"mine": 1}'
 
 
+@pytest.mark.parametrize('name', ['config.json', 'model.safetensors'])
+@pytest.mark.parametrize('content', [b'', b'{', None])
+def test_a_damaged_file_of_a_saved_student_is_named(name, content, normalized, tmp_path):
+    save_student(normalized, tmp_path, onnx=False)
+    (tmp_path / name).unlink()
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(DistillError, match=name):
+        load_student(tmp_path, normalized.model)
+
+
+def test_a_report_of_a_different_type_is_refused(normalized, tmp_path):
+    with pytest.raises(DistillError, match='report is of type str: it must be a Report'):
+        save_student(normalized, tmp_path / 'a', 'report')
+    assert not (tmp_path / 'a').exists()
+
+
 def test_a_student_may_be_saved_again_after_an_interrupt_too(normalized, tmp_path):
     for missing in ('README.md', 'config.json'):
         save_student(normalized, tmp_path, onnx=False)
@@ -331,7 +348,7 @@ def test_a_saved_student_names_its_temperature(normalized, tmp_path):
     assert json.loads((folder / 'config.json').read_text())['temperature'] == 1.5
 
 
-@pytest.mark.parametrize('T', [0, -1.0, float('inf'), [1.0, 0.0]])
+@pytest.mark.parametrize('T', [0, -1.0, float('inf'), [1.0, 0.0], '2'])
 def test_a_temperature_is_positive(normalized, tmp_path, T):
     with pytest.raises(DistillError, match='must be a positive number'):
         export_student(normalized, tmp_path / 's.pt2', temperature=T)

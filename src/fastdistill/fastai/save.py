@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 from fastai.basics import Learner
+from safetensors import SafetensorError
 from safetensors.torch import load_model, save_model
 from torch import nn
 
@@ -60,6 +61,10 @@ def save_student(
             stored in config.json, and not contained in the weights.
     """
     check_learner(learn, 'save_student')
+    if report is not None and not isinstance(report, Report):
+        raise DistillError(
+            f'report is of type {type(report).__name__}: it must be a Report from compare.'
+        )
     folder = Path(folder)
     with file_errors(f"{folder} can't be the folder of a student"):
         folder.mkdir(parents=True, exist_ok=True)
@@ -157,7 +162,8 @@ def load_student(folder: str | Path, model: nn.Module | None = None):
             f'There is no student in {str(folder)!r} (no config.json). save_student(learn, folder) '
             'writes one.'
         )
-    facts = json.loads((folder / 'config.json').read_text(encoding='utf-8'))
+    with file_errors(f'config.json in {folder} is damaged'):
+        facts = json.loads((folder / 'config.json').read_text(encoding='utf-8'))
     if model is None:
         if not (folder / 'student.onnx').is_file():
             raise DistillError(
@@ -167,6 +173,8 @@ def load_student(folder: str | Path, model: nn.Module | None = None):
     else:
         try:
             load_model(model, str(folder / 'model.safetensors'))
+        except (OSError, SafetensorError) as e:
+            raise DistillError(f"model.safetensors in {folder} can't be read: {e}") from e
         except RuntimeError as e:
             raise DistillError(
                 f'The weights in {str(folder)!r} belong to a different network: {e}'
