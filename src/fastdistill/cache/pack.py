@@ -25,11 +25,11 @@ def cache_facts(where, m):
     """Yield (name, text) for each fact about a cache. The texts control no terminal, whoever wrote
     the manifest.
     """
-    for k, v in facts_of(where, m):
+    for k, v in facts_of_cache(where, m):
         yield k, ''.join(c if c.isprintable() else ' ' for c in str(v))
 
 
-def facts_of(where, m):
+def facts_of_cache(where, m):
     yield 'samples', f'{m.count:,}'
     yield 'views', f'{m.views} of each, augmented' if m.views else 'the clean one of each'
     yield (

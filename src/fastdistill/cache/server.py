@@ -68,7 +68,7 @@ def ask_server(
         if not is_whole(v) or v < least:
             raise DistillError(f'{k}={v!r}: it must be a whole number from {least}.')
     for k, v in ('per_second', per_second), ('timeout', timeout):
-        if v is not None and not (is_number(v) and 1e-6 <= v <= 1e6):
+        if v is not None and not (is_python_number(v) and 1e-6 <= v <= 1e6):
             raise DistillError(
                 f'{k}={v!r}: it must be a number from 0.000001 to 1,000,000, or None.'
             )
@@ -113,7 +113,7 @@ def ask_server(
     return path
 
 
-def is_number(o):
+def is_python_number(o):
     return isinstance(o, (int, float)) and not isinstance(o, bool)
 
 

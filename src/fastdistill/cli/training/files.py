@@ -203,10 +203,12 @@ def from_masks(path):
     check_each_once([Path(x) for x, *_ in rows])
     frame = pd.DataFrame(rows, columns=['x', 'y', 'valid'])
     valid = frame.pop('valid').to_numpy() if split_folders(path) else None
-    return Samples('masks', frame, ['x'], 'y', valid, path, classes=names_in(path / 'codes.txt'))
+    return Samples(
+        'masks', frame, ['x'], 'y', valid, path, classes=class_names_in(path / 'codes.txt')
+    )
 
 
-def names_in(file):
+def class_names_in(file):
     """Return the names of the classes, one a line. None if there is no file, or no name in it."""
     if not file.is_file():
         return None
