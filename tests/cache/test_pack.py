@@ -1,6 +1,6 @@
 "A packed cache: one file or a folder with a card, and back."
 
-import random, re, stat, tracemalloc, zipfile
+import json, random, re, stat, tracemalloc, zipfile
 import numpy as np
 import pytest, torch
 from torch.utils.data import TensorDataset
@@ -182,6 +182,52 @@ def test_the_commands(cache, tmp_path):
     assert r.exit_code == 0 and '12 samples, 2 views' in ' '.join(r.output.split())
     assert 'license: mit' in (tmp_path / 'back' / 'README.md').read_text()
     assert call('info', tmp_path / 'back', '--check').exit_code == 0
+
+
+@pytest.mark.parametrize(
+    'change',
+    [
+        dict(teacher=dict(name='[/x] [bold]big')),
+        dict(transforms=dict(crop=5)),
+        dict(vocab=[{'a': 1}, 'b', 'c']),
+        dict(vocab=['\x1b[31mred', 'b', 'c']),
+        dict(versions={'[/x]': '\x1b[2J'}),
+    ],
+)
+def test_texts_of_a_strange_manifest_are_shown_as_they_are(change, cache, tmp_path):
+    file = tmp_path / 'c' / 'manifest.json'
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    call = lambda *args: CliRunner().invoke(app, ['cache', *map(str, args)], catch_exceptions=False)
+    shown = call('info', tmp_path / 'c')
+    assert shown.exit_code == 0
+    assert '\x1b' not in shown.output
+    assert call('pack', tmp_path / 'c', tmp_path / 'a.zip').exit_code == 0
+    with zipfile.ZipFile(tmp_path / 'a.zip') as z:
+        assert b'\x1b' not in z.read('README.md')
+
+
+def test_the_brackets_of_a_name_are_shown(cache, tmp_path):
+    (tmp_path / 'c').rename(tmp_path / 'a[b]')
+    shown = CliRunner().invoke(
+        app, ['cache', 'info', str(tmp_path / 'a[b]')], catch_exceptions=False
+    )
+    assert 'a[b]' in shown.output.replace('\n', '')
+
+
+def test_a_place_where_no_cache_can_be_packed_is_named(cache, tmp_path):
+    (tmp_path / 'file').write_text('mine')
+    with pytest.raises(DistillError, match='file is a file, but a cache is a folder'):
+        pack_cache(cache, tmp_path / 'file')
+    packed = pack_cache(cache, tmp_path / 'a.zip')
+    for use in (
+        lambda: pack_cache(cache, 'memory://a.zip'),
+        lambda: unpack_cache(packed, 'memory://a'),
+        lambda: unpack_cache('memory://a.zip', tmp_path / 'b'),
+    ):
+        with pytest.raises(
+            DistillError, match='memory://a.* is a URL: give a path on this machine'
+        ):
+            use()
 
 
 # archives that someone else made

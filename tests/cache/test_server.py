@@ -1,6 +1,6 @@
 "A teacher behind HTTP, on a local server: batched, retried, limited, resumed; its key is stored nowhere."
 
-import json, threading, time
+import json, threading, time, traceback
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -515,11 +515,98 @@ def test_an_answer_that_can_not_be_used_names_its_sample(response, kwargs, says,
         ({('a', 1): 2}, {}, r"The sample's name \('a', 1\) is of type tuple"),
         (dict(a=1), dict(bs=0), 'bs=0: it must be a whole number from 1'),
         (dict(a=1), dict(at_once=0), 'at_once=0: it must be'),
+        (dict(a=1), dict(per_second=float('nan')), 'per_second=nan: it must be a number from'),
+        (dict(a=1), dict(per_second='3'), "per_second='3': it must be a number from"),
+        (dict(a=1), dict(timeout='3'), "timeout='3': it must be a number from"),
+        (dict(a=1), dict(timeout=1e20), 'timeout=1e.20: it must be a number from'),
+        (dict(a=1), dict(key=5), 'key= is the name of an environment variable'),
     ],
 )
 def test_arguments_are_checked_before_anything_is_asked(samples, kwargs, says, tmp_path):
     with pytest.raises(DistillError, match=says):
         ask_server('http://127.0.0.1:1', samples, tmp_path / 'a.jsonl', **kwargs)
+
+
+@pytest.mark.parametrize(
+    'head,body',
+    [
+        (b'Content-Length: 99999999999999999999', b'{}'),
+        (b'Transfer-Encoding: chunked', b'ffffffffffffffff\r\n{}'),
+        (b'Transfer-Encoding: chunked', b'-5\r\n{}'),
+    ],
+)
+def test_a_length_that_no_answer_can_have_is_an_error_that_passes(head, body, tmp_path):
+    reply = b'HTTP/1.1 200 OK\r\n' + head + b'\r\n\r\n' + body
+    with raw_server(lambda i: whole(GOOD) if i else reply) as (host, _):
+        path = ask_server(f'http://{host}/v1', dict(a=1), tmp_path / 'a.jsonl', retries=1)
+    assert json.loads(path.read_text())['key'] == 'a'
+
+
+@pytest.mark.parametrize(
+    'response',
+    [
+        {'Bearer very-secret \x1b[31m': 1},
+        dict(choices=[dict(index='very-secret \x1b[31m', logprobs=[0])]),
+    ],
+)
+def test_a_key_in_an_answer_that_can_not_be_used_is_not_shown(response, tmp_path, monkeypatch):
+    monkeypatch.setenv('MY_KEY', 'very-secret')
+    with raw_server(lambda i: whole(json.dumps(response).encode())) as (host, _):
+        with pytest.raises(DistillError, match=r'\*\*\*') as caught:
+            ask_server(f'http://{host}/v1', dict(a=1), tmp_path / 'a.jsonl', key='MY_KEY')
+    shown = ''.join(traceback.format_exception(caught.value))
+    assert 'very-secret' not in shown
+    assert '\x1b' not in shown
+
+
+def test_a_key_that_is_given_instead_of_its_variable_is_not_shown(tmp_path):
+    with pytest.raises(DistillError, match='key= is the name of an environment') as caught:
+        ask_server('http://127.0.0.1:1', dict(a=1), tmp_path / 'a.jsonl', key='very' + '-secret')
+    assert 'very-secret' not in str(caught.value)
+
+
+def test_what_a_server_says_does_not_control_the_terminal(tmp_path, capsys):
+    busy = whole(b'\x1b[31m wait', '429 Busy').replace(b'\r\n', b'\r\nRetry-After: 1\r\n', 1)
+    with raw_server(lambda i: whole(GOOD) if i else busy) as (host, _):
+        ask_server(f'http://{host}/v1', dict(a=1), tmp_path / 'a.jsonl')
+    shown = capsys.readouterr().err
+    assert 'waiting for 1 s' in shown
+    assert '\x1b' not in shown
+
+
+@pytest.mark.parametrize(
+    'text', ['{"text": 1}\n{"text": 2}', '{"text": 1}', '[\n1]', '{"text": 1}\nend']
+)
+def test_a_file_of_something_else_loses_nothing(text, tmp_path):
+    (tmp_path / 'a.jsonl').write_text(text)
+    with pytest.raises(DistillError, match="is not an answer with a 'key'"):
+        ask_server('http://127.0.0.1:1', dict(a=1), tmp_path / 'a.jsonl')
+    assert (tmp_path / 'a.jsonl').read_text() == text
+
+
+def test_a_whole_last_line_without_a_line_break_is_kept(tmp_path):
+    (tmp_path / 'a.jsonl').write_text('{"x": 1, "key": "a"}')
+    with raw_server(lambda i: whole(GOOD)) as (host, seen):
+        ask_server(f'http://{host}/v1', dict(a=1, b=2), tmp_path / 'a.jsonl')
+    lines = [json.loads(o) for o in (tmp_path / 'a.jsonl').read_text().splitlines()]
+    assert [o['key'] for o in lines] == ['a', 'b']
+    assert lines[0]['x'] == 1
+
+
+def test_a_different_sample_of_the_same_name_does_not_get_the_old_answer(tmp_path):
+    path = tmp_path / 'a.jsonl'
+    with raw_server(lambda i: whole(GOOD)) as (host, _):
+        url = f'http://{host}/v1'
+        ask_server(url, {'a': 'one', 1: 'x'}, path)
+        ask_server(url, {'a': 'one', 'b': 'two'}, path)  # more samples
+        kept = path.read_bytes()
+        with pytest.raises(
+            DistillError, match="has the answer for sample 'a', to which something d"
+        ):
+            ask_server(url, {'a': 'changed', 'b': 'two'}, path)
+        with pytest.raises(DistillError, match='has the answer for sample 1, to which something d'):
+            ask_server(url, {1: 'y', '1': 'x'}, path)
+    assert path.read_bytes() == kept
 
 
 def test_a_line_of_another_kind_in_the_file_is_named(tmp_path):

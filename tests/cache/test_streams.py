@@ -448,6 +448,53 @@ def test_a_missing_file_is_named(tmp_path):
     refused(tmp_path, r'1 writers are not done: shard-2 of view 0 \(no file 1\)')
 
 
+@pytest.mark.parametrize('lost', ['shard-2-000001', 'shard-2-*'])
+def test_a_writer_that_lost_rows_after_it_was_done_is_named_and_writes_them_again(lost, tmp_path):
+    rows = written(tmp_path)
+    files = list((tmp_path / 'view000').glob(f'{lost}.*s'))
+    n = sum(p.stat().st_size // 20 for p in files if p.suffix == '.rows')
+    for p in files:
+        p.unlink()
+    there = len(shard(2)) - n
+    refused(
+        tmp_path,
+        f"1 writers' rows are not all there: shard-2 of view 0 .{there} of {len(shard(2))} rows",
+    )
+    assert write_stream(batches(shard(2)), rows, 'shard-2', part_bytes=5 * 20) == len(shard(2))
+    seal_stream(tmp_path)
+    cache = TeacherCache(tmp_path)
+    at = cache.find(keys_of([f'sample {i}' for i in range(N)]))
+    torch.testing.assert_close(cache.outputs(at).logits, net()(X).detach())
+
+
+def test_torn_rows_are_written_again_by_their_writer(tmp_path):
+    rows = written(tmp_path)
+    file = tmp_path / 'view000' / 'shard-1-000001.rows'
+    data = file.read_bytes()
+    file.write_bytes(data[:-7])
+    write_stream(batches(shard(1)), rows, 'shard-1', part_bytes=5 * 20)
+    assert file.read_bytes() == data
+
+
+def test_a_damaged_note_of_a_writer_is_named(tmp_path):
+    rows = written(tmp_path)
+    (tmp_path / 'view000' / 'shard-1.end').write_text('{"rows"')
+    refused(tmp_path, 'view000/shard-1.end in .* is damaged: .* Remove it, and start its writer')
+    with pytest.raises(DistillError, match='view000/shard-1.end in .* is damaged'):
+        write_stream(batches(shard(1)), rows, 'shard-1')
+
+
+@pytest.mark.parametrize(
+    'name,view', [('../../a', 0), ('a b', 0), ('', 0), ('a' * 250, 0), ('a', 3)]
+)
+def test_a_writer_touches_nothing_outside_the_views_even_without_samples(name, view, tmp_path):
+    rows = start(tmp_path / 'cache')
+    before = sorted(tmp_path.rglob('*'))
+    with pytest.raises(DistillError, match='The name of a file is|view=3: .* has 1 view'):
+        write_stream([], rows, name, view=view)
+    assert sorted(tmp_path.rglob('*')) == before
+
+
 def test_a_missing_view_is_named(tmp_path):
     rows = start(tmp_path, views=2)
     for k, view in [(0, 0), (1, 0), (0, 1)]:

@@ -134,7 +134,7 @@ def test_a_missing_class_and_a_missing_folder_are_named(cifar):
 
 def scenes(root, size=(128, 96)):
     "8 pictures for training and 2 for the test, whose left half is road, with a frame of void"
-    (root / 'codes.txt').write_text('road sky Void')
+    (root / 'codes.txt').write_text('road\nsky\nVoid')
     for split, n in (('train', 8), ('test', 2)):
         for kind in ('images', 'masks'):
             (root / split / kind).mkdir(parents=True)

@@ -1069,6 +1069,57 @@ def test_an_image_that_links_show_twice_is_refused(linked, tmp_path):
         loaders(data=tmp_path)
 
 
+def read(data, **settings):
+    c = TrainConfig(data=str(data), teacher='cnn', student='cnn', **settings)
+    return checked_samples(read_samples(c), c)
+
+
+def masks_of_three_classes(path):
+    for i in range(12):
+        for kind in ('images', 'masks'):
+            (path / kind).mkdir(exist_ok=True)
+            pixels = np.arange(64, dtype=np.uint8).reshape(8, 8) % 3
+            Image.fromarray(pixels).save(path / kind / f'{i}.png')
+    return path
+
+
+@pytest.mark.parametrize(
+    'text', [b'void\ntraffic light\ncar\n', b'\xef\xbb\xbfvoid\r\n traffic light\r\n\r\ncar']
+)
+def test_a_line_of_codes_is_the_name_of_a_class(text, tmp_path):
+    (masks_of_three_classes(tmp_path) / 'codes.txt').write_bytes(text)
+    assert read(tmp_path).classes == ['void', 'traffic light', 'car']
+
+
+def test_codes_that_are_not_utf8_are_named(tmp_path):
+    (masks_of_three_classes(tmp_path) / 'codes.txt').write_bytes(b'v\xffid\nroad\ncar\n')
+    with pytest.raises(DistillError, match="codes.txt can't be read as text in UTF-8"):
+        read(tmp_path)
+
+
+@pytest.mark.parametrize('of', ['gz', 'zip', 'xz', 'bz2', 'tar'])
+def test_a_file_that_is_not_compressed_as_its_name_says_is_named(of, tmp_path):
+    (tmp_path / f't.csv.{of}').write_text('a,b,y\n1,2,p\n')
+    with pytest.raises(DistillError, match=f"t.csv.{of} can't be read as CSV"):
+        read(tmp_path / f't.csv.{of}')
+
+
+def test_an_image_whose_name_is_not_utf8_is_named(digits, tmp_path):
+    shutil.copytree(digits, tmp_path / 'mine')
+    folder = os.fsencode(tmp_path / 'mine' / 'digit0')
+    try:
+        os.rename(folder, folder + b'\xff')
+    except OSError:
+        pytest.skip('this file system refuses such names')
+    with pytest.raises(DistillError, match='is not UTF-8: rename the file or its folder'):
+        read(tmp_path / 'mine')
+
+
+def test_settings_may_begin_with_a_byte_order_mark(tmp_path):
+    (tmp_path / 'config.toml').write_bytes(b'\xef\xbb\xbfdata = "x"\n')
+    assert read_config(tmp_path / 'config.toml') == dict(data='x')
+
+
 @pytest.mark.parametrize('kind', ['jpg', 'bmp', 'png'])
 def test_an_image_that_ends_too_early_is_named_before_the_training(kind, digits, tmp_path):
     shutil.copytree(digits, tmp_path / 'mine')

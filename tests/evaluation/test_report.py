@@ -1,12 +1,12 @@
 "The report in a terminal, as Markdown and as a page: the same numbers everywhere, and every name is only a name."
 
-import base64, io, re, shutil, subprocess
+import base64, errno, io, os, re, shutil, subprocess
 from html.parser import HTMLParser
 import pytest, torch
 from matplotlib.figure import Figure
 from rich.console import Console
 from reports import measured
-from fastdistill.fastai import Report
+from fastdistill.fastai import DistillError, Report
 from fastdistill.evaluation import (
     plot_classes,
     plot_cost,
@@ -237,6 +237,30 @@ def test_a_figure_of_ones_own_is_in_the_page():
     assert page.all('img')[-1]['alt'] == 'Where <they> differ' and page.all('img')[-1][
         'src'
     ].startswith('data:image/png')
+
+
+def test_a_report_that_can_not_be_written_keeps_the_one_that_was_there(tmp_path, monkeypatch):
+    r, file = a_report(), tmp_path / 'r.json'
+    r.to_json(file)
+    before = file.read_bytes()
+
+    def full(self, *args, **kwargs):
+        raise OSError(errno.ENOSPC, 'No space left on device')
+
+    with monkeypatch.context() as m:
+        m.setattr(os, 'fsync', full)
+        with pytest.raises(DistillError, match='No space for .*r.json'):
+            r.to_json(file)
+    assert file.read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == ['r.json']
+
+
+@pytest.mark.parametrize('name', ['missing/r.json', '.'])
+def test_a_place_where_no_report_can_be_is_named(name, tmp_path):
+    with pytest.raises(
+        DistillError, match=f"Can't write {tmp_path}.*: (No such file|Is a directory)"
+    ):
+        a_report().to_html(tmp_path / name)
 
 
 def test_the_same_report_gives_the_same_page(tmp_path):

@@ -245,6 +245,41 @@ def test_a_folder_holds_no_pickle_and_loads_again(normalized, saved):
     assert Report.from_json(folder / 'report.json') == r
 
 
+@pytest.mark.parametrize('name', ['README.md', 'config.json'])
+def test_files_of_something_else_are_not_overwritten(name, normalized, tmp_path):
+    (tmp_path / name).write_text('{"mine": 1}')
+    with pytest.raises(DistillError, match=f'has a {name} that is not of a saved student'):
+        save_student(normalized, tmp_path, onnx=False)
+    assert [p.name for p in tmp_path.iterdir()] == [name]
+    assert (tmp_path / name).read_text() == '{"mine": 1}'
+
+
+@pytest.mark.parametrize('name', ['config.json', 'model.safetensors'])
+@pytest.mark.parametrize('content', [b'', b'{', None])
+def test_a_damaged_file_of_a_saved_student_is_named(name, content, normalized, tmp_path):
+    save_student(normalized, tmp_path, onnx=False)
+    (tmp_path / name).unlink()
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(DistillError, match=name):
+        load_student(tmp_path, normalized.model)
+
+
+def test_a_report_of_a_different_type_is_refused(normalized, tmp_path):
+    with pytest.raises(DistillError, match='report is of type str: it must be a Report'):
+        save_student(normalized, tmp_path / 'a', 'report')
+    assert not (tmp_path / 'a').exists()
+
+
+def test_a_student_may_be_saved_again_after_an_interrupt_too(normalized, tmp_path):
+    for missing in ('README.md', 'config.json'):
+        save_student(normalized, tmp_path, onnx=False)
+        (tmp_path / missing).unlink()
+        (tmp_path / 'README.md').unlink(missing_ok=True)  # it is written last
+    save_student(normalized, tmp_path, onnx=False)
+    assert load_student(tmp_path, normalized.model) is normalized.model
+
+
 def test_the_cards_code_runs(normalized, saved, monkeypatch):
     folder, _ = saved
     code = (folder / 'README.md').read_text().split('```python\n')[1].split('```')[0]
@@ -335,7 +370,7 @@ def test_a_wrong_temperature_saves_nothing(normalized, tmp_path):
     assert not (tmp_path / 's').exists()
 
 
-@pytest.mark.parametrize('T', [0, -1.0, float('inf'), [1.0, 0.0]])
+@pytest.mark.parametrize('T', [0, -1.0, float('inf'), [1.0, 0.0], '2'])
 def test_a_temperature_is_positive(normalized, tmp_path, T):
     with pytest.raises(DistillError, match='must be a positive number'):
         export_student(normalized, tmp_path / 's.pt2', temperature=T)

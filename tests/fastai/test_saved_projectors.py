@@ -1,6 +1,6 @@
 "Projectors and their optimizer are kept beside the student's file, so that a resumed training is the training that was not interrupted."
 
-import io
+import errno, io
 from functools import partial
 import pytest, torch
 import apps  # before the rest of fastai: it keeps its warnings quiet
@@ -250,6 +250,44 @@ def test_a_student_that_is_saved_after_the_fit_keeps_its_projectors(tmp_path):
     assert (
         same(projectors(cb), want) and cb.state.optimizer.state_dict()['state'][0]['step'] == 8
     )  # 4 steps before, 4 now
+
+
+def half_written(state, file):
+    (file if hasattr(file, 'write') else open(file, 'wb')).write(b'half')
+    raise OSError(errno.ENOSPC, 'No space left on device')
+
+
+def test_a_save_without_space_keeps_the_projectors_that_were_there(tmp_path, monkeypatch):
+    student, teacher = toy(path=tmp_path, opt_func=Adam)
+    student.distill(teacher, 1, 0.01, recipe(), check=False)
+    student.save('half')
+    file = tmp_path / 'models' / 'half.distill.pth'
+    before = file.read_bytes()
+    save = torch.save
+    fails = lambda o, f, **kw: (
+        half_written(o, f) if 'distill' in str(getattr(f, 'name', f)) else save(o, f, **kw)
+    )
+    monkeypatch.setattr(torch, 'save', fails)
+    with pytest.raises(DistillError, match='No space for .*half.distill.pth'):
+        student.save('half')
+    assert file.read_bytes() == before
+    assert sorted(p.name for p in file.parent.iterdir()) == ['half.distill.pth', 'half.pth']
+
+
+@pytest.mark.parametrize('content', [b'', b'hello', [1]])
+def test_damaged_projectors_are_named(content, tmp_path):
+    student, teacher = toy(path=tmp_path, opt_func=Adam)
+    student.distill(teacher, 1, 0.01, recipe(), check=False)
+    student.save('half')
+    file = tmp_path / 'models' / 'half.distill.pth'
+    if isinstance(content, bytes):
+        file.write_bytes(content)
+    else:
+        torch.save(content, file)
+    with pytest.raises(
+        DistillError, match='half.distill.pth is damaged .*: remove it to load the student'
+    ):
+        student.load('half', weights_only=False)
 
 
 def test_projectors_that_were_loaded_are_saved_again_and_those_of_other_weights_are_not(tmp_path):

@@ -648,6 +648,35 @@ def test_a_checkpoint_holds_only_the_student_and_projectors_are_trained(tmp_path
     assert not any(m._forward_hooks for m in student.modules())
 
 
+def test_a_checkpoint_is_written_completely_or_not_at_all(tmp_path, monkeypatch):
+    trainer = DistillationTrainer(
+        bert(width=8),
+        args(tmp_path, save_strategy='steps', save_steps=1, optim='sgd'),
+        train_dataset=list(texts()),
+        teacher=bert(width=16),
+        recipe=soft_labels() + Term(losses.hint, layers='last', weight=1.0),
+    )
+    trainer.train()
+    file = tmp_path / 'checkpoint-1' / 'distillation.pt'
+    before, save = file.read_bytes(), torch.save
+
+    def half(state, f, **kwargs):
+        if 'distillation.pt' not in str(getattr(f, 'name', f)):
+            return save(state, f, **kwargs)
+        (f if hasattr(f, 'write') else open(f, 'wb')).write(b'half')
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as m:
+        m.setattr(torch, 'save', half)
+        with pytest.raises(KeyboardInterrupt):
+            trainer._save_optimizer_and_scheduler(str(file.parent))
+    assert file.read_bytes() == before
+    assert not list(file.parent.glob('*.tmp'))
+    file.write_bytes(before[:100])
+    with pytest.raises(DistillError, match='distillation.pt is damaged .* Resume from an earlier'):
+        trainer.train(resume_from_checkpoint=str(file.parent))
+
+
 def test_each_step_begins_without_the_gradients_of_the_step_before(tmp_path):
     trainer = DistillationTrainer(
         bert(width=8),

@@ -4,12 +4,16 @@ import copy
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ['Attributes', 'ModelState', 'TensorValues', 'restored']
+from .atomic_files import write_atomically
+from .errors import DistillError
+
+__all__ = ['Attributes', 'ModelState', 'TensorValues', 'read_state', 'restored', 'write_state']
 
 
 class ModelState:
@@ -133,3 +137,25 @@ def restore_tensor(t: Tensor, was: Tensor) -> None:
         t.resize_(was.shape)
     if not torch.equal(t, was):
         t.copy_(was)
+
+
+def write_state(path: str | Path, state: dict) -> None:
+    """Write tensors and plain data with `torch.save`, completely or not at all."""
+    write_atomically(path, lambda f: torch.save(state, f))
+
+
+def read_state(path: str | Path, advice: str) -> dict:
+    """Read what `write_state` wrote. No code in the file runs.
+
+    Args:
+        path: Path of the file.
+        advice: What to do if the file is damaged, for the error.
+    """
+    try:
+        state = torch.load(path, map_location='cpu', weights_only=True)
+    # subtle: a damaged file is an error of zip, of pickle or of PyTorch
+    except Exception as e:
+        raise DistillError(f'{path} is damaged ({type(e).__name__}). {advice}') from e
+    if not isinstance(state, dict):
+        raise DistillError(f'{path} is damaged (it holds a {type(state).__name__}). {advice}')
+    return state

@@ -15,8 +15,9 @@ from email.utils import parsedate_to_datetime
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from ..base.atomic_files import file_errors
+from ..base.atomic_files import file_errors, write_atomically
 from ..base.outputs import DistillError
+from .digests import checksum
 from .file_store import Folder
 from .json_checks import shortened
 from .teacher_description import is_whole
@@ -39,7 +40,7 @@ def ask_server(
     at_once: int = 8,
     per_second: float | None = None,
     retries: int = 5,
-    timeout: float = 120,
+    timeout: float | None = 120,
 ) -> Path:
     """Query a server for each sample and write its responses. Then `cache_from(path, 'cache',
     n=...)` makes a cache of them.
@@ -57,7 +58,7 @@ def ask_server(
         at_once: Number of simultaneous requests.
         per_second: Maximum number of requests started per second. None for no limit.
         retries: Number of retries of a request after temporary errors.
-        timeout: Timeout of a response, in seconds.
+        timeout: Timeout of a response, in seconds. None to wait forever.
     """
     path = Path(path).expanduser()
     if path.suffix != '.jsonl':
@@ -66,22 +67,29 @@ def ask_server(
     for k, v, least in ('bs', bs, 1), ('at_once', at_once, 1), ('retries', retries, 0):
         if not is_whole(v) or v < least:
             raise DistillError(f'{k}={v!r}: it must be a whole number from {least}.')
+    for k, v in ('per_second', per_second), ('timeout', timeout):
+        if v is not None and not (is_python_number(v) and 1e-6 <= v <= 1e6):
+            raise DistillError(
+                f'{k}={v!r}: it must be a number from 0.000001 to 1,000,000, or None.'
+            )
     server = Server(url, secret(key), per_second, retries, timeout)
     request = request or (lambda parts: {**(body or {}), 'prompt': parts})
     answer = answer or choices_of
 
     def ask(names):
         of = texts_of(names)
-        with naming(f'request= for {of}', Exception):
+        with naming(f'request= for {of}', server, Exception):
             asked = json.dumps(request([samples[k] for k in names])).encode()
         got = server.post(asked, of)
-        with naming(f'The answer for {of}'):
+        with naming(f'The answer for {of}', server):
             lines = lines_of(answer(got), names)
         return server.hide(lines)
 
     with Folder(path.parent).lock(f'.{path.name}.lock', path), file_errors(f"Can't write {path}"):
-        check_same(path, server.hide(json.dumps(dict(url=server.shown, body=body), default=str)))
+        now = json.loads(server.hide(asked_of(server.shown, body)))
+        known = digests_before(path, now)
         done = names_in(path)
+        note_samples(path, now, known, samples, done)
         todo = [k for k in samples if k not in done]
         with ThreadPoolExecutor(at_once) as pool, open(path, 'a') as f:
             jobs = {pool.submit(ask, todo[i : i + bs]) for i in range(0, len(todo), bs)}
@@ -105,6 +113,10 @@ def ask_server(
     return path
 
 
+def is_python_number(o):
+    return isinstance(o, (int, float)) and not isinstance(o, bool)
+
+
 def check_samples(samples):
     if not isinstance(samples, Mapping):
         raise DistillError(
@@ -123,15 +135,19 @@ def texts_of(names):
 
 
 @contextmanager
-def naming(what, errors=(KeyError, TypeError, ValueError, IndexError, AttributeError)):
+def naming(what, server, errors=(KeyError, TypeError, ValueError, IndexError, AttributeError)):
     """Context in which errors of a user's function name the sample that they are about."""
+    failed = None
     try:
         yield
     except errors as e:
         text = str(e) if isinstance(e, DistillError) else f'{type(e).__name__}: {e}'
-        raise DistillError(f'{what}: {shortened(text, 500)}') from (
-            None if isinstance(e, DistillError) else e
-        )
+        failed, cause = f'{what}: {server.shown_text(text)}', e
+        # subtle: an error that shows what the server repeated may show the key
+        if isinstance(e, DistillError) or server.hide(text) != text:
+            cause = None
+    if failed is not None:
+        raise DistillError(failed) from cause
 
 
 def lines_of(rows, names):
@@ -152,10 +168,11 @@ def lines_of(rows, names):
 def secret(key):
     if key is None:
         return None
-    if key not in os.environ:
+    # subtle: without the name, which may be the key itself by mistake
+    if not isinstance(key, str) or key not in os.environ:
         raise DistillError(
-            f"key={key!r} is the name of an environment variable with the server's key, but there is no "
-            'such variable.'
+            "key= is the name of an environment variable with the server's key, but there is no such "
+            'variable.'
         )
     value = Secret(os.environ[key].strip())
     # subtle: http.client would show the whole key in its own error
@@ -172,23 +189,70 @@ class Secret(str):
         return "'***'"
 
 
-def check_same(path, asked):
-    """Raise a DistillError instead of mixing the responses to different requests in one file."""
-    beside = path.with_suffix('.request.json')
-    if not path.exists() or not beside.exists():
-        beside.write_text(asked)
-        return
+def asked_of(url, body):
     try:
-        was = json.loads(beside.read_text())
+        return json.dumps(dict(url=url, body=body), default=str)
     except ValueError as e:
+        raise DistillError(f"body= can't be sent as JSON: {e}.") from e
+
+
+def beside(path):
+    return path.with_suffix('.request.json')
+
+
+def digests_before(path, now) -> dict:
+    """Return the digests of the samples that the file's requests sent, by name. Raise a DistillError
+    instead of mixing the responses to different requests in one file.
+
+    Args:
+        now: URL and body of the requests.
+    """
+    if not path.exists() or not beside(path).exists():
+        return {}
+    try:
+        was = json.loads(beside(path).read_text())
+        known = dict(was.pop('samples', {}))
+    except (ValueError, TypeError, AttributeError) as e:
         raise DistillError(
-            f"{beside} is damaged ({e}), so the requests can't be compared: remove it if the answers in "
-            f'{path} are to the same requests.'
+            f"{beside(path)} is damaged ({e}), so the requests can't be compared: remove it if the "
+            f'answers in {path} are to the same requests.'
         ) from e
-    if was != (now := json.loads(asked)):
+    if was != now:
         raise DistillError(
             f'{path} has answers to other requests ({was}, now {now}): use another file.'
         )
+    return known
+
+
+def note_samples(path, now, known, samples, done):
+    """Store what the requests send. Raise a DistillError if something different was sent for a
+    sample that has a response.
+
+    Args:
+        known: {name as JSON: digest} of earlier requests.
+        done: Names of the samples that have a response.
+    """
+    found = {json.dumps(k): digest for k, v in samples.items() if (digest := digest_of(v))}
+    different = [k for k in samples if k in done and differ(known, found, json.dumps(k))]
+    if different:
+        raise DistillError(
+            f'{path} has the answer for {texts_of(different)}, to which something different was sent: '
+            'use another file, or remove these lines to ask again.'
+        )
+    if not known or not found.items() <= known.items():
+        write_atomically(beside(path), json.dumps(now | dict(samples=known | found)))
+
+
+def differ(a, b, k):
+    return k in a and k in b and a[k] != b[k]
+
+
+def digest_of(sample) -> str | None:
+    """Return a digest of what is sent. None if it is not a JSON value."""
+    try:
+        return checksum(json.dumps(sample, sort_keys=True).encode())
+    except (TypeError, ValueError, RecursionError):
+        return None
 
 
 def names_in(path) -> set:
@@ -196,21 +260,37 @@ def names_in(path) -> set:
     if not path.exists():
         return set()
     text = path.read_bytes()
-    whole = text[: text.rfind(b'\n') + 1]
-    if whole != text:
+    whole, end = text[: text.rfind(b'\n') + 1], text[text.rfind(b'\n') + 1 :]
+    names = {name_in(path, i, line) for i, line in enumerate(whole.split(b'\n'), 1) if line.strip()}
+    # subtle: only now, since a file with different lines is not ours
+    if end and not is_json(end):
         os.truncate(path, len(whole))
-    names = set()
-    for i, line in enumerate(whole.splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            names.add(json.loads(line)['key'])
-        except (ValueError, KeyError, TypeError) as e:
-            raise DistillError(
-                f"{path}, line {i} is not an answer with a 'key' ({type(e).__name__}: {e}): remove the "
-                'line to ask again, or use another file.'
-            ) from e
+    elif end:
+        names.add(name_in(path, whole.count(b'\n') + 1, end))
+        with open(path, 'ab') as f:
+            f.write(b'\n')
     return names
+
+
+def is_json(text) -> bool:
+    try:
+        json.loads(text)
+    except ValueError:
+        return False
+    return True
+
+
+def name_in(path, i, line):
+    """Return the name of the sample of a line."""
+    try:
+        name = json.loads(line)['key']
+        hash(name)
+        return name
+    except (ValueError, KeyError, TypeError) as e:
+        raise DistillError(
+            f"{path}, line {i} is not an answer with a 'key' ({type(e).__name__}: {e}): remove the "
+            'line to ask again, or use another file.'
+        ) from e
 
 
 def choices_of(response):
@@ -318,7 +398,7 @@ class Server:
         if shown:
             less = f' (the server asks for {seconds:,.0f} s)' if wait < seconds else ''
             print(
-                f'{self.shown}: {shortened(why, 100)}; waiting for {wait:.0f} s{less}.',
+                f'{self.shown}: {self.shown_text(why, 100)}; waiting for {wait:.0f} s{less}.',
                 file=sys.stderr,
             )
 
@@ -332,8 +412,8 @@ class Server:
         except urllib.error.HTTPError as e:
             with e:
                 self._refused(e)
-        # no connection, or an answer that ends too early
-        except (OSError, http.client.HTTPException) as e:
+        # no connection, an answer that ends too early, or a length that no answer can have
+        except (OSError, http.client.HTTPException, ValueError, OverflowError) as e:
             raise Passing(f'{type(e).__name__}: {e}', None) from None
         try:
             return json.loads(text)
@@ -370,10 +450,15 @@ class Server:
             return text
         return text.replace(self.key, '***').replace(json.dumps(self.key)[1:-1], '***')
 
+    def shown_text(self, text, n=500):
+        """Prepare a text of the server for a message: without the key, without characters that
+        control a terminal, and short.
+        """
+        return shortened(''.join(c if c.isprintable() else ' ' for c in self.hide(text)), n)
+
     def _failed(self, why, of):
-        why = shortened(''.join(c if c.isprintable() else ' ' for c in why), 500)
         return DistillError(
-            f'{self.shown} gave no answer for {of} ({why}). The answers so far are kept: run it again '
+            f'{self.shown} gave no answer for {of} ({self.shown_text(why)}). The answers so far are kept: run it again '
             'to resume.'
         )
 

@@ -22,7 +22,14 @@ CARD = 'README.md'
 
 
 def cache_facts(where, m):
-    """Yield (name, text) for each fact about a cache."""
+    """Yield (name, text) for each fact about a cache. The texts control no terminal, whoever wrote
+    the manifest.
+    """
+    for k, v in facts_of_cache(where, m):
+        yield k, ''.join(c if c.isprintable() else ' ' for c in str(v))
+
+
+def facts_of_cache(where, m):
     yield 'samples', f'{m.count:,}'
     yield 'views', f'{m.views} of each, augmented' if m.views else 'the clean one of each'
     yield (
@@ -56,7 +63,8 @@ def cache_facts(where, m):
     if m.vocab:
         yield (
             'classes',
-            ', '.join(m.vocab[:10]) + (f' ... ({len(m.vocab)})' if len(m.vocab) > 10 else ''),
+            ', '.join(map(str, m.vocab[:10]))
+            + (f' ... ({len(m.vocab)})' if len(m.vocab) > 10 else ''),
         )
     for k, v in m.transforms.items():
         yield k, v
@@ -104,16 +112,22 @@ def pack_cache(
     }
     card = card_of(where, title, data, note, licenses, license)
     files = {at + n: (p, n) for at, p in parts.items() for n in files_of_cache(p)}
-    path = Path(path).expanduser()
+    path = local_path(path)
     if path.suffix == '.zip':
         return write_zip(path, files, card, force)
+    to = Folder(path)
     if path.exists() and any(path.iterdir()):
         raise DistillError(f'{path} is not empty: choose another folder.')
-    to = Folder(path)
     to.write(CARD, card.encode())
     for name, (p, n) in manifest_last(files):
         to.write(name, p.read(n))
     return path
+
+
+def local_path(path):
+    if '://' in str(path):
+        raise DistillError(f'{path} is a URL: give a path on this machine, and copy it from there.')
+    return Path(path).expanduser()
 
 
 def files_of_cache(where):
@@ -158,7 +172,7 @@ def unpack_cache(path, to) -> TeacherCache:
         path: File written by `pack_cache`.
         to: Folder of the cache, new or empty.
     """
-    where, path = Folder(to), Path(path).expanduser()
+    where, path = Folder(local_path(to)), local_path(path)
     if where.names():
         raise DistillError(f'{where} is not empty: choose another folder.')
     if not path.is_file():

@@ -50,13 +50,15 @@ def seal_stream(path, keys=None) -> TeacherCache:
 
 
 def _seal(where, m, expected):
-    names, unfinished = part_files(where, m.stored)
+    names, ends, unfinished = part_files(where, m.stored)
     problems = Problems(where)
     problems.add('writers are not done', unfinished)
     if not names[0]:
+        problems.add("writers' rows are not all there", lost_rows({}, ends))
         problems.add('files with rows', ['none'])
         problems.enforce()
     counts = count_rows(where, m, names, problems)
+    problems.add("writers' rows are not all there", lost_rows(counts, ends))
     problems.enforce()
     m.parts = [[part_name(n), counts[n]] for n in names[0]]
     m.count = sum(n for _, n in m.parts)
@@ -117,7 +119,9 @@ def part_name(name):
 
 
 def part_files(where, views):
-    """Return (names of the files of each view in order, texts about writers that are not done)."""
+    """Return (names of the files of each view in order, {(view, writer): number of rows that it
+    noted}, texts about writers that are not done).
+    """
     found, ends = [[] for _ in range(views)], {}
     for n in where.names():
         if not (at := PART.fullmatch(n)) or int(at[1]) >= views:
@@ -138,7 +142,21 @@ def part_files(where, views):
                 unfinished.append(f'{name} of view {view} (no file {missing[0]})')
             elif (view, name) not in ends:
                 unfinished.append(f'{name} of view {view} ({len(numbers)} files so far)')
-    return [sorted(o) for o in found], unfinished
+    return [sorted(o) for o in found], ends, unfinished
+
+
+def lost_rows(counts, ends):
+    """Return texts about writers with a different number of rows than they noted at their end."""
+    there = defaultdict(int)
+    for name, n in counts.items():
+        view, part, _ = PART.fullmatch(name).groups()
+        if at := NUMBERED.fullmatch(part):
+            there[int(view), at[1]] += n
+    return [
+        f'{name} of view {view} ({there[view, name]} of {n} rows)'
+        for (view, name), n in sorted(ends.items())
+        if there[view, name] != n
+    ]
 
 
 def count_rows(where, m, names, problems) -> dict:

@@ -318,9 +318,7 @@ class RowWriter:
         Returns:
             Name of the file in the folder.
         """
-        if not PART_NAME.fullmatch(name):
-            raise DistillError(f'The name of a file is {name!r}: it must be {PART_NAMES}.')
-        check_view(self.folder, self.manifest, view)
+        self.check_place(name, view)
         to, data = f'view{view:03}/{name}.rows', memoryview(np.ascontiguousarray(rows)).cast('B')
         self.folder.write(to, data)
         own = np.asarray(keys, '<u8').tobytes() + bytes.fromhex(checksum(data))
@@ -328,10 +326,20 @@ class RowWriter:
         self.folder.write(keys_file(to), own + bytes.fromhex(checksum(own)))
         return to
 
+    def check_place(self, name, view: int):
+        """Raise a DistillError if the folder has no such view, or no file may have this name."""
+        if not PART_NAME.fullmatch(name):
+            raise DistillError(f'The name of a file is {name!r}: it must be {PART_NAMES}.')
+        check_view(self.folder, self.manifest, view)
+
     def finished(self, name, view: int = 0) -> list:
-        """Return the names of the consecutive numbered files NAME-000000 ... that are there."""
-        names = []
-        while self.folder.size(keys_file(to := part_file(name, len(names), view))) is not None:
+        """Return the names of the consecutive numbered files NAME-000000 ... that are there, with
+        all their rows.
+        """
+        names, size = [], self.manifest.layout.bytes
+        while (n := rows_in(self.folder, to := part_file(name, len(names), view))) is not None:
+            if self.folder.size(to) != n * size:
+                break
             names.append(to)
         return names
 
@@ -342,6 +350,12 @@ def part_file(name, i, view=0):
 
 def keys_file(name):
     return name.removesuffix('.rows') + '.keys'
+
+
+def rows_in(where, name) -> int | None:
+    """Return how many keys a file of rows has. None if its keys are not there."""
+    size = where.size(keys_file(name))
+    return None if size is None else (size - 32) // 8
 
 
 def read_keys(where, name):
@@ -373,10 +387,13 @@ def write_stream(
         part_bytes: Bytes of a file, about.
     """
     out, size = RowWriter(rows.folder), max(part_bytes // rows.manifest.layout.bytes, 1)
-    end = f'view{view:03}/{name}.end'
-    if (n := rows_at_end(rows.folder, end)) is not None:
+    out.check_place(f'{name}-{0:06}', view)
+    end, parts = f'view{view:03}/{name}.end', out.finished(name, view)
+    n = rows_at_end(rows.folder, end)
+    # subtle: files may have been lost since the writer was done
+    if n is not None and n == sum(rows_in(rows.folder, o) for o in parts):
         return n
-    done = [read_keys(rows.folder, o)[0] for o in out.finished(name, view)]
+    done = [read_keys(rows.folder, o)[0] for o in parts]
     number, known, at = len(done), np.concatenate([*done, np.empty(0, np.uint64)]), 0
     waiting, kept = [], 0  # (keys, rows) that are not written yet
     with rows.teacher if hasattr(rows.teacher, '__enter__') else nullcontext():
@@ -416,8 +433,13 @@ def rows_at_end(where, name) -> int | None:
     """Return the number of rows that a finished writer noted. None if there is no such note."""
     if where.size(name) is None:
         return None
-    o = json_object(name, parse_json(where.read(name)), ('rows',), ())
-    return whole_number(f'{name}, rows', o['rows'], 0, MAX_COUNT)
+    try:
+        o = json_object('the file', parse_json(where.read(name)), ('rows',), ())
+        return whole_number('rows', o['rows'], 0, MAX_COUNT)
+    except DistillError as e:
+        raise DistillError(
+            f'{name} in {where} is damaged: {e} Remove it, and start its writer again.'
+        ) from e
 
 
 def first_rows_of(waiting, n):

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Self, cast
 
+from ..base.atomic_files import file_errors, write_atomically
 from ..base.errors import DistillError
 
 __all__ = [
@@ -323,7 +324,12 @@ def write_text(text: str, path: str | Path | None) -> str | Path:
     if path is None:
         return text
     path = Path(path)
-    path.write_text(text, encoding='utf-8')
+    with file_errors(f"Can't write {path}"):
+        # subtle: a terminal or a pipe can't be replaced by a file
+        if path.exists() and not path.is_file():
+            path.write_text(text, encoding='utf-8')
+        else:
+            write_atomically(path, text)
     return path
 
 

@@ -64,7 +64,6 @@ import inspect
 from pathlib import Path
 
 import fastai.callback.schedule  # noqa: F401 (it gives Learner fine_tune)
-import torch
 from fastai.basics import (
     Callback,
     DataBlock,
@@ -79,6 +78,7 @@ from fastai.basics import (
 )
 
 from ..base.distributed import rank
+from ..base.model_state import read_state, write_state
 from .learner_notes import notes_of
 from .teacher_targets import TeacherTarget, TeacherTargets, makes_target, without_targets
 
@@ -266,7 +266,7 @@ def _with_projectors(save):
             return saved
         state = {} if not with_opt else notes_of(self).last_state if cb is None else cb.state_dict()
         if state and (state['links'] or state['distiller'] is not None):
-            torch.save(state, beside)
+            write_state(beside, state)
         else:
             beside.unlink(missing_ok=True)  # it belonged to the student that was overwritten
         return saved
@@ -292,7 +292,9 @@ def _with_its_projectors(load):
         notes_of(self).last_state = notes_of(self).loaded_state = None
         if not beside.is_file():
             return out
-        state = torch.load(beside, map_location='cpu', weights_only=True)
+        state = read_state(
+            beside, 'It holds the projectors of this student: remove it to load the student only.'
+        )
         # subtle: even with a callback, since it may be removed before the next `save`, e.g. after a fit
         notes_of(self).last_state = state
         if cb is not None:

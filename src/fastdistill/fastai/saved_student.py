@@ -6,10 +6,11 @@ import json
 from pathlib import Path
 
 from fastai.basics import Learner
+from safetensors import SafetensorError
 from safetensors.torch import load_model, save_model
 from torch import nn
 
-from ..base.atomic_files import new_file, write_atomically
+from ..base.atomic_files import file_errors, new_file, write_atomically
 from ..base.outputs import DistillError
 from ..evaluation import Report
 from ..teachers.model_loading import Onnx
@@ -68,8 +69,14 @@ def save_student(
     """
     check_learner(learn, 'save_student')
     temperature_tensor(temperature)  # raises an error for a wrong one before anything is written
+    if report is not None and not isinstance(report, Report):
+        raise DistillError(
+            f'report is of type {type(report).__name__}: it must be a Report from compare.'
+        )
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    with file_errors(f"{folder} can't be the folder of a student"):
+        folder.mkdir(parents=True, exist_ok=True)
+    check_own_files(folder)
     facts = facts_of(learn, validation_inputs(learn, 1)[0]) | dict(
         network=type(learn.model).__name__,
         temperature=temperature,
@@ -90,6 +97,22 @@ def save_student(
     if report is not None:
         report.to_json(folder / 'report.json')
     return folder
+
+
+def check_own_files(folder):
+    """Raise a DistillError instead of overwriting files of something else."""
+    try:
+        facts = json.loads((folder / 'config.json').read_text(encoding='utf-8'))
+    except (OSError, ValueError):
+        facts = None
+    # subtle: config.json comes first, so an interrupted `save_student` leaves no README.md without it
+    if isinstance(facts, dict) and {'network', 'normalization'} <= set(facts):
+        return
+    if found := [n for n in ('config.json', 'README.md') if (folder / n).exists()]:
+        raise DistillError(
+            f'{folder} has a {found[0]} that is not of a saved student, and would be overwritten: '
+            'choose a different folder.'
+        )
 
 
 def card(title, facts, checked, report):
@@ -151,7 +174,8 @@ def load_student(folder: str | Path, model: nn.Module | None = None):
             f'There is no student in {str(folder)!r} (no config.json). save_student(learn, folder) '
             'writes one.'
         )
-    facts = json.loads((folder / 'config.json').read_text(encoding='utf-8'))
+    with file_errors(f'config.json in {folder} is damaged'):
+        facts = json.loads((folder / 'config.json').read_text(encoding='utf-8'))
     if model is None:
         if not (folder / 'student.onnx').is_file():
             raise DistillError(
@@ -161,6 +185,8 @@ def load_student(folder: str | Path, model: nn.Module | None = None):
     else:
         try:
             load_model(model, str(folder / 'model.safetensors'))
+        except (OSError, SafetensorError) as e:
+            raise DistillError(f"model.safetensors in {folder} can't be read: {e}") from e
         except RuntimeError as e:
             raise DistillError(
                 f'The weights in {str(folder)!r} belong to a different network: {e}'

@@ -176,7 +176,10 @@ def temperature_tensor(temperature) -> Tensor | None:
     """
     if temperature is None:
         return None
-    T = torch.as_tensor(temperature, dtype=torch.float32)
+    try:
+        T = torch.as_tensor(temperature, dtype=torch.float32)
+    except (TypeError, ValueError, RuntimeError):
+        T = torch.zeros(())
     if T.dim() > 1 or not bool((T > 0).all()) or not bool(T.isfinite().all()):
         raise DistillError(
             f'temperature={temperature!r}: must be a positive number, or a list with one for each label.'

@@ -7,6 +7,7 @@ from torch.utils.data import DataLoader
 from transformers import Trainer
 
 from ..base.distributed import average_gradients, mean_over_ranks
+from ..base.model_state import read_state, write_state
 from ..base.outputs import DistillError
 from ..base.random_state import RandomGuard
 from ..distiller.dataloader import read_apart
@@ -334,13 +335,13 @@ class DistillationMixin:
     def _save_optimizer_and_scheduler(self, output_dir):
         super()._save_optimizer_and_scheduler(output_dir)
         if self.args.should_save:
-            torch.save(training_state(self.distiller), os.path.join(output_dir, STATE_FILE))
+            write_state(os.path.join(output_dir, STATE_FILE), training_state(self.distiller))
 
     def _load_optimizer_and_scheduler(self, checkpoint):
         super()._load_optimizer_and_scheduler(checkpoint)
         file = None if checkpoint is None else os.path.join(checkpoint, STATE_FILE)
         if file is not None and os.path.isfile(file):
-            load_state(self.distiller, torch.load(file, map_location='cpu', weights_only=True))
+            load_state(self.distiller, read_state(file, 'Resume from an earlier checkpoint.'))
 
 
 class DistillationTrainer(DistillationMixin, Trainer):

@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from ...base.errors import DistillError
@@ -162,10 +163,13 @@ def info(
         raise DistillError(f'There is no cache at {path} (no manifest.json).')
     m = Manifest.read(where)
     table = Table(
-        show_header=False, box=None, title=f'Teacher outputs in {path}', title_justify='left'
+        show_header=False,
+        box=None,
+        title=f'Teacher outputs in {escape(path)}',
+        title_justify='left',
     )
     for k, v in cache_facts(where, m):
-        table.add_row(k, v)
+        table.add_row(escape(k), escape(v))
     Console().print(table)
     if check:
         TeacherCache(path).check()

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from ...base.atomic_files import write_atomically
 from ...base.errors import DistillError, DistillWarning
 from ..arguments import DataOption, ModelsArg, StudentArg, in_python, split_name
 from ..named_objects import (
@@ -65,7 +66,7 @@ def compare_command(
     out.mkdir(parents=True, exist_ok=True)
     r.to_json(out / 'report.json')
     r.to_html(out / 'report.html')
-    (out / 'report.md').write_text(r.to_markdown(level=1), encoding='utf-8')
+    write_atomically(out / 'report.md', r.to_markdown(level=1))
     typer.echo(f'Written: {out}/report.html, report.json, report.md')
 
 

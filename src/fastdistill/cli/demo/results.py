@@ -1,6 +1,5 @@
 "Results of the demo, as text and numbers."
 
-import json
 import os
 import platform
 from dataclasses import asdict, dataclass
@@ -12,6 +11,8 @@ from fastai.basics import Learner, default_device
 from rich import box
 from rich.table import Table
 from torch import Tensor
+
+from ...base.atomic_files import write_json
 
 __all__ = ['ALONE', 'Results', 'Trained', 'closing', 'opening', 'results_table']
 
@@ -111,7 +112,7 @@ class Results:
             for way in self.scores
             if way != ALONE
         }
-        path.write_text(json.dumps(asdict(self) | dict(taught=taught), indent=1) + '\n')
+        write_json(path, asdict(self) | dict(taught=taught))
 
 
 def n_params(model):

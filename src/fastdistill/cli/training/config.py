@@ -290,7 +290,7 @@ def read_config(path) -> dict:
         path: Path of a TOML file.
     """
     try:
-        text = Path(path).read_text(encoding='utf-8')
+        text = Path(path).read_text(encoding='utf-8-sig')
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as e:
         raise DistillError(
             f'There is no settings file {str(path)!r}. A run writes its own: config.toml.'

@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 from fastai.data.transforms import image_extensions
 
+from ...base.atomic_files import file_errors
 from ...base.errors import DistillError, close_name
 from .config import check_data_path
 
@@ -114,7 +115,18 @@ def image_files(folder):
             for n in names
             if not n.startswith('.') and Path(n).suffix.lower() in image_extensions
         ]
+    # subtle: a table of pandas can't hold other names
+    if odd := next((p for p in files if not is_utf8(p)), None):
+        raise DistillError(f'The name of {str(odd)!r} is not UTF-8: rename the file or its folder.')
     return sorted(files)
+
+
+def is_utf8(path):
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def leads_back(path, above):
@@ -195,9 +207,18 @@ def from_masks(path):
     check_each_once([Path(x) for x, *_ in rows])
     frame = pd.DataFrame(rows, columns=['x', 'y', 'valid'])
     valid = frame.pop('valid').to_numpy() if split_folders(path) else None
-    codes = path / 'codes.txt'
-    classes = codes.read_text(encoding='utf-8').split() if codes.is_file() else None
-    return Samples('masks', frame, ['x'], 'y', valid, path, classes=classes)
+    return Samples(
+        'masks', frame, ['x'], 'y', valid, path, classes=class_names_in(path / 'codes.txt')
+    )
+
+
+def class_names_in(file):
+    """Return the names of the classes, one a line. None if there is no file, or no name in it."""
+    if not file.is_file():
+        return None
+    with file_errors(f"{file} can't be read as text in UTF-8"):
+        lines = file.read_text(encoding='utf-8-sig').splitlines()
+    return [o.strip() for o in lines if o.strip()] or None
 
 
 def is_csv(path):
@@ -237,7 +258,10 @@ def read_csv(path, header):
             header=0 if header else None,
             skipinitialspace=True,
         )
-    except (ValueError, OSError, EOFError) as e:
+    except ImportError:
+        raise
+    # subtle: each kind of compressed file has errors of its own
+    except Exception as e:
         raise DistillError(f"{path} can't be read as CSV: {e}") from e
     frame.columns = [str(c).strip() for c in frame.columns]
     if frame.columns.has_duplicates:

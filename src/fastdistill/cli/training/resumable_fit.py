@@ -11,9 +11,10 @@ import torch
 from fastai.basics import Callback, CancelEpochException, L, get_model, one_param, to_device
 from fastai.callback.schedule import valley
 
-from ...base.atomic_files import enough_space, write_atomically
+from ...base.atomic_files import enough_space
 from ...base.distributed import broadcast, on_first, rank, world_size
 from ...base.errors import DistillError
+from ...base.model_state import read_state, write_state
 from ...base.outputs import as_plain, map_tensors
 from ...base.sample_seeds import seeds_of
 from ...fastai.compare import history_of
@@ -22,6 +23,7 @@ from ...fastai.metrics import row_by_column
 __all__ = ['Checkpoints', 'find_rate', 'fit_stage', 'seed_everything']
 
 BEFORE_FIT = 2**32  # used instead of the epoch number
+DAMAGED = 'Delete it to start this training again.'
 LOWEST, HIGHEST, IF_NONE_IS_FOUND = 1e-4, 0.03, 1e-3  # limits and default for learning rates
 
 
@@ -70,7 +72,7 @@ class Checkpoints(Callback):
     def __init__(self, file, seed, kd=None, say=print):
         super().__init__()
         self.file, self.seed, self.kd, self.say = file, seed, kd, say
-        self.state = on_first(lambda: read_state(file) if file.is_file() else None)
+        self.state = on_first(lambda: read_state(file, DAMAGED) if file.is_file() else None)
 
     @property
     def done(self):
@@ -120,7 +122,7 @@ class Checkpoints(Callback):
         state = map_tensors(
             state, as_plain
         )  # torch.load(weights_only=True) can't load fastai's tensor classes
-        write_atomically(self.file, lambda f: torch.save(state, f))
+        write_state(self.file, state)
         if self.say is not None:
             self.say(self.line(r))
 
@@ -157,16 +159,6 @@ def plain(v):
         if isinstance(v, tuple)
         else v
     )
-
-
-def read_state(file):
-    try:
-        return torch.load(file, map_location='cpu', weights_only=True)
-    # subtle: a damaged file may raise an error of zipfile, pickle or PyTorch
-    except Exception as e:
-        raise DistillError(
-            f'{file} is damaged ({type(e).__name__}). Delete it to start this training again.'
-        ) from e
 
 
 def fit_stage(learn, n_epoch: int, lr, checkpoints: Checkpoints, cbs=(), bar: bool = False) -> dict:
