@@ -33,7 +33,7 @@ MEASURED = dict(
 MAX_BYTES = 500_000  # of a page
 # what fastdistill.fastai adds to every Learner
 LEARNER = (
-    'find.distill_find learner.calibrate learner.check_teacher learner.distill learner.explain '
+    'recipe_find.distill_find learner.calibrate learner.check_teacher learner.distill learner.explain '
     'learner.show_features'
 )
 # modules whose names are described on the page of another one, if that has them
