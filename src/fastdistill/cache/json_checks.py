@@ -1,5 +1,6 @@
-"""Check entries of a JSON file by type and range. An error names the entry, its value and the
-allowed values.
+"""Check the types and ranges of the entries of a JSON file.
+
+Each error names the entry, its value and the allowed values.
 """
 
 import json
@@ -24,7 +25,7 @@ def shortened(o, n=200):
 
 
 def parse_json(text: bytes):
-    """Parse a JSON file. Its depth is limited, and its strings must be printable."""
+    """Parse a JSON file. Raise a DistillError for deep nesting or strings that can't be printed."""
     try:
         o = json.loads(text)
         check_depth(o)
@@ -35,7 +36,7 @@ def parse_json(text: bytes):
 
 def check_depth(o, depth=DEPTH):
     if isinstance(o, str):
-        o.encode()  # fails for half of a surrogate pair, which can't be printed
+        o.encode()  # fails for strings that can't be printed (lone surrogates)
     if not isinstance(o, (dict, list)):
         return
     if not depth:
@@ -75,8 +76,9 @@ def json_list(name, o, low, high) -> list:
 
 
 def json_object(name, o, required, optional=None) -> dict:
-    """Return a dict that has all required keys. Other keys must be among the optional ones (None
-    allows any).
+    """Check that `o` is a dict with all required keys, and return it.
+
+    Other keys must be among the optional ones. If `optional` is None, any key is allowed.
     """
     if not isinstance(o, dict):
         refuse_entry(name, o, 'an object')
