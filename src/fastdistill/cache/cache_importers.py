@@ -448,7 +448,7 @@ def unwrapped(o):
 
 
 def listed(o):
-    """Convert a tuple to a list, and a tensor to an array. A 0-dimensional array becomes a number."""
+    """Convert a tuple to a list, and a tensor to an array. A 0-d array becomes a number."""
     if torch.is_tensor(o):
         o = as_array(o)
     return (
@@ -497,7 +497,10 @@ def is_entry(e):
 
 
 def entries(p, ids):
-    """Return (classes, numbers) of one position. Classes are None if the numbers cover all classes."""
+    """Return (classes, numbers) of one position.
+
+    `classes` is None if the numbers cover all classes in order.
+    """
     p = listed(unwrapped(p))
     if isinstance(p, Mapping) and ids is None:
         return [class_of(k) for k in p], as_numbers([number_of(v) for v in p.values()])

@@ -135,7 +135,7 @@ def dataset_keys(dataset, keys=None, root=None) -> np.ndarray:
 
 
 def folder_of(dataset):
-    """Return the root folder of a dataset of files. Subsets have the root folder of their dataset."""
+    """Return the root folder of a dataset of files, or of the dataset that a subset belongs to."""
     while not hasattr(dataset, 'root') and hasattr(dataset, 'dataset'):
         dataset = dataset.dataset
     return getattr(dataset, 'root', None)

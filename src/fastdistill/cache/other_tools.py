@@ -168,7 +168,7 @@ class Bytes:
         return a.astype(np.float64)
 
     def whole(self, n, bits):
-        """Read the next `n` integers of each position, most significant bit first, (positions, n)."""
+        """Read the next `n` integers of each position, highest bit first, (positions, n)."""
         flat = np.unpackbits(self.take(-(-n * bits // 8)), axis=1)[:, : n * bits]
         weights = 1 << np.arange(bits - 1, -1, -1, dtype=np.int64)
         return flat.reshape(len(flat), n, bits) @ weights

@@ -259,7 +259,7 @@ def unusual(o):
 
 
 def card_of(where, title, data, note, licenses, license):
-    """Return the text of README.md: a header for model hubs, facts about the cache, and its usage."""
+    """Return the text of README.md: a header for model hubs, facts about the cache, and usage."""
     m = Manifest.read(where)
     rows = dict(data=data or 'not stated') | {
         k: v for k, v in cache_facts(where, m) if k != 'files'
