@@ -1,4 +1,4 @@
-"""Check whether stored outputs suit a recipe."""
+"""Check whether stored outputs are suitable for a recipe."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -9,18 +9,16 @@ from .findings import Finding
 
 __all__ = ['check_stored']
 
-LITTLE_LOSS = (
-    0.05  # T^2 times a KL in nats that is not worth a warning, however little the teacher tells
-)
-MISSING = 0.25  # part of the softened probability that may belong to classes that are not stored
+LITTLE_LOSS = 0.05  # maximum loss that is never reported, as T^2 times the KL in nats
+MISSING = 0.25  # maximum fraction of the softened probability in classes that are not stored
 
 
 def check_stored(recipe: Any, teacher: Outputs, axis: int = 1) -> Iterator[Finding]:
-    """Find terms that stored outputs do not suit, before training.
+    """Find terms for which the stored outputs are not suitable.
 
     Args:
         recipe: A recipe.
-        teacher: Stored `Outputs` of a batch, as a cache decodes them.
+        teacher: Stored `Outputs` of a batch, decoded by a cache.
         axis: Class axis.
     """
     t = teacher.logits
@@ -46,7 +44,7 @@ def unsuited_draws(term: Any, t: Draws) -> Iterator[Finding]:
 
 
 def lossy_classes(term: Any, t: TopK, lost: Any) -> Iterator[Finding]:
-    """Find a term that loses much by the classes that are not stored."""
+    """Yield a finding if a term loses much information because some classes are not stored."""
     T, k = term.temperature or 1.0, t.ids.shape[-1]
     stored = f'The cache stores the {k} likeliest of {t.n:,} classes, and {term.name} uses them at T={T:g}'
     if lost is not None:
@@ -73,7 +71,7 @@ def lossy_classes(term: Any, t: TopK, lost: Any) -> Iterator[Finding]:
 
 
 def missing_probability(t: TopK, T: float) -> float:
-    """Return the mean probability of the classes that are not stored, at this temperature."""
+    """Return the mean probability, at temperature `T`, of the classes that are not stored."""
     if t.tail == 'bucket':
         return 1 - float(t.values.logsumexp(-1).exp().mean())
     p = (t.dense().movedim(t.axis, -1) / T).softmax(-1)
