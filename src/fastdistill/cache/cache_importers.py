@@ -91,7 +91,7 @@ def cache_from(
         tail: Assumption about the classes that are not stored: 'uniform', 'zero' or 'bucket', see
             `TopK`. If None, use the assumption of `tool`, or 'uniform' without a tool.
         shift: For tokens, True if each entry is stored at the position of the token it predicts, as
-            vLLM and SGLang do. If None, infer it from the column name.
+            vLLM and SGLang do. If None, the column name decides.
         length: For tokens, the number of positions to store. If None, use the length of the longest
             row. Missing positions are masked out.
         dtype: 'float32', 'float16' or 'int8'.
@@ -104,7 +104,7 @@ def cache_from(
         tool: Tool that wrote the rows in its own format: 'distillkit', 'open-instruct', 'axolotl'
             or 'vllm'. If the rows have no names, each sample is identified by its tokens.
         config: Configuration with which DistillKit or open-instruct compressed the rows, as a dict
-            or a file. If None, read compression_config.yaml in the same folder.
+            or a file. If None, read compression_config.yaml next to the rows.
     """
     rows, identity = read_rows(outputs)
     if not len(rows):
@@ -272,10 +272,10 @@ class Reading:
             )
 
     def positions(self, i):
-        """Return (classes, numbers) for each position of a row.
+        """Return (classes, numbers) for each position of a row, or None for a position without
+        entries.
 
-        A position without entries is None. `classes` is None if the numbers cover all classes in
-        order.
+        `classes` is None if the numbers cover all classes in order.
         """
         o = unwrapped(self.column(i, self.value))
         with self.naming(i):
@@ -476,7 +476,8 @@ def is_nested(o):
         return o.ndim > 1
     if any(isinstance(listed(v), (Mapping, list, np.ndarray)) for v in o):
         return True
-    return len(o) > 0 and all(v is None for v in o)  # a list of positions, all without entries
+    # a list of None is a list of positions without entries
+    return len(o) > 0 and all(v is None for v in o)
 
 
 def is_pairs(o):
@@ -627,7 +628,7 @@ def read_path(path):
 
 @contextmanager
 def reading(path, what=''):
-    """Replace errors of a file library by a `DistillError` of one line that names the file."""
+    """Convert errors of a file library to a one-line `DistillError` that names the file."""
     try:
         yield
     except (DistillError, ImportError):
@@ -674,7 +675,7 @@ class Joined:
 
 
 class Lines:
-    """A file of JSON lines. It stores the offset of each line and reads lines on demand."""
+    """A file of JSON lines that stores the offset of each line and reads lines on demand."""
 
     def __init__(self, path):
         self.path, self.at, self.lines = path, [], []
@@ -711,7 +712,7 @@ class Lines:
 
 
 class Groups:
-    """A file of row groups. Only one group is in memory at a time."""
+    """A file of row groups, of which only one is in memory at a time."""
 
     def __init__(self, sizes):
         self.ends, self.group, self.rows = np.cumsum(sizes), None, []
@@ -763,7 +764,7 @@ class Arrow(Groups):
         try:
             self.batches = ipc.open_stream(file).read_all().to_batches()
         except pa.ArrowInvalid:
-            # the file format, which has an index, not the stream format
+            # the file is not a stream but has the Arrow file format, with an index
             self.batches = ipc.open_file(path).read_all().to_batches()
         super().__init__([b.num_rows for b in self.batches])
 

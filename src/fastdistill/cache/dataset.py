@@ -66,17 +66,17 @@ def cache_dataset(
         path: Folder or URL of the cache.
         views: Number of augmented views of each sample. If 0, store one output for each item of the
             dataset, and don't replay transforms in training.
-        store: How to store the outputs, see docs/stores.md: 'logits', 'topk', 'hidden' or 'draws';
-            'float32', 'float16' or 'int8' to store all logits with this dtype; or a dict of
-            options, such as dict(topk=10, dtype='int8'). 'auto' measures the size and the accuracy
-            of each format, and chooses one.
+        store: How to store the outputs, see docs/stores.md. 'logits', 'topk', 'hidden' and 'draws'
+            select what is stored. 'float32', 'float16' and 'int8' store all logits with this dtype.
+            A dict has more options, such as dict(topk=10, dtype='int8'). 'auto' measures the size
+            and accuracy of each format, and chooses one.
         recipe: Recipe or term for which `store` is chosen or checked. If None, assume KL at T=1.
         keys: Names of the samples: a list, or a function of the index. If None, the names are read
             from the dataset.
         inputs: fn(batch) -> inputs of the teacher. If None, use the first element of a batch that
             is a tuple, and the whole batch otherwise.
-        batch_tfm: Random transform fn(x) -> x. It is applied to one sample at a time, see
-            `per_sample`.
+        batch_tfm: Random transform fn(x) -> x. The transform is applied to one sample at a time,
+            see `per_sample`.
         axis: Class axis.
         force: If True, overwrite an existing cache that was written with different data, transforms
             or a different teacher.
@@ -118,7 +118,7 @@ def cache_dataset(
         """Yield the teacher's inputs for each batch."""
         workers = (
             loader['num_workers'] if len(tasks) > bs else 0
-        )  # starting workers takes longer than one batch
+        )  # starting workers takes longer than loading one batch
         dl = DataLoader(
             items,
             bs,
@@ -196,7 +196,9 @@ def shaken(fn, seeds, x):
 
 
 class Views(Dataset):
-    """Dataset of all views of all samples. View `v` of sample `i` is item `v*N + i`."""
+    """Dataset of all views of all samples. With N samples, view `v` of sample `i` is item `v*N +
+    i`.
+    """
 
     def __init__(self, dataset, keys, views, seed):
         self.dataset, self.keys, self.views, self.seed, self.own = (
@@ -256,7 +258,7 @@ def check_items_repeat(items, asked):
     """
     tasks, n = spread_positions(len(items), 8), len(items.dataset)
     draw = lambda items, i: fingerprint(*flat_values(items[i][0]))
-    # the clean view must not depend on the seed
+    # with views=0, a different seed must give the same items
     other = items if items.views else Views(items.dataset, items.keys, 0, items.seed + 1)
     for i in tasks.tolist():
         if draw(items, i) == draw(other, i):
@@ -277,21 +279,21 @@ NOT_CLEAN = (
 
 
 class Replayed(Dataset):
-    """A dataset whose random transforms reproduce the views in a cache. Its items are `(*item,
-    row)`.
+    """A dataset whose random transforms reproduce the views in a cache.
 
+    Each item is that of the original dataset plus its row in the cache, `(*item, row)`.
     `cache.decode(rows)` turns a batch of rows into the teacher's `Outputs`. Call `set_epoch` before
     each epoch.
 
     Args:
-        dataset: Map-style dataset. Its transforms may use the global random generators of Python,
-            NumPy or PyTorch, or generators of their own.
-        cache: A `TeacherCache`. If it was written with views=0, transforms are not replayed and
-            stay random.
+        dataset: Map-style dataset. The transforms may use the global random generators of Python,
+            NumPy or PyTorch, or generators of the dataset.
+        cache: A `TeacherCache`. If the cache was written with views=0, transforms are not replayed
+            and stay random.
         keys: Names of the samples: a list, or a function of the index. If None, the names are read
             from the dataset.
-        seeds: If True, items are `(*item, row, seed)`. Pass the seeds of a batch to `per_sample(fn,
-            seeds, x)`.
+        seeds: If True, each item also has a seed, `(*item, row, seed)`. Pass the seeds of a batch
+            to `per_sample(fn, seeds, x)`.
     """
 
     def __init__(self, dataset, cache, keys=None, seeds: bool = False):
@@ -299,8 +301,7 @@ class Replayed(Dataset):
         self.dataset, self.cache, self.seeds = dataset, cache, seeds
         self.keys, self.own = cache.keys_of(dataset, keys), OwnGenerators(dataset)
         self.at = cache.find(self.keys)
-        # if only clean views are stored, the training transforms may differ, so only files are
-        # compared
+        # with views=0, training may use different transforms, so only the files are compared
         cache.check_files(dataset_files(dataset), self.at)
         cache.check_once()
         if cache.views:
@@ -324,7 +325,7 @@ class Replayed(Dataset):
         return len(self.dataset)
 
     def __getitems__(self, idxs):
-        """Return the items of a batch. PyTorch's DataLoader calls this method if it exists."""
+        """Return the items of a batch. DataLoaders call this method instead of `__getitem__`."""
         with restored_once():
             return [self[i] for i in idxs]
 
@@ -348,7 +349,7 @@ def view_item(dataset, i, key, view, seed, own):
 
 
 class OwnGenerators:
-    """Random generators of the base dataset of each item.
+    """Finds the random generators of the dataset to which an item belongs.
 
     An item keeps its random numbers if its dataset is used through a `Subset` or `ConcatDataset`.
     """

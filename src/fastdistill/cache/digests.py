@@ -102,7 +102,7 @@ def code_of(f):
 def versions() -> dict:
     """Return the versions of Python, PyTorch and the libraries that transforms use.
 
-    A different version can change the numbers.
+    The numbers in a cache may depend on these versions.
     """
     out = dict(python=platform.python_version(), torch=str(torch.__version__), numpy=np.__version__)
     for name in ('pillow', 'torchvision', 'fastai'):

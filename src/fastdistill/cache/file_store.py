@@ -1,4 +1,7 @@
-"""A cache folder, local or remote. Each file is written completely or not at all."""
+"""Read and write the files of a cache folder, local or remote.
+
+Each file is written completely or not at all.
+"""
 
 import contextlib
 import os
@@ -216,7 +219,7 @@ def remove_download(path, pid):
 
 
 def fsspec_of(url):
-    """Return (file system, path in that file system) of a URL."""
+    """Return the fsspec file system of a URL, and the path in that file system."""
     try:
         from fsspec.core import url_to_fs
     except ImportError as e:

@@ -253,7 +253,8 @@ def choices_of(response):
 class NoRedirect(urllib.request.HTTPRedirectHandler):
     """Handler that refuses redirects.
 
-    subtle: urllib would send a GET without the request body, and pass the API key to any server.
+    By default, urllib would send a GET without the request body, and pass the API key to any
+    server.
     """
 
     def redirect_request(self, *_):
@@ -263,7 +264,7 @@ class NoRedirect(urllib.request.HTTPRedirectHandler):
 class Passing(Exception):
     """Temporary error of a request.
 
-    Its arguments are the message and the number of seconds that the server asks to wait, or None.
+    The arguments are a message and the number of seconds that the server asks to wait, or None.
     """
 
 
@@ -385,8 +386,8 @@ class Server:
     def hide(self, text):
         """Replace the API key in a text by '***'.
 
-        Call this before the text is shortened, since the end of a shortened text could contain a
-        part of the key.
+        Call this method before the text is shortened. Otherwise, the end of the text could contain
+        a part of the key.
         """
         # a short key, such as 'EMPTY', is a placeholder, and may occur in other words or numbers
         if self.key is None or len(self.key) < 8:

@@ -17,7 +17,7 @@ __all__ = [
     'whole_number',
 ]
 
-DEPTH = 20  # maximum nesting of lists and objects; a real manifest has fewer levels
+DEPTH = 20  # maximum nesting of lists and objects. Real manifests have fewer levels
 
 
 def shortened(o, n=200):
@@ -50,7 +50,7 @@ def refuse_entry(name, o, allowed):
 
 
 def whole_number(name, o, low, high) -> int:
-    # subtle: type(), because True is an instance of int
+    # subtle: compare the type itself, because True is an instance of int
     if type(o) is not int or not low <= o <= high:
         refuse_entry(name, o, f'a whole number from {low} to {high}')
     return o
@@ -78,7 +78,7 @@ def json_list(name, o, low, high) -> list:
 def json_object(name, o, required, optional=None) -> dict:
     """Check that `o` is a dict with all required keys, and return it.
 
-    Other keys must be among the optional ones. If `optional` is None, any key is allowed.
+    All other keys must be in `optional`. If `optional` is None, any key is allowed.
     """
     if not isinstance(o, dict):
         refuse_entry(name, o, 'an object')

@@ -1,7 +1,7 @@
 """Compute keys that identify samples.
 
-A key is a 64-bit hash of a path, a number, a text or the content of a sample. It is the same on
-every machine.
+A key is a 64-bit hash of a path, a number, a text or the content of a sample. The same sample has
+the same key on every machine.
 """
 
 import hashlib
@@ -144,7 +144,7 @@ def folder_of(dataset):
 def name_of(sample):
     """Return the part of a sample that identifies it.
 
-    For a pair (path, label), this is the path. Otherwise, it is the whole sample.
+    A pair (path, label) is identified by its path, and any other sample by its whole content.
     """
     pair = (
         isinstance(sample, (tuple, list)) and len(sample) and isinstance(sample[0], (str, PurePath))

@@ -1,4 +1,7 @@
-"""The manifest of a cache: teacher, samples, transforms, layout, and the checksum of each file."""
+"""Read, check and compare the manifests of caches.
+
+A manifest describes the teacher, samples, transforms and layout, and has the checksum of each file.
+"""
 
 import json
 import re
@@ -61,15 +64,14 @@ class Manifest:
         data: Fingerprint of the keys, and root folder of the paths.
         transforms: {name: description} of the transforms that are replayed.
         vocab: Class names, in the order of the logits.
-        samples: Row, view and digest of a few inputs, with some of their values `after` the batch
-            transforms.
+        samples: Row, view and digest of a few inputs. The optional entry `after` has numbers computed
+            from these inputs after the batch transforms.
         shards: Name, size in bytes and checksum of each file. Empty until all files are written.
         doubt: Reason not to trust the teacher, found when the cache was written.
         lost: Information lost by compression at a few temperatures, see
             `fastdistill.cache.store_choice`.
         parts: Name and number of rows of each file of a view, if the cache was written as a stream.
-            None if all files have the same number of rows. An empty list until the stream is
-            sealed.
+            None for all other caches. An empty list until the stream is sealed.
     """
 
     count: int
@@ -165,7 +167,7 @@ class Manifest:
 
     @property
     def version(self):
-        """Version of the format: the lowest one that supports this cache."""
+        """Lowest version of the format that supports this cache."""
         return 2 if self.layout.extended or self.lost or self.parts is not None else 1
 
     @classmethod
@@ -305,7 +307,9 @@ PART_NAMES = 'up to 200 letters, digits, or any of _.-, not beginning with a dot
 
 
 class NotACache(DistillError):
-    """Raised if the manifest is intact, but is not that of a readable cache."""
+    """Raised for an intact file that is not the manifest of a cache, or has an unsupported
+    version.
+    """
 
 
 def as_python(o):

@@ -81,7 +81,7 @@ def converted_rows(rows, tool: str, config=None, path=None):
 
 
 def compression_of(config, path):
-    """Load and check the configuration of the compression."""
+    """Load and check the configuration with which rows were compressed."""
     if config is None and path is not None:
         folder = Path(path)
         config = (folder if folder.is_dir() else folder.parent) / 'compression_config.yaml'
@@ -216,7 +216,8 @@ def byte_table(o, name, n):
 def decompressed(data: Bytes, c):
     """Return log-probabilities, (positions, k).
 
-    The most likely classes have exact values. The others are a polynomial plus residuals.
+    The log-probabilities of the most likely classes are stored exactly. All others are computed
+    from a polynomial and residuals.
     """
     exact = data.floats(c['exact_k'], c['exact_dtype'])
     n, terms = c['k'] - c['exact_k'], c['polynomial_terms'] or ()
@@ -242,9 +243,9 @@ def decompressed(data: Bytes, c):
 def from_axolotl(row, _):
     """Convert a row of axolotl, which has entries for the last tokens of a text.
 
-    An entry is stored at the position of the token it predicts. It is a list of dicts such as
-    {'token': 'token_id:5', 'logprob': -0.1}, or a list of numbers whose classes are in the column
-    `target_token_ids`.
+    An entry is stored at the position of the token it predicts. Each entry is a list of dicts such
+    as {'token': 'token_id:5', 'logprob': -0.1}, or a list of numbers whose classes are in the
+    column `target_token_ids`.
     """
     name = next((k for k in row if k == 'logprobs' or str(k).endswith('_logprobs')), None)
     if name is None or 'input_ids' not in row:

@@ -25,7 +25,7 @@ class OutputLayer:
 
     Attributes:
         name: Dotted name of the layer.
-        weight: (C, D), multiplied by the scale of the logits.
+        weight: (C, D). If the model scales its logits, the weight includes the scale.
         bias: (C,), or None.
         cap: Soft cap of the logits, or None.
     """
@@ -66,7 +66,7 @@ class OutputLayer:
         hidden, z = t.hidden.reshape(-1, t.hidden.shape[-1]), logits.reshape(-1, t.n)
         some = torch.as_tensor(np.linspace(0, len(z) - 1, min(CHECKED, len(z)), dtype=int))
         z = z[some.to(z.device)].float()
-        # subtle: padded positions are 0 in both, so a comparison would say nothing
+        # subtle: skip padded positions, where all logits are 0
         on = (z != 0).any(1)
         got = replace(t, hidden=hidden[some.to(hidden.device)]).dense()[on]
         if on.any() and (far := relative_difference(got, z[on])) > tol:
@@ -79,13 +79,13 @@ class OutputLayer:
 
 @dataclass
 class StoredHead:
-    """The stored output layer of a teacher. It is stored once for all rows.
+    """The stored output layer of a teacher, which all rows of a cache share.
 
     Attributes:
         weight: (C, D), adapted to the units of the stored hidden states.
         bias: (C,), or None.
-        unit: Unit of each hidden feature, (D,). It is the root mean square of the feature, rounded
-            to a power of two, so that all features of a row have a similar range.
+        unit: Unit of each hidden feature, (D,). The unit is the root mean square of the feature,
+            rounded to a power of two, so that all features of a row have a similar range.
         cap: Soft cap of the logits, or None.
     """
 
@@ -164,7 +164,8 @@ def find_output_layer(teacher, run, layer: str | None = None) -> OutputLayer:
 
     Args:
         teacher: A `Teacher`.
-        run: fn(teacher) -> `Outputs` for a batch. It is called with modified copies of `teacher`.
+        run: fn(teacher) -> `Outputs` for a batch. The function is called with modified copies of
+            `teacher`.
         layer: Name of the layer. If None, try all linear layers.
 
     Raises:

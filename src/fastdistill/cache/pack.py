@@ -86,7 +86,7 @@ def pack_cache(
         cache: A `TeacherCache`, or the folder or URL of a cache.
         path: A name that ends in '.zip' for one uncompressed file. Any other name creates a folder,
             which can be used as a cache directly.
-        title: Title of the README. If None, it is derived from the teacher's name.
+        title: Title of the README. If None, derive it from the teacher's name.
         data: Description of the dataset, with its source.
         note: Additional text for the README.
         license: License of the stored outputs, such as 'cc-by-4.0'.

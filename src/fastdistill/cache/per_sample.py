@@ -16,7 +16,7 @@ __all__ = ['PerSample', 'per_sample']
 def per_sample(fn, seeds, *tensors):
     """Apply `fn` to one sample at a time, with separate random numbers for each sample.
 
-    This is slow, but correct for every `fn`.
+    The loop over samples is slow, but correct for every function.
 
     Args:
         fn: Function of one or more tensors (1, ...) that returns a tensor or a tuple of tensors.
@@ -40,9 +40,9 @@ def per_sample(fn, seeds, *tensors):
 class PerSample(TorchFunctionMode):
     """Context in which PyTorch draws random numbers for each sample from the sample's own seed.
 
-    It affects `uniform_`, `bernoulli_`, `normal_` and `randint` for tensors whose first dimension
-    is the batch. The numbers for all samples are drawn at once. They depend only on the seeds, not
-    on the device.
+    The context affects `uniform_`, `bernoulli_`, `normal_` and `randint` for tensors whose first
+    dimension is the batch. The numbers for all samples are drawn at once. The random numbers depend
+    only on the seeds, not on the device.
     """
 
     def __init__(self, seeds):
@@ -72,8 +72,8 @@ class PerSample(TorchFunctionMode):
             return func(x, *args, **kwargs)
         return x.copy_(of(self.draw(x.shape)))
 
-    # the arguments have the same names as in PyTorch. `from` is a Python keyword, so it is read
-    # from kwargs
+    # the arguments have the same names as in PyTorch. Since `from` is a Python keyword, its value is
+    # read from kwargs
     def new_uniform_(self, func, x, *args, **kwargs):
         ends = [*args, kwargs.get('from', 0.0), kwargs.get('to', 1.0)]
         lo, hi = ends[:2] if len(args) != 1 else (args[0], kwargs.get('to', 1.0))

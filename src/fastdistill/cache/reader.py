@@ -37,7 +37,7 @@ def is_cache(path) -> bool:
 
 
 class TeacherCache:
-    """Stored teacher outputs. Read them with `cache.decode(cache.rows(positions, views))`.
+    """Teacher outputs on disk, which `cache.decode(cache.rows(positions, views))` reads.
 
     A pickled cache holds the path of the folder, not the data.
 
@@ -268,7 +268,7 @@ class TeacherCache:
             item: fn(index of a sample, view) -> item of the dataset.
 
         Raises:
-            DistillError: If an input differs. With `force`, this is a warning.
+            DistillError: If an input differs. If the cache was opened with `force`, warn instead.
         """
         look = lambda i, view: dict(digest=input_digest(item(i, view)))
         refuse(self.folder, sample_differences(self.manifest, at, look), self.force)
@@ -290,9 +290,13 @@ class TeacherCache:
         return [str(files[i]) for i in changed]
 
     def check_files(self, files, at=None):
-        """Raise a DistillError if sample files changed since the cache was written.
+        """Check that the files of samples have not changed since the cache was written.
 
-        With `force`, this is a warning. The arguments are those of `changed_files`.
+        Args:
+            files, at: As in `changed_files`.
+
+        Raises:
+            DistillError: If a file changed. If the cache was opened with `force`, warn instead.
         """
         if names := self.changed_files(files, at):
             refuse(self.folder, [changed_text(names, len(files))], self.force)

@@ -147,7 +147,7 @@ OPTIONS_OF_STORES = dict(topk=('topk',), logits=('size',), hidden=('layer',), dr
 
 @dataclass
 class Field:
-    """A tensor in a row.
+    """A tensor that is stored in each row of a cache.
 
     Attributes:
         name: Name of the tensor.
@@ -198,7 +198,7 @@ TORCH_DTYPES = dict(
 
 @dataclass
 class Layout:
-    """The fields of a row. The layout encodes `Outputs` to rows and decodes rows to `Outputs`.
+    """Describes the fields of a row, and converts between rows and `Outputs`.
 
     Attributes:
         fields: The `Field`s, in the order of their bytes.
@@ -338,7 +338,7 @@ class Layout:
     def from_json(cls, d):
         """Read the layout from a manifest.
 
-        All fields and offsets must be those that `of` would create.
+        Raise a DistillError if a field or an offset differs from the layout that `of` would create.
         """
         json_object('layout', d, ('fields', 'n', 'tail', 'axis', 'full'), ('head', 'draws'))
         n = None if d['n'] is None else whole_number('layout.n', d['n'], 1, MAX_CLASSES)
@@ -525,7 +525,7 @@ def checked_draws(o, n):
 
 
 def outputs_like(fields, n, tail, axis, full, head=None, draws=None):
-    """Return empty `Outputs`, and the `Store` with which they would have these fields."""
+    """Return empty `Outputs` and a `Store` that together give a layout with these fields."""
     shape, named = fields[0].shape, {f.name: f for f in fields}
     if head is not None:
         if not shape:

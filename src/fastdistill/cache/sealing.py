@@ -27,8 +27,7 @@ def seal_stream(path, keys=None) -> TeacherCache:
     """Check the rows from all writers of a stream, complete the cache, and open it.
 
     Each file is read once and is not moved. About 40 bytes of memory are needed for each sample. If
-    there is a problem, the error describes it, and no file is changed. Then run the writers named
-    in the error again.
+    there is a problem, an error names the writers that must run again, and no file is changed.
 
     Args:
         path: Folder or URL of the stream, created by `start_stream`.

@@ -31,8 +31,8 @@ __all__ = [
     'uses_of',
 ]
 
-# sizes in bytes: a cache of up to TINY is stored without measuring, and up to SMALL, storing all
-# logits in int8 is preferred
+# sizes in bytes. A cache of at most TINY bytes is stored without measuring. If all logits take at
+# most SMALL bytes, storing all of them is preferred
 TINY, SMALL = 32e6, 1e9
 NEGLIGIBLE, BAD = 0.01, 0.1  # limits for `share` and `correlation` of `Option.lost`
 TEMPERATURES = 1.0, 2.0, 4.0, 8.0
@@ -77,10 +77,11 @@ class Option:
         store: The storage format.
         bytes: Size of one view of one sample in bytes.
         total: Size of the whole cache in bytes.
-        lost: List with a dict for each temperature `T`. `kl` is the KL from the teacher's
-            distribution to the stored one, in nats. `share` is that KL divided by the KL between
-            the teacher and its mean prediction, at most 1. `correlation` is the larger decrease of
-            the two correlations in `dist`. None if a loss can't be measured, as for draws.
+        lost: List with a dict for each temperature `T`. `kl` is the KL divergence from the
+            teacher's distribution to the stored distribution, in nats. `share` is `kl` divided by
+            the KL divergence between the teacher and its mean prediction, at most 1. `correlation`
+            is the larger decrease of the two correlations in `dist`. None if a loss can't be
+            measured, as for draws.
         note: Remark in the table.
     """
 
@@ -91,9 +92,7 @@ class Option:
     note: str = ''
 
     def worst(self, uses: Uses) -> float:
-        """Return the largest loss for a recipe. It is at least 0, and 1 means that all information
-        is lost.
-        """
+        """Return the largest loss for a recipe. A loss of 1 means that all information is lost."""
         if self.lost is None:
             return float('inf')
         each = [loss_at(self.lost, T) for T in dict.fromkeys((1.0, *uses.T))]
@@ -229,9 +228,9 @@ def size_text(n):
 def choose_option(options: list, uses: Uses) -> Option:
     """Choose the option for `store='auto'`.
 
-    If all logits in int8 have a small size and a negligible loss, they are chosen. Otherwise, the
-    smallest option with a negligible loss is chosen. If there is none, the option with the smallest
-    loss is chosen.
+    Storing all logits is preferred if the cache is small and the loss negligible. Otherwise, the
+    smallest option with a negligible loss is chosen. If no option has a negligible loss, the option
+    with the smallest loss is chosen.
     """
     good = [o for o in options if o.worst(uses) <= NEGLIGIBLE]
     exact = [o for o in good if o.store.kind == 'logits' and o.total <= SMALL]
@@ -263,7 +262,7 @@ class Choice:
         teacher: The teacher.
         kind: Kind of the outputs: 'softmax', 'sigmoid' or 'regression'.
         uses: fn(teacher logits of a few samples) -> `Uses`. None if the recipe is unknown.
-        explicit: True if the user named a recipe. Then an unsuitable `store=` causes a warning.
+        explicit: True if the user named a recipe, so that an unsuitable `store=` causes a warning.
         tasks: Tasks of the samples to measure, see `Source`. None for samples spread over the
             dataset.
     """
@@ -283,7 +282,7 @@ class Choice:
         Args:
             where: Folder of the cache.
             store: The format that the user requested.
-            source: `Source` whose `run` has an argument `teacher`.
+            source: Teacher and data. `run` of this `Source` must have an argument `teacher`.
             first: Outputs of the first sample.
             views: Number of views of each sample.
 

@@ -20,14 +20,14 @@ class StreamJoin(IterableDataset):
     If the samples come in the order of the cache, rows are read sequentially, and the key of each
     sample is compared. Otherwise, the rows are looked up by key.
 
-    A dict gets an additional entry, and a tuple or list an additional element. Any other sample
-    becomes a pair (sample, row). `cache.decode(rows)` turns a batch of rows into the teacher's
-    `Outputs`.
+    The row becomes an additional entry of a dict, or an additional element of a tuple or list. Any
+    other sample becomes a pair (sample, row). `cache.decode(rows)` turns a batch of rows into the
+    teacher's `Outputs`.
 
     Args:
         stream: Iterable of samples, such as an `IterableDataset`, a WebDataset or a
-            `datasets.IterableDataset`. It must split the samples among DataLoader workers itself,
-            as without a cache.
+            `datasets.IterableDataset`. With several DataLoader workers, the stream must split the
+            samples among the workers.
         cache: A `TeacherCache`, or the folder or URL of a cache.
         key: Where to find the name of a sample: a column, an index in a tuple, or fn(sample).
         view: The view to read: a number, a column, or fn(sample).
@@ -65,9 +65,7 @@ class StreamJoin(IterableDataset):
             ) from e
 
     def _find(self, keys, at, part, number):
-        """Return the positions of samples. The fast path expects consecutive positions from `at`
-        on.
-        """
+        """Return the positions of samples. Consecutive positions from `at` on are tried first."""
         have = self.cache.keys[at : at + len(keys)]
         if np.array_equal(have, keys):
             return np.arange(at, at + len(keys))

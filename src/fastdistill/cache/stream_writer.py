@@ -60,7 +60,7 @@ def start_stream(
     Args:
         path: Folder or URL of the cache.
         teacher: A `Teacher`, or a callable fn(*inputs) -> Outputs or logits.
-        example: A batch of the stream. With `store='auto'`, it should have some hundred samples.
+        example: A batch of the stream. For `store='auto'`, use a few hundred samples.
         store: How to store the outputs, see `cache_dataset`.
         views: Number of augmented views of each sample. 0 for a single clean view.
         inputs: Where to find the teacher's inputs in a batch: the name of a column, a tuple of
@@ -103,7 +103,7 @@ def start_stream(
 
 
 def _begin_stream(where, m, first):
-    """Write the settings that all writers share, or check them if they exist."""
+    """Write the settings that all writers share, or compare them with existing settings."""
     if where.size('manifest.json') is not None:
         old = Manifest.read(where)
         if old.parts is None:
@@ -147,9 +147,9 @@ class TeacherRows:
     """Function that runs the teacher on a batch of samples and returns their rows.
 
     Call it in a loop, in `map` of `datasets` (with batched=True), in `map_batches` of Ray Data, or
-    in `mapInPandas` of Spark. A batch is a DataFrame or a dict of lists, arrays or tensors. If a
-    batch has a column `view`, it holds the view of each sample. For an iterator of batches, the
-    result is an iterator.
+    in `mapInPandas` of Spark. A batch is a DataFrame or a dict of lists, arrays or tensors. An
+    optional column `view` holds the view of each sample. For an iterator of batches, the result is
+    an iterator.
 
     The result has the same type as the batch, with three columns. `key` is the 64-bit key of a
     sample as a signed integer, `view` is its view, and `row` holds the bytes of the row.
@@ -280,7 +280,7 @@ def keys_in(batch, spec, root) -> np.ndarray:
 class RowWriter:
     """Writes rows computed by `TeacherRows` to a cache, one file for each batch and view.
 
-    Call it with the results of `TeacherRows`, in a loop or in a framework such as Ray Data. It
+    Call it with the results of `TeacherRows`, in a loop or in a framework such as Ray Data. The call
     returns the names of the files and the number of rows in each file. A file name depends only on
     the samples in the file, so if a batch is written twice, the second file replaces the first. Use
     large batches, because each batch becomes a file.

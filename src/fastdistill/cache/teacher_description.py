@@ -93,7 +93,7 @@ def check_alone(run, n):
 def distinct_views(views: int, n: int, look) -> int:
     """Return the number of views to store.
 
-    This is the requested number, or 1 (with a warning) if all views of a sample are equal.
+    If all views of a sample are equal, warn and return 1. Otherwise, return the requested number.
 
     Args:
         views: Requested number of views.

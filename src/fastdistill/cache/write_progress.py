@@ -1,4 +1,4 @@
-"""Progress bar for writing a cache. It appears only in a terminal or notebook."""
+"""Show a progress bar in a terminal or notebook while a cache is written."""
 
 from contextlib import contextmanager
 
@@ -11,7 +11,7 @@ __all__ = ['ProgressBar', 'shown_progress']
 class ProgressBar:
     """Progress bar with the number of samples, the speed and the megabytes written.
 
-    It appears with the first batch.
+    The bar appears with the first batch.
     """
 
     def __init__(self, console=None):

@@ -30,7 +30,7 @@ __all__ = ['Forecast', 'check_views', 'finished', 'options_of_run', 'write_cache
 SHARD_BYTES = 64 * 2**20
 # maximum error of logits computed from hidden states, relative to the range of the logits
 INACCURATE = 0.02
-DRAWS = 2  # random stream for drawing classes. Item and batch transforms use 0 and 1
+DRAWS = 2  # random stream for drawing classes. Item and batch transforms use the streams 0 and 1
 
 
 @dataclass
@@ -331,8 +331,8 @@ def _write_shards(where, source, m, head, todo, progress):
             padded(tasks_of(source, v, i * m.shard_rows, m.rows_of(i)), m.batch_size)
             for v, i, *_ in todo[at : at + some]
         ]
-        # subtle: close the generator explicitly. After an error, the traceback would keep it alive,
-        # and with it the changes that it made to the teacher and the random state
+        # subtle: close the generator explicitly. After an error, the traceback would keep the
+        # generator alive, and its changes to the teacher and the random state would remain
         with closing(source.run(np.concatenate(tasks), m.batch_size)) as batches:
             for v, i, name, _ in todo[at : at + some]:
                 keys = source.keys[i * m.shard_rows :][: m.rows_of(i)]
@@ -369,8 +369,8 @@ def encoded(layout, head, keys, view, seed, worst, out, row):
         keys: Keys of the samples in the shard.
         view: View of the samples.
         seed: Random seed of the cache.
-        worst: List with one number, the largest error so far of hidden states in int8. It is
-            updated.
+        worst: List with one number, the largest error so far of hidden states in int8.
+            This function updates the number.
         out: Outputs of the batch.
         row: Index in the shard of the first row of the batch.
     """

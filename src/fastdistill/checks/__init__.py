@@ -1,6 +1,6 @@
-"""Check a teacher and a student before or after training.
+"""Check a teacher and a student before or after training, independent of any training framework.
 
-The checks return findings and measurements. They do not depend on a training framework.
+The checks return findings and measurements.
 """
 
 from .findings import Facts, Finding, Findings

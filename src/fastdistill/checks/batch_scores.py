@@ -17,8 +17,9 @@ KNOWS, LUCK = (
     0.005,
     2.576,
 )  # maximum p-value, and minimum number of standard deviations, of a teacher better than chance
-LEADS = 0.05  # maximum p-value with which a model is considered better than the other one
-# minimum relevant difference, relative to that between a constant and a perfect prediction
+LEADS = 0.05  # maximum p-value with which a model is considered better than the other model
+# minimum relevant difference, relative to the difference between a constant and a perfect
+# prediction
 SLIGHT = 0.05
 METRICS = dict(softmax='accuracy', sigmoid='accuracy per label', regression='squared error')
 
@@ -99,8 +100,8 @@ class Tally:
     def item_scores(self, o: Tensor, y: Tensor) -> Tensor:
         """Return the score of each item, (B,).
 
-        The score is the fraction of correct predictions. For regression, it is the negative squared
-        error.
+        For regression, the score is the negative squared error. Otherwise, it is the fraction of
+        correct predictions.
         """
         kind, rows = self.task.kind, lambda v: v.reshape(len(v), -1).float()
         if kind == 'regression':
@@ -110,9 +111,9 @@ class Tally:
         return ((rows(right) * counts).sum(1) / counts.sum(1)).cpu()
 
     def add_classes(self, t: Tensor, y: Tensor) -> None:
-        """Count the present, the correctly predicted and all predicted items of each class.
+        """For each class, count its items, the correct predictions and all predictions.
 
-        An item with several positions has the weight 1 in total.
+        All positions of an item together have a weight of 1.
         """
         c, counts = t.shape[self.task.axis], self.counts(y).cpu()
         p, y = (o.reshape(len(o), -1).cpu()[counts] for o in (t.argmax(self.task.axis), y))
@@ -183,10 +184,13 @@ class Tally:
         return self.above(self.items('teacher'), self.constant, least, sure)
 
     def recall(self) -> tuple[float, float, int]:
-        """Return the mean recall over classes, its standard deviation by chance, and the number of
-        classes.
+        """Compute the mean recall over classes, and what random predictions would give.
 
-        The mean recall of random predictions is 1 / number of classes.
+        The expected mean recall of random predictions is 1 / number of classes.
+
+        Returns:
+            (mean recall, standard deviation of the mean recall of random predictions, number of
+            classes).
         """
         have, hit, said = self.sums[:, self.sums[0] > 0]
         p = said / self.sums[0].sum()
@@ -201,8 +205,8 @@ class Tally:
         """Return True if the teacher's predictions are significantly better than chance.
 
         One test uses the mean over classes, which works better for rare classes. The second test
-        uses the mean over items, which works better for many classes with few items each. Passing
-        one test is enough.
+        uses the mean over items, which works better for many classes with few items each. A
+        teacher needs to pass only one of the tests.
         """
         recall, sd, k = self.recall()
         if k < 2:
@@ -224,8 +228,7 @@ class Tally:
 
         Returns:
             (mean probability of present labels, mean probability of absent labels, True if the
-            first is significantly higher). None if no label is present in some items and absent in
-            others.
+            first is significantly higher). None if each label is present in all items or in none.
         """
         have = self.sums[:, (self.sums[:2] > 0).all(0)]
         if not have.shape[1]:
@@ -262,8 +265,8 @@ class Tally:
 def p_above(a: Tensor, b: Tensor | float) -> float:
     """Return the one-sided p-value of the hypothesis that the mean of `a` is not above that of `b`.
 
-    For correct and wrong predictions, an exact binomial test is used. For other scores, a t-test is
-    used.
+    Scores that are all 0 or 1 are compared with an exact binomial test. Other scores are compared
+    with a t-test.
 
     Args:
         a: Scores, (items,).

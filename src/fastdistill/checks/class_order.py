@@ -106,7 +106,7 @@ def reordered_classes(
 
 
 def best_order(table: Tensor) -> list[int]:
-    """Assign an output to each class so that the largest number of predictions is correct."""
+    """Return the assignment of outputs to classes that makes the most predictions correct."""
     from scipy.optimize import linear_sum_assignment
 
     # subtle: add one correct item per class, so that classes without items keep their position

@@ -40,7 +40,7 @@ class Follow:
     Here, d is the distance between the predictions of student and teacher: the KL divergence at
     T=1, or the squared error for regression. d0 is the distance between the teacher's predictions
     and their mean. The fraction is 1 if the predictions are equal, and 0 if the student is no
-    closer to the teacher than the mean is. It is negative for a student that is even farther away,
+    closer to the teacher than the mean is. The fraction is negative for a student that is even farther away,
     e.g. one with confident wrong predictions.
 
     `same` is the fraction of predictions with the same class as the teacher's.
@@ -104,13 +104,14 @@ class Explanation:
         teacher_score_train: Score of the teacher on augmented training items.
         follows_train: Fraction of the teacher's predictions that the student reproduces on training
             items, see `Follow`.
-        follows_valid: The same fraction on validation items.
+        follows_valid: Fraction of the teacher's predictions that the student reproduces on validation
+            items.
         repeats: Fraction of the teacher's mistakes on validation items that the student repeats.
         top_prob_train: Mean top probability of the teacher on training items.
         steps: Number of training steps.
         shares: {loss: fraction of the gradient on the first batch}.
         same_train: Fraction of training predictions with the teacher's class. None for regression.
-        same_valid: The same fraction on validation items.
+        same_valid: Fraction of validation predictions with the teacher's class. None for regression.
         faded: {term: fraction of its gradient ratio that is left at the end of the training}.
     """
 
@@ -174,7 +175,7 @@ def explain_training(
         task: What the student predicts.
         student: The module of the trained student.
         valid: Validation batches (inputs, targets), where both are tuples.
-        train: Augmented training batches in the same form.
+        train: Augmented training batches (inputs, targets), where both are tuples.
         steps: Number of training steps.
         shares: {loss: fraction of the gradient}, as in `Distiller.gradient_shares`.
         faded: {term: fraction of its gradient ratio that is left}, as in `Distiller.faded`.
@@ -223,7 +224,7 @@ def explain_training(
 
 
 def add_mistakes(counts: list[float], s: Tensor, t: Tensor, y: Tensor, task: Task) -> None:
-    """Add the number of teacher mistakes, and the number of these that the student repeats."""
+    """Count the teacher's mistakes, and the mistakes that the student repeats."""
     s, t = s.argmax(task.axis), t.argmax(task.axis)
     wrong = (t != y) & (y != task.ignore_index)
     counts[0] += wrong.sum().item()
@@ -317,7 +318,7 @@ def no_better(score: str, teacher: Tensor, student: Tensor, valid: Tally) -> Ite
 def does_not_follow(f: Explanation) -> Iterator[Finding]:
     """Yield a finding if the student does not reproduce the teacher's predictions.
 
-    This may be the case for all items, or only for items that were not used in training.
+    The student may fail on all items, or only on items that were not used in training.
     """
     if f.follows_train is not None and f.follows_train < FOLLOWS:
         steps = f' after {f.steps} steps' if f.steps else ''
@@ -350,7 +351,7 @@ def does_not_follow(f: Explanation) -> Iterator[Finding]:
 def other_view(f: Explanation) -> Iterator[Finding]:
     """Yield a finding if the teacher is worse on augmented training items than on validation items.
 
-    Then the inputs are probably augmented more than in the teacher's training.
+    A probable reason is stronger augmentation than in the teacher's training.
     """
     if f.teacher_score is None or f.teacher_score_train is None:
         return

@@ -97,7 +97,7 @@ def numbers_in_words(values: Mapping[str, float | None]) -> str:
 
 
 class Findings(list):
-    """List of findings. It is empty if the checks found no problem.
+    """List of findings, which is empty if the checks found no problem.
 
     Attributes:
         facts: The measurements: `Facts` before training, or `Explanation` after training. None if

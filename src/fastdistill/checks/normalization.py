@@ -22,8 +22,8 @@ USUAL = {
     "ImageNet's mean and std": ('imagenet', "'imagenet'"),
     'numbers from 0 to 255': ((0.0, 1 / 255), '(0, 1/255)'),
 }
-# minimum score of a teacher whose normalization is not questioned. 0 is the score of a constant
-# prediction, and 1 that of a perfect one
+# minimum score of a teacher whose normalization is not questioned. On this scale, 0 is a constant
+# prediction and 1 is a perfect prediction
 ENOUGH = 0.9
 
 

@@ -55,9 +55,7 @@ def two_classes(term: Any) -> Iterator[Finding]:
 
 
 def frozen_layers(term: Any, student: Module, teacher: Teacher, x: Sequence) -> Iterator[Finding]:
-    """Yield a finding if a term compares layers whose parameters, and all before them, are
-    frozen.
-    """
+    """Yield a finding if a term compares layers that do not depend on trainable parameters."""
     if all(p.requires_grad for p in student.parameters()):
         return
     pairs = pair(

@@ -21,7 +21,7 @@ class UnknownId(Exception):
 
 @contextmanager
 def checked_ids(teacher: Teacher) -> Iterator[None]:
-    """Check the ids that the teacher's embeddings get in this context.
+    """Raise an error in this context if an embedding of the teacher gets an unknown id.
 
     On a GPU, an unknown id would crash the process.
 
@@ -73,7 +73,7 @@ def mismatches(
 ) -> Iterator[Finding]:
     """Yield a finding if outputs and labels do not fit together.
 
-    Only the first mismatch is reported, since it may cause the others.
+    Only the first mismatch is reported, because all others may follow from it.
 
     Args:
         s: Shape of the student's outputs. None if unknown.

@@ -33,7 +33,7 @@ def shared_parameters(student: Module | None, teacher: Teacher) -> Iterator[Find
 def parameter_ids(teacher: Teacher) -> set[int]:
     """Return the ids of a teacher's parameters.
 
-    TorchScript modules are left out, since they create new objects for each access.
+    TorchScript modules are left out, since their parameters are new objects at each access.
     """
     modules = [m for m in teacher.modules if not isinstance(m, torch.jit.ScriptModule)]
     return {id(p) for m in modules for p in m.parameters()}

@@ -73,7 +73,7 @@ def check_outputs(
         names: Names of the student's classes. None if unknown.
         output: Which output of the student is distilled, as in `Outputs.of`.
         place: fn(inputs, logits, targets) -> targets aligned with the positions of their
-            predictions. None if they are already aligned.
+            predictions. None if the targets are already aligned.
         part: Dataset of `batches`, as in `Facts`.
     """
     found, tally, t = Findings(), Tally(task, part), None
@@ -147,7 +147,7 @@ def refused(about: str, found: Iterable[Finding]) -> Findings:
 def any_outputs(recipe: Any) -> bool:
     """Return True if the teacher's outputs need not have the same shape as the student's.
 
-    This is the case if the recipe compares only layers, or outputs whose classes may differ.
+    Recipes that compare only layers, or outputs with different classes, allow this.
     """
     terms = getattr(recipe, 'terms', [recipe])
     return recipe is not None and all(t.layers is not None or t.match != 'shape' for t in terms)
@@ -165,8 +165,8 @@ def check_batch(s: Tensor | None, t: Tensor | None, y: Tensor | None, task: Task
     """
     if s is None:
         return Findings()
-    # subtle: report only shapes that would broadcast silently. For all others, the loss decides,
-    # since it may compare only some of the classes
+    # subtle: report only shapes that would broadcast silently. All other shapes are left to the
+    # loss, which may compare only some of the classes
     mistakes = (
         []
         if t is None or not broadcasts(s.shape, t.shape)

@@ -78,7 +78,7 @@ def other_tokens(
 ) -> Iterator[Finding]:
     """Yield a finding if the inputs may be token ids of a different tokenizer.
 
-    Such ids can be valid, but they have a different meaning.
+    The ids of a different tokenizer can be valid, but they have a different meaning.
     """
     t, s = embedding_rows(teacher.modules), None if student is None else embedding_rows([student])
     ids = [o for o in tensors_in(batches[0][0]) if not o.is_floating_point()]

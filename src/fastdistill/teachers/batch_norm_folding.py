@@ -48,7 +48,7 @@ class _Readers(TorchFunctionMode):
     def entry(self, y: Any) -> list | None:
         """Return the entry of a watched tensor, or None.
 
-        subtle: a new tensor may have the id of a deleted tensor, so the weak reference is compared.
+        A new tensor may have the id of a deleted tensor, so the weak reference is compared.
         """
         e = self.watched.get(id(y))
         return e if e is not None and e[0]() is y else None
@@ -73,7 +73,7 @@ def watched_pairs(model: Module) -> Iterator[list]:
     """Watch the model while it runs.
 
     Yields:
-        A list. After the context ends, it holds the foldable pairs (convolution, batch norm).
+        A list, which holds the foldable pairs (convolution, batch norm) after the context ends.
     """
     pairs: list = []
     runs: dict[nn.Module, int] = {}

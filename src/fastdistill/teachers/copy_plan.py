@@ -17,7 +17,7 @@ __all__ = ['CopyPlan', 'short_name', 'weights_of', 'without_layers']
 
 @dataclass(frozen=True)
 class CopyPlan:
-    """Changes to make in a copy of a model.
+    """Options for copying a model.
 
     Attributes:
         dtype: Dtype of the weights.
@@ -82,7 +82,7 @@ def folded(conv: Any, norm: Any, frozen: Callable[[Tensor], nn.Parameter]) -> Mo
 
     Args:
         conv: A convolution.
-        norm: The batch norm that follows it.
+        norm: The batch norm after the convolution.
         frozen: fn(tensor) -> frozen parameter for the copy.
     """
     bias = torch.zeros_like(norm.running_mean) if conv.bias is None else conv.bias

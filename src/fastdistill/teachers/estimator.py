@@ -54,7 +54,7 @@ def load_estimator(path: Any) -> Any:
 class Estimator:
     """A fitted estimator as a function of a batch.
 
-    It returns probabilities of classes or labels, or numbers for regression. A batch is a table, a
+    The estimator returns probabilities of classes or labels, or numbers for regression. A batch is a table, a
     tensor (B, columns), or a dict with a tensor for each column.
 
     Args:
@@ -91,7 +91,7 @@ class Estimator:
 
     @property
     def columns(self) -> list[str] | None:
-        """Names of the columns on which the estimator was fitted. None if they are unknown."""
+        """Names of the columns on which the estimator was fitted. None if the names are unknown."""
         for k in ('feature_names_in_', 'feature_names_', 'feature_name'):
             names = getattr(self.model, k, None)
             if (names := names() if callable(names) else names) is not None:
@@ -111,7 +111,8 @@ class Estimator:
     def __call__(self, *x: Any, **named: Any) -> Tensor:
         return self.predict(self._table(x, named))
 
-    # called for timing. The subclass for fastai tables bypasses its stored predictions here
+    # used for timing. The subclass for fastai tables predicts again here instead of looking up
+    # outputs
     anew = __call__
 
     def predict(self, rows: Any) -> Tensor:
@@ -238,7 +239,7 @@ def columns_of_numbers(v: Any) -> np.ndarray:
 def positive(p: np.ndarray, classes: Iterable) -> np.ndarray:
     """Return the probability of a label from the output of a binary estimator.
 
-    An estimator that was fitted on a single class has only one column.
+    The output has only one column if the estimator was fitted on a single class.
     """
     yes = [i for i, c in enumerate(classes) if c]
     return p[:, yes].sum(1)

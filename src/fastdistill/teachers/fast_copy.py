@@ -28,7 +28,7 @@ OPTIONS = dict(
 )
 # options in `run=` with their defaults, except 'mode'
 DEFAULTS = {k: v[0] for k, v in OPTIONS.items()} | dict(device=None, batch=None)
-# options with which the teacher runs the model itself
+# options with which the model itself runs, never a faster copy
 AS_IT_IS = dict(precision='fp32', memory_format=None, fold_bn=False, compile=False)
 PRECISIONS = dict(bf16=torch.bfloat16, fp16=torch.float16)
 # maximum difference from the outputs of the original model, relative to their standard deviation
@@ -138,7 +138,7 @@ def owner_of(hook: Any) -> Any:
 
 
 class FastCopy:
-    """Runs a model or a faster copy of it, whichever the first batch favors.
+    """Runs a model or a faster copy of the model. The first batch decides which one is used.
 
     The model itself is never changed.
 
@@ -146,7 +146,7 @@ class FastCopy:
         model: Model of the teacher.
         mode: 'eval' or 'train'.
         options: A value for each option in `OPTIONS`, and 'device'.
-        say: fn(text) that reports the choice. The text continues 'fastdistill: the teacher NAME '.
+        say: fn(text) that reports the choice. The caller adds 'fastdistill: the teacher NAME'.
     """
 
     def __init__(
@@ -186,7 +186,7 @@ class FastCopy:
             x, kw: Positional and keyword inputs.
             device: Device of the model.
             layers: Names of the layers that are read in this batch.
-            run: fn(module) -> logits for this batch. It must not change any state.
+            run: fn(module) -> logits for this batch. The function must not change any state.
         """
         if self.is_stale(thorough=False):
             self.restart()
@@ -320,7 +320,7 @@ class FastCopy:
 
         Args:
             x, kw: Positional and keyword inputs.
-            layers: Names of the layers that are read. If there are any, compiled code is not used.
+            layers: Names of the layers that are read. Compiled code is used only without layers.
         """
         if self.plan is None:
             return self.module(*x, **kw)
@@ -368,7 +368,7 @@ class FastCopy:
 class ModelMarks:
     """Record of a model's state, with which later changes of weights or hooks are detected.
 
-    It holds the tensors with their versions and a few of their values, and the hooks.
+    The record holds the hooks, and the tensors with their versions and a few of their values.
     """
 
     def __init__(self, model: Module) -> None:
@@ -383,7 +383,7 @@ class ModelMarks:
         if places_of(self.tensors) != self.places:
             return False
         # subtle: changes through .data do not increase the version, so values are compared. On a
-        # GPU, this would stall each batch, so it is skipped unless `thorough`
+        # GPU, the comparison would stall each batch, so values are compared only if `thorough`
         if not thorough and self.tensors[0].is_cuda:
             return True
         if thorough and (

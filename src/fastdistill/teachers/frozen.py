@@ -21,7 +21,7 @@ class FrozenModel:
     Args:
         model: An nn.Module.
         mode: 'eval' or 'train'.
-        private: True for a copy that belongs to the teacher. Its buffers need not be restored.
+        private: True for a copy that belongs to the teacher, whose buffers need not be restored.
     """
 
     def __init__(self, model: Module, mode: str, private: bool = False) -> None:
@@ -54,7 +54,7 @@ class FrozenModel:
     def settle(self) -> None:
         """Set every submodule to the mode of the teacher.
 
-        This runs for each batch, since other code may have changed the modes.
+        The mode is set for each batch, since other code may have changed it.
         """
         # subtle: set the flag instead of calling .eval(), which some models override, e.g. to merge
         # adapters
@@ -115,6 +115,6 @@ def cuda_devices(model: Module) -> set[torch.device]:
 def may_be_hidden_state(name: str) -> bool:
     """Return True if an attribute of a recurrent layer may hold a hidden state.
 
-    `_flat_weights` of PyTorch's layers is included.
+    The result is also True for `_flat_weights`, an attribute of PyTorch's recurrent layers.
     """
     return name == '_flat_weights' or (name[0] != '_' and name != 'training')

@@ -63,7 +63,7 @@ def is_changed(was: tuple | None, now: Tensor | None) -> bool:
 
     Args:
         was: (address, values) before the call. None if the tensor did not exist.
-        now: Tensor after the call. None if it was deleted.
+        now: Tensor after the call. None if the tensor was deleted.
     """
     if was is None or now is None or now.data_ptr() != was[0]:
         return True

@@ -15,15 +15,15 @@ __all__ = ['InputAliasing']
 
 
 class InputAliasing:
-    """Decides whether a module gets the batch itself or a copy of it.
+    """Decides whether a module gets the batch itself or a copy.
 
-    The first batch is always copied. It shows whether the module changes its inputs or returns
-    views of them.
+    The first batch is always copied. The first run shows whether the module changes its inputs or
+    returns views of them.
 
     Args:
         name: Name of the teacher.
-        keeps: {names of the layers that are read: True if no copy is needed}. The dict is filled
-            here.
+        keeps: {names of the layers that are read: True if no copy is needed}. `judge` fills this
+            dict.
     """
 
     def __init__(self, name: str, keeps: dict[tuple, bool]) -> None:

@@ -136,7 +136,7 @@ def torch_script(path: Path) -> Any:
 
 
 def exported_program(exported: torch.export.ExportedProgram) -> Module:
-    """Return the module of an exported program. Its mode can't be changed."""
+    """Return the module of an exported program. The mode of such a module can't be changed."""
     training = {
         'aten.batch_norm.default': 5,
         'aten.dropout.default': 2,
@@ -156,7 +156,7 @@ def exported_program(exported: torch.export.ExportedProgram) -> Module:
 def is_graph(m: Any) -> bool:
     """Return True for TorchScript and torch.export programs.
 
-    The forward methods of their submodules are not called, so hooks have no effect.
+    Such programs do not call the forward methods of submodules, so hooks have no effect.
     """
     return isinstance(m, torch.jit.ScriptModule) or (
         isinstance(m, torch.fx.GraphModule) and 'train' in vars(m)
@@ -240,7 +240,7 @@ ONNX_TYPES = {
 class Onnx:
     """A network in an ONNX file, run by onnxruntime.
 
-    It returns the output named 'logits', or the first output if there is none with that name.
+    The network returns the output named 'logits', or the first output if no output has this name.
     """
 
     def __init__(self, path: Path) -> None:
@@ -270,8 +270,8 @@ class Onnx:
     def returning(self, output: Any) -> Self:
         """Return a copy of the network that returns its outputs as a dict.
 
-        If `output` is a name, the dict has only that output. If it is an index or a function, the
-        dict has all outputs. If it is None, the copy returns a single tensor.
+        If `output` is a name, the dict has only that output. If `output` is an index or a function,
+        the dict has all outputs. If `output` is None, the copy returns a single tensor instead.
         """
         if isinstance(output, str) and output not in self.outputs:
             raise DistillError(
@@ -286,8 +286,8 @@ class Onnx:
     def alike(self) -> list[str]:
         """Return the names of all outputs that may be the logits.
 
-        These have as many axes as the first output. The list is empty if an output is named
-        'logits'.
+        Outputs with as many axes as the first output are candidates. The list is empty if an output
+        is named 'logits'.
         """
         have = self.session.get_outputs()
         if 'logits' in self.outputs:

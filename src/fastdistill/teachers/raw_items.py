@@ -14,7 +14,7 @@ __all__ = ['as_in_batch', 'items_at', 'items_beside', 'items_in', 'reads_only_it
 def with_items(x: Any, items: Any) -> Any:
     """Return the inputs of a batch as tensors that also carry the raw items of their samples.
 
-    A teacher with `items=` needs them. In a plain training loop, call `distiller(with_items(x,
+    A teacher with `items=` needs the raw items. In a plain training loop, call `distiller(with_items(x,
     paths), y)`.
 
     Args:
@@ -30,8 +30,8 @@ def with_items(x: Any, items: Any) -> Any:
             f'{len(items)} items for a batch of {sizes[0] if sizes else "no"} samples: give one for '
             "each, in the batch's order, and the inputs as tensors."
         )
-    # subtle: create views, since the tensors of the batch must not change. Index them, because
-    # `as_subclass` may return the same object
+    # subtle: create views, since the tensors of the batch must not change. Indexing is needed,
+    # because `as_subclass` may return the same object
     x = map_tensors(x, lambda t: t.as_subclass(Tensor)[...])
     for t in tensors_in(x):
         t.raw_items = items  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""Run the model of a teacher, frozen, either as it is or as a faster copy."""
+"""Run the frozen model of a teacher, or a faster copy of the model."""
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -49,7 +49,7 @@ class Runner:
         """Prepare the model for many batches.
 
         Args:
-            stack: Stack of contexts that restore the model when it is closed.
+            stack: `ExitStack` that restores the model when it is closed.
         """
         raise NotImplementedError
 
@@ -92,7 +92,7 @@ class Runner:
         return 0 if self.fast_copy is None else self.fast_copy.bytes
 
     def outputs(self, x: Sequence, kw: Mapping[str, Any], layers: Sequence[str]) -> Outputs:
-        """Return the outputs for a batch, with exactly these layers.
+        """Return the outputs for a batch, with the features of exactly these layers.
 
         Random numbers come from the global generators.
         """
@@ -101,9 +101,7 @@ class Runner:
     def outputs_for(
         self, teachers: Sequence, x: Sequence, kw: Mapping[str, Any], layers: Sequence[str]
     ) -> list[Outputs]:
-        """Run the model once on a batch, and return its outputs as each of the teachers reads
-        them.
-        """
+        """Run the model once on a batch, and return the outputs of each teacher."""
         raise NotImplementedError
 
     def generators(self, x: Any = ()) -> dict:
@@ -174,7 +172,7 @@ class ModelRunner(Runner):
     def draws_anywhere(self) -> bool:
         """True if the model may use the random generators of Python and NumPy.
 
-        This is assumed for functions and for models in training mode.
+        Functions and models in training mode are assumed to use these generators.
         """
         if self.teacher.module is None:
             return self.teacher.path is None
@@ -182,9 +180,9 @@ class ModelRunner(Runner):
 
     @property
     def remembers(self) -> bool:
-        """True if the model has hidden states and a method `reset` that resets only these.
+        """True if the model has a method `reset` that changes only hidden states.
 
-        A trial call of `reset` decides.
+        The method is called once as a trial.
         """
         if not has_reset(self.teacher.module):
             return False
@@ -211,7 +209,7 @@ class ModelRunner(Runner):
     def outputs_for(
         self, teachers: Sequence, x: Sequence, kw: Mapping[str, Any], layers: Sequence[str]
     ) -> list[Outputs]:
-        """Run the model once on a batch, and return its outputs as each of the teachers reads them.
+        """Run the model once on a batch, and return the outputs of each teacher.
 
         Args:
             teachers: Variants of the teacher for which `same_run` is true.
@@ -320,7 +318,7 @@ class ModelRunner(Runner):
         again.
 
         Args:
-            x: Inputs of a batch that the model has already run on.
+            x: Inputs of a batch on which the model has already run.
         """
         args, kwargs = self._prepared(x, {}, device_of_inputs(x, {}), self.frozen)
         if anew := getattr(self.teacher.model, 'anew', None):
@@ -350,7 +348,7 @@ class ModelRunner(Runner):
 
 
 def with_classes(teacher: Any, o: Outputs) -> Outputs:
-    """Return outputs with the classes that the teacher selects or maps."""
+    """Apply the class selection and class mapping of a teacher to its outputs."""
     return of_classes(o, teacher.select, teacher.classes, teacher.axis, teacher.kind)
 
 

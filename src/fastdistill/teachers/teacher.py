@@ -80,7 +80,7 @@ def ungrouped_options(options: dict) -> dict:
 
 
 def grouped_options(options: dict) -> dict:
-    """Put flat options into groups, as the arguments of `Teacher`."""
+    """Convert flat options to the grouped arguments of `Teacher`."""
     out = {k: v for k, v in options.items() if k not in UNLESS_GIVEN}
     for group, names in GROUPS.items():
         own = {k: options[k] for k in names if k in options}
@@ -133,8 +133,8 @@ class Teacher:
             'logits', 'out', or the first element of a tuple.
         outputs: Type of the output: 'logits', or 'probs' for probabilities of classes or labels, as
             estimators return.
-        inputs: fn(*inputs of a batch) -> inputs of the teacher, as a tensor, a tuple or a dict. Use
-            it e.g. for a different tokenizer.
+        inputs: fn(*inputs of a batch) -> inputs of the teacher, as a tensor, a tuple or a dict.
+            Useful e.g. for a different tokenizer.
         items: For fastai, fn(raw items of a batch) -> inputs of the teacher. The raw items are a
             list, or rows of a DataFrame.
         frame: For an estimator in fastai, the table from which the DataLoaders were created (see
@@ -305,7 +305,7 @@ class Teacher:
     def module(self):
         """The nn.Module of the model, or None for an ONNX file or a function.
 
-        If the model is a method of an nn.Module, this is that nn.Module.
+        For a bound method, the result is the nn.Module to which the method belongs.
         """
         return next(
             (
@@ -333,7 +333,9 @@ class Teacher:
 
     @property
     def adapts(self):
-        """Text that describes how images are normalized again, or '' if they are not."""
+        """Text that describes how the normalization of images is changed, or '' if it is not
+        changed.
+        """
         if self.members:
             return '; '.join(dict.fromkeys(filter(None, (m.adapts for m in self.members))))
         if None in (self.stats, self.input_stats) or affine(self.input_stats, self.stats) is None:
@@ -398,7 +400,7 @@ class Teacher:
     def as_it_is(self) -> 'Teacher':
         """Return a variant of this teacher that never runs a faster copy.
 
-        Code that hooks the modules of `named_modules` needs this, since hooks have no effect on a
+        Use this variant to hook the modules of `named_modules`, since hooks have no effect on a
         copy.
         """
         t = Teacher(self, run=AS_IT_IS | dict(device=None))
@@ -483,7 +485,7 @@ class Teacher:
     def outputs_for(
         self, teachers, inputs=(), samples=None, layers=(), kwargs=None
     ) -> list[Outputs]:
-        """Run the model once on a batch, and return its outputs as each of the teachers reads them.
+        """Run the model once on a batch, and return the outputs of each teacher.
 
         Args:
             teachers: This teacher, and other teachers for which `same_run` is true.
@@ -507,7 +509,7 @@ class Teacher:
     def probe(self, *x, layers=None, **kw) -> Outputs:
         """Return the outputs for a batch without changing hidden states or random states.
 
-        This works even between `start` and `stop`.
+        This method can be used even between `start` and `stop`.
 
         Args:
             *x: Inputs of the batch.
@@ -533,7 +535,7 @@ def given_options(teacher: Teacher) -> dict:
 
 
 def reading_tokens(teacher: Teacher, *x) -> Teacher:
-    """Return the teacher whose outputs are to be stored.
+    """Return a variant of the teacher whose features can be stored.
 
     Layers that return a series (B, C, L), such as a 1d convolution, are read as tokens (B, L, C),
     since stored features do not show which axis holds the channels.
@@ -553,7 +555,7 @@ OF_A_RUN = 'mode', 'size', 'inputs', 'items', 'layers', 'run'
 def same_run(a, b) -> bool:
     """Return True if a single run of the model can give the outputs of both teachers.
 
-    Such teachers differ only in the output that they read, its kind and its classes.
+    Such teachers differ at most in `output`, `kind` and their classes.
     """
     if a is b:
         return True
@@ -566,9 +568,9 @@ def same_run(a, b) -> bool:
 
 
 def sharing_model(teacher, other):
-    """Return the teacher so that it shares the facts about its model with a second teacher.
+    """Return a copy of the teacher that shares the facts about the model with a second teacher.
 
-    Both teachers must have the same model. They then also share its faster copy.
+    Both teachers must have the same model, and also share its faster copy from then on.
     """
     if teacher._facts is other._facts:
         return teacher

@@ -34,7 +34,7 @@ def check_own_inputs(inputs: Callable | None, items: Callable | None) -> None:
 def own_inputs(teacher: Any, x: tuple, kw: Mapping[str, Any]) -> tuple:
     """Return the positional and keyword inputs of the model.
 
-    These are the inputs of the batch, or the result of `inputs=` or `items=`.
+    The inputs are those of the batch, or the result of `inputs=` or `items=`.
 
     Args:
         teacher: A `Teacher` with a single model.
@@ -73,8 +73,8 @@ def prepared_inputs(
 ) -> tuple:
     """Return the positional and keyword inputs of the model in their final form.
 
-    The inputs are on the device of the model and have its precision. Images have its normalization
-    and size.
+    The inputs are on the device of the model and have its precision. Images have the normalization
+    and size that the model expects.
 
     Args:
         teacher: A `Teacher` with a single model.
