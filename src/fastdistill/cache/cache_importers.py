@@ -285,7 +285,7 @@ class Reading:
                     f'{self.value!r} is {shortened(repr(o), 100)}: it must be a list of numbers, '
                     'a dict of classes and their numbers, or, for tokens, a list of these.'
                 )
-            # a list of (number, class) pairs is one position, not a list of positions
+            # a list of (number, class) pairs is a single position, not a list of positions
             self.in_rows = (
                 not isinstance(o, Mapping) and is_nested(o) and not (ids is None and is_pairs(o))
             )
@@ -589,7 +589,7 @@ def row_texts(rows):
     for i in range(len(rows)):
         try:
             yield json.dumps(rows[i], sort_keys=True, default=plain)
-        # column names have different types, or an object contains itself
+        # column names may have different types, or an object may contain itself
         except (TypeError, ValueError, RecursionError) as e:
             raise DistillError(
                 f"Row {i} can't be written as JSON ({e}): its columns must have text names and "

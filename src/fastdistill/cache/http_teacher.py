@@ -46,7 +46,7 @@ def ask_server(
 ) -> Path:
     """Query a server for each sample and write the responses to a file.
 
-    Then call `cache_from(path, 'cache', n=...)` to convert the responses to a cache.
+    The function `cache_from(path, 'cache', n=...)` converts the file to a cache.
 
     Args:
         url: URL of the endpoint, e.g. 'http://localhost:8000/v1/completions'.

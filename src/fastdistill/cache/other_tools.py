@@ -142,7 +142,7 @@ def read_yaml(path):
 
 
 class Bytes:
-    """Reader of consecutive fields from the bytes of all positions.
+    """Reads consecutive fields from the bytes of all positions.
 
     Args:
         data: (positions, bytes) uint8.

@@ -92,7 +92,9 @@ class Option:
     note: str = ''
 
     def worst(self, uses: Uses) -> float:
-        """Return the largest loss for a recipe. A loss of 1 means that all information is lost."""
+        """Return the largest information loss for a recipe, where 1 means that everything is
+        lost.
+        """
         if self.lost is None:
             return float('inf')
         each = [loss_at(self.lost, T) for T in dict.fromkeys((1.0, *uses.T))]

@@ -100,8 +100,8 @@ class Tally:
     def item_scores(self, o: Tensor, y: Tensor) -> Tensor:
         """Return the score of each item, (B,).
 
-        For regression, the score is the negative squared error. Otherwise, it is the fraction of
-        correct predictions.
+        The score is the negative squared error for regression, and the fraction of correct
+        predictions otherwise.
         """
         kind, rows = self.task.kind, lambda v: v.reshape(len(v), -1).float()
         if kind == 'regression':

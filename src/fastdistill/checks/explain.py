@@ -37,7 +37,7 @@ LITTLE = 0.1  # minimum fraction of the gradient that the task loss should have
 class Follow:
     """Fraction of the teacher's predictions that a student reproduces, 1 - d/d0.
 
-    Here, d is the distance between the predictions of student and teacher: the KL divergence at
+    In this formula, d is the distance between the predictions of student and teacher: the KL divergence at
     T=1, or the squared error for regression. d0 is the distance between the teacher's predictions
     and their mean. The fraction is 1 if the predictions are equal, and 0 if the student is no
     closer to the teacher than the mean is. The fraction is negative for a student that is even farther away,

@@ -73,7 +73,7 @@ def mismatches(
 ) -> Iterator[Finding]:
     """Yield a finding if outputs and labels do not fit together.
 
-    Only the first mismatch is reported, because all others may follow from it.
+    Only the first mismatch is reported, because other mismatches may follow from it.
 
     Args:
         s: Shape of the student's outputs. None if unknown.

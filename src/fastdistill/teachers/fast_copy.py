@@ -146,7 +146,8 @@ class FastCopy:
         model: Model of the teacher.
         mode: 'eval' or 'train'.
         options: A value for each option in `OPTIONS`, and 'device'.
-        say: fn(text) that reports the choice. The caller adds 'fastdistill: the teacher NAME'.
+        say: fn(text) that reports the choice. The caller puts 'fastdistill: the teacher NAME' before
+            the text.
     """
 
     def __init__(
@@ -342,7 +343,7 @@ class FastCopy:
 
     @property
     def cast_back(self) -> torch.dtype | None:
-        """The dtype of the model if the copy has a different one, otherwise None."""
+        """The dtype of the model if the copy has a different dtype, otherwise None."""
         return self.own if self.plan is not None and self.plan.dtype != self.own else None
 
     @property

@@ -77,7 +77,7 @@ def affine(
 ) -> tuple[Tensor, Tensor] | None:
     """Return (factor, shift) that convert images from normalization `given` to `wanted`.
 
-    Both have shape (C, 1, 1). The result is None if the normalizations are equal.
+    Both tensors have shape (C, 1, 1). The result is None if the normalizations are equal.
     """
     (gm, gs), (wm, ws) = given, wanted
     if 1 < len(gm) != len(wm) > 1:
