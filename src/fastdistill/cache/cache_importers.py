@@ -208,7 +208,7 @@ class Reading:
         if name in (row := self.columns(i)):
             return row[name]
         raise DistillError(
-            f'{self.place(i)} has no {name!r}, which the first row has; it has '
+            f'{self.place(i)} has no {name!r}, unlike the first row. It has '
             f'{", ".join(map(str, row)) or "nothing"}.'
         )
 
@@ -367,7 +367,7 @@ class Reading:
             )
         if self.given == 'logprobs' and known.min() < LEAST_LOGPROB:
             refuse(
-                f'{self.value!r} has {known.min():g}, which stands for a missing log-probability: '
+                f'{self.value!r} has {known.min():g}, which marks a missing log-probability: '
                 f'they must be at least {LEAST_LOGPROB}. Leave the class out of a list of the '
                 'most likely classes, or use -inf for probability 0.'
             )
@@ -420,7 +420,7 @@ def key_of_name(name, root):
     )
     if odd or isinstance(name, str) and not name:
         raise DistillError(
-            f'its name is {shortened(repr(name), 100)}: it must be a text or a number.'
+            f'its name is {shortened(repr(name), 100)}: it must be a string or a number.'
         )
     try:
         return keys_of(
@@ -429,7 +429,7 @@ def key_of_name(name, root):
     # the name may be an invalid string, a number instead of a path, or a list that contains itself
     except (UnicodeError, TypeError, RecursionError) as e:
         raise DistillError(
-            f"its name {shortened(ascii(name), 100)} can't be used ({e}): it must be a text"
+            f"its name {shortened(ascii(name), 100)} can't be used ({e}): it must be a string"
             f'{", the path of a file" if root is not None else " or a number"}.'
         ) from e
 

@@ -115,13 +115,13 @@ def ask_server(
 def check_samples(samples):
     if not isinstance(samples, Mapping):
         raise DistillError(
-            f'samples is of type {type(samples).__name__}: it must be a dict of names and what is sent.'
+            f'samples is of type {type(samples).__name__}: it must be a dict {{name: prompt}}.'
         )
     for k in samples:
         if not isinstance(k, str) and not is_whole(k):
             raise DistillError(
-                f"The sample's name {k!r} is of type {type(k).__name__}: it must be a text or a whole "
-                'number, as a file of JSON lines keeps it.'
+                f"The sample's name {k!r} is of type {type(k).__name__}: it must be a string or a "
+                'whole number, which JSON lines can hold.'
             )
 
 

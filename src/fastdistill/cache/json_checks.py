@@ -58,7 +58,7 @@ def whole_number(name, o, low, high) -> int:
 
 def json_text(name, o, options=None) -> str:
     if not isinstance(o, str):
-        refuse_entry(name, o, 'a text')
+        refuse_entry(name, o, 'a string')
     if options is not None and o not in options:
         refuse_entry(name, o, ' or '.join(map(repr, options)))
     return o

@@ -176,7 +176,7 @@ class Manifest:
         if where.size('manifest.json') > MAX_MANIFEST:
             raise DistillError(
                 f'{where}/manifest.json has {where.size("manifest.json")} bytes: at most '
-                f'{MAX_MANIFEST} are possible.'
+                f'{MAX_MANIFEST} are allowed.'
             )
         return cls.from_json(where.read('manifest.json'), where)
 
@@ -228,12 +228,12 @@ class Manifest:
         self._check_parts()
         if (n := self.stored * self.per_view) > MAX_FILES:
             raise DistillError(
-                f'count, views and shard_rows make {n} files: at most {MAX_FILES} are possible.'
+                f'count, views and shard_rows make {n} files: at most {MAX_FILES} are allowed.'
             )
         most = self.rows_of(0) if self.parts is None else max((n for _, n in self.parts), default=0)
         if (n := most * self.layout.bytes) > MAX_FILE:
             raise DistillError(
-                f'shard_rows and layout make files of {n} bytes: at most {MAX_FILE} are possible.'
+                f'shard_rows and layout make files of {n} bytes: at most {MAX_FILE} are allowed.'
             )
 
     def _check_parts(self):
@@ -277,7 +277,7 @@ class Manifest:
             for o in json_list(f'{name}.after', s.get('after', []), 0, 1000):
                 if not all(type(v) is float for v in json_list(f'{name}.after', o, 3, 3)):
                     raise DistillError(
-                        f'{name}.after has {shortened(o)}: three numbers are possible.'
+                        f'{name}.after has {shortened(o)}: it must have three numbers.'
                     )
 
     def _check_shards(self):

@@ -41,7 +41,7 @@ class OutputLayer:
         return f'{self.name}@in'
 
     def outputs(self, out: Outputs, half: bool = False) -> Outputs:
-        """Replace the logits by hidden states, after a check that these give the same logits.
+        """Replace the logits by hidden states, after checking that they give the same logits.
 
         Args:
             out: Outputs of the teacher, with the input of the layer among the features.
@@ -112,7 +112,7 @@ class StoredHead:
         return [o for o in (self.weight, self.bias, self.unit) if o is not None]
 
     def scaled(self, hidden: Tensor) -> Tensor:
-        """Convert hidden states to the stored units."""
+        """Divide hidden states by the units in which they are stored."""
         return hidden / self.unit.to(hidden.device)
 
     def logits(self, hidden: Tensor) -> LinearLogits:
@@ -211,7 +211,7 @@ def find_output_layer(teacher, run, layer: str | None = None) -> OutputLayer:
         far = min(relative_difference(outputs[k].float(), logits) for k in alike)
         raise DistillError(
             f"store='hidden': the logits of {teacher.name} are not the output of a linear layer "
-            f'({", ".join(alike[:3])}), or that times a number or soft-capped. They differ by {far:.2g} of '
+            f'({", ".join(alike[:3])}), even with a scale or a soft cap. They differ by {far:.2g} of '
             f'the largest logit. {NOT_FOUND}'
         )
     return selected(found[0], teacher)

@@ -47,7 +47,7 @@ def cache_facts(where, m):
     for o in m.lost:
         yield (
             f'lost at T={o["T"]:g}',
-            f'{100 * o["share"]:.1f}% of what the teacher tells, KL {o["kl"]:.2g} nats',
+            f"{100 * o['share']:.1f}% of the teacher's information, KL {o['kl']:.2g} nats",
         )
     shards = list(m.all_shards())
     done = len(shards) if m.complete else sum(finished(where, s) for s in shards)

@@ -107,8 +107,8 @@ class Problems:
             raise DistillError(
                 f"{self.where} can't be sealed:\n"
                 + '\n'.join(self.found)
-                + '\nNothing was changed. Start the writers of these rows again, or remove the files '
-                '(.rows and .keys) that are too many, and seal it again.'
+                + '\nNothing was changed. Start the writers of these rows again, or remove the surplus '
+                'files (.rows and .keys). Then seal the cache again.'
             )
 
 

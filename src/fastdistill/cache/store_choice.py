@@ -265,8 +265,8 @@ class Choice:
         kind: Kind of the outputs: 'softmax', 'sigmoid' or 'regression'.
         uses: fn(teacher logits of a few samples) -> `Uses`. None if the recipe is unknown.
         explicit: True if the user named a recipe, so that an unsuitable `store=` causes a warning.
-        tasks: Tasks of the samples to measure, see `Source`. None for samples spread over the
-            dataset.
+        tasks: Views of samples to measure, as the integers that `Source.run` takes. None for samples
+            spread over the dataset.
     """
 
     teacher: object

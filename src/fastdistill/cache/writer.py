@@ -62,7 +62,7 @@ class Forecast:
         if self.free is not None and self.bytes > self.free:
             raise DistillError(
                 f"{where}: {self}. The disk is too small: use fewer views, store less (store='auto' "
-                'measures what each way costs), or use a different disk.'
+                'compares the formats), or use a different disk.'
             )
 
 

@@ -110,8 +110,10 @@ class Explanation:
         top_prob_train: Mean top probability of the teacher on training items.
         steps: Number of training steps.
         shares: {loss: fraction of the gradient on the first batch}.
-        same_train: Fraction of training predictions with the teacher's class. None for regression.
-        same_valid: Fraction of validation predictions with the teacher's class. None for regression.
+        same_train: Fraction of training predictions that have the same class as the teacher's. None
+            for regression.
+        same_valid: Fraction of validation predictions that have the same class as the teacher's. None
+            for regression.
         faded: {term: fraction of its gradient ratio that is left at the end of the training}.
     """
 

@@ -87,4 +87,4 @@ def unknown_normalization(teacher: Teacher, batches: Sequence) -> str:
     """Describe the normalization check for a teacher whose normalization is unknown."""
     if teacher.stats is not None or not can_renormalize(teacher, batches):
         return ''
-    return "the teacher's is unknown; no usual one scores clearly better than the student's"
+    return "the teacher's is unknown, but no common one scores clearly better than the student's"

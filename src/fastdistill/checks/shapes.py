@@ -184,7 +184,7 @@ def labels_beyond(
             'error',
             f'There is a label {wrong[0].item()}, but the outputs have {n} classes, 0 to {n - 1}',
             'Give the model as many outputs as there are classes. Set ignore_index of the loss '
-            'function to the label that does not count',
+            'function to the label that should be ignored',
         )
     return None
 

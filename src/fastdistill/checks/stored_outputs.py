@@ -50,7 +50,7 @@ def lossy_classes(term: Any, t: TopK, lost: Any) -> Iterator[Finding]:
     if lost is not None:
         found = loss_at(lost, T)
         told = (
-            f'at this temperature, {100 * found["share"]:.0f}% of what the teacher tells is lost (KL '
+            f"at this temperature, {100 * found['share']:.0f}% of the teacher's information is lost (KL "
             f'{found["kl"]:.2g} nats), and the correlations of its outputs '
             f'fall by {found["correlation"]:.2f}, measured when the cache was written'
         )
@@ -64,8 +64,8 @@ def lossy_classes(term: Any, t: TopK, lost: Any) -> Iterator[Finding]:
         yield Finding(
             'warning',
             f'{stored}: {told}',
-            "Store the outputs in a different way: cache_teacher(..., store='auto') measures what each "
-            'way loses' + (', or use kd(T=1)' if T > 1 or term.relates else ''),
+            "Store the outputs in a different format: cache_teacher(..., store='auto') compares all "
+            'formats' + (', or use kd(T=1)' if T > 1 or term.relates else ''),
             about='store',
         )
 

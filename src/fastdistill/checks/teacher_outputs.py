@@ -69,7 +69,7 @@ def check_outputs(
             where both are tuples.
         student: The student's module. None if unknown.
         train: Augmented training batches, from which only the teacher's probabilities are measured.
-        recipe: Recipe or term of the training. None if unknown.
+        recipe: Recipe or term used for training. None if unknown.
         names: Names of the student's classes. None if unknown.
         output: Which output of the student is distilled, as in `Outputs.of`.
         place: fn(inputs, logits, targets) -> targets aligned with the positions of their

@@ -247,6 +247,6 @@ def positive(p: np.ndarray, classes: Iterable) -> np.ndarray:
 
 def several(name: str, n: int) -> str:
     return (
-        f'{name} predicts {n} outputs, the student one class of several. Give a function that returns the '
-        "probabilities of one of them: Teacher(fn, outputs='probs')."
+        f'{name} predicts {n} outputs, but the student predicts one of several classes. Give a function that '
+        "returns the probabilities of one of them: Teacher(fn, outputs='probs')."
     )

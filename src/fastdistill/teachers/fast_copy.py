@@ -81,7 +81,7 @@ def check_device(device: Any) -> None:
     except (RuntimeError, AssertionError, TypeError, NotImplementedError, ValueError) as e:
         raise DistillError(
             f"device={device!r}: this device can't be used here ({str(e).splitlines()[0]}). Omit "
-            'device=, and the teacher follows the batches to theirs.'
+            'device= to run the teacher on the device of the batches.'
         ) from e
 
 

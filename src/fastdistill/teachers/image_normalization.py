@@ -102,8 +102,9 @@ def check_images(
     """
     if stats is not None and input_stats is None and images:
         raise DistillError(
-            "stats is the normalization of the teacher's images. That of the batch's images is "
-            'missing: give images=dict(input_stats=(mean, std)), or (0, 1) if they are not normalized.'
+            "stats is the normalization of the teacher's images, but the normalization of the batch's "
+            'images is missing: give images=dict(input_stats=(mean, std)), or (0, 1) if they are not '
+            'normalized.'
         )
     if scaling is None:
         return

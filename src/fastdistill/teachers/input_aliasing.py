@@ -66,8 +66,8 @@ class InputAliasing:
         self.keeps[key] = kept and (known or not shares_memory(marks, outputs))
         if known and not kept:
             raise DistillError(
-                f'The teacher {self.name} changed its input in this batch, and not in its first one. So '
-                "the student's batch was changed too. Train again: now the teacher gets copies."
+                f'The teacher {self.name} changed its input in this batch, but not in the first batch. '
+                "So the student's batch was changed too. Train again: the teacher now gets copies."
             )
 
 

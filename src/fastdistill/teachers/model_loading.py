@@ -20,7 +20,7 @@ __all__ = ['Onnx', 'explained', 'holds_weights', 'load_model', 'warn_of_code']
 
 FORMS = (
     'It must be an nn.Module (torchvision, timm, Hugging Face, TorchScript), a torch.export program, a file of '
-    'TorchScript (.pt), torch.export (.pt2) or ONNX (.onnx), any callable, what has predict_proba or predict '
+    'TorchScript (.pt), torch.export (.pt2) or ONNX (.onnx), any callable, an object with predict_proba or predict '
     '(scikit-learn, LightGBM, XGBoost, CatBoost), a Teacher, or a list of these (an '
     'ensemble).'
 )

@@ -50,6 +50,6 @@ def check_probabilities(p: Tensor, kind: str, axis: int, name: str) -> None:
     ):
         raise DistillError(
             f"outputs='probs', but the probabilities of {name} sum to {1 - far:g} or {1 + far:g} along axis "
-            f'{axis}, not to 1. Is axis= the class axis? Probabilities of labels, each by itself, need '
+            f'{axis}, not to 1. Is axis= the class axis? For probabilities of independent labels, pass '
             "kind='sigmoid'."
         )

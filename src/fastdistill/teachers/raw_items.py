@@ -49,7 +49,7 @@ def items_beside(x: Any, name: str) -> Any:
         raise DistillError(
             f'items= of the teacher {name}: the raw items of these inputs are not known here. They are '
             "known for the batches of fastai's DataLoaders, in distill, KnowledgeDistillation, "
-            'check_teacher, compare and cache_teacher. In a loop of your own, hand them beside the '
+            'check_teacher, compare and cache_teacher. In a loop of your own, pass them with the '
             "batch: distiller(with_items(x, items), y). Elsewhere, store the teacher's outputs with "
             'cache_teacher or cache_dataset and train from these, or make its inputs from the batch: '
             'Teacher(model, inputs=fn).'

@@ -266,7 +266,7 @@ class Teacher:
         elif self.frame is not None:
             raise DistillError(
                 f'frame= is the table of an estimator (scikit-learn, LightGBM ...), but {self.name} is '
-                'none.'
+                'not an estimator.'
             )
         if self.size is not None:
             self.size = (self.size, self.size) if isinstance(self.size, int) else tuple(self.size)
