@@ -357,7 +357,7 @@ INF, NAN = float('inf'), float('nan')
         (
             dict(logprobs=[-9999.0] * 3),
             {},
-            "'logprobs' has -9999, which stands for a missing log-probability: they must be at least -1000",
+            "'logprobs' has -9999, which marks a missing log-probability: they must be at least -1000",
         ),
         (
             dict(logprobs={'0': -0.1, '1': -9999.0}),
@@ -427,7 +427,7 @@ def test_a_row_of_nonsense_is_named_before_anything_is_written(row, kwargs, says
 @pytest.mark.parametrize(
     'rows,kwargs,says',
     [
-        ([dict(key=None, logprobs=[0.0])], {}, 'its name is None: it must be a text or a number'),
+        ([dict(key=None, logprobs=[0.0])], {}, 'its name is None: it must be a string or a number'),
         ([dict(key='\ud800', logprobs=[0.0])], {}, r"its name '\\ud800' can't be used"),
         (
             [dict(key=3, logprobs=[0.0])],
@@ -437,12 +437,12 @@ def test_a_row_of_nonsense_is_named_before_anything_is_written(row, kwargs, says
         (
             [dict(key='a', logprobs=[0.0]), dict(key='b')],
             {},
-            r"Row 1 \('b'\) has no 'logprobs', which the first row has; it has key",
+            r"Row 1 \('b'\) has no 'logprobs', unlike the first row. It has key",
         ),
         (
             [dict(key='a', logprobs=[0.0]), dict(logprobs=[0.0])],
             {},
-            "Row 1 has no 'key', which the first row has; it has logprobs",
+            "Row 1 has no 'key', unlike the first row. It has logprobs",
         ),
         (
             [dict(key='a', logprobs=[0.0]), [0.0]],

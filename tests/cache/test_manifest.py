@@ -131,7 +131,7 @@ CRAFTED = [
         'uint8',
         "dtype='uint8': must be one of 'float32', 'float16', 'int8'",
     ),
-    ('layout.fields.1.dtype', 1, 'dtype is 1: it must be a text'),
+    ('layout.fields.1.dtype', 1, 'dtype is 1: it must be a string'),
     ('layout.fields.0.name', 'logits', r"layout.fields\[0\] is 'logits'"),
     ('layout.fields.2.name', 'scale:x', r"layout.fields\[2\] is 'scale:x'"),
     ('layout.fields.4.name', '../../x', r'layout.fields\[4\] is'),

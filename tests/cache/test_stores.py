@@ -433,7 +433,7 @@ def test_a_recipe_that_the_store_does_not_suit_is_reported_with_a_number(tmp_pat
     task = nn.functional.cross_entropy(s, y)
     text = (
         r'stores the 10 likeliest of 300 classes, and dist uses them at T=4: at this temperature, \d+% of '
-        r'what the teacher tells is lost \(KL [\d.]+ nats\), and the correlations of its outputs fall by 0.\d\d'
+        r"the teacher's information is lost \(KL [\d.]+ nats\), and the correlations of its outputs fall by 0.\d\d"
     )
     with pytest.warns(DistillWarning, match=text):
         Distiller(None, None, Term(dist, T=4)).compute(Outputs(s), stored, task, (y,))

@@ -504,7 +504,9 @@ def test_labels_each_by_itself():
 def test_what_no_estimator_can_teach():
     x, y = numbers()
     several = RandomForestClassifier(3).fit(x, np.stack([y, y], 1))
-    with pytest.raises(DistillError, match='predicts 2 outputs, the student one class of several'):
+    with pytest.raises(
+        DistillError, match='predicts 2 outputs, but the student predicts one of several classes'
+    ):
         Teacher(several)(torch.tensor(x))
 
     class Odd:

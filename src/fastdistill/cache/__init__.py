@@ -1,5 +1,6 @@
-"""Teacher outputs on disk: run the teacher once, train as many students as you like. See
-docs/cache.md for the format.
+"""Store teacher outputs on disk: run the teacher once, then train any number of students.
+
+The file format is described in docs/cache.md.
 """
 
 from .cache_importers import cache_from

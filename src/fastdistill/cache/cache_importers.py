@@ -1,5 +1,6 @@
-"""Write caches of outputs computed by a different program: JSON lines, Parquet, Arrow, NumPy, or
-Python objects.
+"""Write caches of outputs that a different program computed.
+
+The outputs can be JSON lines, Parquet, Arrow or NumPy files, or Python objects.
 """
 
 import importlib
@@ -26,7 +27,8 @@ from .writer import write_cache
 
 __all__ = ['cache_from']
 
-# name of the value -> True if each entry is at its own token, so that it is predicted one position earlier
+# {name of the column: True if each entry is stored at the position of the token it predicts, and
+# False if it is stored one position earlier, as in a student's logits}
 VALUES = dict(
     logprobs=False,
     log_probs=False,
@@ -62,43 +64,47 @@ def cache_from(
     tool: str | None = None,
     config=None,
 ) -> TeacherCache:
-    """Write a cache of outputs computed by a different program, and open it. An interrupted run is
-    resumed.
+    """Write a cache of outputs that a different program computed, and open the cache.
 
-    Each row has a name and one value for each class, or pairs of class and log-probability. For
-    tokens, it has such a list for each position. Responses of vLLM, SGLang and OpenAI's completions
-    are supported.
+    If a previous run was interrupted, it is resumed.
+
+    Each row needs the name of a sample and the teacher's outputs. The outputs are one number for
+    each class, or pairs of a class and its log-probability. For tokens, a row has such a list for
+    each position. Responses of vLLM, SGLang and OpenAI's completions API are supported.
 
     Args:
-        outputs: A .jsonl, .parquet, .arrow, .npy or .npz file, a folder of them (e.g. written by
-            `Dataset.save_to_disk` of Hugging Face), an array (N, ...), a `datasets.Dataset`, or a
-            list of dicts.
+        outputs: A .jsonl, .parquet, .arrow, .npy or .npz file, a folder of such files (e.g. written
+            by `Dataset.save_to_disk` of Hugging Face), an array (N, ...), a `datasets.Dataset`, or
+            a list of dicts.
         path: Folder or URL of the cache.
-        n: Number of classes, or of tokens in the vocabulary. None for the number in each row.
-        keys: Names of the samples as in the student's data, a list or a column. None for a known
-            column.
-        root: Folder to which names are relative, if they are paths of files.
-        value: Column with the outputs. None for a known column, such as 'logprobs'.
-        given: What the numbers are: 'logprobs', 'logits' or 'probs'. None to tell by the name of
-            the column.
-        topk: Number of most likely classes to store. None for as many as every position has.
-        tail: Assumption about the other classes: 'uniform', 'zero' or 'bucket', see `TopK`. None for
-            that of the tool, or else 'uniform'.
-        shift: For tokens, True if entries are at their own tokens. None to tell by the name of the
-            column (vLLM, SGLang).
-        length: For tokens, the number of positions to store. None for the length of the longest
-            row. Missing positions do not count.
+        n: Number of classes, or size of the vocabulary. If None, use the number of values in each
+            row.
+        keys: Names of the samples, equal to those of the student's dataset: a list, or the name of
+            a column. If None, use a column with a common name, such as 'key' or 'id'.
+        root: Root folder of the samples, if their names are file paths.
+        value: Column with the outputs. If None, use a column with a common name, such as
+            'logprobs'.
+        given: Type of the numbers: 'logprobs', 'logits' or 'probs'. If None, infer the type from
+            the column name.
+        topk: Number of most likely classes to store. If None, store as many classes as every
+            position has.
+        tail: Assumption about the classes that are not stored: 'uniform', 'zero' or 'bucket', see
+            `TopK`. If None, use the assumption of `tool`, or 'uniform' without a tool.
+        shift: For tokens, True if each entry is stored at the position of the token it predicts, as
+            vLLM and SGLang do. If None, the column name decides.
+        length: For tokens, the number of positions to store. If None, use the length of the longest
+            row. Missing positions are masked out.
         dtype: 'float32', 'float16' or 'int8'.
-        teacher: Name of the teacher. None for the name of the file.
+        teacher: Name of the teacher. If None, use the name of the file.
         vocab: Class names, in the order of the numbers.
         bs: Number of rows written at once.
-        force: Whether to overwrite a cache that does not fit.
-        progress: True for a bar in terminals and notebooks, False for none, or fn(rows done, total
-            rows, bytes done).
-        tool: Tool that wrote the rows in its own format: 'distillkit', 'open-instruct', 'axolotl' or
-            'vllm'. Rows without names are named by their tokens.
-        config: Configuration with which DistillKit or open-instruct compressed the rows, a dict or a
-            file. None for the file compression_config.yaml next to them.
+        force: If True, overwrite an existing cache that was written from different outputs.
+        progress: True for a progress bar in terminals and notebooks, False for none, or fn(rows
+            done, total rows, bytes done).
+        tool: Tool that wrote the rows in its own format: 'distillkit', 'open-instruct', 'axolotl'
+            or 'vllm'. If the rows have no names, each sample is identified by its tokens.
+        config: Configuration with which DistillKit or open-instruct compressed the rows, as a dict
+            or a file. If None, read compression_config.yaml next to the rows.
     """
     rows, identity = read_rows(outputs)
     if not len(rows):
@@ -135,7 +141,9 @@ def cache_from(
 
 
 class Reading:
-    """Reader of rows (dicts) as `Outputs`. All rows are checked before anything is written."""
+    """Reader that converts rows (dicts) to `Outputs`. All rows are checked before the cache is
+    written.
+    """
 
     def __init__(self, rows, n, value, given, shift, tail, dtype):
         self.rows, self.n, self.tail, self.dtype, self.keys = rows, n, tail, dtype, None
@@ -164,7 +172,7 @@ class Reading:
 
     @contextmanager
     def naming(self, i):
-        """Context in which errors name the row that they are about."""
+        """Add the file and number of row `i` to the errors raised in this context."""
         try:
             yield
         except DistillError as e:
@@ -200,12 +208,12 @@ class Reading:
         if name in (row := self.columns(i)):
             return row[name]
         raise DistillError(
-            f'{self.place(i)} has no {name!r}, which the first row has; it has '
+            f'{self.place(i)} has no {name!r}, unlike the first row. It has '
             f'{", ".join(map(str, row)) or "nothing"}.'
         )
 
     def hashed(self, names, root):
-        """Return the keys of the samples, (N,) uint64. All must be different."""
+        """Return the keys of the samples, (N,) uint64. All names must be different."""
         self.keys, seen = names, {}
         for i, name in enumerate(names):
             with self.naming(i):
@@ -218,9 +226,7 @@ class Reading:
         return np.fromiter(seen, np.uint64, len(seen))
 
     def measure(self, topk, length):
-        """Find the number of classes and positions that every row has, in one pass that checks all
-        rows.
-        """
+        """Check all rows in one pass, and find how many classes and positions every row has."""
         for name, o in dict(n=self.n, topk=topk, length=length).items():
             if o is not None and (not is_whole(o) or o < 1):
                 raise DistillError(f'{name}={o!r}: it must be a whole number from 1, or None.')
@@ -250,7 +256,7 @@ class Reading:
         self._check_classes(k, counts, whole, topk)
         self.n, self.k = self.n or k, topk or k
         if self.k == self.n and not topk:
-            self.k = None  # all of them: no class numbers are stored
+            self.k = None  # all classes are stored in order, so class numbers are not needed
 
     def _check_classes(self, k, counts, whole, topk):
         if whole and (len(counts) > 1 or self.n not in (None, k)):
@@ -267,7 +273,9 @@ class Reading:
 
     def positions(self, i):
         """Return (classes, numbers) for each position of a row, or None for a position without
-        entries. Classes are None if all are given in order.
+        entries.
+
+        `classes` is None if the numbers cover all classes in order.
         """
         o = unwrapped(self.column(i, self.value))
         with self.naming(i):
@@ -277,7 +285,7 @@ class Reading:
                     f'{self.value!r} is {shortened(repr(o), 100)}: it must be a list of numbers, '
                     'a dict of classes and their numbers, or, for tokens, a list of these.'
                 )
-            # pairs belong to one position; they are not a list of positions
+            # a list of (number, class) pairs is a single position, not a list of positions
             self.in_rows = (
                 not isinstance(o, Mapping) and is_nested(o) and not (ids is None and is_pairs(o))
             )
@@ -294,7 +302,7 @@ class Reading:
         return out[1:] + [None] if self.shift else out
 
     def check(self, c, v, where):
-        """Raise a DistillError for numbers that are not logits or (log-)probabilities of classes."""
+        """Raise a DistillError unless the numbers are valid logits or (log-)probabilities."""
 
         def refuse(found):
             raise DistillError(f'{where}{found}')
@@ -323,7 +331,8 @@ class Reading:
             return
         with np.errstate(over='ignore'):
             total = (v if self.given == 'probs' else np.exp(v)).sum()
-        every = len(v) == self.n or c is None  # all classes, not only the likeliest
+        # the row has all classes, not only the most likely ones
+        every = len(v) == self.n or c is None
         if total <= 1.02 and total >= (0.98 if every else 1e-6):
             return
         other = ' or '.join(
@@ -338,7 +347,7 @@ class Reading:
         )
 
     def _check_probabilities(self, v, refuse):
-        if v.min() < -1e-5 or v.max() > 1.02:  # rounded numbers may be a little outside
+        if v.min() < -1e-5 or v.max() > 1.02:  # allow for rounding errors
             refuse(
                 f'the probabilities go from {v.min():.3g} to {v.max():.3g}: they must be from 0 '
                 f"to 1. If {self.value!r} holds something else, pass given='logits' or "
@@ -346,7 +355,7 @@ class Reading:
             )
 
     def _check_logarithms(self, v, refuse):
-        """Check logits and log-probabilities. Classes that are masked out have -inf."""
+        """Check logits and log-probabilities. Masked classes have -inf."""
         known = v[v != -np.inf]
         if not len(known):
             refuse(f'{self.value!r} has only -inf: at least one class must have a finite number.')
@@ -358,7 +367,7 @@ class Reading:
             )
         if self.given == 'logprobs' and known.min() < LEAST_LOGPROB:
             refuse(
-                f'{self.value!r} has {known.min():g}, which stands for a missing log-probability: '
+                f'{self.value!r} has {known.min():g}, which marks a missing log-probability: '
                 f'they must be at least {LEAST_LOGPROB}. Leave the class out of a list of the '
                 'most likely classes, or use -inf for probability 0.'
             )
@@ -388,8 +397,9 @@ class Reading:
         return ids, values, mask
 
     def best(self, c, v, k):
-        """Return (class numbers, log-probabilities) of the `k` most likely classes, or of all
-        classes in order.
+        """Return (class numbers, log-probabilities) of the `k` most likely classes.
+
+        If all classes are stored, they are returned in order.
         """
         c = np.arange(len(v)) if c is None else np.asarray(c)
         if self.given == 'probs':
@@ -401,7 +411,7 @@ class Reading:
 
 
 def key_of_name(name, root):
-    """Return the key of the sample named by a row. The name must be unique."""
+    """Return the key of a sample, computed from its name."""
     odd = (
         name is None
         or isinstance(name, (bool, Mapping))
@@ -410,16 +420,16 @@ def key_of_name(name, root):
     )
     if odd or isinstance(name, str) and not name:
         raise DistillError(
-            f'its name is {shortened(repr(name), 100)}: it must be a text or a number.'
+            f'its name is {shortened(repr(name), 100)}: it must be a string or a number.'
         )
     try:
         return keys_of(
             [name if root is None else PurePath(name)], '' if root is None else str(root)
         ).item()
-    # half of a surrogate pair, a number as a path, a list of itself
+    # the name may be an invalid string, a number instead of a path, or a list that contains itself
     except (UnicodeError, TypeError, RecursionError) as e:
         raise DistillError(
-            f"its name {shortened(ascii(name), 100)} can't be used ({e}): it must be a text"
+            f"its name {shortened(ascii(name), 100)} can't be used ({e}): it must be a string"
             f'{", the path of a file" if root is not None else " or a number"}.'
         ) from e
 
@@ -429,7 +439,7 @@ def few_of(c):
 
 
 def unwrapped(o):
-    """Return the list inside OpenAI's responses."""
+    """Return the list of entries inside an OpenAI response."""
     while isinstance(o, Mapping) and (
         k := next((k for k in ('content', 'top_logprobs') if k in o), None)
     ):
@@ -438,7 +448,7 @@ def unwrapped(o):
 
 
 def listed(o):
-    """Convert tuples and tensors to lists and arrays. A single number in an array is not a list."""
+    """Convert a tuple to a list, and a tensor to an array. A 0-d array becomes a number."""
     if torch.is_tensor(o):
         o = as_array(o)
     return (
@@ -461,16 +471,17 @@ def is_real(o):
 
 
 def is_nested(o):
-    "Return True for a list of lists or dicts."
+    """Return True for a list of lists or dicts."""
     if isinstance(o, np.ndarray) and o.dtype != object:
         return o.ndim > 1
     if any(isinstance(listed(v), (Mapping, list, np.ndarray)) for v in o):
         return True
-    return len(o) > 0 and all(v is None for v in o)  # positions without entries
+    # a list of None is a list of positions without entries
+    return len(o) > 0 and all(v is None for v in o)
 
 
 def is_pairs(o):
-    "Return True for (number, class) pairs or dicts of one position."
+    """Return True if all elements are (number, class) pairs or dicts with a 'logprob'."""
     return all(is_entry(e) for e in o)
 
 
@@ -487,7 +498,10 @@ def is_entry(e):
 
 
 def entries(p, ids):
-    """Return (classes, numbers) of one position. Classes are None if the numbers cover all classes."""
+    """Return (classes, numbers) of one position.
+
+    `classes` is None if the numbers cover all classes in order.
+    """
     p = listed(unwrapped(p))
     if isinstance(p, Mapping) and ids is None:
         return [class_of(k) for k in p], as_numbers([number_of(v) for v in p.values()])
@@ -510,16 +524,16 @@ def entries(p, ids):
                 f"the entry {shortened(repr(e), 100)} must be {{'token': class, 'logprob': number}} or "
                 '[number, class, text].'
             )
-    # of SGLang: [log-probability, token, text]
+    # SGLang writes [log-probability, token, text]
     pairs = [(named_class(e), e['logprob']) if isinstance(e, Mapping) else (e[1], e[0]) for e in p]
     return [class_of(k) for k, _ in pairs], as_numbers([v for _, v in pairs])
 
 
 def as_numbers(p):
-    """(n,) float64."""
+    """Convert numbers to an array, (n,) float64."""
     if isinstance(p, np.ndarray) and p.dtype.kind in 'fiu' and p.ndim == 1:
         with np.errstate(invalid='ignore'):
-            return p.astype(np.float64)  # NumPy warns of some kinds of NaN
+            return p.astype(np.float64)  # NumPy warns about some NaN bit patterns
     if (odd := next((v for v in p if not is_real(v)), p)) is not p:
         raise DistillError(f'{shortened(repr(odd), 100)} is not a number.')
     try:
@@ -550,7 +564,7 @@ def class_of(k):
 
 
 def read_rows(o):
-    """(sequence of dicts, (name, fingerprint))."""
+    """Return (sequence of dicts, (name, fingerprint)) for any supported input."""
     if isinstance(o, (str, Path)):
         return read_path(Path(o))
     if hasattr(o, 'column_names'):
@@ -564,7 +578,7 @@ def read_rows(o):
 
 
 def row_texts(rows):
-    """Yield each row as text, for fingerprints."""
+    """Yield each row as text, from which the fingerprint is computed."""
     plain = lambda o: (
         as_array(o).tolist()
         if torch.is_tensor(o)
@@ -575,7 +589,7 @@ def row_texts(rows):
     for i in range(len(rows)):
         try:
             yield json.dumps(rows[i], sort_keys=True, default=plain)
-        # names of different types, an object that contains itself
+        # column names may have different types, or an object may contain itself
         except (TypeError, ValueError, RecursionError) as e:
             raise DistillError(
                 f"Row {i} can't be written as JSON ({e}): its columns must have text names and "
@@ -591,7 +605,8 @@ def of_hub(o):
         )
     if not hasattr(o, '__len__'):
         raise DistillError('A stream of rows has no length: pass a Dataset, or list(dataset).')
-    rows = o.with_format(None) if hasattr(o, 'with_format') else o  # Python's objects, not tensors
+    # return Python objects instead of tensors
+    rows = o.with_format(None) if hasattr(o, 'with_format') else o
     return rows, ('dataset', fingerprint(' '.join(map(fingerprint, row_texts(rows)))))
 
 
@@ -613,12 +628,13 @@ def read_path(path):
 
 @contextmanager
 def reading(path, what=''):
-    """Context in which errors of a library become one line that names the file."""
+    """Convert errors of a file library to a one-line `DistillError` that names the file."""
     try:
         yield
     except (DistillError, ImportError):
         raise
-    # subtle: for damaged bytes, the libraries raise errors of many kinds, even KeyError and MemoryError
+    # subtle: for damaged files, the libraries raise many kinds of errors, even KeyError and
+    # MemoryError
     except Exception as e:
         reason = shortened(' '.join(f'{type(e).__name__}: {e}'.split()))
         raise DistillError(
@@ -628,7 +644,7 @@ def reading(path, what=''):
 
 
 class Joined:
-    """The rows of several files."""
+    """The rows of several files, concatenated."""
 
     def __init__(self, files):
         self.files, self.parts = files, []
@@ -641,7 +657,7 @@ class Joined:
         return int(self.ends[-1])
 
     def find(self, i):
-        """Return (number of the file, number of the row in it)."""
+        """Return (index of the file, index of the row in that file)."""
         k = int(np.searchsorted(self.ends, i, 'right'))
         if k == len(self.parts):
             raise IndexError(i)
@@ -659,7 +675,7 @@ class Joined:
 
 
 class Lines:
-    """A file of JSON lines. It stores where each line begins and reads lines on demand."""
+    """A file of JSON lines that stores the offset of each line and reads lines on demand."""
 
     def __init__(self, path):
         self.path, self.at, self.lines = path, [], []
@@ -696,7 +712,7 @@ class Lines:
 
 
 class Groups:
-    """A file of groups of rows, of which one at a time is in memory."""
+    """A file of row groups, of which only one is in memory at a time."""
 
     def __init__(self, sizes):
         self.ends, self.group, self.rows = np.cumsum(sizes), None, []
@@ -712,7 +728,7 @@ class Groups:
             group = self.read(g)
             group.validate(
                 full=True
-            )  # subtle: damaged offsets would read foreign memory or crash the process
+            )  # subtle: without this check, damaged offsets could crash the process
             self.group, self.rows = g, group.to_pylist()
         return self.rows[i - (int(self.ends[g - 1]) if g else 0)]
 
@@ -748,7 +764,8 @@ class Arrow(Groups):
         try:
             self.batches = ipc.open_stream(file).read_all().to_batches()
         except pa.ArrowInvalid:
-            self.batches = ipc.open_file(path).read_all().to_batches()  # with an index
+            # the file is not a stream but has the Arrow file format, with an index
+            self.batches = ipc.open_file(path).read_all().to_batches()
         super().__init__([b.num_rows for b in self.batches])
 
     def read(self, g):
@@ -756,7 +773,7 @@ class Arrow(Groups):
 
 
 class Arrays:
-    """NumPy arrays of equal length, by name."""
+    """A dict of NumPy arrays of equal length."""
 
     def __init__(self, arrays, name='The array'):
         self.arrays = arrays

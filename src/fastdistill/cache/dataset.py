@@ -1,4 +1,4 @@
-"Plain PyTorch: run a teacher once over a map-style dataset, and train from its stored outputs."
+"""Run a teacher once over a map-style PyTorch dataset, and train from the stored outputs."""
 
 import inspect
 from bisect import bisect_right
@@ -56,40 +56,43 @@ def cache_dataset(
     run: dict | None = None,
     facts: dict | None = None,
 ) -> TeacherCache:
-    """Run the teacher on each view of each sample, store its outputs, and open the cache. An
-    interrupted run is resumed.
+    """Run the teacher on each view of each sample, store its outputs, and open the cache.
+
+    If a previous run was interrupted, it is resumed.
 
     Args:
         teacher: A `Teacher`, or a callable fn(*inputs) -> Outputs or logits.
-        dataset: Map-style dataset. Pass the same one to `Replayed` to train a student.
-        path: Folder or URL.
-        views: Number of augmented views of each sample. 0 to store the items as the dataset returns
-            them, without replay.
-        store: How outputs are stored (docs/stores.md): 'logits', 'topk', 'hidden', 'draws'; 'float32',
-            'float16' or 'int8' for all logits as such numbers; or a dict of options, such as
-            dict(topk=10, dtype='int8'). 'auto' measures what each way costs and loses, and chooses.
-        recipe: Recipe or term for which `store` is chosen or checked. None for KL at T=1.
-        keys: Names of the samples, a list or a function of the position. None to read them from the
-            dataset.
-        inputs: fn(batch) -> the teacher's inputs. None for the batch, or its first element if it is
-            a tuple.
-        batch_tfm: Random transform fn(x) -> x, which runs on one sample at a time, see
-            `per_sample`.
+        dataset: Map-style dataset. To train a student, pass the same dataset to `Replayed`.
+        path: Folder or URL of the cache.
+        views: Number of augmented views of each sample. If 0, store one output for each item of the
+            dataset, and don't replay transforms in training.
+        store: How to store the outputs, see docs/stores.md. 'logits', 'topk', 'hidden' and 'draws'
+            select what is stored. 'float32', 'float16' and 'int8' store all logits with this dtype.
+            A dict has more options, such as dict(topk=10, dtype='int8'). 'auto' measures the size
+            and accuracy of each format, and chooses one.
+        recipe: Recipe or term for which `store` is chosen or checked. If None, assume KL at T=1.
+        keys: Names of the samples: a list, or a function of the index. If None, the names are read
+            from the dataset.
+        inputs: fn(batch) -> inputs of the teacher. If None, use the first element of a batch that
+            is a tuple, and the whole batch otherwise.
+        batch_tfm: Random transform fn(x) -> x. The transform is applied to one sample at a time,
+            see `per_sample`.
         axis: Class axis.
-        force: Whether to overwrite a cache that does not fit.
-        progress: True for a bar in terminals and notebooks, False for none, or fn(rows done, total
-            rows, bytes done).
-        run: Rare options, as a dict.
+        force: If True, overwrite an existing cache that was written with different data, transforms
+            or a different teacher.
+        progress: True for a progress bar in terminals and notebooks, False for none, or fn(rows
+            done, total rows, bytes done).
+        run: Less common options, as a dict.
 
-            - 'bs' (64 by default), 'num_workers', 'collate_fn': options of the DataLoader.
+            - 'bs' (default 64), 'num_workers', 'collate_fn': options of the DataLoader.
             - 'device': device to which the batches are moved.
-            - 'seed': seed of the random numbers, 0 by default.
+            - 'seed': random seed, 0 by default.
             - 'forecast': fn(Forecast), called before the teacher runs.
-        facts: What the cache should say about itself, as a dict.
+        facts: Information to store in the cache, as a dict.
 
             - 'vocab': class names, in the order of the logits.
-            - 'transforms': {name: description} of the transforms, compared when an interrupted run
-              is resumed.
+            - 'transforms': {name: description} of the transforms. The descriptions are compared
+              when an interrupted run is resumed.
     """
     loader, options = options_of_run(
         run, bs=64, num_workers=0, collate_fn=default_collate, device=None
@@ -112,10 +115,10 @@ def cache_dataset(
     shake = batch_tfm if views else None
 
     def asked(tasks, bs):
-        """The teacher's inputs."""
+        """Yield the teacher's inputs for each batch."""
         workers = (
             loader['num_workers'] if len(tasks) > bs else 0
-        )  # starting workers takes longer than one batch
+        )  # starting workers takes longer than loading one batch
         dl = DataLoader(
             items,
             bs,
@@ -173,14 +176,16 @@ def cache_dataset(
 
 
 def plain_run(run, tasks, bs):
-    """Yield outputs with the logits of a teacher that returns hidden states."""
+    """Yield outputs in which the logits are plain tensors, even if the teacher returns hidden
+    states.
+    """
     for out in run(tasks, bs):
         linear = isinstance(out.logits, LinearLogits)
         yield replace(out, logits=out.logits.dense()) if linear else out
 
 
 def shaken(fn, seeds, x):
-    """Run a batch transform with separate random numbers for each sample."""
+    """Apply a random transform to a batch, with separate random numbers for each sample."""
     xs = x if isinstance(x, tuple) else (x,)
     if not all(isinstance(o, Tensor) for o in xs):
         raise DistillError(
@@ -191,7 +196,9 @@ def shaken(fn, seeds, x):
 
 
 class Views(Dataset):
-    """Dataset of all views of all samples. Item view*N + position is one view of one sample."""
+    """Dataset of all views of all samples. With N samples, view `v` of sample `i` is item `v*N +
+    i`.
+    """
 
     def __init__(self, dataset, keys, views, seed):
         self.dataset, self.keys, self.views, self.seed, self.own = (
@@ -217,7 +224,10 @@ class Views(Dataset):
         )
 
     def digests(self):
-        """Return digests of the inputs of a few samples. A replay must give the same bytes."""
+        """Return digests of the inputs of a few samples.
+
+        In training, the replayed inputs must have the same digests.
+        """
         if not self.views:
             return []
         n = len(self.dataset)
@@ -242,12 +252,13 @@ def to_device(x, device):
 
 
 def check_items_repeat(items, asked):
-    """Load a few items twice, to detect random transforms that can't be repeated before anything is
-    written.
+    """Load a few items twice to find random transforms that can't be replayed.
+
+    The check runs before the cache is written.
     """
     tasks, n = spread_positions(len(items), 8), len(items.dataset)
     draw = lambda items, i: fingerprint(*flat_values(items[i][0]))
-    # the clean view is the same for any seed
+    # with views=0, a different seed must give the same items
     other = items if items.views else Views(items.dataset, items.keys, 0, items.seed + 1)
     for i in tasks.tolist():
         if draw(items, i) == draw(other, i):
@@ -268,20 +279,21 @@ NOT_CLEAN = (
 
 
 class Replayed(Dataset):
-    """A PyTorch dataset whose random transforms repeat the views of a cache. Its items are `(*item,
-    row)`.
+    """A dataset whose random transforms reproduce the views in a cache.
 
+    Each item is that of the original dataset plus its row in the cache, `(*item, row)`.
     `cache.decode(rows)` turns a batch of rows into the teacher's `Outputs`. Call `set_epoch` before
     each epoch.
 
     Args:
-        dataset: Map-style dataset. Its transforms may draw from global generators, or their own
-            generators, of Python, NumPy or PyTorch.
-        cache: A `TeacherCache`. With views=0, transforms are not replayed and stay random.
-        keys: Names of the samples, a list or a function of the position. None to read them from the
-            dataset.
-        seeds: If True, items are `(*item, row, seed)`, for `per_sample(fn, seeds, x)` on a whole
-            batch.
+        dataset: Map-style dataset. The transforms may use the global random generators of Python,
+            NumPy or PyTorch, or generators of the dataset.
+        cache: A `TeacherCache`. If the cache was written with views=0, transforms are not replayed
+            and stay random.
+        keys: Names of the samples: a list, or a function of the index. If None, the names are read
+            from the dataset.
+        seeds: If True, each item also has a seed, `(*item, row, seed)`. Pass the seeds of a batch
+            to `per_sample(fn, seeds, x)`.
     """
 
     def __init__(self, dataset, cache, keys=None, seeds: bool = False):
@@ -289,7 +301,7 @@ class Replayed(Dataset):
         self.dataset, self.cache, self.seeds = dataset, cache, seeds
         self.keys, self.own = cache.keys_of(dataset, keys), OwnGenerators(dataset)
         self.at = cache.find(self.keys)
-        # the transforms of clean views may differ from those of training
+        # with views=0, training may use different transforms, so only the files are compared
         cache.check_files(dataset_files(dataset), self.at)
         cache.check_once()
         if cache.views:
@@ -299,12 +311,12 @@ class Replayed(Dataset):
                     dataset, i, int(self.keys[i]), view, cache.seed, self.own
                 ),
             )
-        # subtle: shared memory, so that workers that outlive an epoch see the next one
+        # subtle: in shared memory, so that persistent workers see the new epoch
         self.epoch = torch.zeros(1, dtype=torch.int64).share_memory_()
 
     def __setstate__(self, state):
         self.__dict__.update(state)
-        self.epoch.share_memory_()  # a copy's own
+        self.epoch.share_memory_()  # a copied dataset gets its own shared memory
 
     def set_epoch(self, epoch: int):
         self.epoch.fill_(epoch)
@@ -313,7 +325,7 @@ class Replayed(Dataset):
         return len(self.dataset)
 
     def __getitems__(self, idxs):
-        """Return the items of a batch. PyTorch's DataLoader calls this method if it exists."""
+        """Return the items of a batch. DataLoaders call this method instead of `__getitem__`."""
         with restored_once():
             return [self[i] for i in idxs]
 
@@ -330,15 +342,16 @@ class Replayed(Dataset):
 
 
 def view_item(dataset, i, key, view, seed, own):
-    """Return item `i` in one view."""
+    """Return one view of item `i`."""
     s = seeds_of(seed, key, view)
     with seeded(s), own.of(i).seeded(s):
         return dataset[i]
 
 
 class OwnGenerators:
-    """Generators of the dataset that an item comes from. Its random numbers do not change if only a
-    part of that dataset is used, or if it is joined with others.
+    """Finds the random generators of the dataset to which an item belongs.
+
+    An item keeps its random numbers if its dataset is used through a `Subset` or `ConcatDataset`.
     """
 
     def __init__(self, dataset):
@@ -361,8 +374,9 @@ class OwnGenerators:
 
 
 def batch_seed(key, view, seed):
-    """Compute the seed of a sample for transforms of its batch. It is below 2**63, the limit of
-    tensors.
+    """Compute the seed of a sample for batch transforms.
+
+    The seed is below 2**63, so that it fits in an int64 tensor.
     """
     return torch.tensor(seeds_of(seed, key, view, 1) >> 1)
 

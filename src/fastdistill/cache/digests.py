@@ -1,4 +1,4 @@
-"Fingerprints of weights, inputs and code."
+"""Compute fingerprints of weights, inputs and code."""
 
 import hashlib
 import importlib.metadata
@@ -27,11 +27,12 @@ def checksum(data) -> str:
 
 
 def file_checksum(path, step: int = 2**20, look=None) -> str:
-    """Compute the `checksum` of a file that may be larger than the memory.
+    """Compute the `checksum` of a file without loading the whole file into memory.
 
     Args:
+        path: Path of the file.
         step: Number of bytes read at once.
-        look: fn(bytes), called with each part.
+        look: fn(bytes), called with each chunk.
     """
     h, part = hashlib.blake2b(digest_size=16), memoryview(bytearray(step))
     with open(path, 'rb') as f:
@@ -43,11 +44,7 @@ def file_checksum(path, step: int = 2**20, look=None) -> str:
 
 
 def fingerprint(*states) -> str:
-    """Hash names, shapes, types and every byte.
-
-    Args:
-        *states: State dicts, arrays or texts.
-    """
+    """Hash the names, shapes, types and contents of state dicts, arrays or texts."""
     h = hashlib.blake2b(digest_size=16)
     for o in states:
         _feed(h, o)
@@ -65,13 +62,13 @@ def _feed(h, o):
         h.update(memoryview(t.reshape(-1).view(torch.uint8).numpy()) if t.numel() else b'')
     elif isinstance(o, np.ndarray):
         h.update(f'{o.dtype} {o.shape} '.encode() + np.ascontiguousarray(o).tobytes())
-    # a repr with a memory address is different in each process
+    # hash the type if the repr has a memory address, which differs between processes
     else:
         h.update((r if ' at 0x' not in (r := repr(o)) else type(o).__qualname__).encode())
 
 
 def flat_values(o):
-    """Yield the tensors, arrays and numbers in a nested item."""
+    """Return the tensors, arrays and numbers in a nested item."""
     if isinstance(o, dict):
         return [v for k in o for v in flat_values(o[k])]
     if isinstance(o, (tuple, list)):
@@ -82,8 +79,9 @@ def flat_values(o):
 
 
 def input_digest(item):
-    """Compute the fingerprint of the input in an item: the first element of a tuple, else the whole
-    item.
+    """Compute the fingerprint of the input in an item of a dataset.
+
+    The input is the first element of a tuple or list, and the whole item otherwise.
     """
     return fingerprint(*flat_values(first_part(item)))
 
@@ -102,8 +100,9 @@ def code_of(f):
 
 
 def versions() -> dict:
-    """Return the versions of the libraries on which the numbers depend: PyTorch and the libraries
-    of the transforms.
+    """Return the versions of Python, PyTorch and the libraries that transforms use.
+
+    The numbers in a cache may depend on these versions.
     """
     out = dict(python=platform.python_version(), torch=str(torch.__version__), numpy=np.__version__)
     for name in ('pillow', 'torchvision', 'fastai'):

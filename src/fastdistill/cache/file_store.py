@@ -1,4 +1,7 @@
-"A folder of files, local or on fsspec. A file is written completely or not at all."
+"""Read and write the files of a cache folder, local or remote.
+
+Each file is written completely or not at all.
+"""
 
 import contextlib
 import os
@@ -21,16 +24,16 @@ class Folder:
 
     Args:
         path: Path of the folder.
-        top: The folder that the user named. None for this one.
+        top: Root folder of the cache, if this is a subfolder. If None, this folder is the root.
     """
 
-    fetches = False  # True where `local` downloads files
+    fetches = False  # True for remote folders, in which `local` downloads files
 
     def __init__(self, path, top: Path | None = None):
         try:
             self.path = Path(path).expanduser().absolute()
         except RuntimeError as e:
-            raise DistillError(f'{path}: {e}') from e  # ~nobody
+            raise DistillError(f'{path}: {e}') from e  # unknown user, as in ~nobody
         self.top = self.path if top is None else top
         with file_errors(f"Can't open {path}"):
             if self.path.is_file():
@@ -43,7 +46,7 @@ class Folder:
         return Folder(self.path / name, self.top)
 
     def size(self, name):
-        """Return the size in bytes. None if there is no such file."""
+        """Return the size of a file in bytes, or None if the file does not exist."""
         with file_errors(f"Can't read {name} in {self}"):
             try:
                 return (self.path / name).stat().st_size
@@ -67,7 +70,7 @@ class Folder:
             return (self.path / name).read_bytes()
 
     def local(self, name):
-        """Return the path of a file on this machine."""
+        """Return a local path from which the file can be read."""
         return self.path / name
 
     def checksum(self, name):
@@ -77,7 +80,8 @@ class Folder:
     def own(self, name):
         """Return the path of a file to write or remove.
 
-        No folder on the path may be a link, since it could lead out of the cache.
+        Raise a DistillError if a folder on the path is a symbolic link, which could lead out of the
+        cache.
         """
         p = self.path / name
         for d in p.parents:
@@ -90,7 +94,9 @@ class Folder:
                 )
 
     def write(self, name, data):
-        """Write a file so that readers find the whole file or none, even if the writer is killed."""
+        """Write a file atomically: readers see the whole file or none, even if the writer is
+        killed.
+        """
         p = self.own(name)
         with file_errors(f"Can't write {name} in {self}"):
             p.parent.mkdir(parents=True, exist_ok=True)
@@ -105,24 +111,24 @@ class Folder:
             return np.memmap(self.local(name), dtype, 'r', shape=shape)
 
     def free(self):
-        """Return the number of free bytes on the disk."""
+        """Return the free disk space in bytes."""
         p = self.path.absolute()
         while not p.exists():
             p = p.parent
         return shutil.disk_usage(p).free
 
     def lock(self, name='.lock', what=None):
-        """One writer at a time.
+        """Lock the folder, so that only one process writes to it.
 
         Args:
             name: Name of the lock file.
-            what: What is written, for the error message. None for this folder.
+            what: Name of the written object for the error message. If None, use this folder.
         """
         return locked_folder(self.path, what or self, name)
 
 
 class Remote(Folder):
-    """A folder on fsspec. Files are downloaded when they are first read."""
+    """A folder on a file system of fsspec. Each file is downloaded when it is first read."""
 
     fetches = True
 
@@ -145,7 +151,8 @@ class Remote(Folder):
     def sub(self, name):
         return Remote(f'{self.url}/{name}')
 
-    # subtle: file systems of fsspec raise their own errors, which are not OSErrors
+    # subtle: file systems of fsspec raise errors that are not OSErrors, so all exceptions are
+    # caught
 
     def size(self, name):
         with file_errors(f"Can't reach {self}", Exception):
@@ -155,7 +162,7 @@ class Remote(Folder):
                 return None
 
     def listing(self):
-        """Return {name: size} of all files, with one request."""
+        """Return {name: size} of all files with a single request."""
         base = self.at('').lstrip('/')
         with file_errors(f"Can't reach {self}", Exception):
             try:
@@ -178,7 +185,7 @@ class Remote(Folder):
             return self.fs.cat_file(self.at(name))
 
     def checksum(self, name):
-        return checksum(self.read(name))  # of the remote file, not of the download
+        return checksum(self.read(name))  # checksum of the remote file, not of the downloaded copy
 
     def local(self, name):
         if not (p := Path(self.downloads) / name).exists():
@@ -202,27 +209,28 @@ class Remote(Folder):
 
     @contextlib.contextmanager
     def lock(self):
-        yield  # object stores have no locks, so two writers at once are not detected
+        yield  # object stores have no locks, so simultaneous writers are not detected
 
 
 def remove_download(path, pid):
     if os.getpid() == pid:
-        shutil.rmtree(path, ignore_errors=True)  # not in a forked worker
+        # forked workers must not remove the folder of their parent
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def fsspec_of(url):
-    """Return (file system, path in it)."""
+    """Return the fsspec file system of a URL, and the path in that file system."""
     try:
         from fsspec.core import url_to_fs
     except ImportError as e:
         raise DistillError(f'{url} is not on this machine: pip install fsspec') from e
-    # an unknown protocol, or one whose package (s3fs, gcsfs ...) is not installed
+    # the protocol may be unknown, or its package (s3fs, gcsfs ...) may not be installed
     with file_errors(f"Can't reach {url}", Exception):
         return url_to_fs(url)
 
 
 def open_folder(path) -> Folder:
-    """Open the folder at a path or a URL (`s3://`, `memory://` ...)."""
+    """Open a cache folder at a local path or a URL (`s3://`, `memory://` ...)."""
     if isinstance(path, Folder):
         return path
     return Remote(str(path)) if '://' in str(path) else Folder(path)

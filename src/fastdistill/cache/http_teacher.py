@@ -1,4 +1,7 @@
-"A teacher behind HTTP: store its responses as JSON lines, from which `cache_from` makes a cache."
+"""Query a teacher over HTTP and store its responses as JSON lines.
+
+`cache_from` converts the responses to a cache.
+"""
 
 import http.client
 import json
@@ -24,7 +27,7 @@ from .teacher_description import is_whole
 
 __all__ = ['ask_server']
 
-LONGEST_WAIT = 60  # seconds before a request is repeated, whatever the server asks for
+LONGEST_WAIT = 60  # maximum wait before a retry in seconds, even if the server asks for more
 
 
 def ask_server(
@@ -42,23 +45,27 @@ def ask_server(
     retries: int = 5,
     timeout: float | None = 120,
 ) -> Path:
-    """Query a server for each sample and write its responses. Then `cache_from(path, 'cache',
-    n=...)` makes a cache of them.
+    """Query a server for each sample and write the responses to a file.
+
+    The function `cache_from(path, 'cache', n=...)` converts the file to a cache.
 
     Args:
         url: URL of the endpoint, e.g. 'http://localhost:8000/v1/completions'.
-        samples: {name of a sample: what to send}, a prompt or any JSON value.
-        path: .jsonl file for the responses. An interrupted run is resumed.
-        body: Rest of the body of each request, e.g. dict(model='big', max_tokens=1,
+        samples: {name of a sample: prompt or any JSON value to send}.
+        path: .jsonl file for the responses. If the file exists, only missing responses are
+            requested.
+        body: Other entries of each request body, e.g. dict(model='big', max_tokens=1,
             prompt_logprobs=20).
-        request: fn(list of samples) -> JSON body. None for `body` with the samples as 'prompt'.
-        answer: fn(response) -> list with a dict for each sample. None to read OpenAI's 'choices'.
-        key: Name of the environment variable with the server's key. The key is never stored.
+        request: fn(list of samples) -> JSON body. If None, send `body` with the samples as
+            'prompt'.
+        answer: fn(response) -> list with one dict for each sample. If None, read 'choices', as in
+            the OpenAI API.
+        key: Name of the environment variable that holds the API key. The key is never stored.
         bs: Number of samples per request.
         at_once: Number of simultaneous requests.
         per_second: Maximum number of requests started per second. None for no limit.
-        retries: Number of retries of a request after temporary errors.
-        timeout: Timeout of a response, in seconds. None to wait forever.
+        retries: Number of retries after a temporary error.
+        timeout: Time to wait for a response, in seconds. None to wait forever.
     """
     path = Path(path).expanduser()
     if path.suffix != '.jsonl':
@@ -105,7 +112,7 @@ def ask_server(
             except BaseException:
                 server.stopped.set()
                 pool.shutdown(cancel_futures=True)
-                # the responses received in the meantime
+                # write the responses that arrived before the error
                 for job in [*jobs]:
                     if not job.cancelled() and job.exception() is None:
                         write(job)
@@ -120,13 +127,13 @@ def is_python_number(o):
 def check_samples(samples):
     if not isinstance(samples, Mapping):
         raise DistillError(
-            f'samples is of type {type(samples).__name__}: it must be a dict of names and what is sent.'
+            f'samples is of type {type(samples).__name__}: it must be a dict {{name: prompt}}.'
         )
     for k in samples:
         if not isinstance(k, str) and not is_whole(k):
             raise DistillError(
-                f"The sample's name {k!r} is of type {type(k).__name__}: it must be a text or a whole "
-                'number, as a file of JSON lines keeps it.'
+                f"The sample's name {k!r} is of type {type(k).__name__}: it must be a string or a "
+                'whole number, which JSON lines can hold.'
             )
 
 
@@ -136,7 +143,7 @@ def texts_of(names):
 
 @contextmanager
 def naming(what, server, errors=(KeyError, TypeError, ValueError, IndexError, AttributeError)):
-    """Context in which errors of a user's function name the sample that they are about."""
+    """Replace errors in this context by a `DistillError` that starts with `what`."""
     failed = None
     try:
         yield
@@ -151,7 +158,7 @@ def naming(what, server, errors=(KeyError, TypeError, ValueError, IndexError, At
 
 
 def lines_of(rows, names):
-    """Format rows as JSON lines, with the samples' names."""
+    """Format rows as JSON lines that include the names of the samples."""
     if not isinstance(rows, (list, tuple)) or not all(isinstance(r, Mapping) for r in rows):
         raise DistillError(
             f'answer= returned {shortened(repr(rows), 100)}: it must return a list with a dict for each '
@@ -175,7 +182,7 @@ def secret(key):
             'variable.'
         )
     value = Secret(os.environ[key].strip())
-    # subtle: http.client would show the whole key in its own error
+    # subtle: for an invalid header, http.client would raise an error that shows the key
     if value and value.isascii() and value.isprintable() and ' ' not in value:
         return value
     what = 'has spaces, line breaks or characters beyond ASCII' if value else 'is empty'
@@ -183,7 +190,7 @@ def secret(key):
 
 
 class Secret(str):
-    """A text that is hidden in tracebacks with local variables."""
+    """A string whose repr is hidden, e.g. in tracebacks that show local variables."""
 
     def __repr__(self):
         return "'***'"
@@ -256,7 +263,10 @@ def digest_of(sample) -> str | None:
 
 
 def names_in(path) -> set:
-    """Return the samples that have a response. An incomplete last line is removed."""
+    """Return the names of the samples that have a response.
+
+    An incomplete last line is removed from the file.
+    """
     if not path.exists():
         return set()
     text = path.read_bytes()
@@ -294,7 +304,7 @@ def name_in(path, i, line):
 
 
 def choices_of(response):
-    """Read the log-probabilities of a response of OpenAI's interface, one row for each prompt."""
+    """Return the log-probabilities in an OpenAI response, one row for each prompt."""
     if not isinstance(response, dict) or not isinstance(response.get('choices'), list):
         has = ', '.join(response) if isinstance(response, dict) else type(response).__name__
         raise DistillError(
@@ -318,7 +328,9 @@ def choices_of(response):
 
 
 class NoRedirect(urllib.request.HTTPRedirectHandler):
-    """subtle: urllib would follow as a GET without the request's body, and hand the key to any
+    """Handler that refuses redirects.
+
+    By default, urllib would send a GET without the request body, and pass the API key to any
     server.
     """
 
@@ -327,17 +339,18 @@ class NoRedirect(urllib.request.HTTPRedirectHandler):
 
 
 class Passing(Exception):
-    """A temporary failure: a message, and the number of seconds that the server asks to wait, or
-    None.
+    """Temporary error of a request.
+
+    The arguments are a message and the number of seconds that the server asks to wait, or None.
     """
 
 
 class Server:
-    """Sends POST requests with retries and a limit on the requests per second."""
+    """Client that sends POST requests, with retries and a limit on the requests per second."""
 
     def __init__(self, url, key, per_second, retries, timeout):
         check_url(url)
-        # without what is behind the question mark, which may be a key
+        # error messages show the URL without its query, which may contain an API key
         self.url, self.shown, self.key, self.retries, self.timeout = (
             url,
             url.partition('?')[0],
@@ -353,7 +366,12 @@ class Server:
         self.opener, self.stopped = urllib.request.build_opener(NoRedirect), threading.Event()
 
     def post(self, data, of):
-        """Return the response to a request about some samples, parsed from JSON."""
+        """Return the response to a request, parsed from JSON.
+
+        Args:
+            data: Body of the request.
+            of: Names of the samples, for error messages.
+        """
         failed = None
         for i in range(self.retries + 1):
             self._wait()
@@ -363,7 +381,8 @@ class Server:
                 why, wait = self.hide(e.args[0]), e.args[1]
             except DistillError as e:
                 failed = self.hide(str(e))
-            # subtle: raised outside the except block, otherwise the error would keep the frames that hold the key
+            # subtle: raised outside the except block, so that the traceback has no frames that hold
+            # the key
             if failed is not None:
                 raise self._failed(failed, of)
             if i == self.retries:
@@ -390,7 +409,7 @@ class Server:
             self._sleep(until - now)
 
     def _pause(self, seconds, why):
-        """Pause all requests for as long as the server asks."""
+        """Pause all requests for the time that the server asks for, up to `LONGEST_WAIT`."""
         wait = min(seconds, LONGEST_WAIT)
         with self.lock:
             until = time.monotonic() + wait
@@ -412,20 +431,20 @@ class Server:
         except urllib.error.HTTPError as e:
             with e:
                 self._refused(e)
-        # no connection, an answer that ends too early, or a length that no answer can have
+        # there is no connection, the response ends too early, or its stated length is impossible
         except (OSError, http.client.HTTPException, ValueError, OverflowError) as e:
             raise Passing(f'{type(e).__name__}: {e}', None) from None
         try:
             return json.loads(text)
         except (ValueError, RecursionError) as e:
             why = f'the answer is not JSON ({e})'
-            # the beginning of JSON, or nothing: it was cut off
+            # an empty response, or one that begins like JSON, was probably truncated
             if text.lstrip()[:1] in (b'', b'{', b'['):
                 raise Passing(why, None) from None
             raise DistillError(why) from None
 
     def _refused(self, e):
-        """Return the error for a status other than 200."""
+        """Raise the error for an HTTP status other than 200."""
         if e.code in (301, 302, 303, 307, 308):
             to = str(e.headers.get('Location')).partition('?')[0]
             raise DistillError(
@@ -442,10 +461,12 @@ class Server:
         raise Passing(why, seconds_of(e.headers.get('Retry-After', ''))) from None
 
     def hide(self, text):
-        """Remove the key from a text. Do this before cutting the text, or a part of the key could
-        remain at the end.
+        """Replace the API key in a text by '***'.
+
+        Call this method before the text is shortened. Otherwise, the end of the text could contain
+        a part of the key.
         """
-        # a short one, such as 'EMPTY', is not a secret, and could be a part of any word or number
+        # a short key, such as 'EMPTY', is a placeholder, and may occur in other words or numbers
         if self.key is None or len(self.key) < 8:
             return text
         return text.replace(self.key, '***').replace(json.dumps(self.key)[1:-1], '***')
@@ -464,9 +485,7 @@ class Server:
 
 
 def check_url(url):
-    """Raise a DistillError for URLs that urllib would open differently, or whose error would show a
-    password.
-    """
+    """Raise a DistillError for a URL that is invalid or contains a password."""
     try:
         o = urlsplit(url)
         good = (
@@ -490,8 +509,9 @@ def check_url(url):
 
 
 def seconds_of(text) -> float | None:
-    """Return the seconds that `Retry-After` asks for, as a number or a date. None if it can't be
-    read.
+    """Return the number of seconds in a `Retry-After` header, given as a number or a date.
+
+    The result is None if the header can't be parsed.
     """
     if text.isascii() and text.isdigit():
         return float(text[:9])

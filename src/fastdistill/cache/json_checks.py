@@ -1,5 +1,6 @@
-"""Check entries of a JSON file by type and range. An error names the entry, its value and the
-allowed values.
+"""Check the types and ranges of the entries of a JSON file.
+
+Each error names the entry, its value and the allowed values.
 """
 
 import json
@@ -16,7 +17,7 @@ __all__ = [
     'whole_number',
 ]
 
-DEPTH = 20  # maximum nesting of lists and objects; a real manifest has fewer levels
+DEPTH = 20  # maximum nesting of lists and objects. Real manifests have fewer levels
 
 
 def shortened(o, n=200):
@@ -24,7 +25,7 @@ def shortened(o, n=200):
 
 
 def parse_json(text: bytes):
-    """Parse a JSON file. Its depth is limited, and its strings must be printable."""
+    """Parse a JSON file. Raise a DistillError for deep nesting or strings that can't be printed."""
     try:
         o = json.loads(text)
         check_depth(o)
@@ -35,7 +36,7 @@ def parse_json(text: bytes):
 
 def check_depth(o, depth=DEPTH):
     if isinstance(o, str):
-        o.encode()  # fails for half of a surrogate pair, which can't be printed
+        o.encode()  # fails for strings that can't be printed (lone surrogates)
     if not isinstance(o, (dict, list)):
         return
     if not depth:
@@ -49,7 +50,7 @@ def refuse_entry(name, o, allowed):
 
 
 def whole_number(name, o, low, high) -> int:
-    # subtle: type(), because True is an instance of int
+    # subtle: compare the type itself, because True is an instance of int
     if type(o) is not int or not low <= o <= high:
         refuse_entry(name, o, f'a whole number from {low} to {high}')
     return o
@@ -57,7 +58,7 @@ def whole_number(name, o, low, high) -> int:
 
 def json_text(name, o, options=None) -> str:
     if not isinstance(o, str):
-        refuse_entry(name, o, 'a text')
+        refuse_entry(name, o, 'a string')
     if options is not None and o not in options:
         refuse_entry(name, o, ' or '.join(map(repr, options)))
     return o
@@ -75,8 +76,9 @@ def json_list(name, o, low, high) -> list:
 
 
 def json_object(name, o, required, optional=None) -> dict:
-    """Return a dict that has all required keys. Other keys must be among the optional ones (None
-    allows any).
+    """Check that `o` is a dict with all required keys, and return it.
+
+    All other keys must be in `optional`. If `optional` is None, any key is allowed.
     """
     if not isinstance(o, dict):
         refuse_entry(name, o, 'an object')

@@ -1,4 +1,8 @@
-"""Keys of samples: 64 bits of a hash of the path, number, text or content, equal on every machine."""
+"""Compute keys that identify samples.
+
+A key is a 64-bit hash of a path, a number, a text or the content of a sample. The same sample has
+the same key on every machine.
+"""
 
 import hashlib
 import warnings
@@ -15,7 +19,7 @@ __all__ = ['dataset_keys', 'hash_of', 'key_of', 'keys_of', 'name_of', 'root_of']
 
 
 def hash_of(*parts: bytes) -> int:
-    """Compute 64 bits of blake2b."""
+    """Compute a 64-bit blake2b hash."""
     h = hashlib.blake2b(digest_size=8)
     for p in parts:
         h.update(len(p).to_bytes(8, 'little'))
@@ -24,13 +28,14 @@ def hash_of(*parts: bytes) -> int:
 
 
 def key_of(o, root: str = '') -> int:
-    """Compute a sample's key. Raise a DistillError for a type whose content can't be read.
+    """Compute the key of a sample. Raise a DistillError for types whose content can't be hashed.
 
     Args:
-        o: What a dataset holds for one sample.
+        o: Name or content of a sample.
         root: Folder to which paths are relative.
     """
-    # faster for the most frequent names, since streams compute a key for each sample in each epoch
+    # a fast path for strings and integers, since streams compute a key for each sample in each
+    # epoch
     if type(o) is str:
         data = relative(o, root).encode() if root or o.startswith('./') else o.encode()
         return hash_after(BEFORE_STR, data)
@@ -43,7 +48,9 @@ BEFORE_STR, BEFORE_INT = ((3).to_bytes(8, 'little') + kind for kind in (b'str', 
 
 
 def hash_after(before: bytes, data: bytes) -> int:
-    """Compute the `hash_of` (kind, data), where `before` is the length of the kind and the kind."""
+    """Compute `hash_of(kind, data)`, where `before` is the encoded length of `kind` followed by
+    `kind`.
+    """
     data = before + len(data).to_bytes(8, 'little') + data
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), 'little')
 
@@ -69,7 +76,7 @@ def _parts(o, root):
         return b'array', f'{o.dtype.str} {o.shape}'.encode(), o.tobytes()
     if isinstance(o, dict):
         return b'dict', *(p for k in sorted(o, key=str) for v in (k, o[k]) for p in _parts(v, root))
-    # an image of PIL
+    # a PIL image
     if hasattr(o, 'tobytes') and hasattr(o, 'mode'):
         return b'image', f'{o.mode} {o.size}'.encode(), o.tobytes()
     if hasattr(o, '__iter__') and hasattr(o, '__len__'):
@@ -93,20 +100,20 @@ def root_of(path):
 
 def keys_of(items, root='') -> np.ndarray:
     """Compute the keys of the samples in `items`, (N,) uint64."""
-    # already keys
+    # the items are keys already
     if isinstance(items, np.ndarray) and items.dtype == np.uint64 and items.ndim == 1:
         return items
     return np.fromiter((key_of(o, root) for o in items), np.uint64, len(items))
 
 
 def dataset_keys(dataset, keys=None, root=None) -> np.ndarray:
-    """Return the keys of a plain dataset: from `keys`, or from the content of datasets of
-    torchvision and PyTorch.
+    """Return the keys of the samples of a plain PyTorch or torchvision dataset.
 
     Args:
         dataset: A map-style dataset.
-        keys: A list, or a function of the position.
-        root: Folder to which paths are relative. None for the dataset's `root`.
+        keys: Names of the samples: a list, or a function of the index. If None, derive the keys
+            from the file paths or the content of the dataset.
+        root: Folder to which paths are relative. If None, use the `root` attribute of the dataset.
     """
     if callable(keys):
         keys = [keys(i) for i in range(len(dataset))]
@@ -128,15 +135,16 @@ def dataset_keys(dataset, keys=None, root=None) -> np.ndarray:
 
 
 def folder_of(dataset):
-    """Return the root folder of a dataset of files, or of a subset of one."""
+    """Return the root folder of a dataset of files, or of the dataset that a subset belongs to."""
     while not hasattr(dataset, 'root') and hasattr(dataset, 'dataset'):
         dataset = dataset.dataset
     return getattr(dataset, 'root', None)
 
 
 def name_of(sample):
-    """Return the part of a sample that identifies it: the path of (path, label), else the whole
-    sample.
+    """Return the part of a sample that identifies it.
+
+    A pair (path, label) is identified by its path, and any other sample by its whole content.
     """
     pair = (
         isinstance(sample, (tuple, list)) and len(sample) and isinstance(sample[0], (str, PurePath))
@@ -148,13 +156,13 @@ def names_of_samples(dataset):
     """Return the objects that identify the samples of a dataset."""
     if type(dataset).__name__ == 'Subset':
         return [names_of_samples(dataset.dataset)[i] for i in dataset.indices]
-    # torchvision's folders of images
+    # `ImageFolder` of torchvision
     if hasattr(dataset, 'samples'):
         return [name_of(s) for s in dataset.samples]
-    # the content of a TensorDataset
+    # `TensorDataset`: use the content
     if hasattr(dataset, 'tensors'):
         return list(zip(*dataset.tensors))
-    # the content of torchvision's CIFAR, MNIST ...
+    # CIFAR, MNIST ... of torchvision: use the content
     if hasattr(dataset, 'data') and hasattr(dataset, 'targets'):
         return dataset.data
     raise DistillError(

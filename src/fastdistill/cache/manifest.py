@@ -1,4 +1,7 @@
-"The manifest of a cache: teacher, samples, transforms, layout, and the checksum of each file."
+"""Read, check and compare the manifests of caches.
+
+A manifest describes the teacher, samples, transforms and layout, and has the checksum of each file.
+"""
 
 import json
 import re
@@ -35,7 +38,7 @@ __all__ = [
 ]
 
 FORMAT, VERSIONS = 'fastdistill-cache', (1, 2)
-# limits for a manifest, so that a damaged one can't fill memory or disk or start an endless loop
+# limits, so that a damaged manifest can't fill the memory or disk, or cause an endless loop
 MAX_MANIFEST, MAX_COUNT, MAX_VIEWS, MAX_BATCH, MAX_FILES, MAX_FILE = (
     2**28,
     2**40,
@@ -48,25 +51,27 @@ MAX_MANIFEST, MAX_COUNT, MAX_VIEWS, MAX_BATCH, MAX_FILES, MAX_FILE = (
 
 @dataclass
 class Manifest:
-    """`manifest.json`; see docs/cache.md for each entry.
+    """Content of `manifest.json`. See docs/cache.md for all entries.
 
     Attributes:
         count: Number of samples.
-        views: Number of augmented views of each sample. 0 for only the clean view.
-        seed: Seed of all random numbers.
+        views: Number of augmented views of each sample. 0 if only clean views are stored.
+        seed: Random seed of the cache.
         layout: Layout of a row.
         shard_rows: Number of rows of a full shard.
-        batch_size: Batch size of the teacher. Shards are whole batches.
-        teacher: Name of the teacher, fingerprint of its weights.
-        data: Fingerprint of the keys, root of paths.
-        transforms: {name: description} of the transforms that replay repeats.
+        batch_size: Batch size of the teacher. A full shard holds a whole number of batches.
+        teacher: Name of the teacher and fingerprint of its weights.
+        data: Fingerprint of the keys, and root folder of the paths.
+        transforms: {name: description} of the transforms that are replayed.
         vocab: Class names, in the order of the logits.
-        samples: Row, view, digest and numbers `after` the batch transforms for a few inputs.
-        shards: Name, bytes and checksum of each file, once all are written.
+        samples: Row, view and digest of a few inputs. The optional entry `after` has numbers computed
+            from these inputs after the batch transforms.
+        shards: Name, size in bytes and checksum of each file. Empty until all files are written.
         doubt: Reason not to trust the teacher, found when the cache was written.
-        lost: What storing lost at a few temperatures, see `fastdistill.cache.store_choice`.
-        parts: Name and number of rows of each file of a view, if they were written as a stream. None
-            for files of equal length. An empty list until they are sealed.
+        lost: Information lost by compression at a few temperatures, see
+            `fastdistill.cache.store_choice`.
+        parts: Name and number of rows of each file of a view, if the cache was written as a stream.
+            None for all other caches. An empty list until the stream is sealed.
     """
 
     count: int
@@ -105,7 +110,7 @@ class Manifest:
         return min(self.shard_rows, self.count - i * self.shard_rows)
 
     def place(self, at):
-        """Return (number of the file, row in it) of positions."""
+        """Return (index of the file, index of the row in that file) for positions in the cache."""
         if self.parts is None:
             return np.divmod(at, self.shard_rows)
         i = np.searchsorted(self._starts, at, 'right') - 1
@@ -116,13 +121,13 @@ class Manifest:
         return np.cumsum([0, *(n for _, n in self.parts)])[:-1]
 
     def all_shards(self):
-        """Yield (view, number, name, bytes) of each shard."""
+        """Yield (view, index, name, size in bytes) of each shard."""
         for v in range(self.stored):
             for i in range(self.per_view):
                 yield v, i, self.shard(v, i), self.rows_of(i) * self.layout.bytes
 
     def all_files(self):
-        """Yield (name, bytes) of each file with a checksum."""
+        """Yield (name, size in bytes) of each file that has a checksum."""
         yield 'keys.bin', 8 * self.count
         if self.parts is not None:
             yield 'index.bin', 8 * self.count
@@ -133,7 +138,7 @@ class Manifest:
 
     @property
     def head_bytes(self):
-        """Bytes of the output layer. 0 if rows hold no hidden states."""
+        """Size of the output layer in bytes. 0 if no hidden states are stored."""
         if self.layout.head is None:
             return 0
         n, d = self.layout.shape_of_head
@@ -154,24 +159,24 @@ class Manifest:
         return json.dumps(d, indent=1, default=as_python).encode()
 
     def as_read(self):
-        """Return the manifest as it will be read from the file: checked, and without tuples and
-        NumPy numbers.
+        """Return the manifest as if read from its file: checked, and without tuples and NumPy
+        numbers.
         """
         d = {**asdict(self), 'layout': self.layout.to_json()}
         return self.of_entries(json.loads(json.dumps(d, default=as_python)))
 
     @property
     def version(self):
-        """Version of the format: the first one that can hold this cache."""
+        """Lowest version of the format that supports this cache."""
         return 2 if self.layout.extended or self.lost or self.parts is not None else 1
 
     @classmethod
     def read(cls, where):
-        """Read the manifest in a folder."""
+        """Read the manifest of the cache in folder `where`."""
         if where.size('manifest.json') > MAX_MANIFEST:
             raise DistillError(
                 f'{where}/manifest.json has {where.size("manifest.json")} bytes: at most '
-                f'{MAX_MANIFEST} are possible.'
+                f'{MAX_MANIFEST} are allowed.'
             )
         return cls.from_json(where.read('manifest.json'), where)
 
@@ -197,7 +202,7 @@ class Manifest:
 
     @classmethod
     def of_entries(cls, d):
-        """Build the manifest from these entries. All of them are checked before any is used."""
+        """Build the manifest from a dict. All entries are checked first."""
         required = [f.name for f in fields(cls) if f.default is f.default_factory is MISSING]
         json_object(
             'the file', d, required, [f.name for f in fields(cls) if f.name not in required]
@@ -223,12 +228,12 @@ class Manifest:
         self._check_parts()
         if (n := self.stored * self.per_view) > MAX_FILES:
             raise DistillError(
-                f'count, views and shard_rows make {n} files: at most {MAX_FILES} are possible.'
+                f'count, views and shard_rows make {n} files: at most {MAX_FILES} are allowed.'
             )
         most = self.rows_of(0) if self.parts is None else max((n for _, n in self.parts), default=0)
         if (n := most * self.layout.bytes) > MAX_FILE:
             raise DistillError(
-                f'shard_rows and layout make files of {n} bytes: at most {MAX_FILE} are possible.'
+                f'shard_rows and layout make files of {n} bytes: at most {MAX_FILE} are allowed.'
             )
 
     def _check_parts(self):
@@ -272,11 +277,11 @@ class Manifest:
             for o in json_list(f'{name}.after', s.get('after', []), 0, 1000):
                 if not all(type(v) is float for v in json_list(f'{name}.after', o, 3, 3)):
                     raise DistillError(
-                        f'{name}.after has {shortened(o)}: three numbers are possible.'
+                        f'{name}.after has {shortened(o)}: it must have three numbers.'
                     )
 
     def _check_shards(self):
-        """Check names and sizes, which follow from the other entries."""
+        """Check the names and sizes of the files against the other entries."""
         if type(self.complete) is not bool:
             refuse_entry('complete', self.complete, 'true or false')
         own = 1 + bool(self.head_bytes) + (self.parts is not None)
@@ -302,11 +307,13 @@ PART_NAMES = 'up to 200 letters, digits, or any of _.-, not beginning with a dot
 
 
 class NotACache(DistillError):
-    """Raised if the file is intact, but is not the manifest of a readable cache."""
+    """Raised for an intact file that is not the manifest of a cache, or has an unsupported
+    version.
+    """
 
 
 def as_python(o):
-    """Convert NumPy numbers and arrays for JSON."""
+    """Convert a NumPy number or array to Python objects for JSON."""
     if hasattr(o, 'tolist'):
         return o.tolist()
     raise DistillError(
@@ -315,13 +322,14 @@ def as_python(o):
 
 
 def differences(a: Manifest, b: Manifest, changed_files=lambda: '') -> list:
-    """List how the requested cache differs from the existing one, as texts. More views do not
-    count, since they are added.
+    """Return texts that describe how the requested cache differs from the existing one.
+
+    A larger number of views is not a difference, because the missing views can be added.
 
     Args:
-        a: The existing manifest.
-        b: The requested manifest.
-        changed_files: fn() -> text that names the changed files of samples.
+        a: Manifest of the existing cache.
+        b: Manifest of the requested cache.
+        changed_files: fn() -> text with the names of changed sample files, or ''.
     """
     out = []
 
@@ -361,13 +369,15 @@ def transform_differences(found, now):
 
 
 def option_differences(a, b):
-    """Return [(options of `a`, options of `b`)] for each difference between the descriptions of two
-    transforms.
+    """Compare the descriptions of two transforms.
+
+    Returns:
+        List with a pair (options of `a`, options of `b`) for each difference.
     """
     if a == b:
         return []
     if not all(o.endswith((')', ']')) for o in (a, b)):
-        return [(a, b)]  # it has no options
+        return [(a, b)]  # at least one description has no options
     x, y = options_in(a), options_in(b)
     places = [
         o for o in SequenceMatcher(None, x, y, autojunk=False).get_opcodes() if o[0] != 'equal'
@@ -378,10 +388,11 @@ def option_differences(a, b):
 
 
 def options_in(text):
-    """Split the description of a transform into its options, such as 'size=224.0' and
+    """Split the description of a transform into its options, e.g. 'size=224.0',
     'rotate_mat.p=0.75'.
     """
-    text = re.sub(r"\['(\w+)', ([^\[\]]*)\]", r'\1=\2', text)  # those of a function are pairs
+    # options of a function are written as pairs
+    text = re.sub(r"\['(\w+)', ([^\[\]]*)\]", r'\1=\2', text)
     out, owners, last = [], [], ''
     for part in re.findall(r'[\[\]()]|[^\[\](), ]+', text):
         if part in '[(':
@@ -399,12 +410,15 @@ def options_in(text):
 
 
 def sample_differences(m: Manifest, at, look) -> list:
-    """Recompute the inputs of a few samples. Return a text that names the first one that differs
-    from when the cache was written.
+    """Recompute the inputs of a few samples and compare them with the manifest.
 
     Args:
+        m: The manifest.
         at: Position in the cache of each sample of a dataset, (N,).
-        look: fn(number of a sample, view) -> its digest and so on, as in `Manifest.samples`.
+        look: fn(index of a sample, view) -> dict with its digest, as in `Manifest.samples`.
+
+    Returns:
+        List with a text about the first input that differs, or an empty list.
     """
     for s in m.samples:
         if not len(here := np.flatnonzero(at == s['row'])) or alike(
@@ -416,8 +430,10 @@ def sample_differences(m: Manifest, at, look) -> list:
 
 
 def alike(a, b):
-    """Return True if the input of a sample is the same: its bytes before the batch transforms must
-    be equal, its numbers after them must agree up to differences between devices.
+    """Return True if two entries of `Manifest.samples` describe the same input.
+
+    The digests must be equal. Values after the batch transforms may differ slightly, since they
+    depend on the device.
     """
     if any(a.get(k) != b.get(k) for k in ('row', 'view', 'digest')):
         return False
@@ -440,10 +456,10 @@ def other_libraries(m):
 
 
 def refuse(
-    where,  # the cache
-    found: list,  # texts: the differences
-    force: bool,  # warn instead of raising an error
-    then: str = 'It is used anyway',  # what happens with force
+    where,  # folder of the cache
+    found: list,  # texts that describe the differences
+    force: bool,  # if True, warn instead of raising an error
+    then: str = 'It is used anyway',  # end of the warning
 ):
     if not found:
         return

@@ -1,4 +1,4 @@
-"""Files of other distillation tools, as rows that `cache_from` reads."""
+"""Convert files of other distillation tools to rows that `cache_from` reads."""
 
 import importlib
 import json
@@ -12,21 +12,22 @@ from .json_checks import json_list, json_object, refuse_entry, shortened, whole_
 
 __all__ = ['TOOLS', 'converted_rows']
 
-FLOATS = dict(float16='<f2', bfloat16='<u2', float32='<f4', float64='<f8')  # of bfloat16, the bits
+# NumPy has no bfloat16, so its bits are read
+FLOATS = dict(float16='<f2', bfloat16='<u2', float32='<f4', float64='<f8')
 SPECIAL_TERMS = dict(sqrt=np.sqrt, exp=np.exp)
 MAX_K = 2**16
 
 
 @dataclass
 class Tool:
-    """How a tool stores its teacher's outputs.
+    """Format in which a tool stores teacher outputs.
 
     Attributes:
-        convert: fn(row, config) -> row with columns that `cache_from` knows.
-        tail: What the tool assumes about the classes that are not stored.
-        shift: True if entries are at their own tokens.
-        keys: Column with the names of the samples, if no other is given.
-        compressed: True if a configuration is needed to read it.
+        convert: fn(row, config) -> row with columns that `cache_from` reads.
+        tail: Assumption of the tool about the classes that are not stored.
+        shift: True if each entry is stored at the position of the token it predicts.
+        keys: Column that identifies the samples, if the user names no column.
+        compressed: True if the rows can be read only with the configuration of the tool.
     """
 
     convert: object
@@ -37,7 +38,7 @@ class Tool:
 
 
 class ConvertedRows:
-    """Rows that are converted when they are read."""
+    """Sequence of rows that are converted on access."""
 
     def __init__(self, rows, convert, config):
         self.rows, self.convert, self.config = rows, convert, config
@@ -56,13 +57,16 @@ class ConvertedRows:
 
 
 def converted_rows(rows, tool: str, config=None, path=None):
-    """Return (rows with columns that `cache_from` knows, `Tool`, number of classes or None).
+    """Convert the rows of a tool.
 
     Args:
         rows: Rows as the tool wrote them.
         tool: Name of the tool.
-        config: Its configuration, see `cache_from`.
+        config: Configuration of the tool, see `cache_from`.
         path: Path of the rows, if they are files.
+
+    Returns:
+        (rows with columns that `cache_from` reads, `Tool`, number of classes or None).
     """
     if tool not in TOOLS:
         raise DistillError(f'tool={tool!r}: must be one of {", ".join(map(repr, TOOLS))}')
@@ -77,7 +81,7 @@ def converted_rows(rows, tool: str, config=None, path=None):
 
 
 def compression_of(config, path):
-    """Return the checked configuration of the compression."""
+    """Load and check the configuration with which rows were compressed."""
     if config is None and path is not None:
         folder = Path(path)
         config = (folder if folder.is_dir() else folder.parent) / 'compression_config.yaml'
@@ -138,7 +142,7 @@ def read_yaml(path):
 
 
 class Bytes:
-    """Reads the parts of the bytes of all positions, one after the other.
+    """Reads consecutive fields from the bytes of all positions.
 
     Args:
         data: (positions, bytes) uint8.
@@ -156,7 +160,7 @@ class Bytes:
         return np.ascontiguousarray(self.data[:, self.at - n : self.at])
 
     def floats(self, n, dtype):
-        """Read `n` numbers of each position, (positions, n) float64."""
+        """Read the next `n` floating-point numbers of each position, (positions, n) float64."""
         kind = np.dtype(FLOATS[dtype])
         a = self.take(n * kind.itemsize).view(kind)
         if dtype == 'bfloat16':
@@ -164,15 +168,17 @@ class Bytes:
         return a.astype(np.float64)
 
     def whole(self, n, bits):
-        """Read `n` whole numbers of each position, whose bits begin with the highest, (positions, n)."""
+        """Read the next `n` integers of each position, highest bit first, (positions, n)."""
         flat = np.unpackbits(self.take(-(-n * bits // 8)), axis=1)[:, : n * bits]
         weights = 1 << np.arange(bits - 1, -1, -1, dtype=np.int64)
         return flat.reshape(len(flat), n, bits) @ weights
 
 
 def from_distillkit(row, c):
-    """Decompress the rows of DistillKit: `input_ids`, and for each position but the last the bytes
-    `compressed_logprobs` and `bytepacked_indices`.
+    """Decompress a row of DistillKit.
+
+    The row has `input_ids`, and the bytes `compressed_logprobs` and `bytepacked_indices` for each
+    position except the last.
     """
     if 'packed_indices' in row or 'coeffs' in row:
         raise DistillError(
@@ -187,7 +193,7 @@ def from_distillkit(row, c):
     bits = int(np.ceil(np.log2(np.float32(c['d']))))
     ids = Bytes(ids).whole(c['k'], bits)
     logprobs = decompressed(Bytes(values), c)
-    # subtle: an approximation may have a sum above 1
+    # subtle: approximate probabilities may have a sum above 1
     total = np.logaddexp.reduce(logprobs, 1, keepdims=True)
     logprobs -= total.clip(min=0)
     last = [None] * (len(tokens) - len(ids))
@@ -196,7 +202,7 @@ def from_distillkit(row, c):
 
 
 def byte_table(o, name, n):
-    """Return the bytes of all positions, (positions, bytes) uint8."""
+    """Convert the bytes of all positions to an array, (positions, bytes) uint8."""
     a = np.array([list(p) for p in o])
     if a.ndim != 2 or a.dtype.kind not in 'iu' or a.min() < 0 or a.max() > 255:
         raise DistillError(f'{name} must have the same number of bytes for each position.')
@@ -208,7 +214,11 @@ def byte_table(o, name, n):
 
 
 def decompressed(data: Bytes, c):
-    """Return log-probabilities, (positions, k): some exact ones, then a polynomial plus what it lacks."""
+    """Return log-probabilities, (positions, k).
+
+    The log-probabilities of the most likely classes are stored exactly. All others are computed
+    from a polynomial and residuals.
+    """
     exact = data.floats(c['exact_k'], c['exact_dtype'])
     n, terms = c['k'] - c['exact_k'], c['polynomial_terms'] or ()
     rest = np.zeros((len(exact), n))
@@ -231,8 +241,11 @@ def decompressed(data: Bytes, c):
 
 
 def from_axolotl(row, _):
-    """Convert a row of axolotl: entries for the last tokens of a text, at their own tokens. They are
-    lists of {'token': 'token_id:5', 'logprob': -0.1}, or numbers with a column `target_token_ids`.
+    """Convert a row of axolotl, which has entries for the last tokens of a text.
+
+    An entry is stored at the position of the token it predicts. Each entry is a list of dicts such
+    as {'token': 'token_id:5', 'logprob': -0.1}, or a list of numbers whose classes are in the
+    column `target_token_ids`.
     """
     name = next((k for k in row if k == 'logprobs' or str(k).endswith('_logprobs')), None)
     if name is None or 'input_ids' not in row:
@@ -260,12 +273,12 @@ def from_axolotl(row, _):
 
 
 def from_vllm(row, _):
-    """Convert a response of vLLM's server, or a row with its `prompt_logprobs`."""
+    """Convert a response of a vLLM server, or a row that contains `prompt_logprobs`."""
     out = dict(row)
     if row.get('prompt_logprobs') is None and row.get('choices'):
         out |= {k: v for k, v in row['choices'][0].items() if k.startswith('prompt_')}
     if str(out.get('id', '')).startswith(('cmpl-', 'chatcmpl-')):
-        del out['id']  # of the request, not of the sample
+        del out['id']  # this id identifies the request, not the sample
     if out.get('prompt_logprobs') is None:
         raise DistillError('there are no prompt_logprobs: ask the server with prompt_logprobs=k.')
     return {k: v for k, v in out.items() if k != 'choices'}

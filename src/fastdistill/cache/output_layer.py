@@ -1,4 +1,4 @@
-"""Find the linear output layer of a teacher, and read the hidden states before it."""
+"""Find the linear output layer of a teacher and capture its inputs, the hidden states."""
 
 from dataclasses import dataclass, replace
 
@@ -13,20 +13,21 @@ from ..teachers.teacher import Teacher
 
 __all__ = ['OutputLayer', 'StoredHead', 'find_output_layer', 'worst_error']
 
-CHECKED = 16  # positions of each batch on which the output layer is verified
-LEAST_UNIT = 0.25  # of a number of a hidden state, relative to the root mean square of all of them
+CHECKED = 16  # number of positions in each batch on which the output layer is verified
+# minimum unit of a hidden feature, relative to the root mean square of all features
+LEAST_UNIT = 0.25
 NOT_FOUND = "Name it, store=dict(kind='hidden', layer='NAME'), or store something else."
 
 
 @dataclass
 class OutputLayer:
-    """The output layer of a teacher, as `find_output_layer` finds it.
+    """The output layer of a teacher, found by `find_output_layer`.
 
     Attributes:
         name: Dotted name of the layer.
-        weight: (C, D), with the scale of the logits.
+        weight: (C, D). If the model scales its logits, the weight includes the scale.
         bias: (C,), or None.
-        cap: Soft-capping of the logits, or None.
+        cap: Soft cap of the logits, or None.
     """
 
     name: str
@@ -36,15 +37,15 @@ class OutputLayer:
 
     @property
     def tap(self):
-        """Name of the layer's input."""
+        """Name under which the input of the layer is captured."""
         return f'{self.name}@in'
 
     def outputs(self, out: Outputs, half: bool = False) -> Outputs:
-        """Replace the logits by the hidden states behind them, and verify some of these.
+        """Replace the logits by hidden states, after checking that they give the same logits.
 
         Args:
-            out: Outputs of the teacher, with the input of the layer among its features.
-            half: True if they were computed in half precision.
+            out: Outputs of the teacher, with the input of the layer among the features.
+            half: True if the outputs were computed in half precision.
         """
         feats = {k: v for k, v in out.feats.items() if k != self.tap}
         hidden = out.feats[self.tap].detach()
@@ -65,7 +66,7 @@ class OutputLayer:
         hidden, z = t.hidden.reshape(-1, t.hidden.shape[-1]), logits.reshape(-1, t.n)
         some = torch.as_tensor(np.linspace(0, len(z) - 1, min(CHECKED, len(z)), dtype=int))
         z = z[some.to(z.device)].float()
-        # subtle: positions that were added to fill up a row are 0 in both
+        # subtle: skip padded positions, where all logits are 0
         on = (z != 0).any(1)
         got = replace(t, hidden=hidden[some.to(hidden.device)]).dense()[on]
         if on.any() and (far := relative_difference(got, z[on])) > tol:
@@ -78,14 +79,14 @@ class OutputLayer:
 
 @dataclass
 class StoredHead:
-    """The output layer as it is stored, once for all rows.
+    """The stored output layer of a teacher, which all rows of a cache share.
 
     Attributes:
-        weight: (C, D) for the hidden states as they are stored.
+        weight: (C, D), adapted to the units of the stored hidden states.
         bias: (C,), or None.
-        unit: Unit of each number of a hidden state, (D,), a power of two: about its root mean
-            square, so that all numbers of a row use a similar range.
-        cap: Soft-capping of the logits, or None.
+        unit: Unit of each hidden feature, (D,). The unit is the root mean square of the feature,
+            rounded to a power of two, so that all features of a row have a similar range.
+        cap: Soft cap of the logits, or None.
     """
 
     weight: Tensor
@@ -95,13 +96,13 @@ class StoredHead:
 
     @classmethod
     def of(cls, t: LinearLogits) -> 'StoredHead':
-        """Build it from the logits of a few samples."""
+        """Build the stored output layer from the `LinearLogits` of a few samples."""
         hidden = t.hidden.reshape(-1, t.hidden.shape[-1]).float()
         size = hidden.pow(2).mean(0).sqrt()
-        # subtle: a number that is nearly always 0 here may be large in a later batch, and in a tiny unit it would
-        # take the whole range of its row
+        # subtle: a feature that is nearly 0 in these samples may be large in a later batch. If its
+        # unit were tiny, it would use up the range of the whole row
         size = size.clamp_min(LEAST_UNIT * float(size.pow(2).mean().sqrt()) or 1.0)
-        # subtle: powers of two, since multiplying by them does not round
+        # subtle: multiplication by powers of two causes no rounding errors
         unit = torch.exp2(size.log2().round())
         bias = None if t.bias is None else t.bias.detach().float()
         return cls(t.weight.detach().float() * unit, bias, unit, t.cap)
@@ -111,11 +112,11 @@ class StoredHead:
         return [o for o in (self.weight, self.bias, self.unit) if o is not None]
 
     def scaled(self, hidden: Tensor) -> Tensor:
-        """Return hidden states as they are stored."""
+        """Divide hidden states by the units in which they are stored."""
         return hidden / self.unit.to(hidden.device)
 
     def logits(self, hidden: Tensor) -> LinearLogits:
-        """Return the logits of stored hidden states."""
+        """Return the logits for hidden states in stored units."""
         return LinearLogits(hidden, self.weight, self.bias, self.cap)
 
     def to(self, device) -> 'StoredHead':
@@ -128,10 +129,11 @@ class StoredHead:
 
     @classmethod
     def from_bytes(cls, data: bytes, layout) -> 'StoredHead':
-        """Read it as `to_bytes` wrote it.
+        """Read an output layer that `to_bytes` wrote.
 
         Args:
-            layout: The `Layout` of the rows.
+            data: Content of the file.
+            layout: `Layout` of the rows.
         """
         n, d = layout.shape_of_head
         sizes = [n * d, n if layout.head['bias'] else 0, d]
@@ -140,16 +142,19 @@ class StoredHead:
 
 
 def worst_error(t: LinearLogits, got: LinearLogits) -> float:
-    """Return the largest error of a few stored logits, relative to the mean spread of a position.
+    """Compute the largest error of a few stored logits.
 
     Args:
         t: Logits of a batch.
-        got: The same, as they are read back.
+        got: The same logits, read back from their stored form.
+
+    Returns:
+        The error relative to the mean range of the logits of a position.
     """
     few = lambda x: x.hidden.reshape(-1, x.hidden.shape[-1])[:CHECKED]
     exact = replace(t, hidden=few(t).float()).dense().cpu()
     read = replace(got, hidden=few(got)).dense().cpu()
-    # subtle: the mean, since a few classes of one position may be equal by chance
+    # subtle: use the mean over positions, since the few classes of one position may be equal
     spread = float((exact.amax(-1) - exact.amin(-1)).mean())
     return float((read - exact).abs().max()) / spread if spread > 0 else 0.0
 
@@ -159,11 +164,12 @@ def find_output_layer(teacher, run, layer: str | None = None) -> OutputLayer:
 
     Args:
         teacher: A `Teacher`.
-        run: fn(a variation of the teacher) -> its `Outputs` for a batch.
-        layer: Its name. None to try all linear layers.
+        run: fn(teacher) -> `Outputs` for a batch. The function is called with modified copies of
+            `teacher`.
+        layer: Name of the layer. If None, try all linear layers.
 
     Raises:
-        DistillError: If there is none, with the reason.
+        DistillError: If no layer computes the logits. The error gives the reason.
     """
     if not isinstance(teacher, Teacher):
         raise DistillError(
@@ -189,7 +195,7 @@ def find_output_layer(teacher, run, layer: str | None = None) -> OutputLayer:
     with Taps(teacher.module, linear) as taps:
         logits = run(model).logits.detach().float()
         outputs = taps.feats
-    # a model that selects classes of its own is compared before that
+    # if the teacher selects some of the classes, compare the logits before the selection
     if teacher.select is not None:
         logits = run(Teacher(model, select=None, classes=None)).logits.detach().float()
     alike = [k for k, o in outputs.items() if o.shape == logits.shape]
@@ -205,7 +211,7 @@ def find_output_layer(teacher, run, layer: str | None = None) -> OutputLayer:
         far = min(relative_difference(outputs[k].float(), logits) for k in alike)
         raise DistillError(
             f"store='hidden': the logits of {teacher.name} are not the output of a linear layer "
-            f'({", ".join(alike[:3])}), or that times a number or soft-capped. They differ by {far:.2g} of '
+            f'({", ".join(alike[:3])}), even with a scale or a soft cap. They differ by {far:.2g} of '
             f'the largest logit. {NOT_FOUND}'
         )
     return selected(found[0], teacher)
@@ -220,7 +226,9 @@ def which_layer(names, teacher):
 
 
 def as_output(name, module, z, logits, teacher):
-    """Return the `OutputLayer` that turns the output `z` of a layer into the logits, or None."""
+    """Return an `OutputLayer` if the logits can be computed from the output `z` of a layer, else
+    None.
+    """
     z, weight = z.detach().float(), getattr(module, 'weight', None)
     if weight is None or weight.dim() != 2 or len(weight) != logits.shape[-1]:
         return None
@@ -244,7 +252,7 @@ def as_output(name, module, z, logits, teacher):
 
 
 def caps_of(model):
-    """Yield the soft-capping that the configuration of a Hugging Face model names."""
+    """Yield the soft caps of the logits in the configuration of a Hugging Face model."""
     config = getattr(model, 'config', None)
     for c in (config, getattr(config, 'text_config', None)):
         cap = getattr(c, 'final_logit_softcapping', None)
@@ -253,7 +261,7 @@ def caps_of(model):
 
 
 def selected(layer, teacher):
-    """Return the layer with only the classes that the teacher selects."""
+    """Restrict the layer to the classes that the teacher selects."""
     if teacher.select is None:
         return layer
     if any(isinstance(g, list) and len(g) > 1 for g in teacher.select):
@@ -268,7 +276,7 @@ def selected(layer, teacher):
 
 
 def relative_difference(a, b):
-    """Return the largest difference relative to the largest absolute value."""
+    """Return the largest difference, relative to the largest absolute value of `b`."""
     if a.shape != b.shape:
         return float('inf')
     return float((a - b).abs().max() / b.abs().max().clamp_min(1e-30))

@@ -1,5 +1,6 @@
-"""Pack a cache to share it, as one file or a folder with a card. Every file is compared with its
-checksum before and after.
+"""Pack a cache for sharing, as one file or as a folder with a README.
+
+All files are compared with their checksums before packing and after unpacking.
 """
 
 import shutil
@@ -22,8 +23,9 @@ CARD = 'README.md'
 
 
 def cache_facts(where, m):
-    """Yield (name, text) for each fact about a cache. The texts control no terminal, whoever wrote
-    the manifest.
+    """Yield (label, text) for each fact about a cache.
+
+    Control characters are removed, because anyone may have written the manifest.
     """
     for k, v in facts_of_cache(where, m):
         yield k, ''.join(c if c.isprintable() else ' ' for c in str(v))
@@ -53,7 +55,7 @@ def facts_of_cache(where, m):
     for o in m.lost:
         yield (
             f'lost at T={o["T"]:g}',
-            f'{100 * o["share"]:.1f}% of what the teacher tells, KL {o["kl"]:.2g} nats',
+            f"{100 * o['share']:.1f}% of the teacher's information, KL {o['kl']:.2g} nats",
         )
     shards = list(m.all_shards())
     done = len(shards) if m.complete else sum(finished(where, s) for s in shards)
@@ -85,20 +87,20 @@ def pack_cache(
     data_license: str | None = None,
     force: bool = False,
 ) -> Path:
-    """Copy a finished cache, with a card (README.md) for its recipients.
+    """Copy a complete cache and add a README for its users.
 
-    All its files are compared with their checksums first.
+    All files are compared with their checksums first.
 
     Args:
-        cache: A `TeacherCache`, or its folder or URL.
-        path: A name such as 'targets.zip' for one uncompressed file, or any other name for a folder
-            that can be used directly.
-        title: Title of the card. None to derive it from the teacher's name.
-        data: What the samples are and where to get them.
-        note: Additional text for the card.
+        cache: A `TeacherCache`, or the folder or URL of a cache.
+        path: A name that ends in '.zip' for one uncompressed file. Any other name creates a folder,
+            which can be used as a cache directly.
+        title: Title of the README. If None, derive it from the teacher's name.
+        data: Description of the dataset, with its source.
+        note: Additional text for the README.
         license: License of the stored outputs, such as 'cc-by-4.0'.
-        teacher_license, data_license: Licenses of the teacher and the data.
-        force: Whether to overwrite an existing file.
+        teacher_license, data_license: Licenses of the teacher and the dataset.
+        force: If True, overwrite an existing file.
     """
     where = cache.folder if isinstance(cache, TeacherCache) else open_folder(cache)
     valid = where.sub('valid')
@@ -138,8 +140,10 @@ def files_of_cache(where):
 
 
 def manifest_last(files):
-    """Sort the manifest last. A folder without a manifest is not a cache, so an interrupted copy
-    can't be mistaken for one.
+    """Sort the files so that the manifest is last.
+
+    A folder without a manifest is not a cache, so an interrupted copy can't be mistaken for a
+    cache.
     """
     return sorted(files.items(), key=lambda o: (o[0].endswith('manifest.json'), -len(o[0]), o[0]))
 
@@ -159,25 +163,25 @@ def write_zip(path, files, card, force):
 
 
 def entry(name):
-    """Create a zip entry with a fixed date, so that the same cache gives the same file."""
+    """Create a zip entry with a fixed date, so that packing the same cache gives the same bytes."""
     return zipfile.ZipInfo(name, (1980, 1, 1, 0, 0, 0))
 
 
 def unpack_cache(path, to) -> TeacherCache:
-    """Unpack a cache into a folder, compare its files with their checksums, and open it.
+    """Unpack a cache into a folder, compare the files with their checksums, and open the cache.
 
-    The file must contain exactly what its manifest lists.
+    The packed file must contain exactly the files that its manifest lists.
 
     Args:
         path: File written by `pack_cache`.
-        to: Folder of the cache, new or empty.
+        to: A new or empty folder for the cache.
     """
     where, path = Folder(local_path(to)), local_path(path)
     if where.names():
         raise DistillError(f'{where} is not empty: choose another folder.')
     if not path.is_file():
         raise DistillError(f'There is no file {str(path)!r}.')
-    # subtle: for damaged bytes, zipfile raises errors of many kinds
+    # subtle: for damaged files, zipfile raises many kinds of errors
     with (
         file_errors(f"{path} can't be read as a packed cache", Exception),
         zipfile.ZipFile(path) as z,
@@ -207,8 +211,9 @@ def copy_out(z, o, file):
 
 
 def packed_files(z, path):
-    """Return {name: entry} of the files in a packed cache, which must be those of its manifests,
-    with the same sizes.
+    """Return {name: zip entry} for all files in a packed cache.
+
+    Raise a DistillError if names or sizes differ from those in the manifest.
     """
 
     def refuse(what):
@@ -224,7 +229,7 @@ def packed_files(z, path):
             refuse(f'it holds {o.filename!r} twice')
     if 'manifest.json' not in have:
         refuse('it has no manifest.json')
-    needed, optional = {}, {CARD: None}  # {name: bytes}; None for any number
+    needed, optional = {}, {CARD: None}  # {name: size in bytes}. A size of None allows any size
     for at in ('', 'valid/'):
         if (file := have.get(at + 'manifest.json')) is None:
             continue
@@ -247,7 +252,7 @@ def packed_files(z, path):
 
 
 def unusual(o):
-    """Describe how a zip entry differs from those that `pack_cache` writes. Empty if it does not."""
+    """Return why `pack_cache` can't have written a zip entry, or '' if it can."""
     kind = stat.S_IFMT(o.external_attr >> 16)
     if o.orig_filename != o.filename:
         return 'has a name with special characters'
@@ -269,7 +274,7 @@ def unusual(o):
 
 
 def card_of(where, title, data, note, licenses, license):
-    """Write README.md: what this is and how to use it, with the header that model hubs read."""
+    """Return the text of README.md: a header for model hubs, facts about the cache, and usage."""
     m = Manifest.read(where)
     rows = dict(data=data or 'not stated') | {
         k: v for k, v in cache_facts(where, m) if k != 'files'

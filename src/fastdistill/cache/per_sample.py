@@ -1,4 +1,4 @@
-"Batch transforms with separate random numbers for each sample."
+"""Run batch transforms with separate random numbers for each sample."""
 
 import numpy as np
 import torch
@@ -14,14 +14,14 @@ __all__ = ['PerSample', 'per_sample']
 
 
 def per_sample(fn, seeds, *tensors):
-    """Run `fn` on one sample at a time, each with its own random numbers. Correct for every `fn`,
-    but slow.
+    """Apply `fn` to one sample at a time, with separate random numbers for each sample.
+
+    The loop over samples is slow, but correct for every function.
 
     Args:
-        fn: Takes the tensors of a batch, or a slice of them with one sample, and returns one
-            tensor or several.
+        fn: Function of one or more tensors (1, ...) that returns a tensor or a tuple of tensors.
         seeds: One seed for each sample, (B,).
-        *tensors: Tensors, (B, ...) each.
+        *tensors: Inputs of `fn` for the whole batch, (B, ...) each.
     """
     if len(seeds) != len(tensors[0]):
         raise DistillError(f'{len(seeds)} seeds for {len(tensors[0])} samples: give one for each.')
@@ -38,10 +38,11 @@ def per_sample(fn, seeds, *tensors):
 
 
 class PerSample(TorchFunctionMode):
-    """Context in which `uniform_`, `bernoulli_`, `normal_` and `randint` draw each sample's numbers
-    from its own seed, for tensors whose first dimension is the batch.
+    """Context in which PyTorch draws random numbers for each sample from the sample's own seed.
 
-    All samples are drawn at once. The numbers depend only on the seeds, not even on the device.
+    The context affects `uniform_`, `bernoulli_`, `normal_` and `randint` for tensors whose first
+    dimension is the batch. The numbers for all samples are drawn at once. The random numbers depend
+    only on the seeds, not on the device.
     """
 
     def __init__(self, seeds):
@@ -49,7 +50,10 @@ class PerSample(TorchFunctionMode):
         self.seeds, self.calls = np.asarray(seeds, np.uint64), 0
 
     def draw(self, shape):
-        """Draw uniform numbers in (0, 1). Those of a sample are the same in every batch."""
+        """Draw uniform random numbers in (0, 1).
+
+        A sample gets the same numbers in every batch.
+        """
         self.calls += 1
         base = seeds_of(self.calls, self.seeds)
         n = int(np.prod(shape[1:]))
@@ -68,7 +72,8 @@ class PerSample(TorchFunctionMode):
             return func(x, *args, **kwargs)
         return x.copy_(of(self.draw(x.shape)))
 
-    # the arguments have PyTorch's names. `from` is a keyword of Python, so it comes in kwargs
+    # the arguments have the same names as in PyTorch. Since `from` is a Python keyword, its value is
+    # read from kwargs
     def new_uniform_(self, func, x, *args, **kwargs):
         ends = [*args, kwargs.get('from', 0.0), kwargs.get('to', 1.0)]
         lo, hi = ends[:2] if len(args) != 1 else (args[0], kwargs.get('to', 1.0))

@@ -1,4 +1,7 @@
-"Read a cache: rows by (sample, view), through memory maps, in any number of workers."
+"""Read rows of a cache by sample and view.
+
+Files are memory-mapped, so any number of DataLoader workers can read the same cache.
+"""
 
 import os
 from concurrent.futures import ThreadPoolExecutor
@@ -21,10 +24,10 @@ __all__ = ['TeacherCache', 'damages', 'is_cache']
 
 
 def is_cache(path) -> bool:
-    """Return True if there is a cache at this path or URL.
+    """Return True if there is a cache at a path or URL.
 
     Args:
-        path: A path, a URL, or any other object.
+        path: A path or URL. For objects of other types, the result is False.
     """
     if not isinstance(path, (str, PurePath)):
         return False
@@ -34,14 +37,16 @@ def is_cache(path) -> bool:
 
 
 class TeacherCache:
-    """Stored teacher outputs: `cache.decode(cache.rows(positions, views))`. Pickling stores the
-    path, not the data.
+    """Teacher outputs on disk, which `cache.decode(cache.rows(positions, views))` reads.
+
+    A pickled cache holds the path of the folder, not the data.
 
     Args:
-        path: Folder or URL written by `cache_teacher` or `cache_dataset`.
-        force: Whether to warn, instead of raising an error, if data, transforms or classes do not
-            fit.
-        keys: The `keys=` with which it was written, a list or a function of the item.
+        path: Folder or URL that `cache_teacher` or `cache_dataset` wrote.
+        force: If True, warn instead of raising an error if the data, transforms or classes differ
+            from those of the cache.
+        keys: The argument `keys` with which the cache was written: a list, or a function of the
+            item.
     """
 
     def __init__(self, path, force: bool = False, keys=None):
@@ -78,7 +83,7 @@ class TeacherCache:
 
     @property
     def identity(self):
-        """Identity of the written cache, equal if the same cache is opened twice."""
+        """Folder and content of the cache. The value is the same each time this cache is opened."""
         return str(self.folder), self._opened
 
     @property
@@ -90,7 +95,7 @@ class TeacherCache:
         return self.manifest.seed
 
     def __getstate__(self):
-        # without memory maps, which would be pickled as a copy of all data
+        # leave out memory maps, which would be pickled as a copy of all data
         checked = [o for o in INTACT_FILES if o[0] == str(self.folder)]
         return {
             **self.__dict__,
@@ -105,7 +110,7 @@ class TeacherCache:
     def __setstate__(self, state):
         INTACT_FILES.update(
             state.pop('_checked')
-        )  # a worker in a new process need not check the files again
+        )  # so that a worker in a new process does not check the files again
         self.__dict__.update(state)
 
     @property
@@ -117,7 +122,7 @@ class TeacherCache:
 
     @property
     def order(self) -> np.ndarray:
-        """Positions in the order of their keys, (N,) int64."""
+        """Positions sorted by the keys of their samples, (N,) int64."""
         if self._order is None:
             if self.manifest.parts is None:
                 self._order = np.argsort(self.keys, kind='stable')
@@ -127,7 +132,7 @@ class TeacherCache:
 
     @property
     def valid(self):
-        """The cache of the validation set in the same folder, if there is one."""
+        """The cache of the validation set in the same folder, or None if there is none."""
         sub = self.folder.sub('valid')
         return None if sub.size('manifest.json') is None else TeacherCache(sub, self.force)
 
@@ -136,7 +141,7 @@ class TeacherCache:
         return self.folder.map(name, dtype, shape)
 
     def _head(self, device):
-        """Return the output layer of hidden states on a device. None if rows hold logits."""
+        """Return the output layer for hidden states on a device, or None if rows hold logits."""
         m = self.manifest
         if m.layout.head is None:
             return None
@@ -171,11 +176,11 @@ class TeacherCache:
         raise DistillError(f'Damaged files in {self.folder}: {", ".join(names[:5])}{more}. {what}')
 
     def rows(self, at, views=0) -> np.ndarray:
-        """Return rows as stored, (B, bytes) uint8.
+        """Read stored rows, (B, bytes) uint8.
 
         Args:
-            at: Positions, (B,).
-            views: View of each position, (B,), or one number for all.
+            at: Positions in the cache, (B,).
+            views: View of each position, (B,), or one view for all positions.
         """
         at = np.asarray(at)
         views = np.broadcast_to(np.asarray(views), at.shape)
@@ -191,10 +196,11 @@ class TeacherCache:
         return out
 
     def row(self, at: int, view: int = 0) -> np.ndarray:
-        """Return one row as stored, (bytes,) uint8, for datasets that return one item at a time.
+        """Read one stored row, (bytes,) uint8, for datasets that return one item at a time.
 
         Args:
-            at: Position.
+            at: Position in the cache.
+            view: View of the sample.
         """
         self._within(at, view)
         i, row = map(int, self.manifest.place(at))
@@ -216,16 +222,24 @@ class TeacherCache:
         return out
 
     def outputs(self, at, views=0) -> Outputs:
-        """Read the `Outputs` at positions."""
+        """Read rows and decode them to `Outputs`.
+
+        Args:
+            at: Positions in the cache, (B,).
+            views: View of each position, (B,), or one view for all positions.
+        """
         return self.decode(self.rows(at, views))
 
-    # which row belongs to which sample
+    # the methods below find the rows of samples
 
     def find(self, keys) -> np.ndarray:
-        """Find the positions of samples, (M,). Raise a DistillError for a sample without a row.
+        """Return the position in the cache of each sample, (M,).
 
         Args:
             keys: Keys of the samples, (M,) uint64.
+
+        Raises:
+            DistillError: If a sample has no row.
         """
         keys, mine = np.asarray(keys, np.uint64), self.keys
         if len(keys) == len(mine) and np.array_equal(keys, mine):
@@ -247,24 +261,27 @@ class TeacherCache:
         return dataset_keys(dataset, keys)
 
     def compare(self, at, item):
-        """Raise a DistillError if the inputs of a few samples differ from those when the cache was
-        written.
+        """Check that the inputs of a few samples are the same as when the cache was written.
 
         Args:
-            at: Position of each sample of a dataset, (N,).
-            item: fn(number of a sample, view) -> the dataset's item.
+            at: Position in the cache of each sample of a dataset, (N,).
+            item: fn(index of a sample, view) -> item of the dataset.
+
+        Raises:
+            DistillError: If an input differs. If the cache was opened with `force`, warn instead.
         """
         look = lambda i, view: dict(digest=input_digest(item(i, view)))
         refuse(self.folder, sample_differences(self.manifest, at, look), self.force)
 
     def changed_files(self, files, at=None) -> list:
-        """Return the names of the files whose content changed since the cache was written.
+        """Return the paths of sample files whose content changed since the cache was written.
 
-        Only files with a different modification time are read.
+        A file is read only if its modification time changed.
 
         Args:
-            files: Path of each sample's file, (M,), from `files_of`. None if samples are not files.
-            at: Positions in the cache, (M,), from `find`. None for all, in the order of the cache.
+            files: File path of each sample, (M,), from `files_of`. None if samples are not files.
+            at: Position in the cache of each sample, (M,), from `find`. If None, the files are in
+                the order of the cache.
         """
         record = None if files is None else read_record(self.folder, len(self))
         if record is None:
@@ -273,8 +290,13 @@ class TeacherCache:
         return [str(files[i]) for i in changed]
 
     def check_files(self, files, at=None):
-        """Raise a DistillError, or warn with `force`, if files of samples changed since the cache
-        was written.
+        """Check that the files of samples have not changed since the cache was written.
+
+        Args:
+            files, at: As in `changed_files`.
+
+        Raises:
+            DistillError: If a file changed. If the cache was opened with `force`, warn instead.
         """
         if names := self.changed_files(files, at):
             refuse(self.folder, [changed_text(names, len(files))], self.force)
@@ -286,24 +308,28 @@ class TeacherCache:
         return self
 
     def check_once(self):
-        """Like `check`, but skips files that this process has checked before.
+        """Check all files like `check`, but skip those that this process has checked before.
 
-        Call it before DataLoader workers start, since each worker would check the files again.
+        Call this method before DataLoader workers start. Otherwise, each worker would check the
+        files.
         """
         self._refuse(damages(self.folder, self.manifest, self.manifest.shards, once=True))
         return self
 
 
-# files that this process has checked: folder, name, checksum, number of classes, size, time, inode
+# files that this process has checked, as (folder, name, checksum, number of classes, size,
+# modification time, inode)
 INTACT_FILES = set()
 
 
 def damages(folder, m, files, once: bool = False) -> dict:
-    """Return {file name: how it is damaged}.
+    """Return {file name: description of the damage} for the damaged files.
 
     Args:
-        files: Entries of `m.shards`.
-        once: Whether to skip files that this process has already checked.
+        folder: Folder of the cache.
+        m: Manifest of the cache.
+        files: Entries of `m.shards` to check.
+        once: If True, skip files that this process has checked before.
     """
     look = lambda o: damage_of(folder, m, o, once)
     if len(files) == 1:

@@ -1,4 +1,8 @@
-"One row of a cache: a teacher's outputs for one view of one sample, in a fixed number of bytes."
+"""Layout of a row in a cache.
+
+A row holds the teacher's outputs for one view of one sample. All rows have the same number of
+bytes.
+"""
 
 from dataclasses import asdict, dataclass, field, replace
 from dataclasses import fields as dataclass_fields
@@ -22,26 +26,27 @@ POSSIBLE_STORES = (
     "all logits as such numbers; or a dict of options, such as dict(topk=10, dtype='int8'), "
     "dict(size=56), dict(kind='hidden', layer='lm_head') or dict(draws=50, T=1)."
 )
-# limits for a manifest, so that a damaged one can't fill the memory
+# limits, so that a damaged manifest can't fill the memory
 MAX_BYTES, MAX_VALUES, MAX_FIELDS, MAX_DIMS, MAX_CLASSES = 2**31, 2**33, 1000, 8, 2**24
 
 
 @dataclass
 class Store:
-    """How outputs are stored. `Store.of` makes it from the option `store=`.
+    """Options for storing teacher outputs. `Store.of` converts the argument `store=` to a `Store`.
 
     Attributes:
-        kind: 'logits' of all classes, the 'topk' likeliest classes, the last 'hidden' state,
-            'draws' from the teacher's probabilities, or 'auto', which chooses one of them. None for
-            the one that the other options belong to.
-        dtype: 'float32', 'float16' or 'int8' (scaled row by row). None for 'float16', of hidden
-            states 'int8'.
+        kind: 'logits' stores all logits, 'topk' the most likely classes, 'hidden' the last hidden
+            state, and 'draws' classes drawn from the teacher's probabilities. 'auto' chooses one of
+            these. If None, the kind is inferred from the other options.
+        dtype: 'float32', 'float16' or 'int8' (with a scale for each row). If None, use 'int8' for
+            hidden states and 'float16' otherwise.
         topk: Number of classes to store.
-        tail: What `TopK` assumes of the classes that are not stored.
+        tail: Assumption about the classes that are not stored, see `TopK`.
         axis: Class axis.
         size: Height and width to which maps of logits are reduced. None for no reduction.
-        layer: Name of the output layer, whose input is the hidden state. None to find it.
-        draws: Number of draws for each position.
+        layer: Name of the output layer, whose input is the hidden state. If None, the layer is
+            found automatically.
+        draws: Number of classes drawn for each position.
         T: Temperature of the probabilities from which classes are drawn.
     """
 
@@ -57,11 +62,10 @@ class Store:
 
     @classmethod
     def of(cls, o='auto', axis: int = 1) -> 'Store':
-        """Convert the option `store=`.
+        """Convert the argument `store=` to a `Store`.
 
         Args:
-            o: A kind, a dtype (all logits in that dtype), a dict of the attributes of `Store`, or a
-                `Store`.
+            o: A kind, a dtype for all logits, a dict of attributes of `Store`, or a `Store`.
             axis: Class axis.
         """
         if isinstance(o, Store):
@@ -128,7 +132,7 @@ class Store:
         self.size = None if self.size is None else tuple(self.size)
 
     def __str__(self):
-        """Describe it in a few words, as in tables and messages."""
+        """Return a short description for tables and messages."""
         if self.kind == 'topk':
             return f'top {self.topk}, {self.dtype}'
         if self.kind == 'draws':
@@ -137,17 +141,19 @@ class Store:
         return f'{names[self.kind]}, {self.dtype}'
 
 
-# kind -> options that only it has
+# {kind: options that only this kind has}
 OPTIONS_OF_STORES = dict(topk=('topk',), logits=('size',), hidden=('layer',), draws=('draws', 'T'))
 
 
 @dataclass
 class Field:
-    """A tensor in a row: its `name`, `shape` without the batch, `dtype`, and the byte at which it
-    begins.
+    """A tensor that is stored in each row of a cache.
 
     Attributes:
-        dtype: NumPy's name of the type, little-endian.
+        name: Name of the tensor.
+        dtype: NumPy name of the data type, which is stored in little-endian order.
+        shape: Shape without the batch dimension.
+        at: Offset of the tensor in the row, in bytes.
     """
 
     name: str
@@ -173,9 +179,9 @@ class Field:
         return prod(self.shape) * np.dtype(self.dtype).itemsize
 
     def read(self, rows: Tensor):
-        # subtle: always a copy, because a view with a larger type can't begin at an odd byte
+        # subtle: copy the bytes, since a view with a larger data type needs an aligned offset
         part = rows[:, self.at : self.at + self.bytes].clone(memory_format=torch.contiguous_format)
-        # PyTorch has few operations for unsigned 16-bit numbers, so they are read as signed and corrected
+        # PyTorch has few operations for uint16, so the numbers are read as int16 and then corrected
         t = part.view(TORCH_DTYPES[self.dtype]).reshape(len(rows), *self.shape)
         return t.long() & 0xFFFF if self.dtype == 'uint16' else t
 
@@ -192,14 +198,17 @@ TORCH_DTYPES = dict(
 
 @dataclass
 class Layout:
-    """The fields of a row. Encodes `Outputs` to rows and decodes rows to `Outputs`.
+    """Describes the fields of a row, and converts between rows and `Outputs`.
 
     Attributes:
-        n: Number of all classes, if a row does not hold the logits of all of them.
-        full: Original height and width of maps of logits that are stored smaller.
-        head: With hidden states: `bias` (has the output layer a bias?) and `cap` (its soft-capping,
-            or None).
-        draws: With draws: their number and the temperature `T`.
+        fields: The `Field`s, in the order of their bytes.
+        n: Number of classes. None if a row holds the logits of all classes.
+        tail: Assumption about the classes that are not stored, see `TopK`.
+        axis: Class axis.
+        full: Original height and width of logit maps that are stored at a lower resolution.
+        head: For hidden states, a dict with `bias` (True if the output layer has a bias) and `cap`
+            (soft cap of the logits, or None).
+        draws: For draws, a dict with their `number` and temperature `T`.
     """
 
     fields: list = field(default_factory=list)
@@ -212,11 +221,11 @@ class Layout:
 
     @classmethod
     def of(cls, out: Outputs, store: Store) -> 'Layout':
-        """Build the layout for outputs like these.
+        """Build the layout for the outputs of a teacher.
 
         Args:
             out: Outputs of any batch.
-            store: How to store them.
+            store: How to store the outputs.
         """
         if out.logits is None:
             raise DistillError("The teacher's Outputs have no logits: there is nothing to store.")
@@ -299,8 +308,9 @@ class Layout:
     def _add(self, name, dtype, shape):
         self._field(name, dtype, tuple(shape))
         if dtype == 'int8' and name == 'hidden':
-            self._field(f'scale:{name}', 'float32', (*shape[:-1], 2))  # for each position
-        # log-probabilities fit into float16, other numbers may be larger
+            # one scale and offset for each position
+            self._field(f'scale:{name}', 'float32', (*shape[:-1], 2))
+        # the scale of log-probabilities fits in float16, other scales may not
         elif dtype == 'int8':
             self._field(f'scale:{name}', 'float16' if name == 'values' else 'float32', (2,))
 
@@ -313,12 +323,12 @@ class Layout:
 
     @property
     def extended(self):
-        """True if a row holds something that caches of version 1 do not have."""
+        """True if rows have contents that format version 1 does not support."""
         return self.head is not None or self.draws is not None
 
     @property
     def shape_of_head(self):
-        """(classes, width of the hidden state)."""
+        """Shape of the output layer: (number of classes, width of the hidden state)."""
         return self.n, self.fields[0].shape[-1]
 
     def to_json(self):
@@ -326,8 +336,9 @@ class Layout:
 
     @classmethod
     def from_json(cls, d):
-        """Read the layout of a manifest. It must equal the one that `of` builds for such outputs,
-        including all offsets.
+        """Read the layout from a manifest.
+
+        Raise a DistillError if a field or an offset differs from the layout that `of` would create.
         """
         json_object('layout', d, ('fields', 'n', 'tail', 'axis', 'full'), ('head', 'draws'))
         n = None if d['n'] is None else whole_number('layout.n', d['n'], 1, MAX_CLASSES)
@@ -352,7 +363,7 @@ class Layout:
 
     @property
     def dense(self):
-        "True if rows hold a map or a sequence, with values for each position of the input."
+        """True if outputs have several positions, as in a map or a sequence."""
         f = self.fields[0]
         return len(f.shape) > 1
 
@@ -362,8 +373,9 @@ class Layout:
         return [f.name.removeprefix('feats:') for f in self.fields if f.name.startswith('feats:')]
 
     def knows_ids(self, rows) -> bool:
-        """Return True if all class numbers are below the number of classes. On a GPU, a larger one
-        would end the process.
+        """Return True if all class indices in the rows are valid.
+
+        On a GPU, an invalid index would crash the process.
 
         Args:
             rows: Rows, (M, bytes) uint8.
@@ -380,15 +392,15 @@ class Layout:
             < self.n
         )
 
-    # writing
+    # encoding
 
     def encode(self, out: Outputs, head=None, seeds=None) -> np.ndarray:
-        """(B, bytes) uint8.
+        """Encode outputs to rows, (B, bytes) uint8.
 
         Args:
             out: Outputs of a batch of B samples.
-            head: Output layer as it is stored, with hidden states (`StoredHead`).
-            seeds: Seed of each sample's draws, (B,).
+            head: `StoredHead` of the cache, if hidden states are stored.
+            seeds: Random seed of each sample, (B,), if classes are drawn.
         """
         parts = self._tensors(out, head, seeds)
         want = {f.name: f.shape for f in self.fields}
@@ -444,22 +456,24 @@ class Layout:
         return d
 
     def _tensors_of_likeliest(self, out, dtypes):
-        """Return the tensors of outputs that already hold only the most likely classes."""
+        """Return the tensors to store if the teacher returns only the most likely classes."""
         d = dict(ids=out.logits.ids)
         put_tensor(d, 'values', out.logits.values.float(), dtypes)
         if out.mask is not None:
             d['mask'] = out.mask
         return d
 
-    # reading
+    # decoding
 
     def decode(self, rows: Tensor, head=None) -> Outputs:
-        """Decode rows to `Outputs` in float32. `logits` are a `TopK`, `LinearLogits` or `Draws` if
-        the logits of all classes are not stored.
+        """Decode rows to `Outputs` in float32.
+
+        If the rows do not hold all logits, the decoded `logits` are a `TopK`, `LinearLogits` or
+        `Draws`.
 
         Args:
             rows: Rows, (B, bytes) uint8.
-            head: Output layer, with hidden states (`StoredHead`).
+            head: `StoredHead` of the cache, if hidden states are stored.
         """
         got = {f.name: f.read(rows) for f in self.fields}
         full = lambda k: from_int8(got[k], got.get(f'scale:{k}'))
@@ -488,7 +502,7 @@ def type_of_ids(n):
 
 
 def checked_head(o, n):
-    """Check the entry `head`."""
+    """Check the entry `head` of a layout and return it."""
     if o is None:
         return None
     json_object('layout.head', o, ('bias', 'cap'), ())
@@ -500,7 +514,7 @@ def checked_head(o, n):
 
 
 def checked_draws(o, n):
-    """Check the entry `draws`."""
+    """Check the entry `draws` of a layout and return it."""
     if o is None:
         return None
     json_object('layout.draws', o, ('number', 'T'), ())
@@ -511,7 +525,7 @@ def checked_draws(o, n):
 
 
 def outputs_like(fields, n, tail, axis, full, head=None, draws=None):
-    """Build empty `Outputs`, and the `Store` that stores them in such fields."""
+    """Return empty `Outputs` and a `Store` that together give a layout with these fields."""
     shape, named = fields[0].shape, {f.name: f for f in fields}
     if head is not None:
         if not shape:
@@ -550,14 +564,14 @@ def outputs_like(fields, n, tail, axis, full, head=None, draws=None):
 
 
 def meta_like(t, axis):
-    """Create a meta tensor with the shape of the logits of all classes."""
+    """Create a meta tensor with the shape of the full logits."""
     if isinstance(t, LinearLogits):
         return torch.empty(t.shape, device='meta')
     return torch.empty(*t.ids.shape[:-1], t.n, device='meta').movedim(-1, axis)
 
 
 def meta(shape):
-    """Create a meta tensor for a batch of one."""
+    """Create a meta tensor with batch size 1."""
     if prod(shape) > MAX_VALUES:
         raise DistillError(
             f'Outputs of shape {tuple(shape)} are too large: at most {MAX_VALUES} elements are '
@@ -567,8 +581,9 @@ def meta(shape):
 
 
 def mean_without(t, ids):
-    """Compute the mean of the finite values that are not at `ids`, (..., 1), within the range of
-    half precision.
+    """Compute the mean of the finite values of the classes that are not in `ids`, (..., 1).
+
+    The result is clamped to the range of float16.
     """
     rest = t.scatter(-1, ids, -torch.inf)
     have = rest.isfinite()
@@ -599,16 +614,17 @@ def put_tensor(d, name, t, dtypes):
 
 
 def draw_classes(t, seeds, number, T):
-    """Draw classes with replacement from softmax(t/T), and count each of them.
+    """Draw classes with replacement from softmax(t/T), and count how often each class was drawn.
 
     Args:
         t: Logits, (B, ..., C).
-        seeds: Seed of each sample, (B,).
+        seeds: Random seed of each sample, (B,).
         number: Number of draws for each position.
+        T: Temperature of the softmax.
 
     Returns:
-        `ids` and `counts`, (B, ..., k), the most frequent class first and filled up with counts of
-        0; `entropy` of the probabilities, (B, ..., 1).
+        Dict with `ids` and `counts`, (B, ..., k), and the `entropy` of the probabilities, (B, ...,
+        1). The most frequent class is first. Unused entries have a count of 0.
     """
     if t.isnan().any() or (t == torch.inf).any():
         raise DistillError(
@@ -625,7 +641,8 @@ def draw_classes(t, seeds, number, T):
     ids = torch.stack(ids).sort(-1).values
     first = torch.ones_like(ids, dtype=torch.bool)
     first[..., 1:] = ids[..., 1:] != ids[..., :-1]
-    run = first.long().cumsum(-1) - 1  # number of the class among those of its position
+    # index of the class among the distinct classes of its position
+    run = first.long().cumsum(-1) - 1
     counts = torch.zeros_like(ids).scatter_add_(-1, run, torch.ones_like(ids))
     distinct = torch.zeros_like(ids).scatter_(-1, run, ids)
     counts, order = counts.sort(dim=-1, descending=True, stable=True)
@@ -636,20 +653,22 @@ def draw_classes(t, seeds, number, T):
 
 
 def by_inversion(p, u):
-    """Return the classes that uniform numbers stand for, (P, K).
+    """Map uniform random numbers to classes by inverting the cumulative distribution, (P, K).
 
     Args:
         p: Probabilities, (P, C).
         u: Numbers in [0, 1), (P, K).
     """
     cdf = p.double().cumsum(-1)
-    # subtle: scaled, since rounded probabilities do not sum to exactly 1
+    # subtle: scale by the total, since rounded probabilities do not sum to exactly 1
     return torch.searchsorted(cdf, u * cdf[:, -1:], right=True).clamp_max(p.shape[-1] - 1)
 
 
 def to_int8(t, dtype):
-    """Convert to int8 in 254 steps between a row's smallest and largest value. Return (int8 tensor,
-    the row's step and middle).
+    """Quantize each row to int8, with 254 steps between its smallest and largest values.
+
+    Returns:
+        (int8 tensor, tensor (B, 2) with the step size and the midpoint of each row).
     """
     if not t.isfinite().all():
         raise DistillError(

@@ -1,6 +1,7 @@
-"""`files.bin`: size, modification time and content hash of each sample's file.
+"""Detect changed sample files with the record `files.bin`.
 
-With them, changed files are found without reading the others.
+The record holds the size, modification time and content hash of each sample file. A file is read
+again only if its modification time changed.
 """
 
 import hashlib
@@ -25,14 +26,14 @@ __all__ = [
     'write_record',
 ]
 
-NO_FILE = -1  # the size of a file that does not exist
+NO_FILE = -1  # size recorded for a file that does not exist
 
 
 def files_of(items) -> list | None:
-    """Return the path of each sample's file. None if samples are not files.
+    """Return the file path of each sample, or None if samples are not files.
 
     Args:
-        items: Paths, or tuples that begin with one.
+        items: Paths, or tuples whose first element is a path.
     """
     paths = [name_of(o) for o in items]
     if not paths or not all(isinstance(o, (str, PurePath)) for o in paths):
@@ -41,7 +42,8 @@ def files_of(items) -> list | None:
 
 
 def dataset_files(dataset) -> list | None:
-    """Return the path of each sample's file in a plain dataset. None if samples are not files.
+    """Return the file path of each sample in a plain PyTorch dataset, or None if samples are not
+    files.
 
     Args:
         dataset: Map-style dataset.
@@ -49,25 +51,30 @@ def dataset_files(dataset) -> list | None:
     try:
         names = names_of_samples(dataset)
     except DistillError:
-        return None  # such a dataset needs keys=
+        return None  # the samples of this dataset have no known names
     return files_of(names)
 
 
 def record_files(paths) -> np.ndarray:
-    """Return an int64 array (N, 3): size, modification time in nanoseconds, 64 bits of the
-    content's hash.
+    """Return the record of all files, (N, 3) int64.
+
+    The columns are the size, the modification time in nanoseconds, and a 64-bit hash of the
+    content.
     """
     return np.concatenate([in_parallel(stat_of, paths, 2), in_parallel(content_of, paths, 1)], 1)
 
 
 def newer_record(record, paths):
-    """Return (positions of files whose content changed, the record with new times).
+    """Compare files with their record.
 
-    A file is read only if its time changed and its size did not.
+    A file is read only if its modification time changed and its size did not.
 
     Args:
         record: Result of `record_files` when the cache was written, (N, 3).
-        paths: The current files of the same samples, (N,).
+        paths: Current paths of the same files, (N,).
+
+    Returns:
+        (indices of files whose content changed, record with the current modification times).
     """
     now, new = in_parallel(stat_of, paths, 2), record.copy()
     changed = now[:, 0] != record[:, 0]
@@ -99,7 +106,7 @@ def content_of(path):
 
 
 def in_parallel(fn, paths, n, size=256):
-    """Call `fn` for each path in threads and return an int64 array (N, n)."""
+    """Call `fn` for each path in several threads and return the results, (N, n) int64."""
     parts = [paths[i : i + size] for i in range(0, len(paths), size)]
     with ThreadPoolExecutor(8) as pool:
         rows = [r for rs in pool.map(lambda ps: [fn(p) for p in ps], parts) for r in rs]
@@ -107,7 +114,7 @@ def in_parallel(fn, paths, n, size=256):
 
 
 def write_record(folder, record):
-    """Write the record as little-endian numbers, followed by their checksum."""
+    """Write the record as little-endian numbers, followed by a checksum."""
     data = record.astype('<i8').tobytes()
     folder.write('files.bin', data + bytes.fromhex(checksum(data)))
 
@@ -117,11 +124,14 @@ def record_size(n):
 
 
 def read_record(folder, n: int):
-    """Read the record, (N, 3). None if there is none, because the samples are not files or an older
-    version wrote the cache.
+    """Read the record, (N, 3).
+
+    The result is None if there is no record, because samples are not files or the cache was written
+    by an older version.
 
     Args:
-        n: Samples.
+        folder: Folder of the cache.
+        n: Number of samples.
     """
     if (size := folder.size('files.bin')) is None:
         return None
@@ -135,6 +145,6 @@ def read_record(folder, n: int):
 
 
 def changed_text(names, n) -> str:
-    """Describe which of `n` files changed."""
+    """Return a message that names some of the changed files."""
     more = f' and {len(names) - 5} more' if len(names) > 5 else ''
     return f'{len(names)} of {n} files changed since the cache was written: {", ".join(names[:5])}{more}'

@@ -1,4 +1,4 @@
-"""Seal a cache that was written as a stream: check its files, count rows, complete the manifest."""
+"""Seal a cache that was written as a stream: check its files and complete its manifest."""
 
 import os
 import re
@@ -19,32 +19,31 @@ from .writer import clear
 
 __all__ = ['seal_stream']
 
-STEP = 2**20  # rows that are compared at once
+STEP = 2**20  # number of rows compared at once
 PART = re.compile(r'view(\d{3,})/(.+)\.(rows|keys|end)')
 
 
 def seal_stream(path, keys=None) -> TeacherCache:
-    """Check the rows that all writers of a stream wrote, complete the cache, and open it.
+    """Check the rows from all writers of a stream, complete the cache, and open it.
 
-    Files are read once and stay where they are. Needs about 40 bytes of memory for each sample. If
-    something is wrong, the error names it, and nothing is changed: run the writers that it names
-    again.
+    Each file is read once and is not moved. About 40 bytes of memory are needed for each sample. If
+    there is a problem, an error names the writers that must run again, and no file is changed.
 
     Args:
-        path: Folder or URL that `start_stream` began.
-        keys: Names or keys of all samples that must be there, an iterable. None to check only what
-            was written.
+        path: Folder or URL of the stream, created by `start_stream`.
+        keys: Iterable of the names or keys of all expected samples. If None, check only the rows
+            that were written.
 
     Raises:
-        DistillError: If rows are duplicated, missing or torn, a file is damaged, or a writer is not
-            done.
+        DistillError: If rows are duplicated, missing or incomplete, a file is damaged, or a writer
+            has not finished.
     """
     where = open_folder(path)
     with where.lock():
         m = stream_manifest(where)
         if not m.complete:
             _seal(where, m, keys)
-        # also files of rows without keys, which a killed writer left
+        # also remove row files without a key file, which a killed writer may have left
         clear(where, only={*where.names()} - {'manifest.json', *(n for n, _ in m.all_files())})
     return TeacherCache(where)
 
@@ -83,21 +82,22 @@ def _seal(where, m, expected):
         first.append(('head.bin', where.read('head.bin')))
     m.shards = [dict(name=k, bytes=len(o), checksum=checksum(o)) for k, o in first] + shards
     m.complete = True
-    m.as_read()  # raises an error if it could not be read again
+    m.as_read()  # subtle: raise an error now if the manifest could not be read later
     where.write('manifest.json', m.to_json())
 
 
 class Problems:
-    """What keeps a cache from being sealed."""
+    """Collects the problems that prevent sealing a cache."""
 
     def __init__(self, where):
         self.where, self.found = where, []
 
     def add(self, what, places):
-        """Add a problem, unless there are no places.
+        """Add a problem. Nothing is added if `places` is empty.
 
         Args:
-            places: Texts, or (number of all, texts for some of them).
+            what: Description of the problem.
+            places: Texts that locate the problem, or (number of places, texts for some of them).
         """
         n, some = places if isinstance(places, tuple) else (len(places), places)
         if n:
@@ -109,8 +109,8 @@ class Problems:
             raise DistillError(
                 f"{self.where} can't be sealed:\n"
                 + '\n'.join(self.found)
-                + '\nNothing was changed. Start the writers of these rows again, or remove the files '
-                '(.rows and .keys) that are too many, and seal it again.'
+                + '\nNothing was changed. Start the writers of these rows again, or remove the surplus '
+                'files (.rows and .keys). Then seal the cache again.'
             )
 
 
@@ -119,8 +119,11 @@ def part_name(name):
 
 
 def part_files(where, views):
-    """Return (names of the files of each view in order, {(view, writer): number of rows that it
-    noted}, texts about writers that are not done).
+    """List the row files of a stream.
+
+    Returns:
+        (sorted file names of each view, {(view, writer): number of rows that the writer noted}, texts
+        about writers that have not finished).
     """
     found, ends = [[] for _ in range(views)], {}
     for n in where.names():
@@ -160,7 +163,7 @@ def lost_rows(counts, ends):
 
 
 def count_rows(where, m, names, problems) -> dict:
-    """Return {file: number of rows} by the sizes of the files."""
+    """Return {file name: number of rows}, computed from the sizes of the files."""
     counts, torn, size = {}, [], m.layout.bytes
     for view in names:
         for n, a, b in zip(view, where.sizes([*map(keys_file, view)]), where.sizes(view)):
@@ -176,7 +179,11 @@ def count_rows(where, m, names, problems) -> dict:
 
 
 def read_all_keys(where, m, names, problems):
-    """Return (keys of all samples, {file: checksum}). All views must have the same keys."""
+    """Read the keys of all samples, and check that all views have the same keys.
+
+    Returns:
+        (keys, {file name: checksum}).
+    """
     own, sums, at, bad, different = np.empty(m.count, '<u8'), {}, 0, [], []
     for i, views in enumerate(zip(*names)):
         n = m.parts[i][1]
@@ -198,8 +205,10 @@ def read_all_keys(where, m, names, problems):
 
 
 def sorted_positions(keys) -> np.ndarray:
-    """Return the positions in the order of the keys, (N,) int64."""
-    top = np.uint64(2**63)  # PyTorch sorts signed numbers, several times faster than NumPy does
+    """Return the positions sorted by their keys, (N,) int64."""
+    # PyTorch sorts several times faster than NumPy, but only signed integers. Flipping the top bit
+    # maps unsigned integers to signed integers in the same order
+    top = np.uint64(2**63)
     keys ^= top
     order = torch.from_numpy(keys.view(np.int64)).sort().indices.numpy()
     keys ^= top
@@ -212,7 +221,11 @@ def place_of(m, at):
 
 
 def duplicates(m, keys, order):
-    """Return (number of samples with several rows, texts about some of them)."""
+    """Find samples that have several rows.
+
+    Returns:
+        (number of such samples, texts about some of them).
+    """
     n, some = 0, []
     for i in range(0, len(order) - 1, STEP):
         part = keys[order[i : i + STEP + 1]]
@@ -225,7 +238,7 @@ def duplicates(m, keys, order):
 
 
 def compare_expected(m, keys, order, expected, problems):
-    """Compare the keys with those of the samples that must be there."""
+    """Add problems for expected samples without a row, and for rows of unexpected samples."""
     root, known = m.data.get('root', ''), np.zeros(len(keys), bool)
     names, n, missing, some = iter(expected), 0, 0, []
     while part := list(islice(names, 2**16)):
@@ -244,7 +257,7 @@ def compare_expected(m, keys, order, expected, problems):
 
 
 def damaged(where, m, shards):
-    """Compare each file with its checksum, and return texts about those that differ."""
+    """Compare all files with their checksums, and return texts about damaged files."""
     look = lambda o: damage_of(where, m, o, False)
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         texts = pool.map(look, shards)

@@ -1,4 +1,4 @@
-"""Measure what each way to store outputs costs and loses, and choose one."""
+"""Measure the size and the information loss of each storage format, and choose a format."""
 
 import warnings
 from contextlib import closing
@@ -31,13 +31,14 @@ __all__ = [
     'uses_of',
 ]
 
-# a cache of this size or less is stored without measuring; of this size or less, all logits are stored in int8
+# sizes in bytes. A cache of at most TINY bytes is stored without measuring. If all logits take at
+# most SMALL bytes, storing all of them is preferred
 TINY, SMALL = 32e6, 1e9
-NEGLIGIBLE, BAD = 0.01, 0.1  # parts of what the teacher tells, and errors of a correlation
+NEGLIGIBLE, BAD = 0.01, 0.1  # limits for `share` and `correlation` of `Option.lost`
 TEMPERATURES = 1.0, 2.0, 4.0, 8.0
-SAMPLES = 256  # measured samples, at most
-NUMBERS = 2**24  # measured logits, at most
-LEAST_LOG = log(1e-6)  # log-probability
+SAMPLES = 256  # maximum number of measured samples
+NUMBERS = 2**24  # maximum number of measured logits
+LEAST_LOG = log(1e-6)  # minimum log-probability in a comparison
 CALLED = "store='hidden': "
 
 
@@ -47,7 +48,8 @@ class Uses:
 
     Attributes:
         T: Temperatures of the losses.
-        relates: True if a loss correlates the outputs of several samples, as `dist` does.
+        relates: True if a loss uses correlations between the outputs of different samples, as
+            `dist` does.
         why: Name of the recipe in messages.
     """
 
@@ -57,7 +59,7 @@ class Uses:
 
 
 def uses_of(recipe) -> Uses:
-    """Read how a recipe uses the teacher's logits.
+    """Return the temperatures and other facts about how a recipe uses the teacher's logits.
 
     Args:
         recipe: A `Recipe` or a `Term`.
@@ -69,14 +71,17 @@ def uses_of(recipe) -> Uses:
 
 @dataclass
 class Option:
-    """A way to store outputs, with its cost and its loss.
+    """A storage format, with its size and its information loss.
 
     Attributes:
-        bytes: Bytes of a view of a sample.
-        total: Bytes of the whole cache.
-        lost: What it loses at each temperature: `T`; `kl`, the KL from the teacher in nats; `share`,
-            that KL as a part of the KL between the teacher and its mean prediction, at most 1; `correlation`,
-            what the lower one of the two correlations of `dist` loses. None if that has no meaning.
+        store: The storage format.
+        bytes: Size of one view of one sample in bytes.
+        total: Size of the whole cache in bytes.
+        lost: List with a dict for each temperature `T`. `kl` is the KL divergence from the
+            teacher's distribution to the stored distribution, in nats. `share` is `kl` divided by
+            the KL divergence between the teacher and its mean prediction, at most 1. `correlation`
+            is the larger decrease of the two correlations in `dist`. None if a loss can't be
+            measured, as for draws.
         note: Remark in the table.
     """
 
@@ -87,7 +92,9 @@ class Option:
     note: str = ''
 
     def worst(self, uses: Uses) -> float:
-        """Return the largest loss for a recipe, from 0 to 1."""
+        """Return the largest information loss for a recipe, where 1 means that everything is
+        lost.
+        """
         if self.lost is None:
             return float('inf')
         each = [loss_at(self.lost, T) for T in dict.fromkeys((1.0, *uses.T))]
@@ -95,7 +102,7 @@ class Option:
 
 
 def loss_at(lost: list, T: float) -> dict:
-    """Interpolate what storing loses to a temperature, linearly in log(T)."""
+    """Interpolate the measured loss to temperature `T`, linearly in log(T)."""
     lost = sorted(lost, key=lambda o: o['T'])
     if T <= lost[0]['T'] or T >= lost[-1]['T']:
         return {**lost[0 if T <= lost[0]['T'] else -1], 'T': T}
@@ -106,39 +113,43 @@ def loss_at(lost: list, T: float) -> dict:
 
 
 def lost_by(t: Tensor, got: Tensor, temperatures) -> list:
-    """Measure what is lost at each temperature, see `Option.lost`.
+    """Measure the information loss at each temperature, see `Option.lost`.
 
     Args:
-        t: The teacher's logits, (positions, classes).
-        got: The logits that were read back, the same shape.
+        t: Logits of the teacher, (positions, classes).
+        got: The same logits after storing and reading, (positions, classes).
+        temperatures: Temperatures of the softmax.
     """
     found = []
     for T in dict.fromkeys(map(float, temperatures)):
         p = (t / T).log_softmax(1)
-        # subtle: not below 1e-6, since a tail of 'zero' has an infinite KL
+        # subtle: probabilities are at least 1e-6 here, since the KL is infinite with tail='zero'
         q = torch.maximum((got / T).log_softmax(1), p.clamp_max(LEAST_LOG))
         lost = float((p.exp() * (p - q).where(p > -torch.inf, 0.0)).sum(1).mean())
         mean = p.exp().mean(0, keepdim=True).log().expand_as(p)
         told = float(kl(mean, p, T=1.0))
-        # subtle: a class that hardly varies has a correlation of 0 in `dist`, also with itself
+        # subtle: subtract `dist` of the logits with themselves, which is not 0 if a class hardly
+        # varies
         apart = lambda x, b, T=T: float(dist(x, t, T=T, beta=b, gamma=1 - b)) / T**2
         error = max(apart(got, b) - apart(t, b) for b in (0.0, 1.0))
-        # subtle: at least 1e-6 nats, since rounding must not count where all outputs are equal
+        # subtle: divide by at least 1e-6 nats, so that rounding errors are ignored if all outputs
+        # are equal
         share = min(max(lost, 0.0) / max(told, 1e-6), 1.0)
         found.append(dict(T=T, kl=max(lost, 0.0), share=share, correlation=max(error, 0.0)))
     return found
 
 
 def measured_options(batches: list, stores: list, count: int, temperatures=TEMPERATURES) -> list:
-    """Encode and decode outputs in different ways.
+    """Store and read the outputs of a few samples in each format, and measure the information loss.
 
     Args:
         batches: `Outputs` of a few samples.
-        stores: `Store`s.
+        stores: The formats, as `Store`s.
         count: Number of rows of the whole cache.
+        temperatures: Temperatures at which the loss is measured.
 
     Returns:
-        A list of `Option`s. Those that are not possible are left out.
+        A list of `Option`s. Formats that the outputs do not allow are left out.
     """
     linear = isinstance(batches[0].logits, LinearLogits)
     dense = lambda o: o.logits.dense() if linear else o.logits
@@ -156,7 +167,7 @@ def measured_options(batches: list, stores: list, count: int, temperatures=TEMPE
                 options.append(Option(store, layout.bytes, total, None, note))
                 continue
             found = [(read_back(b, layout, head), dense(b).detach().float().cpu()) for b in batches]
-            # tail='bucket' takes the student's logits, here the teacher's own
+            # tail='bucket' needs the student's logits, for which the teacher's logits are used here
             got = [o if isinstance(o, Tensor) else o.dense(t) for o, t in found]
         except DistillError:
             continue
@@ -168,12 +179,12 @@ def measured_options(batches: list, stores: list, count: int, temperatures=TEMPE
 
 
 def read_back(out, layout, head):
-    """Return the logits of outputs that were stored and read."""
+    """Encode outputs, decode them, and return their logits."""
     return layout.decode(torch.from_numpy(layout.encode(out, head)), head).logits
 
 
 def mask_of(out, logits, axis):
-    """Return which positions count. Those that fill up a row do not."""
+    """Return a mask of the positions to compare. Padding is left out."""
     on = (logits.movedim(axis, -1) != 0).any(-1)
     return (on if out.mask is None else on & (out.mask > 0)).reshape(-1)
 
@@ -182,7 +193,9 @@ def table_of_options(options: list, uses: Uses, notes=()) -> str:
     """Format options as a table.
 
     Args:
-        notes: Lines below it.
+        options: The options.
+        uses: How the recipe uses the logits.
+        notes: Lines to add below the table.
     """
     warmest = max(uses.T)
     head = ['store', 'bytes per view', 'total', 'KL at T=1', f'KL at T={warmest:g}', 'correlation']
@@ -215,8 +228,11 @@ def size_text(n):
 
 
 def choose_option(options: list, uses: Uses) -> Option:
-    """Choose all logits in int8 if they are small, or else the smallest option whose loss is
-    negligible. If there is none, the one that loses least.
+    """Choose the option for `store='auto'`.
+
+    Storing all logits is preferred if the cache is small and the loss negligible. Otherwise, the
+    smallest option with a negligible loss is chosen. If no option has a negligible loss, the option
+    with the smallest loss is chosen.
     """
     good = [o for o in options if o.worst(uses) <= NEGLIGIBLE]
     exact = [o for o in good if o.store.kind == 'logits' and o.total <= SMALL]
@@ -226,10 +242,11 @@ def choose_option(options: list, uses: Uses) -> Option:
 
 
 def check_kind_of_store(store: Store, kind: str):
-    """Raise a DistillError for a store of classes if the model does not predict classes.
+    """Raise a DistillError if classes are to be stored for a model that does not predict classes.
 
     Args:
-        kind: Kind of logits: 'softmax', 'sigmoid' or 'regression'.
+        store: The storage format.
+        kind: Kind of the outputs: 'softmax', 'sigmoid' or 'regression'.
     """
     if kind != 'softmax' and store.kind in ('topk', 'draws'):
         what = f'topk={store.topk}' if store.kind == 'topk' else "kind='draws'"
@@ -241,14 +258,15 @@ def check_kind_of_store(store: Store, kind: str):
 
 @dataclass
 class Choice:
-    """Chooses how the outputs of a teacher are stored, for `write_cache`.
+    """Chooses the storage format for the outputs of a teacher. `write_cache` calls it.
 
     Attributes:
         teacher: The teacher.
-        kind: Kind of logits: 'softmax', 'sigmoid' or 'regression'.
-        uses: fn(the teacher's logits for a few samples) -> `Uses`. None if the recipe is unknown.
-        explicit: True if the recipe was named, so that a bad `store=` is worth a warning.
-        tasks: Tasks on which the ways are measured. None for some of all samples.
+        kind: Kind of the outputs: 'softmax', 'sigmoid' or 'regression'.
+        uses: fn(teacher logits of a few samples) -> `Uses`. None if the recipe is unknown.
+        explicit: True if the user named a recipe, so that an unsuitable `store=` causes a warning.
+        tasks: Views of samples to measure, as the integers that `Source.run` takes. None for samples
+            spread over the dataset.
     """
 
     teacher: object
@@ -258,17 +276,20 @@ class Choice:
     tasks: object = None
 
     def __call__(self, where, store: Store, source, first: Outputs, views: int):
-        """Return (how outputs are stored, `Source` of these outputs, what that loses).
+        """Choose the storage format.
 
-        An existing cache keeps its way. Otherwise the ways are measured on a few samples, unless
-        the cache is tiny or all logits are asked for.
+        The format of an existing cache is kept. Otherwise, formats are measured on a few samples,
+        unless the cache is tiny or the user chose all logits.
 
         Args:
             where: Folder of the cache.
-            store: What was asked for.
-            source: `Source` whose `run` takes `teacher=`.
+            store: The format that the user requested.
+            source: Teacher and data. `run` of this `Source` must have an argument `teacher`.
             first: Outputs of the first sample.
             views: Number of views of each sample.
+
+        Returns:
+            (`Store`, `Source` of the outputs to store, information loss as in `Option.lost`).
         """
         old = existing_store(where)
         if store.kind == 'auto' and old is not None:
@@ -291,7 +312,7 @@ class Choice:
         return replace(source, run=HiddenRun(source.run, self.teacher, found))
 
     def _lost(self, store, source):
-        """Measure what an explicit choice loses, and warn if it is bad for the recipe."""
+        """Measure the information loss of the requested format, and warn if it is too large."""
         batches = few_outputs(source, self.tasks)
         uses = self._uses(batches, store.axis)
         found = measured_options(batches, [store], len(source.keys), (*TEMPERATURES, *uses.T))
@@ -308,7 +329,7 @@ class Choice:
         return self.uses(torch.cat([o.logits for o in batches]))
 
     def _best(self, store, source, count):
-        """Choose for `store='auto'`, and print the table."""
+        """Measure all formats for `store='auto'`, print a table, and choose one."""
         batches = few_outputs(source, self.tasks)
         uses, axis, notes = self._uses(batches, store.axis), store.axis, []
         n, temperatures = batches[0].logits.shape[axis], (*TEMPERATURES, *uses.T)
@@ -337,7 +358,7 @@ class Choice:
 
 
 def asked_text(option):
-    """Describe a choice, and how to ask for the same explicitly."""
+    """Describe the chosen format, and the `store=` that requests it explicitly."""
     store = option.store
     options = dict(topk=f'dict(topk={store.topk}, dtype={store.dtype!r})')
     options |= dict(logits=repr(store.dtype), hidden=f"dict(kind='hidden', dtype={store.dtype!r})")
@@ -345,7 +366,7 @@ def asked_text(option):
 
 
 def existing_store(where) -> Store | None:
-    """Return how the rows of a cache are stored. None if there is no cache in this folder."""
+    """Return the `Store` of an existing cache, or None if the folder has no cache."""
     if where.size('manifest.json') is None:
         return None
     try:
@@ -363,21 +384,21 @@ def one_batch(source, teacher):
 
 
 class HiddenRun:
-    """A `Source.run` whose outputs have hidden states instead of logits."""
+    """A `Source.run` that returns hidden states instead of logits."""
 
     def __init__(self, run, teacher, layer):
         self.run, self.layer = run, layer
         self.teacher = Teacher(teacher, layers=[*teacher.layers, layer.tap])
 
     def __call__(self, tasks, bs):
-        """Yield the outputs of batches."""
+        """Yield the outputs of each batch."""
         with closing(self.run(tasks, bs, teacher=self.teacher)) as batches:
             for out in batches:
                 yield self.layer.outputs(out, bool(self.teacher.runner.half))
 
 
 def few_outputs(source, tasks=None) -> list:
-    """Return outputs of a few samples, as a list of batches."""
+    """Run the teacher on a few samples and return its outputs, as a list of batches."""
     n, bs = len(source.keys), source.bs
     if tasks is None:
         tasks = spread_positions(n, SAMPLES)

@@ -1,4 +1,4 @@
-"""Give each sample of a stream its stored row."""
+"""Join a stream of samples with the stored teacher outputs."""
 
 from itertools import islice
 
@@ -15,21 +15,23 @@ __all__ = ['StreamJoin']
 
 
 class StreamJoin(IterableDataset):
-    """A stream of samples, each with the row of its teacher outputs.
+    """A stream of samples, each joined with its row of teacher outputs.
 
-    If the samples come in the order of the cache, rows are read one after the other, and the key of
-    each is compared. Samples in a different order are found by their keys.
+    If the samples come in the order of the cache, rows are read sequentially, and the key of each
+    sample is compared. Otherwise, the rows are looked up by key.
 
-    Samples that are dicts get a new entry; tuples and lists, one more element; others become a pair.
-    `cache.decode(rows)` turns a batch of rows into the teacher's `Outputs`.
+    The row becomes an additional entry of a dict, or an additional element of a tuple or list. Any
+    other sample becomes a pair (sample, row). `cache.decode(rows)` turns a batch of rows into the
+    teacher's `Outputs`.
 
     Args:
-        stream: Iterable of samples: an `IterableDataset`, a WebDataset, a `datasets.IterableDataset`,
-            or any other. Divide it among the workers of a DataLoader as you would without a cache.
-        cache: A `TeacherCache`, or its folder or URL.
-        key: Name of a sample: the name of a column, the position in a tuple, or fn(sample).
-        view: Number of the view, or a column or fn(sample) with it.
-        name: Name of the new entry.
+        stream: Iterable of samples, such as an `IterableDataset`, a WebDataset or a
+            `datasets.IterableDataset`. With several DataLoader workers, the stream must split the
+            samples among the workers.
+        cache: A `TeacherCache`, or the folder or URL of a cache.
+        key: Where to find the name of a sample: a column, an index in a tuple, or fn(sample).
+        view: The view to read: a number, a column, or fn(sample).
+        name: Name of the new entry in a dict.
         at_once: Number of samples that are looked up together.
     """
 
@@ -39,7 +41,7 @@ class StreamJoin(IterableDataset):
         self.cache.check_once()
 
     def set_epoch(self, epoch: int):
-        """Pass the epoch to the stream, which may shuffle by it."""
+        """Pass the epoch to the stream, which may use it for shuffling."""
         self.stream.set_epoch(epoch)
 
     def __iter__(self):
@@ -63,7 +65,7 @@ class StreamJoin(IterableDataset):
             ) from e
 
     def _find(self, keys, at, part, number):
-        """Return the positions of samples that probably begin at `at`."""
+        """Return the positions of samples. Consecutive positions from `at` on are tried first."""
         have = self.cache.keys[at : at + len(keys)]
         if np.array_equal(have, keys):
             return np.arange(at, at + len(keys))

@@ -1,4 +1,4 @@
-"""Write a teacher's outputs for a stream of samples, with any number of writers on any machines."""
+"""Write teacher outputs for a stream of samples, with any number of writers on any machines."""
 
 import json
 import re
@@ -31,7 +31,7 @@ __all__ = [
     'write_stream',
 ]
 
-UNKNOWN = 10**8  # samples of a stream of unknown length
+UNKNOWN = 10**8  # number of samples assumed for a stream of unknown length
 NUMBERED = re.compile(r'(.+)-(\d{6,})')
 
 
@@ -52,26 +52,27 @@ def start_stream(
     root: str = '',
     vocab=None,
 ) -> 'TeacherRows':
-    """Begin a cache whose rows are written as a stream. Return the function that computes rows.
+    """Start a cache that is written as a stream, and return a function that computes its rows.
 
-    It decides how outputs are stored, and writes that to the folder, so that all writers do the
-    same. If the folder has such a cache already, it must be of the same teacher.
+    The storage format is chosen here and saved in the folder, so that all writers use the same
+    format. If the folder already has such a cache, it must have the same teacher and settings.
 
     Args:
-        path: Folder or URL.
+        path: Folder or URL of the cache.
         teacher: A `Teacher`, or a callable fn(*inputs) -> Outputs or logits.
-        example: A batch of the stream. With `store='auto'`, some hundred samples.
-        store: See `cache_dataset`.
-        views: Number of views of each sample. 0 for one, without a number.
-        inputs: Inputs of the teacher in a batch: the name of a column, a tuple of names, or
-            fn(batch) -> the inputs.
-        key: Names of the samples in a batch: a column, or fn(batch) -> a list.
-        samples: Expected number of samples, for `store='auto'`. None for many.
-        recipe: Recipe or term for which `store` is chosen or checked. None for KL at T=1.
+        example: A batch of the stream. For `store='auto'`, use a few hundred samples.
+        store: How to store the outputs, see `cache_dataset`.
+        views: Number of augmented views of each sample. 0 for a single clean view.
+        inputs: Where to find the teacher's inputs in a batch: the name of a column, a tuple of
+            names, or fn(batch) -> inputs.
+        key: Where to find the names of the samples in a batch: the name of a column, or fn(batch)
+            -> list.
+        samples: Expected number of samples, used by `store='auto'`. If None, assume a large number.
+        recipe: Recipe or term for which `store` is chosen or checked. If None, assume KL at T=1.
         axis: Class axis.
-        device: Where the inputs are put.
-        seed: Seed of draws.
-        root: Folder to which names are relative, if they are paths of files.
+        device: Device to which the inputs are moved.
+        seed: Random seed for drawing classes.
+        root: Root folder of the samples, if their names are file paths.
         vocab: Class names, in the order of the logits.
     """
     check_views(views)
@@ -87,7 +88,8 @@ def start_stream(
     check_alone(run, n)
     uses = None if recipe is None else lambda t: uses_of(recipe)
     choose = Choice(teacher, kind or 'softmax', uses, recipe is not None, np.arange(n))
-    count = np.broadcast_to(np.uint64(0), (samples or UNKNOWN,))  # keys are not known yet
+    # the keys are not known yet, so all are 0
+    count = np.broadcast_to(np.uint64(0), (samples or UNKNOWN,))
     source = Source(count, run, n, identity_of(teacher), {}, root, vocab)
     with where.lock():
         first = next(source.run(np.arange(n), n))
@@ -101,7 +103,7 @@ def start_stream(
 
 
 def _begin_stream(where, m, first):
-    """Write the settings that all writers share, unless they have been written already."""
+    """Write the settings that all writers share, or compare them with existing settings."""
     if where.size('manifest.json') is not None:
         old = Manifest.read(where)
         if old.parts is None:
@@ -115,10 +117,11 @@ def _begin_stream(where, m, first):
 
 
 def refuse_others(where, pairs):
-    """Raise a DistillError if rows of this folder were not written in the same way.
+    """Raise a DistillError if the existing rows in the folder were written with different settings.
 
     Args:
-        pairs: {what: (in the folder, now)}.
+        where: Folder of the cache.
+        pairs: {name of a setting: (value in the folder, current value)}.
     """
     for k, (a, b) in pairs.items():
         if isinstance(a, dict):
@@ -131,7 +134,7 @@ def refuse_others(where, pairs):
 
 
 def stream_manifest(where) -> Manifest:
-    """Read the manifest of a folder that `start_stream` began."""
+    """Read the manifest of a stream that `start_stream` created."""
     if where.size('manifest.json') is None or (m := Manifest.read(where)).parts is None:
         raise DistillError(
             f'{where} is not a stream: call start_stream(path, teacher, example) once, before its '
@@ -141,18 +144,22 @@ def stream_manifest(where) -> Manifest:
 
 
 class TeacherRows:
-    """Computes the rows of a batch of samples: a dict with the columns `key`, `view` and `row`.
+    """Function that runs the teacher on a batch of samples and returns their rows.
 
-    It runs in a loop, in `map` of `datasets` (batched), in `map_batches` of Ray Data, and in
-    `mapInPandas` of Spark. Batches are dicts of lists, arrays or tensors, or DataFrames; an iterator
-    of batches gives an iterator. The result has the same form. `key` holds the 64 bits of the key as
-    a signed number, `row` the bytes of a row. A column `view` of the batch says which view it is.
+    Call it in a loop, in `map` of `datasets` (with batched=True), in `map_batches` of Ray Data, or
+    in `mapInPandas` of Spark. A batch is a DataFrame or a dict of lists, arrays or tensors. An
+    optional column `view` holds the view of each sample. For an iterator of batches, the result is
+    an iterator.
+
+    The result has the same type as the batch, with three columns. `key` is the 64-bit key of a
+    sample as a signed integer, `view` is its view, and `row` holds the bytes of the row.
 
     Args:
-        path: Folder or URL that `start_stream` began.
-        teacher: The same teacher.
+        path: Folder or URL of the stream, created by `start_stream`.
+        teacher: The teacher that was passed to `start_stream`.
         inputs, key, device: See `start_stream`.
-        layer: Name of the output layer, with hidden states. None to find it.
+        layer: Name of the output layer, if hidden states are stored. If None, the layer is found
+            automatically.
     """
 
     def __init__(self, path, teacher, *, inputs='inputs', key='key', device=None, layer=None):
@@ -190,7 +197,7 @@ class TeacherRows:
         return views
 
     def rows(self, batch, keys, views) -> np.ndarray:
-        """Run the teacher. Return its outputs as rows, (B, bytes) uint8."""
+        """Run the teacher and return its outputs as rows, (B, bytes) uint8."""
         x, m = inputs_in(batch, self.inputs, self.device), self.manifest
         out = self._outputs(x)
         if len(out.logits) != len(keys):
@@ -214,7 +221,7 @@ class TeacherRows:
         return s.layer.outputs(outputs_of(s.teacher, x), bool(s.teacher.runner.half))
 
     def check_accuracy(self):
-        """Warn if hidden states in int8 were not accurate."""
+        """Warn if hidden states stored in int8 are too inaccurate."""
         warn_of_int8(self._worst[0])
 
 
@@ -232,7 +239,7 @@ def outputs_of(teacher, x) -> Outputs:
 
 
 def inputs_in(batch, spec, device=None):
-    """Return the teacher's inputs in a batch, as tensors."""
+    """Return the teacher's inputs from a batch, as tensors."""
     if callable(spec):
         x = spec(batch)
     else:
@@ -255,11 +262,11 @@ def column(batch, name):
 
 
 def as_tensor(o) -> Tensor:
-    """Convert a column of numbers, of the types that Ray, `datasets` and pandas use."""
+    """Convert a column of numbers from Ray, `datasets` or pandas to a tensor."""
     if isinstance(o, Tensor):
         return o
     a = o if isinstance(o, np.ndarray) and o.dtype != object else np.stack([*map(np.asarray, o)])
-    t = torch.from_numpy(np.array(a))  # a copy, since memory of Arrow can't be written to
+    t = torch.from_numpy(np.array(a))  # make a copy, since Arrow memory is read-only
     return t.to(torch.get_default_dtype()) if t.dtype == torch.double else t
 
 
@@ -271,15 +278,15 @@ def keys_in(batch, spec, root) -> np.ndarray:
 
 
 class RowWriter:
-    """Writes rows of `TeacherRows` to the folder of a cache, one file for each batch and view.
+    """Writes rows computed by `TeacherRows` to a cache, one file for each batch and view.
 
-    It runs in a loop, in `map_batches` of Ray Data and so on, where it takes the rows that
-    `TeacherRows` returned, and returns the names of the files and their numbers of rows. A file is
-    named after the samples in it, so a batch that is written again replaces itself. Use large
-    batches, since each of them becomes a file.
+    Call it with the results of `TeacherRows`, in a loop or in a framework such as Ray Data. The call
+    returns the names of the files and the number of rows in each file. A file name depends only on
+    the samples in the file, so if a batch is written twice, the second file replaces the first. Use
+    large batches, because each batch becomes a file.
 
     Args:
-        path: Folder or URL that `start_stream` began.
+        path: Folder or URL of the stream, created by `start_stream`.
     """
 
     def __init__(self, path):
@@ -307,22 +314,23 @@ class RowWriter:
         return type(batch)(out) if hasattr(batch, 'iloc') else out
 
     def write(self, name, keys, rows, view: int = 0) -> str:
-        """Write a file of rows, so that it is there completely or not at all.
+        """Write a file of rows atomically.
 
         Args:
-            name: Name of the file, without a folder. Files of the same samples in different views
-                have the same name.
+            name: Name of the file without its folder. Files with the same samples in different
+                views have the same name.
             keys: Keys of the samples, (N,) uint64.
             rows: Rows, (N, bytes) uint8.
+            view: View of the samples.
 
         Returns:
-            Name of the file in the folder.
+            Path of the file relative to the folder of the cache.
         """
         self.check_place(name, view)
         to, data = f'view{view:03}/{name}.rows', memoryview(np.ascontiguousarray(rows)).cast('B')
         self.folder.write(to, data)
         own = np.asarray(keys, '<u8').tobytes() + bytes.fromhex(checksum(data))
-        # subtle: last, since rows without keys do not count
+        # subtle: the key file is written last, since rows without a key file are ignored
         self.folder.write(keys_file(to), own + bytes.fromhex(checksum(own)))
         return to
 
@@ -333,8 +341,8 @@ class RowWriter:
         check_view(self.folder, self.manifest, view)
 
     def finished(self, name, view: int = 0) -> list:
-        """Return the names of the consecutive numbered files NAME-000000 ... that are there, with
-        all their rows.
+        """Return the names of the consecutive files NAME-000000, NAME-000001 ... that exist and
+        have all of their rows.
         """
         names, size = [], self.manifest.layout.bytes
         while (n := rows_in(self.folder, to := part_file(name, len(names), view))) is not None:
@@ -359,10 +367,10 @@ def rows_in(where, name) -> int | None:
 
 
 def read_keys(where, name):
-    """Return (keys of the rows of a file, checksum of the file).
+    """Return (keys of the rows in a file, checksum of the file).
 
     Raises:
-        DistillError: If the keys are damaged, or the file has a different number of rows.
+        DistillError: If the key file is damaged.
     """
     data = where.read(keys_file(name))
     if len(data) < 32 or len(data) % 8 or bytes.fromhex(checksum(data[:-16])) != data[-16:]:
@@ -373,18 +381,19 @@ def read_keys(where, name):
 def write_stream(
     batches, rows: TeacherRows, name: str, *, view: int = 0, part_bytes: int = SHARD_BYTES
 ) -> int:
-    """Write the rows of a stream in its order, and return their number. If it was interrupted, the
-    next call runs the teacher only on the rest.
+    """Write the rows of one part of the data in order, and return the number of rows.
 
-    Each writer has its own part of the data, in an order that does not change, and its own name.
-    Names in alphabetical order give the order of the rows in the cache.
+    If a previous run was interrupted, the teacher runs only on the remaining samples.
+
+    Each writer needs its own part of the data and its own name. The order of the samples within a
+    part must not change. In the cache, the parts are sorted by name.
 
     Args:
         batches: Iterable of batches.
-        rows: Result of `start_stream`, or a `TeacherRows` of the same folder.
+        rows: Result of `start_stream`, or a `TeacherRows` for the same folder.
         name: Name of this part of the data, such as 'shard-00017'.
-        view: Number of the view.
-        part_bytes: Bytes of a file, about.
+        view: View of the samples.
+        part_bytes: Approximate size of a file in bytes.
     """
     out, size = RowWriter(rows.folder), max(part_bytes // rows.manifest.layout.bytes, 1)
     out.check_place(f'{name}-{0:06}', view)
@@ -395,7 +404,7 @@ def write_stream(
         return n
     done = [read_keys(rows.folder, o)[0] for o in parts]
     number, known, at = len(done), np.concatenate([*done, np.empty(0, np.uint64)]), 0
-    waiting, kept = [], 0  # (keys, rows) that are not written yet
+    waiting, kept = [], 0  # `waiting` holds the (keys, rows) that are not written yet
     with rows.teacher if hasattr(rows.teacher, '__enter__') else nullcontext():
         for batch in batches:
             keys = rows.keys(batch)
@@ -430,7 +439,7 @@ def write_stream(
 
 
 def rows_at_end(where, name) -> int | None:
-    """Return the number of rows that a finished writer noted. None if there is no such note."""
+    """Return the number of rows recorded by a writer that has finished, or None if it has not."""
     if where.size(name) is None:
         return None
     try:
@@ -443,6 +452,6 @@ def rows_at_end(where, name) -> int | None:
 
 
 def first_rows_of(waiting, n):
-    """Return ((keys, rows) of the first `n` rows, list of the others)."""
+    """Return ((keys, rows) of the first `n` rows, list with (keys, rows) of the remaining rows)."""
     keys, rows = (np.concatenate(o) for o in zip(*waiting))
     return (keys[:n], rows[:n]), [(keys[n:], rows[n:])] if len(keys) > n else []

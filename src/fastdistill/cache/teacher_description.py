@@ -1,4 +1,4 @@
-"Description of a teacher and its data for the writer, and checks that outputs can be stored."
+"""Describe a teacher and its data for a cache, and check that the outputs can be stored."""
 
 import inspect
 import warnings
@@ -33,12 +33,12 @@ class Source:
     """A teacher and its data.
 
     Attributes:
-        keys: Keys in the order in which rows are stored, (N,) uint64.
-        run: fn(tasks, bs) -> generator of `Outputs`, one for each `bs` tasks. A task is view*N +
-            position.
-        teacher: This and the next four are entries of the manifest, see `Manifest`.
-        files: Path of each sample's file, in the order of `keys`. None if samples are not files.
-        doubt: See `Manifest`.
+        keys: Keys of the samples in the order of the cache, (N,) uint64.
+        run: fn(tasks, bs) -> generator of `Outputs` for batches of `bs` tasks. A task is the
+            integer view*N + position of the sample.
+        bs: Batch size.
+        teacher, transforms, root, vocab, samples, doubt: Entries of the manifest, see `Manifest`.
+        files: File path of each sample, in the order of `keys`. None if samples are not files.
     """
 
     keys: np.ndarray
@@ -75,7 +75,8 @@ def check_alone(run, n):
     a, b = [next(run(t, len(t))).logits for t in (tasks, half)]
     tol = 1e-3 if a.dtype.itemsize > 2 else 0.03
     a, b = a[::2].float(), b.float()
-    # `Layout` reports other shapes (texts padded to another length) and nan
+    # `Layout` raises an error for different shapes (e.g. texts padded to a different length) and
+    # nan
     if a.shape != b.shape or not a.isfinite().any():
         return
     if (far := (a - b).abs().nan_to_num().max().item()) > tol * (
@@ -90,17 +91,18 @@ def check_alone(run, n):
 
 
 def distinct_views(views: int, n: int, look) -> int:
-    """Return the number of views to store: as requested, but 1 (with a warning) if all views of a
-    sample are equal.
+    """Return the number of views to store.
+
+    If all views of a sample are equal, warn and return 1. Otherwise, return the requested number.
 
     Args:
         views: Requested number of views.
         n: Number of samples.
-        look: fn(position, view) -> something to compare, e.g. a digest of the teacher's input.
+        look: fn(position, view) -> value to compare, e.g. a digest of the teacher's input.
     """
     if views < 2:
         return views
-    # subtle: many samples, because a transform may change only a few; the search ends at the first difference
+    # subtle: try many samples, because a transform may change only a few of them
     for i in spread_positions(n, 32).tolist():
         first = look(i, 0)
         if any(look(i, v) != first for v in range(1, min(views, 4))):
@@ -123,14 +125,12 @@ def unrepeatable(what, i):
 
 
 def identity_of(teacher) -> dict:
-    """Build the manifest's entry for a teacher: its name, the fingerprint of its weights, and its
-    options.
-    """
+    """Return the manifest entry for a teacher: its name, options and fingerprint of the weights."""
     if (known := getattr(teacher, 'written_identity', None)) is not None:
         return known
     options = options_of(teacher)
     name = getattr(teacher, 'name', None) or getattr(teacher, '__name__', type(teacher).__name__)
-    shares = str(getattr(teacher, 'weights', None))  # of an ensemble's members
+    shares = str(getattr(teacher, 'weights', None))  # weights of the members of an ensemble
     if modules := getattr(teacher, 'modules', None):
         return dict(
             name=name, weights=fingerprint(*(m.state_dict() for m in modules), shares), **options
@@ -154,7 +154,7 @@ def identity_of(teacher) -> dict:
 
 
 def options_of(teacher) -> dict:
-    """Return the options of a teacher, and of its members if it is an ensemble."""
+    """Return the options of a teacher. For an ensemble, include the options of its members."""
     if getattr(teacher, 'combine', None) == 'sample':
         raise DistillError(
             "combine='sample' draws a teacher for each batch, but a cache has one output for each "

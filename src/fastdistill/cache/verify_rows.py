@@ -1,4 +1,4 @@
-"Compare stored outputs with the current outputs of the teacher."
+"""Result of comparing stored outputs with the current outputs of the teacher."""
 
 from dataclasses import dataclass
 
@@ -7,12 +7,15 @@ __all__ = ['Verified']
 
 @dataclass
 class Verified:
-    """Differences between stored and current outputs of a teacher.
+    """Differences between the stored and the current outputs of a teacher.
 
     Attributes:
-        worst: Largest difference of a logit, or, with top-k, of a log-probability.
-        mean: Mean of the largest differences of the rows.
-        share: Largest difference, relative to the largest number of its row (or to 1).
+        rows: Number of rows compared.
+        worst: Largest difference of a logit. With top-k, largest difference of a log-probability.
+        mean: Mean over rows of the largest difference in a row.
+        share: Largest difference relative to the largest absolute value in its row, or to 1 if all
+            values are smaller.
+        dtype: Data type of the stored outputs.
     """
 
     rows: int

@@ -1,4 +1,4 @@
-"Progress bar for writing a cache, in a terminal or notebook. Nothing is shown in a file or pipe."
+"""Show a progress bar in a terminal or notebook while a cache is written."""
 
 from contextlib import contextmanager
 
@@ -9,7 +9,10 @@ __all__ = ['ProgressBar', 'shown_progress']
 
 
 class ProgressBar:
-    """Progress bar with samples, speed and megabytes. It appears with the first batch."""
+    """Progress bar with the number of samples, the speed and the megabytes written.
+
+    The bar appears with the first batch.
+    """
 
     def __init__(self, console=None):
         from rich.progress import (
@@ -44,8 +47,8 @@ class ProgressBar:
     def progress(
         self,
         done: int,
-        total: int,  # rows
-        n_bytes: int,  # of the rows that are done
+        total: int,  # number of rows
+        n_bytes: int,  # size of the finished rows in bytes
     ):
         if self.task is None:
             self.task = self.bar.add_task('teacher', total=total, mb=0.0, speed='')
@@ -61,11 +64,11 @@ class ProgressBar:
 
 @contextmanager
 def shown_progress(progress):
-    """Context that yields the function to call after each batch, or None.
+    """Yield a function to call after each batch, or None if no progress is shown.
 
     Args:
-        progress: True for a bar in a terminal or notebook, False or None for nothing, or fn(rows
-            done, total rows, bytes done).
+        progress: True for a progress bar in a terminal or notebook, False or None for no progress,
+            or fn(rows done, total rows, bytes done).
     """
     if callable(progress) or not progress or rank():
         yield progress if callable(progress) else None

@@ -1,4 +1,4 @@
-"Write a cache shard by shard. An interrupted run is resumed."
+"""Write a cache shard by shard, and resume interrupted runs."""
 
 import json
 import re
@@ -28,17 +28,21 @@ from .teacher_description import Source, is_whole
 __all__ = ['Forecast', 'check_views', 'finished', 'options_of_run', 'write_cache']
 
 SHARD_BYTES = 64 * 2**20
-INACCURATE = 0.02  # error of logits of hidden states, relative to their spread
-DRAWS = 2  # stream of random numbers for draws; 0 and 1 are those of item and batch transforms
+# maximum error of logits computed from hidden states, relative to the range of the logits
+INACCURATE = 0.02
+DRAWS = 2  # random stream for drawing classes. Item and batch transforms use the streams 0 and 1
 
 
 @dataclass
 class Forecast:
-    """The size of a cache, known before the teacher runs.
+    """The size of a cache, computed before the teacher runs.
 
     Attributes:
-        bytes: Bytes of the rows that are still missing.
-        free: Free bytes on the disk. None if unknown.
+        samples: Number of samples.
+        views: Number of views of each sample.
+        bytes_per_view: Size of one view of one sample in bytes.
+        bytes: Size of the rows that are not written yet, in bytes.
+        free: Free disk space in bytes. None if unknown.
     """
 
     samples: int
@@ -58,7 +62,7 @@ class Forecast:
         if self.free is not None and self.bytes > self.free:
             raise DistillError(
                 f"{where}: {self}. The disk is too small: use fewer views, store less (store='auto' "
-                'measures what each way costs), or use a different disk.'
+                'compares the formats), or use a different disk.'
             )
 
 
@@ -70,12 +74,14 @@ def check_views(views):
 
 
 def options_of_run(run, **loader) -> tuple[dict, dict]:
-    """Return the options of the DataLoader and those of `write_cache` in the argument `run` of
-    `cache_dataset` and `cache_teacher`.
+    """Split the argument `run` of `cache_dataset` and `cache_teacher`.
 
     Args:
-        run: What the user passed.
+        run: Options that the user passed.
         **loader: Options of the DataLoader, with their defaults.
+
+    Returns:
+        (options of the DataLoader, options of `write_cache`).
     """
     own = dict(seed=0, forecast=None)
     given = options_of_group('run', run, [*loader, *own])
@@ -95,19 +101,24 @@ def write_cache(
     shard_bytes: int = SHARD_BYTES,
     choose=None,
 ) -> TeacherCache:
-    """Write the missing shards and open the cache.
+    """Write the missing shards of a cache, and open it.
 
-    If the cache has fewer views, they are kept and the others are added. Under torch.distributed,
-    each rank writes its part.
+    If the cache has fewer views than requested, the missing views are added. Under
+    torch.distributed, each rank writes a part of the shards.
 
     Args:
-        path: Folder or URL.
-        views: Number of augmented views of each sample. 0 for the clean view.
-        seed: Seed of the random numbers.
-        force: Whether to overwrite a cache that does not fit instead of raising an error.
+        path: Folder or URL of the cache.
+        source: The teacher and its data.
+        store: How to store the outputs.
+        views: Number of augmented views of each sample. 0 for a single clean view.
+        seed: Random seed.
+        force: If True, overwrite an existing cache of different data or a different teacher,
+            instead of raising an error.
         progress: fn(rows done, total rows, bytes done), called after each batch.
         forecast: fn(Forecast), called before the teacher runs.
-        choose: `fastdistill.cache.store_choice.Choice`. None to store logits if `store` is 'auto'.
+        shard_bytes: Maximum size of a shard in bytes.
+        choose: `fastdistill.cache.store_choice.Choice` that chooses the storage format. If None,
+            `store='auto'` stores all logits.
     """
     check_views(views)
     if not len(source.keys):
@@ -119,14 +130,14 @@ def write_cache(
     elif store.kind == 'auto':
         store = Store('logits', axis=store.axis)
     if store.kind == 'hidden':
-        # subtle: hidden states are scaled by the numbers of a whole batch
+        # subtle: the units of hidden states are computed from a whole batch
         first = first_outputs(source, min(source.bs, len(source.keys)))
     layout = Layout.of(first, store)
     head = None if layout.head is None else StoredHead.of(first.logits)
     with where.lock() if rank() == 0 else nullcontext():
         begin = lambda: _begin(where, source, layout, head, views, seed, force, shard_bytes, lost)
         m, done = on_first(begin)
-        # subtle: the stored one, since an interrupted run may have scaled it by other numbers
+        # subtle: read the stored layer, since an interrupted run may have used different units
         head = None if head is None else StoredHead.from_bytes(where.read('head.bin'), layout)
         todo = [s for s in m.all_shards() if s[2] not in done]
         plan = Forecast(m.count, m.stored, layout.bytes, sum(s[3] for s in todo), where.free())
@@ -139,13 +150,17 @@ def write_cache(
 
 
 def first_outputs(source, n):
-    """Return the outputs of the first samples in one batch."""
+    """Return the outputs of the first `n` samples in one batch."""
     with closing(source.run(tasks_of(source, 0, 0, n), n)) as batches:
         return next(batches)
 
 
 def _begin(where, source, layout, head, views, seed, force, shard_bytes, lost):
-    """Return (manifest of the finished cache, checksums of the shards that already exist)."""
+    """Create the cache, or reopen an existing cache of the same data and teacher.
+
+    Returns:
+        (manifest, {shard: checksum} of the shards that are already written).
+    """
     rows = max(shard_bytes // layout.bytes // source.bs, 1) * source.bs
     m = Manifest(
         len(source.keys),
@@ -163,7 +178,7 @@ def _begin(where, source, layout, head, views, seed, force, shard_bytes, lost):
         doubt=source.doubt,
         lost=list(lost),
     )
-    m = m.as_read()  # subtle: before anything is removed, since wrong values raise an error here
+    m = m.as_read()  # subtle: invalid values raise an error here, before files are removed
     keys = source.keys.astype('<u8').tobytes()
     if where.size('manifest.json') is not None:
         try:
@@ -177,7 +192,7 @@ def _begin(where, source, layout, head, views, seed, force, shard_bytes, lost):
                 return _reopen(where, old, m, keys)
             refuse(where, found, force, 'It is overwritten')
     clear(where)
-    clear(where.sub('valid'))  # it holds outputs of a different teacher
+    clear(where.sub('valid'))  # the validation cache belongs to the overwritten cache
     where.write('keys.bin', keys)
     if head is not None:
         where.write('head.bin', head.to_bytes())
@@ -188,7 +203,10 @@ def _begin(where, source, layout, head, views, seed, force, shard_bytes, lost):
 
 
 def changed_now(where, paths) -> str:
-    """Describe which files of samples changed. If none did, store their new times."""
+    """Return a text that names changed sample files, or '' if none changed.
+
+    If only modification times changed, the new times are stored.
+    """
     try:
         record = None if paths is None else read_record(where, len(paths))
     except DistillError as e:
@@ -199,14 +217,17 @@ def changed_now(where, paths) -> str:
     if len(changed):
         return changed_text([str(paths[i]) for i in changed], len(record))
     if not np.array_equal(new, record):
+        # the folder may be read-only
         with suppress(DistillError):
-            write_record(where, new)  # fails in a read-only folder
+            write_record(where, new)
     return ''
 
 
 def _reopen(where, old, m, keys):
-    """Reopen an existing cache. Return its manifest with the requested number of views, and
-    checksums of intact shards.
+    """Reopen an existing cache.
+
+    Returns:
+        (manifest with the requested number of views, {shard: checksum} of the intact shards).
     """
     clear(where, '.tmp')
     new = replace(
@@ -226,13 +247,13 @@ def _reopen(where, old, m, keys):
     bad, own = damages(where, old, old.shards), old.checksums
     clear(
         where, '.json', {note_of(n) for n in own}
-    )  # left by a writer that was killed just before it finished
+    )  # a writer that was killed just before its end may have left these files
     if new.views == old.views and not bad:
         return old, own
     for n in bad:
         if n != 'keys.bin':
             where.remove(n)
-    # subtle: the old manifest stays until all shards are written, so that the old views can be read meanwhile
+    # subtle: the old manifest stays until all shards are written, so the old views stay readable
     added = [s for s in new.all_shards() if s[2] not in own]
     return new, {k: v for k, v in own.items() if k not in bad} | notes(where, added)
 
@@ -251,8 +272,9 @@ CACHE_FILES = re.compile(
 
 
 def clear(where, ending='', only=None):
-    """Remove only the files of a cache. The manifest goes first, since the other files are not a
-    cache without it.
+    """Remove only files that belong to a cache.
+
+    The manifest is removed first, since a folder without a manifest is not a cache.
     """
     for n in sorted(where.names(), key=lambda n: n != 'manifest.json'):
         if (
@@ -271,8 +293,9 @@ def note_of(name):
 
 
 def note_checksum(where, shard) -> str | None:
-    """Read the checksum of a shard from the file next to it. None if the shard is missing or has a
-    different size.
+    """Return the checksum of a shard from its '.json' file.
+
+    The result is None if the shard is missing or has the wrong size.
     """
     *_, name, size = shard
     if where.size(name) != size or not 0 < (where.size(note_of(name)) or 0) < 1000:
@@ -293,22 +316,23 @@ def notes(where, shards):
 
 
 def finished(where, shard):
-    "Is this shard written?"
+    """Return True if a shard has been written."""
     return note_checksum(where, shard) is not None
 
 
 def _write_shards(where, source, m, head, todo, progress):
-    """Run the teacher over the samples of these shards."""
+    """Run the teacher on the samples of the missing shards, and write these shards."""
     done, total = 0, sum(m.rows_of(i) for _, i, *_ in todo)
     worst = [0.0]
-    # one pass of the DataLoader writes a limited number of shards, since all its tasks are in one list
+    # limit the number of shards per pass of the DataLoader, since the tasks of a pass are in memory
     some = max(2**20 // m.shard_rows, 1)
     for at in range(0, len(todo), some):
         tasks = [
             padded(tasks_of(source, v, i * m.shard_rows, m.rows_of(i)), m.batch_size)
             for v, i, *_ in todo[at : at + some]
         ]
-        # subtle: closed immediately, since a traceback would keep the generator, and the changes it made, alive
+        # subtle: close the generator explicitly. After an error, the traceback would keep the
+        # generator alive, and its changes to the teacher and the random state would remain
         with closing(source.run(np.concatenate(tasks), m.batch_size)) as batches:
             for v, i, name, _ in todo[at : at + some]:
                 keys = source.keys[i * m.shard_rows :][: m.rows_of(i)]
@@ -321,7 +345,11 @@ def _write_shards(where, source, m, head, todo, progress):
 
 
 def warn_of_int8(error):
-    """Warn if logits of hidden states in int8 are too far from the teacher's."""
+    """Warn if logits computed from hidden states in int8 are too inaccurate.
+
+    Args:
+        error: Largest error of a logit, relative to the range of the logits.
+    """
     if error > INACCURATE:
         warnings.warn(
             DistillWarning(
@@ -333,12 +361,18 @@ def warn_of_int8(error):
 
 
 def encoded(layout, head, keys, view, seed, worst, out, row):
-    """Encode outputs of a batch.
+    """Encode the outputs of a batch to rows.
 
     Args:
-        keys: Keys of the samples of the shard.
-        worst: List of one number, the largest error of hidden states in int8.
-        row: First row of the batch in the shard.
+        layout: Layout of the rows.
+        head: `StoredHead` of the cache, if hidden states are stored.
+        keys: Keys of the samples in the shard.
+        view: View of the samples.
+        seed: Random seed of the cache.
+        worst: List with one number, the largest error so far of hidden states in int8.
+            This function updates the number.
+        out: Outputs of the batch.
+        row: Index in the shard of the first row of the batch.
     """
     if layout.draws is None:
         rows = layout.encode(out, head)
@@ -346,14 +380,14 @@ def encoded(layout, head, keys, view, seed, worst, out, row):
             got = layout.decode(torch.from_numpy(rows), head).logits
             worst[0] = max(worst[0], worst_error(out.logits, got))
         return rows
-    # the last batch is filled up with copies of the last sample
+    # the last batch is padded with copies of the last sample
     own = keys[(row + np.arange(len(out.logits))).clip(max=len(keys) - 1)]
     seeds = seeds_of(seed, own, view, DRAWS) >> np.uint64(1)
     return layout.encode(out, seeds=seeds.astype(np.int64))
 
 
 def _write_shard(where, m, name, n, batches, encode):
-    """Write one shard and yield the number of rows of each batch."""
+    """Write one shard, and yield the number of rows after each batch."""
     bs, buf = m.batch_size, np.empty((n, m.layout.bytes), np.uint8)
     for row in range(0, n, bs):
         rows = encode(next(batches), row)
@@ -401,7 +435,8 @@ def tasks_of(source, view, first, n):
 
 
 def padded(tasks, bs):
-    """Fill up the last batch by repeating the last task. The outputs of the repetitions are
-    discarded later.
+    """Pad the last batch by repeating the last task.
+
+    The additional outputs are discarded later.
     """
     return np.concatenate([tasks, np.repeat(tasks[-1:], -len(tasks) % bs)])

@@ -1,4 +1,7 @@
-"Checks of a teacher and a student, with findings and measurements, independent of any framework."
+"""Check a teacher and a student before or after training, independent of any training framework.
+
+The checks return findings and measurements.
+"""
 
 from .findings import Facts, Finding, Findings
 from .teacher_outputs import check_outputs

@@ -1,4 +1,4 @@
-"""Score teacher, student and a constant prediction on a few batches."""
+"""Score the teacher, the student and a constant prediction on a few batches."""
 
 from typing import Any, Literal
 
@@ -10,26 +10,28 @@ from .findings import Facts
 
 __all__ = ['FEW', 'METRICS', 'Tally']
 
-MOST_CLASSES = 1000  # with more classes, a confusion table is too large
-FEW = 16  # with fewer items, no difference is significant
-SURE = 0.001  # one-sided p-value below which a difference is significant
+MOST_CLASSES = 1000  # maximum number of classes for a confusion table
+FEW = 16  # minimum number of items for a significance test
+SURE = 0.001  # maximum one-sided p-value of a significant difference
 KNOWS, LUCK = (
     0.005,
     2.576,
-)  # the same for a teacher better than chance; and in standard deviations
-LEADS = 0.05  # p-value below which the teacher is better than the student is now
-SLIGHT = 0.05  # smallest relevant difference, as a fraction of the way from chance to a perfect prediction
+)  # maximum p-value, and minimum number of standard deviations, of a teacher better than chance
+LEADS = 0.05  # maximum p-value with which a model is considered better than the other model
+# minimum relevant difference, relative to the difference between a constant and a perfect
+# prediction
+SLIGHT = 0.05
 METRICS = dict(softmax='accuracy', sigmoid='accuracy per label', regression='squared error')
 
 
 class Tally:
-    """Counts over a few batches.
+    """Statistics of predictions and labels over a few batches.
 
-    They are accumulated batch by batch, since all outputs together may not fit into memory.
+    The statistics are accumulated batch by batch, since all outputs together may not fit in memory.
 
     Args:
         task: What the model predicts.
-        part: Where the scored items come from, as in `Facts`.
+        part: Dataset of the scored items, as in `Facts`.
     """
 
     def __init__(self, task: Task, part: str = 'validation') -> None:
@@ -37,22 +39,22 @@ class Tally:
         self.task, self.n_labels = task, 0
         self.sums: Any = 0.0  # a tensor after the first batch
         self.confusion: Tensor | None = None
-        # one number per item
+        # one number for each item
         self.scores: dict[str, list[Tensor]] = dict(teacher=[], student=[])
         self.tops: dict[str, list[Tensor]] = dict(train=[], valid=[])
         self.between, self.normed = (
             True,
             True,
-        )  # True if all outputs are from 0 to 1; True if each row sums to 1
+        )  # whether all outputs are between 0 and 1, and whether each row sums to 1
         self.finite = True
 
     def add(self, t: Tensor, y: Tensor | None = None, s: Tensor | None = None) -> None:
-        """Count a batch, usually from the validation set.
+        """Add a batch, usually from the validation set.
 
         Args:
-            t: The teacher's outputs.
-            y: Labels, from `fit_labels`.
-            s: The student's outputs.
+            t: Outputs of the teacher.
+            y: Labels from `fit_labels`. None if unknown.
+            s: Outputs of the student. None if unknown.
         """
         t, s = t.float(), None if s is None else s.float()
         self.add_probabilities(t, 'valid')
@@ -66,8 +68,11 @@ class Tally:
         ](t, y)
 
     def add_probabilities(self, t: Tensor, part: str) -> None:
-        """Add the largest probability of each item (mean over its positions), for 'train' or
-        'valid'.
+        """Add the top probability of each item, averaged over its positions.
+
+        Args:
+            t: Outputs of the teacher.
+            part: Dataset of the batch, 'train' or 'valid'.
         """
         kind, axis = self.task.kind, self.task.axis
         self.finite = self.finite and not unusable(t, self.task)
@@ -80,7 +85,7 @@ class Tally:
         self.tops[part].append(p.reshape(len(p), -1).mean(1).cpu())
 
     def counts(self, y: Tensor) -> Tensor:
-        """Return which labels are not ignored, (B, positions)."""
+        """Return a mask of the labels that are not ignored, (B, positions)."""
         y = y.reshape(len(y), -1)
         return (
             y != self.task.ignore_index
@@ -89,12 +94,14 @@ class Tally:
         )
 
     def counted(self, y: Tensor) -> Tensor:
-        """Return which items have labels that are not ignored, (B,)."""
+        """Return a mask of the items that have labels that are not ignored, (B,)."""
         return self.counts(y).any(1).cpu()
 
     def item_scores(self, o: Tensor, y: Tensor) -> Tensor:
-        """Return the fraction of correct predictions of each item, or its negative squared error,
-        (B,).
+        """Return the score of each item, (B,).
+
+        The score is the negative squared error for regression, and the fraction of correct
+        predictions otherwise.
         """
         kind, rows = self.task.kind, lambda v: v.reshape(len(v), -1).float()
         if kind == 'regression':
@@ -104,9 +111,9 @@ class Tally:
         return ((rows(right) * counts).sum(1) / counts.sum(1)).cpu()
 
     def add_classes(self, t: Tensor, y: Tensor) -> None:
-        """Count for each class the items that are present, recognized and predicted.
+        """For each class, count its items, the correct predictions and all predictions.
 
-        An item counts as 1, divided among its positions.
+        All positions of an item together have a weight of 1.
         """
         c, counts = t.shape[self.task.axis], self.counts(y).cpu()
         p, y = (o.reshape(len(o), -1).cpu()[counts] for o in (t.argmax(self.task.axis), y))
@@ -116,15 +123,15 @@ class Tally:
         self.n_labels += len(y)
         if c > MOST_CLASSES:
             return
-        # subtle: two tables, each with every second item: a chance effect only shows in one of them
+        # subtle: split the items into two tables, since a chance effect appears in only one of them
         half = torch.arange(len(counts))[:, None].expand_as(counts)[counts] % 2
         table = ((half * c + y) * c + p).bincount(w, minlength=2 * c * c).view(2, c, c)
         self.confusion = table if self.confusion is None else self.confusion + table
 
     def add_labels(self, t: Tensor, y: Tensor) -> None:
-        """Count for each label the items with and without it.
+        """Count the items with and without each label.
 
-        Also add the sums of their predicted probabilities and squared probabilities.
+        Also add the sums of the predicted probabilities and of their squares.
         """
         p, y = (o.reshape(len(o), -1).cpu().double() for o in (t.sigmoid(), y > 0.5))
         self.sums = self.sums + torch.stack(
@@ -133,9 +140,7 @@ class Tally:
         self.n_labels += len(y)
 
     def add_numbers(self, t: Tensor, y: Tensor) -> None:
-        """Add for each output the squared error, the sum of the targets and the sum of their
-        squares.
-        """
+        """Add the squared errors, the targets and the squared targets of each output."""
         t, y = (o.reshape(len(o), -1).cpu().double() for o in (t, y))
         self.sums = self.sums + torch.stack([(t - y).pow(2).sum(0), y.sum(0), y.pow(2).sum(0)])
         self.n_labels += len(y)
@@ -150,7 +155,7 @@ class Tally:
 
     @property
     def constant(self) -> float:
-        """Compute the score of the best constant prediction."""
+        """Score of the best constant prediction."""
         if self.task.kind == 'regression':
             return -self.variance()
         if self.task.kind == 'softmax':
@@ -160,12 +165,13 @@ class Tally:
     def above(
         self, a: Tensor, b: Tensor | float, least: float = SLIGHT, sure: float = SURE
     ) -> bool:
-        """Return True if the scores `a` are significantly above the scores `b`.
+        """Return True if the scores `a` are significantly higher than the scores `b`.
 
         Args:
-            a, b: Scores of the same items.
-            least: Minimum difference, as a fraction of the way from the constant prediction to a
-                perfect one.
+            a: Scores of some items.
+            b: Scores of the same items, or a single score.
+            least: Minimum difference, relative to the difference between a constant and a perfect
+                prediction.
             sure: Maximum p-value.
         """
         if len(a) < FEW:
@@ -174,18 +180,21 @@ class Tally:
         return (a - b).double().mean().item() / max(way, 1e-9) > least and p_above(a, b) < sure
 
     def above_constant(self, least: float, sure: float = SURE) -> bool:
-        "Return True if the teacher's scores are above those of the constant prediction."
+        """Return True if the teacher scores significantly higher than a constant prediction."""
         return self.above(self.items('teacher'), self.constant, least, sure)
 
     def recall(self) -> tuple[float, float, int]:
-        """Return the mean recall over classes, its standard deviation by chance, and the number of
-        classes.
+        """Compute the mean recall over classes, and what random predictions would give.
 
-        Predictions that are unrelated to the labels have a mean recall of 1 / number of classes.
+        The expected mean recall of random predictions is 1 / number of classes.
+
+        Returns:
+            (mean recall, standard deviation of the mean recall of random predictions, number of
+            classes).
         """
         have, hit, said = self.sums[:, self.sums[0] > 0]
         p = said / self.sums[0].sum()
-        # subtle: an item with many positions counts as one, since its positions are similar
+        # subtle: an item with many positions has a weight of 1, since its positions are correlated
         return (
             (hit / have).mean().item(),
             (p * (1 - p) / have).sum().sqrt().item() / len(have),
@@ -195,8 +204,9 @@ class Tally:
     def knows_classes(self) -> bool:
         """Return True if the teacher's predictions are significantly better than chance.
 
-        Either the mean over classes counts, which is fair to rare classes, or the mean over items,
-        which is fair to many classes with few items each.
+        One test uses the mean over classes, which works better for rare classes. The second test
+        uses the mean over items, which works better for many classes with few items each. A
+        teacher needs to pass only one of the tests.
         """
         recall, sd, k = self.recall()
         if k < 2:
@@ -210,14 +220,15 @@ class Tally:
             return True
         luck = (
             (there * self.sums[2]).sum().item() / there.sum().item() ** 2
-        )  # expected value for predictions that are unrelated to the labels
+        )  # expected accuracy of predictions that are unrelated to the labels
         return items.mean().item() - luck > SLIGHT * (1 - luck) and p_above(items, luck) < KNOWS
 
     def knows_labels(self) -> tuple[float, float, bool] | None:
-        """Return (mean probability of present labels, mean of absent labels, True if significantly
-        higher).
+        """Compare the predicted probabilities of present and absent labels.
 
-        None if no label is present in some items and absent in others.
+        Returns:
+            (mean probability of present labels, mean probability of absent labels, True if the
+            first is significantly higher). None if each label is present in all items or in none.
         """
         have = self.sums[:, (self.sums[:2] > 0).all(0)]
         if not have.shape[1]:
@@ -232,7 +243,7 @@ class Tally:
         return (p1 / n1).mean().item(), (p0 / n0).mean().item(), lead > 0 and enough
 
     def facts(self) -> Facts:
-        """Return the scores and the probabilities."""
+        """Return the mean scores and probabilities."""
         mean = lambda o: torch.cat(o).mean().item() if o else None
         score = lambda v: None if v is None else -v if self.task.kind == 'regression' else v
         # a softmax over probabilities is meaningless
@@ -252,10 +263,10 @@ class Tally:
 
 
 def p_above(a: Tensor, b: Tensor | float) -> float:
-    """Return the one-sided p-value for a mean of `a` above that of `b`.
+    """Return the one-sided p-value of the hypothesis that the mean of `a` is not above that of `b`.
 
-    It is from an exact binomial test for correct and wrong predictions, and from a t-test for other
-    scores.
+    Scores that are all 0 or 1 are compared with an exact binomial test. Other scores are compared
+    with a t-test.
 
     Args:
         a: Scores, (items,).

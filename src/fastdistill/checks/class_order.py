@@ -1,4 +1,7 @@
-"""Detect teacher classes in a different order, by their names or by a confusion table."""
+"""Detect a teacher whose classes have a different order than the student's.
+
+The order is inferred from class names or from a confusion table.
+"""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -15,15 +18,15 @@ __all__ = ['ClassMap', 'map_classes', 'reordered_classes']
 
 @dataclass
 class ClassMap:
-    """Mapping from the student's classes to the teacher's.
+    """Mapping from the student's classes to the teacher's classes.
 
     Attributes:
-        same: True if both have the same classes in the same order.
-        order: Position of each student class among the teacher's. None if `same`, or if some are
-            missing.
-        missing: Classes that the teacher does not have.
+        same: True if both models have the same classes in the same order.
+        order: Index of each student class in the teacher's classes. None if `same`, or if classes
+            are missing.
+        missing: Classes that only the student has.
         extra: Classes that only the teacher has.
-        shared: Classes that both have, in the student's order.
+        shared: Classes that both models have, in the student's order.
     """
 
     same: bool
@@ -34,11 +37,14 @@ class ClassMap:
 
 
 def map_classes(student: Sequence | None, teacher: Sequence | None) -> ClassMap | None:
-    """Compare the classes of two models and their order. Return None if either has no class names.
+    """Compare the classes of two models and their order.
 
     Args:
-        student: Names of the student's classes, in the order of its outputs. None if unknown.
-        teacher: Names of the teacher's classes. None if unknown.
+        student: Class names of the student, in the order of its outputs. None if unknown.
+        teacher: Class names of the teacher, in the order of its outputs. None if unknown.
+
+    Returns:
+        A `ClassMap`, or None if the class names of a model are unknown.
     """
     if student is None or teacher is None:
         return None
@@ -60,12 +66,12 @@ def map_classes(student: Sequence | None, teacher: Sequence | None) -> ClassMap 
 def reordered_classes(
     tally: Tally, teacher: Teacher, names: Sequence | None = None
 ) -> Iterator[tuple[float, Finding]]:
-    """Find a teacher that is far more accurate with its outputs in a different order.
+    """Yield a finding if the teacher is far more accurate with its outputs in a different order.
 
     Args:
         tally: `Tally` of the teacher's predictions.
         teacher: The teacher.
-        names: Names of the student's classes.
+        names: Names of the student's classes. None if unknown.
 
     Yields:
         (accuracy in the new order, finding).
@@ -100,10 +106,10 @@ def reordered_classes(
 
 
 def best_order(table: Tensor) -> list[int]:
-    """Return the output for each class that makes as many predictions as possible correct."""
+    """Return the assignment of outputs to classes that makes the most predictions correct."""
     from scipy.optimize import linear_sum_assignment
 
-    # subtle: add one item per class in the current order, so that classes without items keep their position
+    # subtle: add one correct item per class, so that classes without items keep their position
     return linear_sum_assignment((table + torch.eye(len(table))).numpy(), maximize=True)[1].tolist()
 
 
@@ -112,7 +118,7 @@ def hits(table: Tensor, order: Sequence[int]) -> Tensor:
 
 
 def holds_elsewhere(halves: Tensor) -> bool:
-    """Return True if the order found on half of the items is also far better on the other half."""
+    """Return True if the best order of half of the items is also far better on the other half."""
     now = then = 0.0
     for suggests, shows in (halves, halves.flip(0)):
         order = best_order(suggests)
@@ -123,7 +129,10 @@ def holds_elsewhere(halves: Tensor) -> bool:
 
 
 def moves_in_words(order: Sequence[int], moved: Sequence[int], names: Sequence | None) -> str:
-    """Describe which classes are swapped, or, in a longer cycle, which output is which class."""
+    """Describe how the classes are reordered.
+
+    If classes are only swapped in pairs, name the pairs. Otherwise, name the output of each class.
+    """
     name = lambda i: (
         repr(str(names[i])) if names is not None and len(names) == len(order) else f'class {i}'
     )

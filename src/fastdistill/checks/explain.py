@@ -1,5 +1,6 @@
-"""Explain why a trained student is not better: what it learned from its teacher, and what prevented
-more.
+"""Explain why a trained student is not better.
+
+The explanation measures what the student learned from its teacher and looks for known obstacles.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -24,21 +25,25 @@ from .teacher_scores import CERTAIN
 
 __all__ = ['Explanation', 'explain_training']
 
-FOLLOWS = 0.5  # a student that reproduces a smaller fraction of its teacher's predictions did not follow it
-GAP = 0.2  # a larger gap between training and validation items means that training items were memorized
-REPEATS = 0.7  # the student repeats at least this fraction of the teacher's mistakes
-FEW_STEPS = 1000  # a training with fewer steps is short
-LITTLE = 0.1  # smallest fraction of the gradient that the task loss should have
+# a student that reproduces a smaller fraction of the teacher's predictions does not follow it
+FOLLOWS = 0.5
+# maximum difference between training and validation items in how well the student follows
+GAP = 0.2
+REPEATS = 0.7  # minimum fraction of repeated teacher mistakes to report
+FEW_STEPS = 1000  # a training run with fewer steps is short
+LITTLE = 0.1  # minimum fraction of the gradient that the task loss should have
 
 
 class Follow:
-    """Fraction of the teacher's predictions that a student reproduces: 1 - d/d0.
+    """Fraction of the teacher's predictions that a student reproduces, 1 - d/d0.
 
-    d is the distance between their predictions (KL at T=1, or squared error), and d0 the distance
-    of the teacher's predictions from their mean. The fraction is 1 for equal predictions, 0 for a
-    student as far away as the mean, and negative for one even farther away, e.g. one that is wrong
-    and more confident than the teacher. `same` is the fraction of predictions with the teacher's
-    class.
+    In this formula, d is the distance between the predictions of student and teacher: the KL divergence at
+    T=1, or the squared error for regression. d0 is the distance between the teacher's predictions
+    and their mean. The fraction is 1 if the predictions are equal, and 0 if the student is no
+    closer to the teacher than the mean is. The fraction is negative for a student that is even farther away,
+    e.g. one with confident wrong predictions.
+
+    `same` is the fraction of predictions with the same class as the teacher's.
     """
 
     def __init__(self, task: Task) -> None:
@@ -90,18 +95,26 @@ class Follow:
 
 @dataclass
 class Explanation:
-    """Measurements after training. None where there was nothing to measure.
+    """Measurements after training. A value is None if it could not be measured.
 
     Attributes:
+        metric: Name of the metric of the scores.
         n: Number of scored validation items.
-        teacher_score_train: Score of the teacher on training items, with their augmentation.
+        teacher_score, student_score: Scores on validation items.
+        teacher_score_train: Score of the teacher on augmented training items.
         follows_train: Fraction of the teacher's predictions that the student reproduces on training
             items, see `Follow`.
+        follows_valid: Fraction of the teacher's predictions that the student reproduces on validation
+            items.
         repeats: Fraction of the teacher's mistakes on validation items that the student repeats.
-        top_prob_train: The teacher's largest probability, averaged over training items.
-        shares: {loss: fraction of the gradient at the first batch}.
-        faded: {term: what is left of its gradient ratio at the end of the training}.
-        same_train: Fraction of training predictions with the teacher's class. None for numbers.
+        top_prob_train: Mean top probability of the teacher on training items.
+        steps: Number of training steps.
+        shares: {loss: fraction of the gradient on the first batch}.
+        same_train: Fraction of training predictions that have the same class as the teacher's. None
+            for regression.
+        same_valid: Fraction of validation predictions that have the same class as the teacher's. None
+            for regression.
+        faded: {term: fraction of its gradient ratio that is left at the end of the training}.
     """
 
     metric: str
@@ -120,7 +133,9 @@ class Explanation:
     faded: dict = field(default_factory=dict)
 
     def lines(self) -> Iterator[str]:
-        """Return one line about the scores and one about what the student learned from the teacher."""
+        """Yield lines of text about the scores and about what the student learned from the
+        teacher.
+        """
         if self.n and self.student_score is not None:
             yield (
                 f'{self.metric} on {self.n} validation items: '
@@ -152,20 +167,21 @@ def explain_training(
     faded: Mapping[str, float] | None = None,
     output: Any = None,
 ) -> Findings:
-    """Find reasons why a training helped less than hoped, each with its number and what to try.
+    """Find reasons why distillation helped less than expected.
 
-    `.facts` of the result has all numbers.
+    Each finding has the measured number and a suggestion. The attribute `facts` of the result has
+    all measurements.
 
     Args:
         teacher: A `Teacher`.
         task: What the student predicts.
-        student: The trained student's module.
-        valid: Validation batches, (inputs, targets), both tuples.
-        train: Training batches in the same form, with their augmentation.
-        steps: Number of steps of the training.
-        shares: {loss: its fraction of the gradient}, as in `Distiller.gradient_shares`.
-        faded: {term: what is left of its gradient ratio}, as in `Distiller.faded`.
-        output: Which of the student's outputs is distilled.
+        student: The module of the trained student.
+        valid: Validation batches (inputs, targets), where both are tuples.
+        train: Augmented training batches (inputs, targets), where both are tuples.
+        steps: Number of training steps.
+        shares: {loss: fraction of the gradient}, as in `Distiller.gradient_shares`.
+        faded: {term: fraction of its gradient ratio that is left}, as in `Distiller.faded`.
+        output: Which output of the student is distilled.
     """
     tallies, follows, mistakes = (
         (Tally(task), Tally(task)),
@@ -210,7 +226,7 @@ def explain_training(
 
 
 def add_mistakes(counts: list[float], s: Tensor, t: Tensor, y: Tensor, task: Task) -> None:
-    """Count the teacher's mistakes, and those that the student repeats."""
+    """Count the teacher's mistakes, and the mistakes that the student repeats."""
     s, t = s.argmax(task.axis), t.argmax(task.axis)
     wrong = (t != y) & (y != task.ignore_index)
     counts[0] += wrong.sum().item()
@@ -222,7 +238,7 @@ def as_percent(v: float) -> str:
 
 
 def reasons(f: Explanation, valid: Tally) -> Iterator[Finding]:
-    """Yield the reasons that the numbers suggest, the most likely first.
+    """Yield the reasons that the measurements suggest, the most likely first.
 
     Args:
         f: The measurements.
@@ -278,7 +294,7 @@ def reasons(f: Explanation, valid: Tally) -> Iterator[Finding]:
 
 
 def no_better(score: str, teacher: Tensor, student: Tensor, valid: Tally) -> Iterator[Finding]:
-    """Find a teacher that is not better than the student in this score."""
+    """Yield a finding if the teacher's score is not better than the student's."""
     if len(teacher) < FEW:
         yield Finding(
             'note',
@@ -302,8 +318,9 @@ def no_better(score: str, teacher: Tensor, student: Tensor, valid: Tally) -> Ite
 
 
 def does_not_follow(f: Explanation) -> Iterator[Finding]:
-    """Find a student that does not reproduce the teacher's predictions, either at all or only on
-    unseen items.
+    """Yield a finding if the student does not reproduce the teacher's predictions.
+
+    The student may fail on all items, or only on items that were not used in training.
     """
     if f.follows_train is not None and f.follows_train < FOLLOWS:
         steps = f' after {f.steps} steps' if f.steps else ''
@@ -334,7 +351,10 @@ def does_not_follow(f: Explanation) -> Iterator[Finding]:
 
 
 def other_view(f: Explanation) -> Iterator[Finding]:
-    """Find inputs that are augmented more than those the teacher was trained on."""
+    """Yield a finding if the teacher is worse on augmented training items than on validation items.
+
+    A probable reason is stronger augmentation than in the teacher's training.
+    """
     if f.teacher_score is None or f.teacher_score_train is None:
         return
     if f.metric == METRICS['regression']:

@@ -1,4 +1,4 @@
-"The result of the checks: findings and measured facts."
+"""Classes for the results of checks: findings and measurements."""
 
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -17,15 +17,15 @@ def few_names(names: Sequence, n: int) -> str:
 
 @dataclass
 class Finding:
-    """One finding, and what to do about it.
+    """A result of a check, with a suggestion.
 
     Attributes:
-        level: 'error' if training would be pointless, 'warning' if it probably would be, 'note' if it
-            is worth knowing, 'ok' if all is fine, '' for a measurement.
-        what: What was found.
-        do: What to do about it.
-        doubt: True if it is a reason not to learn much from this teacher.
-        about: What was checked, in a word or two.
+        level: 'error' if training would be pointless, 'warning' if it probably would be, 'note' for
+            information, 'ok' for a passed check, and '' for a measurement.
+        what: Description of what was found.
+        do: Suggestion for the user.
+        doubt: True if the student should not learn much from this teacher.
+        about: Subject of the check, in one or two words.
     """
 
     level: str
@@ -40,17 +40,18 @@ class Finding:
 
 @dataclass
 class Facts:
-    """Measurements on a few batches. None where there was nothing to measure.
+    """Measurements on a few batches. A value is None if it could not be measured.
 
     Attributes:
-        metric: Metric of the three scores: 'accuracy', 'accuracy per label' or 'squared error'
-            (lower is better).
+        metric: Metric of the scores: 'accuracy', 'accuracy per label' or 'squared error' (lower is
+            better).
         n: Number of scored items.
+        teacher_score: Score of the teacher.
         student_score: Score of the student before training.
         constant_score: Score of the best constant prediction.
-        top_prob_train: The teacher's mean top probability on training batches, augmented.
-        top_prob_valid: The same on the scored batches.
-        part: Where the scored items come from: 'validation', 'training', or '' if unknown.
+        top_prob_train: Mean top probability of the teacher on augmented training batches.
+        top_prob_valid: Mean top probability of the teacher on the scored batches.
+        part: Dataset of the scored items: 'validation', 'training', or '' if unknown.
     """
 
     metric: str
@@ -64,12 +65,12 @@ class Facts:
 
     @property
     def items(self) -> str:
-        """Format what was scored: '64 validation items'."""
+        """Description of the scored items, such as '64 validation items'."""
         return count_in_words(self.n, self.part)
 
     @property
     def scores(self) -> str:
-        """Format the scores. Empty if there are none."""
+        """The scores as text, or '' if there are none."""
         scores = dict(
             teacher=self.teacher_score, student=self.student_score, constant=self.constant_score
         )
@@ -77,12 +78,12 @@ class Facts:
 
     @property
     def probabilities(self) -> str:
-        """Format the mean top probabilities. Empty if there are none."""
+        """The mean top probabilities as text, or '' if there are none."""
         words = numbers_in_words({'training': self.top_prob_train, self.part: self.top_prob_valid})
         return f"teacher's mean top probability: {words}" if words else ''
 
     def lines(self) -> Iterator[str]:
-        """Format one line about the scores and one about the probabilities."""
+        """Yield a line of text about the scores and one about the probabilities."""
         yield from filter(None, (self.scores, self.probabilities))
 
 
@@ -96,14 +97,18 @@ def numbers_in_words(values: Mapping[str, float | None]) -> str:
 
 
 class Findings(list):
-    """List of findings, empty if nothing is wrong. `facts` are the measurements, `in_order` the
-    checks that found nothing.
+    """List of findings, which is empty if the checks found no problem.
+
+    Attributes:
+        facts: The measurements: `Facts` before training, or `Explanation` after training. None if
+            an error was found before the first measurement.
+        passed: Findings of level 'ok' for the checks that found no problem.
+        none: Text that is shown for an empty list.
     """
 
-    # `Facts`, or `Explanation` after training. None if an error was found before anything could be measured
     facts: Any = None
-    passed: tuple = ()  # checks that found nothing, see `in_order`
-    none = 'Nothing found: the teacher fits.'  # text of an empty list
+    passed: tuple = ()
+    none = 'Nothing found: the teacher fits.'
 
     def __repr__(self) -> str:
         facts = [] if self.facts is None else self.facts.lines()
@@ -113,9 +118,9 @@ class Findings(list):
         """Add the findings of a check and return them.
 
         Args:
-            about: What was checked.
-            found: What the check found.
-            fine: What is in order if it found nothing. Empty if there was nothing to check.
+            about: Subject of the check.
+            found: The findings.
+            fine: Text for a check without findings. If empty, the check is not listed as passed.
         """
         new = [f if f.about else replace(f, about=about) for f in found]
         self += new
@@ -124,10 +129,10 @@ class Findings(list):
         return new
 
     def join(self, others: 'Findings') -> 'Findings':
-        """Add everything that a later check found and measured.
+        """Add the findings and measurements of a later check, and return the joined object.
 
         Args:
-            others: `Findings` of a later check.
+            others: `Findings` of the later check.
         """
         self += others
         self.passed, self.facts = (*self.passed, *others.passed), others.facts
@@ -135,13 +140,13 @@ class Findings(list):
 
     @property
     def in_order(self) -> list[Finding]:
-        """Return the checks that found nothing, each as a `Finding` of level 'ok'."""
+        """The passed checks, as findings of level 'ok'."""
         subjects = {f.about for f in self}
         return [f for f in self.passed if f.about not in subjects]
 
     @property
     def doubt(self) -> str:
-        """First reason not to learn much from this teacher. Empty if there is none."""
+        """First reason why the student should not learn much from this teacher, or ''."""
         return next((f.what for f in self if f.doubt or f.level in ('warning', 'error')), '')
 
     @property
@@ -149,10 +154,12 @@ class Findings(list):
         return [f for f in self if f.level == 'error']
 
     def enforce(self, facts: bool = True) -> 'Findings':
-        """Print the facts and notes and issue the warnings on the first rank, raise the errors on all.
+        """Print facts and notes, issue warnings, and raise errors.
+
+        Only rank 0 prints and warns. All ranks raise the errors.
 
         Args:
-            facts: Whether to print the facts.
+            facts: If True, print the facts.
         """
         if facts and self.facts is not None and rank() == 0:
             print('fastdistill:', '; '.join(self.facts.lines()))

@@ -1,4 +1,4 @@
-"Run student and teacher on one batch without changing them."
+"""Run the student and the teacher on a batch without changing them."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -15,24 +15,24 @@ __all__ = ['run_student', 'student_logits', 'teacher_logits']
 
 
 def run_student(student: Module, x: Sequence) -> Any:
-    """Return the student's raw outputs for inputs `x`, as in a training step."""
+    """Return the raw output of the student for inputs `x`, as in a training step."""
     student = unwrap(student)
     args, kwargs = arguments(student, x)
     return student(*args, **kwargs)
 
 
 def student_logits(student: Module, x: Sequence, output: Any = None) -> Any:
-    """Return the student's logits in evaluation mode, without changing the student.
+    """Return the logits of the student in evaluation mode, without changing the student.
 
     Args:
         student: A module.
-        x: Inputs of the batch, a tuple.
-        output: Which of its outputs is distilled, as in `Outputs.of`.
+        x: Inputs of the batch, as a tuple.
+        output: Which output of the student is distilled, as in `Outputs.of`.
     """
     return Outputs.of(dry_run(student, *x), output=output).logits
 
 
 def teacher_logits(teacher: Teacher, x: Sequence) -> Any:
-    """Return the teacher's logits, starting from a fresh hidden state."""
+    """Reset the teacher's hidden states and return its logits for a batch."""
     teacher.reset()
     return Outputs.of(teacher(*x)).logits

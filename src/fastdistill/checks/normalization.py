@@ -1,4 +1,4 @@
-"""Detect a teacher that gets images with the wrong normalization, by trying the common ones."""
+"""Detect a teacher that gets images with the wrong normalization, by trying common ones."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -22,13 +22,15 @@ USUAL = {
     "ImageNet's mean and std": ('imagenet', "'imagenet'"),
     'numbers from 0 to 255': ((0.0, 1 / 255), '(0, 1/255)'),
 }
-ENOUGH = 0.9  # above this fraction of the way from a constant to a perfect prediction, the normalization is right
+# minimum score of a teacher whose normalization is not questioned. On this scale, 0 is a constant
+# prediction and 1 is a perfect prediction
+ENOUGH = 0.9
 
 
 def renormalized_images(
     tally: Tally, teacher: Teacher, task: Task, batches: Sequence
 ) -> Iterator[tuple[float, Finding]]:
-    """Find a different common normalization with which the teacher is clearly better.
+    """Yield a finding if the teacher is clearly better with a different common normalization.
 
     Args:
         tally: `Tally` of the teacher's predictions.
@@ -37,7 +39,7 @@ def renormalized_images(
         batches: (inputs, labels) of the first validation batches.
 
     Yields:
-        (score with it, finding).
+        (score with the new normalization, finding).
     """
     now = tally.items('teacher')
     if not can_renormalize(teacher, batches) or tally.above_constant(least=ENOUGH):
@@ -74,7 +76,11 @@ def images_in(x: Iterable) -> list[Tensor]:
 
 
 def can_renormalize(teacher: Teacher, batches: Sequence) -> bool:
-    """Return True for a single teacher of color or gray images whose normalization is known."""
+    """Return True if different normalizations can be tried.
+
+    The teacher must be a single model for color or gray images, and the normalization of the images
+    must be known.
+    """
     if teacher.members or teacher.input_stats is None:
         return False
     return all(
@@ -83,8 +89,9 @@ def can_renormalize(teacher: Teacher, batches: Sequence) -> bool:
 
 
 def with_stats(teacher: Teacher, stats: Any, batches: Sequence) -> Teacher | None:
-    """Return the teacher with images normalized in this way, or None if nothing changes or if that
-    is not possible.
+    """Return a variant of the teacher with a different image normalization.
+
+    The result is None if the normalization does not differ or does not fit the images.
     """
     now = teacher.input_stats if teacher.stats is None else teacher.stats
     given: Any = stats_of(stats)
@@ -95,7 +102,7 @@ def with_stats(teacher: Teacher, stats: Any, batches: Sequence) -> Teacher | Non
 
 
 def scores_with(teacher: Teacher, tally: Tally, task: Task, batches: Sequence) -> Tensor:
-    """Compute the teacher's score on each item of these batches, (items,)."""
+    """Compute the teacher's score for each item in the batches, (items,)."""
     with teacher:
         outs = [(teacher_logits(teacher, xb).float(), yb[0]) for xb, yb in batches]
     scores = []

@@ -1,4 +1,4 @@
-"""Describe the checks that found nothing: what they looked at, with numbers."""
+"""Describe the checks that found no problem, with numbers."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -24,8 +24,12 @@ __all__ = [
 
 
 def shapes_in_words(s: Sequence[int] | None, t: Sequence[int], y: Tensor | None) -> str:
-    """Describe the shapes of the student's outputs, the teacher's outputs and the labels. None if
-    unknown.
+    """Describe the shapes of the outputs and labels.
+
+    Args:
+        s: Shape of the student's outputs. None if unknown.
+        t: Shape of the teacher's outputs.
+        y: Labels. None if unknown.
     """
     labels = None if y is None else tuple(y.shape)
     shapes = dict(student=s and tuple(s), teacher=tuple(t), labels=labels)
@@ -38,7 +42,7 @@ def steady_in_words(teacher: Teacher) -> str:
 
 
 def norms_of(teacher: Teacher) -> list[Any]:
-    """Return the batch norms of a teacher that have statistics."""
+    """Return the batch norm layers of a teacher that track running statistics."""
     return [
         m
         for mod in teacher.modules
@@ -68,7 +72,7 @@ def outputs_in_words(tally: Tally) -> str:
 
 
 def order_in_words(tally: Tally) -> str:
-    """Describe the accuracy in the current and in the best order of the teacher's outputs."""
+    """Describe the teacher's accuracy in the current and in the best order of its outputs."""
     if tally.confusion is None:
         return ''
     table = tally.confusion.sum(0)
@@ -80,7 +84,7 @@ def order_in_words(tally: Tally) -> str:
 
 
 def unknown_normalization(teacher: Teacher, batches: Sequence) -> str:
-    """Describe the check for a teacher whose normalization is unknown."""
+    """Describe the normalization check for a teacher whose normalization is unknown."""
     if teacher.stats is not None or not can_renormalize(teacher, batches):
         return ''
-    return "the teacher's is unknown; no usual one scores clearly better than the student's"
+    return "the teacher's is unknown, but no common one scores clearly better than the student's"

@@ -1,4 +1,7 @@
-"""Check a recipe for two models: losses that need more classes, and layers that are not trained."""
+"""Check whether the terms of a recipe make sense for two given models.
+
+Some losses need more than two classes, and some layers may be frozen.
+"""
 
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -21,11 +24,11 @@ __all__ = ['check_recipe']
 def check_recipe(
     recipe: Any, student: Module | None, teacher: Teacher, x: Sequence, n_classes: int | None
 ) -> Iterator[Finding]:
-    """Find terms that would train nothing, or that are meaningless for these outputs.
+    """Find terms that train no parameters, or that are meaningless for these outputs.
 
     Args:
         recipe: A recipe or a term, or None.
-        student: A module. None to skip the checks of its layers.
+        student: A module. None to skip the checks of layers.
         teacher: The teacher.
         x: Inputs of a batch.
         n_classes: Number of classes of a softmax. None if the outputs are not a softmax.
@@ -41,7 +44,7 @@ def two_classes(term: Any) -> Iterator[Finding]:
     fn = term.loss
     while isinstance(fn, partial):
         fn = fn.func
-    fn = getattr(fn, 'fn', fn)  # the function inside a loss class
+    fn = getattr(fn, 'fn', fn)  # for a loss class, use its function
     if fn is response.dist and term.options.get('beta', 1.0):
         why = 'the correlation of two probabilities is always 1 or -1, so only their order is compared'
     elif isinstance(fn, response.Standardized):
@@ -52,7 +55,7 @@ def two_classes(term: Any) -> Iterator[Finding]:
 
 
 def frozen_layers(term: Any, student: Module, teacher: Teacher, x: Sequence) -> Iterator[Finding]:
-    """Find layers that a term can't train, because no parameter in or before them is trained."""
+    """Yield a finding if a term compares layers that do not depend on trainable parameters."""
     if all(p.requires_grad for p in student.parameters()):
         return
     pairs = pair(

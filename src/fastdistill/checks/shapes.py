@@ -1,4 +1,4 @@
-"""Find mistakes that are visible in one batch: shapes, class axes, labels and ids that do not fit."""
+"""Find mismatches in a batch: shapes, class axes, labels and token ids."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -16,17 +16,20 @@ __all__ = ['UnknownId', 'broadcasts', 'checked_ids', 'mismatches', 'unknown_id',
 
 
 class UnknownId(Exception):
-    """Raised for an id in a batch for which an embedding has no row. The message names it."""
+    """Raised if a batch has an id for which an embedding has no row. The message names the id."""
 
 
 @contextmanager
 def checked_ids(teacher: Teacher) -> Iterator[None]:
-    """Check the ids passed to the teacher's embeddings inside the context.
+    """Raise an error in this context if an embedding of the teacher gets an unknown id.
 
     On a GPU, an unknown id would crash the process.
 
     Args:
         teacher: A `Teacher` that runs inside the context.
+
+    Raises:
+        UnknownId: If an embedding has no row for an id.
     """
     named = {
         m: k
@@ -48,7 +51,7 @@ def checked_ids(teacher: Teacher) -> Iterator[None]:
     except (IndexError, DistillError) as e:
         cause = e.__cause__ if isinstance(e, DistillError) else e
         if not isinstance(cause, IndexError) or 'index out of range in self' not in str(cause):
-            raise  # raised outside an embedding module
+            raise  # the error was not raised by an embedding
         raise UnknownId('The inputs have ids that an embedding of the teacher does not have') from e
     finally:
         for h in handles:
@@ -68,14 +71,14 @@ def unknown_id(error: UnknownId) -> Finding:
 def mismatches(
     s: Sequence[int] | None, t: Sequence[int], y: Tensor | None, task: Task
 ) -> Iterator[Finding]:
-    """Find outputs and labels that do not fit each other.
+    """Yield a finding if outputs and labels do not fit together.
 
-    Only the first mistake is reported, since others follow from it.
+    Only the first mismatch is reported, because other mismatches may follow from it.
 
     Args:
         s: Shape of the student's outputs. None if unknown.
         t: Shape of the teacher's outputs.
-        y: The labels, or None.
+        y: Labels. None if unknown.
         task: What the student predicts.
     """
     for look in (
@@ -114,7 +117,7 @@ def axis_missing(
     s: Sequence[int] | None, t: Sequence[int], y: Tensor | None, task: Task
 ) -> Finding | None:
     if task.kind != 'softmax' or task.axis and -len(t) < task.axis < len(t):
-        return None  # axis 0 is the batch
+        return None  # axis 0 is the batch axis, so it can't be the class axis
     return Finding(
         'error',
         f'Outputs of shape {tuple(t)} have no axis {task.axis} for the classes',
@@ -181,13 +184,15 @@ def labels_beyond(
             'error',
             f'There is a label {wrong[0].item()}, but the outputs have {n} classes, 0 to {n - 1}',
             'Give the model as many outputs as there are classes. Set ignore_index of the loss '
-            'function to the label that does not count',
+            'function to the label that should be ignored',
         )
     return None
 
 
 def unscored(t: Sequence[int], y: Tensor | None, task: Task) -> Iterator[Finding]:
-    """Find labels of a different shape, which the user's loss function may accept."""
+    """Yield a finding if the labels have an unexpected shape, which the loss function may
+    accept.
+    """
     if y is not None and fit_labels(y, t, task) is None:
         yield Finding(
             'note',

@@ -1,4 +1,4 @@
-"Check that student and teacher do not share parameters."
+"""Check that the student and the teacher do not share parameters."""
 
 from collections.abc import Iterator
 
@@ -12,7 +12,7 @@ __all__ = ['none_shared', 'parameter_ids', 'shared_parameters']
 
 
 def shared_parameters(student: Module | None, teacher: Teacher) -> Iterator[Finding]:
-    """Find parameters of the student that also belong to the teacher.
+    """Yield a finding if some parameters belong to both the student and the teacher.
 
     Args:
         student: A module. None if unknown.
@@ -31,13 +31,16 @@ def shared_parameters(student: Module | None, teacher: Teacher) -> Iterator[Find
 
 
 def parameter_ids(teacher: Teacher) -> set[int]:
-    """Return the ids of a teacher's parameters. TorchScript's parameters have no lasting ids."""
+    """Return the ids of a teacher's parameters.
+
+    TorchScript modules are left out, since their parameters are new objects at each access.
+    """
     modules = [m for m in teacher.modules if not isinstance(m, torch.jit.ScriptModule)]
     return {id(p) for m in modules for p in m.parameters()}
 
 
 def none_shared(student: Module | None, teacher: Teacher) -> str:
-    """Describe a check that found none. Empty if there was nothing to compare."""
+    """Describe a check that found no shared parameters. Empty if no parameters were compared."""
     if student is None or not parameter_ids(teacher):
         return ''
     n = sum({id(p): p.numel() for m in teacher.modules for p in m.parameters()}.values())

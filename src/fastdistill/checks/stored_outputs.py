@@ -1,4 +1,4 @@
-"""Check whether stored outputs suit a recipe."""
+"""Check whether stored outputs are suitable for a recipe."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -9,18 +9,16 @@ from .findings import Finding
 
 __all__ = ['check_stored']
 
-LITTLE_LOSS = (
-    0.05  # T^2 times a KL in nats that is not worth a warning, however little the teacher tells
-)
-MISSING = 0.25  # part of the softened probability that may belong to classes that are not stored
+LITTLE_LOSS = 0.05  # maximum loss that is never reported, as T^2 times the KL in nats
+MISSING = 0.25  # maximum fraction of the softened probability in classes that are not stored
 
 
 def check_stored(recipe: Any, teacher: Outputs, axis: int = 1) -> Iterator[Finding]:
-    """Find terms that stored outputs do not suit, before training.
+    """Find terms for which the stored outputs are not suitable.
 
     Args:
         recipe: A recipe.
-        teacher: Stored `Outputs` of a batch, as a cache decodes them.
+        teacher: Stored `Outputs` of a batch, decoded by a cache.
         axis: Class axis.
     """
     t = teacher.logits
@@ -46,13 +44,13 @@ def unsuited_draws(term: Any, t: Draws) -> Iterator[Finding]:
 
 
 def lossy_classes(term: Any, t: TopK, lost: Any) -> Iterator[Finding]:
-    """Find a term that loses much by the classes that are not stored."""
+    """Yield a finding if a term loses much information because some classes are not stored."""
     T, k = term.temperature or 1.0, t.ids.shape[-1]
     stored = f'The cache stores the {k} likeliest of {t.n:,} classes, and {term.name} uses them at T={T:g}'
     if lost is not None:
         found = loss_at(lost, T)
         told = (
-            f'at this temperature, {100 * found["share"]:.0f}% of what the teacher tells is lost (KL '
+            f"at this temperature, {100 * found['share']:.0f}% of the teacher's information is lost (KL "
             f'{found["kl"]:.2g} nats), and the correlations of its outputs '
             f'fall by {found["correlation"]:.2f}, measured when the cache was written'
         )
@@ -66,14 +64,14 @@ def lossy_classes(term: Any, t: TopK, lost: Any) -> Iterator[Finding]:
         yield Finding(
             'warning',
             f'{stored}: {told}',
-            "Store the outputs in a different way: cache_teacher(..., store='auto') measures what each "
-            'way loses' + (', or use kd(T=1)' if T > 1 or term.relates else ''),
+            "Store the outputs in a different format: cache_teacher(..., store='auto') compares all "
+            'formats' + (', or use kd(T=1)' if T > 1 or term.relates else ''),
             about='store',
         )
 
 
 def missing_probability(t: TopK, T: float) -> float:
-    """Return the mean probability of the classes that are not stored, at this temperature."""
+    """Return the mean probability, at temperature `T`, of the classes that are not stored."""
     if t.tail == 'bucket':
         return 1 - float(t.values.logsumexp(-1).exp().mean())
     p = (t.dense().movedim(t.axis, -1) / T).softmax(-1)

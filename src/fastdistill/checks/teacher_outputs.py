@@ -1,4 +1,4 @@
-"""Check a teacher's outputs on a few batches: their shape, and whether the teacher knows the task."""
+"""Check a teacher's outputs on a few batches: their shapes, and whether they predict the labels."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -41,10 +41,8 @@ from .teacher_scores import hesitant, low_score, saturated
 
 __all__ = ['BATCHES', 'any_outputs', 'check_batch', 'check_outputs', 'single_teachers']
 
-BATCHES = (
-    8  # validation batches used to score the teacher; a quarter as many training batches are read
-)
-KEPT = 4  # number of batches kept to run the teacher on them again
+BATCHES = 8  # number of validation batches on which the teacher is scored
+KEPT = 4  # number of batches kept for running the teacher again
 
 
 def check_outputs(
@@ -62,20 +60,21 @@ def check_outputs(
 ) -> Findings:
     """Check the teacher's outputs on a few batches.
 
-    `.facts` of the result are the scores of both models and of a constant prediction.
+    The attribute `facts` of the result has the scores of both models and of a constant prediction.
 
     Args:
         teacher: A `Teacher`.
         task: What the student predicts.
-        batches: Batches to score, usually from the validation set: (inputs, targets), both tuples.
+        batches: Batches to score, usually from the validation set. A batch is (inputs, targets),
+            where both are tuples.
         student: The student's module. None if unknown.
-        train: Training batches, augmented. Only probabilities are measured on them.
-        recipe: Recipe or term of the training. None if unknown.
-        names: Names of the student's classes.
-        output: Which of the student's outputs is distilled, as in `Outputs.of`.
-        place: fn(inputs, logits, targets) -> targets, each at the position where it is predicted.
-            None if they already are.
-        part: Where `batches` come from, as in `Facts`.
+        train: Augmented training batches, from which only the teacher's probabilities are measured.
+        recipe: Recipe or term used for training. None if unknown.
+        names: Names of the student's classes. None if unknown.
+        output: Which output of the student is distilled, as in `Outputs.of`.
+        place: fn(inputs, logits, targets) -> targets aligned with the positions of their
+            predictions. None if the targets are already aligned.
+        part: Dataset of `batches`, as in `Facts`.
     """
     found, tally, t = Findings(), Tally(task, part), None
     kept: list[tuple] = []
@@ -95,7 +94,7 @@ def check_outputs(
             if place is not None and not training:
                 yb = place(xb, t if s is None else s, yb)
             y = yb[0] if len(yb) and isinstance(yb[0], Tensor) else None
-            # the teacher has no head, or different classes
+            # the teacher has no classification head, or has different classes
             if first and any_outputs(recipe) and s is not None and s.shape != t.shape:
                 return Findings(
                     [*unsteady(teacher, xb, t), *check_recipe(recipe, student, teacher, xb, None)]
@@ -139,33 +138,35 @@ def check_outputs(
 
 
 def refused(about: str, found: Iterable[Finding]) -> Findings:
-    """Return findings that end the check."""
+    """Return findings that end the check early."""
     out = Findings()
     out.add(about, found)
     return out
 
 
 def any_outputs(recipe: Any) -> bool:
-    """Return True if the recipe compares layers, or outputs whose classes may differ.
+    """Return True if the teacher's outputs need not have the same shape as the student's.
 
-    The teacher's outputs then don't have to fit the student's.
+    Recipes that compare only layers, or outputs with different classes, allow this.
     """
     terms = getattr(recipe, 'terms', [recipe])
     return recipe is not None and all(t.layers is not None or t.match != 'shape' for t in terms)
 
 
 def check_batch(s: Tensor | None, t: Tensor | None, y: Tensor | None, task: Task) -> Findings:
-    """Find outputs that would broadcast, class axes or labels that do not fit, and probabilities.
+    """Find outputs and labels of a batch that do not fit together, and probabilities instead of
+    logits.
 
     Args:
-        s: The student's outputs. None if unknown.
-        t: The teacher's outputs for all classes. None if unknown.
-        y: Labels, or None.
+        s: Outputs of the student. None if unknown.
+        t: Outputs of the teacher for all classes. None if unknown.
+        y: Labels. None if unknown.
         task: What the student predicts.
     """
     if s is None:
         return Findings()
-    # subtle: leave different shapes that do not broadcast to the losses, which may compare only some classes
+    # subtle: report only shapes that would broadcast silently. All other shapes are left to the
+    # loss, which may compare only some of the classes
     mistakes = (
         []
         if t is None or not broadcasts(s.shape, t.shape)
@@ -180,24 +181,25 @@ def check_batch(s: Tensor | None, t: Tensor | None, y: Tensor | None, task: Task
 
 
 def single_teachers(teacher: Teacher) -> list[Teacher]:
-    """Return the members of an ensemble, recursively. For a single teacher, return the teacher
-    itself.
+    """Return the single teachers in a nested ensemble.
+
+    For a single teacher, the list has only the teacher itself.
     """
     return [o for m in teacher.members for o in single_teachers(m)] or [teacher]
 
 
 def unsteady(teacher: Teacher, xb: Sequence, t: Tensor) -> Iterator[Finding]:
-    """Find outputs that change between calls, or that depend on the other samples in the batch."""
+    """Yield a finding if outputs change between calls, or depend on other samples in the batch."""
     if teacher.mode == 'train' or teacher.combine == 'sample':
-        return  # the user asked for it
+        return  # random outputs are expected in these modes
 
     def near(a: Tensor, b: Tensor) -> bool:
-        largest = b.nan_to_num(0, 0, 0).abs().max().item()  # logits of excluded classes may be -inf
+        largest = b.nan_to_num(0, 0, 0).abs().max().item()  # logits of masked classes may be -inf
         return a.shape == b.shape and torch.allclose(
             a, b, rtol=0, atol=0.05 * largest, equal_nan=True
         )
 
-    # modules inside a function can't be found and set to evaluation mode
+    # modules inside a function are not known, so they can't be set to evaluation mode
     function = any(o.module is None and o.path is None for o in single_teachers(teacher))
     parts = list(tensors_in(xb))
     can_cut = (
@@ -235,7 +237,7 @@ def untrained(teacher: Teacher) -> Iterator[Finding]:
 
 
 def probabilities(tally: Tally, task: Task) -> Iterator[Finding]:
-    """Find nan or infinite values, and probabilities instead of logits."""
+    """Yield findings for nan or infinite outputs, and for probabilities instead of logits."""
     if not tally.finite:
         yield Finding(
             'error',

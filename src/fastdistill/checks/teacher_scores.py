@@ -1,4 +1,4 @@
-"""Find out why a teacher scores low, and how certain it is of its training data."""
+"""Find out why a teacher's score is low, and how confident the teacher is."""
 
 from collections.abc import Iterable, Iterator, Sequence
 
@@ -15,9 +15,9 @@ from .normalization import renormalized_images
 
 __all__ = ['hesitant', 'low_score', 'saturated']
 
-CERTAIN = 0.99  # above this mean top probability, soft labels are nearly one-hot
-HESITANT = 0.2  # difference between accuracy and mean top probability above which a teacher is too hesitant
-NOT_APART = 0.25  # below this difference in mean probability between present and absent labels, they are not separated
+CERTAIN = 0.99  # minimum mean top probability of nearly one-hot soft labels
+HESITANT = 0.2  # maximum difference between the accuracy and the mean top probability
+NOT_APART = 0.25  # minimum difference between the mean probabilities of present and absent labels
 FEWEST = 64  # minimum number of items for these checks
 
 
@@ -30,7 +30,7 @@ def low_score(
     names: Sequence | None,
     trained: bool,
 ) -> Iterator[Finding]:
-    """Yield the reason why the teacher predicts badly: the most precise explanation that fits.
+    """Yield the most specific reason for a low score of the teacher, if there is one.
 
     Args:
         tally: `Tally` of a few validation batches.
@@ -44,13 +44,13 @@ def low_score(
     if not tally.n_labels:
         return
     cures = []
-    # even an untrained teacher may prefer an output for a class
+    # skip untrained teachers, for which an order of classes may fit by chance
     if trained:
         cures = [
             *reordered_classes(tally, teacher, names),
             *renormalized_images(tally, teacher, task, batches),
         ]
-    # a wrong normalization may look like a wrong class order, and vice versa: report the better fix
+    # report only the better fix, since a wrong normalization can look like a wrong class order
     if cures:
         yield max(cures, key=lambda o: o[0])[1]
     else:
@@ -63,7 +63,7 @@ def low_score(
 
 
 def embedding_rows(modules: Iterable[Module]) -> int | None:
-    """Return the number of rows of the largest embedding in these modules. None if there is none."""
+    """Return the number of rows of the largest embedding, or None if there are no embeddings."""
     sizes = [
         m.num_embeddings
         for o in modules
@@ -76,7 +76,10 @@ def embedding_rows(modules: Iterable[Module]) -> int | None:
 def other_tokens(
     tally: Tally, teacher: Teacher, student: Module | None, batches: Sequence
 ) -> Iterator[Finding]:
-    """Find token ids of a different tokenizer, which are valid but have a different meaning."""
+    """Yield a finding if the inputs may be token ids of a different tokenizer.
+
+    The ids of a different tokenizer can be valid, but they have a different meaning.
+    """
     t, s = embedding_rows(teacher.modules), None if student is None else embedding_rows([student])
     ids = [o for o in tensors_in(batches[0][0]) if not o.is_floating_point()]
     if None in (t, s) or t == s or not ids or tally.above_constant(least=0.0):
@@ -98,7 +101,12 @@ IF_SWAPPED = (
 
 
 def student_is_better(tally: Tally, **margin: float) -> bool:
-    """Return True if the student's predictions are already significantly better than the teacher's."""
+    """Return True if the student is already significantly better than the teacher.
+
+    Args:
+        tally: Scores of both models.
+        **margin: Arguments `least` and `sure` of `Tally.above`.
+    """
     student = tally.items('student')
     return len(student) >= FEW and tally.above(student, tally.items('teacher'), **margin)
 
@@ -136,7 +144,10 @@ def saturated(facts: Facts, task: Task) -> Iterator[Finding]:
 
 
 def hesitant(tally: Tally) -> Iterator[Finding]:
-    """Find a teacher whose soft labels may mislead, e.g. after a training that was stopped early."""
+    """Yield a finding if the teacher is too uncertain, e.g. because its training was stopped early.
+
+    The soft labels of such a teacher may mislead the student.
+    """
     kind, f = tally.task.kind, tally.facts()
     if f.teacher_score is None or f.top_prob_valid is None or f.n < FEWEST:
         return
@@ -159,14 +170,14 @@ def hesitant(tally: Tally) -> Iterator[Finding]:
 
 
 def label_probs(tally: Tally) -> tuple[float, float]:
-    """Return the mean probabilities of present and of absent labels."""
+    """Return (mean probability of present labels, mean probability of absent labels)."""
     n_with, n_without, p_with, p_without = tally.sums[:4].sum(1).tolist()
     return p_with / max(n_with, 1), p_without / max(n_without, 1)
 
 
 def chance(tally: Tally) -> Iterator[Finding]:
-    """Find a teacher that is not better than a constant prediction."""
-    # subtle: these measures also work for badly calibrated teachers and rare classes
+    """Yield a finding if the teacher is not better than a constant prediction."""
+    # subtle: these tests also work for badly calibrated teachers and rare classes
     if why := dict(softmax=classes_known, sigmoid=labels_known, regression=numbers_known)[
         tally.task.kind
     ](tally):
@@ -180,7 +191,8 @@ def chance(tally: Tally) -> Iterator[Finding]:
                 f'{text}. The student has {f.metric} {f.student_score:.3f} before training',
                 IF_SWAPPED + do,
             )
-        # subtle: a tiny lead gets a warning, a larger one that is not significant gets a note
+        # subtle: a tiny lead over chance gets a warning. A larger lead that is not significant gets
+        # a note
         yield Finding(
             'warning' if way <= SLIGHT else 'note',
             f'The teacher is {"no" if way <= 1e-9 else "hardly"} better than chance: {text}',

@@ -1,4 +1,4 @@
-"A teacher in any common form."
+"""Teachers: models, files, functions and ensembles that produce outputs for distillation."""
 
 from .raw_items import with_items
 from .teacher import Teacher

@@ -1,4 +1,7 @@
-"Find the batch norms that can be folded into the convolution before them, by watching one run."
+"""Find the batch norms that can be folded into the preceding convolution.
+
+The model runs once, and each function that reads the output of a convolution is counted.
+"""
 
 import weakref
 from collections.abc import Callable, Iterator
@@ -17,7 +20,7 @@ FOLDABLE, NORMS = (
     (nn.Conv1d, nn.Conv2d, nn.Conv3d),
     (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d),
 )
-# functions of a tensor that do not read its values
+# tensor functions that do not read the values
 HARMLESS = {
     'size',
     'dim',
@@ -32,7 +35,7 @@ HARMLESS = {
 
 
 class _Readers(TorchFunctionMode):
-    """Mode that counts the functions that read each watched tensor."""
+    """Mode that counts how many functions read each watched tensor."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -43,7 +46,10 @@ class _Readers(TorchFunctionMode):
         self.watched[id(y)] = [weakref.ref(y), conv, 0]
 
     def entry(self, y: Any) -> list | None:
-        """Return the entry of a tensor, or None. A new tensor may have the id of one that is gone."""
+        """Return the entry of a watched tensor, or None.
+
+        A new tensor may have the id of a deleted tensor, so the weak reference is compared.
+        """
         e = self.watched.get(id(y))
         return e if e is not None and e[0]() is y else None
 
@@ -64,8 +70,10 @@ class _Readers(TorchFunctionMode):
 
 @contextmanager
 def watched_pairs(model: Module) -> Iterator[list]:
-    """Context that watches runs of the model. It yields a list, which holds the pairs (convolution,
-    batch norm) afterwards.
+    """Watch the model while it runs.
+
+    Yields:
+        A list, which holds the foldable pairs (convolution, batch norm) after the context ends.
     """
     pairs: list = []
     runs: dict[nn.Module, int] = {}
@@ -89,7 +97,7 @@ def watched_pairs(model: Module) -> Iterator[list]:
             else:
                 continue
             stack.callback(handle.remove)
-        # what the model returns will be read
+        # the caller reads what the model returns
         stack.callback(model.register_forward_hook(lambda m, args, out: readers.count(out)).remove)
         stack.enter_context(readers)
         yield pairs
@@ -97,12 +105,14 @@ def watched_pairs(model: Module) -> Iterator[list]:
 
 
 def foldable(model: nn.Module, run: Callable[[], Any]) -> list:
-    """Return the pairs (convolution, batch norm) that can become one convolution: each ran once, and
-    only the batch norm reads the output of the convolution.
+    """Return the pairs (convolution, batch norm) that can be merged into one convolution.
+
+    Both layers must run exactly once, and only the batch norm may read the output of the
+    convolution.
 
     Args:
         model: A model in evaluation mode.
-        run: fn() that runs it on a batch.
+        run: fn() that runs the model on a batch.
     """
     names = [m for _, m in model.named_modules(remove_duplicate=False)]
     hooked = lambda m: m._forward_hooks or m._forward_pre_hooks or hasattr(m, 'parametrizations')

@@ -1,4 +1,4 @@
-"Split a batch into slices of rows, for teachers that need too much memory for a whole batch."
+"""Split a batch into slices of rows, for teachers that need too much memory for a whole batch."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -12,11 +12,11 @@ __all__ = ['in_slices', 'joined', 'plain_output']
 
 
 def in_slices(x: Sequence, kw: Mapping[str, Any], rows: int | None) -> list[tuple]:
-    """Split the inputs into slices.
+    """Split the inputs of a batch into slices of rows.
 
     Args:
-        x, kw: Inputs by position and by name.
-        rows: Maximum number of rows of a slice. None for all rows at once.
+        x, kw: Positional and keyword inputs.
+        rows: Maximum number of rows in a slice. None to use all rows at once.
     """
     if rows is None:
         return [(x, kw)]
@@ -30,11 +30,7 @@ def in_slices(x: Sequence, kw: Mapping[str, Any], rows: int | None) -> list[tupl
 
 
 def joined(outs: Sequence[Outputs]) -> Outputs:
-    """Concatenate the outputs of slices.
-
-    Args:
-        outs: Outputs of each slice of a batch.
-    """
+    """Concatenate the outputs of the slices of a batch."""
     if len(outs) == 1:
         return outs[0]
 

@@ -1,4 +1,4 @@
-"Run a module with `torch.compile`, for inputs with the shapes of the first batch."
+"""Run a module with `torch.compile` for inputs with the shapes of the first batch."""
 
 import os
 import shutil
@@ -15,8 +15,10 @@ __all__ = ['CompiledModule']
 
 
 class CompiledModule:
-    """Compiled form of a module. Inputs with different shapes than the first batch run uncompiled,
-    since compiling for each shape would take longer than it saves.
+    """A module compiled for the input shapes of the first batch.
+
+    Batches with different shapes run uncompiled, since compiling again for each shape would take
+    longer than it saves.
 
     Args:
         module: A frozen module in evaluation mode.
@@ -40,17 +42,17 @@ class CompiledModule:
         return run(*x, **kw)
 
     def _compile(self, x: Sequence, kw: Mapping[str, Any]) -> str:
-        """Compile for this batch. Return the result as text."""
+        """Compile the module for this batch, and return a text about the result."""
         device = next(tensors_in((x, kw))).device
         if why := missing_compiler(device):
             return f'not compiled ({why})'
-        # with frozen weights, the compiler merges convolutions and activations
+        # with constant weights, the compiler can merge convolutions and activations
         options: dict[str, Any] = dict(options=dict(freezing=True)) if device.type == 'cpu' else {}
         start = time.perf_counter()
         try:
             fast = torch.compile(self.module, dynamic=False, **options)
             close = self.close(fast(*x, **kw), self.module(*x, **kw))
-        except Exception as e:  # a compiler may raise anything
+        except Exception as e:  # a compiler may raise any error
             text = (str(e).splitlines() or [''])[0][:100]
             return f'not compiled ({type(e).__name__}: {text})'
         if not close:
@@ -60,7 +62,7 @@ class CompiledModule:
 
 
 def missing_compiler(device: torch.device) -> str | None:
-    """Return why torch.compile can't work on this machine. None if it can."""
+    """Return why torch.compile can't work on this machine, or None if it can."""
     if device.type == 'cuda':
         return None
     names = os.environ.get('CXX'), 'g++', 'clang++', 'c++', 'cl'

@@ -1,4 +1,4 @@
-"How a faster copy of a teacher's model is built: its dtype, memory format, folded batch norms and device."
+"""Build a faster copy of a teacher's model, with a different dtype, layout or device."""
 
 import copy
 from collections.abc import Callable, Iterable, Sequence
@@ -17,14 +17,14 @@ __all__ = ['CopyPlan', 'short_name', 'weights_of', 'without_layers']
 
 @dataclass(frozen=True)
 class CopyPlan:
-    """How a copy differs from the model.
+    """Options for copying a model.
 
     Attributes:
-        dtype: Dtype of the copy's weights.
+        dtype: Dtype of the weights.
         device: Device of the copy.
-        layout: Memory format of the convolutions. None to keep it.
+        layout: Memory format of convolution weights. None to keep the current format.
         pairs: Pairs (convolution, batch norm) to fold.
-        all_floats: True to convert buffers that are not saved with the model too.
+        all_floats: If True, convert non-persistent buffers too.
     """
 
     dtype: torch.dtype
@@ -39,8 +39,9 @@ class CopyPlan:
         return ', '.join(filter(None, [short_name(self.dtype), layout, folded]))
 
     def build(self, model: nn.Module) -> nn.Module:
-        """Return a frozen copy of the model. Weights that need no change are shared, and no weight
-        is copied unchanged first.
+        """Return a frozen copy of the model.
+
+        To save memory, unchanged weights are shared with the model.
         """
         memo: dict[int, Any] = {}
         for conv, norm in self.pairs:
@@ -77,10 +78,12 @@ class CopyPlan:
 
 @torch.no_grad()
 def folded(conv: Any, norm: Any, frozen: Callable[[Tensor], nn.Parameter]) -> Module:
-    """Return a convolution that computes what both compute.
+    """Return a convolution that includes the batch norm.
 
     Args:
-        frozen: fn(tensor) -> the parameter of the copy.
+        conv: A convolution.
+        norm: The batch norm after the convolution.
+        frozen: fn(tensor) -> frozen parameter for the copy.
     """
     bias = torch.zeros_like(norm.running_mean) if conv.bias is None else conv.bias
     weight, bias = fuse_conv_bn_weights(
@@ -94,7 +97,7 @@ def folded(conv: Any, norm: Any, frozen: Callable[[Tensor], nn.Parameter]) -> Mo
 def without_layers(
     model: Module, pairs: Iterable[tuple[Module, Module]], layers: Sequence[str]
 ) -> tuple[tuple[Module, Module], ...]:
-    """Return the pairs that can be folded if these layers are read."""
+    """Return the pairs that can still be folded if the outputs of the named layers are read."""
     have = named(model)
     read = {have.get(n.split('@')[0]) for n in layers}
     return tuple((c, n) for c, n in pairs if not {c, n} & read)

@@ -1,4 +1,4 @@
-"Several teachers as one: their weights, and the mean of their predictions."
+"""Combine several teachers into one: the mean of their predictions, or one drawn member."""
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -18,10 +18,10 @@ __all__ = ['EnsembleRunner', 'member_weights']
 
 
 class EnsembleRunner(Runner):
-    """Runs the members of an ensemble. Names of layers begin with the member's number.
+    """Runs the members of an ensemble. Layer names start with the index of the member.
 
     Args:
-        teacher: The `Teacher`, with its members.
+        teacher: The `Teacher` with its members.
     """
 
     fast_copy = module = None
@@ -61,10 +61,12 @@ class EnsembleRunner(Runner):
     def outputs_for(
         self, teachers: Sequence, x: Sequence, kw: Mapping[str, Any], layers: Sequence[str]
     ) -> list[Outputs]:
-        """The combined outputs for a batch, with these layers, as each teacher reads them.
+        """Return the combined outputs for a batch, once for each teacher.
 
         Args:
-            teachers: Variations with different classes.
+            teachers: Variants of the ensemble that select or map classes differently.
+            x, kw: Positional and keyword inputs.
+            layers: Names of the layers to read.
         """
         o = self._combined(x, kw, layers)
         return [with_classes(t, o) for t in teachers]
@@ -89,7 +91,7 @@ class EnsembleRunner(Runner):
         return Outputs(logits, feats, mask, outs[0].classes)
 
     def _outputs_of_one(self, x: Sequence, kw: Mapping[str, Any], layers: Sequence[str]) -> Outputs:
-        """The outputs of a member that is drawn."""
+        """Return the outputs of a randomly drawn member."""
         if layers:
             raise DistillError(
                 "combine='sample' runs one member, so layers of all can't be compared: use terms "
@@ -99,11 +101,11 @@ class EnsembleRunner(Runner):
         return self.members[int(drawn)].runner.outputs(x, kw, [])
 
     def bare_call(self, x: tuple) -> Callable[[], Outputs]:
-        """A function that runs the ensemble on these inputs."""
+        """Return a function that runs the ensemble on these inputs."""
         return lambda: self.teacher(*x)
 
     def check_layers(self, layers: Sequence[str]) -> None:
-        """Refuse names of layers that do not begin with a member's number."""
+        """Raise a DistillError if a layer name does not start with the index of a member."""
         numbers = [*map(str, range(len(self.members)))]
         if wrong := [n for n in layers if n.partition('.')[0] not in numbers]:
             raise DistillError(
@@ -113,7 +115,7 @@ class EnsembleRunner(Runner):
 
 
 def member_weights(weights: Sequence[float] | None, n: int) -> list[float]:
-    """Weights that add up to 1."""
+    """Normalize the weights of the members to sum to 1. None gives equal weights."""
     w = [1.0] * n if weights is None else [float(o) for o in weights]
     if len(w) != n or min(w) < 0 or not 0 < sum(w) < float('inf'):
         raise DistillError(
@@ -125,12 +127,12 @@ def member_weights(weights: Sequence[float] | None, n: int) -> list[float]:
 def mix(
     logits: Sequence[Tensor], weights: Sequence[float], combine: str, kind: str, axis: int
 ) -> Tensor:
-    """Logits of the mean prediction of several teachers.
+    """Return the logits of the mean prediction of several teachers.
 
     Args:
-        logits: Of each member, equal shapes.
-        weights: Of each member, adding up to 1.
-        combine, kind, axis: As in `Teacher`
+        logits: Logits of each member, all of the same shape.
+        weights: Weight of each member. The weights sum to 1.
+        combine, kind, axis: As in `Teacher`.
     """
     for i, o in enumerate(logits):
         if o.shape != logits[0].shape:

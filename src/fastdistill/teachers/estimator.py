@@ -1,5 +1,6 @@
-"""Teachers that are not networks: estimators of scikit-learn, LightGBM, XGBoost or CatBoost, or
-anything with their methods.
+"""Use estimators of scikit-learn, LightGBM, XGBoost or CatBoost as teachers.
+
+Any object with a method `predict_proba` or `predict` works.
 """
 
 import copy
@@ -17,14 +18,14 @@ __all__ = ['Estimator', 'is_estimator', 'load_estimator']
 
 
 def is_estimator(o: Any) -> bool:
-    "Return True for an object with `predict_proba` or `predict` that is not a function of tensors."
+    """Return True for an object with `predict_proba` or `predict` that is not itself callable."""
     if isinstance(o, (type, nn.Module)) or callable(o):
         return False
     return any(callable(getattr(o, k, None)) for k in ('predict_proba', 'predict'))
 
 
 def load_estimator(path: Any) -> Any:
-    """Load an estimator. The file is a pickle, whose code runs.
+    """Load an estimator. The file is a pickle, so loading it can run arbitrary code.
 
     Args:
         path: Path of a file that `joblib.dump` wrote.
@@ -35,7 +36,7 @@ def load_estimator(path: Any) -> Any:
         raise ImportError(f'The estimator in {path} needs joblib: pip install joblib') from e
     try:
         model = joblib.load(path)
-    # subtle: any error at all, since the bytes of another file are instructions to pickle
+    # subtle: unpickling a file of a different format may raise any error
     except Exception as e:
         reason = ' '.join(f'{type(e).__name__}: {e}'.split())
         raise DistillError(
@@ -51,15 +52,15 @@ def load_estimator(path: Any) -> Any:
 
 
 class Estimator:
-    """A fitted estimator as a function of a batch. It returns probabilities, of classes or labels,
-    or numbers.
+    """A fitted estimator as a function of a batch.
 
-    A batch is a table, a tensor (B, columns), or a dict with a tensor for each column.
+    The estimator returns probabilities of classes or labels, or numbers for regression. A batch is a table, a
+    tensor (B, columns), or a dict with a tensor for each column.
 
     Args:
-        model: Estimator with `predict_proba`, or only `predict`.
-        kind: What it predicts, as in `Teacher`.
-        frame: Rows before any transform, for fastai's tables.
+        model: Estimator with `predict_proba`, or with only `predict`.
+        kind: Kind of the predictions, as in `Teacher`.
+        frame: For fastai tables, a DataFrame with the rows before any transform.
     """
 
     def __init__(self, model: Any, kind: str = 'softmax', frame: Any = None) -> None:
@@ -78,8 +79,8 @@ class Estimator:
 
     @property
     def classes(self) -> list | None:
-        """Classes in the order of the outputs. None if there are none, or if several outputs are
-        predicted.
+        """Classes in the order of the outputs. None for regression and for estimators with
+        several outputs.
         """
         own = getattr(self.model, 'classes_', None)
         return (
@@ -90,7 +91,7 @@ class Estimator:
 
     @property
     def columns(self) -> list[str] | None:
-        """Names of the columns that it was fitted on. None if they are unknown."""
+        """Names of the columns on which the estimator was fitted. None if the names are unknown."""
         for k in ('feature_names_in_', 'feature_names_', 'feature_name'):
             names = getattr(self.model, k, None)
             if (names := names() if callable(names) else names) is not None:
@@ -99,7 +100,7 @@ class Estimator:
 
     @property
     def identity(self) -> bytes:
-        """Bytes that differ between different estimators."""
+        """Bytes that identify the fitted estimator."""
         try:
             import joblib
 
@@ -110,19 +111,21 @@ class Estimator:
     def __call__(self, *x: Any, **named: Any) -> Tensor:
         return self.predict(self._table(x, named))
 
-    # for timing: fastai's tables remember the rows that they predicted before
+    # used for timing. The subclass for fastai tables predicts again here instead of looking up
+    # outputs
     anew = __call__
 
     def predict(self, rows: Any) -> Tensor:
-        """Predict probabilities, or numbers, (B, C).
+        """Predict probabilities or numbers, (B, C).
 
         Args:
-            rows: A table, or an array.
+            rows: A table or an array.
         """
         given = dict(softmax=self._classes, sigmoid=self._labels, regression=self._numbers)[
             self.kind
         ](rows)
-        return torch.from_numpy(np.array(given, dtype=np.float64)).float()  # a copy
+        # copy the array, which may be read-only
+        return torch.from_numpy(np.array(given, dtype=np.float64)).float()
 
     def _classes(self, rows: Any) -> Any:
         if hasattr(self.model, 'predict_proba'):
@@ -183,11 +186,13 @@ class Estimator:
         return self.in_order(pd.DataFrame(columns))
 
     def in_order(self, table: Any) -> Any:
-        """Return the columns that it was fitted on, in their order. Raise a DistillError that names
-        missing ones.
+        """Return the columns on which the estimator was fitted, in the same order.
 
         Args:
             table: A DataFrame.
+
+        Raises:
+            DistillError: If columns are missing. The error names them.
         """
         names = self.columns
         if names is None:
@@ -232,8 +237,9 @@ def columns_of_numbers(v: Any) -> np.ndarray:
 
 
 def positive(p: np.ndarray, classes: Iterable) -> np.ndarray:
-    """Return the probability of the label from a binary estimator, which may have seen only one of
-    the two classes.
+    """Return the probability of a label from the output of a binary estimator.
+
+    The output has only one column if the estimator was fitted on a single class.
     """
     yes = [i for i, c in enumerate(classes) if c]
     return p[:, yes].sum(1)
@@ -241,6 +247,6 @@ def positive(p: np.ndarray, classes: Iterable) -> np.ndarray:
 
 def several(name: str, n: int) -> str:
     return (
-        f'{name} predicts {n} outputs, the student one class of several. Give a function that returns the '
-        "probabilities of one of them: Teacher(fn, outputs='probs')."
+        f'{name} predicts {n} outputs, but the student predicts one of several classes. Give a function that '
+        "returns the probabilities of one of them: Teacher(fn, outputs='probs')."
     )

@@ -1,4 +1,4 @@
-"A faster copy of a teacher's model, which runs instead of it if its outputs are close. Decided at the first batch."
+"""Replace a teacher's model by a faster copy with similar outputs, chosen on the first batch."""
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -19,33 +19,32 @@ from .model_loading import is_graph
 
 __all__ = ['AS_IT_IS', 'DEFAULTS', 'OPTIONS', 'FastCopy', 'check_run', 'native_bf16', 'run_options']
 
-# name -> allowed values; the first one is the default
+# {option: allowed values}. The first value is the default
 OPTIONS = dict(
     precision=('auto', 'fp32', 'bf16', 'fp16'),
     memory_format=('auto', 'channels_last', None),
     fold_bn=('auto', True, False),
     compile=(False, True),
 )
-# what `run=` takes, with its defaults
+# options in `run=` with their defaults, except 'mode'
 DEFAULTS = {k: v[0] for k, v in OPTIONS.items()} | dict(device=None, batch=None)
-# the options of a teacher that runs as the model itself
+# options with which the model itself runs, never a faster copy
 AS_IT_IS = dict(precision='fp32', memory_format=None, fold_bn=False, compile=False)
 PRECISIONS = dict(bf16=torch.bfloat16, fp16=torch.float16)
-# largest difference from the outputs of the model itself, as a fraction of their spread
+# maximum difference from the outputs of the original model, relative to their standard deviation
 FARTHEST = {torch.float32: 1e-3, torch.bfloat16: 0.03, torch.float16: 0.01}
 NOT_FASTER = 'a copy is not faster'
-# 'auto' leaves models with fewer operations per batch unchanged, since they are too small to gain
+# minimum number of operations per batch for 'auto', since smaller models do not become faster
 WORK = 5e9
 
 
 def run_options(given: dict[str, Any]) -> dict[str, Any]:
-    """Return all options of `run=`: the given ones, and defaults."""
+    """Return all options of `run=`, with defaults for those that are not given."""
     return DEFAULTS | given
 
 
 def check_run(given: dict[str, Any], model: Any) -> None:
-    """Raise a DistillError for values that do not exist, and for options of an nn.Module if the
-    teacher is not one.
+    """Raise a DistillError for invalid options, or for options that this model does not support.
 
     Args:
         given: Options of `run=`.
@@ -78,28 +77,28 @@ def check_device(device: Any) -> None:
     try:
         if torch.empty(0, device=device).device.type == 'meta':
             raise RuntimeError('it holds no values')
-    # subtle: PyTorch has no common error for an unknown device and one that is not there
+    # subtle: PyTorch raises different errors for unknown devices and for missing devices
     except (RuntimeError, AssertionError, TypeError, NotImplementedError, ValueError) as e:
         raise DistillError(
             f"device={device!r}: this device can't be used here ({str(e).splitlines()[0]}). Omit "
-            'device=, and the teacher follows the batches to theirs.'
+            'device= to run the teacher on the device of the batches.'
         ) from e
 
 
 def native_bf16(device: torch.device) -> bool:
-    "Return True if this device computes in bfloat16 natively."
+    """Return True if a device computes in bfloat16 natively."""
     if device.type == 'cuda':
         return torch.cuda.get_device_capability(device) >= (8, 0)
     has = lambda name: getattr(
         torch.cpu, name, bool
-    )()  # older versions of PyTorch have no such function
+    )()  # returns False in older versions of PyTorch, which lack the function
     return device.type == 'cpu' and (
         has('_is_avx512_bf16_supported') or has('_is_amx_tile_supported')
     )
 
 
 def why_no_copy(model: Module) -> str:
-    """Return why a module can't be replaced by a copy. Empty if it can."""
+    """Return why a module can't be replaced by a copy, or '' if it can."""
     tensors = [*model.parameters(), *model.buffers()]
     if is_graph(model):
         return 'it is a program'
@@ -111,7 +110,7 @@ def why_no_copy(model: Module) -> str:
         return 'its weights are special'
     if any(type(p) is not nn.Parameter for p in model.parameters()):
         return 'its weights are special'
-    # subtle: a hook that is, or belongs to, an object outside the model would be copied with that object
+    # subtle: if a hook belongs to an object outside the model, that object would be copied too
     inside = {
         id(o)
         for m in model.modules()
@@ -124,7 +123,7 @@ def why_no_copy(model: Module) -> str:
 
 
 def hooks_of(model: Module) -> list[Callable]:
-    """Return the hooks that modules call before and after they run."""
+    """Return the forward hooks and forward pre-hooks of all modules."""
     return [
         h
         for m in model.modules()
@@ -134,19 +133,21 @@ def hooks_of(model: Module) -> list[Callable]:
 
 
 def owner_of(hook: Any) -> Any:
-    """Return the object that a hook is, or whose method it is. None for a function."""
+    """Return the object to which a hook belongs, or None for a plain function."""
     return None if isinstance(hook, FunctionType) else getattr(hook, '__self__', hook)
 
 
 class FastCopy:
-    """Runs a model, or a faster copy of it. The first batch decides which. The model itself is never
-    changed.
+    """Runs a model or a faster copy of the model. The first batch decides which one is used.
+
+    The model itself is never changed.
 
     Args:
         model: Model of the teacher.
         mode: 'eval' or 'train'.
-        options: A value for each of `OPTIONS`, and 'device'.
-        say: fn(text) that reports what was decided, after 'fastdistill: the teacher NAME '.
+        options: A value for each option in `OPTIONS`, and 'device'.
+        say: fn(text) that reports the choice. The caller puts 'fastdistill: the teacher NAME' before
+            the text.
     """
 
     def __init__(
@@ -156,21 +157,21 @@ class FastCopy:
         floats = {p.dtype for p in model.parameters() if p.is_floating_point()}
         self.own: Any = (
             next(iter(floats)) if len(floats) == 1 else None
-        )  # dtype of the model's weights
-        # options for which a small model is copied too
+        )  # dtype of the model's weights, or None if there are several
+        # options that request a copy explicitly, even for a small model
         self.by_hand = given_by_hand(options)
         self.restart()
 
     def restart(self) -> None:
-        """Decide again at the next batch."""
+        """Discard the copy, and choose again on the next batch."""
         self.module, self.bytes = self.model, 0
         self.plan: Any = None  # the `CopyPlan`
-        self.decided_for: float | None = None  # size of the batch that decided
+        self.decided_for: float | None = None  # size of the batch on which the choice was made
         self.marks: ModelMarks | None = None
         self.compiled: CompiledModule | None = None
         self.why = ''
 
-    # before a batch
+    # choose a module before a batch runs
 
     def choose(
         self,
@@ -180,19 +181,19 @@ class FastCopy:
         layers: Sequence[str],
         run: Callable[[Module], Tensor],
     ) -> None:
-        """Choose the module for a batch.
+        """Choose the module that runs a batch.
 
         Args:
-            x, kw: Inputs by position and by name.
+            x, kw: Positional and keyword inputs.
             device: Device of the model.
             layers: Names of the layers that are read in this batch.
-            run: fn(module) -> its logits for this batch. It changes nothing.
+            run: fn(module) -> logits for this batch. The function must not change any state.
         """
         if self.is_stale(thorough=False):
             self.restart()
             self.decided_for, self.why = float('inf'), 'its weights change while it teaches'
             self.say(f'runs as it is from now on: {self.why}')
-        # subtle: a batch of one sample decides nothing for larger ones
+        # subtle: if no copy is used, choose again for a batch that is more than twice as large
         if self.decided_for is None or (
             self.plan is None
             and self.why in ('', NOT_FASTER)
@@ -229,7 +230,7 @@ class FastCopy:
         layers: Sequence[str],
         run: Callable[[Module], Tensor],
     ) -> None:
-        """Take the first copy whose outputs are close enough to those of the model."""
+        """Use the first copy whose outputs are close enough to those of the model."""
         dtypes = self._dtypes(large, device)
         if not dtypes:
             return
@@ -239,7 +240,8 @@ class FastCopy:
             try:
                 module = plan.build(self.model)
                 far = difference(run(module), out[0])
-            except Exception as e:  # layers without this precision, models that can't be copied
+            # e.g. a layer does not support this dtype, or the model can't be copied
+            except Exception as e:
                 self.why = f'{type(e).__name__}: {(str(e).splitlines() or [""])[0][:80]}'
                 continue
             by_hand = plan.dtype != self.own and 'precision' in self.by_hand
@@ -263,7 +265,7 @@ class FastCopy:
     def _plans(
         self, dtypes: Sequence[torch.dtype], large: bool, pairs: tuple, device: torch.device
     ) -> Iterator[CopyPlan]:
-        """Yield the copies to try. 'auto' changes only large models."""
+        """Yield the plans of copies to try. 'auto' changes only large models."""
         auto = large and is_convolutional(self.model)
         layout = auto if self.options['memory_format'] == 'auto' else self.options['memory_format']
         fold = large if self.options['fold_bn'] == 'auto' else self.options['fold_bn']
@@ -298,7 +300,7 @@ class FastCopy:
         self.say(text)
 
     def _keep_apart(self, layers: Sequence[str]) -> None:
-        """Stop folding batch norms into layers that are read."""
+        """Rebuild the copy without folding the batch norms of layers that are read."""
         left = without_layers(self.model, self.plan.pairs, layers)
         if len(left) == len(self.plan.pairs):
             return
@@ -306,19 +308,20 @@ class FastCopy:
         self.module, self.compiled = self.plan.build(self.model), None
 
     def is_stale(self, thorough: bool) -> bool:
-        """Return True if the model's weights, or if `thorough` its hooks, changed since it was
-        copied.
+        """Return True if the model's weights changed since it was copied.
+
+        If `thorough` is True, compare the hooks too.
         """
         return self.marks is not None and not self.marks.match(self.model, thorough)
 
-    # a batch
+    # run a batch
 
     def run(self, x: Sequence, kw: Mapping[str, Any], layers: Sequence[str] = ()) -> Any:
-        """Return the outputs of the module that runs.
+        """Run the chosen module on a batch and return its output.
 
         Args:
-            x, kw: Inputs by position and by name.
-            layers: Names of the layers that are read. If there are any, the batch runs uncompiled.
+            x, kw: Positional and keyword inputs.
+            layers: Names of the layers that are read. Compiled code is used only without layers.
         """
         if self.plan is None:
             return self.module(*x, **kw)
@@ -330,7 +333,9 @@ class FastCopy:
             return self.compiled(x, kw)
 
     def _are_close(self, a: Any, b: Any) -> bool:
-        """Compare the outputs of compiled code with those of the same module without it."""
+        """Return True if the outputs of the compiled module are close to those without
+        compilation.
+        """
         pairs = zip(tensors_in(as_dict(a)), tensors_in(as_dict(b)))
         return all(
             difference(x, y) <= FARTHEST[self.plan.dtype] for x, y in pairs if x.is_floating_point()
@@ -338,17 +343,17 @@ class FastCopy:
 
     @property
     def cast_back(self) -> torch.dtype | None:
-        """The model's own dtype if the copy computes in a different one, otherwise None."""
+        """The dtype of the model if the copy has a different dtype, otherwise None."""
         return self.own if self.plan is not None and self.plan.dtype != self.own else None
 
     @property
     def half(self) -> str:
-        """Name of the dtype of the copy if it is not the model's own, otherwise empty."""
+        """Name of the copy's dtype if it differs from the model's, otherwise ''."""
         return '' if self.cast_back is None else short_name(self.plan.dtype)
 
     @property
     def choice(self) -> str:
-        """How the copy differs from the model."""
+        """Description of how the copy differs from the model."""
         device = self.options['device']
         return f'{self.plan}{f", on {device}" if device else ""}'
 
@@ -362,8 +367,9 @@ class FastCopy:
 
 
 class ModelMarks:
-    """State that shows whether weights or hooks changed: the tensors, their versions, some of their
-    values, and the hooks.
+    """Record of a model's state, with which later changes of weights or hooks are detected.
+
+    The record holds the hooks, and the tensors with their versions and a few of their values.
     """
 
     def __init__(self, model: Module) -> None:
@@ -371,12 +377,14 @@ class ModelMarks:
         self.places, self.values = places_of(self.tensors), first_values(self.tensors)
 
     def match(self, model: Module, thorough: bool) -> bool:
-        """Return True if the model is still the same. Unless `thorough`, only the values of a few
-        tensors are compared, and hooks are not.
+        """Return True if the model has not changed.
+
+        If `thorough` is False, compare the values of only a few tensors, and ignore the hooks.
         """
         if places_of(self.tensors) != self.places:
             return False
-        # subtle: a change through .data counts no version. On a GPU, each batch would wait for this comparison
+        # subtle: changes through .data do not increase the version, so values are compared. On a
+        # GPU, the comparison would stall each batch, so values are compared only if `thorough`
         if not thorough and self.tensors[0].is_cuda:
             return True
         if thorough and (
@@ -391,7 +399,7 @@ class ModelMarks:
 
 
 def given_by_hand(options: Mapping[str, Any]) -> list:
-    """Return the names of the options that ask for a copy."""
+    """Return the names of the options that request a copy explicitly."""
     asked = [k for k in OPTIONS if options[k] not in ('auto', 'fp32', None, False)]
     return asked + ['device'] * (options['device'] is not None)
 
@@ -402,14 +410,16 @@ def places_of(tensors: Iterable[Tensor]) -> list[tuple[int, int]]:
 
 @torch.no_grad()
 def first_values(tensors: Iterable[Tensor]) -> list[Tensor]:
-    """Return a few values of each tensor."""
+    """Return the first few values of each tensor."""
     return [t.detach().reshape(-1)[:4].clone() for t in tensors]
 
 
 def operations(model: Module, x: Sequence, kw: Mapping[str, Any]) -> float:
-    """Estimate the number of operations of a batch: two for each weight at each position of the
-    largest input. A position is a token, a row of a table, or 16 pixels along each axis of an image, since
-    most weights see it at that resolution or a lower one. Embeddings are only looked up.
+    """Estimate the number of operations for a batch.
+
+    The estimate is two operations per weight and position. A position is a token, a row of a table,
+    or a block of 16 pixels along each axis of an image, because most layers see images at that
+    resolution or a lower one. Embeddings are ignored, since they are only looked up.
     """
     weights = {
         p
@@ -434,10 +444,11 @@ def is_convolutional(model: Module) -> bool:
 
 
 def is_faster(a: Module, b: Module, run: Callable[[Module], Tensor]) -> bool:
-    """Return True if module `a` is faster than `b`, by the better of two alternating runs each.
+    """Return True if module `a` is faster than `b`.
 
-    Not every module gains: in bfloat16, a Linear on a CPU is several times slower if its input is
-    not contiguous, as the outputs of an LSTM with `batch_first=True` are.
+    The modules alternate for two runs each, and their fastest runs are compared. Not every module
+    becomes faster in bfloat16: on a CPU, a linear layer is several times slower if its input is not
+    contiguous, e.g. after an LSTM with `batch_first=True`.
     """
     times: dict[Module, list[float]] = {a: [], b: []}
     for _ in range(2):
@@ -449,13 +460,16 @@ def is_faster(a: Module, b: Module, run: Callable[[Module], Tensor]) -> bool:
 
 
 def synchronize(t: Tensor) -> None:
-    """Wait for the GPU that computes this tensor, if any."""
+    """Wait until the GPU has computed a tensor."""
     if t.is_cuda:
         torch.cuda.synchronize(t.device)
 
 
 def no_autocast(x: Sequence, kw: Mapping[str, Any]) -> torch.autocast:
-    """Context without autocast: a copy has its own precision, even if the student uses autocast."""
+    """Return a context without autocast.
+
+    A copy has its own precision, which the student's autocast must not change.
+    """
     return torch.autocast(next((t.device.type for t in tensors_in((x, kw))), 'cpu'), enabled=False)
 
 
@@ -468,7 +482,9 @@ def as_dict(o: Any) -> Any:
 
 
 def difference(a: Any, b: Any) -> float:
-    """Compute the root mean square difference of outputs, as a fraction of their spread."""
+    """Compute the root mean square difference of outputs, relative to the standard deviation of
+    `b`.
+    """
     a, b = [as_plain(o).detach().double().cpu() for o in (a, b)]
     if a.shape != b.shape:
         return float('inf')

@@ -1,4 +1,4 @@
-"Freeze a module while it is the teacher. Its modes, buffers, device and hidden states are restored afterwards."
+"""Freeze a module while it is used as a teacher, and restore its state afterwards."""
 
 from typing import Any, Self
 
@@ -14,12 +14,14 @@ __all__ = ['FrozenModel', 'cuda_devices']
 
 
 class FrozenModel:
-    """Context in which a model is frozen in a mode. Afterwards it is as before.
+    """Context that freezes a model in evaluation or training mode.
+
+    When the context ends, the modes, buffers, device and hidden states of the model are restored.
 
     Args:
         model: An nn.Module.
         mode: 'eval' or 'train'.
-        private: True for the teacher's own copy, whose buffers need not be restored.
+        private: True for a copy that belongs to the teacher, whose buffers need not be restored.
     """
 
     def __init__(self, model: Module, mode: str, private: bool = False) -> None:
@@ -41,8 +43,8 @@ class FrozenModel:
         dtypes = (p.dtype for p in params)
         self.dtype = next((d for d in dtypes if d.is_floating_point and d.itemsize > 1), None)
         self.cuda = {t.device for t in [*params, *(b for *_, b in self.buffers)] if t.is_cuda}
-        self.params: list[tuple] = []  # as they were, if the model was moved
-        # of the last batch, and where it goes
+        self.params: list[tuple] = []  # original parameters, if the model was moved
+        # device of the last batch, and device on which the model runs it
         self.batch_device: torch.device | None = None
         self.device: Any = None
         self.has_run = False
@@ -50,17 +52,21 @@ class FrozenModel:
         return self
 
     def settle(self) -> None:
-        """Set every submodule to the teacher's mode. Each batch does this, since other code may
-        have changed modes.
+        """Set every submodule to the mode of the teacher.
+
+        The mode is set for each batch, since other code may have changed it.
         """
-        # subtle: the flag, not .eval(), since some models override .eval() to do more, such as merging adapters
+        # subtle: set the flag instead of calling .eval(), which some models override, e.g. to merge
+        # adapters
         for m, _ in self.modes:
             if m.training != (self.mode == 'train'):
                 m.training = self.mode == 'train'
 
     def place(self, device: torch.device) -> torch.device:
-        """Return the device to which a batch on `device` moves. A model on the CPU moves to the
-        batch. A model on a different device stays there.
+        """Return the device on which a batch from `device` runs.
+
+        A model on the CPU moves to the device of the batch. A model on a different device stays
+        there.
         """
         if device != self.batch_device:
             self.batch_device, self.device = device, self._place(device)
@@ -89,7 +95,7 @@ class FrozenModel:
     def __exit__(self, *_: object) -> None:
         for m, training in self.modes:
             m.training = training
-        # the same tensors as before, not copies that were moved back
+        # restore the original tensors instead of moving copies back
         for parameters, k, p, data, grad in self.params:
             p.data, p.grad = data, grad
             if parameters[k] is not p:
@@ -107,7 +113,8 @@ def cuda_devices(model: Module) -> set[torch.device]:
 
 
 def may_be_hidden_state(name: str) -> bool:
-    """Return True if an attribute of this name may hold a hidden state, as in fastai's recurrent
-    layers, or is `_flat_weights` of PyTorch's.
+    """Return True if an attribute of a recurrent layer may hold a hidden state.
+
+    The result is also True for `_flat_weights`, an attribute of PyTorch's recurrent layers.
     """
     return name == '_flat_weights' or (name[0] != '_' and name != 'training')

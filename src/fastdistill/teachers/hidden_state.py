@@ -1,5 +1,6 @@
-"""Reset hidden states. A model's method `reset` is called only if a trial shows that it changes
-nothing else.
+"""Reset hidden states with the method `reset` of a model.
+
+The method is used only if a trial call shows that it does not change weights.
 """
 
 from typing import Any
@@ -24,8 +25,9 @@ def has_reset(model: Any) -> bool:
 
 
 def why_no_reset(model: Any) -> str | None:
-    """Return the reason not to call `model.reset()`. None if it changes only hidden states. It is
-    called once to find out, and everything is restored.
+    """Return why `model.reset()` should not be called, or None if it changes only hidden states.
+
+    The method is called once as a trial, and then all state is restored.
     """
     state = ModelState(distinct_modules(model), weights=True)
     was = {n: (t.data_ptr(), t.detach().clone()) for n, t in saved_tensors(model).items()}
@@ -35,7 +37,7 @@ def why_no_reset(model: Any) -> str | None:
             now = saved_tensors(model)
             names = dict.fromkeys([*was, *now])
             changed = [n for n in names if is_changed(was.get(n), now.get(n))]
-    except Exception as e:  # a user's method may raise anything
+    except Exception as e:  # the method of a user may raise any error
         return f'fails without arguments ({type(e).__name__}: {e})'
     finally:
         state.restore()
@@ -45,7 +47,7 @@ def why_no_reset(model: Any) -> str | None:
 
 
 def saved_tensors(model: Module) -> dict[str, Tensor]:
-    """Return {name: tensor} of the parameters and saved buffers that can be compared."""
+    """Return {name: tensor} for the parameters and persistent buffers that can be compared."""
     buffers = {
         f'{n}.{k}'.lstrip('.'): b
         for n, m in model.named_modules()
@@ -57,14 +59,14 @@ def saved_tensors(model: Module) -> dict[str, Tensor]:
 
 
 def is_changed(was: tuple | None, now: Tensor | None) -> bool:
-    """Return True if a tensor is new, gone, moved or different.
+    """Return True if a tensor is new, deleted, moved or different.
 
     Args:
-        was: (address, values) before. None if there was no such tensor.
-        now: The tensor. None if it is gone.
+        was: (address, values) before the call. None if the tensor did not exist.
+        now: Tensor after the call. None if the tensor was deleted.
     """
     if was is None or now is None or now.data_ptr() != was[0]:
         return True
-    # subtle: bit by bit, so that nan equals nan
+    # subtle: compare bytes, so that nan equals nan
     a, b = [o.detach().contiguous().reshape(-1).view(torch.uint8) for o in (now, was[1])]
     return not torch.equal(a, b)

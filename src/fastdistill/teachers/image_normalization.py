@@ -1,4 +1,4 @@
-"Convert images to the normalization and size of the teacher's training images."
+"""Convert images to the normalization and size of the teacher's training images."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -35,7 +35,7 @@ def full_precision(t: Tensor) -> Tensor:
 
 
 def stats_of(stats: Any, model: Any = None) -> tuple[Tensor, Tensor] | None:
-    """Convert any `stats` that `Teacher` takes to (mean, std), each a tensor (C,) or (1,)."""
+    """Convert the `stats` argument of `Teacher` to (mean, std), each a tensor (C,) or (1,)."""
     if stats is None:
         return None
     if isinstance(stats, str):
@@ -75,8 +75,9 @@ def timm_cfg(model: Any) -> dict[str, Any] | None:
 def affine(
     given: tuple[Tensor, Tensor], wanted: tuple[Tensor, Tensor]
 ) -> tuple[Tensor, Tensor] | None:
-    """Return (factor, shift), each (C, 1, 1), which convert images normalized with `given` to
-    `wanted`. None if these are equal.
+    """Return (factor, shift) that convert images from normalization `given` to `wanted`.
+
+    Both tensors have shape (C, 1, 1). The result is None if the normalizations are equal.
     """
     (gm, gs), (wm, ws) = given, wanted
     if 1 < len(gm) != len(wm) > 1:
@@ -92,17 +93,18 @@ def affine(
 def check_images(
     images: Sequence[Tensor], stats: Any, input_stats: Any, scaling: tuple[Tensor, Tensor] | None
 ) -> None:
-    """Raise a DistillError for images that do not fit the statistics.
+    """Raise a DistillError if the images of a batch do not fit the normalization.
 
     Args:
         images: Images of a batch.
         stats, input_stats: As in `Teacher`.
-        scaling: Result of `affine` for these.
+        scaling: Result of `affine` for `input_stats` and `stats`.
     """
     if stats is not None and input_stats is None and images:
         raise DistillError(
-            "stats is the normalization of the teacher's images. That of the batch's images is "
-            'missing: give images=dict(input_stats=(mean, std)), or (0, 1) if they are not normalized.'
+            "stats is the normalization of the teacher's images, but the normalization of the batch's "
+            'images is missing: give images=dict(input_stats=(mean, std)), or (0, 1) if they are not '
+            'normalized.'
         )
     if scaling is None:
         return
@@ -122,7 +124,13 @@ def check_images(
 def fit_images(
     images: Tensor, scaling: tuple[Tensor, Tensor] | None, size: tuple[int, int] | None
 ) -> Tensor:
-    """Convert images to the teacher's normalization and size. None leaves them unchanged."""
+    """Convert images to the teacher's normalization and size.
+
+    Args:
+        images: Images (B, C, H, W).
+        scaling: Result of `affine`. None to keep the normalization.
+        size: (height, width). None to keep the size.
+    """
     if scaling is None and size is None:
         return images
     images = full_precision(images)
@@ -134,12 +142,14 @@ def fit_images(
 
 
 def maps_of_size(logits: Tensor, size: tuple[int, int], wanted: tuple[int, int] | None) -> Tensor:
-    """Resize logits for each pixel, (B, C, H, W), to the size of the batch's images. Other logits
-    are unchanged.
+    """Resize logit maps (B, C, H, W) to the size of the images in the batch.
+
+    Logits with a different size than the teacher's images are not changed.
 
     Args:
+        logits: Logits of the teacher.
         size: (height, width) of the teacher's images.
-        wanted: (height, width) of the batch's images. None if there are none.
+        wanted: (height, width) of the images in the batch. None if there are no images.
     """
     if wanted in (None, size) or logits.dim() != 4 or tuple(logits.shape[2:]) != size:
         return logits

@@ -1,4 +1,7 @@
-"Find out whether a module leaves its inputs unchanged, so that it needs no copy of the student's batch."
+"""Decide whether a module needs a copy of the student's batch.
+
+A copy is needed if the module changes its inputs or returns views of them.
+"""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -12,12 +15,15 @@ __all__ = ['InputAliasing']
 
 
 class InputAliasing:
-    """Decides whether a module gets the batch itself or a copy. The first batch, which is a copy,
-    shows whether the module changes its inputs or returns views of them.
+    """Decides whether a module gets the batch itself or a copy.
+
+    The first batch is always copied. The first run shows whether the module changes its inputs or
+    returns views of them.
 
     Args:
         name: Name of the teacher.
-        keeps: {layers that are read: True if the module leaves its inputs unchanged}. Filled here.
+        keeps: {names of the layers that are read: True if no copy is needed}. `judge` fills this
+            dict.
     """
 
     def __init__(self, name: str, keeps: dict[tuple, bool]) -> None:
@@ -29,7 +35,7 @@ class InputAliasing:
         return lambda t: bool(known) and can_show_changes(t) and not t.requires_grad
 
     def marks(self, batch: Any, prepared: Any, layers: Sequence[str]) -> list:
-        """Return marks that show after a run whether the module changed its inputs.
+        """Record the inputs before a run, so that `judge` can detect changes.
 
         Args:
             batch: Inputs of the batch.
@@ -42,8 +48,15 @@ class InputAliasing:
         return input_marks(batch, False) if known else input_marks(prepared, True)
 
     def judge(self, marks: Sequence[tuple], layers: Sequence[str], outputs: Any) -> None:
-        """Decide after a run: a module that changes its inputs, or returns views of them, gets
-        copies from now on.
+        """Check after a run whether the module needs copies of its inputs from now on.
+
+        Args:
+            marks: Result of `marks` before the run.
+            layers: Names of the layers that are read.
+            outputs: Outputs of the module.
+
+        Raises:
+            DistillError: If the module changed inputs that were not copied.
         """
         key = tuple(layers)
         known = self.keeps.get(key)
@@ -53,23 +66,23 @@ class InputAliasing:
         self.keeps[key] = kept and (known or not shares_memory(marks, outputs))
         if known and not kept:
             raise DistillError(
-                f'The teacher {self.name} changed its input in this batch, and not in its first one. So '
-                "the student's batch was changed too. Train again: now the teacher gets copies."
+                f'The teacher {self.name} changed its input in this batch, but not in the first batch. '
+                "So the student's batch was changed too. Train again: the teacher now gets copies."
             )
 
 
 def can_show_changes(t: Tensor) -> bool:
-    "Return True if a change of this tensor can be seen."
+    """Return True if changes of a tensor can be detected."""
     return t.layout == torch.strided and not t.is_inference()
 
 
 def input_marks(inputs: Any, values: bool) -> list:
-    """Return (tensor, version, values) of each input before a run.
+    """Return (tensor, version, values) for each input before a run.
 
     Args:
         inputs: Inputs of a module.
-        values: True to copy the values too, since changes through .data or NumPy do not change the
-            version.
+        values: If True, copy the values too, since changes through .data or NumPy do not increase
+            the version.
     """
     return [
         (t, t._version, t.clone() if values else None)
@@ -85,7 +98,9 @@ def inputs_kept(marks: Sequence[tuple]) -> bool:
 
 
 def shares_memory(marks: Sequence[tuple], outputs: Any) -> bool:
-    """Return True if an output is a view of an input, and would change with the student's batch."""
+    """Return True if an output is a view of an input, so that changing one would change the
+    other.
+    """
     place = lambda t: t.untyped_storage().data_ptr()
     mine = {place(t) for t, *_ in marks}
     return any(can_show_changes(t) and place(t) in mine for t in tensors_in(outputs))

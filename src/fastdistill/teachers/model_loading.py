@@ -1,4 +1,4 @@
-"Load a teacher's model in any form: module, program, file or callable."
+"""Load a teacher's model from a module, program, file or callable."""
 
 import copy
 import inspect
@@ -20,20 +20,20 @@ __all__ = ['Onnx', 'explained', 'holds_weights', 'load_model', 'warn_of_code']
 
 FORMS = (
     'It must be an nn.Module (torchvision, timm, Hugging Face, TorchScript), a torch.export program, a file of '
-    'TorchScript (.pt), torch.export (.pt2) or ONNX (.onnx), any callable, what has predict_proba or predict '
+    'TorchScript (.pt), torch.export (.pt2) or ONNX (.onnx), any callable, an object with predict_proba or predict '
     '(scikit-learn, LightGBM, XGBoost, CatBoost), a Teacher, or a list of these (an '
     'ensemble).'
 )
 
 
 def load_model(o: Any) -> tuple[Any, Path | None]:
-    """Return a callable, and the file that it was loaded from or None."""
+    """Return (callable, path of the file from which it was loaded, or None)."""
     if isinstance(o, (str, Path)):
         return from_file(Path(o))
     if isinstance(o, torch.export.ExportedProgram):
         return exported_program(o), None
     if isinstance(o, nn.parallel.DistributedDataParallel):
-        o = o.module  # its forward waits for the other processes
+        o = o.module  # the forward of DistributedDataParallel waits for the other processes
     if is_estimator(o):
         return Estimator(o), None
     if problem := why_no_teacher(o):
@@ -42,7 +42,7 @@ def load_model(o: Any) -> tuple[Any, Path | None]:
 
 
 def holds_weights(o: Any) -> bool:
-    """Is it a state_dict or a checkpoint?"""
+    """Return True for a tensor, state_dict or checkpoint."""
     return (
         isinstance(o, torch.Tensor)
         or isinstance(o, Mapping)
@@ -51,7 +51,7 @@ def holds_weights(o: Any) -> bool:
 
 
 def why_no_teacher(o: Any) -> str | None:
-    """Return why `o` can't be a teacher. None if it can."""
+    """Return why `o` can't be a teacher, or None if it can."""
     kind = type(o).__name__
     if o is None:
         return 'None is not a teacher.'
@@ -73,7 +73,8 @@ def why_no_teacher(o: Any) -> str | None:
     ps, lazy = list(o.parameters()), nn.parameter.UninitializedParameter
     if any(isinstance(p, lazy) for p in ps):
         return f'{kind} is untrained: it has lazy layers that never ran.'
-    # subtle: weights that accelerate stores on disk are meta tensors too, but they are loaded when the model runs
+    # subtle: accelerate also uses meta tensors for weights on disk, which it loads when the model
+    # runs
     if any(p.is_meta for p in ps) and not hasattr(o, 'hf_device_map'):
         return f'{kind} has no weights yet, only shapes (meta tensors).'
     return None
@@ -101,7 +102,7 @@ def from_file(path: Path) -> tuple[Any, Path]:
         if has('archive_format', 'serialized_exported_program.json'):
             warn_of_code(
                 path, 'holds pickles'
-            )  # torch.export.load unpickles what it can't load as weights
+            )  # torch.export.load unpickles objects that are not plain weights
             return exported_program(torch.export.load(path)), path
     except RuntimeError as e:
         raise DistillError(f'{path} could not be loaded: {e}') from e
@@ -113,7 +114,7 @@ def from_file(path: Path) -> tuple[Any, Path]:
 
 
 def warn_of_code(path: str | Path, what: str = 'is a pickle') -> None:
-    """Warn before a file is loaded whose code may run.
+    """Warn that loading a file may run code in it.
 
     Args:
         path: Path of the file.
@@ -128,18 +129,18 @@ def warn_of_code(path: str | Path, what: str = 'is a pickle') -> None:
 
 
 def torch_script(path: Path) -> Any:
-    warn_of_code(path, 'holds pickles')  # PyTorch's own documentation warns of them
+    warn_of_code(path, 'holds pickles')  # the PyTorch documentation warns of such files, too
     with warnings.catch_warnings():
         warnings.filterwarnings('ignore', '.*torch.jit.load')
         return torch.jit.load(path, map_location='cpu')
 
 
 def exported_program(exported: torch.export.ExportedProgram) -> Module:
-    """Return the module of a program, whose mode is fixed."""
+    """Return the module of an exported program. The mode of such a module can't be changed."""
     training = {
         'aten.batch_norm.default': 5,
         'aten.dropout.default': 2,
-    }  # which argument is the mode
+    }  # {operation: index of the argument that holds the mode}
     if any(
         n.args[training[str(n.target)]] for n in exported.graph.nodes if str(n.target) in training
     ):
@@ -153,8 +154,9 @@ def exported_program(exported: torch.export.ExportedProgram) -> Module:
 
 
 def is_graph(m: Any) -> bool:
-    """Return True for TorchScript and torch.export programs, in which the forward methods of
-    submodules do not run.
+    """Return True for TorchScript and torch.export programs.
+
+    Such programs do not call the forward methods of submodules, so hooks have no effect.
     """
     return isinstance(m, torch.jit.ScriptModule) or (
         isinstance(m, torch.fx.GraphModule) and 'train' in vars(m)
@@ -163,7 +165,7 @@ def is_graph(m: Any) -> bool:
 
 @contextmanager
 def explained(name: str, inputs: Any, module: Module | None) -> Iterator[None]:
-    """Context that explains errors of a model on inputs that it was not made for.
+    """Add a hint to errors of a model that gets inputs of an unsuitable shape or vocabulary.
 
     Args:
         name: Name of the teacher.
@@ -185,7 +187,7 @@ def explained(name: str, inputs: Any, module: Module | None) -> Iterator[None]:
 
 
 def hint_for(tensors: Sequence[torch.Tensor], module: Module) -> str:
-    """Return what may be wrong with images or token ids. Empty if there are none."""
+    """Return a hint about token ids or image sizes, or '' if neither explains the error."""
     rows = [m.num_embeddings for m in module.modules() if isinstance(m, nn.Embedding)]
     ids = [t for t in tensors if not t.is_floating_point() and t.dtype != torch.bool and t.numel()]
     if rows and ids and (largest := max(t.max().item() for t in ids)) >= max(rows):
@@ -202,8 +204,9 @@ def hint_for(tensors: Sequence[torch.Tensor], module: Module) -> str:
 
 
 def check_second_argument(model: Module, ids: torch.Tensor, second: Any) -> None:
-    """Raise a DistillError if the second tensor is not an attention mask, which is the second
-    argument of most Hugging Face models.
+    """Raise a DistillError if the second positional input is not an attention mask.
+
+    An attention mask is the second argument of most Hugging Face models.
     """
     if second is None:
         return
@@ -213,7 +216,7 @@ def check_second_argument(model: Module, ids: torch.Tensor, second: Any) -> None
         if name == 'attention_mask' and getattr(second, 'shape', None) == ids.shape
         else None
     )
-    # a mask hides padding, and padding is one token
+    # an attention mask hides only padding, which is always the same token
     if hidden is None or (hidden != hidden[:1]).any():
         raise DistillError(
             f'The second positional argument of {type(model).__name__} is {name}, but this tensor is '
@@ -235,8 +238,9 @@ ONNX_TYPES = {
 
 
 class Onnx:
-    """A network in an ONNX file, run by onnxruntime. It returns the output named 'logits', or the
-    first one if there is none.
+    """A network in an ONNX file, run by onnxruntime.
+
+    The network returns the output named 'logits', or the first output if no output has this name.
     """
 
     def __init__(self, path: Path) -> None:
@@ -248,23 +252,26 @@ class Onnx:
             ) from e
         options = ort.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
-        # other providers are not used: TensorRT compiles for minutes, Azure uses the network
+        # other providers are not used, since TensorRT compiles for minutes and Azure uses the
+        # network
         wanted = 'CUDAExecutionProvider', 'ROCMExecutionProvider', 'CPUExecutionProvider'
         have = ort.get_available_providers()
         try:
             self.session = ort.InferenceSession(
                 str(path), options, providers=[p for p in wanted if p in have]
             )
-        except Exception as e:  # the errors of onnxruntime have no other base class
+        except Exception as e:  # the errors of onnxruntime have no narrower base class
             raise DistillError(f"onnxruntime can't load {path}: {e}") from e
         self.inputs = {i.name: i for i in self.session.get_inputs()}
         self.outputs = [o.name for o in self.session.get_outputs()]
-        # names of the outputs to return as a dict; None returns one tensor
+        # names of the outputs to return as a dict. If None, a single tensor is returned
         self.wanted: list[str] | None = None
 
     def returning(self, output: Any) -> Self:
-        """Return the same network with a dict as its result: of the named output, or of all outputs
-        if `output` is an index or a function.
+        """Return a copy of the network that returns its outputs as a dict.
+
+        If `output` is a name, the dict has only that output. If `output` is an index or a function,
+        the dict has all outputs. If `output` is None, the copy returns a single tensor instead.
         """
         if isinstance(output, str) and output not in self.outputs:
             raise DistillError(
@@ -277,8 +284,10 @@ class Onnx:
         return other
 
     def alike(self) -> list[str]:
-        """Return the names of the outputs that could be the logits: those with as many axes as the
-        first. Empty if one is named 'logits'.
+        """Return the names of all outputs that may be the logits.
+
+        Outputs with as many axes as the first output are candidates. The list is empty if an output
+        is named 'logits'.
         """
         have = self.session.get_outputs()
         if 'logits' in self.outputs:
@@ -288,7 +297,8 @@ class Onnx:
     def __call__(self, *x: Sequence, **kw: Mapping[str, Any]) -> Any:
         feed = self._feed(x, kw)
         n = len(next(iter(feed.values())))
-        # if the file fixes the batch size, the batch runs in pieces of that size, the last one padded
+        # if the network has a fixed batch size, split the batch into pieces of that size and pad
+        # the last
         size = next(
             (i.shape[0] for i in self.inputs.values() if i.shape and isinstance(i.shape[0], int)), n
         )

@@ -1,4 +1,4 @@
-"Convert probabilities to logits."
+"""Convert probabilities to logits."""
 
 from torch import Tensor
 
@@ -7,11 +7,11 @@ from .image_normalization import full_precision
 
 __all__ = ['check_probabilities', 'logits_of']
 
-LEAST = 1e-7  # smaller probabilities count as this one, since the logarithm of 0 is infinite
+LEAST = 1e-7  # minimum probability, since the logarithm of 0 is infinite
 
 
 def logits_of(p: Tensor, kind: str = 'softmax') -> Tensor:
-    """Compute logits whose softmax, or sigmoid, is `p`.
+    """Compute logits whose softmax or sigmoid is `p`.
 
     Args:
         p: Probabilities.
@@ -23,7 +23,7 @@ def logits_of(p: Tensor, kind: str = 'softmax') -> Tensor:
 
 
 def check_probabilities(p: Tensor, kind: str, axis: int, name: str) -> None:
-    """Raise a DistillError for values that are not probabilities.
+    """Raise a DistillError if the output of a teacher does not consist of probabilities.
 
     Args:
         p: Output of a teacher with outputs='probs'.
@@ -37,7 +37,7 @@ def check_probabilities(p: Tensor, kind: str, axis: int, name: str) -> None:
         )
     v = full_precision(p)
     if not v.isfinite().all():
-        return  # other checks report it
+        return  # other checks report nan and inf
     if v.min() < -1e-3 or v.max() > 1.001:
         raise DistillError(
             f"outputs='probs', but the outputs of {name} go from {v.min():g} to {v.max():g}: "
@@ -50,6 +50,6 @@ def check_probabilities(p: Tensor, kind: str, axis: int, name: str) -> None:
     ):
         raise DistillError(
             f"outputs='probs', but the probabilities of {name} sum to {1 - far:g} or {1 + far:g} along axis "
-            f'{axis}, not to 1. Is axis= the class axis? Probabilities of labels, each by itself, need '
+            f'{axis}, not to 1. Is axis= the class axis? For probabilities of independent labels, pass '
             "kind='sigmoid'."
         )

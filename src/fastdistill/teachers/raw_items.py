@@ -1,6 +1,4 @@
-"""The raw items of a batch, such as texts and files: what a teacher with `items=` reads instead of
-the batch's inputs.
-"""
+"""Pass the raw items of a batch, such as texts or file paths, to a teacher with `items=`."""
 
 from typing import Any
 
@@ -14,12 +12,15 @@ __all__ = ['as_in_batch', 'items_at', 'items_beside', 'items_in', 'reads_only_it
 
 
 def with_items(x: Any, items: Any) -> Any:
-    """The same inputs, as tensors that carry the raw items of their samples, for a teacher with
-    `items=`. In a plain loop: `distiller(with_items(x, paths), y)`.
+    """Return the inputs of a batch as tensors that also carry the raw items of their samples.
+
+    A teacher with `items=` needs the raw items. In a plain training loop, call `distiller(with_items(x,
+    paths), y)`.
 
     Args:
-        x: Inputs of a batch, where the student gets them.
-        items: Of its samples, in their order: a list, or rows of a table; None: unknown.
+        x: Inputs of a batch.
+        items: Raw items of the samples in the same order, as a list or as rows of a table. None if
+            they are unknown.
     """
     if items is None:
         return x
@@ -29,7 +30,8 @@ def with_items(x: Any, items: Any) -> Any:
             f'{len(items)} items for a batch of {sizes[0] if sizes else "no"} samples: give one for '
             "each, in the batch's order, and the inputs as tensors."
         )
-    # subtle: views, which are new objects, since the batch's own must not change. `as_subclass` may return `t` itself
+    # subtle: create views, since the tensors of the batch must not change. Indexing is needed,
+    # because `as_subclass` may return the same object
     x = map_tensors(x, lambda t: t.as_subclass(Tensor)[...])
     for t in tensors_in(x):
         t.raw_items = items  # type: ignore[attr-defined]
@@ -37,17 +39,17 @@ def with_items(x: Any, items: Any) -> Any:
 
 
 def items_beside(x: Any, name: str) -> Any:
-    """The raw items of these inputs.
+    """Return the raw items that the inputs carry. Raise a DistillError if there are none.
 
     Args:
-        x: Inputs of a batch, as `with_items` returned them.
-        name: Of the teacher, in messages.
+        x: Inputs of a batch, returned by `with_items`.
+        name: Name of the teacher for the error message.
     """
     if (items := items_in(x)) is None:
         raise DistillError(
             f'items= of the teacher {name}: the raw items of these inputs are not known here. They are '
             "known for the batches of fastai's DataLoaders, in distill, KnowledgeDistillation, "
-            'check_teacher, compare and cache_teacher. In a loop of your own, hand them beside the '
+            'check_teacher, compare and cache_teacher. In a loop of your own, pass them with the '
             "batch: distiller(with_items(x, items), y). Elsewhere, store the teacher's outputs with "
             'cache_teacher or cache_dataset and train from these, or make its inputs from the batch: '
             'Teacher(model, inputs=fn).'
@@ -56,7 +58,7 @@ def items_beside(x: Any, name: str) -> Any:
 
 
 def items_in(x: Any) -> Any:
-    """The raw items that they carry; None if they carry none.
+    """Return the raw items that the inputs carry, or None if there are none.
 
     Args:
         x: Inputs of a batch.
@@ -65,25 +67,29 @@ def items_in(x: Any) -> Any:
 
 
 def reads_only_items(teacher: Any) -> bool:
-    """Return True if the teacher, or each of its members, reads raw items."""
+    """Return True if the teacher reads raw items. For an ensemble, all members must read raw
+    items.
+    """
     return all(map(reads_only_items, teacher.members)) if teacher.members else teacher.reads_items
 
 
 def items_at(items: Any, positions: list) -> Any:
-    """Those at these positions: a list, or rows of the table.
+    """Return the raw items at some positions.
 
     Args:
-        items: A list, or a table.
+        items: A list or a table.
+        positions: Indices of the items, or of the rows of the table.
     """
     return items.iloc[positions] if hasattr(items, 'iloc') else [items[i] for i in positions]
 
 
 def as_in_batch(out: Outputs, samples: BatchSamples, teacher: Any) -> Outputs:
-    """Outputs for raw items, mixed as MixUp or CutMix mixed the batch.
+    """Mix outputs for raw items in the same way as MixUp or CutMix mixed the batch.
 
     Args:
-        out: Outputs of `teacher`, which has items=.
+        out: Outputs of `teacher` for the raw items.
         samples: The samples of the batch.
+        teacher: The teacher, which has `items=`.
     """
     if samples.moved and any(t.dim() > 2 for t in tensors_in((out.logits, out.feats))):
         raise DistillError(

@@ -1,4 +1,4 @@
-"Runs the model of a teacher: as it is or as a faster copy, frozen from start to stop."
+"""Run the frozen model of a teacher, or a faster copy of the model."""
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -37,32 +37,30 @@ __all__ = ['ModelRunner', 'Runner', 'with_classes']
 
 
 class Runner:
-    """What runs between `start` and `stop`. Subclasses define what is entered, the CUDA devices and
-    whether the model may draw random numbers of Python and NumPy.
-    """
+    """Base class for running a teacher between `start` and `stop`."""
 
-    teacher: Any  # the `Teacher`, whose options it reads
+    teacher: Any  # the `Teacher`, whose options are used
     fast_copy: Any = None
 
     def __init__(self) -> None:
-        self.stack: Any = None  # an `ExitStack` after `start`
+        self.stack: Any = None  # an `ExitStack` between `start` and `stop`
 
     def enter(self, stack: ExitStack) -> None:
-        """Prepare for many batches.
+        """Prepare the model for many batches.
 
         Args:
-            stack: Context whose end restores everything.
+            stack: `ExitStack` that restores the model when it is closed.
         """
         raise NotImplementedError
 
     @property
     def cuda(self) -> set[torch.device]:
-        """The CUDA devices on which the model is."""
+        """CUDA devices of the model."""
         raise NotImplementedError
 
     @property
     def draws_anywhere(self) -> bool:
-        """True if it may draw random numbers of Python and NumPy too."""
+        """True if the model may use the random generators of Python and NumPy."""
         raise NotImplementedError
 
     @property
@@ -70,7 +68,7 @@ class Runner:
         return self.stack is not None
 
     def start(self) -> None:
-        """Prepare for many batches; a second call changes nothing."""
+        """Prepare the model for many batches. Has no effect if the runner is already started."""
         if self.started:
             return
         with ExitStack() as stack:
@@ -78,57 +76,59 @@ class Runner:
             self.stack = stack.pop_all()
 
     def stop(self) -> None:
-        """Restore what runs; may be called at any time, and twice."""
+        """Restore the model. Has no effect if the runner is not started."""
         stack, self.stack = self.stack, None
         if stack is not None:
             stack.close()
 
     @property
     def half(self) -> str:
-        """Name of the dtype of a faster copy if it is not the model's own, otherwise empty."""
+        """Name of the dtype of the faster copy if it differs from the model's, otherwise ''."""
         return '' if self.fast_copy is None else self.fast_copy.half
 
     @property
     def copy_bytes(self) -> int:
-        """Bytes of weights that faster copies do not share with the model."""
+        """Size in bytes of the weights that faster copies do not share with the model."""
         return 0 if self.fast_copy is None else self.fast_copy.bytes
 
     def outputs(self, x: Sequence, kw: Mapping[str, Any], layers: Sequence[str]) -> Outputs:
-        """The outputs for a batch, with exactly these layers. Random numbers come from the global
-        generators.
+        """Return the outputs for a batch, with the features of exactly these layers.
+
+        Random numbers come from the global generators.
         """
         return self.outputs_for([self.teacher], x, kw, layers)[0]
 
     def outputs_for(
         self, teachers: Sequence, x: Sequence, kw: Mapping[str, Any], layers: Sequence[str]
     ) -> list[Outputs]:
-        """The outputs for a batch from one run, as each of these teachers reads them."""
+        """Run the model once on a batch, and return the outputs of each teacher."""
         raise NotImplementedError
 
     def generators(self, x: Any = ()) -> dict:
-        """The global random generators from which it may draw for these inputs."""
+        """Return the global random generators that the model may use for these inputs."""
         on_gpu = {t.device for t in tensors_in(x) if t.is_cuda}
         return global_generators([*(on_gpu | self.cuda)], self.draws_anywhere)
 
 
 class ModelRunner(Runner):
-    """Runs one model.
+    """Runs a single model.
 
     Args:
-        teacher: The `Teacher`, whose options it reads.
-        facts: What was found about the model while it ran; variations of a teacher share them.
-        say: fn(text): what was decided.
+        teacher: The `Teacher`, whose options are used.
+        facts: Facts about the model that were found while it ran. Variants of a teacher share this
+            dict.
+        say: fn(text) that reports whether a faster copy is used.
     """
 
     def __init__(self, teacher: Any, facts: dict, say: Callable[[str], None]) -> None:
         super().__init__()
         self.teacher, self.facts, self.run = teacher, facts, run_options(teacher.run)
-        self.frozen: Any = None  # the `FrozenModel`, from start to stop
+        self.frozen: Any = None  # the `FrozenModel` between `start` and `stop`
         self.scaling: tuple[Tensor, Tensor] | None = None
         self.fast_copy: Any = None  # the `FastCopy`
         self.may_change = not isinstance(teacher.model, nn.Module) or is_graph(teacher.model)
         if not self.may_change:
-            # variations with the same options share the copy
+            # variants of a teacher with the same options share the copy
             options = {k: v for k, v in self.run.items() if k != 'batch'}
             key = (teacher.mode, *map(str, options.values()))
             copies = facts.setdefault('copies', {})
@@ -140,10 +140,10 @@ class ModelRunner(Runner):
 
     @property
     def module(self) -> Any:
-        """The nn.Module that runs: the teacher's, or a faster copy of it; None for a function."""
+        """The nn.Module that runs: the teacher's model or a faster copy. None for a function."""
         return self.teacher.module if self.fast_copy is None else self.fast_copy.module
 
-    # from start to stop
+    # start and stop
 
     def enter(self, stack: ExitStack) -> None:
         if self.fast_copy is not None and self.fast_copy.is_stale(thorough=True):
@@ -163,21 +163,27 @@ class ModelRunner(Runner):
 
     @property
     def cuda(self) -> set[torch.device]:
-        """The CUDA devices on which the model is."""
+        """CUDA devices of the model."""
         if self.teacher.module is None:
             return set()
         return self.frozen.cuda if self.started else cuda_devices(self.teacher.module)
 
     @property
     def draws_anywhere(self) -> bool:
-        """May it draw from Python and NumPy too? Functions and models in train mode may."""
+        """True if the model may use the random generators of Python and NumPy.
+
+        Functions and models in training mode are assumed to use these generators.
+        """
         if self.teacher.module is None:
             return self.teacher.path is None
         return self.teacher.mode == 'train'
 
     @property
     def remembers(self) -> bool:
-        """Has it hidden states that its own method `reset` may reset? One trial shows it."""
+        """True if the model has a method `reset` that changes only hidden states.
+
+        The method is called once as a trial.
+        """
         if not has_reset(self.teacher.module):
             return False
         if 'reset' not in self.facts:
@@ -192,22 +198,23 @@ class ModelRunner(Runner):
         """Reset hidden states.
 
         Args:
-            random: The teacher's `RandomStream`
+            random: The `RandomStream` of the teacher.
         """
         if self.remembers:
             with torch.no_grad(), random.own(self.generators()):
                 self.module.reset()
 
-    # a batch
+    # run a batch
 
     def outputs_for(
         self, teachers: Sequence, x: Sequence, kw: Mapping[str, Any], layers: Sequence[str]
     ) -> list[Outputs]:
-        """The outputs for a batch, with these layers, as each teacher reads them from one run of
-        the model.
+        """Run the model once on a batch, and return the outputs of each teacher.
 
         Args:
-            teachers: Variations with different outputs, see `same_run`.
+            teachers: Variants of the teacher for which `same_run` is true.
+            x, kw: Positional and keyword inputs.
+            layers: Names of the layers to read.
         """
         self.check_layers(layers)
         device = device_of_inputs(x, kw)
@@ -238,7 +245,7 @@ class ModelRunner(Runner):
     def _trial(
         self, module: Module, x: Sequence, kw: Mapping[str, Any], device: torch.device
     ) -> Tensor:
-        """The logits of a module for a batch. Nothing is changed by it."""
+        """Return the logits of a module for a batch without changing any state."""
         with untouched(module), FrozenModel(module, self.teacher.mode) as frozen:
             x, kw = self._prepared(x, kw, device, frozen)
             raw = module(*x, **kw)
@@ -264,7 +271,7 @@ class ModelRunner(Runner):
         layers: Sequence[str],
         device: torch.device,
     ) -> list[Outputs]:
-        """The outputs of rows that run at once, for each teacher."""
+        """Run the model on a slice of the batch, and return the outputs for each teacher."""
         batch = x, kw
         lend = (lambda t: False) if self.may_change else self.aliasing.lends(layers)
         x, kw = self._prepared(x, kw, device, self.frozen, lend)
@@ -277,7 +284,7 @@ class ModelRunner(Runner):
             outs = [self._read(t, raw, read) for t in teachers]
         if not self.may_change:
             self.aliasing.judge(marks, layers, [(o.logits, o.feats, o.mask) for o in outs])
-        # a function has no layers, but it may return features of that name
+        # a function has no layers, but its `Outputs` may include features with these names
         for o in outs:
             if not reads and not set(layers) <= set(o.feats):
                 raise self._unreadable(layers, o.feats)
@@ -294,23 +301,24 @@ class ModelRunner(Runner):
         ]
 
     def _read(self, t: Any, raw: Any, feats: Mapping[str, Any]) -> Outputs:
-        """What a teacher reads from what the model returned."""
+        """Convert the value that the model returned to the `Outputs` of a teacher."""
         if t.output is None:
             warn_of_several(raw, t.module, f'The teacher {t.name}', self.facts)
         o = Outputs.of(raw, output=t.output)
         return replace(o, logits=self._logits(t, o.logits), feats={**o.feats, **feats})
 
     def call(self, x: Sequence, kw: Mapping[str, Any], layers: Sequence[str] = ()) -> Any:
-        """What the model returns for prepared inputs."""
+        """Run the model on prepared inputs, and return its raw output."""
         if self.fast_copy is None:
             return self.teacher.model(*x, **kw)
         return self.fast_copy.run(x, kw, layers)
 
     def bare_call(self, x: tuple) -> Callable[[], Any]:
-        """A function that runs the model on these inputs, prepared once and without checks.
+        """Return a function that runs the model on inputs that are prepared once and not checked
+        again.
 
         Args:
-            x: The inputs of a batch that ran already.
+            x: Inputs of a batch on which the model has already run.
         """
         args, kwargs = self._prepared(x, {}, device_of_inputs(x, {}), self.frozen)
         if anew := getattr(self.teacher.model, 'anew', None):
@@ -318,7 +326,7 @@ class ModelRunner(Runner):
         return lambda: self.call(args, kwargs)
 
     def _logits(self, t: Any, v: Any) -> Any:
-        """The logits of a teacher's output."""
+        """Convert the output of a teacher to logits."""
         if t.returns == 'logits':
             return v
         if (checked := ('probs', t.kind, t.axis)) not in self.facts:
@@ -327,7 +335,7 @@ class ModelRunner(Runner):
         return logits_of(v, t.kind)
 
     def check_layers(self, layers: Sequence[str]) -> None:
-        """Refuse to read layers of a program or an ONNX file."""
+        """Raise a DistillError if layers are requested from a program or an ONNX file."""
         if layers and (isinstance(self.teacher.model, Onnx) or is_graph(self.teacher.module)):
             raise self._unreadable(layers)
 
@@ -340,7 +348,7 @@ class ModelRunner(Runner):
 
 
 def with_classes(teacher: Any, o: Outputs) -> Outputs:
-    """Outputs with the classes that a teacher selects or maps."""
+    """Apply the class selection and class mapping of a teacher to its outputs."""
     return of_classes(o, teacher.select, teacher.classes, teacher.axis, teacher.kind)
 
 

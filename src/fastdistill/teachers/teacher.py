@@ -1,4 +1,4 @@
-"A teacher in any common form, which is frozen while it runs and unchanged afterwards."
+"""The class `Teacher`, which runs a model of any common form without changing it."""
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
@@ -40,16 +40,16 @@ POSSIBLE = dict(
     outputs=('logits', 'probs'),
 )
 
-# group of options -> the options in it, each of which has an attribute of its own. `run` holds more
+# {group of options: options that are attributes of a `Teacher`}. The group `run` has more options
 GROUPS = dict(
     images=('stats', 'input_stats', 'size'), ensemble=('combine', 'weights'), run=('mode',)
 )
-# the options in groups, if they are not given
+# default values of the options in groups
 UNLESS_GIVEN = dict(
     stats=None, input_stats=None, size=None, combine='probs', weights=None, mode='eval', run={}
 )
 
-# a member of an ensemble takes these options from the ensemble, unless it was given its own
+# options that the members of an ensemble inherit unless they are given explicitly
 INHERITED = (
     'mode',
     'stats',
@@ -66,7 +66,7 @@ INHERITED = (
 
 
 def ungrouped_options(options: dict) -> dict:
-    """Take the options out of their groups."""
+    """Flatten the groups in the arguments of `Teacher`."""
     out = {k: v for k, v in options.items() if k not in GROUPS}
     for group, names in GROUPS.items():
         if options.get(group) is None:
@@ -80,7 +80,7 @@ def ungrouped_options(options: dict) -> dict:
 
 
 def grouped_options(options: dict) -> dict:
-    """Put options into their groups: the arguments of `Teacher`."""
+    """Convert flat options to the grouped arguments of `Teacher`."""
     out = {k: v for k, v in options.items() if k not in UNLESS_GIVEN}
     for group, names in GROUPS.items():
         own = {k: options[k] for k in names if k in options}
@@ -92,9 +92,7 @@ def grouped_options(options: dict) -> dict:
 
 
 def records_given(init):
-    """Store the names of the options that were given as `given`, even if a value equals the
-    default.
-    """
+    """Record the names of the options that were passed to `init` in the attribute `given`."""
 
     @wraps(init)
     def call(self, *args, **options):
@@ -105,69 +103,74 @@ def records_given(init):
 
 
 class Teacher:
-    """A model that runs on batches, in eval mode and without gradients, and returns `Outputs`. Inputs
-    are unchanged. A teacher is not an `nn.Module`, so it never becomes part of a trained model.
+    """A model that runs without gradients and returns `Outputs`.
 
-    `with teacher:` (or `start` and `stop`) around a loop prepares the model once. At the end, the
-    model's modes, buffers, device and hidden states are restored. A call outside of such a loop
-    does both itself, which is slower, and hidden states do not persist.
+    By default, the model runs in evaluation mode. The inputs are not changed. A `Teacher` is not an
+    `nn.Module`, so it never becomes part of a trained model.
 
-    A model on the CPU moves to the batch's device. A model on a different device stays there, and
-    the batch moves to it. The outputs are on the batch's device, in the model's precision. The
-    model has its own random state.
+    To run many batches, use `with teacher:` (or `start` and `stop`) around the loop. The model is
+    then prepared once, and its modes, buffers, device and hidden states are restored at the end.
+    Without such a context, each call prepares and restores the model, which is slower, and hidden
+    states do not persist between batches.
+
+    A model on the CPU moves to the device of the batch. If the model is on a different device, the
+    batch moves to that device. The outputs are on the device of the batch, in the precision of the
+    model. The model has its own random state.
 
     Args:
         model: nn.Module, torch.export program, .pt, .pt2 or .onnx file, callable, estimator with
             `predict_proba` or `predict` (scikit-learn, LightGBM, XGBoost, CatBoost), or a list of
-            these (an ensemble).
-        kind: What the logits are: 'softmax' over classes, 'sigmoid' per label, or 'regression'.
+            these, which becomes an ensemble.
+        kind: Kind of the logits: 'softmax' over classes, 'sigmoid' per label, or 'regression'.
         axis: Class axis.
-        select: Classes of the teacher to return, in the student's order: numbers, or lists of
-            numbers, whose probabilities are summed (see docs/classes.md).
-        classes: For a teacher with different classes: the student's class, or list of classes,
-            of each output (see docs/classes.md). None if the classes are the same.
-        layers: Dotted names of the layers to read. In an ensemble, '0.NAME' is a layer of its
-            first member.
-        output: Output with the logits: a name, an index or a function. None for 'logits', 'out',
-            or the first of a tuple.
-        outputs: What the model returns: 'logits', or 'probs', the probabilities of classes or
-            labels, as estimators do.
-        inputs: fn(*inputs of a batch) -> the teacher's inputs: a tensor, a tuple or a dict, for
-            example from a different tokenizer.
-        items: In fastai, the same from the raw items: fn(list, or rows of a DataFrame) -> the
-            teacher's inputs.
-        frame: For an estimator in fastai: the table that the DataLoaders were made from (see
+        select: Classes of the teacher to return, in the student's order. Each entry is a class
+            index, or a list of indices whose probabilities are summed (see docs/classes.md).
+        classes: For a teacher with different classes, the student's class or list of classes for
+            each output (see docs/classes.md). None if the classes are the same.
+        layers: Dotted names of the layers to read. In an ensemble, '0.NAME' is a layer of the first
+            member.
+        output: Which output holds the logits: a name, an index or a function. If None, use
+            'logits', 'out', or the first element of a tuple.
+        outputs: Type of the output: 'logits', or 'probs' for probabilities of classes or labels, as
+            estimators return.
+        inputs: fn(*inputs of a batch) -> inputs of the teacher, as a tensor, a tuple or a dict.
+            Useful e.g. for a different tokenizer.
+        items: For fastai, fn(raw items of a batch) -> inputs of the teacher. The raw items are a
+            list, or rows of a DataFrame.
+        frame: For an estimator in fastai, the table from which the DataLoaders were created (see
             docs/trees.md).
-        images: How images are prepared for the teacher, as a dict.
+        images: Options for preparing images, as a dict.
 
-            - 'stats': normalization of the teacher's training images: (mean, std), torchvision's
+            - 'stats': normalization of the teacher's training images: (mean, std), torchvision
               weights, 'imagenet' or 'auto' (timm).
-            - 'input_stats': (mean, std) with which the images of the batch are normalized; (0, 1)
-              if they are not.
+            - 'input_stats': (mean, std) with which the images of the batch are normalized. Pass (0,
+              1) if they are not normalized.
             - 'size': height and width to which images are resized, or one number for a square.
-              Logits that are maps of this size are resized to the size of the batch's images.
-        ensemble: How the outputs of a list of teachers are combined, as a dict.
+              Logit maps of this size are resized to the size of the batch's images.
+        ensemble: Options for combining the outputs of a list of teachers, as a dict.
 
-            - 'combine': 'probs' (default) for the mean of the probabilities, as logits; 'logits'
-              for the mean of the logits; 'sample' for one member, drawn for each batch.
-            - 'weights': weights of the members, or their probabilities to be drawn. None for
-              equal ones.
-        name: Name in messages. None for the name of the file or of the class.
-        run: How the model runs, as a dict (see docs/speed.md).
+            - 'combine': 'probs' (default) averages the probabilities and returns logits. 'logits'
+              averages the logits. 'sample' draws one member for each batch.
+            - 'weights': weights of the members, or their probabilities with 'sample'. None for
+              equal weights.
+        name: Name in messages. If None, use the name of the file or class.
+        run: Options for running the model, as a dict (see docs/speed.md).
 
-            - 'precision': 'bf16', 'fp16', 'fp32' (the model's own), or 'auto' (default): bf16 if
-              the processor supports it, the model is large and its outputs stay close.
+            - 'precision': 'bf16', 'fp16', 'fp32' (the precision of the model), or 'auto' (default).
+              'auto' uses bf16 if the processor supports it, the model is large and the outputs are
+              close.
             - 'memory_format': 'channels_last', None (unchanged), or 'auto' (default).
-            - 'fold_bn': True to merge each batch norm into the convolution before it, False, or
+            - 'fold_bn': True to fold each batch norm into the preceding convolution, False, or
               'auto' (default). 'auto' changes only large models.
             - 'compile': True to use `torch.compile`.
-            - 'device': device of the teacher. None as described above.
-            - 'batch': rows that run at once, if memory is short. None for all rows of a batch.
-            - 'mode': 'train' for papers that need it. torch.export programs and callables keep
-              their mode.
+            - 'device': device of the teacher. If None, the device is chosen as described above.
+            - 'batch': number of rows that run at once, to save memory. None for all rows of a
+              batch.
+            - 'mode': 'eval' (default), or 'train' for methods that need it. Callables and
+              torch.export programs keep their mode.
     """
 
-    # options that `__init__` sets by their names
+    # `__init__` sets these options through `__dict__`
     mode: str | None
     combine: str
     stats: Any
@@ -195,14 +198,14 @@ class Teacher:
     ) -> None:
         given = {k: v for k, v in locals().items() if k not in ('self', 'model')}
         options = UNLESS_GIVEN | ungrouped_options(given)
-        # fastdistill.fastai keeps the teacher's Learner as `learner`
+        # `learner` is set by fastdistill.fastai
         self.model = self.path = self.learner = None
         self.sources, self.members = [], []
         self.random, self._runner, self._was_started = RandomStream(), None, []
-        # facts about the model that were found while it ran; variations share them
+        # facts about the model found while it ran, shared by all variants of this teacher
         self._facts = model._facts if isinstance(model, Teacher) else {}
         if isinstance(model, Teacher):
-            # a variation: it takes the options that are not given from `model`
+            # create a variant: options that are not given are copied from `model`
             check_run(options['run'], None)
             options = {k: v if k in self.given else option_of(model, k) for k, v in options.items()}
             options['run'] = model.run | options['run']
@@ -221,8 +224,9 @@ class Teacher:
         self._check()
 
     def with_defaults(self, **options) -> 'Teacher':
-        """Return the teacher with these options, except those that it was given itself. The same
-        teacher if none is left. The same holds for each key of `run`.
+        """Return a teacher that uses these values for all options that were not given explicitly.
+
+        Keys of `run` are treated individually. If nothing changes, the teacher itself is returned.
 
         Args:
             **options: As in `Teacher`, but without groups: `stats=`, not `images=dict(stats=...)`.
@@ -262,7 +266,7 @@ class Teacher:
         elif self.frame is not None:
             raise DistillError(
                 f'frame= is the table of an estimator (scikit-learn, LightGBM ...), but {self.name} is '
-                'none.'
+                'not an estimator.'
             )
         if self.size is not None:
             self.size = (self.size, self.size) if isinstance(self.size, int) else tuple(self.size)
@@ -295,12 +299,13 @@ class Teacher:
         how = [str(self.runner.fast_copy or ''), '' if batch is None else f'{batch} rows at once']
         return f'Teacher({": ".join(filter(None, [self.name, ", ".join(filter(None, how))]))})'
 
-    # its modules
+    # the modules of the model
 
     @property
     def module(self):
-        """The nn.Module that runs: the model itself, or the one of a bound method. None for an ONNX
-        file or a function.
+        """The nn.Module of the model, or None for an ONNX file or a function.
+
+        For a bound method, the result is the nn.Module to which the method belongs.
         """
         return next(
             (
@@ -313,7 +318,7 @@ class Teacher:
 
     @property
     def modules(self):
-        """The nn.Modules of the teacher, or of an ensemble's members."""
+        """The nn.Module of the teacher, or those of all members of an ensemble, as a list."""
         return [o for o in (self.module,) if o is not None] + [
             o for m in self.members for o in m.modules
         ]
@@ -328,7 +333,9 @@ class Teacher:
 
     @property
     def adapts(self):
-        """How the normalization of the images is changed, as text. Empty if it is not."""
+        """Text that describes how the normalization of images is changed, or '' if it is not
+        changed.
+        """
         if self.members:
             return '; '.join(dict.fromkeys(filter(None, (m.adapts for m in self.members))))
         if None in (self.stats, self.input_stats) or affine(self.input_stats, self.stats) is None:
@@ -338,7 +345,7 @@ class Teacher:
 
     @property
     def known_classes(self):
-        """The student's class, or list of classes, of each output. None if the classes are the
+        """The student's class, or list of classes, for each output. None if the classes are the
         same.
         """
         return self.classes or next(
@@ -347,25 +354,29 @@ class Teacher:
 
     @property
     def reads_items(self) -> bool:
-        """True if the teacher, or a member of it, reads raw items instead of the batch's inputs."""
+        """True if the teacher or one of its members reads raw items instead of the batch's
+        inputs.
+        """
         if self.members:
             return any(m.reads_items for m in self.members)
         return self.items is not None
 
     @property
     def needs(self) -> str:
-        """What the samples of a batch must bring, as in `OutputSource`."""
+        """'items' if the teacher needs the raw items of a batch, otherwise ''. See
+        `OutputSource`.
+        """
         return 'items' if self.reads_items else ''
 
     def has_outputs(self, samples) -> bool:
-        """True: a model has outputs for any samples."""
+        """Return True, since a model can compute outputs for any samples."""
         return True
 
-    # how it runs
+    # running the model
 
     @property
     def runner(self):
-        """Runner of the model, or of the members of an ensemble."""
+        """The runner of the model or of the members of an ensemble."""
         if self._runner is None:
             self._runner = (
                 EnsembleRunner(self) if self.members else ModelRunner(self, self._facts, self._say)
@@ -373,7 +384,7 @@ class Teacher:
         return self._runner
 
     def say_with(self, fn):
-        """Set where messages about the faster copy go.
+        """Set the function that prints messages about the faster copy.
 
         Args:
             fn: fn(text). None for `print`.
@@ -387,22 +398,25 @@ class Teacher:
             (self._facts.get('say') or print)(f'fastdistill: the teacher {self.name} {text}')
 
     def as_it_is(self) -> 'Teacher':
-        """Return the same teacher, which runs the model itself and never a faster copy. Code that
-        hooks the modules of `named_modules` needs this.
+        """Return a variant of this teacher that never runs a faster copy.
+
+        Use this variant to hook the modules of `named_modules`, since hooks have no effect on a
+        copy.
         """
         t = Teacher(self, run=AS_IT_IS | dict(device=None))
         t.members = [m.as_it_is() for m in t.members]
         return t
 
-    # from start to stop
+    # start and stop
 
     @property
     def started(self) -> bool:
         return self.runner.started
 
     def start(self):
-        """Prepare the model for many batches, and start a new stream of random numbers. A second
-        call changes nothing.
+        """Prepare the model for many batches, with a new random state.
+
+        Has no effect if the teacher is already started.
         """
         if not self.started:
             self.random = RandomStream()
@@ -410,7 +424,7 @@ class Teacher:
         return self
 
     def stop(self):
-        """Restore the model. May be called at any time, and more than once."""
+        """Restore the model. Has no effect if the teacher is not started."""
         self.runner.stop()
 
     def __enter__(self):
@@ -424,12 +438,14 @@ class Teacher:
             self.stop()
 
     def reset(self):
-        """Reset hidden states with the model's own method `reset`, if it has one that changes no
-        weights.
+        """Reset hidden states with the method `reset` of the model.
+
+        Has no effect if the model has no such method, or if the method changes weights.
         """
         self.runner.reset(self.random)
 
-    # a model from a file is pickled as its path, since ONNX sessions and programs may not pickle. A copy is not started
+    # a model from a file is pickled as its path, since ONNX sessions and programs may not be
+    # picklable. Copies and unpickled teachers are not started
     def __getstate__(self):
         facts = {k: v for k, v in self._facts.items() if k not in ('copies', 'say')}
         fresh = dict(_runner=None, _was_started=[], random=RandomStream(), _facts=facts)
@@ -442,37 +458,37 @@ class Teacher:
         if isinstance(self.model, Onnx):
             self.model = self.model.returning(self.output)
 
-    # a batch
+    # run a batch
 
     def __call__(self, *x, **kw) -> Outputs:
         """Return the outputs for a batch.
 
         Args:
-            *x: Inputs of the batch. A dict is passed by name if the model has arguments with these
-                names.
-            **kw: Inputs passed by name.
+            *x: Inputs of the batch. A dict is passed as keyword arguments if the model has
+                arguments with these names.
+            **kw: Keyword inputs.
         """
         return self.outputs(x, kwargs=kw)
 
     def outputs(self, inputs=(), samples=None, layers=(), kwargs=None) -> Outputs:
-        """Return the outputs for a batch, including the layers that this call names.
+        """Return the outputs for a batch.
 
         Args:
             inputs: Inputs of the batch.
-            samples: Its `BatchSamples`, with the raw items that a teacher with items= reads. None if
-                they are unknown.
-            layers: Names of layers that this call reads, in addition to the teacher's own.
-            kwargs: Inputs by name.
+            samples: The `BatchSamples` of the batch, with the raw items for a teacher with
+                `items=`. None if unknown.
+            layers: Names of layers to read, in addition to those of the teacher.
+            kwargs: Keyword inputs.
         """
         return self.outputs_for([self], inputs, samples, layers, kwargs)[0]
 
     def outputs_for(
         self, teachers, inputs=(), samples=None, layers=(), kwargs=None
     ) -> list[Outputs]:
-        """Return the outputs for a batch as each of these teachers reads them. The model runs once.
+        """Run the model once on a batch, and return the outputs of each teacher.
 
         Args:
-            teachers: This one, and others for which `same_run` is true.
+            teachers: This teacher, and other teachers for which `same_run` is true.
             inputs, samples, layers, kwargs: As in `outputs`.
         """
         if samples is not None and self.reads_items:
@@ -491,13 +507,14 @@ class Teacher:
             return self.runner.outputs_for(teachers, inputs, kwargs, layers)
 
     def probe(self, *x, layers=None, **kw) -> Outputs:
-        """Return the outputs for a batch. Hidden states and random states do not change, even in the
-        middle of a run.
+        """Return the outputs for a batch without changing hidden states or random states.
+
+        This method can be used even between `start` and `stop`.
 
         Args:
             *x: Inputs of the batch.
-            layers: Names of layers to read instead of the teacher's own.
-            **kw: Inputs passed by name.
+            layers: Names of the layers to read instead of those of the teacher.
+            **kw: Keyword inputs.
         """
         return Teacher(self, **({} if layers is None else dict(layers=layers)))(*x, **kw)
 
@@ -513,14 +530,15 @@ def option_of(teacher: Teacher, name: str):
 
 
 def given_options(teacher: Teacher) -> dict:
-    """Return the options that a teacher was given, without their groups."""
+    """Return the options that were given explicitly to a teacher, without groups."""
     return {k: option_of(teacher, k) for k in teacher.given}
 
 
 def reading_tokens(teacher: Teacher, *x) -> Teacher:
-    """Return the teacher for stored outputs. It reads a series (B, C, L), such as the output of a
-    1d convolution, as tokens (B, L, C), since stored features do not show which axis holds the
-    channels.
+    """Return a variant of the teacher whose features can be stored.
+
+    Layers that return a series (B, C, L), such as a 1d convolution, are read as tokens (B, L, C),
+    since stored features do not show which axis holds the channels.
 
     Args:
         teacher: A `Teacher`.
@@ -530,13 +548,14 @@ def reading_tokens(teacher: Teacher, *x) -> Teacher:
     return teacher if names == teacher.layers else Teacher(teacher, layers=names)
 
 
-# options that change how a model runs, and not only which of its outputs is read
+# options that affect how the model runs. All other options affect only how its output is read
 OF_A_RUN = 'mode', 'size', 'inputs', 'items', 'layers', 'run'
 
 
 def same_run(a, b) -> bool:
-    """Whether one run of a model gives the outputs of both teachers: they differ at most in the
-    output, its kind and its classes.
+    """Return True if a single run of the model can give the outputs of both teachers.
+
+    Such teachers differ at most in `output`, `kind` and their classes.
     """
     if a is b:
         return True
@@ -549,8 +568,9 @@ def same_run(a, b) -> bool:
 
 
 def sharing_model(teacher, other):
-    """Return the same teacher, which shares the known facts about the model, and its faster copy,
-    with another teacher of this model.
+    """Return a copy of the teacher that shares the facts about the model with a second teacher.
+
+    Both teachers must have the same model, and also share its faster copy from then on.
     """
     if teacher._facts is other._facts:
         return teacher

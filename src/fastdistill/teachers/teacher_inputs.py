@@ -1,4 +1,7 @@
-"Prepare the inputs of a teacher's model: those of the batch, or what `inputs=` or `items=` returns."
+"""Prepare the inputs of a teacher's model.
+
+The inputs are those of the batch, or the result of `inputs=` or `items=`.
+"""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -29,13 +32,14 @@ def check_own_inputs(inputs: Callable | None, items: Callable | None) -> None:
 
 
 def own_inputs(teacher: Any, x: tuple, kw: Mapping[str, Any]) -> tuple:
-    """Return the model's inputs by position and by name: those of the batch, or what `inputs=` or
-    `items=` returns.
+    """Return the positional and keyword inputs of the model.
+
+    The inputs are those of the batch, or the result of `inputs=` or `items=`.
 
     Args:
-        teacher: A `Teacher` of one model.
+        teacher: A `Teacher` with a single model.
         x: Inputs of the batch.
-        kw: Inputs passed by name.
+        kw: Keyword inputs.
     """
     if teacher.inputs is None and teacher.items is None:
         return x, kw
@@ -67,16 +71,18 @@ def prepared_inputs(
     scaling: tuple[Tensor, Tensor] | None,
     lend: Callable[[Tensor], bool],
 ) -> tuple:
-    """Return the inputs by position and by name, on the model's device, in its precision, and with
-    its normalization and size of images.
+    """Return the positional and keyword inputs of the model in their final form.
+
+    The inputs are on the device of the model and have its precision. Images have the normalization
+    and size that the model expects.
 
     Args:
-        teacher: A `Teacher` of one model.
+        teacher: A `Teacher` with a single model.
         x, kw: Results of `own_inputs`.
         device: Device of the batch.
-        frozen: The `FrozenModel`. None for other forms of teachers.
-        scaling: Result of `images.affine`.
-        lend: fn(tensor) -> True if the model may get the tensor itself, not a copy.
+        frozen: The `FrozenModel`. None if the model is not an nn.Module.
+        scaling: Result of `affine` for the images.
+        lend: fn(tensor) -> True if the model may get the tensor itself instead of a copy.
     """
     x, kw = arguments(teacher.model, x, kw)
     if len(x) > 1 and is_hf(teacher.model) and not frozen.has_run:
@@ -93,7 +99,7 @@ def prepared_inputs(
             t = fit_images(t, scaling, teacher.size)
         if dtype is not None and t.is_floating_point():
             t = t.to(dtype)
-        # subtle: a copy, since a model that changes its input in place would change the student's batch
+        # subtle: make a copy, since a model that changes its input in place would change the batch
         return t.clone() if t is plain and not lend(t) else t
 
     return map_tensors((x, kw), prepare)
