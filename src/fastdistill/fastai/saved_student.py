@@ -1,5 +1,7 @@
-"""Save a trained student as a folder: weights, facts, a model card, and the network if it can be
-exported.
+"""Save a trained student in a folder, and load it again.
+
+The folder contains the weights, facts about the student, a model card and, if possible, the
+network.
 """
 
 import json
@@ -44,20 +46,20 @@ def save_student(
     title: str = 'Student',
     temperature: float | list[float] | None = None,
 ) -> Path:
-    """Save a student as a folder without pickles.
+    """Save a student in a folder that contains no pickles.
 
-    It contains the weights (model.safetensors), facts such as class names and normalization
-    (config.json), a model card (README.md) with the report's numbers, and the network
+    The folder contains the weights (model.safetensors), facts such as class names and normalization
+    (config.json), a model card with the numbers of the report (README.md), and the network
     (student.onnx).
 
     Args:
-        learn: The trained student.
+        learn: Learner of the trained student.
         folder: Folder, which is created.
-        report: Report from `compare`, whose numbers go into the model card.
-        onnx: Whether to write the network too. None to write it if it can be exported.
-        title: Title of the card.
-        temperature: Number by which student.onnx divides its logits, as in `export_student`. It is
-            stored in config.json, and not contained in the weights.
+        report: Report from `compare`. Its numbers are included in the model card.
+        onnx: Whether to save the network too. If None, the network is saved if it can be exported.
+        title: Title of the model card.
+        temperature: Number by which student.onnx divides its logits, as in `export_student`. The
+            temperature is also stored in config.json. It is not included in the weights.
     """
     check_learner(learn, 'save_student')
     folder = Path(folder)
@@ -125,13 +127,15 @@ def card(title, facts, checked, report):
 
 
 def load_student(folder: str | Path, model: nn.Module | None = None):
-    """Load the student of a folder in evaluation mode, as a function of tensors.
-
-    `.facts` are those of config.json. Nothing is unpickled.
+    """Load the student from a folder, in evaluation mode. Nothing is unpickled.
 
     Args:
         folder: Folder written by `save_student`.
-        model: The same network, for the weights. None to run the exported network with onnxruntime.
+        model: A network of the same type, into which the weights are loaded. If None, the exported
+            network is run with onnxruntime.
+
+    Returns:
+        A callable that takes tensors. Its attribute `facts` has the content of config.json.
     """
     folder = Path(folder)
     if not (folder / 'config.json').is_file():
