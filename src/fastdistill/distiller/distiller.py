@@ -1,6 +1,4 @@
-"""Compute the distillation loss of one batch. This module works on tensors and has no training
-loop.
-"""
+"""Compute the distillation loss of one batch. Training loops are not part of this module."""
 
 import json
 from collections.abc import Mapping
@@ -47,19 +45,19 @@ class Distiller(nn.Module):
     that makes random predictions (`mode='train'` or `combine='sample'`).
 
     If the student has several outputs, each output can have its own teacher: `Distiller(student,
-    {'color': teacher1, 'shape': teacher2})`. Each output with its labels, teacher and recipe is
-    then called a head. Compute the loss of a batch with `distiller(x, y_color, y_shape)`. Each
+    {'color': teacher1, 'shape': teacher2})`. An output with its labels, teacher and recipe is
+    called a head. Compute the loss of a batch with `distiller(x, y_color, y_shape)`. Each
     option is either one value for all heads or a dict {head name: value}. The student runs once per
-    batch. A teacher used by several heads also runs once per batch. `distiller.heads['color']` has
-    the attributes of one head, such as `recipe` and `teacher`.
+    batch. A teacher that is used by several heads also runs once per batch.
+    `distiller.heads['color']` has the attributes of one head, such as `recipe` and `teacher`.
 
     Args:
-        student: Model to train. It can be None if only `compute` is used and the recipe compares no
-            layers.
-        teacher: A `Teacher` or anything it accepts: a module, a callable, a file, or a list of
-            these. For several heads, pass a dict {head name: teacher}. Use None for a head that is
-            trained only on labels. If a teacher has several outputs, each head uses the output with
-            its name, or the output at its position in a tuple.
+        student: Model to train. The student can be None if only `compute` is used and the recipe
+            compares no layers.
+        teacher: A `Teacher`, or anything that `Teacher` accepts: a module, a callable, a file, or a
+            list of these. For several heads, pass a dict {head name: teacher}. Use None for a head
+            that is trained only on labels. If a teacher has several outputs, each head uses the
+            output with its name, or the output at its position in a tuple.
         recipe: A recipe such as `kd()` or `kd() + at()`, a `Term`, or text such as 'kd(T=2) +
             at()'. If None or 'auto', `auto` chooses a recipe from the outputs of the first batch.
         task_loss: fn(student logits, *targets) -> task loss. If None, `kind` determines the loss:
@@ -74,19 +72,19 @@ class Distiller(nn.Module):
         shift_labels: Set to True if the labels of a language model are aligned with the input
             tokens, as in Hugging Face. Each label is then moved to the position where the model
             predicts it, for the terms and for the default task loss. If None, the alignment is
-            detected in the first batch, and an error is raised if that is impossible.
+            detected in the first batch. If detection is impossible, an error is raised.
         output: Which output to distill if a model has several: a name, an index, or a function of
-            what the model returned. Applies to the student, and to a teacher that is not a
-            `Teacher` yet. If None, use the output named 'logits' or 'out', or the first item of a
-            tuple. With several heads, None selects the output with the name of the head, or the
-            output at its position.
-        labels: For several heads, {head name: fn(labels of the batch) -> tuple of labels of this
-            head}. If None, each head has one label, in the order of the heads.
-        weights: For several heads, {head name: weight of its loss}. The default is 1.
-        check: Whether to look for mistakes. This finds parameters that both models share, and runs
-            `Distiller.check` on the first batch.
-        example: Batch of inputs used to build the projectors now. Needed if an optimizer is created
-            before the first batch.
+            what the model returned. This option applies to the student. If the teacher is not a
+            `Teacher` object, the option also applies to the teacher. If None, use the output named
+            'logits' or 'out', or the first item of a tuple. With several heads, None selects the
+            output with the name of the head, or the output at the position of the head.
+        labels: For several heads, a dict {head name: fn(labels of the batch) -> tuple of labels of
+            this head}. If None, each head has one label, in the order of the heads.
+        weights: For several heads, a dict {head name: weight of the head's loss}. The default is 1.
+        check: Whether to look for mistakes. If True, shared parameters of both models are reported,
+            and `Distiller.check` runs on the first batch.
+        example: Batch of inputs from which the projectors are built immediately. This argument is
+            needed if an optimizer is created before the first batch.
     """
 
     head_class = Head
@@ -186,7 +184,9 @@ class Distiller(nn.Module):
 
     @property
     def sources(self) -> list:
-        """The teachers to run. Heads that share a run of a model have one teacher in this list."""
+        """The teachers to run. If several heads share a run of a model, the list contains only one
+        of their teachers.
+        """
         return [next(iter(g.values())).teacher for g in teacher_groups(self.heads)]
 
     def start(self):
@@ -195,13 +195,14 @@ class Distiller(nn.Module):
             t.start()
 
     def stop(self):
-        """Restore the teachers. It is safe to call this at any time, and repeatedly."""
+        """Restore the teachers. This method may be called at any time, and repeatedly."""
         for t in self.sources:
             t.stop()
 
     @property
     def recipe(self) -> Recipe:
-        """The recipe. With several heads, it contains all terms, with names such as 'color.kd'.
+        """The recipe. With several heads, the recipe contains the terms of all heads, with names
+        such as 'color.kd'.
 
         The recipe has no task weight if the heads weight the task loss differently.
         """
@@ -221,10 +222,10 @@ class Distiller(nn.Module):
         self.links = nn.ModuleDict(links) if self.several else links['']
 
     def _scales(self, progress) -> tuple[dict, float]:
-        """Return ({head: factor of its terms}, divisor of the shared task loss).
+        """Return ({head name: factor of the head's terms}, divisor of the shared task loss).
 
-        Each head divides its weights by 1 plus the sum of its gradient ratios. Heads that share a
-        task loss must all divide by the same number, so the largest one is used.
+        In each head, weights are divided by 1 plus the sum of the gradient ratios. If heads share a
+        task loss, the largest of these divisors is used for all heads.
         """
         lengths = {k: h.ratios.length(h.recipe.weights_at(progress)) for k, h in self.heads.items()}
         longest = max(lengths.values())
@@ -289,7 +290,7 @@ class Distiller(nn.Module):
     def set_extra_state(self, state: Tensor):
         """Restore the chosen recipe and the measured gradients.
 
-        The current recipe is kept if it is already chosen and has different terms.
+        If a recipe with different terms was already chosen, the current recipe is kept.
         """
         state = json.loads(bytes(state.tolist()))
         of_one = set(self.heads[next(iter(self.heads))].state())
@@ -320,18 +321,18 @@ class Distiller(nn.Module):
     def check(self, x, *targets, n: int = BATCHES) -> Findings | dict[str, Findings]:
         """Find mistakes that training would not report.
 
-        With a DataLoader, this reads a few batches. It compares the scores of both models and of a
-        constant prediction (see `.facts` of the result). It also finds a teacher that seems
-        untrained or has its classes in a different order, and everything else that
-        `Learner.check_teacher` finds without a Learner. If there is reason to doubt the teacher,
-        `auto` gives the teacher a small weight.
+        With a DataLoader, the check reads a few batches. It compares the scores of both models and
+        of a constant prediction (see `.facts` of the result). The check also finds a teacher that
+        seems untrained, and a teacher whose classes have a different order. Other checks are the
+        same as in `Learner.check_teacher`, except those that need a Learner. If there is reason to
+        doubt the teacher, `auto` gives the teacher a small weight.
 
-        With a single batch, this only reports outputs and labels that do not match. Neither model
-        is changed.
+        With a single batch, the check only reports outputs and labels that do not match. Neither
+        model is changed.
 
         Args:
             x: A DataLoader or a list of batches (inputs, labels), preferably from a validation set.
-                Or the inputs of a single batch.
+                This can also be the inputs of a single batch.
             *targets: The labels, if `x` is the inputs of a single batch.
             n: Number of batches to read.
 
@@ -369,8 +370,8 @@ class Distiller(nn.Module):
         return self._each_head(lambda h: h.check_batches(of(h), placed, part))
 
     def _each_head(self, fn):
-        """Return {head name: fn(head)} for the heads that have a teacher, or fn(head) for one
-        head.
+        """Call `fn` on each head that has a teacher, and return {head name: result}. With one head,
+        return the result.
         """
         if not self.several:
             return fn(self.head)
@@ -391,8 +392,8 @@ class Distiller(nn.Module):
     def active_terms(self, progress: float | None = None) -> list:
         """Return the terms that are needed for a batch.
 
-        During training, these are the terms with a nonzero weight. If gradients are disabled, as in
-        validation, all terms are returned.
+        During training, only terms with a nonzero weight are returned. If gradients are disabled,
+        as in validation, all terms are returned.
 
         Args:
             progress: Fraction of the training that is done, from 0 to 1, for schedules.
@@ -463,10 +464,10 @@ class Distiller(nn.Module):
 
     @contextmanager
     def reading(self, progress: float | None = None):
-        """Record what the student returns while a trainer runs it.
+        """Context manager that records what the student returns while a trainer runs the student.
 
-        This is a context manager. It yields a list of the values that the student returned, and the
-        `Taps` on the student's layers.
+        The context manager yields a list of the student's return values, and the `Taps` on the
+        student's layers.
 
         Args:
             progress: Fraction of the training that is done, from 0 to 1, for schedules.
@@ -481,13 +482,14 @@ class Distiller(nn.Module):
         Args:
             x: The inputs: a tensor, a tuple of tensors, or a dict. The items of a dict are passed
                 as keyword arguments if the model has arguments with these names.
-            *targets: Labels. They can be omitted if the recipe gives the task loss no weight. For
+            *targets: Labels. Labels can be omitted if the recipe gives the task loss no weight. For
                 several heads, pass one label per head, in the order of the heads. Use None for a
                 head without labels.
             progress: Fraction of the training that is done, from 0 to 1, for schedules.
 
         Returns:
-            A `Distilled`. For several heads, its `task` is the weighted sum of the task losses.
+            A `Distilled`. For several heads, `Distilled.task` is the weighted sum of the task
+            losses.
         """
         own = {k: h.labels(targets) for k, h in self.heads.items()}
         x = inputs(x)
@@ -527,7 +529,7 @@ class Distiller(nn.Module):
             teacher: Teacher outputs for the same batch. None if no term needs the teacher (see
                 `teacher_outputs`).
             task: Task loss of the batch. None if the batch has no labels. For several heads, the
-                total task loss. All recipes then give it the same weight.
+                total task loss. The task loss has the same weight in the recipes of all heads.
             targets: Labels, for losses that use labels.
             progress: Fraction of the training that is done, from 0 to 1, for schedules.
             mixed: (second labels, coefficient of the first labels) for a MixUp or CutMix batch.

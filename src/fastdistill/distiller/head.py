@@ -49,8 +49,8 @@ class Head(RecipeLoss):
         name: Name used in messages. '' if the student has one output.
         labels: fn(labels of the batch) -> tuple of the labels of this head.
         weight: Weight of the loss of this head.
-        teacher_output: Which output of the teacher to distill. Used if the teacher is not a
-            `Teacher` yet.
+        teacher_output: Which output of the teacher to distill. This option has no effect if the
+            teacher is a `Teacher` object.
     """
 
     shares_task = False  # True if one task loss is computed for all heads
@@ -145,7 +145,7 @@ class Head(RecipeLoss):
     def load_state(self, state: dict):
         """Restore the chosen recipe and the measured gradients.
 
-        The current recipe is kept if it is already chosen and has different terms.
+        If a recipe with different terms was already chosen, the current recipe is kept.
         """
         if self.automatic and state['recipe'] is not None:
             recipe = chosen_before(*state['recipe'])
@@ -169,7 +169,7 @@ class Head(RecipeLoss):
             check_names(self.student, self.teacher, t.layers)
 
     def check(self, student: Outputs, teacher: Outputs | None, targets) -> Findings:
-        """Find outputs and labels of one batch that do not match."""
+        """Report outputs and labels of one batch that do not match."""
         found = Findings()
         if teacher is not None:
             found.add('store', check_stored(self.recipe, teacher, self.task.axis))
@@ -180,7 +180,7 @@ class Head(RecipeLoss):
         return found.join(check_batch(s, t, y, self.task))
 
     def check_batches(self, batches, placed: bool = False, part: str = '') -> Findings:
-        """Find mistakes that training would not report; see `Distiller.check_batches`."""
+        """Find mistakes that training would not report. See `Distiller.check_batches`."""
         found = Findings()
         found.add(
             'parameters',
@@ -288,8 +288,8 @@ class Head(RecipeLoss):
         return self.compute(student, teacher, task, targets, progress=progress)
 
     def task_and_targets(self, x, logits, targets):
-        """Return the task loss and the targets. Targets are moved to where the model predicts
-        them.
+        """Return the task loss and the targets. Targets are moved to the positions where the model
+        predicts them.
         """
         if not targets:
             return None, targets
@@ -301,7 +301,7 @@ class Head(RecipeLoss):
     def targets_at(self, x, logits, targets):
         """Move the targets to the positions where the model predicts them.
 
-        A language model predicts the next token at each position, so its labels may have to be
+        At each position, a language model predicts the next token. So its labels may have to be
         moved by one position.
         """
         if self.shift_labels is None and targets:
@@ -320,7 +320,7 @@ class Head(RecipeLoss):
 
 @dataclass
 class HeadOutput:
-    """Selects the output of a head by its name or position from what the student returned.
+    """Selects the output of one head from the outputs that the student returned.
 
     Attributes:
         name: Name of the head.
@@ -355,7 +355,9 @@ class HeadOutput:
 
 
 class SharedOutput(HeadOutput):
-    """Like `HeadOutput`, but for a teacher of several heads, which may return a single output."""
+    """Selects the output of one head of a teacher. A teacher may have a single output for all
+    heads.
+    """
 
     def otherwise(self, raw):
         return raw
@@ -374,7 +376,7 @@ def options_by_head(o, option: str, heads, who: str = 'the heads are') -> dict:
 def share_task_loss(heads: dict):
     """Give the task loss the same weight in the recipes of all heads.
 
-    This is used by trainers that compute a single task loss for all heads.
+    Trainers that compute a single task loss for all heads call this function.
     """
     task = Recipe(*(h.recipe for h in heads.values())).task
     for h in heads.values():
@@ -382,7 +384,9 @@ def share_task_loss(heads: dict):
 
 
 def share_task_loss_again(heads: dict):
-    """Call `share_task_loss` again after a recipe has changed, if it was called before."""
+    """Call `share_task_loss` again, because a recipe has changed. Do nothing if the task loss is
+    not shared.
+    """
     if any(h.shares_task for h in heads.values()):
         share_task_loss(heads)
 

@@ -77,7 +77,7 @@ def complete(d: Distiller, x, labels: bool = True):
 def takes_part(d: Distiller, progress: float | None) -> bool:
     """Return True if distillation changes the loss at this point.
 
-    If this returns False, the training is bit for bit the same as without distillation.
+    If the result is False, the training step is bit for bit the same as without distillation.
 
     Args:
         d: The `Distiller`.
@@ -89,8 +89,8 @@ def takes_part(d: Distiller, progress: float | None) -> bool:
 def add_parameters(optimizer, d: Distiller):
     """Add the parameters of the projectors to the student's optimizer.
 
-    They are added to the first parameter group, because existing schedulers only know the existing
-    groups.
+    The parameters are added to the first parameter group, because existing schedulers only know the
+    existing groups.
 
     Args:
         optimizer: Optimizer of the student.
@@ -106,9 +106,9 @@ def reset_gradients(d: Distiller):
 
 
 def training_state(d: Distiller) -> dict:
-    """Return the state that a checkpoint of the student and its optimizer does not contain.
+    """Return the state to save in addition to the student and its optimizer.
 
-    It consists of the projectors, the chosen recipe and the measured gradients.
+    This state consists of the projectors, the chosen recipe and the measured gradients.
     """
     return dict(links=d.links.state_dict(), distiller=d.get_extra_state())
 

@@ -62,9 +62,10 @@ __all__ = ['cache_teacher', 'verify_cache']
 
 
 def for_each_head(write):
-    """Decorate `cache_teacher` so that it also accepts a dict of teachers.
+    """Decorate `cache_teacher` so that a dict of teachers is also accepted.
 
-    For a dict, one cache is written for each head. The name of its folder is the name of the head.
+    For a dict {head name: teacher}, one cache is written for each head. The folder of each cache is
+    named after the head.
     """
 
     @wraps(write)
@@ -117,30 +118,30 @@ def cache_teacher(
     Args:
         teacher: A Learner, an exported .pkl, a module, a `Teacher`, or a list of these. For several
             heads, a dict {head name: teacher} (docs/classes.md). One cache is then written for each
-            head, in a folder with the name of the head, and a dict of caches is returned.
+            head, in a folder named after the head. The function then returns a dict of caches.
         dls: DataLoaders whose training set (with its augmentation) is cached.
         path: Folder or URL of the cache.
         views: Number of augmented views of each sample. With 0, the teacher sees each sample
             without augmentation, while the student's augmentation stays random. Use 0 for a teacher
-            with `items=`, for example, which never sees the augmentation.
+            with `items=`, because such a teacher never sees the augmentation.
         store: How outputs are stored (docs/stores.md): 'logits', 'topk', 'hidden' or 'draws'. Use
-            'float32', 'float16' or 'int8' to store all logits in that format, or a dict of options,
-            such as dict(topk=10, dtype='int8'). With 'auto', the size and the error of each format
-            are measured, and the best format is chosen.
+            'float32', 'float16' or 'int8' to store all logits in that number format. Use a dict to
+            set several options, such as dict(topk=10, dtype='int8'). With 'auto', the size and the
+            error of each format are measured, and the best format is chosen.
         layers: Names of teacher layers whose outputs are also stored.
         recipe: Recipe for which `store` is chosen or checked. If None, the default recipe is
             assumed.
-        valid: Whether to cache the validation set too. Each term then has a column for the
-            validation set in the progress table.
+        valid: Whether to cache the validation set too. With True, the progress table shows the loss
+            of each term on the validation set.
         unlabeled: Items without labels, or a DataLoader, to cache instead of the training set.
-        keys: Names of the training samples: a list, or a function of the item. If None, the items
-            themselves identify the samples.
-        kind, axis: Kind of logits and class axis. If None, they are derived from the loss function.
+        keys: Names of the training samples: a list, or a function of the item. If None, samples are
+            identified by their items.
+        kind, axis: Kind of logits and class axis. If None, both are derived from the loss function.
         check: Whether to look for mistakes first, as `Learner.check_teacher` does.
         force: Whether to overwrite a cache that was written from different data or a different
             teacher.
-        progress: Whether to show a progress bar in terminals and notebooks. Pass fn(rows done,
-            total rows, bytes done) to show the progress in a different way.
+        progress: Whether to show a progress bar in terminals and notebooks. To show the progress in
+            a different way, pass a function fn(rows done, total rows, bytes done).
         run: Rarely used options, as a dict.
 
             - 'bs', 'num_workers': options of the DataLoader. The default is those of `dls`.
@@ -214,7 +215,9 @@ def only_items(teacher, views):
 
 
 def views_of(dl, views, seed):
-    """Return the number of views to store. One view is enough if no transform is random."""
+    """Return the number of views to store. If no transform is random, all views are the same, so a
+    single view is stored.
+    """
     check_views(views)
     if views < 2 or is_stream(dl):
         return views  # the views of a language model differ in the order of its texts
@@ -302,7 +305,7 @@ def precision_of(teacher: dict) -> str:
 def rows_to_verify(dl, n, views, rows, rng):
     """Return (tasks, batch size) of the rows to verify.
 
-    The rows are chosen at random. For a language model, they are the first rows of a random view.
+    The rows are chosen at random. For a language model, the first rows of a random view are chosen.
     """
     if not is_stream(dl):
         return np.sort(rng.choice(n * views, min(rows, n * views), replace=False)), 1
@@ -366,8 +369,8 @@ def source_of(
             check_alone(exact, len(names))
         if isinstance(dl, SortedDL):
             check_padding(exact, len(names))
-        # subtle: run the first whole batch now. It determines the precision, which is part of the
-        # teacher's identity.
+        # subtle: run the first whole batch now to determine the precision, which is part of the
+        # teacher's identity
         with closing(run(np.arange(len(names))[:rows], rows)) as first:
             next(first)
     with validation_transforms(dl, not views):
@@ -387,7 +390,7 @@ def source_of(
 def as_it_is(teacher):
     """Return the teacher without its faster copy.
 
-    The rounding errors of the faster copy depend on the other samples in a batch.
+    In the faster copy, rounding errors of a sample depend on the other samples in the batch.
     """
     if not isinstance(teacher, Teacher):
         return teacher
@@ -422,7 +425,7 @@ def writer_dl(dl, plan, pairs: list, bs, workers=None):
 
 @contextmanager
 def validation_transforms(dl, on):
-    """Context manager in which a DataLoader uses the validation transforms if `on` is True."""
+    """Context manager that makes a DataLoader use the validation transforms if `on` is True."""
     ds = dl.dataset
     pipes = (
         [o.tfms for o in getattr(ds, 'tls', [ds]) if isinstance(getattr(o, 'tfms', None), Pipeline)]
@@ -440,7 +443,7 @@ def validation_transforms(dl, on):
 def check_views_repeat(make, n):
     """Raise an error if random transforms can't be repeated.
 
-    A few views are computed twice, before anything is written.
+    To find this out, a few views are computed twice before anything is written.
     """
     tasks = spread_positions(n, 8)
     d = make(tasks, 1, 0)
@@ -466,7 +469,7 @@ def check_equal(a, b, which, task):
 
 
 def check_padding(run, n):
-    """Warn if the outputs for the shortest text change when it is padded to the longest text."""
+    """Warn if padding changes the teacher's outputs. The shortest text is padded for this check."""
     beside, alone = [
         next(run(np.array(t), len(t))).logits[-1].float() for t in ([0, n - 1], [n - 1])
     ]
@@ -490,7 +493,7 @@ def plain_item(o):
 def sample_digests(make, n, views):
     """Return digests of the inputs of a few samples, before and after the batch transforms.
 
-    When the views are replayed later, the digests must be the same.
+    When a cache is used, the digests show whether the views are replayed correctly.
     """
     tasks = [i % max(views, 1) * n + int(r) for i, r in enumerate(spread_positions(n, 8))]
     return [
@@ -499,9 +502,10 @@ def sample_digests(make, n, views):
 
 
 def inspect_views(d):
-    """Describe the input of each sample by a digest, and by numbers after the batch transforms.
+    """Return a digest of each sample's input, and statistics of the input after the batch
+    transforms.
 
-    Each tensor is described by the three numbers that `summary` returns.
+    The statistics of a tensor are computed by `summary`.
 
     Args:
         d: A DataLoader with batches of one sample.
@@ -518,10 +522,9 @@ def inspect_views(d):
 
 
 def summary(x):
-    """Compute three numbers: the mean, the standard deviation, and a sum that weights each position
-    differently.
+    """Compute the mean, the standard deviation and a position-weighted sum of a tensor.
 
-    Similar inputs have similar numbers, on any device.
+    For similar tensors, these three numbers are similar on any device.
     """
     x = x.detach().double().cpu().flatten()
     weights = torch.arange(len(x)).mul(0.7).cos()
@@ -540,7 +543,8 @@ def item_digest(item, n_inp):
 def classes_of(teacher, dls):
     """Return the class names in the order of the teacher's logits.
 
-    The labels may have a different order. The logits are then reordered when a student trains.
+    The labels may have their classes in a different order. If the order differs, the logits are
+    reordered when a student is trained.
     """
     mine = vocab_of(dls)
     theirs = [n for t in (teacher, *teacher.members) if (n := class_names(t, dls)) is not None]

@@ -63,8 +63,8 @@ class StoredOutputs(HeldOutputs):
 
     @property
     def doubt(self):
-        """The reason to doubt the teacher, found when its outputs were stored. Empty if there is
-        none.
+        """The reason to doubt the teacher, which was found when its outputs were stored. Empty if
+        there is no reason.
         """
         return self.cache.manifest.doubt
 
@@ -131,22 +131,18 @@ class StoredOutputs(HeldOutputs):
 
     @property
     def draws(self):
-        """Number of classes drawn per prediction, and the temperature. None if the cache stores no
-        draws.
-        """
+        """Number and temperature of the draws (sampled classes). None if no draws are stored."""
         return self.cache.manifest.layout.draws
 
     def example(self, x):
-        """Return stored outputs, as many as there are inputs. They show the shapes and the
-        layers.
-        """
+        """Return some stored outputs, which show the shapes and the stored layers."""
         t = next(tensors_in(x))
         rows = self.cache.rows(np.arange(len(t)) % len(self.cache))
         out = self.cache.decode(torch.from_numpy(rows).to(t.device))
         return of_length(out, t.shape[1]) if self.stream else out
 
     def decode(self, t, x) -> Outputs:
-        """Convert rows to outputs. The classes are in the order of the labels."""
+        """Convert rows to outputs. The classes are put in the order of the labels."""
         out, order = self.cache.decode(t[:, self.columns]), self.order
         if self.stream:
             out = of_length(out, x.shape[1])
@@ -176,9 +172,9 @@ class Epochs(Callback):
 
 
 class SampleFeed:
-    """Adds information about the samples to the batches of a fit: rows of caches, or raw items.
+    """Adds rows of caches or raw items to the batches of a fit.
 
-    If no source of teacher outputs needs this information, the DataLoaders are not changed.
+    If no source of teacher outputs needs rows or items, the DataLoaders are not changed.
     """
 
     def __init__(self):
@@ -241,8 +237,8 @@ class SampleFeed:
     def feed_rows(self, learn, dl, stored: dict):
         """Attach the rows of one or several caches to the batches of a DataLoader.
 
-        The rows of several caches are concatenated. If the student was trained from these caches
-        before, this fit continues with the next views.
+        The rows of several caches are concatenated. If the student was already trained from these
+        caches, the fit continues with the next views.
 
         Args:
             learn: The Learner.
@@ -340,9 +336,7 @@ class SideBySide:
         self.plans = plans
 
     def rows(self, at, views):
-        """Return the concatenated rows, (B, bytes) uint8, of samples at positions in the
-        dataset.
-        """
+        """Return the concatenated rows of the samples at these positions, (B, bytes) uint8."""
         # subtle: a cache with views=0 has only view 0
         return np.concatenate(
             [p.cache.rows(p.at[at], views if p.views else 0) for p in self.plans], 1
@@ -354,7 +348,7 @@ def same_views(a, b):
 
 
 def misfits(dl, plan, cache):
-    """Return texts that describe how the data differ from the data the cache was written from."""
+    """Describe how the data differ from the data from which the cache was written."""
     m = cache.manifest
     if m.views:
         again = Plan(plan.keys, m.views, m.seed, stream=plan.stream)

@@ -31,30 +31,30 @@ class KnowledgeDistillation(DistillationCallback):
     cbs=KnowledgeDistillation(teacher))`.
 
     Args:
-        teacher: A Learner; an exported .pkl; a module; a TorchScript, torch.export or ONNX file; a
-            callable; an estimator with `predict_proba` or `predict`; a `Teacher`; a list of these
-            (an ensemble); or a `TeacherCache` or its folder. None if the batches contain the
-            teacher's outputs (see `TeacherBlock`). For several heads, a dict {head name: teacher}
-            (see docs/classes.md).
+        teacher: The teacher can be a Learner, an exported Learner (.pkl), a module, a callable, or
+            a `Teacher`. It can also be a TorchScript, torch.export or ONNX file, an estimator with
+            `predict_proba` or `predict`, a `TeacherCache`, or the folder of a cache. Pass a list of
+            these for an ensemble. Use None if the batches contain the teacher's outputs (see
+            `TeacherBlock`). For several heads, a dict {head name: teacher} (see docs/classes.md).
         recipe: `kd()`, `kd() + recipes.at()` or a `Term`. If None and T or alpha is given, kd(T,
             alpha) is used. Otherwise, `auto` chooses a recipe.
         T: Temperature: a number or a schedule (fastai's `SchedCos(8, 2)`). The default is 4.
         alpha: Weight of the teacher: a number or a schedule. The task loss has weight 1-alpha. The
             default is 0.9.
-        loss: Your own loss, fn(student_logits, teacher_logits, *targets). It replaces the whole
-            loss or, if alpha is given, only the distillation loss.
+        loss: Your own loss, fn(student_logits, teacher_logits, *targets). If alpha is given, your
+            loss replaces only the distillation loss. Otherwise, your loss replaces the whole loss.
         kind: 'softmax', 'sigmoid' or 'regression'. If None, the kind is derived from the Learner's
             loss function.
         axis: Class axis. If None, the axis is derived from the Learner's loss function.
         span: How often schedules, warmup and stop_at run in a `fine_tune`, which consists of two
-            fits. With 'fine_tune', they run once over both fits. With 'fit', they run once in each
-            fit.
+            fits. With 'fine_tune', schedules run once over both fits. With 'fit', schedules run
+            once in each fit.
         output: Which of the student's outputs is distilled: a name, an index or a function. If
             None, the default of `Distiller` is used. To select a teacher's output, use
             Teacher(model, output=...).
         unlabeled: Additional inputs without labels, on which the student learns only from the
-            teacher. These are items like those of the training set, or a DataLoader. Each training
-            batch is accompanied by one unlabeled batch. Pass a dict to set more options.
+            teacher. Pass a list of items like those of the training set, or a DataLoader. Each
+            training batch is accompanied by one unlabeled batch. Pass a dict to set more options.
 
             - 'items': the items or the DataLoader.
             - 'targets': a cache of the teacher's outputs for the items, or the folder of the cache.
@@ -204,7 +204,7 @@ class KnowledgeDistillation(DistillationCallback):
 
     @property
     def active(self):
-        """True during a fit. False in a `get_preds` that runs within a fit."""
+        """True during a fit. False while `get_preds` runs within a fit."""
         return self.in_fit and not hasattr(self.learn, 'gather_preds')
 
     @property
@@ -348,14 +348,15 @@ class KnowledgeDistillation(DistillationCallback):
     def state_dict(self):
         """Return the state that a checkpoint needs in addition to the student.
 
-        It consists of the projectors, the state of their optimizer, and the measured gradients.
+        This state consists of the projectors, the state of their optimizer, and the measured
+        gradients.
         """
         return self.state.state_dict(self.distiller)
 
     def load_state_dict(self, state):
         """Restore what `state_dict` returned.
 
-        Outside a fit, the state is loaded when the next fit begins.
+        If no fit is running, the state is restored when the next fit begins.
         """
         self.state.to_load = state
         if self.in_fit and self.distiller.ready:

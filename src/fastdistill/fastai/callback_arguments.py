@@ -1,6 +1,4 @@
-"""Check and convert the arguments of the callback: the source of teacher outputs, and the
-recipe.
-"""
+"""Check and convert the arguments of `KnowledgeDistillation`."""
 
 from ..base.outputs import DistillError
 from ..cache.reader import TeacherCache, is_cache
@@ -33,9 +31,7 @@ def check_options(teacher, **options):
 
 
 def refuse_options(several, **options):
-    """Raise an error if there are several heads and an option is given that needs a single
-    output.
-    """
+    """Raise an error for options that need a single output if there are several heads."""
     for k, v in options.items():
         if several and v is not None:
             raise DistillError(f'{k}= with several heads: {INSTEAD[k]}.')

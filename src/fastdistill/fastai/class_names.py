@@ -27,7 +27,7 @@ def vocab_of(dls):
 
 
 def stored_order(teacher, student) -> Tensor | None:
-    """Return the column of the stored outputs for each class of the labels, if the orders differ.
+    """Return the index of the stored column for each class of the labels.
 
     Args:
         teacher: Class names of the stored outputs, in the order of the columns.

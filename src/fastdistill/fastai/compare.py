@@ -54,14 +54,14 @@ def compare(
     teacher, calibration, results per class, cost and time.
 
     Differences are paired by sample, with 95% bootstrap intervals and exact tests. The intervals
-    cover the choice of validation samples. They do not cover the variation between trainings with
-    different seeds.
+    reflect the random choice of validation samples. The intervals do not reflect the variation
+    between trainings with different seeds.
 
-    If a model is a dict with a model for each head, the result is a dict with a report for each
-    head. The other models must have all heads: `compare({'teacher': {'color': teacher1, 'shape':
-    teacher2}, 'distilled': student})`. The options kind, metrics, loss_func and headline are then
-    one value for all heads or a dict {head name: value}. Without loss_func, each head uses the
-    default task loss of its kind.
+    A model can be a dict {head name: model}. The result is then a dict {head name: report}. The
+    other models must have all heads: `compare({'teacher': {'color': teacher1, 'shape': teacher2},
+    'distilled': student})`. The options kind, metrics, loss_func and headline are then one value
+    for all heads or a dict {head name: value}. Without loss_func, each head uses the default task
+    loss of its kind.
 
     Args:
         models: {name: model}. A model is a Learner, an exported Learner (.pkl), a module, a file or
@@ -69,10 +69,10 @@ def compare(
         dls: DataLoaders whose validation set is used. If None, the DataLoaders of the last Learner
             in `models` are used.
         dl: A different DataLoader with labels, such as dls.test_dl(items, with_labels=True).
-        teacher: Name of the teacher. If None, the model named 'teacher' is the teacher, if there is
-            one.
-        baseline: Name of the model trained without a teacher. If None, this is the model named
-            'alone' or, if there are several students, the first one.
+        teacher: Name of the teacher. If None, the model named 'teacher' is the teacher, if such a
+            model exists.
+        baseline: Name of the model trained without a teacher. If None, the model named 'alone' is
+            the baseline. If no model has this name, the first of several students is the baseline.
         metrics: Metrics of fastai. If None, the metrics of the Learners are used.
         loss_func: Task loss. If None, the loss function of the Learner or the DataLoaders is used.
         kind: 'softmax', 'sigmoid' or 'regression'. If None, the kind is derived from the loss
@@ -152,7 +152,7 @@ def of_head(model, whole, head, learn, task):
 
     Args:
         model: Model of the head.
-        whole: Model of all heads, or the dict that contains `model`.
+        whole: A model that has all heads, or the dict that contains `model`.
         head: The head.
         learn: The student's Learner.
         task: What the head predicts.
@@ -166,10 +166,10 @@ def of_head(model, whole, head, learn, task):
 
 @dataclass
 class Compared:
-    """A set of models to compare, which all have the same task.
+    """Models to compare. All models have the same task.
 
     Attributes:
-        learn: The Learner, or a substitute, whose data and callbacks are used.
+        learn: Learner whose data and callbacks are used, or a substitute for a Learner.
         head: The head to compare.
         task: What the models predict.
         loss: Task loss.
@@ -237,7 +237,9 @@ def names_of_classes(dls, n):
 
 
 def reference(models, dls, loss_func, needs_loss: bool = True):
-    """Return the Learner whose data, callbacks and loss are used, or a substitute for a Learner."""
+    """Return the Learner whose data, callbacks and loss are used. Without a Learner, return a
+    substitute.
+    """
     learners = [o for o in models.values() if isinstance(o, Learner)]
     if dls is None and not learners:
         raise DistillError(
@@ -281,7 +283,9 @@ class MetricValues:
 
 
 class Step:
-    """A view of a Learner after a batch, for metrics. The Learner itself is not changed."""
+    """A substitute for the Learner, which metrics read after each batch. The Learner itself is not
+    changed.
+    """
 
     def __init__(self, learn, **now):
         self.__dict__.update(now)

@@ -35,8 +35,8 @@ class TrainingCosts:
         alone: Seconds per step without a teacher.
         live: Seconds per step with the teacher.
         teacher: Seconds per batch that the teacher needs.
-        weights: Bytes of the teacher's weights.
-        copy: Bytes of the faster copy of the teacher. 0 if there is no such copy.
+        weights: Size of the teacher's weights in bytes.
+        copy: Size of the faster copy of the teacher in bytes. 0 if there is no faster copy.
         view: `Forecast` of one stored view of the training set. None if unknown.
         mixed: True if the fit uses mixed precision. The costs are measured without it.
     """

@@ -1,4 +1,4 @@
-"""Choose a recipe for a Learner if none is given, from the student's outputs for one batch."""
+"""Choose a recipe for a Learner automatically, based on the student's outputs for one batch."""
 
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ __all__ = ['Example', 'choose_recipe', 'example_of', 'facts_for_choice']
 
 @dataclass
 class Example:
-    """Describes a batch, and the student's outputs for this batch in evaluation mode.
+    """A batch, and the student's outputs for this batch in evaluation mode.
 
     Attributes:
         x: Inputs of the batch.

@@ -27,7 +27,8 @@ def images_and_targets(xb, yb) -> tuple:
 
     Args:
         xb: A tuple that contains the images.
-        yb: Boxes scaled to [-1, 1], (B, N, 4), and labels, (B, N). Label 0 marks a padded box.
+        yb: A tuple of boxes scaled to [-1, 1], (B, N, 4), and labels, (B, N). Label 0 marks a
+            padded box.
     """
     if len(yb) != 2:
         raise DistillError(
@@ -63,8 +64,8 @@ class DetectorLoss:
 class DetectorCallback(Callback):
     """Passes images and targets to a torchvision detector.
 
-    In validation, the loss is that of `detection.validation_losses`, and the predictions are the
-    detected boxes.
+    In validation, the loss is computed by `detection.validation_losses`, and the predictions are
+    the detected boxes.
     """
 
     order = -4
@@ -123,8 +124,8 @@ class DetectorDistillation(Callback):
 
     Args:
         teacher: A detector, a `Teacher` of a detector, or a Learner with a detector.
-        recipe, size, check: As in `DetectionDistiller`. With check=False, the teacher is not
-            checked on validation batches either.
+        recipe, size, check: As in `DetectionDistiller`. With check=False, the check of the teacher
+            on validation batches is also skipped.
     """
 
     order = -3

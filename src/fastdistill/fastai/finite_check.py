@@ -15,7 +15,7 @@ class FiniteCheck:
     """Stops a fit if the teacher's outputs are nan or infinite.
 
     On the CPU, every batch is checked. On a GPU, a check in every step would have to wait for the
-    result. So only the first batch and the end of each phase are checked there.
+    result. So on a GPU, only the first batch and the end of each phase are checked.
 
     Args:
         stored: True if the outputs come from a cache or a `TeacherBlock`.
@@ -28,7 +28,7 @@ class FiniteCheck:
         self.found = None
 
     def add(self, outputs, learn, tasks):
-        """Check the outputs of a batch, or record the result on the GPU for later.
+        """Check the outputs of a batch. On a GPU, the result may be read later.
 
         Args:
             outputs: What `Distiller.teacher_outputs` returned.

@@ -30,7 +30,7 @@ class FitDistiller:
 
     Attributes:
         heads: {head name: `LearnerHead`}. The name is '' for a student with one output.
-        stored: {head name: stored outputs}. It contains only heads that have stored outputs.
+        stored: {head name: stored outputs}. Heads without stored outputs are not included.
         tasks: {head name: `Task`}.
         distiller: The `Distiller`. None before the first fit.
     """
@@ -58,8 +58,8 @@ class FitDistiller:
 
     @property
     def recipe(self):
-        """The recipe. None if no recipe has been chosen yet. With several heads, also None before
-        the first fit.
+        """The recipe. None if no recipe has been chosen yet. With several heads, the recipe is also
+        None before the first fit.
         """
         d = self.distiller
         if d is None:
@@ -68,14 +68,14 @@ class FitDistiller:
 
     @property
     def output(self):
-        """The `output` option of the first head. It is used to run the student on an example
-        batch.
+        """The `output` option of the first head. This option is used to run the student on an
+        example batch.
         """
         return next(iter(self.heads.values())).output
 
     def build(self, learn) -> bool:
-        """Build the Distiller for the Learner's model and task, and prepare the teachers for its
-        data.
+        """Build the Distiller for the Learner's model and task, and prepare the teachers for the
+        Learner's data.
 
         Returns:
             True if a new Distiller was built.

@@ -60,7 +60,7 @@ class FitLog:
         self(f'fastdistill: gradient norms at the first batch{which}: {text}')
 
     def report_faded(self, distiller):
-        """Print a message if less than half of a term's gradient ratio is left, once for each term.
+        """Print a message, once per term, if less than half of the term's gradient ratio is left.
 
         Args:
             distiller: The `Distiller`, after an epoch of training.

@@ -101,13 +101,15 @@ class FitState:
 def measured(d) -> dict:
     """Return {head name: (projectors and losses with parameters, measured gradients)}.
 
-    Pass the result to `use` to restore these objects.
+    The function `use` restores these objects.
     """
     return {k: (h.links, h.ratios) for k, h in d.heads.items()}
 
 
 def use(d, measured: dict):
-    """Replace the projectors and the measured gradients of a Distiller by those from `measured`."""
+    """Replace the projectors and measured gradients of a Distiller with the result of
+    `measured`.
+    """
     for k, h in d.heads.items():
         h.links, h.ratios = measured[k]
     d.register_links()

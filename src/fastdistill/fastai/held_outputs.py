@@ -1,4 +1,4 @@
-"""Sources of teacher outputs that arrive with the batches of a fit, so that no teacher runs."""
+"""Read teacher outputs that are stored in the batches of a fit. No teacher runs."""
 
 import warnings
 
@@ -29,7 +29,7 @@ class HeldOutputs:
 
         Args:
             learn: The Learner.
-            kind: Kind of the logits, needed to mix them.
+            kind: Kind of the logits, which determines how logits are mixed.
             axis: Class axis of the logits.
         """
         self.kind, self.axis = kind, axis
@@ -38,8 +38,8 @@ class HeldOutputs:
         return samples is not None and getattr(samples, self.needs) is not None
 
     def outputs(self, inputs=(), samples=None, layers=()) -> Outputs:
-        """Return the teacher's outputs for a batch. They are mixed like the inputs by MixUp or
-        CutMix.
+        """Return the teacher's outputs for a batch. If MixUp or CutMix mixed the inputs, the
+        outputs are mixed in the same way.
 
         Args:
             inputs: Inputs of the batch.

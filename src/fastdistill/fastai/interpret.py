@@ -46,8 +46,8 @@ class DistillInterpretation(Interpretation):
             teacher: Anything that `KnowledgeDistillation` accepts, except stored outputs.
             ds_idx: Index of the student's DataLoader, if `dl` is None.
             dl: A DataLoader with the student's data.
-            act: Activation for the student's predictions. If None, the activation of its loss
-                function is used.
+            act: Activation for the student's predictions. If None, the activation of the student's
+                loss function is used.
             kind: 'softmax', 'sigmoid' or 'regression'. If None, the kind is derived from the loss
                 function. For several heads, one value for all heads or a dict.
         """
@@ -77,8 +77,8 @@ class DistillInterpretation(Interpretation):
     def show_disagreements(self, k: int = 9, largest: bool = True, **kwargs):
         """Show items with fastai's `show_results`. The teacher's prediction replaces the label.
 
-        With several heads, the items are shown in a plain grid or table instead, with the
-        predictions of both models.
+        With several heads, a plain grid or table shows the items with the predictions of both
+        models.
 
         Args:
             k: Number of items.
@@ -145,7 +145,7 @@ def disagreements(learn, dl, student, teacher, task):
 
 
 def distance(s, t, task):
-    """Return the distance between the predictions of both models for each item of a batch, (B,)."""
+    """Return the distance between the predictions of both models for each item, (B,)."""
     if s.numel() != t.numel():
         raise DistillError(
             f"The student's outputs have shape {tuple(s.shape)}, the teacher's {tuple(t.shape)}."

@@ -64,7 +64,7 @@ def in_a_row(dl, order: list, make) -> Chunks:
 
 @contextmanager
 def in_first_order(dl):
-    """Context manager that restores the initial order of a language model's texts temporarily."""
+    """Context manager that temporarily restores the initial order of a language model's texts."""
     dl = inner_dl(dl)
     if not is_stream(dl):
         yield
@@ -77,9 +77,7 @@ def in_first_order(dl):
 
 
 def share_n_inp(dls):
-    """Copy the number of inputs that is set on the DataLoaders (dls.n_inp = 1) to each
-    DataLoader.
-    """
+    """Copy the number of inputs, such as `dls.n_inp = 1`, to each DataLoader of `dls`."""
     with RandomGuard():  # fastai reads a batch to determine the number of inputs
         for dl in dls.loaders if 'n_inp' in vars(dls) else ():
             if hasattr(dl, 'after_batch') and dl.n_inp != dls.n_inp:
@@ -97,14 +95,15 @@ def model_outputs(teacher, b, n_inp) -> Outputs:
 def stream_outputs(teacher, dl, make, tasks: np.ndarray, bs: int):
     """Yield the teacher's `Outputs` for each batch.
 
-    If the teacher has a hidden state, each view is run from its start, including parts whose
-    outputs are already stored.
+    If the teacher has a hidden state, each view is run from its start, even if some of its outputs
+    are already stored.
 
     Args:
         teacher: The teacher.
         dl: DataLoader of a language model.
         make: fn(tasks) -> DataLoader for these tasks.
-        tasks: Samples to run. These are complete batches, one view after another.
+        tasks: Samples to run, as complete batches. All batches of a view come before those of the
+            next view.
         bs: Batch size.
     """
     firsts, n = tasks[::bs].tolist(), dl.n
@@ -125,7 +124,7 @@ def stream_outputs(teacher, dl, make, tasks: np.ndarray, bs: int):
 def with_lead_in(firsts, bs, n):
     """Yield (first task of a batch, True if the batch is requested).
 
-    All earlier batches of the same view come before a requested batch.
+    Before a requested batch, all earlier batches of the same view are yielded.
     """
     ready = None
     for t in firsts:

@@ -115,12 +115,12 @@ def check_teacher(
             function.
         axis: Class axis. If None, the axis is derived from the loss function.
         recipe: Recipe or term that you plan to train with. If None, only the teacher is checked.
-        n: Number of validation batches to read. The number of training batches is a quarter of
-            this.
+        n: Number of validation batches to read. For every four validation batches, one training
+            batch is read.
         n_epoch: Number of epochs for which costs are estimated. If None, costs are not estimated.
 
     Returns:
-        A list of findings that prints as a table. The list is empty if nothing is wrong. The
+        A list of findings that prints as a table. The list is empty if no mistake was found. The
         attributes `.facts` and `.costs` contain the measurements, and `.in_order` contains the
         checks that found nothing. For several heads, a dict {head name: list}, without costs.
     """
@@ -140,14 +140,14 @@ def explain(
     axis: int | dict | None = None,
     n: int = 32,
 ):
-    """Find reasons why the teacher did not help more.
+    """Find reasons why a teacher did not improve the student more.
 
     The teacher must run on new inputs, so pass the model itself instead of a cache.
 
     Args:
         teacher: Anything that `KnowledgeDistillation` accepts.
-        callback: The callback that `distill` returned. It provides the gradient norms of that
-            training.
+        callback: The callback that `distill` returned. The callback provides the gradient norms of
+            the training.
         kind: 'softmax', 'sigmoid' or 'regression'. If None, the kind is derived from the loss
             function.
         axis: Class axis. If None, the axis is derived from the loss function.
@@ -189,21 +189,21 @@ def calibrate(
 ) -> Calibration:
     """Fit a temperature on validation data and fold it into the model's last linear layer.
 
-    The weights of the layer are divided by the temperature. If the model predicts several labels,
-    each label has its own temperature. The predicted classes stay the same, but their probabilities
-    become more or less confident.
+    The weights of the layer are divided by the temperature. If the model predicts several labels
+    per item, each label has its own temperature. The predicted classes stay the same, but their
+    probabilities become more or less confident.
 
     Args:
         dl: Labeled data that the model was not trained on. If None, the validation set is used.
         fold: Whether to change the model. With False, the temperature is only measured. A model
-            without a suitable last layer is not changed. In that case, divide its logits by
+            without a suitable last layer is not changed. For such a model, divide the logits by
             `.temperature`, or use `export_student(learn, path, temperature=...)`.
         kind: 'softmax' or 'sigmoid'. If None, the kind is derived from the loss function.
         axis: Class axis. If None, the axis is derived from the loss function.
 
     Returns:
-        A `Calibration`. It prints the temperature, and the calibration error, NLL and Brier score
-        before and after calibration on the same data.
+        A `Calibration` that prints the temperature, and the calibration error, NLL and Brier score
+        before and after calibration.
     """
     task = task_of(self.loss_func, kind, axis)
     dl = self.dls.valid if dl is None else dl

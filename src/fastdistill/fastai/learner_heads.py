@@ -54,9 +54,7 @@ class LearnerHead(HeadOutput):
             yield from ((x, self.labels(y)) for x, y in batches)
 
     def of(self, learn):
-        """Return a substitute for the Learner whose DataLoaders have only the classes of this
-        head.
-        """
+        """Return a substitute for the Learner that has only the classes of this head."""
         return SimpleNamespace(
             dls=HeadData(learn.dls, self), model=learn.model, loss_func=learn.loss_func
         )
@@ -105,7 +103,7 @@ class WholeModel:
 
 
 class HeadData:
-    """Wraps DataLoaders so that their `vocab` is that of one column of labels."""
+    """DataLoaders with the `vocab` of a single column of labels."""
 
     loss_func = None  # the loss function of the DataLoaders is for all columns of labels
 
@@ -120,14 +118,16 @@ class HeadData:
 
     @property
     def options_of_teacher(self):
-        """The option of `Teacher` that selects the output of this head if a teacher has several
+        """The option of `Teacher` that selects this head's output from a teacher with several
         heads.
         """
         h = self.head
         return dict(output=SharedOutput(h.name, h.at, h.n)) if h.shared else {}
 
     def column_of(self, dls):
-        """Wrap different DataLoaders in the same way, if they also have the labels of all heads."""
+        """Wrap other DataLoaders in the same way if their batches also have the labels of all
+        heads.
+        """
         tls = getattr(dls.train_ds, 'tls', ())
         columns = len(tls) - getattr(dls, 'n_inp', 1)
         return HeadData(dls, self.head) if columns == self.head.n else dls

@@ -18,8 +18,8 @@ class LearnerNotes:
         fitting: The `KnowledgeDistillation` of the current fit.
         last_state: `KnowledgeDistillation.state_dict` after the last fit or load. `Learner.save`
             saves this state. None before the first fit or load.
-        loaded_state: State that `Learner.load` found next to the student's file. The next fit uses
-            this state.
+        loaded_state: State that `Learner.load` found next to the student's file, and that the next
+            fit will load.
         passed_epochs: {cache: number of epochs trained from this cache}. The next fit continues
             with the next view.
     """

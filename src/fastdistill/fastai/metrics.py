@@ -1,6 +1,6 @@
 """Columns that distillation adds to the progress table.
 
-These are the loss of each term on the validation set, and the task loss on the training set.
+The columns show the loss of each term on the validation set, and the task loss on the training set.
 """
 
 import torch
@@ -48,7 +48,7 @@ def column_of(part: str) -> str:
 class PartMetric(Metric):
     """Mean of one loss over the validation set.
 
-    If the Recorder has `train_metrics`, the training set has a column too.
+    With `train_metrics` of the Recorder, there is another column for the training set.
 
     Args:
         kd: The `KnowledgeDistillation` callback.

@@ -1,4 +1,4 @@
-"""Run checks of the teacher for each head separately."""
+"""Check the teacher of each head separately."""
 
 from ..base.distributed import counted_as_one
 from ..base.outputs import DistillError

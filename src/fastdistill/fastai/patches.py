@@ -62,11 +62,11 @@ Private names of fastai that are used without a patch, since there is no public 
 - `DistributedDL._broadcast` and `DistributedTrainer._wrap_dl` in `cli/training/distributed_fit.py`:
   fastai broadcasts only on GPUs, and its trainer can't use a different DataLoader.
 
-Tested with fastai 2.8.10 and 2.8.12. For each patch, `tests/fastai/test_patches.py` tests that
-fastai behaves as intended with the patch, and that it does not without the patch.
+Tested with fastai 2.8.10 and 2.8.12. For each patch, `tests/fastai/test_patches.py` tests that the
+patch fixes the problem, and that fastai has the problem without the patch.
 
-Some fits add information about the samples to their batches. For these fits, `replay_dl.attach`
-sets `create_batches` and `after_batch` of the Learner's DataLoaders. Both are also arguments of
+Some fits add information about the samples to their batches. In such a fit, `replay_dl.attach` sets
+`create_batches` and `after_batch` of the Learner's DataLoaders. Both names are also arguments of
 fastai's DataLoader. The DataLoaders are changed in place, since callbacks and users refer to the
 same objects.
 """
@@ -149,7 +149,9 @@ def _n_inp_without_teacher(init):
 
 
 def _is_teacher(block):
-    """Return True for a `TeacherBlock`. It may be an instance, a class or a `functools.partial`."""
+    """Return True for a `TeacherBlock` as an instance, a class or a `functools.partial` of the
+    class.
+    """
     return getattr(getattr(block, 'func', block), 'holds_teacher', False)
 
 
@@ -233,7 +235,8 @@ def _put_back_after(fit):
 def _as_one_training(fine_tune):
     """Set `fine_tune_span` on the Learner during `fine_tune`.
 
-    It contains the total number of epochs of both phases, and the number of epochs that are done.
+    The attribute contains the total number of epochs of both phases, and the number of epochs that
+    are done.
     """
     sig = inspect.signature(fine_tune)
 
@@ -255,7 +258,7 @@ def _as_one_training(fine_tune):
 def claim_epochs(learn):
     """Return (epochs before this fit, total epochs) if this fit is a phase of a `fine_tune`.
 
-    The epochs of this fit are then counted as done. Return None if there is no `fine_tune`.
+    The epochs of this fit are added to the finished epochs. Return None if there is no `fine_tune`.
     """
     span = getattr(learn, 'fine_tune_span', None)
     if span is None:
@@ -350,7 +353,7 @@ def _plot_labels_apart(plot_loss):
 
 
 def _once(cls, name, wrap):
-    """Wrap a method. It is wrapped only once, even if this module is reloaded."""
+    """Wrap a method, unless the method is already wrapped because this module was reloaded."""
     if hasattr(getattr(cls, name), '_knows_teacher'):
         return
     setattr(cls, name, wrap(getattr(cls, name)))

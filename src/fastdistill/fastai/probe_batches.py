@@ -1,4 +1,4 @@
-"""Prepare batches as in a training step for checks, and create batches of unlabeled items.
+"""Prepare batches for checks in the same way as in training, and create batches of unlabeled items.
 
 The Learner, its DataLoaders and the random state are not changed.
 """
@@ -129,8 +129,8 @@ def number_of_batches(dl):
 def changing_callbacks(learn, training):
     """Return the callbacks that may change a batch.
 
-    These are the user's own callbacks and, in training, MixUp and similar callbacks. All other
-    callbacks of fastai don't change inputs.
+    The result contains the user's own callbacks and, in training, MixUp and similar callbacks. All
+    other callbacks of fastai don't change inputs.
     """
 
     def is_users(cb):

@@ -19,8 +19,7 @@ __all__ = ['ProjectorOptimizer']
 class ProjectorOptimizer:
     """Trains the projectors like the student.
 
-    It uses the student's type of optimizer and the current learning rate, momentum and weight
-    decay.
+    The projectors use the student's type of optimizer, learning rate, momentum and weight decay.
 
     Args:
         learn: The student's Learner.
@@ -35,8 +34,8 @@ class ProjectorOptimizer:
     def average_gradients(self):
         """Average the gradients over all processes.
 
-        DistributedDataParallel does not do this, because the projectors are not part of the
-        student.
+        DistributedDataParallel averages only the gradients of the student, which does not contain
+        the projectors.
         """
         average_gradients(self.params)
 
@@ -77,7 +76,7 @@ class ProjectorOptimizer:
 
 
 def as_builtins(o):
-    """Replace fastai's and NumPy's lists and numbers with those of Python.
+    """Convert fastai's and NumPy's lists and numbers to Python's built-in types.
 
     `torch.load(weights_only=True)` would not load fastai's and NumPy's types.
     """

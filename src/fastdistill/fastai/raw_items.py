@@ -1,4 +1,6 @@
-"""Provide teachers with the raw items of a batch (texts, files), which they process themselves."""
+"""Provide teachers with the raw items of a batch (texts, files), for teachers that process raw
+items.
+"""
 
 from contextlib import ExitStack, contextmanager
 
@@ -67,11 +69,11 @@ def shows_items(dl):
 
 @contextmanager
 def items_shown(loaders, *teachers):
-    """Context manager that adds the raw items to the batches of these DataLoaders temporarily.
+    """Context manager that temporarily adds the raw items to the batches of these DataLoaders.
 
     Args:
         loaders: DataLoaders of fastai.
-        *teachers: `Teacher`s. If none of them reads raw items, the DataLoaders are not changed.
+        *teachers: `Teacher`s. If no teacher reads raw items, the DataLoaders are not changed.
     """
     reads = any(t.needs == 'items' for t in teachers)
     with ExitStack() as stack:
@@ -83,7 +85,9 @@ def items_shown(loaders, *teachers):
 
 
 def renewed(dl, **options):
-    """Return `dl.new(...)`. Raw items are added to its batches if the batches of `dl` have them."""
+    """Return `dl.new(...)`. Raw items are added to the new batches if the batches of `dl` have raw
+    items.
+    """
     new = dl.new(**options)
     return attach(new, sampled(dl).plan) if shows_items(dl) else new
 

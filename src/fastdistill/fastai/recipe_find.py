@@ -68,31 +68,32 @@ def distill_find(
 
     Each run begins with the student's current weights. The student itself is not changed.
 
-    The recipe is chosen on half of the validation items. The other half tests whether this recipe
-    is significantly better than training on labels only, with a learning rate tuned in the same
-    way.
+    The recipe is chosen on half of the validation items. The other half tests whether the recipe is
+    significantly better than training on labels only. The learning rate for training on labels only
+    is tuned in the same way.
 
     Args:
         teacher: Anything that `distill` accepts. The teacher is run only once, and all runs use the
             stored outputs. For several heads, a dict {head name: teacher}. Some runs use the same
             recipe for all heads, others use the recipe that was chosen for each head.
         n_epoch: Number of epochs of the training for which a recipe is searched.
-        minutes: Time limit of the search. The search then returns the best result so far.
+        minutes: Time limit of the search. When the time is over, the search returns the best result
+            so far.
         rates: Learning rates to try. If None, the search tries the Learner's learning rate and four
             others, from 10 times lower to 10 times higher.
-        recipes: {name: recipe or text of the recipe}. These replace the recipes that are usually
-            tried for the task.
-        live: Whether to run the teacher in each trial. Recipes that compare layers are then tried
-            too.
+        recipes: {name: recipe or text of the recipe}. If given, the search tries these recipes
+            instead of the usual recipes for the task.
+        live: Whether to run the teacher in each trial. With True, recipes that compare layers are
+            tried too.
         score: fn(logits, targets) -> (B,) score of each item, where higher is better. For several
             heads, the logits are a dict {head name: logits}. If None, the score of `check_teacher`
             is used, averaged over the heads.
         trials: Maximum number of runs, including runs on labels only. If None, only `minutes`
             limits the search.
-        seeds: Number of seeds with which the best runs and the run on labels only are repeated, if
-            time permits.
-        folder: Folder in which finished runs are stored. The same call resumes from this folder,
-            and several processes can share it. If None, nothing is stored.
+        seeds: If time permits, the best runs and the run on labels only are repeated with this
+            number of seeds.
+        folder: Folder in which finished runs are stored. The same call resumes from this folder.
+            Several processes can share the folder. If None, nothing is stored.
         kind, axis, output: As in `distill`.
         check: Whether to look for mistakes before the search.
         fine_tune: Whether to train with `Learner.fine_tune` instead of `fit_one_cycle`.
@@ -299,7 +300,9 @@ def look(learn, teacher, heads, tasks, stored) -> dict:
 
 
 def sizes(learn):
-    """Return the numbers of batches and parameters. They must stay the same if a search resumes."""
+    """Return the numbers of batches and parameters, which must not change when a search is
+    resumed.
+    """
 
     def length(dl):
         try:
@@ -315,9 +318,7 @@ def sizes(learn):
 
 @contextmanager
 def answers(learn, teacher, tasks, as_it_is, positions, n_epoch, show):
-    """Yield the teacher for the runs. This is a temporary cache of its outputs, or the teacher
-    itself.
-    """
+    """Yield the teacher itself or a temporary cache of the teacher's outputs, for use in all runs."""
     if as_it_is:
         yield teacher
         return

@@ -47,14 +47,15 @@ def compare_recipes(
 ) -> RecipeReport:
     """Train a student with each recipe and each seed, one after another.
 
-    With the same seed, all recipes start from the same weights and see the same batches. The recipe
-    None is the baseline, or the first recipe if there is no recipe None. All other recipes are
-    compared with the baseline. Each student is identical to the result of a single `distill` with
-    the same random state. The teacher runs again for each student, unless its outputs are stored
-    (see `cache_teacher`).
+    With the same seed, all recipes start from the same weights and see the same batches. The
+    baseline is the recipe None (training on labels only). If no recipe is None, the first recipe is
+    the baseline. All other recipes are compared with the baseline. Each student is identical to the
+    result of a single `distill` with the same random state. The teacher runs again for each
+    student, unless its outputs are stored (see `cache_teacher`).
 
     Args:
-        make_student: fn() -> new Learner. It is called with the same random state for each recipe.
+        make_student: fn() -> new Learner. For each recipe, this function is called with the same
+            random state.
         teacher: Anything that `KnowledgeDistillation` accepts. For several heads, a dict {head
             name: teacher}.
         recipes: {name: recipe}. Use 'auto' for the default recipe of `distill`, and None for
@@ -64,10 +65,10 @@ def compare_recipes(
         seeds: Number of seeds, or a list of seeds.
         metric: Column of the progress table by which recipes are compared. If None, the Learner's
             first metric is used, or 'valid_loss' if the Learner has no metrics.
-        higher: Whether higher values of the metric are better. If None, this is derived from the
-            name of the metric.
+        higher: Whether higher values of the metric are better. If None, the direction is derived
+            from the name of the metric.
         folder: Folder in which finished trainings are stored. The same call resumes from this
-            folder, and several processes can share it. An error is raised if the samples have
+            folder. Several processes can share the folder. An error is raised if the samples have
             changed. If None, nothing is stored.
         progress: Whether to show a progress bar.
         **kwargs: More options of the training, as in `distill`.
@@ -146,7 +147,9 @@ def one_each(name, value, recipes):
 
 
 def comparable_text(o):
-    """Return a text for `o` that is equal in different processes. Memory addresses are removed."""
+    """Return a text for `o` that is the same in different processes. Memory addresses are
+    removed.
+    """
     return re.sub(r' at 0x[0-9a-fA-F]+', '', repr(o))
 
 

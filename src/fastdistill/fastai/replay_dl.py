@@ -23,8 +23,8 @@ __all__ = ['Plan', 'SampledBatches', 'attach', 'detach', 'refuse_unindexed', 'sa
 
 @dataclass
 class Plan:
-    """Specifies what is added to the batches of a DataLoader, and whether random transforms are
-    replayed.
+    """Describes what to add to the batches of a DataLoader, and whether to replay random
+    transforms.
 
     Attributes:
         keys: Key of each sample by position in the dataset, (N,) uint64.
@@ -32,12 +32,12 @@ class Plan:
         seed: Seed of the views.
         cache: Cache whose rows are added. None to add no rows.
         at: Row of each sample in the cache, (N,).
-        items: Raw items of all samples, which are added. None to add no items.
+        items: Raw items of all samples, to add to the batches. None to add no items.
         moved: See `BatchSamples`.
         epoch: Epoch number, which determines the view.
         random: True if random transforms are seeded.
-        stream: True if the samples are consecutive pieces of one text. All of them then have the
-            same view.
+        stream: True if the samples are consecutive pieces of one text. All samples of such a text
+            have the same view.
     """
 
     keys: np.ndarray
@@ -52,9 +52,10 @@ class Plan:
     stream: bool = False
 
     def sample(self, i) -> tuple:
-        """Return (position, view) for an index from the sampler.
+        """Return the position in the dataset and the view of a sample, given an index from the
+        sampler.
 
-        When a cache is written, the indices are already such pairs.
+        When a cache is written, each index is already a pair (position, view).
         """
         if isinstance(i, tuple):
             return i
@@ -85,7 +86,9 @@ class SampledBatches:
         self.own = Generators(self.maker.after_item, self.maker.dataset)
 
     def create_batches(self, indices):
-        """Create the batches for these indices. The DataLoader calls this, possibly in a worker."""
+        """Create the batches for these indices. The DataLoader calls this method, possibly in a
+        worker process.
+        """
         chunks = self.dl.chunkify(self._items(indices))
         while True:
             # the global generators are restored once per batch
@@ -148,8 +151,8 @@ class SampledPieces(SampledBatches):
         return in_a_row(dl, order.tolist(), partial(self.text, seed))
 
     def text(self, seed, i):
-        """Return text `i`. Its seed differs from the seeds of the samples that are cut from the
-        text.
+        """Return text `i`. The seed of a text differs from the seeds of the samples that are cut
+        from the text.
         """
         get = lambda: self.maker.items.tfm(self.maker.items.coll[i])
         if not self.plan.random:
@@ -185,7 +188,7 @@ def attach(dl, plan, maker=None):
 
 
 def detach(dl):
-    """Undo `attach`. It is safe to call this twice, and on a copy of the DataLoader."""
+    """Undo `attach`. This function may be called twice, and on a copy of the DataLoader."""
     if sampled(dl) is None:
         return
     del dl.create_batches

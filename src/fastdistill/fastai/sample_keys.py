@@ -103,14 +103,14 @@ def column_name(table, c):
 def key_root(dls) -> str:
     """Return the root of relative paths.
 
-    This is the path of the DataLoaders or, if that is unknown, the common folder of all their
-    files.
+    The root is the path of the DataLoaders. If that path is unknown, the root is the common folder
+    of all files.
     """
     return root_of(dls.path) or common_folder(o for dl in dls.loaders for o in paths_in(dl))
 
 
 def paths_in(dl):
-    """Return the items that are paths, or tuples that begin with a path.
+    """Return those items that are paths, or tuples that begin with a path.
 
     A string is a path if a file with this name exists.
     """
@@ -153,7 +153,7 @@ def sample_files(dl, order=None):
 
 
 def file_names(dataset):
-    """Return the source that each sample is read from, according to `get_x` or a column reader.
+    """Return the file name or other source of each sample, according to `get_x` or a column reader.
 
     If the sources are unknown, return the items themselves.
     """
@@ -185,7 +185,7 @@ def names_in_column(table, reader):
 
 
 def storage_order(dl):
-    """Return the positions of samples in the dataset, in the order of the stored rows.
+    """Return the order in which samples are stored, as positions in the dataset.
 
     Texts are sorted by length, so that batches need little padding.
     """

@@ -55,11 +55,12 @@ def save_student(
     Args:
         learn: Learner of the trained student.
         folder: Folder, which is created.
-        report: Report from `compare`. Its numbers are included in the model card.
+        report: Report from `compare`. The model card includes the numbers of this report.
         onnx: Whether to save the network too. If None, the network is saved if it can be exported.
         title: Title of the model card.
         temperature: Number by which student.onnx divides its logits, as in `export_student`. The
-            temperature is also stored in config.json. It is not included in the weights.
+            temperature is also stored in config.json. The saved weights are not divided by the
+            temperature.
     """
     check_learner(learn, 'save_student')
     folder = Path(folder)
@@ -131,11 +132,11 @@ def load_student(folder: str | Path, model: nn.Module | None = None):
 
     Args:
         folder: Folder written by `save_student`.
-        model: A network of the same type, into which the weights are loaded. If None, the exported
-            network is run with onnxruntime.
+        model: A network of the same type. The weights are loaded into this network. If None, the
+            exported network is run with onnxruntime.
 
     Returns:
-        A callable that takes tensors. Its attribute `facts` has the content of config.json.
+        A callable that takes tensors. The attribute `facts` has the content of config.json.
     """
     folder = Path(folder)
     if not (folder / 'config.json').is_file():

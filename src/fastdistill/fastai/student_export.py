@@ -57,7 +57,7 @@ class Exported:
         difference: Largest difference between an output of the file and that of the Learner.
         samples: Number of samples on which the difference was measured.
         facts: Metadata stored in the file.
-        report: Comparison of the Learner and the file on the validation set, for int8.
+        report: For int8, a comparison of the Learner and the file on the validation set.
     """
 
     path: Path
@@ -81,7 +81,8 @@ class Exported:
 
 
 class LogitsOnly(nn.Module):
-    """A model that returns only its logits. For example, hidden states of text models are removed.
+    """A model that returns only its logits. For example, the hidden states of a text model are not
+    returned.
 
     Args:
         model: The model.
@@ -107,9 +108,7 @@ class LogitsOnly(nn.Module):
 
 
 def check_learner(learn, name):
-    """Raise a DistillError if `learn` is a bare model. Only a Learner has inputs and class
-    names.
-    """
+    """Raise a DistillError if `learn` is a bare model. The export needs a Learner."""
     if not isinstance(learn, Learner):
         raise DistillError(
             f'{name} got a {type(learn).__name__}: pass the Learner, learn instead of '
@@ -140,8 +139,8 @@ def export_student(
         calibration: Number of batches for calibration.
         n: Number of validation batches on which the file is compared with the Learner.
         temperature: Number by which the file divides its logits, or a list with one number for each
-            label. Useful for a model that `calibrate` can't change. The temperature is also stored
-            as metadata.
+            label. This is useful for a model that `calibrate` can't change. The temperature is also
+            stored as metadata.
     """
     check_learner(learn, 'export_student')
     T = temperature_tensor(temperature)
@@ -239,7 +238,7 @@ def validation_inputs(learn, n):
 
 
 def example(x):
-    """Return at least two samples for tracing, because a batch size of 1 would be treated as
+    """Return inputs for tracing. Use two samples, since a batch size of 1 would be treated as
     fixed.
     """
     return tuple(torch.cat([o, o])[:2] if len(o) < 2 else o[:2] for o in x)
@@ -391,8 +390,8 @@ WRITERS = {'.onnx': write_onnx, '.pt2': write_program}
 def quantize(path, batches, facts, learned=False):
     """Replace an ONNX file with its int8 version.
 
-    A file with learned scales is only optimized. Without this, its weights would be quantized in
-    every run.
+    A file with learned scales is only optimized. This moves the quantization of the weights from
+    each run into the file.
     """
     import onnx
     from onnxruntime import quantization as ort
@@ -420,7 +419,8 @@ def quantize(path, batches, facts, learned=False):
 
 
 def compared(learn, path, batches, close, temperature=None):
-    """Compare the outputs of a file with those of the Learner. Also compare a single sample.
+    """Compare the outputs of a file with those of the Learner, also for a batch with a single
+    sample.
 
     Returns:
         (largest difference, number of samples).

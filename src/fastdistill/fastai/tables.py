@@ -1,4 +1,4 @@
-"""Tables: estimators (scikit-learn, LightGBM, ...) as teachers, and perturbed copies of rows.
+"""Use estimators (scikit-learn, LightGBM, ...) as teachers for tables, and perturb rows.
 
 Estimators receive the rows of a batch as they were before the transforms.
 """
@@ -65,15 +65,15 @@ class TableEstimator(Estimator):
     def anew(self, *x):
         """Predict the rows of a batch again, without looking up earlier predictions.
 
-        With `frame`, a batch may not contain all columns. Known rows are then looked up.
+        If `frame` is given, known rows are looked up, because a batch may not contain all columns.
         """
         return self(*x) if self.frame is not None else self.predict(self.in_order(self.raw(*x)))
 
     def _predict_all(self):
         """Predict all rows of the DataLoaders.
 
-        Some rows are equal for the student, but not for the teacher. For these rows, the
-        predictions are averaged.
+        The student's inputs can be equal for rows that differ for the teacher. The predictions for
+        such rows are averaged.
         """
         tables = [dl.dataset for dl in self.dls.loaders if len(dl.dataset)]
         keys = np.concatenate([keys_of_rows(table_inputs(o)) for o in tables])
@@ -115,9 +115,9 @@ def keys_of_rows(x) -> np.ndarray:
 
 
 class RawRows:
-    """Restores the rows of a table from a batch. The columns have names.
+    """Converts a batch to a DataFrame with the original rows of the table.
 
-    The rows are as they were before `Categorify`, `Normalize` and `FillMissing`.
+    The transforms `Categorify`, `Normalize` and `FillMissing` are undone.
 
     Args:
         table: The training set.
@@ -144,14 +144,16 @@ class RawRows:
 
     @property
     def why_lost(self):
-        """The reason why rows can't be restored from a batch. None if rows can be restored."""
+        """The reason why the original rows can't be computed from a batch. None if that is
+        possible.
+        """
         if other := [type(p).__name__ for p in self.procs if not isinstance(p, (*KNOWN, *TARGETS))]:
             return f'It is unknown how to undo {few(other)}'
         if len(self.flags) < len(self.filled):
             return f'FillMissing(add_col=False) does not record which cells of {few(self.filled)} were missing'
 
     def __call__(self, *x: Tensor):
-        """Restore the rows of a batch, as a DataFrame.
+        """Return the original rows of a batch as a DataFrame.
 
         Categories that are not in the training set become missing values.
 
@@ -217,7 +219,7 @@ class RawRows:
         return rows
 
     def of_frame(self, table: Tabular):
-        """Return the rows of a dataset from `frame`. The rows are found by their index.
+        """Look up the rows of a dataset in `frame` by their index.
 
         Args:
             table: A dataset of the DataLoaders.
@@ -267,15 +269,15 @@ def is_number(v):
 def perturbed_rows(x, n: int) -> tuple:
     """Return n copies of each row, in which 10% of the cells come from other rows of the batch.
 
-    So each column contains only values that occur in the data. AutoGluon also swaps cells in this
-    way. Fakoor et al. (NeurIPS 2020, arXiv:2006.14284) compare several methods.
+    As a result, each column contains only values that occur in the data. AutoGluon also swaps cells
+    in this way. Fakoor et al. (NeurIPS 2020, arXiv:2006.14284) compare several methods.
 
     Args:
-        x: Inputs of a batch of a table, (B, columns) tensors.
+        x: Inputs of a batch of a table, as tensors of shape (B, columns).
         n: Number of copies of each row.
 
     Returns:
-        The perturbed inputs, (n * B, columns) tensors.
+        The perturbed inputs as tensors of shape (n * B, columns).
     """
     if not all(isinstance(o, torch.Tensor) and o.dim() == 2 for o in x):
         shapes = ', '.join(str(tuple(getattr(o, 'shape', ()))) for o in x)

@@ -35,10 +35,10 @@ KIND_IN_WORDS = dict(
 
 
 class TeacherCheck(Findings):
-    """Findings of a teacher check, which print as a table in a terminal or notebook.
+    """List of the findings of a teacher check. It prints as a table in a terminal or notebook.
 
-    This is a list that is empty if nothing is wrong. The attribute `in_order` contains the checks
-    that found nothing. The attributes `facts` and `costs` contain the measurements.
+    The list is empty if no mistake was found. The attribute `in_order` contains the checks that
+    found nothing. The attributes `facts` and `costs` contain the measurements.
     """
 
     costs, cost_lines, title = None, (), ''
@@ -63,7 +63,7 @@ class TeacherCheck(Findings):
 
     @property
     def verdict(self):
-        """The last line of the table, which counts the findings."""
+        """The last line of the table, with the number of findings."""
         if not self:
             return self.none
         n = {k: sum(f.level == k for f in self) for k in ('error', 'warning', 'note')}
@@ -93,16 +93,16 @@ def check_teacher(
 ) -> TeacherCheck:
     """Check a teacher against a Learner.
 
-    The check compares the inputs that the teacher expects with the inputs that it will receive. It
-    also scores the teacher on a few batches and measures its cost.
+    The check compares the inputs that the teacher expects with the inputs that it will receive. The
+    check also scores the teacher on a few batches, and measures the cost of the teacher.
 
     Args:
         learn: The student's Learner, or only its DataLoaders.
         teacher: Anything that `KnowledgeDistillation` accepts.
         task: What the student predicts. If None, the task is derived from the loss function.
         recipe: Recipe or term of the training. None if unknown.
-        n: Number of validation batches to read. The number of training batches is a quarter of
-            this.
+        n: Number of validation batches to read. For every four validation batches, one training
+            batch is read.
         output: Which of the student's outputs is distilled, as in `Distiller`.
         n_epoch: Number of epochs for which costs are estimated. If None, costs are not estimated.
     """
@@ -370,7 +370,9 @@ def normalization_in_words(learn, teacher, task):
 
 
 def image_sizes(learn, teacher, task):
-    """Report if images are resized to the size on which the teacher's Learner was trained."""
+    """Report if images are resized for the teacher because its Learner was trained on a different
+    size.
+    """
     for o in with_learners(teacher):
         if o.size is None or o.size == (mine := size_of_images(learn.dls)):
             continue

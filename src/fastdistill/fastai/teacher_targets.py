@@ -25,7 +25,7 @@ __all__ = [
 class TeacherTarget(TensorBase):
     """A teacher's output for an item.
 
-    It has its own type, so that transforms of images, masks and categories skip it.
+    This separate type makes transforms of images, masks and categories skip teacher outputs.
     """
 
     def show(self, ctx=None, **kwargs):
@@ -35,9 +35,9 @@ class TeacherTarget(TensorBase):
 class TeacherTargets(Callback):
     """Callback that removes sample information and teacher targets from the batch.
 
-    MixUp and metrics do not expect them in the batch. The callback also records how MixUp or CutMix
-    mixes the batch. If the loss function has three arguments, the third one is the teacher's
-    target.
+    MixUp and metrics do not expect samples and targets in the batch. The callback also records how
+    MixUp or CutMix mixes the batch. If the loss function has three arguments, the teacher's target
+    is the third argument.
     """
 
     order, remove_on_fetch = -20, False
@@ -125,9 +125,9 @@ def samples_of(learn) -> BatchSamples | None:
 
 
 def recording(y, permutations):
-    """Return `y` as a tensor that records permutations.
+    """Return a tensor like `y` that records the permutations used by MixUp.
 
-    When a permutation is used to index the tensor, it is appended to `permutations`.
+    Each permutation that is used to index this tensor is appended to `permutations`.
     """
     cls = type(y)
 

@@ -50,7 +50,7 @@ PICKLES = {
 def teacher_of(obj, learn=None, task=None, **kwargs) -> Teacher:
     """Convert `obj` to a `Teacher` for the batches of `learn`.
 
-    Images are converted from the student's normalization to that of the teacher. They are also
+    Images are converted from the student's normalization to that of the teacher. Images are also
     resized to the size on which the teacher's Learner was trained.
 
     The normalization and image size of a teacher's Learner are read from its DataLoaders when this
@@ -58,7 +58,7 @@ def teacher_of(obj, learn=None, task=None, **kwargs) -> Teacher:
     student uses the same DataLoaders as the teacher, the teacher's normalization changes too. Give
     each model its own DataLoaders.
 
-    If the teacher is a Learner, it is the attribute `learner` of the result.
+    If the teacher is a Learner, the attribute `learner` of the result is this Learner.
 
     Args:
         obj: A Learner, an exported Learner (.pkl), an exported estimator (.joblib), anything that
@@ -144,7 +144,7 @@ def refuse_heads(teacher):
 
 
 def adapted(teacher, kwargs):
-    """Return the Teacher with these options. Options that it already has are not changed."""
+    """Return the Teacher with these options. Options that are already set are not changed."""
     return teacher.with_defaults(**kwargs)
 
 
@@ -172,8 +172,8 @@ def on_table(teacher, dls):
 def class_names(teacher, dls):
     """Return the names of the teacher's classes, in the order of its outputs. None if unknown.
 
-    The classes of an estimator may be the numbers 0, 1, 2, ... Such numbers are names only if the
-    student's classes have the same names.
+    If the classes of an estimator are the numbers 0, 1, 2, ..., they are usually not names. They
+    are treated as names only if the student's classes have the same names.
 
     Args:
         teacher: A single `Teacher`, not an ensemble.
@@ -194,8 +194,8 @@ def class_names(teacher, dls):
 
 
 def same_column(dls, theirs):
-    """Return the teacher's DataLoaders. If `dls` belong to a head, keep only the labels of this
-    head.
+    """Return the teacher's DataLoaders. If `dls` are restricted to one head, restrict the teacher's
+    DataLoaders too.
     """
     return dls.column_of(theirs) if hasattr(dls, 'column_of') else theirs
 
@@ -230,8 +230,9 @@ def in_order(dls, names, task):
 def of_module(model, given):
     """Return the option `stats` for a module.
 
-    Modules of timm describe the normalization of their images. Modules of torchvision don't. This
-    matters unless the student uses the normalization of ImageNet.
+    Modules of timm describe the normalization of their images. Modules of torchvision don't
+    describe it. For a torchvision module, warn if the student does not use the normalization of
+    ImageNet.
     """
     if timm_cfg(model):
         return 'auto'
@@ -285,8 +286,8 @@ def image_stats(dls) -> tuple:
 def size_of_images(dls) -> tuple | None:
     """Return (height, width) of the images in the batches. Return None if unknown.
 
-    The size is that of the last transform that resizes images. Without such a transform, it is the
-    size of the items, if all items have the same size.
+    The last transform that resizes images determines the size. Without such a transform, the size
+    of the items is returned, if all items have the same size.
     """
     sizes = [
         size_after(t)
@@ -310,7 +311,7 @@ def size_after(tfm):
 
 
 def size_of_items(dl):
-    """Return (height, width) of the items of a DataLoader, from a few items.
+    """Return (height, width) of the items of a DataLoader, after looking at a few items.
 
     Return None if the items are not images, or have different sizes.
     """

@@ -8,7 +8,7 @@ __all__ = ['StudentTaps', 'add_distilled', 'add_loss', 'has_outputs', 'mixed_lab
 
 
 class StudentTaps:
-    """Hooks on the student's layers. For compiled models, the hooks are kept between batches."""
+    """Hooks on the student's layers. The hooks of a compiled model are kept between batches."""
 
     def __init__(self):
         self.taps = None

@@ -103,7 +103,9 @@ def fixed(f):
 
 
 def by_sample(f, b, seeds, split_idx):
-    """Run a transform on one sample at a time. This works for every transform, but is slow."""
+    """Run a transform on one sample at a time. Every transform can be run in this way, but it is
+    slow.
+    """
     return per_sample(lambda *o: f(b_of(o, b), split_idx=split_idx), seeds, *flat(b))
 
 
@@ -153,7 +155,7 @@ def replay_drawn(f, b, x, seeds, split_idx):
 def coupled(f, x):
     """Return True if the result of a sample depends on the other samples of the batch.
 
-    This happens if fastai first shrinks all images by the largest zoom in the batch.
+    For large zooms, fastai first shrinks all images by the largest zoom in the batch.
     """
     if not isinstance(f, AffineCoordTfm):
         return False
@@ -227,9 +229,7 @@ PASSING_STATE = {'self', 'counter', 'lengths'}  # these attributes depend on the
 
 
 def in_words(o, depth=6):
-    """Return an object's options as text. The last random numbers that it generated are left
-    out.
-    """
+    """Return an object's options as text. Attributes with random numbers are left out."""
     say = lambda v: in_words(v, depth - 1)
     if isinstance(o, (str, bool, type(None))):
         return repr(o)
@@ -278,5 +278,5 @@ def augmented(dl):
 
 
 def moves(dl):
-    """Return the names of the random transforms that move positions in the input."""
+    """Return the names of the random transforms that move pixels to other positions."""
     return [type(f).__name__ for f in augmented(dl) if not isinstance(f, (SpaceTfm, RandomErasing))]

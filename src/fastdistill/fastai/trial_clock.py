@@ -20,7 +20,8 @@ class Clock(Callback):
     Args:
         score: fn(logits, targets) -> (B,) scores, see `scorer`.
         output: Which of the student's outputs is scored, as in `Distiller`. For several heads, a
-            dict {head name: output}. The logits passed to `score` are then a dict, too.
+            dict {head name: output}. With several heads, the logits passed to `score` are a dict,
+            too.
         after_epoch: fn(mean score of the half that guides the search). It returns True to stop the
             training.
         late: fn() -> True if the time limit is exceeded.
@@ -71,7 +72,7 @@ class Clock(Callback):
 def chosen_half(n):
     """Return a bool array (n,) that is True for the validation items that guide the search.
 
-    The half is random, but always the same for the same `n`.
+    The half is chosen at random, but is always the same for the same `n`.
     """
     chosen = torch.zeros(n, dtype=torch.bool)
     chosen[torch.randperm(n, generator=torch.Generator().manual_seed(0))[: n // 2]] = True
@@ -81,8 +82,8 @@ def chosen_half(n):
 def scorer(task):
     """Return a function that computes the score of each item, (B,).
 
-    The score is the fraction of correct predictions in the item. For regression, it is minus the
-    squared error. The score is nan if all labels of the item are ignored.
+    The score is the fraction of correct predictions in the item. For regression, the score is the
+    negative squared error. The score is nan if all labels of the item are ignored.
 
     Args:
         task: What the student predicts.

@@ -127,7 +127,7 @@ def repeatable(dls, seed: int):
 def unchanged(learn, seed: int):
     """Seed a training, and restore everything at the end.
 
-    This restores the student's weights, gradients and modes, its DataLoaders and all random states.
+    The student's weights, gradients and modes, its DataLoaders and all random states are restored.
     """
     with repeatable(learn.dls, seed), same_weights(learn.model):
         # subtle: scores are assigned to items by their order

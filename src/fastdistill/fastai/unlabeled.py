@@ -20,8 +20,8 @@ class UnlabeledInputs:
     """Unlabeled batches that accompany the training batches.
 
     Args:
-        given: The option `unlabeled` of `KnowledgeDistillation`. If it is a DataLoader with labels,
-            the labels are ignored.
+        given: The option `unlabeled` of `KnowledgeDistillation`. If a DataLoader with labels is
+            given, the labels are ignored.
         runs: True if a teacher runs.
         heads: {head name: head}. The name is '' for a student with one output.
     """
