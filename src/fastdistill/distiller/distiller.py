@@ -378,7 +378,7 @@ class Distiller(nn.Module):
         return {k: fn(h) for k, h in self.heads.items() if h.teacher is not None}
 
     def setup(self, *x):
-        """Pair layers and build projectors.
+        """Pair student and teacher layers, and build projectors.
 
         Both models run once in evaluation mode. The models and the random state are not changed.
         """

@@ -105,7 +105,7 @@ class Head(RecipeLoss):
         super().take(recipe)
 
     def choose(self, logits, x: tuple, labels: bool):
-        """Let `auto` choose a recipe for these outputs.
+        """Let `auto` choose a recipe from the outputs of a batch.
 
         Args:
             logits: Student logits of a batch.
@@ -214,7 +214,7 @@ class Head(RecipeLoss):
         self.check(student, teacher, targets).enforce()
 
     def setup(self, x: tuple):
-        """Pair layers and build projectors.
+        """Pair student and teacher layers, and build projectors.
 
         Both models run once in evaluation mode. The models and the random state are not changed.
         """

@@ -1,4 +1,4 @@
-"""Functions for integrations with other trainers: setup before the optimizer, and checkpoints."""
+"""Functions that integrations with other trainers use for setup and checkpoints."""
 
 from ..base.distributed import broadcast, on_first
 from ..checks.forward import student_logits
@@ -54,7 +54,7 @@ def check_first(d: Distiller, batches, **options):
 
 
 def complete(d: Distiller, x, labels: bool = True):
-    """Choose the recipe if none was given, pair layers and build projectors.
+    """Choose the recipe if none was given, pair student and teacher layers, and build projectors.
 
     The result is identical in all processes.
 

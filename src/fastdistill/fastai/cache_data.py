@@ -303,7 +303,7 @@ def precision_of(teacher: dict) -> str:
 
 
 def rows_to_verify(dl, n, views, rows, rng):
-    """Return (tasks, batch size) of the rows to verify.
+    """Choose the rows to verify, and return (indices of the rows, batch size).
 
     The rows are chosen at random. For a language model, the first rows of a random view are chosen.
     """
@@ -324,7 +324,7 @@ def task_of_data(dls, teacher, kind, axis):
 def source_of(
     teacher, dls, dl, views, seed, keys=None, vocab=None, bs=None, num_workers=None, check=True
 ):
-    """Build the `Source` that `write_cache` reads, from a teacher and one DataLoader."""
+    """Build a `Source` for `write_cache` from a teacher and one DataLoader."""
     refuse_unindexed(dl)
     stream = is_stream(dl)
     if stream and bs not in (None, dl.bs):

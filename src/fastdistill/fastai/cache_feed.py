@@ -58,7 +58,7 @@ class StoredOutputs(HeldOutputs):
             self.cache = TeacherCache(self.cache)
         if self.keys is None:
             self.keys = self.cache.sample_names
-        # `columns` selects the bytes of this cache from a row
+        # `columns` selects the bytes of this cache from the concatenated rows
         self.order, self.stream, self.columns = None, False, slice(None)
 
     @property
@@ -96,7 +96,7 @@ class StoredOutputs(HeldOutputs):
         self.stream = is_stream(learn.dls.train)
 
     def plan(self, dls, dl, cache, keys) -> Plan:
-        """Find the row of each sample of a DataLoader.
+        """Find the row of the cache for each sample of a DataLoader.
 
         Args:
             dls: The DataLoaders of the Learner.
@@ -304,7 +304,7 @@ class SampleFeed:
 
 
 def plan_of_rows(dls, dl, caches: dict) -> Plan:
-    """Make a plan for the rows of one or several caches.
+    """Make a `Plan` that adds the rows of one or several caches to the batches.
 
     Args:
         dls: The DataLoaders of the Learner.

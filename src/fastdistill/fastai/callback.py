@@ -169,7 +169,7 @@ class KnowledgeDistillation(DistillationCallback):
         self.feed.attach(self.learn, sources, self.fit_distiller.tasks)
 
     def _setup(self, *x):
-        """Pair layers and build projectors, once per student."""
+        """Pair student and teacher layers, and build projectors. Called once per student."""
         self.fit_distiller.setup(x, self.training)
         self.state.take(self.learn, self.distiller)
         if self.distiller.pairs and not hasattr(self.learn, 'lr_finder'):

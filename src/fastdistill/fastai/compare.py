@@ -283,8 +283,8 @@ class MetricValues:
 
 
 class Step:
-    """A substitute for the Learner, which metrics read after each batch. The Learner itself is not
-    changed.
+    """A substitute for the Learner that is passed to metrics after each batch. The Learner itself
+    is not changed.
     """
 
     def __init__(self, learn, **now):

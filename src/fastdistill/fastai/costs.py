@@ -160,7 +160,8 @@ def gradients(distiller, x, y):
 def seconds_of_batches(runs, batches):
     """Return {name: seconds per batch}.
 
-    Each batch runs several times, and the fastest time is used. The runs are interleaved.
+    Each function is timed several times on each batch, and the fastest time is used. The runs of
+    different functions are interleaved.
     """
     wait, best = wait_for(batches[0][0]), {k: {} for k in runs}
     for i in range(-1, ROUNDS * len(batches)):

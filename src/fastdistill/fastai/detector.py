@@ -1,6 +1,4 @@
-"""Train torchvision detectors with a Learner: data with boxes, mean average precision, and a
-teacher.
-"""
+"""Train torchvision detectors with a Learner, with or without a teacher."""
 
 from contextlib import ExitStack
 

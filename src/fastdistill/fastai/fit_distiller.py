@@ -137,7 +137,7 @@ class FitDistiller:
             logs: Whether to print the scores.
 
         Returns:
-            {head name: `Findings`}, or None if there was no check this time.
+            A dict {head name: findings}, or None if the check was skipped.
         """
         if not self.check or self.checked or not self.runs:
             return None
@@ -159,7 +159,7 @@ class FitDistiller:
         return found.enforce(facts=False)
 
     def choose(self, learn, found: dict | None):
-        """Let `auto` choose a recipe for each head that was given no recipe.
+        """Let `auto` choose a recipe for each head that has no recipe yet.
 
         Args:
             learn: The student's Learner.
@@ -180,7 +180,7 @@ class FitDistiller:
             share_task_loss(self.distiller.heads)
 
     def setup(self, x, training: bool):
-        """Pair layers and build projectors. This is called once per student.
+        """Pair student and teacher layers, and build projectors. Called once per student.
 
         Args:
             x: Inputs of a batch.

@@ -38,7 +38,7 @@ class FitLog:
         self.reported, self.faded = None, set()
 
     def report_shares(self, distiller, progress):
-        """Print gradient norms at the first training batch, and when a term first gets a weight.
+        """Print gradient norms at the first training batch, and when another term becomes active.
 
         Args:
             distiller: The `Distiller`.

@@ -122,7 +122,7 @@ def stream_outputs(teacher, dl, make, tasks: np.ndarray, bs: int):
 
 
 def with_lead_in(firsts, bs, n):
-    """Yield (first task of a batch, True if the batch is requested).
+    """Yield (index of the first sample of a batch, True if the batch is requested).
 
     Before a requested batch, all earlier batches of the same view are yielded.
     """

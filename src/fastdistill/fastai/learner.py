@@ -107,7 +107,7 @@ def check_teacher(
     n: int = teacher_check.BATCHES,
     n_epoch: int | None = 10,
 ):
-    """Find mistakes that training with `teacher` would not report, and estimate its cost.
+    """Find mistakes that training with `teacher` would not report, and estimate the training cost.
 
     Args:
         teacher: Anything that `KnowledgeDistillation` accepts.

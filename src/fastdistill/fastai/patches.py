@@ -29,7 +29,8 @@ first callback |
 
 "First target" means: when the first `TeacherBlock` is created or unpickled, or when the first fit
 begins that adds information about samples to its batches. "First callback" means: when the first
-`KnowledgeDistillation` is created. Until then, methods that are wrapped at import behave as before.
+`KnowledgeDistillation` is created. Before that, methods that are wrapped at import behave like the
+original methods.
 
 Why patches are needed:
 
@@ -100,7 +101,7 @@ __all__ = ['DistillationCallback', 'claim_epochs', 'patch_for_targets']
 class DistillationCallback(Callback):
     """Base class of the callbacks that the wrapped methods of `Learner` look for.
 
-    When the first such callback is created, the methods that need it are wrapped.
+    When the first such callback is created, `fit`, `save` and `plot_loss` are wrapped.
     """
 
     def __init__(self):
@@ -186,9 +187,7 @@ def _empty_without_teacher(new_empty):
 
 
 def _types_without_teacher(one_pass):
-    """Store `TensorBase` as the type of teacher targets when a DataLoader stores the types of a
-    batch.
-    """
+    """Replace the type of teacher targets with `TensorBase` in the types that a DataLoader stores."""
 
     @functools.wraps(one_pass)
     def _one_pass(self):

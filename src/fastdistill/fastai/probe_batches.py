@@ -147,7 +147,7 @@ def changing_callbacks(learn, training):
 
 
 def with_callbacks(learn, b, i, ds_idx, training):
-    """Return (inputs, targets) after `before_batch` of the callbacks.
+    """Run `before_batch` of the callbacks on a batch, and return (inputs, targets).
 
     The Learner and its callbacks are restored.
     """

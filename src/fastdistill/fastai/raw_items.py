@@ -1,6 +1,4 @@
-"""Provide teachers with the raw items of a batch (texts, files), for teachers that process raw
-items.
-"""
+"""Provide the raw items of a batch (texts, files) to teachers that process raw items."""
 
 from contextlib import ExitStack, contextmanager
 

@@ -62,7 +62,7 @@ def distill_find(
     show: bool = True,
     **kwargs,
 ):
-    """Search for the best recipe, options of the recipe and learning rate.
+    """Search for the best recipe, its options and the learning rate.
 
     Train with the result: `student.distill(teacher, 5, found.lr, found.recipe)`.
 

@@ -64,7 +64,7 @@ class Plan:
 
 
 class SampledBatches:
-    """Creates the batches of a DataLoader. Each batch is returned as (batch, its `BatchSamples`).
+    """Creates the batches of a DataLoader. Each batch is returned together with its `BatchSamples`.
 
     If `plan.random` is True, the random numbers of an item depend only on the sample and the view.
 

@@ -101,7 +101,7 @@ def column_name(table, c):
 
 
 def key_root(dls) -> str:
-    """Return the root of relative paths.
+    """Return the root folder of relative paths.
 
     The root is the path of the DataLoaders. If that path is unknown, the root is the common folder
     of all files.
@@ -128,7 +128,8 @@ def common_folder(items):
 
 
 def matching_root(cache, dls, dl) -> str:
-    """Return the root of relative paths with which the first sample is found in the cache.
+    """Return the root folder of relative paths. With this root, the first sample is found in the
+    cache.
 
     This root differs from `key_root` if the folder was moved, or if `dls` contains only part of the
     data.

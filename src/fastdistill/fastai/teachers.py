@@ -109,7 +109,7 @@ def teacher_of(obj, learn=None, task=None, **kwargs) -> Teacher:
 
 
 def refuse_stored(teacher):
-    """Raise a DistillError for a cache if a teacher that runs is needed."""
+    """Raise a DistillError if a cache is given, but the teacher has to run."""
     if isinstance(teacher, TeacherCache) or is_cache(teacher):
         folder = teacher.folder if isinstance(teacher, TeacherCache) else teacher
         raise DistillError(
@@ -135,7 +135,7 @@ def is_heads(teacher):
 
 
 def refuse_heads(teacher):
-    """Raise a DistillError for a dict of teachers if a single teacher is needed."""
+    """Raise a DistillError if a dict of teachers is given, but a single teacher is needed."""
     if is_heads(teacher):
         raise DistillError(
             'A dict has a teacher for each head of a student, which can be a list (an ensemble). Give '
@@ -286,8 +286,8 @@ def image_stats(dls) -> tuple:
 def size_of_images(dls) -> tuple | None:
     """Return (height, width) of the images in the batches. Return None if unknown.
 
-    The last transform that resizes images determines the size. Without such a transform, the size
-    of the items is returned, if all items have the same size.
+    The last transform that resizes images determines the size. If no transform resizes images, the
+    size of the items is returned. All items must then have the same size.
     """
     sizes = [
         size_after(t)

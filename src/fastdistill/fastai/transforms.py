@@ -72,8 +72,8 @@ class Replay(Pipeline):
 def draws_alone(f):
     """Return True if a transform must be run on one sample at a time.
 
-    This is the case if the transform has its own random generator, or a list of values for the
-    positions in a batch.
+    A transform needs this if it has its own random generator, or a list of values for the positions
+    in a batch.
     """
     listed = lambda place, o: place[2] == 'draw' and isinstance(o, (list, tuple))
     return any(
@@ -216,8 +216,8 @@ def name_each(out, where, fs):
     for i, f in enumerate(fs):
         if f.name == 'noop' or isinstance(f, ReadTabBatch):
             continue
-        # Normalize matters only before a random transform, such as RandomErasing, whose noise
-        # depends on it
+        # describe Normalize only if a random transform follows, such as RandomErasing, whose noise
+        # depends on the normalization
         if isinstance(f, Normalize) and all(map(fixed, fs[i + 1 :])):
             continue
         name = f'{where}: {f.name.split(" -- ")[0]}'

@@ -13,7 +13,7 @@ __all__ = ['Clock', 'chosen_half', 'scorer', 'scorer_of_heads']
 
 
 class Clock(Callback):
-    """Callback that scores the validation items when a fit runs the validation set.
+    """Callback that scores the validation items whenever a fit runs validation.
 
     The scores of one half of the items guide the search. The other half is used in the final test.
 

@@ -125,7 +125,7 @@ def repeatable(dls, seed: int):
 
 @contextmanager
 def unchanged(learn, seed: int):
-    """Seed a training, and restore everything at the end.
+    """Seed all random generators for a training, and restore everything at the end.
 
     The student's weights, gradients and modes, its DataLoaders and all random states are restored.
     """
