@@ -74,10 +74,10 @@ class Distiller(nn.Module):
             predicts it, for the terms and for the default task loss. If None, the alignment is
             detected in the first batch. If detection is impossible, an error is raised.
         output: Which output to distill if a model has several: a name, an index, or a function of
-            what the model returned. This option applies to the student. If the teacher is not a
-            `Teacher` object, the option also applies to the teacher. If None, use the output named
-            'logits' or 'out', or the first item of a tuple. With several heads, None selects the
-            output with the name of the head, or the output at the position of the head.
+            what the model returned. This option applies to the student, and to a teacher that is
+            not a `Teacher` object. If None, use the output named 'logits' or 'out', or the first
+            item of a tuple. With several heads, None selects the output with the name of the head,
+            or the output at the position of the head.
         labels: For several heads, a dict {head name: fn(labels of the batch) -> tuple of labels of
             this head}. If None, each head has one label, in the order of the heads.
         weights: For several heads, a dict {head name: weight of the head's loss}. The default is 1.

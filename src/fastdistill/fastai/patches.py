@@ -187,7 +187,7 @@ def _empty_without_teacher(new_empty):
 
 
 def _types_without_teacher(one_pass):
-    """Replace the type of teacher targets with `TensorBase` in the types that a DataLoader stores."""
+    """Replace the type of teacher targets with `TensorBase` in the types that DataLoaders store."""
 
     @functools.wraps(one_pass)
     def _one_pass(self):

@@ -69,7 +69,7 @@ def items_of(dataset):
 
 
 def keys_of_table(table):
-    """Return the keys of the rows of a table, which are hashes of their contents."""
+    """Return a key for each row of a table, which is a hash of the row's contents."""
     import pandas as pd
 
     try:

@@ -133,9 +133,9 @@ def export_student(
     Args:
         learn: Learner of the trained student.
         path: 'student.onnx' (needs the extra 'onnx') or 'student.pt2' (torch.export).
-        int8: Whether to quantize an .onnx file to int8. Static quantization is used, calibrated on
-            validation batches. After quantization-aware training, the learned scales are used
-            instead.
+        int8: Whether to quantize an .onnx file to int8. By default, static quantization is
+            calibrated on validation batches. After quantization-aware training, the learned scales
+            are used.
         calibration: Number of batches for calibration.
         n: Number of validation batches on which the file is compared with the Learner.
         temperature: Number by which the file divides its logits, or a list with one number for each

@@ -100,7 +100,7 @@ class TeacherTargets(Callback):
         if len(self.yb) and isinstance(self.yb[-1], TeacherTarget):
             self.learn.yb = self.yb[:-1]
 
-    # `__reduce__` is only meant for export, but a copy of a Learner needs a working callback
+    # `__reduce__` is only used for export. A copied Learner needs a working callback.
     def __deepcopy__(self, memo):
         new = type(self)()
         new.learn = copy.deepcopy(self.learn, memo)
