@@ -267,7 +267,7 @@ class SampleFeed:
             self._feed(dls.valid, plan_of_rows(dls, dls.valid, caches))
         except DistillError as e:
             self._log(
-                f'fastdistill: no column for the validation set, since the cache has another one. {e}'
+                f'fastdistill: the terms have no losses on the validation set, because the cache has a different one. {e}'
             )
 
     def _feed(self, dl, plan):
@@ -318,8 +318,8 @@ def plan_of_rows(dls, dl, caches: dict) -> Plan:
     if any(p.views and not same_views(p, first) for p in plans):
         have = '; '.join(f'{k}: {p.views} view(s), seed {p.seed}' for k, p in zip(caches, plans))
         raise DistillError(
-            f'The caches of these heads hold other views of the samples ({have}), but a batch has '
-            "one view of each. Write them in one call: cache_teacher({'color': teacher1, 'shape': "
+            f'The caches of these heads hold different views of the samples ({have}), but a batch '
+            "has one view of each sample. Write them in one call: cache_teacher({'color': teacher1, 'shape': "
             'teacher2}, dls, folder, views=...).'
         )
     return replace(first, at=np.arange(len(first.at)), cache=SideBySide(plans))

@@ -69,7 +69,7 @@ class UnlabeledInputs:
         if all(t.n_targets for t in terms):
             raise DistillError(
                 f'unlabeled=: all terms read labels ({", ".join(t.name for t in terms)}). '
-                'Add one that reads none, as kd() or soft_labels().'
+                'Add a term that reads no labels, such as kd() or soft_labels().'
             )
         if isinstance(learn.dls.train, LMDataLoader):
             raise DistillError(
