@@ -225,7 +225,7 @@ class Distiller(nn.Module):
         """Return ({head name: factor of the head's terms}, divisor of the shared task loss).
 
         In each head, weights are divided by 1 plus the sum of the gradient ratios. If heads share a
-        task loss, the largest of these divisors is used for all heads.
+        task loss, all heads use the largest divisor.
         """
         lengths = {k: h.ratios.length(h.recipe.weights_at(progress)) for k, h in self.heads.items()}
         longest = max(lengths.values())

@@ -352,9 +352,8 @@ def source_of(
             validation_transforms(dl, not views),
             teacher if hasattr(teacher, '__enter__') else nullcontext(),
         ):
-            workers = (
-                num_workers if len(tasks) > bs else 0
-            )  # starting workers takes longer than one batch
+            # starting workers takes longer than a single batch
+            workers = num_workers if len(tasks) > bs else 0
             if stream:
                 yield from stream_outputs(teacher, dl, lambda t: make(t, bs, workers), tasks, bs)
             else:

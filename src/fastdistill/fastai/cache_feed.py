@@ -142,7 +142,7 @@ class StoredOutputs(HeldOutputs):
         return of_length(out, t.shape[1]) if self.stream else out
 
     def decode(self, t, x) -> Outputs:
-        """Convert rows to outputs. The classes are put in the order of the labels."""
+        """Convert rows to outputs, with the classes in the order of the labels."""
         out, order = self.cache.decode(t[:, self.columns]), self.order
         if self.stream:
             out = of_length(out, x.shape[1])
@@ -267,7 +267,8 @@ class SampleFeed:
             self._feed(dls.valid, plan_of_rows(dls, dls.valid, caches))
         except DistillError as e:
             self._log(
-                f'fastdistill: the terms have no losses on the validation set, because the cache has a different one. {e}'
+                'fastdistill: the terms have no losses on the validation set, because the cache has '
+                f'a different one. {e}'
             )
 
     def _feed(self, dl, plan):

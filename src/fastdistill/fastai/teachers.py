@@ -96,9 +96,8 @@ def teacher_of(obj, learn=None, task=None, **kwargs) -> Teacher:
         return of_learner(obj, own | kwargs)
     if isinstance(obj, Teacher):
         if obj.reads_items:
-            kwargs.pop(
-                'input_stats', None
-            )  # the teacher reads raw items, not the student's normalized batches
+            # the teacher reads raw items, not the student's normalized batches
+            kwargs.pop('input_stats', None)
         own = (
             {} if obj.given & {'select', 'classes'} else in_order(dls, class_names(obj, dls), task)
         )
@@ -260,9 +259,8 @@ def exported(path):
         return load_estimator(path)
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings(
-                'ignore', message='load_learner. uses Python'
-            )  # `warn_of_code` already says this
+            # this warning is not needed, because `warn_of_code` has already warned
+            warnings.filterwarnings('ignore', message='load_learner. uses Python')
             return load_learner(path)
     # subtle: any error is possible, since pickle executes instructions in the file
     except Exception as e:

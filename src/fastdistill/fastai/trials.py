@@ -47,9 +47,8 @@ class Trials:
     def __call__(self, recipe, lr, seed, after_epoch, late):
         clock = Clock(self.score, self.output, after_epoch, late)
         with unchanged(self.learn, seed), warnings.catch_warnings():
-            warnings.simplefilter(
-                'ignore', DistillWarning
-            )  # warnings about recipes that are only tried are not useful
+            # warnings about recipes that are only tried are not useful
+            warnings.simplefilter('ignore', DistillWarning)
             copy_of(self.learn).distill(
                 self.teacher,
                 self.n_epoch,
