@@ -1,4 +1,4 @@
-"""Compute the distillation loss of one batch. Training loops are not part of this module."""
+"""Compute the distillation loss of one batch, without a training loop."""
 
 import json
 from collections.abc import Mapping
@@ -70,8 +70,8 @@ class Distiller(nn.Module):
         ignore_index: Label of positions to ignore. If None, use the value of `task_loss`, or -100
             if `task_loss` has none.
         shift_labels: Set to True if the labels of a language model are aligned with the input
-            tokens, as in Hugging Face. Each label is then moved to the position where the model
-            predicts it, for the terms and for the default task loss. If None, the alignment is
+            tokens, as in Hugging Face. With True, labels are moved to the positions where the model
+            predicts them, for the terms and for the default task loss. If None, the alignment is
             detected in the first batch. If detection is impossible, an error is raised.
         output: Which output to distill if a model has several: a name, an index, or a function of
             what the model returned. This option applies to the student, and to a teacher that is
@@ -83,8 +83,8 @@ class Distiller(nn.Module):
         weights: For several heads, a dict {head name: weight of the head's loss}. The default is 1.
         check: Whether to look for mistakes. If True, shared parameters of both models are reported,
             and `Distiller.check` runs on the first batch.
-        example: Batch of inputs from which the projectors are built immediately. This argument is
-            needed if an optimizer is created before the first batch.
+        example: Batch of inputs from which the projectors are built immediately. Pass an example if
+            an optimizer is created before the first batch.
     """
 
     head_class = Head
@@ -321,18 +321,18 @@ class Distiller(nn.Module):
     def check(self, x, *targets, n: int = BATCHES) -> Findings | dict[str, Findings]:
         """Find mistakes that training would not report.
 
-        With a DataLoader, the check reads a few batches. It compares the scores of both models and
-        of a constant prediction (see `.facts` of the result). The check also finds a teacher that
-        seems untrained, and a teacher whose classes have a different order. Other checks are the
-        same as in `Learner.check_teacher`, except those that need a Learner. If there is reason to
-        doubt the teacher, `auto` gives the teacher a small weight.
+        With a DataLoader, the check reads a few batches. The check compares the scores of both
+        models and of a constant prediction (see `.facts` of the result). The check also finds a
+        teacher that seems untrained, and a teacher whose classes have a different order. Other
+        checks are the same as in `Learner.check_teacher`, except those that need a Learner. If
+        there is reason to doubt the teacher, `auto` gives the teacher a small weight.
 
         With a single batch, the check only reports outputs and labels that do not match. Neither
         model is changed.
 
         Args:
-            x: A DataLoader or a list of batches (inputs, labels), preferably from a validation set.
-                This can also be the inputs of a single batch.
+            x: The inputs of a single batch, or a DataLoader or list of batches (inputs, labels),
+                preferably from a validation set.
             *targets: The labels, if `x` is the inputs of a single batch.
             n: Number of batches to read.
 
@@ -444,7 +444,7 @@ class Distiller(nn.Module):
 
         Args:
             raw: What the student returned. If there are several outputs, the `output` option
-                selects one.
+                selects the output to use.
             feats: Layer outputs recorded by the taps.
             x: Inputs of the batch, used to find padded positions.
 

@@ -49,8 +49,8 @@ class Head(RecipeLoss):
         name: Name used in messages. '' if the student has one output.
         labels: fn(labels of the batch) -> tuple of the labels of this head.
         weight: Weight of the loss of this head.
-        teacher_output: Which output of the teacher to distill. This option has no effect if the
-            teacher is a `Teacher` object.
+        teacher_output: Which output of the teacher to distill. Ignored if the teacher is a
+            `Teacher` object.
     """
 
     shares_task = False  # True if one task loss is computed for all heads
@@ -169,7 +169,7 @@ class Head(RecipeLoss):
             check_names(self.student, self.teacher, t.layers)
 
     def check(self, student: Outputs, teacher: Outputs | None, targets) -> Findings:
-        """Report outputs and labels of one batch that do not match."""
+        """Report mistakes in the outputs and labels of one batch, such as different shapes."""
         found = Findings()
         if teacher is not None:
             found.add('store', check_stored(self.recipe, teacher, self.task.axis))
@@ -301,8 +301,8 @@ class Head(RecipeLoss):
     def targets_at(self, x, logits, targets):
         """Move the targets to the positions where the model predicts them.
 
-        At each position, a language model predicts the next token. So its labels may have to be
-        moved by one position.
+        Language models predict the next token at each position. Labels that are aligned with the
+        input tokens are moved by one position.
         """
         if self.shift_labels is None and targets:
             self.shift_labels = labels_to_shift(
@@ -364,7 +364,7 @@ class SharedOutput(HeadOutput):
 
 
 def options_by_head(o, option: str, heads, who: str = 'the heads are') -> dict:
-    """Convert an option to {head name: value}. The option is a dict or one value for all heads."""
+    """Convert an option to a dict {head name: value}. A single value is used for all heads."""
     if not isinstance(o, Mapping):
         return dict.fromkeys(heads, o)
     o = {str(k): v for k, v in o.items()}

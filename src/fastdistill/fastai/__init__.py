@@ -22,8 +22,8 @@ from .teacher_block import TeacherBlock
 from .teacher_check import check_teacher
 
 # A star import must not shadow common names, such as `dist`, `at`, `sp`, `cwd` or `losses`. So
-# `__all__` contains only recipes with unmistakable names. All recipes are in `recipes` and can be
-# imported by name.
+# `__all__` contains only recipes with unmistakable names. Other recipes can be imported by name, or
+# used as attributes of `recipes`.
 __all__ = [
     'DistillError',
     'DistillInterpretation',

@@ -117,8 +117,8 @@ def cache_teacher(
 
     Args:
         teacher: A Learner, an exported .pkl, a module, a `Teacher`, or a list of these. For several
-            heads, a dict {head name: teacher} (docs/classes.md). One cache is then written for each
-            head, in a folder named after the head. The function then returns a dict of caches.
+            heads, a dict {head name: teacher} (docs/classes.md). In that case, one cache is written
+            for each head, in a folder named after the head, and a dict of caches is returned.
         dls: DataLoaders whose training set (with its augmentation) is cached.
         path: Folder or URL of the cache.
         views: Number of augmented views of each sample. With 0, the teacher sees each sample
@@ -442,7 +442,7 @@ def validation_transforms(dl, on):
 def check_views_repeat(make, n):
     """Raise an error if random transforms can't be repeated.
 
-    To find this out, a few views are computed twice before anything is written.
+    A few views are computed twice and compared before anything is written.
     """
     tasks = spread_positions(n, 8)
     d = make(tasks, 1, 0)
@@ -468,7 +468,7 @@ def check_equal(a, b, which, task):
 
 
 def check_padding(run, n):
-    """Warn if padding changes the teacher's outputs. The shortest text is padded for this check."""
+    """Warn if the teacher's outputs for the shortest text change when the text is padded."""
     beside, alone = [
         next(run(np.array(t), len(t))).logits[-1].float() for t in ([0, n - 1], [n - 1])
     ]
@@ -523,7 +523,7 @@ def inspect_views(d):
 def summary(x):
     """Compute the mean, the standard deviation and a position-weighted sum of a tensor.
 
-    For similar tensors, these three numbers are similar on any device.
+    Similar tensors have similar statistics, on any device.
     """
     x = x.detach().double().cpu().flatten()
     weights = torch.arange(len(x)).mul(0.7).cos()

@@ -337,7 +337,7 @@ class SideBySide:
         self.plans = plans
 
     def rows(self, at, views):
-        """Return the concatenated rows of the samples at these positions, (B, bytes) uint8."""
+        """Return the concatenated rows of samples, (B, bytes) uint8, given their positions."""
         # subtle: a cache with views=0 has only view 0
         return np.concatenate(
             [p.cache.rows(p.at[at], views if p.views else 0) for p in self.plans], 1

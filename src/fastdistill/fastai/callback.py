@@ -32,10 +32,11 @@ class KnowledgeDistillation(DistillationCallback):
 
     Args:
         teacher: The teacher can be a Learner, an exported Learner (.pkl), a module, a callable, or
-            a `Teacher`. It can also be a TorchScript, torch.export or ONNX file, an estimator with
-            `predict_proba` or `predict`, a `TeacherCache`, or the folder of a cache. Pass a list of
-            these for an ensemble. Use None if the batches contain the teacher's outputs (see
-            `TeacherBlock`). For several heads, a dict {head name: teacher} (see docs/classes.md).
+            a `Teacher`. A TorchScript, torch.export or ONNX file, an estimator with `predict_proba`
+            or `predict`, a `TeacherCache`, or the folder of a cache is also allowed. For an
+            ensemble, pass a list of teachers. Use None if the batches contain the teacher's outputs
+            (see `TeacherBlock`). For several heads, a dict {head name: teacher} (see
+            docs/classes.md).
         recipe: `kd()`, `kd() + recipes.at()` or a `Term`. If None and T or alpha is given, kd(T,
             alpha) is used. Otherwise, `auto` chooses a recipe.
         T: Temperature: a number or a schedule (fastai's `SchedCos(8, 2)`). The default is 4.

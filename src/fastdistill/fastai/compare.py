@@ -57,11 +57,11 @@ def compare(
     reflect the random choice of validation samples. The intervals do not reflect the variation
     between trainings with different seeds.
 
-    A model can be a dict {head name: model}. The result is then a dict {head name: report}. The
-    other models must have all heads: `compare({'teacher': {'color': teacher1, 'shape': teacher2},
-    'distilled': student})`. The options kind, metrics, loss_func and headline are then one value
-    for all heads or a dict {head name: value}. Without loss_func, each head uses the default task
-    loss of its kind.
+    A model can be a dict {head name: model}. In that case, the result is a dict {head name:
+    report}. The other models must have all heads: `compare({'teacher': {'color': teacher1, 'shape':
+    teacher2}, 'distilled': student})`. With several heads, the options kind, metrics, loss_func and
+    headline are one value for all heads or a dict {head name: value}. Without loss_func, each head
+    uses the default task loss of its kind.
 
     Args:
         models: {name: model}. A model is a Learner, an exported Learner (.pkl), a module, a file or

@@ -28,7 +28,7 @@ class FiniteCheck:
         self.found = None
 
     def add(self, outputs, learn, tasks):
-        """Check the outputs of a batch. On a GPU, the result may be read later.
+        """Check the outputs of a batch. On a GPU, the result of the check may be read later.
 
         Args:
             outputs: What `Distiller.teacher_outputs` returned.

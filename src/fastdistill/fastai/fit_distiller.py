@@ -68,9 +68,7 @@ class FitDistiller:
 
     @property
     def output(self):
-        """The `output` option of the first head. This option is used to run the student on an
-        example batch.
-        """
+        """The `output` option of the first head, used when the student runs on an example batch."""
         return next(iter(self.heads.values())).output
 
     def build(self, learn) -> bool:

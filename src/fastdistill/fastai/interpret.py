@@ -29,8 +29,8 @@ class DistillInterpretation(Interpretation):
     both models.
     """
 
-    # Set by `from_learner`. `student` and `teacher` are `Teacher`s that return the outputs of each
-    # model. `head` is the head to show.
+    # Set by `from_learner`. `student` and `teacher` are `Teacher` objects for both models. `head`
+    # is the head to show.
     student = teacher = head = None
 
     @classmethod

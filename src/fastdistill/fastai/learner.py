@@ -151,7 +151,7 @@ def explain(
         kind: 'softmax', 'sigmoid' or 'regression'. If None, the kind is derived from the loss
             function.
         axis: Class axis. If None, the axis is derived from the loss function.
-        n: Number of validation batches to read. The same number of training batches is read.
+        n: Number of batches to read from each of the validation set and the training set.
 
     Returns:
         A list of reasons. Each reason has a measured number and a suggestion of what to try. The
@@ -196,7 +196,7 @@ def calibrate(
     Args:
         dl: Labeled data that the model was not trained on. If None, the validation set is used.
         fold: Whether to change the model. With False, the temperature is only measured. A model
-            without a suitable last layer is not changed. For such a model, divide the logits by
+            without a suitable last layer is not changed. Divide the logits of this model by
             `.temperature`, or use `export_student(learn, path, temperature=...)`.
         kind: 'softmax' or 'sigmoid'. If None, the kind is derived from the loss function.
         axis: Class axis. If None, the axis is derived from the loss function.

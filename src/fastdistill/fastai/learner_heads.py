@@ -163,7 +163,7 @@ def comparisons_of(teacher, output=None) -> dict:
 
 
 def options_of_heads(o, option: str, heads) -> dict:
-    """Convert an option to {head name: value}. The option is a dict or one value for all heads."""
+    """Convert an option to a dict {head name: value}. A single value is used for all heads."""
     if '' in heads:
         return {'': o}
     return options_by_head(o, option, heads, 'the heads with a teacher are')

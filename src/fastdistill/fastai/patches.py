@@ -29,8 +29,8 @@ first callback |
 
 "First target" means: when the first `TeacherBlock` is created or unpickled, or when the first fit
 begins that adds information about samples to its batches. "First callback" means: when the first
-`KnowledgeDistillation` is created. Before that, methods that are wrapped at import behave like the
-original methods.
+`KnowledgeDistillation` is created. Until the first target or callback, methods that are wrapped at
+import behave like the original methods.
 
 Why patches are needed:
 
@@ -66,8 +66,8 @@ Private names of fastai that are used without a patch, since there is no public 
 Tested with fastai 2.8.10 and 2.8.12. For each patch, `tests/fastai/test_patches.py` tests that the
 patch fixes the problem, and that fastai has the problem without the patch.
 
-Some fits add information about the samples to their batches. In such a fit, `replay_dl.attach` sets
-`create_batches` and `after_batch` of the Learner's DataLoaders. Both names are also arguments of
+Some fits add information about the samples to their batches. To do so, `replay_dl.attach` sets
+`create_batches` and `after_batch` of the Learner's DataLoaders, which are also arguments of
 fastai's DataLoader. The DataLoaders are changed in place, since callbacks and users refer to the
 same objects.
 """
@@ -101,7 +101,7 @@ __all__ = ['DistillationCallback', 'claim_epochs', 'patch_for_targets']
 class DistillationCallback(Callback):
     """Base class of the callbacks that the wrapped methods of `Learner` look for.
 
-    When the first such callback is created, `fit`, `save` and `plot_loss` are wrapped.
+    When the first `DistillationCallback` is created, `fit`, `save` and `plot_loss` are wrapped.
     """
 
     def __init__(self):
@@ -109,7 +109,7 @@ class DistillationCallback(Callback):
         super().__init__()
 
     def teardown(self, learn):
-        """Restore everything. It is safe to call this at any time, and repeatedly.
+        """Restore everything. This method may be called at any time, and repeatedly.
 
         Args:
             learn: The Learner of the fit.
@@ -234,8 +234,8 @@ def _put_back_after(fit):
 def _as_one_training(fine_tune):
     """Set `fine_tune_span` on the Learner during `fine_tune`.
 
-    The attribute contains the total number of epochs of both phases, and the number of epochs that
-    are done.
+    `fine_tune_span` contains the total number of epochs of both phases, and the number of finished
+    epochs.
     """
     sig = inspect.signature(fine_tune)
 

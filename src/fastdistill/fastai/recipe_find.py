@@ -81,8 +81,8 @@ def distill_find(
             so far.
         rates: Learning rates to try. If None, the search tries the Learner's learning rate and four
             others, from 10 times lower to 10 times higher.
-        recipes: {name: recipe or text of the recipe}. If given, the search tries these recipes
-            instead of the usual recipes for the task.
+        recipes: A dict {name: recipe or text of the recipe} of recipes to try. If None, the search
+            tries the usual recipes for the task.
         live: Whether to run the teacher in each trial. With True, recipes that compare layers are
             tried too.
         score: fn(logits, targets) -> (B,) score of each item, where higher is better. For several
@@ -90,8 +90,8 @@ def distill_find(
             is used, averaged over the heads.
         trials: Maximum number of runs, including runs on labels only. If None, only `minutes`
             limits the search.
-        seeds: If time permits, the best runs and the run on labels only are repeated with this
-            number of seeds.
+        seeds: Number of random seeds for repeating the best runs and the run on labels only, if
+            time permits.
         folder: Folder in which finished runs are stored. The same call resumes from this folder.
             Several processes can share the folder. If None, nothing is stored.
         kind, axis, output: As in `distill`.

@@ -54,8 +54,8 @@ def compare_recipes(
     student, unless its outputs are stored (see `cache_teacher`).
 
     Args:
-        make_student: fn() -> new Learner. For each recipe, this function is called with the same
-            random state.
+        make_student: fn() -> new Learner. The function `make_student` is called with the same
+            random state for each recipe.
         teacher: Anything that `KnowledgeDistillation` accepts. For several heads, a dict {head
             name: teacher}.
         recipes: {name: recipe}. Use 'auto' for the default recipe of `distill`, and None for

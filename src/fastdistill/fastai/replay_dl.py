@@ -36,8 +36,8 @@ class Plan:
         moved: See `BatchSamples`.
         epoch: Epoch number, which determines the view.
         random: True if random transforms are seeded.
-        stream: True if the samples are consecutive pieces of one text. All samples of such a text
-            have the same view.
+        stream: True if the samples are consecutive pieces of one text, so that all samples have the
+            same view.
     """
 
     keys: np.ndarray

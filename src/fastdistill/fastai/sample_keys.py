@@ -128,8 +128,7 @@ def common_folder(items):
 
 
 def matching_root(cache, dls, dl) -> str:
-    """Return the root folder of relative paths. With this root, the first sample is found in the
-    cache.
+    """Return the root folder of relative paths for which the cache contains the first sample.
 
     This root differs from `key_root` if the folder was moved, or if `dls` contains only part of the
     data.

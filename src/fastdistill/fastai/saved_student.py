@@ -55,7 +55,7 @@ def save_student(
     Args:
         learn: Learner of the trained student.
         folder: Folder, which is created.
-        report: Report from `compare`. The model card includes the numbers of this report.
+        report: Report from `compare`. If given, the model card includes the numbers of the report.
         onnx: Whether to save the network too. If None, the network is saved if it can be exported.
         title: Title of the model card.
         temperature: Number by which student.onnx divides its logits, as in `export_student`. The

@@ -81,8 +81,8 @@ class Exported:
 
 
 class LogitsOnly(nn.Module):
-    """A model that returns only its logits. For example, the hidden states of a text model are not
-    returned.
+    """A model that returns only its logits. Other outputs, such as the hidden states of a text
+    model, are removed.
 
     Args:
         model: The model.
@@ -139,8 +139,8 @@ def export_student(
         calibration: Number of batches for calibration.
         n: Number of validation batches on which the file is compared with the Learner.
         temperature: Number by which the file divides its logits, or a list with one number for each
-            label. This is useful for a model that `calibrate` can't change. The temperature is also
-            stored as metadata.
+            label. Use this option for a model that `calibrate` can't change. The temperature is
+            also stored as metadata.
     """
     check_learner(learn, 'export_student')
     T = temperature_tensor(temperature)
@@ -194,7 +194,7 @@ def temperature_tensor(temperature) -> Tensor | None:
 def weak_score(learn: Learner, n: int = 8) -> str | None:
     """Describe the score of a model if the model is not better than a constant prediction.
 
-    Return None if the model is better, or if this is unknown.
+    Return None if the model is better, or if its score is unknown.
 
     Args:
         learn: The Learner.
@@ -390,8 +390,8 @@ WRITERS = {'.onnx': write_onnx, '.pt2': write_program}
 def quantize(path, batches, facts, learned=False):
     """Replace an ONNX file with its int8 version.
 
-    A file with learned scales is only optimized. This moves the quantization of the weights from
-    each run into the file.
+    A file with learned scales is only optimized, so that its weights are stored in int8 instead of
+    being quantized in each run.
     """
     import onnx
     from onnxruntime import quantization as ort

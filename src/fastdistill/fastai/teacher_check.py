@@ -35,7 +35,8 @@ KIND_IN_WORDS = dict(
 
 
 class TeacherCheck(Findings):
-    """List of the findings of a teacher check. It prints as a table in a terminal or notebook.
+    """List of the findings of a teacher check. The list prints as a table in a terminal or
+    notebook.
 
     The list is empty if no mistake was found. The attribute `in_order` contains the checks that
     found nothing. The attributes `facts` and `costs` contain the measurements.
@@ -93,8 +94,9 @@ def check_teacher(
 ) -> TeacherCheck:
     """Check a teacher against a Learner.
 
-    The check compares the inputs that the teacher expects with the inputs that it will receive. The
-    check also scores the teacher on a few batches, and measures the cost of the teacher.
+    The check compares the inputs that the teacher expects with the inputs that the teacher will
+    receive. The check also scores the teacher on a few batches, and measures the cost of the
+    teacher.
 
     Args:
         learn: The student's Learner, or only its DataLoaders.
@@ -149,7 +151,7 @@ def weight_shapes(model):
 def check_optimizer(learn):
     """Raise a DistillError if the optimizer would not train the model's current weights.
 
-    This happens if layers got new weights after the optimizer was created, for example by pruning.
+    Pruning, for example, can give layers new weights after the optimizer was created.
     """
     if learn.opt is None:
         return  # no training (`summary`, `tta`)

@@ -25,7 +25,7 @@ __all__ = [
 class TeacherTarget(TensorBase):
     """A teacher's output for an item.
 
-    This separate type makes transforms of images, masks and categories skip teacher outputs.
+    Because of this type, transforms of images, masks and categories skip the teacher's output.
     """
 
     def show(self, ctx=None, **kwargs):

@@ -171,8 +171,8 @@ def on_table(teacher, dls):
 def class_names(teacher, dls):
     """Return the names of the teacher's classes, in the order of its outputs. None if unknown.
 
-    If the classes of an estimator are the numbers 0, 1, 2, ..., they are usually not names. They
-    are treated as names only if the student's classes have the same names.
+    The classes of an estimator are often the numbers 0, 1, 2, ... Numbers are treated as names only
+    if the student's classes have the same names.
 
     Args:
         teacher: A single `Teacher`, not an ensemble.
@@ -218,7 +218,7 @@ def other_size(dls, theirs):
 def in_order(dls, names, task):
     """Return the option that puts a teacher's classes in the student's order.
 
-    Return an empty dict if the order is the same or unknown.
+    Return an empty dict if both models have the same order, or if the order is unknown.
     """
     if names is None or dls is None or task is None or task.kind == 'regression':
         return {}
@@ -285,7 +285,7 @@ def size_of_images(dls) -> tuple | None:
     """Return (height, width) of the images in the batches. Return None if unknown.
 
     The last transform that resizes images determines the size. If no transform resizes images, the
-    size of the items is returned. All items must then have the same size.
+    size of the items is returned, provided that a few items have the same size.
     """
     sizes = [
         size_after(t)

@@ -72,7 +72,7 @@ class Replay(Pipeline):
 def draws_alone(f):
     """Return True if a transform must be run on one sample at a time.
 
-    A transform needs this if it has its own random generator, or a list of values for the positions
+    These are transforms with their own random generator, or with a list of values for the positions
     in a batch.
     """
     listed = lambda place, o: place[2] == 'draw' and isinstance(o, (list, tuple))
@@ -103,9 +103,7 @@ def fixed(f):
 
 
 def by_sample(f, b, seeds, split_idx):
-    """Run a transform on one sample at a time. Every transform can be run in this way, but it is
-    slow.
-    """
+    """Run a transform on one sample at a time, which is slow but works for every transform."""
     return per_sample(lambda *o: f(b_of(o, b), split_idx=split_idx), seeds, *flat(b))
 
 
