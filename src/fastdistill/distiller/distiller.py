@@ -71,8 +71,9 @@ class Distiller(nn.Module):
             if `task_loss` has none.
         shift_labels: Set to True if the labels of a language model are aligned with the input
             tokens, as in Hugging Face. With True, labels are moved to the positions where the model
-            predicts them, for the terms and for the default task loss. If None, the alignment is
-            detected in the first batch. If detection is impossible, an error is raised.
+            predicts them, for the terms and for the default task loss. If None, the alignment of
+            the labels is detected in the first batch. If detection is impossible, an error is
+            raised.
         output: Which output to distill if a model has several: a name, an index, or a function of
             what the model returned. This option applies to the student, and to a teacher that is
             not a `Teacher` object. If None, use the output named 'logits' or 'out', or the first

@@ -169,7 +169,7 @@ class Head(RecipeLoss):
             check_names(self.student, self.teacher, t.layers)
 
     def check(self, student: Outputs, teacher: Outputs | None, targets) -> Findings:
-        """Report mistakes in the outputs and labels of one batch, such as different shapes."""
+        """Report mistakes in the outputs and labels of one batch, such as incompatible shapes."""
         found = Findings()
         if teacher is not None:
             found.add('store', check_stored(self.recipe, teacher, self.task.axis))

@@ -48,10 +48,10 @@ def compare_recipes(
     """Train a student with each recipe and each seed, one after another.
 
     With the same seed, all recipes start from the same weights and see the same batches. The
-    baseline is the recipe None (training on labels only). If no recipe is None, the first recipe is
-    the baseline. All other recipes are compared with the baseline. Each student is identical to the
-    result of a single `distill` with the same random state. The teacher runs again for each
-    student, unless its outputs are stored (see `cache_teacher`).
+    baseline is training on labels only, which is the recipe None. If `recipes` does not contain
+    None, the first recipe is the baseline. All other recipes are compared with the baseline. Each
+    student is identical to the result of a single `distill` with the same random state. The teacher
+    runs again for each student, unless its outputs are stored (see `cache_teacher`).
 
     Args:
         make_student: fn() -> new Learner. The function `make_student` is called with the same
