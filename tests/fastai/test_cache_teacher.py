@@ -507,7 +507,8 @@ def test_the_first_rank_alone_speaks_of_a_cache_and_not_without_logging(
             learn.fit(2, cbs=KnowledgeDistillation(cache))
         out = capsys.readouterr().out
         return [
-            'no column for the validation set, since the cache has another one' in out,
+            'the terms have no losses on the validation set, because the cache has a different one'
+            in out,
             'the cache has one view' in out,
         ]
 

@@ -177,7 +177,7 @@ def test_what_goes_wrong_is_said_before_the_first_batch(tmp_path):
     more = DataLoader(torch.randn(24, 8), bs=8)
     with pytest.raises(
         DistillError,
-        match='all terms read labels .dkd.: *.*Add one that reads none|all terms read labels',
+        match='all terms read labels .dkd.: *.*Add a term that reads no labels|all terms read labels',
     ):
         student.fit(1, cbs=KD(teacher, dkd(), unlabeled=more))
     with pytest.raises(

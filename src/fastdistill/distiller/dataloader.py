@@ -1,4 +1,4 @@
-"""Tell a DataLoader from the inputs of one batch, and read it without changing its random state."""
+"""Recognize a DataLoader, and read from it without changing its random state."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -12,14 +12,19 @@ __all__ = ['is_loader', 'own_generators', 'read_apart']
 
 
 def is_loader(x):
-    """Return True if `x` is a series of batches, not the inputs of one batch."""
+    """Return True if `x` is a DataLoader or a list of batches. Return False for a single batch."""
     if isinstance(x, (Tensor, Mapping, tuple)) or not hasattr(x, '__iter__'):
         return False
     return not isinstance(x, list) or bool(x) and not isinstance(x[0], Tensor)
 
 
 def own_generators(loader):
-    """Return the random generators of a DataLoader, seeded now and restored at the end."""
+    """Seed the random generators of a DataLoader temporarily.
+
+    Returns:
+        A context manager that sets the seed when it is entered and restores the generators at the
+        end.
+    """
     parts = ('dataset', 'sampler', 'batch_sampler', 'generator')
     return Generators(*(getattr(loader, k, None) for k in parts)).seeded(0)
 

@@ -1,4 +1,4 @@
-"""The core: the distillation loss of one batch. It works on tensors and has no training loop."""
+"""Compute the distillation loss of one batch, without a training loop."""
 
 import json
 from collections.abc import Mapping
@@ -38,47 +38,54 @@ __all__ = ['Distiller']
 class Distiller(nn.Module):
     """A student, its teacher and a recipe. `distiller(x, y)` computes the loss of one batch.
 
-    Its parameters are those of the student and the projectors, not of the teacher. Put `with
-    distiller.teacher:` around a loop to prepare the teacher once instead of for each batch.
-    `state_dict()` holds everything needed to resume training, except the state of the optimizer and
-    the random numbers of a teacher that draws some (`mode='train'` or `combine='sample'`).
+    The parameters of this module are those of the student and the projectors. The parameters of the
+    teacher are not included. Put `with distiller.teacher:` around a training loop to prepare the
+    teacher once instead of for each batch. `state_dict()` contains everything needed to resume
+    training, with two exceptions: the state of the optimizer, and the random state of a teacher
+    that makes random predictions (`mode='train'` or `combine='sample'`).
 
-    A student with several outputs can learn each from its own teacher: `Distiller(student,
-    {'color': teacher1, 'shape': teacher2})`. A batch is then `distiller(x, y_color, y_shape)`, and
-    each option is either one value for all heads or a dict {head name: value}. The student runs
-    once per batch, and so does a teacher used by several heads. `distiller.heads['color']` has the
-    attributes of one head, such as `recipe` and `teacher`.
+    If the student has several outputs, each output can have its own teacher: `Distiller(student,
+    {'color': teacher1, 'shape': teacher2})`. An output with its labels, teacher and recipe is
+    called a head. Compute the loss of a batch with `distiller(x, y_color, y_shape)`. Each
+    option is either one value for all heads or a dict {head name: value}. The student runs once per
+    batch. A teacher that is used by several heads also runs once per batch.
+    `distiller.heads['color']` has the attributes of one head, such as `recipe` and `teacher`.
 
     Args:
-        student: Model to train. None if only `compute` is used and no layers are compared.
-        teacher: A `Teacher` or anything it accepts: a module, a callable, a file, or a list of
-            these. For several heads, a dict {head name: teacher}, with None for a head trained on
-            labels only. If a teacher has several outputs, each head gets the one with its name, or
-            the one at its position in a tuple.
+        student: Model to train. The student can be None if only `compute` is used and the recipe
+            compares no layers.
+        teacher: A `Teacher`, or anything that `Teacher` accepts: a module, a callable, a file, or a
+            list of these. For several heads, pass a dict {head name: teacher}. Use None for a head
+            that is trained only on labels. If a teacher has several outputs, each head uses the
+            output with its name, or the output at its position in a tuple.
         recipe: A recipe such as `kd()` or `kd() + at()`, a `Term`, or text such as 'kd(T=2) +
-            at()'. None or 'auto' to let `auto` choose one from the outputs of the first batch.
-        task_loss: fn(student logits, *targets) -> task loss. None for cross-entropy, binary
-            cross-entropy or squared error, depending on `kind`.
-        kind: Type of prediction: 'softmax' over classes, 'sigmoid' per label, or 'regression'. None
-            to derive it from `task_loss` if that is a PyTorch loss, else 'softmax'.
-        axis: Class axis of the logits. None for the axis that `task_loss` uses, else 1.
-        ignore_index: Label of positions to ignore. None for the value that `task_loss` uses, else
-            -100.
-        shift_labels: Whether the labels of a language model are aligned with their tokens, as in
-            Hugging Face, and so have to be moved to the positions where they are predicted. True
-            moves them for the terms and for the default task loss. None to detect this in the first
-            batch, or raise an error if that is impossible.
-        output: Which output to distill if there are several, for the student and for a teacher that
-            is not a `Teacher` yet: a name, an index, or a function of what the model returned. None
-            for the output named 'logits' or 'out', or the first of a tuple. For a head, None
-            selects the output with its name, or the one at its position in a tuple.
-        labels: For several heads, {head name: fn(labels of the batch) -> tuple of labels of this
-            head}. None if each head has one label, in the order of the heads.
-        weights: For several heads, {head name: weight of its loss}. The default is 1.
-        check: Whether to look for mistakes: parameters shared by both models, and in the first
-            batch everything that `Distiller.check` finds.
-        example: Batch of inputs used to build projectors before an optimizer asks for their
-            parameters.
+            at()'. If None or 'auto', `auto` chooses a recipe from the outputs of the first batch.
+        task_loss: fn(student logits, *targets) -> task loss. If None, `kind` determines the loss:
+            cross-entropy, binary cross-entropy or squared error.
+        kind: Type of prediction: 'softmax' over classes, 'sigmoid' per label, or 'regression'. If
+            None, the type is derived from `task_loss` if that is a PyTorch loss. Otherwise, it is
+            'softmax'.
+        axis: Class axis of the logits. If None, use the class axis of `task_loss`, or 1 if
+            `task_loss` has none.
+        ignore_index: Label of positions to ignore. If None, use the value of `task_loss`, or -100
+            if `task_loss` has none.
+        shift_labels: Set to True if the labels of a language model are aligned with the input
+            tokens, as in Hugging Face. With True, labels are moved to the positions where the model
+            predicts them, for the terms and for the default task loss. If None, the alignment of
+            the labels is detected in the first batch. If detection is impossible, an error is
+            raised.
+        output: Which output to distill if a model has several: a name, an index, or a function of
+            what the model returned. This option applies to the student, and to a teacher that is
+            not a `Teacher` object. If None, use the output named 'logits' or 'out', or the first
+            item of a tuple. With several heads, None selects the output with the name of the head,
+            or the output at the position of the head.
+        labels: For several heads, a dict {head name: fn(labels of the batch) -> tuple of labels of
+            this head}. If None, each head has one label, in the order of the heads.
+        weights: For several heads, a dict {head name: weight of the head's loss}. The default is 1.
+        check: Whether to look for mistakes. If True, shared parameters of both models are reported,
+            and `Distiller.check` runs on the first batch.
+        example: Batch of inputs from which the projectors are built immediately. Pass an example if
+            an optimizer is created before the first batch.
     """
 
     head_class = Head
@@ -101,7 +108,7 @@ class Distiller(nn.Module):
         example=None,
     ):
         super().__init__()
-        # subtle: the first child, so that the student's parameters come first in Distiller.parameters()
+        # subtle: register the student first, so that its parameters come first in parameters()
         self.student = student
         self.several = isinstance(teacher, Mapping) and not holds_weights(teacher)
         if not self.several and (labels is not None or weights is not None):
@@ -162,7 +169,7 @@ class Distiller(nn.Module):
 
     @property
     def head(self) -> Head:
-        """The head of a student with one output."""
+        """The only head of a student with one output."""
         if self.several:
             names = ', '.join(self.heads)
             raise DistillError(
@@ -173,12 +180,14 @@ class Distiller(nn.Module):
 
     @property
     def teacher(self) -> Teacher | None:
-        """The teacher. For several heads, see `heads`."""
+        """The teacher. If there are several heads, use the teachers in `heads`."""
         return self.head.teacher
 
     @property
     def sources(self) -> list:
-        """The teachers to run, one for each group of heads that share a run."""
+        """The teachers to run. If several heads share a run of a model, the list contains only one
+        of their teachers.
+        """
         return [next(iter(g.values())).teacher for g in teacher_groups(self.heads)]
 
     def start(self):
@@ -187,15 +196,16 @@ class Distiller(nn.Module):
             t.start()
 
     def stop(self):
-        """Restore the teachers. May be called at any time, and repeatedly."""
+        """Restore the teachers. This method may be called at any time, and repeatedly."""
         for t in self.sources:
             t.stop()
 
     @property
     def recipe(self) -> Recipe:
-        """The recipe. For several heads, all terms, with names such as 'color.kd'.
+        """The recipe. With several heads, the recipe contains the terms of all heads, with names
+        such as 'color.kd'.
 
-        It has no task weight if the heads give the task loss different weights.
+        The recipe has no task weight if the heads weight the task loss differently.
         """
         if not self.several:
             return self.head.recipe
@@ -206,15 +216,17 @@ class Distiller(nn.Module):
         return Recipe(*(t for k, h in self.heads.items() for t in whole(k, h)), task=task)
 
     def register_links(self):
-        """Register the modules of the heads that are trained in addition to the student."""
+        """Register the projectors and other modules of the heads that are trained with the
+        student.
+        """
         links = {k: h.links for k, h in self.heads.items()}
         self.links = nn.ModuleDict(links) if self.several else links['']
 
     def _scales(self, progress) -> tuple[dict, float]:
-        """Return ({head: factor of its terms}, number that the shared task loss is divided by).
+        """Return ({head name: factor of the head's terms}, divisor of the shared task loss).
 
-        Each head divides its weights by 1 plus its gradient ratios. Heads that share a task loss
-        must all divide by the same number, the largest of them.
+        In each head, weights are divided by 1 plus the sum of the gradient ratios. If heads share a
+        task loss, all heads use the largest divisor.
         """
         lengths = {k: h.ratios.length(h.recipe.weights_at(progress)) for k, h in self.heads.items()}
         longest = max(lengths.values())
@@ -224,7 +236,7 @@ class Distiller(nn.Module):
 
     @property
     def pairs(self) -> PairTable | None:
-        """The pairs of layers that are compared. None until they are known."""
+        """The pairs of layers that are compared. None before the pairs are known."""
         if not self.several:
             return self.head.pairs
         return PairTable([p for h in self.heads.values() for p in h.pairs or []])
@@ -247,8 +259,10 @@ class Distiller(nn.Module):
 
     @property
     def faded(self) -> dict[str, float]:
-        """How much is left of the gradient ratio of each term with `fade=True`, from 0 to 1. Reading
-        it waits for the GPU.
+        """{term: fraction of its gradient ratio that is left, from 0 to 1}, for terms with
+        `fade=True`.
+
+        Reading this property waits for the GPU.
         """
         return self._named({k: h.faded for k, h in self.heads.items()})
 
@@ -266,9 +280,9 @@ class Distiller(nn.Module):
     # checkpoints
 
     def get_extra_state(self) -> Tensor:
-        """Return what a checkpoint holds besides weights.
+        """Return the state that a checkpoint needs in addition to the weights.
 
-        It is encoded as a uint8 tensor, so that it can be stored wherever weights can.
+        The state is encoded as a uint8 tensor, so that it can be stored together with the weights.
         """
         state = {k: h.state() for k, h in self.heads.items()}
         state = state if self.several else state['']
@@ -277,7 +291,7 @@ class Distiller(nn.Module):
     def set_extra_state(self, state: Tensor):
         """Restore the chosen recipe and the measured gradients.
 
-        If a recipe with different terms was already chosen, it is kept.
+        If a recipe with different terms was already chosen, the current recipe is kept.
         """
         state = json.loads(bytes(state.tolist()))
         of_one = set(self.heads[next(iter(self.heads))].state())
@@ -306,23 +320,26 @@ class Distiller(nn.Module):
         return [p for p in self.links.parameters() if p.requires_grad]
 
     def check(self, x, *targets, n: int = BATCHES) -> Findings | dict[str, Findings]:
-        """Find mistakes that training would not report. Return a list of findings, empty if there
-        are none.
+        """Find mistakes that training would not report.
 
-        With a DataLoader, it reads a few batches and reports the scores of both models and of a
-        constant prediction (`.facts`), a teacher that seems untrained or whose classes are in a
-        different order, and everything else that `Learner.check_teacher` finds without a Learner.
-        If it doubts the teacher, `auto` gives the teacher a small weight. With a single batch, it
-        only reports outputs and labels that do not fit together. Neither model is changed.
+        With a DataLoader, the check reads a few batches. The check compares the scores of both
+        models and of a constant prediction (see `.facts` of the result). The check also finds a
+        teacher that seems untrained, and a teacher whose classes have a different order. Other
+        checks are the same as in `Learner.check_teacher`, except those that need a Learner. If
+        there is reason to doubt the teacher, `auto` gives the teacher a small weight.
+
+        With a single batch, the check only reports outputs and labels that do not match. Neither
+        model is changed.
 
         Args:
-            x: A DataLoader or a list of batches (inputs, labels), preferably from a validation set;
-                or the inputs of one batch.
-            *targets: The labels, if `x` is the inputs of one batch.
+            x: The inputs of a single batch, or a DataLoader or list of batches (inputs, labels),
+                preferably from a validation set.
+            *targets: The labels, if `x` is the inputs of a single batch.
             n: Number of batches to read.
 
         Returns:
-            A `Findings` list. For several heads, a dict {head name: list}.
+            A `Findings` list, which is empty if there are no mistakes. For several heads, a dict
+            {head name: list}.
         """
         if not targets and is_loader(x):
             with own_generators(x):
@@ -340,10 +357,10 @@ class Distiller(nn.Module):
         """Run `check` on batches that are already split into inputs and labels.
 
         Args:
-            batches: (inputs, labels) of each batch, with the labels as a tuple.
+            batches: Iterable of (inputs, labels), where the labels are a tuple.
             n: Number of batches to read.
-            placed: Whether the labels are already at the positions where they are predicted.
-            part: Name of the dataset for messages: 'validation' or 'training', or '' if unknown.
+            placed: Whether the labels are already at the positions where the model predicts them.
+            part: Name of the dataset for messages: 'validation', 'training', or '' if unknown.
         """
         device = next((p.device for p in self.student.parameters()), None)
         here = ((inputs(x), y) for x, y in islice(batches, n))
@@ -354,15 +371,17 @@ class Distiller(nn.Module):
         return self._each_head(lambda h: h.check_batches(of(h), placed, part))
 
     def _each_head(self, fn):
-        """Return {head name: fn(head)} for the heads that have a teacher."""
+        """Call `fn` on each head that has a teacher, and return {head name: result}. With one head,
+        return the result.
+        """
         if not self.several:
             return fn(self.head)
         return {k: fn(h) for k, h in self.heads.items() if h.teacher is not None}
 
     def setup(self, *x):
-        """Pair layers and build projectors.
+        """Pair student and teacher layers, and build projectors.
 
-        It runs both models once in evaluation mode, without changing them or the random state.
+        Both models run once in evaluation mode. The models and the random state are not changed.
         """
         for h in self.heads.values():
             if not (self.several and h.ready):
@@ -372,10 +391,10 @@ class Distiller(nn.Module):
     # computing the loss of a batch
 
     def active_terms(self, progress: float | None = None) -> list:
-        """Return the terms that a batch needs.
+        """Return the terms that are needed for a batch.
 
-        In training, these are the terms with a nonzero weight. Without gradients, as in validation,
-        all terms are returned.
+        During training, only terms with a nonzero weight are returned. If gradients are disabled,
+        as in validation, all terms are returned.
 
         Args:
             progress: Fraction of the training that is done, from 0 to 1, for schedules.
@@ -386,7 +405,7 @@ class Distiller(nn.Module):
         """Return the student layers that the terms compare.
 
         Args:
-            terms: Terms to consider, as returned by `active_terms`. None for all.
+            terms: Terms to consider, as returned by `active_terms`. None for all terms.
         """
         return list(dict.fromkeys(n for h in self.heads.values() for n in h.layers(0, terms)))
 
@@ -398,11 +417,11 @@ class Distiller(nn.Module):
         Args:
             x: Inputs of the batch, as in `forward`.
             progress: Fraction of the training that is done, from 0 to 1, for schedules.
-            samples: The `BatchSamples` of the batch. None if they are unknown.
+            samples: The `BatchSamples` of the batch. None if the samples are unknown.
 
         Returns:
-            None if no term needs the teacher. For several heads, a dict with the heads that have
-            outputs.
+            The outputs, or None if no term needs the teacher. For several heads, a dict with the
+            heads that have outputs.
         """
         x, terms = inputs(x), {k: h.active_terms(progress) for k, h in self.heads.items()}
         ask = {k: h for k, h in self.heads.items() if terms[k] and h.teacher is not None}
@@ -422,14 +441,16 @@ class Distiller(nn.Module):
         return None if none else self._only(out)
 
     def student_outputs(self, raw, feats: dict, x) -> Outputs | dict[str, Outputs]:
-        """Return the student's outputs, with the padding of the batch masked. For several heads, a
-        dict.
+        """Return the student's outputs. Padded positions of the batch are masked.
 
         Args:
-            raw: What the student returned. If it has several outputs, the one selected by `output`
-                is used.
-            feats: Layer outputs that the taps recorded.
+            raw: What the student returned. If there are several outputs, the `output` option
+                selects the output to use.
+            feats: Layer outputs recorded by the taps.
             x: Inputs of the batch, used to find padded positions.
+
+        Returns:
+            The outputs. For several heads, a dict {head name: outputs}.
         """
         return self._only({k: h.student_outputs(raw, feats, x) for k, h in self.heads.items()})
 
@@ -444,11 +465,13 @@ class Distiller(nn.Module):
 
     @contextmanager
     def reading(self, progress: float | None = None):
-        """Context in which a trainer runs the student. It yields a list of what the student
-        returned, and the `Taps` on its layers.
+        """Context manager that records what the student returns while a trainer runs the student.
+
+        The context manager yields a list of the student's return values, and the `Taps` on the
+        student's layers.
 
         Args:
-            progress: Share of the training that is done, for schedules.
+            progress: Fraction of the training that is done, from 0 to 1, for schedules.
         """
         layers = self.student_layers(self.active_terms(progress))
         with returned_by(self.student) as seen, Taps(self.student, layers) as taps:
@@ -458,14 +481,16 @@ class Distiller(nn.Module):
         """Run student and teacher on a batch and return the loss.
 
         Args:
-            x: The inputs: a tensor, a tuple of several, or a dict, whose items are passed by name
-                if the model has arguments with these names.
-            *targets: Labels. Not needed if the recipe gives them no weight. For several heads, one
-                per head, in their order; None for a head without labels.
+            x: The inputs: a tensor, a tuple of tensors, or a dict. The items of a dict are passed
+                as keyword arguments if the model has arguments with these names.
+            *targets: Labels. Labels can be omitted if the recipe gives the task loss no weight. For
+                several heads, pass one label per head, in the order of the heads. Use None for a
+                head without labels.
             progress: Fraction of the training that is done, from 0 to 1, for schedules.
 
         Returns:
-            A `Distilled`. For several heads, its `task` is the weighted sum of their task losses.
+            A `Distilled`. For several heads, `Distilled.task` is the weighted sum of the task
+            losses.
         """
         own = {k: h.labels(targets) for k, h in self.heads.items()}
         x = inputs(x)
@@ -495,24 +520,25 @@ class Distiller(nn.Module):
         progress: float | None = None,
         mixed=None,
     ) -> Distilled:
-        """Return the loss of a batch from outputs that are already computed. Trainers call this.
+        """Return the loss of a batch from outputs that are already computed. Trainers call this
+        method.
 
         For several heads, the outputs are dicts {head name: outputs}.
 
         Args:
             student: Student outputs for this batch.
-            teacher: Teacher outputs for the same batch. None if no term needs them (see
+            teacher: Teacher outputs for the same batch. None if no term needs the teacher (see
                 `teacher_outputs`).
-            task: Task loss of the batch. None without labels. For several heads, the total task
-                loss, weighted equally in all recipes.
-            targets: Labels, for losses that read them.
+            task: Task loss of the batch. None if the batch has no labels. For several heads, the
+                total task loss. The task loss has the same weight in the recipes of all heads.
+            targets: Labels, for losses that use labels.
             progress: Fraction of the training that is done, from 0 to 1, for schedules.
-            mixed: (second labels, coefficient of the first ones) for a MixUp or CutMix batch.
+            mixed: (second labels, coefficient of the first labels) for a MixUp or CutMix batch.
         """
         students, teachers, each = self._by_head(student), self._by_head(teacher), {}
         for k, h in self.heads.items():
             if self.several and teacher is not None and k not in teacher:
-                continue  # a cache may hold only the outputs for the training set
+                continue  # a cache may contain only the outputs for the training set
             each[k] = h.compute(
                 students[k],
                 teachers.get(k),
@@ -539,10 +565,9 @@ class Distiller(nn.Module):
         )
 
     def without_labels(self, student, teacher, *, progress: float | None = None) -> Tensor:
-        """Return the weighted sum of the terms that read no labels, for a batch of unlabeled
-        inputs.
+        """Return the weighted sum of the terms that use no labels, for a batch of unlabeled inputs.
 
-        Gradient ratios use what was measured on the labeled batches.
+        Terms with a gradient ratio use the gradients that were measured on labeled batches.
 
         Args:
             student: Student outputs for the unlabeled inputs.
@@ -560,7 +585,7 @@ class Distiller(nn.Module):
 
 
 def labels_in_order(names, i, targets):
-    """Return the labels of head `i` if each head has one label."""
+    """Return the labels of head `i` as a tuple, if each head has one label."""
     if targets and len(targets) != len(names):
         raise DistillError(
             f'{len(targets)} labels for {len(names)} heads ({", ".join(names)}): give one '

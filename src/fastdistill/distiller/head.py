@@ -1,4 +1,4 @@
-"""One comparison in a `Distiller`: an output of the student, its labels, a teacher and a recipe."""
+"""A head of a `Distiller`: an output of the student with its labels, its teacher and its recipe."""
 
 import copy
 from collections.abc import Mapping
@@ -41,13 +41,16 @@ __all__ = [
 
 
 class Head(RecipeLoss):
-    """One comparison in a `Distiller`. The remaining options are those of `Distiller`.
+    """An output of the student with its labels, its teacher and its recipe.
+
+    The options that are not listed here are those of `Distiller`.
 
     Args:
         name: Name used in messages. '' if the student has one output.
-        labels: fn(labels of the batch) -> tuple of labels of this head.
+        labels: fn(labels of the batch) -> tuple of the labels of this head.
         weight: Weight of the loss of this head.
-        teacher_output: Which output of the teacher to distill, if it is not a `Teacher` yet.
+        teacher_output: Which output of the teacher to distill. Ignored if the teacher is a
+            `Teacher` object.
     """
 
     shares_task = False  # True if one task loss is computed for all heads
@@ -79,7 +82,8 @@ class Head(RecipeLoss):
         self.automatic = recipe is None  # True if `auto` chooses the recipe
         check_output(output)
         self.output = output
-        self.found, self.doubt = {}, ''  # state of `warn_of_several`; reason to doubt the teacher
+        # `found` is the state of `warn_of_several`. `doubt` is the reason to doubt the teacher.
+        self.found, self.doubt = {}, ''
         if teacher is not None and not isinstance(teacher, Teacher):
             teacher = Teacher(
                 teacher, kind=self.task.kind, axis=self.task.axis, output=teacher_output
@@ -101,11 +105,11 @@ class Head(RecipeLoss):
         super().take(recipe)
 
     def choose(self, logits, x: tuple, labels: bool):
-        """Let `auto` choose a recipe for these outputs.
+        """Let `auto` choose a recipe from the outputs of a batch.
 
         Args:
             logits: Student logits of a batch.
-            x: Inputs of the batch.
+            x: Inputs of the same batch.
             labels: Whether the batches have labels.
         """
         ask = lambda: plain_logits(Outputs(logits), self.teacher.probe(*x))[1]
@@ -117,12 +121,12 @@ class Head(RecipeLoss):
 
     @property
     def chooses(self) -> bool:
-        """True if `auto` has still to choose the recipe from the teacher's outputs."""
+        """True if `auto` still has to choose the recipe from the teacher's outputs."""
         return self.automatic and self.chosen is None and self.teacher is not None
 
     @property
     def chosen_text(self) -> str | None:
-        """Text of the recipe that `auto` chose. None if it did not choose."""
+        """Text of the recipe that `auto` chose. None if `auto` did not choose a recipe."""
         return self.chosen and self.chosen[0]
 
     @property
@@ -133,7 +137,7 @@ class Head(RecipeLoss):
     # checkpoints
 
     def state(self) -> dict:
-        """Return what a checkpoint holds besides weights."""
+        """Return the state that a checkpoint needs in addition to the weights."""
         return dict(
             recipe=self.chosen, ratios=self.ratios.state_dict(), shift_labels=self.shift_labels
         )
@@ -141,7 +145,7 @@ class Head(RecipeLoss):
     def load_state(self, state: dict):
         """Restore the chosen recipe and the measured gradients.
 
-        If a recipe with different terms was already chosen, it is kept.
+        If a recipe with different terms was already chosen, the current recipe is kept.
         """
         if self.automatic and state['recipe'] is not None:
             recipe = chosen_before(*state['recipe'])
@@ -160,12 +164,12 @@ class Head(RecipeLoss):
         return len(self.links) == len(self.recipe.terms)
 
     def check_names(self):
-        """Raise an error for layers that the models don't have."""
+        """Raise an error if the recipe names layers that the models don't have."""
         for t in self.layered:
             check_names(self.student, self.teacher, t.layers)
 
     def check(self, student: Outputs, teacher: Outputs | None, targets) -> Findings:
-        """Find outputs and labels of one batch that do not fit together."""
+        """Report mistakes in the outputs and labels of one batch, such as incompatible shapes."""
         found = Findings()
         if teacher is not None:
             found.add('store', check_stored(self.recipe, teacher, self.task.axis))
@@ -176,7 +180,7 @@ class Head(RecipeLoss):
         return found.join(check_batch(s, t, y, self.task))
 
     def check_batches(self, batches, placed: bool = False, part: str = '') -> Findings:
-        """Find mistakes that training would not report; see `Distiller.check_batches`."""
+        """Find mistakes that training would not report. See `Distiller.check_batches`."""
         found = Findings()
         found.add(
             'parameters',
@@ -199,8 +203,9 @@ class Head(RecipeLoss):
         return found
 
     def check_first(self, student, teacher, targets):
-        """Raise an error for mistakes in the first batch, and in the first one for which the
-        teacher runs.
+        """Raise an error for mistakes in the first batch.
+
+        The teacher's outputs are checked in the first batch for which the teacher runs.
         """
         parts = {'labels'} if teacher is None else {'labels', 'outputs'}
         if not parts & self.unchecked:
@@ -209,9 +214,9 @@ class Head(RecipeLoss):
         self.check(student, teacher, targets).enforce()
 
     def setup(self, x: tuple):
-        """Pair layers and build projectors.
+        """Pair student and teacher layers, and build projectors.
 
-        It runs both models once in evaluation mode, without changing them or the random state.
+        Both models run once in evaluation mode. The models and the random state are not changed.
         """
         student = self.student
         cuda = sorted({p.device.index for p in student.parameters() if p.is_cuda})
@@ -233,7 +238,7 @@ class Head(RecipeLoss):
                 self.links[term.name] = nn.ModuleList(self._links(term, tables[term.name], s, t))
 
     def _links(self, term, pairs, s, t):
-        """Yield a link for each pair of layers of a term, on the student's device."""
+        """Yield a `Link` for each pair of layers of a term, on the student's device."""
         modules = self.teacher.named_modules()
         for p in pairs:
             a, b = s[p.student], layer_output(t, p.teacher)
@@ -257,7 +262,7 @@ class Head(RecipeLoss):
 
         Args:
             i: 0 for the student's layers, 1 for the teacher's.
-            terms: Terms to consider. None for all.
+            terms: Terms to consider. None for all terms.
         """
         own = self.recipe.terms
         if terms is not None:
@@ -267,7 +272,7 @@ class Head(RecipeLoss):
         return list(dict.fromkeys(k.layers[i] for k in links if not is_output(k.layers[i])))
 
     def student_outputs(self, raw, feats: dict, x) -> Outputs:
-        """Return the student's outputs that this head compares; see `Distiller.student_outputs`."""
+        """Return the student's outputs that this head compares. See `Distiller.student_outputs`."""
         if self.output is None:
             warn_of_several(raw, self.student, 'The student', self.found)
         s = Outputs.of(raw, feats, output=self.output)
@@ -277,13 +282,15 @@ class Head(RecipeLoss):
 
     def compare(self, student, teacher, x, targets, progress) -> Distilled:
         """Return the loss of a batch, including the task loss of this head."""
-        # check before the task loss, whose own error would not say what to do
+        # check this first: an error of the task loss would not say what to do
         self.check_first(student, teacher, targets)
         task, targets = self.task_and_targets(x, student.logits, targets)
         return self.compute(student, teacher, task, targets, progress=progress)
 
     def task_and_targets(self, x, logits, targets):
-        """Return the task loss and the targets, each at the position where it is predicted."""
+        """Return the task loss and the targets. Targets are moved to the positions where the model
+        predicts them.
+        """
         if not targets:
             return None, targets
         at = self.targets_at(x, logits, targets)
@@ -292,7 +299,11 @@ class Head(RecipeLoss):
         return labels_loss(logits, *at, task=self.task), at
 
     def targets_at(self, x, logits, targets):
-        """Move the targets to where they are predicted: a language model predicts the next token."""
+        """Move the targets to the positions where the model predicts them.
+
+        Language models predict the next token at each position. Labels that are aligned with the
+        input tokens are moved by one position.
+        """
         if self.shift_labels is None and targets:
             self.shift_labels = labels_to_shift(
                 x, targets[0], logits.shape, self.task, predicts_next(self.student)
@@ -309,7 +320,7 @@ class Head(RecipeLoss):
 
 @dataclass
 class HeadOutput:
-    """Selects the output of a head from what the student returned, by its name or its position.
+    """Selects the output of one head from the outputs that the student returned.
 
     Attributes:
         name: Name of the head.
@@ -331,7 +342,7 @@ class HeadOutput:
         return self.otherwise(raw)
 
     def otherwise(self, raw):
-        """Handle a student output that has neither the name nor the position of the head."""
+        """Raise an error if the student has no output with the name or position of the head."""
         if isinstance(raw, Mapping):
             have = ', '.join(map(str, raw))
         else:
@@ -344,14 +355,16 @@ class HeadOutput:
 
 
 class SharedOutput(HeadOutput):
-    """Same for a teacher of several heads, which may also have a single output for all of them."""
+    """Selects the output of one head of a teacher. A teacher may have a single output for all
+    heads.
+    """
 
     def otherwise(self, raw):
         return raw
 
 
 def options_by_head(o, option: str, heads, who: str = 'the heads are') -> dict:
-    """Return {head name: value} for an option that is one value for all heads or a dict."""
+    """Convert an option to a dict {head name: value}. A single value is used for all heads."""
     if not isinstance(o, Mapping):
         return dict.fromkeys(heads, o)
     o = {str(k): v for k, v in o.items()}
@@ -363,7 +376,7 @@ def options_by_head(o, option: str, heads, who: str = 'the heads are') -> dict:
 def share_task_loss(heads: dict):
     """Give the task loss the same weight in the recipes of all heads.
 
-    For trainers that compute a single task loss for all heads.
+    Trainers that compute a single task loss for all heads call this function.
     """
     task = Recipe(*(h.recipe for h in heads.values())).task
     for h in heads.values():
@@ -371,13 +384,15 @@ def share_task_loss(heads: dict):
 
 
 def share_task_loss_again(heads: dict):
-    """Repeat `share_task_loss` after a recipe has changed, if it was called before."""
+    """Call `share_task_loss` again, because a recipe has changed. Do nothing if the task loss is
+    not shared.
+    """
     if any(h.shares_task for h in heads.values()):
         share_task_loss(heads)
 
 
 def with_full_task(recipe):
-    """Return the same recipe, scaled so that the task loss has weight 1."""
+    """Return a copy of the recipe, scaled so that the task loss has weight 1."""
     w = recipe.task_at(0.0)
     if w in (0.0, 1.0):
         return recipe

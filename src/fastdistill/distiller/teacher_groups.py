@@ -1,4 +1,4 @@
-"""Heads whose teachers share one run of a model."""
+"""Group the heads whose teachers share one run of a model."""
 
 from ..teachers.teacher import same_run, sharing_model
 
@@ -6,7 +6,7 @@ __all__ = ['share_models', 'teacher_groups']
 
 
 def teacher_groups(heads: dict) -> list[dict]:
-    """Group the heads that have a teacher by the run that they share.
+    """Group the heads that have a teacher. Heads in the same group share one run of a model.
 
     Args:
         heads: {head name: `Head`}.

@@ -1,4 +1,4 @@
-"""Helpers for integrations with other trainers: setup before the optimizer, checkpoints."""
+"""Functions that integrations with other trainers use for setup and checkpoints."""
 
 from ..base.distributed import broadcast, on_first
 from ..checks.forward import student_logits
@@ -22,13 +22,13 @@ __all__ = [
 
 
 def is_detector(model) -> bool:
-    """Is it a detector of torchvision, which `fastdistill.detection` distills?"""
+    """Return True if `model` is a torchvision detector, which `fastdistill.detection` distills."""
     kinds = type(unwrap(model)).__mro__
     return any(o.__module__.startswith('torchvision.models.detection.') for o in kinds)
 
 
 def is_choosing(d: Distiller) -> bool:
-    """Return True if the recipe of a head has still to be chosen."""
+    """Return True if the recipe of at least one head still has to be chosen."""
     return any(h.chooses for h in d.heads.values())
 
 
@@ -40,11 +40,11 @@ def needs_example(d: Distiller) -> bool:
 def check_first(d: Distiller, batches, **options):
     """Look for mistakes before training.
 
-    Only the first process looks, and all processes raise the same error.
+    Only the first process looks for mistakes. All processes raise the same error.
 
     Args:
         d: The `Distiller`.
-        batches: (inputs, labels) of each batch. Empty if there are none to read.
+        batches: Iterable of (inputs, labels). Empty if there is no batch to read.
         **options: Options of `Distiller.check_batches`.
     """
     found = on_first(lambda: d.check_batches(batches, **options))
@@ -54,8 +54,9 @@ def check_first(d: Distiller, batches, **options):
 
 
 def complete(d: Distiller, x, labels: bool = True):
-    """Choose the recipe if none was given, pair layers and build projectors, identically in all
-    processes.
+    """Choose the recipe if none was given, pair student and teacher layers, and build projectors.
+
+    The result is identical in all processes.
 
     Args:
         d: The `Distiller`.
@@ -76,7 +77,7 @@ def complete(d: Distiller, x, labels: bool = True):
 def takes_part(d: Distiller, progress: float | None) -> bool:
     """Return True if distillation changes the loss at this point.
 
-    Otherwise the training is bit for bit the same as without distillation.
+    If the result is False, the training step is bit for bit the same as without distillation.
 
     Args:
         d: The `Distiller`.
@@ -86,10 +87,10 @@ def takes_part(d: Distiller, progress: float | None) -> bool:
 
 
 def add_parameters(optimizer, d: Distiller):
-    """Let the student's optimizer train the projectors too.
+    """Add the parameters of the projectors to the student's optimizer.
 
-    They are added to its first parameter group, because existing schedulers only know the existing
-    groups.
+    The parameters are added to the first parameter group, because existing schedulers only know the
+    existing groups.
 
     Args:
         optimizer: Optimizer of the student.
@@ -105,9 +106,9 @@ def reset_gradients(d: Distiller):
 
 
 def training_state(d: Distiller) -> dict:
-    """Return what a checkpoint of the student and its optimizer lacks.
+    """Return the state to save in addition to the student and its optimizer.
 
-    This is the projectors, the chosen recipe and the measured gradients.
+    This state consists of the projectors, the chosen recipe and the measured gradients.
     """
     return dict(links=d.links.state_dict(), distiller=d.get_extra_state())
 

@@ -1,4 +1,4 @@
-"""Distillation for fastai: import `*` from here after fastai's own `*`."""
+"""Knowledge distillation for fastai. Import `*` from here after the star import of fastai."""
 
 from .. import losses, recipes
 from ..base.outputs import DistillError, DistillWarning, Outputs
@@ -21,8 +21,9 @@ from .student_export import export_student
 from .teacher_block import TeacherBlock
 from .teacher_check import check_teacher
 
-# A star import must not shadow common names, such as `dist`, `at`, `sp`, `cwd` or `losses`. So it has only the recipes
-# with unmistakable names. All recipes are in `recipes`, and can be imported by name
+# A star import must not shadow common names, such as `dist`, `at`, `sp`, `cwd` or `losses`. So
+# `__all__` contains only recipes with unmistakable names. Other recipes can be imported by name, or
+# used as attributes of `recipes`.
 __all__ = [
     'DistillError',
     'DistillInterpretation',

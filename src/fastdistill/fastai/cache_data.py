@@ -1,4 +1,4 @@
-"Run the teacher once over a Learner's data."
+"""Run the teacher once over a Learner's data and store the outputs, or verify stored outputs."""
 
 import copy
 import warnings
@@ -62,8 +62,10 @@ __all__ = ['cache_teacher', 'verify_cache']
 
 
 def for_each_head(write):
-    """`cache_teacher`, which for a dict of teachers writes a cache for each, in a folder of its
-    name.
+    """Decorate `cache_teacher` so that a dict of teachers is also accepted.
+
+    For a dict {head name: teacher}, one cache is written for each head. The folder of each cache is
+    named after the head.
     """
 
     @wraps(write)
@@ -109,32 +111,38 @@ def cache_teacher(
     progress=True,
     run: dict | None = None,
 ) -> TeacherCache:
-    """Run the teacher on each view of each sample, store its outputs, and open the cache. An
-    interrupted run is resumed.
+    """Run the teacher on each view of each sample, store its outputs, and open the cache.
+
+    An interrupted run is resumed.
 
     Args:
-        teacher: Learner, exported .pkl, module, `Teacher`, or a list of these. A dict: a
-            teacher for each head (docs/classes.md), whose caches are written in folders with
-            their names, and returned as a dict.
+        teacher: A Learner, an exported .pkl, a module, a `Teacher`, or a list of these. For several
+            heads, a dict {head name: teacher} (docs/classes.md). In that case, one cache is written
+            for each head, in a folder named after the head, and a dict of caches is returned.
         dls: DataLoaders whose training set (with its augmentation) is cached.
-        path: Folder or URL.
-        views: Number of augmented views of each sample. 0 for the clean view, while the student's
-            augmentation stays random, e.g. for a teacher with `items=`, which sees no augmentation.
-        store: How outputs are stored (docs/stores.md): 'logits', 'topk', 'hidden', 'draws'; 'float32',
-            'float16' or 'int8' for all logits as such numbers; or a dict of options, such as
-            dict(topk=10, dtype='int8'). 'auto' measures what each way costs and loses, and chooses.
+        path: Folder or URL of the cache.
+        views: Number of augmented views of each sample. With 0, the teacher sees each sample
+            without augmentation, while the student's augmentation stays random. Use 0 for a teacher
+            with `items=`, because such a teacher never sees the augmentation.
+        store: How outputs are stored (docs/stores.md): 'logits', 'topk', 'hidden' or 'draws'. Use
+            'float32', 'float16' or 'int8' to store all logits in that number format. Use a dict to
+            set several options, such as dict(topk=10, dtype='int8'). With 'auto', the size and the
+            error of each format are measured, and the best format is chosen.
         layers: Names of teacher layers whose outputs are also stored.
-        recipe: Recipe for which `store` is chosen or checked. None for the default recipe.
-        valid: Whether to cache the validation set too, so that each term has a column for it.
+        recipe: Recipe for which `store` is chosen or checked. If None, the default recipe is
+            assumed.
+        valid: Whether to cache the validation set too. With True, the progress table shows the loss
+            of each term on the validation set.
         unlabeled: Items without labels, or a DataLoader, to cache instead of the training set.
-        keys: Names of the training samples, a list or a function of the item. None to use the item
-            itself.
-        kind, axis: Kind of logits and class axis. None to read them from the loss function.
+        keys: Names of the training samples: a list, or a function of the item. If None, samples are
+            identified by their items.
+        kind, axis: Kind of logits and class axis. If None, both are derived from the loss function.
         check: Whether to look for mistakes first, as `Learner.check_teacher` does.
-        force: Whether to overwrite a cache that does not fit.
-        progress: True for a bar in terminals and notebooks, False for none, or fn(rows done, total
-            rows, bytes done).
-        run: Rare options, as a dict.
+        force: Whether to overwrite a cache that was written from different data or a different
+            teacher.
+        progress: Whether to show a progress bar in terminals and notebooks. To show the progress in
+            a different way, pass a function fn(rows done, total rows, bytes done).
+        run: Rarely used options, as a dict.
 
             - 'bs', 'num_workers': options of the DataLoader. The default is those of `dls`.
             - 'seed': seed of the random numbers, 0 by default.
@@ -153,7 +161,7 @@ def cache_teacher(
         )
     train = dls.train if unlabeled is None else loader_of(unlabeled, dls)
     teacher = teacher_of(teacher, dls, kind=task.kind, axis=task.axis, **asked)
-    # numbers in float32 shall be those of the model itself
+    # outputs stored in float32 must be exactly those of the model
     if store.dtype == 'float32' and 'precision' not in teacher.run:
         teacher = Teacher(teacher, run=dict(precision='fp32'))
     found = check_teacher(dls, teacher, task, n_epoch=None).enforce() if check else None
@@ -166,7 +174,7 @@ def cache_teacher(
     source = lambda dl, views, keys: source_of(
         teacher, dls, dl, views, options['seed'], keys, names, **loader
     )
-    with RandomGuard():  # DataLoaders draw a seed for their workers
+    with RandomGuard():  # DataLoaders draw a random seed for their workers
         views = 0 if only_items(teacher, views) else views_of(train, views, options['seed'])
         with shown_progress(progress) as show:
             of_train = replace(source(train, views, keys), doubt=found.doubt if check else '')
@@ -188,12 +196,12 @@ def cache_teacher(
 
 
 def facts_of_logits(t, task):
-    """Build the arguments of `auto` from a teacher's logits."""
+    """Return the facts that `auto` needs about a teacher's logits, as a dict of its arguments."""
     return facts_for_auto(t.shape, task, lambda: t)
 
 
 def only_items(teacher, views):
-    """Return True if the teacher reads only the raw items, so that its outputs are the same in each
+    """Return True if the teacher reads only raw items, so that its outputs are the same in each
     view.
     """
     if not reads_only_items(teacher):
@@ -207,10 +215,12 @@ def only_items(teacher, views):
 
 
 def views_of(dl, views, seed):
-    """Return the number of views to store, which is 1 if no transform is random."""
+    """Return the number of views to store. If no transform is random, all views are the same, so a
+    single view is stored.
+    """
     check_views(views)
     if views < 2 or is_stream(dl):
-        return views  # views of a language model are orders of its texts
+        return views  # the views of a language model differ in the order of its texts
     refuse_unindexed(dl)
     n = len(dl.dataset)
     plan = Plan(np.arange(n, dtype=np.uint64), views, seed)
@@ -225,7 +235,7 @@ def verify_cache(
 
     Args:
         cache: A `TeacherCache`, or its path.
-        teacher, dls: Teacher and DataLoaders with which it was written.
+        teacher, dls: The teacher and the DataLoaders from which the cache was written.
         n: Number of rows to compare.
         seed: Seed for choosing the rows.
         unlabeled: As in `cache_teacher`.
@@ -243,7 +253,7 @@ def verify_cache(
     teacher = teacher_of(teacher, dls, kind=task.kind, axis=task.axis, **kwargs)
     if 'precision' not in teacher.run:
         teacher = Teacher(teacher, run=dict(precision=precision_of(m.teacher)))
-    with RandomGuard():  # DataLoaders draw a seed for their workers
+    with RandomGuard():  # DataLoaders draw a random seed for their workers
         train = dls.train if unlabeled is None else loader_of(unlabeled, dls)
         source = source_of(teacher, dls, train, m.views, m.seed, keys, check=False)
         at, bs = rows_to_verify(train, len(source.keys), m.stored, n, np.random.default_rng(seed))
@@ -267,7 +277,7 @@ def verify_cache(
                 old, t = old.values, t.movedim(old.axis, -1).log_softmax(-1).gather(-1, old.ids)
             largest = lambda o: o.abs().reshape(len(o), -1).amax(1)
             sizes += largest(t.where(t.isfinite(), 0)).clamp_min(1).tolist()
-            # subtle: equal infinities are equal
+            # subtle: `old != t` ignores equal infinities, whose difference would be nan
             errors += (
                 largest((old - t).where(old != t, 0)).tolist()
                 if old.shape == t.shape
@@ -283,18 +293,19 @@ def verify_cache(
 
 
 def precision_of(teacher: dict) -> str:
-    """Return the precision in which a cache was written.
+    """Return the precision in which a cache was written: 'bf16', 'fp16' or 'fp32'.
 
     Args:
-        teacher: The manifest's entry.
+        teacher: Description of the teacher in the cache's manifest.
     """
     found = {teacher.get('precision'), *(m.get('precision') for m in teacher.get('members', []))}
     return 'bf16' if 'bfloat16' in found else 'fp16' if 'float16' in found else 'fp32'
 
 
 def rows_to_verify(dl, n, views, rows, rng):
-    """(tasks, batch size) of some rows: at random positions; for a language model, the first rows
-    of a view.
+    """Choose the rows to verify, and return (indices of the rows, batch size).
+
+    The rows are chosen at random. For a language model, the first rows of a random view are chosen.
     """
     if not is_stream(dl):
         return np.sort(rng.choice(n * views, min(rows, n * views), replace=False)), 1
@@ -302,7 +313,9 @@ def rows_to_verify(dl, n, views, rows, rng):
 
 
 def task_of_data(dls, teacher, kind, axis):
-    """Read from the loss function of the DataLoaders, or else of a teacher that is a Learner."""
+    """Derive the `Task` from the loss function of the DataLoaders, or of a teacher that is a
+    Learner.
+    """
     return task_of(
         getattr(dls, 'loss_func', None) or getattr(teacher, 'loss_func', None), kind, axis
     )
@@ -311,7 +324,7 @@ def task_of_data(dls, teacher, kind, axis):
 def source_of(
     teacher, dls, dl, views, seed, keys=None, vocab=None, bs=None, num_workers=None, check=True
 ):
-    """Build the `Source` of a teacher and one of the DataLoaders, for `write_cache`."""
+    """Build a `Source` for `write_cache` from a teacher and one DataLoader."""
     refuse_unindexed(dl)
     stream = is_stream(dl)
     if stream and bs not in (None, dl.bs):
@@ -339,9 +352,8 @@ def source_of(
             validation_transforms(dl, not views),
             teacher if hasattr(teacher, '__enter__') else nullcontext(),
         ):
-            workers = (
-                num_workers if len(tasks) > bs else 0
-            )  # starting workers takes longer than one batch
+            # starting workers takes longer than a single batch
+            workers = num_workers if len(tasks) > bs else 0
             if stream:
                 yield from stream_outputs(teacher, dl, lambda t: make(t, bs, workers), tasks, bs)
             else:
@@ -352,10 +364,12 @@ def source_of(
             check_views_repeat(make, len(names) * max(views, 1))
         exact = partial(run, teacher=as_it_is(teacher))
         if not stream:
-            check_alone(exact, len(names))  # subtle: in one view, where texts are ordered by length
+            # subtle: this uses the samples of one view, in which texts are ordered by length
+            check_alone(exact, len(names))
         if isinstance(dl, SortedDL):
             check_padding(exact, len(names))
-        # subtle: the precision is chosen at the first whole batch, and is part of the teacher's identity
+        # subtle: run the first whole batch now to determine the precision, which is part of the
+        # teacher's identity
         with closing(run(np.arange(len(names))[:rows], rows)) as first:
             next(first)
     with validation_transforms(dl, not views):
@@ -373,8 +387,9 @@ def source_of(
 
 
 def as_it_is(teacher):
-    """Return the teacher without its faster copy, whose rounding would depend on the other samples
-    in a batch.
+    """Return the teacher without its faster copy.
+
+    In the faster copy, rounding errors of a sample depend on the other samples in the batch.
     """
     if not isinstance(teacher, Teacher):
         return teacher
@@ -382,7 +397,7 @@ def as_it_is(teacher):
 
 
 class FixedOrder:
-    """A DataLoader's `get_idxs` that always gives the same indices."""
+    """Function for a DataLoader's `get_idxs` that always returns the same indices."""
 
     def __init__(self, idxs):
         self.idxs = idxs
@@ -392,7 +407,7 @@ class FixedOrder:
 
 
 def writer_dl(dl, plan, pairs: list, bs, workers=None):
-    """Build a DataLoader that goes through (position, view) pairs in order."""
+    """Build a DataLoader that reads (position, view) pairs in the given order."""
     cls = TabDataLoader if isinstance(dl, TabDataLoader) else TfmdDL
     more = {} if workers is None else dict(num_workers=workers)
     d = TfmdDL.new(
@@ -409,7 +424,7 @@ def writer_dl(dl, plan, pairs: list, bs, workers=None):
 
 @contextmanager
 def validation_transforms(dl, on):
-    """Context in which a DataLoader uses the validation transforms."""
+    """Context manager that makes a DataLoader use the validation transforms if `on` is True."""
     ds = dl.dataset
     pipes = (
         [o.tfms for o in getattr(ds, 'tls', [ds]) if isinstance(getattr(o, 'tfms', None), Pipeline)]
@@ -417,7 +432,7 @@ def validation_transforms(dl, on):
         else []
     )
     if on and isinstance(ds, TfmdLists):
-        pipes.append(ds)  # it has a `split_idx` of its own
+        pipes.append(ds)  # a `TfmdLists` has its own `split_idx`
     with restored(*pipes, only=['split_idx']):
         for o in pipes:
             o.split_idx = 1
@@ -425,8 +440,9 @@ def validation_transforms(dl, on):
 
 
 def check_views_repeat(make, n):
-    """Compute a few views twice, to detect random transforms that can't be repeated before anything
-    is written.
+    """Raise an error if random transforms can't be repeated.
+
+    A few views are computed twice and compared before anything is written.
     """
     tasks = spread_positions(n, 8)
     d = make(tasks, 1, 0)
@@ -452,7 +468,7 @@ def check_equal(a, b, which, task):
 
 
 def check_padding(run, n):
-    """Warn if the outputs for the shortest text depend on whether the longest one is in its batch."""
+    """Warn if the teacher's outputs for the shortest text change when the text is padded."""
     beside, alone = [
         next(run(np.array(t), len(t))).logits[-1].float() for t in ([0, n - 1], [n - 1])
     ]
@@ -469,13 +485,14 @@ def check_padding(run, n):
 
 
 def plain_item(o):
-    """Return an item without fastai's types."""
+    """Convert an item to plain tensors and tuples, without fastai's types."""
     return tuple(map(plain_item, o)) if isinstance(o, (tuple, list)) else as_plain(o)
 
 
 def sample_digests(make, n, views):
-    """Return digests of the inputs of a few samples, before and after the batch transforms. A
-    replay must give the same.
+    """Return digests of the inputs of a few samples, before and after the batch transforms.
+
+    When a cache is used, the digests show whether the views are replayed correctly.
     """
     tasks = [i % max(views, 1) * n + int(r) for i, r in enumerate(spread_positions(n, 8))]
     return [
@@ -484,10 +501,15 @@ def sample_digests(make, n, views):
 
 
 def inspect_views(d):
-    """Return for each batch of one sample the digest of its input, and three numbers for each of
-    its tensors after the batch transforms.
+    """Return a digest of each sample's input, and statistics of the input after the batch
+    transforms.
+
+    The statistics of a tensor are computed by `summary`.
+
+    Args:
+        d: A DataLoader with batches of one sample.
     """
-    # subtle: without Normalize, since each model may have its own
+    # subtle: leave out Normalize, since each model may have its own
     d.after_batch.fs = [f for f in d.after_batch.fs if not isinstance(f, Normalize)]
     has_floats = lambda o: isinstance(o, torch.Tensor) and o.is_floating_point() and o.numel()
     after = [
@@ -499,8 +521,9 @@ def inspect_views(d):
 
 
 def summary(x):
-    """Compute mean, spread, and a sum with a different weight for each position. They are close for
-    close inputs, on any device.
+    """Compute the mean, the standard deviation and a position-weighted sum of a tensor.
+
+    Similar tensors have similar statistics, on any device.
     """
     x = x.detach().double().cpu().flatten()
     weights = torch.arange(len(x)).mul(0.7).cos()
@@ -517,8 +540,10 @@ def item_digest(item, n_inp):
 
 
 def classes_of(teacher, dls):
-    """Return the class names in the order of the teacher's logits. If the labels have a different
-    order, it is mapped when a student trains.
+    """Return the class names in the order of the teacher's logits.
+
+    The labels may have their classes in a different order. If the order differs, the logits are
+    reordered when a student is trained.
     """
     mine = vocab_of(dls)
     theirs = [n for t in (teacher, *teacher.members) if (n := class_names(t, dls)) is not None]
@@ -532,5 +557,5 @@ def classes_of(teacher, dls):
     if teacher.known_classes or any(isinstance(o, list) for o in teacher.select or ()):
         return mine
     names = theirs[0] if teacher.select is None else [theirs[0][i] for i in teacher.select]
-    stored_order(names, mine)  # names that can't be mapped are refused now
+    stored_order(names, mine)  # raise an error now if the names can't be mapped
     return names

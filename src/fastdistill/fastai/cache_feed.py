@@ -1,4 +1,4 @@
-"Train from a cache: its rows come with the batches."
+"""Train from a cache: add the stored teacher outputs of each sample to the batches of a fit."""
 
 from dataclasses import dataclass, replace
 
@@ -35,12 +35,13 @@ ONE_VIEW = (
 
 @dataclass
 class StoredOutputs(HeldOutputs):
-    """The outputs that a cache stores.
+    """Teacher outputs that are stored in a cache.
 
     Attributes:
         cache: A `TeacherCache`, or its path.
-        keys: The `keys=` of `cache_teacher`.
-        head: The head of the student that these outputs teach. None if there is only one.
+        keys: The `keys=` argument of `cache_teacher`.
+        head: The student's head that is trained on these outputs. None if the student has one
+            output.
     """
 
     cache: TeacherCache
@@ -57,12 +58,13 @@ class StoredOutputs(HeldOutputs):
             self.cache = TeacherCache(self.cache)
         if self.keys is None:
             self.keys = self.cache.sample_names
-        self.order, self.stream, self.columns = None, False, slice(None)  # the bytes of a row
+        # `columns` selects the bytes of this cache from the concatenated rows
+        self.order, self.stream, self.columns = None, False, slice(None)
 
     @property
     def doubt(self):
-        """Why the teacher should not be trusted, as it was found when its outputs were stored;
-        empty: nothing was found.
+        """The reason to doubt the teacher, which was found when its outputs were stored. Empty if
+        there is no reason.
         """
         return self.cache.manifest.doubt
 
@@ -94,11 +96,16 @@ class StoredOutputs(HeldOutputs):
         self.stream = is_stream(learn.dls.train)
 
     def plan(self, dls, dl, cache, keys) -> Plan:
-        """Find the rows of the samples of a DataLoader. Raise a DistillError if the cache is not of
-        these data.
+        """Find the row of the cache for each sample of a DataLoader.
 
         Args:
-            cache: The own cache, or that of the validation set.
+            dls: The DataLoaders of the Learner.
+            dl: The DataLoader.
+            cache: The cache of the training set or of the validation set.
+            keys: The `keys=` argument of `cache_teacher`.
+
+        Raises:
+            DistillError: The cache was written from different data.
         """
         refuse_unindexed(dl)
         if cache.views or is_stream(dl):
@@ -124,18 +131,18 @@ class StoredOutputs(HeldOutputs):
 
     @property
     def draws(self):
-        """Number and temperature of the draws. None if there are none."""
+        """Number and temperature of the draws (sampled classes). None if no draws are stored."""
         return self.cache.manifest.layout.draws
 
     def example(self, x):
-        """Outputs of as many samples as there are inputs, for their shapes and stored layers."""
+        """Return some stored outputs, which show the shapes and the stored layers."""
         t = next(tensors_in(x))
         rows = self.cache.rows(np.arange(len(t)) % len(self.cache))
         out = self.cache.decode(torch.from_numpy(rows).to(t.device))
         return of_length(out, t.shape[1]) if self.stream else out
 
     def decode(self, t, x) -> Outputs:
-        """Rows as outputs, with the classes in the order of the labels."""
+        """Convert rows to outputs, with the classes in the order of the labels."""
         out, order = self.cache.decode(t[:, self.columns]), self.order
         if self.stream:
             out = of_length(out, x.shape[1])
@@ -147,7 +154,7 @@ class StoredOutputs(HeldOutputs):
 
 
 class Epochs(Callback):
-    """Tells a `SampleFeed` the number of the epoch."""
+    """Callback that tells a `SampleFeed` which epoch begins."""
 
     order = -20
 
@@ -158,14 +165,16 @@ class Epochs(Callback):
     def before_train(self):
         self.feed.begin(self.learn.epoch)
 
-    # an exported Learner gets a callback that does nothing, and needs no fastdistill
+    # an exported Learner contains a callback without effect instead, so that it loads without
+    # fastdistill
     def __reduce__(self):
         return Callback, ()
 
 
 class SampleFeed:
-    """Lets the batches of a fit bring what their sources need: their samples, with rows of caches
-    or raw items. If no source needs anything, nothing is changed.
+    """Adds rows of caches or raw items to the batches of a fit.
+
+    If no source of teacher outputs needs rows or items, the DataLoaders are not changed.
     """
 
     def __init__(self):
@@ -173,11 +182,12 @@ class SampleFeed:
         self.fed, self.added, self.before, self.passed = [], [], 0, 0
 
     def attach(self, learn, sources: dict, tasks: dict):
-        """Prepare the DataLoaders of a Learner that is about to fit.
+        """Prepare the DataLoaders of a Learner for a fit that is about to start.
 
         Args:
-            sources: Name of a head -> `OutputSource`.
-            tasks: Name of a head -> what it predicts.
+            learn: The Learner.
+            sources: {head name: `OutputSource`}.
+            tasks: {head name: what the head predicts}.
         """
         self.detach()
         needing = {k: s for k, s in sources.items() if s.needs}
@@ -225,10 +235,14 @@ class SampleFeed:
                 self._feed(dl, plan)
 
     def feed_rows(self, learn, dl, stored: dict):
-        """Attach the rows of one or several caches to the batches of a DataLoader, side by side. If
-        the student was trained from these caches before, the next views follow.
+        """Attach the rows of one or several caches to the batches of a DataLoader.
+
+        The rows of several caches are concatenated. If the student was already trained from these
+        caches, the fit continues with the next views.
 
         Args:
+            learn: The Learner.
+            dl: The DataLoader.
             stored: {head name: `StoredOutputs`}.
         """
         end = 0
@@ -253,34 +267,35 @@ class SampleFeed:
             self._feed(dls.valid, plan_of_rows(dls, dls.valid, caches))
         except DistillError as e:
             self._log(
-                f'fastdistill: no column for the validation set, since the cache has another one. {e}'
+                'fastdistill: the terms have no losses on the validation set, because the cache has '
+                f'a different one. {e}'
             )
 
     def _feed(self, dl, plan):
         self.fed.append(attach(dl, plan))
 
     def begin(self, epoch):
-        """Begin an epoch of the present fit.
+        """Begin an epoch of the current fit.
 
         Args:
-            epoch: Its number.
+            epoch: Number of the epoch.
         """
         for dl in self.fed:
             sampled(dl).look()
         self.plan.epoch, self.passed = self.before + epoch, epoch + 1
 
     def _log(self, text):
-        """Not inside `learn.no_logging()`, and on the first rank alone."""
+        """Print a message, unless inside `learn.no_logging()`. Only the first process prints."""
         if self.learn.logger is not noop and rank() == 0:
             print(text)
 
     def detach(self):
-        """Undo `attach`; safe to call twice."""
+        """Undo `attach`. It is safe to call this twice."""
         learn, self.learn = self.learn, None
         for dl in self.fed:
             detach(dl)
         if learn is not None:
-            # subtle: some tools replace the DataLoaders by a copy temporarily
+            # subtle: some tools temporarily replace the DataLoaders with a copy
             for dl in map(inner_dl, learn.dls.loaders):
                 detach(dl)
             learn.remove_cbs([c for c in self.added if c in learn.cbs])
@@ -290,10 +305,12 @@ class SampleFeed:
 
 
 def plan_of_rows(dls, dl, caches: dict) -> Plan:
-    """Make one plan of those of all caches.
+    """Make a `Plan` that adds the rows of one or several caches to the batches.
 
     Args:
-        caches: Name -> (`StoredOutputs`, cache, keys).
+        dls: The DataLoaders of the Learner.
+        dl: The DataLoader that gets the rows.
+        caches: {head name: (`StoredOutputs`, cache, keys)}.
     """
     plans = [s.plan(dls, dl, cache, keys) for s, cache, keys in caches.values()]
     if len(plans) == 1:
@@ -302,26 +319,26 @@ def plan_of_rows(dls, dl, caches: dict) -> Plan:
     if any(p.views and not same_views(p, first) for p in plans):
         have = '; '.join(f'{k}: {p.views} view(s), seed {p.seed}' for k, p in zip(caches, plans))
         raise DistillError(
-            f'The caches of these heads hold other views of the samples ({have}), but a batch has '
-            "one view of each. Write them in one call: cache_teacher({'color': teacher1, 'shape': "
+            f'The caches of these heads hold different views of the samples ({have}), but a batch '
+            "has one view of each sample. Write them in one call: cache_teacher({'color': teacher1, 'shape': "
             'teacher2}, dls, folder, views=...).'
         )
     return replace(first, at=np.arange(len(first.at)), cache=SideBySide(plans))
 
 
 class SideBySide:
-    """Rows of several caches as those of one.
+    """Reads the rows of several caches as if they were one cache.
 
     Args:
-        plans: Of each.
+        plans: The `Plan` of each cache.
     """
 
     def __init__(self, plans):
         self.plans = plans
 
     def rows(self, at, views):
-        """(B, bytes) uint8 for positions in the dataset."""
-        # subtle: a cache of the clean view has no other
+        """Return the concatenated rows of samples, (B, bytes) uint8, given their positions."""
+        # subtle: a cache with views=0 has only view 0
         return np.concatenate(
             [p.cache.rows(p.at[at], views if p.views else 0) for p in self.plans], 1
         )
@@ -332,7 +349,7 @@ def same_views(a, b):
 
 
 def misfits(dl, plan, cache):
-    """Texts: how these data differ from the data when the cache was written."""
+    """Describe how the data differ from the data from which the cache was written."""
     m = cache.manifest
     if m.views:
         again = Plan(plan.keys, m.views, m.seed, stream=plan.stream)

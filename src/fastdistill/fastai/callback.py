@@ -1,4 +1,4 @@
-"""`KnowledgeDistillation`: the fastai callback that adds a teacher to a fit."""
+"""Define `KnowledgeDistillation`, the fastai callback that adds a teacher to a fit."""
 
 from fastai.basics import Callback, L
 
@@ -31,38 +31,41 @@ class KnowledgeDistillation(DistillationCallback):
     cbs=KnowledgeDistillation(teacher))`.
 
     Args:
-        teacher: A Learner; an exported .pkl; a module; a TorchScript, torch.export or ONNX file; a
-            callable; an estimator with `predict_proba` or `predict`; a `Teacher`; a list of these
-            (an ensemble); or a `TeacherCache` or its folder. None if the batches hold the teacher's
-            outputs (see `TeacherBlock`). For several heads, a dict {head name: teacher} (see
+        teacher: The teacher can be a Learner, an exported Learner (.pkl), a module, a callable, or
+            a `Teacher`. A TorchScript, torch.export or ONNX file, an estimator with `predict_proba`
+            or `predict`, a `TeacherCache`, or the folder of a cache is also allowed. For an
+            ensemble, pass a list of teachers. Use None if the batches contain the teacher's outputs
+            (see `TeacherBlock`). For several heads, a dict {head name: teacher} (see
             docs/classes.md).
-        recipe: `kd()`, `kd() + recipes.at()` or a `Term`. None or 'auto' to let `auto` choose, or
-            to use kd(T, alpha) if one of them is given.
+        recipe: `kd()`, `kd() + recipes.at()` or a `Term`. If None and T or alpha is given, kd(T,
+            alpha) is used. Otherwise, `auto` chooses a recipe.
         T: Temperature: a number or a schedule (fastai's `SchedCos(8, 2)`). The default is 4.
         alpha: Weight of the teacher: a number or a schedule. The task loss has weight 1-alpha. The
             default is 0.9.
-        loss: Your own loss, fn(student_logits, teacher_logits, *targets). It replaces the whole
-            loss or, if alpha is given, only the distillation loss.
-        kind: 'softmax', 'sigmoid' or 'regression'. None to derive it from the Learner's loss
-            function.
-        axis: Class axis. None to derive it from the Learner's loss function.
-        span: 'fine_tune' to run schedules, warmup and stop_at once over a whole `fine_tune`, 'fit'
-            to run them once in each of its two fits.
-        output: Which of the student's outputs is distilled: a name, an index or a function. None
-            for the default of `Distiller`. To select a teacher's output, use Teacher(model,
-            output=...).
+        loss: Your own loss, fn(student_logits, teacher_logits, *targets). If alpha is given, your
+            loss replaces only the distillation loss. Otherwise, your loss replaces the whole loss.
+        kind: 'softmax', 'sigmoid' or 'regression'. If None, the kind is derived from the Learner's
+            loss function.
+        axis: Class axis. If None, the axis is derived from the Learner's loss function.
+        span: How often schedules, warmup and stop_at run in a `fine_tune`, which consists of two
+            fits. With 'fine_tune', schedules run once over both fits. With 'fit', schedules run
+            once in each fit.
+        output: Which of the student's outputs is distilled: a name, an index or a function. If
+            None, the default of `Distiller` is used. To select a teacher's output, use
+            Teacher(model, output=...).
         unlabeled: Additional inputs without labels, on which the student learns only from the
-            teacher: items like those of the training set, or a DataLoader. Each training batch is
-            accompanied by one batch of these. Or a dict.
+            teacher. Pass a list of items like those of the training set, or a DataLoader. Each
+            training batch is accompanied by one unlabeled batch. Pass a dict to set more options.
 
-            - 'items': these items, or the DataLoader.
-            - 'targets': a cache of the teacher's outputs for them, or its folder. For several
-              heads, a dict. None to run the teacher.
+            - 'items': the items or the DataLoader.
+            - 'targets': a cache of the teacher's outputs for the items, or the folder of the cache.
+              For several heads, a dict {head name: cache}. If None, the teacher runs.
             - 'perturbed': for tables, the number of perturbed copies of each row.
         check: Whether to look for mistakes before the first fit (see `check_teacher`).
     """
 
-    # after the task loss and regularizers; before GradientAccumulation (6) and MixedPrecision (10) scale the loss
+    # runs after the task loss and regularizers, before GradientAccumulation (6) and MixedPrecision
+    # (10) scale the loss
     order, remove_on_fetch, _only_train_loop = 5, False, True
 
     def __init__(
@@ -117,14 +120,14 @@ class KnowledgeDistillation(DistillationCallback):
 
     @property
     def recipe(self):
-        """The recipe. None if it has not been chosen yet."""
+        """The recipe. None if no recipe has been chosen yet."""
         return self.fit_distiller.recipe
 
     # before and after a fit
 
     def before_fit(self):
         self.teardown(self.learn)
-        # validate, get_preds, show_results ...
+        # validate, get_preds, show_results and similar calls are not fits
         if self.learn.lock.locked() or hasattr(self.learn, 'gather_preds'):
             return
         if any(isinstance(c, KnowledgeDistillation) and c is not self for c in self.learn.cbs):
@@ -160,14 +163,14 @@ class KnowledgeDistillation(DistillationCallback):
         d.start()
 
     def _attach(self):
-        """Set up the DataLoaders so that batches contain what the teachers need."""
+        """Set up the DataLoaders so that the batches contain what the teachers need."""
         for t in self.distiller.sources:
             t.say_with(self.log)
         sources = {k: h.teacher for k, h in self.distiller.heads.items() if h.teacher is not None}
         self.feed.attach(self.learn, sources, self.fit_distiller.tasks)
 
     def _setup(self, *x):
-        """Pair layers and build projectors, once per student."""
+        """Pair student and teacher layers, and build projectors. Called once per student."""
         self.fit_distiller.setup(x, self.training)
         self.state.take(self.learn, self.distiller)
         if self.distiller.pairs and not hasattr(self.learn, 'lr_finder'):
@@ -193,7 +196,8 @@ class KnowledgeDistillation(DistillationCallback):
         if not self.state.end_finder(self.distiller):
             notes_of(learn).last_state = self.state_dict()
 
-    # an exported Learner gets a no-op callback, so that it loads without fastdistill
+    # an exported Learner contains a callback without effect instead, so that it loads without
+    # fastdistill
     def __reduce__(self):
         return Callback, ()
 
@@ -201,7 +205,7 @@ class KnowledgeDistillation(DistillationCallback):
 
     @property
     def active(self):
-        """True in a fit, except in a `get_preds` inside it."""
+        """True during a fit. False while `get_preds` runs within a fit."""
         return self.in_fit and not hasattr(self.learn, 'gather_preds')
 
     @property
@@ -237,9 +241,11 @@ class KnowledgeDistillation(DistillationCallback):
             return
         self.parts, self.teacher_outputs = {}, None
         if not self.distiller.ready:
-            # the student did not run on the example batch
+            # the projectors are not built yet, because the student could not run on an example
+            # batch
             self._setup(*with_items(self.xb, getattr(samples_of(self.learn), 'items', None)))
-        # subtle: hook the model of this batch, since an averaged model may replace it in validation
+        # subtle: hook the model that runs on this batch, since an averaged model may replace it in
+        # validation
         terms = self.distiller.active_terms(self.training_progress)
         self.taps.attach(self.learn.model, self.distiller.student_layers(terms))
 
@@ -272,8 +278,8 @@ class KnowledgeDistillation(DistillationCallback):
                 'These batches have no labels, but the recipe gives the task loss a weight: use '
                 'alpha=1 or soft_labels() to train only from the teacher.'
             )
-        # subtle: without labels fastai computes no loss and takes no step. So use the teacher's predictions as
-        # labels; the task loss has weight 0
+        # subtle: without labels, fastai computes no loss and takes no step. So use the teacher's
+        # predictions as labels. The task loss has weight 0.
         self.teacher_outputs = self._ask_teacher()
         if self.teacher_outputs is not None:
             own = self.distiller.student_outputs(self.learn.pred, {}, self.xb)
@@ -286,7 +292,7 @@ class KnowledgeDistillation(DistillationCallback):
             return
         d, progress = self.distiller, self.training_progress
         if not (self.training or has_outputs(d, samples_of(self.learn))):
-            return  # a cache may hold only the outputs for the training set
+            return  # a cache may contain only the outputs for the training set
         unlabeled = self.teacher_outputs is not None
         t = self.teacher_outputs if unlabeled else self._ask_teacher()
         s = d.student_outputs(self.learn.pred, self.taps.pop(), self.xb)
@@ -306,7 +312,8 @@ class KnowledgeDistillation(DistillationCallback):
         teacher.
         """
         d, progress = self.distiller, self.training_progress
-        # subtle: if the weight is 0, draw no random numbers and keep these inputs away from batch norms
+        # subtle: skip these inputs if their weight is 0, so that they don't change batch norm
+        # statistics or random numbers
         if all(t.n_targets for t in d.active_terms(progress)):
             return
         for x, t in self.unlabeled.batches(self.learn, lambda x: d.teacher_outputs(x, progress)):
@@ -340,15 +347,17 @@ class KnowledgeDistillation(DistillationCallback):
             opt.step(self.learn, self.skip_step)
 
     def state_dict(self):
-        """Return what a checkpoint needs besides the student.
+        """Return the state that a checkpoint needs in addition to the student.
 
-        These are the projectors, the state of their optimizer, and the measured gradients.
+        This state consists of the projectors, the state of their optimizer, and the measured
+        gradients.
         """
         return self.state.state_dict(self.distiller)
 
     def load_state_dict(self, state):
-        """Continue from what `state_dict` returned. Outside a fit, it is loaded when the next fit
-        begins.
+        """Restore what `state_dict` returned.
+
+        If no fit is running, the state is restored when the next fit begins.
         """
         self.state.to_load = state
         if self.in_fit and self.distiller.ready:

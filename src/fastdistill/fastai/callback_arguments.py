@@ -1,4 +1,4 @@
-"""Arguments of the callback: the source of the teacher's outputs, and the recipe."""
+"""Check and convert the arguments of `KnowledgeDistillation`."""
 
 from ..base.outputs import DistillError
 from ..cache.reader import TeacherCache, is_cache
@@ -18,7 +18,7 @@ INSTEAD = dict(
 
 
 def check_options(teacher, **options):
-    """Raise an error for invalid option values, and for a recipe passed as the teacher."""
+    """Raise an error for invalid option values, or if a recipe is passed as the teacher."""
     have = dict(kind=(None, 'softmax', 'sigmoid', 'regression'), span=('fine_tune', 'fit'))
     for k, v in options.items():
         if v not in have[k]:
@@ -31,7 +31,7 @@ def check_options(teacher, **options):
 
 
 def refuse_options(several, **options):
-    """Raise an error for options that only work with one output, if there are several heads."""
+    """Raise an error for options that need a single output if there are several heads."""
     for k, v in options.items():
         if several and v is not None:
             raise DistillError(f'{k}= with several heads: {INSTEAD[k]}.')
@@ -50,7 +50,7 @@ def feed_of(source):
 
 
 def stored_head(head, feed):
-    """Return the source of a head's stored outputs."""
+    """Return the source of the stored outputs of a head."""
     if isinstance(feed, StoredOutputs):
         return StoredOutputs(feed.cache, feed.keys, head)
     raise DistillError(
@@ -60,7 +60,9 @@ def stored_head(head, feed):
 
 
 def make_recipe(recipe, T, alpha, loss):
-    """Combine the ways to specify a recipe into one recipe. None to let `auto` choose."""
+    """Combine the arguments that specify a recipe into one recipe. Return None to let `auto`
+    choose.
+    """
     given = [k for k, v in dict(T=T, alpha=alpha, loss=loss).items() if v is not None]
     if recipe is not None and given:
         raise DistillError(

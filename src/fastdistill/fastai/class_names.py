@@ -1,4 +1,4 @@
-"""Names of classes, tokens and categories, and their order."""
+"""Look up the names of classes, tokens and categories, and compare their order."""
 
 import torch
 from fastai.basics import is_listy, nested_attr
@@ -12,7 +12,9 @@ __all__ = ['CODES', 'describe_difference', 'stored_order', 'vocab_of']
 
 
 def vocab_of(dls):
-    """Return the names of the classes, in the order of the outputs. None if there are none."""
+    """Return the class names in the order of the outputs. Return None if the classes have no
+    names.
+    """
     v = None if is_stream(dls.train) else getattr(dls, 'vocab', None)
     if v is None:
         v = nested_attr(dls, 'train.after_item.vocab')  # vocab of mask codes
@@ -25,13 +27,17 @@ def vocab_of(dls):
 
 
 def stored_order(teacher, student) -> Tensor | None:
-    """Return the stored column of each class of the labels. None if the order is the same.
-
-    Different classes are an error.
+    """Return the index of the stored column for each class of the labels.
 
     Args:
-        teacher: Names of the classes in stored outputs, in their order.
+        teacher: Class names of the stored outputs, in the order of the columns.
         student: Vocab of the labels.
+
+    Returns:
+        An index tensor, or None if both orders are the same.
+
+    Raises:
+        DistillError: The class names are not the same.
     """
     if student is None:
         raise DistillError(

@@ -1,4 +1,4 @@
-"Compare models on the same validation data, and report intervals and tests."
+"""Compare models on the same validation data, and report confidence intervals and tests."""
 
 import copy
 from contextlib import closing, contextmanager
@@ -50,39 +50,42 @@ def compare(
 ) -> Report | dict[str, Report]:
     """Compare models on the same validation data, in one pass.
 
-    The report has scores, task loss, metrics of the Learners, agreement with the teacher,
-    calibration, classes, cost and time.
+    The report contains scores, the task loss, the metrics of the Learners, agreement with the
+    teacher, calibration, results per class, cost and time.
 
-    If a model is a dict with a model for each head, the result is a dict with a report for each
-    head. The other models must have all heads: `compare({'teacher': {'color': teacher1, 'shape':
-    teacher2}, 'distilled': student})`. kind, metrics, loss_func and headline are then one value for
-    all heads or a dict {head name: value}. Without loss_func, each head uses the default task loss
-    of its kind.
+    Differences are paired by sample, with 95% bootstrap intervals and exact tests. The intervals
+    reflect the random choice of validation samples. The intervals do not reflect the variation
+    between trainings with different seeds.
 
-    Differences are paired by sample, with 95% bootstrap intervals and exact tests. They cover the
-    choice of validation samples, but not the variation between trainings with different seeds.
+    A model can be a dict {head name: model}. In that case, the result is a dict {head name:
+    report}. The other models must have all heads: `compare({'teacher': {'color': teacher1, 'shape':
+    teacher2}, 'distilled': student})`. With several heads, the options kind, metrics, loss_func and
+    headline are one value for all heads or a dict {head name: value}. Without loss_func, each head
+    uses the default task loss of its kind.
 
     Args:
-        models: {name: model}: Learners, exported Learners (.pkl), modules, files or anything else
-            that `Teacher` takes.
-        dls: DataLoaders whose validation set is used. None for those of the last Learner among the
-            models.
+        models: {name: model}. A model is a Learner, an exported Learner (.pkl), a module, a file or
+            anything else that `Teacher` accepts.
+        dls: DataLoaders whose validation set is used. If None, the DataLoaders of the last Learner
+            in `models` are used.
         dl: A different DataLoader with labels, such as dls.test_dl(items, with_labels=True).
-        teacher: Name of the teacher. None for the model named 'teacher', if there is one.
-        baseline: Name of the model trained without a teacher. None for 'alone', else the first of
-            several students.
-        metrics: Metrics of fastai. None for those of the Learners.
-        loss_func: Task loss. None for that of the Learner or the DataLoaders.
-        kind: 'softmax', 'sigmoid' or 'regression'. None to derive it from the loss function.
-        axis: Class axis. None to derive it from the loss function.
-        headline: Main measure, such as 'nll'. None for the default of the task.
-        large: Batch size for measuring time and memory of a large batch. None for that of the
-            DataLoader.
-        seconds: Time limit of each time measurement, in seconds. 0 for none.
+        teacher: Name of the teacher. If None, the model named 'teacher' is the teacher, if such a
+            model exists.
+        baseline: Name of the model trained without a teacher. If None, the model named 'alone' is
+            the baseline. If no model has this name, the first of several students is the baseline.
+        metrics: Metrics of fastai. If None, the metrics of the Learners are used.
+        loss_func: Task loss. If None, the loss function of the Learner or the DataLoaders is used.
+        kind: 'softmax', 'sigmoid' or 'regression'. If None, the kind is derived from the loss
+            function.
+        axis: Class axis. If None, the axis is derived from the loss function.
+        headline: Main measure, such as 'nll'. If None, the default measure of the task is used.
+        large: Batch size for measuring time and memory of a large batch. If None, the batch size of
+            the DataLoader is used.
+        seconds: Time limit of each time measurement, in seconds. With 0, time is not measured.
         repeats: Number of bootstrap draws.
         seed: Seed of the bootstrap.
         title: Title of the report.
-        progress: Whether to show a bar in a terminal or notebook.
+        progress: Whether to show a progress bar in a terminal or notebook.
     """
     if not isinstance(models, dict) or not models:
         raise DistillError(
@@ -128,7 +131,9 @@ def compare(
 
 
 def heads_in(models) -> dict:
-    """Return {head name: head} if a model is a dict with a model for each head, else an empty dict."""
+    """Return {head name: head} if a model is a dict with a model for each head. Otherwise, return
+    an empty dict.
+    """
     dicts = [{str(k): o for k, o in m.items()} for m in models.values() if is_heads(m)]
     if not dicts:
         return {}
@@ -143,11 +148,11 @@ def heads_in(models) -> dict:
 
 
 def of_head(model, whole, head, learn, task):
-    """Return the `Teacher` for one head of a model.
+    """Return the `Teacher` that runs one head of a model.
 
     Args:
         model: Model of the head.
-        whole: The model of all heads, or the dict that contains `model`.
+        whole: A model that has all heads, or the dict that contains `model`.
         head: The head.
         learn: The student's Learner.
         task: What the head predicts.
@@ -161,15 +166,15 @@ def of_head(model, whole, head, learn, task):
 
 @dataclass
 class Compared:
-    """Models of the same task to compare.
+    """Models to compare. All models have the same task.
 
     Attributes:
-        learn: The Learner, or a substitute, whose data and callbacks are used.
+        learn: Learner whose data and callbacks are used, or a substitute for a Learner.
         head: The head to compare.
         task: What the models predict.
         loss: Task loss.
         models: {name: model}, as the user passed them.
-        teachers: {name: `Teacher` of the model}.
+        teachers: {name: the model as a `Teacher`}.
     """
 
     learn: object
@@ -182,7 +187,7 @@ class Compared:
     def report(
         self, data, metrics, title, progress, *, teacher, baseline, seconds, **options
     ) -> Report:
-        """Measure all models in one pass and return the report.
+        """Measure all models in one pass, and return the report.
 
         Args:
             data: DataLoader to measure on.
@@ -226,13 +231,15 @@ class Compared:
 
 
 def names_of_classes(dls, n):
-    """Return `n` class names. They are numbers if the data have no names."""
+    """Return `n` class names. If the data have no class names, return numbers as text."""
     names = vocab_of(dls)
     return names if names is not None and len(names) == n else list(map(str, range(n)))
 
 
 def reference(models, dls, loss_func, needs_loss: bool = True):
-    """Return the Learner, or a substitute, whose data, callbacks and loss are used."""
+    """Return the Learner whose data, callbacks and loss are used. Without a Learner, return a
+    substitute.
+    """
     learners = [o for o in models.values() if isinstance(o, Learner)]
     if dls is None and not learners:
         raise DistillError(
@@ -250,7 +257,7 @@ def reference(models, dls, loss_func, needs_loss: bool = True):
 
 
 class MetricValues:
-    """Copies of fastai's metrics, for one model."""
+    """Computes metrics of fastai for one model. It uses copies of the metrics."""
 
     def __init__(self, learn, metrics):
         self.learn, self.metrics = learn, [copy.deepcopy(m) for m in metrics]
@@ -276,7 +283,9 @@ class MetricValues:
 
 
 class Step:
-    """A Learner as seen by a metric after a batch, without changing the Learner itself."""
+    """A substitute for the Learner that is passed to metrics after each batch. The Learner itself
+    is not changed.
+    """
 
     def __init__(self, learn, **now):
         self.__dict__.update(now)
@@ -287,7 +296,7 @@ class Step:
 
 
 def metrics_of(models, learn, metrics):
-    """Return fn() -> new metrics for a model."""
+    """Return a function that creates a new `MetricValues` for a model."""
     if metrics is None:
         found = [m for o in models.values() if isinstance(o, Learner) for m in o.metrics]
     else:
@@ -300,11 +309,11 @@ def plain_number(v):
     try:
         return None if v is None else float(v)
     except (TypeError, ValueError):
-        return None  # a metric with several values
+        return None  # the metric has several values
 
 
 def unit_of(dl):
-    """Return what the samples are, e.g. images."""
+    """Return a word for the samples of a DataLoader, such as 'images'."""
     if is_stream(dl):
         return 'pieces of text'
     if isinstance(dl, TabDataLoader):
@@ -317,7 +326,7 @@ def unit_of(dl):
 
 
 def types_in(types):
-    """Yield the types of a batch's tensors, which fastai stores nested, in order."""
+    """Yield the types of the tensors of a batch, in order. fastai stores these types nested."""
     for o in (v for vs in types.values() for v in vs) if isinstance(types, dict) else [types]:
         if isinstance(o, type):
             yield o
@@ -335,7 +344,7 @@ def history_of(learn):
 
 @contextmanager
 def shown_bar(progress, total, what='compare'):
-    """Show a progress bar in a terminal or notebook, and yield a function to call after each step."""
+    """Show a progress bar in a terminal or notebook. Yield a function to call after each step."""
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,

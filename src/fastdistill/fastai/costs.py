@@ -1,4 +1,4 @@
-"""The cost of training with a teacher: time per step, memory, and the savings of stored outputs."""
+"""Measure the cost of training with a teacher: time per step, memory, and savings from a cache."""
 
 import math
 import time
@@ -21,24 +21,24 @@ from .probe_batches import number_of_batches, prepared_batches
 
 __all__ = ['TrainingCosts', 'training_costs']
 
-FEW_BATCHES, ROUNDS = 3, 5  # number of batches, and of runs per batch
-MEASURED_SECONDS = 3  # no new batch is started after this time (seconds)
+FEW_BATCHES, ROUNDS = 3, 5  # number of batches, and number of runs per batch
+MEASURED_SECONDS = 3  # no measurement starts after this many seconds
 
 
 @dataclass
 class TrainingCosts:
-    """Costs measured on a few training batches, without loading them and without the optimizer.
+    """Costs measured on a few training batches. Data loading and the optimizer are not included.
 
     Attributes:
         batch: Batch size.
-        steps: Batches per epoch. None if unknown.
-        alone: Seconds of a step without a teacher.
-        live: Seconds of a step with the teacher.
-        teacher: Seconds of the teacher alone.
-        weights: Bytes of the teacher's weights.
-        copy: Bytes of the faster copy of the teacher. 0 if there is none.
+        steps: Number of batches per epoch. None if unknown.
+        alone: Seconds per step without a teacher.
+        live: Seconds per step with the teacher.
+        teacher: Seconds per batch that the teacher needs.
+        weights: Size of the teacher's weights in bytes.
+        copy: Size of the faster copy of the teacher in bytes. 0 if there is no faster copy.
         view: `Forecast` of one stored view of the training set. None if unknown.
-        mixed: True if the fit uses mixed precision, which was not measured.
+        mixed: True if the fit uses mixed precision. The costs are measured without it.
     """
 
     batch: int
@@ -90,10 +90,9 @@ def duration(seconds):
 
 
 def training_costs(learn, teacher, task, recipe, output=None) -> TrainingCosts | None:
-    """Measure costs on a few training batches, without changing the Learner, models or random
-    state.
+    """Measure costs on a few training batches.
 
-    Return None if there are no batches with labels.
+    The Learner, the models and the random state are not changed.
 
     Args:
         learn: The student's Learner.
@@ -101,6 +100,9 @@ def training_costs(learn, teacher, task, recipe, output=None) -> TrainingCosts |
         task: What the student predicts.
         recipe: Recipe of the training.
         output: Which of the student's outputs is distilled, as in `Distiller`.
+
+    Returns:
+        The costs, or None if there are no batches with labels.
     """
     with guarded_random_state(), closing(prepared_batches(learn, 1, FEW_BATCHES)[1]) as train:
         batches = [b for b in train if len(b[1])]
@@ -139,15 +141,16 @@ def training_costs(learn, teacher, task, recipe, output=None) -> TrainingCosts |
 
 @contextmanager
 def in_training(model, x):
-    """Put the model into training mode with gradients inside. Restore its state afterwards."""
+    """Put the model into training mode and enable gradients. Restore its state at the end."""
     with untouched(model, training=True):
         yield
-    # subtle: hooks, e.g. of a dynamic U-Net, keep the last activations, and tensors with a gradient can't be copied
+    # subtle: some hooks, such as those of a dynamic U-Net, keep the last activations. Tensors with
+    # a gradient can't be copied, so replace these activations.
     dry_run(model, *x)
 
 
 def gradients(distiller, x, y):
-    """Compute the gradients of a batch without keeping them."""
+    """Compute the gradients of a batch without storing them."""
     total = distiller(x, *y).total
     torch.autograd.grad(
         total, [p for p in distiller.parameters() if p.requires_grad], allow_unused=True
@@ -155,8 +158,10 @@ def gradients(distiller, x, y):
 
 
 def seconds_of_batches(runs, batches):
-    """Return {name: seconds per batch}, using the fastest of several interleaved runs for each
-    batch.
+    """Return {name: seconds per batch}.
+
+    Each function is timed several times on each batch, and the fastest time is used. The runs of
+    different functions are interleaved.
     """
     wait, best = wait_for(batches[0][0]), {k: {} for k in runs}
     for i in range(-1, ROUNDS * len(batches)):

@@ -1,4 +1,4 @@
-"""Choose the recipe of a Learner if none is given, from the student's outputs for one batch."""
+"""Choose a recipe for a Learner automatically, based on the student's outputs for one batch."""
 
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
@@ -19,10 +19,10 @@ __all__ = ['Example', 'choose_recipe', 'example_of', 'facts_for_choice']
 
 @dataclass
 class Example:
-    """A batch, and the student's outputs for it in evaluation mode.
+    """A batch, and the student's outputs for this batch in evaluation mode.
 
     Attributes:
-        x: Inputs.
+        x: Inputs of the batch.
         labels: True if the batch has labels.
         logits: The student's logits.
     """
@@ -33,13 +33,16 @@ class Example:
 
 
 def example_of(learn, output=None) -> Example | None:
-    """Run the student on a training batch, or else on a validation batch.
+    """Run the student on a training batch, or on a validation batch if there is no training batch.
 
-    None if it can't run on batches as they are. Nothing is changed.
+    The student and the random state are not changed.
 
     Args:
         learn: The student's Learner.
         output: Which of the student's outputs is distilled, as in `Distiller`.
+
+    Returns:
+        The example, or None if the batch can't be prepared or the student's outputs can't be used.
     """
     with RandomGuard(), ExitStack() as stack:
         valid, train = (stack.enter_context(closing(o)) for o in prepared_batches(learn, 1, 1))
@@ -59,7 +62,7 @@ def choose_recipe(example: Example | None, task, teacher, found: Findings | None
         example: What `example_of` returned.
         task: What the student predicts.
         teacher: A teacher, as in `Distiller`.
-        found: Findings of the check of the teacher. None if it was not checked.
+        found: Findings of `check_teacher`. None if the teacher was not checked.
     """
     stored = getattr(teacher, 'draws', None)
     if stored is not None:
@@ -68,7 +71,7 @@ def choose_recipe(example: Example | None, task, teacher, found: Findings | None
 
 
 def facts_for_choice(example, task, teacher, found=None) -> dict:
-    """Return the arguments of `auto`."""
+    """Return the facts that `auto` needs, as a dict of its arguments."""
     low, stored = found is not None and found.doubt, getattr(teacher, 'doubt', '')
     before = f'when its outputs were stored: {stored}' if stored else None
     doubt = dict(doubt='the teacher is in doubt, see above' if low else before)

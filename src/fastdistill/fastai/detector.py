@@ -1,4 +1,4 @@
-"torchvision's detectors in a Learner: data blocks with boxes, mean average precision, a teacher."
+"""Train torchvision detectors with a Learner, with or without a teacher."""
 
 from contextlib import ExitStack
 
@@ -18,12 +18,15 @@ __all__ = ['DetectorCallback', 'DetectorDistillation', 'DetectorLearner', 'MeanA
 
 
 def images_and_targets(xb, yb) -> tuple:
-    """Return the images and targets that torchvision's detectors take, from a batch of `ImageBlock,
-    BBoxBlock, BBoxLblBlock`: boxes in pixels, without the padding of the batch.
+    """Convert a fastai batch to the images and targets that torchvision detectors take.
+
+    The batch comes from `ImageBlock, BBoxBlock, BBoxLblBlock`. The returned boxes are in pixels,
+    and padded boxes are removed.
 
     Args:
-        xb: A tuple of the images.
-        yb: Boxes from -1 to 1, (B, N, 4), and labels, (B, N), where 0 is padding.
+        xb: A tuple that contains the images.
+        yb: A tuple of boxes scaled to [-1, 1], (B, N, 4), and labels, (B, N). Label 0 marks a
+            padded box.
     """
     if len(yb) != 2:
         raise DistillError(
@@ -39,7 +42,9 @@ def images_and_targets(xb, yb) -> tuple:
 
 
 class DetectorLoss:
-    """The sum of torchvision's losses. In validation, `DetectorCallback` provides it."""
+    """Computes the sum of torchvision's losses. In validation, `DetectorCallback` sets the
+    value.
+    """
 
     def __init__(self):
         self.valid = None
@@ -55,8 +60,10 @@ class DetectorLoss:
 
 
 class DetectorCallback(Callback):
-    """Gives torchvision's detector its images and targets. In validation, the loss is
-    `detection.validation_losses` and the predictions are detections.
+    """Passes images and targets to a torchvision detector.
+
+    In validation, the loss is computed by `detection.validation_losses`, and the predictions are
+    the detected boxes.
     """
 
     order = -4
@@ -79,10 +86,11 @@ class DetectorCallback(Callback):
 
 
 class MeanAveragePrecision(Metric):
-    """Mean average precision on the validation set, with torchmetrics.
+    """Mean average precision on the validation set, computed by torchmetrics.
 
     Args:
-        measure: 'map' for IoU thresholds from 0.5 to 0.95, 'map50' for 0.5.
+        measure: 'map' averages over IoU thresholds from 0.5 to 0.95. 'map50' uses the threshold
+            0.5.
     """
 
     def __init__(self, measure: str = 'map'):
@@ -110,12 +118,12 @@ class MeanAveragePrecision(Metric):
 
 
 class DetectorDistillation(Callback):
-    """Adds a teacher to a `DetectorLearner`: the terms of a `DetectionDistiller`.
+    """Adds a teacher to a `DetectorLearner`, using the terms of a `DetectionDistiller`.
 
     Args:
-        teacher: A detector, a `Teacher` of one, or a Learner with one.
-        recipe, size, check: As in `DetectionDistiller`. check=False also leaves out the check of
-            the teacher on validation batches.
+        teacher: A detector, a `Teacher` of a detector, or a Learner with a detector.
+        recipe, size, check: As in `DetectionDistiller`. With check=False, the check of the teacher
+            on validation batches is also skipped.
     """
 
     order = -3
@@ -181,13 +189,15 @@ class DetectorDistillation(Callback):
 
 
 class DetectorLearner(Learner):
-    """A Learner that trains a detector of torchvision on DataLoaders of `ImageBlock, BBoxBlock,
-    BBoxLblBlock`. The labels of its vocabulary are torchvision's: '#na#' is the background, 0.
+    """A Learner that trains a torchvision detector on images with bounding boxes.
+
+    The DataLoaders are built from `ImageBlock, BBoxBlock, BBoxLblBlock`. The vocabulary's first
+    entry, '#na#', is label 0, which is the background in torchvision.
 
     Args:
         dls: DataLoaders, without `Normalize`.
         model: The detector.
-        metrics: None for mean average precision.
+        metrics: Metrics to compute. If None, mean average precision is computed.
         cbs: Additional callbacks.
         **kwargs: Options of `Learner`.
     """
@@ -212,30 +222,33 @@ class DetectorLearner(Learner):
         cbs=None,
         **kwargs,
     ):
-        """Train with the 1cycle policy and `DetectorDistillation(teacher, ...)`. Return that
-        callback.
+        """Train with the 1cycle policy and a `DetectorDistillation` callback.
 
         Args:
-            teacher: A detector, a `Teacher` of one, or a Learner with one.
+            teacher: A detector, a `Teacher` of a detector, or a Learner with a detector.
             n_epoch: Number of epochs.
             lr_max: Maximum learning rate.
-            recipe: Such as `recipes.pkd()`. None for the default of `DetectionDistiller`.
+            recipe: A recipe such as `recipes.pkd()`. If None, the default of `DetectionDistiller`
+                is used.
             size, check: As in `DetectorDistillation`.
             cbs: Additional callbacks.
             **kwargs: Options of `fit_one_cycle`.
+
+        Returns:
+            The `DetectorDistillation` callback.
         """
         callback = DetectorDistillation(teacher, recipe, size=size, check=check)
         self.fit_one_cycle(n_epoch, lr_max, cbs=L(cbs) + callback, **kwargs)
         return callback
 
     def show_results(self, ds_idx: int = 1, dl=None, max_n: int = 4, score: float = 0.5, **kwargs):
-        """Draw labels and detections for some validation images. Return the figure.
+        """Draw the labels and detections of some validation images, and return the figure.
 
         Args:
             ds_idx: Index of the DataLoader.
-            dl: A DataLoader. None for that of `ds_idx`.
+            dl: A DataLoader. If None, `ds_idx` selects one.
             max_n: Number of images.
-            score: Least score of a detection that is drawn.
+            score: Minimum score of the detections to draw.
         """
         dl = self.dls[ds_idx] if dl is None else dl
         b = dl.one_batch()
@@ -247,5 +260,9 @@ class DetectorLearner(Learner):
         )
 
     def detections(self, images) -> list:
-        """Return the detections for a list of images (3, H, W) from 0 to 1, on the CPU."""
+        """Return the detections for a list of images, on the CPU.
+
+        Args:
+            images: Tensors of shape (3, H, W) with values from 0 to 1.
+        """
         return detect(self.model, images)

@@ -1,4 +1,4 @@
-"Stop a fit if the teacher predicts nan."
+"""Stop a fit if the teacher's outputs are nan or infinite."""
 
 import math
 from dataclasses import replace
@@ -14,8 +14,8 @@ __all__ = ['FiniteCheck']
 class FiniteCheck:
     """Stops a fit if the teacher's outputs are nan or infinite.
 
-    On the CPU it checks each batch. On a GPU each step would wait for the result, so it checks the
-    first batch and the end of each phase.
+    On the CPU, every batch is checked. On a GPU, a check in every step would have to wait for the
+    result. So on a GPU, only the first batch and the end of each phase are checked.
 
     Args:
         stored: True if the outputs come from a cache or a `TeacherBlock`.
@@ -28,7 +28,7 @@ class FiniteCheck:
         self.found = None
 
     def add(self, outputs, learn, tasks):
-        """Look at the outputs of a batch.
+        """Check the outputs of a batch. On a GPU, the result of the check may be read later.
 
         Args:
             outputs: What `Distiller.teacher_outputs` returned.
@@ -43,7 +43,8 @@ class FiniteCheck:
     def _add(self, found, learn):
         first = self.found is None
         self.found = found if first else self.found | found
-        # this does not wait for the GPU: the Recorder already copied the loss to the CPU
+        # this does not wait for the GPU, because the Recorder has already copied the loss to the
+        # CPU
         diverged = not math.isfinite(getattr(learn, 'smooth_loss', 0.0))
         if first or diverged or found.device.type == 'cpu':
             self.enforce(learn)
@@ -64,7 +65,7 @@ class FiniteCheck:
 
 
 def not_finite(t, task):
-    """Return a bool tensor: True if outputs hold values that a student can't learn from."""
+    """Return a bool tensor that is True if the student can't learn from values in the outputs."""
     if isinstance(t.logits, TopK):
         logits, task = t.logits.values, replace(task, axis=-1)
     elif isinstance(t.logits, (LinearLogits, Draws)):

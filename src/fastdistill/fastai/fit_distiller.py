@@ -1,4 +1,4 @@
-"""Build the Distiller of a Learner for its model and data, check it, and choose its recipes."""
+"""Build the Distiller of a Learner, look for mistakes, and choose the recipes."""
 
 from dataclasses import replace
 
@@ -21,16 +21,16 @@ __all__ = ['FitDistiller']
 
 
 class FitDistiller:
-    """Builds the Distiller of a fit.
+    """Builds the Distiller of a fit for the Learner's model and data.
 
     Args:
         teacher, recipe, kind, axis, output, check: As in `KnowledgeDistillation`.
-        make_recipe: fn(recipe of a head) -> `Recipe`, or None to let `auto` choose.
+        make_recipe: fn(recipe of a head) -> `Recipe`. It returns None to let `auto` choose.
         log: fn(text) that prints a message.
 
     Attributes:
         heads: {head name: `LearnerHead`}. The name is '' for a student with one output.
-        stored: {head name: stored outputs}, for the heads that have them.
+        stored: {head name: stored outputs}. Heads without stored outputs are not included.
         tasks: {head name: `Task`}.
         distiller: The `Distiller`. None before the first fit.
     """
@@ -53,12 +53,14 @@ class FitDistiller:
 
     @property
     def runs(self) -> bool:
-        """True if any teacher runs, instead of being read from stored outputs."""
+        """True if at least one teacher runs. False if all outputs are stored."""
         return len(self.stored) < len(self.heads)
 
     @property
     def recipe(self):
-        """The recipe. None if it has not been chosen yet, or before the first fit of several heads."""
+        """The recipe. None if no recipe has been chosen yet. With several heads, the recipe is also
+        None before the first fit.
+        """
         d = self.distiller
         if d is None:
             return self.recipes.get('')
@@ -66,13 +68,15 @@ class FitDistiller:
 
     @property
     def output(self):
-        """The `output` option of the first head, used to run the student on an example batch."""
+        """The `output` option of the first head, used when the student runs on an example batch."""
         return next(iter(self.heads.values())).output
 
     def build(self, learn) -> bool:
-        """Build the Distiller for this model and task, and adapt the teachers to these data.
+        """Build the Distiller for the Learner's model and task, and prepare the teachers for the
+        Learner's data.
 
-        Return True if the Distiller is new.
+        Returns:
+            True if a new Distiller was built.
         """
         model = unwrap(learn.model)
         tasks = self._tasks(learn, model)
@@ -122,13 +126,16 @@ class FitDistiller:
         return self.heads[k].teacher_of(learn, self.tasks[k])
 
     def look(self, learn, logs: bool) -> dict | None:
-        """Look for mistakes, once per set of DataLoaders. Return None if checks are turned off.
+        """Look for mistakes, once per set of DataLoaders.
 
-        Only the first rank looks, and all ranks get its findings.
+        Only the first process looks for mistakes. All processes receive its findings.
 
         Args:
             learn: The student's Learner.
             logs: Whether to print the scores.
+
+        Returns:
+            A dict {head name: findings}, or None if the check was skipped.
         """
         if not self.check or self.checked or not self.runs:
             return None
@@ -150,7 +157,7 @@ class FitDistiller:
         return found.enforce(facts=False)
 
     def choose(self, learn, found: dict | None):
-        """Let `auto` choose a recipe for each head that has none.
+        """Let `auto` choose a recipe for each head that has no recipe yet.
 
         Args:
             learn: The student's Learner.
@@ -171,7 +178,7 @@ class FitDistiller:
             share_task_loss(self.distiller.heads)
 
     def setup(self, x, training: bool):
-        """Pair layers and build projectors, once per student.
+        """Pair student and teacher layers, and build projectors. Called once per student.
 
         Args:
             x: Inputs of a batch.

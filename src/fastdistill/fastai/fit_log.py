@@ -1,4 +1,4 @@
-"""Messages printed during a fit."""
+"""Print messages during a fit."""
 
 from fastai.basics import noop
 
@@ -9,14 +9,15 @@ __all__ = ['FitLog']
 
 
 class FitLog:
-    """Prints messages during the fits of a callback, only on the first rank and not inside
-    `learn.no_logging()`.
+    """Prints messages during the fits of a callback.
+
+    Only the first process prints. Nothing is printed inside `learn.no_logging()`.
     """
 
     def __init__(self, callback):
         self.callback = callback
         self.reported = None  # gradient norms that were already printed
-        self.faded = set()  # terms for which fading was already printed
+        self.faded = set()  # terms for which a faded gradient ratio was already printed
 
     @property
     def is_on(self) -> bool:
@@ -25,19 +26,19 @@ class FitLog:
     def __call__(self, text):
         if not self.is_on:
             return
-        # fastai's terminal progress bar is on the current line: clear it, and it is redrawn below the message
+        # The terminal progress bar of fastai is on the current line. Clear this line. The bar is
+        # redrawn below the message.
         progress = getattr(self.callback.learn, 'progress', None)
         bar = getattr(progress, 'pbar', None) if hasattr(progress, 'mbar') else None
         width = getattr(bar, 'max_len', 0)
         print((f'\r{" " * width}\r' if width else '') + str(text))
 
     def forget(self):
-        """Reset, for a new Distiller."""
+        """Forget which messages were already printed. Called for a new Distiller."""
         self.reported, self.faded = None, set()
 
     def report_shares(self, distiller, progress):
-        """Print gradient norms at the first training batch, and whenever another term gets a
-        weight.
+        """Print gradient norms at the first training batch, and when another term becomes active.
 
         Args:
             distiller: The `Distiller`.
@@ -59,7 +60,7 @@ class FitLog:
         self(f'fastdistill: gradient norms at the first batch{which}: {text}')
 
     def report_faded(self, distiller):
-        """Print, once for each term, that less than half of its gradient ratio is left.
+        """Print a message, once per term, if less than half of the term's gradient ratio is left.
 
         Args:
             distiller: The `Distiller`, after an epoch of training.
@@ -77,7 +78,9 @@ class FitLog:
 
 
 def printed_name(part: str) -> str:
-    """Return 'color labels' for 'color.task' and 'color_kd' for 'color.kd'."""
+    """Return the name to print, such as 'color labels' for 'color.task' or 'color_kd' for
+    'color.kd'.
+    """
     head, dot, name = part.rpartition('.')
     if not dot:
         return part

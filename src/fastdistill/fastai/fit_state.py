@@ -1,4 +1,6 @@
-"""Checkpoint state of distillation: projectors, their optimizer, chosen recipes, measured
+"""Save and restore the state of distillation in checkpoints.
+
+The state consists of the projectors, their optimizer, the chosen recipes and the measured
 gradients.
 """
 
@@ -12,13 +14,13 @@ __all__ = ['FitState']
 
 
 class FitState:
-    """Saves and loads what a checkpoint needs besides the student.
+    """Saves and loads the state that a checkpoint needs in addition to the student.
 
     Args:
         log: fn(text) that prints a message.
 
     Attributes:
-        to_load: State to continue from, until the next fit loads it.
+        to_load: State that the next fit will load. None if there is no such state.
         optimizer: Optimizer of the projectors. None before the first step.
     """
 
@@ -31,13 +33,13 @@ class FitState:
         return self.optimizer
 
     def begin_finder(self, d):
-        """Replace the projectors by copies, since lr_find trains until the loss diverges."""
+        """Replace the projectors with copies, since lr_find trains until the loss diverges."""
         self.before_finder = measured(d), self.optimizer
         use(d, copy.deepcopy(measured(d)))
         self.optimizer = None
 
     def end_finder(self, d) -> bool:
-        """Undo `begin_finder`. Return False if there was none."""
+        """Undo `begin_finder`. Return False if `begin_finder` was not called."""
         if self.before_finder is None:
             return False
         before, self.optimizer = self.before_finder
@@ -46,7 +48,7 @@ class FitState:
         return True
 
     def state_dict(self, d) -> dict:
-        """Return what a checkpoint needs besides the student.
+        """Return the state that a checkpoint needs in addition to the student.
 
         Args:
             d: The `Distiller`, or None before the first fit.
@@ -62,7 +64,9 @@ class FitState:
         )
 
     def take(self, learn, d):
-        """Load the state that was given, or that was found next to the student's file."""
+        """Load the state passed to `load_state_dict`, or the state found next to the student's
+        file.
+        """
         state = self.to_load
         if state is None and self.optimizer is None:
             state = notes_of(learn).loaded_state
@@ -95,19 +99,26 @@ class FitState:
 
 
 def measured(d) -> dict:
-    """Return {head name: (projectors and losses with parameters, measured gradients)}."""
+    """Return {head name: (projectors and losses with parameters, measured gradients)}.
+
+    The function `use` restores these objects.
+    """
     return {k: (h.links, h.ratios) for k, h in d.heads.items()}
 
 
 def use(d, measured: dict):
-    """Let a Distiller continue with what `measured` returned."""
+    """Replace the projectors and measured gradients of a Distiller with the result of
+    `measured`.
+    """
     for k, h in d.heads.items():
         h.links, h.ratios = measured[k]
     d.register_links()
 
 
 def what_differs(links, own) -> str:
-    """Describe how the saved projectors differ from the present ones. Empty if they don't."""
+    """Describe how the saved projectors differ from the current ones. Return '' if they are
+    equal.
+    """
     shapes = lambda tensors: {k: tuple(v.shape) for k, v in tensors.items()}
     if shapes(links) == shapes(own):
         return ''

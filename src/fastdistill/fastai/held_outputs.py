@@ -1,4 +1,4 @@
-"""Teacher outputs that are part of the batches of a fit."""
+"""Read teacher outputs that are stored in the batches of a fit. No teacher runs."""
 
 import warnings
 
@@ -14,20 +14,22 @@ __all__ = ['GivenOutputs', 'HeldOutputs']
 
 
 class HeldOutputs:
-    """An `OutputSource` whose outputs are in the `BatchSamples` of a batch.
+    """An `OutputSource` that reads the teacher outputs from the `BatchSamples` of a batch.
 
-    It has no modules, and always returns all stored layers.
+    This source has no modules. It always returns all stored layers.
     """
 
     kind, axis = 'softmax', 1
     written_identity: dict = {}  # identity of the teacher whose outputs were stored, if known
 
     def bind(self, learn, kind: str, axis: int):
-        """Prepare for the data of a Learner about to fit. Raise an error if they have no outputs.
+        """Prepare for the data of a Learner that is about to fit.
+
+        Raise an error if the batches contain no teacher outputs.
 
         Args:
             learn: The Learner.
-            kind: Kind of the logits, needed to mix them.
+            kind: Kind of the logits, which determines how logits are mixed.
             axis: Class axis of the logits.
         """
         self.kind, self.axis = kind, axis
@@ -36,11 +38,12 @@ class HeldOutputs:
         return samples is not None and getattr(samples, self.needs) is not None
 
     def outputs(self, inputs=(), samples=None, layers=()) -> Outputs:
-        """Return the teacher's outputs for a batch, mixed as MixUp or CutMix mixed it.
+        """Return the teacher's outputs for a batch. If MixUp or CutMix mixed the inputs, the
+        outputs are mixed in the same way.
 
         Args:
             inputs: Inputs of the batch.
-            samples: Its samples.
+            samples: The `BatchSamples` of the batch.
             layers: Ignored.
         """
         if not self.has_outputs(samples):
@@ -72,7 +75,7 @@ class HeldOutputs:
 
 
 class GivenOutputs(HeldOutputs):
-    """Targets that a `TeacherBlock` added to the labels."""
+    """Reads the targets that a `TeacherBlock` added to the labels."""
 
     needs, name = 'target', 'stored outputs'
     layers_advice = 'Outputs stored in the data have no layers: pass the teacher itself, or a cache of its layers.'
@@ -115,9 +118,9 @@ def in_first_batch(dl):
 
 
 def class_order(dls):
-    """Return the columns of the teacher's rows in the order of the labels' vocab.
+    """Return the index of the teacher's column for each class of the labels' vocab.
 
-    None if the order is the same.
+    Return None if both orders are the same.
     """
     names = next((f.teacher_names for f in target_tfms(dls) if f.teacher_names), None)
     return None if names is None else stored_order(names, getattr(dls, 'vocab', None))

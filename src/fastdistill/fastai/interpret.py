@@ -1,4 +1,4 @@
-"Find the inputs on which a student disagrees with its teacher."
+"""Find the inputs on which a student disagrees with its teacher."""
 
 from contextlib import ExitStack
 
@@ -22,31 +22,34 @@ __all__ = ['DistillInterpretation']
 
 
 class DistillInterpretation(Interpretation):
-    """fastai's `Interpretation` by disagreement between student and teacher.
+    """An `Interpretation` of fastai that ranks items by the disagreement of student and teacher.
 
-    `losses` are the distances between their predictions, one per item. `plot_top_losses` and
-    `top_losses` work as usual, and `show_disagreements` shows the predictions of both models.
+    The attribute `losses` contains the distance between both predictions for each item.
+    `plot_top_losses` and `top_losses` work as usual. `show_disagreements` shows the predictions of
+    both models.
     """
 
-    # set by `from_learner`: `Teacher`s that return the outputs of each model, and the head to show
+    # Set by `from_learner`. `student` and `teacher` are `Teacher` objects for both models. `head`
+    # is the head to show.
     student = teacher = head = None
 
     @classmethod
     def from_learner(cls, learn: Learner, teacher, ds_idx: int = 1, dl=None, act=None, kind=None):
         """Run both models on all items and measure the distance between their predictions.
 
-        The distance is KL(teacher || student) at T=1, averaged over the pixels of a mask, or the
-        MSE for regression. For a dict of teachers of several heads, return a dict with an
-        interpretation for each.
+        The distance is KL(teacher || student) at T=1, averaged over the pixels of a mask. For
+        regression, it is the MSE. If `teacher` is a dict {head name: teacher}, return a dict with
+        an interpretation for each head.
 
         Args:
-            learn: The student.
-            teacher: What `KnowledgeDistillation` takes, except stored outputs.
+            learn: Learner of the student.
+            teacher: Anything that `KnowledgeDistillation` accepts, except stored outputs.
             ds_idx: Index of the student's DataLoader, if `dl` is None.
-            dl: A DataLoader of the student's data.
-            act: Activation for the student's predictions. None for that of its loss function.
-            kind: 'softmax', 'sigmoid' or 'regression'. None to derive it from the loss function.
-                For several heads, one value for all or a dict.
+            dl: A DataLoader with the student's data.
+            act: Activation for the student's predictions. If None, the activation of the student's
+                loss function is used.
+            kind: 'softmax', 'sigmoid' or 'regression'. If None, the kind is derived from the loss
+                function. For several heads, one value for all heads or a dict.
         """
         dl = learn.dls[ds_idx].new(shuffle=False, drop_last=False) if dl is None else dl
         if is_stream(dl):
@@ -72,15 +75,15 @@ class DistillInterpretation(Interpretation):
         return out
 
     def show_disagreements(self, k: int = 9, largest: bool = True, **kwargs):
-        """Show items with fastai's `show_results`, with the teacher's prediction instead of the
-        label.
+        """Show items with fastai's `show_results`. The teacher's prediction replaces the label.
 
-        With several heads, items are shown with the predictions of both models.
+        With several heads, a plain grid or table shows the items with the predictions of both
+        models.
 
         Args:
             k: Number of items.
-            largest: True for the largest distances first, False for the items on which both models
-                agree most.
+            largest: If True, show the items with the largest distances. If False, show the items on
+                which both models agree most.
             **kwargs: Options of fastai's `show_results`.
         """
         _, idxs = self.top_losses(min(k, len(self.losses)), largest)
@@ -94,13 +97,13 @@ class DistillInterpretation(Interpretation):
         t, s = inps + tuplify(taught), inps + tuplify(decoded)
         try:
             self.dl.show_results(t, tuplify(decoded), max_n=len(idxs), **kwargs)
-        # subtle: fastai 2.8's own function fails for texts, and for images with numeric labels
+        # subtle: in fastai 2.8, `show_results` fails for texts, and for images with numeric labels
         except (TypeError, AttributeError):
             show_plainly(self.dl, t, s, len(idxs))
         name_both()
 
     def _rows_of_head(self, idxs):
-        """Return (item, teacher prediction, student prediction) for these items."""
+        """Yield (item, teacher prediction, student prediction) for the items with these indices."""
         dl, names = self.dl.new(get_idxs=lambda: idxs), vocab_of(self.head.of(self.learn).dls)
         with restored(dl), guarded_random_state(), self.student, self.teacher:
             for b in dl:
@@ -110,7 +113,7 @@ class DistillInterpretation(Interpretation):
                 yield from ((item[0], t, s) for item, t, s in zip(items, *both))
 
     def _decoded(self, inps):
-        """Return the teacher's predictions for inputs, decoded like the student's."""
+        """Return the teacher's predictions for these inputs, decoded like those of the student."""
         loss = self.learn.loss_func
         with guarded_random_state(), self.teacher as teacher:
             teacher.reset()
@@ -122,7 +125,7 @@ class DistillInterpretation(Interpretation):
 
 
 def disagreements(learn, dl, student, teacher, task):
-    """Return the distance between the models' predictions for each item, (n,), in the order of the
+    """Return the distance between the predictions of both models, (n,), in the order of the
     items.
     """
     idxs = dl.get_idxs() if hasattr(dl, 'get_idxs') else None
@@ -142,7 +145,7 @@ def disagreements(learn, dl, student, teacher, task):
 
 
 def distance(s, t, task):
-    """Return the distance between the predictions for each item, (B,)."""
+    """Return the distance between the predictions of both models for each item, (B,)."""
     if s.numel() != t.numel():
         raise DistillError(
             f"The student's outputs have shape {tuple(s.shape)}, the teacher's {tuple(t.shape)}."
@@ -156,18 +159,19 @@ def distance(s, t, task):
 
 
 def show_plainly(dl, t, s, n):
-    """Show items with the predictions of teacher and student, images in a grid and others in a
-    table.
+    """Show items with the predictions of teacher and student.
+
+    Images are shown in a grid, and all other items in a table.
     """
     import matplotlib.pyplot as plt
 
-    plt.close('all')  # close the empty figure that the failed function left
+    plt.close('all')  # close the empty figure that the failed `show_results` left
     taught, own = (dl.decode_batch(b, n, full=False) for b in (t, s))
     show_rows([(x, a, b) for (x, a), (_, b) in zip(taught, own)])
 
 
 def show_rows(rows):
-    """Show items with both predictions.
+    """Show items with the predictions of both models.
 
     Args:
         rows: (item, teacher prediction, student prediction) for each item.
@@ -186,7 +190,7 @@ def show_rows(rows):
 
 
 def predictions(model, x, names):
-    """Return what a model predicts for each sample as text: the class, or its outputs."""
+    """Return a text with the model's prediction for each sample: the class name, or the outputs."""
     model.reset()
     found = model(*x).logits.cpu()
     if model.kind == 'softmax':
@@ -201,7 +205,7 @@ def in_short(v):
 
 
 def name_both():
-    """Explain in the title of the last figure that the first line is the teacher's."""
+    """Set the title of the last figure to explain that the teacher's prediction comes first."""
     import matplotlib.pyplot as plt
 
     if not plt.get_fignums():

@@ -1,6 +1,6 @@
-"""Language models, whose samples are cut from the concatenated texts.
+"""Read the batches of language models, whose samples are cut from the concatenated texts.
 
-Consecutive samples continue a text, so a teacher may have a hidden state.
+Each sample continues the text of the sample before it, so a teacher may have a hidden state.
 """
 
 from contextlib import contextmanager
@@ -29,7 +29,7 @@ __all__ = [
 
 
 def inner_dl(dl):
-    """Return the DataLoader inside fastai's distributed one."""
+    """Return the DataLoader that fastai's distributed DataLoader wraps. Return others unchanged."""
     return getattr(dl, 'dl', dl) if isinstance(getattr(dl, 'dl', None), TfmdDL) else dl
 
 
@@ -38,7 +38,7 @@ def is_stream(dl):
 
 
 class Texts:
-    """Texts in a given order, each created when it is read."""
+    """A sequence of texts in a given order. Each text is created when it is read."""
 
     def __init__(self, order, make):
         self.order, self.make = order, make
@@ -51,11 +51,11 @@ class Texts:
 
 
 def in_a_row(dl, order: list, make) -> Chunks:
-    """Return the texts as one sequence, from which pieces can be cut.
+    """Return the texts as one long sequence, from which pieces can be cut.
 
     Args:
-        dl: A language model's DataLoader.
-        order: Order of its texts.
+        dl: DataLoader of a language model.
+        order: Order of the texts.
         make: fn(index) -> tokens of a text.
     """
     lens = dl.lens.coll
@@ -64,21 +64,21 @@ def in_a_row(dl, order: list, make) -> Chunks:
 
 @contextmanager
 def in_first_order(dl):
-    """Restore the initial order of a language model's texts inside the context."""
+    """Context manager that temporarily restores the initial order of a language model's texts."""
     dl = inner_dl(dl)
     if not is_stream(dl):
         yield
         return
     with restored(dl.items, dl.lens, only=['idxs']), restored(dl, only=['chunks']):
-        # subtle: texts are shuffled in place, and the items and their lengths share one list
+        # subtle: fastai shuffles texts in place, and the items and their lengths share one list
         dl.items.idxs = dl.lens.idxs = L(sorted(dl.items.idxs))
         dl.make_chunks()
         yield
 
 
 def share_n_inp(dls):
-    """Copy the number of inputs set on the DataLoaders (dls.n_inp = 1) to each of them."""
-    with RandomGuard():  # fastai reads a batch to count its elements
+    """Copy the number of inputs, such as `dls.n_inp = 1`, to each DataLoader of `dls`."""
+    with RandomGuard():  # fastai reads a batch to determine the number of inputs
         for dl in dls.loaders if 'n_inp' in vars(dls) else ():
             if hasattr(dl, 'after_batch') and dl.n_inp != dls.n_inp:
                 dl._n_inp = dls.n_inp
@@ -93,16 +93,17 @@ def model_outputs(teacher, b, n_inp) -> Outputs:
 
 
 def stream_outputs(teacher, dl, make, tasks: np.ndarray, bs: int):
-    """Yield the `Outputs` of each batch.
+    """Yield the teacher's `Outputs` for each batch.
 
-    A teacher with a hidden state runs each view from its start, including parts that are already
-    stored.
+    If the teacher has a hidden state, each view is run from its start, even if some of its outputs
+    are already stored.
 
     Args:
         teacher: The teacher.
-        dl: A language model's DataLoader.
+        dl: DataLoader of a language model.
         make: fn(tasks) -> DataLoader for these tasks.
-        tasks: Complete batches of tasks, one view after another.
+        tasks: Samples to run, as complete batches. All batches of a view come before those of the
+            next view.
         bs: Batch size.
     """
     firsts, n = tasks[::bs].tolist(), dl.n
@@ -121,9 +122,9 @@ def stream_outputs(teacher, dl, make, tasks: np.ndarray, bs: int):
 
 
 def with_lead_in(firsts, bs, n):
-    """Yield (first task of a batch, True if the batch is requested).
+    """Yield (index of the first sample of a batch, True if the batch is requested).
 
-    A requested batch is preceded by all earlier batches of its view.
+    Before a requested batch, all earlier batches of the same view are yielded.
     """
     ready = None
     for t in firsts:
@@ -136,7 +137,7 @@ def with_lead_in(firsts, bs, n):
 def of_length(out: Outputs, n: int) -> Outputs:
     """Pad or cut outputs (B, L, ...) to `n` tokens.
 
-    The last batch of a stream is shorter, but stored rows all have the same length.
+    The last batch of a text is shorter, but all stored rows have the same length.
     """
     length = (out.logits.ids if isinstance(out.logits, TopK) else out.logits).shape[1]
     if length == n:
@@ -152,7 +153,7 @@ def of_length(out: Outputs, n: int) -> Outputs:
         if isinstance(t, TopK):
             return replace(t, ids=fit(t.ids), values=fit(t.values), rest=fit(t.rest))
         if t.shape[1:2] != (length,):
-            return t  # not one value per token
+            return t  # this tensor does not have one value per token
         return t[:, :n] if n <= t.shape[1] else F.pad(t, [0] * (2 * t.dim() - 3) + [n - t.shape[1]])
 
     return replace(

@@ -1,4 +1,6 @@
-"`Learner.distill`, `check_teacher`, `explain`, `calibrate` and `show_features`."
+"""Add the methods `distill`, `check_teacher`, `explain`, `calibrate` and `show_features` to
+Learner.
+"""
 
 from contextlib import closing
 
@@ -46,28 +48,27 @@ def distill(
 ) -> KnowledgeDistillation:
     """Train with `KnowledgeDistillation(teacher, ...)` and return that callback.
 
-    Uses the 1cycle policy, or `fine_tune`.
+    The training uses the 1cycle policy, or `fine_tune`.
 
     Args:
-        teacher: What `KnowledgeDistillation` takes.
+        teacher: Anything that `KnowledgeDistillation` accepts.
         n_epoch: Number of epochs.
         lr_max: Maximum learning rate, or base_lr of `fine_tune`.
-        recipe: A recipe such as `kd() + recipes.at()`, or a `Term`. None or 'auto' to let `auto`
-            choose, or for kd(T, alpha) if these are given.
+        recipe: A recipe such as `kd() + recipes.at()`, or a `Term`. If None and T or alpha is
+            given, kd(T, alpha) is used. Otherwise, `auto` chooses a recipe.
         T: Temperature.
         alpha: Weight of the teacher. The task loss has weight 1-alpha.
         loss: Your own loss, fn(student_logits, teacher_logits, *targets).
-        kind: 'softmax', 'sigmoid' or 'regression'. None to derive it from the Learner's loss
-            function.
-        axis: Class axis. None to derive it from the Learner's loss function.
+        kind: 'softmax', 'sigmoid' or 'regression'. If None, the kind is derived from the Learner's
+            loss function.
+        axis: Class axis. If None, the axis is derived from the Learner's loss function.
         output: Which of the student's outputs is distilled: a name, an index or a function.
         unlabeled: Additional inputs without labels: items like those of the training set, a
-            DataLoader, or a dict with 'items', 'targets' (their cache) and 'perturbed' (for tables,
-            the number of perturbed copies of each row), see `KnowledgeDistillation`.
-        check: Whether to look for mistakes first.
-        fine_tune: Whether to train with `Learner.fine_tune` instead of `fit_one_cycle`. `**kwargs` are
-            passed to it.
+            DataLoader, or a dict. See `KnowledgeDistillation` for the keys of the dict.
+        check: Whether to look for mistakes before the training.
+        fine_tune: Whether to train with `Learner.fine_tune` instead of `fit_one_cycle`.
         cbs: Additional callbacks.
+        **kwargs: Options of `fit_one_cycle` or `fine_tune`.
     """
     if isinstance(lr_max, (Recipe, Term)):
         raise DistillError(
@@ -106,20 +107,22 @@ def check_teacher(
     n: int = teacher_check.BATCHES,
     n_epoch: int | None = 10,
 ):
-    """Find mistakes that training with `teacher` would not report, and estimate its cost.
+    """Find mistakes that training with `teacher` would not report, and estimate the training cost.
 
     Args:
-        teacher: What `KnowledgeDistillation` takes.
-        kind: 'softmax', 'sigmoid' or 'regression'. None to derive it from the loss function.
-        axis: Class axis. None to derive it from the loss function.
-        recipe: Recipe or term that you plan to train with. None to check only the teacher.
-        n: Number of validation batches to read. A quarter as many training batches are read.
-        n_epoch: Number of epochs for which costs are estimated. None to skip this.
+        teacher: Anything that `KnowledgeDistillation` accepts.
+        kind: 'softmax', 'sigmoid' or 'regression'. If None, the kind is derived from the loss
+            function.
+        axis: Class axis. If None, the axis is derived from the loss function.
+        recipe: Recipe or term that you plan to train with. If None, only the teacher is checked.
+        n: Number of validation batches to read. For every four validation batches, one training
+            batch is read.
+        n_epoch: Number of epochs for which costs are estimated. If None, costs are not estimated.
 
     Returns:
-        A list of findings that prints as a table, empty if nothing is wrong. Its `.facts` and
-        `.costs` are the measurements, `.in_order` the checks that found nothing. For several heads,
-        a dict {head name: list}, without costs.
+        A list of findings that prints as a table. The list is empty if no mistake was found. The
+        attributes `.facts` and `.costs` contain the measurements, and `.in_order` contains the
+        checks that found nothing. For several heads, a dict {head name: list}, without costs.
     """
     if is_heads(teacher):
         return check_heads(self, teacher, kind, axis, recipe, n)
@@ -137,20 +140,22 @@ def explain(
     axis: int | dict | None = None,
     n: int = 32,
 ):
-    """Find reasons why the teacher did not help more.
+    """Find reasons why a teacher did not improve the student more.
 
-    A cache can't replace the teacher here: pass the model itself.
+    The teacher must run on new inputs, so pass the model itself instead of a cache.
 
     Args:
-        teacher: What `KnowledgeDistillation` takes.
-        callback: Result of `distill`, for the gradient norms in that training.
-        kind: 'softmax', 'sigmoid' or 'regression'. None to derive it from the loss function.
-        axis: Class axis. None to derive it from the loss function.
-        n: Number of validation batches, and of training batches, to read.
+        teacher: Anything that `KnowledgeDistillation` accepts.
+        callback: The callback that `distill` returned. The callback provides the gradient norms of
+            the training.
+        kind: 'softmax', 'sigmoid' or 'regression'. If None, the kind is derived from the loss
+            function.
+        axis: Class axis. If None, the axis is derived from the loss function.
+        n: Number of batches to read from each of the validation set and the training set.
 
     Returns:
-        A list of reasons, each with its number and what to try. `.facts` are the measurements. For
-        several heads, a dict {head name: list}.
+        A list of reasons. Each reason has a measured number and a suggestion of what to try. The
+        attribute `.facts` contains the measurements. For several heads, a dict {head name: list}.
     """
     if not isinstance(callback, KnowledgeDistillation | None):
         raise DistillError(
@@ -184,21 +189,21 @@ def calibrate(
 ) -> Calibration:
     """Fit a temperature on validation data and fold it into the model's last linear layer.
 
-    The layer's weights are divided by the temperature (one for each label, if the model predicts
-    several labels). The predicted classes stay the same; their probabilities become less, or more,
-    confident.
+    The weights of the layer are divided by the temperature. If the model predicts several labels
+    per item, each label has its own temperature. The predicted classes stay the same, but their
+    probabilities become more or less confident.
 
     Args:
-        dl: Labeled data that the model was not trained on. None for the validation set.
-        fold: Whether to change the model. False to only measure. Models without a suitable last
-            layer are not changed: divide their logits by `.temperature`, or use
-            `export_student(learn, path, temperature=...)`.
-        kind: 'softmax' or 'sigmoid'. None to derive it from the loss function.
-        axis: Class axis. None to derive it from the loss function.
+        dl: Labeled data that the model was not trained on. If None, the validation set is used.
+        fold: Whether to change the model. With False, the temperature is only measured. A model
+            without a suitable last layer is not changed. Divide the logits of this model by
+            `.temperature`, or use `export_student(learn, path, temperature=...)`.
+        kind: 'softmax' or 'sigmoid'. If None, the kind is derived from the loss function.
+        axis: Class axis. If None, the axis is derived from the loss function.
 
     Returns:
-        A `Calibration`, which prints as the temperature, and the calibration error, NLL and Brier
-        score before and after on the same data.
+        A `Calibration` that prints the temperature, and the calibration error, NLL and Brier score
+        before and after calibration.
     """
     task = task_of(self.loss_func, kind, axis)
     dl = self.dls.valid if dl is None else dl
@@ -211,8 +216,8 @@ def show_features(self: Learner, teacher, layers='auto', n: int = 4, p: float = 
     """Show attention maps of student and teacher side by side for `n` images of the validation set.
 
     Args:
-        teacher: What `KnowledgeDistillation` takes.
-        layers: Layers with maps or tokens, named as in `Term`.
+        teacher: Anything that `KnowledgeDistillation` accepts.
+        layers: Layers whose outputs are feature maps or tokens, named as in `Term`.
         n: Number of images.
         p: Exponent of the activations.
 

@@ -1,4 +1,4 @@
-"""Heads of a Learner's model: the output, labels and classes of each."""
+"""Heads of a Learner's model. A head is one output of the model, with its labels and classes."""
 
 from contextlib import closing
 from dataclasses import dataclass
@@ -25,11 +25,11 @@ __all__ = [
 
 @dataclass
 class LearnerHead(HeadOutput):
-    """One output of a Learner's model, with its labels and its teacher.
+    """A head of a Learner's model: one output, with its labels and its teacher.
 
     Attributes:
         source: The teacher, as passed to `KnowledgeDistillation`.
-        shared: True if the teacher teaches several heads.
+        shared: True if the same teacher is used for several heads.
     """
 
     source: object = None
@@ -41,7 +41,7 @@ class LearnerHead(HeadOutput):
         return self
 
     def labels(self, y):
-        """Return the labels of this head, as a tuple."""
+        """Return the labels of this head from the labels of a batch, as a tuple."""
         if len(y) != self.n:
             raise DistillError(
                 f'{len(y)} column(s) of labels for {self.n} heads: the DataLoaders need one for each '
@@ -54,17 +54,17 @@ class LearnerHead(HeadOutput):
             yield from ((x, self.labels(y)) for x, y in batches)
 
     def of(self, learn):
-        """Return the Learner as seen by this head, with the classes of its labels."""
+        """Return a substitute for the Learner that has only the classes of this head."""
         return SimpleNamespace(
             dls=HeadData(learn.dls, self), model=learn.model, loss_func=learn.loss_func
         )
 
     def teacher_of(self, learn, task, **options):
-        """Return this head's `Teacher` for the batches of a Learner."""
+        """Return this head's `Teacher`, prepared for the batches of a Learner."""
         return teacher_of(self.source, self.of(learn), task, **options)
 
     def task_of(self, learn, kind, axis=None):
-        """Return this head's `Task`, from the option `kind` or from its labels."""
+        """Return this head's `Task`, derived from the option `kind` or from its labels."""
         if kind is None and labels_are_floats(learn, self):
             raise DistillError(
                 f"The labels of the head {self.name!r} are not class indices: pass kind={{'{self.name}': "
@@ -103,9 +103,9 @@ class WholeModel:
 
 
 class HeadData:
-    """DataLoaders whose `vocab` is that of one column of labels."""
+    """DataLoaders with the `vocab` of a single column of labels."""
 
-    loss_func = None  # the DataLoaders' loss function is for all columns
+    loss_func = None  # the loss function of the DataLoaders is for all columns of labels
 
     def __init__(self, dls, head):
         tls = getattr(dls.train_ds, 'tls', ())
@@ -118,14 +118,14 @@ class HeadData:
 
     @property
     def options_of_teacher(self):
-        """Return the `Teacher` option that selects this head's output of a teacher with several
+        """The option of `Teacher` that selects this head's output from a teacher with several
         heads.
         """
         h = self.head
         return dict(output=SharedOutput(h.name, h.at, h.n)) if h.shared else {}
 
     def column_of(self, dls):
-        """Restrict different DataLoaders to the labels of the same head, if they have those of all
+        """Wrap other DataLoaders in the same way if their batches also have the labels of all
         heads.
         """
         tls = getattr(dls.train_ds, 'tls', ())
@@ -158,12 +158,12 @@ def heads_of(teachers) -> dict:
 
 
 def comparisons_of(teacher, output=None) -> dict:
-    """Return {head name: head}. A student with one output has one head, named ''."""
+    """Return {head name: head}. A student with one output has a single head with the name ''."""
     return heads_of(teacher) if is_heads(teacher) else {'': WholeModel(teacher, output)}
 
 
 def options_of_heads(o, option: str, heads) -> dict:
-    """Return {head name: value} for an option that is one value for all heads or a dict."""
+    """Convert an option to a dict {head name: value}. A single value is used for all heads."""
     if '' in heads:
         return {'': o}
     return options_by_head(o, option, heads, 'the heads with a teacher are')

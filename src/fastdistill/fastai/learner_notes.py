@@ -1,5 +1,7 @@
-"""State of a Learner kept from one fit to the next, outside the Learner, so that exports and copies
-do not contain it.
+"""State of a Learner that is kept from one fit to the next.
+
+The state is stored outside the Learner, so that exports and copies of the Learner do not contain
+it.
 """
 
 from dataclasses import dataclass, field
@@ -10,15 +12,16 @@ __all__ = ['LearnerNotes', 'notes_of', 'passed_epochs']
 
 @dataclass
 class LearnerNotes:
-    """State of a Learner kept between fits.
+    """State of a Learner that is kept between fits.
 
     Attributes:
         fitting: The `KnowledgeDistillation` of the current fit.
-        last_state: `KnowledgeDistillation.state_dict` after its last fit or load, for
-            `Learner.save`. None if there is none.
-        loaded_state: State that `Learner.load` found next to the student's file, for the next fit.
-        passed_epochs: {cache: number of epochs trained from it}. The next fit continues with the
-            next view.
+        last_state: `KnowledgeDistillation.state_dict` after the last fit or load. `Learner.save`
+            saves this state. None before the first fit or load.
+        loaded_state: State that `Learner.load` found next to the student's file, and that the next
+            fit will load.
+        passed_epochs: {cache: number of epochs trained from this cache}. The next fit continues
+            with the next view.
     """
 
     fitting: object = None

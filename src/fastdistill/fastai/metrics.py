@@ -1,5 +1,6 @@
-"""Columns of the progress table: the loss of each term on the validation set, and the task loss on
-the training set.
+"""Columns that distillation adds to the progress table.
+
+The columns show the loss of each term on the validation set, and the task loss on the training set.
 """
 
 import torch
@@ -11,13 +12,13 @@ __all__ = ['PartMetric', 'TaskMetric', 'column_of', 'columns_of', 'row_by_column
 
 
 def row_by_column(recorder, row) -> dict:
-    """Return {column of the progress table: number in this epoch}.
+    """Return {column of the progress table: number in the given epoch}.
 
     The number is None for a phase that did not run or was canceled.
 
     Args:
         recorder: Recorder of fastai.
-        row: Numbers of an epoch, as in `recorder.values`.
+        row: Numbers of the epoch, as in `recorder.values`.
     """
     names = [n for n in recorder.metric_names if n not in ('epoch', 'time')]
     n_train = 1 if recorder.valid_metrics else len(names)
@@ -32,7 +33,7 @@ def row_by_column(recorder, row) -> dict:
 def columns_of(recorder) -> dict:
     """Return {column of the progress table: number in each epoch}.
 
-    Empty without a training, e.g. after `validate`.
+    The dict is empty if there was no training, for example after `validate`.
     """
     rows = [row_by_column(recorder, row) for row in getattr(recorder, 'values', [])]
     trained = any(v is not None for row in rows for k, v in row.items() if k.startswith('train_'))
@@ -40,16 +41,17 @@ def columns_of(recorder) -> dict:
 
 
 def column_of(part: str) -> str:
-    """Return the name of the column for a part of the loss. That of 'color.kd' is 'color_kd_loss'."""
+    """Return the column name for a part of the loss, such as 'color_kd_loss' for 'color.kd'."""
     return f'{part.replace(".", "_")}_loss'
 
 
 class PartMetric(Metric):
-    """Mean of one loss over the validation set, or over both sets with the Recorder's
-    `train_metrics`.
+    """Mean of one loss over the validation set.
+
+    With `train_metrics` of the Recorder, there is another column for the training set.
 
     Args:
-        kd: The callback.
+        kd: The `KnowledgeDistillation` callback.
         key: Key of the loss in `kd.parts`.
     """
 
@@ -83,7 +85,8 @@ class PartMetric(Metric):
 class TaskMetric(PartMetric):
     """Mean of the task loss over the training set, for comparison with `valid_loss`."""
 
-    # subtle: the Recorder computes metrics in validation, where this is `valid_loss`, so the callback computes it
+    # subtle: the Recorder computes metrics in validation, where the task loss is `valid_loss`. So
+    # the callback computes this mean during training.
     def __init__(self, kd):
         super().__init__(kd, 'task')
         self.start_training()
@@ -99,7 +102,7 @@ class TaskMetric(PartMetric):
         if (v := self.kd.parts.get('task')) is None:
             return
         n = find_bs(learn.yb)
-        # subtle: accumulate on the loss's device, so that no step waits for a GPU
+        # subtle: accumulate on the device of the loss, so that no step has to wait for a GPU
         sums = torch.stack([v.float() * n, torch.full_like(v, n, dtype=torch.float)])
         self.training_sums = sums if self.training_sums is None else self.training_sums + sums
 

@@ -1,4 +1,4 @@
-"""Run checks separately for the teacher of each head."""
+"""Check the teacher of each head separately."""
 
 from ..base.distributed import counted_as_one
 from ..base.outputs import DistillError
@@ -12,11 +12,11 @@ __all__ = ['check_heads', 'running_heads']
 
 
 def running_heads(learn, teacher, kind, axis, output=None):
-    """Yield (head, its `Task`, its `Teacher`) for each head.
+    """Yield (head, `Task` of the head, `Teacher` of the head) for each head.
 
     Args:
         learn: The student's Learner.
-        teacher: What `KnowledgeDistillation` takes, except stored outputs.
+        teacher: Anything that `KnowledgeDistillation` accepts, except stored outputs.
         kind, axis, output: As in `KnowledgeDistillation`.
     """
     heads = comparisons_of(teacher, output)
@@ -32,7 +32,9 @@ def running_heads(learn, teacher, kind, axis, output=None):
 
 
 def check_heads(learn, teachers, kind, axis, recipe, n) -> dict:
-    """Return {head name: findings of `check_teacher` about its teacher}, without costs."""
+    """Return {head name: findings of `check_teacher` for the teacher of the head}, without
+    costs.
+    """
     recipes, out = options_of_heads(recipe, 'recipe', comparisons_of(teachers)), {}
     for h, task, t in running_heads(learn, teachers, kind, axis):
         with items_shown(learn.dls.loaders, t), counted_as_one():

@@ -2,61 +2,74 @@
 
 | what | why | when |
 |---|---|---|
-| `DataBlock.__init__` | it would count a `TeacherBlock` and the label before it as inputs | import |
-| `Datasets.decode` | `predict` and `show_results` have no prediction for the teacher's column | first target |
+| `DataBlock.__init__` | fastai would count a `TeacherBlock` and the label before it as inputs |
+import |
+| `Datasets.decode` | `predict` and `show_results` have no prediction for the teacher's column |
+first target |
 | `Datasets.new_empty` | `export` would keep the teacher's column | first target |
 | `TfmdDL._one_pass` | `export` would keep the type of the teacher's targets | first target |
-| `TfmdDL._pre_show_batch` | fastai cannot show a tuple of label and teacher's target | first target |
-| `defaults.callbacks` | labels, MixUp and metrics must not see the target, see `TeacherTargets` | first target |
-| `Learner.fit` | there is no event after an error or an interrupt, so the callback cleans up here | first callback |
-| `Learner.fine_tune` | schedules span both of its phases, see `KnowledgeDistillation(span=)` | import |
-| `Learner.save` | also save the projectors, in a file next to the student's | first callback |
-| `Learner.load` | load that file | import |
-| `Recorder.plot_loss` | with a teacher, `train_loss` has a different scale than the task losses | first callback |
+| `TfmdDL._pre_show_batch` | fastai cannot show a tuple of a label and a teacher's target | first
+target |
+| `defaults.callbacks` | labels, MixUp and metrics must not see the targets, see `TeacherTargets` |
+first target |
+| `Learner.fit` | fastai has no event after an error or an interrupt, so the patch cleans up | first
+callback |
+| `Learner.fine_tune` | schedules span both of its phases, see `KnowledgeDistillation(span=)` |
+import |
+| `Learner.save` | the projectors are saved in a file next to the student's file | first callback |
+| `Learner.load` | the projectors are loaded from that file | import |
+| `Recorder.plot_loss` | with a teacher, `train_loss` has a different scale than the task losses |
+first callback |
 | `Learner.distill` | a new method, in `learner.py` | import |
 | `Learner.check_teacher` | a new method, in `learner.py` | import |
-| `Learner.distill_find` | a new method, in `find.py` | import |
+| `Learner.distill_find` | a new method, in `recipe_find.py` | import |
 | `Learner.explain` | a new method, in `learner.py` | import |
 | `Learner.calibrate` | a new method, in `learner.py` | import |
 | `Learner.show_features` | a new method, in `learner.py` | import |
 
+"First target" means: when the first `TeacherBlock` is created or unpickled, or when the first fit
+begins that adds information about samples to its batches. "First callback" means: when the first
+`KnowledgeDistillation` is created. Until the first target or callback, methods that are wrapped at
+import behave like the original methods.
+
 Why patches are needed:
 
-- `DataBlock`, `Datasets`, `TfmdDL`: a block can't declare that it is not an input. No transform that could drop a
-  column is called in decoding, exporting and showing, and how a batch is shown depends on the types of input and label.
-- `defaults.callbacks` is fastai's own list of callbacks for new Learners.
-- `fit`, `fine_tune`, `save`, `load`: callbacks get no event for interrupts, phases, saving and loading.
-- `plot_loss` draws all losses on one axis, and has no option for a second one.
+- `DataBlock`, `Datasets`, `TfmdDL`: a block can't declare that it is not an input. fastai calls no
+  transform that could remove a column when it decodes, exports or shows data. The way fastai shows
+  a batch depends on the types of the input and the label.
+- `defaults.callbacks`: this is fastai's own list of callbacks for new Learners.
+- `fit`, `fine_tune`, `save`, `load`: callbacks get no event for interrupts, for the phases of
+  `fine_tune`, for saving or for loading.
+- `plot_loss`: it draws all losses on one axis, and has no option for a second axis.
+
+Why some methods are wrapped at import:
+
+- `DataBlock.__init__`: a `TeacherBlock` may be passed as a class. fastai creates the instance only
+  right before it counts the inputs.
+- `Learner.fine_tune`: in `learn.fine_tune(1, cbs=KnowledgeDistillation(teacher))`, Python looks up
+  the method before it creates the callback.
+- `Learner.load`: a student may be loaded before its callback is created.
 
 Private names of fastai that are used without a patch, since there is no public alternative:
 
-- `TfmdDL._n_inp` in `language_model.py`: `dls.n_inp = 1` does not reach the DataLoaders,
-  whose `n_inp` can't be set.
-- `TfmdDL._types` in `compare.py`: the types of a batch, known without loading one.
-- `Callback._only_train_loop` in `callback.py`: fastai's hooks remove such callbacks before they run the model.
+- `TfmdDL._n_inp` in `language_model.py`: `dls.n_inp = 1` does not change the DataLoaders, whose
+  `n_inp` can't be set.
+- `TfmdDL._types` in `compare.py`: these are the types of a batch, known without loading a batch.
+- `Callback._only_train_loop` in `callback.py`: fastai's hooks remove callbacks with this attribute
+  before they run the model.
 - `Learner._do_fit`, `Learner._with_events` and `Learner._do_epoch` in
   `cli/training/resumable_fit.py`: a fit can't begin with a later epoch, and `SkipToEpoch` runs the
   events of all epochs.
-- `DistributedDL._broadcast` and `DistributedTrainer._wrap_dl` in
-  `cli/training/distributed_fit.py`: fastai broadcasts only on GPUs, and its trainer can't use a
-  different DataLoader.
+- `DistributedDL._broadcast` and `DistributedTrainer._wrap_dl` in `cli/training/distributed_fit.py`:
+  fastai broadcasts only on GPUs, and its trainer can't use a different DataLoader.
 
-Tested with fastai 2.8.10 and 2.8.12. `tests/fastai/test_patches.py` tests for each patch that its purpose is fulfilled
-with the patch, and not without it.
+Tested with fastai 2.8.10 and 2.8.12. For each patch, `tests/fastai/test_patches.py` tests that the
+patch fixes the problem, and that fastai has the problem without the patch.
 
-"First target" is when the first `TeacherBlock` is created or unpickled, or when the first fit begins whose batches
-contain their samples. "First callback" is when the first `KnowledgeDistillation` is created. Until then, methods that
-are wrapped at import behave as before. They have to be wrapped at import for these reasons:
-
-- `DataBlock.__init__`: a `TeacherBlock` may be passed as a class, which fastai only instantiates right before it counts
-  the inputs.
-- `Learner.fine_tune`: in `learn.fine_tune(1, cbs=KnowledgeDistillation(teacher))`, Python looks up the method before it
-  creates the callback.
-- `Learner.load`: a student may be loaded before its callback is created.
-
-In a fit whose source needs the samples of a batch, `replay_dl.attach` sets `create_batches` and `after_batch` of the
-Learner's DataLoaders, which are also arguments of fastai's DataLoader. The DataLoaders are changed in place, since
-callbacks and users refer to the same objects.
+Some fits add information about the samples to their batches. To do so, `replay_dl.attach` sets
+`create_batches` and `after_batch` of the Learner's DataLoaders, which are also arguments of
+fastai's DataLoader. The DataLoaders are changed in place, since callbacks and users refer to the
+same objects.
 """
 
 import functools
@@ -86,8 +99,9 @@ __all__ = ['DistillationCallback', 'claim_epochs', 'patch_for_targets']
 
 
 class DistillationCallback(Callback):
-    """A callback that the wrapped methods of `Learner` know. Creating the first one wraps the
-    methods that need it.
+    """Base class of the callbacks that the wrapped methods of `Learner` look for.
+
+    When the first `DistillationCallback` is created, `fit`, `save` and `plot_loss` are wrapped.
     """
 
     def __init__(self):
@@ -95,7 +109,7 @@ class DistillationCallback(Callback):
         super().__init__()
 
     def teardown(self, learn):
-        """Restore everything. Safe to call at any time, and repeatedly.
+        """Restore everything. This method may be called at any time, and repeatedly.
 
         Args:
             learn: The Learner of the fit.
@@ -103,18 +117,18 @@ class DistillationCallback(Callback):
         raise NotImplementedError
 
     def state_dict(self) -> dict:
-        """Return what a checkpoint needs besides the student."""
+        """Return the state that a checkpoint needs in addition to the student."""
         raise NotImplementedError
 
     def load_state_dict(self, state):
-        """Continue from what `state_dict` returned."""
+        """Restore what `state_dict` returned."""
         raise NotImplementedError
 
 
 def _n_inp_without_teacher(init):
     """Count the inputs without the label and the `TeacherBlock`s.
 
-    By default, fastai counts all blocks but the last one (`n_inp` not given).
+    If `n_inp` is not given, fastai counts all blocks but the last one as inputs.
     """
     sig = inspect.signature(init)
 
@@ -136,7 +150,7 @@ def _n_inp_without_teacher(init):
 
 
 def _is_teacher(block):
-    """Return True for a `TeacherBlock` as an instance, a class, or a `functools.partial` of the
+    """Return True for a `TeacherBlock` as an instance, a class or a `functools.partial` of the
     class.
     """
     return getattr(getattr(block, 'func', block), 'holds_teacher', False)
@@ -173,9 +187,7 @@ def _empty_without_teacher(new_empty):
 
 
 def _types_without_teacher(one_pass):
-    """Store `TensorBase` as the type of a teacher target, when a DataLoader stores the types of a
-    batch.
-    """
+    """Replace the type of teacher targets with `TensorBase` in the types that DataLoaders store."""
 
     @functools.wraps(one_pass)
     def _one_pass(self):
@@ -190,7 +202,7 @@ def _types_without_teacher(one_pass):
 def _show_without_teacher(pre_show_batch):
     """Remove the teacher's target before a batch is shown.
 
-    How fastai shows a batch depends on the types of input and label.
+    The way fastai shows a batch depends on the types of the input and the label.
     """
 
     @functools.wraps(pre_show_batch)
@@ -205,7 +217,7 @@ def _callback_on(learn):
 
 
 def _put_back_after(fit):
-    """Remove distillation from the Learner, however a fit ends."""
+    """Remove distillation from the Learner at the end of a fit, even after an error."""
 
     @functools.wraps(fit)
     def _fit(self, *args, **kwargs):
@@ -220,8 +232,10 @@ def _put_back_after(fit):
 
 
 def _as_one_training(fine_tune):
-    """Set an attribute on the Learner inside `fine_tune`: total epochs of both phases, and epochs
-    done.
+    """Set `fine_tune_span` on the Learner during `fine_tune`.
+
+    `fine_tune_span` contains the total number of epochs of both phases, and the number of finished
+    epochs.
     """
     sig = inspect.signature(fine_tune)
 
@@ -241,8 +255,9 @@ def _as_one_training(fine_tune):
 
 
 def claim_epochs(learn):
-    """Return (epochs before this fit, total epochs) of the `fine_tune` that this fit belongs to.
-    None if there is none. The epochs of this fit are then done.
+    """Return (epochs before this fit, total epochs) if this fit is a phase of a `fine_tune`.
+
+    The epochs of this fit are added to the finished epochs. Return None if there is no `fine_tune`.
     """
     span = getattr(learn, 'fine_tune_span', None)
     if span is None:
@@ -268,16 +283,16 @@ def _with_projectors(save):
         if state and (state['links'] or state['distiller'] is not None):
             write_state(beside, state)
         else:
-            beside.unlink(missing_ok=True)  # it belonged to the student that was overwritten
+            beside.unlink(missing_ok=True)  # this file belonged to the student that was overwritten
         return saved
 
     return _save
 
 
 def _with_its_projectors(load):
-    """Load the projectors next to the student's file, for the Learner's callback.
+    """Load the projectors from the file next to the student's file, for the Learner's callback.
 
-    Without a callback, the callback of the next fit gets them.
+    If the Learner has no callback, the projectors are kept for the callback of the next fit.
     """
 
     @functools.wraps(load)
@@ -295,7 +310,8 @@ def _with_its_projectors(load):
         state = read_state(
             beside, 'It holds the projectors of this student: remove it to load the student only.'
         )
-        # subtle: even with a callback, since it may be removed before the next `save`, e.g. after a fit
+        # subtle: keep the state even with a callback, since the callback may be removed before the
+        # next `save`
         notes_of(self).last_state = state
         if cb is not None:
             cb.load_state_dict(state)
@@ -307,7 +323,7 @@ def _with_its_projectors(load):
 
 
 def _plot_labels_apart(plot_loss):
-    """Plot the task losses of training and validation on an axis of their own on the right."""
+    """Plot the task losses of training and validation on a separate axis on the right."""
 
     @functools.wraps(plot_loss)
     def _plot_loss(self, skip_start=5, with_valid=True, log=False, show_epochs=False, ax=None):
@@ -338,7 +354,7 @@ def _plot_labels_apart(plot_loss):
 
 
 def _once(cls, name, wrap):
-    """Wrap a method, only once even if this module is reloaded."""
+    """Wrap a method, unless the method is already wrapped because this module was reloaded."""
     if hasattr(getattr(cls, name), '_knows_teacher'):
         return
     setattr(cls, name, wrap(getattr(cls, name)))
@@ -346,7 +362,7 @@ def _once(cls, name, wrap):
 
 
 def patch_for_targets():
-    """Wrap the methods that have to handle teacher targets, once."""
+    """Wrap the methods that have to handle teacher targets. Further calls do nothing."""
     _once(Datasets, 'decode', _decode_without_teacher)
     _once(Datasets, 'new_empty', _empty_without_teacher)
     _once(TfmdDL, '_one_pass', _types_without_teacher)

@@ -1,5 +1,6 @@
-"""Get batches as in a training step, for checks that change nothing, and batches of additional
-items.
+"""Prepare batches for checks in the same way as in training, and create batches of unlabeled items.
+
+The Learner, its DataLoaders and the random state are not changed.
 """
 
 import inspect
@@ -39,23 +40,23 @@ CANCELED = (
 
 
 class PreparationError(Exception):
-    """Raised if a callback that changes batches does not run outside a fit."""
+    """Raised if a callback that changes batches fails outside a fit."""
 
 
 def valid_batches(dl, n=None):
-    """Yield some batches from all over the validation set, which is often sorted by class."""
+    """Yield some shuffled batches of the validation set, which is often sorted by class."""
     options = dict(shuffle=getattr(dl, 'indexed', True), drop_last=False, num_workers=0)
     yield from some_batches(dl, n, **options)
 
 
 def train_batches(dl, n):
-    """Yield some batches of the training set, shuffled independently of the training."""
+    """Yield some shuffled batches of the training set, without changing the order in training."""
     if isinstance(getattr(dl, 'dataset', None), IterableDataset):
         return  # iterable datasets may not be readable twice
     yield from some_batches(dl, n, num_workers=0)
 
 
-# parts of a DataLoader that may have their own generators
+# attributes of a DataLoader that may have their own random generators
 PARTS = (
     'dataset',
     'sampler',
@@ -92,12 +93,12 @@ def some_batches(dl, n=None, **options):
 
 
 def split_batch(learn, b):
-    """Return (inputs, targets) of a batch, each a tuple of plain tensors."""
+    """Return (inputs, targets) of a batch. Both are tuples of plain tensors."""
     return as_plain_batch(*parts_of_batch(learn, b))
 
 
 def parts_of_batch(learn, b):
-    """Return (inputs, targets) of a batch on the model's device, each a tuple."""
+    """Return (inputs, targets) of a batch on the model's device. Both are tuples."""
     if learn.model is not None:
         b = to_device(b, one_param(learn.model).device)
     b = tuple(b) if is_listy(b) else (b,)
@@ -110,7 +111,9 @@ def as_plain_batch(*parts):
 
 
 def prepared_batches(learn, n_valid, n_train):
-    """Return generators of (inputs, targets), for validation and for training batches."""
+    """Return two generators of (inputs, targets), one for validation and one for training
+    batches.
+    """
     has_valid = len(learn.dls.loaders) > 1 and getattr(learn.dls.valid, 'n', None) != 0
     valid = valid_batches(learn.dls.valid, n_valid) if has_valid else ()
     return prepared(learn, valid, 1, False), prepared(
@@ -120,7 +123,7 @@ def prepared_batches(learn, n_valid, n_train):
 
 def prepared(learn, batches, ds_idx, training):
     """Yield (inputs, targets) of batches after the Learner's callbacks have changed them."""
-    # subtle: the batches are closed first, since they restore the same generators
+    # subtle: close the batches first, because they restore the same random generators
     with restored_loaders(*getattr(learn.dls, 'loaders', ())), closed(batches):
         for i, b in enumerate(batches):
             b, items = without_samples(b)
@@ -131,12 +134,12 @@ def prepared(learn, batches, ds_idx, training):
                     else with_callbacks(learn, b, i, ds_idx, training)
                 )
             except CANCELED:
-                continue  # a fit also skips such a batch
+                continue  # a fit would also skip this batch
             yield with_items(x, items), y
 
 
 def closed(batches):
-    """Return a context that closes a generator at its end. Other series need none."""
+    """Return a context manager that closes `batches` at its end if it is a generator."""
     return closing(batches) if hasattr(batches, 'close') else nullcontext()
 
 
@@ -144,14 +147,14 @@ def number_of_batches(dl):
     try:
         return len(dl)
     except TypeError:
-        return None  # an iterable dataset
+        return None  # an iterable dataset has no length
 
 
 def changing_callbacks(learn, training):
     """Return the callbacks that may change a batch.
 
-    These are the user's own and, in training, MixUp and similar ones. fastai's other callbacks
-    don't change inputs: they change the optimizer, enter autocast, or count.
+    The result contains the user's own callbacks and, in training, MixUp and similar callbacks. All
+    other callbacks of fastai don't change inputs.
     """
 
     def is_users(cb):
@@ -168,7 +171,10 @@ def changing_callbacks(learn, training):
 
 
 def with_callbacks(learn, b, i, ds_idx, training):
-    """Return (inputs, targets) after the callbacks' `before_batch`. Restore Learner and callbacks."""
+    """Run `before_batch` of the callbacks on a batch, and return (inputs, targets).
+
+    The Learner and its callbacks are restored.
+    """
     with restored(learn, *learn.cbs):
         now, dl = vars(learn), learn.dls[ds_idx]
         now.update(training=training, iter=i, dl=dl, n_iter=number_of_batches(dl))
@@ -188,7 +194,7 @@ def with_callbacks(learn, b, i, ds_idx, training):
 
 
 def loader_of(items, dls):
-    """Return a DataLoader of these items, transformed and augmented like the training set.
+    """Return a DataLoader of the given items, transformed and augmented like the training set.
 
     Args:
         items: Items like those of the training set, without labels, or a DataLoader.
@@ -220,7 +226,7 @@ def loader_of(items, dls):
     try:
         n = len(loader)
     except TypeError:
-        n = None  # an iterable dataset
+        n = None  # an iterable dataset has no length
     if n == 0:
         raise DistillError('unlabeled=: this DataLoader is empty.')
     return loader

@@ -1,7 +1,7 @@
 """Optimizer of the projectors.
 
-It is separate because another group in the student's optimizer would break schedules and
-checkpoints.
+The projectors have a separate optimizer, because an additional parameter group in the student's
+optimizer would break schedules and checkpoints.
 """
 
 import copy
@@ -17,8 +17,9 @@ __all__ = ['ProjectorOptimizer']
 
 
 class ProjectorOptimizer:
-    """Trains projectors with the student's type of optimizer and its current learning rate,
-    momentum and weight decay.
+    """Trains the projectors like the student.
+
+    The projectors use the student's type of optimizer, learning rate, momentum and weight decay.
 
     Args:
         learn: The student's Learner.
@@ -31,8 +32,10 @@ class ProjectorOptimizer:
         self.opt = make([self.params], lr=learn.lr)
 
     def average_gradients(self):
-        """Average the gradients over all processes, since projectors are not in
-        DistributedDataParallel.
+        """Average the gradients over all processes.
+
+        DistributedDataParallel averages only the gradients of the student, which does not contain
+        the projectors.
         """
         average_gradients(self.params)
 
@@ -41,7 +44,7 @@ class ProjectorOptimizer:
 
         Args:
             learn: The student's Learner.
-            skip: True if the student's own step was skipped.
+            skip: True if the student's optimizer skipped this step.
         """
         overflow = self._unscale(getattr(learn, 'scaler', None))
         if not (skip or overflow):
@@ -66,16 +69,16 @@ class ProjectorOptimizer:
 
     def load_state_dict(self, state):
         state = copy.deepcopy(state)
-        # PyTorch's optimizers move their state to the parameters' device themselves
+        # the optimizers of PyTorch move their state to the device of the parameters themselves
         if not isinstance(self.opt, OptimWrapper):
             state = map_tensors(state, lambda t: t.to(self.params[0].device))
         self.opt.load_state_dict(state)
 
 
 def as_builtins(o):
-    """Replace fastai's and NumPy's lists and numbers by Python's.
+    """Convert fastai's and NumPy's lists and numbers to Python's built-in types.
 
-    `torch.load(weights_only=True)` would not load them.
+    `torch.load(weights_only=True)` would not load fastai's and NumPy's types.
     """
     if isinstance(o, dict):
         return {k: as_builtins(v) for k, v in o.items()}

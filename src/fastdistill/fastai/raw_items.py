@@ -1,4 +1,4 @@
-"""Give teachers the raw items of a batch (texts, files), which they process in their own way."""
+"""Provide the raw items of a batch (texts, files) to teachers that process raw items."""
 
 from contextlib import ExitStack, contextmanager
 
@@ -15,7 +15,7 @@ __all__ = ['items_shown', 'plan_of_items', 'raw_items', 'renewed', 'without_samp
 
 
 def raw_items(dl):
-    """Return the items of a DataLoader as they were passed to it: a list of files or texts, or a
+    """Return the items as they were passed to a DataLoader: a list of files or texts, or a
     table.
     """
     refuse_unknown_items(dl)
@@ -29,7 +29,7 @@ def given_items(dataset):
 
 
 def refuse_unknown_items(dl):
-    """Raise an error for a DataLoader that does not show which items a batch holds."""
+    """Raise an error if a DataLoader does not show which items are in a batch."""
     why, ds = None, getattr(dl, 'dataset', None)
     if is_stream(dl):
         why = 'The samples of a language model are pieces of one long text, not items.'
@@ -51,7 +51,7 @@ def refuse_unknown_items(dl):
 
 
 def plan_of_items(dl, moved=()) -> Plan:
-    """Return a plan that adds the raw items to the batches.
+    """Return a plan that adds the raw items to the batches of a DataLoader.
 
     Args:
         dl: The DataLoader.
@@ -67,11 +67,11 @@ def shows_items(dl):
 
 @contextmanager
 def items_shown(loaders, *teachers):
-    """Add the raw items to the batches of these DataLoaders inside the context.
+    """Context manager that temporarily adds the raw items to the batches of these DataLoaders.
 
     Args:
         loaders: DataLoaders of fastai.
-        *teachers: `Teacher`s. If none of them reads items, nothing is done.
+        *teachers: `Teacher`s. If no teacher reads raw items, the DataLoaders are not changed.
     """
     reads = any(t.needs == 'items' for t in teachers)
     with ExitStack() as stack:
@@ -83,7 +83,9 @@ def items_shown(loaders, *teachers):
 
 
 def renewed(dl, **options):
-    """Return `dl.new(...)`, with raw items if the batches of `dl` have them."""
+    """Return `dl.new(...)`. Raw items are added to the new batches if the batches of `dl` have raw
+    items.
+    """
     new = dl.new(**options)
     return attach(new, sampled(dl).plan) if shows_items(dl) else new
 

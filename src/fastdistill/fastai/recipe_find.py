@@ -1,4 +1,4 @@
-"""`Learner.distill_find`: search for a recipe and a learning rate for a student and its teacher."""
+"""Add `Learner.distill_find`, which searches for a recipe and a learning rate for a student."""
 
 import warnings
 from contextlib import contextmanager
@@ -34,10 +34,10 @@ from .trials import Trials
 
 __all__ = []
 
-FACTORS = 1, 0.32, 3.2, 0.1, 10  # multiples of the Learner's own rate
-MOST_VIEWS = (
-    4  # views to store if the outputs have positions (masks, tokens), which augmentation moves
-)
+FACTORS = 1, 0.32, 3.2, 0.1, 10  # multiples of the Learner's learning rate
+# maximum number of views to store if augmentation moves the positions of the outputs (masks,
+# tokens)
+MOST_VIEWS = 4
 
 
 @patch
@@ -62,39 +62,42 @@ def distill_find(
     show: bool = True,
     **kwargs,
 ):
-    """Search over recipes, their options and learning rates. Return the best.
+    """Search for the best recipe, its options and the learning rate.
 
     Train with the result: `student.distill(teacher, 5, found.lr, found.recipe)`.
 
-    Each run begins with the student's present weights, and the student is unchanged afterwards.
+    Each run begins with the student's current weights. The student itself is not changed.
 
-    Half of the validation items choose the recipe. The other half tests whether its lead over
-    labels only, with a learning rate tuned in the same way, is significant.
+    The recipe is chosen on half of the validation items. The other half tests whether the recipe is
+    significantly better than training on labels only. The learning rate for training on labels only
+    is tuned in the same way.
 
     Args:
-        teacher: What `distill` takes. A teacher that runs is run only once, and its stored outputs
-            are used by all runs. For several heads, a dict {head name: teacher}. All heads are
-            tried with the same recipe, or each with the one chosen for it.
+        teacher: Anything that `distill` accepts. The teacher is run only once, and all runs use the
+            stored outputs. For several heads, a dict {head name: teacher}. Some runs use the same
+            recipe for all heads, others use the recipe that was chosen for each head.
         n_epoch: Number of epochs of the training for which a recipe is searched.
-        minutes: Time limit of the search. It then returns the best result so far.
-        rates: Learning rates to try. None for the Learner's own rate and four others, from 10 times
-            lower to 10 times higher.
-        recipes: {name: recipe or its text}, instead of the usual ones for the task.
-        live: Whether to run the teacher in each trial, so that recipes that compare layers are
+        minutes: Time limit of the search. When the time is over, the search returns the best result
+            so far.
+        rates: Learning rates to try. If None, the search tries the Learner's learning rate and four
+            others, from 10 times lower to 10 times higher.
+        recipes: A dict {name: recipe or text of the recipe} of recipes to try. If None, the search
+            tries the usual recipes for the task.
+        live: Whether to run the teacher in each trial. With True, recipes that compare layers are
             tried too.
-        score: fn(logits, targets) -> (B,) score of each item; higher is better. None for that of
-            `check_teacher`, averaged over the heads if there are several. For several heads, the
-            logits are a dict {head name: logits}.
-        trials: Maximum number of runs, including those with labels only. None for no limit other
-            than `minutes`.
-        seeds: Number of seeds with which the best runs and labels only are repeated, if time
-            permits.
-        folder: Folder in which finished runs are stored. The same call resumes from there, and
-            several processes can share it. None to store nothing.
+        score: fn(logits, targets) -> (B,) score of each item, where higher is better. For several
+            heads, the logits are a dict {head name: logits}. If None, the score of `check_teacher`
+            is used, averaged over the heads.
+        trials: Maximum number of runs, including runs on labels only. If None, only `minutes`
+            limits the search.
+        seeds: Number of random seeds for repeating the best runs and the run on labels only, if
+            time permits.
+        folder: Folder in which finished runs are stored. The same call resumes from this folder.
+            Several processes can share the folder. If None, nothing is stored.
         kind, axis, output: As in `distill`.
-        check: Whether to look for mistakes first.
+        check: Whether to look for mistakes before the search.
         fine_tune: Whether to train with `Learner.fine_tune` instead of `fit_one_cycle`.
-        show: Whether to show progress, a table and, in notebooks, a plot.
+        show: Whether to show progress and a table. Notebooks also show a plot.
         **kwargs: More options of the training, as in `distill`.
     """
     begin = time()
@@ -169,7 +172,7 @@ def distill_find(
     return found
 
 
-# {option of `distill` that a search does not take: what to do instead}
+# {option of `distill` that `distill_find` does not accept: what to do instead}
 OTHERS = {
     'lr_max': 'give rates=[...]',
     'cbs': 'add callbacks to the Learner',
@@ -181,7 +184,7 @@ OTHERS = {
 
 
 def refuse_search(learn, score, options):
-    """Raise an error for options that can't be used in a search, before anything runs."""
+    """Raise an error for options that can't be used in a search. This happens before any run."""
     for k in OTHERS:
         if k in options:
             raise DistillError(f'distill_find takes no {k}=: {OTHERS[k]}.')
@@ -207,11 +210,11 @@ def refuse_search(learn, score, options):
 
 
 def refuse_numbers(minutes, whole: dict):
-    """Raise an error for numbers with which no search can run.
+    """Raise an error for numbers that make a search impossible.
 
     Args:
         minutes: Time limit.
-        whole: {name: (value, smallest allowed value)} of integer options.
+        whole: {name of an integer option: (value, smallest allowed value)}.
     """
     if not (isinstance(minutes, Real) and minutes > 0):
         raise DistillError(f'minutes={minutes!r}: must be a positive number.')
@@ -239,7 +242,7 @@ def own_rates(learn):
 
 
 def how_to_score(heads, tasks, score):
-    """Return (name of the score, fn(logits, targets) -> (B,) scores)."""
+    """Return (name of the score, fn(logits, targets) -> (B,) score of each item)."""
     if score is not None:
         return 'score', score
     kinds = {t.kind for t in tasks.values()}
@@ -261,10 +264,10 @@ def facts_of_heads(learn, teacher, heads, tasks, stored, check, show) -> dict:
 
     Args:
         learn: The student's Learner.
-        teacher: What `distill` takes.
+        teacher: Anything that `distill` accepts.
         heads: {head name: head}.
         tasks: {head name: `Task`}.
-        stored: Names of the heads with stored outputs.
+        stored: Names of the heads that have stored outputs.
         check: Whether to look for mistakes.
         show: Whether to print messages.
     """
@@ -287,7 +290,7 @@ def facts_of_heads(learn, teacher, heads, tasks, stored, check, show) -> dict:
 
 
 def look(learn, teacher, heads, tasks, stored) -> dict:
-    """Return {head name: findings of the check of its teacher}."""
+    """Return {head name: findings of `check_teacher`}."""
     if '' in heads:
         output = heads[''].output
         return {'': check_teacher(learn, teacher, tasks[''], output=output, n_epoch=None)}
@@ -297,7 +300,9 @@ def look(learn, teacher, heads, tasks, stored) -> dict:
 
 
 def sizes(learn):
-    """Return what must be equal in a search that resumes: the numbers of batches and parameters."""
+    """Return the numbers of batches and parameters, which must not change when a search is
+    resumed.
+    """
 
     def length(dl):
         try:
@@ -313,7 +318,7 @@ def sizes(learn):
 
 @contextmanager
 def answers(learn, teacher, tasks, as_it_is, positions, n_epoch, show):
-    """Yield the teacher for the runs: a temporary cache of its outputs, or the teacher itself."""
+    """Yield the teacher itself or a temporary cache of the teacher's outputs, for use in all runs."""
     if as_it_is:
         yield teacher
         return
@@ -323,7 +328,8 @@ def answers(learn, teacher, tasks, as_it_is, positions, n_epoch, show):
         views = min(n_epoch, MOST_VIEWS) if positions and moves(learn.dls.train) else 0
         try:
             with warnings.catch_warnings():
-                # this temporary cache is only used with this teacher
+                # this warning is irrelevant, because the temporary cache is only used with this
+                # teacher
                 warnings.filterwarnings('ignore', 'The weights of', DistillWarning)
                 cache = cache_teacher(
                     teacher,

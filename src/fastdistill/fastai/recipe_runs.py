@@ -1,4 +1,4 @@
-"""Compare recipes by training students with several seeds."""
+"""Compare recipes by training students with several random seeds."""
 
 import math
 import re
@@ -27,7 +27,7 @@ from .trials import repeatable
 
 __all__ = ['compare_recipes']
 
-# metrics of fastai for which lower is better
+# metrics of fastai for which lower is better, or parts of their names
 LESS = 'loss', 'error', 'mae', 'mse', 'msle', 'rmspe', 'perplexity', 'hamming', 'brier'
 
 
@@ -47,25 +47,29 @@ def compare_recipes(
 ) -> RecipeReport:
     """Train a student with each recipe and each seed, one after another.
 
-    With the same seed, all recipes start from the same weights and see the same batches. The others
-    are compared with the baseline: the recipe None, or else the first one. Each student ends up the
-    same as after a single `distill` with the same random state. A teacher is run again for each
-    student, unless its outputs are stored (`cache_teacher`).
+    With the same seed, all recipes start from the same weights and see the same batches. The
+    baseline is training on labels only, which is the recipe None. If `recipes` does not contain
+    None, the first recipe is the baseline. All other recipes are compared with the baseline. Each
+    student is identical to the result of a single `distill` with the same random state. The teacher
+    runs again for each student, unless its outputs are stored (see `cache_teacher`).
 
     Args:
-        make_student: fn() -> new Learner. It is called with the same random state for each recipe.
-        teacher: What `KnowledgeDistillation` takes. For several heads, a dict {head name: teacher}.
-        recipes: {name: recipe}, with 'auto' for the default of `distill`, and None for training on
-            labels only. The default is to compare these two.
+        make_student: fn() -> new Learner. The function `make_student` is called with the same
+            random state for each recipe.
+        teacher: Anything that `KnowledgeDistillation` accepts. For several heads, a dict {head
+            name: teacher}.
+        recipes: {name: recipe}. Use 'auto' for the default recipe of `distill`, and None for
+            training on labels only. By default, these two are compared.
         n_epoch: Number of epochs.
-        lr_max: Maximum learning rate, or a list with one for each recipe.
+        lr_max: Maximum learning rate, or a list with one learning rate for each recipe.
         seeds: Number of seeds, or a list of seeds.
-        metric: Column by which recipes are compared. None for the Learner's first metric, or else
-            'valid_loss'.
-        higher: Whether higher is better. None to tell by the name of the metric.
-        folder: Folder in which finished trainings are stored. The same call resumes from there, and
-            several processes can share it. It is an error if the samples have changed. None to
-            store nothing.
+        metric: Column of the progress table by which recipes are compared. If None, the Learner's
+            first metric is used, or 'valid_loss' if the Learner has no metrics.
+        higher: Whether higher values of the metric are better. If None, the direction is derived
+            from the name of the metric.
+        folder: Folder in which finished trainings are stored. The same call resumes from this
+            folder. Several processes can share the folder. An error is raised if the samples have
+            changed. If None, nothing is stored.
         progress: Whether to show a progress bar.
         **kwargs: More options of the training, as in `distill`.
     """
@@ -132,7 +136,7 @@ def compare_recipes(
 
 
 def one_each(name, value, recipes):
-    """Return one value for each recipe."""
+    """Return a list or tuple with one value for each recipe."""
     if not isinstance(value, list | tuple):
         return [value] * len(recipes)
     if len(value) != len(recipes):
@@ -143,14 +147,16 @@ def one_each(name, value, recipes):
 
 
 def comparable_text(o):
-    """Return a text that is equal in different processes, without memory addresses."""
+    """Return a text for `o` that is the same in different processes. Memory addresses are
+    removed.
+    """
     return re.sub(r' at 0x[0-9a-fA-F]+', '', repr(o))
 
 
 def teacher_text(teacher):
     """Return a fingerprint of the teacher's weights or of the cache.
 
-    For several heads, it has a fingerprint for each teacher.
+    For several heads, the text contains a fingerprint for each teacher.
     """
     if is_heads(teacher):
         each = {k: '' if t is None else teacher_text(t) for k, t in teacher.items()}
@@ -169,21 +175,23 @@ def student_of(make_student, seed):
 
 
 class Students:
-    """Trains the student of a run.
+    """Trains the student of each run.
 
     Args:
         lrs: {recipe name: maximum learning rate}.
-        **options: Options of `distill`.
+        options: Options of `distill`.
+
+    The other arguments are those of `compare_recipes`.
     """
 
     def __init__(self, make_student, teacher, recipes, n_epoch, lrs, metric, options):
         self.make_student, self.teacher, self.recipes = make_student, teacher, recipes
         self.n_epoch, self.lrs, self.metric, self.options = n_epoch, lrs, metric, options
-        self.starts = {}  # {seed: fingerprint of the initial weights of its students}
+        self.starts = {}  # {seed: fingerprint of the students' initial weights}
         self.samples = None  # description of the first student's samples
 
     def train(self, run, after_epoch, late):
-        """Train the student of a run. Return its numbers as plain data."""
+        """Train the student of a run. Return the results as plain data."""
         learn = student_of(self.make_student, run.seed)
         start = fingerprint(learn.model.state_dict())
         if self.starts.setdefault(run.seed, start) != start:
@@ -194,7 +202,8 @@ class Students:
             )
         own = [m.name for m in learn.metrics]
         self.samples = self.samples or samples_text(learn.dls)
-        # subtle: training on labels only goes through `distill` too, so that a cache replays the same views
+        # subtle: training on labels only also uses `distill`, so that a cache replays the same
+        # views
         recipe = self.recipes[run.name]
         options = dict(self.options)
         if recipe is None:
@@ -208,9 +217,7 @@ class Students:
         return dict(start=start, samples=self.samples, metrics=own, history=history_of(learn))
 
     def check_start(self, runs):
-        """Raise an error if the folder has students with different initial weights or different
-        samples.
-        """
+        """Raise an error if earlier runs in the folder used different weights or samples."""
         finished = runs.finished()
         self.starts = {r.seed: r.result['start'] for r in finished}
         for run in finished[:1]:
@@ -230,12 +237,12 @@ class Students:
 
 
 def samples_text(dls):
-    """Describe the samples: how many there are, and a fingerprint of which ones."""
+    """Describe the samples by their number and by a fingerprint of their keys."""
     root, parts = key_root(dls), []
     for dl, name in zip(dls.loaders, ('training', 'validation')):
         try:
             keys = item_keys(dl, None, root)
-        except DistillError:  # an iterable dataset, or one that does not show its samples
+        except DistillError:  # the dataset is iterable, or does not show its samples
             continue
         parts.append(f'{len(keys):,} {name} samples ({fingerprint(keys)[:8]})')
     return ' and '.join(parts)
@@ -245,8 +252,8 @@ class WatchEpochs(Callback):
     """Callback that reports a column of the training table after each epoch.
 
     Args:
-        names: Names of columns. The first one that exists is reported.
-        after_epoch: fn(value).
+        after_epoch: fn(value), called after each epoch.
+        columns: Names of columns. The first column that has a value is reported.
     """
 
     order = 51  # after the Recorder
@@ -262,7 +269,7 @@ class WatchEpochs(Callback):
 
 
 def progress_of(run, wanted, n_epoch):
-    """Return (text, fraction of all trainings that is done)."""
+    """Return (text, fraction of all trainings that is done) for a run that is in progress."""
     done = [(r.name, r.seed) for r in wanted].index((run.name, run.seed))
     epochs = len(run.scores)
     share = (done + min(epochs / n_epoch, 1)) / len(wanted)
@@ -270,7 +277,7 @@ def progress_of(run, wanted, n_epoch):
 
 
 def possible_columns(metric, own):
-    """Return the names of columns to compare by. The first one with numbers is used."""
+    """Return the names of columns by which recipes can be compared, in order of preference."""
     return [
         o for n in ([*own, 'valid_loss'] if metric is None else [metric]) for o in (n, f'valid_{n}')
     ]

@@ -1,4 +1,4 @@
-"""Attach sample information to the batches of a DataLoader, and replay the random views of a cache."""
+"""Add information about samples to the batches of a DataLoader, and replay the views of a cache."""
 
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -23,18 +23,21 @@ __all__ = ['Plan', 'SampledBatches', 'attach', 'detach', 'refuse_unindexed', 'sa
 
 @dataclass
 class Plan:
-    """What is added to the batches of a DataLoader, and whether random transforms are replayed.
+    """Describes what to add to the batches of a DataLoader, and whether to replay random
+    transforms.
 
     Attributes:
         keys: Key of each sample by position in the dataset, (N,) uint64.
-        views: Number of views that are repeated. 0 if nothing is replayed.
-        cache: Cache whose rows are added. None for no rows.
+        views: Number of views that are replayed. 0 if nothing is replayed.
+        seed: Seed of the views.
+        cache: Cache whose rows are added. None to add no rows.
         at: Row of each sample in the cache, (N,).
-        items: Raw items of all samples, to be added. None for no items.
+        items: Raw items of all samples, to add to the batches. None to add no items.
         moved: See `BatchSamples`.
         epoch: Epoch number, which determines the view.
         random: True if random transforms are seeded.
-        stream: True if samples follow one another in a text, so that all have the same view.
+        stream: True if the samples are consecutive pieces of one text, so that all samples have the
+            same view.
     """
 
     keys: np.ndarray
@@ -49,8 +52,10 @@ class Plan:
     stream: bool = False
 
     def sample(self, i) -> tuple:
-        """Return (position, view) for an index of the sampler. The index of a writer is already a
-        pair.
+        """Return the position in the dataset and the view of a sample, given an index from the
+        sampler.
+
+        When a cache is written, each index is already a pair (position, view).
         """
         if isinstance(i, tuple):
             return i
@@ -59,27 +64,31 @@ class Plan:
 
 
 class SampledBatches:
-    """Makes batches of a DataLoader: (batch, its `BatchSamples`).
+    """Creates the batches of a DataLoader. Each batch is returned together with its `BatchSamples`.
 
-    If the plan says so, the random numbers of an item depend only on the sample and the view.
+    If `plan.random` is True, the random numbers of an item depend only on the sample and the view.
 
     Args:
         dl: The DataLoader.
-        maker: The DataLoader that makes the items, if not `dl` itself.
+        plan: What is added to the batches.
+        maker: DataLoader that creates the items. If None, this is `dl`.
     """
 
     def __init__(self, dl, plan, maker=None):
         self.dl, self.plan, self.maker = dl, plan, maker or dl
-        # subtle: fastai counts the parts of a batch at first use, and transforms may change their number
+        # subtle: read `n_inp` now. fastai counts the parts of a batch at first use, and transforms
+        # may change the number of parts.
         self.n_inp = dl.n_inp
         self.look()
 
     def look(self):
-        """Find the generators inside transforms. These objects may be replaced in another epoch."""
+        """Find the random generators of transforms. Transforms may be replaced between epochs."""
         self.own = Generators(self.maker.after_item, self.maker.dataset)
 
     def create_batches(self, indices):
-        """Make batches for these indices. Called by the DataLoader, in a worker if there are any."""
+        """Create the batches for these indices. The DataLoader calls this method, possibly in a
+        worker process.
+        """
         chunks = self.dl.chunkify(self._items(indices))
         while True:
             # the global generators are restored once per batch
@@ -107,7 +116,10 @@ class SampledBatches:
         return BatchSamples(at, views, rows, n_inp=self.n_inp)
 
     def item(self, at, view):
-        """Return one view of the item at a position of the dataset. None if its transforms skip it."""
+        """Return one view of the item at a position of the dataset.
+
+        Return None if a transform skips the item.
+        """
         if not self.plan.random:
             return self.maker.do_item(at)
         seed = seeds_of(self.plan.seed, int(self.plan.keys[at]), view)
@@ -116,8 +128,9 @@ class SampledBatches:
 
 
 class SampledPieces(SampledBatches):
-    """`SampledBatches` of a language model, whose samples are cut from the concatenated texts. A
-    view is an order of the texts.
+    """`SampledBatches` of a language model, whose samples are cut from the concatenated texts.
+
+    Each view has a different order of the texts.
     """
 
     view = None
@@ -138,7 +151,9 @@ class SampledPieces(SampledBatches):
         return in_a_row(dl, order.tolist(), partial(self.text, seed))
 
     def text(self, seed, i):
-        """Return text `i`. Its random numbers differ from those of the samples cut from it."""
+        """Return text `i`. The seed of a text differs from the seeds of the samples that are cut
+        from the text.
+        """
         get = lambda: self.maker.items.tfm(self.maker.items.coll[i])
         if not self.plan.random:
             return get()
@@ -147,15 +162,15 @@ class SampledPieces(SampledBatches):
 
 
 def sampled(dl) -> SampledBatches | None:
-    """Return the `SampledBatches` attached to `dl`. None if there is none."""
+    """Return the `SampledBatches` attached to `dl`, or None."""
     own = getattr(vars(dl).get('create_batches'), '__self__', None)
     return own if isinstance(own, SampledBatches) else None
 
 
 def attach(dl, plan, maker=None):
-    """Make the batches of `dl` end with their samples.
+    """Add information about the samples to the end of each batch of `dl`.
 
-    `dl` is changed in place, so a Learner that holds it gets these batches.
+    The DataLoader is changed in place, so a Learner that uses it receives these batches.
 
     Args:
         dl: The DataLoader.
@@ -164,7 +179,7 @@ def attach(dl, plan, maker=None):
     """
     detach(dl)
     refuse_unindexed(dl)
-    # subtle: `dl.new()` does not copy bound methods, so the copy has plain batches
+    # subtle: `dl.new()` does not copy bound methods, so a copy creates plain batches
     dl.create_batches = (SampledPieces if plan.stream else SampledBatches)(
         dl, plan, maker
     ).create_batches
@@ -173,7 +188,7 @@ def attach(dl, plan, maker=None):
 
 
 def detach(dl):
-    """Undo `attach`. It is safe to call twice, and on a copy of the DataLoader."""
+    """Undo `attach`. This function may be called twice, and on a copy of the DataLoader."""
     if sampled(dl) is None:
         return
     del dl.create_batches
@@ -183,7 +198,7 @@ def detach(dl):
 
 
 def refuse_unindexed(dl):
-    """Raise an error for a DataLoader whose samples have no indices."""
+    """Raise an error if the samples of a DataLoader have no indices, or can't be replayed."""
     what = type(dl).__name__
     if not hasattr(dl, 'after_batch') or not hasattr(dl, 'do_item'):
         raise DistillError(

@@ -1,4 +1,7 @@
-"""Keys that identify the samples of a DataLoader, whatever their labels, order and folder."""
+"""Compute keys that identify the samples of a DataLoader.
+
+The keys do not depend on the labels, the order of the samples or the location of the folder.
+"""
 
 import os
 from pathlib import PurePath
@@ -21,12 +24,12 @@ __all__ = ['item_keys', 'items_of', 'key_root', 'matching_root', 'sample_files',
 def item_keys(dl, keys, root: str) -> np.ndarray:
     """Return the keys of all samples by position in the dataset, (N,) uint64.
 
-    For a language model, they also depend on all of its texts.
+    For a language model, the keys also depend on all of its texts.
 
     Args:
         dl: A DataLoader.
-        keys: Argument `keys` of `cache_teacher`: a list, a function of an item, or None.
-        root: Folder to which paths are taken relative.
+        keys: The argument `keys` of `cache_teacher`: a list, a function of an item, or None.
+        root: Folder to which paths are made relative.
     """
     names = keys_of_samples(dl.dataset, keys, root)
     if not is_stream(dl):
@@ -57,7 +60,7 @@ def keys_of_samples(dataset, keys, root):
 
 
 def items_of(dataset):
-    """Return the list or table from which a dataset makes its samples. None if unknown."""
+    """Return the list or table from which a dataset creates its samples. Return None if unknown."""
     return (
         dataset
         if isinstance(dataset, (list, tuple, L, np.ndarray))
@@ -66,7 +69,7 @@ def items_of(dataset):
 
 
 def keys_of_table(table):
-    """Return the keys of rows: hashes of their contents."""
+    """Return a key for each row of a table, which is a hash of the row's contents."""
     import pandas as pd
 
     try:
@@ -76,7 +79,9 @@ def keys_of_table(table):
 
 
 def input_columns(dataset, table):
-    """Return the columns of the model's inputs. Keys depend on neither labels nor unused columns."""
+    """Return the columns of the model's inputs. Labels and unused columns do not affect the
+    keys.
+    """
     readers = [
         f
         for tl in getattr(dataset, 'tls', [])[: getattr(dataset, 'n_inp', 1)]
@@ -96,16 +101,18 @@ def column_name(table, c):
 
 
 def key_root(dls) -> str:
-    """Return the root of relative paths: the path of the DataLoaders, or else the common folder of
-    all their files.
+    """Return the root folder of relative paths.
+
+    The root is the path of the DataLoaders. If that path is unknown, the root is the common folder
+    of all files.
     """
     return root_of(dls.path) or common_folder(o for dl in dls.loaders for o in paths_in(dl))
 
 
 def paths_in(dl):
-    """Return the items that are paths, or tuples that begin with one.
+    """Return those items that are paths, or tuples that begin with a path.
 
-    A text is a path if such a file exists.
+    A string is a path if a file with this name exists.
     """
     items = items_of(dl.dataset)
     if not isinstance(items, (list, tuple, L)):
@@ -121,9 +128,10 @@ def common_folder(items):
 
 
 def matching_root(cache, dls, dl) -> str:
-    """Return the root with which the first sample is found in the cache.
+    """Return the root folder of relative paths for which the cache contains the first sample.
 
-    It differs from `key_root` if the folder was moved, or if this is only a part of the data.
+    This root differs from `key_root` if the folder was moved, or if `dls` contains only part of the
+    data.
     """
     first, root = next(iter(paths_in(dl)), None), key_root(dls)
     if first is None:
@@ -134,20 +142,20 @@ def matching_root(cache, dls, dl) -> str:
 
 
 def sample_files(dl, order=None):
-    """Return the file of each sample, or None for samples that are not files.
+    """Return the file of each sample. Return None if the samples are not files.
 
     Args:
         dl: The DataLoader.
-        order: Positions in the dataset. None for its own order.
+        order: Positions in the dataset. If None, the order of the dataset is used.
     """
     files = None if is_stream(dl) else files_of(file_names(dl.dataset))
     return files if files is None or order is None else [files[i] for i in order]
 
 
 def file_names(dataset):
-    """Return what each sample is read from, according to `get_x` or the reader of a column.
+    """Return the file name or other source of each sample, according to `get_x` or a column reader.
 
-    If that is unknown, return the items themselves.
+    If the sources are unknown, return the items themselves.
     """
     items, getter = items_of(dataset), first_transform(dataset)
     if hasattr(items, 'columns'):
@@ -166,7 +174,7 @@ def file_names(dataset):
 
 
 def first_transform(dataset):
-    """Return the transform that makes the first input of an item. None if there is none."""
+    """Return the transform that creates the first input of an item, or None."""
     return next((f for tl in getattr(dataset, 'tls', [])[:1] for f in tl.tfms.fs), None)
 
 
@@ -177,7 +185,7 @@ def names_in_column(table, reader):
 
 
 def storage_order(dl):
-    """Return positions in the order of the stored rows.
+    """Return the order in which samples are stored, as positions in the dataset.
 
     Texts are sorted by length, so that batches need little padding.
     """

@@ -1,5 +1,7 @@
-"""Save a trained student as a folder: weights, facts, a model card, and the network if it can be
-exported.
+"""Save a trained student in a folder, and load it again.
+
+The folder contains the weights, facts about the student, a model card and, if possible, the
+network.
 """
 
 import json
@@ -52,20 +54,21 @@ def save_student(
     title: str = 'Student',
     temperature: float | list[float] | None = None,
 ) -> Path:
-    """Save a student as a folder without pickles.
+    """Save a student in a folder that contains no pickles.
 
-    It contains the weights (model.safetensors), facts such as class names and normalization
-    (config.json), a model card (README.md) with the report's numbers, and the network
+    The folder contains the weights (model.safetensors), facts such as class names and normalization
+    (config.json), a model card with the numbers of the report (README.md), and the network
     (student.onnx).
 
     Args:
-        learn: The trained student.
+        learn: Learner of the trained student.
         folder: Folder, which is created.
-        report: Report from `compare`, whose numbers go into the model card.
-        onnx: Whether to write the network too. None to write it if it can be exported.
-        title: Title of the card.
+        report: Report from `compare`. If given, the model card includes the numbers of the report.
+        onnx: Whether to save the network too. If None, the network is saved if it can be exported.
+        title: Title of the model card.
         temperature: Number by which the logits are divided, as in `export_student`. student.onnx
-            contains it. The weights don't, but `load_student` applies it to them.
+            divides by the temperature itself. `load_student` divides the logits of the saved
+            weights by it.
     """
     check_learner(learn, 'save_student')
     temperature_tensor(temperature)  # raises an error for a wrong one before anything is written
@@ -156,13 +159,15 @@ def card(title, facts, checked, report):
 
 
 def load_student(folder: str | Path, model: nn.Module | None = None):
-    """Load the student of a folder in evaluation mode, as a function of tensors.
-
-    `.facts` are those of config.json. Nothing is unpickled.
+    """Load the student from a folder, in evaluation mode. Nothing is unpickled.
 
     Args:
         folder: Folder written by `save_student`.
-        model: The same network, for the weights. None to run the exported network with onnxruntime.
+        model: A network of the same type. The weights are loaded into this network. If None, the
+            exported network is run with onnxruntime.
+
+    Returns:
+        A callable that takes tensors. The attribute `facts` has the content of config.json.
 
     Returns:
         The exported network, or `model` with the weights. If the student was saved with a

@@ -1,5 +1,6 @@
-"""Export a trained student as a file that needs neither fastai nor fastdistill, and check it
-against the Learner.
+"""Export a trained student to a file that needs neither fastai nor fastdistill.
+
+The outputs of the file are compared with those of the Learner.
 """
 
 import copy
@@ -42,18 +43,20 @@ __all__ = [
     'weak_score',
 ]
 
-KEY = 'fastdistill'  # name of the metadata inside a file
-CLOSE = 0.01  # largest difference explained by rounding, as a fraction of the largest output
+KEY = 'fastdistill'  # name of the metadata in an exported file
+CLOSE = 0.01  # largest allowed difference, as a fraction of the largest output
 
 
 @dataclass
 class Exported:
-    """An exported student, and the result of its check.
+    """An exported student, and the result of the comparison with its Learner.
 
     Attributes:
-        difference: Largest difference of an output from the Learner's.
-        samples: Number of samples on which that was measured.
-        facts: Metadata inside the file.
+        path: Path of the file.
+        bytes: Size of the file.
+        difference: Largest difference between an output of the file and that of the Learner.
+        samples: Number of samples on which the difference was measured.
+        facts: Metadata stored in the file.
         report: For int8, a comparison of the Learner and the file on the validation set.
     """
 
@@ -78,10 +81,12 @@ class Exported:
 
 
 class LogitsOnly(nn.Module):
-    """A model that returns only its logits, e.g. a text model without its hidden states.
+    """A model that returns only its logits. Other outputs, such as the hidden states of a text
+    model, are removed.
 
     Args:
-        temperature: By which the logits are divided. None to leave them unchanged.
+        model: The model.
+        temperature: Number by which the logits are divided. None to leave the logits unchanged.
     """
 
     def __init__(self, model, temperature: Tensor | None = None):
@@ -91,7 +96,7 @@ class LogitsOnly(nn.Module):
 
     def forward(self, *x, **kwargs):
         raw = self.model(*x, **kwargs)
-        # subtle: return a tensor unchanged, since tensors in a trace have a class of their own
+        # subtle: return a tensor unchanged, because tensors have a special class during tracing
         logits = (
             raw
             if isinstance(raw, torch.Tensor)
@@ -103,7 +108,7 @@ class LogitsOnly(nn.Module):
 
 
 def check_learner(learn, name):
-    """Raise a DistillError for a bare model, which lacks the inputs, normalization and classes."""
+    """Raise a DistillError if `learn` is a bare model. The export needs a Learner."""
     if not isinstance(learn, Learner):
         raise DistillError(
             f'{name} got a {type(learn).__name__}: pass the Learner, learn instead of '
@@ -122,18 +127,20 @@ def export_student(
 ) -> Exported:
     """Export the student's network with a variable batch size, and check the file.
 
-    Its outputs are compared with the Learner's on real inputs. Input shape, normalization and class
-    names are stored in the file as metadata.
+    The outputs of the file are compared with those of the Learner on real inputs. The input shape,
+    the normalization and the class names are stored in the file as metadata.
 
     Args:
-        learn: The trained student.
+        learn: Learner of the trained student.
         path: 'student.onnx' (needs the extra 'onnx') or 'student.pt2' (torch.export).
-        int8: For an .onnx file, whether to apply static quantization, calibrated on validation
-            batches, or with the learned scales after quantization-aware training.
+        int8: Whether to quantize an .onnx file to int8. By default, static quantization is
+            calibrated on validation batches. After quantization-aware training, the learned scales
+            are used.
         calibration: Number of batches for calibration.
         n: Number of validation batches on which the file is compared with the Learner.
-        temperature: Number by which the file divides its logits, or one for each label, for a model
-            that `calibrate` can't change. It is stored as metadata.
+        temperature: Number by which the file divides its logits, or a list with one number for each
+            label. Use this option for a model that `calibrate` can't change. The temperature is
+            also stored as metadata.
     """
     check_learner(learn, 'export_student')
     T = temperature_tensor(temperature)
@@ -169,10 +176,10 @@ def export_student(
 
 
 def temperature_tensor(temperature) -> Tensor | None:
-    """Return a temperature as a tensor by which logits can be divided.
+    """Convert a temperature to a tensor by which logits can be divided.
 
     Raises:
-        DistillError: If it is not positive.
+        DistillError: The temperature is not positive.
     """
     if temperature is None:
         return None
@@ -188,13 +195,13 @@ def temperature_tensor(temperature) -> Tensor | None:
 
 
 def weak_score(learn: Learner, n: int = 8) -> str | None:
-    """Describe the score of a model that is not better than a constant prediction.
+    """Describe the score of a model if the model is not better than a constant prediction.
 
-    None if it is better, or if that is unknown.
+    Return None if the model is better, or if its score is unknown.
 
     Args:
         learn: The Learner.
-        n: Number of validation batches.
+        n: Number of validation batches to read.
     """
     task = task_of(learn.loss_func)
     tally, (valid, _) = Tally(task), prepared_batches(learn, n, 1)
@@ -223,7 +230,7 @@ def weak_score(learn: Learner, n: int = 8) -> str | None:
 
 
 def validation_inputs(learn, n):
-    """Return inputs of validation batches, on the CPU."""
+    """Return the inputs of `n` validation batches, on the CPU."""
     with closing(prepared(learn, some_batches(learn.dls.valid), 1, False)) as batches:
         out = [tuple(o.cpu() for o in x) for x, _ in islice(batches, n)]
     if not out:
@@ -234,17 +241,18 @@ def validation_inputs(learn, n):
 
 
 def example(x):
-    """Return inputs for tracing. A batch size of 1 would be treated as fixed."""
+    """Return inputs for tracing. Use two samples, since a batch size of 1 would be treated as
+    fixed.
+    """
     return tuple(torch.cat([o, o])[:2] if len(o) < 2 else o[:2] for o in x)
 
 
 @contextmanager
 def on_cpu(model):
-    """Put the model into evaluation mode on the CPU inside. Restore its previous state afterwards."""
+    """Put the model into evaluation mode on the CPU. Restore its previous state at the end."""
     device = next((p.device for p in model.parameters()), torch.device('cpu'))
-    typed = [
-        m for m in model.modules() if isinstance(m, ToTensorBase)
-    ]  # e.g. the last layer of U-Nets
+    # these modules change the type of their output, such as the last layer of a U-Net
+    typed = [m for m in model.modules() if isinstance(m, ToTensorBase)]
     try:
         with (
             guarded_random_state(),
@@ -259,12 +267,15 @@ def on_cpu(model):
 
 
 def is_fake_quantized(model):
-    "Return True if the model is in quantization-aware training, by PyTorch or torchao."
+    """Return True if the model is in quantization-aware training, by PyTorch or torchao."""
     return any(c.__name__ == 'FakeQuantizeBase' for m in model.modules() for c in type(m).__mro__)
 
 
 def in_int8(model):
-    """Convert a copy of a model in quantization-aware training to int8, with the learned scales."""
+    """Convert a model to int8 after quantization-aware training, with the learned scales.
+
+    The model itself is not changed.
+    """
     if not isinstance(model, torch.fx.GraphModule):
         raise DistillError(
             f'{type(model).__name__} is not the result of prepare_qat_fx (PyTorch) or prepare_qat_pt2e '
@@ -277,14 +288,14 @@ def in_int8(model):
         from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e
 
         return convert_pt2e(move_exported_model_to_eval(model))
-    # subtle: the public converters create operations that torch.export can't trace
+    # subtle: the public converters produce operations that torch.export can't trace
     from torch.ao.quantization.quantize_fx import _convert_to_reference_decomposed_fx
 
     return _convert_to_reference_decomposed_fx(model)
 
 
 def facts_of(learn, x) -> dict:
-    """Return what a user of the file must know, as plain data."""
+    """Return the facts that a user of the file must know, such as class names, as plain data."""
     task, names = task_of(learn.loss_func), vocab_of(learn.dls)
     stats = [as_plain(torch.as_tensor(o)).flatten().tolist() for o in image_stats(learn.dls)]
     inputs = [
@@ -307,9 +318,9 @@ def facts_of(learn, x) -> dict:
 
 
 def program_of(model, x):
-    """Return the torch.export program with a variable batch size."""
+    """Return the program that torch.export creates for the model, with a variable batch size."""
     batch = torch.export.Dim('batch')
-    # subtle: a single entry, for the argument `*x` of `LogitsOnly`
+    # subtle: a tuple with a single entry, because `LogitsOnly.forward` has the single argument `*x`
     shapes = (tuple({0: batch} for _ in x),)
     try:
         with torch.no_grad():
@@ -355,7 +366,9 @@ def write_onnx(model, x, path, facts):
 
 
 def with_named_batch(model):
-    """Rename the variable batch size of an ONNX model to 'batch' (the exporter calls it s53 or so)."""
+    """Rename the variable batch size of an ONNX model to 'batch'. The exporter uses names like
+    s53.
+    """
     g = model.graph
     free = g.input[0].type.tensor_type.shape.dim[0].dim_param
     for d in (
@@ -369,7 +382,7 @@ def with_named_batch(model):
 def add_facts(model, facts, path):
     import onnx
 
-    del model.metadata_props[:]  # the exporter's own metadata
+    del model.metadata_props[:]  # remove the metadata that the exporter wrote
     onnx.helper.set_model_props(model, {KEY: json.dumps(facts)})
     onnx.save(model, path)
 
@@ -378,9 +391,10 @@ WRITERS = {'.onnx': write_onnx, '.pt2': write_program}
 
 
 def quantize(path, batches, facts, learned=False):
-    """Replace an ONNX file by its int8 version.
+    """Replace an ONNX file with its int8 version.
 
-    Before this, a file with learned scales still quantizes its weights in every run.
+    A file with learned scales is only optimized, so that its weights are stored in int8 instead of
+    being quantized in each run.
     """
     import onnx
     from onnxruntime import quantization as ort
@@ -408,7 +422,8 @@ def quantize(path, batches, facts, learned=False):
 
 
 def compared(learn, path, batches, close, temperature=None):
-    """Compare the outputs of a file with the Learner's. The last batch has only one sample.
+    """Compare the outputs of a file with those of the Learner, also for a batch with a single
+    sample.
 
     Returns:
         (largest difference, number of samples).

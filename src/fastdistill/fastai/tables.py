@@ -1,6 +1,6 @@
-"""Tables: estimators (scikit-learn, LightGBM, ...) as teachers, and perturbed rows to learn from.
+"""Use estimators (scikit-learn, LightGBM, ...) as teachers for tables, and perturb rows.
 
-Estimators get the rows of a batch as they were before the transforms.
+Estimators receive the rows of a batch as they were before the transforms.
 """
 
 import numpy as np
@@ -19,22 +19,25 @@ __all__ = ['RawRows', 'TableEstimator', 'perturbed_rows', 'table_of']
 KNOWN = Categorify, FillMissing, Normalize
 TARGETS = Categorize, EncodedMultiCategorize, RegressionSetup
 CHUNK = 2**16  # number of rows predicted at once
-SWAPPED = 0.1  # fraction of a perturbed row's cells that come from other rows, as in AutoGluon's distillation
+# fraction of a perturbed row's cells that are taken from other rows, as in AutoGluon's distillation
+SWAPPED = 0.1
 
 
 def table_of(dls) -> Tabular | None:
-    """Return the training set if it is a table, else None."""
+    """Return the training set if it is a table. Return None otherwise."""
     ds = getattr(getattr(dls, 'train', None), 'dataset', None)
     return ds if isinstance(ds, Tabular) else None
 
 
 class TableEstimator(Estimator):
-    """An estimator for batches of fastai's tables.
+    """An estimator that predicts batches of fastai's tables.
 
-    On the first batch, it predicts all rows of the DataLoaders at once. Rows of later batches are
-    looked up by their content. Unknown rows, e.g. perturbed ones, are predicted batch by batch.
+    On the first batch, all rows of the DataLoaders are predicted at once. For later batches, the
+    predictions are looked up by the content of the rows. Unknown rows, such as perturbed rows, are
+    predicted batch by batch.
 
     Args:
+        estimator: The estimator.
         dls: DataLoaders of a table.
     """
 
@@ -60,17 +63,17 @@ class TableEstimator(Estimator):
         return out
 
     def anew(self, *x):
-        """Predict the rows of a batch without looking them up.
+        """Predict the rows of a batch again, without looking up earlier predictions.
 
-        With `frame`, a batch may lack columns, and known rows are read from it.
+        If `frame` is given, known rows are looked up, because a batch may not contain all columns.
         """
         return self(*x) if self.frame is not None else self.predict(self.in_order(self.raw(*x)))
 
     def _predict_all(self):
-        """Predict all rows.
+        """Predict all rows of the DataLoaders.
 
-        Rows that are equal for the student, but not for the teacher, get the mean of their
-        predictions.
+        The student's inputs can be equal for rows that differ for the teacher. The predictions for
+        such rows are averaged.
         """
         tables = [dl.dataset for dl in self.dls.loaders if len(dl.dataset)]
         keys = np.concatenate([keys_of_rows(table_inputs(o)) for o in tables])
@@ -91,16 +94,16 @@ class TableEstimator(Estimator):
 
 
 def table_inputs(table):
-    """Return the inputs of a table's rows, as in a batch."""
+    """Return the inputs of all rows of a table, as in a batch."""
     cats = tensor(table.cats).long()
     return (cats, tensor(table.conts).float()) if table.with_cont else (cats,)
 
 
 def keys_of_rows(x) -> np.ndarray:
-    """Return keys of the contents of each row, (B,) uint64.
+    """Compute a key from the content of each row, (B,) uint64.
 
     Args:
-        x: (B, columns) tensors.
+        x: Inputs of a batch, (B, columns) tensors.
     """
     keys = np.zeros(len(x[0]), np.uint64)
     for o in x:
@@ -112,11 +115,13 @@ def keys_of_rows(x) -> np.ndarray:
 
 
 class RawRows:
-    """Rows of a table before `Categorify`, `Normalize` and `FillMissing`, with columns by name.
+    """Converts a batch to a DataFrame with the original rows of the table.
+
+    The transforms `Categorify`, `Normalize` and `FillMissing` are undone.
 
     Args:
         table: The training set.
-        frame: The DataFrame from which the DataLoaders were made.
+        frame: DataFrame from which the DataLoaders were created.
     """
 
     def __init__(self, table: Tabular, frame=None):
@@ -139,19 +144,21 @@ class RawRows:
 
     @property
     def why_lost(self):
-        """Return why the rows can't be restored from a batch. None if they can."""
+        """The reason why the original rows can't be computed from a batch. None if that is
+        possible.
+        """
         if other := [type(p).__name__ for p in self.procs if not isinstance(p, (*KNOWN, *TARGETS))]:
             return f'It is unknown how to undo {few(other)}'
         if len(self.flags) < len(self.filled):
             return f'FillMissing(add_col=False) does not record which cells of {few(self.filled)} were missing'
 
     def __call__(self, *x: Tensor):
-        """Return the rows of a batch as a DataFrame.
+        """Return the original rows of a batch as a DataFrame.
 
-        A category that is not in the training set becomes a missing value.
+        Categories that are not in the training set become missing values.
 
         Args:
-            *x: Inputs of a batch.
+            *x: Inputs of the batch.
         """
         import pandas as pd
 
@@ -188,7 +195,7 @@ class RawRows:
         return {n: v * self.normalize.stds[n] + self.normalize.means[n] for n, v in columns.items()}
 
     def _is_whole(self, name, v):
-        """Return True if all values of a column are integers, up to single precision."""
+        """Return True if all values of a column are integers, within single precision."""
         error = (
             1.3e-7 * np.abs(v - (0 if self.normalize is None else self.normalize.means[name]))
             + 1e-6
@@ -196,7 +203,7 @@ class RawRows:
         return error.max() < 0.4 and (np.abs(v - np.round(v)) < error).all()
 
     def _typed(self, rows):
-        """Convert the columns to the types in `frame`."""
+        """Convert the columns to the types that they have in `frame`."""
         if self.frame is None:
             return rows
         import pandas as pd
@@ -212,10 +219,10 @@ class RawRows:
         return rows
 
     def of_frame(self, table: Tabular):
-        """Return the rows of a dataset in `frame`, by their index.
+        """Look up the rows of a dataset in `frame` by their index.
 
         Args:
-            table: One of the DataLoaders' datasets.
+            table: A dataset of the DataLoaders.
         """
         index = table.items.index
         if not self.frame.index.is_unique:
@@ -233,7 +240,7 @@ class RawRows:
         return rows
 
     def _compare(self, rows, x):
-        """Raise an error if the rows of the frame are not those of the DataLoaders."""
+        """Raise an error if the rows of the frame differ from the rows of the DataLoaders."""
         if self.why_lost:
             return
         own = self(*x)
@@ -262,15 +269,15 @@ def is_number(v):
 def perturbed_rows(x, n: int) -> tuple:
     """Return n copies of each row, in which 10% of the cells come from other rows of the batch.
 
-    Each column thus only has values that occur in the data. AutoGluon swaps cells in this way;
-    Fakoor et al. (NeurIPS 2020, arXiv:2006.14284) compare several methods.
+    As a result, each column contains only values that occur in the data. AutoGluon also swaps cells
+    in this way. Fakoor et al. (NeurIPS 2020, arXiv:2006.14284) compare several methods.
 
     Args:
-        x: Inputs of a batch of a table, (B, columns) tensors.
+        x: Inputs of a batch of a table, as tensors of shape (B, columns).
         n: Number of copies of each row.
 
     Returns:
-        The inputs, (n * B, columns) tensors.
+        The perturbed inputs as tensors of shape (n * B, columns).
     """
     if not all(isinstance(o, torch.Tensor) and o.dim() == 2 for o in x):
         shapes = ', '.join(str(tuple(getattr(o, 'shape', ()))) for o in x)

@@ -1,4 +1,4 @@
-"""Register fastai's loss functions with the kind of outputs that they take."""
+"""Register fastai's loss functions with the kind of outputs that they expect."""
 
 from fastai.basics import BaseLoss, DiceLoss, FocalLoss, LabelSmoothingCrossEntropy
 
@@ -11,9 +11,9 @@ register_losses('softmax', FocalLoss, LabelSmoothingCrossEntropy, DiceLoss)
 
 @register_wrapper
 def inside_mixup(lf):
-    """Return the loss function that MixUp replaced in training.
+    """Return the original loss function if MixUp has replaced it during training.
 
-    MixUp sets its own method as the loss function, and stores the old one in `old_lf`.
+    MixUp sets its own method as the loss function, and stores the original one in `old_lf`.
     """
     old = getattr(getattr(lf, '__self__', None), 'old_lf', None)
     return None if old is None else (old, None)

@@ -1,4 +1,4 @@
-"""`TeacherBlock`: a teacher's outputs in a DataBlock, next to the labels."""
+"""Define `TeacherBlock`, which adds a teacher's outputs to a DataBlock next to the labels."""
 
 import numpy as np
 import torch
@@ -16,9 +16,7 @@ GIVEN = ('logits', 'probabilities', 'label_probabilities')
 
 
 class ToTeacherTarget(ItemTransform):
-    """Turn anything that holds numbers (array, list, tuple, tensor, a row of a table) into a
-    `TeacherTarget`.
-    """
+    """Converts an array, list, tuple, tensor or row of a table to a `TeacherTarget`."""
 
     _retain, order = False, 1
     makes_teacher_target = True
@@ -51,7 +49,7 @@ class ToTeacherTarget(ItemTransform):
 
 
 def to_logits(t, given):
-    """Return logits whose softmax (or sigmoid) is the probabilities `t`."""
+    """Return logits whose softmax (or sigmoid) equals the probabilities `t`."""
     if given == 'logits':
         return t
     if t.min() < 0 or t.max() > 1:
@@ -65,15 +63,15 @@ def to_logits(t, given):
 class TeacherBlock(TransformBlock):
     """A block for a teacher's outputs.
 
-    `DataBlock((ImageBlock, CategoryBlock, TeacherBlock), get_y=[label, row])` makes items (x, (y,
-    y_teacher)).
+    `DataBlock((ImageBlock, CategoryBlock, TeacherBlock), get_y=[label, row])` creates items of the
+    form (x, (y, y_teacher)).
 
     Args:
-        given: Content of the rows: 'logits', 'probabilities' or (multi-label)
+        given: Content of the rows: 'logits', 'probabilities' or, for several labels per item,
             'label_probabilities'.
-        n_out: Number of values in a row, which is checked for each row.
-        vocab: Names of the teacher's classes, in the order of a row. They are mapped to the labels
-            by name.
+        n_out: Number of values in a row. This is checked for each row.
+        vocab: Names of the teacher's classes, in the order of a row. The classes are mapped to the
+            labels by name.
     """
 
     holds_teacher = True

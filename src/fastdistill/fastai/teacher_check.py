@@ -1,4 +1,4 @@
-"Check a teacher and a Learner before training for mistakes that training would not show."
+"""Check a teacher and a Learner before training for mistakes that training would not report."""
 
 from contextlib import closing
 from types import SimpleNamespace
@@ -35,16 +35,17 @@ KIND_IN_WORDS = dict(
 
 
 class TeacherCheck(Findings):
-    """Findings of a teacher check, which prints as a table in a terminal or notebook.
+    """List of the findings of a teacher check. The list prints as a table in a terminal or
+    notebook.
 
-    It is a list that is empty if nothing is wrong. `in_order` are the checks that found nothing,
-    `facts` and `costs` the measurements.
+    The list is empty if no mistake was found. The attribute `in_order` contains the checks that
+    found nothing. The attributes `facts` and `costs` contain the measurements.
     """
 
     costs, cost_lines, title = None, (), ''
 
     def rows(self) -> list:
-        """Return the rows of the table as `Finding`s: mistakes, passed checks, costs."""
+        """Return the rows of the table as `Finding`s: mistakes, passed checks and costs."""
         levels = ('error', 'warning', 'note')
         fine = {f.about: f for f in self.in_order}
         first = [fine.pop(k, Finding('', text, '', about=k)) for k, text in self.measured.items()]
@@ -53,7 +54,7 @@ class TeacherCheck(Findings):
 
     @property
     def measured(self):
-        """Return the facts as text."""
+        """The measured facts as text, {subject: text}."""
         f = self.facts
         return (
             {}
@@ -63,7 +64,7 @@ class TeacherCheck(Findings):
 
     @property
     def verdict(self):
-        """Return the last line of the table."""
+        """The last line of the table, with the number of findings."""
         if not self:
             return self.none
         n = {k: sum(f.level == k for f in self) for k in ('error', 'warning', 'note')}
@@ -74,10 +75,10 @@ class TeacherCheck(Findings):
         )
 
     def show(self, console=None):
-        """Show the table, as HTML in a notebook or else in the terminal.
+        """Show the table as HTML in a notebook, or as text in a terminal.
 
         Args:
-            console: Console of Rich. None for standard output.
+            console: Console of Rich. If None, standard output is used.
         """
         show(self, print_checks, console)
 
@@ -93,23 +94,25 @@ def check_teacher(
 ) -> TeacherCheck:
     """Check a teacher against a Learner.
 
-    Compare the inputs that the teacher expects with those it will get, score it on a few batches,
-    and measure its cost.
+    The check compares the inputs that the teacher expects with the inputs that the teacher will
+    receive. The check also scores the teacher on a few batches, and measures the cost of the
+    teacher.
 
     Args:
         learn: The student's Learner, or only its DataLoaders.
-        teacher: What `KnowledgeDistillation` takes.
-        task: What the student predicts. None to derive it from its loss function.
+        teacher: Anything that `KnowledgeDistillation` accepts.
+        task: What the student predicts. If None, the task is derived from the loss function.
         recipe: Recipe or term of the training. None if unknown.
-        n: Number of validation batches to read. A quarter as many training batches are read.
+        n: Number of validation batches to read. For every four validation batches, one training
+            batch is read.
         output: Which of the student's outputs is distilled, as in `Distiller`.
-        n_epoch: Number of epochs for which costs are estimated. None to skip this.
+        n_epoch: Number of epochs for which costs are estimated. If None, costs are not estimated.
     """
     if not hasattr(learn, 'dls'):
         learn = SimpleNamespace(dls=learn, model=None, loss_func=getattr(learn, 'loss_func', None))
     task, recipe = task or task_of(learn.loss_func), as_recipe(recipe)
     teacher = teacher_of(teacher, learn, task)
-    # in distributed training, one process may run the check while the others train or wait
+    # in distributed training, a single process may run the check while the others train or wait
     with items_shown(learn.dls.loaders, teacher), counted_as_one():
         head = learn.dls.head if isinstance(learn.dls, HeadData) else None
         out = TeacherCheck().join(find_mistakes(learn, teacher, task, recipe, n, output, head))
@@ -125,8 +128,11 @@ def check_teacher(
 
 
 def costs_of_check(learn, teacher, task, recipe, output, n_epoch):
-    """Return (costs, their lines). If they could not be measured, a line has the reason."""
-    # subtle: any error is possible, since student, loss and recipe may be the user's. A fit raises it again
+    """Return (costs, lines of text). If the costs could not be measured, a line states the
+    reason.
+    """
+    # subtle: any error is possible, because the student, the loss and the recipe may be the user's
+    # own code. A fit raises the error again.
     try:
         costs = training_costs(learn, teacher, task, recipe, output)
     except Exception as e:
@@ -135,20 +141,20 @@ def costs_of_check(learn, teacher, task, recipe, output, n_epoch):
 
 
 def weight_shapes(model):
-    """Return the shapes for which projectors are built.
+    """Return the shapes of a model's weights, which determine the shapes of projectors.
 
-    Pruning masks do not change them, but removing channels does.
+    Pruning masks do not change the shapes, but removing channels does.
     """
     return sorted(p.shape for p in model.parameters() if not is_lazy(p))
 
 
 def check_optimizer(learn):
-    """Raise a DistillError if the optimizer would not train the model's present weights.
+    """Raise a DistillError if the optimizer would not train the model's current weights.
 
-    This happens if layers got new weights after it was created, e.g. by pruning.
+    Pruning, for example, can give layers new weights after the optimizer was created.
     """
     if learn.opt is None:
-        return  # not a training (`summary`, `tta`)
+        return  # no training (`summary`, `tta`)
     stepped = {p for ps in learn.opt.param_lists for p in ps}
     weights = {p: n for n, p in learn.model.named_parameters() if p.requires_grad}
     # the optimizer may also train weights of the loss function
@@ -168,12 +174,13 @@ def find_mistakes(
 
     Args:
         learn: As in `check_teacher`.
-        teacher: A `Teacher` made by `teacher_of` for this Learner and task.
+        teacher: A `Teacher` created by `teacher_of` for this Learner and task.
         task: What the student predicts.
         recipe: As in `check_teacher`.
         n: As in `check_teacher`.
         output: As in `check_teacher`.
-        head: One of several heads of the student, with its own labels. None for a single head.
+        head: One of several heads of the student, with its own labels. None if the student has one
+            output.
     """
     found = Findings()
     found.add(
@@ -182,7 +189,7 @@ def find_mistakes(
     own = learn if head is None else head.of(learn)
     for about, (look, in_words) in CHECKS.items():
         if about == 'classes' and any_outputs(recipe):
-            continue  # the recipe compares outputs whose classes may differ
+            continue  # the recipe compares outputs that may have different classes
         found.add(about, look(own, teacher, task), in_words(own, teacher, task))
     if found.errors:
         return found
@@ -218,7 +225,7 @@ def with_learners(teacher):
 
 
 def resets(learn, teacher, task):
-    """Find a student whose method `reset`, which fastai calls, changes weights."""
+    """Report a student whose method `reset` changes weights, because fastai calls this method."""
     if has_reset(learn.model) and (why := why_no_reset(learn.model)):
         yield Finding(
             'error',
@@ -235,7 +242,8 @@ def resets_in_words(learn, teacher, task):
 def kinds(learn, teacher, task):
     """Check that student and teacher predict the same kind of output."""
     own = known_kind(learn.loss_func)
-    # subtle: when a cache is written without a student, kind='regression' stores a teacher's embeddings unchanged
+    # subtle: if a cache is written without a student, kind='regression' stores a teacher's
+    # embeddings unchanged
     if own not in (None, task.kind) and not (learn.model is None and task.kind == 'regression'):
         yield Finding(
             'error',
@@ -264,7 +272,7 @@ def known_kind(loss_func):
 
 
 def labels(learn, teacher, task):
-    """Check the student's classes against the teacher's."""
+    """Check that the teacher has the student's classes."""
     for o in single_teachers(teacher):
         names = class_names(o, learn.dls)
         found = None if task.kind == 'regression' else map_classes(vocab_of(learn.dls), names)
@@ -297,7 +305,7 @@ def labels_in_words(learn, teacher, task):
 
 
 def of_shared(found, student, teacher):
-    """Describe how to distill the classes that both models have."""
+    """Describe how to distill only the classes that both models have."""
     if len(found.shared) < 2:
         return ''
     at = lambda names: few_names([names.index(c) for c in found.shared], 20)
@@ -311,7 +319,7 @@ def codings(learn, teacher, task):
     """Check that both models encode tokens and categories in the same way."""
     for o in with_learners(teacher):
         if o.inputs is not None:
-            continue  # the teacher converts the codes itself
+            continue  # the teacher converts the inputs itself
         a, b = learn.dls, o.learner.dls
         for name, read in CODES.items():
             s, t = read(a), read(b)
@@ -327,7 +335,7 @@ def codings(learn, teacher, task):
 
 
 def codings_in_words(learn, teacher, task):
-    """Describe what both models encode, with the number of codes."""
+    """Describe the tokens and categories that both models encode in the same way."""
     found = {k: read(learn.dls) for k, read in CODES.items()} if with_learners(teacher) else {}
     same = [f'{len(v)} {k}' for k, v in found.items() if v is not None]
     return f'{", ".join(same)}, the same for both' if same else ''
@@ -351,7 +359,9 @@ def normalization(learn, teacher, task):
 
 
 def normalization_in_words(learn, teacher, task):
-    """Describe the images' mean and standard deviation, if they are the same for both models."""
+    """Describe the mean and standard deviation of the images, if both models use the same
+    values.
+    """
     tfms = getattr(getattr(learn.dls, 'after_batch', None), 'fs', ())
     if not any(isinstance(t, Normalize) for t in tfms):
         return ''
@@ -362,7 +372,9 @@ def normalization_in_words(learn, teacher, task):
 
 
 def image_sizes(learn, teacher, task):
-    """Report that images are resized to the size on which the teacher's Learner was trained."""
+    """Report if images are resized for the teacher because its Learner was trained on a different
+    size.
+    """
     for o in with_learners(teacher):
         if o.size is None or o.size == (mine := size_of_images(learn.dls)):
             continue
@@ -390,7 +402,7 @@ def in_pixels(size):
     return f'{size[0]} x {size[1]}'
 
 
-# {subject: (function that returns findings, function that describes the check if there are none)}
+# {subject: (function that yields findings, function that describes the passed check)}
 CHECKS = {
     'reset()': (resets, resets_in_words),
     'task': (kinds, kinds_in_words),

@@ -1,4 +1,4 @@
-"""Remove samples and teacher targets from a batch before inputs and labels are used."""
+"""Remove sample information and teacher targets from a batch before inputs and labels are used."""
 
 import copy
 import inspect
@@ -23,8 +23,9 @@ __all__ = [
 
 
 class TeacherTarget(TensorBase):
-    """A teacher's output for an item. It is a type of its own, so that transforms of images, masks
-    and categories skip it.
+    """A teacher's output for an item.
+
+    Because of this type, transforms of images, masks and categories skip the teacher's output.
     """
 
     def show(self, ctx=None, **kwargs):
@@ -32,11 +33,11 @@ class TeacherTarget(TensorBase):
 
 
 class TeacherTargets(Callback):
-    """Callback that takes samples and teacher targets out of the batch, since MixUp and metrics
-    don't expect them.
+    """Callback that removes sample information and teacher targets from the batch.
 
-    It also records how MixUp or CutMix mixes the batch. A loss with three arguments gets the
-    target.
+    MixUp and metrics do not expect samples and targets in the batch. The callback also records how
+    MixUp or CutMix mixes the batch. If the loss function has three arguments, the teacher's target
+    is the third argument.
     """
 
     order, remove_on_fetch = -20, False
@@ -46,9 +47,12 @@ class TeacherTargets(Callback):
         self.samples = None
 
     def after_create(self):
-        """Remove the callback from a Learner whose batches have neither samples nor targets."""
+        """Remove the callback if the Learner's batches have no sample information and no
+        targets.
+        """
         dls = self.learn.dls
-        # subtle: a DataLoader with its own `create_batches` may belong to a fit of a different Learner
+        # subtle: a DataLoader with its own `create_batches` may belong to a fit of a different
+        # Learner
         own = any('create_batches' in vars(dl) for dl in getattr(dls, 'loaders', []))
         if not (own or target_tfms(dls)):
             self.learn.remove_cb(self)
@@ -62,11 +66,13 @@ class TeacherTargets(Callback):
             )
         *b, last = *self.xb, *self.yb
         if isinstance(last, BatchSamples):
-            # subtle: fastai's distributed DataLoader treats all parts of a plain dataset but the last as inputs
+            # subtle: with a plain dataset, fastai's distributed DataLoader treats all parts but the
+            # last as inputs
             self.samples, n = last, last.n_inp
             self.learn.xb, self.learn.yb = tuple(b[:n]), tuple(b[n:])
             if last.rows is not None:
-                # subtle: copy now; after the student has been launched, a copy to a GPU would wait for it
+                # subtle: copy the rows now. After the student has been launched, a copy to a GPU
+                # would wait for the student.
                 last.rows = last.rows.to(next(tensors_in(self.xb), last.rows).device)
         if len(self.yb) and isinstance(self.yb[-1], TeacherTarget):
             if self.samples is None:
@@ -94,31 +100,35 @@ class TeacherTargets(Callback):
         if len(self.yb) and isinstance(self.yb[-1], TeacherTarget):
             self.learn.yb = self.yb[:-1]
 
-    # `__reduce__` is only for export: a copied Learner needs a working callback
+    # `__reduce__` is only used for export. A copied Learner needs a working callback.
     def __deepcopy__(self, memo):
         new = type(self)()
         new.learn = copy.deepcopy(self.learn, memo)
         return new
 
-    # an exported Learner gets a no-op callback, so that it loads without fastdistill
+    # an exported Learner contains a callback without effect instead, so that it loads without
+    # fastdistill
     def __reduce__(self):
         return Callback, ()
 
 
 def without_targets(b):
-    """Return a batch without samples and teacher targets."""
+    """Return a batch without sample information and teacher targets."""
     if not isinstance(b, (tuple, list)):
         return b
     return type(b)(o for o in b if not isinstance(o, (TeacherTarget, BatchSamples)))
 
 
 def samples_of(learn) -> BatchSamples | None:
-    """Return the samples of a Learner's current batch. None if the batch has none."""
+    """Return the `BatchSamples` of a Learner's current batch. Return None if the batch has none."""
     return next((c.samples for c in learn.cbs if isinstance(c, TeacherTargets)), None)
 
 
 def recording(y, permutations):
-    """Return `y` as a tensor that appends each permutation that indexes it to `permutations`."""
+    """Return a tensor like `y` that records the permutations used by MixUp.
+
+    Each permutation that is used to index this tensor is appended to `permutations`.
+    """
     cls = type(y)
 
     class Recording(cls):
@@ -136,7 +146,7 @@ def recording(y, permutations):
 
 
 def takes_teacher(loss_func):
-    """Return True if this loss takes (out, y, y_teacher)."""
+    """Return True if this loss function takes (out, y, y_teacher)."""
     if isinstance(loss_func, BaseLoss):
         return False
     if isinstance(getattr(loss_func, '__self__', None), MixHandler):
@@ -155,12 +165,12 @@ def takes_teacher(loss_func):
 
 
 def makes_target(tfm) -> bool:
-    """Return True if this transform makes teacher targets of rows."""
+    """Return True if this transform converts rows to teacher targets."""
     return getattr(tfm, 'makes_teacher_target', False)
 
 
 def target_tfms(dls):
-    """Return the transforms in these DataLoaders that make teacher targets of rows."""
+    """Return the transforms in these DataLoaders that convert rows to teacher targets."""
     datasets = [getattr(dl, 'dataset', None) for dl in getattr(dls, 'loaders', [])]
     return [
         f

@@ -1,4 +1,4 @@
-"Teachers for fastai: Learners, exported Learners, and everything that `Teacher` takes."
+"""Convert Learners, exported Learners and everything that `Teacher` accepts to a `Teacher`."""
 
 import warnings
 from collections.abc import Mapping
@@ -50,20 +50,23 @@ PICKLES = {
 def teacher_of(obj, learn=None, task=None, **kwargs) -> Teacher:
     """Convert `obj` to a `Teacher` for the batches of `learn`.
 
-    Images are converted from the student's normalization to the teacher's, and resized to the size
-    on which the teacher's Learner was trained.
+    Images are converted from the student's normalization to that of the teacher. Images are also
+    resized to the size on which the teacher's Learner was trained.
 
-    A Learner's statistics and image size are those of its DataLoaders at the time of this call. A
-    pretrained `vision_learner` adds `Normalize` to its DataLoaders, so a student built on the
-    teacher's DataLoaders changes the teacher's statistics. Give each model its own DataLoaders.
-    `.learner` is the teacher's Learner.
+    The normalization and image size of a teacher's Learner are read from its DataLoaders when this
+    function is called. A pretrained `vision_learner` adds `Normalize` to its DataLoaders. So if the
+    student uses the same DataLoaders as the teacher, the teacher's normalization changes too. Give
+    each model its own DataLoaders.
+
+    If the teacher is a Learner, the attribute `learner` of the result is this Learner.
 
     Args:
-        obj: A Learner, an exported Learner (.pkl) or estimator (.joblib), whose code runs; anything
-            that `Teacher` takes; or a list of these.
-        learn: The student's Learner, or its DataLoaders, with their `Normalize` and class names.
-        task: What the student predicts. It determines kind, axis, and the order of a Learner's
-            classes.
+        obj: A Learner, an exported Learner (.pkl), an exported estimator (.joblib), anything that
+            `Teacher` accepts, or a list of these. Code in .pkl and .joblib files is executed.
+        learn: The student's Learner or its DataLoaders, which provide normalization and class
+            names.
+        task: What the student predicts. The task determines kind, axis, and the order of a
+            Learner's classes.
         **kwargs: Options of `Teacher`.
     """
     dls = getattr(learn, 'dls', learn)
@@ -93,9 +96,8 @@ def teacher_of(obj, learn=None, task=None, **kwargs) -> Teacher:
         return of_learner(obj, own | kwargs)
     if isinstance(obj, Teacher):
         if obj.reads_items:
-            kwargs.pop(
-                'input_stats', None
-            )  # the teacher reads raw items, not the student's normalized batches
+            # the teacher reads raw items, not the student's normalized batches
+            kwargs.pop('input_stats', None)
         own = (
             {} if obj.given & {'select', 'classes'} else in_order(dls, class_names(obj, dls), task)
         )
@@ -106,7 +108,7 @@ def teacher_of(obj, learn=None, task=None, **kwargs) -> Teacher:
 
 
 def refuse_stored(teacher):
-    """Raise a DistillError for a cache where the teacher has to run."""
+    """Raise a DistillError if a cache is given, but the teacher has to run."""
     if isinstance(teacher, TeacherCache) or is_cache(teacher):
         folder = teacher.folder if isinstance(teacher, TeacherCache) else teacher
         raise DistillError(
@@ -119,7 +121,7 @@ def is_heads(teacher):
     """Return True for a dict of teachers, one for each head.
 
     Raises:
-        DistillError: If the dict holds weights.
+        DistillError: The dict contains weights.
     """
     if not isinstance(teacher, Mapping):
         return False
@@ -132,7 +134,7 @@ def is_heads(teacher):
 
 
 def refuse_heads(teacher):
-    """Raise a DistillError for a dict of teachers where one teacher is needed."""
+    """Raise a DistillError if a dict of teachers is given, but a single teacher is needed."""
     if is_heads(teacher):
         raise DistillError(
             'A dict has a teacher for each head of a student, which can be a list (an ensemble). Give '
@@ -141,12 +143,12 @@ def refuse_heads(teacher):
 
 
 def adapted(teacher, kwargs):
-    """Return the Teacher with these options, except those it already has."""
+    """Return the Teacher with these options. Options that are already set are not changed."""
     return teacher.with_defaults(**kwargs)
 
 
 def of_learner(learn, kwargs):
-    """Build a Teacher of the Learner's model, without its callbacks."""
+    """Build a Teacher from the model of a Learner. The Learner's callbacks are not used."""
     teacher = Teacher(learn.model, **grouped_options(kwargs))
     teacher.learner = learn
     return teacher
@@ -157,7 +159,7 @@ def has_estimators(teachers):
 
 
 def on_table(teacher, dls):
-    """Return a Teacher whose estimator gets the rows of a table before the transforms."""
+    """Return a Teacher whose estimator receives the rows of a table before the transforms."""
     e = teacher.model
     if not isinstance(e, Estimator) or table_of(dls) is None or getattr(e, 'dls', None) is dls:
         return teacher
@@ -169,8 +171,8 @@ def on_table(teacher, dls):
 def class_names(teacher, dls):
     """Return the names of the teacher's classes, in the order of its outputs. None if unknown.
 
-    An estimator fitted on the numbers 0, 1, 2, ... has no names, unless these are also the names of
-    the student's classes.
+    The classes of an estimator are often the numbers 0, 1, 2, ... Numbers are treated as names only
+    if the student's classes have the same names.
 
     Args:
         teacher: A single `Teacher`, not an ensemble.
@@ -191,8 +193,8 @@ def class_names(teacher, dls):
 
 
 def same_column(dls, theirs):
-    """Return a teacher's DataLoaders, restricted to the labels of the same head if `dls` belong to
-    one.
+    """Return the teacher's DataLoaders. If `dls` are restricted to one head, restrict the teacher's
+    DataLoaders too.
     """
     return dls.column_of(theirs) if hasattr(dls, 'column_of') else theirs
 
@@ -207,7 +209,7 @@ def with_numbers(teacher, dls):
 def other_size(dls, theirs):
     """Return the option that resizes images to the size on which a teacher was trained.
 
-    Empty if the student's images have this size.
+    Return an empty dict if the student's images already have this size.
     """
     size = None if dls is None else size_of_images(theirs)
     return {} if size is None or size == size_of_images(dls) else dict(size=size)
@@ -216,7 +218,7 @@ def other_size(dls, theirs):
 def in_order(dls, names, task):
     """Return the option that puts a teacher's classes in the student's order.
 
-    Empty if the order is the same or unknown.
+    Return an empty dict if both models have the same order, or if the order is unknown.
     """
     if names is None or dls is None or task is None or task.kind == 'regression':
         return {}
@@ -225,10 +227,11 @@ def in_order(dls, names, task):
 
 
 def of_module(model, given):
-    """Return the option `stats` of a module.
+    """Return the option `stats` for a module.
 
-    timm's modules know the normalization of their images. torchvision's don't, which matters unless
-    the student's normalization is ImageNet's.
+    Modules of timm describe the normalization of their images. Modules of torchvision don't
+    describe it. For a torchvision module, warn if the student does not use the normalization of
+    ImageNet.
     """
     if timm_cfg(model):
         return 'auto'
@@ -246,7 +249,7 @@ def of_module(model, given):
 
 
 def exported(path):
-    """Load the Learner or the estimator from a pickle."""
+    """Load a Learner or an estimator from a pickle."""
     if not path.is_file():
         raise DistillError(
             f'There is no file {str(path)!r}. {PICKLES[path.suffix].format(path.name)}'
@@ -256,11 +259,10 @@ def exported(path):
         return load_estimator(path)
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings(
-                'ignore', message='load_learner. uses Python'
-            )  # `warn_of_code` already says this
+            # this warning is not needed, because `warn_of_code` has already warned
+            warnings.filterwarnings('ignore', message='load_learner. uses Python')
             return load_learner(path)
-    # subtle: any error is possible, since pickle interprets the bytes of the file as instructions
+    # subtle: any error is possible, since pickle executes instructions in the file
     except Exception as e:
         reason = ' '.join(f'{type(e).__name__}: {e}'.split())
         raise DistillError(
@@ -271,17 +273,19 @@ def exported(path):
 
 
 def image_stats(dls) -> tuple:
-    """Return (mean, std) of the batches' `Normalize`, or (0, 1) if there is none."""
+    """Return (mean, std) of the `Normalize` transform of the batches, or (0, 1) if there is
+    none.
+    """
     tfms = getattr(getattr(dls, 'after_batch', None), 'fs', [])
     n = next((t for t in tfms if isinstance(t, Normalize)), None)
     return (0.0, 1.0) if n is None else (n.mean, n.std)
 
 
 def size_of_images(dls) -> tuple | None:
-    """Return (height, width) of the images in the batches, as given by the last resizing transform.
+    """Return (height, width) of the images in the batches. Return None if unknown.
 
-    Without such a transform, it is the size of the items. None if they are not images, or differ in
-    size.
+    The last transform that resizes images determines the size. If no transform resizes images, the
+    size of the items is returned, provided that a few items have the same size.
     """
     sizes = [
         size_after(t)
@@ -294,7 +298,9 @@ def size_of_images(dls) -> tuple | None:
 
 
 def size_after(tfm):
-    """Return (height, width) to which a transform resizes images. None if it does not resize."""
+    """Return (height, width) to which a transform resizes images. None if it does not resize
+    them.
+    """
     if isinstance(tfm, (Resize, RandomResizedCrop, CropPad, RandomCrop)):
         return tuple(tfm.size[::-1])
     if isinstance(tfm, RandomResizedCropGPU):
@@ -303,8 +309,9 @@ def size_after(tfm):
 
 
 def size_of_items(dl):
-    """Return (height, width) of a few items of a DataLoader. None if they are not images of one
-    size.
+    """Return (height, width) of the items of a DataLoader, after looking at a few items.
+
+    Return None if the items are not images, or have different sizes.
     """
     ds = getattr(dl, 'dataset', None)
     if not (
@@ -312,7 +319,8 @@ def size_of_items(dl):
     ):
         return None
     with RandomGuard(), Generators(ds, dl.after_item).seeded(0):
-        # subtle: any error is possible, since datasets may be the user's own. A fit raises it again
+        # subtle: any error is possible, since datasets may be the user's own code. A fit raises the
+        # error again.
         try:
             sizes = {size_of_item(dl.do_item(i)) for i in (0, len(ds) // 2, len(ds) - 1)}
         except Exception:
@@ -321,7 +329,7 @@ def size_of_items(dl):
 
 
 def size_of_item(x):
-    """Return (height, width) of an item's first part. None if it is not an image."""
+    """Return (height, width) of an item's first part. None if this part is not an image."""
     while isinstance(x, (tuple, list)) and len(x):
         x = x[0]
     if isinstance(x, Tensor):

@@ -1,4 +1,4 @@
-"""Change the loss of a Learner's training step, and read the labels of a mixed batch."""
+"""Change the loss in a Learner's training step, and read the labels of a mixed batch."""
 
 from fastai.callback.mixup import MixHandler
 
@@ -8,13 +8,13 @@ __all__ = ['StudentTaps', 'add_distilled', 'add_loss', 'has_outputs', 'mixed_lab
 
 
 class StudentTaps:
-    """Hooks on the student's layers, kept from batch to batch where that helps."""
+    """Hooks on the student's layers. The hooks of a compiled model are kept between batches."""
 
     def __init__(self):
         self.taps = None
 
     def attach(self, model, names: list):
-        """Hook the layers that a batch compares."""
+        """Add hooks to the layers that are compared in a batch."""
         if self.taps is not None and self.taps.names == names:
             return
         self.detach()
@@ -22,7 +22,7 @@ class StudentTaps:
             self.taps = Taps(model, names).attach()
 
     def pop(self) -> dict:
-        """Return what the layers returned, by name."""
+        """Return {layer name: output of the layer}."""
         return {} if self.taps is None else self.taps.pop()
 
     def end_batch(self):
@@ -31,18 +31,18 @@ class StudentTaps:
             self.detach()
 
     def detach(self):
-        """Remove the hooks. Safe to call twice."""
+        """Remove the hooks. It is safe to call this twice."""
         if self.taps is not None:
             self.taps.detach()
         self.taps = None
 
 
 def has_outputs(distiller, samples) -> bool:
-    """Return True if any teacher has outputs for these samples.
+    """Return True if at least one teacher has outputs for these samples.
 
     Args:
         distiller: The `Distiller`.
-        samples: The `BatchSamples` of a batch. None if they are unknown.
+        samples: The `BatchSamples` of a batch. None if the samples are unknown.
     """
     teachers = (h.teacher for h in distiller.heads.values())
     return any(t.has_outputs(samples) for t in teachers if t is not None)
@@ -69,14 +69,16 @@ def add_loss(learn, v):
 
 
 def regularizers(learn):
-    """Return what earlier callbacks added to the task loss."""
+    """Return the values that earlier callbacks added to the task loss."""
     a, b = learn.loss_grad, learn.loss
-    # subtle: if they added nothing, do not use the task loss or its gradient at all: they may be nan
+    # subtle: if nothing was added, avoid the task loss and its gradient, because they may be nan
     return 0.0 if origin(a) is origin(b) else (a - b).nan_to_num()
 
 
 def origin(loss):
-    """Return the operation that computed a loss, ignoring the copies that fastai makes of it."""
+    """Return the operation that computed a loss, ignoring the copies of the loss that fastai
+    makes.
+    """
     fn = loss.grad_fn
     while fn is not None and fn.name() in ('AliasBackward0', 'CloneBackward0'):
         fn = fn.next_functions[0][0]
@@ -84,9 +86,9 @@ def origin(loss):
 
 
 def mixed_labels(learn):
-    """Return (second labels, coefficient of the first ones) of a batch that MixUp or CutMix mixed.
+    """Return (second labels, coefficient of the first labels) for a batch mixed by MixUp or CutMix.
 
-    None if the batch is not mixed, or its labels are not kept apart.
+    Return None if the batch is not mixed, or if its labels are mixed into one tensor.
     """
     mixes = [c for c in learn.cbs if isinstance(c, MixHandler) and getattr(c, 'stack_y', False)]
     if not mixes or not learn.training:

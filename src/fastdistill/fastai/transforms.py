@@ -1,4 +1,4 @@
-"Replay batch transforms sample by sample, and describe them."
+"""Replay batch transforms separately for each sample, and describe the transforms."""
 
 import inspect
 from functools import partial
@@ -30,15 +30,14 @@ from .language_model import is_stream
 
 __all__ = ['Replay', 'augmented', 'describe_transforms', 'moves']
 
-# these draw no random numbers and transform each sample independently
+# these transforms use no random numbers and treat each sample independently
 FIXED = Normalize, IntToFloatTensor, ToTensor, ReadTabBatch
 
 
 class Replay(Pipeline):
-    """A pipeline that replaces a DataLoader's `after_batch`, and keeps the samples at the end of
-    the batch.
+    """A pipeline that replaces `after_batch` of a DataLoader. It keeps the samples in the batch.
 
-    If the plan says so, it replays the view of each sample.
+    If `plan.random` is True, the random transforms are replayed for the view of each sample.
     """
 
     def __init__(self, pipe, plan):
@@ -59,7 +58,8 @@ class Replay(Pipeline):
     def replay(self, b, samples):
         seen, keys = {}, self.plan.keys[samples.index]
         for f in self.fs:
-            # subtle: a seed depends on the transform's name, not its position, since a model may add a Normalize
+            # subtle: seeds depend on the transform's name, not its position, since a model may add
+            # a Normalize
             n = seen[type(f)] = seen.get(type(f), 0) + 1
             if id(f) not in self.found:
                 self.found[id(f)] = hash_of(type(f).__name__.encode()), draws_alone(f)
@@ -70,9 +70,10 @@ class Replay(Pipeline):
 
 
 def draws_alone(f):
-    """Return True if a transform must get one sample at a time.
+    """Return True if a transform must be run on one sample at a time.
 
-    This is the case if it has its own generator, or a list of numbers for the positions in a batch.
+    These are transforms with their own random generator, or with a list of values for the positions
+    in a batch.
     """
     listed = lambda place, o: place[2] == 'draw' and isinstance(o, (list, tuple))
     return any(
@@ -82,11 +83,12 @@ def draws_alone(f):
 
 
 def replay_one(f, b, seeds, split_idx, alone):
-    """Run one batch transform with separate random numbers for each sample."""
+    """Run one batch transform with different random numbers for each sample."""
     if fixed(f):
         return f(b, split_idx=split_idx)
     x = first_of(b)
-    # subtle: handle these before the check of `split_idx`, since their own is from the last batch
+    # subtle: handle these transforms before `split_idx` is checked, since they store the
+    # `split_idx` of the last batch
     if isinstance(f, (AffineCoordTfm, SpaceTfm)) and isinstance(x, TensorImage):
         return (
             by_sample(f, b, seeds, split_idx) if alone else replay_drawn(f, b, x, seeds, split_idx)
@@ -101,28 +103,29 @@ def fixed(f):
 
 
 def by_sample(f, b, seeds, split_idx):
-    """Run a transform on one sample at a time: correct for every transform, but slow."""
+    """Run a transform on one sample at a time, which is slow but works for every transform."""
     return per_sample(lambda *o: f(b_of(o, b), split_idx=split_idx), seeds, *flat(b))
 
 
 def replay_drawn(f, b, x, seeds, split_idx):
     """Run one of fastai's affine, warp, lighting and color transforms.
 
-    The numbers of all samples are drawn at once on the CPU, each from its own seed. Then the
-    transform runs once over the batch.
+    The random numbers of all samples are generated first, on the CPU. Each sample has its own seed.
+    Then the transform runs once on the whole batch.
     """
-    # subtle: with at least two samples, a number per batch and a number per sample have different shapes
+    # subtle: use at least two samples, so that a value per batch and a value per sample have
+    # different shapes
     n = max(len(x), 2)
     like = TensorImage(torch.empty(1).expand(n, *x.shape[1:]))
-    like.__dict__.update(x.__dict__)  # copies img_size, if there is one
-    # subtle: fastai's tensor types would make each small operation many times slower
+    like.__dict__.update(x.__dict__)  # copy img_size, if it is set
+    # subtle: with fastai's tensor types, each small operation would be many times slower
     with (
         RandomGuard() as guard,
         PerSample(np.resize(seeds, n)),
         torch._C.DisableTorchFunctionSubclass(),
     ):
         f.before_call((like,), split_idx)
-    # it draws random numbers in a way that PerSample does not replace (batch=True)
+    # the transform uses random numbers in a way that PerSample does not replace (batch=True)
     if guard.moved:
         return by_sample(f, b, seeds, split_idx)
     if not f.do:
@@ -148,14 +151,14 @@ def replay_drawn(f, b, x, seeds, split_idx):
 
 
 def coupled(f, x):
-    """Return True if a sample's result depends on the other samples.
+    """Return True if the result of a sample depends on the other samples of the batch.
 
-    fastai first shrinks images by the largest zoom in the batch.
+    For large zooms, fastai first shrinks all images by the largest zoom in the batch.
     """
     if not isinstance(f, AffineCoordTfm):
         return False
     size = x.shape[-1] if f.size is None else f.size if isinstance(f.size, int) else f.size[1]
-    # subtle: fastai's `_grid_sample` compares the height with the new width, and the width with 2
+    # subtle: in fastai, `_grid_sample` compares the height with the new width, and the width with 2
     return min(x.shape[-2] / size, x.shape[-1] / 2) > 2
 
 
@@ -180,9 +183,9 @@ def b_of(o, b):
 
 
 def describe_transforms(dl) -> dict:
-    """Return {name: description} of each transform that is replayed.
+    """Return {name: description} of all transforms that are replayed.
 
-    `Normalize` is left out, since each model may have its own.
+    `Normalize` is not included, since each model may have its own.
     """
     out = {}
     if is_stream(dl):
@@ -201,7 +204,7 @@ def describe_transforms(dl) -> dict:
         for f in dl.after_batch.fs
         if not (fixed(f) or isinstance(f, (AffineCoordTfm, SpaceTfm)))
     ]
-    # the same seed gives different random numbers on different device types
+    # the same seed generates different random numbers on different types of devices
     if own:
         out[f'device of {", ".join(own)}'] = getattr(dl.device, 'type', 'cpu')
     return out
@@ -211,7 +214,8 @@ def name_each(out, where, fs):
     for i, f in enumerate(fs):
         if f.name == 'noop' or isinstance(f, ReadTabBatch):
             continue
-        # except before a random transform, whose noise then depends on it (RandomErasing)
+        # describe Normalize only if a random transform follows, such as RandomErasing, whose noise
+        # depends on the normalization
         if isinstance(f, Normalize) and all(map(fixed, fs[i + 1 :])):
             continue
         name = f'{where}: {f.name.split(" -- ")[0]}'
@@ -219,15 +223,15 @@ def name_each(out, where, fs):
         out[name if not n else f'{name} #{n + 1}'] = in_words(f)
 
 
-PASSING_STATE = {'self', 'counter', 'lengths'}  # it depends on the data seen so far
+PASSING_STATE = {'self', 'counter', 'lengths'}  # these attributes depend on the data seen so far
 
 
 def in_words(o, depth=6):
-    """Return an object's options as text, without the random numbers that it drew last."""
+    """Return an object's options as text. Attributes with random numbers are left out."""
     say = lambda v: in_words(v, depth - 1)
     if isinstance(o, (str, bool, type(None))):
         return repr(o)
-    # the repr of NumPy numbers and enums differs between versions
+    # the repr of NumPy numbers differs between versions
     if isinstance(o, (int, float, np.number)):
         return repr(float(o))
     if depth == 0:
@@ -251,7 +255,7 @@ def in_words(o, depth=6):
 
 
 def own_code(o):
-    """Return a fingerprint of a transform's code. Empty for fastai's transforms."""
+    """Return a list with a fingerprint of a transform's code. Empty for transforms of fastai."""
     if type(o) is Transform:
         return (
             [code_of(m.implementation) for m in o.encodes.methods] if hasattr(o, 'encodes') else []
@@ -272,5 +276,5 @@ def augmented(dl):
 
 
 def moves(dl):
-    """Return the names of the random transforms that move positions."""
+    """Return the names of the random transforms that move pixels to other positions."""
     return [type(f).__name__ for f in augmented(dl) if not isinstance(f, (SpaceTfm, RandomErasing))]

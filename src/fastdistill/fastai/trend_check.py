@@ -1,4 +1,4 @@
-"""Warn during a fit if the student fits the teacher at the expense of the labels."""
+"""Warn during a fit if the student learns to match the teacher at the expense of the labels."""
 
 import warnings
 
@@ -8,15 +8,15 @@ from .metrics import column_of, columns_of
 
 __all__ = ['TrendCheck']
 
-BEGIN = 1 / 3  # fraction of the training before which losses may fluctuate
-RISE = 1.1  # ratio of the validation loss to its best value
+BEGIN = 1 / 3  # no check before this fraction of the training, because losses may fluctuate
+RISE = 1.1  # ratio of the validation loss to its best value that leads to a warning
 
 
 class TrendCheck:
-    """Warns once per fit if the student follows its teacher away from the labels.
+    """Warns once per fit if the student matches the teacher better, but the labels worse.
 
-    This is the case if the task loss on the validation set has risen since its best epoch, while
-    the loss of a term has fallen.
+    The warning is shown if the task loss on the validation set has risen since its best epoch,
+    while the loss of a term has fallen.
     """
 
     def __init__(self):
@@ -34,7 +34,8 @@ class TrendCheck:
         if len(valid) < 2 or None in valid or not 0 < min(valid) < valid[-1] / RISE:
             return
         best = valid.index(min(valid))
-        # subtle: without labels, terms between layers do not train the student's head, so its loss is meaningless
+        # subtle: without labels, terms that compare layers do not train the student's last layers.
+        # The task loss is then meaningless.
         for n in [t.name for t in recipe.terms if t.layers is None or recipe.task != 0]:
             term = self._column(learn.recorder, column_of(n))
             if not term or None in term or term[-1] >= term[best]:
@@ -52,5 +53,5 @@ class TrendCheck:
             return
 
     def _column(self, recorder, name):
-        """Return the values of this fit, one per epoch. Empty if there is no such column."""
+        """Return the values of this fit, one per epoch. Empty if the column does not exist."""
         return columns_of(recorder).get(name, [])

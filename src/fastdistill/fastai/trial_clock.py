@@ -1,4 +1,4 @@
-"""`Clock`: a callback that reports a score after each epoch, and stops the training when told to."""
+"""Define `Clock`, a callback that reports a score after each epoch and can stop the training."""
 
 from collections.abc import Mapping
 
@@ -13,19 +13,21 @@ __all__ = ['Clock', 'chosen_half', 'scorer', 'scorer_of_heads']
 
 
 class Clock(Callback):
-    """Callback that scores the validation items during the fit's own validation.
+    """Callback that scores the validation items whenever a fit runs validation.
 
-    The scores of one half of the items guide the search. The other half is for the final test.
+    The scores of one half of the items guide the search. The other half is used in the final test.
 
     Args:
         score: fn(logits, targets) -> (B,) scores, see `scorer`.
         output: Which of the student's outputs is scored, as in `Distiller`. For several heads, a
-            dict; the logits passed to `score` are then a dict, too.
-        after_epoch: fn(mean score of the half that guides the search) -> True to stop the training.
-        late: fn() -> True if the time is over.
+            dict {head name: output}. With several heads, the logits passed to `score` are a dict,
+            too.
+        after_epoch: fn(mean score of the half that guides the search). It returns True to stop the
+            training.
+        late: fn() -> True if the time limit is exceeded.
     """
 
-    order = -100  # before all callbacks that should not act in a fit that is over
+    order = -100  # run before all other callbacks, which should do nothing if the training is over
 
     def __init__(self, score, output, after_epoch, late):
         super().__init__()
@@ -68,9 +70,9 @@ class Clock(Callback):
 
 
 def chosen_half(n):
-    """Return a bool array (n,): True for the validation items that guide the search.
+    """Return a bool array (n,) that is True for the validation items that guide the search.
 
-    It is a random half, always the same.
+    The half is chosen at random, but is always the same for the same `n`.
     """
     chosen = torch.zeros(n, dtype=torch.bool)
     chosen[torch.randperm(n, generator=torch.Generator().manual_seed(0))[: n // 2]] = True
@@ -78,10 +80,10 @@ def chosen_half(n):
 
 
 def scorer(task):
-    """Return a function that scores each item, (B,).
+    """Return a function that computes the score of each item, (B,).
 
-    The score is the fraction of correct predictions of the item, or minus its squared error. It is
-    nan if all labels of the item are ignored.
+    The score is the fraction of correct predictions in the item. For regression, the score is the
+    negative squared error. The score is nan if all labels of the item are ignored.
 
     Args:
         task: What the student predicts.
@@ -101,7 +103,7 @@ def scorer(task):
 
 
 def scorer_of_heads(heads, tasks):
-    """Return a function that computes the mean score of all heads for each item.
+    """Return a function that computes the score of each item, averaged over all heads.
 
     Args:
         heads: {head name: head}.

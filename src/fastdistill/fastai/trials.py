@@ -1,4 +1,4 @@
-"""Train a student repeatedly from its present state, and restore that state afterwards."""
+"""Train a student repeatedly from its current state, and restore this state afterwards."""
 
 import copy
 import random
@@ -23,17 +23,19 @@ from .trial_clock import Clock, chosen_half
 
 __all__ = ['Trials', 'repeatable']
 
-# modules of fastai whose callbacks write files, show something, or stop a fit
+# modules of fastai with callbacks that write files, show something, or stop a fit
 LEFT_OUT = 'azureml', 'captum', 'comet', 'neptune', 'progress', 'tensorboard', 'tracker', 'wandb'
 
 
 class Trials:
-    """A callable that trains the student with a recipe, a rate and a seed, and returns the scores
-    of the validation items reserved for testing.
+    """Trains the student with a recipe, a learning rate and a seed.
+
+    A call returns the scores of the validation items that are reserved for the final test.
 
     Args:
         learn: The student.
-        teacher: What `distill` takes.
+        teacher: Anything that `distill` accepts.
+        n_epoch: Number of epochs.
         score, output: As in `Clock`.
         **options: Options of `distill`.
     """
@@ -45,9 +47,8 @@ class Trials:
     def __call__(self, recipe, lr, seed, after_epoch, late):
         clock = Clock(self.score, self.output, after_epoch, late)
         with unchanged(self.learn, seed), warnings.catch_warnings():
-            warnings.simplefilter(
-                'ignore', DistillWarning
-            )  # warnings about recipes that are only tried are not useful
+            # warnings about recipes that are only tried are not useful
+            warnings.simplefilter('ignore', DistillWarning)
             copy_of(self.learn).distill(
                 self.teacher,
                 self.n_epoch,
@@ -62,8 +63,9 @@ class Trials:
 
 
 def copy_of(learn) -> Learner:
-    """Return a Learner with the same model and data, and copies of the callbacks that affect
-    training.
+    """Return a Learner with the same model and data.
+
+    Callbacks that affect training are copied.
     """
     new = copy.copy(learn)
     frozen = getattr(learn.opt, 'frozen_idx', 0)
@@ -97,12 +99,13 @@ def matters(cb):
 
 @contextmanager
 def repeatable(dls, seed: int):
-    """Make a training depend only on its seed. Restore the DataLoaders and all random states
-    afterwards.
+    """Make a training depend only on its seed.
+
+    The DataLoaders and all random states are restored at the end.
 
     Args:
         dls: DataLoaders of the Learner.
-        seed: Seed of all random generators inside.
+        seed: Seed for all random generators during the training.
     """
     parts = [getattr(dl, k, None) for dl in dls.loaders for k in PARTS]
     with ExitStack() as stack:
@@ -121,12 +124,12 @@ def repeatable(dls, seed: int):
 
 @contextmanager
 def unchanged(learn, seed: int):
-    """Seed a training, and restore everything afterwards.
+    """Seed all random generators for a training, and restore everything at the end.
 
     The student's weights, gradients and modes, its DataLoaders and all random states are restored.
     """
     with repeatable(learn.dls, seed), same_weights(learn.model):
-        # subtle: scores are matched to items by their order
+        # subtle: scores are assigned to items by their order
         if hasattr(learn.dls.valid, 'shuffle'):
             learn.dls.valid.shuffle = False
         yield
@@ -134,9 +137,7 @@ def unchanged(learn, seed: int):
 
 @contextmanager
 def same_weights(model):
-    """Clear the gradients for a training inside. Restore the model afterwards, including its
-    weights.
-    """
+    """Clear the gradients for a training. Restore the model at the end, including its weights."""
     inner = unwrap(model)
     state = ModelState(inner.modules(), weights=True)
     for p in inner.parameters():

@@ -1,4 +1,4 @@
-"""Batches of unlabeled inputs, on which the student learns only from the teacher."""
+"""Provide batches of unlabeled inputs, on which the student learns only from the teacher."""
 
 from collections.abc import Mapping
 
@@ -17,10 +17,11 @@ __all__ = ['UnlabeledInputs']
 
 
 class UnlabeledInputs:
-    """The unlabeled batches that accompany the training batches.
+    """Unlabeled batches that accompany the training batches.
 
     Args:
-        given: `unlabeled` of `KnowledgeDistillation`. Labels of a DataLoader are ignored.
+        given: The option `unlabeled` of `KnowledgeDistillation`. If a DataLoader with labels is
+            given, the labels are ignored.
         runs: True if a teacher runs.
         heads: {head name: head}. The name is '' for a student with one output.
     """
@@ -58,7 +59,7 @@ class UnlabeledInputs:
         return self.items is not None or self.perturbed > 0
 
     def start(self, learn, distiller):
-        """Raise an error for inputs that cannot be used, before the first batch.
+        """Prepare the unlabeled batches of a fit. Raise an error for inputs that can't be used.
 
         Args:
             learn: The student's Learner.
@@ -68,13 +69,13 @@ class UnlabeledInputs:
         if all(t.n_targets for t in terms):
             raise DistillError(
                 f'unlabeled=: all terms read labels ({", ".join(t.name for t in terms)}). '
-                'Add one that reads none, as kd() or soft_labels().'
+                'Add a term that reads no labels, such as kd() or soft_labels().'
             )
         if isinstance(learn.dls.train, LMDataLoader):
             raise DistillError(
                 'A language model needs no labels: add the texts to its training set.'
             )
-        with RandomGuard():  # fastai's DataLoader draws a random seed
+        with RandomGuard():  # the DataLoader of fastai draws a random seed
             self.loader = None if self.items is None else loader_of(self.items, learn.dls)
         if self.stored is not None:
             for k, stored in self.stored.items():
@@ -85,10 +86,10 @@ class UnlabeledInputs:
                 self.feed.feed_rows(learn, self.loader, self.stored)
 
     def batches(self, learn, ask):
-        """Yield (inputs, teacher outputs) for a training batch. The inputs are a tuple.
+        """Yield (inputs, teacher outputs) to use in a training batch. The inputs are a tuple.
 
         Args:
-            learn: The student's Learner, in a training batch.
+            learn: The student's Learner, during a training batch.
             ask: fn(inputs) -> outputs of a teacher that runs.
         """
         if self.loader is not None:
@@ -113,7 +114,7 @@ class UnlabeledInputs:
         return (b, None) if self.stored is None else (b[:-1], b[-1])
 
     def stop(self):
-        """Release the DataLoader's iterator and its workers."""
+        """Close the iterator of the DataLoader, which ends its workers."""
         if self.iterator is not None and hasattr(self.iterator, 'close'):
             self.iterator.close()
         self.feed.detach()
@@ -133,7 +134,9 @@ def stored_outputs(targets, heads) -> dict:
 
 
 def refuse_other(cache, teacher, layers):
-    """Raise an error if the outputs are from a different teacher, or lack layers that are compared."""
+    """Raise an error if the outputs are from a different teacher, or if compared layers are
+    missing.
+    """
     m, found = cache.manifest, []
     known = identity_of(teacher)
     weights = [o.get('weights') for o in (m.teacher, known)]
