@@ -360,6 +360,19 @@ def test_another_order_is_refused(tmp_path):
         write_stream(batches(range(1)), rows, 'all')
 
 
+@pytest.mark.parametrize('n', [1, BS - 1, BS + 1])
+def test_a_teacher_that_returns_another_number_of_outputs_is_refused(tmp_path, n):
+    class Other(nn.Module):
+        "Right for the batch with which the stream begins"
+
+        def forward(self, x):
+            return x.new_zeros(n if len(x) == BS else len(x), C)
+
+    rows = start(tmp_path, Teacher(Other()))
+    with pytest.raises(DistillError, match=f'The teacher returned {n} outputs for {BS} samples'):
+        write_stream(batches(range(BS)), rows, 'all')
+
+
 def slow(path, k, pause):
     "One of eight writers"
 
