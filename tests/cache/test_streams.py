@@ -445,6 +445,12 @@ def test_duplicated_rows_are_named(tmp_path):
     )
 
 
+def test_duplicated_rows_are_found_wherever_the_blocks_of_compared_keys_end(tmp_path, monkeypatch):
+    monkeypatch.setattr('fastdistill.cache.sealing.STEP', 1)
+    write_stream(batches(range(3, 5)), written(tmp_path), 'zz')
+    refused(tmp_path, '2 samples have several rows')
+
+
 def test_missing_rows_are_named(tmp_path):
     written(tmp_path, shards=[0, 1, 2])
     names = [f'sample {i}' for i in range(N)]
