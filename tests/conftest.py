@@ -17,6 +17,7 @@ os.environ |= dict(
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from memory_limit import MemoryLimit  # noqa: E402
 
 torch.set_num_threads(1)
 
@@ -33,6 +34,10 @@ def seeded():
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
+
+
+def pytest_configure(config):
+    config.pluginmanager.register(MemoryLimit(4e9))
 
 
 def pytest_unconfigure(config):

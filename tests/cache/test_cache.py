@@ -917,6 +917,15 @@ def test_other_data_are_not_taken_for_changed_files(tmp_path):
         write_images(tmp_path / 'data', tmp_path / 'c')
 
 
+def test_as_many_samples_with_other_names_are_other_data(tmp_path):
+    paint(tmp_path / 'data', 6)
+    keys = write_images(tmp_path / 'data', tmp_path / 'c').keys.copy()
+    (tmp_path / 'data' / '05.png').rename(tmp_path / 'data' / '06.png')
+    with pytest.raises(DistillError, match='data .count and fingerprint'):
+        write_images(tmp_path / 'data', tmp_path / 'c')
+    assert np.array_equal(TeacherCache(tmp_path / 'c').keys, keys)
+
+
 def test_only_files_with_another_time_are_read_again(tmp_path):
     paint(tmp_path / 'data', 26)
     write_images(tmp_path / 'data', tmp_path / 'c')

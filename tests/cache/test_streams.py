@@ -360,6 +360,19 @@ def test_another_order_is_refused(tmp_path):
         write_stream(batches(range(1)), rows, 'all')
 
 
+@pytest.mark.parametrize('n', [1, BS - 1, BS + 1])
+def test_a_teacher_that_returns_another_number_of_outputs_is_refused(tmp_path, n):
+    class Other(nn.Module):
+        "Right for the batch with which the stream begins"
+
+        def forward(self, x):
+            return x.new_zeros(n if len(x) == BS else len(x), C)
+
+    rows = start(tmp_path, Teacher(Other()))
+    with pytest.raises(DistillError, match=f'The teacher returned {n} outputs for {BS} samples'):
+        write_stream(batches(range(BS)), rows, 'all')
+
+
 def slow(path, k, pause):
     "One of eight writers"
 
@@ -430,6 +443,12 @@ def test_duplicated_rows_are_named(tmp_path):
         tmp_path,
         r'2 samples have several rows: .*shard-0-000000, row [34] and zz-000000, row [01] \(key [0-9a-f]{16}\)',
     )
+
+
+def test_duplicated_rows_are_found_wherever_the_blocks_of_compared_keys_end(tmp_path, monkeypatch):
+    monkeypatch.setattr('fastdistill.cache.sealing.STEP', 1)
+    write_stream(batches(range(3, 5)), written(tmp_path), 'zz')
+    refused(tmp_path, '2 samples have several rows')
 
 
 def test_missing_rows_are_named(tmp_path):

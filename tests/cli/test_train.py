@@ -934,6 +934,17 @@ def test_a_run_does_not_continue_with_other_files(stopped, tmp_path):
     assert (out / 'report.json').is_file()
 
 
+def test_a_run_does_not_continue_with_another_label_of_a_file(stopped, digits, tmp_path):
+    files = sorted(digits.rglob('*.png'))
+    paths, labels = [os.path.relpath(f, tmp_path) for f in files], [f.parent.name for f in files]
+    frame = pd.DataFrame(dict(file=paths, label=labels))
+    frame.to_csv(tmp_path / 'a.csv', index=False)
+    out = stopped(tmp_path / 'a.csv', y='label')
+    frame.assign(label=[labels[-1], *labels[1:]]).to_csv(tmp_path / 'a.csv', index=False)
+    with pytest.raises(DistillError, match=r'began: 1 file changed \(content or label\): '):
+        resumed(out)
+
+
 def test_a_run_continues_with_data_that_were_moved(finished, stopped, digits, tmp_path):
     "Their content counts, not where they are"
     shutil.copytree(digits, tmp_path / 'here')

@@ -974,6 +974,17 @@ def of_numbers():
     )
 
 
+@pytest.mark.parametrize('growth, divisor', [(2.25, 1), (4, 1), (100, 25)])
+def test_a_value_that_grew_since_the_last_measurement_has_a_smaller_weight(growth, divisor):
+    "More than four times its mean: the gradient is taken to have grown with it. Batch 33 is the first one that is not measured"
+    torch.manual_seed(0)
+    t, y, apart = torch.randn(3, 16, 1)
+    d, s = of_numbers(), lambda scale: (t + scale * apart).requires_grad_()
+    *_, before = weights_on(d, [(s(1.0), t, y)] * 32)
+    assert before > 0
+    assert weights_on(d, [(s(growth**0.5), t, y)]) == [pytest.approx(before / divisor, rel=1e-4)]
+
+
 def test_single_numbers_are_compared_with_those_of_the_sample_before():
     "A batch of one sample and one column holds nothing else to compare with"
     items = [close_student(i) for i in range(20)]

@@ -16,6 +16,7 @@ from fastdistill import (
     with_items,
 )
 from fastdistill.distiller.head import share_task_loss
+from fastdistill.recipes.default import chosen_before
 
 g = torch.Generator().manual_seed(0)
 X, COLOR, SHAPE, SIZE = (
@@ -375,6 +376,23 @@ def test_a_trainer_gives_the_task_loss_of_all_heads():
         heads.without_labels(heads.student_outputs(raw, {}, X), heads.teacher_outputs(X)),
         0.7 * terms,
     )
+
+
+def test_recipes_that_were_chosen_for_heads_share_a_task_loss_of_weight_1():
+    "Whatever weight each of them gives the labels; the terms of a head keep their ratio to it"
+    student, color, shape, _ = nets()
+    heads = two_heads(student, color, shape)
+    share_task_loss(heads.heads)
+    for name, text in dict(color='kd(T=2, alpha=.75)', shape='kd(T=1, alpha=.5)').items():
+        heads.heads[name].take(chosen_before(text, 'a reason', 'softmax'))
+    share_task_loss(heads.heads)
+    raw = student(X)
+    task = F.cross_entropy(raw['color'], COLOR) + F.cross_entropy(raw['shape'], SHAPE)
+    out = heads.compute(
+        heads.student_outputs(raw, {}, X), heads.teacher_outputs(X), task, (COLOR, SHAPE)
+    )
+    terms = [losses.kl(raw['color'], color(X), T=2.0), losses.kl(raw['shape'], shape(X), T=1.0)]
+    torch.testing.assert_close(out.total, task + 3 * terms[0] + terms[1])
 
 
 def test_heads_that_share_a_task_loss_are_divided_by_the_same_number():

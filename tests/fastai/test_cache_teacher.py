@@ -639,6 +639,15 @@ def test_each_view_comes_once_in_as_many_epochs_as_there_are_views_and_each_samp
     assert len({tuple(r) for r in d.T.tolist()}) > 6 and len({tuple(r) for r in d.tolist()}) == 6
 
 
+def test_views_of_random_item_transforms_differ(tmp_path, monkeypatch):
+    monkeypatch.setitem(AUGMENT, 'none', list)  # nothing random in the batch transforms
+    cache = cache_teacher(
+        Teacher(Convs(3)), data(augment='none'), tmp_path, views=2, store=dict(dtype='float32')
+    )
+    a, b = (cache.outputs(np.arange(TRAIN), v).logits for v in range(2))
+    assert (a - b).abs().max(1).values.median() > 1e-3
+
+
 def test_lr_find_takes_no_view_away(tmp_path):
     from fastai.callback.schedule import LRFinder
 

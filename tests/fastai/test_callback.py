@@ -684,6 +684,27 @@ def test_projectors_skip_the_step_that_the_scaler_skips():
     assert all(o.isfinite().all() for o in seen[-1])
 
 
+def test_projectors_whose_gradient_overflows_skip_their_own_step_alone():
+    student, teacher = toy()
+    cb, students, links = KD(teacher, kd() + hint()), [], []
+
+    class Overflow(Callback):
+        def after_backward(self):
+            if self.train_iter == 1:
+                for p in cb.distiller.own_parameters():
+                    p.grad.fill_(float('inf'))
+
+        def after_batch(self):
+            students.append(weights(student))
+            links.append([*projectors(cb)])
+
+    student.fit(1, 0.1, cbs=[cb, CpuScaler(init_scale=4096.0), Overflow()])
+    assert close(links[0], links[1], tol=0)
+    assert not close([students[0]], [students[1]], tol=0)
+    assert not close(links[1], links[2], tol=0)
+    assert all(o.isfinite().all() for o in links[-1])
+
+
 def test_projectors_skip_the_step_that_a_callback_cancels():
     student, teacher = toy()
     cb, seen = KD(teacher, kd() + hint()), []

@@ -1,0 +1,15 @@
+"Files are written either completely or not at all."
+
+from fastdistill.base.atomic_files import write_atomically
+
+
+def test_whoever_reads_a_file_that_is_replaced_reads_the_whole_old_one(tmp_path):
+    path = tmp_path / 'a.txt'
+    write_atomically(path, 'old ' * 100_000)
+    with open(path) as reader:
+        first = reader.read(4)
+        write_atomically(path, 'new')
+        rest = reader.read()
+    assert first + rest == 'old ' * 100_000
+    assert path.read_text() == 'new'
+    assert [p.name for p in tmp_path.iterdir()] == ['a.txt']
