@@ -504,6 +504,8 @@ class Distiller(nn.Module):
         for k, h in self.heads.items():
             if h.chooses:
                 h.choose(s[k].logits, x, bool(own[k]))
+            elif h.teacher is None:
+                h.choose_from(s[k], None, bool(own[k]))
         t = self._by_head(self.teacher_outputs(x, progress))
         each = {k: h.compare(s[k], t.get(k), x, own[k], progress) for k, h in self.heads.items()}
         if not self.several:
@@ -539,6 +541,7 @@ class Distiller(nn.Module):
         for k, h in self.heads.items():
             if self.several and teacher is not None and k not in teacher:
                 continue  # a cache may contain only the outputs for the training set
+            h.choose_from(students[k], teachers.get(k), task is not None)
             each[k] = h.compute(
                 students[k],
                 teachers.get(k),

@@ -112,9 +112,33 @@ class Head(RecipeLoss):
             x: Inputs of the same batch.
             labels: Whether the batches have labels.
         """
-        ask = lambda: plain_logits(Outputs(logits), self.teacher.probe(*x))[1]
+        self._choose(logits, lambda: self.teacher.probe(*x), labels)
+
+    def choose_from(self, student: Outputs, teacher: Outputs | None, labels: bool):
+        """Let `auto` choose a recipe from outputs that are already computed, such as stored outputs.
+
+        A recipe that was given or chosen before is kept.
+
+        Args:
+            student: Student outputs for a batch.
+            teacher: Teacher outputs for the same batch. None if unknown.
+            labels: Whether the batches have labels.
+        """
+        if not self.automatic or self.chosen is not None:
+            return
+        if teacher is not None:
+            self._choose(student.logits, lambda: teacher, labels)
+        elif self.teacher is None and not self.name:
+            raise DistillError(
+                'There is no recipe, no teacher and no teacher output for this batch, so there is '
+                'nothing to distill. Pass a teacher or a recipe to the Distiller, or the outputs of '
+                'the teacher to compute().'
+            )
+
+    def _choose(self, logits, ask, labels):
+        ask_logits = lambda: plain_logits(Outputs(logits), ask())[1]
         doubt = 'the teacher is in doubt, see above' if self.doubt else None
-        chosen = of_first(chosen_for(logits.shape, self.task, ask, labels, doubt))
+        chosen = of_first(chosen_for(logits.shape, self.task, ask_logits, labels, doubt))
         self.take(chosen)
         if rank() == 0:
             print(f'fastdistill: {self.prefix}recipe {chosen}')
