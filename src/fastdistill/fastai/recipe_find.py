@@ -28,6 +28,7 @@ from .multi_head import check_heads
 from .probe_batches import restored
 from .teacher_check import check_teacher
 from .teachers import is_heads
+from .training_setup import setup_of, teacher_text
 from .transforms import moves
 from .trial_clock import scorer, scorer_of_heads
 from .trials import Trials
@@ -90,7 +91,8 @@ def distill_find(
         seeds: Number of seeds with which the best runs and labels only are repeated, if time
             permits.
         folder: Folder in which finished runs are stored. The same call resumes from there, and
-            several processes can share it. None to store nothing.
+            several processes can share it. It is an error if the teacher, the data, the batch
+            sizes, the optimizer or the task loss have changed. None to store nothing.
         kind, axis, output: As in `distill`.
         check: Whether to look for mistakes first.
         fine_tune: Whether to train with `Learner.fine_tune` instead of `fit_one_cycle`.
@@ -149,6 +151,7 @@ def distill_find(
                 classes=of_each(lambda k: facts[k].get('classes')),
                 fine_tune=fine_tune,
                 **sizes(self),
+                **({} if folder is None else dict(setup_of(self), teacher=teacher_text(teacher))),
             )
             found = Search(
                 candidates,

@@ -1,28 +1,22 @@
 """Compare recipes by training students with several seeds."""
 
 import math
-import re
-import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from fastai.basics import Callback, Learner
 
-from ..base.outputs import DistillError, DistillWarning
+from ..base.outputs import DistillError
 from ..base.progress_bar import progress_bar
 from ..base.random_state import seeded
 from ..cache.digests import fingerprint
-from ..cache.reader import TeacherCache
-from ..cache.teacher_description import identity_of
 from ..search.candidates import LABELS
 from ..search.recipe_report import RecipeReport, RecipeRun
 from ..search.resumable_runs import Run, Runs
 from ..search.significance import adjusted, difference_by_seed
-from .callback_arguments import feed_of
 from .compare import history_of
 from .metrics import row_by_column
-from .sample_keys import item_keys, key_root
-from .teachers import is_heads, teacher_of
+from .training_setup import comparable_text, setup_of, teacher_text
 from .trials import repeatable
 
 __all__ = ['compare_recipes']
@@ -64,8 +58,8 @@ def compare_recipes(
             'valid_loss'.
         higher: Whether higher is better. None to tell by the name of the metric.
         folder: Folder in which finished trainings are stored. The same call resumes from there, and
-            several processes can share it. It is an error if the samples have changed. None to
-            store nothing.
+            several processes can share it. It is an error if the samples, their labels or files,
+            the batch sizes, the optimizer or the task loss have changed. None to store nothing.
         progress: Whether to show a progress bar.
         **kwargs: More options of the training, as in `distill`.
     """
@@ -96,7 +90,9 @@ def compare_recipes(
         )
     lrs = dict(zip(recipes, one_each('lr_max', lr_max, recipes)))
     texts = {k: comparable_text(r) for k, r in recipes.items()}
-    students = Students(make_student, teacher, recipes, n_epoch, lrs, metric, kwargs)
+    students = Students(
+        make_student, teacher, recipes, n_epoch, lrs, metric, folder is not None, kwargs
+    )
     runs = Runs(
         students.train,
         folder,
@@ -142,27 +138,6 @@ def one_each(name, value, recipes):
     return value
 
 
-def comparable_text(o):
-    """Return a text that is equal in different processes, without memory addresses."""
-    return re.sub(r' at 0x[0-9a-fA-F]+', '', repr(o))
-
-
-def teacher_text(teacher):
-    """Return a fingerprint of the teacher's weights or of the cache.
-
-    For several heads, it has a fingerprint for each teacher.
-    """
-    if is_heads(teacher):
-        each = {k: '' if t is None else teacher_text(t) for k, t in teacher.items()}
-        return ', '.join(f'{k}: {text}' for k, text in each.items())
-    feed = feed_of(teacher)
-    if feed is not None:
-        return feed.cache.identity if isinstance(getattr(feed, 'cache', None), TeacherCache) else ''
-    with warnings.catch_warnings():
-        warnings.simplefilter('ignore', DistillWarning)
-        return identity_of(teacher_of(teacher))['weights']
-
-
 def student_of(make_student, seed):
     with seeded(seed):
         return make_student()
@@ -173,14 +148,16 @@ class Students:
 
     Args:
         lrs: {recipe name: maximum learning rate}.
-        **options: Options of `distill`.
+        stored: True if results are stored in a folder.
+        options: Options of `distill`.
     """
 
-    def __init__(self, make_student, teacher, recipes, n_epoch, lrs, metric, options):
+    def __init__(self, make_student, teacher, recipes, n_epoch, lrs, metric, stored, options):
         self.make_student, self.teacher, self.recipes = make_student, teacher, recipes
         self.n_epoch, self.lrs, self.metric, self.options = n_epoch, lrs, metric, options
+        self.stored = stored
         self.starts = {}  # {seed: fingerprint of the initial weights of its students}
-        self.samples = None  # description of the first student's samples
+        self.setup = None  # of the first student
 
     def train(self, run, after_epoch, late):
         """Train the student of a run. Return its numbers as plain data."""
@@ -193,7 +170,8 @@ class Students:
                 'call, using only these random generators.'
             )
         own = [m.name for m in learn.metrics]
-        self.samples = self.samples or samples_text(learn.dls)
+        if self.stored and self.setup is None:
+            self.setup = setup_of(learn)
         # subtle: training on labels only goes through `distill` too, so that a cache replays the same views
         recipe = self.recipes[run.name]
         options = dict(self.options)
@@ -205,11 +183,11 @@ class Students:
             learn.distill(
                 self.teacher, self.n_epoch, self.lrs[run.name], recipe, cbs=watch, **options
             )
-        return dict(start=start, samples=self.samples, metrics=own, history=history_of(learn))
+        return dict(start=start, setup=self.setup, metrics=own, history=history_of(learn))
 
     def check_start(self, runs):
-        """Raise an error if the folder has students with different initial weights or different
-        samples.
+        """Raise an error if the folder has students with different initial weights, data or
+        optimizers.
         """
         finished = runs.finished()
         self.starts = {r.seed: r.result['start'] for r in finished}
@@ -221,24 +199,13 @@ class Students:
                     f'now returns different initial weights for seed {run.seed}. Use a different '
                     'folder.'
                 )
-            now, before = samples_text(learn.dls), run.result.get('samples')
-            if before != now:
+            now, before = setup_of(learn), run.result['setup']
+            if changed := [k for k in now if before.get(k) != now[k]]:
+                k = changed[0]
                 raise DistillError(
-                    f'{runs.folder} holds an experiment with different samples: {before} there, '
-                    f'{now} now. Use a different folder.'
+                    f'{runs.folder} holds an experiment with different {k}: {before.get(k)} there, '
+                    f'{now[k]} now. Use a different folder.'
                 )
-
-
-def samples_text(dls):
-    """Describe the samples: how many there are, and a fingerprint of which ones."""
-    root, parts = key_root(dls), []
-    for dl, name in zip(dls.loaders, ('training', 'validation')):
-        try:
-            keys = item_keys(dl, None, root)
-        except DistillError:  # an iterable dataset, or one that does not show its samples
-            continue
-        parts.append(f'{len(keys):,} {name} samples ({fingerprint(keys)[:8]})')
-    return ' and '.join(parts)
 
 
 class WatchEpochs(Callback):
