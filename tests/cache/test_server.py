@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest, torch
 from fastdistill import DistillError
-from fastdistill.cache import ask_server, cache_from
+from fastdistill.cache import ask_server, cache_from, http_teacher
 from fastdistill.cache.keys import keys_of
 
 g = torch.Generator().manual_seed(0)
@@ -278,6 +278,16 @@ def test_an_answer_that_was_cut_off_is_asked_for_again(cut, tmp_path):
         path = ask_server(f'http://{host}/v1', dict(a=1), tmp_path / 'a.jsonl')
     assert len(seen) == 2
     assert json.loads(path.read_text()) == dict(prompt_logprobs=[None, {'1': -0.1}], key='a')
+
+
+def test_an_answer_that_would_fill_the_memory_is_not_read_to_its_end(tmp_path, monkeypatch):
+    monkeypatch.setattr(http_teacher, 'MAX_MANIFEST', 100)
+    with (
+        server() as (url, seen),
+        pytest.raises(DistillError, match="'a' .the answer has more than 100 bytes: ask for fewer"),
+    ):
+        ask_server(url, dict(a=[1, 2, 3, 4]), tmp_path / 'a.jsonl', body={})
+    assert len(seen) == 1
 
 
 def test_an_answer_of_another_kind_is_not_asked_for_again(tmp_path):

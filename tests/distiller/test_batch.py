@@ -358,6 +358,14 @@ def test_a_loss_function_that_is_known_says_the_kind(task_loss, kind):
             r'labels have shape \(3,\), the student.s outputs \(3, 5, 2\): both need the same number',
         ),
         (
+            lambda s, t: kd()(s, t, torch.zeros(5, 3, 2), kind='regression'),
+            r'labels have shape \(5, 3, 2\), .* \(3, 5, 2\): .* the same number of values, sample by sample',
+        ),
+        (
+            lambda s, t: kd()(s[:, :, 0], t[:, :, 0], torch.zeros(5, 3), kind='sigmoid'),
+            r'labels have shape \(5, 3\), the student.s outputs \(3, 5\)',
+        ),
+        (
             lambda s, t: kd()(s, t, torch.zeros(3, 2), torch.zeros(3)),
             'These batches have 2 targets: pass task_loss=',
         ),
@@ -366,3 +374,20 @@ def test_a_loss_function_that_is_known_says_the_kind(task_loss, kind):
 def test_labels_that_do_not_fit_are_refused(make, says):
     with pytest.raises(DistillError, match=says):
         make(*logits(3, 5, 2))
+
+
+@pytest.mark.parametrize(
+    'outputs,labels',
+    [
+        ((4, 6), (4, 3, 2)),
+        ((4, 3, 2), (4, 6)),
+        ((4, 1), (4,)),
+        ((4,), (4, 1)),
+        ((4, 2), (8,)),
+        ((8,), (4, 2)),
+    ],
+)
+def test_labels_of_numbers_may_be_flat_or_lack_axes_of_length_1(outputs, labels):
+    s, t, y = torch.randn(outputs), torch.randn(outputs), torch.randn(labels)
+    loss = kd(alpha=0)(s, t, y, kind='regression')
+    torch.testing.assert_close(loss, (s.flatten() - y.flatten()).pow(2).mean())

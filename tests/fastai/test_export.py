@@ -370,7 +370,13 @@ def test_a_wrong_temperature_saves_nothing(normalized, tmp_path):
     assert not (tmp_path / 's').exists()
 
 
-@pytest.mark.parametrize('T', [0, -1.0, float('inf'), [1.0, 0.0], '2'])
+@pytest.mark.parametrize('T', [torch.tensor(1.5), np.float32(1.5), np.array(1.5)])
+def test_a_temperature_of_a_tensor_or_numpy_is_saved_as_a_number(normalized, tmp_path, T):
+    folder = save_student(normalized, tmp_path / 's', onnx=False, temperature=T)
+    assert json.loads((folder / 'config.json').read_text())['temperature'] == 1.5
+
+
+@pytest.mark.parametrize('T', [0, -1.0, float('inf'), [1.0, 0.0], [], '2'])
 def test_a_temperature_is_positive(normalized, tmp_path, T):
     with pytest.raises(DistillError, match='must be a positive number'):
         export_student(normalized, tmp_path / 's.pt2', temperature=T)

@@ -213,6 +213,16 @@ def test_ofd_margin_is_the_authors():
         torch.testing.assert_close(ofd_margin(bn), g['margin'].flatten(), rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize('axis', [1, -1])
+def test_the_margin_of_ofd_does_not_see_masked_positions(axis):
+    s, t = randn(3, 4, 5), randn(3, 4, 5)
+    mask = torch.arange(5) < 3
+    few = [o[..., :3].movedim(1, axis).contiguous() for o in (s, t)]
+    t[..., 3:] = -100.0
+    whole = [o.movedim(1, axis).contiguous() for o in (s, t)]
+    assert ofd(*whole, axis=axis, mask=mask).item() == pytest.approx(ofd(*few, axis=axis).item())
+
+
 def test_ofd_margin_is_the_mean_of_negative_draws():
     bn = nn.BatchNorm1d(3)
     bn.weight.data, bn.bias.data = torch.tensor([1.0, -2.0, 0.5]), torch.tensor([0.0, 1.0, -1.0])

@@ -1,6 +1,7 @@
 "Looking for a recipe: candidates, the search, the judgement, and what a Learner keeps."
 
 import copy, math, random, shlex, sys
+from functools import partial
 from statistics import variance
 from time import time
 import numpy as np
@@ -499,6 +500,22 @@ def test_a_teacher_that_knows_more_than_noisy_labels_wins():
     }
     learn.distill(teacher, 6, found.lr, found.recipe)
     assert learn.validate()[1] == pytest.approx(found.table[0]['judged'], abs=0.1)
+
+
+def test_a_folder_of_a_search_with_a_different_teacher_or_optimizer_is_refused(tmp_path):
+    learn, teacher = planted()
+
+    def find(teacher):
+        options = dict(minutes=2, recipes=dict(kd=kd()), trials=2, rates=[0.1], seeds=0)
+        return learn.distill_find(teacher, 1, folder=tmp_path, check=False, **options)
+
+    found = find(teacher)
+    assert find(teacher).table == found.table
+    with pytest.raises(DistillError, match='holds an experiment with teacher='):
+        find(nn.Linear(2, 4))
+    learn.opt_func = partial(learn.opt_func, eps=0.1)
+    with pytest.raises(DistillError, match='holds an experiment with optimizer=.*eps=0.1'):
+        find(teacher)
 
 
 def test_a_teacher_that_knows_nothing_has_no_lead_beyond_luck():

@@ -8,9 +8,12 @@ import apps, processes
 from apps import toy
 from torch import nn
 from fastai.basics import (
+    SGD,
     Callback,
     CrossEntropyLossFlat,
     DataLoaders,
+    Datasets,
+    LabelSmoothingCrossEntropyFlat,
     Learner,
     accuracy,
     noop,
@@ -26,7 +29,7 @@ from fastdistill.fastai import (
     kd,
     losses,
 )
-from fastdistill.fastai.recipe_runs import comparable_text
+from fastdistill.fastai.training_setup import comparable_text
 from fastdistill.search.significance import adjusted, difference_by_seed
 from fastdistill.evaluation.report_data import Difference
 from fastdistill.search.recipe_report import RecipeRun
@@ -472,6 +475,63 @@ def test_a_folder_of_another_experiment_is_refused(tmp_path):
     next(tmp_path.glob('run_*.json')).write_text('{"runs')
     refused(r'run_\w+.json is damaged .* Delete it: its run is trained again')
     assert comparable_text([noop, object()]) == comparable_text([noop, object()])
+
+
+def test_a_different_batch_size_optimizer_or_task_loss_is_refused(tmp_path):
+    changed = {}
+
+    def make():
+        learn = make_student()
+        if 'bs' in changed:
+            learn.dls = DataLoaders(*(dl.new(bs=changed['bs']) for dl in learn.dls.loaders))
+        for k in changed.keys() - {'bs'}:
+            setattr(learn, k, changed[k])
+        return learn
+
+    def refused(match, **kwargs):
+        changed.clear()
+        changed.update(kwargs)
+        with pytest.raises(DistillError, match=match):
+            run(recipes, 1, seeds=1, folder=tmp_path, make=make)
+
+    recipes = dict(alone=None, kd=kd())
+    run(recipes, 1, seeds=1, folder=tmp_path, make=make)
+    refused('different batch sizes: 16 and 16 there, 8 and 8 now', bs=8)
+    refused('different optimizer: .*function Adam.* there, .*SGD', opt_func=SGD)
+    refused('different optimizer: .*wd=None.* there, .*wd=0.5', wd=0.5)
+    loss = LabelSmoothingCrossEntropyFlat()
+    refused('different task loss: .* there, .*LabelSmoothing.* now', loss_func=loss)
+
+
+def test_changed_labels_and_files_under_the_same_names_are_refused(tmp_path):
+    names = [tmp_path / f'{i}.txt' for i in range(12)]
+    for i, name in enumerate(names):
+        name.write_text(str(i))
+    labels = [i % 4 for i in range(12)]
+
+    def read(name):
+        return torch.full((8,), float(name.read_text()))
+
+    def make():
+        columns = [[read], [lambda name: labels[int(name.stem)]]]
+        data = Datasets(names, columns, splits=[range(8), range(8, 12)])
+        dls = data.dataloaders(bs=4, num_workers=0)
+        (learn,) = apps.quiet(Learner(dls, apps.mlp(6), loss_func=CrossEntropyLossFlat()))
+        return learn
+
+    recipes = dict(alone=None, default=kd())
+    again = lambda: run(recipes, 1, seeds=1, folder=tmp_path / 'runs', make=make)
+    first = again()
+    assert again() == first
+    labels[0] = 3
+    with pytest.raises(DistillError, match='different labels: training .* and validation'):
+        again()
+    labels[0] = 0
+    names[9].write_text('8')
+    with pytest.raises(DistillError, match='different files: training .* and validation'):
+        again()
+    names[9].write_text('9')
+    assert again() == first
 
 
 def test_what_cant_be_compared():

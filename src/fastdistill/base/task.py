@@ -186,19 +186,25 @@ def fit_labels(y: Tensor, shape: Sequence[int], task: Task) -> Tensor | None:
     """Convert labels to the shape of the predictions, as class indices for a softmax. Return None
     if the labels do not fit.
 
+    Labels of numbers may lack axes of length 1, or be flat: all in one axis, or, as points
+    (B, N, 2) for outputs (B, 2N), all of a sample in one axis.
+
     Args:
         y: Labels of a batch.
         shape: Shape of the logits.
     """
+    squeezed = lambda s: [n for n in s if n != 1]
     if task.kind != 'softmax':
-        return y.reshape(shape) if y.numel() == prod(shape) else None
+        fewest = min(y.dim(), len(shape))
+        flat = fewest <= 1 or fewest == 2 and y.shape[0] == shape[0]
+        fits = flat or squeezed(y.shape) == squeezed(shape)
+        return y.reshape(shape) if fits and y.numel() == prod(shape) else None
     if not -len(shape) <= task.axis < len(shape):
         return None
     # labels with a probability for each class
     if y.is_floating_point():
         return y.argmax(task.axis) if y.shape == shape else None
     wanted = shape_of_labels(shape, task.axis)
-    squeezed = lambda s: [n for n in s if n != 1]
     fits = squeezed(y.shape) == squeezed(wanted) or y.shape == (prod(wanted),)
     return y.long().reshape(wanted) if fits else None
 
@@ -242,7 +248,7 @@ def unfit_labels(y: Any, shape: Sequence[int], task: Task) -> str:
     if task.kind != 'softmax':
         return (
             f"The labels have shape {tuple(y.shape)}, the student's outputs {tuple(shape)}: "
-            'both need the same number of values'
+            'both need the same number of values, sample by sample'
         )
     if y.is_floating_point():
         return f'{float_labels(y)} {CLASS_NUMBERS}'

@@ -23,6 +23,7 @@ from ..base.outputs import DistillError
 from .digests import checksum
 from .file_store import Folder
 from .json_checks import shortened
+from .manifest import MAX_MANIFEST
 from .teacher_description import is_whole
 
 __all__ = ['ask_server']
@@ -427,13 +428,21 @@ class Server:
             asked.add_unredirected_header('Authorization', f'Bearer {self.key}')
         try:
             with self.opener.open(asked, timeout=self.timeout) as r:
-                text = r.read()
+                text = r.read(MAX_MANIFEST + 1)
+                # subtle: unlike a read without a limit, this one does not notice a missing rest
+                if r.length and len(text) <= MAX_MANIFEST:
+                    raise http.client.IncompleteRead(text, r.length)
         except urllib.error.HTTPError as e:
             with e:
                 self._refused(e)
         # there is no connection, the response ends too early, or its stated length is impossible
         except (OSError, http.client.HTTPException, ValueError, OverflowError) as e:
             raise Passing(f'{type(e).__name__}: {e}', None) from None
+        if len(text) > MAX_MANIFEST:
+            raise DistillError(
+                f'the answer has more than {MAX_MANIFEST:,} bytes: ask for fewer samples (bs=) or fewer '
+                'classes in each request'
+            )
         try:
             return json.loads(text)
         except (ValueError, RecursionError) as e:

@@ -4,6 +4,7 @@ The Learner, its DataLoaders and the random state are not changed.
 """
 
 import inspect
+import random
 from contextlib import closing, contextmanager, nullcontext
 from itertools import islice
 from pathlib import PurePath
@@ -46,6 +47,10 @@ class PreparationError(Exception):
 def valid_batches(dl, n=None):
     """Yield some shuffled batches of the validation set, which is often sorted by class."""
     options = dict(shuffle=getattr(dl, 'indexed', True), drop_last=False, num_workers=0)
+    if hasattr(dl, 'wgts'):
+        # fastai's DataLoaders with weights, such as those of tables, draw samples with replacement
+        order = random.Random(0).sample(range(dl.n), dl.n)
+        options |= dict(get_idxs=lambda: order)
     yield from some_batches(dl, n, **options)
 
 

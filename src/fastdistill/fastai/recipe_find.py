@@ -28,6 +28,7 @@ from .multi_head import check_heads
 from .probe_batches import restored
 from .teacher_check import check_teacher
 from .teachers import is_heads
+from .training_setup import setup_of, teacher_text
 from .transforms import moves
 from .trial_clock import scorer, scorer_of_heads
 from .trials import Trials
@@ -93,7 +94,9 @@ def distill_find(
         seeds: Number of random seeds for repeating the best runs and the run on labels only, if
             time permits.
         folder: Folder in which finished runs are stored. The same call resumes from this folder.
-            Several processes can share the folder. If None, nothing is stored.
+            Several processes can share the folder. An error is raised if the teacher, the data,
+            the batch sizes, the optimizer or the task loss have changed. If None, nothing is
+            stored.
         kind, axis, output: As in `distill`.
         check: Whether to look for mistakes before the search.
         fine_tune: Whether to train with `Learner.fine_tune` instead of `fit_one_cycle`.
@@ -152,6 +155,7 @@ def distill_find(
                 classes=of_each(lambda k: facts[k].get('classes')),
                 fine_tune=fine_tune,
                 **sizes(self),
+                **({} if folder is None else dict(setup_of(self), teacher=teacher_text(teacher))),
             )
             found = Search(
                 candidates,

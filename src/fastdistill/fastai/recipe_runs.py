@@ -1,28 +1,22 @@
 """Compare recipes by training students with several random seeds."""
 
 import math
-import re
-import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from fastai.basics import Callback, Learner
 
-from ..base.outputs import DistillError, DistillWarning
+from ..base.outputs import DistillError
 from ..base.progress_bar import progress_bar
 from ..base.random_state import seeded
 from ..cache.digests import fingerprint
-from ..cache.reader import TeacherCache
-from ..cache.teacher_description import identity_of
 from ..search.candidates import LABELS
 from ..search.recipe_report import RecipeReport, RecipeRun
 from ..search.resumable_runs import Run, Runs
 from ..search.significance import adjusted, difference_by_seed
-from .callback_arguments import feed_of
 from .compare import history_of
 from .metrics import row_by_column
-from .sample_keys import item_keys, key_root
-from .teachers import is_heads, teacher_of
+from .training_setup import comparable_text, setup_of, teacher_text
 from .trials import repeatable
 
 __all__ = ['compare_recipes']
@@ -68,8 +62,9 @@ def compare_recipes(
         higher: Whether higher values of the metric are better. If None, the direction is derived
             from the name of the metric.
         folder: Folder in which finished trainings are stored. The same call resumes from this
-            folder. Several processes can share the folder. An error is raised if the samples have
-            changed. If None, nothing is stored.
+            folder. Several processes can share the folder. An error is raised if the samples, their
+            labels or files, the batch sizes, the optimizer or the task loss have changed. If None,
+            nothing is stored.
         progress: Whether to show a progress bar.
         **kwargs: More options of the training, as in `distill`.
     """
@@ -100,7 +95,9 @@ def compare_recipes(
         )
     lrs = dict(zip(recipes, one_each('lr_max', lr_max, recipes)))
     texts = {k: comparable_text(r) for k, r in recipes.items()}
-    students = Students(make_student, teacher, recipes, n_epoch, lrs, metric, kwargs)
+    students = Students(
+        make_student, teacher, recipes, n_epoch, lrs, metric, folder is not None, kwargs
+    )
     runs = Runs(
         students.train,
         folder,
@@ -146,29 +143,6 @@ def one_each(name, value, recipes):
     return value
 
 
-def comparable_text(o):
-    """Return a text for `o` that is the same in different processes. Memory addresses are
-    removed.
-    """
-    return re.sub(r' at 0x[0-9a-fA-F]+', '', repr(o))
-
-
-def teacher_text(teacher):
-    """Return a fingerprint of the teacher's weights or of the cache.
-
-    For several heads, the text contains a fingerprint for each teacher.
-    """
-    if is_heads(teacher):
-        each = {k: '' if t is None else teacher_text(t) for k, t in teacher.items()}
-        return ', '.join(f'{k}: {text}' for k, text in each.items())
-    feed = feed_of(teacher)
-    if feed is not None:
-        return feed.cache.identity if isinstance(getattr(feed, 'cache', None), TeacherCache) else ''
-    with warnings.catch_warnings():
-        warnings.simplefilter('ignore', DistillWarning)
-        return identity_of(teacher_of(teacher))['weights']
-
-
 def student_of(make_student, seed):
     with seeded(seed):
         return make_student()
@@ -179,16 +153,16 @@ class Students:
 
     Args:
         lrs: {recipe name: maximum learning rate}.
+        stored: True if results are stored in a folder.
         options: Options of `distill`.
-
-    The other arguments are those of `compare_recipes`.
     """
 
-    def __init__(self, make_student, teacher, recipes, n_epoch, lrs, metric, options):
+    def __init__(self, make_student, teacher, recipes, n_epoch, lrs, metric, stored, options):
         self.make_student, self.teacher, self.recipes = make_student, teacher, recipes
         self.n_epoch, self.lrs, self.metric, self.options = n_epoch, lrs, metric, options
+        self.stored = stored
         self.starts = {}  # {seed: fingerprint of the students' initial weights}
-        self.samples = None  # description of the first student's samples
+        self.setup = None  # of the first student
 
     def train(self, run, after_epoch, late):
         """Train the student of a run. Return the results as plain data."""
@@ -201,7 +175,8 @@ class Students:
                 'call, using only these random generators.'
             )
         own = [m.name for m in learn.metrics]
-        self.samples = self.samples or samples_text(learn.dls)
+        if self.stored and self.setup is None:
+            self.setup = setup_of(learn)
         # subtle: training on labels only also uses `distill`, so that a cache replays the same
         # views
         recipe = self.recipes[run.name]
@@ -214,10 +189,12 @@ class Students:
             learn.distill(
                 self.teacher, self.n_epoch, self.lrs[run.name], recipe, cbs=watch, **options
             )
-        return dict(start=start, samples=self.samples, metrics=own, history=history_of(learn))
+        return dict(start=start, setup=self.setup, metrics=own, history=history_of(learn))
 
     def check_start(self, runs):
-        """Raise an error if earlier runs in the folder used different weights or samples."""
+        """Raise an error if the folder has students with different initial weights, data or
+        optimizers.
+        """
         finished = runs.finished()
         self.starts = {r.seed: r.result['start'] for r in finished}
         for run in finished[:1]:
@@ -228,24 +205,13 @@ class Students:
                     f'now returns different initial weights for seed {run.seed}. Use a different '
                     'folder.'
                 )
-            now, before = samples_text(learn.dls), run.result.get('samples')
-            if before != now:
+            now, before = setup_of(learn), run.result['setup']
+            if changed := [k for k in now if before.get(k) != now[k]]:
+                k = changed[0]
                 raise DistillError(
-                    f'{runs.folder} holds an experiment with different samples: {before} there, '
-                    f'{now} now. Use a different folder.'
+                    f'{runs.folder} holds an experiment with different {k}: {before.get(k)} there, '
+                    f'{now[k]} now. Use a different folder.'
                 )
-
-
-def samples_text(dls):
-    """Describe the samples by their number and by a fingerprint of their keys."""
-    root, parts = key_root(dls), []
-    for dl, name in zip(dls.loaders, ('training', 'validation')):
-        try:
-            keys = item_keys(dl, None, root)
-        except DistillError:  # the dataset is iterable, or does not show its samples
-            continue
-        parts.append(f'{len(keys):,} {name} samples ({fingerprint(keys)[:8]})')
-    return ' and '.join(parts)
 
 
 class WatchEpochs(Callback):

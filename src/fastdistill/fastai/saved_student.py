@@ -21,6 +21,7 @@ from .student_export import (
     check_learner,
     export_student,
     facts_of,
+    plain_temperature,
     temperature_tensor,
     validation_inputs,
 )
@@ -71,7 +72,8 @@ def save_student(
             weights by it.
     """
     check_learner(learn, 'save_student')
-    temperature_tensor(temperature)  # raises an error for a wrong one before anything is written
+    # raises an error for a wrong one before anything is written
+    temperature = plain_temperature(temperature)
     if report is not None and not isinstance(report, Report):
         raise DistillError(
             f'report is of type {type(report).__name__}: it must be a Report from compare.'

@@ -39,6 +39,7 @@ __all__ = [
     'check_learner',
     'export_student',
     'facts_of',
+    'plain_temperature',
     'validation_inputs',
     'weak_score',
 ]
@@ -143,6 +144,7 @@ def export_student(
             also stored as metadata.
     """
     check_learner(learn, 'export_student')
+    temperature = plain_temperature(temperature)
     T = temperature_tensor(temperature)
     path = Path(path)
     if path.suffix not in WRITERS:
@@ -187,11 +189,27 @@ def temperature_tensor(temperature) -> Tensor | None:
         T = torch.as_tensor(temperature, dtype=torch.float32)
     except (TypeError, ValueError, RuntimeError):
         T = torch.zeros(())
-    if T.dim() > 1 or not bool((T > 0).all()) or not bool(T.isfinite().all()):
+    if (
+        T.dim() > 1
+        or not len(T.reshape(-1))
+        or not bool((T > 0).all())
+        or not bool(T.isfinite().all())
+    ):
         raise DistillError(
             f'temperature={temperature!r}: must be a positive number, or a list with one for each label.'
         )
     return T
+
+
+def plain_temperature(temperature) -> float | list[float] | None:
+    """Return a temperature as JSON can store it, e.g. of a tensor or a number of NumPy.
+
+    Raises:
+        DistillError: If it is not positive.
+    """
+    if temperature_tensor(temperature) is None or not hasattr(temperature, 'tolist'):
+        return temperature
+    return temperature.tolist()
 
 
 def weak_score(learn: Learner, n: int = 8) -> str | None:

@@ -220,10 +220,16 @@ def ab(
     )
 
 
-def negative_mean(t: Tensor, axis: int) -> Tensor:
+def negative_mean(t: Tensor, axis: int, mask: Tensor | None = None) -> Tensor:
     """Compute the mean of the negative values of each channel, or 0 for a channel without negative
     values.
+
+    Args:
+        mask: Positions to include, those above 0. Same shape as `t` without the channel axis.
     """
+    if mask is not None:
+        on = fit_mask(mask, t.movedim(axis, 0).shape[1:]) > 0
+        t = t.where(on.unsqueeze(axis), 0.0)
     t = cells(t, axis)
     return t.clamp_max(0).sum((0, 2)) / (t < 0).sum((0, 2)).clamp_min(1)
 
@@ -267,12 +273,14 @@ def ofd(
         s: Student features before the ReLU, projected to the teacher's shape.
         t: Teacher features before the ReLU.
         margin: Lower bound of the target, (C,). None for the mean of the teacher's negative values
-            in each channel.
+            in each channel, at the positions that `mask` includes.
         axis: Channel axis.
         mask: Positions to include in the loss. Same shape as `s` without the channel axis.
     """
     same_features(s, t)
-    t = torch.maximum(t, per_channel(negative_mean(t, axis) if margin is None else margin, t, axis))
+    if margin is None:
+        margin = negative_mean(t, axis, mask)
+    t = torch.maximum(t, per_channel(margin, t, axis))
     return reduce(torch.where((s > t) | (t > 0), (s - t).pow(2), 0.0).mean(axis), reduction, mask)
 
 

@@ -21,7 +21,7 @@ from ..base.errors import DistillError
 
 __all__ = ['Run', 'Runs']
 
-RUNS_FORMAT = 2  # version of the folder's format
+RUNS_FORMAT = 3  # version of the folder's format
 
 
 @dataclass
