@@ -374,7 +374,7 @@ def test_draws_do_not_depend_on_how_the_cache_is_written(tmp_path):
     a, b = (written(tmp_path / str(n), 'draws', run=dict(bs=n)) for n in (64, 7))
     x, y = [c.outputs(range(200)).logits for c in (a, b)]
     assert (x.ids == y.ids).float().mean() > 0.999  # a number at a boundary may round differently
-    c = written(tmp_path / 'c', 'draws', seed=1).outputs(range(200)).logits
+    c = written(tmp_path / 'c', 'draws', run=dict(seed=1)).outputs(range(200)).logits
     assert (x.ids == c.ids).float().mean() < 0.9
 
 
