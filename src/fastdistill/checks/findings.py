@@ -153,6 +153,10 @@ class Findings(list):
     def errors(self) -> list[Finding]:
         return [f for f in self if f.level == 'error']
 
+    @property
+    def warnings(self) -> list[Finding]:
+        return [f for f in self if f.level == 'warning']
+
     def enforce(self, facts: bool = True) -> 'Findings':
         """Print facts and notes, issue warnings, and raise errors.
 

@@ -158,7 +158,7 @@ class DetectionHead(Head):
         return super().compute(student, teacher, task, scores, progress=progress)
 
     def scored_layers(self, terms):
-        """Return the names of the teacher's scores for the levels that terms with scores compare."""
+        """Return the names of the pyramid levels whose teacher scores are needed by the terms."""
         found = {tuple(k.layers[1] for k in self.links[t.name]) for t in terms if t.n_targets}
         if len(found) > 1:
             raise DistillError('Terms that read scores must compare the same levels.')
@@ -184,7 +184,7 @@ class DetectionDistiller(Distiller):
         teacher: A detector of any of these kinds, or a `Teacher` of such a detector. The number of
             classes may differ if only feature maps are compared.
         recipe: A recipe such as `pkd()`, a `Term`, or a recipe as text. None for
-            `pkd(weight='paper')`.
+            `pkd(grad_ratio=0.3)`.
         size: Height and width to which the student's pixels are resized for the teacher. None for
             the teacher's fixed size, if it has one (as an SSD does), or else the student's size.
         check: If True, check the targets of the first batch.

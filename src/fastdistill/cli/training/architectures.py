@@ -63,8 +63,9 @@ def check_arch(arch: Arch, task: str):
         return
     if name not in own_names(task) and not (task == 'images' and is_timm(name)):
         near = close_name(name, [*LAYERED[task], *vision_names(task)])
+        sizes = '' if not re.search(r'\d', name) else f' Sizes of layers belong in {arch.option}.'
         raise DistillError(
-            f'No architecture {name!r} for {task}{near}. It must be {ARCHS_IN_WORDS[task]}.'
+            f'No architecture {name!r} for {task}{near}. It must be {ARCHS_IN_WORDS[task]}.{sizes}'
         )
     if layers is not None:
         raise DistillError(
