@@ -17,7 +17,7 @@ from ..base.outputs import DistillError
 from ..base.random_state import guarded_random_state
 from ..base.task import Task, fit_labels
 from ..teachers.teacher import Teacher
-from .batch_scores import FEW, METRICS, Tally
+from .batch_scores import FEW, LEADS, METRICS, Tally
 from .findings import Finding, Findings, numbers_in_words
 from .forward import student_logits, teacher_logits
 from .shapes import mismatches
@@ -308,7 +308,7 @@ def no_better(score: str, teacher: Tensor, student: Tensor, valid: Tally) -> Ite
             'learns more from the labels than from it',
             'Use a better teacher, or train on the labels only',
         )
-    elif not valid.above(teacher, student, least=0.0):
+    elif not valid.above(teacher, student, least=0.0, sure=LEADS):
         yield Finding(
             'warning',
             f'The teacher is not significantly better than the student ({score}: teacher and '

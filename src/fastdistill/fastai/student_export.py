@@ -113,7 +113,8 @@ def check_learner(learn, name):
     if not isinstance(learn, Learner):
         raise DistillError(
             f'{name} got a {type(learn).__name__}: pass the Learner, learn instead of '
-            'learn.model. The result is checked on inputs of its validation set.'
+            'learn.model. The result is checked on inputs of its validation set. Without a Learner, use '
+            'torch.onnx.export or torch.export: the student is an ordinary module.'
         )
 
 
