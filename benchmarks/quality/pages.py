@@ -104,17 +104,17 @@ def of_repository(r):
     ).groups()
     gains = gains_said(gains, r)
     better = sum(g.mean > 0 for g in own.values()), len(own)
-    pattern = r'beat labels alone in (\d+) of the (\d+) cells that were measured'
-    readme = fill(readme, pattern, *better)
+    readme = fill(readme, r'\[(\d+) combinations of data', better[1])
+    readme = fill(readme, r'better on average in (\d+), significantly worse', better[0])
     for pattern, values in (
         (
-            r'beat labels alone in (\d+) of the (\d+) cells, significantly so in the (\d+) that are bold',
+            r'beat labels alone in (\d+) of the (\d+) cells\. The gain is significant in the (\d+) bold',
             (*better, len(r.bold_default)),
         ),
         (r'the mean of (\d+) to (\d+) seeds', (min(seeds), max(seeds))),
         (r'CamVid \S+ \(p = ([\d.]+)\)', (f'{own["camvid"].p:.2f}',)),
         (
-            r'`dist` lost \*\*([\d.]+)\*\* points on banking77',
+            r'`dist` without fading lost \*\*([\d.]+)\*\* points on banking77',
             (loss(r, 'banking77weak_long', 'dist(auto)x3'),),
         ),
         (
@@ -122,22 +122,22 @@ def of_repository(r):
             (loss(r, 'goemotionsweak_short', 'binary(1)x3'),),
         ),
         (
-            r'fell in (\d+) of (\d+) cells, but the median calibration error rose from ([\d.]+) to ([\d.]+\d)',
+            r'fell in (\d+) of (\d+) cells\. But the median calibration error rose from ([\d.]+) to ([\d.]+\d)',
             (*probabilities[:2], probabilities[3], probabilities[2]),
         ),
     ):
         gains = fill(gains, pattern, *values)
     for pattern, values in (
         (
-            r'(\d+) of their (\d+) cells are significantly better',
+            r'in (\d+) of their (\d+) combinations of student and training length',
             (len([n for n in new if n in r.bold_default]), len(new)),
         ),
         (
-            r'gains \*\*([\d.]+)\*\* points on two-digit numbers \(short\)',
+            r'gains \*\*([\d.]+)\*\* points on two-digit numbers in a short training',
             (loss(r, 'digits100_short', 'kd(4,.9)'),),
         ),
         (
-            r'loses \*\*([\d.]+)\*\* on banking77 \(long\)',
+            r'loses \*\*([\d.]+)\*\* points on\s+banking77 in a long one',
             (loss(r, 'banking77_long', 'kd(4,.9)'),),
         ),
     ):

@@ -679,7 +679,7 @@ def test_mistakes_with_stored_heads_are_named(tmp_path):
             quiet_learner(noisy_dls()).distill(source, 1, 0.01, kd(), **kwargs)
 
     refused(
-        r'other views of the samples \(color: 2 view\(s\), seed 0; shape: 3 view\(s\), seed 0\)',
+        r'different views of the samples \(color: 2 view\(s\), seed 0; shape: 3 view\(s\), seed 0\)',
         dict(color=two['color'], shape=three['shape']),
     )
     seed1 = cache_teacher(t, dls, tmp_path / 'seed', views=2, run=dict(seed=1))

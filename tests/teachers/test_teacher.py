@@ -1489,7 +1489,7 @@ def test_an_option_counts_where_it_was_given_even_if_it_equals_the_default():
 
 def test_the_options_can_be_read_where_they_are_recorded():
     assert {'layers', 'run', 'select'} <= set(inspect.signature(Teacher).parameters)
-    assert "'train' for papers" in Teacher.__doc__
+    assert "'train' for methods" in Teacher.__doc__
     with pytest.raises(TypeError, match="unexpected keyword argument 'temperature'"):
         Teacher(torch.sin, temperature=2)
 

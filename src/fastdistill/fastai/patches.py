@@ -2,24 +2,17 @@
 
 | what | why | when |
 |---|---|---|
-| `DataBlock.__init__` | fastai would count a `TeacherBlock` and the label before it as inputs |
-import |
-| `Datasets.decode` | `predict` and `show_results` have no prediction for the teacher's column |
-first target |
+| `DataBlock.__init__` | fastai counts a `TeacherBlock` and the label before it as inputs | import |
+| `Datasets.decode` | `predict`, `show_results`: no prediction for the teacher's column | first target |
 | `Datasets.new_empty` | `export` would keep the teacher's column | first target |
 | `TfmdDL._one_pass` | `export` would keep the type of the teacher's targets | first target |
-| `TfmdDL._pre_show_batch` | fastai cannot show a tuple of a label and a teacher's target | first
-target |
-| `defaults.callbacks` | labels, MixUp and metrics must not see the targets, see `TeacherTargets` |
-first target |
-| `Learner.fit` | fastai has no event after an error or an interrupt, so the patch cleans up | first
-callback |
-| `Learner.fine_tune` | schedules span both of its phases, see `KnowledgeDistillation(span=)` |
-import |
+| `TfmdDL._pre_show_batch` | fastai can't show a label together with a teacher target | first target |
+| `defaults.callbacks` | labels, MixUp and metrics must not see the targets | first target |
+| `Learner.fit` | cleans up, because fastai has no event after an error | first callback |
+| `Learner.fine_tune` | schedules span both phases, see `KnowledgeDistillation(span=)` | import |
 | `Learner.save` | the projectors are saved in a file next to the student's file | first callback |
 | `Learner.load` | the projectors are loaded from that file | import |
-| `Recorder.plot_loss` | with a teacher, `train_loss` has a different scale than the task losses |
-first callback |
+| `Recorder.plot_loss` | `train_loss` has a different scale than the task losses | first callback |
 | `Learner.distill` | a new method, in `learner.py` | import |
 | `Learner.check_teacher` | a new method, in `learner.py` | import |
 | `Learner.distill_find` | a new method, in `recipe_find.py` | import |
