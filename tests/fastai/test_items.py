@@ -342,6 +342,21 @@ def test_the_check_scores_the_teacher_on_its_own_items(folder):
     learn.explain(Teacher(Knows(), items=own_pixels))
 
 
+def test_compare_times_it_on_its_own_items(folder):
+    shapes = set()
+
+    class Sees(Knows):
+        def forward(self, x):
+            shapes.add(tuple(x.shape[1:]))
+            return super().forward(x)
+
+    wide = lambda paths: torch.nn.functional.pad(own_pixels(paths), (0, 3))
+    own = wide(get_image_files(folder)[:2]).shape[1:]
+    teacher = Teacher(Sees(), items=wide)
+    compare(dict(teacher=teacher, student=image_student(folder)), seconds=0.001, progress=False)
+    assert shapes == {tuple(own)}
+
+
 def test_compare_shows_it_its_own_items(folder):
     learn, t = image_student(folder), Teacher(Knows(), items=own_pixels)
     report = compare(dict(teacher=t, student=learn), large=4, seconds=0.001, progress=False)

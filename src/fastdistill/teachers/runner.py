@@ -320,7 +320,9 @@ class ModelRunner(Runner):
         Args:
             x: Inputs of a batch on which the model has already run.
         """
-        args, kwargs = self._prepared(x, {}, device_of_inputs(x, {}), self.frozen)
+        device = device_of_inputs(x, {})
+        x, kw = own_inputs(self.teacher, tuple(x), {})
+        args, kwargs = self._prepared(x, kw, device, self.frozen)
         if anew := getattr(self.teacher.model, 'anew', None):
             return lambda: anew(*args, **kwargs)
         return lambda: self.call(args, kwargs)
