@@ -3,7 +3,7 @@
     python benchmarks/weak_teachers.py first       # first tries of benchmarks/quality
     python benchmarks/weak_teachers.py ordinary    # cells with good teachers, which must not lose
     python benchmarks/weak_teachers.py stopped     # teachers stopped after a different number of steps
-    python benchmarks/weak_teachers.py --table
+    python benchmarks/weak_teachers.py --table             # of this version; --version 1 for the runs before
 
 Each run is a line of results/weak_teachers.jsonl; runs that are there are skipped. `before` is the default of protocol 2: the
 same recipe without `fade=True`, and `kd(T=1, alpha=.3)` or `kd(T=1, alpha=.1)` for a teacher in doubt. `fade` is
@@ -29,7 +29,7 @@ from stored import append, read  # noqa: E402
 from tasks import Data, Split, cells, fit, kept  # noqa: E402
 
 OUT = HERE / 'results' / 'weak_teachers.jsonl'
-VERSION = 1
+VERSION = 2  # 1: the gradient of the default was up to 4 times as long as that of the labels
 FIRST = 'first_two_digits first_ages first_questions first_intents first_income first_emotions'
 # cell -> the rate, of the cell's grid, that protocol 1 or 2 chose for labels alone or the default
 ORDINARY = dict(
@@ -95,8 +95,12 @@ def chosen(which):
     ]
 
 
+def rows_of(version):
+    return [r for r in read(OUT) if r['version'] == version]
+
+
 def run(which, seeds):
-    done, code = {(r['cell'], r['name'], r['seed']) for r in read(OUT)}, commit()
+    done, code = {(r['cell'], r['name'], r['seed']) for r in rows_of(VERSION)}, commit()
     for cell, lr in chosen(which):
         data = cell.data()
         facts = protocol.facts(cell, data)
@@ -111,7 +115,7 @@ def run(which, seeds):
                 teacher = dict(teacher=facts['teacher_test'], measure=MAIN[cell.output])
                 text = protocol.text_of(recipe)
                 append(OUT, own | teacher | dict(recipe=text, commit=code, **r))
-        print(table([r for r in read(OUT) if r['cell'] == cell.name]), flush=True)
+        print(table([r for r in rows_of(VERSION) if r['cell'] == cell.name]), flush=True)
 
 
 def table(rows):
@@ -136,7 +140,10 @@ def table(rows):
 
 
 def main(
-    which: str = typer.Argument(''), seeds: int = 4, show: bool = typer.Option(False, '--table')
+    which: str = typer.Argument(''),
+    seeds: int = 4,
+    show: bool = typer.Option(False, '--table'),
+    version: int = VERSION,
 ):
     torch.set_num_threads(1)
     if which:
@@ -145,7 +152,7 @@ def main(
         print(
             '| cell | teacher | recipe | seeds | mean | gain | NLL | ECE |\n|---|---|---|---|---|---|---|---|'
         )
-        print(table(read(OUT)))
+        print(table(rows_of(version)))
 
 
 if __name__ == '__main__':
