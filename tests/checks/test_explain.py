@@ -230,6 +230,13 @@ def why_of(valid, train, **options):
     )
 
 
+@pytest.mark.parametrize('worse, denied', [(2, True), (8, False)])
+def test_a_lead_at_the_usual_level_is_not_denied(worse, denied):
+    teacher, student = answers()[0], answers(wrong=worse)[0]
+    found = why_of((teacher, student), (teacher, student))
+    assert says(found, 'not significantly better than the student') is denied
+
+
 def says(found, text):
     return any(text in str(f) for f in found)
 

@@ -527,6 +527,15 @@ def test_a_validation_set_may_be_sorted_by_class():
     assert 'no better than chance' in found(student, lambda x: torch.zeros(len(x), 4))[0][1]
 
 
+def test_each_validation_row_of_a_table_is_scored_once():
+    "fastai's DataLoaders of tables draw rows with replacement when they shuffle"
+    student, teacher = apps.tabular()
+    facts = student.check_teacher(teacher, n=1000).facts
+    y = torch.as_tensor(student.dls.valid.dataset.ys.to_numpy().ravel())
+    assert facts.n == len(y)
+    assert facts.constant_score == pytest.approx(y.bincount().max().item() / len(y))
+
+
 def test_a_teacher_that_finds_what_is_rare_is_better_than_chance():
     x = torch.randn(400, 8)
     x[::40, 0] += 6

@@ -1,7 +1,8 @@
 "Pair the levels of two feature pyramids."
 
 from collections.abc import Sequence
-from typing import Any
+
+from torch import nn
 
 from ..base.outputs import DistillError
 from ..features.layer_pairs import longest_row, pair_by_depth
@@ -36,5 +37,5 @@ def pair_levels(student: dict, teacher: dict, s_size: Sequence[int], t_size: Seq
 
 
 def stage(name: str, shape: Sequence[int]) -> Stage:
-    module: Any = None  # pairing needs only the shape
-    return Stage(name, module, 'map', tuple(shape), 1, True)
+    # the module is not known, and pairing needs only the shape
+    return Stage(name, nn.Identity(), 'map', tuple(shape), 1, True)

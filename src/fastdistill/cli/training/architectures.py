@@ -63,7 +63,8 @@ def check_arch(arch: Arch, task: str):
         return
     if name not in own_names(task) and not (task == 'images' and is_timm(name)):
         near = close_name(name, [*LAYERED[task], *vision_names(task)])
-        sizes = '' if not re.search(r'\d', name) else f' Sizes of layers belong in {arch.option}.'
+        with_sizes = re.search(r'(^|[-,])\d', name)  # such as 500-200 or cnn-8-16
+        sizes = f" Give the sizes of layers as {arch.option}='16,32'." if with_sizes else ''
         raise DistillError(
             f'No architecture {name!r} for {task}{near}. It must be {ARCHS_IN_WORDS[task]}.{sizes}'
         )
