@@ -517,27 +517,26 @@ def test_the_logs_show_each_part(tmp_path):
     assert first['kd_loss'] != second['kd_loss']
 
 
+def saving_trainer(folder, data, teacher, step, **options):
+    "A trainer of 6 steps that saves every `step` steps, always with the same student"
+    own = {k: options.pop(k) for k in ('recipe', 'check') if k in options}
+    torch.manual_seed(0)
+    return DistillationTrainer(
+        loud(bert(width=8, hidden_dropout_prob=0.1)),
+        args(folder, max_steps=6, save_strategy='steps', save_steps=step, **options),
+        train_dataset=data,
+        teacher=teacher,
+        **own,
+    )
+
+
 def test_a_resumed_training_ends_like_one_that_was_not_interrupted(tmp_path):
     data, teacher = list(texts()), loud(bert(width=16))
     recipe = kd() + Term(losses.hint, layers='last', grad_ratio=0.2)
-
-    def trainer(folder):
-        torch.manual_seed(0)
-        return DistillationTrainer(
-            loud(bert(width=8, hidden_dropout_prob=0.1)),
-            args(
-                tmp_path / folder,
-                max_steps=6,
-                save_strategy='steps',
-                save_steps=3,
-                per_device_train_batch_size=2,
-            ),
-            train_dataset=data,
-            teacher=teacher,
-            recipe=recipe,
-        )
-
-    whole, again = trainer('a'), trainer('b')
+    whole, again = (
+        saving_trainer(tmp_path / o, data, teacher, 3, recipe=recipe, per_device_train_batch_size=2)
+        for o in 'ab'
+    )
     whole.train()
     again.train(resume_from_checkpoint=str(tmp_path / 'a' / 'checkpoint-3'))
     assert again.state.log_history[-2] == whole.state.log_history[-2]
@@ -560,26 +559,11 @@ PLANS = dict(
 def test_a_training_that_resumes_within_an_epoch_ends_the_same(tmp_path, recipe, accumulated, step):
     data, teacher = list(texts()), loud(bert(width=16))
     teacher.classifier.weight.data *= 20
-
-    def trainer(folder):
-        torch.manual_seed(0)
-        return DistillationTrainer(
-            loud(bert(width=8, hidden_dropout_prob=0.1)),
-            args(
-                tmp_path / folder,
-                max_steps=6,
-                save_strategy='steps',
-                save_steps=step,
-                per_device_train_batch_size=1,
-                gradient_accumulation_steps=accumulated,
-            ),
-            train_dataset=data,
-            teacher=teacher,
-            recipe=recipe,
-            check=False,
-        )
-
-    whole, again = trainer('a'), trainer('b')
+    options = dict(per_device_train_batch_size=1, gradient_accumulation_steps=accumulated)
+    whole, again = (
+        saving_trainer(tmp_path / o, data, teacher, step, recipe=recipe, check=False, **options)
+        for o in 'ab'
+    )
     whole.train()
     again.train(resume_from_checkpoint=str(tmp_path / 'a' / f'checkpoint-{step}'))
     assert step * accumulated % len(data)  # not at the end of an epoch
@@ -594,24 +578,11 @@ def test_a_resumed_training_keeps_the_recipe_that_was_chosen(tmp_path):
     "And the gradients that were measured; another first batch would give another temperature"
     data, teacher = list(texts()), loud(bert(width=16))
     teacher.classifier.weight.data *= 20  # sure enough to be softened
-
-    def trainer(folder, items):
-        torch.manual_seed(0)
-        return DistillationTrainer(
-            loud(bert(width=8, hidden_dropout_prob=0.1)),
-            args(
-                tmp_path / folder,
-                max_steps=6,
-                save_strategy='steps',
-                save_steps=3,
-                per_device_train_batch_size=2,
-            ),
-            train_dataset=items,
-            teacher=teacher,
-            check=False,
-        )
-
-    whole, again, reversed_ = trainer('a', data), trainer('b', data), trainer('c', data[::-1])
+    options = dict(check=False, per_device_train_batch_size=2)
+    whole, again, reversed_ = (
+        saving_trainer(tmp_path / o, items, teacher, 3, **options)
+        for o, items in zip('abc', (data, data, data[::-1]))
+    )
     whole.train()
     checkpoint = str(tmp_path / 'a' / 'checkpoint-3')
     again.train(resume_from_checkpoint=checkpoint)
