@@ -254,6 +254,19 @@ class DetectionDistiller(Distiller):
             feats = taps.pop()
         student = self.student_outputs(losses, feats, images)
         teacher = self.teacher_outputs(images, progress)
+        return self.weighted_losses(losses, student, teacher, progress)
+
+    def weighted_losses(
+        self, losses: dict, student: Outputs, teacher: Outputs | None, progress: float | None
+    ) -> dict:
+        """Return torchvision's losses and the terms by name, each times its weight.
+
+        Args:
+            losses: Losses that the student returned for a batch.
+            student: Student outputs for the same batch.
+            teacher: Teacher outputs for the same batch. None if no term needs the teacher.
+            progress: Fraction of the training that is done, from 0 to 1, for schedules.
+        """
         r = self.compute(student, teacher, sum(losses.values()), progress=progress)
         task = r.weights['task']
         if task != 1:

@@ -163,10 +163,7 @@ class DetectorDistillation(Callback):
         d, losses = self.distiller, self.pred
         student = d.student_outputs(losses, feats, self.xb[0])
         teacher = d.teacher_outputs(self.xb[0], self.pct_train)
-        r = d.compute(student, teacher, sum(losses.values()), progress=self.pct_train)
-        task = r.weights['task']
-        own = losses if task == 1 else {k: task * v for k, v in losses.items() if task}
-        self.learn.pred = {**own, **r.terms}
+        self.learn.pred = d.weighted_losses(losses, student, teacher, self.pct_train)
 
     def after_cancel_batch(self):
         self.stack.close()
