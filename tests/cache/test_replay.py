@@ -485,3 +485,17 @@ def test_what_cannot_be_repeated_is_refused(tmp_path):
     with pytest.raises(DistillError, match='pass Teacher'):
         cache_dataset(torch.nn.Linear(5, 4), Noisy(), tmp_path, keys=range(23))
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize('views', [0, 2])
+def test_a_cache_of_edited_inputs_is_not_taken_for_complete(tmp_path, views):
+    def written(x):
+        data = Noisy() if views else torch.utils.data.TensorDataset(x, torch.arange(23))
+        data.x = x
+        return cache_dataset(Net(), data, tmp_path, views=views, keys=range(23))
+
+    x = Noisy().x
+    written(x)
+    assert written(x).manifest.complete
+    with pytest.raises(DistillError, match='the inputs of some samples: the transforms give a'):
+        written(x + 1)

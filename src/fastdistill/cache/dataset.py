@@ -226,12 +226,11 @@ class Views(Dataset):
     def digests(self):
         """Return digests of the inputs of a few samples.
 
-        In training, the replayed inputs must have the same digests.
+        The inputs must have the same digests when the cache is written again and, unless the cache
+        has no views, in training.
         """
-        if not self.views:
-            return []
-        n = len(self.dataset)
-        tasks = [(i % self.views, int(r)) for i, r in enumerate(spread_positions(n, 8))]
+        n, views = len(self.dataset), max(self.views, 1)
+        tasks = [(i % views, int(r)) for i, r in enumerate(spread_positions(n, 8))]
         return [dict(row=r, view=v, digest=input_digest(self[v * n + r][0])) for v, r in tasks]
 
 
