@@ -1,5 +1,6 @@
 "The global random generators: saved and restored, and streams apart from them."
 
+import json
 import random
 
 import numpy as np
@@ -66,3 +67,31 @@ def test_a_stream_continues_where_it_ended_and_leaves_the_global_numbers_alone()
     assert first == want[0]  # it starts from the state outside
     assert second == want[1]
     assert draws() == want[1]
+
+
+@pytest.mark.parametrize('bits', [np.random.MT19937, np.random.PCG64])
+def test_a_saved_stream_continues_after_its_state_was_a_json_file(bits):
+    before = np.random.get_bit_generator()
+    np.random.set_bit_generator(bits(3))
+    try:
+        stream, all_of_them = RandomStream(), global_generators()
+        assert stream.state_dict() == {}
+        with stream.own(all_of_them):
+            draws()
+        saved = json.loads(json.dumps(stream.state_dict()))
+        draws()
+        again = RandomStream(saved)
+        assert again.state_dict() == saved
+        with stream.own(all_of_them):
+            want = draws()
+        with again.own(all_of_them):
+            assert draws() == want
+    finally:
+        np.random.set_bit_generator(before)
+
+
+def test_a_stream_in_which_nothing_drew_has_no_state():
+    stream = RandomStream()
+    with stream.own(global_generators()):
+        pass
+    assert stream.state_dict() == {}

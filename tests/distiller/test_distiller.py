@@ -1,9 +1,10 @@
 "The heart, without any framework: terms, recipes, and a plain loop."
 
-import copy, functools, re, subprocess, sys, warnings
+import copy, functools, random, re, subprocess, sys, warnings
 from contextlib import nullcontext
 from functools import partial
 import pytest, torch
+import numpy as np
 import torch.nn.functional as F
 import torch.utils.checkpoint
 from torch import nn
@@ -1209,6 +1210,76 @@ def test_a_loop_that_was_interrupted_ends_as_one_that_was_not(tmp_path, recipe, 
         k: float(v) for k, v in end.weights.items()
     }
     assert all(map(torch.equal, again[0].parameters(), whole[0].parameters()))
+
+
+def noisy(x):
+    "A function that uses all random generators"
+    noise = random.random() + np.random.rand() + torch.randn(len(x), 4)
+    return mlp(16, 1)(x) + noise
+
+
+DRAWING = dict(
+    sample=lambda: Teacher([mlp(16, 1), mlp(16, 2)], ensemble=dict(combine='sample')),
+    dropout=lambda: Teacher(
+        nn.Sequential(nn.Dropout(0.5), mlp(16, 1)), run=dict(mode='train', device='cpu')
+    ),
+    function=lambda: Teacher(noisy),
+)
+
+
+@pytest.mark.parametrize('started', [False, True])
+@pytest.mark.parametrize('teacher', DRAWING.values(), ids=DRAWING)
+def test_a_teacher_that_draws_continues_with_its_random_numbers(tmp_path, teacher, started):
+    def begin(seed):
+        torch.manual_seed(seed)
+        student = nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Dropout(0.3), nn.Linear(6, 4))
+        d = Distiller(student, teacher(), kd(), check=False)
+        return d, torch.optim.Adam(d.parameters(), 0.01)
+
+    open_ = lambda d: d.teacher if started else nullcontext()
+    whole = begin(0)
+    random.seed(3), np.random.seed(3)
+    with open_(whole[0]):
+        run(*whole, range(4))
+        state = dict(distiller=whole[0].state_dict(), opt=whole[1].state_dict())
+        torch.save(state, tmp_path / 'checkpoint.pt')
+        run(*whole, range(4, 9))
+    again = begin(5)
+    random.seed(4), np.random.seed(4)
+    state = torch.load(tmp_path / 'checkpoint.pt', weights_only=True)
+    again[0].load_state_dict(state['distiller'])
+    again[1].load_state_dict(state['opt'])
+    with open_(again[0]):
+        run(*again, range(4, 9))
+    assert all(map(torch.equal, again[0].parameters(), whole[0].parameters()))
+
+
+def test_a_loaded_random_state_is_used_once():
+    "The next `with` begins with new random numbers, as it does without a checkpoint"
+    x, teacher = batch()[0], DRAWING['dropout']()
+    d = Distiller(mlp(6), teacher, kd(), check=False)
+    with teacher:
+        teacher(x)
+        state = d.state_dict()
+        second = teacher(x).logits
+    assert not teacher.random.state_dict()
+    d.load_state_dict(state)
+    with teacher:
+        assert torch.equal(teacher(x).logits, second)
+    torch.manual_seed(1)
+    with teacher:
+        third = teacher(x).logits
+    torch.manual_seed(1)
+    with teacher:
+        assert torch.equal(teacher(x).logits, third)
+
+
+def test_the_state_of_a_teacher_without_random_numbers_holds_none():
+    d = Distiller(mlp(6), mlp(16), kd(), check=False)
+    with d.teacher:
+        d(*batch())
+        assert not d.teacher.random.state_dict()
+    assert len(d.get_extra_state()) < 200
 
 
 def test_the_chosen_recipe_continues_and_is_not_chosen_again(capsys):

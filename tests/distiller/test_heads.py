@@ -1,6 +1,6 @@
 "Several heads, each with its own teacher."
 
-import pytest, torch
+import copy, pytest, torch
 import torch.nn.functional as F
 from torch import nn
 from fastdistill import (
@@ -306,6 +306,28 @@ def test_a_training_of_heads_continues_with_the_recipes_and_norms_that_it_had(ca
     assert 'recipe' not in capsys.readouterr().out
     assert again.heads['color'].recipe.terms[0].name == 'dist'
     assert list(again.ratios) == ['color.dist']
+
+
+def test_each_head_continues_with_the_random_numbers_of_its_teacher():
+    def begin(seed):
+        student, color, shape, _ = nets()
+        torch.manual_seed(seed)
+        sampled = lambda m: Teacher([m, copy.deepcopy(m)], ensemble=dict(combine='sample'))
+        dropout = nn.Sequential(nn.Dropout(0.5), shape)
+        heads = two_heads(student, sampled(color), Teacher(dropout, run=dict(mode='train')), kd())
+        with torch.no_grad():
+            heads.heads['color'].teacher.members[1].module.weight.neg_()
+        return heads
+
+    whole, again = begin(1), begin(2)
+    torch.manual_seed(3)
+    for _ in range(3):
+        whole(X, COLOR, SHAPE)
+    again.load_state_dict(whole.state_dict())
+    torch.manual_seed(4)
+    for _ in range(5):
+        a, b = (d(X, COLOR, SHAPE) for d in (whole, again))
+        assert torch.equal(a.total, b.total)
 
 
 def test_a_state_of_other_heads_is_refused():

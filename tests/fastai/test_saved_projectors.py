@@ -1,13 +1,13 @@
 "Projectors and their optimizer are kept beside the student's file, so that a resumed training is the training that was not interrupted."
 
-import errno, io
+import copy, errno, io
 from functools import partial
 import pytest, torch
 import apps  # before the rest of fastai: it keeps its warnings quiet
 from apps import pair, toy
 from fastai.basics import Adam, Callback, Lamb, OptimWrapper, SGD, ranger, set_seed
 from fastai.callback.tracker import SaveModelCallback
-from fastdistill.fastai import DistillError, KnowledgeDistillation, Term, kd, losses
+from fastdistill.fastai import DistillError, KnowledgeDistillation, Teacher, Term, kd, losses
 
 pytestmark = pytest.mark.filterwarnings(*apps.FASTAI_WARNINGS)
 OPTS = [
@@ -81,6 +81,28 @@ def test_measured_shares_of_the_gradient_continue_too(tmp_path):
     second.fit(1, 0.1, cbs=cb2)
     assert same(weights(student), weights(second))
     assert same(projectors(cb), projectors(cb2))
+
+
+@pytest.mark.parametrize('drawn', ['member', 'dropout'])
+def test_a_fit_that_resumes_at_an_epoch_draws_the_teachers_that_come_next(tmp_path, drawn):
+    def begin():
+        student, teacher = toy(opt_func=SGD, path=tmp_path)
+        if drawn == 'dropout':
+            model = torch.nn.Sequential(torch.nn.Dropout(0.5), teacher)
+            return student, KD(Teacher(model, run=dict(mode='train')), kd())
+        members = [teacher, copy.deepcopy(teacher)]
+        with torch.no_grad():
+            [*members[1].parameters()][-2].neg_()
+        return student, KD(Teacher(members, ensemble=dict(combine='sample')), kd())
+
+    straight, cb = begin()
+    straight.fit(3, 0.1, cbs=[cb, SaveModelCallback(every_epoch=True, with_opt=True)])
+    second, cb2 = begin()
+    set_seed(99)
+    second.create_opt()
+    second.load('model_0', weights_only=False)
+    second.fit(3, 0.1, cbs=cb2, start_epoch=1)
+    assert same(weights(straight), weights(second))
 
 
 def automatic(teacher):

@@ -574,6 +574,23 @@ def test_a_training_that_resumes_within_an_epoch_ends_the_same(tmp_path, recipe,
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize('step', [1, 5])
+@pytest.mark.parametrize('drawn', ['member', 'dropout'])
+def test_a_training_that_resumes_draws_the_teachers_that_come_next(tmp_path, drawn, step):
+    data = list(texts())
+    if drawn == 'member':
+        members = [loud(bert(width=16)) for _ in range(2)]
+        teacher = Teacher(members, ensemble=dict(combine='sample'))
+    else:
+        teacher = Teacher(loud(bert(hidden_dropout_prob=0.5)), run=dict(mode='train'))
+    options = dict(recipe=kd(), check=False, per_device_train_batch_size=1)
+    whole, again = (saving_trainer(tmp_path / o, data, teacher, step, **options) for o in 'ab')
+    whole.train()
+    again.train(resume_from_checkpoint=str(tmp_path / 'a' / f'checkpoint-{step}'))
+    for a, b in zip(whole.model.parameters(), again.model.parameters()):
+        assert torch.equal(a, b)
+
+
 def test_a_resumed_training_keeps_the_recipe_that_was_chosen(tmp_path):
     "And the gradients that were measured; another first batch would give another temperature"
     data, teacher = list(texts()), loud(bert(width=16))

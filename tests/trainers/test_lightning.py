@@ -8,7 +8,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 from transformers import GPT2Config, GPT2LMHeadModel
-from fastdistill import DistillError, DistillWarning, Term, kd, losses, soft_labels
+from fastdistill import DistillError, DistillWarning, Teacher, Term, kd, losses, soft_labels
 from fastdistill.lightning import DistillCallback, DistillModule
 
 # what Lightning warns of about itself, and about loaders as small as these
@@ -251,6 +251,25 @@ def test_a_checkpoint_holds_the_student_and_training_resumes_with_its_projectors
         assert a.state_dict()
         for (k, v), w in zip(a.state_dict().items(), b.state_dict().values()):
             assert torch.equal(v, w), k
+
+
+@pytest.mark.filterwarnings('ignore:Be aware that when using .ckpt_path.')
+@pytest.mark.parametrize('drawn', ['member', 'dropout'])
+def test_a_training_that_resumes_draws_the_teachers_that_come_next(tmp_path, drawn):
+    if drawn == 'member':
+        teacher = Teacher([net(16), net(16)], ensemble=dict(combine='sample'))
+    else:
+        teacher = Teacher(net(16, dropout=0.5), run=dict(mode='train'))
+    whole, again = module_of(teacher, recipe=kd()), module_of(teacher, recipe=kd())
+    saves = ModelCheckpoint(
+        tmp_path, save_top_k=-1, save_on_train_epoch_end=True, filename='{epoch}'
+    )
+    trainer(tmp_path, saves, max_epochs=3, steps=-1, enable_checkpointing=True).fit(whole, data())
+    torch.manual_seed(5)
+    trainer(tmp_path, max_epochs=3, steps=-1).fit(
+        again, data(), ckpt_path=tmp_path / 'epoch=0.ckpt', weights_only=True
+    )
+    assert all(map(torch.equal, whole.student.parameters(), again.student.parameters()))
 
 
 @pytest.mark.filterwarnings('ignore:Be aware that when using .ckpt_path.')

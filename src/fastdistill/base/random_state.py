@@ -3,6 +3,7 @@ separate streams of random numbers.
 """
 
 import copy
+import json
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -169,13 +170,25 @@ def global_generators(
 class RandomStream:
     """A separate stream of random numbers. Inside `with stream.own(...)`, the global generators
     continue from their state at the end of the previous such block. The first block starts from the
-    current state. After each block, the state from before the block is restored.
+    current state, or from a loaded state. After each block, the state from before the block is
+    restored.
+
+    Args:
+        state: What `state_dict` of a stream returned. None for a stream without a state.
     """
 
     # subtle: if the state were only restored, a teacher with dropout would use the same random
     # numbers in each batch
-    def __init__(self) -> None:
-        self.states: dict[str, Any] = {}
+    def __init__(self, state: dict | None = None) -> None:
+        self.states: dict[str, Any] = {k: from_json(v) for k, v in (state or {}).items()}
+        self.first: dict[str, Any] = {}  # states of the generators before the first block
+
+    def state_dict(self) -> dict:
+        """Return the state as data for a JSON file. The dict is empty if no code inside the blocks
+        used random numbers.
+        """
+        now = {k: as_json(v) for k, v in self.states.items()}
+        return now if now != {k: as_json(v) for k, v in self.first.items()} else {}
 
     @contextmanager
     def own(self, generators: dict) -> Iterator[None]:
@@ -188,6 +201,7 @@ class RandomStream:
         for k, (_, put) in generators.items():
             if k not in self.states:
                 self.states[k] = copy.deepcopy(outside[k])
+                self.first[k] = copy.deepcopy(outside[k])
             put(self.states[k])
         try:
             yield
@@ -195,3 +209,23 @@ class RandomStream:
             for k, (read, put) in generators.items():
                 self.states[k] = read()
                 put(outside[k])
+
+
+def as_json(state: Any) -> Any:
+    """Convert the state of a generator, as read by `global_generators`, to data for a JSON file."""
+    if isinstance(state, torch.Tensor):
+        return state.numpy().tobytes().hex()
+    if isinstance(state, np.random.BitGenerator):
+        return json.loads(json.dumps(state.state, default=lambda o: o.tolist()))
+    return json.loads(json.dumps(state))
+
+
+def from_json(state: Any) -> Any:
+    """Undo `as_json`."""
+    if isinstance(state, str):
+        return torch.frombuffer(bytearray.fromhex(state), dtype=torch.uint8)
+    if isinstance(state, dict):
+        generator = getattr(np.random, state['bit_generator'])()
+        generator.state = state
+        return generator
+    return tuple(tuple(o) if isinstance(o, list) else o for o in state)

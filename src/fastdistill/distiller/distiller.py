@@ -41,8 +41,8 @@ class Distiller(nn.Module):
     The parameters of this module are those of the student and the projectors. The parameters of the
     teacher are not included. Put `with distiller.teacher:` around a training loop to prepare the
     teacher once instead of for each batch. `state_dict()` contains everything needed to resume
-    training, with two exceptions: the state of the optimizer, and the random state of a teacher
-    that makes random predictions (`mode='train'` or `combine='sample'`).
+    training except for the state of the optimizer, including the random state of a teacher that
+    makes random predictions (`mode='train'` or `combine='sample'`).
 
     If the student has several outputs, each output can have its own teacher: `Distiller(student,
     {'color': teacher1, 'shape': teacher2})`. An output with its labels, teacher and recipe is
@@ -289,14 +289,14 @@ class Distiller(nn.Module):
         return torch.frombuffer(bytearray(json.dumps(state).encode()), dtype=torch.uint8)
 
     def set_extra_state(self, state: Tensor):
-        """Restore the chosen recipe and the measured gradients.
+        """Restore the chosen recipe, the measured gradients and the random state of the teacher.
 
         If a recipe with different terms was already chosen, the current recipe is kept.
         """
         state = json.loads(bytes(state.tolist()))
-        of_one = set(self.heads[next(iter(self.heads))].state())
-        if set(state) != (set(self.heads) if self.several else of_one):
-            have = 'one output' if set(state) == of_one else f'the heads {", ".join(state)}'
+        saved_heads = all(isinstance(o, dict) for o in state.values())
+        if saved_heads != self.several or saved_heads and set(state) != set(self.heads):
+            have = f'the heads {", ".join(state)}' if saved_heads else 'one output'
             mine = f'the heads {", ".join(self.heads)}' if self.several else 'one output'
             raise DistillError(
                 f'This state was saved from a Distiller with {have}, but this one has {mine}.'

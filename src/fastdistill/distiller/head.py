@@ -163,11 +163,18 @@ class Head(RecipeLoss):
     def state(self) -> dict:
         """Return the state that a checkpoint needs in addition to the weights."""
         return dict(
-            recipe=self.chosen, ratios=self.ratios.state_dict(), shift_labels=self.shift_labels
+            recipe=self.chosen,
+            ratios=self.ratios.state_dict(),
+            shift_labels=self.shift_labels,
+            random=self.random_state(),
         )
 
+    def random_state(self) -> dict:
+        """Return the random state of the teacher. Empty if the teacher uses no random numbers."""
+        return self.teacher.random.state_dict() if isinstance(self.teacher, Teacher) else {}
+
     def load_state(self, state: dict):
-        """Restore the chosen recipe and the measured gradients.
+        """Restore the chosen recipe, the measured gradients and the random state of the teacher.
 
         If a recipe with different terms was already chosen, the current recipe is kept.
         """
@@ -180,6 +187,8 @@ class Head(RecipeLoss):
         self.ratios.load_state_dict(state['ratios'])
         if self.shift_labels is None:
             self.shift_labels = state['shift_labels']
+        if isinstance(self.teacher, Teacher):
+            self.teacher.load_random_state(state.get('random', {}))  # absent in older checkpoints
 
     # checks and setup before the first batch
 

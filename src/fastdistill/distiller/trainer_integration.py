@@ -108,7 +108,8 @@ def reset_gradients(d: Distiller):
 def training_state(d: Distiller) -> dict:
     """Return the state to save in addition to the student and its optimizer.
 
-    This state consists of the projectors, the chosen recipe and the measured gradients.
+    This state consists of the projectors, the chosen recipe, the measured gradients and the random
+    state of the teacher.
     """
     return dict(links=d.links.state_dict(), distiller=d.get_extra_state())
 

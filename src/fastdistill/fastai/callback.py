@@ -349,8 +349,8 @@ class KnowledgeDistillation(DistillationCallback):
     def state_dict(self):
         """Return the state that a checkpoint needs in addition to the student.
 
-        This state consists of the projectors, the state of their optimizer, and the measured
-        gradients.
+        This state consists of the projectors, the state of their optimizer, the measured gradients
+        and, during a fit, the random state of the teacher.
         """
         return self.state.state_dict(self.distiller)
 

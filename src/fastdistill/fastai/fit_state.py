@@ -57,9 +57,10 @@ class FitState:
             return {k: v for k, v in self.to_load.items() if k != 'file'}
         if d is None:
             return {}
+        draws = any(h.random_state() for h in d.heads.values())
         return dict(
             links=d.links.state_dict(),
-            distiller=d.get_extra_state() if d.ratios else None,
+            distiller=d.get_extra_state() if d.ratios or draws else None,
             opt=None if self.optimizer is None else self.optimizer.state_dict(),
         )
 

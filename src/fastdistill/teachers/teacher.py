@@ -202,6 +202,7 @@ class Teacher:
         self.model = self.path = self.learner = None
         self.sources, self.members = [], []
         self.random, self._runner, self._was_started = RandomStream(), None, []
+        self._continues = False  # True if the next `start` keeps the random state
         # facts about the model found while it ran, shared by all variants of this teacher
         self._facts = model._facts if isinstance(model, Teacher) else {}
         if isinstance(model, Teacher):
@@ -414,18 +415,33 @@ class Teacher:
         return self.runner.started
 
     def start(self):
-        """Prepare the model for many batches, with a new random state.
+        """Prepare the model for many batches, with a new random state, or with the one that
+        `load_random_state` loaded.
 
         Has no effect if the teacher is already started.
         """
         if not self.started:
-            self.random = RandomStream()
+            if not self._continues:
+                self.random = RandomStream()
+            self._continues = False
             self.runner.start()
         return self
 
     def stop(self):
         """Restore the model. Has no effect if the teacher is not started."""
-        self.runner.stop()
+        if self.started:
+            self.random = RandomStream()
+            self.runner.stop()
+
+    def load_random_state(self, state: dict):
+        """Continue with the random numbers that follow a saved state.
+
+        Args:
+            state: What `random.state_dict()` of a teacher returned. If it is empty, that teacher
+                had used no random numbers, and nothing is loaded.
+        """
+        if state:
+            self.random, self._continues = RandomStream(state), not self.started
 
     def __enter__(self):
         was = self.started
@@ -448,7 +464,8 @@ class Teacher:
     # picklable. Copies and unpickled teachers are not started
     def __getstate__(self):
         facts = {k: v for k, v in self._facts.items() if k not in ('copies', 'say')}
-        fresh = dict(_runner=None, _was_started=[], random=RandomStream(), _facts=facts)
+        fresh = dict(_runner=None, _was_started=[], random=RandomStream(), _continues=False)
+        fresh['_facts'] = facts
         return {**self.__dict__, **fresh, **({'model': None} if self.path else {})}
 
     def __setstate__(self, d):
@@ -501,7 +518,7 @@ class Teacher:
                 self.runner.start()
                 return self.outputs_for(teachers, inputs, None, layers, kwargs)
             finally:
-                self.stop()
+                self.runner.stop()
         layers = list(dict.fromkeys([*self.layers, *layers]))
         with torch.no_grad(), self.random.own(self.runner.generators((inputs, kwargs))):
             return self.runner.outputs_for(teachers, inputs, kwargs, layers)
