@@ -12,6 +12,7 @@ from typing import Any
 
 try:
     from lightning.pytorch import Callback, LightningModule
+    from lightning.pytorch.utilities import CombinedLoader
 except ImportError as e:
     raise ImportError(
         "fastdistill.lightning needs lightning: pip install 'fastdistill[lightning]'"
@@ -58,7 +59,8 @@ class DistillCallback(Callback):
         student: Attribute of the LightningModule that holds the student, e.g. 'model'. None if the
             LightningModule itself is the student.
         split: fn(batch) -> (inputs, labels) of the student. By default, the first item of a tuple
-            is the input and the others are labels. In a dict, 'labels' holds the labels.
+            is the input and the others are labels. In a dict, 'labels' holds the labels. Required
+            if the training data are a list or dict of DataLoaders.
         **options: Options of the `Distiller`: kind, axis, ignore_index, shift_labels, output,
             check. With check=False, the scores of both models on a few batches are not checked
             either.
@@ -90,8 +92,8 @@ class DistillCallback(Callback):
             d.set_extra_state(self.state['distiller'])
         # subtle: Lightning draws a random number here, but not again when it trains
         trainer.fit_loop.setup_data()
-        with read_apart(trainer.train_dataloader):
-            if self.options.get('check', True):
+        if self.options.get('check', True):
+            with read_apart(*all_loaders(trainer).flattened):
                 check_first(d, self._batches(trainer), part='training')
         if needs_example(d):
             self._complete(trainer)
@@ -120,9 +122,8 @@ class DistillCallback(Callback):
 
     def _complete(self, trainer):
         """Choose the recipe and build projectors, using a training batch."""
-        with read_apart(trainer.train_dataloader):
-            batch = trainer.strategy.batch_to_device(next(iter(trainer.train_dataloader)))
-        x, y = self.split(batch)
+        with read_apart(*all_loaders(trainer).flattened):
+            x, y = next(self._read(trainer))
         complete(self.distiller, x, bool(len(y)))
 
     def _batches(self, trainer):
@@ -131,10 +132,28 @@ class DistillCallback(Callback):
         No batches are yielded for an iterable dataset, because it may not be possible to read it
         twice.
         """
-        loader = trainer.train_dataloader
-        if isinstance(getattr(loader, 'dataset', None), IterableDataset):
-            return ()
-        return map(self.split, map(trainer.strategy.batch_to_device, later(loader)))
+        sets = (getattr(o, 'dataset', None) for o in all_loaders(trainer).flattened)
+        return () if any(isinstance(o, IterableDataset) for o in sets) else self._read(trainer)
+
+    def _read(self, trainer):
+        """Yield training batches as (inputs, labels)."""
+        for batch, *_ in all_loaders(trainer):
+            yield self._split(trainer, trainer.strategy.batch_to_device(batch))
+
+    def _split(self, trainer, batch):
+        """Split a training batch into (inputs, labels)."""
+        loaders = trainer.train_dataloader
+        if self.split is inputs_and_labels and isinstance(loaders, (Mapping, list, tuple)):
+            of_each = batch if isinstance(batch, Mapping) else dict(enumerate(batch))
+            if any(isinstance(o, (Mapping, list, tuple)) for o in of_each.values()):
+                first = f'batch[{next(iter(of_each))!r}]'
+                raise DistillError(
+                    f'The training data are a {type(loaders).__name__} of {len(loaders)} '
+                    'DataLoaders, and each batch holds a batch of every one. Pass split=, a function of '
+                    "the batch that returns the student's inputs and a tuple of labels, as in "
+                    f'split=lambda batch: ({first}[0], {first}[1:]).'
+                )
+        return self.split(batch)
 
     def teardown(self, trainer, pl_module, stage):
         self._stop(pl_module)
@@ -171,7 +190,7 @@ class DistillCallback(Callback):
         d, progress = self.distiller, training_progress(trainer)
         if not takes_part(d, progress):
             return run()
-        x, y = self.split(batch)
+        x, y = self._split(trainer, batch)
         with d.reading(progress) as (_, taps), calls_of(d.student, taps) as calls:
             out = run()
             if out is None:
@@ -370,9 +389,11 @@ def calls_of(student, taps) -> Iterator[list[StudentCall]]:
         handle.remove()
 
 
-def later(loader):
-    """Yield the batches of a DataLoader. Loading starts only when the first batch is requested."""
-    yield from loader
+def all_loaders(trainer) -> CombinedLoader:
+    """Return a loader of the batches that `training_step` gets. The training data may be a
+    DataLoader, or a list or dict of DataLoaders.
+    """
+    return CombinedLoader(trainer.train_dataloader, 'min_size')
 
 
 def training_progress(trainer):

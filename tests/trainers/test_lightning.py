@@ -1,10 +1,13 @@
 "Lightning: a callback that leaves the training step as it is, and a ready module."
 
+import re
+
 import pytest
 import torch
 import torch.nn.functional as F
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
+from lightning.pytorch.utilities import CombinedLoader
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 from transformers import GPT2Config, GPT2LMHeadModel
@@ -113,6 +116,57 @@ def test_a_callback_adds_the_teacher_to_a_training_step(named, tmp_path):
     assert module.seen == pytest.approx(expected, rel=1e-5)
     for a, b in zip(copy.parameters(), module.model.parameters()):
         torch.testing.assert_close(a, b)
+
+
+class OfSeveral(Mine):
+    "Its batch holds a batch of each loader; it learns from the first"
+
+    def training_step(self, batch, batch_idx):
+        x, y = next(iter(batch.values() if isinstance(batch, dict) else batch))
+        return F.cross_entropy(self.model(x), y)
+
+
+LOADERS = dict(
+    dict=(lambda: dict(a=data(), b=shuffled()), 'a'),
+    list=(lambda: [data(), shuffled()], 0),
+    combined=(lambda: CombinedLoader([data(), shuffled()], 'max_size_cycle'), 0),
+)
+
+
+@pytest.mark.parametrize('recipe', [kd(T=T, alpha=ALPHA), None], ids=['kd', 'automatic'])
+@pytest.mark.parametrize('loaders, first', LOADERS.values(), ids=LOADERS)
+def test_several_loaders_need_a_function_that_splits_their_batch(tmp_path, loaders, first, recipe):
+    def fit(**options):
+        torch.manual_seed(0)
+        module, teacher = OfSeveral(), net(16)
+        callback = DistillCallback(teacher, recipe, student='model', **options)
+        trainer(tmp_path, callback).fit(module, loaders())
+        return module, teacher
+
+    advice = re.escape(f'split=lambda batch: (batch[{first!r}][0], batch[{first!r}][1:])')
+    for check in (True, False):
+        with refuses(f'of 2 DataLoaders, and each batch holds a batch of every one.*{advice}'):
+            fit(check=check)
+    module, teacher = fit(split=lambda batch: (batch[first][0], batch[first][1:]))
+    if recipe is not None:
+        torch.manual_seed(0)
+        copy = OfSeveral().model
+        x, y = next(iter(data()))
+        assert module.seen[0] == pytest.approx(by_hand(copy, teacher, x, y).item(), rel=1e-5)
+
+
+def shuffled():
+    return DataLoader(data().dataset, 8, shuffle=True)
+
+
+def test_loaders_of_inputs_and_labels_need_no_function(tmp_path):
+    x, y = data().dataset.tensors
+    module, alone = Mine(), Mine()
+    alone.load_state_dict(module.state_dict())
+    teacher = net(16)
+    for m, loader in ((alone, data()), (module, [DataLoader(x, 8), DataLoader(y, 8)])):
+        trainer(tmp_path, DistillCallback(teacher, kd(), student='model')).fit(m, loader)
+    assert module.seen == alone.seen
 
 
 def test_alpha_0_trains_bit_for_bit_as_without_it(tmp_path):
