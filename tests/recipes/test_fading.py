@@ -6,6 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from fastdistill import DistillError, Distiller, Outputs, Recipe, Term, dist, losses
+from fastdistill.base.outputs import Draws, LinearLogits
+from fastdistill.recipes import batch_tensors
 from fastdistill.recipes.recipe_text import recipe_from_text
 from torch import nn
 
@@ -206,3 +208,46 @@ def test_a_student_with_a_weak_teacher_ends_as_good_as_without():
 
     assert accuracy(Recipe(Term(losses.kl, **KL))) < accuracy(None) - 0.02
     assert accuracy(KINDS['softmax'][1]) > accuracy(None) - 0.02
+
+
+@pytest.mark.parametrize('each', [False, True])
+def test_a_mixed_position_with_one_ignored_label_has_the_other_label(each):
+    s, t, y, full = rows('softmax', 0.1)
+    first, second = torch.arange(80) % 3 > 0, torch.arange(80) % 5 > 0
+    lam = torch.linspace(0.5, 1, 80) if each else torch.tensor(0.7)
+    ys = y.where(first, -100), y.flip(0).where(second, -100)
+    d, _ = step(KINDS['softmax'][1], s, t, ys[0], mixed=((ys[1],), lam))
+    w = lam.expand(80)[:, None] * first[:, None], (1 - lam).expand(80)[:, None] * second[:, None]
+    counts = w[0] + w[1]
+    mixture = (w[0] * full + w[1] * full.flip(0)) / counts.clamp_min(1e-9)
+    expected = left_by_search(s.softmax(1), t.softmax(1), mixture, counts)
+    assert d.faded['kl'] == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.parametrize('at_once', [7 * 6, 2**22])
+@pytest.mark.parametrize('mix', [False, True])
+def test_hidden_states_fade_as_their_logits(at_once, mix, monkeypatch):
+    monkeypatch.setattr(batch_tensors, 'PLAIN', at_once)
+    s, t, y, _ = rows('softmax', 0.1)
+    y = y.where(torch.arange(80) % 3 > 0, -100)
+    hidden, weight = (
+        t @ torch.linalg.inv(torch.triu(torch.ones(6, 6))).T,
+        torch.triu(torch.ones(6, 6)),
+    )
+    options = dict(mixed=((y.flip(0),), torch.linspace(0.5, 1, 80))) if mix else {}
+    (d, a), (other, b) = (
+        step(KINDS['softmax'][1], s, teacher, y, **options)
+        for teacher in (t, LinearLogits(hidden, weight))
+    )
+    assert other.faded == {'kl': pytest.approx(d.faded['kl'], abs=1e-4)}
+    assert 0.05 < d.faded['kl'] < 0.95
+    torch.testing.assert_close(a.total, b.total)
+
+
+def test_draws_do_not_show_whether_a_teacher_helps():
+    s, _, y, _ = rows('softmax')
+    draws = Draws(y[:, None], torch.ones(80, 1), torch.zeros(80), 6)
+    with pytest.raises(DistillError, match='kl has fade=True, which needs the probabilities'):
+        Distiller(None, None, KINDS['softmax'][1]).compute(
+            Outputs(s), Outputs(draws), F.cross_entropy(s, y), (y,)
+        )

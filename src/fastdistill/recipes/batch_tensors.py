@@ -120,11 +120,31 @@ class Batch:
         """Return `label_errors` of both models. Return None if there are no labels, or if they do
         not fit.
         """
-        labels = [y[0] for y in (self.targets, self.others) if len(y)]
         s, t = self.student.logits, self.teacher.logits
-        if not labels or not isinstance(s, Tensor) or not isinstance(t, Tensor):
+        labels: list = [y[0] for y in (self.targets, self.others) if len(y)]
+        if not labels or not isinstance(s, Tensor) or not isinstance(t, (Tensor, LinearLogits)):
             return None
-        return label_errors(s, t, labels, self.task, lam=self.lam, mask=self.mask)
+        if isinstance(t, Tensor):
+            return label_errors(s, t, labels, self.task, lam=self.lam, masks=self.masks)
+        # subtle: like the losses, compute the logits of only a few samples at a time
+        labels = [y if y.shape == s.shape else fit_labels(y, s.shape, self.task) for y in labels]
+        few, n = max(PLAIN * len(s) // s.numel(), 1), len(s)
+        total: Any = 0
+        for i in range(0, n, few):
+            some = lambda o, i=i: o[i : i + few] if o.dim() and len(o) == n else o
+            own = map_tensors((s, t.hidden, labels, self.lam, self.masks), some)
+            errors = label_errors(
+                own[0],
+                replace(t, hidden=own[1]).dense(),
+                own[2],
+                self.task,
+                lam=own[3],
+                masks=own[4],
+            )
+            if errors is None:
+                return None
+            total = total + errors
+        return total
 
     def pairs_of(self, name: str, make: Callable) -> Any:
         """Return the tensors that a term compares. The tensors are computed only once, because each

@@ -2,6 +2,9 @@
 training batches.
 """
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -83,7 +86,7 @@ def label_errors(
     task: Task,
     *,
     lam: Tensor | None = None,
-    mask: Tensor | None = None,
+    masks: Sequence[Tensor | None] = (None,),
 ) -> Tensor | None:
     """Compute the sums from which `TeacherGain` estimates the gain. The result has shape (4,): the
     sums over the batch of |y - p_s|^2, of (y - p_s) (p_t - p_s) and of |p_t - p_s|^2, and the
@@ -96,22 +99,41 @@ def label_errors(
         labels: List with the labels. For a batch mixed by MixUp, the first and the second labels.
         task: The `Task` that describes the logits.
         lam: Weight of the first labels in a mixed batch: one number, or one number per sample.
-        mask: Positions to include. Same shape as the logits without the class axis.
+        masks: Positions to include, for each of `labels`. Same shape as the logits without the class
+            axis, or None to include all positions.
     """
     if not all(isinstance(y, Tensor) for y in labels) or t.shape != s.shape:
         return None
     error, p = (-probabilities_of(o, task) for o in (s, t))
     distance = error - p
-    weights: list = [1.0] if lam is None else [lam, 1 - lam]
+    weights: list = [1.0] if lam is None else [at_samples(w, error) for w in (lam, 1 - lam)]
+    mask: Any = None
+    if any(m is not None for m in masks):
+        weights = [
+            w if m is None else w * at_positions(m, error, task) for w, m in zip(weights, masks)
+        ]
+        # subtle: if only one of two labels is included, it is the whole label of the position
+        mask = sum(weights)
+        weights = [w / mask.clamp_min(1e-30) for w in weights]
     for y, w in zip(labels, weights):
         if not add_labels(error, as_plain(y), w, task):
             return None
     products = torch.stack([error * error, error * distance, distance * distance])
     if mask is not None:
-        axis = task.axis % s.dim()
-        products = products * (mask if mask.dim() == s.dim() else mask.unsqueeze(axis)).to(products)
+        products = products * mask
     classes = s.shape[task.axis] if -s.dim() <= task.axis < s.dim() else 1
     return torch.cat([products.flatten(1).sum(1), products.new_tensor([s.numel() / classes])])
+
+
+def at_samples(weight: Tensor, like: Tensor) -> Tensor:
+    """Reshape one number, or one number per sample, so that it multiplies `like`."""
+    return weight.to(like).reshape(-1, *[1] * (like.dim() - 1))
+
+
+def at_positions(mask: Tensor, like: Tensor, task: Task) -> Tensor:
+    """Give a mask a class axis, so that it multiplies `like`."""
+    mask = mask if mask.dim() == like.dim() else mask.unsqueeze(task.axis % like.dim())
+    return mask.to(like)
 
 
 def probabilities_of(logits: Tensor, task: Task) -> Tensor:
@@ -126,10 +148,8 @@ def add_labels(out: Tensor, y: Tensor, weight: Tensor | float, task: Task) -> bo
     False if the shapes of the labels and of `out` do not fit.
 
     Args:
-        weight: One number, or one number per sample.
+        weight: A number, or a tensor that multiplies `out`, with one class.
     """
-    if isinstance(weight, Tensor):
-        weight = weight.to(out).reshape(-1, *[1] * (out.dim() - 1))
     classes = task.kind == 'softmax'
     if classes and y.is_floating_point() and y.shape == out.shape:
         out += weight * y
