@@ -5,7 +5,7 @@ from functools import partial
 import pytest, torch
 import apps  # before the rest of fastai: it keeps its warnings quiet
 from apps import pair, toy
-from fastai.basics import Adam, Callback, Lamb, OptimWrapper, SGD, ranger, set_seed
+from fastai.basics import Adam, Callback, DataLoaders, Lamb, OptimWrapper, SGD, ranger, set_seed
 from fastai.callback.tracker import SaveModelCallback
 from fastdistill.fastai import DistillError, KnowledgeDistillation, Teacher, Term, kd, losses
 
@@ -420,3 +420,61 @@ def test_measured_gradients_are_kept_too(tmp_path):
     student.fit(1, 0.01, cbs=again)
     a, b = cb.distiller.ratios['at'], again.distiller.ratios['at']
     assert b.batches == 2 * a.batches
+
+
+@pytest.mark.filterwarnings('ignore::fastdistill.base.errors.DistillWarning')
+def test_the_recipe_chosen_for_two_classes_continues(tmp_path):
+    "It measures no gradients, and depends on what the check of the first fit found"
+
+    def two_classes():
+        learn, _ = toy(path=tmp_path)
+        x, y = apps.rows()
+        items = list(zip(x, (y > 1).long()))
+        learn.dls = DataLoaders.from_dsets(items[:64], items[64:], bs=16, shuffle=False)
+        learn.model = torch.nn.Linear(8, 2)
+        return learn
+
+    torch.manual_seed(3)
+    weak = torch.nn.Linear(8, 2)
+    first, cb = two_classes(), KnowledgeDistillation(weak)
+    first.fit(1, 0.01, cbs=cb)
+    assert cb.distiller.head.chosen_text == 'kd(T=1, alpha=.3)'
+    first.save('half')
+    by_file, by_hand = automatic(weak), automatic(weak)
+    by_hand.load_state_dict(cb.state_dict())
+    for again, load in ((by_file, True), (by_hand, False)):
+        second = two_classes()
+        second.create_opt()
+        if load:
+            second.load('half', weights_only=False)
+        second.fit(1, 0.01, cbs=again)
+        assert again.distiller.head.chosen_text == 'kd(T=1, alpha=.3)'
+        assert again.recipe.task == 0.7
+
+
+@pytest.mark.parametrize('way', ['load', 'load_state_dict', 'lr_find'])
+def test_weights_from_elsewhere_have_no_measured_gradients(way, tmp_path):
+    "The next fit is that of a new callback. After lr_find, the weights and what was measured continue"
+    student, teacher = toy(opt_func=SGD, path=tmp_path)
+    student.save('begin')
+    begin = {k: v.clone() for k, v in student.model.state_dict().items()}
+    cb = automatic(teacher)
+    student.fit(1, 0.1, cbs=cb)
+    measured = cb.distiller.ratios['dist'].batches
+    if way == 'load':
+        student.load('begin', with_opt=False)
+    elif way == 'load_state_dict':
+        student.model.load_state_dict(begin)
+    else:
+        with student.added_cbs(cb):
+            student.lr_find(num_it=6, show_plot=False, suggest_funcs=None)
+    student.opt = None
+    student.fit(1, 0.1, cbs=cb)
+    if way == 'lr_find':
+        assert cb.distiller.ratios['dist'].batches == 2 * measured
+        return
+    new, teacher = toy(opt_func=SGD, path=tmp_path)
+    fresh = automatic(teacher)
+    new.fit(1, 0.1, cbs=fresh)
+    assert same(weights(student), weights(new))
+    assert cb.distiller.ratios.state_dict() == fresh.distiller.ratios.state_dict()

@@ -9,11 +9,20 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from .atomic_files import write_atomically
 from .errors import DistillError
 
-__all__ = ['Attributes', 'ModelState', 'TensorValues', 'read_state', 'restored', 'write_state']
+__all__ = [
+    'Attributes',
+    'ModelState',
+    'TensorValues',
+    'read_state',
+    'restored',
+    'weights_summary',
+    'write_state',
+]
 
 
 class ModelState:
@@ -137,6 +146,15 @@ def restore_tensor(t: Tensor, was: Tensor) -> None:
         t.resize_(was.shape)
     if not torch.equal(t, was):
         t.copy_(was)
+
+
+@torch.no_grad()
+def weights_summary(model: nn.Module | None) -> list[float]:
+    """Return two numbers for each parameter, which change if the weights of the model change."""
+    if model is None:
+        return []
+    ps = [p for p in model.parameters() if not (is_lazy(p) or p.is_meta) and p.numel()]
+    return [v.item() for p in ps for o in [p.double()] for v in (o.sum(), o.norm())]
 
 
 def write_state(path: str | Path, state: dict) -> None:

@@ -9,6 +9,7 @@ from itertools import islice
 import torch
 from torch import Tensor, nn
 
+from ..base.model_state import weights_summary
 from ..base.outputs import DistillError, Outputs, map_tensors
 from ..checks.findings import Findings
 from ..checks.forward import student_logits
@@ -110,6 +111,10 @@ class Distiller(nn.Module):
         super().__init__()
         # subtle: register the student first, so that its parameters come first in parameters()
         self.student = student
+        # the student's weights when `stop` was called. None if the measured gradients are of the
+        # current weights
+        self.left: list | None = None
+        self.running = False
         self.several = isinstance(teacher, Mapping) and not holds_weights(teacher)
         if not self.several and (labels is not None or weights is not None):
             raise DistillError(
@@ -191,12 +196,22 @@ class Distiller(nn.Module):
         return [next(iter(g.values())).teacher for g in teacher_groups(self.heads)]
 
     def start(self):
-        """Prepare the teachers for many batches."""
+        """Prepare the teachers for many batches.
+
+        If the student's weights changed after `stop`, for example because different weights were
+        loaded, the gradients that were measured before are forgotten.
+        """
+        if self.left not in (None, weights_summary(self.student)):
+            for h in self.heads.values():
+                h.forget()
+        self.left, self.running = None, True
         for t in self.sources:
             t.start()
 
     def stop(self):
         """Restore the teachers. This method may be called at any time, and repeatedly."""
+        if self.running:
+            self.left, self.running = weights_summary(self.student), False
         for t in self.sources:
             t.stop()
 
@@ -303,6 +318,7 @@ class Distiller(nn.Module):
             )
         for k, h in self.heads.items():
             h.load_state(state[k] if self.several else state)
+        self.left = None
         share_task_loss_again(self.heads)
 
     # checks and setup before the first batch

@@ -34,7 +34,7 @@ class FitState:
 
     def begin_finder(self, d):
         """Replace the projectors with copies, since lr_find trains until the loss diverges."""
-        self.before_finder = measured(d), self.optimizer
+        self.before_finder = measured(d), self.optimizer, d.left
         use(d, copy.deepcopy(measured(d)))
         self.optimizer = None
 
@@ -42,7 +42,7 @@ class FitState:
         """Undo `begin_finder`. Return False if `begin_finder` was not called."""
         if self.before_finder is None:
             return False
-        before, self.optimizer = self.before_finder
+        before, self.optimizer, d.left = self.before_finder
         use(d, before)
         self.before_finder = None
         return True
@@ -57,10 +57,9 @@ class FitState:
             return {k: v for k, v in self.to_load.items() if k != 'file'}
         if d is None:
             return {}
-        draws = any(h.random_state() for h in d.heads.values())
         return dict(
             links=d.links.state_dict(),
-            distiller=d.get_extra_state() if d.ratios or draws else None,
+            distiller=d.get_extra_state() if has_state(d) else None,
             opt=None if self.optimizer is None else self.optimizer.state_dict(),
         )
 
@@ -97,6 +96,14 @@ class FitState:
         self.optimizer = None
         if state['opt'] is not None:
             self.optimizer_for(learn, d).load_state_dict(state['opt'])
+
+
+def has_state(d) -> bool:
+    """Return True if there are measured gradients, if `auto` chose a recipe, or if a teacher uses
+    random numbers.
+    """
+    heads = d.heads.values()
+    return bool(d.ratios) or any(h.chosen_text is not None or h.random_state() for h in heads)
 
 
 def measured(d) -> dict:

@@ -85,12 +85,17 @@ class RecipeLoss(nn.Module):
 
     def take(self, recipe: Any) -> None:
         """Use this recipe from now on. After the first batch, its terms may only compare logits."""
-        self.recipe, self.ratios = recipe, GradientRatios(recipe)
+        self.recipe = recipe
+        self.forget()
         self.links.clear()
         for t in recipe.terms:
             check_kind(t, self.task.kind)
             if t.layers is None:
                 self.links[t.name] = nn.ModuleList([Link(own_copy(t.loss))])
+
+    def forget(self) -> None:
+        """Forget the measured gradients, for a student with different weights."""
+        self.ratios = GradientRatios(self.recipe)
 
     @property
     def layered(self) -> list:
