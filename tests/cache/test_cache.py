@@ -377,10 +377,6 @@ def test_samples_are_known_by_what_tells_them_apart():
         len(set(keys([('cat', 'cat/1'), ('cat', 'cat/2')]).tolist())) == 1
     )  # (path, label), as torchvision has them
     assert len(set(keys([(0, 'cat/1'), (0, 'cat/2')]).tolist())) == 2
-    with pytest.warns(
-        DistillWarning, match='1 of 3 samples have the same key as a different sample'
-    ):
-        dataset_keys([1, 2, 3], keys=['a', 'b', 'a'])
     assert len(dataset_keys(TensorDataset(torch.randn(4, 2).bfloat16()))) == 4
 
 

@@ -499,3 +499,52 @@ def test_a_cache_of_edited_inputs_is_not_taken_for_complete(tmp_path, views):
     assert written(x).manifest.complete
     with pytest.raises(DistillError, match='the inputs of some samples: the transforms give a'):
         written(x + 1)
+
+
+@pytest.mark.parametrize('views', [0, 1])
+def test_different_inputs_of_one_name_are_refused_where_they_are_written_and_where_they_are_used(
+    tmp_path, views
+):
+    data = torch.utils.data.TensorDataset(Noisy().x[:6])
+    kw = dict(views=views, store='float32', progress=False)
+    with pytest.raises(
+        DistillError, match='Samples 1 and 4 have the same key, but different inputs'
+    ):
+        cache_dataset(Net(), data, tmp_path, keys=list('abcdbf'), **kw)
+    assert not list(tmp_path.iterdir())
+    cache = cache_dataset(Net(), data, tmp_path, keys=list('abcdef'), **kw)
+    with pytest.raises(
+        DistillError, match='Samples 0 and 2 have the same key, but different inputs'
+    ):
+        Replayed(torch.utils.data.Subset(data, [0, 1, 5]), cache, keys=['a', 'b', 'a'])
+
+
+@pytest.mark.parametrize('views', [0, 2])
+def test_equal_inputs_may_share_a_name(tmp_path, views):
+    data, names = torch.utils.data.TensorDataset(Noisy().x[[0, 1, 2, 1, 0, 1]]), list('abcbab')
+    shake = (lambda o: o + torch.rand(5)) if views else None
+    kw = dict(views=views, store='float32', progress=False, batch_tfm=shake)
+    cache = cache_dataset(Net(), data, tmp_path, keys=names, **kw)
+    order = [5, 2, 0, 4, 1]
+    part = Replayed(
+        torch.utils.data.Subset(data, order), cache, keys=[names[i] for i in order], seeds=True
+    )
+    for own, row, seed in part:
+        got = per_sample(shake, [int(seed)], own[None]) if views else own[None]
+        torch.testing.assert_close(cache.decode(row[None]).logits, got @ W, rtol=1e-5, atol=1e-5)
+
+
+def test_parts_of_one_file_are_different_samples(tmp_path):
+    "A tuple that begins with a path is known by this path, which is not enough for clips of a film"
+
+    class Clips(Noisy):
+        samples = [(f'film {i // 2}.mp4', i % 2) for i in range(23)]
+
+        def __getitem__(self, i):
+            return self.x[i], i
+
+    with pytest.raises(
+        DistillError,
+        match=r"Samples \d+ \('film (\d+).mp4'\) and \d+ \('film \1.mp4'\) have the same",
+    ):
+        cache_dataset(Net(), Clips(), tmp_path, views=0, progress=False)

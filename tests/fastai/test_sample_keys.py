@@ -5,7 +5,7 @@ import numpy as np
 import pandas as pd
 import pytest, torch
 import apps  # before the rest of fastai: it keeps its warnings quiet
-from fastai.basics import noop
+from fastai.basics import DataLoaders, Pipeline, noop
 from fastai.data.block import CategoryBlock, DataBlock
 from fastai.data.transforms import (
     ColReader,
@@ -26,6 +26,7 @@ from fastai.vision.all import FlipItem, ImageBlock, Resize
 from PIL import Image
 from torch import nn
 from fastdistill.fastai import DistillError, KnowledgeDistillation, TeacherCache, cache_teacher
+from fastdistill.fastai.cache_feed import StoredOutputs
 from fastdistill.fastai.sample_keys import item_keys, key_root, paths_in
 
 pytestmark = pytest.mark.filterwarnings(
@@ -271,6 +272,152 @@ def test_rows_of_a_dataframe_of_images_are_known_by_the_column_that_is_read(fold
     keys = lambda df: item_keys(Loader(block.datasets(df).train), None, '')
     assert len(keys(df)) == 3 and (keys(df) == keys(df.assign(y='a', note='x'))).all()
     assert (keys(df) != keys(df.assign(file=files[4:8]))).all()
+
+
+def two_folders(tmp_path, equal):
+    "Two folders with files of the same names"
+    g = np.random.default_rng(0)
+    for i in range(8):
+        a, b = g.integers(0, 255, (2, 8, 8, 3), dtype=np.uint8)
+        for k, o in dict(a=a, b=a if equal else b).items():
+            (tmp_path / k).mkdir(parents=True, exist_ok=True)
+            Image.fromarray(o).save(tmp_path / k / f'{i}.png')
+    return images(tmp_path)
+
+
+@pytest.mark.parametrize('views', [0, 2])
+def test_different_files_of_one_name_are_refused_and_both_named(tmp_path, views):
+    dls = two_folders(tmp_path / 'data', equal=False)
+    with pytest.raises(
+        DistillError,
+        match=r"Samples \d+ \(.*a/(\d).png'\)\) and \d+ \(.*b/\1.png'\)\) have the same key, but different",
+    ):
+        write(dls, tmp_path / 'c', views=views, keys=lambda p: p.name)
+    assert not (tmp_path / 'c').exists()
+    quiet(Learner(dls, Flat(1)), write(dls, tmp_path / 'c', views=views))
+
+
+@pytest.mark.parametrize('views', [0, 2])
+def test_copies_of_a_file_may_share_a_name(tmp_path, views):
+    dls = two_folders(tmp_path / 'data', equal=True)
+    quiet(Learner(dls, Flat(1)), write(dls, tmp_path / 'c', views=views, keys=lambda p: p.name))
+
+
+PIXELS = {
+    name: np.full((8, 8, 3), i, np.uint8) for i, name in enumerate('abcdefghijklmnopqrstuvwx')
+}
+
+
+def by_functions_of_rows(df, get_x):
+    block = DataBlock(
+        (ImageBlock, CategoryBlock(vocab=['no', 'yes'])),
+        get_x=get_x,
+        get_y=lambda row: row.y,
+        splitter=IndexSplitter(range(4)),
+    )
+    return block.dataloaders(df, bs=4, num_workers=0)
+
+
+def labels_of_letters():
+    return pd.DataFrame(dict(y=['no', 'yes', 'no'] * 8), index=list(PIXELS))
+
+
+def test_a_row_that_its_label_in_the_index_identifies_finds_its_own_outputs(tmp_path):
+    "The columns of many rows are equal: only the index tells them apart"
+    pixels = lambda row: PIXELS[row.name]
+    df, net = labels_of_letters(), Flat().eval()
+    cache = cache_teacher(
+        net, by_functions_of_rows(df, pixels), tmp_path / 'c', 0, 'float32', check=False
+    )
+    shuffled = pd.concat([df[:4], df[4:].sample(frac=0.6, random_state=0)])
+    dls = by_functions_of_rows(shuffled, pixels)
+    own = StoredOutputs(cache).plan(dls, dls.train, cache, None).at
+    live = [net(torch.tensor(PIXELS[k]).permute(2, 0, 1)[None] / 255) for k in shuffled.index[4:]]
+    torch.testing.assert_close(cache.outputs(own).logits, torch.cat(live), rtol=1e-4, atol=1e-4)
+    renamed = df.rename(index=dict(x='another'))
+    with pytest.raises(DistillError, match='1 of 20 samples have no row'):
+        quiet(Learner(by_functions_of_rows(renamed, lambda row: PIXELS['a']), Flat(1)), cache)
+
+
+def test_rows_that_only_their_number_tells_apart_are_refused(tmp_path):
+    df = labels_of_letters().reset_index(drop=True)
+    dls = by_functions_of_rows(df, lambda row: [*PIXELS.values()][row.name])
+    with pytest.raises(DistillError, match='Samples .* have the same key, but different inputs'):
+        write(dls, tmp_path / 'c', views=0)
+
+
+def test_a_name_that_is_unique_among_written_samples_only_is_refused_in_training(tmp_path):
+    df, name = labels_of_letters(), lambda row: row.name[0]
+    pixels = lambda row: PIXELS[row.name[0]] + len(row.name) - 1
+    cache = write(by_functions_of_rows(df, pixels), tmp_path, views=0, keys=name)
+    for twice, fine in (df[4:], True), (df[4:].rename(index=lambda k: k + '2'), False):
+        dls = by_functions_of_rows(pd.concat([df, twice]), pixels)
+        if fine:
+            quiet(Learner(dls, Flat(1)), cache)
+        else:
+            with pytest.raises(DistillError, match='have the same key, but different inputs'):
+                quiet(Learner(dls, Flat(1)), cache)
+
+
+def test_each_input_of_a_row_counts(tmp_path):
+    "One is read from a column, the other by a function"
+    df = labels_of_letters().assign(a=PIXELS['a'].tobytes(), b=list(PIXELS))
+    block = DataBlock(
+        (ImageBlock, ImageBlock, CategoryBlock(vocab=['no', 'yes'])),
+        getters=[
+            Pipeline([ColReader('a'), lambda o: np.frombuffer(o, np.uint8).reshape(8, 8, 3)]),
+            lambda row: PIXELS[row.b],
+            lambda row: row.y,
+        ],
+        n_inp=2,
+        splitter=IndexSplitter(range(4)),
+    )
+    assert len({*item_keys(Loader(block.datasets(df).train), None, '')}) == 20
+
+
+def test_a_replaced_file_that_a_function_of_a_row_names_is_found(folder, tmp_path):
+    files = sorted(get_image_files(folder))
+    df = pd.DataFrame(
+        dict(place=[p.relative_to(folder).as_posix() for p in files], y=['no', 'yes'] * 12)
+    )
+    dls = lambda: by_functions_of_rows(df, lambda row: folder / row.place)
+    write(dls(), tmp_path / 'c', views=0)
+    repaint(files[9:10])
+    with pytest.raises(DistillError, match=f'1 of 20 files changed .*{files[9].name}'):
+        quiet(Learner(dls(), Flat(1)), tmp_path / 'c')
+
+
+def test_a_row_of_categories_does_not_get_the_outputs_of_another_category(tmp_path):
+    "Categories are numbered among those that the table has"
+    df = pd.DataFrame(dict(kind=[*'abcd'] * 5, y=['no', 'yes'] * 10))
+    dls = lambda df: TabularDataLoaders.from_df(
+        df,
+        procs=[Categorify],
+        cat_names=['kind'],
+        y_names='y',
+        y_block=CategoryBlock(vocab=['no', 'yes']),
+        valid_idx=list(range(4)),
+        bs=4,
+    )
+    of = dls(df)
+    cache = cache_teacher(tabular_learner(of, layers=[8]), of, tmp_path, 0, check=False)
+    part = dls(df[df.kind != 'a'].reset_index(drop=True))
+    at = StoredOutputs(cache).plan(part, part.train, cache, None).at
+    kinds = df.kind[4:].to_numpy()
+    assert [*kinds[at]] == [part.train.classes['kind'][c] for c in part.train.dataset.items.kind]
+
+
+def test_a_function_cannot_name_samples_that_do_not_show_their_items(tmp_path):
+    class Hidden(torch.utils.data.Dataset):
+        def __len__(self):
+            return 8
+
+        def __getitem__(self, i):
+            return torch.zeros(3, 8, 8), 0
+
+    dls = DataLoaders.from_dsets(Hidden(), Hidden(), bs=4, num_workers=0, device='cpu')
+    with pytest.raises(DistillError, match='keys= is a function of an item, but a Hidden does not'):
+        write(dls, tmp_path, keys=lambda o: 'a', kind='softmax')
 
 
 class Loader:

@@ -5,6 +5,7 @@ from bisect import bisect_right
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
+from pathlib import PurePath
 
 import numpy as np
 import torch
@@ -19,7 +20,8 @@ from ..base.sample_seeds import seeds_of, view_of
 from ..base.transform_random_state import Generators
 from ..teachers.teacher import Teacher, reading_tokens
 from .digests import code_of, fingerprint, first_part, flat_values, input_digest
-from .keys import dataset_keys, folder_of, root_of
+from .json_checks import shortened
+from .keys import dataset_keys, folder_of, names_of_samples, root_of
 from .per_sample import per_sample
 from .reader import TeacherCache
 from .row_layout import Store
@@ -28,6 +30,7 @@ from .store_choice import Choice, check_kind_of_store, uses_of
 from .teacher_description import (
     Source,
     check_alone,
+    check_shared_keys,
     distinct_views,
     identity_of,
     spread_positions,
@@ -143,6 +146,8 @@ def cache_dataset(
         look = lambda i, view: fingerprint(*flat_values(next(asked(np.array([view * n + i]), 1))))
         items.views = views = distinct_views(views, n, look)
         check_items_repeat(items, asked if shake is not None else None)
+        first_views = lambda at: (fingerprint(*flat_values(x)) for x in asked(at, 1))
+        check_shared_keys(names, first_views, place_in(dataset))
         if isinstance(teacher, Teacher):
             x = next(asked(np.array([0]), 1))
             teacher = reading_tokens(teacher, *(x if isinstance(x, tuple) else (x,)))
@@ -300,6 +305,13 @@ class Replayed(Dataset):
         self.dataset, self.cache, self.seeds = dataset, cache, seeds
         self.keys, self.own = cache.keys_of(dataset, keys), OwnGenerators(dataset)
         self.at = cache.find(self.keys)
+        # subtle: in the order of the cache, `find` gives each sample its own row
+        if not np.array_equal(self.keys, cache.keys):
+            look = lambda at: (
+                input_digest(view_item(dataset, i, int(self.keys[i]), 0, cache.seed, self.own))
+                for i in at.tolist()
+            )
+            check_shared_keys(self.keys, look, place_in(dataset), most=256)
         # with views=0, training may use different transforms, so only the files are compared
         cache.check_files(dataset_files(dataset), self.at)
         cache.check_once()
@@ -338,6 +350,16 @@ class Replayed(Dataset):
         row = torch.from_numpy(c.row(int(self.at[i]), view))
         rest = (row, batch_seed(key, view, c.seed)) if self.seeds else (row,)
         return (*item, *rest) if isinstance(item, (tuple, list)) else (item, *rest)
+
+
+def place_in(dataset):
+    """Return a function that names the sample at a position."""
+    try:
+        names = names_of_samples(dataset)
+    except DistillError:
+        return str  # the samples of this dataset have no known names
+    shown = lambda o: f' ({shortened(repr(o), 100)})' if isinstance(o, (str, PurePath)) else ''
+    return lambda i: f'{i}{shown(names[i])}'
 
 
 def view_item(dataset, i, key, view, seed, own):

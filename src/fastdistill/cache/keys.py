@@ -5,7 +5,6 @@ the same key on every machine.
 """
 
 import hashlib
-import warnings
 from numbers import Integral
 from pathlib import PurePath
 
@@ -13,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..base.outputs import DistillError, DistillWarning
+from ..base.outputs import DistillError
 
 __all__ = ['dataset_keys', 'hash_of', 'key_of', 'keys_of', 'name_of', 'root_of']
 
@@ -117,21 +116,12 @@ def dataset_keys(dataset, keys=None, root=None) -> np.ndarray:
     """
     if callable(keys):
         keys = [keys(i) for i in range(len(dataset))]
-    root, given = root_of(folder_of(dataset) if root is None else root), keys is not None
-    if not given:
+    root = root_of(folder_of(dataset) if root is None else root)
+    if keys is None:
         keys = names_of_samples(dataset)
     if len(keys) != len(dataset):
         raise DistillError(f'{len(keys)} keys for {len(dataset)} samples: give one for each.')
-    out = keys_of(keys, root)
-    if given and (lost := len(out) - len(np.unique(out))):
-        warnings.warn(
-            DistillWarning(
-                f'{lost} of {len(out)} samples have the same key as a different sample and share '
-                'its random numbers and stored outputs. This is correct only if samples occur '
-                'more than once.'
-            )
-        )
-    return out
+    return keys_of(keys, root)
 
 
 def folder_of(dataset):

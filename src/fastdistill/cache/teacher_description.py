@@ -15,6 +15,7 @@ __all__ = [
     'Source',
     'check_alone',
     'check_batch_size',
+    'check_shared_keys',
     'distinct_views',
     'identity_of',
     'is_whole',
@@ -88,6 +89,36 @@ def check_alone(run, n):
             "uses the whole batch. Such outputs do not belong to a single sample and can't be "
             'stored. Use a live teacher.'
         )
+
+
+def check_shared_keys(keys, digests, place=str, most=None):
+    """Raise a DistillError if samples with different inputs have the same key.
+
+    Such samples would share one stored output. Equal inputs may have the same key.
+
+    Args:
+        keys: Key of each sample, (N,) uint64.
+        digests: fn(positions) -> digest of the input at each of these positions.
+        place: fn(position) -> text that names the sample.
+        most: Maximum number of samples to compare. If None, compare all that share a key.
+    """
+    order = np.argsort(keys, kind='stable')
+    pairs = np.flatnonzero(keys[order[1:]] == keys[order[:-1]])
+    if most is not None and len(pairs):
+        pairs = pairs[spread_positions(len(pairs), most)]
+    at = np.union1d(pairs, pairs + 1)
+    before = None
+    for i, digest in zip(order[at].tolist(), digests(order[at])):
+        if before is not None and keys[before[0]] == keys[i] and before[1] != digest:
+            # inputs that can't be repeated can't be compared
+            if next(iter(digests(np.array([i])))) != digest:
+                return
+            raise DistillError(
+                f'Samples {place(before[0])} and {place(i)} have the same key, but different '
+                'inputs, so they would share one stored output. Give each sample a name of its '
+                'own with keys=, such as its whole path.'
+            )
+        before = i, digest
 
 
 def distinct_views(views: int, n: int, look) -> int:

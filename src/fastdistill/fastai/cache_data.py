@@ -9,7 +9,7 @@ from functools import partial, wraps
 
 import numpy as np
 import torch
-from fastai.basics import Pipeline, TfmdDL, TfmdLists
+from fastai.basics import L, Pipeline, TfmdDL, TfmdLists
 from fastai.data.transforms import Normalize
 from fastai.tabular.core import TabDataLoader
 from fastai.text.data import SortedDL
@@ -27,6 +27,7 @@ from ..base.outputs import (
 from ..base.random_state import RandomGuard
 from ..cache.digests import fingerprint, flat_values
 from ..cache.file_store import open_folder
+from ..cache.json_checks import shortened
 from ..cache.reader import TeacherCache
 from ..cache.row_layout import Store
 from ..cache.store_choice import Choice, check_kind_of_store, existing_store, uses_of
@@ -34,6 +35,7 @@ from ..cache.teacher_description import (
     Source,
     check_alone,
     check_batch_size,
+    check_shared_keys,
     distinct_views,
     identity_of,
     spread_positions,
@@ -52,13 +54,20 @@ from .learner_heads import HeadData, heads_of, options_of_heads
 from .probe_batches import loader_of
 from .raw_items import raw_items
 from .replay_dl import Plan, attach, refuse_unindexed, sampled
-from .sample_keys import item_keys, key_root, sample_files, storage_order
+from .sample_keys import (
+    are_contents,
+    item_keys,
+    items_of,
+    key_root,
+    sample_files,
+    storage_order,
+)
 from .task import task_of
 from .teacher_check import check_teacher
 from .teachers import class_names, image_stats, is_heads, teacher_of
 from .transforms import describe_transforms
 
-__all__ = ['cache_teacher', 'verify_cache']
+__all__ = ['cache_teacher', 'check_shared_inputs', 'verify_cache']
 
 
 def for_each_head(write):
@@ -362,6 +371,7 @@ def source_of(
     if check:
         with validation_transforms(dl, not views):
             check_views_repeat(make, len(names) * max(views, 1))
+            check_shared_inputs(dl, plan, keys)
         exact = partial(run, teacher=as_it_is(teacher))
         if not stream:
             # subtle: this uses the samples of one view, in which texts are ordered by length
@@ -459,6 +469,28 @@ def check_views_repeat(make, n):
             'A transform of before_batch draws random numbers for a whole batch, but batches are not '
             'repeated: make it a transform of the items or of after_batch.'
         )
+
+
+def check_shared_inputs(dl, plan, keys, most=None):
+    """Raise an error if samples with different inputs have the same key.
+
+    Args:
+        dl: The DataLoader.
+        plan: `Plan` with the keys of the samples.
+        keys: The argument `keys` of `cache_teacher`.
+        most: See `check_shared_keys`.
+    """
+    if is_stream(dl) or are_contents(dl.dataset, keys):
+        return
+
+    def digests(at):
+        for b in writer_dl(dl, plan, [(int(i), 0) for i in at], 1):
+            yield fingerprint(*flat_values(plain_item(b[: dl.n_inp])))
+
+    items = items_of(dl.dataset)
+    shown = isinstance(items, (list, tuple, L))
+    place = lambda i: f'{i} ({shortened(repr(items[i]), 100)})' if shown else str(i)
+    check_shared_keys(plan.keys, digests, place, most)
 
 
 def check_equal(a, b, which, task):

@@ -11,7 +11,7 @@ from ..base.outputs import DistillError, Draws, LinearLogits, Outputs, TopK, ten
 from ..base.random_state import RandomGuard
 from ..cache.manifest import refuse, sample_differences, transform_differences
 from ..cache.reader import TeacherCache
-from .cache_data import inspect_views, writer_dl
+from .cache_data import check_shared_inputs, inspect_views, writer_dl
 from .class_names import stored_order, vocab_of
 from .held_outputs import HeldOutputs
 from .language_model import inner_dl, is_stream, of_length, share_n_inp
@@ -124,6 +124,9 @@ class StoredOutputs(HeldOutputs):
             random=bool(cache.views),
             stream=is_stream(dl),
         )
+        if not np.array_equal(names, cache.keys):
+            seeded = replace(plan, random=True, cache=None)
+            check_shared_inputs(dl, seeded, keys, most=256)
         cache.check_files(sample_files(dl), plan.at)
         cache.check_once()
         refuse(cache.folder, misfits(dl, plan, cache), cache.force)

@@ -18,7 +18,15 @@ from ..cache.keys import hash_of, key_of, keys_of, name_of, root_of
 from ..cache.sample_files import files_of
 from .language_model import is_stream
 
-__all__ = ['item_keys', 'items_of', 'key_root', 'matching_root', 'sample_files', 'storage_order']
+__all__ = [
+    'are_contents',
+    'item_keys',
+    'items_of',
+    'key_root',
+    'matching_root',
+    'sample_files',
+    'storage_order',
+]
 
 
 def item_keys(dl, keys, root: str) -> np.ndarray:
@@ -42,8 +50,12 @@ def item_keys(dl, keys, root: str) -> np.ndarray:
 def keys_of_samples(dataset, keys, root):
     items = items_of(dataset)
     if keys is not None:
-        rows = (items.iloc[i] for i in range(len(items))) if hasattr(items, 'iloc') else items
-        names = [keys(o) for o in rows] if callable(keys) else keys
+        if callable(keys) and items is None:
+            raise DistillError(
+                f'keys= is a function of an item, but a {type(dataset).__name__} does not show its '
+                'items: pass a list with one name for each sample.'
+            )
+        names = [keys(o) for o in rows_of(items)] if callable(keys) else keys
         if len(names) != len(dataset):
             raise DistillError(f'{len(names)} keys for {len(dataset)} samples: give one for each.')
         return keys_of(names, root)
@@ -52,11 +64,25 @@ def keys_of_samples(dataset, keys, root):
             f'A {type(dataset).__name__} does not show which samples it holds: pass keys=, one for each '
             'sample.'
         )
-    return (
-        keys_of_table(input_columns(dataset, items))
-        if hasattr(items, 'columns')
-        else keys_of(items, root)
-    )
+    if not hasattr(items, 'columns'):
+        return keys_of(items, root)
+    if (columns := input_columns(dataset, items)) is not None:
+        return keys_of_table(columns)
+    # functions of rows may read the label of a row, such as the name of its file. Whole numbers are
+    # usually positions, which change when the table is shuffled
+    return keys_of_table(items, index=items.index.dtype.kind not in 'iu')
+
+
+def are_contents(dataset, keys) -> bool:
+    """Return True if the keys are computed from everything that the inputs are created from.
+
+    Args:
+        dataset: The dataset.
+        keys: The argument `keys` of `cache_teacher`.
+    """
+    items = items_of(dataset)
+    table = hasattr(items, 'columns')
+    return keys is None and not (table and input_columns(dataset, items) is None)
 
 
 def items_of(dataset):
@@ -68,32 +94,47 @@ def items_of(dataset):
     )
 
 
-def keys_of_table(table):
-    """Return a key for each row of a table, which is a hash of the row's contents."""
+def rows_of(items):
+    """Return the items one by one, as functions such as `get_x` receive them."""
+    return (items.iloc[i] for i in range(len(items))) if hasattr(items, 'iloc') else items
+
+
+def keys_of_table(table, index: bool = False):
+    """Return a key for each row of a table, which is a hash of the row's contents.
+
+    Args:
+        table: A DataFrame.
+        index: Whether the labels of the index belong to the contents.
+    """
     import pandas as pd
 
     try:
-        return pd.util.hash_pandas_object(table, index=False).to_numpy(np.uint64)
-    except TypeError:
-        return keys_of(table.to_numpy())  # cells that contain lists can't be hashed
+        return pd.util.hash_pandas_object(table, index=index).to_numpy(np.uint64)
+    except TypeError:  # cells that contain lists can't be hashed
+        return keys_of((table.reset_index() if index else table).to_numpy())
 
 
 def input_columns(dataset, table):
-    """Return the columns of the model's inputs. Labels and unused columns do not affect the
-    keys.
+    """Return the columns of the model's inputs, so that labels and unused columns do not affect the
+    keys. Return None if they are unknown, because functions read the rows.
     """
-    readers = [
-        f
-        for tl in getattr(dataset, 'tls', [])[: getattr(dataset, 'n_inp', 1)]
-        for f in tl.tfms.fs
-        if isinstance(f, ColReader)
-    ]
+    inputs = getattr(dataset, 'tls', [])[: getattr(dataset, 'n_inp', 1)]
+    readers = [tl.tfms.fs[0] if len(tl.tfms.fs) else None for tl in inputs]
+    if not all(isinstance(r, ColReader) for r in readers):
+        return None
     names = [
         *getattr(dataset, 'cat_names', []),
         *getattr(dataset, 'cont_names', []),
         *(c for r in readers for c in L(r.cols)),
     ]
-    return table[list(dict.fromkeys(column_name(table, c) for c in names))] if names else table
+    if not names:
+        return None
+    table = table[list(dict.fromkeys(column_name(table, c) for c in names))]
+    # the codes of categories depend on which categories the other rows have
+    classes = getattr(dataset, 'classes', {}) if hasattr(dataset, 'cat_names') else {}
+    return table.assign(
+        **{c: np.array([*map(str, classes[c])])[table[c]] for c in table if c in classes}
+    )
 
 
 def column_name(table, c):
@@ -158,19 +199,17 @@ def file_names(dataset):
     If the sources are unknown, return the items themselves.
     """
     items, getter = items_of(dataset), first_transform(dataset)
-    if hasattr(items, 'columns'):
+    table = hasattr(items, 'columns')
+    if table and isinstance(getter, ColReader):
         return names_in_column(items, getter)
-    if not isinstance(items, (list, tuple, L, np.ndarray)) or not len(items):
+    if not isinstance(items, (list, tuple, L, np.ndarray)) and not table or not len(items):
         return []
-    if (
-        getter is None
-        or not isinstance(first := getter(items[0]), (str, PurePath))
-        or first == items[0]
-    ):
-        return items
+    own = [] if table else items
+    if getter is None or files_of([getter(next(iter(rows_of(items))))]) is None:
+        return own
     with RandomGuard() as guard:
-        names = [getter(o) for o in items]
-    return items if guard.moved else names  # a randomly chosen file does not identify a sample
+        names = [getter(o) for o in rows_of(items)]
+    return own if guard.moved else names  # a randomly chosen file does not identify a sample
 
 
 def first_transform(dataset):
@@ -179,7 +218,7 @@ def first_transform(dataset):
 
 
 def names_in_column(table, reader):
-    if not isinstance(reader, ColReader) or len(reader.cols) != 1:
+    if len(reader.cols) != 1:
         return []
     return [reader({reader.cols[0]: v}) for v in table[column_name(table, reader.cols[0])]]
 
