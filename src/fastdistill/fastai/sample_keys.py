@@ -55,7 +55,7 @@ def keys_of_samples(dataset, keys, root):
                 f'keys= is a function of an item, but a {type(dataset).__name__} does not show its '
                 'items: pass a list with one name for each sample.'
             )
-        names = [keys(o) for o in rows_of(items)] if callable(keys) else keys
+        names = [keys(o) for o in each_item(items)] if callable(keys) else keys
         if len(names) != len(dataset):
             raise DistillError(f'{len(names)} keys for {len(dataset)} samples: give one for each.')
         return keys_of(names, root)
@@ -94,7 +94,7 @@ def items_of(dataset):
     )
 
 
-def rows_of(items):
+def each_item(items):
     """Return the items one by one, as functions such as `get_x` receive them."""
     return (items.iloc[i] for i in range(len(items))) if hasattr(items, 'iloc') else items
 
@@ -205,10 +205,10 @@ def file_names(dataset):
     if not isinstance(items, (list, tuple, L, np.ndarray)) and not table or not len(items):
         return []
     own = [] if table else items
-    if getter is None or files_of([getter(next(iter(rows_of(items))))]) is None:
+    if getter is None or files_of([getter(next(iter(each_item(items))))]) is None:
         return own
     with RandomGuard() as guard:
-        names = [getter(o) for o in rows_of(items)]
+        names = [getter(o) for o in each_item(items)]
     return own if guard.moved else names  # a randomly chosen file does not identify a sample
 
 
