@@ -199,8 +199,46 @@ def test_a_file_that_predicts_something_else_is_refused(normalized, tmp_path, mo
         '.pt2',
         lambda m, x, p, f: write(type(m)(torch.nn.Sequential(m.model, torch.nn.ReLU())), x, p, f),
     )
+    (tmp_path / 's.pt2').write_bytes(b'before')
     with pytest.raises(DistillError, match='predictions differ from the Learner'):
         export_student(normalized, tmp_path / 's.pt2')
+    assert (tmp_path / 's.pt2').read_bytes() == b'before'
+
+
+@pytest.mark.parametrize('name, int8', [('s.pt2', False), ('s.onnx', False), ('s.onnx', True)])
+def test_a_file_that_predicts_nan_is_refused(normalized, tmp_path, monkeypatch, name, int8):
+    import fastdistill.fastai.student_export as export
+
+    class Log(torch.nn.Module):
+        def forward(self, x):
+            return (x - 1e9).log()
+
+    suffix = name[1:]
+    write = export.WRITERS[suffix]
+    monkeypatch.setitem(
+        export.WRITERS,
+        suffix,
+        lambda m, x, p, f: write(type(m)(torch.nn.Sequential(m.model, Log())), x, p, f),
+    )
+    with pytest.raises(DistillError, match='are nan or infinite'):
+        export_student(normalized, tmp_path / name, int8=int8)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.filterwarnings('ignore:.*holds pickles')
+def test_outputs_that_exclude_a_class_are_equal(normalized, tmp_path):
+    "Both the Learner and the file predict -inf"
+
+    class First(torch.nn.Module):
+        def forward(self, x):
+            return torch.cat([x[:, :1] * 0 - torch.inf, x[:, 1:]], 1)
+
+    learn = copy.copy(normalized)
+    learn.model = torch.nn.Sequential(normalized.model, First())
+    e = export_student(learn, tmp_path / 's.pt2')
+    assert e.difference < 1e-4
+    with Teacher(tmp_path / 's.pt2') as t:
+        assert (t(torch.from_numpy(batch(normalized)[0])).logits[:, 0] == -torch.inf).all()
 
 
 @pytest.fixture(scope='module')
@@ -278,6 +316,33 @@ def test_a_student_may_be_saved_again_after_an_interrupt_too(normalized, tmp_pat
         (tmp_path / 'README.md').unlink(missing_ok=True)  # it is written last
     save_student(normalized, tmp_path, onnx=False)
     assert load_student(tmp_path, normalized.model) is normalized.model
+
+
+@pytest.mark.parametrize('onnx', [False, None, True])
+def test_no_network_or_report_of_a_former_student_stays_beside_new_weights(
+    normalized, saved, tmp_path, monkeypatch, onnx
+):
+    "Neither if the network is left out, nor if it can't be exported"
+    import fastdistill.fastai.student_export as export
+
+    folder = save_student(normalized, tmp_path / 'out', saved[1])
+    learn = copy.copy(normalized)
+    learn.model = copy.deepcopy(normalized.model)
+    torch.nn.init.zeros_(learn.model[1][1].bias)
+    if onnx is not False:
+        refused = lambda *a: (_ for _ in ()).throw(DistillError("can't be exported"))
+        monkeypatch.setitem(export.WRITERS, '.onnx', refused)
+    if onnx:
+        with pytest.raises(DistillError, match="can't be exported"):
+            save_student(learn, folder, onnx=True, temperature=2.0)
+    else:
+        save_student(learn, folder, onnx=onnx, temperature=2.0)
+    assert not (folder / 'student.onnx').exists()
+    assert not (folder / 'report.json').exists()
+    x = torch.from_numpy(batch(normalized)[0])
+    with torch.no_grad():
+        again = load_student(folder, model=copy.deepcopy(learn.model))
+        assert torch.allclose(again(x), learn.model.eval()(x) / 2, atol=1e-6)
 
 
 def test_the_cards_code_runs(normalized, saved, monkeypatch):

@@ -87,8 +87,12 @@ def save_student(
         temperature=temperature,
         parameters=sum(p.numel() for p in learn.model.parameters()),
     )
+    # files of a student that was saved before don't belong to the new weights
+    for name in ('student.onnx', 'report.json', 'README.md'):
+        (folder / name).unlink(missing_ok=True)
     with new_file(folder / 'model.safetensors') as tmp:
         save_model(learn.model, str(tmp))
+    write_atomically(folder / 'config.json', json.dumps(facts, indent=1, ensure_ascii=False) + '\n')
     checked = None
     if onnx is not False:
         try:
@@ -96,8 +100,6 @@ def save_student(
         except (DistillError, ImportError):
             if onnx:
                 raise
-            (folder / 'student.onnx').unlink(missing_ok=True)
-    write_atomically(folder / 'config.json', json.dumps(facts, indent=1, ensure_ascii=False) + '\n')
     write_atomically(folder / 'README.md', card(title, facts, checked, report))
     if report is not None:
         report.to_json(folder / 'report.json')

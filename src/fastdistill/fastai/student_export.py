@@ -28,6 +28,7 @@ from ..checks.batch_scores import FEW, Tally
 from ..evaluation import Report
 from ..teachers import Teacher
 from ..teachers.fast_copy import AS_IT_IS
+from ..teachers.model_loading import Onnx
 from .class_names import vocab_of
 from .compare import compare
 from .probe_batches import prepared, prepared_batches, some_batches
@@ -171,7 +172,8 @@ def export_student(
             WRITERS[path.suffix](LogitsOnly(model, T), example(batches[0]), tmp, facts)
         if int8:
             quantize(tmp, batches[:calibration], facts, learned=quantized)
-    difference, count = compared(learn, path, batches[:n], None if int8 else CLOSE, T)
+        there = Teacher(LOADERS[path.suffix](tmp))
+        difference, count = compared(learn, there, path, batches[:n], None if int8 else CLOSE, T)
     report = (
         compare({'float32': learn, 'int8': str(path)}, seconds=0, progress=False) if int8 else None
     )
@@ -359,6 +361,11 @@ def write_program(model, x, path, facts):
         torch.export.save(program, f, extra_files={f'{KEY}.json': json.dumps(facts)})
 
 
+def read_program(path):
+    with open(path, 'rb') as f:
+        return torch.export.load(f)
+
+
 def write_onnx(model, x, path, facts):
     try:
         import onnx  # noqa: F401
@@ -407,6 +414,7 @@ def add_facts(model, facts, path):
 
 
 WRITERS = {'.onnx': write_onnx, '.pt2': write_program}
+LOADERS = {'.onnx': Onnx, '.pt2': read_program}
 
 
 def quantize(path, batches, facts, learned=False):
@@ -440,27 +448,37 @@ def quantize(path, batches, facts, learned=False):
         add_facts(onnx.load(done), facts, path)
 
 
-def compared(learn, path, batches, close, temperature=None):
-    """Compare the outputs of a file with those of the Learner, also for a batch with a single
-    sample.
+def compared(learn, there, path, batches, close, temperature=None):
+    """Compare the outputs of an exported network with those of the Learner, also for a batch with a
+    single sample.
+
+    Args:
+        learn: The Learner.
+        there: The exported network as a `Teacher`.
+        path: Path that messages name.
+        batches: Inputs.
+        close: Largest allowed difference, as a fraction of the largest output. None to allow any
+            finite difference.
+        temperature: Number by which the exported network divides its logits.
 
     Returns:
         (largest difference, number of samples).
     """
     batches = [*batches, tuple(o[:1] for o in batches[-1])]
     most = largest = 0.0
-    with Teacher(str(path)) as there, Teacher(learn.model, run=AS_IT_IS) as here, torch.no_grad():
+    with there, Teacher(learn.model, run=AS_IT_IS) as here, torch.no_grad():
         for x in batches:
             here.reset()
             a, b = here(*x).logits.float(), there(*x).logits.float()
             a = a if temperature is None else a / temperature
-            most, largest = (
-                max(most, (a - b).abs().max().item()),
-                max(largest, a.abs().max().item()),
-            )
-    if close is not None and not most <= close * max(largest, 1e-6):
+            # subtle: nan is not close to anything, and the same infinity is no difference
+            apart = (a - b).abs().where(a != b, 0.0).nan_to_num(nan=torch.inf)
+            most = max(most, apart.max().item())
+            largest = max(largest, a.where(a.isfinite(), 0.0).abs().max().item())
+    if most == torch.inf or close is not None and most > close * max(largest, 1e-6):
+        apart = 'are nan or infinite' if most == torch.inf else f'differ by {most:.3g}'
         raise DistillError(
-            f"{path} was written, but its predictions differ from the Learner's: outputs up to "
-            f'{largest:.3g} differ by {most:.3g}. Do not use it.'
+            f"{path} was not written, because its predictions differ from the Learner's: outputs up "
+            f'to {largest:.3g} {apart}.'
         )
     return most, sum(len(x[0]) for x in batches[:-1])
