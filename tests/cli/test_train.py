@@ -18,7 +18,7 @@ from fastdistill import DistillError, DistillWarning
 from fastdistill.cli import main
 from fastdistill.evaluation import Report
 from fastdistill.cli.training import TrainConfig, opened_run
-from fastdistill.cli.training.architectures import check_arch, ignored_class, learner_of
+from fastdistill.cli.training.architectures import check_arch, learner_of
 from fastdistill.cli.training.data_checks import checked_samples
 from fastdistill.cli.training.config import Arch, read_config, write_config
 from fastdistill.cli.training.data_files import read_samples
@@ -341,17 +341,25 @@ def test_images_of_a_csv_with_several_labels(digits, tmp_path):
     assert tuple(dls.one_batch()[1].shape) == (16, 2)
 
 
-def test_masks(tmp_path):
+def write_masks(root, border=None, palette=None, n=10):
+    "Pictures of noise, and masks of three classes with a border"
     luck = np.random.default_rng(0)
     for kind in ('images', 'masks'):
-        (tmp_path / kind).mkdir()
-    for i in range(10):
-        Image.fromarray(luck.integers(0, 255, (24, 32, 3), dtype=np.uint8)).save(
-            tmp_path / 'images' / f'{i}.jpg'
-        )
-        Image.fromarray(luck.integers(0, 3, (24, 32), dtype=np.uint8)).save(
-            tmp_path / 'masks' / f'{i}.png'
-        )
+        (root / kind).mkdir(parents=True)
+    for i in range(n):
+        x = luck.integers(0, 255, (24, 32, 3), dtype=np.uint8)
+        y = luck.integers(0, 3, (24, 32), dtype=np.uint8)
+        if border is not None:
+            y[:4] = border
+        mask = Image.fromarray(y)
+        if palette is not None:
+            mask.putpalette(palette)
+        Image.fromarray(x).save(root / 'images' / f'{i}.jpg')
+        mask.save(root / 'masks' / f'{i}.png')
+
+
+def test_masks(tmp_path):
+    write_masks(tmp_path)
     s, dls = loaders(data=tmp_path)
     x, y = dls.one_batch()
     assert (
@@ -362,7 +370,7 @@ def test_masks(tmp_path):
     (tmp_path / 'codes.txt').write_text('road\nsky\nVoid\n')
     c = TrainConfig(**settings(data=tmp_path, student='resnet18'))
     s = checked_samples(read_samples(c), c)
-    assert ignored_class(s, c) == 2
+    assert s.ignored == 2
     (tmp_path / 'codes.txt').write_text('road\nsky\n')
     with pytest.raises(
         DistillError, match='hold the class number 2, but .*codes.txt names 2 classes'
@@ -374,6 +382,73 @@ def test_masks(tmp_path):
     (tmp_path / 'masks' / '3.png').unlink()
     with pytest.raises(DistillError, match='3.jpg has no mask'):
         loaders(data=tmp_path)
+
+
+@pytest.mark.parametrize('palette', [None, [*range(255, -1, -1)] * 3])
+def test_a_value_of_masks_that_is_not_a_class_is_ignored(palette, tmp_path, command):
+    write_masks(tmp_path / 'data', 255, palette)
+    options = ('--data', tmp_path / 'data', '--teacher', 'cnn', '--teacher-layers', '8,16')
+    options += ('--student', 'cnn', '--student-layers', '4,8', '--epochs', 1, '--lr', 0.01)
+    options += ('--teacher-lr', 0.01, '--device', 'cpu', '--no-onnx', '--recipe', 'kd()')
+    code, _, err = command(*options, '--out', tmp_path / 'none')
+    assert code == 2
+    assert 'If 255 marks pixels to ignore, give --ignore 255.' in ' '.join(err.split())
+    code, _, err = command(*options, '--ignore', 7, '--out', tmp_path / 'none')
+    assert code == 2
+    assert 'The masks hold the values 0, 1, 2, 255.' in ' '.join(err.split())
+    code, out, err = command(*options, '--ignore', 255, '--out', tmp_path / 'run')
+    assert code == 0, err
+    assert 'masks, 24 x 32 pixels, 3 classes, 255 ignored; 8 samples' in out
+    assert read_config(tmp_path / 'run' / 'config.toml')['ignore'] == '255'
+    report = Report.from_json(tmp_path / 'run' / 'report.json')
+    assert report.classes == ['0', '1', '2']
+    c = TrainConfig(**read_config(tmp_path / 'run' / 'config.toml'))
+    s = checked_samples(read_samples(c), c)
+    held = s.frame[s.valid]
+    y = np.stack([np.asarray(Image.open(p)) for p in held.y])
+    assert report.counts == [(y == k).sum() for k in range(3)]
+    learn = load_learner(tmp_path / 'run' / 'student.pkl')
+    with learn.no_bar(), learn.no_logging():
+        probs, shown = learn.get_preds(dl=learn.dls.test_dl(held, with_labels=True))
+    assert probs.shape == (2, 3, 24, 32)
+    assert (shown.numpy() == y).all()
+    right = (probs.argmax(1).numpy() == y)[y < 255].mean()
+    measured = report.models['distilled'].measures
+    assert measured['accuracy'].value == pytest.approx(right)
+    rows = [*csv.DictReader((tmp_path / 'run' / 'history.csv').read_text().splitlines())]
+    assert float(rows[-1]['foreground_acc']) == pytest.approx(right)
+    loss = torch.nn.functional.nll_loss(probs.log(), torch.tensor(y).long(), ignore_index=255)
+    assert float(rows[-1]['valid_loss']) == pytest.approx(loss.item(), rel=1e-4)
+    with pytest.raises(DistillError, match="ignore='255': this is for masks, but .* holds images"):
+        write_digits(tmp_path / 'digits', 30)
+        loaders(data=tmp_path / 'digits', ignore='255')
+
+
+@pytest.mark.parametrize('name', ['mobilenet_v2', 'shufflenet_v2_x0_5', 'regnet_y_400mf'])
+def test_the_u_net_of_a_small_encoder_has_skip_connections(name, tmp_path):
+    write_masks(tmp_path)
+    c = TrainConfig(**settings(tmp_path, student=name))
+    s = checked_samples(read_samples(c), c)
+    net = learner_of(c.arch('student'), loaders_of(s, c), s, c).model.eval()
+    x = torch.zeros(1, 3, 24, 32)
+    net(x)
+    assert [tuple(o.stored.shape[2:]) for o in net.sfs] == [(2, 2), (3, 4), (6, 8), (12, 16)]
+
+
+def test_a_transformer_is_no_encoder_of_a_u_net(tmp_path):
+    write_masks(tmp_path)
+    c = TrainConfig(**settings(tmp_path, student='swin_t'))
+    s = checked_samples(read_samples(c), c)
+    with pytest.raises(DistillError, match='swin_t has no feature maps of several sizes'):
+        learner_of(c.arch('student'), loaders_of(s, c), s, c)
+
+
+def test_images_are_classified_by_all_layers_of_a_mobilenet(digits):
+    for name, width in dict(mobilenet_v2=1280, shufflenet_v2_x0_5=1024).items():
+        c = TrainConfig(**settings(digits, student=name))
+        s = checked_samples(read_samples(c), c)
+        net = learner_of(c.arch('student'), loaders_of(s, c), s, c).model.eval()
+        assert net[0](torch.zeros(1, 3, 16, 16)).shape == (1, width, 1, 1)
 
 
 def test_texts(tmp_path, command):
@@ -1326,7 +1401,9 @@ def dls(): return ImageDataLoaders.from_folder({str(digits)!r}, valid_pct=.2, se
         ('texts', 'embedding_bag', None, "needs the sizes of its layers: student_layers='64,32'"),
         ('texts', 'resnet18', None, "No architecture 'resnet18' for texts"),
         ('table', 'tabular', None, None),
-        ('masks', 'cnn', [4], "No architecture 'cnn' for masks"),
+        ('masks', 'cnn', [4, 8], None),
+        ('masks', 'cnn', None, "needs the sizes of its layers: student_layers='8,16,32'"),
+        ('masks', 'embedding_bag', [4], "No architecture 'embedding_bag' for masks"),
         ('images', 'tabular', [4], "No architecture 'tabular' for images"),
     ],
 )

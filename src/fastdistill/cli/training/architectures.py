@@ -1,17 +1,26 @@
 "Build Learners from the names of architectures."
 
 import re
+import warnings
 from functools import partial
 
 import torch
 from fastai.basics import CrossEntropyLossFlat, Learner
+from fastai.callback.hook import model_sizes
 from fastai.layers import ConvLayer, Flatten, LinBnDrop
 from fastai.metrics import accuracy, accuracy_multi, foreground_acc, rmse
 from fastai.tabular.learner import tabular_learner
 from fastai.text.learner import text_classifier_learner
 from fastai.text.models.awdlstm import AWD_LSTM, awd_lstm_clas_config
-from fastai.vision.learner import unet_learner, vision_learner
+from fastai.vision.learner import (
+    create_body,
+    create_vision_model,
+    has_pool_type,
+    model_meta,
+    vision_learner,
+)
 from fastai.vision.models import xresnet
+from fastai.vision.models.unet import DynamicUnet
 from torch import nn
 from torchvision import models
 from torchvision.models import list_models
@@ -21,12 +30,11 @@ from .config import TRAIN_TASKS, Arch
 
 __all__ = ['check_arch', 'learner_of']
 
-IGNORED = 'void', 'ignore', 'unlabeled', 'unlabelled'
 FASTAI_ARCHS = [n for n in xresnet.__all__ if re.fullmatch(r'xresnet\d+', n)]
 # {task: {architecture with configurable layers: example of layer sizes}}
 LAYERED = dict(
     images=dict(cnn='16,32,64'),
-    masks={},
+    masks=dict(cnn='8,16,32'),
     texts=dict(awd_lstm='100,200,200', embedding_bag='64,32'),
     table=dict(tabular='200,100'),
 )
@@ -35,7 +43,8 @@ HAVE_DEFAULTS = 'awd_lstm', 'tabular'
 ARCHS_IN_WORDS = dict(
     images='a name of torchvision (resnet18, mobilenet_v3_small), timm (resnet10t, '
     "vit_tiny_patch16_224) or fastai (xresnet18), or 'cnn' with the channels of its layers",
-    masks='a name of torchvision or fastai, which becomes the encoder of a U-Net (resnet18, resnet34)',
+    masks='a name of torchvision or fastai, which becomes the encoder of a U-Net (resnet18, '
+    "mobilenet_v3_small), or 'cnn' with the channels of its layers",
     texts="'awd_lstm', or 'embedding_bag' with the sizes of its layers",
     table="'tabular'",
 )
@@ -143,33 +152,50 @@ def learner_of(arch: Arch, dls, s, config, pretrained: bool = False) -> Learner:
 
 def metrics_of_task(s, config):
     if s.task == 'masks':
-        i = ignored_class(s, config)
-        return [
-            partial(accuracy, axis=1) if i is None else partial(foreground_acc, bkg_idx=i, axis=1)
-        ]
+        if s.ignored is None:
+            return [partial(accuracy, axis=1)]
+        return [partial(foreground_acc, bkg_idx=s.ignored, axis=1)]
     return [dict(classes=accuracy, labels=accuracy_multi, numbers=rmse)[s.target]]
-
-
-def ignored_class(s, config):
-    """Return the index of the class in masks to ignore. Return None if no class is ignored."""
-    if config.ignore:
-        if config.ignore not in s.classes:
-            raise DistillError(
-                f'ignore={config.ignore!r}: the classes are {", ".join(s.classes[:30])}'
-            )
-        return s.classes.index(config.ignore)
-    return next((i for i, c in enumerate(s.classes) if c.lower() in IGNORED), None)
 
 
 def image_learner(name, layers, dls, s, config, pretrained, **options):
     n = len(s.classes)
     if name == 'cnn':
-        convs = [ConvLayer(i, o, stride=2) for i, o in zip([3, *layers], layers)]
-        net = nn.Sequential(*convs, nn.AdaptiveAvgPool2d(1), Flatten(), nn.Linear(layers[-1], n))
-        return Learner(dls, net, **options)
-    return runs(
-        vision_learner(dls, vision_arch(name), n_out=n, pretrained=pretrained, **options), s
-    )
+        pool = nn.AdaptiveAvgPool2d(1), Flatten()
+        return Learner(
+            dls, nn.Sequential(*convs(layers), *pool, nn.Linear(layers[-1], n)), **options
+        )
+    arch = vision_arch(name)
+    with warnings.catch_warnings():
+        # fastai calls torchvision's functions with their old arguments
+        warnings.filterwarnings(
+            'ignore', "(The parameter 'pretrained'|Arguments other than a weight)"
+        )
+        if (cut := cut_of(arch)) is None:
+            learn = vision_learner(dls, arch, n_out=n, pretrained=pretrained, **options)
+        else:  # `vision_learner` does not use its argument `cut`
+            net = create_vision_model(arch, n, pretrained=pretrained, cut=cut)
+            learn = Learner(dls, net, **options)
+            learn.arch = arch  # the report shows its name
+    return runs(learn, s)
+
+
+def convs(layers):
+    return [ConvLayer(i, o, stride=2) for i, o in zip([3, *layers], layers)]
+
+
+def cut_of(arch):
+    """Return the number of layers before the classifier of a torchvision model. Return None if
+    fastai finds it.
+    """
+    if isinstance(arch, str) or arch in model_meta:
+        return None
+    parts = [*arch().children()]
+    # subtle: fastai cuts a model at its last pooling layer, which MobileNetV2 does not have, and which
+    # is at the beginning of ShuffleNet
+    pool = max((i for i, m in enumerate(parts) if has_pool_type(m)), default=-1)
+    rest = nn.Sequential(*parts[pool + 1 :])
+    return len(parts) - 1 if any(isinstance(m, nn.Conv2d) for m in rest.modules()) else None
 
 
 def runs(learn, s):
@@ -193,10 +219,43 @@ def vision_arch(name):
 
 
 def mask_learner(name, layers, dls, s, config, pretrained, **options):
-    i = ignored_class(s, config)
-    loss = CrossEntropyLossFlat(axis=1, ignore_index=-100 if i is None else i)
-    options |= dict(n_out=len(s.classes), pretrained=pretrained, loss_func=loss)
-    return runs(unet_learner(dls, vision_arch(name), **options), s)
+    encoder = nn.Sequential(*convs(layers)) if name == 'cnn' else encoder_of(name, s, pretrained)
+    ignored = -100 if s.ignored is None else s.ignored
+    loss = CrossEntropyLossFlat(axis=1, ignore_index=ignored)
+    net = DynamicUnet(encoder, len(s.classes), s.size)
+    learn = Learner(dls, net, loss_func=loss, **options)
+    if name != 'cnn':
+        learn.arch = vision_arch(name)  # the report shows its name
+    return runs(learn, s)
+
+
+def encoder_of(name, s, pretrained):
+    """Return the layers of a model of torchvision or fastai, up to its last feature map, as an
+    nn.Sequential.
+    """
+    arch = vision_arch(name)
+    meta = model_meta.get(arch, {})
+    if name in FASTAI_ARCHS:
+        model = arch(pretrained=pretrained)
+    else:
+        model = arch(weights=meta.get('weights', 'DEFAULT') if pretrained else None)
+    encoder = unfolded(create_body(model, 3, pretrained, meta.get('cut', cut_of(arch))), s.size)
+    maps, (h, w) = model_sizes(encoder, s.size), s.size
+    if len({o[2:] for o in maps}) < 2 or any(abs(o[-2] / h - o[-1] / w) > 0.25 for o in maps):
+        raise DistillError(f'{name} has no feature maps of several sizes, which a U-Net needs.')
+    return encoder
+
+
+def unfolded(layers, size):
+    """Replace each nn.Sequential that reduces the size of an image several times by its layers.
+
+    fastai's U-Net has skip connections only between the outermost layers.
+    """
+    widths = [size[1], *(o[-1] for o in model_sizes(layers, size))]
+    for i, m in enumerate(layers):
+        if type(m).forward is nn.Sequential.forward and widths[i + 1] < widths[i] // 2:
+            return unfolded(nn.Sequential(*layers[:i], *m, *layers[i + 1 :]), size)
+    return layers
 
 
 def text_learner(name, layers, dls, s, config, pretrained, **options):

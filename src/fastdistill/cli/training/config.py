@@ -70,8 +70,9 @@ class TrainConfig:
         header: True if the first line of the CSV file contains the column names.
         valid: Fraction of the data for the validation set, a column that marks the validation rows,
             or the path of a CSV file with the validation set.
-        ignore: Class in masks that losses and metrics ignore. Empty to ignore a class named void,
-            ignore or unlabeled, if there is one.
+        ignore: Class in masks that losses and metrics ignore, as a name or a value. The value need
+            not be a class, such as 255. Empty to ignore a class named void, ignore or unlabeled, if
+            there is one.
         size: Size of images, such as '224' or '72x96' (height and width).
         augment: One of AUGMENTATIONS.
         batch_size: Batch size. 0 for the default of the task.

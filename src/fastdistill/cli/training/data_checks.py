@@ -16,6 +16,8 @@ __all__ = ['checked_samples']
 
 # a label column with more distinct integers is treated as numbers instead of classes
 MANY_NUMBERS = 50
+# classes in masks that are ignored by default
+IGNORED = 'void', 'ignore', 'unlabeled', 'unlabelled'
 
 
 def checked_samples(s, config):
@@ -28,6 +30,10 @@ def checked_samples(s, config):
     """
     if s.task != 'masks':
         s = with_target(s, config)
+        if config.ignore:
+            raise DistillError(
+                f'ignore={config.ignore!r}: this is for masks, but {config.data} holds {s.task}.'
+            )
     s = replace(s, valid=validation_rows(s, config))
     for rows, name in ((~s.valid, 'training'), (s.valid, 'validation')):
         if rows.sum() < 2:
@@ -182,7 +188,7 @@ def checked_files(s, config):
             'Repair or remove them.'
         )
     if s.task == 'masks':
-        s = replace(s, classes=mask_classes(s, values))
+        s = with_mask_classes(s, values, config.ignore)
     return replace(s, size=config.parts_of_size() or natural_size(sizes, s.task))
 
 
@@ -202,7 +208,7 @@ def size_of_file(x):
 
 
 def mask_values(path, size, image):
-    """Return the set of class indices in a mask."""
+    """Return the set of values in a mask. The values of a palette image are its palette indices."""
     from PIL import Image
 
     with Image.open(path) as im:
@@ -211,31 +217,60 @@ def mask_values(path, size, image):
                 f'{path} has {len(im.getbands())} channels. A mask has one: the class number of each '
                 'pixel.'
             )
-        y = np.asarray(im.convert('L'))  # fastai reads masks in the same way
+        y = np.asarray(im)  # `mask_loaders` reads masks in the same way
     if y.shape != size:
         raise DistillError(f'{path} has the size {y.shape}, but {image} has {size}.')
     return set(np.unique(y).tolist())
 
 
-def mask_classes(s, values):
-    if s.classes is None and sorted(values) != list(range(len(values))):
-        numbers = ', '.join(map(str, sorted(values)[:NAMED]))
+def with_mask_classes(s, values, ignore):
+    """Determine the classes of masks, and the value that losses and metrics ignore.
+
+    Args:
+        s: Samples.
+        values: Set of all values in the masks.
+        ignore: Name or value of the class to ignore, or a value that is not a class. Empty to use a
+            class with a name in IGNORED, if there is one.
+    """
+    codes = Path(s.folder) / 'codes.txt'
+    ignored = ignored_value(s, values, ignore)
+    if not (numbers := values - {ignored}):
+        raise DistillError(f'ignore={ignore!r}: the masks hold no other value.')
+    if s.classes is None and not {*range(max(numbers))} <= values:
+        first = ', '.join(map(str, sorted(numbers)[:NAMED]))
         raise DistillError(
-            f'The masks hold the numbers {numbers} ... {max(values)}. Classes are numbered '
-            '0, 1, 2 ... without gaps, or named, one a line, in '
-            f'{Path(s.folder) / "codes.txt"}.'
+            f'The masks hold the numbers {first} ... {max(numbers)}. Classes are numbered 0, 1, 2 ... '
+            f'without gaps, or named, one a line, in {codes}. If {max(numbers)} marks pixels to '
+            f'ignore, give ignore={max(numbers)}.'
         )
-    classes = s.classes or [str(i) for i in range(len(values))]
-    if max(values) >= len(classes):
+    classes = s.classes or [str(i) for i in range(max(numbers) + 1)]
+    if max(numbers) >= len(classes):
         raise DistillError(
-            f'The masks hold the class number {max(values)}, but {Path(s.folder) / "codes.txt"} names '
-            f'{len(classes)} classes, 0 to {len(classes) - 1}.'
+            f'The masks hold the class number {max(numbers)}, but {codes} names {len(classes)} classes, '
+            f'0 to {len(classes) - 1}. If {max(numbers)} marks pixels to ignore, give '
+            f'ignore={max(numbers)}.'
         )
-    if len(values) < 2:
+    if len(numbers) < 2:
         raise DistillError(
-            f'All masks hold one class ({classes[values.pop()]}): there is nothing to learn.'
+            f'All masks hold one class ({classes[numbers.pop()]}): there is nothing to learn.'
         )
-    return classes
+    return replace(s, classes=classes, ignored=ignored)
+
+
+def ignored_value(s, values, ignore):
+    """Return the value in masks that losses and metrics ignore. Return None if there is none."""
+    classes = s.classes or []
+    if not ignore:
+        return next((i for i, c in enumerate(classes) if c.lower() in IGNORED), None)
+    if ignore in classes:
+        return classes.index(ignore)
+    if ignore.isdecimal() and int(ignore) in values:
+        return int(ignore)
+    names = f'The classes are {", ".join(classes[:30])}. ' if classes else ''
+    raise DistillError(
+        f'ignore={ignore!r}: must be a class or a value in the masks. {names}The masks hold the values '
+        f'{", ".join(map(str, sorted(values)[:30]))}.'
+    )
 
 
 def natural_size(sizes, task):

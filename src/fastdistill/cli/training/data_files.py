@@ -41,6 +41,7 @@ class Samples:
             'numbers'.
         classes: Names of the classes, in the order of the outputs.
         size: (height, width) to which images are resized. None if the samples are not images.
+        ignored: Value in masks that losses and metrics ignore. None if no value is ignored.
     """
 
     task: str
@@ -53,6 +54,7 @@ class Samples:
     target: str = 'classes'
     classes: list | None = None
     size: tuple | None = None
+    ignored: int | None = None
 
     def __len__(self):
         return len(self.frame)

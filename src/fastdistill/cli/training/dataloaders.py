@@ -11,6 +11,7 @@ from fastai.basics import (
     ColSplitter,
     DataBlock,
     IndexSplitter,
+    Pipeline,
     RegressionBlock,
     default_device,
     parent_label,
@@ -20,7 +21,7 @@ from fastai.data.transforms import Normalize
 from fastai.tabular.core import Categorify, FillMissing, TabularPandas, cont_cat_split
 from fastai.text.data import TextDataLoaders
 from fastai.vision.augment import Flip, Resize, ResizeMethod, aug_transforms
-from fastai.vision.core import imagenet_stats
+from fastai.vision.core import imagenet_stats, load_image
 from fastai.vision.data import ImageBlock, MaskBlock
 
 from ...base.distributed import world_size
@@ -128,7 +129,8 @@ def mask_loaders(s, config, teacher, **options):
     block = DataBlock(
         (ImageBlock, MaskBlock(codes=s.classes)),
         get_x=ColReader('x'),
-        get_y=ColReader('y'),
+        # subtle: keep the mode of the file, because fastai would convert a palette to grey levels
+        get_y=Pipeline([ColReader('y'), load_image]),
         splitter=ColSplitter('is_valid'),
         item_tfms=item,
         batch_tfms=batch,

@@ -408,6 +408,9 @@ def samples_in_words(s):
     }[s.target]
     x = f'column {s.x[0]}' if len(s.x) == 1 else f'{len(s.x)} columns'
     x = f', {s.size[0]} x {s.size[1]} pixels' if s.size else f', {x}'
+    if s.ignored is not None:
+        name = s.classes[s.ignored] if s.ignored < len(s.classes) else s.ignored
+        what += f', {name} ignored'
     return f'{s.task}{x}, {what}; {len(s) - held:,} samples for training, {held:,} for validation'
 
 
