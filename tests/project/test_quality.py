@@ -220,16 +220,16 @@ def test_the_behavior_of_a_recipe_changes_with_how_its_gradient_is_measured(qual
     from fastdistill import Recipe, Term, losses
     from fastdistill.recipes.gradient_balance import GradientRatio
 
-    quality.protocol._behavior.cache_clear()
+    quality.protocol.BEHAVIORS.clear()
     recipe = Recipe(Term(losses.kl, grad_ratio=3, T=2))
     before = quality.protocol.behavior('classes', recipe)
-    quality.protocol._behavior.cache_clear()
+    quality.protocol.BEHAVIORS.clear()
     assert quality.protocol.behavior('classes', recipe) == before
     monkeypatch.setattr(GradientRatio, 'NEW', 0.5)
-    quality.protocol._behavior.cache_clear()
+    quality.protocol.BEHAVIORS.clear()
     after = quality.protocol.behavior('classes', recipe)
     assert not quality.protocol.close(before, after)
-    quality.protocol._behavior.cache_clear()
+    quality.protocol.BEHAVIORS.clear()
 
 
 def test_the_cells_of_new_data_run_only_with_a_frozen_default(
