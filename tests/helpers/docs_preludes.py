@@ -75,13 +75,14 @@ def narrow34(pretrained=False):
     return Narrow(BasicBlock, [3, 4, 6, 3])
 
 
-# fastai knows this of its own architectures only
-SPLIT = fastai_vision.model_meta[fastai_vision.resnet18]['split']
+RESNET = fastai_vision.model_meta[fastai_vision.resnet18]
+for arch in (narrow18, narrow34):  # fastai knows this of its own architectures only
+    fastai_vision.model_meta[arch] = dict(cut=RESNET['cut'], split=RESNET['split'])
 
 
 def learner(arch, dls):
     learn = fastai_vision.vision_learner(
-        dls, arch, pretrained=False, splitter=SPLIT, metrics=fastai_vision.accuracy
+        dls, arch, pretrained=False, metrics=fastai_vision.accuracy
     )
     learn.remove_cb(fastai_vision.ProgressCallback)
     return learn
@@ -101,14 +102,14 @@ def trained():
 
 
 def vision():
-    "`student` (a narrow ResNet-18) and the trained `teacher` (a narrow ResNet-34), Learners on 16 + 8 `images` of 32 pixels in 3 classes; after both star imports"
+    "`student` (a narrow ResNet-18) and the trained `teacher` (a narrow ResNet-34), Learners on 16 + 8 `images` of 32 pixels in 3 classes; after both star imports, with a narrow `resnet18`"
     dls = vision_dls()
     student, teacher = learner(narrow18, dls), learner(narrow34, dls)
     teacher.model.load_state_dict(trained().state_dict())
     return (
         names(fastai_vision)
         | names(fastdistill_fastai)
-        | dict(student=student, teacher=teacher, dls=dls, images=pictures()[0])
+        | dict(student=student, teacher=teacher, dls=dls, images=pictures()[0], resnet18=narrow18)
     )
 
 
@@ -129,7 +130,7 @@ def forum():
     )
     dls = block.dataloaders(range(24), bs=8, num_workers=0)
     nets = {
-        n: v.unet_learner(dls, arch, pretrained=False, splitter=SPLIT, n_out=4)
+        n: v.unet_learner(dls, arch, pretrained=False, n_out=4)
         for n, arch in dict(small=narrow18, big=narrow34).items()
     }
     for l in nets.values():
