@@ -59,7 +59,8 @@ def train_command(
         option('Validation set: a fraction, a column that marks it, or a CSV file. (default: 0.2)'),
     ] = None,
     ignore: Annotated[
-        Text, option('Class or value of masks to ignore, such as 255. (default: a class named void)')
+        Text,
+        option('Class or value of masks to ignore, such as 255. (default: a class named void)'),
     ] = None,
     size: Annotated[
         Text, option('Size of images: 224, or 72x96 (height, width). (default: auto)')
