@@ -1,6 +1,7 @@
 "Hugging Face: each kind of model against a loss written out by hand; the Trainer's own features; students from their teachers."
 
 import re
+from contextlib import nullcontext
 import pytest
 import torch
 import torch.nn.functional as F
@@ -589,6 +590,56 @@ def test_a_training_that_resumes_draws_the_teachers_that_come_next(tmp_path, dra
     again.train(resume_from_checkpoint=str(tmp_path / 'a' / f'checkpoint-{step}'))
     for a, b in zip(whole.model.parameters(), again.model.parameters()):
         assert torch.equal(a, b)
+
+
+class CallsThemTargets(nn.Module):
+    "Its labels are called targets, and it computes its own loss"
+
+    def __init__(self, width=8):
+        super().__init__()
+        self.net = bert(width=width)
+
+    def forward(self, input_ids, attention_mask=None, targets=None):
+        logits = self.net(input_ids=input_ids, attention_mask=attention_mask).logits
+        loss = None if targets is None else F.cross_entropy(logits, targets)
+        return dict(loss=loss, logits=logits)
+
+
+CHOSEN = {'automatic': None, 'kd': kd(), 'soft labels': soft_labels()}
+
+
+@pytest.mark.parametrize('recipe', CHOSEN.values(), ids=CHOSEN)
+def test_labels_may_have_any_name_that_label_names_says(tmp_path, capsys, recipe):
+    data, teacher = list(texts()), loud(bert(width=16))
+    renamed = [{('targets' if k == 'labels' else k): v for k, v in o.items()} for o in data]
+
+    def trainer_of(student, data, **options):
+        return DistillationTrainer(
+            student,
+            args(tmp_path, **options),
+            train_dataset=data,
+            eval_dataset=data,
+            teacher=teacher,
+            recipe=recipe,
+        )
+
+    other = CallsThemTargets()
+    student = bert(width=8)
+    student.load_state_dict(other.net.state_dict())
+    want, got = trainer_of(student, data), trainer_of(other, renamed, label_names=['targets'])
+    printed = []
+    for t in (want, got):
+        t.train()
+        printed.append([o for o in capsys.readouterr().out.splitlines() if 'fastdistill' in o])
+    assert printed[1] == printed[0]
+    assert 'student' in printed[0][0]  # the check knows the labels
+    for k in ('loss', 'task_loss'):
+        assert got.state.log_history[0][k] == pytest.approx(want.state.log_history[0][k], rel=1e-5)
+    assert got.evaluate()['eval_loss'] == pytest.approx(want.evaluate()['eval_loss'], rel=1e-5)
+    unnamed = trainer_of(CallsThemTargets(), renamed)
+    error = refuses(r'label_names=\[\], but a batch has .*targets.*TrainingArguments.label_names=')
+    with nullcontext() if recipe is CHOSEN['soft labels'] else error:  # they need no labels
+        unnamed.train()
 
 
 def test_a_resumed_training_keeps_the_recipe_that_was_chosen(tmp_path):

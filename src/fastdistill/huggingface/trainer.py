@@ -27,7 +27,14 @@ from ..features.model_call import predicts_next
 from ..features.probe import untouched
 from ..recipes.token_labels import next_tokens
 from ..teachers.teacher import Teacher
-from .transformers_models import names_taken, predicts, question_logits, teacher_for, without_loss
+from .transformers_models import (
+    has_loss,
+    names_taken,
+    predicts,
+    question_logits,
+    teacher_for,
+    without_loss,
+)
 
 __all__ = ['DistillationMixin', 'DistillationTrainer']
 
@@ -223,7 +230,7 @@ class DistillationMixin:
             return super().compute_loss(model, x, return_outputs=return_outputs, **kwargs)
         d, scale = self.distiller, self._scale(x, **kwargs)
         with Taps(model, d.student_layers(d.active_terms(progress))) as taps:
-            task, raw = self._run(model, x, kwargs)
+            task, raw = self._run(model, x, kwargs, progress)
             s = d.student_outputs(without_loss(raw), taps.pop(), self._tokens(x))
         with self.accelerator.autocast():
             t = d.teacher_outputs(x_teacher, progress)
@@ -233,13 +240,21 @@ class DistillationMixin:
         self.part_means.add(r)
         return (r.total * scale, raw) if return_outputs else r.total * scale
 
-    def _run(self, model, x, options):
+    def _run(self, model, x, options, progress):
         """Return the task loss computed by the Trainer, and the student's outputs. The task loss is
         None if the batch has no labels.
         """
-        if not any(k in x for k in self.label_names):
-            return None, model(**x)
-        return super().compute_loss(model, dict(x), return_outputs=True, **options)
+        if any(k in x for k in self.label_names) or x.get('return_loss'):
+            return super().compute_loss(model, dict(x), return_outputs=True, **options)
+        raw = model(**x)
+        # subtle: a loss in the outputs shows that one of the inputs is a label
+        if self.distiller.recipe.task_at(progress) or self.recipe is None and has_loss(raw):
+            raise DistillError(
+                f'The batches have no labels: label_names={self.label_names}, but a batch has '
+                f'{", ".join(x)}. Name the labels, as in TrainingArguments(label_names=[...]), or use '
+                'alpha=1 or soft_labels() to train only from the teacher.'
+            )
+        return None, raw
 
     def _scale(self, x, num_items_in_batch=None):
         """Return the factor by which the Trainer scales the mean loss over the labels of this

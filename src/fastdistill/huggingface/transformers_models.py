@@ -2,6 +2,7 @@
 
 import inspect
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -12,7 +13,14 @@ from ..checks.class_order import map_classes
 from ..features.layer_names import unwrap
 from ..teachers.teacher import Teacher
 
-__all__ = ['names_taken', 'predicts', 'question_logits', 'teacher_for', 'without_loss']
+__all__ = [
+    'has_loss',
+    'names_taken',
+    'predicts',
+    'question_logits',
+    'teacher_for',
+    'without_loss',
+]
 
 PROBLEMS = dict(
     regression='regression',
@@ -32,13 +40,17 @@ def names_taken(model: Any) -> set:
     return {n for m in modules for n in inspect.signature(unwrap(m).forward).parameters}
 
 
-def without_loss(raw: Any) -> Any:
-    """Return the student's outputs without the loss. In a tuple, the loss is the first item."""
-    return (
-        raw[1:]
-        if isinstance(raw, tuple) and isinstance(raw[0], Tensor) and not raw[0].dim()
-        else raw
+def has_loss(raw: Any) -> bool:
+    """Return True if a model returned a loss. In a tuple, the loss is the first item."""
+    loss = (
+        raw[0] if isinstance(raw, tuple) else raw.get('loss') if isinstance(raw, Mapping) else None
     )
+    return isinstance(loss, Tensor) and not loss.dim()
+
+
+def without_loss(raw: Any) -> Any:
+    """Return the student's outputs without the loss, if they are a tuple."""
+    return raw[1:] if isinstance(raw, tuple) and has_loss(raw) else raw
 
 
 def question_logits(out: Any) -> Tensor:
