@@ -6,6 +6,7 @@ from torch import nn
 from fastdistill import (
     DistillError,
     Distiller,
+    Outputs,
     Recipe,
     Teacher,
     Term,
@@ -439,3 +440,110 @@ def test_one_task_loss_needs_one_weight():
     heads = two_heads(student, color, shape, dict(color=kd(alpha=0.9), shape=kd(alpha=0.5)))
     with pytest.raises(DistillError, match='give the task loss different weights'):
         share_task_loss(heads.heads)
+
+
+def told(y, classes, knows):
+    "A teacher whose logits are random, but know this much of the labels"
+    noise = torch.randn(len(y), classes, generator=torch.Generator().manual_seed(classes))
+    return 0.7 * noise + knows * (F.one_hot(y, classes) - 1 / classes)
+
+
+def gradients(loss, student):
+    return torch.autograd.grad(loss, [*student.parameters()], retain_graph=True, allow_unused=True)
+
+
+def sum_of(*gradients):
+    return [sum(p for p in ps if p is not None) for ps in zip(*gradients)]
+
+
+@pytest.mark.parametrize('weights', [{}, dict(shape=0.5)], ids=['', 'weights'])
+@pytest.mark.parametrize('several_terms', [False, True])
+@pytest.mark.parametrize('knows', [(-3.0, 9.0), (9.0, -3.0), (0.3, 0.1), (-3.0, -3.0)])
+def test_each_head_fades_as_if_it_were_alone(knows, several_terms, weights):
+    "With the labels of all heads in one loss: the doubt about one teacher changes no other head"
+    student, *_ = nets()
+    recipe = recipes.dist(grad_ratio=3, fade=True)
+    if several_terms:
+        recipe = recipe + Term(losses.mse, weight=0.1) + Term(losses.kl, grad_ratio=1, fade=True)
+    heads = Distiller(student, dict(color=None, shape=None), recipe, weights=weights, check=False)
+    of = lambda: Distiller(None, None, recipe, check=False)
+    alone = dict(color=of(), shape=of())
+    w = dict(color=1.0, shape=1.0) | weights
+    opt, g = torch.optim.SGD(student.parameters(), 0.05), torch.Generator().manual_seed(1)
+    for _ in range(4):
+        x = torch.randn(32, 6, generator=g)
+        y = dict(
+            color=torch.randint(3, (32,), generator=g), shape=torch.randint(2, (32,), generator=g)
+        )
+        raw = student(x)
+        s = {k: Outputs(raw[k]) for k in y}
+        t = {k: Outputs(told(y[k], raw[k].shape[1], o)) for k, o in zip(y, knows)}
+        each = {k: F.cross_entropy(raw[k], y[k]) for k in y}
+        own = [w[k] * d.compute(s[k], t[k], each[k], (y[k],)).total for k, d in alone.items()]
+        out = heads.compute(s, t, sum(w[k] * v for k, v in each.items()), (*y.values(),))
+        want = sum_of(*(gradients(o, student) for o in own))
+        got = gradients(out.total, student)
+        for a, b in zip(got[:6], want):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+        assert heads.faded == {f'{k}.{n}': v for k, d in alone.items() for n, v in d.faded.items()}
+        opt.zero_grad(), out.total.backward(), opt.step()
+    assert any(0 < v < 1 for v in heads.faded.values()) or min(heads.faded.values()) == 0
+
+
+def outputs_of(heads, student):
+    return heads.student_outputs(student(X), {}, X), heads.teacher_outputs(X)
+
+
+def test_outputs_that_are_computed_elsewhere_get_the_default_recipe_of_each_head(capsys):
+    student, color, shape, _ = nets()
+    heads = two_heads(student, color, shape)
+    s, t = outputs_of(heads, student)
+    task = F.cross_entropy(s['color'].logits, COLOR) + F.cross_entropy(s['shape'].logits, SHAPE)
+    out = heads.compute(s, t, task, (COLOR, SHAPE))
+    assert list(out.parts) == ['color.dist', 'shape.kd']
+    assert 'shape: recipe kd(T=1, alpha=.5)' in capsys.readouterr().out
+    assert out.weights['shape.kd'] == out.weights['task'] == 0.25  # labels and kd are equal
+    with pytest.raises(DistillError, match="dist needs the teacher's outputs .* but got None"):
+        heads.compute(s, {'shape': t['shape']}, task, (COLOR, SHAPE))
+    again = two_heads(student, color, shape)
+    with pytest.raises(DistillError, match='color: there is no recipe yet, .* teacher_outputs'):
+        again.compute(s, {'shape': t['shape']}, task, (COLOR, SHAPE))
+
+
+def test_one_output_gets_its_default_recipe_too():
+    student, color, _, _ = nets()
+    d = Distiller(student, Teacher(color), output='color')
+    s = d.student_outputs(student(X), {}, X)
+    task = F.cross_entropy(s.logits, COLOR)
+    with pytest.raises(DistillError, match='there is no recipe yet'):
+        d.compute(s, None, task, (COLOR,))
+    assert list(d.compute(s, d.teacher_outputs(X), task, (COLOR,)).parts) == ['dist']
+
+
+def test_different_weights_of_one_task_loss_are_an_error_wherever_it_comes_from():
+    student, color, shape, _ = nets()
+    with_weight = dict(color=kd(alpha=0.9), shape=Term(losses.mse, weight=0.5))
+    heads = two_heads(student, color, shape, with_weight)
+    s, t = outputs_of(heads, student)
+    with pytest.raises(DistillError, match=r'different weights \(color: 0.1, shape: 1.0\)'):
+        heads.compute(s, t, s['color'].logits.sum(), (COLOR, SHAPE))
+    ratio = Term(losses.mse, grad_ratio=0.5)  # relative to the task loss, whatever its weight
+    heads = two_heads(student, color, shape, dict(color=kd(alpha=0.9), shape=ratio))
+    task = F.cross_entropy(s['color'].logits, COLOR) + F.cross_entropy(s['shape'].logits, SHAPE)
+    out = heads.compute(s, t, task, (COLOR, SHAPE))
+    alone = Distiller(None, None, Recipe(ratio, task=0.1), check=False)
+    want = alone.compute(s['shape'], t['shape'], task, (SHAPE,)).total
+    torch.testing.assert_close(gradients(out.total, student.shape), gradients(want, student.shape))
+
+
+def test_a_head_of_weight_0_has_no_terms_but_those_of_other_heads_stay():
+    student, color, shape, _ = nets()
+    weights = dict(color=0.0)
+    heads = two_heads(student, color, shape, recipes.dist(grad_ratio=3), weights=weights)
+    s, t = outputs_of(heads, student)
+    task = F.cross_entropy(s['shape'].logits, SHAPE)
+    out = heads.compute(s, t, task, (COLOR, SHAPE))
+    want = Distiller(None, None, recipes.dist(grad_ratio=3), check=False).compute(
+        s['shape'], t['shape'], task, (SHAPE,)
+    )
+    torch.testing.assert_close(out.total, want.total)

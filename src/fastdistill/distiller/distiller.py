@@ -29,6 +29,7 @@ from .head import (
     SharedOutput,
     options_by_head,
     renamed,
+    share_task_loss,
     share_task_loss_again,
 )
 from .teacher_groups import share_models, teacher_groups
@@ -83,6 +84,8 @@ class Distiller(nn.Module):
         labels: For several heads, a dict {head name: fn(labels of the batch) -> tuple of labels of
             this head}. If None, each head has one label, in the order of the heads.
         weights: For several heads, a dict {head name: weight of the head's loss}. The default is 1.
+            If a trainer computes one task loss for all heads, these weights multiply only the terms
+            with a weight, because that loss has the weights of the heads already.
         check: Whether to look for mistakes. If True, shared parameters of both models are reported,
             and `Distiller.check` runs on the first batch.
         example: Batch of inputs from which the projectors are built immediately. Pass an example if
@@ -238,16 +241,14 @@ class Distiller(nn.Module):
         self.links = nn.ModuleDict(links) if self.several else links['']
 
     def _scales(self, progress) -> tuple[dict, float]:
-        """Return ({head name: factor of the head's terms}, divisor of the shared task loss).
+        """Return ({head name: factor of the head's loss}, divisor of the shared task loss).
 
         In each head, weights are divided by 1 plus the sum of the gradient ratios. If heads share a
         task loss, all heads use the largest divisor.
         """
-        lengths = {k: h.ratios.length(h.recipe.weights_at(progress)) for k, h in self.heads.items()}
+        lengths = {k: h.ratios.length(h.weights_at(progress, True)) for k, h in self.heads.items()}
         longest = max(lengths.values())
-        shared = any(h.shares_task for h in self.heads.values())
-        own = {k: lengths[k] / longest if shared else 1.0 for k in self.heads}
-        return {k: h.weight * own[k] for k, h in self.heads.items()}, longest
+        return {k: n / longest for k, n in lengths.items()}, longest
 
     @property
     def pairs(self) -> PairTable | None:
@@ -440,7 +441,8 @@ class Distiller(nn.Module):
             heads that have outputs.
         """
         x, terms = inputs(x), {k: h.active_terms(progress) for k, h in self.heads.items()}
-        ask = {k: h for k, h in self.heads.items() if terms[k] and h.teacher is not None}
+        needed = lambda k, h: h.teacher is not None and (terms[k] or h.chooses)
+        ask = {k: h for k, h in self.heads.items() if needed(k, h)}
         out = {k: None for k in self.heads if k not in ask}
         if self.several and not torch.is_grad_enabled():
             ask = {k: h for k, h in ask.items() if h.teacher.has_outputs(samples)}
@@ -548,28 +550,38 @@ class Distiller(nn.Module):
             teacher: Teacher outputs for the same batch. None if no term needs the teacher (see
                 `teacher_outputs`).
             task: Task loss of the batch. None if the batch has no labels. For several heads, the
-                total task loss. The task loss has the same weight in the recipes of all heads.
+                total task loss. The task loss must have the same weight in the recipes of all heads.
             targets: Labels, for losses that use labels.
             progress: Fraction of the training that is done, from 0 to 1, for schedules.
             mixed: (second labels, coefficient of the first labels) for a MixUp or CutMix batch.
         """
-        students, teachers, each = self._by_head(student), self._by_head(teacher), {}
-        for k, h in self.heads.items():
-            if self.several and teacher is not None and k not in teacher:
-                continue  # a cache may contain only the outputs for the training set
+        students, teachers, heads = self._by_head(student), self._by_head(teacher), self.heads
+        if self.several and teacher is not None and not torch.is_grad_enabled():
+            # a cache may contain only the outputs for the training set
+            heads = {k: h for k, h in heads.items() if k in teacher}
+        if self.several and not all(h.shares_task for h in self.heads.values()):
+            share_task_loss(self.heads)
+        recipes = [h.recipe for h in heads.values()]
+        for k, h in heads.items():
             h.choose_from(students[k], teachers.get(k), task is not None)
-            each[k] = h.compute(
+        if any(h.recipe is not r for h, r in zip(heads.values(), recipes)):
+            share_task_loss_again(self.heads)
+        each = {
+            k: h.compute(
                 students[k],
                 teachers.get(k),
                 task,
                 h.labels(targets),
                 progress=progress,
                 mixed=None if mixed is None else (h.labels(mixed[0]), mixed[1]),
+                of_heads=self.several,
             )
+            for k, h in heads.items()
+        }
         if not self.several:
             return each['']
         scale, longest = self._scales(progress)
-        taught = [scale[k] * e.taught for k, e in each.items() if e.taught is not None and scale[k]]
+        taught = [scale[k] * e.taught for k, e in each.items() if e.taught is not None]
         weights = {
             k: {n: scale[k] * w for n, w in e.weights.items() if n != 'task'}
             for k, e in each.items()
@@ -580,7 +592,9 @@ class Distiller(nn.Module):
             sum(taught[1:], taught[0]) if taught else None,
             self._named({k: e.parts for k, e in each.items()}),
             {'task': task_weight, **self._named(weights)},
-            self._named({k: e.terms for k, e in each.items()}),
+            self._named(
+                {k: {n: scale[k] * v for n, v in e.terms.items()} for k, e in each.items()}
+            ),
         )
 
     def without_labels(self, student, teacher, *, progress: float | None = None) -> Tensor:
@@ -594,9 +608,12 @@ class Distiller(nn.Module):
             progress: Fraction of the training that is done, from 0 to 1, for schedules.
         """
         s, t = self._by_head(student), self._by_head(teacher)
-        scale, _ = self._scales(progress)
+        shared = any(h.shares_task for h in self.heads.values())
+        scale = (
+            self._scales(progress)[0] if shared else {k: h.weight for k, h in self.heads.items()}
+        )
         values = [
-            scale[k] * h.without_labels(s[k], t.get(k), progress=progress)
+            scale[k] * h.without_labels(s[k], t.get(k), progress=progress, of_heads=shared)
             for k, h in self.heads.items()
             if h.weight
         ]

@@ -4,6 +4,7 @@ import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor, nn
 
 from ..base.class_mapping import taught_part
@@ -25,7 +26,7 @@ from ..recipes.default import chosen_before, chosen_for
 from ..recipes.layer_link import Link, own_copy
 from ..recipes.recipe_loss import Distilled, RecipeLoss
 from ..recipes.recipe_text import as_recipe
-from ..recipes.term import Recipe
+from ..recipes.term import Recipe, weight_text
 from ..recipes.token_labels import labels_to_shift, next_tokens, padding_mask
 from ..teachers.teacher import Teacher
 
@@ -128,6 +129,11 @@ class Head(RecipeLoss):
             return
         if teacher is not None:
             self._choose(student.logits, lambda: teacher, labels)
+        elif self.teacher is not None and torch.is_grad_enabled():
+            raise DistillError(
+                f"{self.prefix}there is no recipe yet, and it is chosen from the teacher's outputs, "
+                'but got None for this batch. Pass what teacher_outputs() returned.'
+            )
         elif self.teacher is None and not self.name:
             raise DistillError(
                 'There is no recipe, no teacher and no teacher output for this batch, so there is '
@@ -142,6 +148,18 @@ class Head(RecipeLoss):
         self.take(chosen)
         if rank() == 0:
             print(f'fastdistill: {self.prefix}recipe {chosen}')
+
+    def weights_at(self, progress, of_heads=False):
+        """Return {name: weight or gradient ratio} of each loss.
+
+        If the task loss is that of all heads, it contains the weight of this head already, and so
+        do gradient ratios, which are relative to it. A head of weight 0 has no terms.
+        """
+        weights = super().weights_at(progress)
+        if not of_heads or self.weight == 1:
+            return weights
+        kept = {'task', *(self.ratios if self.weight else ())}
+        return {k: w if k in kept else self.weight * w for k, w in weights.items()}
 
     @property
     def chooses(self) -> bool:
@@ -409,9 +427,23 @@ def options_by_head(o, option: str, heads, who: str = 'the heads are') -> dict:
 def share_task_loss(heads: dict):
     """Give the task loss the same weight in the recipes of all heads.
 
-    Trainers that compute a single task loss for all heads call this function.
+    This is for a single task loss of all heads. Raise an error if the heads weight it differently.
+    A recipe that has no weight for it gives it the weight 1. If such a recipe has only gradient
+    ratios, which are relative to the task loss, it gets the weight of the other heads.
     """
-    task = Recipe(*(h.recipe for h in heads.values())).task
+    weights = {
+        k: 1.0 if h.recipe.task is None else h.recipe.task
+        for k, h in heads.items()
+        if h.recipe.task is not None or not all(t.has_grad_ratio for t in h.recipe.terms)
+    }
+    task = next(iter(weights.values()), None)
+    if any(w != task for w in weights.values()):
+        each = ', '.join(f'{k}: {weight_text(w)}' for k, w in weights.items())
+        raise DistillError(
+            f'The recipes of the heads give the task loss different weights ({each}), but there is '
+            'one task loss for all heads. Give them the same alpha, or set the weight in each recipe, '
+            'as in Recipe(Term(...), task=.1).'
+        )
     for h in heads.values():
         h.shares_task, h.recipe = True, Recipe(*h.recipe.terms, task=task)
 

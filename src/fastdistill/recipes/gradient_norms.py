@@ -2,7 +2,7 @@
 depend.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -10,7 +10,16 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from torch.nn import Module
 
-__all__ = ['gradient_norm', 'norms_at_layer', 'norms_at_logits', 'shares_in_words', 'swamped']
+from ..base.outputs import as_plain
+
+__all__ = [
+    'gradient_norm',
+    'norms_at_layer',
+    'norms_at_logits',
+    'part_at',
+    'shares_in_words',
+    'swamped',
+]
 
 
 # Gradients are scaled by this factor while they are measured, to avoid underflow in half precision
@@ -32,19 +41,21 @@ ARRANGES = {
         'View',
     )
 }
+COPIES = {f'{n}Backward0' for n in ('Alias', 'Clone', 'ToCopy')}  # the elements keep their places
 
 
-def find_origin(x: Tensor) -> Tensor | GradientEdge:
+def find_origin(x: Tensor, operations: Collection[str] = ARRANGES) -> Tensor | GradientEdge:
     """Find the tensor in the autograd graph from which `x` was rearranged, copied or averaged. The
     task loss may have been computed from that tensor instead of from `x`.
 
     Args:
         x: Logits or features that a term compares.
+        operations: Names of the operations that may lie between the two.
     """
     if x.grad_fn is None:
         return x
     edge = get_gradient_edge(x)
-    while edge.node.name() in ARRANGES:
+    while edge.node.name() in operations:
         node, output = edge.node.next_functions[0]
         edge = GradientEdge(cast(Node, node), output)
     return edge
@@ -67,6 +78,26 @@ def gradient_norm(value: Tensor, at: Sequence[Tensor]) -> Tensor | None:
     )
     norms = [g.float().norm() for g in grads if g is not None]
     return torch.stack(norms).norm() / SCALE if norms else None
+
+
+def part_at(value: Tensor, x: Tensor) -> Tensor | None:
+    """Return 0 with the gradient of `value` with respect to `x`, for the part of a loss that reaches
+    one of several outputs.
+
+    Args:
+        value: A loss, 0-dim.
+        x: Output of a model, or a copy of it.
+
+    Returns:
+        None if `value` does not depend on `x`.
+    """
+    scale = torch.full_like(value, SCALE)
+    places: Any = [find_origin(x, COPIES)]
+    (g,) = torch.autograd.grad(value, places, scale, retain_graph=True, allow_unused=True)
+    if g is None:
+        return None
+    finite = x.where(x.isfinite(), 0.0)
+    return ((finite - finite.detach()).float() * (as_plain(g).float() / SCALE)).sum()
 
 
 def norms_at_logits(

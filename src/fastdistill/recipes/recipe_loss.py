@@ -13,7 +13,7 @@ from ..base.outputs import DistillError, DistillWarning, Outputs, as_plain
 from ..base.task import Task
 from .batch_tensors import Batch, all_classes, blend, of_all_processes, zero_loss
 from .gradient_balance import GradientRatios
-from .gradient_norms import norms_at_layer, norms_at_logits, swamped
+from .gradient_norms import norms_at_layer, norms_at_logits, part_at, swamped
 from .layer_link import Link, own_copy
 
 __all__ = ['Distilled', 'RecipeLoss', 'check_kind']
@@ -126,6 +126,7 @@ class RecipeLoss(nn.Module):
         *,
         progress: float | None = None,
         mixed: tuple | None = None,
+        of_heads: bool = False,
     ) -> Distilled:
         """Compute the loss of a batch from the outputs of both models.
 
@@ -136,9 +137,10 @@ class RecipeLoss(nn.Module):
             targets: Labels, for the losses that read them.
             progress: Fraction of the training that is done, for schedules.
             mixed: (second labels, weight of the first labels) of a batch of MixUp or CutMix.
+            of_heads: True if `task` is the loss of several heads, and this is one of them.
         """
         task, terms = None if task is None else as_plain(task), self.active_terms(progress)
-        weights = self.recipe.weights_at(progress)
+        weights = self.weights_at(progress, of_heads)
         if task is None and weights['task']:
             raise DistillError(
                 'This batch has no labels, but the recipe gives the task loss the weight '
@@ -157,7 +159,7 @@ class RecipeLoss(nn.Module):
         counted = {
             k: v for k, v in dict(task=task, **values).items() if v is not None and weights[k] != 0
         }
-        weights, rest = self._measured(counted, weights, student, b)
+        weights, rest = self._measured(counted, weights, student, b, of_heads)
         weighted = {k: weights[k] * v for k, v in counted.items() if k in values}
         taught = [*weighted.values(), *([] if rest is None else [rest])]
         if not weights['task'] and student.logits is not None:
@@ -170,8 +172,17 @@ class RecipeLoss(nn.Module):
             weighted,
         )
 
+    def weights_at(self, progress: float | None, of_heads: bool = False) -> dict[str, Any]:
+        """Return {name: weight or gradient ratio} of each loss. The task loss is named 'task'."""
+        return self.recipe.weights_at(progress)
+
     def without_labels(
-        self, student: Outputs, teacher: Outputs | None, *, progress: float | None = None
+        self,
+        student: Outputs,
+        teacher: Outputs | None,
+        *,
+        progress: float | None = None,
+        of_heads: bool = False,
     ) -> Tensor:
         """Compute the weighted sum of the terms that read no labels, for unlabeled inputs next to
         labeled batches. Gradient ratios use the norms that were measured in the labeled batches.
@@ -180,6 +191,7 @@ class RecipeLoss(nn.Module):
             student: The student's outputs for the unlabeled inputs.
             teacher: The teacher's outputs for them.
             progress: Fraction of the training that is done, for schedules.
+            of_heads: As in `compute`.
         """
         terms = [t for t in self.active_terms(progress) if not t.n_targets]
         if not terms:
@@ -187,7 +199,7 @@ class RecipeLoss(nn.Module):
         known: Any = all_classes(teacher, student)
         b = Batch(student, known, (), (), None, self.task, progress)
         values = {t.name: self._value(t, b) for t in terms}
-        weights = self.ratios.weights(self.recipe.weights_at(progress), values)
+        weights = self.ratios.weights(self.weights_at(progress, of_heads), values)
         total: Any = sum(weights[k] * v for k, v in values.items())
         return total
 
@@ -244,7 +256,12 @@ class RecipeLoss(nn.Module):
         return total
 
     def _measured(
-        self, values: Mapping[str, Tensor], weights: dict[str, Any], student: Outputs, b: Batch
+        self,
+        values: Mapping[str, Tensor],
+        weights: dict[str, Any],
+        student: Outputs,
+        b: Batch,
+        of_heads: bool = False,
     ) -> tuple[dict[str, Any], Any]:
         """Return (weights, rest). For a term with a gradient ratio, the weight is chosen so that
         the term's gradient norm has that ratio. `rest` is a multiple of the other losses that
@@ -263,14 +280,29 @@ class RecipeLoss(nn.Module):
             )
             faded = self.ratios.faded(weights, learns)
             weights = self.ratios.weights(weights, learns)
-            base = [weights[k] * v for k, v in learns.items() if k in fixed]
-            rest = faded * sum(base) if base and faded is not None else None
+            base = [k for k in learns if k in fixed]
+            if base and faded is not None:
+                own = self._own_task(learns, student) if of_heads else learns
+                rest = faded * sum(weights[k] * own[k] for k in base)
         if self.measures and torch.is_grad_enabled() and not learns.keys() <= self.seen:
             logits: Any = student.logits
             self.seen, self.gradient_shares = learns.keys(), self.shares(learns, weights, logits)
             if (says := swamped(self.gradient_shares, fixed)) and rank() == 0:
                 warnings.warn(says, DistillWarning, stacklevel=4)
         return weights, rest
+
+    def _own_task(self, values: Mapping[str, Tensor], student: Outputs) -> Mapping[str, Any]:
+        """Replace the task loss of several heads with the part that reaches the logits of this
+        head, so that the labels of other heads do not make up for a term that faded.
+        """
+        if 'task' not in values:
+            return values
+        if (own := part_at(values['task'], cast(Tensor, student.logits))) is None:
+            raise DistillError(
+                'The task loss of all heads is not computed from the output of this head, but '
+                'fade=True has to raise the weight of its labels. Pass recipes without fade=True.'
+            )
+        return {**values, 'task': own}
 
     @property
     def faded(self) -> dict[str, float]:
