@@ -142,6 +142,16 @@ def test_maps_can_be_stored_smaller():
             "int8 can't hold infinite",
         ),
         (Outputs(torch.tensor([[1.0, 1e5]])), {}, 'exceed 65504, the largest number of float16'),
+        *[
+            (Outputs(torch.full((1, 2), -float('inf'))), store, 'are -inf for all classes')
+            for store in (dict(dtype='float32'), dict(topk=1), dict(draws=5))
+        ],
+        (Outputs(logits(1, 2), mask=torch.tensor([[float('nan')]])), {}, 'mask contains nan'),
+        (
+            Outputs(torch.tensor([[[[1.0, -float('inf')]], [[2.0, 1.0]]]])),
+            dict(size=(1, 1)),
+            "maps have -inf .* can't be averaged: omit size=",
+        ),
         (Outputs(logits(2, 5)), dict(topk=6), 'topk=6, but the teacher has 5 classes'),
         (Outputs(logits(2, 5)), dict(size=4), r'size=\(4, 4\) needs maps'),
         (Outputs(None), {}, 'no logits'),

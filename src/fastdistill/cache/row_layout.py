@@ -432,6 +432,12 @@ class Layout:
             put_tensor(d, 'hidden', head.scaled(t.hidden.detach().float()), dtypes)
             return self._put_others(d, out, dtypes)
         t = (t.dense() if isinstance(t, LinearLogits) else t).detach().float()
+        refuse_without_classes(t, self.axis, out.mask)
+        if self.full is not None and (t == -torch.inf).any():
+            raise DistillError(
+                "The teacher's maps have -inf (classes that are masked out), which can't be averaged: "
+                'omit size=.'
+            )
         if self.draws is not None:
             d |= draw_classes(t.movedim(self.axis, -1), seeds, **self.draws)
             return self._put_others(d, out, dtypes)
@@ -451,17 +457,13 @@ class Layout:
     def _put_others(self, d, out, dtypes):
         for k, v in out.feats.items():
             put_tensor(d, f'feats:{k}', v.detach().float(), dtypes)
-        if out.mask is not None:
-            d['mask'] = out.mask
-        return d
+        return put_mask(d, out.mask)
 
     def _tensors_of_likeliest(self, out, dtypes):
         """Return the tensors to store if the teacher returns only the most likely classes."""
         d = dict(ids=out.logits.ids)
         put_tensor(d, 'values', out.logits.values.float(), dtypes)
-        if out.mask is not None:
-            d['mask'] = out.mask
-        return d
+        return put_mask(d, out.mask)
 
     # decoding
 
@@ -611,6 +613,28 @@ def put_tensor(d, name, t, dtypes):
         d[name], d[f'scale:{name}'] = to_int8(t, dtypes[f'scale:{name}'])
     else:
         d[name] = t
+
+
+def put_mask(d, mask):
+    if mask is not None:
+        if mask.isnan().any():
+            raise DistillError("The teacher's mask contains nan: each position needs a number.")
+        d['mask'] = mask
+    return d
+
+
+def refuse_without_classes(t, axis, mask):
+    """Raise a DistillError if all classes of a position have -inf, so that the position has no
+    probabilities. Positions that the mask excludes are ignored.
+    """
+    lost = (t.amax(axis) if -t.dim() <= axis < t.dim() else t) == -torch.inf
+    if mask is not None and mask.shape == lost.shape:
+        lost &= mask.to(lost.device) != 0
+    if lost.any():
+        raise DistillError(
+            "The teacher's logits of some samples are -inf for all classes, so they have no "
+            'probabilities. Find the samples that cause it.'
+        )
 
 
 def draw_classes(t, seeds, number, T):
