@@ -147,6 +147,22 @@ def test_a_folder_of_files_is_one_table(tmp_path):
     torch.testing.assert_close(outputs(opened(tmp_path / 'parts', tmp_path / 'cache')).logits, LOGP)
 
 
+def test_the_files_of_a_folder_come_in_the_order_of_their_numbers(tmp_path):
+    "The names of the samples are a list, so the order of the rows decides"
+    (tmp_path / 'parts').mkdir()
+    for i in range(12):
+        np.save(tmp_path / 'parts' / f'part_{i}.npy', np.full((1, 3), i, np.float32))
+    cache = cache_from(
+        tmp_path / 'parts',
+        tmp_path / 'cache',
+        keys=range(12),
+        given='logits',
+        dtype='float32',
+        progress=False,
+    )
+    assert cache.outputs(range(12)).logits[:, 0].tolist() == [*range(12)]
+
+
 @pytest.mark.parametrize('tail', ['uniform', 'zero', 'bucket'])
 def test_the_likeliest_classes_keep_their_probabilities(tail, tmp_path):
     rows = [

@@ -175,6 +175,14 @@ def test_a_sealed_stream_is_a_cache_in_the_order_of_the_names(tmp_path):
     assert np.array_equal(again.find(cache.keys[[5, 3]]), [5, 3])
 
 
+def test_parts_are_in_the_order_of_their_numbers(tmp_path):
+    rows = start(tmp_path)
+    for k in reversed(range(12)):
+        write_stream(batches(range(5 * k, 5 * k + 5)), rows, f'part_{k}')
+    cache = seal_stream(tmp_path)
+    torch.testing.assert_close(cache.outputs(range(N)).logits, net()(X).detach())
+
+
 def test_it_can_be_packed(tmp_path):
     written(tmp_path / 'a')
     cache = seal_stream(tmp_path / 'a')

@@ -16,6 +16,7 @@ import torch
 
 from ..base.outputs import DistillError, Outputs, TopK
 from .digests import file_checksum, fingerprint
+from .file_store import natural_order
 from .json_checks import shortened
 from .keys import keys_of
 from .other_tools import converted_rows
@@ -618,7 +619,10 @@ def read_path(path):
         raise DistillError(
             f'{path} has several splits ({", ".join(splits)}): pass one, e.g. {path / splits[0]}.'
         )
-    files = sorted(f for f in path.iterdir() if f.suffix in READERS) if path.is_dir() else [path]
+    files = [path]
+    if path.is_dir():
+        names = sorted((f.name for f in path.iterdir()), key=natural_order)
+        files = [path / n for n in names if PurePath(n).suffix in READERS]
     if not files or files[0].suffix not in READERS:
         raise DistillError(
             f'{path}: it must be a file that ends in {", ".join(READERS)}, or a folder of them.'

@@ -5,6 +5,7 @@ Each file is written completely or not at all.
 
 import contextlib
 import os
+import re
 import shutil
 import tempfile
 import weakref
@@ -16,7 +17,13 @@ from ..base.atomic_files import file_errors, locked_folder, write_atomically
 from ..base.outputs import DistillError
 from .digests import checksum, file_checksum
 
-__all__ = ['Folder', 'open_folder']
+__all__ = ['Folder', 'natural_order', 'open_folder']
+
+
+def natural_order(name: str):
+    """Sort key with which numbers in names are compared as numbers: part_2 before part_10."""
+    parts = re.split('([0-9]+)', name)  # every second one is a number
+    return [int(o) if i % 2 else o for i, o in enumerate(parts)], name
 
 
 class Folder:

@@ -11,7 +11,7 @@ import torch
 
 from ..base.outputs import DistillError
 from .digests import checksum
-from .file_store import open_folder
+from .file_store import natural_order, open_folder
 from .keys import hash_of, keys_of
 from .reader import TeacherCache, damage_of
 from .stream_writer import NUMBERED, keys_file, read_keys, rows_at_end, stream_manifest
@@ -122,7 +122,7 @@ def part_files(where, views):
     """List the row files of a stream.
 
     Returns:
-        (sorted file names of each view, {(view, writer): number of rows that the writer noted}, texts
+        (file names of each view in their natural order, {(view, writer): number of rows that the writer noted}, texts
         about writers that have not finished).
     """
     found, ends = [[] for _ in range(views)], {}
@@ -145,7 +145,7 @@ def part_files(where, views):
                 unfinished.append(f'{name} of view {view} (no file {missing[0]})')
             elif (view, name) not in ends:
                 unfinished.append(f'{name} of view {view} ({len(numbers)} files so far)')
-    return [sorted(o) for o in found], ends, unfinished
+    return [sorted(o, key=natural_order) for o in found], ends, unfinished
 
 
 def lost_rows(counts, ends):

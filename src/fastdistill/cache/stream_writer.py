@@ -386,7 +386,7 @@ def write_stream(
     If a previous run was interrupted, the teacher runs only on the remaining samples.
 
     Each writer needs its own part of the data and its own name. The order of the samples within a
-    part must not change. In the cache, the parts are sorted by name.
+    part must not change. In the cache, the parts are sorted by name, with numbers as numbers.
 
     Args:
         batches: Iterable of batches.
