@@ -6,7 +6,7 @@ import numpy as np
 import pytest, torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 from fastdistill.cache import TeacherCache, cache_dataset
-from fastdistill.base.outputs import DistillError, Outputs
+from fastdistill.base.outputs import DistillError, DistillWarning, Outputs
 from fastdistill.cache import Replayed
 from fastdistill.cache.per_sample import PerSample, per_sample
 from fastdistill.base.random_state import restored_once, seeded, RandomGuard
@@ -548,3 +548,61 @@ def test_parts_of_one_file_are_different_samples(tmp_path):
         match=r"Samples \d+ \('film (\d+).mp4'\) and \d+ \('film \1.mp4'\) have the same",
     ):
         cache_dataset(Net(), Clips(), tmp_path, views=0, progress=False)
+
+
+class Shifted(torch.nn.Module):
+    "Nothing but weights is in its state dict"
+
+    def __init__(self, act, shift=0.0):
+        super().__init__()
+        self.act, self.out = act, torch.nn.Linear(5, 4)
+        self.register_buffer('shift', torch.full((5,), shift), persistent=False)
+        self.load_state_dict({'out.weight': W.T, 'out.bias': torch.zeros(4)})
+
+    def forward(self, x):
+        return self.out(self.act(x - self.shift))
+
+
+TANH = Shifted(torch.nn.Tanh())
+CHANGES = dict(
+    nothing=(TANH, None),
+    inputs=(TANH, lambda b: b[1]),
+    activation=(Shifted(torch.nn.ReLU()), None),
+    buffer=(Shifted(torch.nn.Tanh(), 1.0), None),
+)
+
+
+@pytest.mark.parametrize(
+    'store', ['float32', 'int8', dict(topk=2), 'hidden', dict(draws=9)], ids=str
+)
+@pytest.mark.parametrize('change', CHANGES)
+def test_a_cache_is_not_continued_with_other_outputs(tmp_path, change, store):
+    "Each of these teachers has the same weights, and the samples have the same names"
+    x = Noisy().x
+    data = torch.utils.data.TensorDataset(x, x.flip(1))
+
+    def write(net, inputs, **options):
+        return cache_dataset(
+            Teacher(net.eval()),
+            data,
+            tmp_path,
+            views=0,
+            store=store,
+            keys=range(23),
+            inputs=inputs,
+            progress=False,
+            run=dict(bs=4),
+            **options,
+        )
+
+    before = write(TANH, None).rows(range(23))
+    if change == 'nothing':
+        assert np.array_equal(write(*CHANGES[change]).rows(range(23)), before)
+        return
+    with pytest.raises(
+        DistillError, match="teacher's outputs for the first samples: they differ by"
+    ):
+        write(*CHANGES[change])
+    with pytest.warns(DistillWarning, match='It is overwritten'):
+        after = write(*CHANGES[change], force=True).rows(range(23))
+    assert not np.array_equal(before, after)

@@ -1036,6 +1036,13 @@ def test_verify_asks_the_teacher_again(tmp_path):
     assert verify_cache(tmp_path, Convs(3, seed=5).eval(), data()).worst > 0.01
 
 
+def test_a_teacher_that_says_nan_is_not_verified(tmp_path):
+    net = Convs(3).eval()
+    cache_teacher(net, data(), tmp_path, views=0, store='float32')
+    next(net.parameters()).data.fill_(float('nan'))
+    assert verify_cache(tmp_path, net, data(), n=4).worst == float('inf')
+
+
 # the guest leaves
 
 

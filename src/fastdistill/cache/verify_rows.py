@@ -1,8 +1,43 @@
-"""Result of comparing stored outputs with the current outputs of the teacher."""
+"""Compare stored outputs with the current outputs of the teacher."""
 
 from dataclasses import dataclass
 
-__all__ = ['Verified']
+import torch
+
+from ..base.outputs import Draws, LinearLogits, TopK
+
+__all__ = ['Verified', 'row_errors']
+
+
+def row_errors(stored, live) -> tuple[list, list]:
+    """Return, for each row, the largest difference between stored and current logits, and the
+    largest absolute value of the current logits.
+
+    With top-k, log-probabilities are compared. Of draws, which differ from the probabilities by
+    chance, only the entropy is compared. NaN differs infinitely from everything.
+
+    Args:
+        stored: Stored logits in any form.
+        live: Current logits of the teacher, (B, ...) or `LinearLogits`.
+    """
+    dense = lambda o: o.dense() if isinstance(o, LinearLogits) else o
+    t = dense(live).detach().float().cpu()
+    if isinstance(stored, Draws):
+        p = (t.movedim(stored.axis, -1) / stored.T).softmax(-1)
+        old, t = stored.entropy, torch.special.entr(p).sum(-1)
+    elif isinstance(stored, TopK):
+        logp = t.movedim(stored.axis, -1).log_softmax(-1)
+        same = stored.ids.shape[:-1] == logp.shape[:-1] and stored.n == logp.shape[-1]
+        old, t = stored.values, logp.gather(-1, stored.ids) if same else logp
+    else:
+        old = dense(stored)
+    largest = lambda o: o.abs().reshape(len(o), -1).amax(1)
+    sizes = largest(t.where(t.isfinite(), 0)).tolist()
+    if old.shape != t.shape:
+        return [float('inf')] * len(t), sizes
+    # subtle: `old != t` ignores equal infinities, whose difference would be nan
+    far = (old.cpu() - t).where(old.cpu() != t, 0).nan_to_num(nan=float('inf'))
+    return largest(far).tolist(), sizes
 
 
 @dataclass

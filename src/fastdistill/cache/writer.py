@@ -12,7 +12,7 @@ import torch
 
 from ..base.distributed import on_first, rank, world_size
 from ..base.errors import options_of_group
-from ..base.outputs import DistillError, DistillWarning
+from ..base.outputs import DistillError, DistillWarning, TopK
 from ..base.sample_seeds import seeds_of
 from .digests import checksum, versions
 from .file_store import open_folder
@@ -24,12 +24,16 @@ from .reader import TeacherCache, damages
 from .row_layout import Layout, Store
 from .sample_files import changed_text, newer_record, read_record, record_files, write_record
 from .teacher_description import Source, is_whole
+from .verify_rows import row_errors
 
 __all__ = ['Forecast', 'check_views', 'finished', 'options_of_run', 'write_cache']
 
 SHARD_BYTES = 64 * 2**20
 # maximum error of logits computed from hidden states, relative to the range of the logits
 INACCURATE = 0.02
+# difference of the outputs for the first batch, relative to the largest one, above which the cache
+# belongs to a different teacher. Other batch sizes and devices, and int8, cause smaller ones.
+OTHER_OUTPUTS = 0.05
 DRAWS = 2  # random stream for drawing classes. Item and batch transforms use the streams 0 and 1
 
 
@@ -188,7 +192,8 @@ def _begin(where, source, layout, head, views, seed, force, shard_bytes, lost):
                 raise
             warnings.warn(DistillWarning(f'{e} It is overwritten (force=True).'))
         else:
-            if not (found := differences(old, m, lambda: changed_now(where, source.files))):
+            found = differences(old, m, lambda: changed_now(where, source.files))
+            if not (found := found or other_outputs(where, old, source)):
                 return _reopen(where, old, m, keys)
             refuse(where, found, force, 'It is overwritten')
     clear(where)
@@ -221,6 +226,38 @@ def changed_now(where, paths) -> str:
         with suppress(DistillError):
             write_record(where, new)
     return ''
+
+
+def other_outputs(where, m, source) -> list:
+    """Return a text if the teacher's outputs for the first batch differ from the stored ones, in a
+    list that is otherwise empty.
+
+    This finds changes that the description of a teacher does not show, such as a changed function
+    that makes its inputs.
+    """
+    name, size = m.shard(0, 0), m.layout.bytes
+    known = m.checksums.get(name) or note_checksum(where, next(m.all_shards()))
+    if known is None or (m.head_bytes and head_is_lost(where, m)):
+        return []
+    if where.size(name) is None or checksum(data := where.read(name)) != known:
+        return []  # the file is missing or damaged, and will be written again
+    n = min(m.batch_size, m.count)
+    out = first_outputs(source, n)
+    if isinstance(out.logits, TopK):
+        return []  # outputs that another program computed, which their contents identify
+    head = StoredHead.from_bytes(where.read('head.bin'), m.layout) if m.head_bytes else None
+    decode = lambda rows: m.layout.decode(torch.from_numpy(rows), head).logits
+    old = decode(np.frombuffer(data, np.uint8).reshape(-1, size)[:n].copy())
+    # with all classes, the errors of the storage format are the same in both
+    whole = m.layout.n is None or m.head_bytes
+    errors, sizes = row_errors(old, decode(m.layout.encode(out, head)) if whole else out.logits)
+    largest = max(sizes) or 1 if whole else max(*sizes, 1)  # log-probabilities may be almost 0
+    if (far := max(errors) / largest) <= OTHER_OUTPUTS:
+        return []
+    return [
+        f"the teacher's outputs for the first samples: they differ by {far:.2g} of the largest one, so "
+        'the teacher, or a function that makes its inputs, has changed'
+    ]
 
 
 def _reopen(where, old, m, keys):

@@ -19,9 +19,7 @@ from ..base.outputs import (
     DistillError,
     DistillWarning,
     Draws,
-    LinearLogits,
     Outputs,
-    TopK,
     as_plain,
 )
 from ..base.random_state import RandomGuard
@@ -41,7 +39,7 @@ from ..cache.teacher_description import (
     spread_positions,
     unrepeatable,
 )
-from ..cache.verify_rows import Verified
+from ..cache.verify_rows import Verified, row_errors
 from ..cache.write_progress import shown_progress
 from ..cache.writer import check_views, options_of_run, write_cache
 from ..recipes.default import auto, facts_for_auto
@@ -271,32 +269,19 @@ def verify_cache(
         errors, sizes = [], []
         for i, live in enumerate(source.run(at, bs)):
             part = slice(i * bs, i * bs + bs)
-            old, t = (
-                cache.outputs(stored[part], view[part]).logits,
-                live.logits.detach().float().cpu(),
-            )
+            old = cache.outputs(stored[part], view[part]).logits
             if isinstance(old, Draws):
                 raise DistillError(
                     'These are draws, which differ from the probabilities by chance, so they can not '
                     'be compared with the teacher row by row.'
                 )
-            if isinstance(old, LinearLogits):
-                old = old.dense()
-            if isinstance(old, TopK):
-                old, t = old.values, t.movedim(old.axis, -1).log_softmax(-1).gather(-1, old.ids)
-            largest = lambda o: o.abs().reshape(len(o), -1).amax(1)
-            sizes += largest(t.where(t.isfinite(), 0)).clamp_min(1).tolist()
-            # subtle: `old != t` ignores equal infinities, whose difference would be nan
-            errors += (
-                largest((old - t).where(old != t, 0)).tolist()
-                if old.shape == t.shape
-                else [float('inf')] * len(t)
-            )
+            far, size = row_errors(old, live.logits)
+            errors, sizes = errors + far, sizes + size
     return Verified(
         len(at),
         max(errors),
         float(np.mean(errors)),
-        max(e / n for e, n in zip(errors, sizes)),
+        max(e / max(n, 1) for e, n in zip(errors, sizes)),
         next(f.dtype for f in m.layout.fields if f.name in ('logits', 'values', 'hidden')),
     )
 
