@@ -131,6 +131,36 @@ def test_answers_to_other_requests_are_not_mixed(tmp_path):
             ask_server(url, SAMPLES, tmp_path / 'a.jsonl', body=dict(model='small'))
 
 
+def rows_of_request(model='big', scale=1.0):
+    "The functions of an endpoint; what they read from their surroundings differs"
+    return dict(
+        request=lambda parts: dict(model=model, rows=parts),
+        answer=lambda r: [dict(probs=[scale * v for v in p]) for p in r['rows']],
+    )
+
+
+@pytest.mark.parametrize(
+    'change,says',
+    [
+        (rows_of_request('small'), 'request= did something different'),
+        (rows_of_request(scale=0.5), 'answer= did something different'),
+        (dict(answer=None), 'request= and answer= did something different'),
+        (dict(rows_of_request(), answer=lambda r: r['rows']), 'answer= did something different'),
+    ],
+)
+def test_answers_of_other_functions_are_not_mixed(change, says, tmp_path):
+    path, samples = tmp_path / 'a.jsonl', {k: [0.2, 0.8] for k in SAMPLES}
+    with server() as (url, seen):
+        ask_server(url, dict([*samples.items()][:3]), path, **rows_of_request())
+        with pytest.raises(DistillError, match=f'has answers to other requests: {says}'):
+            ask_server(url, samples, path, **change)
+        assert len(seen) == 3
+        ask_server(
+            url, samples, path, at_once=1, **rows_of_request()
+        )  # the same functions in another line
+        assert len(seen) == 7
+
+
 def test_requests_keep_their_distance(tmp_path):
     with server() as (url, seen):
         ask_server(url, SAMPLES, tmp_path / 'a.jsonl', per_second=20)

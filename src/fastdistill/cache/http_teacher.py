@@ -20,7 +20,7 @@ from urllib.parse import urlsplit
 
 from ..base.atomic_files import file_errors, write_atomically
 from ..base.outputs import DistillError
-from .digests import checksum
+from .digests import behavior_of, checksum
 from .file_store import Folder
 from .json_checks import shortened
 from .manifest import MAX_MANIFEST
@@ -81,6 +81,10 @@ def ask_server(
                 f'{k}={v!r}: it must be a number from 0.000001 to 1,000,000, or None.'
             )
     server = Server(url, secret(key), per_second, retries, timeout)
+    functions = {
+        k: None if f is None else behavior_of(f)
+        for k, f in dict(request=request, answer=answer).items()
+    }
     request = request or (lambda parts: {**(body or {}), 'prompt': parts})
     answer = answer or choices_of
 
@@ -94,7 +98,7 @@ def ask_server(
         return server.hide(lines)
 
     with Folder(path.parent).lock(f'.{path.name}.lock', path), file_errors(f"Can't write {path}"):
-        now = json.loads(server.hide(asked_of(server.shown, body)))
+        now = json.loads(server.hide(asked_of(server.shown, body))) | functions
         known = digests_before(path, now)
         done = names_in(path)
         note_samples(path, now, known, samples, done)
@@ -213,7 +217,7 @@ def digests_before(path, now) -> dict:
     instead of mixing the responses to different requests in one file.
 
     Args:
-        now: URL and body of the requests.
+        now: URL and body of the requests, and fingerprints of the functions `request` and `answer`.
     """
     if not path.exists() or not beside(path).exists():
         return {}
@@ -225,7 +229,15 @@ def digests_before(path, now) -> dict:
             f"{beside(path)} is damaged ({e}), so the requests can't be compared: remove it if the "
             f'answers in {path} are to the same requests.'
         ) from e
-    if was != now:
+    # subtle: older versions did not store all entries
+    other = [k for k in now if k in was and was[k] != now[k]]
+    if changed := [f'{k}=' for k in other if k in ('request', 'answer')]:
+        raise DistillError(
+            f'{path} has answers to other requests: {" and ".join(changed)} did something different. '
+            'Use another file, or the function with which the answers were requested.'
+        )
+    if other:
+        was, now = ({k: o[k] for k in other} for o in (was, now))
         raise DistillError(
             f'{path} has answers to other requests ({was}, now {now}): use another file.'
         )
