@@ -31,8 +31,8 @@ __all__ = ['Forecast', 'check_views', 'finished', 'options_of_run', 'write_cache
 SHARD_BYTES = 64 * 2**20
 # maximum error of logits computed from hidden states, relative to the range of the logits
 INACCURATE = 0.02
-# difference of the outputs for the first batch, relative to the largest one, above which the cache
-# belongs to a different teacher. Other batch sizes and devices, and int8, cause smaller ones.
+# difference of the outputs for the first samples, relative to the largest one, above which the
+# cache belongs to a different teacher. Other batch sizes and devices, and int8, cause smaller ones.
 OTHER_OUTPUTS = 0.05
 DRAWS = 2  # random stream for drawing classes. Item and batch transforms use the streams 0 and 1
 
@@ -139,7 +139,9 @@ def write_cache(
     layout = Layout.of(first, store)
     head = None if layout.head is None else StoredHead.of(first.logits)
     with where.lock() if rank() == 0 else nullcontext():
-        begin = lambda: _begin(where, source, layout, head, views, seed, force, shard_bytes, lost)
+        begin = lambda: _begin(
+            where, source, first, layout, head, views, seed, force, shard_bytes, lost
+        )
         m, done = on_first(begin)
         # subtle: read the stored layer, since an interrupted run may have used different units
         head = None if head is None else StoredHead.from_bytes(where.read('head.bin'), layout)
@@ -159,7 +161,7 @@ def first_outputs(source, n):
         return next(batches)
 
 
-def _begin(where, source, layout, head, views, seed, force, shard_bytes, lost):
+def _begin(where, source, first, layout, head, views, seed, force, shard_bytes, lost):
     """Create the cache, or reopen an existing cache of the same data and teacher.
 
     Returns:
@@ -193,7 +195,7 @@ def _begin(where, source, layout, head, views, seed, force, shard_bytes, lost):
             warnings.warn(DistillWarning(f'{e} It is overwritten (force=True).'))
         else:
             found = differences(old, m, lambda: changed_now(where, source.files))
-            if not (found := found or other_outputs(where, old, source)):
+            if not (found := found or other_outputs(where, old, first)):
                 return _reopen(where, old, m, keys)
             refuse(where, found, force, 'It is overwritten')
     clear(where)
@@ -228,12 +230,17 @@ def changed_now(where, paths) -> str:
     return ''
 
 
-def other_outputs(where, m, source) -> list:
-    """Return a text if the teacher's outputs for the first batch differ from the stored ones, in a
-    list that is otherwise empty.
+def other_outputs(where, m, first) -> list:
+    """Return a text if the teacher's outputs for the first samples differ from the stored ones, in
+    a list that is otherwise empty.
 
     This finds changes that the description of a teacher does not show, such as a changed function
     that makes its inputs.
+
+    Args:
+        where: Folder of the cache.
+        m: Manifest of the cache.
+        first: Current outputs for the first samples.
     """
     name, size = m.shard(0, 0), m.layout.bytes
     known = m.checksums.get(name) or note_checksum(where, next(m.all_shards()))
@@ -241,16 +248,14 @@ def other_outputs(where, m, source) -> list:
         return []
     if where.size(name) is None or checksum(data := where.read(name)) != known:
         return []  # the file is missing or damaged, and will be written again
-    n = min(m.batch_size, m.count)
-    out = first_outputs(source, n)
-    if isinstance(out.logits, TopK):
+    if isinstance(first.logits, TopK):
         return []  # outputs that another program computed, which their contents identify
     head = StoredHead.from_bytes(where.read('head.bin'), m.layout) if m.head_bytes else None
     decode = lambda rows: m.layout.decode(torch.from_numpy(rows), head).logits
-    old = decode(np.frombuffer(data, np.uint8).reshape(-1, size)[:n].copy())
+    old = decode(np.frombuffer(data, np.uint8)[: len(first.logits) * size].reshape(-1, size).copy())
     # with all classes, the errors of the storage format are the same in both
     whole = m.layout.n is None or m.head_bytes
-    errors, sizes = row_errors(old, decode(m.layout.encode(out, head)) if whole else out.logits)
+    errors, sizes = row_errors(old, decode(m.layout.encode(first, head)) if whole else first.logits)
     largest = max(sizes) or 1 if whole else max(*sizes, 1)  # log-probabilities may be almost 0
     if (far := max(errors) / largest) <= OTHER_OUTPUTS:
         return []
