@@ -1387,6 +1387,13 @@ def dls(): return ImageDataLoaders.from_folder({str(digits)!r}, valid_pct=.2, se
     code, out, err = call('--data', 'script_of_data.py:dls')
     assert code == 0, err
     assert '(12 validation samples)' in out
+    (tmp_path / 'other_data.py').write_text(f"""from fastai.vision.all import *
+dls = ImageDataLoaders.from_path_func('.', get_image_files({str(digits)!r}), lambda p: 'ab'[int(p.parent.name[-1]) % 2],
+    bs=16, num_workers=0, device='cpu')
+""")
+    code, _, err = call('--data', 'other_data.py:dls')
+    assert code == 2
+    assert 's.pkl and these data encode their classes differently' in err
 
 
 @pytest.mark.parametrize(

@@ -5,11 +5,12 @@ from copy import deepcopy
 import numpy as np
 import pytest, torch
 import torch.nn.functional as F
+import apps
 from apps import APPS, FASTAI_WARNINGS, answers, mlp, pair, quiet, rows, same, snapshot, toy
 from fastai.basics import Callback, CancelTrainException, DataLoaders, compose
 from fastai.metrics import F1Score, RocAuc, accuracy
 from torch import nn
-from fastdistill.fastai import DistillError, Report, Teacher, compare
+from fastdistill.fastai import DistillError, DistillInterpretation, Report, Teacher, compare
 
 pytestmark = [pytest.mark.filterwarnings(w) for w in FASTAI_WARNINGS]
 QUICK = dict(seconds=0, repeats=200, progress=False)
@@ -144,6 +145,89 @@ def test_a_teacher_with_classes_in_another_order_is_mapped():
         == r.models['same'].measures['accuracy'].value
     )
     assert r.models['same'].agreement['same'] == 1
+
+
+def a_table(cats, conts, df=None):
+    df = apps.table(96) if df is None else df
+    dls = apps.TabularDataLoaders.from_df(
+        df[[*cats, *conts, 'kind']].copy(),
+        procs=[apps.Categorify, apps.FillMissing, apps.Normalize],
+        cat_names=cats,
+        cont_names=conts,
+        y_names='kind',
+        y_block=apps.CategoryBlock(),
+        valid_idx=list(range(64, 96)),
+        bs=16,
+        num_workers=0,
+    )
+    return quiet(apps.tabular_learner(dls, layers=[4]))[0]
+
+
+def of_letters():
+    block = apps.CategoryBlock(vocab=['a', 'b', 'c'], sort=False)
+    return apps.image_dls(block, lambda x, at, k: 'abc'[k])
+
+
+SHAPES, SIZES = ['colour', 'shape'], ['length', 'width']
+OTHER_CODES = dict(
+    categories=(
+        lambda: a_table(SHAPES, SIZES, apps.table(96).replace('red', 'yellow')),
+        r'their categories differently \(in colour\)',
+    ),
+    scales=(
+        lambda: a_table(SHAPES, SIZES, apps.table(96).assign(width=range(96))),
+        r'their columns of numbers differently \(in width\)',
+    ),
+    order_of_categories=(
+        lambda: a_table(SHAPES[::-1], SIZES),
+        r'categories differently \(in their order: colour, shape and shape, colour\)',
+    ),
+    order_of_numbers=(
+        lambda: a_table(SHAPES, SIZES[::-1]),
+        r'numbers differently \(in their order: length, width and width, length\)',
+    ),
+    words=(
+        lambda: apps.text_classifier(vocab=apps.WORDS[:2] + apps.WORDS[:1:-1])[0],
+        r"their tokens differently \(first 'good' and 'is'\)",
+    ),
+    classes=(
+        lambda: quiet(*apps.vision(of_letters(), 3))[0],
+        r'does not have 3 of the classes of these data \(red, green, blue\)',
+    ),
+)
+
+
+@pytest.mark.parametrize('name', OTHER_CODES)
+def test_a_model_of_other_classes_or_codes_is_refused(name, tmp_path):
+    make, why = OTHER_CODES[name]
+    other = make()
+    apps_of = dict(words=apps.text_classifier, classes=apps.image)
+    student = quiet(*apps_of.get(name, apps.tabular)())[0]
+    with pytest.raises(DistillError, match=why):
+        compare(dict(other=other, student=student), **QUICK)
+    other.export(tmp_path / 'other.pkl')
+    for o in (tmp_path / 'other.pkl', [student, other]):
+        with pytest.raises(DistillError, match=why):
+            compare(dict(other=o, student=student), **QUICK)
+    with pytest.raises(DistillError, match='differently'):
+        student.calibrate(other.dls.valid)
+    with pytest.raises(DistillError, match=why):
+        DistillInterpretation.from_learner(student, other)
+    assert compare(dict(other=other), **QUICK).n == 32
+
+
+def test_a_given_dataloader_decides_the_order_of_the_classes_and_the_normalization():
+    stats = apps.Normalize.from_stats([0.2] * 3, [0.5] * 3)
+    student = pair('image')[0]
+    other = quiet(*apps.image(vocab=('blue', 'red', 'green'), batch_tfms=stats))[0]
+    wanted = compare(dict(student=student), **QUICK).models['student']
+    got = compare(dict(student=student), dl=other.dls.valid, **QUICK)
+    assert got.classes == ['blue', 'red', 'green']
+    got = got.models['student']
+    assert got.loss == pytest.approx(wanted.loss, rel=1e-4)
+    assert got.classes['recall'] == [wanted.classes['recall'][i] for i in (2, 0, 1)]
+    with pytest.raises(DistillError, match='their classes differently'):
+        student.calibrate(other.dls.valid)
 
 
 def test_metrics_and_data_of_the_users_choice():

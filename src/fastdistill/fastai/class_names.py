@@ -1,14 +1,14 @@
 """Look up the names of classes, tokens and categories, and compare their order."""
 
 import torch
-from fastai.basics import is_listy, nested_attr
+from fastai.basics import DataLoaders, TfmdDL, is_listy, nested_attr
 from torch import Tensor
 
 from ..base.outputs import DistillError
 from ..checks.class_order import map_classes
 from .language_model import is_stream
 
-__all__ = ['CODES', 'describe_difference', 'stored_order', 'vocab_of']
+__all__ = ['CODES', 'check_same_data', 'different_codes', 'stored_order', 'vocab_of']
 
 
 def vocab_of(dls):
@@ -76,22 +76,60 @@ def categories(dls):
 
 
 def scales(dls):
-    """Return the means and standard deviations of a table's columns."""
+    """Return the means and standard deviations of a table's columns, in the order of the columns."""
     procs = getattr(getattr(dls, 'procs', None), 'fs', [])
     p = next((p for p in procs if hasattr(p, 'means') and hasattr(p, 'stds')), None)
-    return (
-        None
-        if p is None
-        else {k: (round(float(p.means[k]), 5), round(float(p.stds[k]), 5)) for k in p.means}
-    )
+    if p is None:
+        return {k: None for k in getattr(dls, 'cont_names', None) or ()} or None
+    return {k: (round(float(p.means[k]), 5), round(float(p.stds[k]), 5)) for k in p.means}
 
 
 CODES = {'tokens': tokens, 'categories': categories, 'columns of numbers': scales}
 
 
+def different_codes(dls, other):
+    """Yield (what, difference in words) for each kind of input that two DataLoaders encode
+    differently.
+    """
+    for name, read in CODES.items():
+        s, t = read(dls), read(other)
+        # subtle: dicts are equal in any order, but the order of the columns matters
+        if s is not None and t is not None and (s != t or [*s] != [*t]):
+            yield name, describe_difference(s, t)
+
+
+def check_same_data(dls, other, who):
+    """Raise a DistillError if a Learner can't use other data, because their classes or codes
+    differ.
+
+    Args:
+        dls: The Learner's DataLoaders.
+        other: Other DataLoaders, or a single DataLoader.
+        who: What has the Learner's classes, in messages.
+    """
+    if isinstance(other, TfmdDL):
+        other = DataLoaders(other)
+    elif not hasattr(other, 'loaders'):
+        return  # a DataLoader of PyTorch has no names
+    own, theirs = vocab_of(dls), vocab_of(other)
+    found = (
+        [('classes', describe_difference(own, theirs))]
+        if None not in (own, theirs) and own != theirs
+        else []
+    )
+    for what, difference in [*found, *different_codes(dls, other)]:
+        raise DistillError(
+            f'{who} and these data encode their {what} differently ({difference}), so the same '
+            'numbers mean something else. Make the data with the coding of the training, e.g. with '
+            'dls.test_dl(items, with_labels=True).'
+        )
+
+
 def describe_difference(s, t):
     if isinstance(s, dict):
-        return 'in ' + ', '.join([k for k in s if s.get(k) != t.get(k)][:3] or ['names'])
+        if s == t:
+            return 'in their order: ' + ', '.join(s) + ' and ' + ', '.join(t)
+        return 'in ' + ', '.join([k for k in s if s[k] != t.get(k, ())][:3] or ['names'])
     if len(s) != len(t):
         return f'{len(s)} and {len(t)} of them'
     return 'first {!r} and {!r}'.format(*next((x, y) for x, y in zip(s, t) if x != y))

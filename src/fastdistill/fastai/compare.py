@@ -6,7 +6,16 @@ from dataclasses import dataclass
 from functools import partial
 from types import SimpleNamespace
 
-from fastai.basics import L, Learner, TensorImageBase, TfmdDL, detuplify, mk_metric, to_detach
+from fastai.basics import (
+    DataLoaders,
+    L,
+    Learner,
+    TensorImageBase,
+    TfmdDL,
+    detuplify,
+    mk_metric,
+    to_detach,
+)
 from fastai.tabular.core import TabDataLoader
 from fastai.text.data import TensorText
 
@@ -24,7 +33,7 @@ from .metrics import columns_of
 from .probe_batches import number_of_batches, prepared, some_batches
 from .raw_items import items_shown
 from .task import task_of
-from .teachers import is_heads, teacher_of
+from .teachers import check_same_codes, is_heads, teacher_of
 
 __all__ = ['compare', 'history_of']
 
@@ -95,6 +104,9 @@ def compare(
     roles_of(models, teacher, baseline)
     learn = reference(models, dls, None if names else loss_func, needs_loss=not names)
     data = learn.dls.valid if dl is None else dl
+    view = learn
+    if isinstance(dl, TfmdDL):  # it may have other classes and codes than the Learner
+        view = SimpleNamespace(dls=DataLoaders(dl), model=learn.model, loss_func=learn.loss_func)
     measure = dict(
         repeats=repeats,
         seed=seed,
@@ -104,8 +116,9 @@ def compare(
     asked = dict(teacher=teacher, baseline=baseline, headline=headline)
     if not names:
         task = task_of(learn.loss_func, kind, axis)
-        teachers = {k: teacher_of(o, learn, task, run=AS_IT_IS) for k, o in models.items()}
-        found = Compared(learn, WholeModel(None), task, learn.loss_func, models, teachers)
+        teachers = {k: teacher_of(o, view, task, run=AS_IT_IS) for k, o in models.items()}
+        head = WholeModel(None)
+        found = Compared(learn, view.dls, head, task, learn.loss_func, models, teachers)
         return found.report(data, metrics, title, progress, **asked, **measure)
     options = dict(kind=kind, loss_func=loss_func, metrics=metrics, headline=headline)
     of_each = {k: options_of_heads(o, k, names) for k, o in options.items()}
@@ -115,9 +128,9 @@ def compare(
         task = head.task_of(learn, of_each['kind'][k], axis)
         own = {n: o[k] if is_heads(o) else o for n, o in models.items()}
         own = {n: o for n, o in own.items() if o is not None}
-        teachers = {n: of_head(o, models[n], head, learn, task) for n, o in own.items()}
+        teachers = {n: of_head(o, models[n], head, view, task) for n, o in own.items()}
         loss = of_each['loss_func'][k] or partial(labels_loss, task=task)
-        found = Compared(learn, head, task, loss, own, teachers)
+        found = Compared(learn, head.of(view).dls, head, task, loss, own, teachers)
         asked = dict(
             teacher=teacher if teacher in own else None,
             baseline=baseline if baseline in own else None,
@@ -169,7 +182,8 @@ class Compared:
     """Models to compare. All models have the same task.
 
     Attributes:
-        learn: Learner whose data and callbacks are used, or a substitute for a Learner.
+        learn: Learner whose callbacks are used, or a substitute for a Learner.
+        dls: DataLoaders of the data, with the classes of the head.
         head: The head to compare.
         task: What the models predict.
         loss: Task loss.
@@ -178,6 +192,7 @@ class Compared:
     """
 
     learn: object
+    dls: object
     head: object
     task: object
     loss: object
@@ -196,7 +211,9 @@ class Compared:
             progress: Whether to show a progress bar.
             teacher, baseline, seconds, **options: Options of `measure_models`.
         """
-        learn, dls = self.learn, self.head.of(self.learn).dls
+        learn = self.learn
+        for k, o in self.teachers.items():
+            check_same_codes(o, self.dls, self.task, repr(k))
         teacher, baseline = roles_of(self.models, teacher, baseline)
         steps = number_of_batches(data)
         steps = None if steps is None else steps + 2 * len(self.models) * bool(seconds)
@@ -220,7 +237,7 @@ class Compared:
                 **options,
             )
         report.title, report.unit = title, unit_of(data)
-        report.classes = names_of_classes(dls, len(report.counts))
+        report.classes = names_of_classes(self.dls, len(report.counts))
         for k, o in self.models.items():
             if not isinstance(o, Learner):
                 continue

@@ -11,12 +11,12 @@ from ..base.outputs import DistillError
 from ..base.random_state import guarded_random_state
 from ..losses import binary_kl, kl
 from ..teachers.fast_copy import AS_IT_IS
-from .class_names import vocab_of
+from .class_names import check_same_data, vocab_of
 from .language_model import is_stream
 from .learner_heads import comparisons_of, options_of_heads
 from .probe_batches import split_batch
 from .teacher_targets import without_targets
-from .teachers import is_heads, teacher_of
+from .teachers import check_same_codes, is_heads, teacher_of
 
 __all__ = ['DistillInterpretation']
 
@@ -52,6 +52,7 @@ class DistillInterpretation(Interpretation):
                 function. For several heads, one value for all heads or a dict.
         """
         dl = learn.dls[ds_idx].new(shuffle=False, drop_last=False) if dl is None else dl
+        check_same_data(learn.dls, dl, 'The Learner')
         if is_stream(dl):
             raise DistillError(
                 'The samples of a language model are pieces of one long text, not items that can be '
@@ -68,6 +69,7 @@ class DistillInterpretation(Interpretation):
         teacher = head.teacher_of(learn, task, run=AS_IT_IS)
         own = {} if head.output is None else dict(output=head.output)
         view = learn if head.output is None else head.of(learn)
+        check_same_codes(teacher, view.dls, task, 'The teacher')
         student = teacher_of(learn, view, task, run=AS_IT_IS, **own)
         out = cls(learn, dl, disagreements(learn, dl, student, teacher, task), act)
         out.student, out.teacher = student, teacher

@@ -15,6 +15,7 @@ from ..evaluation.calibration import Calibration, calibrate_model
 from ..recipes.term import Recipe, Term
 from . import teacher_check
 from .callback import KnowledgeDistillation
+from .class_names import check_same_data
 from .learner_heads import heads_of
 from .multi_head import check_heads, running_heads
 from .probe_batches import prepared, prepared_batches, valid_batches
@@ -207,6 +208,7 @@ def calibrate(
     """
     task = task_of(self.loss_func, kind, axis)
     dl = self.dls.valid if dl is None else dl
+    check_same_data(self.dls, dl, 'The Learner')
     with closing(prepared(self, valid_batches(dl), 1, False)) as batches:
         return calibrate_model(self.model, batches, task, fold=fold)
 

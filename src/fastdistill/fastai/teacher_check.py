@@ -16,7 +16,7 @@ from ..evaluation.checks_table import checks_as_text, html_of_checks, print_chec
 from ..evaluation.text_report import show
 from ..recipes.recipe_text import as_recipe
 from ..teachers.hidden_state import has_reset, why_no_reset
-from .class_names import CODES, describe_difference, vocab_of
+from .class_names import CODES, different_codes, vocab_of
 from .costs import training_costs
 from .default_recipe import choose_recipe, example_of
 from .learner_heads import HeadData
@@ -320,15 +320,11 @@ def codings(learn, teacher, task):
     for o in with_learners(teacher):
         if o.inputs is not None:
             continue  # the teacher converts the inputs itself
-        a, b = learn.dls, o.learner.dls
-        for name, read in CODES.items():
-            s, t = read(a), read(b)
-            if s is None or t is None or s == t:
-                continue
+        for name, difference in different_codes(learn.dls, o.learner.dls):
             yield Finding(
                 'error',
                 f'Student and teacher encode their {name} differently '
-                f'({describe_difference(s, t)}), so the same numbers mean something else to the '
+                f'({difference}), so the same numbers mean something else to the '
                 'teacher',
                 f"Make the student's DataLoaders with the teacher's coding: {CODING_FIXES[name]}",
             )

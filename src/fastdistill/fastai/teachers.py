@@ -23,15 +23,18 @@ from ..base.random_state import RandomGuard
 from ..base.transform_random_state import Generators
 from ..cache.reader import TeacherCache, is_cache
 from ..checks.class_order import map_classes
+from ..checks.findings import few_names
+from ..checks.teacher_outputs import single_teachers
 from ..teachers.estimator import Estimator, is_estimator, load_estimator
 from ..teachers.image_normalization import affine, stats_of, timm_cfg
 from ..teachers.model_loading import holds_weights, warn_of_code
 from ..teachers.teacher import Teacher, given_options, grouped_options
-from .class_names import vocab_of
+from .class_names import different_codes, vocab_of
 from .tables import TableEstimator, table_of
 
 __all__ = [
     'PICKLES',
+    'check_same_codes',
     'class_names',
     'exported',
     'image_stats',
@@ -190,6 +193,35 @@ def class_names(teacher, dls):
     own, mine = list(map(str, own)), vocab_of(dls)
     are_numbers = own == [str(i) for i in range(len(own))] and not set(own) & set(mine or own)
     return None if are_numbers else own
+
+
+def check_same_codes(teacher, dls, task, name):
+    """Raise a DistillError if a model's Learner has different classes than these data, or encodes
+    the inputs differently. The predictions would then be wrong, without any other error.
+
+    Args:
+        teacher: The model as a `Teacher`, created by `teacher_of` for these data.
+        dls: DataLoaders of the data.
+        task: What the models predict.
+        name: Name of the model in messages.
+    """
+    for o in single_teachers(teacher):
+        names = class_names(o, dls)
+        found = None if task.kind == 'regression' else map_classes(vocab_of(dls), names)
+        if found is not None and found.missing and o.known_classes is None:
+            raise DistillError(
+                f'{name} does not have {len(found.missing)} of the classes of these data '
+                f'({few_names(found.missing, 5)}); it has {few_names(names, 8)}. Use data with the '
+                'classes on which it was trained.'
+            )
+        if o.learner is None or o.inputs is not None:
+            continue
+        for what, difference in different_codes(dls, o.learner.dls):
+            raise DistillError(
+                f'{name} was trained on data that encode their {what} differently ({difference}), so '
+                'the same numbers mean something else to it. Use data with its own coding, such as '
+                'dls.test_dl(..., with_labels=True) of its DataLoaders.'
+            )
 
 
 def same_column(dls, theirs):

@@ -4,7 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from ...base.errors import DistillError
-from ...fastai.class_names import vocab_of
+from ...fastai.class_names import check_same_data, vocab_of
 from .config import TrainConfig, read_config
 from .data_checks import checked_samples
 from .data_files import read_samples
@@ -24,6 +24,8 @@ def learner_in_file(path, dls=None):
     learn = file_teacher(str(path))
     if not hasattr(learn, 'dls'):
         raise DistillError(f'{path} holds a {type(learn).__name__}, not an exported Learner.')
+    if dls is not None:
+        check_same_data(learn.dls, dls, str(path))
     learn.dls = data_of_run(Path(path), learn) if dls is None else dls
     learn.model.to(learn.dls.device)
     return learn
