@@ -5,7 +5,16 @@ import numpy as np
 import pytest, torch
 import apps  # before the rest of fastai: it keeps its warnings quiet
 import processes
-from fastai.basics import Callback, DataLoaders, Learner, TfmdDL, Transform, noop, rank_distrib
+from fastai.basics import (
+    Callback,
+    CrossEntropyLossFlat,
+    DataLoaders,
+    Learner,
+    TfmdDL,
+    Transform,
+    noop,
+    rank_distrib,
+)
 from fastai.callback.mixup import MixUp
 from fastai.tabular.all import Categorify, TabularDataLoaders, tabular_learner
 from fastai.text.all import TextBlock
@@ -24,6 +33,7 @@ from fastai.vision.all import (
     MaskBlock,
     Normalize,
     PILImage,
+    PILMask,
     PointBlock,
     RandomErasing,
     RandomResizedCrop,
@@ -96,6 +106,35 @@ def test_a_cache_records_the_image_size_of_its_teacher(tmp_path):
             tmp_path / 'c',
             store=dict(dtype='float32'),
         )
+
+
+def bordered_mask(i):
+    m = np.array(mask(i))
+    m[:3] = 255
+    return PILMask.create(m)
+
+
+@pytest.mark.filterwarnings('ignore::fastdistill.DistillWarning', 'ignore:load_learner. uses')
+@pytest.mark.parametrize('said_by', ['teacher', 'ensemble', 'file', 'student'])
+def test_the_ignored_label_is_that_of_a_learner(said_by, tmp_path):
+    loss = CrossEntropyLossFlat(axis=1, ignore_index=255)
+    dls = data(MaskBlock(codes=['x', 'y']), bordered_mask, item_tfms=CROPS())
+    learn = student(dls, 2, dense=True, loss_func=loss)
+    teacher = quiet(Learner(dls, Convs(2, dense=True), loss_func=loss))
+    given, where = dict(
+        teacher=(teacher, dls),
+        ensemble=([teacher, teacher], dls),
+        file=(tmp_path / 'teacher.pkl', dls),
+        student=(teacher.model, learn),
+    )[said_by]
+    if said_by == 'file':
+        teacher.export(given)
+    with pytest.raises(DistillError, match='There is a label 255, but the outputs have 2 classes'):
+        checked_first(teacher.model, dls, tmp_path / 'none')
+    cache = checked_first(given, where, tmp_path / 'c', views=2, store='float32')
+    assert verify_cache(cache, given, where).worst < 1e-4
+    quiet(learn, 1, cbs=KnowledgeDistillation(cache))
+    assert np.isfinite(learn.recorder.values[-1][:2]).all()
 
 
 class Compare(Callback):

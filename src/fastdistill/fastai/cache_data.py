@@ -9,7 +9,7 @@ from functools import partial, wraps
 
 import numpy as np
 import torch
-from fastai.basics import L, Pipeline, TfmdDL, TfmdLists
+from fastai.basics import L, Learner, Pipeline, TfmdDL, TfmdLists
 from fastai.data.transforms import Normalize
 from fastai.tabular.core import TabDataLoader
 from fastai.text.data import SortedDL
@@ -60,7 +60,7 @@ from .sample_keys import (
     sample_files,
     storage_order,
 )
-from .task import task_of
+from .task import Task, task_of
 from .teacher_check import check_teacher
 from .teachers import class_names, image_stats, is_heads, teacher_of
 from .transforms import describe_transforms
@@ -77,6 +77,7 @@ def for_each_head(write):
 
     @wraps(write)
     def _write(teacher, dls, path, *args, kind=None, **kwargs):
+        dls = data_of(dls)
         if not is_heads(teacher):
             return write(teacher, dls, path, *args, kind=kind, **kwargs)
         share_n_inp(dls)
@@ -126,7 +127,8 @@ def cache_teacher(
         teacher: A Learner, an exported .pkl, a module, a `Teacher`, or a list of these. For several
             heads, a dict {head name: teacher} (docs/classes.md). In that case, one cache is written
             for each head, in a folder named after the head, and a dict of caches is returned.
-        dls: DataLoaders whose training set (with its augmentation) is cached.
+        dls: DataLoaders whose training set (with its augmentation) is cached, or the student's
+            Learner, which has them.
         path: Folder or URL of the cache.
         views: Number of augmented views of each sample. With 0, the teacher sees each sample
             without augmentation, while the student's augmentation stays random. Use 0 for a teacher
@@ -143,7 +145,9 @@ def cache_teacher(
         unlabeled: Items without labels, or a DataLoader, to cache instead of the training set.
         keys: Names of the training samples: a list, or a function of the item. If None, samples are
             identified by their items.
-        kind, axis: Kind of logits and class axis. If None, both are derived from the loss function.
+        kind, axis: Kind of logits and class axis. If None, both are derived from the loss function
+            of the student's Learner, the DataLoaders or the teacher's Learner. A label that one of
+            these loss functions ignores (`ignore_index`) is ignored in the check.
         check: Whether to look for mistakes first, as `Learner.check_teacher` does.
         force: Whether to overwrite a cache that was written from different data or a different
             teacher.
@@ -168,6 +172,7 @@ def cache_teacher(
         )
     train = dls.train if unlabeled is None else loader_of(unlabeled, dls)
     teacher = teacher_of(teacher, dls, kind=task.kind, axis=task.axis, **asked)
+    task = with_ignored_label(task, teacher)
     # outputs stored in float32 must be exactly those of the model
     if store.dtype == 'float32' and 'precision' not in teacher.run:
         teacher = Teacher(teacher, run=dict(precision='fp32'))
@@ -255,6 +260,7 @@ def verify_cache(
         )
     cache = cache if isinstance(cache, TeacherCache) else TeacherCache(cache)
     m = cache.manifest
+    dls = data_of(dls)
     task = task_of_data(dls, teacher, kwargs.pop('kind', None), kwargs.pop('axis', None))
     keys = kwargs.pop('keys', cache.sample_names)
     teacher = teacher_of(teacher, dls, kind=task.kind, axis=task.axis, **kwargs)
@@ -313,6 +319,26 @@ def task_of_data(dls, teacher, kind, axis):
     return task_of(
         getattr(dls, 'loss_func', None) or getattr(teacher, 'loss_func', None), kind, axis
     )
+
+
+def data_of(dls):
+    """Return DataLoaders with the loss function of the student, if a Learner is given."""
+    if isinstance(dls, Learner):
+        dls, loss_func = copy.copy(dls.dls), dls.loss_func
+        dls.loss_func = loss_func
+    return dls
+
+
+def with_ignored_label(task, teacher):
+    """Return the task with the label that the loss function of a teacher's Learner ignores, unless
+    the task has one.
+    """
+    if task.ignore_index != Task.ignore_index:
+        return task
+    learners = [t.learner for t in (teacher, *teacher.members) if t.learner is not None]
+    found = (task_of(o.loss_func, task.kind).ignore_index for o in learners)
+    ignored = next((i for i in found if i != Task.ignore_index), Task.ignore_index)
+    return replace(task, ignore_index=ignored)
 
 
 def source_of(
