@@ -657,6 +657,29 @@ def test_numbers_of_a_table(tmp_path):
     assert learn.model(*dls.one_batch()[:2]).shape == (16, 1)
 
 
+def test_numbers_stay_in_a_range(tmp_path):
+    people().to_csv(tmp_path / 'a.csv', index=False)
+    wage = people().wage
+    options = dict(data=tmp_path / 'a.csv', teacher='tabular', teacher_layers='16', epochs=1)
+    options |= dict(student='tabular', student_layers='8', y='wage')
+    low, high = wage.min() - 1, wage.max() + 1
+    run(tmp_path / 'run', **options, lr=1.0, y_range=f'{low},{high}')
+    assert read_config(tmp_path / 'run' / 'config.toml')['y_range'] == f'{low},{high}'
+    learn = load_learner(tmp_path / 'run' / 'student.pkl')
+    with learn.no_bar(), learn.no_logging():
+        far = people().assign(age=10.0**9)
+        out = learn.get_preds(dl=learn.dls.test_dl(far))[0]
+    assert out.min() >= low
+    assert out.max() <= high
+    with pytest.raises(DistillError, match="column 'wage' has numbers from .* to .*: give a range"):
+        run(tmp_path / 'b', **options, y_range=f'{low},{wage.max() - 1}')
+    with pytest.raises(DistillError, match='this is for numbers, but .* has classes'):
+        run(tmp_path / 'b', **options | dict(y='rich'), y_range='0,1')
+    for wrong in ('5', '5,1', 'a,b', '0,inf', '1,2,3'):
+        with pytest.raises(DistillError, match='must be the lowest and the highest number'):
+            TrainConfig(**settings(tmp_path, y_range=wrong))
+
+
 def test_a_data_set_of_hugging_face(tmp_path, digits):
     datasets = pytest.importorskip('datasets')
     files = sorted(digits.rglob('*.png'))

@@ -62,6 +62,9 @@ def train_command(
         Text,
         option('Class or value of masks to ignore, such as 255. (default: a class named void)'),
     ] = None,
+    y_range: Annotated[
+        Text, option("Lowest and highest number to predict: '0,100'. (default: no limits)")
+    ] = None,
     size: Annotated[
         Text, option('Size of images: 224, or 72x96 (height, width). (default: auto)')
     ] = None,

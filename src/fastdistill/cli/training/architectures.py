@@ -276,6 +276,5 @@ def text_learner(name, layers, dls, s, config, pretrained, **options):
 
 
 def table_learner(name, layers, dls, s, config, pretrained, **options):
-    return tabular_learner(
-        dls, layers, n_out=1 if s.target == 'numbers' else len(s.classes), **options
-    )
+    n = 1 if s.target == 'numbers' else len(s.classes)
+    return tabular_learner(dls, layers, n_out=n, y_range=config.limits(), **options)

@@ -73,6 +73,8 @@ class TrainConfig:
         ignore: Class in masks that losses and metrics ignore, as a name or a value. The value need
             not be a class, such as 255. Empty to ignore a class named void, ignore or unlabeled, if
             there is one.
+        y_range: Lowest and highest number that the models predict, such as '0,100'. Empty for no
+            limits.
         size: Size of images, such as '224' or '72x96' (height and width).
         augment: One of AUGMENTATIONS.
         batch_size: Batch size. 0 for the default of the task.
@@ -102,6 +104,7 @@ class TrainConfig:
     header: bool = True
     valid: str = '0.2'
     ignore: str = ''
+    y_range: str = ''
     size: str = 'auto'
     augment: str = 'flip'
     batch_size: int = 0
@@ -133,6 +136,7 @@ class TrainConfig:
         if wrong := [o for o in self.loggers if o not in LOGGERS]:
             raise DistillError(f'log={wrong[0]!r}: must be one of {", ".join(LOGGERS)}')
         self.parts_of_size()
+        self.limits()
         self.arch('teacher')
         self.arch('student')
 
@@ -236,6 +240,23 @@ class TrainConfig:
                 'as 72x96, from 8 to 8192'
             )
         return int(h), int(w or h)
+
+    def limits(self):
+        """Return the lowest and the highest number that the models predict. Return None if there are
+        no limits.
+        """
+        if not self.y_range:
+            return None
+        try:
+            low, high = map(float, self.y_range.split(','))
+        except ValueError:
+            low = high = math.nan
+        if not -math.inf < low < high < math.inf:
+            raise DistillError(
+                f'y_range={self.y_range!r}: must be the lowest and the highest number, separated by a '
+                "comma, such as '0,100'"
+            )
+        return low, high
 
 
 def check_data_path(path):

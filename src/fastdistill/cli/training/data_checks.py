@@ -34,6 +34,8 @@ def checked_samples(s, config):
             raise DistillError(
                 f'ignore={config.ignore!r}: this is for masks, but {config.data} holds {s.task}.'
             )
+    if config.y_range:
+        check_range(s, config)
     s = replace(s, valid=validation_rows(s, config))
     for rows, name in ((~s.valid, 'training'), (s.valid, 'validation')):
         if rows.sum() < 2:
@@ -83,6 +85,20 @@ def with_target(s, config):
             'nothing to learn. Is this the right column or folder?'
         )
     return replace(s, frame=s.frame.assign(**{s.y: y}), target=target, classes=sorted(names))
+
+
+def check_range(s, config):
+    """Check that all numbers to predict are in the range that the models can predict."""
+    if s.target != 'numbers':
+        raise DistillError(
+            f'y_range={config.y_range!r}: this is for numbers, but {config.data} has {s.target}.'
+        )
+    (low, high), y = config.limits(), s.frame[s.y]
+    if y.min() < low or y.max() > high:
+        raise DistillError(
+            f'y_range={config.y_range!r}, but column {s.y!r} has numbers from {y.min():g} to '
+            f'{y.max():g}: give a range that includes them.'
+        )
 
 
 def validation_rows(s, config):
