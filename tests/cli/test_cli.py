@@ -1,11 +1,12 @@
 "The command, as a user types it."
 
-import json, warnings
+import contextlib, io, json, sys, warnings
 import pytest, torch
 from PIL import Image
 import fastdistill
 from fastdistill import DistillError
 from fastdistill.base.outputs import DistillWarning
+from fastdistill.cli import main
 from fastdistill.cli.demo import Results, run, tasks
 from rich.console import Console
 
@@ -39,9 +40,23 @@ def test_a_warning_is_one_line_too(command, monkeypatch):
         )
 
 
-def test_the_demo_ends_with_a_table_a_picture_and_numbers(command, tmp_path, monkeypatch):
-    monkeypatch.setenv('COLUMNS', '80')
-    code, out, _ = command('demo', '--quick', '--out', tmp_path)
+@pytest.fixture(scope='module')
+def demo(tmp_path_factory):
+    "`fastdistill demo --quick`: (exit code, what it printed, its folder)"
+    folder, printed = tmp_path_factory.mktemp('demo'), io.StringIO()
+    with (
+        pytest.MonkeyPatch.context() as m,
+        contextlib.redirect_stdout(printed),
+        pytest.raises(SystemExit) as e,
+    ):
+        m.setenv('COLUMNS', '80')
+        m.setattr(sys, 'argv', ['fastdistill', 'demo', '--quick', '--out', str(folder)])
+        main()
+    return e.value.code, printed.getvalue(), folder
+
+
+def test_the_demo_ends_with_a_table_a_picture_and_numbers(demo):
+    code, out, folder = demo
     assert code == 0
     words = (
         'teacher',
@@ -55,9 +70,9 @@ def test_the_demo_ends_with_a_table_a_picture_and_numbers(command, tmp_path, mon
     for word in words:
         assert word in out
     assert all(len(line) <= 80 for line in out.splitlines())
-    with Image.open(tmp_path / 'demo-digits.png') as im:
+    with Image.open(folder / 'demo-digits.png') as im:
         assert im.size == (1650, 750)
-    got = json.loads((tmp_path / 'demo-digits.json').read_text())
+    got = json.loads((folder / 'demo-digits.json').read_text())
     assert (
         got['steps'] == [60, 60]
         and got['n'] == [1200, 597]
@@ -71,9 +86,11 @@ def test_the_demo_ends_with_a_table_a_picture_and_numbers(command, tmp_path, mon
     assert all(ms > 0 for o in got['ms'].values() for ms in o.values())
 
 
-def test_the_same_seed_gives_the_same_numbers(tmp_path):
-    a, b = [run(out=tmp_path, quick=True, console=Console(quiet=True)) for _ in range(2)]
-    assert a.teacher == b.teacher and a.scores == b.scores
+def test_the_same_seed_gives_the_same_numbers(demo, tmp_path):
+    r = run(out=tmp_path, quick=True, console=Console(quiet=True))
+    before = json.loads((demo[2] / 'demo-digits.json').read_text())
+    assert r.teacher == before['teacher']
+    assert r.scores == before['scores']
 
 
 def results(teacher, **scores):

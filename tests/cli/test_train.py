@@ -984,7 +984,14 @@ def test_a_run_with_lr_auto_repeats_its_rates_and_its_weights(digits, tmp_path):
         random.seed(i)
         np.random.seed(i)
         torch.manual_seed(i)
-        run(tmp_path / name, data=digits, lr='auto', teacher_lr='auto')
+        run(
+            tmp_path / name,
+            data=digits,
+            epochs=1,
+            batch_size=4,
+            lr='auto',
+            teacher_lr='auto',
+        )
     rates = [
         [tomllib.loads((tmp_path / n / 'config.toml').read_text())[k] for k in ('lr', 'teacher_lr')]
         for n in 'ab'
