@@ -34,7 +34,9 @@ def cells(text, title):
             if block:
                 yield new_code_cell('\n'.join(block))
                 block = []
-            body = lines[node.body[0].lineno - 1 : node.end_lineno]
+            last = node.body[-1]
+            end = last.lineno - 1 if isinstance(last, ast.Return) else node.end_lineno
+            body = lines[node.body[0].lineno - 1 : end]
             body = [re.sub('^    ', '', line) for line in body]
             yield new_code_cell('\n'.join(['quick, seed = False, 42', *body]))
         elif isinstance(node, (ast.FunctionDef, ast.ClassDef)):
