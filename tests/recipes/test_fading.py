@@ -251,3 +251,21 @@ def test_draws_do_not_show_whether_a_teacher_helps():
         Distiller(None, None, KINDS['softmax'][1]).compute(
             Outputs(s), Outputs(draws), F.cross_entropy(s, y), (y,)
         )
+
+
+@pytest.mark.parametrize('knows', [-3.0, -0.1, 0.0, 0.1, 0.2, 9.0])
+def test_a_gradient_that_fades_in_part_is_at_least_three_quarters_as_long(knows):
+    "As docs/features.md says: 1/(1+3f) for the labels and 3f/4 for the term"
+    s, t, y, _ = rows('softmax', knows)
+    d, r = step(
+        Term(lambda a, b: -(a * F.one_hot(y, 6)).mean(), grad_ratio=3, fade=True, name='same'),
+        s,
+        t,
+        y,
+    )
+    own = F.cross_entropy(s, y)
+    norm = lambda v: torch.autograd.grad(v, s, retain_graph=True)[0].norm().item()
+    left, term = d.faded['same'], r.terms['same']
+    assert norm(term) == pytest.approx(0.75 * left * norm(own), rel=1e-4)
+    assert norm(r.total - term) == pytest.approx(norm(own) / (1 + 3 * left), rel=1e-4)
+    assert 0.749 < norm(term) / norm(own) + norm(r.total - term) / norm(own) <= 1.0001

@@ -227,8 +227,8 @@ class GradientRatios(dict):
     def faded(
         self, weights: Mapping[str, Any], values: Mapping[str, Tensor]
     ) -> Tensor | float | None:
-        """Return the multiple of the other losses that makes up for the gradient lost to `fade`.
-        Return None if no term has `fade=True`.
+        """Return the multiple of the other losses to add for the gradient lost to `fade`. Their
+        weights then are those of the lower ratios. Return None if no term has `fade=True`.
 
         Args:
             weights: {name: weight or gradient ratio}.
