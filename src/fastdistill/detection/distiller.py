@@ -148,7 +148,15 @@ class DetectionHead(Head):
         return targets
 
     def compute(
-        self, student, teacher, task=None, targets=(), *, progress: float | None = None, mixed=None
+        self,
+        student,
+        teacher,
+        task=None,
+        targets=(),
+        *,
+        progress: float | None = None,
+        mixed=None,
+        of_heads: bool = False,
     ) -> Distilled:
         """Compute the loss as in `Distiller`. Terms that use labels get the teacher's scores
         instead.
