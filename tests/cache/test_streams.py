@@ -583,6 +583,23 @@ def test_rows_of_another_teacher_or_form_are_refused(tmp_path):
         RowWriter(tmp_path).write('../a', keys_of(['a']), np.zeros((1, 20), 'u1'))
 
 
+@pytest.mark.parametrize('inputs', ['inputs', lambda b: b['inputs']], ids=['column', 'function'])
+def test_rows_of_other_inputs_are_refused(inputs, tmp_path):
+    start(tmp_path, inputs=inputs)
+    start(tmp_path, inputs=inputs)
+    other = (lambda b: -b['inputs']) if callable(inputs) else 'label'
+    for use in (
+        lambda: TeacherRows(tmp_path, Teacher(net()), inputs=other),
+        lambda: start(
+            tmp_path, inputs=(lambda b: 2 * b['inputs']) if callable(inputs) else ('inputs',)
+        ),
+    ):
+        with pytest.raises(DistillError, match="has rows with teacher .*'reads'"):
+            use()
+    same = (lambda b: b['inputs']) if isinstance(inputs, str) else 'inputs'
+    TeacherRows(tmp_path, Teacher(net()), inputs=same)  # this may be the same
+
+
 def test_a_sealed_folder_stays_as_it_is(tmp_path):
     rows = written(tmp_path)
     a, b = seal_stream(tmp_path), seal_stream(tmp_path)

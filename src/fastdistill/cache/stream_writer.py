@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..base.outputs import DistillError, DistillWarning, LinearLogits, Outputs, map_tensors
-from .digests import checksum, versions
+from .digests import behavior_of, checksum, versions
 from .file_store import open_folder
 from .json_checks import json_object, parse_json, shortened, whole_number
 from .keys import hash_of, keys_of
@@ -96,7 +96,8 @@ def start_stream(
         store, source, lost = choose(where, store, source, first, views)
         first = next(source.run(np.arange(n), n))
         layout = Layout.of(first, store)
-        m = Manifest(0, views, seed, layout, 1, 1, source.teacher, dict(root=root), parts=[])
+        who = source.teacher | dict(reads=described(inputs))
+        m = Manifest(0, views, seed, layout, 1, 1, who, dict(root=root), parts=[])
         m.vocab, m.versions, m.lost = vocab, versions(), list(lost)
         _begin_stream(where, m.as_read(), first)
     return TeacherRows(where, teacher, layer=store.layer, **options)
@@ -108,7 +109,7 @@ def _begin_stream(where, m, first):
         old = Manifest.read(where)
         if old.parts is None:
             raise DistillError(f'{where} is a cache of a dataset: choose a different folder.')
-        names = 'teacher', 'layout', 'views', 'seed', 'vocab'
+        names = 'layout', 'views', 'seed', 'vocab'  # `TeacherRows` compares the teacher
         refuse_others(where, {k: (getattr(old, k), getattr(m, k)) for k in names})
         return
     if m.layout.head is not None:
@@ -166,7 +167,13 @@ class TeacherRows:
         self.folder = open_folder(path)
         self.manifest = m = stream_manifest(self.folder)
         self.teacher, self.inputs, self.key, self.device = teacher, inputs, key, device
-        refuse_others(self.folder, dict(teacher=(m.teacher, identity_of(teacher))))
+        who, known = identity_of(teacher), m.teacher.get('reads')
+        # subtle: older versions did not store it, and a function may do the same as a column's name
+        if known is not None:
+            now = described(inputs)
+            alike = str(known).startswith(FUNCTION) == str(now).startswith(FUNCTION)
+            who |= dict(reads=now if alike else known)
+        refuse_others(self.folder, dict(teacher=(m.teacher, who)))
         self.layer, self._states, self._head, self._worst = layer, None, None, [0.0]
         if m.layout.head is not None:
             self._head = StoredHead.from_bytes(self.folder.read('head.bin'), m.layout)
@@ -236,6 +243,16 @@ def check_view(where, m, view):
 def outputs_of(teacher, x) -> Outputs:
     with torch.no_grad():
         return Outputs.of(teacher(*x) if isinstance(x, tuple) else teacher(x))
+
+
+FUNCTION = 'function '
+
+
+def described(inputs):
+    """Return the manifest entry for the argument `inputs`."""
+    if callable(inputs):
+        return FUNCTION + behavior_of(inputs)
+    return list(inputs) if isinstance(inputs, tuple) else inputs
 
 
 def inputs_in(batch, spec, device=None):
