@@ -1,6 +1,6 @@
 "`fastdistill train`: data in every form, mistakes in one line, and runs that are killed and continue to the same result."
 
-import csv, json, os, random, re, shlex, shutil, signal, sys, time, tomllib
+import csv, json, os, random, re, shlex, shutil, signal, subprocess, sys, time, tomllib
 import numpy as np
 import pandas as pd
 import joblib, pytest, torch
@@ -13,7 +13,9 @@ from sklearn.dummy import DummyClassifier
 from sklearn.ensemble import HistGradientBoostingClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import OrdinalEncoder
-from fastai.learner import load_learner
+from pathlib import Path
+from fastai.learner import Learner, load_learner
+from fastai.losses import CrossEntropyLossFlat
 from fastdistill import DistillError, DistillWarning
 from fastdistill.cli import main
 from fastdistill.evaluation import Report
@@ -449,6 +451,38 @@ def test_images_are_classified_by_all_layers_of_a_mobilenet(digits):
         s = checked_samples(read_samples(c), c)
         net = learner_of(c.arch('student'), loaders_of(s, c), s, c).model.eval()
         assert net[0](torch.zeros(1, 3, 16, 16)).shape == (1, width, 1, 1)
+
+
+def test_the_classes_of_a_palette_mask_are_its_numbers_and_not_its_colors(tmp_path):
+    luck = np.random.default_rng(0)
+    for kind in ('images', 'masks'):
+        (tmp_path / kind).mkdir()
+    classes = luck.integers(0, 3, (10, 24, 32), dtype=np.uint8)
+    for i, y in enumerate(classes):
+        Image.fromarray(y).save(tmp_path / 'images' / f'{i}.png')
+        mask = Image.fromarray(y)
+        if i:  # one of them is gray
+            mask.putpalette([0, 0, 0, 128, 0, 0, 0, 128, 0])
+        mask.save(tmp_path / 'masks' / f'{i}.png')
+        assert mask.mode == ('P' if i else 'L')
+    s, dls = loaders(data=tmp_path, augment='none')
+    assert s.classes == ['0', '1', '2']
+    for dl in dls.loaders:
+        for (_, y), path in zip(dl.dataset, dl.items['y']):
+            assert np.array_equal(np.asarray(y), classes[int(Path(path).stem)])
+    learn = Learner(dls, torch.nn.Conv2d(3, 3, 1), loss_func=CrossEntropyLossFlat(axis=1))
+    learn.export(tmp_path / 'learn.pkl')
+    code = f"""
+import sys, numpy as np
+sys.modules['fastdistill'] = None
+from fastai.vision.all import load_learner
+learn = load_learner({str(tmp_path / 'learn.pkl')!r})
+print(learn.get_preds(dl=learn.dls.test_dl([{str(tmp_path / 'images' / '1.png')!r}]))[0].shape)
+"""
+    done = subprocess.run(
+        [sys.executable, '-W', 'ignore', '-c', code], capture_output=True, text=True
+    )
+    assert 'torch.Size([1, 3, 24, 32])' in done.stdout, done.stderr
 
 
 def test_texts(tmp_path, command):
