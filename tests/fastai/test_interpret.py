@@ -1,9 +1,10 @@
 "Where a student departs from its teacher: the same distances as in a plain loop, in the order of the items, and shown."
 
 import matplotlib.pyplot as plt
+import numpy as np
 import pytest, torch
 from apps import APPS, FASTAI_WARNINGS, logits, pair, plain, same, snapshot
-from fastai.basics import L
+from fastai.basics import CrossEntropyLossFlat, L
 from fastdistill.fastai import DistillError, DistillInterpretation
 
 pytestmark = [
@@ -56,6 +57,20 @@ def test_of_several_labels_and_pixels_the_mean_counts():
     assert interp.losses[2].item() == pytest.approx(
         (p * (p / q).log()).sum(1).mean().item(), rel=1e-3
     )
+
+
+def test_pixels_that_the_loss_ignores_do_not_count():
+    student, teacher = pair('unet')
+    for learn in (student, teacher):
+        learn.loss_func = CrossEntropyLossFlat(axis=1, ignore_index=0)
+    interp = DistillInterpretation.from_learner(student, teacher)
+    s, t = alone(student, student.model, 2), alone(student, teacher.model, 2)
+    y = student.dls.valid_ds[2][1]
+    counts = torch.as_tensor(np.array(y)) != 0
+    assert 0 < counts.sum() < counts.numel()
+    p, q = t.softmax(1), s.softmax(1)
+    wanted = (p * (p / q).log()).sum(1)[0][counts].mean().item()
+    assert interp.losses[2].item() == pytest.approx(wanted, rel=1e-3)
 
 
 @pytest.mark.parametrize('name', ['image', 'multi_label', 'unet'])

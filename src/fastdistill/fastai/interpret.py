@@ -9,6 +9,7 @@ from fastai.vision.data import get_grid
 from ..base.model_state import restored
 from ..base.outputs import DistillError
 from ..base.random_state import guarded_random_state
+from ..base.task import fit_labels
 from ..losses import binary_kl, kl
 from ..teachers.fast_copy import AS_IT_IS
 from .class_names import check_same_data, vocab_of
@@ -37,8 +38,8 @@ class DistillInterpretation(Interpretation):
     def from_learner(cls, learn: Learner, teacher, ds_idx: int = 1, dl=None, act=None, kind=None):
         """Run both models on all items and measure the distance between their predictions.
 
-        The distance is KL(teacher || student) at T=1, averaged over the pixels of a mask. For
-        regression, it is the MSE. If `teacher` is a dict {head name: teacher}, return a dict with
+        The distance is KL(teacher || student) at T=1, averaged over the pixels of a mask,
+        without those that the loss function ignores. For regression, it is the MSE. If `teacher` is a dict {head name: teacher}, return a dict with
         an interpretation for each head.
 
         Args:
@@ -71,7 +72,7 @@ class DistillInterpretation(Interpretation):
         view = learn if head.output is None else head.of(learn)
         check_same_codes(teacher, view.dls, task, 'The teacher')
         student = teacher_of(learn, view, task, run=AS_IT_IS, **own)
-        out = cls(learn, dl, disagreements(learn, dl, student, teacher, task), act)
+        out = cls(learn, dl, disagreements(learn, dl, student, teacher, task, head), act)
         out.student, out.teacher = student, teacher
         out.head = head if head.name else None
         return out
@@ -126,7 +127,7 @@ class DistillInterpretation(Interpretation):
         return getattr(loss, 'decodes', noop)(act(logits))
 
 
-def disagreements(learn, dl, student, teacher, task):
+def disagreements(learn, dl, student, teacher, task, head):
     """Return the distance between the predictions of both models, (n,), in the order of the
     items.
     """
@@ -138,16 +139,24 @@ def disagreements(learn, dl, student, teacher, task):
         for m in (student, teacher):
             stack.enter_context(m)
         for b in dl:
-            x, _ = split_batch(learn, b)
+            x, y = split_batch(learn, b)
             for m in (student, teacher):
                 m.reset()
-            ds.append(distance(student(*x).logits, teacher(*x).logits, task).cpu())
+            ds.append(
+                distance(student(*x).logits, teacher(*x).logits, task, y and head.labels(y)).cpu()
+            )
     ds = torch.cat(ds)
     return ds if idxs is None else ds[torch.tensor(L(idxs)).argsort()]
 
 
-def distance(s, t, task):
-    """Return the distance between the predictions of both models for each item, (B,)."""
+def distance(s, t, task, y=()):
+    """Return the distance between the predictions of both models for each item, (B,).
+
+    Args:
+        s, t: Logits of student and teacher.
+        task: What they predict.
+        y: Labels of the batch, as a tuple. Positions to ignore do not count.
+    """
     if s.numel() != t.numel():
         raise DistillError(
             f"The student's outputs have shape {tuple(s.shape)}, the teacher's {tuple(t.shape)}."
@@ -157,7 +166,10 @@ def distance(s, t, task):
         return rows(s.float() - t.float().reshape(s.shape)).pow(2).mean(1)
     if task.kind == 'sigmoid':
         return rows(binary_kl(s, t, T=1.0, reduction='none')).mean(1)
-    return rows(kl(s, t, T=1.0, axis=task.axis, reduction='none')).mean(1)
+    found = rows(kl(s, t, T=1.0, axis=task.axis, reduction='none'))
+    y = fit_labels(y[0], s.shape, task) if y and isinstance(y[0], torch.Tensor) else None
+    counts = torch.ones_like(found, dtype=torch.bool) if y is None else rows(y != task.ignore_index)
+    return found.where(counts, 0.0).sum(1) / counts.sum(1).clamp_min(1)
 
 
 def show_plainly(dl, t, s, n):
