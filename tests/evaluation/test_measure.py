@@ -114,6 +114,21 @@ def test_masks_are_scored_as_others_score_them():
     assert r.n == 12
 
 
+@pytest.mark.parametrize('axis', [1, -1], ids=['axis 1', 'the axis of the flat losses'])
+@pytest.mark.parametrize('labels', [1, 3])
+def test_masks_of_several_labels_have_a_row_for_each_label(axis, labels):
+    y = (torch.rand(10, labels, 6, 7) < 0.4).float()
+    o = torch.randn_like(y) + y
+    r = measured(dict(a=o), y if labels > 1 else y[:, 0], Task('sigmoid', axis), bs=4)
+    rows = lambda v: v.movedim(1, -1).reshape(-1, labels)
+    true, found = rows(y).numpy(), (rows(o) > 0).numpy()
+    assert value(r, 'f1') == pytest.approx(skm.f1_score(true.ravel(), found.ravel()))
+    assert r.counts == true.sum(0).tolist()
+    for k, fn in dict(recall=skm.recall_score, precision=skm.precision_score).items():
+        each = [fn(a, b) for a, b in zip(true.T, found.T)]
+        assert r.models['a'].classes[k] == pytest.approx(each)
+
+
 def test_a_position_that_does_not_count_may_hold_anything():
     o, y = torch.randn(6, 4, 5), torch.randint(4, (6, 5))
     y[:, 2] = 9
@@ -239,6 +254,23 @@ def test_the_permutation_test_is_mcnemar_where_both_apply():
             and d['nll'].test == 'paired permutation test'
         )
         assert d['nll'].p == pytest.approx(d['accuracy'].p, abs=0.03)
+
+
+@pytest.mark.parametrize('scale', [1.0, 1e3, 1e6, 1e9], ids='{:g}'.format)
+@pytest.mark.parametrize('few', [0.0, 0.1], ids=['equal', 'zeros'])
+def test_ties_of_a_permutation_test_count_at_any_scale(scale, few):
+    "All differences of the errors are equal, or most of them are 0"
+    g = np.random.default_rng(0)
+    y = (g.normal(size=10) + 3) * scale
+    near = g.choice([0.1, 0.3, 0.7], 10)
+    far = near + np.where(np.arange(10) < 4, 0.1, 0.1 - few)
+    sums = lambda e: dict(abs=np.abs((y + e * scale) - y), n=np.ones(10))
+    mae = [m for m in measures_of('regression', (), 0, False) if m.name == 'mae']
+    got = PairedScores(dict(a=sums(near), b=sums(far)), mae, repeats=20_000).compare('a', 'b')
+    wanted = stats.permutation_test(
+        (near, far), lambda a, b: round((a - b).mean(), 9), permutation_type='samples'
+    )
+    assert got.differences['mae'].p == pytest.approx(wanted.pvalue, rel=0.5, abs=2e-4)
 
 
 @pytest.mark.parametrize('name', ['accuracy', 'nll'])

@@ -131,8 +131,11 @@ class PairedScores:
         out = {}
         for k in self.measures:
             with np.errstate(invalid='ignore'):
-                d, by_chance = abs(self.values[a][k] - self.values[b][k]), np.abs(va[k] - vb[k])
-                p = (1 + np.sum(by_chance >= d - 1e-12)) / (1 + self.repeats)
+                x, y = self.values[a][k], self.values[b][k]
+                # subtle: rounding errors must not break ties
+                least = abs(x - y) * (1 - 1e-6) - 1e-12 * (abs(x) + abs(y))
+                d, by_chance = abs(x - y), np.abs(va[k] - vb[k])
+                p = (1 + np.sum(by_chance >= least)) / (1 + self.repeats)
             out[k] = (float(p) if np.isfinite(d) else None), 'paired permutation test'
         if a in self.right and 'accuracy' in out:
             ra, rb = self.right[a] > 0.5, self.right[b] > 0.5
