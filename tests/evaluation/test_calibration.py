@@ -79,6 +79,48 @@ def test_numbers_and_unfit_labels_are_refused():
         fit_temperature(torch.randn(4, 2), torch.zeros(3, dtype=torch.long))
 
 
+def striped(n=4, c=5, h=64, w=512):
+    "Masks whose logits are three times too large, except for each 16th column, where they are right"
+    z, y = drawn(n * h * w, c)
+    sure = torch.where(torch.arange(w) % 16 == 0, 1.0, 3.0).repeat(n * h)
+    maps = lambda o: o.view(n, h, w, -1).movedim(-1, 1)
+    return maps(z * sure[:, None]), y.view(n, h, w)
+
+
+def test_of_many_pixels_all_columns_count(monkeypatch):
+    import fastdistill.evaluation.calibration as calibration
+
+    z, y = striped()
+    wanted = fit_temperature(z, y).item()
+    assert wanted == pytest.approx(2.8, abs=0.2)
+    monkeypatch.setattr(calibration, 'MOST_LOGITS', 64 * 5 * 4096)
+    c = calibrate_model(nn.Identity(), [((z,), (y,))], Task('softmax'), fold=False)
+    assert c.n == 4096
+    assert c.temperature == pytest.approx(wanted, rel=0.1)
+
+
+@pytest.mark.parametrize('axis', [1, -1], ids=['axis 1', 'the axis of the flat losses'])
+def test_each_label_of_masks_has_one_temperature(axis):
+    torch.manual_seed(0)
+    model = nn.Conv2d(3, 2, 1)
+    x = torch.randn(6, 3, 20, 24)
+    with torch.no_grad():
+        model.weight.mul_(4)
+        z = model(x)
+    y = (torch.rand_like(z) < (z / torch.tensor([1.5, 3.0])[:, None, None]).sigmoid()).float()
+    T = fit_temperature(z, y, kind='sigmoid', axis=axis)
+    rows = lambda o: o.movedim(1, -1).flatten(0, -2)
+    assert T.tolist() == pytest.approx(fit_temperature(rows(z), rows(y), kind='sigmoid').tolist())
+    assert T.tolist() == pytest.approx([1.5, 3.0], rel=0.2)
+    c = calibrate_model(model, [((x,), (y,))], Task('sigmoid', axis))
+    assert (c.layer, c.n) == ('', 6 * 20 * 24)
+    with torch.no_grad():
+        assert torch.allclose(model(x), z / T[:, None, None].float(), atol=1e-5)
+    # one label, whose masks have no axis for it
+    one = fit_temperature(z[:, :1], y[:, 0], kind='sigmoid', axis=axis)
+    assert one.tolist() == pytest.approx(T[:1].tolist())
+
+
 class Tied(nn.Module):
     "Predicts the next token with the weights of its embedding"
 

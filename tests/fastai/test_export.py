@@ -16,7 +16,7 @@ from apps import (
     snapshot,
     vision,
 )
-from fastai.basics import accuracy
+from fastai.basics import BCEWithLogitsLossFlat, DataLoaders, Learner, accuracy
 from fastai.vision.all import CategoryBlock, imagenet_stats
 from fastdistill.fastai import (
     DistillError,
@@ -427,6 +427,19 @@ def test_saved_weights_predict_with_the_temperature_as_the_saved_network_does(
         assert torch.allclose(network(x), wanted, atol=1e-4)
     assert weights.facts['temperature'] == T
     assert not weights.training
+
+
+def test_each_label_of_masks_is_divided_by_its_temperature(tmp_path):
+    "Also if there are as many labels as columns"
+    x = torch.randn(8, 3, 6, 4)
+    items = list(zip(x, (x.mean(1, keepdim=True) > 0).float().expand(-1, 4, -1, -1)))
+    dls = DataLoaders.from_dsets(items, items, bs=4, device='cpu', num_workers=0)
+    learn = Learner(dls, torch.nn.Conv2d(3, 4, 1), loss_func=BCEWithLogitsLossFlat())
+    T = [1.0, 2.0, 4.0, 8.0]
+    folder = save_student(learn, tmp_path / 's', onnx=True, temperature=T)
+    wanted = learn.model.eval()(x) / torch.tensor(T)[:, None, None]
+    for student in (load_student(folder), load_student(folder, copy.deepcopy(learn.model))):
+        assert torch.allclose(student(x), wanted, atol=1e-5)
 
 
 def test_a_wrong_temperature_saves_nothing(normalized, tmp_path):

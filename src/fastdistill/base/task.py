@@ -21,6 +21,7 @@ __all__ = [
     'float_labels',
     'fit_labels',
     'fitting_axes',
+    'label_axis',
     'labels_loss',
     'pseudo_labels',
     'register_losses',
@@ -165,6 +166,19 @@ def shape_of_labels(shape: Sequence[int], axis: int) -> tuple:
     """
     axis = axis % len(shape)
     return (*shape[:axis], *shape[axis + 1 :])
+
+
+def label_axis(shape: Sequence[int], task: Task) -> int:
+    """Return the axis of the classes, or of the labels of a sigmoid.
+
+    The flat losses of fastai state axis -1 for any shape, but the labels of masks (B, L, H, W) are
+    on axis 1.
+
+    Args:
+        shape: Shape of the logits.
+    """
+    masks = task.kind == 'sigmoid' and task.axis == -1 and len(shape) > 3
+    return 1 if masks else task.axis % len(shape)
 
 
 def facts_of_outputs(shape: Sequence[int], task: Task) -> dict:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..base.errors import DistillError
 from ..base.outputs import as_plain
-from ..base.task import Task, fit_labels, task_for
+from ..base.task import Task, fit_labels, label_axis, task_for
 from ..features.layer_hooks import Taps
 from ..teachers import Teacher
 from ..teachers.fast_copy import AS_IT_IS
@@ -79,7 +79,7 @@ def fit_temperature(
         labels: For 'softmax', class indices with the shape of the logits without `axis`. For
             'sigmoid', 0 and 1 with the shape of the logits.
         kind: 'softmax' for one temperature, 'sigmoid' for one per label.
-        axis: Axis of classes or labels.
+        axis: Axis of classes or labels. For 'sigmoid', -1 is axis 1 for logits of masks.
         ignore_index: Label to ignore.
 
     Returns:
@@ -165,21 +165,25 @@ def labeled_positions(logits: Tensor, labels: Any, task: Task) -> tuple[np.ndarr
         raise DistillError(
             f'The labels ({given}) do not fit the logits (shape {tuple(logits.shape)}).'
         )
+    at = label_axis(logits.shape, task)
     if task.kind == 'sigmoid':
-        rows = lambda o: (o[:, None] if o.dim() == 1 else o.movedim(task.axis, -1)).flatten(0, -2)
+        rows = lambda o: (o[:, None] if o.dim() == 1 else o.movedim(at, -1)).flatten(0, -2)
         return rows(logits).numpy(), (rows(y) > 0.5).numpy()
-    z, y = logits.movedim(task.axis, -1).flatten(0, -2), y.flatten()
+    z, y = logits.movedim(at, -1).flatten(0, -2), y.flatten()
     counts = y != task.ignore_index
     return z[counts].numpy(), y[counts].numpy()
 
 
 def thinned(z: np.ndarray, y: np.ndarray, logits: Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """Drop some positions if samples have many of them (such as pixels), so that all batches fit
+    """Drop random positions if samples have many of them (such as pixels), so that all batches fit
     into memory.
     """
     most = max(MOST_LOGITS // 64 // z.shape[1], len(logits))
-    step = max(len(z) // most, 1)
-    return z[::step], y[::step]
+    if len(z) <= most:
+        return z, y
+    # subtle: every nth pixel may be in the same few columns of each image
+    kept = np.random.default_rng(0).choice(len(z), most, replace=False)
+    return z[kept], y[kept]
 
 
 def lowest(nll: Callable[[float], float]) -> float:
@@ -251,7 +255,8 @@ def fold_temperature(
         for p in layers[name].parameters():
             p /= T.view(-1, *[1] * (p.dim() - 1)).to(p)
         teacher.reset()
-        shape = [-1 if i == task.axis % logits.dim() else 1 for i in range(logits.dim())]
+        at = label_axis(logits.shape, task)
+        shape = [-1 if i == at else 1 for i in range(logits.dim())]
         wanted = logits / (T.view(shape) if T.numel() > 1 else T)
         far = (as_plain(teacher(*x).logits) - wanted).abs().max()
         if far <= LARGEST_CHANGE * wanted.abs().max():

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..base.task import Task
+from ..base.task import Task, label_axis
 from .report_data import MeasureInfo
 
 __all__ = ['BINS', 'Measure', 'Rows', 'measures_of', 'rows_of', 'scores_of']
@@ -33,11 +33,13 @@ class Rows:
         out: Logits of classes (B, P, C), logits of labels (B, P), or predicted numbers (B, P).
         y: Targets, (B, P).
         counts: True for positions that are not ignored, (B, P).
+        labels: Number of labels of a sigmoid. The labels of each pixel or token are adjacent.
     """
 
     out: Tensor
     y: Tensor
     counts: Tensor
+    labels: int = 1
 
 
 def rows_of(logits: Tensor, y: Tensor, task: Task) -> Rows:
@@ -53,8 +55,12 @@ def rows_of(logits: Tensor, y: Tensor, task: Task) -> Rows:
         o = o.movedim(task.axis, -1)
         o, y = o.reshape(len(o), -1, o.shape[-1]), y.reshape(len(o), -1)
         return Rows(o, y, y != task.ignore_index)
+    n = 1
+    if task.kind == 'sigmoid' and o.dim() > 1:
+        o, y = (v.movedim(label_axis(o.shape, task), -1) for v in (o, y))
+        n = o.shape[-1]
     o, y = o.reshape(len(o), -1), y.reshape(len(o), -1).to(o.dtype)
-    return Rows(o, y, torch.ones_like(y, dtype=torch.bool))
+    return Rows(o, y, torch.ones_like(y, dtype=torch.bool), n)
 
 
 # compute sums for each sample, {name: (B,) or (B, k)}
@@ -124,8 +130,8 @@ def label_scores(r: Rows, per_class: bool) -> dict[str, Tensor]:
         fn=~found & yes,
     )
     out = {k: v.double().sum(1) for k, v in sums.items()} | dict(n=r.counts.sum(1).double())
-    of_labels = torch.stack([(found & yes).sum(0), yes.sum(0), found.sum(0)]).double()
-    return out | dict(bins=bins(p, yes, r.counts), totals=of_labels)
+    of_labels = [v.reshape(-1, r.labels).sum(0).double() for v in (found & yes, yes, found)]
+    return out | dict(bins=bins(p, yes, r.counts), totals=torch.stack(of_labels))
 
 
 def number_scores(r: Rows, _: bool) -> dict[str, Tensor]:

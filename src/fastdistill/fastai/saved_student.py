@@ -14,6 +14,7 @@ from torch import nn
 
 from ..base.atomic_files import file_errors, new_file, write_atomically
 from ..base.outputs import DistillError
+from ..base.task import Task
 from ..evaluation import Report
 from ..teachers.model_loading import Onnx
 from .student_export import (
@@ -201,7 +202,7 @@ def load_student(folder: str | Path, model: nn.Module | None = None):
                 f'The weights in {str(folder)!r} belong to a different network: {e}'
             ) from e
         if (T := temperature_tensor(facts.get('temperature'))) is not None:
-            model = LogitsOnly(model, T)
+            model = LogitsOnly(model, T, Task(facts['task'], facts['axis']))
         model.eval()
     model.facts = facts
     return model

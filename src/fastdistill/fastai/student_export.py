@@ -23,7 +23,7 @@ from ..base.atomic_files import new_file
 from ..base.model_state import restored
 from ..base.outputs import DistillError, Outputs, as_plain
 from ..base.random_state import guarded_random_state
-from ..base.task import fit_labels
+from ..base.task import Task, fit_labels, label_axis
 from ..checks.batch_scores import FEW, Tally
 from ..evaluation import Report
 from ..teachers import Teacher
@@ -88,12 +88,14 @@ class LogitsOnly(nn.Module):
 
     Args:
         model: The model.
-        temperature: Number by which the logits are divided. None to leave the logits unchanged.
+        temperature: Number by which the logits are divided, or one number for each class or label.
+            None to leave the logits unchanged.
+        task: What the model predicts.
     """
 
-    def __init__(self, model, temperature: Tensor | None = None):
+    def __init__(self, model, temperature: Tensor | None = None, task: Task | None = None):
         super().__init__()
-        self.model = model
+        self.model, self.task = model, task
         self.register_buffer('temperature', temperature)
 
     def forward(self, *x, **kwargs):
@@ -106,7 +108,16 @@ class LogitsOnly(nn.Module):
             if isinstance(raw, tuple)
             else Outputs.of(raw).logits
         )
-        return logits if self.temperature is None else logits / self.temperature
+        return logits if self.temperature is None else tempered(logits, self.temperature, self.task)
+
+
+def tempered(logits: Tensor, temperature: Tensor, task: Task | None) -> Tensor:
+    """Divide logits by a temperature, or by one temperature for each class or label."""
+    if temperature.dim() and task is not None:
+        temperature = temperature.view(
+            -1, *[1] * (logits.dim() - 1 - label_axis(logits.shape, task))
+        )
+    return logits / temperature
 
 
 def check_learner(learn, name):
@@ -169,7 +180,9 @@ def export_student(
         with on_cpu(learn.model) as model:
             if quantized and int8:
                 model = in_int8(model)
-            WRITERS[path.suffix](LogitsOnly(model, T), example(batches[0]), tmp, facts)
+            WRITERS[path.suffix](
+                LogitsOnly(model, T, task_of(learn.loss_func)), example(batches[0]), tmp, facts
+            )
         if int8:
             quantize(tmp, batches[:calibration], facts, learned=quantized)
         there = Teacher(LOADERS[path.suffix](tmp))
@@ -470,7 +483,7 @@ def compared(learn, there, path, batches, close, temperature=None):
         for x in batches:
             here.reset()
             a, b = here(*x).logits.float(), there(*x).logits.float()
-            a = a if temperature is None else a / temperature
+            a = a if temperature is None else tempered(a, temperature, task_of(learn.loss_func))
             # subtle: nan is not close to anything, and the same infinity is no difference
             apart = (a - b).abs().where(a != b, 0.0).nan_to_num(nan=torch.inf)
             most = max(most, apart.max().item())
