@@ -38,9 +38,9 @@ class DistillInterpretation(Interpretation):
     def from_learner(cls, learn: Learner, teacher, ds_idx: int = 1, dl=None, act=None, kind=None):
         """Run both models on all items and measure the distance between their predictions.
 
-        The distance is KL(teacher || student) at T=1, averaged over the pixels of a mask,
-        without those that the loss function ignores. For regression, it is the MSE. If `teacher` is a dict {head name: teacher}, return a dict with
-        an interpretation for each head.
+        The distance is KL(teacher || student) at T=1, averaged over the pixels of a mask, without
+        those that the loss function ignores. For regression, it is the MSE. If `teacher` is a dict
+        {head name: teacher}, return a dict with an interpretation for each head.
 
         Args:
             learn: Learner of the student.
