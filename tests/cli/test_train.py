@@ -11,6 +11,8 @@ from sklearn.compose import make_column_transformer
 from sklearn.datasets import load_digits
 from sklearn.dummy import DummyClassifier
 from sklearn.ensemble import HistGradientBoostingClassifier
+from sklearn.feature_extraction.text import TfidfVectorizer
+from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import OrdinalEncoder
 from pathlib import Path
@@ -670,10 +672,35 @@ def test_files_that_hold_no_trees_for_these_data(tmp_path, digits):
     refused('There is no file', 'gone')
     with pytest.raises(
         DistillError,
-        match='holds an estimator .DummyClassifier., which reads the rows of a table, but .*digits holds images',
+        match='holds an estimator .DummyClassifier., which reads the rows of a table or texts, but .*digits holds images',
     ):
         run(tmp_path / 'run', data=digits, teacher=str(tmp_path / 'other.joblib'))
     assert not (tmp_path / 'run').exists()
+
+
+def test_a_pipeline_in_a_file_teaches_texts(tmp_path, command):
+    luck = random.Random(0)
+    words = dict(good='fine great nice'.split(), bad='poor dull sad'.split())
+    rows = [(f'a {luck.choice(words[k])} film {i}', k) for i, k in enumerate(['good', 'bad'] * 20)]
+    frame = pd.DataFrame(rows, columns=['review', 'label'])
+    frame.to_csv(file := tmp_path / 'a.csv', index=False)
+    pipeline = make_pipeline(TfidfVectorizer(), LogisticRegression())
+    joblib.dump(pipeline.fit(frame.review[:12], frame.label[:12]), tmp_path / 'pipeline.joblib')
+    options = ('--data', file, '--teacher', tmp_path / 'pipeline.joblib', '--device', 'cpu')
+    options += ('--student', 'embedding_bag', '--student-layers', 8, '--epochs', 2, '--lr', 0.05)
+    code, out, err = command(*options, '--no-onnx', '--out', tmp_path / 'run')
+    assert code == 0, err
+    report = Report.from_json(tmp_path / 'run' / 'report.json')
+    c = TrainConfig(**read_config(tmp_path / 'run' / 'config.toml'))
+    held = frame[checked_samples(read_samples(c), c).valid]
+    right = (pipeline.predict(held.review) == held.label).mean()
+    assert report.models['teacher'].measures['accuracy'].value == right
+    nll = -np.log(pipeline.predict_proba(held.review))[
+        range(len(held)), [*map([*pipeline.classes_].index, held.label)]
+    ]
+    assert report.models['teacher'].measures['nll'].value == pytest.approx(nll.mean(), rel=1e-5)
+    assert 'the teacher' not in err.replace('pipeline.joblib', '')
+    load_learner(tmp_path / 'run' / 'student.pkl')
 
 
 def test_numbers_of_a_table(tmp_path):

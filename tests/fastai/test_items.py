@@ -7,6 +7,9 @@ import pandas as pd
 import pytest, torch
 import transformers as hf
 from PIL import Image
+from sklearn.feature_extraction.text import TfidfVectorizer
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 from apps import FASTAI_WARNINGS, language_model, quiet, tabular
@@ -183,6 +186,63 @@ def test_a_text_teacher_reads_the_text_with_its_own_tokenizer(tmp_path):
         ).worst
         < 1e-5
     )
+
+
+def lists(rows):
+    return {k: v.tolist() for k, v in tokens(rows).items()}
+
+
+def arrays(rows):
+    return {k: v.numpy() for k, v in tokens(rows).items()}
+
+
+@pytest.mark.parametrize('form', [lists, arrays])
+def test_a_teacher_takes_lists_and_arrays_as_tensors(form):
+    t = bert()
+    want = trained(text_student, lambda dls: Teacher(t, items=tokens))
+    assert close(trained(text_student, lambda dls: Teacher(t, items=form)), want)
+
+
+@pytest.mark.parametrize(
+    'form',
+    [
+        list,
+        lambda rows: np.stack([o.numpy() for o in rows]),
+        lambda rows: [o.numpy() for o in rows],
+        lambda rows: [o.tolist() for o in rows],
+    ],
+)
+def test_rows_of_inputs_and_outputs_may_be_lists_and_arrays(form):
+    net, x = nn.Linear(3, 2), torch.randn(4, 3)
+    want = net(x).detach()
+    reads = Teacher(net, items=form)
+    torch.testing.assert_close(reads(with_items(x, [*x])).logits, want)
+    if form is not list:  # a list of tensors is the outputs of a recurrent model
+        returns = Teacher(lambda rows: form([*net(rows).detach()]), items=torch.stack)
+        torch.testing.assert_close(returns(with_items(x, [*x])).logits, want)
+
+
+def test_a_list_without_a_row_for_each_sample_is_refused():
+    x, net = torch.randn(4, 3), nn.Linear(3, 2)
+    for wrong in ([x[0], x[1]], [[1.0], [1.0, 2.0], [1.0], [1.0]], ['a', 'b', 'c', 'd'], None):
+        with refuses('returned a .*a tensor or array with a row for each sample'):
+            Teacher(net, items=lambda rows, wrong=wrong: wrong)(with_items(x, [*x]))
+
+
+def test_a_pipeline_reads_the_raw_texts():
+    learn = text_student()
+    model = make_pipeline(TfidfVectorizer(lowercase=False), LogisticRegression())
+    model.fit(texts()[:24], learn.dls.train_ds.items['label'])
+    probs = lambda rows: torch.tensor(model.predict_proba(rows['text'])).float()
+    want = trained(text_student, lambda dls: Teacher(lambda p: p.log(), items=probs))
+    for form in (list, np.array, lambda column: column):
+        teacher = Teacher(model, items=lambda rows, form=form: form(rows['text']))
+        assert close(trained(text_student, lambda dls, teacher=teacher: teacher), want)
+    teacher = Teacher(model.predict_proba, items=lambda rows: rows['text'], outputs='probs')
+    assert close(trained(text_student, lambda dls: teacher), want)
+    for given in (model, [model, model], Teacher(model)):
+        with refuses("Pipeline|LogisticRegression.*items=lambda rows: rows\\['text'\\]"):
+            learn.fit(1, cbs=KnowledgeDistillation(given))
 
 
 def test_layers_and_members_of_an_ensemble():

@@ -7,6 +7,7 @@ from math import log
 from numbers import Integral
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -23,6 +24,7 @@ __all__ = [
     'check_axis',
     'check_output',
     'map_tensors',
+    'tensor_of_numbers',
     'tensors_in',
     'warn_of_first',
     'warn_of_several',
@@ -333,8 +335,8 @@ class Outputs:
         """Convert the return value of a model to `Outputs`.
 
         Args:
-            raw: Return value of a model: a tensor, a tuple whose first item is a tensor, or a dict
-                or ModelOutput with `logits`.
+            raw: Return value of a model: a tensor, a NumPy array or list of numbers, a tuple whose
+                first item is a tensor, or a dict or ModelOutput with `logits`.
             output: Selects the output that contains the logits: a name, an index, or a function of
                 `raw`. None for the defaults above.
         """
@@ -356,12 +358,33 @@ def _logits(raw: Any) -> Any:
         return raw['out']  # torchvision's segmentation models
     if isinstance(raw, (tuple, list)) and len(raw) and isinstance(raw[0], Tensor):
         return raw[0]  # fastai's RNNs
+    if (numbers := tensor_of_numbers(raw)) is not None:
+        return numbers.float()
     have = f' with the keys {", ".join(map(str, raw))}' if isinstance(raw, dict) else ''
     raise DistillError(
         f'The model returned a {type(raw).__name__}{have}, without logits. It must be a tensor, a '
         "tuple that begins with one, or a dict with 'logits' or 'out'. Name a different output "
         'with output=, or wrap the model in a function that returns one of these.'
     )
+
+
+def tensor_of_numbers(o: Any) -> Tensor | None:
+    """Convert a NumPy array, or a list of numbers, arrays or tensors, to a tensor. Fractional
+    numbers become float32.
+
+    Return None for anything else, such as lists of different lengths.
+    """
+    if not isinstance(o, (np.ndarray, list)) or not len(o):
+        return None
+    try:
+        if all(isinstance(v, Tensor) for v in o):
+            return torch.stack([as_plain(v) for v in o])
+        a = np.asarray(o)
+    except (ValueError, TypeError, RuntimeError):
+        return None
+    if a.dtype.kind not in 'fiub':
+        return None
+    return torch.from_numpy(a.astype(np.float32 if a.dtype.kind == 'f' else np.int64))
 
 
 def parts_of(raw: Any) -> dict:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from fastai.basics import L, Learner, load_learner
 from fastai.data.transforms import Normalize
+from fastai.text.data import SortedDL
 from fastai.vision.augment import (
     AffineCoordTfm,
     CropPad,
@@ -164,11 +165,24 @@ def has_estimators(teachers):
 def on_table(teacher, dls):
     """Return a Teacher whose estimator receives the rows of a table before the transforms."""
     e = teacher.model
+    if isinstance(e, Estimator) and teacher.inputs is None and teacher.items is None:
+        refuse_tokens(e, dls)
     if not isinstance(e, Estimator) or table_of(dls) is None or getattr(e, 'dls', None) is dls:
         return teacher
     teacher = Teacher(teacher)
     teacher.model = TableEstimator(e, dls)
     return teacher
+
+
+def refuse_tokens(estimator, dls):
+    """Raise a DistillError if the batches hold the tokens of texts."""
+    if not isinstance(getattr(dls, 'train', None), SortedDL):
+        return
+    raise DistillError(
+        f'The batches hold the numbers of tokens, which {estimator.__name__} can not read. If it reads '
+        'texts, such as a pipeline with a TfidfVectorizer, give it the texts of the items: '
+        "Teacher(pipeline, items=lambda rows: rows['text']), where 'text' is their column."
+    )
 
 
 def class_names(teacher, dls):

@@ -136,7 +136,8 @@ class Teacher:
         inputs: fn(*inputs of a batch) -> inputs of the teacher, as a tensor, a tuple or a dict.
             Useful e.g. for a different tokenizer.
         items: For fastai, fn(raw items of a batch) -> inputs of the teacher. The raw items are a
-            list, or rows of a DataFrame.
+            list, or rows of a DataFrame. The inputs are tensors, or arrays or lists with a row for
+            each item. An estimator or a function may take anything, such as texts.
         frame: For an estimator in fastai, the table from which the DataLoaders were created (see
             docs/trees.md).
         images: Options for preparing images, as a dict.

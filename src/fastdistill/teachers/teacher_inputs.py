@@ -7,12 +7,18 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ..base.outputs import DistillError, as_plain, map_tensors, tensors_in
+from ..base.outputs import (
+    DistillError,
+    as_plain,
+    map_tensors,
+    tensor_of_numbers,
+    tensors_in,
+)
 from ..features.model_call import arguments, is_hf
 from .image_normalization import check_images, fit_images, is_image
-from .model_loading import check_second_argument
+from .model_loading import Onnx, check_second_argument
 from .raw_items import items_beside
 
 __all__ = ['check_own_inputs', 'own_inputs', 'prepared_inputs']
@@ -48,17 +54,33 @@ def own_inputs(teacher: Any, x: tuple, kw: Mapping[str, Any]) -> tuple:
         if teacher.items is None
         else teacher.items(items_beside((x, kw), teacher.name))
     )
-    lists = isinstance(own, Mapping) and any(isinstance(v, list) for v in own.values())
-    if isinstance(own, Mapping) and not lists:
-        return (dict(own),), {}
-    if isinstance(own, (Tensor, tuple)):
+    if own is not None and not isinstance(teacher.model, (nn.Module, Onnx)):
+        # functions and estimators may take anything, such as texts
         return own if isinstance(own, tuple) else (own,), {}
+    n = next((len(t) for t in tensors_in((x, kw)) if t.dim()), None)
+    if isinstance(own, tuple):
+        return tuple(tensor_of_rows(v, n) for v in own), {}
+    if isinstance(own, Mapping):
+        own_by_name = {k: tensor_of_rows(v, n) for k, v in own.items()}
+        if not any(isinstance(v, list) for v in own_by_name.values()):
+            return (own_by_name,), {}
+    elif isinstance(rows := tensor_of_rows(own, n), Tensor):
+        return (rows,), {}
     option = 'inputs' if teacher.items is None else 'items'
     raise DistillError(
         f'{option}= of the teacher {teacher.name} returned a {type(own).__name__}'
-        f'{" of lists" if lists else ""}: must be a tensor, a tuple of several, or a dict of '
-        "tensors by name (of a tokenizer of Hugging Face: return_tensors='pt', padding=True)."
+        f'{" of lists" if isinstance(own, Mapping) else ""}: must be a tensor or array with a row for '
+        'each sample, a tuple of several, or a dict of tensors by name (of a tokenizer of Hugging Face: '
+        "return_tensors='pt', padding=True)."
     )
+
+
+def tensor_of_rows(o: Any, n: int | None) -> Any:
+    """Convert an array or a list with a row for each of `n` samples to a tensor. Return other values
+    unchanged.
+    """
+    t = None if isinstance(o, Tensor) else tensor_of_numbers(o)
+    return o if t is None or n not in (None, len(t)) else t
 
 
 def prepared_inputs(

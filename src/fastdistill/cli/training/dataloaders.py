@@ -28,8 +28,9 @@ from ...base.distributed import world_size
 from ...base.errors import DistillError
 from .config import TRAIN_TASKS
 
-__all__ = ['device_of', 'loaders_of']
+__all__ = ['TEXT', 'device_of', 'loaders_of']
 
+TEXT = 'input'  # column of the texts in the table of the DataLoaders
 BATCH = dict(images=64, masks=8, texts=64, table=256)
 
 
@@ -139,12 +140,12 @@ def mask_loaders(s, config, teacher, **options):
 
 
 def text_loaders(s, config, teacher, **options):
-    frame = marked_frame(s).rename(columns={s.x[0]: 'input', s.y: 'label'})
+    frame = marked_frame(s).rename(columns={s.x[0]: TEXT, s.y: 'label'})
     vocab = None if teacher is None else known(teacher, 'texts', lambda dls: dls.vocab[0])
     dls = TextDataLoaders.from_df(
         frame,
         Path(),
-        text_col='input',
+        text_col=TEXT,
         label_col='label',
         label_delim=s.delimiter or None,
         y_block=label_block(s),

@@ -13,6 +13,7 @@ from dataclasses import asdict, replace
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
+from operator import itemgetter
 from pathlib import Path
 
 import torch
@@ -30,12 +31,13 @@ from ...fastai.teachers import teacher_of
 from ...recipes.recipe_text import recipe_from_text
 from ...teachers.estimator import is_estimator
 from ...teachers.fast_copy import AS_IT_IS
+from ...teachers.teacher import Teacher
 from .architectures import check_arch, learner_of
 from .config import TrainConfig, write_config
 from .data_checks import checked_samples
 from .data_files import read_samples
 from .data_fingerprint import data_changes, data_fingerprint
-from .dataloaders import loaders_of
+from .dataloaders import TEXT, loaders_of
 from .resumable_fit import Checkpoints, find_rate, fit_stage, seed_everything, silent
 from .run_settings import settings_of
 from .teachers import file_teacher, with_weights
@@ -224,10 +226,10 @@ class TrainRun:
 
     def samples(self, loaded):
         s = read_samples(self.config)
-        if is_estimator(loaded) and s.task != 'table':
+        if is_estimator(loaded) and s.task not in ('table', 'texts'):
             raise DistillError(
                 f'{self.config.teacher} holds an estimator ({type(loaded).__name__}), which reads the '
-                f'rows of a table, but {self.config.data} holds {s.task}.'
+                f'rows of a table or texts, but {self.config.data} holds {s.task}.'
             )
         check_arch(self.config.arch('student'), s.task)
         if loaded is None:
@@ -242,6 +244,8 @@ class TrainRun:
         return make()
 
     def teacher(self, loaded, make, s):
+        if is_estimator(loaded) and s.task == 'texts':
+            return Teacher(loaded, items=itemgetter(TEXT))
         if loaded is not None:
             return loaded
         if self.config.teacher_weights:
