@@ -562,7 +562,7 @@ def views():
 
 
 def report():
-    "The page of `compare` on scikit-learn's digits, as Chromium shows it on light and on dark ground"
+    "The page of `compare` on the demo's numbers, as Chromium shows it on light and on dark ground"
     from fastdistill.cli.demo import train
     from fastdistill.cli.demo.tasks import load_task
     from fastdistill.fastai import compare, kd

@@ -9,6 +9,7 @@ from fastdistill.base.outputs import DistillWarning
 from fastdistill.cli import main
 from fastdistill.cli.demo import Results, run, tasks
 from rich.console import Console
+from sklearn.datasets import load_digits
 
 
 def test_version(command):
@@ -63,7 +64,7 @@ def test_the_demo_ends_with_a_table_a_picture_and_numbers(demo):
         'student alone',
         'distilled',
         'soft labels only',
-        '692',
+        '12,444',
         'with your own data',
         'student.distill(teacher',
     )
@@ -74,9 +75,9 @@ def test_the_demo_ends_with_a_table_a_picture_and_numbers(demo):
         assert im.size == (1650, 750)
     got = json.loads((folder / 'demo-digits.json').read_text())
     assert (
-        got['steps'] == [60, 60]
-        and got['n'] == [1200, 597]
-        and got['params'] == dict(teacher=65834, student=692)
+        got['steps'] == [36, 36]
+        and got['n'] == [600, 600]
+        and got['params'] == dict(teacher=421412, student=12444)
     )
     assert 0 < got['teacher'] <= 1 and [*got['scores']] == [
         'student alone',
@@ -91,6 +92,17 @@ def test_the_same_seed_gives_the_same_numbers(demo, tmp_path):
     before = json.loads((demo[2] / 'demo-digits.json').read_text())
     assert r.teacher == before['teacher']
     assert r.scores == before['scores']
+
+
+def test_no_digit_is_in_a_number_for_training_and_in_one_for_the_test():
+    task = tasks.load_task('digits')
+    halves = [torch.cat([x[..., :8], x[..., 8:]]).flatten(1) for x, _ in (task.train, task.test)]
+    train, test = [set(map(tuple, h.tolist())) for h in halves]
+    assert train & test == set()
+    digits, drawn = load_digits(), task.train[0][0, 0]
+    for half, figure in zip((drawn[:, :8], drawn[:, 8:]), task.classes[task.train[1][0]]):
+        same = (digits.images[:1200] == 16 * half.numpy()).all((1, 2))
+        assert {str(d) for d in digits.target[:1200][same]} == {figure}
 
 
 def results(teacher, **scores):

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from fastdistill.cli.demo.tasks import load_task
 
 pytest.importorskip('sklearn')
 HERE = Path(__file__).parents[2] / 'benchmarks' / 'quality'
@@ -803,9 +804,17 @@ def test_timm_s_default_is_the_task_loss_and_kl(quality, logits):
     torch.testing.assert_close(quality.candidates.CANDIDATES['timm'].recipe()(s, t, y), theirs)
 
 
+def demo_results(name):
+    return json.loads((HERE.parent / 'results' / 'demo' / f'{name}.json').read_text())
+
+
+def mean_and_spread(scores):
+    scores = 100 * np.array(scores)
+    return f'{scores.mean():.1f} ± {scores.std(ddof=1):.1f}'
+
+
 def test_the_page_of_the_demo_says_what_its_run_measured():
-    run = json.loads((HERE.parent / 'results' / 'demo' / 'digits.json').read_text())
-    page = (HERE.parents[1] / 'docs' / 'demo.md').read_text()
+    run, page = demo_results('digits'), (HERE.parents[1] / 'docs' / 'demo.md').read_text()
     rows = {
         'student alone': 'student alone',
         'distilled': 'distilled with the default',
@@ -813,13 +822,32 @@ def test_the_page_of_the_demo_says_what_its_run_measured():
     }
     alone = run['scores']['student alone']
     for way, begins in rows.items():
-        scores = 100 * np.array(run['scores'][way])
+        scores = run['scores'][way]
         (row,) = [l for l in page.splitlines() if l.startswith(f'| {begins}')]
-        assert f'| {scores.mean():.1f} ± {scores.std(ddof=1):.1f} |' in row
+        assert f'| {mean_and_spread(scores)} |' in row
         if way != 'student alone':
-            better = sum(a > b for a, b in zip(run['scores'][way], alone))
-            assert f'| {better} of 5 seeds |' in row
+            better = sum(a > b for a, b in zip(scores, alone))
+            gain = 100 * (np.mean(scores) - np.mean(alone))
+            assert f'| {better} of 5 seeds | {gain:+.1f} |' in row
     assert f'| teacher | {100 * run["teacher"]:.1f} |' in page
+    assert f'{run["seconds"]:.0f} seconds' in page
+    assert min(run['scores']['distilled']) > run['teacher']
+
+
+def test_the_rates_of_the_demo_are_the_best_on_validation_data_without_a_teacher():
+    found, page = demo_results('rates'), (HERE.parents[1] / 'docs' / 'demo.md').read_text()
+    ways = 'student alone', 'distilled', 'soft labels only'
+    best = [
+        max(rates, key=lambda r: np.mean(rates[r]))
+        for rates in (found['scores'][k] for k in ('teacher', 'student alone'))
+    ]
+    assert tuple(map(float, best)) == load_task('digits').lr
+    assert min(found['seeds']) >= len(demo_results('digits')['scores']['distilled'])
+    for rate in found['scores']['distilled']:
+        name = f'{float(rate):g}'.removeprefix('0')
+        cells = [mean_and_spread(found['scores'][way][rate]) for way in ways]
+        name = f'**{name}**' if rate == best[1] else name
+        assert f'| {" | ".join([name, *cells])} |' in page
 
 
 # what PROTOCOL.md says, and its statistics

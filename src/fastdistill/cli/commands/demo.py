@@ -18,7 +18,7 @@ def demo(
         'out'
     ),
     data: Annotated[
-        str, typer.Option(help='digits (needs no files), cifar10 or camvid.')
+        str, typer.Option(help='digits (two-digit numbers; needs no files), cifar10 or camvid.')
     ] = 'digits',
     root: Annotated[
         Path | None, typer.Option(help='Folder of the data, for cifar10 and camvid.')

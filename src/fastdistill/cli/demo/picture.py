@@ -83,7 +83,7 @@ def draw_items(fig, task, teacher, students, n=4):
     # select one image per class
     best = torch.stack([order.where(y == c, -torch.inf).max(0).indices for c in y.unique()])
     best = best[order[best].topk(min(n, len(best))).indices]
-    axs = fig.subplots(n, 3, width_ratios=(1, 1.9, 1.5))
+    axs, widest = fig.subplots(n, 3, width_ratios=(1, 1.9, 1.5)), soft[best].max().item()
     heads = '', f'right, of {len(students[ALONE])} students', f'teacher, T={T:g}'
     for ax, head in zip(axs[0], heads):
         ax.set_title(head, loc='left')
@@ -116,7 +116,7 @@ def draw_items(fig, task, teacher, students, n=4):
                 fontsize=9,
             )
         bars.set_yticks(range(3), [task.classes[c] for c in top.indices])
-        bars.set(xlim=(0, 1.25), xticks=[])
+        bars.set(xlim=(0, 1.25 * widest), xticks=[])
         bars.invert_yaxis()
         for ax in (im, text):
             ax.axis('off')
