@@ -25,7 +25,13 @@ from fastai.tabular.all import (
 from fastai.vision.all import FlipItem, ImageBlock, Resize
 from PIL import Image
 from torch import nn
-from fastdistill.fastai import DistillError, KnowledgeDistillation, TeacherCache, cache_teacher
+from fastdistill.fastai import (
+    DistillError,
+    KnowledgeDistillation,
+    TeacherCache,
+    cache_teacher,
+    verify_cache,
+)
 from fastdistill.fastai.cache_feed import StoredOutputs
 from fastdistill.fastai.sample_keys import item_keys, key_root, paths_in
 
@@ -405,6 +411,43 @@ def test_a_row_of_categories_does_not_get_the_outputs_of_another_category(tmp_pa
     at = StoredOutputs(cache).plan(part, part.train, cache, None).at
     kinds = df.kind[4:].to_numpy()
     assert [*kinds[at]] == [part.train.classes['kind'][c] for c in part.train.dataset.items.kind]
+
+
+def test_a_list_of_names_does_not_fit_another_split_of_the_same_size(tmp_path):
+    def dls(first):
+        block = DataBlock(
+            (ImageBlock, CategoryBlock(vocab=['a', 'b'])),
+            get_x=lambda i: np.full((8, 8, 3), i, np.uint8),
+            get_y=lambda i: 'ab'[i % 2],
+            splitter=IndexSplitter(range(first, first + 4)),
+        )
+        return block.dataloaders(list(range(24)), bs=4, num_workers=0)
+
+    names = [f'number {i}' for i in range(4, 24)]
+    cache = write(dls(0), tmp_path, views=0, keys=names)
+    quiet(Learner(dls(0), Flat(1)), cache)
+    other = [f'number {i}' for i in range(24) if not 2 <= i < 6]
+    with pytest.raises(DistillError, match='has different ones, or a different order .* is at 0'):
+        quiet(Learner(dls(2), Flat(1)), cache)
+    with pytest.raises(DistillError, match='2 of 20 samples have no row'):
+        quiet(Learner(dls(2), Flat(1)), TeacherCache(tmp_path, keys=other))
+    with pytest.raises(DistillError, match='19 keys for 20 samples: give one for each'):
+        quiet(Learner(dls(0), Flat(1)), TeacherCache(tmp_path, keys=names[1:]))
+
+
+def test_a_function_that_names_items_fits_any_split(tmp_path):
+    "It gets the same item where the cache is written, where it is verified and where it is used"
+    got = []
+
+    def name(row):
+        got.append(type(row).__name__)
+        return f'{row.name} {row.y}'
+
+    df, pixels = labels_of_letters(), lambda row: PIXELS[row.name]
+    cache = write(by_functions_of_rows(df, pixels), tmp_path, views=0, keys=name, valid=True)
+    quiet(Learner(by_functions_of_rows(df[4:], pixels), Flat(1)), TeacherCache(tmp_path, keys=name))
+    verify_cache(cache, Flat().eval(), by_functions_of_rows(df, pixels))
+    assert {*got} == {'Series'}
 
 
 def test_a_function_cannot_name_samples_that_do_not_show_their_items(tmp_path):

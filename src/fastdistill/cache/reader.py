@@ -51,6 +51,7 @@ class TeacherCache:
 
     def __init__(self, path, force: bool = False, keys=None):
         self.folder, self.force, self.sample_names = open_folder(path), force, keys
+        self.named_items = None  # keys of the items that a list of names belongs to, if known
         if self.folder.size('manifest.json') is None:
             raise DistillError(
                 f'There is no cache at {self.folder} (no manifest.json): write one with '
@@ -104,6 +105,7 @@ class TeacherCache:
             '_keys': None,
             '_order': None,
             'sample_names': None,
+            'named_items': None,
             '_checked': checked,
         }
 

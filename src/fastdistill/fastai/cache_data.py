@@ -54,6 +54,7 @@ from .raw_items import raw_items
 from .replay_dl import Plan, attach, refuse_unindexed, sampled
 from .sample_keys import (
     are_contents,
+    content_keys,
     item_keys,
     items_of,
     key_root,
@@ -203,7 +204,7 @@ def cache_teacher(
                     progress=show,
                     **given,
                 )
-    cache.sample_names = keys
+    cache.sample_names, cache.named_items = keys, content_keys(train.dataset)
     return cache
 
 

@@ -20,7 +20,7 @@ from .learner_notes import passed_epochs
 from .patches import patch_for_targets
 from .raw_items import plan_of_items
 from .replay_dl import Plan, attach, detach, refuse_unindexed, sampled
-from .sample_keys import item_keys, matching_root, sample_files
+from .sample_keys import content_keys, item_keys, matching_root, sample_files
 from .teacher_targets import TeacherTargets
 from .transforms import augmented, describe_transforms, moves
 
@@ -115,6 +115,8 @@ class StoredOutputs(HeldOutputs):
                 cache.force,
             )
         names = item_keys(dl, keys, matching_root(cache, dls, dl))
+        if keys is not None and not callable(keys) and keys is cache.sample_names:
+            refuse_other_items(cache, dl)
         plan = Plan(
             names,
             cache.views,
@@ -349,6 +351,21 @@ class SideBySide:
 
 def same_views(a, b):
     return (a.views, a.seed) == (b.views, b.seed) and np.array_equal(a.keys, b.keys)
+
+
+def refuse_other_items(cache, dl):
+    """Raise an error if the list of names in a cache belongs to other items than the DataLoader's,
+    or to the same items in a different order.
+    """
+    was, now = cache.named_items, content_keys(dl.dataset)
+    if was is None or now is None or np.array_equal(was, now):
+        return
+    raise DistillError(
+        f'keys= was a list of names for the samples with which {cache.folder} was written, but this '
+        f'training set has different ones, or a different order (the first difference is at '
+        f'{np.flatnonzero(was != now)[0]}). Open the cache with their names, '
+        'TeacherCache(path, keys=[...]), or with a function that names an item.'
+    )
 
 
 def misfits(dl, plan, cache):

@@ -20,6 +20,7 @@ from .language_model import is_stream
 
 __all__ = [
     'are_contents',
+    'content_keys',
     'item_keys',
     'items_of',
     'key_root',
@@ -83,6 +84,14 @@ def are_contents(dataset, keys) -> bool:
     items = items_of(dataset)
     table = hasattr(items, 'columns')
     return keys is None and not (table and input_columns(dataset, items) is None)
+
+
+def content_keys(dataset) -> np.ndarray | None:
+    """Return keys of the items themselves, (N,) uint64. None if they do not identify samples."""
+    try:
+        return keys_of_samples(dataset, None, '')
+    except DistillError:
+        return None
 
 
 def items_of(dataset):
