@@ -96,7 +96,7 @@ def start_stream(
         store, source, lost = choose(where, store, source, first, views)
         first = next(source.run(np.arange(n), n))
         layout = Layout.of(first, store)
-        who = source.teacher | dict(reads=described(inputs))
+        who = source.teacher | dict(reads=entry_of_inputs(inputs))
         m = Manifest(0, views, seed, layout, 1, 1, who, dict(root=root), parts=[])
         m.vocab, m.versions, m.lost = vocab, versions(), list(lost)
         _begin_stream(where, m.as_read(), first)
@@ -170,7 +170,7 @@ class TeacherRows:
         who, known = identity_of(teacher), m.teacher.get('reads')
         # subtle: older versions did not store it, and a function may do the same as a column's name
         if known is not None:
-            now = described(inputs)
+            now = entry_of_inputs(inputs)
             alike = str(known).startswith(FUNCTION) == str(now).startswith(FUNCTION)
             who |= dict(reads=now if alike else known)
         refuse_others(self.folder, dict(teacher=(m.teacher, who)))
@@ -248,7 +248,7 @@ def outputs_of(teacher, x) -> Outputs:
 FUNCTION = 'function '
 
 
-def described(inputs):
+def entry_of_inputs(inputs):
     """Return the manifest entry for the argument `inputs`."""
     if callable(inputs):
         return FUNCTION + behavior_of(inputs)
