@@ -81,6 +81,36 @@ def test_bins_of_many_detections_change_little():
     assert precision_of_sums(sums)[0].mean() == pytest.approx(want.map, abs=0.01)
 
 
+def test_100_detections_of_each_class_count_in_an_image():
+    "Images with 40 detections of four classes each, and 130 of a fifth one"
+    g = torch.Generator().manual_seed(0)
+    targets, found = [], []
+    for _ in range(2):
+        labels = torch.tensor([1, 2, 3, 4]).repeat_interleave(40)
+        labels = torch.cat([labels, torch.full((130,), 5)])
+        corner = torch.rand(len(labels), 2, generator=g) * 400
+        boxes = torch.cat([corner, corner + 30], 1)
+        targets.append(dict(boxes=boxes, labels=labels))
+        moved = boxes + 1.5 * torch.randn(boxes.shape, generator=g)
+        scores = torch.rand(len(labels), generator=g)
+        found.append(dict(boxes=moved, scores=scores, labels=labels))
+    want = average_precision(found, targets)
+    assert want.classes[5] < 0.9 * want.classes[1]  # the last 30 detections of an image don't count
+    matches = [match_image(d, t) for d, t in zip(found, targets)]
+    sums = {k: v.sum(0)[None] for k, v in sums_of_images(matches, [1, 2, 3, 4, 5]).items()}
+    each = precision_of_sums(sums)[0].mean(1)
+    assert each.tolist() == pytest.approx(list(want.classes.values()), abs=5e-3)
+
+
+@pytest.mark.parametrize('classes', [['#na#', 'a', 'b', 'c'], ['__background__', 'a'], ['a', 'b']])
+def test_names_that_do_not_begin_with_class_1_are_refused(classes):
+    images, targets, found = noisy(5)
+    with pytest.raises(DistillError, match='at least 3 names, starting with class 1'):
+        compare_detectors(
+            dict(a=Finds(found)), [(images, targets)], classes=classes, repeats=10, seconds=0
+        )
+
+
 def test_perfect_detections_have_precision_1():
     _, targets, _ = noisy()
     found = [dict(t, scores=torch.ones(len(t['labels']))) for t in targets]

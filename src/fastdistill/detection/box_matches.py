@@ -11,7 +11,7 @@ from torchvision.ops import box_iou
 __all__ = ['THRESHOLDS', 'Match', 'match_image', 'precision_of_sums', 'sums_of_images']
 
 THRESHOLDS = tuple(0.5 + 0.05 * i for i in range(10))  # IoU thresholds of COCO
-MOST_DETECTIONS = 100  # maximum number of detections per image, as in COCO
+MOST_DETECTIONS = 100  # maximum number of detections of a class per image, as in COCO
 RANK_BINS = 100  # number of bins for the detections of a class, sorted by score
 
 
@@ -43,10 +43,14 @@ def match_image(detected: dict, target: dict, thresholds: Sequence[float] = THRE
         target: Dict with 'boxes' and 'labels'.
         thresholds: Minimum IoU of a match. Several values may be given.
     """
-    order = detected['scores'].cpu().argsort(descending=True, stable=True)[:MOST_DETECTIONS]
+    order = detected['scores'].cpu().argsort(descending=True, stable=True)
+    labels = detected['labels'].cpu()[order]
+    # rank of each detection among those of its class
+    rank = (labels[:, None] == labels).tril(-1).sum(1)
+    order = order[rank < MOST_DETECTIONS]
     boxes, scores, labels = [detected[k].cpu()[order] for k in ('boxes', 'scores', 'labels')]
     true, classes = target['boxes'].cpu(), target['labels'].cpu()
-    iou = box_iou(boxes.float(), true.float())
+    iou = box_iou(boxes.double(), true.double())
     iou = torch.where(labels[:, None] == classes, iou, -1.0).numpy()
     right = np.zeros((len(thresholds), len(boxes)), bool)
     for k, least in enumerate(thresholds):

@@ -41,7 +41,8 @@ def compare_detectors(
 
     Intervals and tests resample whole images. For speed, the detections of each class are sorted by
     score into 100 bins of equal size, which changes the average precision by less than one
-    percentage point.
+    percentage point. As in COCO, the 100 detections of each class with the highest scores count in
+    each image.
 
     Args:
         models: {name: detector}, such as dict(teacher=..., alone=..., distilled=...).
@@ -77,6 +78,7 @@ def compare_detectors(
     if not counts:
         raise DistillError('The images have no labeled boxes, so there is nothing to measure.')
     numbers = sorted(counts)
+    check_names_of_labels(classes, numbers)
     sums = {k: sums_of_images(v, numbers) for k, v in matches.items()}
     measures = map_measures()
     paired = PairedScores(sums, measures, repeats, seed)
@@ -109,6 +111,17 @@ def compare_detectors(
         counts=[counts[c] for c in numbers],
         machine=machine_of(tuple(first)),
     )
+
+
+def check_names_of_labels(classes: Sequence | None, numbers: Sequence[int]) -> None:
+    """Raise a DistillError if the names of the classes do not begin with class 1."""
+    if classes is None:
+        return
+    if str(classes[0]).strip('_') in ('#na#', 'background') or len(classes) < numbers[-1]:
+        raise DistillError(
+            f'classes={[*classes][:5]!r}: the labels are {numbers[0]} to {numbers[-1]}, so there must '
+            f'be at least {numbers[-1]} names, starting with class 1 and without the background.'
+        )
 
 
 def map_measures() -> list:
