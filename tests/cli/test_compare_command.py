@@ -1,5 +1,6 @@
 "`fastdistill compare`, `report` and `export`, as a user types them."
 
+import shutil
 import sys, textwrap
 import pytest
 from fastdistill.fastai import Report
@@ -75,6 +76,7 @@ def test_compare_prints_and_writes_a_report(command, there):  # noqa: F811
         (['a=mine.py:net'], 'None of the models is a Learner'),
         (['a=mine.py:alone', '--headline', 'x'], '--headline'),
         (['a=mine.py:nothing'], "mine.py has no 'nothing'"),
+        (['a=mine.py:student', 'b=mine.py:student', 'a=mine.py:alone'], "'a' is there twice"),
     ],
 )
 def test_mistakes_of_compare_are_one_line(command, there, args, why):  # noqa: F811
@@ -95,12 +97,17 @@ def test_reports_of_several_runs_are_one_table_the_best_first(command, there):  
         and 'better' in lines[0]
     )
     assert (there / 'runs.png').stat().st_size > 5000
+    shutil.copy(there / 'runs/dull/report.json', there / 'runs/good/other.json')
+    code, out, err = command('report', 'runs/good/report.json', 'runs/good/other.json')
+    assert code == 0, err
+    assert sum('distilled' in l for l in out.splitlines()) == 2
     code, out, _ = command('report', 'runs/good', '--html', 'page.html')
     assert code == 0 and 'Agreement with teacher' in out and (there / 'page.html').is_file()
     for args, why in (
         (['runs/none'], 'no file'),
         (['runs/good', 'runs/dull', '--html', 'x.html'], 'page of one report'),
         (['mine.py'], 'not JSON'),
+        (['runs/good', 'runs/good'], 'is there twice'),
     ):
         code, _, err = command('report', *args)
         assert code == 2 and why in ' '.join(err.split())

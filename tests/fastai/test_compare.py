@@ -262,6 +262,22 @@ def test_metrics_and_data_of_the_users_choice():
     assert r.models['teacher'].loss == pytest.approx(alone.models['a'].loss)
 
 
+def test_metrics_of_one_name_have_a_row_each():
+    student, teacher = toy()
+    ms = [F1Score(average='macro'), F1Score(average='micro')]
+    student.metrics = ms
+    models = dict(teacher=teacher, student=student)
+    y = torch.stack([y for _, y in student.dls.valid_ds])
+    o = torch.cat([o for o, _ in answers(teacher, student.dls.valid)]).argmax(1)
+    from sklearn.metrics import f1_score
+
+    for r in (compare(models, **QUICK), compare(models, metrics=ms, **QUICK)):
+        got = r.models['teacher'].metrics
+        assert [*got] == ['f1_score', 'f1_score (2)']
+        wanted = [f1_score(y, o, average=k) for k in ('macro', 'micro')]
+        assert [*got.values()] == pytest.approx(wanted, rel=1e-4)
+
+
 def test_the_training_goes_into_the_report():
     student, teacher = toy()
     student.distill(teacher, 3, 1e-2, check=False)

@@ -277,8 +277,8 @@ class MetricValues:
     """Computes metrics of fastai for one model. It uses copies of the metrics."""
 
     def __init__(self, learn, metrics):
-        self.learn, self.metrics = learn, [copy.deepcopy(m) for m in metrics]
-        for m in self.metrics:
+        self.learn, self.metrics = learn, copy.deepcopy(metrics)
+        for m in self.metrics.values():
             m.reset()
 
     def add(self, xb, out, yb):
@@ -292,11 +292,11 @@ class MetricValues:
             training=False,
             to_detach=to_detach,
         )
-        for m in self.metrics:
+        for m in self.metrics.values():
             m.accumulate(now)
 
     def values(self):
-        return {m.name: plain_number(m.value) for m in self.metrics}
+        return {k: plain_number(m.value) for k, m in self.metrics.items()}
 
 
 class Step:
@@ -315,11 +315,16 @@ class Step:
 def metrics_of(models, learn, metrics):
     """Return a function that creates a new `MetricValues` for a model."""
     if metrics is None:
-        found = [m for o in models.values() if isinstance(o, Learner) for m in o.metrics]
+        found = [o.metrics for o in models.values() if isinstance(o, Learner)]
     else:
-        found = [mk_metric(m) for m in L(metrics)]
-    named = {m.name: m for m in found}
-    return lambda: MetricValues(learn, named.values())
+        found = [[mk_metric(m) for m in L(metrics)]]
+    named = {}
+    for ms in found:
+        names = [m.name for m in ms]
+        # e.g. two averages of the F1 score have one name
+        again = [names[:i].count(n) for i, n in enumerate(names)]
+        named |= {f'{n} ({i + 1})' if i else n: m for n, i, m in zip(names, again, ms)}
+    return lambda: MetricValues(learn, named)
 
 
 def plain_number(v):

@@ -22,6 +22,16 @@ from ..named_objects import (
 __all__ = ['compare_command', 'export_command', 'report_command']
 
 
+def named_once(pairs):
+    """Build a dict. Raise a DistillError if two pairs have the same name."""
+    out = {}
+    for name, what in pairs:
+        if name in out:
+            raise DistillError(f'{name!r} is there twice: each one needs a name of its own.')
+        out[name] = what
+    return out
+
+
 def compare_command(
     models: ModelsArg,
     data: DataOption = None,
@@ -48,7 +58,7 @@ def compare_command(
     """
     from ...fastai import compare as compare_models
 
-    named = dict(map(split_name, models))
+    named = named_once(map(split_name, models))
     dls = None if data is None else load_object(data, dataloaders)
     load = load_model_with_data if dls is None else load_teacher
     r = compare_models(
@@ -94,12 +104,12 @@ def report_command(
         raise DistillError(f'html= is the page of one report, but there are {len(runs)}.')
     from ...evaluation import Report, plot_runs, print_runs
 
-    found = {
-        str(p.parent if p.is_file() else p): Report.from_json(
-            p if p.is_file() else p / 'report.json'
-        )
-        for p in runs
-    }
+    files = [p if p.is_file() else p / 'report.json' for p in runs]
+    folders = [p.parent for p in files]
+    found = named_once(
+        (str(folder if folders.count(folder) == 1 else p), Report.from_json(p))
+        for p, folder in zip(files, folders)
+    )
     if len(found) == 1:
         (r,) = found.values()
         r.show()
