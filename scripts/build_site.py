@@ -31,6 +31,8 @@ MEASURED = dict(
     cwd=r'cwd\(',
 )
 MAX_BYTES = 500_000  # of a page
+# pages of records, which would hide the answers in the site's search
+NOT_SEARCHED = 'CHANGELOG.md', 'benchmarks/LOG.md'
 # what fastdistill.fastai adds to every Learner
 LEARNER = (
     'recipe_find.distill_find learner.calibrate learner.check_teacher learner.distill learner.explain '
@@ -137,16 +139,24 @@ def too_large(html):
     return [str(o) for o in html.rglob('*.html') if o.stat().st_size > MAX_BYTES]
 
 
+def write_pages(into):
+    "All pages from which the site is built"
+    gather(pages(), into)
+    for name in ('site.css', 'site.js'):
+        shutil.copyfile(ROOT / 'docs' / name, into / 'docs' / name)
+    for name in NOT_SEARCHED:
+        text = (into / name).read_text()
+        (into / name).write_text(f'---\nsearch:\n  exclude: true\n---\n\n{text}')
+    add_measurements(into / 'docs' / 'methods')
+    names = (ROOT / 'tests' / 'api.txt').read_text().split()
+    write_reference(names, into / 'docs' / 'reference')
+
+
 def main():
     shutil.rmtree(SITE, ignore_errors=True)
     if missing := missing_from_the_menu(pages()):
         raise SystemExit(f'not in the nav of mkdocs.yml: {missing}')
-    gather(pages(), SITE / 'pages')
-    for name in ('site.css', 'site.js'):
-        shutil.copyfile(ROOT / 'docs' / name, SITE / 'pages' / 'docs' / name)
-    add_measurements(SITE / 'pages' / 'docs' / 'methods')
-    names = (ROOT / 'tests' / 'api.txt').read_text().split()
-    write_reference(names, SITE / 'pages' / 'docs' / 'reference')
+    write_pages(SITE / 'pages')
     command = [sys.executable, '-m', 'zensical', 'build', '--clean', '--strict']
     if code := subprocess.run(command, cwd=ROOT).returncode:
         raise SystemExit(code)

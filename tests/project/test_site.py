@@ -1,6 +1,6 @@
 "The site: what is gathered, the menu, and mistakes that stop the build."
 
-import importlib.util, re, subprocess, sys
+import importlib.util, json, re, shutil, subprocess, sys
 from pathlib import Path
 import pytest
 import fastdistill.losses
@@ -139,6 +139,96 @@ def test_a_question_that_people_ask_is_a_heading_with_an_answer(words):
     ]
     assert len(answers) >= 1
     assert re.search(r'\]\(\S+\.md', answers[0]), 'an answer leads to a page'
+
+
+# (pages in docs/ that answer a question, what people type into the search)
+SEARCHES = [
+    (
+        'faq words fastai recipes methods/kl',
+        'temperature and alpha; which temperature; what is alpha; choose T; alpha weight of the teacher',
+    ),
+    (
+        'faq why fastai',
+        'no gain; distillation does not help; no improvement; student not better; why did it not help',
+    ),
+    (
+        'faq why',
+        'worse than alone; student worse with teacher; distilled student is worse; distillation hurts accuracy; accuracy drops',
+    ),
+    ('faq why', 'nan; loss is nan; nan loss; loss becomes nan; infinite loss'),
+    (
+        'faq why words fastai',
+        'scale of the loss; loss is too large; why is the loss so large; loss scale; train loss higher than valid loss',
+    ),
+    (
+        'faq plain fastai',
+        'teacher eval mode; teacher.eval(); is the teacher frozen; teacher evaluation mode; dropout of the teacher',
+    ),
+    (
+        'faq cache',
+        'store teacher outputs; cache teacher; precompute logits; save the outputs of the teacher; offline distillation',
+    ),
+    ('faq cache stores', 'top-k; topk logits; store only top k classes; likeliest classes'),
+    (
+        'faq speed machines',
+        'out of memory; gpu memory; memory of the teacher; cuda out of memory; teacher does not fit',
+    ),
+    (
+        'faq plain classes',
+        'several teachers; ensemble of teachers; multiple teachers; two teachers; average teachers',
+    ),
+    (
+        'faq plain guides/text methods/uld',
+        'different tokenizer; tokenizer mismatch; teacher has another tokenizer; other vocabulary; different vocabulary',
+    ),
+    (
+        'faq classes',
+        'different classes; teacher has more classes; number of classes differs; class mismatch; imagenet teacher 10 classes',
+    ),
+    (
+        'faq compression guides/deployment',
+        'quantization; quantized student; int8 student; pruning; quantization aware training',
+    ),
+    ('faq detectors', 'object detection; yolo; detector; faster r-cnn; retinanet'),
+    (
+        'faq trees guides/tables',
+        'tabular data; xgboost; lightgbm teacher; random forest; sklearn table',
+    ),
+    (
+        'faq guides/language_models trainers',
+        'llm; language model; gpt distillation; next token; large language models',
+    ),
+    (
+        'faq cache guides/language_models',
+        'vllm; teacher behind an api; openai api; http server teacher; served teacher',
+    ),
+    (
+        'faq plain',
+        'what teaches what; which models can be teachers; different architecture; cnn student transformer teacher; teacher and student of different architectures',
+    ),
+]
+
+
+def test_the_search_of_the_site_leads_to_the_answer(tmp_path):
+    pytest.importorskip('zensical')
+    if shutil.which('node') is None:
+        pytest.skip('needs node')
+    build_site.write_pages(tmp_path / 'pages')
+    config = CONFIG.replace('paths: [src]', f'paths: [{ROOT / "src"}]')
+    config = config.replace('out/site/pages', 'pages').replace('out/site/html', 'html')
+    (tmp_path / 'mkdocs.yml').write_text(config)
+    command = [sys.executable, '-m', 'zensical', 'build']
+    subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
+    typed = [q for _, queries in SEARCHES for q in queries.split('; ')]
+    command = ['node', ROOT / 'scripts' / 'search_site.js', tmp_path / 'html', *typed]
+    hits = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    lost = [
+        f'{q}: {hits[q][:3]}'
+        for pages, queries in SEARCHES
+        for q in queries.split('; ')
+        if not any(h.startswith(f'docs/{page}/') for h in hits[q][:3] for page in pages.split())
+    ]
+    assert not lost
 
 
 def build(folder, **pages):
