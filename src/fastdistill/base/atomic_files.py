@@ -171,7 +171,7 @@ def acquire(f: Any) -> Any:
 
 @contextmanager
 def file_errors(
-    what: str, errors: tuple[type[BaseException], ...] = (OSError, ValueError)
+    what: str, errors: type[Exception] | tuple[type[Exception], ...] = (OSError, ValueError)
 ) -> Iterator[None]:
     """Context manager that replaces errors of the file system by a DistillError with a clear
     message.

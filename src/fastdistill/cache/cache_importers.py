@@ -6,13 +6,15 @@ The outputs can be JSON lines, Parquet, Arrow or NumPy files, or Python objects.
 import importlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from math import isfinite
 from pathlib import Path, PurePath
+from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from ..base.outputs import DistillError, Outputs, TopK
 from .digests import file_checksum, fingerprint
@@ -44,12 +46,12 @@ LEAST_LOGPROB = -1000  # vLLM and OpenAI write -9999 for missing values
 
 
 def cache_from(
-    outputs,
-    path,
+    outputs: Any,
+    path: Path | str,
     n: int | None = None,
     *,
-    keys=None,
-    root=None,
+    keys: Sequence | str | None = None,
+    root: Path | str | None = None,
     value: str | None = None,
     given: str | None = None,
     topk: int | None = None,
@@ -58,12 +60,12 @@ def cache_from(
     length: int | None = None,
     dtype: str = 'float16',
     teacher: str | None = None,
-    vocab=None,
+    vocab: Sequence | None = None,
     bs: int = 64,
     force: bool = False,
-    progress=True,
+    progress: bool | Callable = True,
     tool: str | None = None,
-    config=None,
+    config: Any = None,
 ) -> TeacherCache:
     """Write a cache of outputs that a different program computed, and open the cache.
 
@@ -122,7 +124,7 @@ def cache_from(
     found = r.hashed(r.names(keys), root)
     r.measure(topk, length)
 
-    def run(tasks, bs):
+    def run(tasks: Sequence[int], bs: int) -> Iterator[Outputs]:
         for i in range(0, len(tasks), bs):
             yield r.batch(tasks[i : i + bs])
 
@@ -146,15 +148,26 @@ class Reading:
     written.
     """
 
-    def __init__(self, rows, n, value, given, shift, tail, dtype):
-        self.rows, self.n, self.tail, self.dtype, self.keys = rows, n, tail, dtype, None
+    def __init__(
+        self,
+        rows: Any,
+        n: int | None,
+        value: str | None,
+        given: str | None,
+        shift: bool | None,
+        tail: str,
+        dtype: str,
+    ):
+        self.rows, self.tail, self.dtype = rows, tail, dtype
+        self.n: Any = n  # number of classes, known after `measure`
+        self.keys: Sequence | None = None
         if tail == 'mean':
             raise DistillError(
                 "tail='mean' needs the log-probabilities of all classes: it must be 'uniform', 'zero' "
                 "or 'bucket'."
             )
         first = self.columns(0)
-        self.value = value or next((k for k in VALUES if k in first), None)
+        self.value = value or next((k for k in VALUES if k in first), '')
         if self.value not in first:
             raise DistillError(
                 f'No column {value or "logprobs"!r} with outputs; the first row '
@@ -164,22 +177,23 @@ class Reading:
         if self.given not in ('logits', 'probs', 'logprobs'):
             raise DistillError(f"given={given!r}: it must be 'logprobs', 'logits' or 'probs'.")
         self.shift = VALUES.get(self.value, False) if shift is None else shift
-        self.k = self.length = None
+        self.k: int | None = None
+        self.length: Any = None
 
-    def place(self, i):
+    def place(self, i: int) -> str:
         """Describe a row by its file, number and name."""
         where = self.rows.place(i) if hasattr(self.rows, 'place') else f'Row {i}'
         return where if self.keys is None else f'{where} ({shortened(repr(self.keys[i]), 100)})'
 
     @contextmanager
-    def naming(self, i):
+    def naming(self, i: int) -> Iterator[None]:
         """Add the file and number of row `i` to the errors raised in this context."""
         try:
             yield
         except DistillError as e:
             raise DistillError(f'{self.place(i)}: {e}') from None
 
-    def columns(self, i):
+    def columns(self, i: int) -> Mapping:
         row = self.rows[i]
         if isinstance(row, Mapping):
             return row
@@ -188,7 +202,7 @@ class Reading:
             'and the outputs of a sample.'
         )
 
-    def names(self, keys):
+    def names(self, keys: Sequence | str | None) -> list:
         if keys is not None and not isinstance(keys, str):
             if len(keys) != len(self.rows):
                 raise DistillError(
@@ -196,7 +210,7 @@ class Reading:
                     'give one for each.'
                 )
             return list(keys)
-        column = keys or next((k for k in KEYS if k in self.columns(0)), None)
+        column = keys or next((k for k in KEYS if k in self.columns(0)), '')
         if column not in self.columns(0):
             raise DistillError(
                 f"No column {keys or 'key'!r} with the samples' names; the first row "
@@ -205,7 +219,7 @@ class Reading:
             )
         return [self.column(i, column) for i in range(len(self.rows))]
 
-    def column(self, i, name):
+    def column(self, i: int, name: str) -> Any:
         if name in (row := self.columns(i)):
             return row[name]
         raise DistillError(
@@ -213,9 +227,10 @@ class Reading:
             f'{", ".join(map(str, row)) or "nothing"}.'
         )
 
-    def hashed(self, names, root):
+    def hashed(self, names: Sequence, root: Path | str | None) -> np.ndarray:
         """Return the keys of the samples, (N,) uint64. All names must be different."""
-        self.keys, seen = names, {}
+        self.keys = names
+        seen: dict[int, int] = {}
         for i, name in enumerate(names):
             with self.naming(i):
                 key = key_of_name(name, root)
@@ -226,12 +241,13 @@ class Reading:
                 )
         return np.fromiter(seen, np.uint64, len(seen))
 
-    def measure(self, topk, length):
+    def measure(self, topk: int | None, length: int | None) -> None:
         """Check all rows in one pass, and find how many classes and positions every row has."""
         for name, o in dict(n=self.n, topk=topk, length=length).items():
             if o is not None and (not is_whole(o) or o < 1):
                 raise DistillError(f'{name}={o!r}: it must be a whole number from 1, or None.')
-        counts, longest, whole, self.tokens = {}, 0, True, None
+        counts: dict[int, int] = {}
+        longest, whole, self.tokens = 0, True, None
         for i in range(len(self.rows)):
             positions = self.positions(i)
             if self.tokens is None:
@@ -248,7 +264,7 @@ class Reading:
                     raise DistillError(f'there are no outputs in {self.value!r}.')
                 for j, p in enumerate(positions):
                     if p is not None:
-                        self.check(*p, f'position {j}: ' if self.in_rows else '')
+                        self.check(p[0], p[1], f'position {j}: ' if self.in_rows else '')
             whole = whole and all(c is None for c, _ in filter(None, positions))
             for k in own:
                 counts.setdefault(k, i)
@@ -259,7 +275,7 @@ class Reading:
         if self.k == self.n and not topk:
             self.k = None  # all classes are stored in order, so class numbers are not needed
 
-    def _check_classes(self, k, counts, whole, topk):
+    def _check_classes(self, k: int, counts: Any, whole: Any, topk: int | None) -> None:
         if whole and (len(counts) > 1 or self.n not in (None, k)):
             raise DistillError(
                 f'The positions have {k} to {max(counts)} classes, n={self.n} ({self.place(counts[k])} '
@@ -272,7 +288,7 @@ class Reading:
                 f'{self.place(counts[k])}.'
             )
 
-    def positions(self, i):
+    def positions(self, i: int) -> list:
         """Return (classes, numbers) for each position of a row, or None for a position without
         entries.
 
@@ -302,10 +318,10 @@ class Reading:
             out = [None if p is None else entries(p, c) for p, c in zip(o, ids)]
         return out[1:] + [None] if self.shift else out
 
-    def check(self, c, v, where):
+    def check(self, c: Any, v: Any, where: str) -> None:
         """Raise a DistillError unless the numbers are valid logits or (log-)probabilities."""
 
-        def refuse(found):
+        def refuse(found: str) -> None:
             raise DistillError(f'{where}{found}')
 
         if not len(v):
@@ -347,7 +363,7 @@ class Reading:
             'exclusive, use their logits.'
         )
 
-    def _check_probabilities(self, v, refuse):
+    def _check_probabilities(self, v: Any, refuse: Callable) -> None:
         if v.min() < -1e-5 or v.max() > 1.02:  # allow for rounding errors
             refuse(
                 f'the probabilities go from {v.min():.3g} to {v.max():.3g}: they must be from 0 '
@@ -355,7 +371,7 @@ class Reading:
                 "given='logprobs'."
             )
 
-    def _check_logarithms(self, v, refuse):
+    def _check_logarithms(self, v: Any, refuse: Callable) -> None:
         """Check logits and log-probabilities. Masked classes have -inf."""
         known = v[v != -np.inf]
         if not len(known):
@@ -375,16 +391,16 @@ class Reading:
         if len(known) < len(v) and self.dtype == 'int8':
             refuse(f"{self.value!r} has -inf, which int8 can't hold: use dtype='float16'.")
 
-    def batch(self, tasks) -> Outputs:
+    def batch(self, tasks: Sequence[int]) -> Outputs:
         """Return the outputs of some rows."""
-        ids, values, mask = zip(*(self.row(int(i)) for i in tasks))
-        ids, values, mask = (torch.from_numpy(np.stack(o)) for o in (ids, values, mask))
+        rows = zip(*(self.row(int(i)) for i in tasks))
+        ids, values, mask = (torch.from_numpy(np.stack(o)) for o in rows)
         if not self.tokens:
             ids, values = ids[:, 0], values[:, 0]
         logits = values if self.k is None else TopK(ids, values, self.n, self.tail)
         return Outputs(logits, {}, mask if self.tokens else None)
 
-    def row(self, i):
+    def row(self, i: int) -> tuple:
         k, positions = self.k or self.n, self.positions(i)[: self.length]
         ids, values = (
             np.zeros((self.length, k), np.int64),
@@ -394,10 +410,10 @@ class Reading:
         mask = np.zeros(self.length, np.float32)
         for j, p in enumerate(positions):
             if p is not None:
-                ids[j], values[j], mask[j] = *self.best(*p, k), 1
+                ids[j], values[j], mask[j] = *self.best(p[0], p[1], k), 1
         return ids, values, mask
 
-    def best(self, c, v, k):
+    def best(self, c: Any, v: Any, k: int) -> tuple:
         """Return (class numbers, log-probabilities) of the `k` most likely classes.
 
         If all classes are stored, they are returned in order.
@@ -411,7 +427,7 @@ class Reading:
         return c[order], v[order]
 
 
-def key_of_name(name, root):
+def key_of_name(name: Any, root: Any) -> int:
     """Return the key of a sample, computed from its name."""
     odd = (
         name is None
@@ -435,11 +451,11 @@ def key_of_name(name, root):
         ) from e
 
 
-def few_of(c):
+def few_of(c: Any) -> str:
     return ', '.join(map(str, c[:8])) + (' ...' if len(c) > 8 else '')
 
 
-def unwrapped(o):
+def unwrapped(o: Any) -> Any:
     """Return the list of entries inside an OpenAI response."""
     while isinstance(o, Mapping) and (
         k := next((k for k in ('content', 'top_logprobs') if k in o), None)
@@ -448,7 +464,7 @@ def unwrapped(o):
     return o
 
 
-def listed(o):
+def listed(o: Any) -> Any:
     """Convert a tuple to a list, and a tensor to an array. A 0-d array becomes a number."""
     if torch.is_tensor(o):
         o = as_array(o)
@@ -461,17 +477,17 @@ def listed(o):
     )
 
 
-def as_array(t):
+def as_array(t: Tensor) -> np.ndarray:
     """Convert a tensor on any device to an array."""
     t = t.detach().cpu()
     return (t.float() if t.dtype == torch.bfloat16 else t).numpy()  # NumPy has no bfloat16
 
 
-def is_real(o):
+def is_real(o: Any) -> bool:
     return isinstance(o, (int, float, np.integer, np.floating)) and not isinstance(o, bool)
 
 
-def is_nested(o):
+def is_nested(o: Any) -> bool:
     """Return True for a list of lists or dicts."""
     if isinstance(o, np.ndarray) and o.dtype != object:
         return o.ndim > 1
@@ -481,12 +497,12 @@ def is_nested(o):
     return len(o) > 0 and all(v is None for v in o)
 
 
-def is_pairs(o):
+def is_pairs(o: Any) -> bool:
     """Return True if all elements are (number, class) pairs or dicts with a 'logprob'."""
     return all(is_entry(e) for e in o)
 
 
-def is_entry(e):
+def is_entry(e: Any) -> bool:
     if isinstance(e, Mapping):
         return 'logprob' in e and 'top_logprobs' not in e
     pair = (
@@ -498,7 +514,7 @@ def is_entry(e):
     return pair and (len(e) == 2 or e[2] is None or isinstance(e[2], str))
 
 
-def entries(p, ids):
+def entries(p: Any, ids: Any) -> tuple:
     """Return (classes, numbers) of one position.
 
     `classes` is None if the numbers cover all classes in order.
@@ -530,7 +546,7 @@ def entries(p, ids):
     return [class_of(k) for k, _ in pairs], as_numbers([v for _, v in pairs])
 
 
-def as_numbers(p):
+def as_numbers(p: Any) -> np.ndarray:
     """Convert numbers to an array, (n,) float64."""
     if isinstance(p, np.ndarray) and p.dtype.kind in 'fiu' and p.ndim == 1:
         with np.errstate(invalid='ignore'):
@@ -543,15 +559,15 @@ def as_numbers(p):
         raise DistillError('a whole number with hundreds of digits is too large.') from e
 
 
-def named_class(e):
+def named_class(e: Any) -> Any:
     return next((e[k] for k in ('token_id', 'id', 'token') if k in e), None)
 
 
-def number_of(v):
+def number_of(v: Any) -> Any:
     return v.get('logprob') if isinstance(v, Mapping) else getattr(v, 'logprob', v)
 
 
-def class_of(k):
+def class_of(k: Any) -> int:
     text = str(k).removeprefix('token_id:')
     if text.isascii() and text.isdigit() and len(text) < 20:
         return int(text)
@@ -564,7 +580,7 @@ def class_of(k):
 # files
 
 
-def read_rows(o):
+def read_rows(o: Any) -> tuple:
     """Return (sequence of dicts, (name, fingerprint)) for any supported input."""
     if isinstance(o, (str, Path)):
         return read_path(Path(o))
@@ -578,7 +594,7 @@ def read_rows(o):
     return rows, ('rows', fingerprint(f'[{", ".join(row_texts(rows))}]'))
 
 
-def row_texts(rows):
+def row_texts(rows: Any) -> Iterator[str]:
     """Yield each row as text, from which the fingerprint is computed."""
     plain = lambda o: (
         as_array(o).tolist()
@@ -598,7 +614,7 @@ def row_texts(rows):
             ) from e
 
 
-def of_hub(o):
+def of_hub(o: Any) -> tuple:
     """Read a `datasets.Dataset` of Hugging Face, in memory or memory-mapped."""
     if isinstance(o, Mapping):
         raise DistillError(
@@ -611,7 +627,7 @@ def of_hub(o):
     return rows, ('dataset', fingerprint(' '.join(map(fingerprint, row_texts(rows)))))
 
 
-def read_path(path):
+def read_path(path: Path) -> tuple:
     if not path.exists():
         raise DistillError(f'There is no file {str(path)!r}.')
     if (path / 'dataset_dict.json').is_file():
@@ -631,7 +647,7 @@ def read_path(path):
 
 
 @contextmanager
-def reading(path, what=''):
+def reading(path: Path, what: str = '') -> Iterator[None]:
     """Convert errors of a file library to a one-line `DistillError` that names the file."""
     try:
         yield
@@ -650,29 +666,30 @@ def reading(path, what=''):
 class Joined:
     """The rows of several files, concatenated."""
 
-    def __init__(self, files):
-        self.files, self.parts = files, []
+    def __init__(self, files: Sequence[Path]):
+        self.files = files
+        self.parts: list[Any] = []
         for f in files:
             with reading(f):
                 self.parts.append(READERS[f.suffix](f))
         self.ends = np.cumsum([len(p) for p in self.parts])
 
-    def __len__(self):
+    def __len__(self) -> int:
         return int(self.ends[-1])
 
-    def find(self, i):
+    def find(self, i: int) -> tuple[int, int]:
         """Return (index of the file, index of the row in that file)."""
         k = int(np.searchsorted(self.ends, i, 'right'))
         if k == len(self.parts):
             raise IndexError(i)
         return k, i - (int(self.ends[k - 1]) if k else 0)
 
-    def place(self, i):
+    def place(self, i: int) -> str:
         k, row = self.find(i)
         part = self.parts[k]
         return f'{self.files[k]}, {part.place(row) if hasattr(part, "place") else f"row {row}"}'
 
-    def __getitem__(self, i):
+    def __getitem__(self, i: int) -> Any:
         k, row = self.find(i)
         with reading(self.files[k], f', row {row}'):
             return self.parts[k][row]
@@ -681,7 +698,7 @@ class Joined:
 class Lines:
     """A file of JSON lines that stores the offset of each line and reads lines on demand."""
 
-    def __init__(self, path):
+    def __init__(self, path: Path):
         self.path, self.at, self.lines = path, [], []
         with open(path, 'rb') as f:
             at = 0
@@ -691,13 +708,13 @@ class Lines:
                     self.lines.append(n)
                 at += len(line)
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.at)
 
-    def place(self, i):
+    def place(self, i: int) -> str:
         return f'line {self.lines[i]}'
 
-    def __getitem__(self, i):
+    def __getitem__(self, i: int) -> dict:
         with open(self.path, 'rb') as f:
             f.seek(self.at[i])
             line = f.readline()
@@ -718,13 +735,15 @@ class Lines:
 class Groups:
     """A file of row groups, of which only one is in memory at a time."""
 
-    def __init__(self, sizes):
-        self.ends, self.group, self.rows = np.cumsum(sizes), None, []
+    def __init__(self, sizes: Sequence[int], read: Callable[[int], Any]):
+        self.ends, self.read = np.cumsum(sizes), read
+        self.group: int | None = None
+        self.rows: list[dict] = []
 
-    def __len__(self):
+    def __len__(self) -> int:
         return int(self.ends[-1]) if len(self.ends) else 0
 
-    def __getitem__(self, i):
+    def __getitem__(self, i: int) -> Any:
         g = int(np.searchsorted(self.ends, i, 'right'))
         if g == len(self.ends):
             raise IndexError(i)
@@ -737,7 +756,7 @@ class Groups:
         return self.rows[i - (int(self.ends[g - 1]) if g else 0)]
 
 
-def pyarrow_module(name):
+def pyarrow_module(name: str) -> Any:
     try:
         return importlib.import_module(f'pyarrow.{name}')
     except ImportError as e:
@@ -749,37 +768,30 @@ def pyarrow_module(name):
 class Parquet(Groups):
     """A Parquet file."""
 
-    def __init__(self, path):
-        self.file = pyarrow_module('parquet').ParquetFile(path)
-        super().__init__(
-            [self.file.metadata.row_group(g).num_rows for g in range(self.file.num_row_groups)]
-        )
-
-    def read(self, g):
-        return self.file.read_row_group(g)
+    def __init__(self, path: Path):
+        file = pyarrow_module('parquet').ParquetFile(path)
+        sizes = [file.metadata.row_group(g).num_rows for g in range(file.num_row_groups)]
+        super().__init__(sizes, file.read_row_group)
 
 
 class Arrow(Groups):
     """A memory-mapped Arrow file, as written by `Dataset.save_to_disk` of Hugging Face."""
 
-    def __init__(self, path):
+    def __init__(self, path: Path):
         pa, ipc = pyarrow_module('lib'), pyarrow_module('ipc')
         file = pa.memory_map(str(path))
         try:
-            self.batches = ipc.open_stream(file).read_all().to_batches()
+            batches = ipc.open_stream(file).read_all().to_batches()
         except pa.ArrowInvalid:
             # the file is not a stream but has the Arrow file format, with an index
-            self.batches = ipc.open_file(path).read_all().to_batches()
-        super().__init__([b.num_rows for b in self.batches])
-
-    def read(self, g):
-        return self.batches[g]
+            batches = ipc.open_file(path).read_all().to_batches()
+        super().__init__([b.num_rows for b in batches], batches.__getitem__)
 
 
 class Arrays:
     """A dict of NumPy arrays of equal length."""
 
-    def __init__(self, arrays, name='The array'):
+    def __init__(self, arrays: Mapping[str, np.ndarray], name: Any = 'The array'):
         self.arrays = arrays
         if (
             not arrays
@@ -792,14 +804,14 @@ class Arrays:
                 'sample.'
             )
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(next(iter(self.arrays.values())))
 
-    def __getitem__(self, i):
+    def __getitem__(self, i: int) -> dict:
         return {k: v[i] if v[i].ndim else v[i].item() for k, v in self.arrays.items()}
 
 
-def arrays_of(path):
+def arrays_of(path: Path) -> Arrays:
     if path.suffix == '.npz':
         # subtle: NumPy does not close a damaged file that it opened itself
         with open(path, 'rb') as f, np.load(f, allow_pickle=False) as o:

@@ -2,10 +2,12 @@
 
 import inspect
 from bisect import bisect_right
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
-from pathlib import PurePath
+from pathlib import Path, PurePath
+from typing import Any
 
 import numpy as np
 import torch
@@ -43,19 +45,19 @@ __all__ = ['Replayed', 'cache_dataset']
 
 
 def cache_dataset(
-    teacher,
-    dataset,
-    path,
+    teacher: Any,
+    dataset: Any,
+    path: Path | str,
     views: int = 1,
-    store='auto',
+    store: Any = 'auto',
     *,
-    recipe=None,
-    keys=None,
-    inputs=None,
-    batch_tfm=None,
+    recipe: Any = None,
+    keys: Callable | Sequence | None = None,
+    inputs: Callable | None = None,
+    batch_tfm: Callable | None = None,
     axis: int = 1,
     force: bool = False,
-    progress=True,
+    progress: bool | Callable = True,
     run: dict | None = None,
     facts: dict | None = None,
 ) -> TeacherCache:
@@ -117,7 +119,7 @@ def cache_dataset(
     get = first_part if inputs is None else inputs
     shake = batch_tfm if views else None
 
-    def asked(tasks, bs):
+    def asked(tasks: Any, bs: int) -> Iterator:
         """Yield the teacher's inputs for each batch."""
         workers = (
             loader['num_workers'] if len(tasks) > bs else 0
@@ -133,7 +135,7 @@ def cache_dataset(
             x = to_device(get(batch), loader['device'])
             yield x if shake is None else shaken(shake, seeds, x)
 
-    def outputs(tasks, bs, teacher=None):
+    def outputs(tasks: Any, bs: int, teacher: Any = None) -> Iterator[Outputs]:
         teacher = held if teacher is None else teacher
         with teacher if hasattr(teacher, '__enter__') else nullcontext():
             for x in asked(tasks, bs):
@@ -180,7 +182,7 @@ def cache_dataset(
             )
 
 
-def plain_run(run, tasks, bs):
+def plain_run(run: Any, tasks: Any, bs: int) -> Iterator[Outputs]:
     """Yield outputs in which the logits are plain tensors, even if the teacher returns hidden
     states.
     """
@@ -189,7 +191,7 @@ def plain_run(run, tasks, bs):
         yield replace(out, logits=out.logits.dense()) if linear else out
 
 
-def shaken(fn, seeds, x):
+def shaken(fn: Callable, seeds: Any, x: Any) -> Any:
     """Apply a random transform to a batch, with separate random numbers for each sample."""
     xs = x if isinstance(x, tuple) else (x,)
     if not all(isinstance(o, Tensor) for o in xs):
@@ -205,7 +207,7 @@ class Views(Dataset):
     i`.
     """
 
-    def __init__(self, dataset, keys, views, seed):
+    def __init__(self, dataset: Any, keys: np.ndarray, views: int, seed: int):
         self.dataset, self.keys, self.views, self.seed, self.own = (
             dataset,
             keys,
@@ -214,21 +216,21 @@ class Views(Dataset):
             OwnGenerators(dataset),
         )
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.dataset) * max(self.views, 1)
 
-    def __getitems__(self, tasks):
+    def __getitems__(self, tasks: Sequence[int]) -> list:
         with restored_once():
             return [self[t] for t in tasks]
 
-    def __getitem__(self, task):
+    def __getitem__(self, task: int) -> tuple:
         view, i = divmod(task, len(self.dataset))
         key = int(self.keys[i])
         return view_item(self.dataset, i, key, view, self.seed, self.own), batch_seed(
             key, view, self.seed
         )
 
-    def digests(self):
+    def digests(self) -> list[dict]:
         """Return digests of the inputs of a few samples.
 
         The inputs must have the same digests when the cache is written again and, unless the cache
@@ -240,14 +242,14 @@ class Views(Dataset):
 
 
 class CollatePairs:
-    def __init__(self, collate):
+    def __init__(self, collate: Callable):
         self.collate = collate
 
-    def __call__(self, pairs):
+    def __call__(self, pairs: Sequence[tuple]) -> tuple:
         return self.collate([o for o, _ in pairs]), torch.stack([s for _, s in pairs])
 
 
-def to_device(x, device):
+def to_device(x: Any, device: Any) -> Any:
     if isinstance(x, Tensor):
         return x.to(device)
     if isinstance(x, (tuple, list)):
@@ -255,7 +257,7 @@ def to_device(x, device):
     return {k: to_device(v, device) for k, v in x.items()} if isinstance(x, dict) else x
 
 
-def check_items_repeat(items, asked):
+def check_items_repeat(items: Any, asked: Any) -> None:
     """Load a few items twice to find random transforms that can't be replayed.
 
     The check runs before the cache is written.
@@ -300,7 +302,9 @@ class Replayed(Dataset):
             to `per_sample(fn, seeds, x)`.
     """
 
-    def __init__(self, dataset, cache, keys=None, seeds: bool = False):
+    def __init__(
+        self, dataset: Any, cache: Any, keys: Callable | Sequence | None = None, seeds: bool = False
+    ):
         check_indexed(dataset)
         self.dataset, self.cache, self.seeds = dataset, cache, seeds
         self.keys, self.own = cache.keys_of(dataset, keys), OwnGenerators(dataset)
@@ -325,22 +329,22 @@ class Replayed(Dataset):
         # subtle: in shared memory, so that persistent workers see the new epoch
         self.epoch = torch.zeros(1, dtype=torch.int64).share_memory_()
 
-    def __setstate__(self, state):
+    def __setstate__(self, state: Mapping[str, Any]) -> None:
         self.__dict__.update(state)
         self.epoch.share_memory_()  # a copied dataset gets its own shared memory
 
-    def set_epoch(self, epoch: int):
+    def set_epoch(self, epoch: int) -> None:
         self.epoch.fill_(epoch)
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitems__(self, idxs):
+    def __getitems__(self, idxs: Sequence[int]) -> list:
         """Return the items of a batch. DataLoaders call this method instead of `__getitem__`."""
         with restored_once():
             return [self[i] for i in idxs]
 
-    def __getitem__(self, i):
+    def __getitem__(self, i: int) -> Any:
         i = range(len(self))[i]
         c, key = self.cache, int(self.keys[i])
         view = view_of(key, int(self.epoch), c.views, c.seed)
@@ -352,7 +356,7 @@ class Replayed(Dataset):
         return (*item, *rest) if isinstance(item, (tuple, list)) else (item, *rest)
 
 
-def place_in(dataset):
+def place_in(dataset: Any) -> Callable[[int], str]:
     """Return a function that names the sample at a position."""
     try:
         names = names_of_samples(dataset)
@@ -362,7 +366,7 @@ def place_in(dataset):
     return lambda i: f'{i}{shown(names[i])}'
 
 
-def view_item(dataset, i, key, view, seed, own):
+def view_item(dataset: Any, i: int, key: Any, view: int, seed: int, own: Any) -> Any:
     """Return one view of item `i`."""
     s = seeds_of(seed, key, view)
     with seeded(s), own.of(i).seeded(s):
@@ -375,11 +379,13 @@ class OwnGenerators:
     An item keeps its random numbers if its dataset is used through a `Subset` or `ConcatDataset`.
     """
 
-    def __init__(self, dataset):
-        self.dataset, self.found = dataset, {}
+    def __init__(self, dataset: Any):
+        self.dataset = dataset
+        self.found: dict[tuple, Generators] = {}
 
-    def of(self, i) -> Generators:
-        d, way = self.dataset, ()
+    def of(self, i: int) -> Generators:
+        d = self.dataset
+        way: tuple[int, ...] = ()
         while True:
             # a `Subset`
             if hasattr(d, 'dataset') and hasattr(d, 'indices'):
@@ -394,7 +400,7 @@ class OwnGenerators:
         return self.found[way]
 
 
-def batch_seed(key, view, seed):
+def batch_seed(key: Any, view: int, seed: int) -> Tensor:
     """Compute the seed of a sample for batch transforms.
 
     The seed is below 2**63, so that it fits in an int64 tensor.
@@ -402,7 +408,7 @@ def batch_seed(key, view, seed):
     return torch.tensor(seeds_of(seed, key, view, 1) >> 1)
 
 
-def check_indexed(dataset):
+def check_indexed(dataset: Any) -> None:
     if not hasattr(dataset, '__getitem__') or not hasattr(dataset, '__len__'):
         raise DistillError(
             f'{type(dataset).__name__} can only be iterated. Stored outputs belong to samples '

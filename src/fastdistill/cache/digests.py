@@ -4,8 +4,10 @@ import hashlib
 import importlib.metadata
 import inspect
 import platform
+from collections.abc import Callable
 from functools import partial
 from types import CodeType
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,11 +27,13 @@ __all__ = [
 ]
 
 
-def checksum(data) -> str:
+def checksum(data: bytes | memoryview) -> str:
     return hashlib.blake2b(data, digest_size=16).hexdigest()
 
 
-def file_checksum(path, step: int = 2**20, look=None) -> str:
+def file_checksum(
+    path: Any, step: int = 2**20, look: Callable[[memoryview], object] | None = None
+) -> str:
     """Compute the `checksum` of a file without loading the whole file into memory.
 
     Args:
@@ -46,7 +50,7 @@ def file_checksum(path, step: int = 2**20, look=None) -> str:
     return h.hexdigest()
 
 
-def fingerprint(*states) -> str:
+def fingerprint(*states: Any) -> str:
     """Hash the names, shapes, types and contents of state dicts, arrays or texts."""
     h = hashlib.blake2b(digest_size=16)
     for o in states:
@@ -54,7 +58,7 @@ def fingerprint(*states) -> str:
     return h.hexdigest()
 
 
-def _feed(h, o):
+def _feed(h: Any, o: Any) -> None:
     if isinstance(o, dict):
         for k, v in o.items():
             h.update(f'{k}='.encode())
@@ -62,7 +66,7 @@ def _feed(h, o):
     elif isinstance(o, Tensor):
         t = o.detach().cpu().contiguous()
         h.update(f'{t.dtype} {tuple(t.shape)} '.encode())
-        h.update(memoryview(t.reshape(-1).view(torch.uint8).numpy()) if t.numel() else b'')
+        h.update(t.reshape(-1).view(torch.uint8).numpy().data if t.numel() else b'')
     elif isinstance(o, np.ndarray):
         h.update(f'{o.dtype} {o.shape} '.encode() + np.ascontiguousarray(o).tobytes())
     # hash the type if the repr has a memory address, which differs between processes
@@ -70,7 +74,7 @@ def _feed(h, o):
         h.update((r if ' at 0x' not in (r := repr(o)) else type(o).__qualname__).encode())
 
 
-def flat_values(o):
+def flat_values(o: Any) -> list:
     """Return the tensors, arrays and numbers in a nested item."""
     if isinstance(o, dict):
         return [v for k in o for v in flat_values(o[k])]
@@ -81,7 +85,7 @@ def flat_values(o):
     return [o]
 
 
-def input_digest(item):
+def input_digest(item: Any) -> str:
     """Compute the fingerprint of the input in an item of a dataset.
 
     The input is the first element of a tuple or list, and the whole item otherwise.
@@ -89,11 +93,11 @@ def input_digest(item):
     return fingerprint(*flat_values(first_part(item)))
 
 
-def first_part(o):
+def first_part(o: Any) -> Any:
     return o[0] if isinstance(o, (tuple, list)) else o
 
 
-def code_of(f):
+def code_of(f: Any) -> str:
     """Return the name of a function or class and a fingerprint of its code."""
     name = getattr(f, '__qualname__', repr(type(f)))
     try:
@@ -102,7 +106,7 @@ def code_of(f):
         return name
 
 
-def behavior_of(o, depth: int = 5) -> str:
+def behavior_of(o: Any, depth: int = 5) -> str:
     """Return a fingerprint of what a function does: of its compiled code, and of the constants and
     functions that it reads from its surroundings.
 

@@ -4,12 +4,16 @@ Each file is written completely or not at all.
 """
 
 import contextlib
+import itertools
 import os
 import re
 import shutil
 import tempfile
 import weakref
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -20,7 +24,7 @@ from .digests import checksum, file_checksum
 __all__ = ['Folder', 'natural_order', 'open_folder']
 
 
-def natural_order(name: str):
+def natural_order(name: str) -> tuple[list, str]:
     """Sort key with which numbers in names are compared as numbers: part_2 before part_10."""
     parts = re.split('([0-9]+)', name)  # every second one is a number
     return [int(o) if i % 2 else o for i, o in enumerate(parts)], name
@@ -36,7 +40,7 @@ class Folder:
 
     fetches = False  # True for remote folders, in which `local` downloads files
 
-    def __init__(self, path, top: Path | None = None):
+    def __init__(self, path: Path | str, top: Path | None = None):
         try:
             self.path = Path(path).expanduser().absolute()
         except RuntimeError as e:
@@ -46,13 +50,13 @@ class Folder:
             if self.path.is_file():
                 raise DistillError(f'{path} is a file, but a cache is a folder.')
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         return str(self.path)
 
-    def sub(self, name):
+    def sub(self, name: str) -> 'Folder':
         return Folder(self.path / name, self.top)
 
-    def size(self, name):
+    def size(self, name: str) -> int | None:
         """Return the size of a file in bytes, or None if the file does not exist."""
         with file_errors(f"Can't read {name} in {self}"):
             try:
@@ -60,11 +64,11 @@ class Folder:
             except (FileNotFoundError, NotADirectoryError):
                 return None
 
-    def sizes(self, names):
+    def sizes(self, names: Iterable[str]) -> list[int | None]:
         """Return the sizes of many files."""
         return [self.size(n) for n in names]
 
-    def names(self):
+    def names(self) -> list[str]:
         with file_errors(f"Can't read {self}"):
             if not self.path.exists():
                 return []
@@ -72,35 +76,34 @@ class Folder:
                 p.relative_to(self.path).as_posix() for p in self.path.rglob('*') if p.is_file()
             )
 
-    def read(self, name):
+    def read(self, name: str) -> bytes:
         with file_errors(f"Can't read {name} in {self}"):
             return (self.path / name).read_bytes()
 
-    def local(self, name):
+    def local(self, name: str) -> Path:
         """Return a local path from which the file can be read."""
         return self.path / name
 
-    def checksum(self, name):
+    def checksum(self, name: str) -> str:
         with file_errors(f"Can't read {name} in {self}"):
             return file_checksum(self.path / name)
 
-    def own(self, name):
+    def own(self, name: str) -> Path:
         """Return the path of a file to write or remove.
 
         Raise a DistillError if a folder on the path is a symbolic link, which could lead out of the
         cache.
         """
         p = self.path / name
-        for d in p.parents:
-            if d == self.top:
-                return p
+        for d in itertools.takewhile(lambda d: d != self.top, p.parents):
             if d.is_symlink():
                 raise DistillError(
                     f'{d} is a link, but a cache is written only to real folders. Remove the '
                     'link, or use the folder that it points to.'
                 )
+        return p
 
-    def write(self, name, data):
+    def write(self, name: str, data: Any) -> None:
         """Write a file atomically: readers see the whole file or none, even if the writer is
         killed.
         """
@@ -109,22 +112,22 @@ class Folder:
             p.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(p, data)
 
-    def remove(self, name):
+    def remove(self, name: str) -> None:
         with file_errors(f"Can't remove {name} from {self}"):
             self.own(name).unlink(missing_ok=True)
 
-    def map(self, name, dtype, shape):
+    def map(self, name: str, dtype: Any, shape: Any) -> np.ndarray:
         with file_errors(f"Can't read {name} in {self}"):
             return np.memmap(self.local(name), dtype, 'r', shape=shape)
 
-    def free(self):
+    def free(self) -> int | None:
         """Return the free disk space in bytes."""
         p = self.path.absolute()
         while not p.exists():
             p = p.parent
         return shutil.disk_usage(p).free
 
-    def lock(self, name='.lock', what=None):
+    def lock(self, name: str = '.lock', what: object = None) -> AbstractContextManager:
         """Lock the folder, so that only one process writes to it.
 
         Args:
@@ -139,36 +142,36 @@ class Remote(Folder):
 
     fetches = True
 
-    def __init__(self, url, downloads=None):
+    def __init__(self, url: str, downloads: Any = None):
         self.url, self.downloads = url.rstrip('/'), downloads
         if downloads is None:
             self.downloads = tempfile.mkdtemp(prefix='fastdistill-')
             weakref.finalize(self, remove_download, self.downloads, os.getpid())
 
     @property
-    def fs(self):
+    def fs(self) -> Any:
         return fsspec_of(self.url)[0]
 
-    def at(self, name):
+    def at(self, name: str) -> str:
         return f'{fsspec_of(self.url)[1]}/{name}'
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         return self.url
 
-    def sub(self, name):
+    def sub(self, name: str) -> 'Remote':
         return Remote(f'{self.url}/{name}')
 
     # subtle: file systems of fsspec raise errors that are not OSErrors, so all exceptions are
     # caught
 
-    def size(self, name):
+    def size(self, name: str) -> int | None:
         with file_errors(f"Can't reach {self}", Exception):
             try:
                 return self.fs.size(self.at(name))
             except FileNotFoundError:
                 return None
 
-    def listing(self):
+    def listing(self) -> dict[str, int]:
         """Return {name: size} of all files with a single request."""
         base = self.at('').lstrip('/')
         with file_errors(f"Can't reach {self}", Exception):
@@ -180,52 +183,52 @@ class Remote(Folder):
             except FileNotFoundError:
                 return {}
 
-    def sizes(self, names):
+    def sizes(self, names: Iterable[str]) -> list[int | None]:
         have = self.listing()
         return [have.get(n) for n in names]
 
-    def names(self):
+    def names(self) -> list[str]:
         return sorted(self.listing())
 
-    def read(self, name):
+    def read(self, name: str) -> bytes:
         with file_errors(f"Can't read {name} in {self}", Exception):
             return self.fs.cat_file(self.at(name))
 
-    def checksum(self, name):
+    def checksum(self, name: str) -> str:
         return checksum(self.read(name))  # checksum of the remote file, not of the downloaded copy
 
-    def local(self, name):
+    def local(self, name: str) -> Path:
         if not (p := Path(self.downloads) / name).exists():
             Folder(self.downloads).write(name, self.read(name))
         return p
 
-    def write(self, name, data):
+    def write(self, name: str, data: Any) -> None:
         tmp = self.at(name) + f'.{os.getpid()}.tmp'
         with file_errors(f"Can't write {name} in {self}", Exception):
             self.fs.makedirs(self.at(name).rpartition('/')[0], exist_ok=True)
             self.fs.pipe_file(tmp, bytes(data))
             self.fs.mv(tmp, self.at(name))
 
-    def remove(self, name):
+    def remove(self, name: str) -> None:
         with file_errors(f"Can't remove {name} from {self}", Exception):
             if self.size(name) is not None:
                 self.fs.rm_file(self.at(name))
 
-    def free(self):
+    def free(self) -> None:
         return None
 
     @contextlib.contextmanager
-    def lock(self):
+    def lock(self, name: str = '.lock', what: object = None) -> Iterator[None]:
         yield  # object stores have no locks, so simultaneous writers are not detected
 
 
-def remove_download(path, pid):
+def remove_download(path: str, pid: int) -> None:
     if os.getpid() == pid:
         # forked workers must not remove the folder of their parent
         shutil.rmtree(path, ignore_errors=True)
 
 
-def fsspec_of(url):
+def fsspec_of(url: str) -> tuple[Any, str]:
     """Return the fsspec file system of a URL, and the path in that file system."""
     try:
         from fsspec.core import url_to_fs
@@ -236,7 +239,7 @@ def fsspec_of(url):
         return url_to_fs(url)
 
 
-def open_folder(path) -> Folder:
+def open_folder(path: Any) -> Folder:
     """Open a cache folder at a local path or a URL (`s3://`, `memory://` ...)."""
     if isinstance(path, Folder):
         return path

@@ -11,11 +11,12 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from email.utils import parsedate_to_datetime
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 from ..base.atomic_files import file_errors, write_atomically
@@ -34,11 +35,11 @@ LONGEST_WAIT = 60  # maximum wait before a retry in seconds, even if the server 
 def ask_server(
     url: str,
     samples: dict,
-    path,
+    path: Path | str,
     *,
-    body=None,
-    request=None,
-    answer=None,
+    body: Mapping | None = None,
+    request: Callable | None = None,
+    answer: Callable | None = None,
     key: str | None = None,
     bs: int = 1,
     at_once: int = 8,
@@ -75,10 +76,10 @@ def ask_server(
     for k, v, least in ('bs', bs, 1), ('at_once', at_once, 1), ('retries', retries, 0):
         if not is_whole(v) or v < least:
             raise DistillError(f'{k}={v!r}: it must be a whole number from {least}.')
-    for k, v in ('per_second', per_second), ('timeout', timeout):
-        if v is not None and not (is_python_number(v) and 1e-6 <= v <= 1e6):
+    for k, number in ('per_second', per_second), ('timeout', timeout):
+        if number is not None and not (is_python_number(number) and 1e-6 <= number <= 1e6):
             raise DistillError(
-                f'{k}={v!r}: it must be a number from 0.000001 to 1,000,000, or None.'
+                f'{k}={number!r}: it must be a number from 0.000001 to 1,000,000, or None.'
             )
     server = Server(url, secret(key), per_second, retries, timeout)
     functions = {
@@ -88,7 +89,7 @@ def ask_server(
     request = request or (lambda parts: {**(body or {}), 'prompt': parts})
     answer = answer or choices_of
 
-    def ask(names):
+    def ask(names: Sequence[str]) -> str:
         of = texts_of(names)
         with naming(f'request= for {of}', server, Exception):
             asked = json.dumps(request([samples[k] for k in names])).encode()
@@ -106,7 +107,7 @@ def ask_server(
         with ThreadPoolExecutor(at_once) as pool, open(path, 'a') as f:
             jobs = {pool.submit(ask, todo[i : i + bs]) for i in range(0, len(todo), bs)}
 
-            def write(job):
+            def write(job: Any) -> None:
                 jobs.discard(job)
                 f.write(job.result())
                 f.flush()
@@ -125,11 +126,11 @@ def ask_server(
     return path
 
 
-def is_python_number(o):
+def is_python_number(o: Any) -> bool:
     return isinstance(o, (int, float)) and not isinstance(o, bool)
 
 
-def check_samples(samples):
+def check_samples(samples: Any) -> None:
     if not isinstance(samples, Mapping):
         raise DistillError(
             f'samples is of type {type(samples).__name__}: it must be a dict {{name: prompt}}.'
@@ -142,12 +143,16 @@ def check_samples(samples):
             )
 
 
-def texts_of(names):
+def texts_of(names: Sequence) -> str:
     return f'sample {names[0]!r}' + (f' and {len(names) - 1} more' if len(names) > 1 else '')
 
 
 @contextmanager
-def naming(what, server, errors=(KeyError, TypeError, ValueError, IndexError, AttributeError)):
+def naming(
+    what: str,
+    server: 'Server',
+    errors: Any = (KeyError, TypeError, ValueError, IndexError, AttributeError),
+) -> Iterator[None]:
     """Replace errors in this context by a `DistillError` that starts with `what`."""
     failed = None
     try:
@@ -162,7 +167,7 @@ def naming(what, server, errors=(KeyError, TypeError, ValueError, IndexError, At
         raise DistillError(failed) from cause
 
 
-def lines_of(rows, names):
+def lines_of(rows: Iterable[Mapping], names: Sequence) -> str:
     """Format rows as JSON lines that include the names of the samples."""
     if not isinstance(rows, (list, tuple)) or not all(isinstance(r, Mapping) for r in rows):
         raise DistillError(
@@ -177,7 +182,7 @@ def lines_of(rows, names):
     return ''.join(json.dumps({**r, 'key': k}) + '\n' for k, r in zip(names, rows))
 
 
-def secret(key):
+def secret(key: str | None) -> Any:
     if key is None:
         return None
     # subtle: without the name, which may be the key itself by mistake
@@ -197,22 +202,22 @@ def secret(key):
 class Secret(str):
     """A string whose repr is hidden, e.g. in tracebacks that show local variables."""
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         return "'***'"
 
 
-def asked_of(url, body):
+def asked_of(url: str, body: Any) -> str:
     try:
         return json.dumps(dict(url=url, body=body), default=str)
     except ValueError as e:
         raise DistillError(f"body= can't be sent as JSON: {e}.") from e
 
 
-def beside(path):
+def beside(path: Path) -> Path:
     return path.with_suffix('.request.json')
 
 
-def digests_before(path, now) -> dict:
+def digests_before(path: Path, now: Any) -> dict:
     """Return the digests of the samples that the file's requests sent, by name. Raise a DistillError
     instead of mixing the responses to different requests in one file.
 
@@ -244,7 +249,7 @@ def digests_before(path, now) -> dict:
     return known
 
 
-def note_samples(path, now, known, samples, done):
+def note_samples(path: Path, now: Any, known: dict, samples: Mapping, done: Iterable) -> None:
     """Store what the requests send. Raise a DistillError if something different was sent for a
     sample that has a response.
 
@@ -263,11 +268,11 @@ def note_samples(path, now, known, samples, done):
         write_atomically(beside(path), json.dumps(now | dict(samples=known | found)))
 
 
-def differ(a, b, k):
+def differ(a: Mapping, b: Mapping, k: str) -> bool:
     return k in a and k in b and a[k] != b[k]
 
 
-def digest_of(sample) -> str | None:
+def digest_of(sample: Any) -> str | None:
     """Return a digest of what is sent. None if it is not a JSON value."""
     try:
         return checksum(json.dumps(sample, sort_keys=True).encode())
@@ -275,7 +280,7 @@ def digest_of(sample) -> str | None:
         return None
 
 
-def names_in(path) -> set:
+def names_in(path: Path) -> set:
     """Return the names of the samples that have a response.
 
     An incomplete last line is removed from the file.
@@ -295,7 +300,7 @@ def names_in(path) -> set:
     return names
 
 
-def is_json(text) -> bool:
+def is_json(text: Any) -> bool:
     try:
         json.loads(text)
     except ValueError:
@@ -303,7 +308,7 @@ def is_json(text) -> bool:
     return True
 
 
-def name_in(path, i, line):
+def name_in(path: Path, i: int, line: Any) -> str:
     """Return the name of the sample of a line."""
     try:
         name = json.loads(line)['key']
@@ -316,7 +321,7 @@ def name_in(path, i, line):
         ) from e
 
 
-def choices_of(response):
+def choices_of(response: Any) -> list:
     """Return the log-probabilities in an OpenAI response, one row for each prompt."""
     if not isinstance(response, dict) or not isinstance(response.get('choices'), list):
         has = ', '.join(response) if isinstance(response, dict) else type(response).__name__
@@ -347,7 +352,7 @@ class NoRedirect(urllib.request.HTTPRedirectHandler):
     server.
     """
 
-    def redirect_request(self, *_):
+    def redirect_request(self, *_: Any) -> None:
         return None
 
 
@@ -361,7 +366,14 @@ class Passing(Exception):
 class Server:
     """Client that sends POST requests, with retries and a limit on the requests per second."""
 
-    def __init__(self, url, key, per_second, retries, timeout):
+    def __init__(
+        self,
+        url: str,
+        key: str | None,
+        per_second: float | None,
+        retries: int,
+        timeout: float | None,
+    ):
         check_url(url)
         # error messages show the URL without its query, which may contain an API key
         self.url, self.shown, self.key, self.retries, self.timeout = (
@@ -378,7 +390,7 @@ class Server:
         )
         self.opener, self.stopped = urllib.request.build_opener(NoRedirect), threading.Event()
 
-    def post(self, data, of):
+    def post(self, data: Any, of: str) -> Any:
         """Return the response to a request, parsed from JSON.
 
         Args:
@@ -406,11 +418,11 @@ class Server:
                 self._sleep(min(0.5 * 2**i, LONGEST_WAIT))
         raise self._failed(f'{why}, after {self.retries + 1} tries', of)
 
-    def _sleep(self, seconds):
+    def _sleep(self, seconds: float) -> None:
         if self.stopped.wait(seconds):
             raise DistillError('A different request failed.')
 
-    def _wait(self):
+    def _wait(self) -> None:
         """Wait until the next request may start."""
         while True:
             with self.lock:
@@ -421,7 +433,7 @@ class Server:
                 until = self.next
             self._sleep(until - now)
 
-    def _pause(self, seconds, why):
+    def _pause(self, seconds: float, why: str) -> None:
         """Pause all requests for the time that the server asks for, up to `LONGEST_WAIT`."""
         wait = min(seconds, LONGEST_WAIT)
         with self.lock:
@@ -434,7 +446,7 @@ class Server:
                 file=sys.stderr,
             )
 
-    def _post(self, data):
+    def _post(self, data: bytes) -> Any:
         asked = urllib.request.Request(self.url, data, {'Content-Type': 'application/json'})
         if self.key is not None:
             asked.add_unredirected_header('Authorization', f'Bearer {self.key}')
@@ -464,7 +476,7 @@ class Server:
                 raise Passing(why, None) from None
             raise DistillError(why) from None
 
-    def _refused(self, e):
+    def _refused(self, e: Any) -> None:
         """Raise the error for an HTTP status other than 200."""
         if e.code in (301, 302, 303, 307, 308):
             to = str(e.headers.get('Location')).partition('?')[0]
@@ -481,7 +493,7 @@ class Server:
             raise DistillError(why) from None
         raise Passing(why, seconds_of(e.headers.get('Retry-After', ''))) from None
 
-    def hide(self, text):
+    def hide(self, text: str) -> str:
         """Replace the API key in a text by '***'.
 
         Call this method before the text is shortened. Otherwise, the end of the text could contain
@@ -492,20 +504,20 @@ class Server:
             return text
         return text.replace(self.key, '***').replace(json.dumps(self.key)[1:-1], '***')
 
-    def shown_text(self, text, n=500):
+    def shown_text(self, text: Any, n: int = 500) -> str:
         """Prepare a text of the server for a message: without the key, without characters that
         control a terminal, and short.
         """
         return shortened(''.join(c if c.isprintable() else ' ' for c in self.hide(text)), n)
 
-    def _failed(self, why, of):
+    def _failed(self, why: Any, of: str) -> DistillError:
         return DistillError(
             f'{self.shown} gave no answer for {of} ({self.shown_text(why)}). The answers so far are kept: run it again '
             'to resume.'
         )
 
 
-def check_url(url):
+def check_url(url: str) -> None:
     """Raise a DistillError for a URL that is invalid or contains a password."""
     try:
         o = urlsplit(url)
@@ -529,7 +541,7 @@ def check_url(url):
         )
 
 
-def seconds_of(text) -> float | None:
+def seconds_of(text: Any) -> float | None:
     """Return the number of seconds in a `Retry-After` header, given as a number or a date.
 
     The result is None if the header can't be parsed.

@@ -4,6 +4,8 @@ Each error names the entry, its value and the allowed values.
 """
 
 import json
+from collections.abc import Iterable
+from typing import Any, NoReturn
 
 from ..base.outputs import DistillError
 
@@ -20,11 +22,11 @@ __all__ = [
 DEPTH = 20  # maximum nesting of lists and objects. Real manifests have fewer levels
 
 
-def shortened(o, n=200):
+def shortened(o: Any, n: int = 200) -> str:
     return s if len(s := str(o)) <= n else s[:n] + ' ...'
 
 
-def parse_json(text: bytes):
+def parse_json(text: bytes) -> Any:
     """Parse a JSON file. Raise a DistillError for deep nesting or strings that can't be printed."""
     try:
         o = json.loads(text)
@@ -34,7 +36,7 @@ def parse_json(text: bytes):
     return o
 
 
-def check_depth(o, depth=DEPTH):
+def check_depth(o: Any, depth: int = DEPTH) -> None:
     if isinstance(o, str):
         o.encode()  # fails for strings that can't be printed (lone surrogates)
     if not isinstance(o, (dict, list)):
@@ -45,18 +47,18 @@ def check_depth(o, depth=DEPTH):
         check_depth(v, depth - 1)
 
 
-def refuse_entry(name, o, allowed):
+def refuse_entry(name: str, o: Any, allowed: object) -> NoReturn:
     raise DistillError(f'{name} is {shortened(repr(o), 100)}: it must be {allowed}.')
 
 
-def whole_number(name, o, low, high) -> int:
+def whole_number(name: str, o: Any, low: int, high: int) -> int:
     # subtle: compare the type itself, because True is an instance of int
     if type(o) is not int or not low <= o <= high:
         refuse_entry(name, o, f'a whole number from {low} to {high}')
     return o
 
 
-def json_text(name, o, options=None) -> str:
+def json_text(name: str, o: Any, options: Iterable[str] | None = None) -> str:
     if not isinstance(o, str):
         refuse_entry(name, o, 'a string')
     if options is not None and o not in options:
@@ -64,7 +66,7 @@ def json_text(name, o, options=None) -> str:
     return o
 
 
-def json_list(name, o, low, high) -> list:
+def json_list(name: str, o: Any, low: int, high: int) -> list:
     if not isinstance(o, list):
         refuse_entry(name, o, 'a list')
     if not low <= len(o) <= high:
@@ -75,7 +77,9 @@ def json_list(name, o, low, high) -> list:
     return o
 
 
-def json_object(name, o, required, optional=None) -> dict:
+def json_object(
+    name: str, o: Any, required: Iterable[str], optional: Iterable[str] | None = None
+) -> dict:
     """Check that `o` is a dict with all required keys, and return it.
 
     All other keys must be in `optional`. If `optional` is None, any key is allowed.
@@ -84,8 +88,9 @@ def json_object(name, o, required, optional=None) -> dict:
         refuse_entry(name, o, 'an object')
     if missing := [k for k in required if k not in o]:
         raise DistillError(f'{name} has no {", ".join(missing)}.')
-    unknown = [] if optional is None else [k for k in o if k not in required and k not in optional]
-    if unknown:
+    if optional is None:
+        return o
+    if unknown := [k for k in o if k not in required and k not in optional]:
         possible = ', '.join([*required, *optional])
         raise DistillError(
             f'{name} has an entry {shortened(repr(unknown[0]), 100)}: must be one of {possible}.'

@@ -5,8 +5,10 @@ the same key on every machine.
 """
 
 import hashlib
+from collections.abc import Callable, Sequence
 from numbers import Integral
-from pathlib import PurePath
+from pathlib import Path, PurePath
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,7 +28,7 @@ def hash_of(*parts: bytes) -> int:
     return int.from_bytes(h.digest(), 'little')
 
 
-def key_of(o, root: str = '') -> int:
+def key_of(o: Any, root: str = '') -> int:
     """Compute the key of a sample. Raise a DistillError for types whose content can't be hashed.
 
     Args:
@@ -54,7 +56,7 @@ def hash_after(before: bytes, data: bytes) -> int:
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), 'little')
 
 
-def _parts(o, root):
+def _parts(o: Any, root: str) -> tuple:
     if isinstance(o, PurePath):
         return b'path', relative(o.as_posix(), root).encode()
     if isinstance(o, str):
@@ -86,18 +88,18 @@ def _parts(o, root):
     )
 
 
-def relative(path, root):
+def relative(path: str, root: str) -> str:
     path = path.removeprefix('./')
     return (
         path[len(root) :].lstrip('/') if root and path.startswith(root.rstrip('/') + '/') else path
     )
 
 
-def root_of(path):
+def root_of(path: Any) -> str:
     return '' if path is None else PurePath(path).as_posix() if str(path) not in ('.', '') else ''
 
 
-def keys_of(items, root='') -> np.ndarray:
+def keys_of(items: Any, root: str = '') -> np.ndarray:
     """Compute the keys of the samples in `items`, (N,) uint64."""
     # the items are keys already
     if isinstance(items, np.ndarray) and items.dtype == np.uint64 and items.ndim == 1:
@@ -105,7 +107,9 @@ def keys_of(items, root='') -> np.ndarray:
     return np.fromiter((key_of(o, root) for o in items), np.uint64, len(items))
 
 
-def dataset_keys(dataset, keys=None, root=None) -> np.ndarray:
+def dataset_keys(
+    dataset: Any, keys: Callable | Sequence | None = None, root: Path | str | None = None
+) -> np.ndarray:
     """Return the keys of the samples of a plain PyTorch or torchvision dataset.
 
     Args:
@@ -114,24 +118,23 @@ def dataset_keys(dataset, keys=None, root=None) -> np.ndarray:
             from the file paths or the content of the dataset.
         root: Folder to which paths are relative. If None, use the `root` attribute of the dataset.
     """
-    if callable(keys):
-        keys = [keys(i) for i in range(len(dataset))]
+    names: Any = [keys(i) for i in range(len(dataset))] if callable(keys) else keys
     root = root_of(folder_of(dataset) if root is None else root)
-    if keys is None:
-        keys = names_of_samples(dataset)
-    if len(keys) != len(dataset):
-        raise DistillError(f'{len(keys)} keys for {len(dataset)} samples: give one for each.')
-    return keys_of(keys, root)
+    if names is None:
+        names = names_of_samples(dataset)
+    if len(names) != len(dataset):
+        raise DistillError(f'{len(names)} keys for {len(dataset)} samples: give one for each.')
+    return keys_of(names, root)
 
 
-def folder_of(dataset):
+def folder_of(dataset: Any) -> Any:
     """Return the root folder of a dataset of files, or of the dataset that a subset belongs to."""
     while not hasattr(dataset, 'root') and hasattr(dataset, 'dataset'):
         dataset = dataset.dataset
     return getattr(dataset, 'root', None)
 
 
-def name_of(sample):
+def name_of(sample: Any) -> Any:
     """Return the part of a sample that identifies it.
 
     A pair (path, label) is identified by its path, and any other sample by its whole content.
@@ -142,7 +145,7 @@ def name_of(sample):
     return sample[0] if pair else sample
 
 
-def names_of_samples(dataset):
+def names_of_samples(dataset: Any) -> Any:
     """Return the objects that identify the samples of a dataset."""
     if type(dataset).__name__ == 'Subset':
         return [names_of_samples(dataset.dataset)[i] for i in dataset.indices]

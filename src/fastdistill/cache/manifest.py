@@ -3,17 +3,21 @@
 A manifest describes the teacher, samples, transforms and layout, and has the checksum of each file.
 """
 
+import builtins
 import json
 import re
 import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from difflib import SequenceMatcher
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 
 from ..base.outputs import DistillError, DistillWarning
 from .digests import versions
+from .file_store import Folder
 from .json_checks import (
     json_list,
     json_object,
@@ -83,7 +87,7 @@ class Manifest:
     teacher: dict = field(default_factory=dict)
     data: dict = field(default_factory=dict)
     transforms: dict = field(default_factory=dict)
-    vocab: list | None = None
+    vocab: Sequence | None = None
     samples: list = field(default_factory=list)
     versions: dict = field(default_factory=dict)
     shards: list = field(default_factory=list)
@@ -93,23 +97,23 @@ class Manifest:
     parts: list | None = None
 
     @property
-    def stored(self):
+    def stored(self) -> int:
         return max(self.views, 1)
 
     @property
-    def per_view(self):
+    def per_view(self) -> int:
         return -(-self.count // self.shard_rows) if self.parts is None else len(self.parts)
 
-    def shard(self, view, i):
+    def shard(self, view: int, i: int) -> str:
         name = f'{i:06}.bin' if self.parts is None else f'{self.parts[i][0]}.rows'
         return f'view{view:03}/{name}'
 
-    def rows_of(self, i):
+    def rows_of(self, i: int) -> int:
         if self.parts is not None:
             return self.parts[i][1]
         return min(self.shard_rows, self.count - i * self.shard_rows)
 
-    def place(self, at):
+    def place(self, at: Any) -> tuple:
         """Return (index of the file, index of the row in that file) for positions in the cache."""
         if self.parts is None:
             return np.divmod(at, self.shard_rows)
@@ -117,16 +121,16 @@ class Manifest:
         return i, at - self._starts[i]
 
     @cached_property
-    def _starts(self):
-        return np.cumsum([0, *(n for _, n in self.parts)])[:-1]
+    def _starts(self) -> np.ndarray:
+        return np.cumsum([0, *(n for _, n in self.parts or ())])[:-1]
 
-    def all_shards(self):
+    def all_shards(self) -> Iterator[tuple]:
         """Yield (view, index, name, size in bytes) of each shard."""
         for v in range(self.stored):
             for i in range(self.per_view):
                 yield v, i, self.shard(v, i), self.rows_of(i) * self.layout.bytes
 
-    def all_files(self):
+    def all_files(self) -> Iterator[tuple[str, int]]:
         """Yield (name, size in bytes) of each file that has a checksum."""
         yield 'keys.bin', 8 * self.count
         if self.parts is not None:
@@ -137,7 +141,7 @@ class Manifest:
             yield name, size
 
     @property
-    def head_bytes(self):
+    def head_bytes(self) -> int:
         """Size of the output layer in bytes. 0 if no hidden states are stored."""
         if self.layout.head is None:
             return 0
@@ -145,10 +149,10 @@ class Manifest:
         return 4 * (n * d + d + n * self.layout.head['bias'])
 
     @property
-    def bytes(self):
+    def bytes(self) -> int:
         return self.count * self.stored * self.layout.bytes + self.head_bytes
 
-    def to_json(self):
+    def to_json(self) -> builtins.bytes:
         d = dict(format=FORMAT, version=self.version, **asdict(self))
         d['layout'] = self.layout.to_json()
         for k in ('doubt', 'lost'):
@@ -158,7 +162,7 @@ class Manifest:
             del d['parts']
         return json.dumps(d, indent=1, default=as_python).encode()
 
-    def as_read(self):
+    def as_read(self) -> 'Manifest':
         """Return the manifest as if read from its file: checked, and without tuples and NumPy
         numbers.
         """
@@ -166,22 +170,21 @@ class Manifest:
         return self.of_entries(json.loads(json.dumps(d, default=as_python)))
 
     @property
-    def version(self):
+    def version(self) -> int:
         """Lowest version of the format that supports this cache."""
         return 2 if self.layout.extended or self.lost or self.parts is not None else 1
 
     @classmethod
-    def read(cls, where):
+    def read(cls, where: Folder) -> 'Manifest':
         """Read the manifest of the cache in folder `where`."""
-        if where.size('manifest.json') > MAX_MANIFEST:
+        if (size := where.size('manifest.json') or 0) > MAX_MANIFEST:
             raise DistillError(
-                f'{where}/manifest.json has {where.size("manifest.json")} bytes: at most '
-                f'{MAX_MANIFEST} are allowed.'
+                f'{where}/manifest.json has {size} bytes: at most {MAX_MANIFEST} are allowed.'
             )
         return cls.from_json(where.read('manifest.json'), where)
 
     @classmethod
-    def from_json(cls, text, where):
+    def from_json(cls, text: builtins.bytes, where: Any) -> 'Manifest':
         try:
             if not isinstance(d := parse_json(text), dict) or d.pop('format', None) != FORMAT:
                 raise NotACache(f'{where}/manifest.json does not belong to a fastdistill cache.')
@@ -201,7 +204,7 @@ class Manifest:
             ) from None
 
     @classmethod
-    def of_entries(cls, d):
+    def of_entries(cls, d: Any) -> 'Manifest':
         """Build the manifest from a dict. All entries are checked first."""
         required = [f.name for f in fields(cls) if f.default is f.default_factory is MISSING]
         json_object(
@@ -214,7 +217,7 @@ class Manifest:
         self._check_shards()
         return self
 
-    def _check_numbers(self):
+    def _check_numbers(self) -> None:
         whole_number('count', self.count, 0 if self.parts == [] else 1, MAX_COUNT)
         whole_number('views', self.views, 0, MAX_VIEWS)
         whole_number('seed', self.seed, -(2**63), 2**64 - 1)
@@ -236,7 +239,7 @@ class Manifest:
                 f'shard_rows and layout make files of {n} bytes: at most {MAX_FILE} are allowed.'
             )
 
-    def _check_parts(self):
+    def _check_parts(self) -> None:
         if self.parts is None:
             return
         for i, o in enumerate(json_list('parts', self.parts, 0, MAX_FILES)):
@@ -249,7 +252,7 @@ class Manifest:
         if (n := sum(n for _, n in self.parts)) != self.count:
             raise DistillError(f'parts have {n} rows, but count is {self.count}.')
 
-    def _check_texts(self):
+    def _check_texts(self) -> None:
         for k in ('teacher', 'transforms', 'versions'):
             json_object(k, getattr(self, k), ())
         json_object('data', self.data, (), ('keys', 'root'))
@@ -267,7 +270,7 @@ class Manifest:
             for c in g if isinstance(g, list) else [g]:
                 whole_number('teacher.classes', c, 0, MAX_COUNT)
 
-    def _check_samples(self):
+    def _check_samples(self) -> None:
         for i, s in enumerate(json_list('samples', self.samples, 0, 1000)):
             name = f'samples[{i}]'
             json_object(name, s, ('row', 'view', 'digest'), ('after',))
@@ -280,7 +283,7 @@ class Manifest:
                         f'{name}.after has {shortened(o)}: it must have three numbers.'
                     )
 
-    def _check_shards(self):
+    def _check_shards(self) -> None:
         """Check the names and sizes of the files against the other entries."""
         if type(self.complete) is not bool:
             refuse_entry('complete', self.complete, 'true or false')
@@ -296,7 +299,7 @@ class Manifest:
                 refuse_entry(f'shards[{i}].checksum', s['checksum'], '32 hexadecimal digits')
 
     @property
-    def checksums(self):
+    def checksums(self) -> dict[str, str]:
         """Checksums of all files of a complete cache."""
         return {s['name']: s['checksum'] for s in self.shards}
 
@@ -312,7 +315,7 @@ class NotACache(DistillError):
     """
 
 
-def as_python(o):
+def as_python(o: Any) -> Any:
     """Convert a NumPy number or array to Python objects for JSON."""
     if hasattr(o, 'tolist'):
         return o.tolist()
@@ -321,7 +324,7 @@ def as_python(o):
     )
 
 
-def differences(a: Manifest, b: Manifest, changed_files=lambda: '') -> list:
+def differences(a: Manifest, b: Manifest, changed_files: Callable = lambda: '') -> list:
     """Return texts that describe how the requested cache differs from the existing one.
 
     A larger number of views is not a difference, because the missing views can be added.
@@ -333,7 +336,7 @@ def differences(a: Manifest, b: Manifest, changed_files=lambda: '') -> list:
     """
     out = []
 
-    def differ(what, x, y):
+    def differ(what: str, x: Any, y: Any) -> None:
         if x != y:
             out.append(f'{what}: {shortened(x)} in the cache, {shortened(y)} now')
 
@@ -360,7 +363,7 @@ def differences(a: Manifest, b: Manifest, changed_files=lambda: '') -> list:
     return out
 
 
-def transform_differences(found, now):
+def transform_differences(found: Mapping, now: Mapping) -> list[str]:
     return [
         f'transform {k}: {shortened(a)} in the cache, {shortened(b)} now'
         for k in dict.fromkeys([*found, *now])
@@ -368,7 +371,7 @@ def transform_differences(found, now):
     ]
 
 
-def option_differences(a, b):
+def option_differences(a: str, b: str) -> list:
     """Compare the descriptions of two transforms.
 
     Returns:
@@ -387,7 +390,7 @@ def option_differences(a, b):
     ] or [(a, b)]
 
 
-def options_in(text):
+def options_in(text: str) -> list[str]:
     """Split the description of a transform into its options, e.g. 'size=224.0',
     'rotate_mat.p=0.75'.
     """
@@ -409,7 +412,7 @@ def options_in(text):
     return out
 
 
-def sample_differences(m: Manifest, at, look) -> list:
+def sample_differences(m: Manifest, at: Any, look: Callable) -> list:
     """Recompute the inputs of a few samples and compare them with the manifest.
 
     Args:
@@ -429,7 +432,7 @@ def sample_differences(m: Manifest, at, look) -> list:
     return []
 
 
-def alike(a, b):
+def alike(a: Any, b: Any) -> bool:
     """Return True if two entries of `Manifest.samples` describe the same input.
 
     The digests must be equal. Values after the batch transforms may differ slightly, since they
@@ -447,7 +450,7 @@ OTHER_INPUT = (
 )
 
 
-def other_libraries(m):
+def other_libraries(m: Manifest) -> str:
     now = versions()
     other = '; '.join(
         f'{k} {v} then, {now.get(k)} now' for k, v in m.versions.items() if now.get(k) != v
@@ -456,11 +459,11 @@ def other_libraries(m):
 
 
 def refuse(
-    where,  # folder of the cache
+    where: Any,  # folder of the cache
     found: list,  # texts that describe the differences
     force: bool,  # if True, warn instead of raising an error
     then: str = 'It is used anyway',  # end of the warning
-):
+) -> None:
     if not found:
         return
     text = f"{where} doesn't fit:\n" + '\n'.join(f'- {o}' for o in found)

@@ -2,8 +2,10 @@
 
 import importlib
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -30,7 +32,7 @@ class Tool:
         compressed: True if the rows can be read only with the configuration of the tool.
     """
 
-    convert: object
+    convert: Callable
     tail: str
     shift: bool
     keys: str
@@ -40,23 +42,23 @@ class Tool:
 class ConvertedRows:
     """Sequence of rows that are converted on access."""
 
-    def __init__(self, rows, convert, config):
+    def __init__(self, rows: Any, convert: Callable, config: Any):
         self.rows, self.convert, self.config = rows, convert, config
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.rows)
 
-    def place(self, i):
+    def place(self, i: int) -> str:
         return self.rows.place(i) if hasattr(self.rows, 'place') else f'Row {i}'
 
-    def __getitem__(self, i):
+    def __getitem__(self, i: int) -> dict:
         try:
             return self.convert(self.rows[i], self.config)
         except DistillError as e:
             raise DistillError(f'{self.place(i)}: {e}') from None
 
 
-def converted_rows(rows, tool: str, config=None, path=None):
+def converted_rows(rows: Any, tool: str, config: Any = None, path: Any = None) -> tuple:
     """Convert the rows of a tool.
 
     Args:
@@ -80,7 +82,7 @@ def converted_rows(rows, tool: str, config=None, path=None):
 # DistillKit and open-instruct
 
 
-def compression_of(config, path):
+def compression_of(config: Any, path: Any) -> dict:
     """Load and check the configuration with which rows were compressed."""
     if config is None and path is not None:
         folder = Path(path)
@@ -124,7 +126,7 @@ def compression_of(config, path):
     return c
 
 
-def read_yaml(path):
+def read_yaml(path: Path) -> Any:
     if not path.is_file():
         raise DistillError(
             f'There is no {path}, which the tool writes next to its rows: pass config=.'
@@ -148,10 +150,10 @@ class Bytes:
         data: (positions, bytes) uint8.
     """
 
-    def __init__(self, data):
+    def __init__(self, data: np.ndarray):
         self.data, self.at = data, 0
 
-    def take(self, n):
+    def take(self, n: int) -> np.ndarray:
         if self.at + n > self.data.shape[1]:
             raise DistillError(
                 f'a position has {self.data.shape[1]} bytes, fewer than its configuration says.'
@@ -159,7 +161,7 @@ class Bytes:
         self.at += n
         return np.ascontiguousarray(self.data[:, self.at - n : self.at])
 
-    def floats(self, n, dtype):
+    def floats(self, n: int, dtype: str) -> np.ndarray:
         """Read the next `n` floating-point numbers of each position, (positions, n) float64."""
         kind = np.dtype(FLOATS[dtype])
         a = self.take(n * kind.itemsize).view(kind)
@@ -167,14 +169,14 @@ class Bytes:
             a = (a.astype('<u4') << 16).view('<f4')
         return a.astype(np.float64)
 
-    def whole(self, n, bits):
+    def whole(self, n: int, bits: int) -> np.ndarray:
         """Read the next `n` integers of each position, highest bit first, (positions, n)."""
         flat = np.unpackbits(self.take(-(-n * bits // 8)), axis=1)[:, : n * bits]
         weights = 1 << np.arange(bits - 1, -1, -1, dtype=np.int64)
         return flat.reshape(len(flat), n, bits) @ weights
 
 
-def from_distillkit(row, c):
+def from_distillkit(row: Any, c: Any) -> dict:
     """Decompress a row of DistillKit.
 
     The row has `input_ids`, and the bytes `compressed_logprobs` and `bytepacked_indices` for each
@@ -201,7 +203,7 @@ def from_distillkit(row, c):
     return {**rest, 'input_ids': tokens, 'ids': [*ids, *last], 'logprobs': [*logprobs, *last]}
 
 
-def byte_table(o, name, n):
+def byte_table(o: Any, name: str, n: int) -> np.ndarray:
     """Convert the bytes of all positions to an array, (positions, bytes) uint8."""
     a = np.array([list(p) for p in o])
     if a.ndim != 2 or a.dtype.kind not in 'iu' or a.min() < 0 or a.max() > 255:
@@ -213,7 +215,7 @@ def byte_table(o, name, n):
     return a.astype(np.uint8)
 
 
-def decompressed(data: Bytes, c):
+def decompressed(data: Bytes, c: Any) -> np.ndarray:
     """Return log-probabilities, (positions, k).
 
     The log-probabilities of the most likely classes are stored exactly. All others are computed
@@ -240,7 +242,7 @@ def decompressed(data: Bytes, c):
 # axolotl
 
 
-def from_axolotl(row, _):
+def from_axolotl(row: Any, _: Any) -> dict:
     """Convert a row of axolotl, which has entries for the last tokens of a text.
 
     An entry is stored at the position of the token it predicts. Each entry is a list of dicts such
@@ -272,7 +274,7 @@ def from_axolotl(row, _):
 # vLLM
 
 
-def from_vllm(row, _):
+def from_vllm(row: Any, _: Any) -> dict:
     """Convert a response of a vLLM server, or a row that contains `prompt_logprobs`."""
     out = dict(row)
     if row.get('prompt_logprobs') is None and row.get('choices'):

@@ -1,6 +1,8 @@
 """Find the linear output layer of a teacher and capture its inputs, the hidden states."""
 
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -36,7 +38,7 @@ class OutputLayer:
     cap: float | None = None
 
     @property
-    def tap(self):
+    def tap(self) -> str:
         """Name under which the input of the layer is captured."""
         return f'{self.name}@in'
 
@@ -53,11 +55,12 @@ class OutputLayer:
         t = LinearLogits(
             hidden.float(), weight, None if bias is None else bias.to(weight), self.cap
         )
-        half = half or out.logits.dtype.itemsize < 4
-        self._verify(t, out.logits.detach(), 0.03 if half else 1e-3)
+        logits: Any = out.logits
+        half = half or logits.dtype.itemsize < 4
+        self._verify(t, logits.detach(), 0.03 if half else 1e-3)
         return replace(out, logits=t, feats=feats)
 
-    def _verify(self, t, logits, tol):
+    def _verify(self, t: LinearLogits, logits: Tensor, tol: float) -> None:
         if t.shape != logits.shape:
             raise DistillError(
                 f'The layer {self.name!r} gives logits of shape {tuple(t.shape)} for this batch, but '
@@ -108,7 +111,7 @@ class StoredHead:
         return cls(t.weight.detach().float() * unit, bias, unit, t.cap)
 
     @property
-    def tensors(self):
+    def tensors(self) -> list[Tensor]:
         return [o for o in (self.weight, self.bias, self.unit) if o is not None]
 
     def scaled(self, hidden: Tensor) -> Tensor:
@@ -119,7 +122,7 @@ class StoredHead:
         """Return the logits for hidden states in stored units."""
         return LinearLogits(hidden, self.weight, self.bias, self.cap)
 
-    def to(self, device) -> 'StoredHead':
+    def to(self, device: Any) -> 'StoredHead':
         bias = None if self.bias is None else self.bias.to(device)
         return replace(self, weight=self.weight.to(device), bias=bias, unit=self.unit.to(device))
 
@@ -128,7 +131,7 @@ class StoredHead:
         return b''.join(parts)
 
     @classmethod
-    def from_bytes(cls, data: bytes, layout) -> 'StoredHead':
+    def from_bytes(cls, data: bytes, layout: Any) -> 'StoredHead':
         """Read an output layer that `to_bytes` wrote.
 
         Args:
@@ -159,7 +162,7 @@ def worst_error(t: LinearLogits, got: LinearLogits) -> float:
     return float((read - exact).abs().max()) / spread if spread > 0 else 0.0
 
 
-def find_output_layer(teacher, run, layer: str | None = None) -> OutputLayer:
+def find_output_layer(teacher: Any, run: Callable, layer: str | None = None) -> OutputLayer:
     """Find the linear layer that computes the teacher's logits, and verify it on a batch.
 
     Args:
@@ -217,7 +220,7 @@ def find_output_layer(teacher, run, layer: str | None = None) -> OutputLayer:
     return selected(found[0], teacher)
 
 
-def which_layer(names, teacher):
+def which_layer(names: Sequence, teacher: Any) -> str:
     return (
         f'the layer {names[0]!r} of {teacher.name} does not have'
         if len(names) == 1
@@ -225,7 +228,7 @@ def which_layer(names, teacher):
     )
 
 
-def as_output(name, module, z, logits, teacher):
+def as_output(name: str, module: Any, z: Any, logits: Any, teacher: Any) -> OutputLayer | None:
     """Return an `OutputLayer` if the logits can be computed from the output `z` of a layer, else
     None.
     """
@@ -251,7 +254,7 @@ def as_output(name, module, z, logits, teacher):
     return None
 
 
-def caps_of(model):
+def caps_of(model: Any) -> Iterator[float]:
     """Yield the soft caps of the logits in the configuration of a Hugging Face model."""
     config = getattr(model, 'config', None)
     for c in (config, getattr(config, 'text_config', None)):
@@ -260,7 +263,7 @@ def caps_of(model):
             yield float(cap)
 
 
-def selected(layer, teacher):
+def selected(layer: OutputLayer, teacher: Any) -> OutputLayer:
     """Restrict the layer to the classes that the teacher selects."""
     if teacher.select is None:
         return layer
@@ -275,7 +278,7 @@ def selected(layer, teacher):
     return replace(layer, weight=layer.weight[rows], bias=bias)
 
 
-def relative_difference(a, b):
+def relative_difference(a: Tensor, b: Tensor) -> float:
     """Return the largest difference, relative to the largest absolute value of `b`."""
     if a.shape != b.shape:
         return float('inf')

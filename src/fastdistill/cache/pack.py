@@ -6,8 +6,10 @@ All files are compared with their checksums before packing and after unpacking.
 import shutil
 import stat
 import zipfile
+from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
+from typing import Any, NoReturn
 
 from ..base.atomic_files import file_errors, new_file
 from ..base.outputs import DistillError
@@ -22,7 +24,7 @@ __all__ = ['cache_facts', 'pack_cache', 'unpack_cache']
 CARD = 'README.md'
 
 
-def cache_facts(where, m):
+def cache_facts(where: Folder, m: Manifest) -> Iterator[tuple[str, str]]:
     """Yield (label, text) for each fact about a cache.
 
     Control characters are removed, because anyone may have written the manifest.
@@ -31,7 +33,7 @@ def cache_facts(where, m):
         yield k, ''.join(c if c.isprintable() else ' ' for c in str(v))
 
 
-def facts_of_cache(where, m):
+def facts_of_cache(where: Folder, m: Manifest) -> Iterator[tuple[str, Any]]:
     yield 'samples', f'{m.count:,}'
     yield 'views', f'{m.views} of each, augmented' if m.views else 'the clean one of each'
     yield (
@@ -76,8 +78,8 @@ def facts_of_cache(where, m):
 
 
 def pack_cache(
-    cache,
-    path,
+    cache: TeacherCache | Path | str,
+    path: Path | str,
     *,
     title: str | None = None,
     data: str | None = None,
@@ -126,20 +128,20 @@ def pack_cache(
     return path
 
 
-def local_path(path):
+def local_path(path: Any) -> Path:
     if '://' in str(path):
         raise DistillError(f'{path} is a URL: give a path on this machine, and copy it from there.')
     return Path(path).expanduser()
 
 
-def files_of_cache(where):
+def files_of_cache(where: Folder) -> list[str]:
     """Return the names of the files of a complete cache."""
     m = Manifest.read(where)
     optional = ['files.bin'] if where.size('files.bin') is not None else []
     return ['manifest.json', *optional, *(name for name, _ in m.all_files())]
 
 
-def manifest_last(files):
+def manifest_last(files: Mapping) -> list:
     """Sort the files so that the manifest is last.
 
     A folder without a manifest is not a cache, so an interrupted copy can't be mistaken for a
@@ -148,7 +150,7 @@ def manifest_last(files):
     return sorted(files.items(), key=lambda o: (o[0].endswith('manifest.json'), -len(o[0]), o[0]))
 
 
-def write_zip(path, files, card, force):
+def write_zip(path: Path, files: Mapping, card: str, force: bool) -> Path:
     if path.exists() and not force:
         raise DistillError(
             f'There is a file {path} already: choose another name, or pass force=True.'
@@ -162,12 +164,12 @@ def write_zip(path, files, card, force):
     return path
 
 
-def entry(name):
+def entry(name: str) -> zipfile.ZipInfo:
     """Create a zip entry with a fixed date, so that packing the same cache gives the same bytes."""
     return zipfile.ZipInfo(name, (1980, 1, 1, 0, 0, 0))
 
 
-def unpack_cache(path, to) -> TeacherCache:
+def unpack_cache(path: Path | str, to: Path | str) -> TeacherCache:
     """Unpack a cache into a folder, compare the files with their checksums, and open the cache.
 
     The packed file must contain exactly the files that its manifest lists.
@@ -187,9 +189,10 @@ def unpack_cache(path, to) -> TeacherCache:
         zipfile.ZipFile(path) as z,
     ):
         files = packed_files(z, path)
-        if (size := sum(o.file_size for o in files.values())) > where.free():
+        size, free = sum(o.file_size for o in files.values()), where.free()
+        if free is not None and size > free:
             raise DistillError(
-                f'{path} needs {size / 1e9:.2f} GB, but only {where.free() / 1e9:.2f} GB are free.'
+                f'{path} needs {size / 1e9:.2f} GB, but only {free / 1e9:.2f} GB are free.'
             )
         written = []
         try:
@@ -205,23 +208,23 @@ def unpack_cache(path, to) -> TeacherCache:
             raise
 
 
-def copy_out(z, o, file):
+def copy_out(z: zipfile.ZipFile, o: Any, file: Any) -> None:
     with z.open(o) as source:
         shutil.copyfileobj(source, file, 2**20)
 
 
-def packed_files(z, path):
+def packed_files(z: zipfile.ZipFile, path: Any) -> dict[str, zipfile.ZipInfo]:
     """Return {name: zip entry} for all files in a packed cache.
 
     Raise a DistillError if names or sizes differ from those in the manifest.
     """
 
-    def refuse(what):
+    def refuse(what: str) -> NoReturn:
         raise DistillError(
             f'{path} is not a packed cache: {what}. `fastdistill cache pack` writes one.'
         )
 
-    have = {}
+    have: dict[str, zipfile.ZipInfo] = {}
     for o in z.infolist():
         if why := unusual(o):
             refuse(f'{o.orig_filename!r} {why}')
@@ -229,7 +232,9 @@ def packed_files(z, path):
             refuse(f'it holds {o.filename!r} twice')
     if 'manifest.json' not in have:
         refuse('it has no manifest.json')
-    needed, optional = {}, {CARD: None}  # {name: size in bytes}. A size of None allows any size
+    # {name: size in bytes}. A size of None allows any size
+    needed: dict[str, int] = {}
+    optional: dict[str, int | None] = {CARD: None}
     for at in ('', 'valid/'):
         if (file := have.get(at + 'manifest.json')) is None:
             continue
@@ -251,7 +256,7 @@ def packed_files(z, path):
     return have
 
 
-def unusual(o):
+def unusual(o: zipfile.ZipInfo) -> str:
     """Return why `pack_cache` can't have written a zip entry, or '' if it can."""
     kind = stat.S_IFMT(o.external_attr >> 16)
     if o.orig_filename != o.filename:
@@ -273,7 +278,7 @@ def unusual(o):
     return ''
 
 
-def card_of(where, title, data, note, licenses, license):
+def card_of(where: Folder, title: Any, data: Any, note: str, licenses: Any, license: Any) -> str:
     """Return the text of README.md: a header for model hubs, facts about the cache, and usage."""
     m = Manifest.read(where)
     rows = dict(data=data or 'not stated') | {

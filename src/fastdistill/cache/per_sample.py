@@ -1,5 +1,8 @@
 """Run batch transforms with separate random numbers for each sample."""
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -13,7 +16,7 @@ from ..base.transform_random_state import Generators
 __all__ = ['PerSample', 'per_sample']
 
 
-def per_sample(fn, seeds, *tensors):
+def per_sample(fn: Callable, seeds: Any, *tensors: Tensor) -> Any:
     """Apply `fn` to one sample at a time, with separate random numbers for each sample.
 
     The loop over samples is slow, but correct for every function.
@@ -45,11 +48,11 @@ class PerSample(TorchFunctionMode):
     only on the seeds, not on the device.
     """
 
-    def __init__(self, seeds):
+    def __init__(self, seeds: Any):
         super().__init__()
         self.seeds, self.calls = np.asarray(seeds, np.uint64), 0
 
-    def draw(self, shape):
+    def draw(self, shape: Sequence[int]) -> Tensor:
         """Draw uniform random numbers in (0, 1).
 
         A sample gets the same numbers in every batch.
@@ -62,34 +65,38 @@ class PerSample(TorchFunctionMode):
             ((bits >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
         ).reshape(shape)
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
+    def __torch_function__(
+        self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
         kwargs = kwargs or {}
         make = getattr(self, 'new_' + getattr(func, '__name__', ''), None)
         return func(*args, **kwargs) if make is None else make(func, *args, **kwargs)
 
-    def fill(self, func, x, of, *args, **kwargs):
+    def fill(self, func: Callable, x: Any, of: Callable, *args: Any, **kwargs: Any) -> Any:
         if x.dim() == 0 or len(x) != len(self.seeds):
             return func(x, *args, **kwargs)
         return x.copy_(of(self.draw(x.shape)))
 
     # the arguments have the same names as in PyTorch. Since `from` is a Python keyword, its value is
     # read from kwargs
-    def new_uniform_(self, func, x, *args, **kwargs):
+    def new_uniform_(self, func: Callable, x: Any, *args: Any, **kwargs: Any) -> Any:
         ends = [*args, kwargs.get('from', 0.0), kwargs.get('to', 1.0)]
         lo, hi = ends[:2] if len(args) != 1 else (args[0], kwargs.get('to', 1.0))
         return self.fill(func, x, lambda u: u * (hi - lo) + lo, *args, **kwargs)
 
-    def new_bernoulli_(self, func, x, p=0.5, **kwargs):
+    def new_bernoulli_(self, func: Callable, x: Any, p: Any = 0.5, **kwargs: Any) -> Any:
         return self.fill(
             func, x, lambda u: u < (p.cpu() if isinstance(p, Tensor) else p), p, **kwargs
         )
 
-    def new_normal_(self, func, x, mean=0.0, std=1.0, **kwargs):
+    def new_normal_(
+        self, func: Callable, x: Any, mean: Any = 0.0, std: Any = 1.0, **kwargs: Any
+    ) -> Any:
         return self.fill(
             func, x, lambda u: torch.erfinv(2 * u - 1) * 2**0.5 * std + mean, mean, std, **kwargs
         )
 
-    def new_randint(self, func, *args, **kwargs):
+    def new_randint(self, func: Callable, *args: Any, **kwargs: Any) -> Any:
         sizes = [kwargs['size']] if 'size' in kwargs else []
         *given, size = [o for o in args if isinstance(o, (int, tuple, list))] + sizes
         if not size or size[0] != len(self.seeds):

@@ -4,8 +4,10 @@ Files are memory-mapped, so any number of DataLoader workers can read the same c
 """
 
 import os
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import PurePath
+from pathlib import Path, PurePath
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,7 +16,7 @@ from torch import Tensor
 from ..base.atomic_files import file_errors
 from ..base.outputs import DistillError, Outputs
 from .digests import checksum, file_checksum, input_digest
-from .file_store import open_folder
+from .file_store import Folder, open_folder
 from .keys import dataset_keys
 from .manifest import Manifest, refuse, sample_differences
 from .output_layer import StoredHead
@@ -23,7 +25,7 @@ from .sample_files import changed_text, newer_record, read_record
 __all__ = ['TeacherCache', 'damages', 'is_cache']
 
 
-def is_cache(path) -> bool:
+def is_cache(path: Any) -> bool:
     """Return True if there is a cache at a path or URL.
 
     Args:
@@ -49,7 +51,12 @@ class TeacherCache:
             item.
     """
 
-    def __init__(self, path, force: bool = False, keys=None):
+    def __init__(
+        self,
+        path: Path | str | Folder,
+        force: bool = False,
+        keys: Callable | Sequence | None = None,
+    ):
         self.folder, self.force, self.sample_names = open_folder(path), force, keys
         self.named_items = None  # keys of the items that a list of names belongs to, if known
         if self.folder.size('manifest.json') is None:
@@ -67,35 +74,38 @@ class TeacherCache:
             raise DistillError(
                 f'{self.folder} is not finished: write it again with the same arguments to resume.'
             )
-        self._maps, self._heads, self._keys, self._order = {}, {}, None, None
+        self._maps: dict[tuple[int, int], np.ndarray] = {}
+        self._heads: dict[Any, StoredHead] = {}
+        self._keys: np.ndarray | None = None
+        self._order: np.ndarray | None = None
         self._opened = checksum(m.to_json())
         self._files = {o['name']: o for o in m.shards}
         sizes = zip(m.shards, self.folder.sizes(self._files))
         self._refuse({o['name']: text for o, size in sizes if (text := wrong_size(o, size))})
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         m = self.manifest
         views = f'{m.views} views' if m.views else 'the clean view'
         size = f'{m.layout.bytes} bytes each, {m.bytes / 1e6:.1f} MB'
         return f'TeacherCache({self.folder}: {m.count} samples, {views}, {size})'
 
-    def __len__(self):
+    def __len__(self) -> int:
         return self.manifest.count
 
     @property
-    def identity(self):
+    def identity(self) -> tuple:
         """Folder and content of the cache. The value is the same each time this cache is opened."""
         return str(self.folder), self._opened
 
     @property
-    def views(self):
+    def views(self) -> int:
         return self.manifest.views
 
     @property
-    def seed(self):
+    def seed(self) -> int:
         return self.manifest.seed
 
-    def __getstate__(self):
+    def __getstate__(self) -> dict[str, Any]:
         # leave out memory maps, which would be pickled as a copy of all data
         checked = [o for o in INTACT_FILES if o[0] == str(self.folder)]
         return {
@@ -109,7 +119,7 @@ class TeacherCache:
             '_checked': checked,
         }
 
-    def __setstate__(self, state):
+    def __setstate__(self, state: dict[str, Any]) -> None:
         INTACT_FILES.update(
             state.pop('_checked')
         )  # so that a worker in a new process does not check the files again
@@ -133,16 +143,16 @@ class TeacherCache:
         return self._order
 
     @property
-    def valid(self):
+    def valid(self) -> 'TeacherCache | None':
         """The cache of the validation set in the same folder, or None if there is none."""
         sub = self.folder.sub('valid')
         return None if sub.size('manifest.json') is None else TeacherCache(sub, self.force)
 
-    def _open(self, name, dtype, shape):
+    def _open(self, name: str, dtype: Any, shape: Any) -> np.ndarray:
         self._refuse(damages(self.folder, self.manifest, [self._files[name]], once=True))
         return self.folder.map(name, dtype, shape)
 
-    def _head(self, device):
+    def _head(self, device: Any) -> StoredHead | None:
         """Return the output layer for hidden states on a device, or None if rows hold logits."""
         m = self.manifest
         if m.layout.head is None:
@@ -152,7 +162,7 @@ class TeacherCache:
             self._heads[device] = StoredHead.from_bytes(data, m.layout).to(device)
         return self._heads[device]
 
-    def _shard(self, view, i):
+    def _shard(self, view: int, i: int) -> np.ndarray:
         if (view, i) not in self._maps:
             m = self.manifest
             self._maps[view, i] = self._open(
@@ -160,7 +170,7 @@ class TeacherCache:
             )
         return self._maps[view, i]
 
-    def _refuse(self, found):
+    def _refuse(self, found: Mapping[str, str]) -> None:
         if not found:
             return
         if (
@@ -177,7 +187,7 @@ class TeacherCache:
             what = 'Restore them from a copy, or write the stream again to a new folder.'
         raise DistillError(f'Damaged files in {self.folder}: {", ".join(names[:5])}{more}. {what}')
 
-    def rows(self, at, views=0) -> np.ndarray:
+    def rows(self, at: Any, views: Any = 0) -> np.ndarray:
         """Read stored rows, (B, bytes) uint8.
 
         Args:
@@ -208,14 +218,14 @@ class TeacherCache:
         i, row = map(int, self.manifest.place(at))
         return np.array(self._shard(view, i)[row])
 
-    def _within(self, at, view):
+    def _within(self, at: Any, view: int) -> None:
         if not (0 <= at < len(self) and 0 <= view < self.manifest.stored):
             raise DistillError(
                 f'There is no position {at} with view {view}: the cache has {len(self)} samples and '
                 f'{self.manifest.stored} views.'
             )
 
-    def decode(self, rows) -> Outputs:
+    def decode(self, rows: Any) -> Outputs:
         """Decode rows (an array, or a tensor on any device) to the teacher's `Outputs`."""
         rows = rows if isinstance(rows, Tensor) else torch.from_numpy(rows)
         out = self.manifest.layout.decode(rows, self._head(rows.device))
@@ -223,7 +233,7 @@ class TeacherCache:
         out.lost = self.manifest.lost or None
         return out
 
-    def outputs(self, at, views=0) -> Outputs:
+    def outputs(self, at: Any, views: Any = 0) -> Outputs:
         """Read rows and decode them to `Outputs`.
 
         Args:
@@ -234,7 +244,7 @@ class TeacherCache:
 
     # the methods below find the rows of samples
 
-    def find(self, keys) -> np.ndarray:
+    def find(self, keys: Any) -> np.ndarray:
         """Return the position in the cache of each sample, (M,).
 
         Args:
@@ -259,10 +269,10 @@ class TeacherCache:
             )
         return at
 
-    def keys_of(self, dataset, keys=None):
+    def keys_of(self, dataset: Any, keys: Any = None) -> np.ndarray:
         return dataset_keys(dataset, keys)
 
-    def compare(self, at, item):
+    def compare(self, at: Any, item: Any) -> None:
         """Check that the inputs of a few samples are the same as when the cache was written.
 
         Args:
@@ -275,7 +285,7 @@ class TeacherCache:
         look = lambda i, view: dict(digest=input_digest(item(i, view)))
         refuse(self.folder, sample_differences(self.manifest, at, look), self.force)
 
-    def changed_files(self, files, at=None) -> list:
+    def changed_files(self, files: Sequence, at: Any = None) -> list:
         """Return the paths of sample files whose content changed since the cache was written.
 
         A file is read only if its modification time changed.
@@ -291,7 +301,7 @@ class TeacherCache:
         changed, _ = newer_record(record if at is None else record[np.asarray(at)], files)
         return [str(files[i]) for i in changed]
 
-    def check_files(self, files, at=None):
+    def check_files(self, files: Sequence, at: Any = None) -> None:
         """Check that the files of samples have not changed since the cache was written.
 
         Args:
@@ -303,13 +313,13 @@ class TeacherCache:
         if names := self.changed_files(files, at):
             refuse(self.folder, [changed_text(names, len(files))], self.force)
 
-    def check(self):
+    def check(self) -> 'TeacherCache':
         """Compare every file with its checksum. The error names the damaged files."""
         self._refuse(damages(self.folder, self.manifest, self.manifest.shards))
         read_record(self.folder, len(self))
         return self
 
-    def check_once(self):
+    def check_once(self) -> 'TeacherCache':
         """Check all files like `check`, but skip those that this process has checked before.
 
         Call this method before DataLoader workers start. Otherwise, each worker would check the
@@ -321,10 +331,10 @@ class TeacherCache:
 
 # files that this process has checked, as (folder, name, checksum, number of classes, size,
 # modification time, inode)
-INTACT_FILES = set()
+INTACT_FILES: set[tuple] = set()
 
 
-def damages(folder, m, files, once: bool = False) -> dict:
+def damages(folder: Folder, m: Manifest, files: Sequence[dict], once: bool = False) -> dict:
     """Return {file name: description of the damage} for the damaged files.
 
     Args:
@@ -335,14 +345,14 @@ def damages(folder, m, files, once: bool = False) -> dict:
     """
     look = lambda o: damage_of(folder, m, o, once)
     if len(files) == 1:
-        found = map(look, files)
+        found = [look(files[0])]
     else:
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
             found = list(pool.map(look, files))
     return {o['name']: text for o, text in zip(files, found) if text}
 
 
-def damage_of(folder, m, o, once):
+def damage_of(folder: Folder, m: Manifest, o: dict, once: bool) -> str:
     name = o['name']
     if text := wrong_size(o, folder.size(name)):
         return text
@@ -367,10 +377,11 @@ def damage_of(folder, m, o, once):
     return text
 
 
-def damage_inside(path, m, o):
-    size, known = m.layout.bytes if o['name'].startswith('view') else 1, []
+def damage_inside(path: Any, m: Manifest, o: dict) -> str:
+    size = m.layout.bytes if o['name'].startswith('view') else 1
+    known: list[bool] = []
 
-    def look(part):
+    def look(part: memoryview) -> None:
         if size > 1:
             known.append(m.layout.knows_ids(np.frombuffer(part, np.uint8).reshape(-1, size)))
 
@@ -382,6 +393,7 @@ def damage_inside(path, m, o):
 OTHER_BYTES = 'differs from what was written'
 
 
-def wrong_size(o, size):
-    if size != o['bytes']:
-        return 'is missing' if size is None else f'has {size} bytes instead of {o["bytes"]}'
+def wrong_size(o: dict, size: int | None) -> str:
+    if size == o['bytes']:
+        return ''
+    return 'is missing' if size is None else f'has {size} bytes instead of {o["bytes"]}'

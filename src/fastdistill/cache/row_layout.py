@@ -4,10 +4,12 @@ A row holds the teacher's outputs for one view of one sample. All rows have the 
 bytes.
 """
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from dataclasses import fields as dataclass_fields
 from itertools import zip_longest
 from math import prod
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -61,7 +63,7 @@ class Store:
     T: float | None = None
 
     @classmethod
-    def of(cls, o='auto', axis: int = 1) -> 'Store':
+    def of(cls, o: Any = 'auto', axis: int = 1) -> 'Store':
         """Convert the argument `store=` to a `Store`.
 
         Args:
@@ -73,7 +75,7 @@ class Store:
         if isinstance(o, str):
             if o not in (*STORE_KINDS, *DTYPES):
                 raise DistillError(f'store={o!r}: {POSSIBLE_STORES}')
-            return cls(**{'dtype' if o in DTYPES else 'kind': o}, axis=axis)
+            return cls(dtype=o, axis=axis) if o in DTYPES else cls(kind=o, axis=axis)
         own = [f.name for f in dataclass_fields(cls) if f.name != 'axis']
         if not isinstance(o, dict):
             raise DistillError(f'store={o!r}: {POSSIBLE_STORES}')
@@ -81,7 +83,7 @@ class Store:
             raise DistillError(f'store={o!r} has an unknown key {wrong[0]!r}: it {POSSIBLE_STORES}')
         return cls(**o, axis=axis)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         own = [
             k
             for k, names in OPTIONS_OF_STORES.items()
@@ -131,14 +133,14 @@ class Store:
             self.size = self.size, self.size
         self.size = None if self.size is None else tuple(self.size)
 
-    def __str__(self):
+    def __str__(self) -> str:
         """Return a short description for tables and messages."""
         if self.kind == 'topk':
             return f'top {self.topk}, {self.dtype}'
         if self.kind == 'draws':
             return f'{self.draws} draws at T={self.T:g}'
         names = dict(logits='logits', hidden='hidden states', auto='auto')
-        return f'{names[self.kind]}, {self.dtype}'
+        return f'{names[str(self.kind)]}, {self.dtype}'
 
 
 # {kind: options that only this kind has}
@@ -161,11 +163,11 @@ class Field:
     shape: tuple
     at: int = 0
 
-    def __str__(self):
+    def __str__(self) -> str:
         return f'{self.name!r} of {self.dtype} {list(self.shape)} at byte {self.at}'
 
     @classmethod
-    def from_json(cls, name, d):
+    def from_json(cls, name: str, d: Any) -> 'Field':
         d = json_object(name, d, ('name', 'dtype', 'shape', 'at'), ())
         shape = json_list(f'{name}.shape', d['shape'], 0, MAX_DIMS)
         for i, o in enumerate(shape):
@@ -175,10 +177,10 @@ class Field:
         return cls(json_text(f'{name}.name', d['name']), dtype, tuple(shape), at)
 
     @property
-    def bytes(self):
+    def bytes(self) -> int:
         return prod(self.shape) * np.dtype(self.dtype).itemsize
 
-    def read(self, rows: Tensor):
+    def read(self, rows: Tensor) -> Tensor:
         # subtle: copy the bytes, since a view with a larger data type needs an aligned offset
         part = rows[:, self.at : self.at + self.bytes].clone(memory_format=torch.contiguous_format)
         # PyTorch has few operations for uint16, so the numbers are read as int16 and then corrected
@@ -229,7 +231,7 @@ class Layout:
         """
         if out.logits is None:
             raise DistillError("The teacher's Outputs have no logits: there is nothing to store.")
-        self, t = cls(tail=store.tail, axis=store.axis), out.logits
+        self, t = cls(tail=store.tail, axis=store.axis), cast(Any, out.logits)
         if store.kind == 'hidden':
             self._add_hidden(t, store)
         if isinstance(t, (TopK, LinearLogits)):
@@ -264,31 +266,32 @@ class Layout:
         elif store.kind == 'draws':
             self._add_draws(t.movedim(store.axis, -1), store)
         elif store.kind != 'hidden':
-            self._add('logits', store.dtype, t.shape[1:])
+            self._add('logits', str(store.dtype), t.shape[1:])
         for k, v in out.feats.items():
             if not isinstance(v, Tensor):
                 raise DistillError(
                     f"Layer {k} returns a {type(v).__name__} instead of a tensor, which can't be "
                     'stored.'
                 )
-            self._add(f'feats:{k}', store.dtype, v.shape[1:])
+            self._add(f'feats:{k}', str(store.dtype), v.shape[1:])
         if out.mask is not None:
             self._add('mask', 'float16', out.mask.shape[1:])
         return self
 
-    def _add_topk(self, t, store):
-        self.n = t.shape[-1]
-        if store.topk > self.n:
+    def _add_topk(self, t: Tensor, store: Store) -> None:
+        self.n = n = t.shape[-1]
+        k = cast(int, store.topk)
+        if k > n:
             raise DistillError(
-                f'topk={store.topk}, but the teacher has {self.n} classes (along axis {store.axis})'
+                f'topk={k}, but the teacher has {n} classes (along axis {store.axis})'
             )
-        shape = *t.shape[1:-1], store.topk
-        self._field('ids', type_of_ids(self.n), shape)
-        self._add('values', store.dtype, shape)
-        if store.tail == 'mean' and store.topk < self.n:
+        shape = *t.shape[1:-1], k
+        self._field('ids', type_of_ids(n), shape)
+        self._add('values', str(store.dtype), shape)
+        if store.tail == 'mean' and k < n:
             self._field('rest', 'float16', (*shape[:-1], 1))
 
-    def _add_hidden(self, t, store):
+    def _add_hidden(self, t: Tensor, store: Store) -> None:
         if not isinstance(t, LinearLogits):
             raise DistillError(
                 "store='hidden' needs the teacher's last hidden state and its output layer, but the "
@@ -296,16 +299,17 @@ class Layout:
             )
         self.n, self.axis = t.n, -1
         self.head = dict(bias=t.bias is not None, cap=t.cap)
-        self._add('hidden', store.dtype, t.hidden.shape[1:])
+        self._add('hidden', str(store.dtype), t.hidden.shape[1:])
 
-    def _add_draws(self, t, store):
-        self.n, self.draws = t.shape[-1], dict(number=store.draws, T=float(store.T))
-        shape = *t.shape[1:-1], min(store.draws, self.n)
-        self._field('ids', type_of_ids(self.n), shape)
-        self._field('counts', 'uint8' if store.draws < 2**8 else 'uint16', shape)
+    def _add_draws(self, t: Tensor, store: Store) -> None:
+        number, T = cast(int, store.draws), cast(float, store.T)
+        self.n, self.draws = t.shape[-1], dict(number=number, T=float(T))
+        shape = *t.shape[1:-1], min(number, t.shape[-1])
+        self._field('ids', type_of_ids(t.shape[-1]), shape)
+        self._field('counts', 'uint8' if number < 2**8 else 'uint16', shape)
         self._field('entropy', 'float32', (*shape[:-1], 1))
 
-    def _add(self, name, dtype, shape):
+    def _add(self, name: str, dtype: str, shape: Sequence[int]) -> None:
         self._field(name, dtype, tuple(shape))
         if dtype == 'int8' and name == 'hidden':
             # one scale and offset for each position
@@ -314,28 +318,28 @@ class Layout:
         elif dtype == 'int8':
             self._field(f'scale:{name}', 'float16' if name == 'values' else 'float32', (2,))
 
-    def _field(self, name, dtype, shape):
+    def _field(self, name: str, dtype: str, shape: Sequence[int]) -> None:
         self.fields.append(Field(name, dtype, tuple(shape), self.bytes))
 
     @property
-    def bytes(self):
+    def bytes(self) -> int:
         return self.fields[-1].at + self.fields[-1].bytes if self.fields else 0
 
     @property
-    def extended(self):
+    def extended(self) -> bool:
         """True if rows have contents that format version 1 does not support."""
         return self.head is not None or self.draws is not None
 
     @property
-    def shape_of_head(self):
+    def shape_of_head(self) -> tuple[Any, int]:
         """Shape of the output layer: (number of classes, width of the hidden state)."""
         return self.n, self.fields[0].shape[-1]
 
-    def to_json(self):
+    def to_json(self) -> dict:
         return {k: v for k, v in asdict(self).items() if v is not None or k in ('n', 'full')}
 
     @classmethod
-    def from_json(cls, d):
+    def from_json(cls, d: Any) -> 'Layout':
         """Read the layout from a manifest.
 
         Raise a DistillError if a field or an offset differs from the layout that `of` would create.
@@ -362,17 +366,17 @@ class Layout:
         return self
 
     @property
-    def dense(self):
+    def dense(self) -> bool:
         """True if outputs have several positions, as in a map or a sequence."""
         f = self.fields[0]
         return len(f.shape) > 1
 
     @property
-    def layers(self):
+    def layers(self) -> list[str]:
         """Names of the stored layers."""
         return [f.name.removeprefix('feats:') for f in self.fields if f.name.startswith('feats:')]
 
-    def knows_ids(self, rows) -> bool:
+    def knows_ids(self, rows: np.ndarray) -> bool:
         """Return True if all class indices in the rows are valid.
 
         On a GPU, an invalid index would crash the process.
@@ -394,7 +398,7 @@ class Layout:
 
     # encoding
 
-    def encode(self, out: Outputs, head=None, seeds=None) -> np.ndarray:
+    def encode(self, out: Outputs, head: Any = None, seeds: np.ndarray | None = None) -> np.ndarray:
         """Encode outputs to rows, (B, bytes) uint8.
 
         Args:
@@ -423,8 +427,9 @@ class Layout:
                 )
         return np.concatenate([as_bytes(parts[f.name], f.dtype) for f in self.fields], 1)
 
-    def _tensors(self, out, head, seeds):
-        d, t = {}, out.logits
+    def _tensors(self, out: Outputs, head: Any, seeds: np.ndarray | None) -> dict:
+        d: dict[str, Any] = {}
+        t: Any = out.logits
         dtypes = {f.name: f.dtype for f in self.fields}
         if isinstance(t, TopK):
             return self._tensors_of_likeliest(out, dtypes)
@@ -439,7 +444,7 @@ class Layout:
                 'omit size=.'
             )
         if self.draws is not None:
-            d |= draw_classes(t.movedim(self.axis, -1), seeds, **self.draws)
+            d |= draw_classes(t.movedim(self.axis, -1), cast(np.ndarray, seeds), **self.draws)
             return self._put_others(d, out, dtypes)
         if self.full is not None:
             t = F.adaptive_avg_pool2d(t, self.fields[0].shape[-2:])
@@ -454,20 +459,21 @@ class Layout:
                 d['rest'] = mean_without(logp, d['ids'])
         return self._put_others(d, out, dtypes)
 
-    def _put_others(self, d, out, dtypes):
+    def _put_others(self, d: dict, out: Outputs, dtypes: Any) -> dict:
         for k, v in out.feats.items():
             put_tensor(d, f'feats:{k}', v.detach().float(), dtypes)
         return put_mask(d, out.mask)
 
-    def _tensors_of_likeliest(self, out, dtypes):
+    def _tensors_of_likeliest(self, out: Outputs, dtypes: Any) -> dict:
         """Return the tensors to store if the teacher returns only the most likely classes."""
-        d = dict(ids=out.logits.ids)
-        put_tensor(d, 'values', out.logits.values.float(), dtypes)
+        t: Any = out.logits
+        d = dict(ids=t.ids)
+        put_tensor(d, 'values', t.values.float(), dtypes)
         return put_mask(d, out.mask)
 
     # decoding
 
-    def decode(self, rows: Tensor, head=None) -> Outputs:
+    def decode(self, rows: Tensor, head: Any = None) -> Outputs:
         """Decode rows to `Outputs` in float32.
 
         If the rows do not hold all logits, the decoded `logits` are a `TopK`, `LinearLogits` or
@@ -485,9 +491,8 @@ class Layout:
         elif self.draws is not None:
             counts = got['counts'].float() / self.draws['number']
             T = self.draws['T']
-            logits = Draws(
-                got['ids'].long(), counts, got['entropy'].squeeze(-1), self.n, T, self.axis
-            )
+            entropy, n = got['entropy'].squeeze(-1), cast(int, self.n)
+            logits = Draws(got['ids'].long(), counts, entropy, n, T, self.axis)
         elif self.n is None:
             logits = full('logits')
         else:
@@ -499,11 +504,11 @@ class Layout:
         return Outputs(logits, feats, got['mask'].float() if 'mask' in got else None)
 
 
-def type_of_ids(n):
+def type_of_ids(n: int) -> str:
     return 'uint8' if n <= 2**8 else 'uint16' if n <= 2**16 else 'int32'
 
 
-def checked_head(o, n):
+def checked_head(o: Any, n: Any) -> dict | None:
     """Check the entry `head` of a layout and return it."""
     if o is None:
         return None
@@ -515,7 +520,7 @@ def checked_head(o, n):
     return o
 
 
-def checked_draws(o, n):
+def checked_draws(o: Any, n: Any) -> dict | None:
     """Check the entry `draws` of a layout and return it."""
     if o is None:
         return None
@@ -526,9 +531,18 @@ def checked_draws(o, n):
     return o
 
 
-def outputs_like(fields, n, tail, axis, full, head=None, draws=None):
+def outputs_like(
+    fields: Sequence,
+    n: Any,
+    tail: str,
+    axis: int,
+    full: Any,
+    head: dict | None = None,
+    draws: dict | None = None,
+) -> tuple[Outputs, Store]:
     """Return empty `Outputs` and a `Store` that together give a layout with these fields."""
     shape, named = fields[0].shape, {f.name: f for f in fields}
+    t: Any
     if head is not None:
         if not shape:
             raise DistillError('layout.head needs hidden states of shape (..., width).')
@@ -565,14 +579,14 @@ def outputs_like(fields, n, tail, axis, full, head=None, draws=None):
     return Outputs(t, feats, meta(named['mask'].shape) if 'mask' in named else None), store
 
 
-def meta_like(t, axis):
+def meta_like(t: Any, axis: int) -> Tensor:
     """Create a meta tensor with the shape of the full logits."""
     if isinstance(t, LinearLogits):
         return torch.empty(t.shape, device='meta')
     return torch.empty(*t.ids.shape[:-1], t.n, device='meta').movedim(-1, axis)
 
 
-def meta(shape):
+def meta(shape: Sequence[int]) -> Tensor:
     """Create a meta tensor with batch size 1."""
     if prod(shape) > MAX_VALUES:
         raise DistillError(
@@ -582,7 +596,7 @@ def meta(shape):
     return torch.empty(1, *shape, device='meta')
 
 
-def mean_without(t, ids):
+def mean_without(t: Tensor, ids: Tensor) -> Tensor:
     """Compute the mean of the finite values of the classes that are not in `ids`, (..., 1).
 
     The result is clamped to the range of float16.
@@ -595,7 +609,7 @@ def mean_without(t, ids):
     ).clamp_min(-65504)
 
 
-def put_tensor(d, name, t, dtypes):
+def put_tensor(d: dict, name: str, t: Tensor, dtypes: Any) -> None:
     dtype = dtypes.get(name)
     if t.isnan().any() or (t == torch.inf).any():
         raise DistillError(
@@ -615,7 +629,7 @@ def put_tensor(d, name, t, dtypes):
         d[name] = t
 
 
-def put_mask(d, mask):
+def put_mask(d: dict, mask: Tensor | None) -> dict:
     if mask is not None:
         if mask.isnan().any():
             raise DistillError("The teacher's mask contains nan: each position needs a number.")
@@ -623,7 +637,7 @@ def put_mask(d, mask):
     return d
 
 
-def refuse_without_classes(t, axis, mask):
+def refuse_without_classes(t: Tensor, axis: int, mask: Tensor | None) -> None:
     """Raise a DistillError if all classes of a position have -inf, so that the position has no
     probabilities. Positions that the mask excludes are ignored.
     """
@@ -637,7 +651,7 @@ def refuse_without_classes(t, axis, mask):
         )
 
 
-def draw_classes(t, seeds, number, T):
+def draw_classes(t: Tensor, seeds: np.ndarray, number: int, T: float) -> dict:
     """Draw classes with replacement from softmax(t/T), and count how often each class was drawn.
 
     Args:
@@ -656,13 +670,14 @@ def draw_classes(t, seeds, number, T):
         )
     shape, k = t.shape, min(number, t.shape[-1])
     p = (t / T).softmax(-1)
-    flat, ids = p.reshape(len(p), -1, shape[-1]).cpu(), []
+    flat = p.reshape(len(p), -1, shape[-1]).cpu()
+    drawn = []
     for row, seed in zip(flat, seeds.tolist()):
         rng = torch.Generator().manual_seed(seed)
-        ids.append(
+        drawn.append(
             by_inversion(row, torch.rand(len(row), number, generator=rng, dtype=torch.double))
         )
-    ids = torch.stack(ids).sort(-1).values
+    ids = torch.stack(drawn).sort(-1).values
     first = torch.ones_like(ids, dtype=torch.bool)
     first[..., 1:] = ids[..., 1:] != ids[..., :-1]
     # index of the class among the distinct classes of its position
@@ -676,7 +691,7 @@ def draw_classes(t, seeds, number, T):
     return out | dict(entropy=torch.special.entr(p).sum(-1, keepdim=True))
 
 
-def by_inversion(p, u):
+def by_inversion(p: Tensor, u: Tensor) -> Tensor:
     """Map uniform random numbers to classes by inverting the cumulative distribution, (P, K).
 
     Args:
@@ -688,7 +703,7 @@ def by_inversion(p, u):
     return torch.searchsorted(cdf, u * cdf[:, -1:], right=True).clamp_max(p.shape[-1] - 1)
 
 
-def to_int8(t, dtype):
+def to_int8(t: Tensor, dtype: str) -> tuple[Tensor, Tensor]:
     """Quantize each row to int8, with 254 steps between its smallest and largest values.
 
     Returns:
@@ -710,7 +725,7 @@ def to_int8(t, dtype):
     return q.round().clamp(-127, 127).to(torch.int8).view(t.shape), kept
 
 
-def from_int8(t, scale):
+def from_int8(t: Tensor, scale: Tensor | None) -> Tensor:
     if scale is None:
         return t.float()
     step, mid = scale.float().unbind(-1)
@@ -718,6 +733,6 @@ def from_int8(t, scale):
     return t.float() * step.view(shape) + mid.view(shape)
 
 
-def as_bytes(t, dtype):
+def as_bytes(t: Tensor, dtype: str) -> np.ndarray:
     a = t.cpu().numpy().astype(np.dtype(dtype).newbyteorder('<'), copy=False)
     return np.ascontiguousarray(a).reshape(len(a), -1).view(np.uint8)

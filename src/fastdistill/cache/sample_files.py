@@ -6,13 +6,16 @@ again only if its modification time changed.
 
 import hashlib
 import os
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import PurePath
+from typing import Any
 
 import numpy as np
 
 from ..base.outputs import DistillError
 from .digests import checksum
+from .file_store import Folder
 from .keys import name_of, names_of_samples
 
 __all__ = [
@@ -29,7 +32,7 @@ __all__ = [
 NO_FILE = -1  # size recorded for a file that does not exist
 
 
-def files_of(items) -> list | None:
+def files_of(items: Any) -> list | None:
     """Return the file path of each sample, or None if samples are not files.
 
     Args:
@@ -41,7 +44,7 @@ def files_of(items) -> list | None:
     return paths if os.path.isfile(paths[0]) else None
 
 
-def dataset_files(dataset) -> list | None:
+def dataset_files(dataset: Any) -> list | None:
     """Return the file path of each sample in a plain PyTorch dataset, or None if samples are not
     files.
 
@@ -55,7 +58,7 @@ def dataset_files(dataset) -> list | None:
     return files_of(names)
 
 
-def record_files(paths) -> np.ndarray:
+def record_files(paths: Sequence) -> np.ndarray:
     """Return the record of all files, (N, 3) int64.
 
     The columns are the size, the modification time in nanoseconds, and a 64-bit hash of the
@@ -64,7 +67,7 @@ def record_files(paths) -> np.ndarray:
     return np.concatenate([in_parallel(stat_of, paths, 2), in_parallel(content_of, paths, 1)], 1)
 
 
-def newer_record(record, paths):
+def newer_record(record: np.ndarray, paths: Sequence) -> tuple:
     """Compare files with their record.
 
     A file is read only if its modification time changed and its size did not.
@@ -81,12 +84,12 @@ def newer_record(record, paths):
     new[:, 1] = now[:, 1]
     touched = np.flatnonzero(~changed & (now[:, 1] != record[:, 1]))
     changed[touched] = (
-        in_parallel(content_of, [paths[i] for i in touched], 1)[:, 0] != record[touched, 2]
+        in_parallel(content_of, [paths[i] for i in touched.tolist()], 1)[:, 0] != record[touched, 2]
     )
     return np.flatnonzero(changed), new
 
 
-def stat_of(path):
+def stat_of(path: Any) -> tuple[int, int]:
     try:
         s = os.stat(path)
     except OSError:
@@ -94,7 +97,7 @@ def stat_of(path):
     return s.st_size, s.st_mtime_ns
 
 
-def content_of(path):
+def content_of(path: Any) -> tuple[int]:
     h = hashlib.blake2b(digest_size=8)
     try:
         with open(path, 'rb') as f:
@@ -105,7 +108,7 @@ def content_of(path):
     return (int.from_bytes(h.digest(), 'little', signed=True),)
 
 
-def in_parallel(fn, paths, n, size=256):
+def in_parallel(fn: Callable, paths: Sequence, n: int, size: int = 256) -> np.ndarray:
     """Call `fn` for each path in several threads and return the results, (N, n) int64."""
     parts = [paths[i : i + size] for i in range(0, len(paths), size)]
     with ThreadPoolExecutor(8) as pool:
@@ -113,17 +116,17 @@ def in_parallel(fn, paths, n, size=256):
     return np.array(rows, np.int64).reshape(-1, n)
 
 
-def write_record(folder, record):
+def write_record(folder: Folder, record: np.ndarray) -> None:
     """Write the record as little-endian numbers, followed by a checksum."""
     data = record.astype('<i8').tobytes()
     folder.write('files.bin', data + bytes.fromhex(checksum(data)))
 
 
-def record_size(n):
+def record_size(n: int) -> int:
     return 24 * n + 16
 
 
-def read_record(folder, n: int):
+def read_record(folder: Folder, n: int) -> np.ndarray | None:
     """Read the record, (N, 3).
 
     The result is None if there is no record, because samples are not files or the cache was written
@@ -144,7 +147,7 @@ def read_record(folder, n: int):
     return np.frombuffer(data[:-16], '<i8').reshape(n, 3).astype(np.int64)
 
 
-def changed_text(names, n) -> str:
+def changed_text(names: Sequence, n: int) -> str:
     """Return a message that names some of the changed files."""
     more = f' and {len(names) - 5} more' if len(names) > 5 else ''
     return f'{len(names)} of {n} files changed since the cache was written: {", ".join(names[:5])}{more}'

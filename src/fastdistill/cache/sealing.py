@@ -3,16 +3,20 @@
 import os
 import re
 from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
+from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import torch
 
 from ..base.outputs import DistillError
 from .digests import checksum
-from .file_store import natural_order, open_folder
+from .file_store import Folder, natural_order, open_folder
 from .keys import hash_of, keys_of
+from .manifest import Manifest
 from .reader import TeacherCache, damage_of
 from .stream_writer import NUMBERED, keys_file, read_keys, rows_at_end, stream_manifest
 from .writer import clear
@@ -23,7 +27,7 @@ STEP = 2**20  # number of rows compared at once
 PART = re.compile(r'view(\d{3,})/(.+)\.(rows|keys|end)')
 
 
-def seal_stream(path, keys=None) -> TeacherCache:
+def seal_stream(path: Path | str, keys: Any = None) -> TeacherCache:
     """Check the rows from all writers of a stream, complete the cache, and open it.
 
     Each file is read once and is not moved. About 40 bytes of memory are needed for each sample. If
@@ -48,7 +52,7 @@ def seal_stream(path, keys=None) -> TeacherCache:
     return TeacherCache(where)
 
 
-def _seal(where, m, expected):
+def _seal(where: Folder, m: Manifest, expected: np.ndarray | None) -> None:
     names, ends, unfinished = part_files(where, m.stored)
     problems = Problems(where)
     problems.add('writers are not done', unfinished)
@@ -74,8 +78,11 @@ def _seal(where, m, expected):
     ]
     problems.add('files are damaged', damaged(where, m, shards))
     problems.enforce()
-    m.data = {**m.data, 'keys': f'{hash_of(memoryview(own).cast("B")):016x}'}
-    first = [('keys.bin', memoryview(own).cast('B')), ('index.bin', memoryview(order).cast('B'))]
+    m.data = {**m.data, 'keys': f'{hash_of(own.data.cast("B")):016x}'}
+    first: list[tuple[str, Any]] = [
+        ('keys.bin', own.data.cast('B')),
+        ('index.bin', order.data.cast('B')),
+    ]
     for name, data in first:
         where.write(name, data)
     if m.head_bytes:
@@ -89,10 +96,11 @@ def _seal(where, m, expected):
 class Problems:
     """Collects the problems that prevent sealing a cache."""
 
-    def __init__(self, where):
-        self.where, self.found = where, []
+    def __init__(self, where: Folder):
+        self.where = where
+        self.found: list[str] = []
 
-    def add(self, what, places):
+    def add(self, what: str, places: Sequence) -> None:
         """Add a problem. Nothing is added if `places` is empty.
 
         Args:
@@ -104,7 +112,7 @@ class Problems:
             more = f' and {n - 5} more' if n > 5 else ''
             self.found.append(f'- {n} {what}: {"; ".join(some[:5])}{more}')
 
-    def enforce(self):
+    def enforce(self) -> None:
         if self.found:
             raise DistillError(
                 f"{self.where} can't be sealed:\n"
@@ -114,18 +122,24 @@ class Problems:
             )
 
 
-def part_name(name):
-    return PART.fullmatch(name)[2]
+def part_name(name: str) -> str:
+    return name_parts(name)[1]
 
 
-def part_files(where, views):
+def name_parts(name: str) -> tuple:
+    """Return (view, writer and number, ending) of the name of a file."""
+    return cast(re.Match, PART.fullmatch(name)).groups()
+
+
+def part_files(where: Folder, views: Any) -> tuple:
     """List the row files of a stream.
 
     Returns:
         (file names of each view in their natural order, {(view, writer): number of rows that the writer noted}, texts
         about writers that have not finished).
     """
-    found, ends = [[] for _ in range(views)], {}
+    found: list[list[str]] = [[] for _ in range(views)]
+    ends = {}
     for n in where.names():
         if not (at := PART.fullmatch(n)) or int(at[1]) >= views:
             continue
@@ -148,11 +162,11 @@ def part_files(where, views):
     return [sorted(o, key=natural_order) for o in found], ends, unfinished
 
 
-def lost_rows(counts, ends):
+def lost_rows(counts: Any, ends: Mapping) -> list[str]:
     """Return texts about writers with a different number of rows than they noted at their end."""
-    there = defaultdict(int)
+    there: dict[tuple, int] = defaultdict(int)
     for name, n in counts.items():
-        view, part, _ = PART.fullmatch(name).groups()
+        view, part, _ = name_parts(name)
         if at := NUMBERED.fullmatch(part):
             there[int(view), at[1]] += n
     return [
@@ -162,11 +176,12 @@ def lost_rows(counts, ends):
     ]
 
 
-def count_rows(where, m, names, problems) -> dict:
+def count_rows(where: Folder, m: Manifest, names: Sequence, problems: Problems) -> dict:
     """Return {file name: number of rows}, computed from the sizes of the files."""
     counts, torn, size = {}, [], m.layout.bytes
     for view in names:
         for n, a, b in zip(view, where.sizes([*map(keys_file, view)]), where.sizes(view)):
+            a = a or 0
             counts[n] = (a - 32) // 8
             if a < 40 or (a - 32) % 8 or b != counts[n] * size:
                 rows = 'no rows' if b is None else f'{b / size:.10g} rows'
@@ -178,7 +193,7 @@ def count_rows(where, m, names, problems) -> dict:
     return counts
 
 
-def read_all_keys(where, m, names, problems):
+def read_all_keys(where: Folder, m: Manifest, names: Any, problems: Problems) -> tuple:
     """Read the keys of all samples, and check that all views have the same keys.
 
     Returns:
@@ -186,7 +201,7 @@ def read_all_keys(where, m, names, problems):
     """
     own, sums, at, bad, different = np.empty(m.count, '<u8'), {}, 0, [], []
     for i, views in enumerate(zip(*names)):
-        n = m.parts[i][1]
+        n = m.rows_of(i)
         for v, name in enumerate(views):
             try:
                 keys, sums[name] = read_keys(where, name)
@@ -204,7 +219,7 @@ def read_all_keys(where, m, names, problems):
     return own, sums
 
 
-def sorted_positions(keys) -> np.ndarray:
+def sorted_positions(keys: np.ndarray) -> np.ndarray:
     """Return the positions sorted by their keys, (N,) int64."""
     # PyTorch sorts several times faster than NumPy, but only signed integers. Flipping the top bit
     # maps unsigned integers to signed integers in the same order
@@ -215,18 +230,19 @@ def sorted_positions(keys) -> np.ndarray:
     return order
 
 
-def place_of(m, at):
+def place_of(m: Manifest, at: Any) -> str:
     i, row = m.place(at)
-    return f'{m.parts[int(i)][0]}, row {int(row)}'
+    return f'{cast(list, m.parts)[int(i)][0]}, row {int(row)}'
 
 
-def duplicates(m, keys, order):
+def duplicates(m: Manifest, keys: np.ndarray, order: np.ndarray) -> tuple:
     """Find samples that have several rows.
 
     Returns:
         (number of such samples, texts about some of them).
     """
-    n, some = 0, []
+    n = 0
+    some: list[str] = []
     for i in range(0, len(order) - 1, STEP):
         part = keys[order[i : i + STEP + 1]]
         same = np.flatnonzero(part[1:] == part[:-1])
@@ -237,10 +253,13 @@ def duplicates(m, keys, order):
     return n, some
 
 
-def compare_expected(m, keys, order, expected, problems):
+def compare_expected(
+    m: Manifest, keys: np.ndarray, order: np.ndarray, expected: np.ndarray, problems: Problems
+) -> None:
     """Add problems for expected samples without a row, and for rows of unexpected samples."""
     root, known = m.data.get('root', ''), np.zeros(len(keys), bool)
-    names, n, missing, some = iter(expected), 0, 0, []
+    names, n, missing = iter(expected), 0, 0
+    some: list[str] = []
     while part := list(islice(names, 2**16)):
         want = np.array(part) if isinstance(part[0], np.uint64) else keys_of(part, root)
         at = order[np.searchsorted(keys, want, sorter=order).clip(max=len(keys) - 1)]
@@ -256,7 +275,7 @@ def compare_expected(m, keys, order, expected, problems):
     )
 
 
-def damaged(where, m, shards):
+def damaged(where: Folder, m: Manifest, shards: Sequence[dict]) -> list[str]:
     """Compare all files with their checksums, and return texts about damaged files."""
     look = lambda o: damage_of(where, m, o, False)
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:

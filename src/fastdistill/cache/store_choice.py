@@ -1,9 +1,11 @@
 """Measure the size and the information loss of each storage format, and choose a format."""
 
 import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from math import log
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,10 +16,11 @@ from ..base.outputs import DistillError, DistillWarning, LinearLogits, Outputs
 from ..features.layer_names import text_table
 from ..losses.response import dist, kl
 from ..teachers.teacher import Teacher
+from .file_store import Folder
 from .manifest import Manifest
-from .output_layer import StoredHead, find_output_layer
+from .output_layer import OutputLayer, StoredHead, find_output_layer
 from .row_layout import Layout, Store, outputs_like
-from .teacher_description import spread_positions
+from .teacher_description import Source, spread_positions
 
 __all__ = [
     'Choice',
@@ -58,7 +61,7 @@ class Uses:
     why: str = 'the recipe'
 
 
-def uses_of(recipe) -> Uses:
+def uses_of(recipe: Any) -> Uses:
     """Return the temperatures and other facts about how a recipe uses the teacher's logits.
 
     Args:
@@ -112,7 +115,7 @@ def loss_at(lost: list, T: float) -> dict:
     return {k: (1 - w) * a[k] + w * b[k] for k in a} | dict(T=T)
 
 
-def lost_by(t: Tensor, got: Tensor, temperatures) -> list:
+def lost_by(t: Tensor, got: Tensor, temperatures: Iterable[float]) -> list:
     """Measure the information loss at each temperature, see `Option.lost`.
 
     Args:
@@ -139,7 +142,9 @@ def lost_by(t: Tensor, got: Tensor, temperatures) -> list:
     return found
 
 
-def measured_options(batches: list, stores: list, count: int, temperatures=TEMPERATURES) -> list:
+def measured_options(
+    batches: list, stores: list, count: int, temperatures: Iterable[float] = TEMPERATURES
+) -> list:
     """Store and read the outputs of a few samples in each format, and measure the information loss.
 
     Args:
@@ -168,28 +173,28 @@ def measured_options(batches: list, stores: list, count: int, temperatures=TEMPE
                 continue
             found = [(read_back(b, layout, head), dense(b).detach().float().cpu()) for b in batches]
             # tail='bucket' needs the student's logits, for which the teacher's logits are used here
-            got = [o if isinstance(o, Tensor) else o.dense(t) for o, t in found]
+            logits = [o if isinstance(o, Tensor) else o.dense(t) for o, t in found]
         except DistillError:
             continue
-        got = torch.cat([flat(o) for o in got]).to(exact.device)
+        got = torch.cat([flat(o) for o in logits]).to(exact.device)
         options.append(
             Option(store, layout.bytes, total, lost_by(exact[on], got[on], temperatures))
         )
     return options
 
 
-def read_back(out, layout, head):
+def read_back(out: Outputs, layout: Layout, head: Any) -> Any:
     """Encode outputs, decode them, and return their logits."""
     return layout.decode(torch.from_numpy(layout.encode(out, head)), head).logits
 
 
-def mask_of(out, logits, axis):
+def mask_of(out: Outputs, logits: Tensor, axis: int) -> Tensor:
     """Return a mask of the positions to compare. Padding is left out."""
     on = (logits.movedim(axis, -1) != 0).any(-1)
     return (on if out.mask is None else on & (out.mask > 0)).reshape(-1)
 
 
-def table_of_options(options: list, uses: Uses, notes=()) -> str:
+def table_of_options(options: list, uses: Uses, notes: Sequence[str] = ()) -> str:
     """Format options as a table.
 
     Args:
@@ -223,7 +228,7 @@ def table_of_options(options: list, uses: Uses, notes=()) -> str:
     return '\n'.join([text_table(head, rows), below, *notes])
 
 
-def size_text(n):
+def size_text(n: float) -> str:
     return f'{n / 1e9:.2f} GB' if n >= 1e9 else f'{n / 1e6:.1f} MB'
 
 
@@ -241,7 +246,7 @@ def choose_option(options: list, uses: Uses) -> Option:
     return min(good, key=lambda o: o.total) if good else min(options, key=lambda o: o.worst(uses))
 
 
-def check_kind_of_store(store: Store, kind: str):
+def check_kind_of_store(store: Store, kind: str) -> None:
     """Raise a DistillError if classes are to be stored for a model that does not predict classes.
 
     Args:
@@ -269,13 +274,15 @@ class Choice:
             spread over the dataset.
     """
 
-    teacher: object
+    teacher: Any
     kind: str = 'softmax'
-    uses: object = None
+    uses: Callable | None = None
     explicit: bool = False
-    tasks: object = None
+    tasks: np.ndarray | None = None
 
-    def __call__(self, where, store: Store, source, first: Outputs, views: int):
+    def __call__(
+        self, where: Any, store: Store, source: Source, first: Outputs, views: int
+    ) -> tuple:
         """Choose the storage format.
 
         The format of an existing cache is kept. Otherwise, formats are measured on a few samples,
@@ -306,12 +313,12 @@ class Choice:
             return store, source, ()
         return store, source, self._lost(store, source)
 
-    def _with_states(self, source, layer=None):
+    def _with_states(self, source: Source, layer: str | None = None) -> Source:
         run = lambda teacher: one_batch(source, teacher)
         found = find_output_layer(self.teacher, run, layer)
         return replace(source, run=HiddenRun(source.run, self.teacher, found))
 
-    def _lost(self, store, source):
+    def _lost(self, store: Store, source: Source) -> Sequence:
         """Measure the information loss of the requested format, and warn if it is too large."""
         batches = few_outputs(source, self.tasks)
         uses = self._uses(batches, store.axis)
@@ -323,12 +330,12 @@ class Choice:
             warnings.warn(DistillWarning(text), stacklevel=5)
         return found[0].lost
 
-    def _uses(self, batches, axis):
+    def _uses(self, batches: Sequence[Any], axis: int) -> Uses:
         if self.uses is None:
             return Uses()
         return self.uses(torch.cat([o.logits for o in batches]))
 
-    def _best(self, store, source, count):
+    def _best(self, store: Store, source: Source, count: int) -> tuple:
         """Measure all formats for `store='auto'`, print a table, and choose one."""
         batches = few_outputs(source, self.tasks)
         uses, axis, notes = self._uses(batches, store.axis), store.axis, []
@@ -357,7 +364,7 @@ class Choice:
         return best.store, linear if best.store.kind == 'hidden' else source, best.lost
 
 
-def asked_text(option):
+def asked_text(option: Any) -> str:
     """Describe the chosen format, and the `store=` that requests it explicitly."""
     store = option.store
     options = dict(topk=f'dict(topk={store.topk}, dtype={store.dtype!r})')
@@ -365,7 +372,7 @@ def asked_text(option):
     return f'{store} (the same as store={options[store.kind]})'
 
 
-def existing_store(where) -> Store | None:
+def existing_store(where: Folder) -> Store | None:
     """Return the `Store` of an existing cache, or None if the folder has no cache."""
     if where.size('manifest.json') is None:
         return None
@@ -376,7 +383,7 @@ def existing_store(where) -> Store | None:
     return outputs_like(l.fields, l.n, l.tail, l.axis, l.full, l.head, l.draws)[1]
 
 
-def one_batch(source, teacher):
+def one_batch(source: Source, teacher: Any) -> Outputs:
     """Return the outputs of a teacher for the first batch."""
     n = min(source.bs, len(source.keys))
     with closing(source.run(np.arange(n), n, teacher=teacher)) as batches:
@@ -386,18 +393,18 @@ def one_batch(source, teacher):
 class HiddenRun:
     """A `Source.run` that returns hidden states instead of logits."""
 
-    def __init__(self, run, teacher, layer):
+    def __init__(self, run: Callable, teacher: Any, layer: OutputLayer):
         self.run, self.layer = run, layer
         self.teacher = Teacher(teacher, layers=[*teacher.layers, layer.tap])
 
-    def __call__(self, tasks, bs):
+    def __call__(self, tasks: Any, bs: int) -> Iterator[Outputs]:
         """Yield the outputs of each batch."""
         with closing(self.run(tasks, bs, teacher=self.teacher)) as batches:
             for out in batches:
                 yield self.layer.outputs(out, bool(self.teacher.runner.half))
 
 
-def few_outputs(source, tasks=None) -> list:
+def few_outputs(source: Source, tasks: np.ndarray | None = None) -> list:
     """Run the teacher on a few samples and return its outputs, as a list of batches."""
     n, bs = len(source.keys), source.bs
     if tasks is None:
@@ -417,6 +424,6 @@ def few_outputs(source, tasks=None) -> list:
 
 def first_rows(out: Outputs, k: int) -> Outputs:
     """Return the outputs of the first samples of a batch."""
-    t = out.logits
+    t: Any = out.logits
     t = replace(t, hidden=t.hidden[:k]) if isinstance(t, LinearLogits) else t[:k]
     return Outputs(t, {}, None if out.mask is None else out.mask[:k])

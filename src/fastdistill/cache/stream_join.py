@@ -1,6 +1,9 @@
 """Join a stream of samples with the stored teacher outputs."""
 
+from collections.abc import Callable, Iterator
 from itertools import islice
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -35,16 +38,25 @@ class StreamJoin(IterableDataset):
         at_once: Number of samples that are looked up together.
     """
 
-    def __init__(self, stream, cache, key='__key__', *, view=0, name='teacher', at_once: int = 256):
+    def __init__(
+        self,
+        stream: Any,
+        cache: TeacherCache | Path | str,
+        key: str | Callable = '__key__',
+        *,
+        view: int | str | Callable = 0,
+        name: str = 'teacher',
+        at_once: int = 256,
+    ):
         self.stream, self.key, self.view, self.name, self.at_once = stream, key, view, name, at_once
         self.cache = cache if isinstance(cache, TeacherCache) else TeacherCache(cache)
         self.cache.check_once()
 
-    def set_epoch(self, epoch: int):
+    def set_epoch(self, epoch: int) -> None:
         """Pass the epoch to the stream, which may use it for shuffling."""
         self.stream.set_epoch(epoch)
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator:
         samples, number, at = iter(self.stream), 0, 0
         while part := list(islice(samples, self.at_once)):
             keys = self._keys(part, number)
@@ -54,7 +66,7 @@ class StreamJoin(IterableDataset):
             for sample, row in zip(part, rows):
                 yield self._joined(sample, row)
 
-    def _keys(self, part, number):
+    def _keys(self, part: Any, number: Any) -> np.ndarray:
         root = self.cache.manifest.data.get('root', '')
         try:
             return keys_of([field_of(o, self.key) for o in part], root)
@@ -64,7 +76,7 @@ class StreamJoin(IterableDataset):
                 f'({shortened(repr(part[0]), 100)}): key= is a column, a position, or fn(sample).'
             ) from e
 
-    def _find(self, keys, at, part, number):
+    def _find(self, keys: Any, at: Any, part: Any, number: Any) -> np.ndarray:
         """Return the positions of samples. Consecutive positions from `at` on are tried first."""
         have = self.cache.keys[at : at + len(keys)]
         if np.array_equal(have, keys):
@@ -80,16 +92,16 @@ class StreamJoin(IterableDataset):
             )
         return where
 
-    def _views(self, part):
+    def _views(self, part: Any) -> Any:
         if isinstance(self.view, int):
             return self.view
         return np.array([field_of(o, self.view) for o in part], np.int64)
 
-    def _joined(self, sample, row):
+    def _joined(self, sample: Any, row: Any) -> Any:
         if isinstance(sample, dict):
             return {**sample, self.name: row}
         return (*sample, row) if isinstance(sample, (tuple, list)) else (sample, row)
 
 
-def field_of(sample, spec):
+def field_of(sample: Any, spec: Any) -> Any:
     return spec(sample) if callable(spec) else sample[spec]

@@ -3,7 +3,10 @@
 import json
 import re
 import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
+from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -11,7 +14,7 @@ from torch import Tensor
 
 from ..base.outputs import DistillError, DistillWarning, LinearLogits, Outputs, map_tensors
 from .digests import behavior_of, checksum, versions
-from .file_store import open_folder
+from .file_store import Folder, open_folder
 from .json_checks import json_object, parse_json, shortened, whole_number
 from .keys import hash_of, keys_of
 from .manifest import MAX_COUNT, PART_NAME, PART_NAMES, Manifest
@@ -36,21 +39,21 @@ NUMBERED = re.compile(r'(.+)-(\d{6,})')
 
 
 def start_stream(
-    path,
-    teacher,
-    example,
-    store='auto',
+    path: Path | str,
+    teacher: Any,
+    example: Any,
+    store: Any = 'auto',
     *,
     views: int = 0,
-    inputs='inputs',
-    key='key',
+    inputs: str | Callable = 'inputs',
+    key: str | Callable = 'key',
     samples: int | None = None,
-    recipe=None,
+    recipe: Any = None,
     axis: int = 1,
-    device=None,
+    device: Any = None,
     seed: int = 0,
     root: str = '',
-    vocab=None,
+    vocab: Sequence | None = None,
 ) -> 'TeacherRows':
     """Start a cache that is written as a stream, and return a function that computes its rows.
 
@@ -82,7 +85,7 @@ def start_stream(
     x = inputs_in(example, inputs, device)
     n = len(keys_in(example, key, root))
 
-    def run(tasks, bs, teacher=teacher):
+    def run(tasks: Any, bs: int, teacher: Any = teacher) -> Iterator[Outputs]:
         yield outputs_of(teacher, map_tensors(x, lambda t: t[torch.as_tensor(tasks)]))
 
     check_alone(run, n)
@@ -103,7 +106,7 @@ def start_stream(
     return TeacherRows(where, teacher, layer=store.layer, **options)
 
 
-def _begin_stream(where, m, first):
+def _begin_stream(where: Folder, m: Manifest, first: Outputs) -> None:
     """Write the settings that all writers share, or compare them with existing settings."""
     if where.size('manifest.json') is not None:
         old = Manifest.read(where)
@@ -113,11 +116,11 @@ def _begin_stream(where, m, first):
         refuse_others(where, {k: (getattr(old, k), getattr(m, k)) for k in names})
         return
     if m.layout.head is not None:
-        where.write('head.bin', StoredHead.of(first.logits).to_bytes())
+        where.write('head.bin', StoredHead.of(cast(LinearLogits, first.logits)).to_bytes())
     where.write('manifest.json', m.to_json())
 
 
-def refuse_others(where, pairs):
+def refuse_others(where: Folder, pairs: Mapping[str, tuple]) -> None:
     """Raise a DistillError if the existing rows in the folder were written with different settings.
 
     Args:
@@ -134,7 +137,7 @@ def refuse_others(where, pairs):
             )
 
 
-def stream_manifest(where) -> Manifest:
+def stream_manifest(where: Folder) -> Manifest:
     """Read the manifest of a stream that `start_stream` created."""
     if where.size('manifest.json') is None or (m := Manifest.read(where)).parts is None:
         raise DistillError(
@@ -163,7 +166,16 @@ class TeacherRows:
             automatically.
     """
 
-    def __init__(self, path, teacher, *, inputs='inputs', key='key', device=None, layer=None):
+    def __init__(
+        self,
+        path: Path | str | Folder,
+        teacher: Any,
+        *,
+        inputs: str | Callable = 'inputs',
+        key: str | Callable = 'key',
+        device: Any = None,
+        layer: str | None = None,
+    ):
         self.folder = open_folder(path)
         self.manifest = m = stream_manifest(self.folder)
         self.teacher, self.inputs, self.key, self.device = teacher, inputs, key, device
@@ -174,14 +186,16 @@ class TeacherRows:
             alike = str(known).startswith(FUNCTION) == str(now).startswith(FUNCTION)
             who |= dict(reads=now if alike else known)
         refuse_others(self.folder, dict(teacher=(m.teacher, who)))
-        self.layer, self._states, self._head, self._worst = layer, None, None, [0.0]
+        self.layer, self._worst = layer, [0.0]
+        self._states: HiddenRun | None = None
+        self._head: StoredHead | None = None
         if m.layout.head is not None:
             self._head = StoredHead.from_bytes(self.folder.read('head.bin'), m.layout)
 
-    def __getstate__(self):
+    def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, '_states': None}
 
-    def __call__(self, batch):
+    def __call__(self, batch: Any) -> Any:
         if hasattr(batch, '__next__'):
             return map(self, batch)
         keys = self.keys(batch)
@@ -190,11 +204,11 @@ class TeacherRows:
         out = dict(key=keys.view(np.int64), view=views, row=[r.tobytes() for r in rows])
         return type(batch)(out) if hasattr(batch, 'iloc') else out
 
-    def keys(self, batch) -> np.ndarray:
+    def keys(self, batch: Any) -> np.ndarray:
         """Compute the keys of the samples, (B,) uint64."""
         return keys_in(batch, self.key, self.manifest.data.get('root', ''))
 
-    def views(self, batch, n) -> np.ndarray:
+    def views(self, batch: Any, n: int) -> np.ndarray:
         """Return the view of each sample, (B,) int64."""
         views = np.zeros(n, np.int64)
         if hasattr(batch, 'keys') and 'view' in batch.keys():
@@ -203,18 +217,19 @@ class TeacherRows:
             check_view(self.folder, self.manifest, int(view))
         return views
 
-    def rows(self, batch, keys, views) -> np.ndarray:
+    def rows(self, batch: Any, keys: np.ndarray, views: np.ndarray) -> np.ndarray:
         """Run the teacher and return its outputs as rows, (B, bytes) uint8."""
         x, m = inputs_in(batch, self.inputs, self.device), self.manifest
         out = self._outputs(x)
-        if len(out.logits) != len(keys):
+        n = len(cast(Tensor, out.logits))
+        if n != len(keys):
             raise DistillError(
-                f'The teacher returned {len(out.logits)} outputs for {len(keys)} samples: it must '
+                f'The teacher returned {n} outputs for {len(keys)} samples: it must '
                 'return one for each.'
             )
         return encoded(m.layout, self._head, keys, views, m.seed, self._worst, out, 0)
 
-    def _outputs(self, x):
+    def _outputs(self, x: Any) -> Outputs:
         if self.manifest.layout.head is None:
             return outputs_of(self.teacher, x)
         if self._states is None:
@@ -223,16 +238,16 @@ class TeacherRows:
                 return out
             run = lambda teacher: outputs_of(teacher, x)
             found = find_output_layer(self.teacher, run, self.layer)
-            self._states = HiddenRun(None, self.teacher, found)
+            self._states = HiddenRun(run, self.teacher, found)
         s = self._states
         return s.layer.outputs(outputs_of(s.teacher, x), bool(s.teacher.runner.half))
 
-    def check_accuracy(self):
+    def check_accuracy(self) -> None:
         """Warn if hidden states stored in int8 are too inaccurate."""
         warn_of_int8(self._worst[0])
 
 
-def check_view(where, m, view):
+def check_view(where: Folder, m: Manifest, view: int) -> None:
     if not 0 <= view < m.stored:
         raise DistillError(
             f'view={view}: {where} has {m.stored} view(s), numbered from 0. Their number is set by '
@@ -240,7 +255,7 @@ def check_view(where, m, view):
         )
 
 
-def outputs_of(teacher, x) -> Outputs:
+def outputs_of(teacher: Any, x: Any) -> Outputs:
     with torch.no_grad():
         return Outputs.of(teacher(*x) if isinstance(x, tuple) else teacher(x))
 
@@ -248,14 +263,14 @@ def outputs_of(teacher, x) -> Outputs:
 FUNCTION = 'function '
 
 
-def entry_of_inputs(inputs):
+def entry_of_inputs(inputs: Any) -> Any:
     """Return the manifest entry for the argument `inputs`."""
     if callable(inputs):
         return FUNCTION + behavior_of(inputs)
     return list(inputs) if isinstance(inputs, tuple) else inputs
 
 
-def inputs_in(batch, spec, device=None):
+def inputs_in(batch: Any, spec: Any, device: Any = None) -> Any:
     """Return the teacher's inputs from a batch, as tensors."""
     if callable(spec):
         x = spec(batch)
@@ -269,7 +284,7 @@ def inputs_in(batch, spec, device=None):
     return x if device is None else map_tensors(x, lambda t: t.to(device))
 
 
-def column(batch, name):
+def column(batch: Any, name: str) -> Any:
     if hasattr(batch, 'keys') and name not in batch.keys():
         raise DistillError(
             f'The batch has no column {name!r}, but {", ".join(map(str, batch.keys()))}. Name the '
@@ -278,7 +293,7 @@ def column(batch, name):
     return batch[name]
 
 
-def as_tensor(o) -> Tensor:
+def as_tensor(o: Any) -> Tensor:
     """Convert a column of numbers from Ray, `datasets` or pandas to a tensor."""
     if isinstance(o, Tensor):
         return o
@@ -287,7 +302,7 @@ def as_tensor(o) -> Tensor:
     return t.to(torch.get_default_dtype()) if t.dtype == torch.double else t
 
 
-def keys_in(batch, spec, root) -> np.ndarray:
+def keys_in(batch: Any, spec: Any, root: str) -> np.ndarray:
     names = spec(batch) if callable(spec) else column(batch, spec)
     if isinstance(names, np.ndarray) and names.dtype == np.uint64:
         return keys_of(names)
@@ -306,13 +321,13 @@ class RowWriter:
         path: Folder or URL of the stream, created by `start_stream`.
     """
 
-    def __init__(self, path):
+    def __init__(self, path: Path | str | Folder):
         self.folder = open_folder(path)
         self.manifest = stream_manifest(self.folder)
         if self.manifest.complete:
             raise DistillError(f'{self.folder} is sealed already: rows can no longer be added.')
 
-    def __call__(self, batch):
+    def __call__(self, batch: Any) -> Any:
         if hasattr(batch, '__next__'):
             return map(self, batch)
         keys = np.array(batch['key'], np.int64).view(np.uint64)
@@ -330,7 +345,7 @@ class RowWriter:
         out = dict(file=[name for name, _ in files], rows=[n for _, n in files])
         return type(batch)(out) if hasattr(batch, 'iloc') else out
 
-    def write(self, name, keys, rows, view: int = 0) -> str:
+    def write(self, name: str, keys: np.ndarray, rows: np.ndarray, view: int = 0) -> str:
         """Write a file of rows atomically.
 
         Args:
@@ -344,24 +359,25 @@ class RowWriter:
             Path of the file relative to the folder of the cache.
         """
         self.check_place(name, view)
-        to, data = f'view{view:03}/{name}.rows', memoryview(np.ascontiguousarray(rows)).cast('B')
+        to, data = f'view{view:03}/{name}.rows', np.ascontiguousarray(rows).data.cast('B')
         self.folder.write(to, data)
         own = np.asarray(keys, '<u8').tobytes() + bytes.fromhex(checksum(data))
         # subtle: the key file is written last, since rows without a key file are ignored
         self.folder.write(keys_file(to), own + bytes.fromhex(checksum(own)))
         return to
 
-    def check_place(self, name, view: int):
+    def check_place(self, name: str, view: int) -> None:
         """Raise a DistillError if the folder has no such view, or no file may have this name."""
         if not PART_NAME.fullmatch(name):
             raise DistillError(f'The name of a file is {name!r}: it must be {PART_NAMES}.')
         check_view(self.folder, self.manifest, view)
 
-    def finished(self, name, view: int = 0) -> list:
+    def finished(self, name: str, view: int = 0) -> list:
         """Return the names of the consecutive files NAME-000000, NAME-000001 ... that exist and
         have all of their rows.
         """
-        names, size = [], self.manifest.layout.bytes
+        names: list[str] = []
+        size = self.manifest.layout.bytes
         while (n := rows_in(self.folder, to := part_file(name, len(names), view))) is not None:
             if self.folder.size(to) != n * size:
                 break
@@ -369,21 +385,21 @@ class RowWriter:
         return names
 
 
-def part_file(name, i, view=0):
+def part_file(name: str, i: int, view: int = 0) -> str:
     return f'view{view:03}/{name}-{i:06}.rows'
 
 
-def keys_file(name):
+def keys_file(name: str) -> str:
     return name.removesuffix('.rows') + '.keys'
 
 
-def rows_in(where, name) -> int | None:
+def rows_in(where: Folder, name: str) -> int | None:
     """Return how many keys a file of rows has. None if its keys are not there."""
     size = where.size(keys_file(name))
     return None if size is None else (size - 32) // 8
 
 
-def read_keys(where, name):
+def read_keys(where: Folder, name: str) -> tuple[np.ndarray, str]:
     """Return (keys of the rows in a file, checksum of the file).
 
     Raises:
@@ -396,7 +412,7 @@ def read_keys(where, name):
 
 
 def write_stream(
-    batches, rows: TeacherRows, name: str, *, view: int = 0, part_bytes: int = SHARD_BYTES
+    batches: Iterable, rows: TeacherRows, name: str, *, view: int = 0, part_bytes: int = SHARD_BYTES
 ) -> int:
     """Write the rows of one part of the data in order, and return the number of rows.
 
@@ -417,7 +433,7 @@ def write_stream(
     end, parts = f'view{view:03}/{name}.end', out.finished(name, view)
     n = rows_at_end(rows.folder, end)
     # subtle: files may have been lost since the writer was done
-    if n is not None and n == sum(rows_in(rows.folder, o) for o in parts):
+    if n is not None and n == sum(rows_in(rows.folder, o) or 0 for o in parts):
         return n
     done = [read_keys(rows.folder, o)[0] for o in parts]
     number, known, at = len(done), np.concatenate([*done, np.empty(0, np.uint64)]), 0
@@ -439,15 +455,16 @@ def write_stream(
             waiting.append((keys[skip:], got[skip:]))
             kept += len(keys) - skip
             while kept >= size:
-                part, waiting = first_rows_of(waiting, size)
-                out.write(f'{name}-{number:06}', *part, view)
+                (keys, got), waiting = first_rows_of(waiting, size)
+                out.write(f'{name}-{number:06}', keys, got, view)
                 number, kept = number + 1, kept - size
     if at < len(known):
         raise DistillError(
             f'{name} has only {at} samples, but {len(known)} rows were written before.'
         )
     if kept:
-        out.write(f'{name}-{number:06}', *first_rows_of(waiting, kept)[0], view)
+        keys, got = first_rows_of(waiting, kept)[0]
+        out.write(f'{name}-{number:06}', keys, got, view)
     rows.folder.write(end, json.dumps(dict(rows=at)).encode())
     rows.check_accuracy()
     if not at:
@@ -455,7 +472,7 @@ def write_stream(
     return at
 
 
-def rows_at_end(where, name) -> int | None:
+def rows_at_end(where: Folder, name: str) -> int | None:
     """Return the number of rows recorded by a writer that has finished, or None if it has not."""
     if where.size(name) is None:
         return None
@@ -468,7 +485,7 @@ def rows_at_end(where, name) -> int | None:
         ) from e
 
 
-def first_rows_of(waiting, n):
+def first_rows_of(waiting: list, n: int) -> tuple:
     """Return ((keys, rows) of the first `n` rows, list with (keys, rows) of the remaining rows)."""
     keys, rows = (np.concatenate(o) for o in zip(*waiting))
     return (keys[:n], rows[:n]), [(keys[n:], rows[n:])] if len(keys) > n else []

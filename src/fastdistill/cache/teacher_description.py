@@ -2,8 +2,10 @@
 
 import inspect
 import warnings
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from numbers import Integral
+from typing import Any
 
 import numpy as np
 
@@ -24,7 +26,7 @@ __all__ = [
 ]
 
 
-def check_batch_size(bs):
+def check_batch_size(bs: Any) -> None:
     if not is_whole(bs) or bs < 1:
         raise DistillError(f'bs={bs!r}: must be a whole number of at least 1.')
 
@@ -43,17 +45,17 @@ class Source:
     """
 
     keys: np.ndarray
-    run: object
+    run: Callable
     bs: int
     teacher: dict
     transforms: dict
     root: str = ''
-    vocab: list | None = None
+    vocab: Sequence | None = None
     samples: list | None = None
     files: list | None = None
     doubt: str = ''
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_batch_size(self.bs)
         if self.files is not None and len(self.files) != len(self.keys):
             raise DistillError(
@@ -61,15 +63,15 @@ class Source:
             )
 
 
-def is_whole(o):
+def is_whole(o: Any) -> bool:
     return isinstance(o, Integral) and not isinstance(o, bool)
 
 
-def spread_positions(n, k=4):
+def spread_positions(n: int, k: int = 4) -> np.ndarray:
     return np.unique(np.linspace(0, n - 1, min(k, n), dtype=int))
 
 
-def check_alone(run, n):
+def check_alone(run: Callable, n: int) -> None:
     """Raise a DistillError if the outputs for a sample depend on the other samples in its batch."""
     tasks = spread_positions(n, 4)
     half = tasks[::2]
@@ -91,7 +93,12 @@ def check_alone(run, n):
         )
 
 
-def check_shared_keys(keys, digests, place=str, most=None):
+def check_shared_keys(
+    keys: np.ndarray,
+    digests: Callable[[np.ndarray], Iterable],
+    place: Callable[[int], str] = str,
+    most: int | None = None,
+) -> None:
     """Raise a DistillError if samples with different inputs have the same key.
 
     Such samples would share one stored output. Equal inputs may have the same key.
@@ -121,7 +128,7 @@ def check_shared_keys(keys, digests, place=str, most=None):
         before = i, digest
 
 
-def distinct_views(views: int, n: int, look) -> int:
+def distinct_views(views: int, n: int, look: Callable) -> int:
     """Return the number of views to store.
 
     If all views of a sample are equal, warn and return 1. Otherwise, return the requested number.
@@ -147,7 +154,7 @@ def distinct_views(views: int, n: int, look) -> int:
     return 1
 
 
-def unrepeatable(what, i):
+def unrepeatable(what: str, i: Any) -> str:
     return (
         f'{what} gave two different results for sample {i} from the same random seed: something in them draws from '
         "a generator that can't be found (a new one for each sample, or inside a library), reads the clock or "
@@ -155,7 +162,7 @@ def unrepeatable(what, i):
     )
 
 
-def identity_of(teacher) -> dict:
+def identity_of(teacher: Any) -> dict:
     """Return the manifest entry for a teacher: its name, options and fingerprint of the weights."""
     if (known := getattr(teacher, 'written_identity', None)) is not None:
         return known
@@ -184,7 +191,7 @@ def identity_of(teacher) -> dict:
     return dict(name=name, weights=fingerprint(text), **options)
 
 
-def options_of(teacher) -> dict:
+def options_of(teacher: Any) -> dict:
     """Return the options of a teacher. For an ensemble, include the options of its members."""
     if getattr(teacher, 'combine', None) == 'sample':
         raise DistillError(

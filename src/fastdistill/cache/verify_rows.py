@@ -1,6 +1,7 @@
 """Compare stored outputs with the current outputs of the teacher."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -9,7 +10,7 @@ from ..base.outputs import Draws, LinearLogits, TopK
 __all__ = ['Verified', 'row_errors']
 
 
-def row_errors(stored, live) -> tuple[list, list]:
+def row_errors(stored: Any, live: Any) -> tuple[list, list]:
     """Return, for each row, the largest difference between stored and current logits, and the
     largest absolute value of the current logits.
 
@@ -59,7 +60,7 @@ class Verified:
     share: float
     dtype: str
 
-    def __str__(self):
+    def __str__(self) -> str:
         return (
             f'{self.rows} rows compared: stored logits ({self.dtype}) differ by {self.worst:.2g} at most, '
             f'{self.mean:.2g} on average'

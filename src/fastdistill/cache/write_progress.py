@@ -1,6 +1,8 @@
 """Show a progress bar in a terminal or notebook while a cache is written."""
 
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from ..base.distributed import rank
 from ..base.progress_bar import console_for_bars
@@ -14,7 +16,7 @@ class ProgressBar:
     The bar appears with the first batch.
     """
 
-    def __init__(self, console=None):
+    def __init__(self, console: Any = None):
         from rich.progress import (
             BarColumn,
             MofNCompleteColumn,
@@ -23,7 +25,7 @@ class ProgressBar:
             TimeRemainingColumn,
         )
 
-        self.task = None
+        self.task: Any = None
         self.bar = Progress(
             TextColumn('{task.description}'),
             BarColumn(),
@@ -34,13 +36,13 @@ class ProgressBar:
             console=console,
         )
 
-    def __enter__(self):
+    def __enter__(self) -> 'ProgressBar':
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, *_: Any) -> None:
         self.stop()
 
-    def stop(self):
+    def stop(self) -> None:
         self.bar.stop()
         self.task = None
 
@@ -49,7 +51,7 @@ class ProgressBar:
         done: int,
         total: int,  # number of rows
         n_bytes: int,  # size of the finished rows in bytes
-    ):
+    ) -> None:
         if self.task is None:
             self.task = self.bar.add_task('teacher', total=total, mb=0.0, speed='')
             self.bar.start()
@@ -63,7 +65,7 @@ class ProgressBar:
 
 
 @contextmanager
-def shown_progress(progress):
+def shown_progress(progress: Any) -> Iterator[Callable | None]:
     """Yield a function to call after each batch, or None if no progress is shown.
 
     Args:

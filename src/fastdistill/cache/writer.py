@@ -3,19 +3,21 @@
 import json
 import re
 import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any, cast
 
 import numpy as np
 import torch
 
 from ..base.distributed import on_first, rank, world_size
 from ..base.errors import options_of_group
-from ..base.outputs import DistillError, DistillWarning, TopK
+from ..base.outputs import DistillError, DistillWarning, LinearLogits, Outputs, TopK
 from ..base.sample_seeds import seeds_of
 from .digests import checksum, versions
-from .file_store import open_folder
+from .file_store import Folder, open_folder
 from .json_checks import json_object, json_text, parse_json
 from .keys import hash_of
 from .manifest import CHECKSUM, MAX_VIEWS, Manifest, differences, refuse
@@ -55,14 +57,14 @@ class Forecast:
     bytes: int
     free: int | None
 
-    def __str__(self):
+    def __str__(self) -> str:
         disk = '' if self.free is None else f', {self.free / 1e9:.2f} GB free'
         total = f'{self.bytes / 1e6:.1f} MB{disk}'
         return (
             f'{self.samples} samples x {self.views} view(s) x {self.bytes_per_view} bytes = {total}'
         )
 
-    def check(self, where):
+    def check(self, where: Folder) -> None:
         if self.free is not None and self.bytes > self.free:
             raise DistillError(
                 f"{where}: {self}. The disk is too small: use fewer views, store less (store='auto' "
@@ -70,14 +72,14 @@ class Forecast:
             )
 
 
-def check_views(views):
+def check_views(views: Any) -> None:
     if not is_whole(views) or not 0 <= views <= MAX_VIEWS:
         raise DistillError(
             f'views={views!r}: must be a whole number from 0 (the clean view) to {MAX_VIEWS}.'
         )
 
 
-def options_of_run(run, **loader) -> tuple[dict, dict]:
+def options_of_run(run: Mapping | None, **loader: Any) -> tuple[dict, dict]:
     """Split the argument `run` of `cache_dataset` and `cache_teacher`.
 
     Args:
@@ -87,23 +89,24 @@ def options_of_run(run, **loader) -> tuple[dict, dict]:
     Returns:
         (options of the DataLoader, options of `write_cache`).
     """
-    own = dict(seed=0, forecast=None)
+    own: dict[str, Any] = dict(seed=0, forecast=None)
     given = options_of_group('run', run, [*loader, *own])
-    return tuple({k: given.get(k, v) for k, v in o.items()} for o in (loader, own))
+    of_loader, of_writer = ({k: given.get(k, v) for k, v in o.items()} for o in (loader, own))
+    return of_loader, of_writer
 
 
 def write_cache(
-    path,
+    path: Any,
     source: Source,
     store: Store,
     *,
     views: int = 1,
     seed: int = 0,
     force: bool = False,
-    progress=None,
-    forecast=None,
+    progress: Callable | None = None,
+    forecast: Callable | None = None,
     shard_bytes: int = SHARD_BYTES,
-    choose=None,
+    choose: Callable | None = None,
 ) -> TeacherCache:
     """Write the missing shards of a cache, and open it.
 
@@ -137,7 +140,7 @@ def write_cache(
         # subtle: the units of hidden states are computed from a whole batch
         first = first_outputs(source, min(source.bs, len(source.keys)))
     layout = Layout.of(first, store)
-    head = None if layout.head is None else StoredHead.of(first.logits)
+    head = None if layout.head is None else StoredHead.of(cast(LinearLogits, first.logits))
     with where.lock() if rank() == 0 else nullcontext():
         begin = lambda: _begin(
             where, source, first, layout, head, views, seed, force, shard_bytes, lost
@@ -155,13 +158,24 @@ def write_cache(
     return TeacherCache(where)
 
 
-def first_outputs(source, n):
+def first_outputs(source: Source, n: int) -> Outputs:
     """Return the outputs of the first `n` samples in one batch."""
     with closing(source.run(tasks_of(source, 0, 0, n), n)) as batches:
         return next(batches)
 
 
-def _begin(where, source, first, layout, head, views, seed, force, shard_bytes, lost):
+def _begin(
+    where: Folder,
+    source: Source,
+    first: Any,
+    layout: Layout,
+    head: StoredHead | None,
+    views: int,
+    seed: int,
+    force: bool,
+    shard_bytes: int,
+    lost: Any,
+) -> tuple:
     """Create the cache, or reopen an existing cache of the same data and teacher.
 
     Returns:
@@ -209,13 +223,15 @@ def _begin(where, source, first, layout, head, views, seed, force, shard_bytes, 
     return m, {}
 
 
-def changed_now(where, paths) -> str:
+def changed_now(where: Folder, paths: Sequence | None) -> str:
     """Return a text that names changed sample files, or '' if none changed.
 
     If only modification times changed, the new times are stored.
     """
+    if paths is None:
+        return ''
     try:
-        record = None if paths is None else read_record(where, len(paths))
+        record = read_record(where, len(paths))
     except DistillError as e:
         return str(e)
     if record is None:
@@ -230,7 +246,7 @@ def changed_now(where, paths) -> str:
     return ''
 
 
-def other_outputs(where, m, first) -> list:
+def other_outputs(where: Folder, m: Manifest, first: Any) -> list:
     """Return a text if the teacher's outputs for the first samples differ from the stored ones, in
     a list that is otherwise empty.
 
@@ -265,7 +281,7 @@ def other_outputs(where, m, first) -> list:
     ]
 
 
-def _reopen(where, old, m, keys):
+def _reopen(where: Folder, old: Manifest, m: Manifest, keys: bytes) -> tuple:
     """Reopen an existing cache.
 
     Returns:
@@ -300,7 +316,7 @@ def _reopen(where, old, m, keys):
     return new, {k: v for k, v in own.items() if k not in bad} | notes(where, added)
 
 
-def head_is_lost(where, m) -> bool:
+def head_is_lost(where: Folder, m: Manifest) -> bool:
     """Return True if the output layer is missing, has a different size, or was changed."""
     if where.size('head.bin') != m.head_bytes:
         return True
@@ -313,7 +329,7 @@ CACHE_FILES = re.compile(
 )
 
 
-def clear(where, ending='', only=None):
+def clear(where: Folder, ending: str = '', only: Any = None) -> None:
     """Remove only files that belong to a cache.
 
     The manifest is removed first, since a folder without a manifest is not a cache.
@@ -330,11 +346,11 @@ def clear(where, ending='', only=None):
             where.remove(n)
 
 
-def note_of(name):
+def note_of(name: str) -> str:
     return name.replace('.bin', '.json')
 
 
-def note_checksum(where, shard) -> str | None:
+def note_checksum(where: Folder, shard: Sequence) -> str | None:
     """Return the checksum of a shard from its '.json' file.
 
     The result is None if the shard is missing or has the wrong size.
@@ -353,16 +369,23 @@ def note_checksum(where, shard) -> str | None:
         return None
 
 
-def notes(where, shards):
+def notes(where: Folder, shards: Iterable[tuple]) -> dict[str, str]:
     return {s[2]: o for s in shards if (o := note_checksum(where, s)) is not None}
 
 
-def finished(where, shard):
+def finished(where: Folder, shard: Sequence) -> bool:
     """Return True if a shard has been written."""
     return note_checksum(where, shard) is not None
 
 
-def _write_shards(where, source, m, head, todo, progress):
+def _write_shards(
+    where: Folder,
+    source: Source,
+    m: Manifest,
+    head: StoredHead | None,
+    todo: Sequence[tuple],
+    progress: Callable | None,
+) -> None:
     """Run the teacher on the samples of the missing shards, and write these shards."""
     done, total = 0, sum(m.rows_of(i) for _, i, *_ in todo)
     worst = [0.0]
@@ -386,7 +409,7 @@ def _write_shards(where, source, m, head, todo, progress):
     warn_of_int8(worst[0])
 
 
-def warn_of_int8(error):
+def warn_of_int8(error: float) -> None:
     """Warn if logits computed from hidden states in int8 are too inaccurate.
 
     Args:
@@ -402,7 +425,16 @@ def warn_of_int8(error):
         )
 
 
-def encoded(layout, head, keys, view, seed, worst, out, row):
+def encoded(
+    layout: Layout,
+    head: Any,
+    keys: Any,
+    view: Any,
+    seed: int,
+    worst: list[float],
+    out: Any,
+    row: int,
+) -> np.ndarray:
     """Encode the outputs of a batch to rows.
 
     Args:
@@ -419,7 +451,7 @@ def encoded(layout, head, keys, view, seed, worst, out, row):
     if layout.draws is None:
         rows = layout.encode(out, head)
         if head is not None and layout.fields[0].dtype == 'int8':
-            got = layout.decode(torch.from_numpy(rows), head).logits
+            got: Any = layout.decode(torch.from_numpy(rows), head).logits
             worst[0] = max(worst[0], worst_error(out.logits, got))
         return rows
     # the last batch is padded with copies of the last sample
@@ -428,7 +460,9 @@ def encoded(layout, head, keys, view, seed, worst, out, row):
     return layout.encode(out, seeds=seeds.astype(np.int64))
 
 
-def _write_shard(where, m, name, n, batches, encode):
+def _write_shard(
+    where: Folder, m: Manifest, name: str, n: int, batches: Any, encode: Callable
+) -> Iterator[int]:
     """Write one shard, and yield the number of rows after each batch."""
     bs, buf = m.batch_size, np.empty((n, m.layout.bytes), np.uint8)
     for row in range(0, n, bs):
@@ -440,7 +474,7 @@ def _write_shard(where, m, name, n, batches, encode):
             )
         buf[row : row + bs] = rows[: n - row]
         yield min(bs, n - row)
-    data = memoryview(buf).cast('B')
+    data = buf.data.cast('B')
     where.write(name, data)
     where.write(
         note_of(name),
@@ -448,7 +482,7 @@ def _write_shard(where, m, name, n, batches, encode):
     )
 
 
-def _finish(where, m, done):
+def _finish(where: Folder, m: Manifest, done: Mapping[str, str]) -> None:
     """Complete the manifest with the checksums of all files."""
     if m.complete:
         return
@@ -472,11 +506,11 @@ def _finish(where, m, done):
     clear(where, '.json')
 
 
-def tasks_of(source, view, first, n):
+def tasks_of(source: Source, view: int, first: int, n: int) -> np.ndarray:
     return view * len(source.keys) + np.arange(first, first + n)
 
 
-def padded(tasks, bs):
+def padded(tasks: np.ndarray, bs: int) -> np.ndarray:
     """Pad the last batch by repeating the last task.
 
     The additional outputs are discarded later.

@@ -1,13 +1,15 @@
 "Compute the loss of a batch for a detector that learns from another detector."
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import islice
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torchvision.models.detection.image_list import ImageList
 
+from ..base.batch_samples import BatchSamples
 from ..base.outputs import DistillError, Outputs
 from ..base.random_state import RandomGuard
 from ..checks.findings import Findings
@@ -23,7 +25,7 @@ from ..features.layer_pairs import PairTable, pair
 from ..features.probe import dry_run
 from ..recipes.recipe_loss import Distilled
 from ..recipes.recipe_text import as_recipe
-from ..recipes.term import Recipe
+from ..recipes.term import Recipe, Term
 from .check import check_detections
 from .pyramid_levels import pair_levels
 from .recipes import automatic
@@ -52,11 +54,11 @@ class DetectionHead(Head):
     """
 
     @property
-    def detector(self) -> nn.Module:
+    def detector(self) -> Any:
         """The student without wrappers such as DDP."""
         return checked_detector(self.student, 'student')
 
-    def take(self, recipe):
+    def take(self, recipe: Recipe) -> None:
         for t in recipe.terms:
             if t.layers is None:
                 raise DistillError(
@@ -66,7 +68,7 @@ class DetectionHead(Head):
                 )
         super().take(recipe)
 
-    def setup(self, x: tuple = ()):
+    def setup(self, x: tuple = ()) -> None:
         """Pair the levels and build projectors. This method runs both models on an empty image, and
         restores the models and the random state.
         """
@@ -106,30 +108,31 @@ class DetectionHead(Head):
             self._check_anchors()
         return bool(heads)
 
-    def _paired_levels(self, view, x):
+    def _paired_levels(self, view: DetectorView, x: Sequence) -> list[tuple[str, str]]:
         """Return a list of (student level, teacher level), as names of layers."""
-        shapes = []
-        for model, run in (
+        shapes: list[dict] = []
+        runs: Sequence[tuple[Any, Callable]] = (
             (view, lambda: dry_run(view, *x)),
             (self.teacher.module, lambda: self.teacher.as_it_is().probe(*x)),
-        ):
+        )
+        for model, run in runs:
             with returned_by(model.backbone) as seen:
                 run()
             names = level_names(seen[-1])
             shapes.append({n: tuple(o.shape) for n, o in zip(names, as_levels(seen[-1]).values())})
-        size = tuple(x[0].shape[2:])
-        return pair_levels(*shapes, size, self.teacher.size or size)
+        (s, t), size = shapes, tuple(x[0].shape[2:])
+        return pair_levels(s, t, size, self.teacher.size or size)
 
-    def _named(self, layers):
+    def _named(self, layers: Any) -> Any:
         """Convert 'auto' and 'last' to pairs of levels. Return other layers unchanged."""
-        word, *how = split_suffixes(layers) if isinstance(layers, str) else [None]
+        word, *others = split_suffixes(layers) if isinstance(layers, str) else ['']
         if word not in ('auto', 'last'):
             return layers
-        how = ''.join(f'@{h}' for h in how if h != 'map')
+        how = ''.join(f'@{h}' for h in others if h != 'map')
         pairs = self.level_pairs[-1:] if word == 'last' else self.level_pairs
         return [(s + how, t + how) for s, t in pairs]
 
-    def _check_anchors(self):
+    def _check_anchors(self) -> None:
         if not same_anchors(self.detector, self.teacher):
             raise DistillError(
                 'The recipe compares the outputs of the heads, which needs the same anchors and '
@@ -137,42 +140,42 @@ class DetectionHead(Head):
                 'differ. Compare feature maps, as in pkd().'
             )
 
-    def student_outputs(self, raw, feats: dict, x) -> Outputs:
+    def student_outputs(self, raw: Any, feats: dict, x: Any) -> Outputs:
         """Return the outputs of the student's layers. The losses in `raw` are ignored, because
         terms do not compare losses.
         """
         return Outputs(feats=feats)
 
-    def targets_at(self, x, logits, targets):
+    def targets_at(self, x: Any, logits: Any, targets: Sequence) -> Sequence:
         """Return the targets unchanged."""
         return targets
 
     def compute(
         self,
-        student,
-        teacher,
-        task=None,
-        targets=(),
+        student: Outputs,
+        teacher: Outputs | None,
+        task: Tensor | None = None,
+        targets: Sequence = (),
         *,
         progress: float | None = None,
-        mixed=None,
+        mixed: tuple | None = None,
         of_heads: bool = False,
     ) -> Distilled:
         """Compute the loss as in `Distiller`. Terms that use labels get the teacher's scores
         instead.
         """
         scored = self.scored_layers(self.active_terms(progress))
-        scores = ([teacher.feats[n] for n in scored],) if scored else ()
+        scores = ([teacher.feats[n] for n in scored],) if scored and teacher is not None else ()
         return super().compute(student, teacher, task, scores, progress=progress)
 
-    def scored_layers(self, terms):
+    def scored_layers(self, terms: Iterable) -> list[str]:
         """Return the names of the pyramid levels whose teacher scores are needed by the terms."""
         found = {tuple(k.layers[1] for k in self.links[t.name]) for t in terms if t.n_targets}
         if len(found) > 1:
             raise DistillError('Terms that read scores must compare the same levels.')
         return [level_scores(n) for n in found.pop()] if found else []
 
-    def check_first(self, student, teacher, targets):
+    def check_first(self, student: Outputs, teacher: Outputs | None, targets: Sequence) -> None:
         """Do nothing, because `forward` checks the targets before the student runs."""
 
 
@@ -203,8 +206,8 @@ class DetectionDistiller(Distiller):
     def __init__(
         self,
         student: nn.Module,
-        teacher,
-        recipe=None,
+        teacher: Any,
+        recipe: Term | Recipe | str | None = None,
         *,
         size: int | tuple | None = None,
         check: bool = True,
@@ -219,7 +222,7 @@ class DetectionDistiller(Distiller):
         recipe = as_recipe(recipe)
         if recipe is None:
             recipe = automatic()
-        self.batch = None  # the last images after the student's transform
+        self.batch: Any = None  # the last images after the student's transform
         # do not report gradient norms for the first batch, because a new head passes on almost no
         # gradient
         self.head.measures = False
@@ -227,13 +230,18 @@ class DetectionDistiller(Distiller):
         self.setup()
 
     @property
-    def detector(self) -> nn.Module:
+    def detector(self) -> Any:
         """The student without wrappers such as DDP."""
         return self.head.detector
 
     # run on a batch
 
-    def forward(self, images, targets=None, progress: float | None = None) -> dict | list:
+    def forward(  # type: ignore[override] # what torchvision's detectors return
+        self,
+        images: Sequence[Tensor],
+        targets: Sequence[dict] | None = None,
+        progress: float | None = None,
+    ) -> dict | list:
         """Run student and teacher on a batch and compare them.
 
         Args:
@@ -260,7 +268,7 @@ class DetectionDistiller(Distiller):
         with self.reading(progress) as (_, taps):
             losses = self.student(images, targets)
             feats = taps.pop()
-        student = self.student_outputs(losses, feats, images)
+        student = self.head.student_outputs(losses, feats, images)
         teacher = self.teacher_outputs(images, progress)
         return self.weighted_losses(losses, student, teacher, progress)
 
@@ -282,7 +290,7 @@ class DetectionDistiller(Distiller):
         return {**losses, **r.terms}
 
     @contextmanager
-    def reading(self, progress: float | None = None):
+    def reading(self, progress: float | None = None) -> Iterator[tuple]:
         """Read the student's layers as in `Distiller`. Also store the pixels of the batch for the
         teacher.
         """
@@ -291,7 +299,7 @@ class DetectionDistiller(Distiller):
         self.batch = batches[-1][0] if batches else None
 
     def teacher_outputs(
-        self, x=None, progress: float | None = None, samples=None
+        self, x: Any = None, progress: float | None = None, samples: BatchSamples | None = None
     ) -> Outputs | None:
         """Return the outputs of the teacher's layers for the last batch on which the student ran
         inside `reading`. Return None if no term needs them.
@@ -304,13 +312,14 @@ class DetectionDistiller(Distiller):
         terms, (batch, self.batch) = self.active_terms(progress), (self.batch, None)
         if not terms:
             return None
-        names = [*self.head.layers(1, terms), *self.head.scored_layers(terms)]
+        head = cast(DetectionHead, self.head)
+        names = [*head.layers(1, terms), *head.scored_layers(terms)]
         args = batch.tensors, padded_sizes(batch), runs_head(names)
-        return Outputs(feats=self.teacher.outputs(args, layers=names).feats)
+        return Outputs(feats=head.teacher.outputs(args, layers=names).feats)
 
     # checks
 
-    def check(self, x, *targets, n: int = BATCHES) -> Findings:
+    def check(self, x: Any, *targets: Any, n: int = BATCHES) -> Findings:
         """Check for mistakes that would otherwise go unnoticed. The checks find targets in a wrong
         form, a teacher that finds hardly any boxes, a different order of classes (such as a shift
         by the background class), and images that are too small for the teacher. Neither model is
@@ -327,7 +336,7 @@ class DetectionDistiller(Distiller):
             return self.check_batches(((o[0], o[1:]) for o in x), n)
 
     def check_batches(
-        self, batches, n: int = BATCHES, *, placed: bool = False, part: str = ''
+        self, batches: Iterable, n: int = BATCHES, *, placed: bool = False, part: str = ''
     ) -> Findings:
         """Check batches that are already split into images and targets (see `check`).
 
@@ -340,16 +349,16 @@ class DetectionDistiller(Distiller):
         found, teacher = Findings(), self.detectors[0]
         found.add(
             'parameters',
-            shared_parameters(self.student, self.teacher),
-            none_shared(self.student, self.teacher),
+            shared_parameters(self.student, self.head.teacher),
+            none_shared(self.student, self.head.teacher),
         )
         batches = [(x, y[0]) for x, y in islice(batches, n)]
         for x, y in batches:
             if wrong := check_targets(x, y, self.detector).errors:
                 found.add('targets', wrong)
                 return found
-        transform = self.detector.transform if self.teacher.size is None else None
-        heads = any(runs_head([p.teacher]) for p in self.pairs)
+        transform = self.detector.transform if self.head.teacher.size is None else None
+        heads = any(runs_head([p.teacher]) for p in self.pairs or ())
         found.join(check_detections(teacher, batches, transform, heads))
         self.head.doubt = found.doubt
         return found
@@ -366,17 +375,17 @@ def padded_sizes(batch: ImageList) -> Tensor | None:
     return sizes / sizes.new_tensor(whole)
 
 
-def layers_named(layers) -> list:
+def layers_named(layers: Any) -> list:
     """Return all layer names in the `layers` of a term, given as a dict, pairs or names."""
     items = layers.items() if isinstance(layers, Mapping) else layers
     return [n for o in items for n in ([o] if isinstance(o, str) else layers_named(o))]
 
 
-def runs_head(names) -> bool:
+def runs_head(names: Iterable[str]) -> bool:
     return any(n.split('@')[0].split('.')[0] in OF_HEAD for n in names)
 
 
-def same_anchors(student, teacher) -> bool:
+def same_anchors(student: Any, teacher: Any) -> bool:
     """Return True if student and teacher are dense detectors with the same classes and the same
     anchors.
 

@@ -11,7 +11,9 @@ from ..features.model_stages import Stage
 __all__ = ['pair_levels']
 
 
-def pair_levels(student: dict, teacher: dict, s_size: Sequence[int], t_size: Sequence[int]) -> list:
+def pair_levels(
+    student: dict, teacher: dict, s_size: Sequence[int], t_size: Sequence[int]
+) -> list[tuple[str, str]]:
     """Pair levels of equal stride, from fine to coarse. If no strides are equal, pair levels by
     relative depth.
 

@@ -138,7 +138,7 @@ class DetectorView(nn.Module):
         else:
             self.rpn = detector.rpn
         self.scores = LevelScores(detector)
-        self.anchors = detector.anchor_generator if self.dense else None
+        self.anchors: Any = detector.anchor_generator if self.dense else None
 
     def forward(self, images: Tensor, sizes: Tensor | None = None, head: bool = False) -> Tensor:
         """Run the backbone and return the last feature map. All other outputs are read by hooks.

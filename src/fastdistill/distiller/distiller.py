@@ -1,14 +1,16 @@
 """Compute the distillation loss of one batch, without a training loop."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import islice
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..base.batch_samples import BatchSamples
 from ..base.model_state import weights_summary
 from ..base.outputs import DistillError, Outputs, map_tensors
 from ..checks.findings import Findings
@@ -19,7 +21,7 @@ from ..features.layer_pairs import PairTable, inputs
 from ..features.model_call import arguments
 from ..recipes.batch_tensors import inputs_and_labels
 from ..recipes.recipe_loss import Distilled
-from ..recipes.term import Recipe
+from ..recipes.term import Recipe, Term
 from ..teachers.model_loading import holds_weights
 from ..teachers.teacher import Teacher
 from .dataloader import is_loader, own_generators
@@ -93,23 +95,24 @@ class Distiller(nn.Module):
     """
 
     head_class = Head
+    student: Any  # an nn.Module. None if only `compute` is used
 
     def __init__(
         self,
         student: nn.Module | None,
-        teacher,
-        recipe=None,
+        teacher: Any,
+        recipe: Term | Recipe | str | dict | None = None,
         *,
-        task_loss=None,
+        task_loss: Callable | dict | None = None,
         kind: str | dict | None = None,
         axis: int | dict | None = None,
         ignore_index: int | dict | None = None,
         shift_labels: bool | dict | None = None,
-        output=None,
+        output: str | int | Callable | dict | None = None,
         labels: dict | None = None,
         weights: dict | None = None,
         check: bool | dict = True,
-        example=None,
+        example: Any = None,
     ):
         super().__init__()
         # subtle: register the student first, so that its parameters come first in parameters()
@@ -151,7 +154,9 @@ class Distiller(nn.Module):
         if example is not None:
             self.setup(*inputs(example))
 
-    def _head(self, name, teacher, o, teachers):
+    def _head(
+        self, name: str, teacher: Any, o: dict[str, Any], teachers: Mapping[str, Any]
+    ) -> Head:
         labels, weight, output = o.pop('labels'), o.pop('weights'), o['output']
         if not self.several:
             options = dict(labels=tuple, teacher_output=output, **o)
@@ -198,7 +203,7 @@ class Distiller(nn.Module):
         """
         return [next(iter(g.values())).teacher for g in teacher_groups(self.heads)]
 
-    def start(self):
+    def start(self) -> None:
         """Prepare the teachers for many batches.
 
         If the student's weights changed after `stop`, for example because different weights were
@@ -211,7 +216,7 @@ class Distiller(nn.Module):
         for t in self.sources:
             t.start()
 
-    def stop(self):
+    def stop(self) -> None:
         """Restore the teachers. This method may be called at any time, and repeatedly."""
         if self.running:
             self.left, self.running = weights_summary(self.student), False
@@ -233,14 +238,14 @@ class Distiller(nn.Module):
             task = None
         return Recipe(*(t for k, h in self.heads.items() for t in whole(k, h)), task=task)
 
-    def register_links(self):
+    def register_links(self) -> None:
         """Register the projectors and other modules of the heads that are trained with the
         student.
         """
         links = {k: h.links for k, h in self.heads.items()}
         self.links = nn.ModuleDict(links) if self.several else links['']
 
-    def _scales(self, progress) -> tuple[dict, float]:
+    def _scales(self, progress: float | None) -> tuple[dict, float]:
         """Return ({head name: factor of the head's loss}, divisor of the shared task loss).
 
         In each head, weights are divided by 1 plus the sum of the gradient ratios. If heads share a
@@ -304,27 +309,27 @@ class Distiller(nn.Module):
         state = state if self.several else state['']
         return torch.frombuffer(bytearray(json.dumps(state).encode()), dtype=torch.uint8)
 
-    def set_extra_state(self, state: Tensor):
+    def set_extra_state(self, state: Tensor) -> None:
         """Restore the chosen recipe, the measured gradients and the random state of the teacher.
 
         If a recipe with different terms was already chosen, the current recipe is kept.
         """
-        state = json.loads(bytes(state.tolist()))
-        saved_heads = all(isinstance(o, dict) for o in state.values())
-        if saved_heads != self.several or saved_heads and set(state) != set(self.heads):
-            have = f'the heads {", ".join(state)}' if saved_heads else 'one output'
+        saved = json.loads(bytes(state.tolist()))
+        saved_heads = all(isinstance(o, dict) for o in saved.values())
+        if saved_heads != self.several or saved_heads and set(saved) != set(self.heads):
+            have = f'the heads {", ".join(saved)}' if saved_heads else 'one output'
             mine = f'the heads {", ".join(self.heads)}' if self.several else 'one output'
             raise DistillError(
                 f'This state was saved from a Distiller with {have}, but this one has {mine}.'
             )
         for k, h in self.heads.items():
-            h.load_state(state[k] if self.several else state)
+            h.load_state(saved[k] if self.several else saved)
         self.left = None
         share_task_loss_again(self.heads)
 
     # checks and setup before the first batch
 
-    def parameters(self, recurse=True):
+    def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
         for h in self.heads.values():
             if not h.ready and any(t.match == 'shape' or t.projector != 'auto' for t in h.layered):
                 raise DistillError(
@@ -333,10 +338,10 @@ class Distiller(nn.Module):
                 )
         return super().parameters(recurse)
 
-    def own_parameters(self):
+    def own_parameters(self) -> list[nn.Parameter]:
         return [p for p in self.links.parameters() if p.requires_grad]
 
-    def check(self, x, *targets, n: int = BATCHES) -> Findings | dict[str, Findings]:
+    def check(self, x: Any, *targets: Any, n: int = BATCHES) -> Findings | dict[str, Findings]:
         """Find mistakes that training would not report.
 
         With a DataLoader, the check reads a few batches. The check compares the scores of both
@@ -370,7 +375,9 @@ class Distiller(nn.Module):
             )
         )
 
-    def check_batches(self, batches, n: int = BATCHES, *, placed: bool = False, part: str = ''):
+    def check_batches(
+        self, batches: Iterable, n: int = BATCHES, *, placed: bool = False, part: str = ''
+    ) -> Any:
         """Run `check` on batches that are already split into inputs and labels.
 
         Args:
@@ -380,14 +387,14 @@ class Distiller(nn.Module):
             part: Name of the dataset for messages: 'validation', 'training', or '' if unknown.
         """
         device = next((p.device for p in self.student.parameters()), None)
-        here = ((inputs(x), y) for x, y in islice(batches, n))
+        here: Iterable = ((inputs(x), y) for x, y in islice(batches, n))
         here = (map_tensors(b, lambda t: t if t.device == device else t.to(device)) for b in here)
         if self.several:
             here = list(here)
         of = lambda h: ((x, h.labels(y)) for x, y in here)
         return self._each_head(lambda h: h.check_batches(of(h), placed, part))
 
-    def _each_head(self, fn):
+    def _each_head(self, fn: Callable[[Head], Any]) -> Any:
         """Call `fn` on each head that has a teacher, and return {head name: result}. With one head,
         return the result.
         """
@@ -395,7 +402,7 @@ class Distiller(nn.Module):
             return fn(self.head)
         return {k: fn(h) for k, h in self.heads.items() if h.teacher is not None}
 
-    def setup(self, *x):
+    def setup(self, *x: Any) -> 'Distiller':
         """Pair student and teacher layers, and build projectors.
 
         Both models run once in evaluation mode. The models and the random state are not changed.
@@ -418,7 +425,7 @@ class Distiller(nn.Module):
         """
         return [t for h in self.heads.values() for t in h.active_terms(progress)]
 
-    def student_layers(self, terms=None) -> list:
+    def student_layers(self, terms: Iterable | None = None) -> list:
         """Return the student layers that the terms compare.
 
         Args:
@@ -427,7 +434,7 @@ class Distiller(nn.Module):
         return list(dict.fromkeys(n for h in self.heads.values() for n in h.layers(0, terms)))
 
     def teacher_outputs(
-        self, x, progress: float | None = None, samples=None
+        self, x: Any, progress: float | None = None, samples: BatchSamples | None = None
     ) -> Outputs | dict | None:
         """Return the teacher's outputs for a batch, including the layers that the terms compare.
 
@@ -458,7 +465,7 @@ class Distiller(nn.Module):
         none = len(out) == len(self.heads) and all(o is None for o in out.values())
         return None if none else self._only(out)
 
-    def student_outputs(self, raw, feats: dict, x) -> Outputs | dict[str, Outputs]:
+    def student_outputs(self, raw: Any, feats: dict, x: Any) -> Outputs | dict[str, Outputs]:
         """Return the student's outputs. Padded positions of the batch are masked.
 
         Args:
@@ -472,17 +479,17 @@ class Distiller(nn.Module):
         """
         return self._only({k: h.student_outputs(raw, feats, x) for k, h in self.heads.items()})
 
-    def _only(self, each: dict):
+    def _only(self, each: dict) -> Any:
         return each if self.several else each['']
 
-    def _by_head(self, o) -> dict:
+    def _by_head(self, o: Any) -> dict:
         """Undo `_only`: return {head name: outputs}."""
         if self.several:
             return o or {}
         return {'': o}
 
     @contextmanager
-    def reading(self, progress: float | None = None):
+    def reading(self, progress: float | None = None) -> Iterator[tuple]:
         """Context manager that records what the student returns while a trainer runs the student.
 
         The context manager yields a list of the student's return values, and the `Taps` on the
@@ -495,7 +502,7 @@ class Distiller(nn.Module):
         with returned_by(self.student) as seen, Taps(self.student, layers) as taps:
             yield seen, taps
 
-    def forward(self, x, *targets, progress: float | None = None) -> Distilled:
+    def forward(self, x: Any, *targets: Any, progress: float | None = None) -> Distilled:
         """Run student and teacher on a batch and return the loss.
 
         Args:
@@ -535,10 +542,10 @@ class Distiller(nn.Module):
         student: Outputs | dict[str, Outputs],
         teacher: Outputs | dict[str, Outputs] | None,
         task: Tensor | None = None,
-        targets=(),
+        targets: Sequence = (),
         *,
         progress: float | None = None,
-        mixed=None,
+        mixed: tuple | None = None,
     ) -> Distilled:
         """Return the loss of a batch from outputs that are already computed. Trainers call this
         method.
@@ -558,7 +565,7 @@ class Distiller(nn.Module):
         students, teachers, heads = self._by_head(student), self._by_head(teacher), self.heads
         if self.several and teacher is not None and not torch.is_grad_enabled():
             # a cache may contain only the outputs for the training set
-            heads = {k: h for k, h in heads.items() if k in teacher}
+            heads = {k: h for k, h in heads.items() if k in teachers}
         if self.several and not all(h.shares_task for h in self.heads.values()):
             share_task_loss(self.heads)
         recipes = [h.recipe for h in heads.values()]
@@ -597,7 +604,13 @@ class Distiller(nn.Module):
             ),
         )
 
-    def without_labels(self, student, teacher, *, progress: float | None = None) -> Tensor:
+    def without_labels(
+        self,
+        student: Outputs | dict[str, Outputs],
+        teacher: Outputs | dict[str, Outputs] | None,
+        *,
+        progress: float | None = None,
+    ) -> Tensor:
         """Return the weighted sum of the terms that use no labels, for a batch of unlabeled inputs.
 
         Terms with a gradient ratio use the gradients that were measured on labeled batches.
@@ -620,7 +633,7 @@ class Distiller(nn.Module):
         return sum(values[1:], values[0])
 
 
-def labels_in_order(names, i, targets):
+def labels_in_order(names: Sequence[str], i: int, targets: Sequence) -> tuple:
     """Return the labels of head `i` as a tuple, if each head has one label."""
     if targets and len(targets) != len(names):
         raise DistillError(
@@ -635,7 +648,8 @@ def whole_loss(each: dict, weights: dict) -> Distilled:
     each = {k: e for k, e in each.items() if weights[k]}
     task = [weights[k] * e.weights['task'] * e.task for k, e in each.items() if e.weights['task']]
     taught = [weights[k] * e.taught for k, e in each.items() if e.taught is not None]
-    parts, counted = {}, {'task': 1.0 if task else 0.0}
+    parts: dict[str, Tensor] = {}
+    counted: dict[str, float | Tensor] = {'task': 1.0 if task else 0.0}
     for k, e in each.items():
         own = {} if e.task is None else {'task': e.task.detach()}
         parts |= {f'{k}.{n}': v for n, v in {**own, **e.parts}.items()}
@@ -648,6 +662,6 @@ def whole_loss(each: dict, weights: dict) -> Distilled:
     )
 
 
-def same_model(a, b):
+def same_model(a: Any, b: Any) -> bool:
     model = lambda o: o.model if isinstance(o, Teacher) and not o.members else o
     return a is not None and model(a) is model(b)

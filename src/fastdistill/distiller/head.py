@@ -1,8 +1,9 @@
 """A head of a `Distiller`: an output of the student with its labels, its teacher and its recipe."""
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,11 +23,11 @@ from ..features.model_call import predicts_next
 from ..features.probe import dry_run
 from ..features.projectors import projector
 from ..recipes.batch_tensors import both, plain_logits
-from ..recipes.default import chosen_before, chosen_for
+from ..recipes.default import Automatic, chosen_before, chosen_for
 from ..recipes.layer_link import Link, own_copy
 from ..recipes.recipe_loss import Distilled, RecipeLoss
 from ..recipes.recipe_text import as_recipe
-from ..recipes.term import Recipe, weight_text
+from ..recipes.term import Recipe, Term, weight_text
 from ..recipes.token_labels import labels_to_shift, next_tokens, padding_mask
 from ..teachers.teacher import Teacher
 
@@ -54,24 +55,26 @@ class Head(RecipeLoss):
             `Teacher` object.
     """
 
+    student: Any  # None if only `compute` is used
+    links: Any  # {term: its `Link`s}
     shares_task = False  # True if one task loss is computed for all heads
 
     def __init__(
         self,
         name: str,
         student: nn.Module | None,
-        teacher,
-        recipe=None,
+        teacher: Any,
+        recipe: Term | Recipe | str | None = None,
         *,
-        labels,
+        labels: Callable,
         weight: float = 1.0,
-        task_loss=None,
+        task_loss: Callable | None = None,
         kind: str | None = None,
         axis: int | None = None,
         ignore_index: int | None = None,
         shift_labels: bool | None = None,
-        output=None,
-        teacher_output=None,
+        output: str | int | Callable | None = None,
+        teacher_output: str | int | Callable | None = None,
         check: bool = True,
     ):
         recipe = as_recipe(recipe)
@@ -84,12 +87,13 @@ class Head(RecipeLoss):
         check_output(output)
         self.output = output
         # `found` is the state of `warn_of_several`. `doubt` is the reason to doubt the teacher.
-        self.found, self.doubt = {}, ''
+        self.found: dict = {}
+        self.doubt = ''
         if teacher is not None and not isinstance(teacher, Teacher):
             teacher = Teacher(
                 teacher, kind=self.task.kind, axis=self.task.axis, output=teacher_output
             )
-        self.teacher = teacher
+        self.teacher: Any = teacher
         self.pairs: PairTable | None = None  # pairs of layers, set by `setup`
         self.unchecked = {'labels', 'outputs'} if check else set()
         if student is not None and teacher is not None:
@@ -97,15 +101,16 @@ class Head(RecipeLoss):
             if check:
                 Findings(shared_parameters(student, teacher)).enforce()
 
-    def take(self, recipe):
+    def take(self, recipe: Recipe) -> None:
         """Use this recipe from now on."""
-        # only a recipe from `auto` has these attributes
-        self.chosen = [recipe.text, recipe.why, recipe.kind] if hasattr(recipe, 'text') else None
+        self.chosen = None
+        if isinstance(recipe, Automatic):
+            self.chosen = [recipe.text, recipe.why, recipe.kind]
         if self.shares_task and self.chosen is not None:
             recipe = with_full_task(recipe)
         super().take(recipe)
 
-    def choose(self, logits, x: tuple, labels: bool):
+    def choose(self, logits: Any, x: tuple, labels: bool) -> None:
         """Let `auto` choose a recipe from the outputs of a batch.
 
         Args:
@@ -115,7 +120,7 @@ class Head(RecipeLoss):
         """
         self._choose(logits, lambda: self.teacher.probe(*x), labels)
 
-    def choose_from(self, student: Outputs, teacher: Outputs | None, labels: bool):
+    def choose_from(self, student: Outputs, teacher: Outputs | None, labels: bool) -> None:
         """Let `auto` choose a recipe from outputs that are already computed, such as stored outputs.
 
         A recipe that was given or chosen before is kept.
@@ -141,7 +146,7 @@ class Head(RecipeLoss):
                 'the teacher to compute().'
             )
 
-    def _choose(self, logits, ask, labels):
+    def _choose(self, logits: Any, ask: Callable[[], Outputs], labels: bool) -> None:
         ask_logits = lambda: plain_logits(Outputs(logits), ask())[1]
         doubt = 'the teacher is in doubt, see above' if self.doubt else None
         chosen = of_first(chosen_for(logits.shape, self.task, ask_logits, labels, doubt))
@@ -149,7 +154,7 @@ class Head(RecipeLoss):
         if rank() == 0:
             print(f'fastdistill: {self.prefix}recipe {chosen}')
 
-    def weights_at(self, progress, of_heads=False):
+    def weights_at(self, progress: float | None, of_heads: bool = False) -> dict:
         """Return {name: weight or gradient ratio} of each loss.
 
         If the task loss is that of all heads, it contains the weight of this head already, and so
@@ -169,10 +174,10 @@ class Head(RecipeLoss):
     @property
     def chosen_text(self) -> str | None:
         """Text of the recipe that `auto` chose. None if `auto` did not choose a recipe."""
-        return self.chosen and self.chosen[0]
+        return None if self.chosen is None else self.chosen[0]
 
     @property
-    def prefix(self):
+    def prefix(self) -> str:
         """The beginning of messages about this head."""
         return f'{self.name}: ' if self.name else ''
 
@@ -191,7 +196,7 @@ class Head(RecipeLoss):
         """Return the random state of the teacher. Empty if the teacher uses no random numbers."""
         return self.teacher.random.state_dict() if isinstance(self.teacher, Teacher) else {}
 
-    def load_state(self, state: dict):
+    def load_state(self, state: dict) -> None:
         """Restore the chosen recipe, the measured gradients and the random state of the teacher.
 
         If a recipe with different terms was already chosen, the current recipe is kept.
@@ -211,15 +216,15 @@ class Head(RecipeLoss):
     # checks and setup before the first batch
 
     @property
-    def ready(self):
+    def ready(self) -> bool:
         return len(self.links) == len(self.recipe.terms)
 
-    def check_names(self):
+    def check_names(self) -> None:
         """Raise an error if the recipe names layers that the models don't have."""
         for t in self.layered:
             check_names(self.student, self.teacher, t.layers)
 
-    def check(self, student: Outputs, teacher: Outputs | None, targets) -> Findings:
+    def check(self, student: Outputs, teacher: Outputs | None, targets: Sequence) -> Findings:
         """Report mistakes in the outputs and labels of one batch, such as incompatible shapes."""
         found = Findings()
         if teacher is not None:
@@ -230,7 +235,7 @@ class Head(RecipeLoss):
         s, y = taught_part(student.logits, y, classes, self.task)
         return found.join(check_batch(s, t, y, self.task))
 
-    def check_batches(self, batches, placed: bool = False, part: str = '') -> Findings:
+    def check_batches(self, batches: Iterable, placed: bool = False, part: str = '') -> Findings:
         """Find mistakes that training would not report. See `Distiller.check_batches`."""
         found = Findings()
         found.add(
@@ -253,7 +258,7 @@ class Head(RecipeLoss):
         self.doubt = found.doubt
         return found
 
-    def check_first(self, student, teacher, targets):
+    def check_first(self, student: Outputs, teacher: Outputs | None, targets: Sequence) -> None:
         """Raise an error for mistakes in the first batch.
 
         The teacher's outputs are checked in the first batch for which the teacher runs.
@@ -264,7 +269,7 @@ class Head(RecipeLoss):
         self.unchecked -= parts
         self.check(student, teacher, targets).enforce()
 
-    def setup(self, x: tuple):
+    def setup(self, x: tuple) -> None:
         """Pair student and teacher layers, and build projectors.
 
         Both models run once in evaluation mode. The models and the random state are not changed.
@@ -288,7 +293,7 @@ class Head(RecipeLoss):
             for term in self.layered:
                 self.links[term.name] = nn.ModuleList(self._links(term, tables[term.name], s, t))
 
-    def _links(self, term, pairs, s, t):
+    def _links(self, term: Any, pairs: PairTable, s: dict, t: Outputs) -> Iterator[Link]:
         """Yield a `Link` for each pair of layers of a term, on the student's device."""
         modules = self.teacher.named_modules()
         for p in pairs:
@@ -308,7 +313,7 @@ class Head(RecipeLoss):
 
     # computing the loss of a batch
 
-    def layers(self, i: int, terms=None) -> list:
+    def layers(self, i: int, terms: Iterable | None = None) -> list:
         """Return the layers that the terms compare.
 
         Args:
@@ -322,23 +327,31 @@ class Head(RecipeLoss):
         links = (k for t in own if t.name in self.links for k in self.links[t.name] if k.layers)
         return list(dict.fromkeys(k.layers[i] for k in links if not is_output(k.layers[i])))
 
-    def student_outputs(self, raw, feats: dict, x) -> Outputs:
+    def student_outputs(self, raw: Any, feats: dict, x: Any) -> Outputs:
         """Return the student's outputs that this head compares. See `Distiller.student_outputs`."""
         if self.output is None:
             warn_of_several(raw, self.student, 'The student', self.found)
         s = Outputs.of(raw, feats, output=self.output)
-        return replace(
-            s, mask=both(s.mask, padding_mask(inputs(x), s.logits.shape, self.task.axis))
-        )
+        logits: Any = s.logits
+        return replace(s, mask=both(s.mask, padding_mask(inputs(x), logits.shape, self.task.axis)))
 
-    def compare(self, student, teacher, x, targets, progress) -> Distilled:
+    def compare(
+        self,
+        student: Outputs,
+        teacher: Outputs | None,
+        x: Any,
+        targets: Sequence,
+        progress: float | None,
+    ) -> Distilled:
         """Return the loss of a batch, including the task loss of this head."""
         # check this first: an error of the task loss would not say what to do
         self.check_first(student, teacher, targets)
         task, targets = self.task_and_targets(x, student.logits, targets)
         return self.compute(student, teacher, task, targets, progress=progress)
 
-    def task_and_targets(self, x, logits, targets):
+    def task_and_targets(
+        self, x: Any, logits: Any, targets: Sequence
+    ) -> tuple[Tensor | None, Sequence]:
         """Return the task loss and the targets. Targets are moved to the positions where the model
         predicts them.
         """
@@ -349,7 +362,7 @@ class Head(RecipeLoss):
             return self.task_loss(logits, *targets), at
         return labels_loss(logits, *at, task=self.task), at
 
-    def targets_at(self, x, logits, targets):
+    def targets_at(self, x: Any, logits: Any, targets: Sequence) -> Sequence:
         """Move the targets to the positions where the model predicts them.
 
         Language models predict the next token at each position. Labels that are aligned with the
@@ -383,7 +396,7 @@ class HeadOutput:
     at: int
     n: int
 
-    def __call__(self, raw):
+    def __call__(self, raw: Any) -> Any:
         if isinstance(raw, Mapping) and self.name in raw:
             return raw[self.name]
         if isinstance(raw, (tuple, list)) and len(raw) == self.n:
@@ -392,7 +405,7 @@ class HeadOutput:
             return raw
         return self.otherwise(raw)
 
-    def otherwise(self, raw):
+    def otherwise(self, raw: Any) -> Any:
         """Raise an error if the student has no output with the name or position of the head."""
         if isinstance(raw, Mapping):
             have = ', '.join(map(str, raw))
@@ -410,11 +423,11 @@ class SharedOutput(HeadOutput):
     heads.
     """
 
-    def otherwise(self, raw):
+    def otherwise(self, raw: Any) -> Any:
         return raw
 
 
-def options_by_head(o, option: str, heads, who: str = 'the heads are') -> dict:
+def options_by_head(o: Any, option: str, heads: Iterable[str], who: str = 'the heads are') -> dict:
     """Convert an option to a dict {head name: value}. A single value is used for all heads."""
     if not isinstance(o, Mapping):
         return dict.fromkeys(heads, o)
@@ -424,7 +437,7 @@ def options_by_head(o, option: str, heads, who: str = 'the heads are') -> dict:
     return {k: o.get(k) for k in heads}
 
 
-def share_task_loss(heads: dict):
+def share_task_loss(heads: dict) -> None:
     """Give the task loss the same weight in the recipes of all heads.
 
     This is for a single task loss of all heads. Raise an error if the heads weight it differently.
@@ -448,7 +461,7 @@ def share_task_loss(heads: dict):
         h.shares_task, h.recipe = True, Recipe(*h.recipe.terms, task=task)
 
 
-def share_task_loss_again(heads: dict):
+def share_task_loss_again(heads: dict) -> None:
     """Call `share_task_loss` again, because a recipe has changed. Do nothing if the task loss is
     not shared.
     """
@@ -456,7 +469,7 @@ def share_task_loss_again(heads: dict):
         share_task_loss(heads)
 
 
-def with_full_task(recipe):
+def with_full_task(recipe: Any) -> Recipe:
     """Return a copy of the recipe, scaled so that the task loss has weight 1."""
     w = recipe.task_at(0.0)
     if w in (0.0, 1.0):
@@ -464,7 +477,7 @@ def with_full_task(recipe):
     return Recipe(*(renamed(t, t.name, weight=t.weight / w) for t in recipe.terms), task=1.0)
 
 
-def renamed(term, name, **changes):
+def renamed(term: Any, name: str, **changes: Any) -> Any:
     """Return a copy of a term with a different name and changed attributes."""
     term = copy.copy(term)
     vars(term).update(name=name, **changes)

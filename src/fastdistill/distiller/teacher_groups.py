@@ -1,17 +1,20 @@
 """Group the heads whose teachers share one run of a model."""
 
+from collections.abc import Mapping
+from typing import Any
+
 from ..teachers.teacher import same_run, sharing_model
 
 __all__ = ['share_models', 'teacher_groups']
 
 
-def teacher_groups(heads: dict) -> list[dict]:
+def teacher_groups(heads: Mapping[str, Any]) -> list[dict]:
     """Group the heads that have a teacher. Heads in the same group share one run of a model.
 
     Args:
         heads: {head name: `Head`}.
     """
-    groups = []
+    groups: list[dict] = []
     for k, h in heads.items():
         if h.teacher is None:
             continue
@@ -22,7 +25,7 @@ def teacher_groups(heads: dict) -> list[dict]:
     return groups
 
 
-def share_models(heads: dict):
+def share_models(heads: Mapping[str, Any]) -> None:
     """Let teachers that share a run also share the faster copy of their model."""
     for group in teacher_groups(heads):
         first, *others = group.values()

@@ -1,5 +1,10 @@
 """Functions that integrations with other trainers use for setup and checkpoints."""
 
+from collections.abc import Iterable
+from typing import Any
+
+from torch.optim import Optimizer
+
 from ..base.distributed import broadcast, on_first
 from ..checks.forward import student_logits
 from ..features.layer_names import unwrap
@@ -21,7 +26,7 @@ __all__ = [
 ]
 
 
-def is_detector(model) -> bool:
+def is_detector(model: Any) -> bool:
     """Return True if `model` is a torchvision detector, which `fastdistill.detection` distills."""
     kinds = type(unwrap(model)).__mro__
     return any(o.__module__.startswith('torchvision.models.detection.') for o in kinds)
@@ -37,7 +42,7 @@ def needs_example(d: Distiller) -> bool:
     return is_choosing(d) or not d.ready
 
 
-def check_first(d: Distiller, batches, **options):
+def check_first(d: Distiller, batches: Iterable, **options: Any) -> None:
     """Look for mistakes before training.
 
     Only the first process looks for mistakes. All processes raise the same error.
@@ -53,7 +58,7 @@ def check_first(d: Distiller, batches, **options):
         f.enforce()
 
 
-def complete(d: Distiller, x, labels: bool = True):
+def complete(d: Distiller, x: Any, labels: bool = True) -> None:
     """Choose the recipe if none was given, pair student and teacher layers, and build projectors.
 
     The result is identical in all processes.
@@ -86,7 +91,7 @@ def takes_part(d: Distiller, progress: float | None) -> bool:
     return bool(d.active_terms(progress)) or d.recipe.task_at(progress) != 1
 
 
-def add_parameters(optimizer, d: Distiller):
+def add_parameters(optimizer: Optimizer, d: Distiller) -> None:
     """Add the parameters of the projectors to the student's optimizer.
 
     The parameters are added to the first parameter group, because existing schedulers only know the
@@ -100,7 +105,7 @@ def add_parameters(optimizer, d: Distiller):
     optimizer.param_groups[0]['params'] += [p for p in d.own_parameters() if id(p) not in have]
 
 
-def reset_gradients(d: Distiller):
+def reset_gradients(d: Distiller) -> None:
     for p in d.own_parameters():
         p.grad = None
 
@@ -114,7 +119,7 @@ def training_state(d: Distiller) -> dict:
     return dict(links=d.links.state_dict(), distiller=d.get_extra_state())
 
 
-def load_state(d: Distiller, state: dict):
+def load_state(d: Distiller, state: dict) -> None:
     """Restore what `training_state` returned.
 
     Args:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..base.batch_samples import BatchSamples
 from ..base.class_mapping import class_groups
 from ..base.distributed import rank
 from ..base.errors import options_of_group
@@ -45,7 +46,7 @@ GROUPS = dict(
     images=('stats', 'input_stats', 'size'), ensemble=('combine', 'weights'), run=('mode',)
 )
 # default values of the options in groups
-UNLESS_GIVEN = dict(
+UNLESS_GIVEN: dict[str, Any] = dict(
     stats=None, input_stats=None, size=None, combine='probs', weights=None, mode='eval', run={}
 )
 
@@ -91,11 +92,11 @@ def grouped_options(options: dict) -> dict:
     return out
 
 
-def records_given(init):
+def records_given(init: Callable) -> Callable:
     """Record the names of the options that were passed to `init` in the attribute `given`."""
 
     @wraps(init)
-    def call(self, *args, **options):
+    def call(self: Any, *args: Any, **options: Any) -> None:
         self.given = frozenset(ungrouped_options(options))
         init(self, *args, **options)
 
@@ -176,11 +177,26 @@ class Teacher:
     combine: str
     stats: Any
     input_stats: Any
+    size: Any
+    weights: Any
+    run: dict[str, Any]
+    kind: str
+    axis: int
+    select: Any
+    classes: Any
+    layers: list[str]
+    output: str | int | Callable | None
+    inputs: Callable | None
+    items: Callable | None
+    frame: Any
+    name: str
+    given: frozenset[str]  # names of the options that were passed
+    learner: Any  # set by fastdistill.fastai
 
     @records_given
     def __init__(
         self,
-        model,
+        model: Any,
         *,
         kind: str = 'softmax',
         axis: int = 1,
@@ -199,13 +215,17 @@ class Teacher:
     ) -> None:
         given = {k: v for k, v in locals().items() if k not in ('self', 'model')}
         options = UNLESS_GIVEN | ungrouped_options(given)
-        # `learner` is set by fastdistill.fastai
-        self.model = self.path = self.learner = None
-        self.sources, self.members = [], []
-        self.random, self._runner, self._was_started = RandomStream(), None, []
+        self.model: Any = None
+        self.path: Any = None
+        self.learner = None
+        self.sources: list[Teacher] = []
+        self.members: list[Teacher] = []
+        self.random = RandomStream()
+        self._runner: Any = None
+        self._was_started: list[bool] = []
         self._continues = False  # True if the next `start` keeps the random state
         # facts about the model found while it ran, shared by all variants of this teacher
-        self._facts = model._facts if isinstance(model, Teacher) else {}
+        self._facts: dict[str, Any] = model._facts if isinstance(model, Teacher) else {}
         if isinstance(model, Teacher):
             # create a variant: options that are not given are copied from `model`
             check_run(options['run'], None)
@@ -225,7 +245,7 @@ class Teacher:
         self.layers, self.name = list(self.layers), self.name or self._name()
         self._check()
 
-    def with_defaults(self, **options) -> 'Teacher':
+    def with_defaults(self, **options: Any) -> 'Teacher':
         """Return a teacher that uses these values for all options that were not given explicitly.
 
         Keys of `run` are treated individually. If nothing changes, the teacher itself is returned.
@@ -239,7 +259,7 @@ class Teacher:
             new['run'] = run
         return Teacher(self, **grouped_options(new)) if new else self
 
-    def _check(self):
+    def _check(self) -> None:
         for o, have in POSSIBLE.items():
             if (v := option_of(self, o)) not in have:
                 raise DistillError(f'{o}={v!r}: must be one of {", ".join(map(repr, have))}')
@@ -274,20 +294,20 @@ class Teacher:
             self.size = (self.size, self.size) if isinstance(self.size, int) else tuple(self.size)
         self.runner.check_layers(self.layers)
 
-    def _warn_of_outputs(self, alike):
+    def _warn_of_outputs(self, alike: Sequence[str]) -> None:
         if self.output is not None or 'several' in self._facts:
             return
         self._facts['several'] = True
         if len(alike) > 1:
             warn_of_first(f'The teacher {self.name}', ', '.join(alike))
 
-    def _take_estimator(self):
+    def _take_estimator(self) -> None:
         self.model = self.model.of_kind(self.kind)
         self.model.frame = self.frame
         if 'outputs' not in self.given:
             self.returns = 'logits' if self.kind == 'regression' else 'probs'
 
-    def _name(self):
+    def _name(self) -> str:
         if self.sources:
             return f'{len(self.sources)} teachers'
         return (
@@ -296,7 +316,7 @@ class Teacher:
             else getattr(self.model, '__name__', type(self.model).__name__)
         )
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         batch = self.run.get('batch')
         how = [str(self.runner.fast_copy or ''), '' if batch is None else f'{batch} rows at once']
         return f'Teacher({": ".join(filter(None, [self.name, ", ".join(filter(None, how))]))})'
@@ -304,7 +324,7 @@ class Teacher:
     # the modules of the model
 
     @property
-    def module(self):
+    def module(self) -> nn.Module | None:
         """The nn.Module of the model, or None for an ONNX file or a function.
 
         For a bound method, the result is the nn.Module to which the method belongs.
@@ -319,13 +339,13 @@ class Teacher:
         )
 
     @property
-    def modules(self):
+    def modules(self) -> list[nn.Module]:
         """The nn.Module of the teacher, or those of all members of an ensemble, as a list."""
         return [o for o in (self.module,) if o is not None] + [
             o for m in self.members for o in m.modules
         ]
 
-    def named_modules(self):
+    def named_modules(self) -> dict[str, nn.Module]:
         """Return {name as in `layers`: submodule}."""
         if self.module is not None:
             return named(self.module)
@@ -334,7 +354,7 @@ class Teacher:
         }
 
     @property
-    def adapts(self):
+    def adapts(self) -> str:
         """Text that describes how the normalization of images is changed, or '' if it is not
         changed.
         """
@@ -346,7 +366,7 @@ class Teacher:
         return f'mean {text(self.input_stats)} -> mean {text(self.stats)}'
 
     @property
-    def known_classes(self):
+    def known_classes(self) -> list | None:
         """The student's class, or list of classes, for each output. None if the classes are the
         same.
         """
@@ -370,14 +390,14 @@ class Teacher:
         """
         return 'items' if self.reads_items else ''
 
-    def has_outputs(self, samples) -> bool:
+    def has_outputs(self, samples: BatchSamples | None) -> bool:
         """Return True, since a model can compute outputs for any samples."""
         return True
 
     # running the model
 
     @property
-    def runner(self):
+    def runner(self) -> Any:
         """The runner of the model or of the members of an ensemble."""
         if self._runner is None:
             self._runner = (
@@ -385,7 +405,7 @@ class Teacher:
             )
         return self._runner
 
-    def say_with(self, fn):
+    def say_with(self, fn: Callable | None) -> None:
         """Set the function that prints messages about the faster copy.
 
         Args:
@@ -395,7 +415,7 @@ class Teacher:
         for m in self.members:
             m.say_with(fn)
 
-    def _say(self, text):
+    def _say(self, text: str) -> None:
         if rank() == 0:
             (self._facts.get('say') or print)(f'fastdistill: the teacher {self.name} {text}')
 
@@ -415,7 +435,7 @@ class Teacher:
     def started(self) -> bool:
         return self.runner.started
 
-    def start(self):
+    def start(self) -> 'Teacher':
         """Prepare the model for many batches, with a new random state, or with the one that
         `load_random_state` loaded.
 
@@ -428,13 +448,13 @@ class Teacher:
             self.runner.start()
         return self
 
-    def stop(self):
+    def stop(self) -> None:
         """Restore the model. Has no effect if the teacher is not started."""
         if self.started:
             self.random = RandomStream()
             self.runner.stop()
 
-    def load_random_state(self, state: dict):
+    def load_random_state(self, state: dict) -> None:
         """Continue with the random numbers that follow a saved state.
 
         Args:
@@ -444,17 +464,17 @@ class Teacher:
         if state:
             self.random, self._continues = RandomStream(state), not self.started
 
-    def __enter__(self):
+    def __enter__(self) -> 'Teacher':
         was = self.started
         self.start()
         self._was_started.append(was)
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, *_: Any) -> None:
         if not self._was_started.pop():
             self.stop()
 
-    def reset(self):
+    def reset(self) -> None:
         """Reset hidden states with the method `reset` of the model.
 
         Has no effect if the model has no such method, or if the method changes weights.
@@ -463,13 +483,16 @@ class Teacher:
 
     # a model from a file is pickled as its path, since ONNX sessions and programs may not be
     # picklable. Copies and unpickled teachers are not started
-    def __getstate__(self):
+    def __getstate__(self) -> dict[str, Any]:
         facts = {k: v for k, v in self._facts.items() if k not in ('copies', 'say')}
-        fresh = dict(_runner=None, _was_started=[], random=RandomStream(), _continues=False)
+        fresh: dict[str, Any] = dict(
+            _runner=None, _was_started=[], random=RandomStream(), _continues=False
+        )
         fresh['_facts'] = facts
+
         return {**self.__dict__, **fresh, **({'model': None} if self.path else {})}
 
-    def __setstate__(self, d):
+    def __setstate__(self, d: Mapping[str, Any]) -> None:
         self.__dict__.update(d)
         if self.path:
             self.model = load_model(self.path)[0]
@@ -478,7 +501,7 @@ class Teacher:
 
     # run a batch
 
-    def __call__(self, *x, **kw) -> Outputs:
+    def __call__(self, *x: Any, **kw: Any) -> Outputs:
         """Return the outputs for a batch.
 
         Args:
@@ -488,7 +511,13 @@ class Teacher:
         """
         return self.outputs(x, kwargs=kw)
 
-    def outputs(self, inputs=(), samples=None, layers=(), kwargs=None) -> Outputs:
+    def outputs(
+        self,
+        inputs: Sequence = (),
+        samples: BatchSamples | None = None,
+        layers: Sequence[str] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Outputs:
         """Return the outputs for a batch.
 
         Args:
@@ -501,7 +530,12 @@ class Teacher:
         return self.outputs_for([self], inputs, samples, layers, kwargs)[0]
 
     def outputs_for(
-        self, teachers, inputs=(), samples=None, layers=(), kwargs=None
+        self,
+        teachers: Sequence['Teacher'],
+        inputs: Sequence = (),
+        samples: BatchSamples | None = None,
+        layers: Sequence[str] = (),
+        kwargs: Mapping[str, Any] | None = None,
     ) -> list[Outputs]:
         """Run the model once on a batch, and return the outputs of each teacher.
 
@@ -524,7 +558,7 @@ class Teacher:
         with torch.no_grad(), self.random.own(self.runner.generators((inputs, kwargs))):
             return self.runner.outputs_for(teachers, inputs, kwargs, layers)
 
-    def probe(self, *x, layers=None, **kw) -> Outputs:
+    def probe(self, *x: Any, layers: Sequence[str] | None = None, **kw: Any) -> Outputs:
         """Return the outputs for a batch without changing hidden states or random states.
 
         This method can be used even between `start` and `stop`.
@@ -537,7 +571,7 @@ class Teacher:
         return Teacher(self, **({} if layers is None else dict(layers=layers)))(*x, **kw)
 
 
-def option_of(teacher: Teacher, name: str):
+def option_of(teacher: Teacher, name: str) -> Any:
     """Return the value of an option.
 
     Args:
@@ -552,7 +586,7 @@ def given_options(teacher: Teacher) -> dict:
     return {k: option_of(teacher, k) for k in teacher.given}
 
 
-def reading_tokens(teacher: Teacher, *x) -> Teacher:
+def reading_tokens(teacher: Teacher, *x: Any) -> Teacher:
     """Return a variant of the teacher whose features can be stored.
 
     Layers that return a series (B, C, L), such as a 1d convolution, are read as tokens (B, L, C),
@@ -570,7 +604,7 @@ def reading_tokens(teacher: Teacher, *x) -> Teacher:
 OF_A_RUN = 'mode', 'size', 'inputs', 'items', 'layers', 'run'
 
 
-def same_run(a, b) -> bool:
+def same_run(a: Any, b: Any) -> bool:
     """Return True if a single run of the model can give the outputs of both teachers.
 
     Such teachers differ at most in `output`, `kind` and their classes.
@@ -585,7 +619,7 @@ def same_run(a, b) -> bool:
     return same and same_stats(a.stats, b.stats) and same_stats(a.input_stats, b.input_stats)
 
 
-def sharing_model(teacher, other):
+def sharing_model(teacher: Teacher, other: Teacher) -> Teacher:
     """Return a copy of the teacher that shares the facts about the model with a second teacher.
 
     Both teachers must have the same model, and also share its faster copy from then on.
@@ -597,5 +631,5 @@ def sharing_model(teacher, other):
     return new
 
 
-def same_stats(a, b) -> bool:
+def same_stats(a: Any, b: Any) -> bool:
     return a is b or None not in (a, b) and all(map(torch.equal, a, b))
