@@ -78,6 +78,58 @@ def test_labels_are_scored_as_others_score_them():
     )
 
 
+def delong(o, y):
+    "Area under the ROC curve of each column of scores, and the covariance of the areas, in plain loops"
+    pos, neg = o[y == 1], o[y == 0]
+    wins = (pos[:, None] > neg[None]) + 0.5 * (pos[:, None] == neg[None])
+    covariance = np.cov(wins.mean(1).T) / len(pos) + np.cov(wins.mean(0).T) / len(neg)
+    return wins.mean((0, 1)), covariance
+
+
+@pytest.mark.parametrize('kind', ['softmax', 'sigmoid'])
+def test_the_area_under_the_roc_curve_of_two_classes(kind):
+    g = np.random.default_rng(0)
+    y = (g.random(300) < 0.3).astype(int)
+    o = np.round(g.normal(size=(300, 2)) + y[:, None] * [1.0, 0.6], 1)  # with ties
+    logits = [torch.from_numpy(v).float() for v in o.T]
+    if kind == 'softmax':
+        shift = torch.randn(300, 1)
+        outs = [shift + torch.stack([torch.zeros(300), v], 1) for v in logits]
+        y = np.append(y, -100)
+        outs = [torch.cat([v, 9 * torch.ones(1, 2)]) for v in outs]  # a sample to ignore
+        outs = [v.double() for v in outs]
+    else:
+        outs = logits
+    r = measured(
+        dict(zip('ab', outs)),
+        torch.from_numpy(y) if kind == 'softmax' else torch.from_numpy(y).float(),
+        Task(kind),
+        baseline='b',
+        repeats=4000,
+    )
+    y = y[:300]
+    if kind == 'softmax':  # the shift rounds some ties
+        o = np.stack([(v[:300, 1] - v[:300, 0]).numpy() for v in outs], 1)
+    areas, covariance = delong(o, y)
+    for i, k in enumerate('ab'):
+        e, half = r.models[k].measures['auc'], 1.96 * covariance[i, i] ** 0.5
+        assert e.value == pytest.approx(skm.roc_auc_score(y, o[:, i]))
+        assert e.value == pytest.approx(areas[i])
+        assert (e.low, e.high) == pytest.approx((e.value - half, e.value + half), abs=0.1 * half)
+    d = r.comparison('a', 'b').differences['auc']
+    sd = (covariance[0, 0] + covariance[1, 1] - 2 * covariance[0, 1]) ** 0.5
+    assert d.value == pytest.approx(areas[0] - areas[1])
+    assert d.p == pytest.approx(2 * stats.norm.sf(abs(d.value) / sd), abs=0.01)
+    assert 'AUC' in r.to_markdown()
+
+
+def test_no_area_without_both_classes_or_with_more_classes():
+    r = measured(dict(a=torch.randn(20, 2)), torch.zeros(20).long(), Task('softmax'))
+    assert value(r, 'auc') is None
+    r = measured(dict(a=torch.randn(20, 3)), torch.arange(20) % 2, Task('softmax'))
+    assert 'auc' not in r.models['a'].measures
+
+
 @pytest.mark.parametrize('shape', [(50,), (50, 1), (50, 4)], ids=str)
 def test_numbers_are_scored_as_others_score_them(shape):
     y = torch.randn(shape) * 3 + 5

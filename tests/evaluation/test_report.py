@@ -3,6 +3,7 @@
 import base64, errno, io, os, re, shutil, subprocess
 from html.parser import HTMLParser
 import pytest, torch
+import torch.nn.functional as F
 from matplotlib.figure import Figure
 from rich.console import Console
 from reports import measured
@@ -399,3 +400,38 @@ def test_chromium_renders_it_without_an_error_or_a_request(make, tmp_path):
 
     colors = Image.open(shot).convert('RGB').getcolors(1 << 20)
     assert len(colors) > 20  # it is no blank page
+
+
+def of_classes(right, n=100):
+    "Logits that are right on so many of n samples, of which 70 have class 0"
+    y = (torch.arange(n) >= 70).long()
+    wrong = torch.randperm(n, generator=torch.Generator().manual_seed(0))[right:]
+    found = y.clone()
+    found[wrong] = 1 - found[wrong]
+    return 2.0 * F.one_hot(found, 2)
+
+
+def test_a_report_says_that_a_constant_prediction_is_as_good():
+    y = (torch.arange(100) >= 70).long()
+    said = lambda r: next(text for _, text in verdicts(r))
+    for alone, student, says in (
+        (60, 70, "Neither is better than always predicting class 'cat': accuracy 70.0%."),
+        (60, 80, "alone is not better than always predicting class 'cat': accuracy 70.0%."),
+        (80, 60, "student is not better than always predicting class 'cat': accuracy 70.0%."),
+        (80, 71, None),
+    ):
+        outs = dict(alone=of_classes(alone), student=of_classes(student))
+        r = measured(outs, y, Task('softmax'), baseline='alone')
+        r.classes = ['cat', 'dog']
+        assert says in said(r) if says else 'always predicting' not in said(r)
+        assert (says or 'alone') in r.to_markdown().replace('\\', '')
+        one = {k: o[:, 1] - o[:, 0] for k, o in outs.items()}
+        r = measured(one, y.float(), Task('sigmoid'), baseline='alone')
+        assert ('always predicting no: accuracy per label 70.0%' in said(r)) is bool(says)
+    y = torch.randn(50)
+    outs = dict(alone=y + 2 * torch.randn(50), student=y.mean().expand(50))
+    r = measured(outs, y, Task('regression'), baseline='alone')
+    assert 'Neither is better than always predicting the mean of the targets: R² 0.0' in said(r)
+    outs['student'] = y + 0.1
+    r = measured(outs, y, Task('regression'), baseline='alone')
+    assert 'alone is not better than always predicting the mean of the targets' in said(r)

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..base.task import Task, label_axis
 from .report_data import MeasureInfo
 
-__all__ = ['BINS', 'Measure', 'Rows', 'measures_of', 'rows_of', 'scores_of']
+__all__ = ['BINS', 'Measure', 'Rows', 'auc_sums', 'measures_of', 'rows_of', 'scores_of']
 
 BINS = 15  # number of confidence bins, for the calibration error
 # with more classes, intersections and unions of masks are not stored for each image
@@ -98,6 +98,9 @@ def class_scores(r: Rows, per_class: bool) -> dict[str, Tensor]:
     )  # use `where`, because the NLL may be infinite at masked positions
     if per_class:
         out |= overlaps(best, y, r.counts, r.out.shape[-1])
+    if r.out.shape[1:] == (1, 2):
+        margin = r.out[:, 0, 1] - r.out[:, 0, 0]
+        out |= dict(margin=margin.double(), positive=(y[:, 0] == 1).double() * out['n'])
     return out | dict(
         bins=bins(top, right, r.counts), totals=totals(best, y, r.counts, r.out.shape[-1])
     )
@@ -130,6 +133,8 @@ def label_scores(r: Rows, per_class: bool) -> dict[str, Tensor]:
         fn=~found & yes,
     )
     out = {k: v.double().sum(1) for k, v in sums.items()} | dict(n=r.counts.sum(1).double())
+    if r.out.shape[1] == 1:
+        out |= dict(margin=r.out[:, 0].double(), positive=yes[:, 0].double())
     of_labels = [v.reshape(-1, r.labels).sum(0).double() for v in (found & yes, yes, found)]
     return out | dict(bins=bins(p, yes, r.counts), totals=torch.stack(of_labels))
 
@@ -154,6 +159,32 @@ def totals(best: Tensor, y: Tensor, counts: Tensor, c: int) -> Tensor:
     """Count the correct, the actual and the predicted positions of each class, (3, C)."""
     y, best = y[counts], best[counts]
     return torch.stack([o.bincount(minlength=c).double() for o in (y[best == y], y, best)])
+
+
+def auc_sums(margin: np.ndarray, positive: np.ndarray, n: np.ndarray) -> dict[str, np.ndarray]:
+    """Compute the sums of each sample for the area under the ROC curve of two classes.
+
+    The area is the mean, over the positive samples, of the fraction of negative samples with a lower
+    score, and also the mean of the same fractions over the negative samples. With both, sums over
+    drawn samples vary as much as the area itself (DeLong et al., Biometrics 44, 1988).
+
+    Args:
+        margin: Score of each sample for the positive class.
+        positive: 1 for positive samples, 0 for negative ones.
+        n: 0 for samples to ignore, 1 for all others.
+    """
+    from scipy.stats import rankdata
+
+    yes, no = positive > 0, (n > 0) & (positive == 0)
+    wins = np.zeros((2, len(margin)))
+    if yes.any() and no.any():
+        both = yes | no
+        rank = np.zeros(len(margin))
+        rank[both] = rankdata(margin[both])
+        wins[0, yes] = (rank[yes] - rankdata(margin[yes])) / no.sum()
+        wins[1, no] = 1 - (rank[no] - rankdata(margin[no])) / yes.sum()
+    area = wins[0].sum() / max(yes.sum(), 1)
+    return dict(positive=positive, above=wins[0], below=wins[1], area=area * n)
 
 
 # compute measures from the sums
@@ -190,6 +221,11 @@ def f1(s: Mapping) -> Any:
     return 2 * s['tp'] / (2 * s['tp'] + s['fp'] + s['fn'])
 
 
+def auc(s: Mapping) -> Any:
+    positive, n = s['positive'], s['n']
+    return s['above'] / positive + s['below'] / (n - positive) - s['area'] / n
+
+
 def measure(
     name: str, of: Callable[[Mapping], Any], label: str, higher: bool = True, percent: bool = False
 ) -> Measure:
@@ -200,6 +236,7 @@ NLL, BRIER = (
     measure('nll', share('nll'), 'NLL', False),
     measure('brier', share('brier'), 'Brier score', False),
 )
+AUC = measure('auc', auc, 'AUC')
 
 
 def measures_of(kind: str, columns: Container[str], n_classes: int, language: bool) -> list:
@@ -211,10 +248,12 @@ def measures_of(kind: str, columns: Container[str], n_classes: int, language: bo
         n_classes: Number of classes.
         language: True for models that predict the next token.
     """
+    areas = [AUC] if 'area' in columns else []
     if kind == 'sigmoid':
         return [
             measure('f1', f1, 'F1 (all labels)', percent=True),
             measure('accuracy', share('right'), 'accuracy per label', percent=True),
+            *areas,
             NLL,
             BRIER,
         ]
@@ -231,4 +270,4 @@ def measures_of(kind: str, columns: Container[str], n_classes: int, language: bo
         out.insert(0, measure('perplexity', lambda s: np.exp(share('nll')(s)), 'perplexity', False))
     if n_classes > 5:
         out.append(measure('top5', share('five'), 'top-5 accuracy', percent=True))
-    return [*out, NLL, BRIER]
+    return [*out, *areas, NLL, BRIER]

@@ -15,7 +15,7 @@ from ..base.task import Task, fit_labels, unusable
 from ..teachers.teacher import Teacher
 from .agreement import Agreement
 from .cost import batch_of, cost_of, latencies
-from .metrics import MAX_PER_CLASS, Rows, measures_of, rows_of, scores_of
+from .metrics import MAX_PER_CLASS, Rows, auc_sums, measures_of, rows_of, scores_of
 from .paired_tests import PairedScores
 from .report import Report
 from .report_data import Comparison, Cost, Estimate, ModelResult
@@ -207,6 +207,9 @@ def report_of(
 ) -> Report:
     """Build the report from the sums."""
     scores = {k: {c: np.concatenate(v) for c, v in o.scores.items()} for k, o in of.items()}
+    for v in scores.values():
+        if 'margin' in v:
+            v |= auc_sums(v.pop('margin'), v['positive'], v['n'])
     first = next(iter(of.values()))
     n_classes = first.sums['totals'].shape[1] if task.kind != 'regression' else 0
     measures = measures_of(task.kind, next(iter(scores.values())), n_classes, language)

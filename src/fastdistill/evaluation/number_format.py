@@ -120,7 +120,7 @@ def sentences(c: Comparison, report: ReportData) -> str:
         first = f'The difference between {c.model} and {c.against} is not significant: {numbers} {tested}.'
     else:
         first = f'{c.model} is {verdict} than {c.against}: {numbers} {tested}.'
-    return first + lead(c, report) + overconfidence(c, report)
+    return first + lead(c, report) + overconfidence(c, report) + uselessness(c, report)
 
 
 def overconfidence(c: Comparison, report: ReportData) -> str:
@@ -139,6 +139,38 @@ def overconfidence(c: Comparison, report: ReportData) -> str:
     return (
         f' Its probabilities are worse: NLL {a} and {b}. If you use them, call calibrate() on its '
         'Learner.'
+    )
+
+
+def constant_score(report: ReportData) -> tuple[str, float, str] | None:
+    """Return (measure, score of the best constant prediction, what it predicts). None if unknown."""
+    total = sum(report.counts)
+    if report.task == 'regression':
+        return 'r2', 0.0, 'the mean of the targets'
+    if report.task == 'softmax' and total:
+        most = max(range(len(report.counts)), key=report.counts.__getitem__)
+        named = repr(report.classes[most]) if report.classes else most
+        return 'accuracy', report.counts[most] / total, f'class {named}'
+    if report.task == 'sigmoid' and len(report.counts) == 1:
+        n = sum(next(iter(report.models.values())).reliability['count'])
+        present = total / n if n else 0.0
+        return 'accuracy', max(present, 1 - present), 'yes' if present > 0.5 else 'no'
+    return None
+
+
+def uselessness(c: Comparison, report: ReportData) -> str:
+    """Return a sentence if a constant prediction is as good as one or both of the models."""
+    if (found := constant_score(report)) is None:
+        return ''
+    k, least, what = found
+    scores = {n: report.models[n].measures[k].value for n in (c.model, c.against)}
+    weak = [n for n, v in scores.items() if v is not None and v <= least]
+    if not weak:
+        return ''
+    info = report.info[k]
+    return (
+        f' {"Neither is" if len(weak) == 2 else f"{weak[0]} is not"} better than always predicting '
+        f'{what}: {info.label} {info.text(least)}{info.unit}.'
     )
 
 
