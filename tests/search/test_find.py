@@ -514,8 +514,42 @@ def test_a_folder_of_a_search_with_a_different_teacher_or_optimizer_is_refused(t
     with pytest.raises(DistillError, match='holds an experiment with teacher='):
         find(nn.Linear(2, 4))
     learn.opt_func = partial(learn.opt_func, eps=0.1)
-    with pytest.raises(DistillError, match='holds an experiment with optimizer=.*eps=0.1'):
+    with pytest.raises(DistillError, match='with optimizer.opt_func=.*, but now it is partial'):
         find(teacher)
+
+
+def test_a_folder_of_a_search_with_different_recipes_or_a_different_score_is_refused(tmp_path):
+    learn, teacher = planted()
+
+    def right(scale):
+        return lambda logits, ys: scale * (logits.argmax(1) == ys[0]).float()
+
+    def find(alpha=0.5, scale=1.0, **options):
+        def scheduled():
+            return kd(T=lambda p: 4 - p, alpha=alpha)
+
+        return learn.distill_find(
+            teacher,
+            1,
+            minutes=2,
+            recipes=dict(kd=scheduled, given=kd(alpha=alpha)),
+            trials=3,
+            rates=[0.1],
+            seeds=0,
+            folder=tmp_path,
+            score=right(scale),
+            check=False,
+            **options,
+        )
+
+    found = find()
+    assert find().table == found.table
+    with pytest.raises(DistillError, match='with candidates.kd.0.alpha=0.5, but now it is 0.3'):
+        find(alpha=0.3)
+    with pytest.raises(DistillError, match='with score.scale=1.0, but now it is 2.0'):
+        find(scale=2.0)
+    with pytest.raises(DistillError, match='with options.wd=nothing, but now it is 0.5'):
+        find(wd=0.5)
 
 
 def test_a_teacher_that_knows_nothing_has_no_lead_beyond_luck():

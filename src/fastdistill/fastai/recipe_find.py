@@ -10,6 +10,7 @@ from time import time
 
 from fastai.basics import Learner, OptimWrapper, noop, patch
 
+from ..base.content import content_of
 from ..base.distributed import rank
 from ..base.outputs import DistillError, DistillWarning
 from ..base.progress_bar import progress_bar
@@ -94,9 +95,9 @@ def distill_find(
         seeds: Number of random seeds for repeating the best runs and the run on labels only, if
             time permits.
         folder: Folder in which finished runs are stored. The same call resumes from this folder.
-            Several processes can share the folder. An error is raised if the teacher, the data,
-            the batch sizes, the optimizer or the task loss have changed. If None, nothing is
-            stored.
+            Several processes can share the folder. An error is raised if the recipes, the teacher,
+            the data, the batch sizes, the optimizer or the task loss have changed. If None, nothing
+            is stored.
         kind, axis, output: As in `distill`.
         check: Whether to look for mistakes before the search.
         fine_tune: Whether to train with `Learner.fine_tune` instead of `fit_one_cycle`.
@@ -115,7 +116,7 @@ def distill_find(
     heads = comparisons_of(teacher, output)
     kinds = options_of_heads(kind, 'kind', heads)
     tasks = {k: h.task_of(self, kinds[k], axis) for k, h in heads.items()}
-    metric, score = how_to_score(heads, tasks, score)
+    own_score, (metric, score) = score, how_to_score(heads, tasks, score)
     several = is_heads(teacher)
     show = show and self.logger is not noop and rank() == 0
     stored = [k for k, h in heads.items() if feed_of(h.source) is not None]
@@ -156,6 +157,8 @@ def distill_find(
                 fine_tune=fine_tune,
                 **sizes(self),
                 **({} if folder is None else dict(setup_of(self), teacher=teacher_text(teacher))),
+                score=content_of(own_score),
+                options=content_of(kwargs),
             )
             found = Search(
                 candidates,

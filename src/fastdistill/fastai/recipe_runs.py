@@ -6,6 +6,7 @@ from pathlib import Path
 
 from fastai.basics import Callback, Learner
 
+from ..base.content import content_of, first_difference, stable_repr
 from ..base.outputs import DistillError
 from ..base.progress_bar import progress_bar
 from ..base.random_state import seeded
@@ -16,7 +17,7 @@ from ..search.resumable_runs import Run, Runs
 from ..search.significance import adjusted, difference_by_seed
 from .compare import history_of
 from .metrics import row_by_column
-from .training_setup import comparable_text, setup_of, teacher_text
+from .training_setup import setup_of, teacher_text
 from .trials import repeatable
 
 __all__ = ['compare_recipes']
@@ -62,9 +63,9 @@ def compare_recipes(
         higher: Whether higher values of the metric are better. If None, the direction is derived
             from the name of the metric.
         folder: Folder in which finished trainings are stored. The same call resumes from this
-            folder. Several processes can share the folder. An error is raised if the samples, their
-            labels or files, the batch sizes, the optimizer or the task loss have changed. If None,
-            nothing is stored.
+            folder. Several processes can share the folder. An error is raised if the recipes, the
+            teacher, the samples, their labels or files, the batch sizes, the optimizer or the task
+            loss have changed. If None, nothing is stored.
         progress: Whether to show a progress bar.
         **kwargs: More options of the training, as in `distill`.
     """
@@ -94,7 +95,6 @@ def compare_recipes(
             'that each student gets new ones.'
         )
     lrs = dict(zip(recipes, one_each('lr_max', lr_max, recipes)))
-    texts = {k: comparable_text(r) for k, r in recipes.items()}
     students = Students(
         make_student, teacher, recipes, n_epoch, lrs, metric, folder is not None, kwargs
     )
@@ -102,11 +102,11 @@ def compare_recipes(
         students.train,
         folder,
         dict(
-            recipes=texts,
+            recipes=content_of(recipes),
             n_epoch=n_epoch,
-            lr_max=comparable_text(lr_max),
+            lr_max=content_of(lr_max),
             teacher=teacher_text(teacher),
-            options=comparable_text(kwargs),
+            options=content_of(kwargs),
         ),
     )
     students.check_start(runs)
@@ -123,7 +123,7 @@ def compare_recipes(
         higher,
         next((k for k, r in recipes.items() if r is None), next(iter(recipes))),
         n_epoch,
-        texts,
+        {k: stable_repr(r) for k, r in recipes.items()},
         runs,
     )
     others = [k for k in recipes if k != report.baseline]
@@ -205,12 +205,11 @@ class Students:
                     f'now returns different initial weights for seed {run.seed}. Use a different '
                     'folder.'
                 )
-            now, before = setup_of(learn), run.result['setup']
-            if changed := [k for k in now if before.get(k) != now[k]]:
-                k = changed[0]
+            if (found := first_difference(run.result['setup'], setup_of(learn))) is not None:
+                name, there, here = found
                 raise DistillError(
-                    f'{runs.folder} holds an experiment with different {k}: {before.get(k)} there, '
-                    f'{now[k]} now. Use a different folder.'
+                    f'{runs.folder} holds an experiment with different {name}: {there} there, {here} '
+                    'now. Use a different folder.'
                 )
 
 

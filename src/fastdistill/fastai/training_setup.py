@@ -2,12 +2,12 @@
 not continued with different ones.
 """
 
-import re
 import warnings
 
 import numpy as np
 from fastai.basics import Learner
 
+from ..base.content import content_of
 from ..base.outputs import DistillError, DistillWarning
 from ..base.random_state import RandomGuard, seeded
 from ..cache.digests import fingerprint, flat_values
@@ -19,12 +19,7 @@ from .callback_arguments import feed_of
 from .sample_keys import item_keys, items_of, key_root, keys_of_table, sample_files
 from .teachers import is_heads, teacher_of
 
-__all__ = ['comparable_text', 'setup_of', 'teacher_text']
-
-
-def comparable_text(o) -> str:
-    """Return a text that is equal in different processes, without memory addresses."""
-    return re.sub(r' at 0x[0-9a-fA-F]+', '', repr(o))
+__all__ = ['setup_of', 'teacher_text']
 
 
 def teacher_text(teacher) -> str:
@@ -44,7 +39,7 @@ def teacher_text(teacher) -> str:
 
 
 def setup_of(learn: Learner) -> dict:
-    """Describe the data, the optimizer and the task loss of a Learner, as {name: text}."""
+    """Describe the data, the optimizer and the task loss of a Learner, as {name: content}."""
     loaders = {k: dl for k, dl in zip(('training', 'validation'), learn.dls.loaders)}
     with RandomGuard():
         labels = [f'{k} {text}' for k, dl in loaders.items() if (text := labels_text(dl))]
@@ -56,8 +51,8 @@ def setup_of(learn: Learner) -> dict:
         'labels': ' and '.join(labels),
         'files': ' and '.join(files),
         'batch sizes': ' and '.join(f'{getattr(dl, "bs", None)}' for dl in loaders.values()),
-        'optimizer': ', '.join(f'{k}={comparable_text(v)}' for k, v in optimizer.items()),
-        'task loss': comparable_text(learn.loss_func),
+        'optimizer': content_of(optimizer),
+        'task loss': content_of(learn.loss_func),
     }
 
 

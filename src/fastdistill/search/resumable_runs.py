@@ -16,12 +16,13 @@ import torch
 from torch import Tensor
 
 from ..base.atomic_files import BusyError, file_errors, locked_folder, write_json
+from ..base.content import first_difference
 from ..base.distributed import world_size
 from ..base.errors import DistillError
 
 __all__ = ['Run', 'Runs']
 
-RUNS_FORMAT = 3  # version of the folder's format
+RUNS_FORMAT = 4  # version of the folder's format
 
 
 @dataclass
@@ -119,11 +120,11 @@ class Runs:
                 f'{folder} holds an experiment in the format of a different version of fastdistill '
                 f'({before.get("format", 1)} there, {RUNS_FORMAT} here). Use a different folder.'
             )
-        if changed := [k for k in settings if before.get(k) != settings[k]]:
-            k = changed[0]
+        if (found := first_difference(before, settings)) is not None:
+            name, there, here = found
             raise DistillError(
-                f'{folder} holds an experiment with {k}={before.get(k)!r}, but now it is '
-                f'{settings[k]!r}. Use a different folder.'
+                f'{folder} holds an experiment with {name}={there}, but now it is {here}. Use a '
+                'different folder.'
             )
 
     def finished(self) -> list[Run]:
