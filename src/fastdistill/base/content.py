@@ -17,13 +17,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-__all__ = ['content_of', 'first_difference', 'stable_repr']
+__all__ = ['describe_content', 'first_difference', 'stable_repr']
 
-FEW = 20  # longer sequences and tensors are described by a hash
-PACKAGES = tuple(sysconfig.get_path(k) for k in ('stdlib', 'platstdlib', 'purelib', 'platlib'))
+MOST_VALUES = 20  # longer sequences and tensors are described by a hash
+INSTALLED_IN = tuple(sysconfig.get_path(k) for k in ('stdlib', 'platstdlib', 'purelib', 'platlib'))
 
 
-def content_of(o: Any, inside: tuple = ()) -> Any:
+def describe_content(o: Any, inside: tuple = ()) -> Any:
     """Return an object's content as dicts, lists and texts, which are equal in different processes.
 
     Objects count with their type and attributes, tensors with their values, and functions with
@@ -37,7 +37,7 @@ def content_of(o: Any, inside: tuple = ()) -> Any:
     """
     if any(o is p for p in inside):
         return '...'
-    of = partial(content_of, inside=(*inside, o))
+    of = partial(describe_content, inside=(*inside, o))
     if isinstance(o, (int, float, np.number)):
         return repr(o) if isinstance(o, bool) else repr(float(o))
     if isinstance(o, (Tensor, np.ndarray)):
@@ -48,7 +48,7 @@ def content_of(o: Any, inside: tuple = ()) -> Any:
         each = [of(v) for v in o]
         if isinstance(o, (set, frozenset)):
             each.sort(key=str)
-        return each if len(each) <= FEW else f'{len(each)} items {digest(each)}'
+        return each if len(each) <= MOST_VALUES else f'{len(each)} items {short_hash(each)}'
     if isinstance(o, partial):
         return {'': 'partial', 'func': of(o.func), 'args': of(o.args), **of(o.keywords)}
     if inspect.ismethod(o):
@@ -85,7 +85,7 @@ def array_text(o: Tensor | np.ndarray) -> str:
         o = o.detach().cpu().to_dense()
         o = (o.float() if o.dtype == torch.bfloat16 else o).numpy()
     values = o.tolist()
-    return f'{kind}: {values if o.size <= FEW else digest(values)}'
+    return f'{kind}: {values if o.size <= MOST_VALUES else short_hash(values)}'
 
 
 def class_text(cls: type, inside: tuple) -> str:
@@ -96,7 +96,7 @@ def class_text(cls: type, inside: tuple) -> str:
             for f in (getattr(v, n, None) for n in ('__func__', 'fget')):
                 v = v if f is None else f
             if isinstance(v, FunctionType) or not k.startswith('__'):
-                parts.append((k, content_of(v, (*inside, cls))))
+                parts.append((k, describe_content(v, (*inside, cls))))
     return with_code(cls, parts)
 
 
@@ -105,7 +105,7 @@ def with_code(o: Any, code: Any) -> str:
     package.
     """
     name = f'{o.__module__}.{o.__qualname__}'
-    return name if is_installed(o) else f'{name} (code {digest(code)})'
+    return name if is_installed(o) else f'{name} (code {short_hash(code)})'
 
 
 def is_installed(o: Any) -> bool:
@@ -115,12 +115,14 @@ def is_installed(o: Any) -> bool:
         return False
     file = getattr(module, '__file__', None)
     own = o.__module__.partition('.')[0] == __name__.partition('.')[0]
-    return own or file is None or file.startswith(PACKAGES)
+    return own or file is None or file.startswith(INSTALLED_IN)
 
 
 def code_parts(code: CodeType) -> tuple:
     """Return what a function computes, without the file and the lines in which it is written."""
-    consts = [code_parts(o) if isinstance(o, CodeType) else content_of(o) for o in code.co_consts]
+    consts = [
+        code_parts(o) if isinstance(o, CodeType) else describe_content(o) for o in code.co_consts
+    ]
     return code.co_code, code.co_names, consts
 
 
@@ -148,7 +150,7 @@ def globals_of(fn: FunctionType) -> dict:
     return {k: v for k, v in found.items() if isinstance(v, plain)}
 
 
-def digest(o: Any) -> str:
+def short_hash(o: Any) -> str:
     return hashlib.blake2b(repr(o).encode(), digest_size=4).hexdigest()
 
 
@@ -157,7 +159,7 @@ def first_difference(before: Any, now: Any, name: str = '') -> tuple[str, str, s
     as 'func.weight'. Return None if both contents are equal.
 
     Args:
-        before, now: What `content_of` returned.
+        before, now: What `describe_content` returned.
         name: Name of the whole.
     """
     if before == now:
@@ -170,9 +172,9 @@ def first_difference(before: Any, now: Any, name: str = '') -> tuple[str, str, s
     for k, a, b in pairs:
         if found := first_difference(a, b, '.'.join(str(o) for o in (name, k) if o != '')):
             return found
-    return name, in_short(before), in_short(now)
+    return name, brief_text(before), brief_text(now)
 
 
-def in_short(content: Any) -> str:
+def brief_text(content: Any) -> str:
     text = str(content.get('', content) if isinstance(content, dict) else content)
-    return text if len(text) < 200 else f'{text[:160]}... ({digest(text)})'
+    return text if len(text) < 200 else f'{text[:160]}... ({short_hash(text)})'

@@ -10,7 +10,7 @@ from time import time
 
 from fastai.basics import Learner, OptimWrapper, noop, patch
 
-from ..base.content import content_of
+from ..base.content import describe_content
 from ..base.distributed import rank
 from ..base.outputs import DistillError, DistillWarning
 from ..base.progress_bar import progress_bar
@@ -157,8 +157,8 @@ def distill_find(
                 fine_tune=fine_tune,
                 **sizes(self),
                 **({} if folder is None else dict(setup_of(self), teacher=teacher_text(teacher))),
-                score=content_of(own_score),
-                options=content_of(kwargs),
+                score=describe_content(own_score),
+                options=describe_content(kwargs),
             )
             found = Search(
                 candidates,

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from fastai.basics import Callback, Learner
 
-from ..base.content import content_of, first_difference, stable_repr
+from ..base.content import describe_content, first_difference, stable_repr
 from ..base.outputs import DistillError
 from ..base.progress_bar import progress_bar
 from ..base.random_state import seeded
@@ -102,11 +102,11 @@ def compare_recipes(
         students.train,
         folder,
         dict(
-            recipes=content_of(recipes),
+            recipes=describe_content(recipes),
             n_epoch=n_epoch,
-            lr_max=content_of(lr_max),
+            lr_max=describe_content(lr_max),
             teacher=teacher_text(teacher),
-            options=content_of(kwargs),
+            options=describe_content(kwargs),
         ),
     )
     students.check_start(runs)

@@ -7,7 +7,7 @@ import warnings
 import numpy as np
 from fastai.basics import Learner
 
-from ..base.content import content_of
+from ..base.content import describe_content
 from ..base.outputs import DistillError, DistillWarning
 from ..base.random_state import RandomGuard, seeded
 from ..cache.digests import fingerprint, flat_values
@@ -51,8 +51,8 @@ def setup_of(learn: Learner) -> dict:
         'labels': ' and '.join(labels),
         'files': ' and '.join(files),
         'batch sizes': ' and '.join(f'{getattr(dl, "bs", None)}' for dl in loaders.values()),
-        'optimizer': content_of(optimizer),
-        'task loss': content_of(learn.loss_func),
+        'optimizer': describe_content(optimizer),
+        'task loss': describe_content(learn.loss_func),
     }
 
 

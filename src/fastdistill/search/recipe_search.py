@@ -8,7 +8,7 @@ from itertools import product
 from pathlib import Path
 from time import time
 
-from ..base.content import content_of
+from ..base.content import describe_content
 from ..base.errors import DistillError
 from .candidates import LABELS, Candidate
 from .optuna_proposals import import_optuna, proposed_run
@@ -80,7 +80,7 @@ class Search:
             facts or {},
             n_epoch=n_epoch,
             rates=self.rates,
-            candidates={c.name: content_of([c.make, c.options]) for c in candidates},
+            candidates={c.name: describe_content([c.make, c.options]) for c in candidates},
         )
         self.runs = Runs(self._train, folder, settings)
 
