@@ -455,6 +455,16 @@ def test_generators_are_looked_for_in_each_epoch(tmp_path):
     assert c.error < 1e-5
 
 
+@pytest.mark.parametrize('where', ['item', 'batch'])
+def test_a_transform_that_is_random_in_validation_too_has_no_clean_view(where, tmp_path):
+    train_only = Darker()
+    train_only.split_idx = 0
+    dls = data(item_tfms=[darker, Resize(SIZE)] if where == 'item' else [Resize(SIZE)])
+    dls.train.after_batch.add(Darker() if where == 'batch' else train_only)
+    with pytest.raises(DistillError, match='changes sample 0 at random in validation too'):
+        cache_teacher(Convs(3).eval(), dls, tmp_path / 'c', views=0)
+
+
 class Mean(nn.Module):
     "Knows nothing of padding"
 

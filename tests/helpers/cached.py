@@ -102,7 +102,7 @@ def data(
     **kwargs,
 ):
     item_tfms = (
-        [RandomResizedCrop(SIZE, min_scale=0.4), FlipItem(), noise]
+        [RandomResizedCrop(SIZE, min_scale=0.4), FlipItem(), Transform(noise, split_idx=0)]
         if item_tfms is None
         else item_tfms
     )

@@ -384,6 +384,8 @@ def source_of(
         with validation_transforms(dl, not views):
             check_views_repeat(make, len(names) * max(views, 1))
             check_shared_inputs(dl, plan, keys)
+            if not (views or stream or reads_only_items(teacher) or dl is dls.valid):
+                check_no_views(lambda tasks: map(inputs, make(tasks, 1, 0)), len(names))
         exact = partial(run, teacher=as_it_is(teacher))
         if not stream:
             # subtle: this uses the samples of one view, in which texts are ordered by length
@@ -505,10 +507,31 @@ def check_shared_inputs(dl, plan, keys, most=None):
     check_shared_keys(plan.keys, digests, place, most)
 
 
+def check_no_views(read, n):
+    """Raise an error if a transform is random in validation too, since `views=0` stores one output
+    for each sample.
+
+    Args:
+        read: fn(tasks) -> inputs of each task.
+        n: Number of samples.
+    """
+    tasks = spread_positions(n, 8)
+    for t, a, b in zip(tasks, read(tasks), read(tasks + n)):
+        if print_of(a) != print_of(b):
+            raise DistillError(
+                f'views=0 stores the outputs without augmentation, but a transform changes sample {t} '
+                'at random in validation too. Restrict it to the training set (split_idx=0), or store '
+                'its views with views=1 or more.'
+            )
+
+
 def check_equal(a, b, which, task):
-    prints = [fingerprint(*flat_values(plain_item(o))) for o in (a, b)]
-    if prints[0] != prints[1]:
+    if print_of(a) != print_of(b):
         raise DistillError(unrepeatable(which, task))
+
+
+def print_of(o):
+    return fingerprint(*flat_values(plain_item(o)))
 
 
 def check_padding(run, n):
