@@ -147,6 +147,27 @@ def test_a_folder_of_files_is_one_table(tmp_path):
     torch.testing.assert_close(outputs(opened(tmp_path / 'parts', tmp_path / 'cache')).logits, LOGP)
 
 
+@pytest.mark.parametrize('k', [2, None])
+def test_tokens_are_not_taken_for_those_of_another_position(k, tmp_path):
+    "The same rows, read again with another `shift=`"
+    lp = torch.randn(3, 4, 6, generator=g).log_softmax(-1)
+    top = lp.topk(k or 6)
+    ids = {} if k is None else dict(ids=top.indices)
+    rows = [
+        dict(
+            key=i,
+            logprobs=(top.values if k else lp)[i].tolist(),
+            **{n: o[i].tolist() for n, o in ids.items()},
+        )
+        for i in range(3)
+    ]
+    write = lambda **options: cache_from(rows, tmp_path, 6, progress=False, **options)
+    before = write().rows(range(3))
+    assert np.array_equal(write(shift=False).rows(range(3)), before)
+    with pytest.raises(DistillError, match="teacher's outputs for the first samples: they differ"):
+        write(shift=True)
+
+
 def test_the_files_of_a_folder_come_in_the_order_of_their_numbers(tmp_path):
     "The names of the samples are a list, so the order of the rows decides"
     (tmp_path / 'parts').mkdir()

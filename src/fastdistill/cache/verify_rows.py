@@ -19,11 +19,17 @@ def row_errors(stored: Any, live: Any) -> tuple[list, list]:
 
     Args:
         stored: Stored logits in any form.
-        live: Current logits of the teacher, (B, ...) or `LinearLogits`.
+        live: Current logits of the teacher: (B, ...), `LinearLogits` or, if these are stored,
+            `TopK`.
     """
     dense = lambda o: o.dense() if isinstance(o, LinearLogits) else o
-    t = dense(live).detach().float().cpu()
-    if isinstance(stored, Draws):
+    likeliest = isinstance(live, TopK)
+    t = (live.values if likeliest else dense(live)).detach().float().cpu()
+    if likeliest:
+        # subtle: rounding errors may swap classes that are almost equally likely
+        same = stored.ids.shape == live.ids.shape and (stored.ids == live.ids.cpu()).float().mean()
+        old = stored.values if same > 0.5 else t[..., :0]
+    elif isinstance(stored, Draws):
         p = (t.movedim(stored.axis, -1) / stored.T).softmax(-1)
         old, t = stored.entropy, torch.special.entr(p).sum(-1)
     elif isinstance(stored, TopK):

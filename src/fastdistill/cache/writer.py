@@ -264,14 +264,15 @@ def other_outputs(where: Folder, m: Manifest, first: Any) -> list:
         return []
     if where.size(name) is None or checksum(data := where.read(name)) != known:
         return []  # the file is missing or damaged, and will be written again
-    if isinstance(first.logits, TopK):
-        return []  # outputs that another program computed, which their contents identify
     head = StoredHead.from_bytes(where.read('head.bin'), m.layout) if m.head_bytes else None
     decode = lambda rows: m.layout.decode(torch.from_numpy(rows), head).logits
-    old = decode(np.frombuffer(data, np.uint8)[: len(first.logits) * size].reshape(-1, size).copy())
-    # with all classes, the errors of the storage format are the same in both
+    likeliest = isinstance(first.logits, TopK)
+    n = (first.logits.ids if likeliest else first.logits).shape[0]
+    old = decode(np.frombuffer(data, np.uint8)[: n * size].reshape(n, size).copy())
+    # the errors of the storage format are the same in both, unless the classes are chosen
     whole = m.layout.n is None or m.head_bytes
-    errors, sizes = row_errors(old, decode(m.layout.encode(first, head)) if whole else first.logits)
+    now = decode(m.layout.encode(first, head)) if whole or likeliest else first.logits
+    errors, sizes = row_errors(old, now)
     largest = max(sizes) or 1 if whole else max(*sizes, 1)  # log-probabilities may be almost 0
     if (far := max(errors) / largest) <= OTHER_OUTPUTS:
         return []
