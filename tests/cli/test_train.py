@@ -405,6 +405,8 @@ def test_a_value_of_masks_that_is_not_a_class_is_ignored(palette, tmp_path, comm
     assert 'masks, 24 x 32 pixels, 3 classes, 255 ignored; 8 samples' in out
     assert read_config(tmp_path / 'run' / 'config.toml')['ignore'] == '255'
     report = Report.from_json(tmp_path / 'run' / 'report.json')
+    page = (tmp_path / 'run' / 'report.html').read_text()
+    assert 'Validation images on which the models differ most' in page
     assert report.classes == ['0', '1', '2']
     c = TrainConfig(**read_config(tmp_path / 'run' / 'config.toml'))
     s = checked_samples(read_samples(c), c)

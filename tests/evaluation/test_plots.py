@@ -12,6 +12,7 @@ from torch import nn
 from fastdistill import DistillError, Teacher
 import fastdistill.fastai  # noqa: F401 (it gives Learner show_features)
 from fastdistill.evaluation import attention_map, show_features
+from fastdistill.evaluation.mask_plots import plot_masks
 
 pytestmark = [pytest.mark.filterwarnings(w) for w in FASTAI_WARNINGS]
 
@@ -300,3 +301,32 @@ def test_images_are_shown_as_they_were_and_the_teacher_gets_its_own():
 def test_a_unet_learner_shows_its_features():
     student, teacher = pair('unet')
     assert len(titles(student.show_features(teacher, n=1))) > 3
+
+
+def test_masks_show_the_classes_and_where_they_are_wrong():
+    labels = np.array([[[0, 1, 1, 255]]])
+    found = dict(teacher=np.array([[[0, 1, 0, 1]]]), student=np.array([[[1, 1, 1, 0]]]))
+    images = np.zeros((1, 1, 4, 3), np.uint8)
+    fig = plot_masks(images, labels, found, ['sky', 'road'], 'teacher', ignored=255)
+    legends = [[o.get_text() for o in legend.get_texts()] for legend in fig.legends]
+    right, wrong, both, better = rows = [
+        'right',
+        'wrong, teacher right',
+        'teacher wrong',
+        'right, teacher wrong',
+    ]
+    assert legends == [['sky', 'road'], rows]
+    of_classes, of_rows = (
+        dict(zip(names, [p.get_facecolor()[:3] for p in legend.get_patches()]))
+        for names, legend in zip(legends, fig.legends)
+    )
+    white = (1, 1, 1)
+    upper, lower = fig.axes[:4], fig.axes[4:]
+    drawn = lambda ax: [tuple(o) for o in ax.images[0].get_array()[0]]
+    sky, road = of_classes['sky'], of_classes['road']
+    assert [ax.get_title(loc='left') for ax in upper] == ['image', 'labels', *found]
+    assert drawn(upper[1]) == [sky, road, road, white]
+    assert drawn(upper[2]) == [sky, road, sky, white]
+    assert drawn(upper[3]) == [road, road, road, white]
+    assert drawn(lower[2]) == [of_rows[right], of_rows[right], of_rows[both], white]
+    assert drawn(lower[3]) == [of_rows[wrong], of_rows[right], of_rows[better], white]

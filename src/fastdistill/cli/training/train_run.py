@@ -38,6 +38,7 @@ from .data_checks import checked_samples
 from .data_files import read_samples
 from .data_fingerprint import data_changes, data_fingerprint
 from .dataloaders import TEXT, loaders_of
+from .mask_examples import mask_examples
 from .resumable_fit import Checkpoints, find_rate, fit_stage, seed_everything, silent
 from .run_settings import settings_of
 from .teachers import file_teacher, with_weights
@@ -50,6 +51,8 @@ FOR_TEACHER, FOR_STUDENT = (
     # numbers for seeding; both students use the same number, so that they have the same initial weights
     # and batches
 )
+# caption of the masks in the report
+EXAMPLES = 'Validation images on which the models differ most'
 PACKAGES = 'fastdistill', 'fastai', 'torch', 'torchvision', 'timm', 'numpy', 'pandas', 'safetensors'
 
 
@@ -206,7 +209,7 @@ class TrainRun:
 
     def make_models(self, s, loaded):
         """Return (student, teacher, fn(Arch) -> a new Learner)."""
-        c = self.config
+        c, self.table = self.config, s
         self.dls = loaders_of(
             s, c, loaded if isinstance(loaded, Learner) and s.task in ('texts', 'table') else None
         )
@@ -378,8 +381,11 @@ class TrainRun:
             )
             with new_file(Path.cwd() / self.folder / 'student.pkl') as tmp:
                 student.export(tmp)
+            figures = {}
+            if self.table.task == 'masks':
+                figures[EXAMPLES] = mask_examples(models, self.dls, self.table)
         with new_file(self.folder / 'report.html') as tmp:
-            report.to_html(tmp)
+            report.to_html(tmp, figures)
         with new_file(self.folder / 'report.json') as tmp:
             report.to_json(tmp)
         return report
