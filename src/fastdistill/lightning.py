@@ -5,20 +5,20 @@ module.
 import functools
 import math
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 try:
-    from lightning.pytorch import Callback, LightningModule
+    from lightning.pytorch import Callback, LightningModule, Trainer
     from lightning.pytorch.utilities import CombinedLoader
 except ImportError as e:
     raise ImportError(
         "fastdistill.lightning needs lightning: pip install 'fastdistill[lightning]'"
     ) from e
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import IterableDataset
 
 from .base.distributed import average_gradients
@@ -39,6 +39,7 @@ from .distiller.trainer_integration import (
 from .features.layer_pairs import inputs
 from .features.model_call import arguments
 from .recipes.batch_tensors import inputs_and_labels
+from .recipes.term import Recipe, Term
 
 __all__ = ['DistillCallback', 'DistillModule']
 
@@ -66,17 +67,25 @@ class DistillCallback(Callback):
             either.
     """
 
-    def __init__(self, teacher, recipe=None, *, student: str | None = None, split=None, **options):
+    def __init__(
+        self,
+        teacher: Any,
+        recipe: Term | Recipe | str | None = None,
+        *,
+        student: str | None = None,
+        split: Callable | None = None,
+        **options: Any,
+    ):
         self.teacher, self.recipe, self.student, self.options = teacher, recipe, student, options
         self.split = split or inputs_and_labels
-        self.distiller = None
-        self.state = None
-        self.replaced = None
+        self.distiller: Any = None  # built when the fit starts
+        self.state: dict | None = None
+        self.replaced: dict | None = None
         self.compared_inputs = False
 
     # before and after a fit
 
-    def on_fit_start(self, trainer, pl_module):
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._stop(pl_module)
         self.compared_inputs = False
         if not pl_module.automatic_optimization:
@@ -104,7 +113,7 @@ class DistillCallback(Callback):
         d.start()
         self._replace_step(trainer, pl_module)
 
-    def build(self, pl_module):
+    def build(self, pl_module: LightningModule) -> None:
         """Build the Distiller for this module, unless it already exists."""
         try:
             student = pl_module if self.student is None else pl_module.get_submodule(self.student)
@@ -120,13 +129,13 @@ class DistillCallback(Callback):
             if self.distiller.several:
                 share_task_loss(self.distiller.heads)
 
-    def _complete(self, trainer):
+    def _complete(self, trainer: Trainer) -> None:
         """Choose the recipe and build projectors, using a training batch."""
         with read_apart(*all_loaders(trainer).flattened):
             x, y = next(self._read(trainer))
         complete(self.distiller, x, bool(len(y)))
 
-    def _batches(self, trainer):
+    def _batches(self, trainer: Trainer) -> Iterable:
         """Yield training batches as (inputs, labels).
 
         No batches are yielded for an iterable dataset, because it may not be possible to read it
@@ -135,12 +144,12 @@ class DistillCallback(Callback):
         sets = (getattr(o, 'dataset', None) for o in all_loaders(trainer).flattened)
         return () if any(isinstance(o, IterableDataset) for o in sets) else self._read(trainer)
 
-    def _read(self, trainer):
+    def _read(self, trainer: Trainer) -> Iterator:
         """Yield training batches as (inputs, labels)."""
         for batch, *_ in all_loaders(trainer):
             yield self._split(trainer, trainer.strategy.batch_to_device(batch))
 
-    def _split(self, trainer, batch):
+    def _split(self, trainer: Trainer, batch: Any) -> tuple:
         """Split a training batch into (inputs, labels)."""
         loaders = trainer.train_dataloader
         if self.split is inputs_and_labels and isinstance(loaders, (Mapping, list, tuple)):
@@ -155,13 +164,15 @@ class DistillCallback(Callback):
                 )
         return self.split(batch)
 
-    def teardown(self, trainer, pl_module, stage):
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._stop(pl_module)
 
-    def on_exception(self, trainer, pl_module, exception):
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
         self._stop(pl_module)
 
-    def _stop(self, pl_module):
+    def _stop(self, pl_module: LightningModule) -> None:
         """Restore the module and stop the teacher. A second call does nothing."""
         if self.replaced is None:
             return
@@ -172,21 +183,23 @@ class DistillCallback(Callback):
 
     # training step
 
-    def _replace_step(self, trainer, pl_module):
+    def _replace_step(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Make the module's training step return the total loss."""
         step = pl_module.training_step
 
         # subtle: Lightning inspects the argument names of training_step, which `wraps` preserves
         @functools.wraps(step)
-        def with_teacher(batch, *args, **kwargs):
+        def with_teacher(batch: Any, *args: Any, **kwargs: Any) -> Any:
             return self._step(
                 trainer, pl_module, batch, functools.partial(step, batch, *args, **kwargs)
             )
 
         self.replaced = {k: v for k, v in vars(pl_module).items() if k == 'training_step'}
-        pl_module.training_step = with_teacher
+        vars(pl_module)['training_step'] = with_teacher
 
-    def _step(self, trainer, pl_module, batch, run):
+    def _step(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, run: Callable[[], Any]
+    ) -> Any:
         d, progress = self.distiller, training_progress(trainer)
         if not takes_part(d, progress):
             return run()
@@ -209,7 +222,7 @@ class DistillCallback(Callback):
         pl_module.log_dict(parts, batch_size=n)
         return {**out, 'loss': r.total} if isinstance(out, Mapping) else r.total
 
-    def _compared(self, calls, x):
+    def _compared(self, calls: Sequence['StudentCall'], x: Any) -> 'StudentCall':
         """Return the call of the student that is compared with the teacher: the one that got the
         inputs of the batch.
 
@@ -247,20 +260,20 @@ class DistillCallback(Callback):
             )
         return most[-1]
 
-    def on_after_backward(self, trainer, pl_module):
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.replaced is not None:
             average_gradients(self.distiller.own_parameters())
 
     # checkpoints
 
-    def state_dict(self):
+    def state_dict(self) -> dict[str, Any]:
         return {} if self.distiller is None else training_state(self.distiller)
 
-    def load_state_dict(self, state):
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         self.state = state or None  # empty if saved before the first fit
 
     # subtle: an averaged copy of the module (`WeightAveraging`) does not need a second teacher
-    def __deepcopy__(self, memo):
+    def __deepcopy__(self, memo: dict) -> 'DistillCallback':
         return self
 
 
@@ -283,13 +296,13 @@ class DistillModule(LightningModule):
     def __init__(
         self,
         student: nn.Module,
-        teacher,
-        recipe=None,
+        teacher: Any,
+        recipe: Term | Recipe | str | None = None,
         *,
         lr: float = 1e-3,
-        optimizer=torch.optim.AdamW,
-        split=None,
-        **options,
+        optimizer: Callable[..., torch.optim.Optimizer] = torch.optim.AdamW,
+        split: Callable | None = None,
+        **options: Any,
     ):
         super().__init__()
         self.student, self.lr, self.optimizer = student, lr, optimizer
@@ -301,42 +314,42 @@ class DistillModule(LightningModule):
                 'of your own, whose training_step returns the loss of all heads.'
             )
 
-    def forward(self, x):
+    def forward(self, x: Any) -> Any:
         """Run the student on a batch of inputs."""
         args, kwargs = arguments(self.student, inputs(x))
         return self.student(*args, **kwargs)
 
-    def configure_callbacks(self):
+    def configure_callbacks(self) -> list[Callback]:
         return [self.callback]
 
-    def configure_optimizers(self):
+    def configure_optimizers(self) -> torch.optim.Optimizer:
         return self.optimizer(self.student.parameters(), lr=self.lr)
 
-    def training_step(self, batch, batch_idx):
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         return self.labels_loss(batch)
 
-    def validation_step(self, batch, batch_idx):
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
         self._log('val_loss', batch)
 
-    def test_step(self, batch, batch_idx):
+    def test_step(self, batch: Any, batch_idx: int) -> None:
         self._log('test_loss', batch)
 
-    def labels_loss(self, batch):
+    def labels_loss(self, batch: Any) -> Tensor:
         """Return the task loss."""
         x, y = self.callback.split(batch)
         d = self.callback.distiller
-        logits = Outputs.of(self(x), output=d.head.output).logits
+        logits: Any = Outputs.of(self(x), output=d.head.output).logits
         # without labels, the task loss is 0 and the student learns only from the teacher
         return d.head.task_and_targets(x, logits, tuple(y))[0] if len(y) else logits.new_zeros(())
 
-    def _log(self, name, batch):
+    def _log(self, name: str, batch: Any) -> None:
         _, y = self.callback.split(batch)
         if not len(y):
             return  # without labels, there is no task loss
         self.log(name, self.labels_loss(batch), prog_bar=True, batch_size=len(y[0]))
 
 
-def distiller_class(student):
+def distiller_class(student: nn.Module) -> type[Distiller]:
     """Return `DetectionDistiller` for torchvision detectors, and `Distiller` for other students."""
     if not is_detector(student):
         return Distiller
@@ -369,17 +382,17 @@ class StudentCall:
         return sum(any(is_same(t, o) for o in mine) for t in given)
 
 
-def is_same(a, b):
+def is_same(a: Tensor, b: Tensor) -> bool:
     alike = (a.shape, a.dtype, a.device) == (b.shape, b.dtype, b.device)
     return a is b or alike and torch.equal(a, b)
 
 
 @contextmanager
-def calls_of(student, taps) -> Iterator[list[StudentCall]]:
+def calls_of(student: nn.Module, taps: Any) -> Iterator[list[StudentCall]]:
     """Context that yields a list of the student's calls inside it."""
-    calls = []
+    calls: list[StudentCall] = []
 
-    def add(module, args, kwargs, out):
+    def add(module: nn.Module, args: tuple, kwargs: dict, out: Any) -> None:
         calls.append(StudentCall((args, kwargs), out, dict(taps.seen)))
 
     handle = student.register_forward_hook(add, with_kwargs=True)
@@ -389,14 +402,14 @@ def calls_of(student, taps) -> Iterator[list[StudentCall]]:
         handle.remove()
 
 
-def all_loaders(trainer) -> CombinedLoader:
+def all_loaders(trainer: Trainer) -> CombinedLoader:
     """Return a loader of the batches that `training_step` gets. The training data may be a
     DataLoader, or a list or dict of DataLoaders.
     """
     return CombinedLoader(trainer.train_dataloader, 'min_size')
 
 
-def training_progress(trainer):
+def training_progress(trainer: Trainer) -> float | None:
     """Return the progress of the training, from 0 to 1, for schedules. Return None if the number of
     steps is unknown.
     """

@@ -12,7 +12,7 @@ from ..features.model_call import is_hf
 __all__ = ['student_from']
 
 
-def student_from(teacher: nn.Module, layers: Sequence[int]) -> nn.Module:
+def student_from(teacher: Any, layers: Sequence[int]) -> nn.Module:
     """Build a smaller copy of the teacher from some of its blocks (DistilBERT, arXiv:1910.01108).
 
     The embeddings, the head and the selected blocks are copied with their weights.
@@ -44,7 +44,7 @@ def blocks_of(model: Any) -> tuple[str, int]:
     """Return the name and the length of the model's list of blocks. Raise a DistillError if there
     is not exactly one list.
     """
-    n = getattr(model.config, 'num_hidden_layers', None)
+    n: Any = getattr(model.config, 'num_hidden_layers', None)
     lists = [k for k, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == n]
     outer = [k for k in lists if not any(k.startswith(f'{o}.') for o in lists)]
     if len(outer) == 1:
@@ -71,8 +71,8 @@ def kept(state: Mapping[str, Any], name: str, layers: Sequence[int]) -> dict[str
     blocks.
     """
     out = {k: v for k, v in state.items() if not k.startswith(f'{name}.')}
-    for new, old in enumerate(layers):
-        old = f'{name}.{old}.'
+    for new, i in enumerate(layers):
+        old = f'{name}.{i}.'
         out |= {
             f'{name}.{new}.{k.removeprefix(old)}': v for k, v in state.items() if k.startswith(old)
         }

@@ -1,9 +1,12 @@
 "A Hugging Face `Trainer` with a teacher."
 
 import os
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from torch.utils.data import DataLoader
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
 from transformers import Trainer
 
 from ..base.distributed import average_gradients, mean_over_ranks
@@ -25,6 +28,8 @@ from ..distiller.trainer_integration import (
 from ..features.layer_hooks import Taps
 from ..features.model_call import predicts_next
 from ..features.probe import untouched
+from ..recipes.recipe_loss import Distilled
+from ..recipes.term import Recipe, Term
 from ..recipes.token_labels import next_tokens
 from ..teachers.teacher import Teacher
 from .transformers_models import (
@@ -41,7 +46,13 @@ __all__ = ['DistillationMixin', 'DistillationTrainer']
 STATE_FILE = 'distillation.pt'  # name of our file in a checkpoint folder
 
 
-class DistillationMixin:
+if TYPE_CHECKING:
+    Base: Any = Trainer  # the mixin uses its attributes
+else:
+    Base = object
+
+
+class DistillationMixin(Base):
     """Mixin that adds a teacher to your own `Trainer`, as in `class MyTrainer(DistillationMixin,
     Trainer)`.
 
@@ -65,24 +76,24 @@ class DistillationMixin:
 
     def __init__(
         self,
-        *args,
-        teacher,
-        recipe=None,
+        *args: Any,
+        teacher: Any,
+        recipe: Term | Recipe | str | None = None,
         kind: str | None = None,
         axis: int | None = None,
-        output=None,
+        output: str | int | Callable | None = None,
         check: bool = True,
-        **kwargs,
+        **kwargs: Any,
     ):
-        self.teacher, self.recipe = (
-            teacher if isinstance(teacher, Teacher) else Teacher(teacher),
-            recipe,
-        )
+        self.teacher = teacher if isinstance(teacher, Teacher) else Teacher(teacher)
+        self.recipe = recipe
         self.asked, self.part_means = (
             dict(kind=kind, axis=axis, output=output, check=check),
             PartMeans(),
         )
-        self.distiller = self.counts_items = self.last_step = None
+        self.distiller: Any = None  # built with the optimizer
+        self.counts_items: bool | None = None
+        self.last_step: int | None = None
         super().__init__(*args, **kwargs)
         if self.args.n_gpu > 1:
             raise DistillError(
@@ -93,7 +104,7 @@ class DistillationMixin:
 
     # setup before the first batch
 
-    def create_optimizer(self, *args, **kwargs):
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """Create the Trainer's optimizer and add the parameters of the projectors."""
         if self.distiller is None or self.distiller.student is not self.model:
             self._build()
@@ -103,17 +114,18 @@ class DistillationMixin:
         self.last_step = None
         return optimizer
 
-    def _build(self):
+    def _build(self) -> None:
         """Build the Distiller for this model."""
-        asked = self.asked
+        asked: dict[str, Any] = self.asked
         kind = asked['kind'] or predicts(self.model)
-        batch = self._example() if kind is None else None
+        batch: Any = None
         if kind is None:
+            batch = self._example()
             kind = predicts(
                 self.model, next((batch[k] for k in self.label_names if k in batch), None)
             )
         output = question_logits if self._answers and asked['output'] is None else asked['output']
-        task = dict(
+        task: dict[str, Any] = dict(
             kind=kind or 'softmax', axis=self._axis() if asked['axis'] is None else asked['axis']
         )
         teacher = teacher_for(self.teacher, self.model, **task, output=output)
@@ -139,23 +151,23 @@ class DistillationMixin:
             self._complete(self._example() if batch is None else batch)
 
     @property
-    def _answers(self):
+    def _answers(self) -> bool:
         return list(self.label_names) == ['start_positions', 'end_positions']
 
-    def _axis(self):
+    def _axis(self) -> int:
         return 1 if self._answers or type(self.model).__name__.endswith('Segmentation') else -1
 
-    def _complete(self, batch):
+    def _complete(self, batch: Mapping) -> None:
         """Choose the recipe and build projectors, using a batch."""
         complete(
             self.distiller, self._inputs_of_both(batch), any(k in batch for k in self.label_names)
         )
 
-    def _inputs_of_both(self, batch):
+    def _inputs_of_both(self, batch: Mapping) -> dict:
         student, teacher = self._inputs(batch)
         return {k: v for k, v in student.items() if k in teacher} or teacher
 
-    def _check_loader(self):
+    def _check_loader(self) -> DataLoader:
         """Return a DataLoader with the data in which to look for mistakes.
 
         An iterable dataset is replaced by no data, because it may not be possible to read it
@@ -165,13 +177,13 @@ class DistillationMixin:
         if isinstance(data, dict):
             data = next(iter(data.values()))
         if not hasattr(data, '__len__') or not len(data):
-            return DataLoader([])
+            return DataLoader(cast(Dataset, []))
         collate = self._get_collator_with_removed_columns(self.data_collator)
         order = torch.Generator().manual_seed(0)
         size = self.args.eval_batch_size
         return DataLoader(data, size, shuffle=True, generator=order, collate_fn=collate)
 
-    def _batches(self, loader):
+    def _batches(self, loader: Any) -> Iterator[tuple]:
         """Yield (inputs, labels) of the batches of a DataLoader."""
         for batch in loader:
             batch = self._prepare_inputs(batch)
@@ -184,7 +196,7 @@ class DistillationMixin:
                 self._targets(y, next(iter(x.values()))),
             )  # start and end logits have the length of the input
 
-    def _example(self):
+    def _example(self) -> Any:
         """Return a training batch, without changing any state."""
         collate = self._get_collator_with_removed_columns(self.data_collator)
         with RandomGuard():
@@ -198,7 +210,7 @@ class DistillationMixin:
 
     # inputs of both models
 
-    def _set_signature_columns_if_needed(self):
+    def _set_signature_columns_if_needed(self) -> None:
         """Keep dataset columns that only the teacher uses, such as token_type_ids."""
         new = self._signature_columns is None
         super()._set_signature_columns_if_needed()
@@ -207,7 +219,7 @@ class DistillationMixin:
                 names_taken(self.teacher) - set(self._signature_columns)
             )
 
-    def _inputs(self, batch):
+    def _inputs(self, batch: Mapping) -> tuple[dict, dict]:
         """Split a batch into (student inputs and labels, teacher inputs)."""
         student, teacher = names_taken(self.model), names_taken(self.teacher)
         plain = {k: v for k, v in batch.items() if k not in self.label_names}
@@ -222,7 +234,9 @@ class DistillationMixin:
 
     # training step
 
-    def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
+    def compute_loss(
+        self, model: nn.Module, inputs: Mapping, return_outputs: bool = False, **kwargs: Any
+    ) -> Any:
         """Return the total loss of a training batch, or the task loss of an evaluation batch."""
         x, x_teacher = self._inputs(inputs)
         progress = self.state.global_step / self.state.max_steps if self.state.max_steps else None
@@ -240,7 +254,7 @@ class DistillationMixin:
         self.part_means.add(r)
         return (r.total * scale, raw) if return_outputs else r.total * scale
 
-    def _run(self, model, x, options, progress):
+    def _run(self, model: nn.Module, x: Mapping, options: Mapping, progress: float | None) -> tuple:
         """Return the task loss computed by the Trainer, and the student's outputs. The task loss is
         None if the batch has no labels.
         """
@@ -256,7 +270,7 @@ class DistillationMixin:
             )
         return None, raw
 
-    def _scale(self, x, num_items_in_batch=None):
+    def _scale(self, x: Mapping, num_items_in_batch: Any = None) -> Any:
         """Return the factor by which the Trainer scales the mean loss over the labels of this
         batch.
 
@@ -280,7 +294,7 @@ class DistillationMixin:
         y = x['labels'][..., 1:] if predicts_next(self.model) else x['labels']
         return y.ne(-100).sum().clamp_min(1) * ranks / num_items_in_batch
 
-    def _counts_items(self, x):
+    def _counts_items(self, x: Mapping) -> bool:
         """Return True if the task loss of this model depends on `num_items_in_batch`.
 
         Some models ignore this argument, so this method tests the model once.
@@ -293,7 +307,7 @@ class DistillationMixin:
             self.counts_items = not torch.equal(*tried)
         return self.counts_items
 
-    def _tokens(self, x):
+    def _tokens(self, x: Mapping) -> Any:
         """Return the inputs whose attention mask applies to the logits.
 
         In an encoder-decoder model, the attention mask of the encoder does not apply to the logits,
@@ -303,17 +317,17 @@ class DistillationMixin:
             () if getattr(getattr(self.model, 'config', None), 'is_encoder_decoder', False) else x
         )
 
-    def _targets(self, x, logits):
+    def _targets(self, x: Mapping, logits: Any) -> tuple:
         """Return the labels, with each label at the position that predicts it."""
         y = tuple(x[k] for k in self.label_names if k in x)
         if self._answers and y:
-            y = torch.stack([o.reshape(-1).clamp_min(0) for o in y], -1)
-            return (y.where(y < logits.shape[1], -100),)
+            at = torch.stack([o.reshape(-1).clamp_min(0) for o in y], -1)
+            return (at.where(at < logits.shape[1], -100),)
         if y and predicts_next(self.model):
             return next_tokens(y[0], -100), *y[1:]
         return y
 
-    def _hide_padding(self, x, *outputs):
+    def _hide_padding(self, x: Mapping, *outputs: Any) -> None:
         """Set the logits of padded tokens to a large negative number, because an answer can't start
         or end there.
         """
@@ -325,7 +339,7 @@ class DistillationMixin:
 
     # training loop
 
-    def train(self, *args, **kwargs):
+    def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train the student (see `Trainer.train`)."""
         try:
             return super().train(*args, **kwargs)
@@ -333,7 +347,7 @@ class DistillationMixin:
             if self.distiller is not None:
                 self.distiller.teacher.stop()
 
-    def training_step(self, *args, **kwargs):
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         # subtle: after an optimizer step, the Trainer resets the gradients of the model but not
         # those of the projectors
         if self.last_step != self.state.global_step:
@@ -343,16 +357,16 @@ class DistillationMixin:
         average_gradients(self.distiller.own_parameters())
         return loss
 
-    def log(self, logs, *args, **kwargs):
+    def log(self, logs: dict, *args: Any, **kwargs: Any) -> None:
         """Log the values. Whenever the training loss is logged, also log the mean of each loss."""
         super().log({**logs, **self.part_means.pop()} if 'loss' in logs else logs, *args, **kwargs)
 
-    def _save_optimizer_and_scheduler(self, output_dir):
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
         if self.args.should_save:
             write_state(os.path.join(output_dir, STATE_FILE), training_state(self.distiller))
 
-    def _load_optimizer_and_scheduler(self, checkpoint):
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         file = None if checkpoint is None else os.path.join(checkpoint, STATE_FILE)
         if file is not None and os.path.isfile(file):
@@ -368,16 +382,16 @@ class DistillationTrainer(DistillationMixin, Trainer):
 class PartMeans:
     """Means of the losses over the training batches since the last log."""
 
-    def __init__(self):
-        self.sums = {}
+    def __init__(self) -> None:
+        self.sums: dict[str, tuple] = {}
 
-    def add(self, r):
+    def add(self, r: Distilled) -> None:
         parts = r.parts if r.task is None else dict(task=r.task.detach(), **r.parts)
         for k, v in parts.items():
             total, n = self.sums.get(k, (0.0, 0))
             self.sums[k] = total + v, n + 1
 
-    def pop(self):
+    def pop(self) -> dict[str, float]:
         means = {f'{k}_loss': (v / n).float() for k, (v, n) in self.sums.items()}
         self.sums = {}
         mean_over_ranks(means.values())

@@ -80,7 +80,8 @@ def predicts(model: Any, labels: Tensor | None = None) -> str | None:
         model: A transformers model.
         labels: Labels of a batch. None if unknown.
     """
-    config, name = getattr(model, 'config', None), type(model).__name__
+    config: Any = getattr(model, 'config', None)
+    name = type(model).__name__
     if (problem := getattr(config, 'problem_type', None)) in PROBLEMS:
         return PROBLEMS[problem]
     if not name.endswith(('SequenceClassification', 'ImageClassification')):
