@@ -5,14 +5,13 @@ import importlib.metadata
 import inspect
 import platform
 from collections.abc import Callable
-from functools import partial
-from types import CodeType
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ..base.content import describe_content
 from .keys import hash_of
 
 __all__ = [
@@ -106,36 +105,11 @@ def code_of(f: Any) -> str:
         return name
 
 
-def behavior_of(o: Any, depth: int = 5) -> str:
-    """Return a fingerprint of what a function does: of its compiled code, and of the constants and
-    functions that it reads from its surroundings.
-
-    Unlike the source, the compiled code does not contain the rest of the line, comments and layout.
-
-    Args:
-        o: A function, a `partial`, or a value that a function reads.
-        depth: Number of functions that are followed.
+def behavior_of(f: Any) -> str:
+    """Return a fingerprint of what a function does: its code, and the values that it reads from its
+    surroundings.
     """
-    say = lambda v: behavior_of(v, depth - 1)
-    if depth == 0:
-        return type(o).__qualname__
-    if isinstance(o, partial):
-        return fingerprint('partial', *map(say, (o.func, o.args, o.keywords)))
-    if isinstance(o, CodeType):
-        return fingerprint(o.co_code.hex(), repr(o.co_names), say(o.co_consts))
-    if inspect.isfunction(o):
-        around = inspect.getclosurevars(o)
-        read = {**around.globals, **around.nonlocals}
-        return fingerprint(*map(say, (o.__code__, o.__defaults__, o.__kwdefaults__, read)))
-    if isinstance(o, (list, tuple)):
-        return fingerprint(type(o).__name__, *map(say, o))
-    if isinstance(o, (set, frozenset)):
-        return fingerprint('set', *sorted(map(say, o)))
-    if isinstance(o, dict):
-        return fingerprint('dict', *(say(p) for k, v in o.items() for p in (k, v)))
-    if isinstance(o, (str, bytes, int, float, type(None))):
-        return fingerprint(o)
-    return fingerprint(getattr(o, '__qualname__', type(o).__qualname__))
+    return fingerprint(describe_content(f))
 
 
 def versions() -> dict:
