@@ -5,7 +5,8 @@
 Each commit trains with its own `src` and its own `benchmarks/quality/loop.py`, in a process of its own and with one thread: three cells
 of the quality benchmark, labels alone and three recipes each, one rate and one seed. All use the same stored teachers. The weights of
 the students and their logits for the test set are compared with those of the commit before, by their SHA-256. Instead of a commit, a
-folder with a copy of the repository may be given. Writes results/same_results.json, which is from
+folder with a copy of the repository may be given. FOLDER holds text/trec and tabular/adult. Writes results/same_results.json, which is
+from
 
     QUALITY_DATA=FOLDER python benchmarks/same_results.py 6ca4522 8784be8 0d301c1 HEAD
 
