@@ -62,7 +62,7 @@ LAW = dict(
 )
 # the same inside a package: a file may import those of its package that stand before it
 ORDER = dict(
-    base='errors content atomic_files outputs batch_samples output_source mixup distributed progress_bar task class_mapping transform_random_state random_state model_state sample_seeds',
+    base='errors recipe_grammar content atomic_files outputs batch_samples output_source mixup distributed progress_bar task class_mapping transform_random_state random_state model_state sample_seeds',
     losses='_base chunks correlations response divergence transformed_teacher decoupled feature relation dense detection',
     features='layer_names model_call probe feature_shapes layer_hooks projectors model_stages layer_pairs',
     teachers='image_normalization probabilities estimator model_loading hidden_state frozen input_aliasing batch_slices batch_norm_folding compiled_module copy_plan fast_copy raw_items teacher_inputs runner ensemble teacher',
@@ -75,7 +75,7 @@ ORDER = dict(
     fastai='task language_model learner_notes teacher_targets patches teacher_block class_names held_outputs transforms replay_dl sample_keys raw_items tables teachers probe_batches learner_heads metrics compare interpret student_export saved_student default_recipe costs teacher_check cache_data cache_feed finite_check trend_check unlabeled projector_opt detector callback_arguments multi_head fit_distiller fit_log fit_state training_step callback learner trial_clock trials training_setup recipe_find recipe_runs',
     detection='torchvision_detectors pyramid_levels recipes target_checks validation_loss metrics box_matches pseudo_labels detection_plots compare check distiller',
     huggingface='student_from_layers transformers_models trainer',
-    cli='training arguments named_objects demo commands app',
+    cli='recipe_names training arguments named_objects demo commands app',
 )
 ORDER |= {
     'cli.demo': 'tasks results picture',
@@ -314,11 +314,15 @@ def test_help_loads_no_torch():
 
 def test_help_and_mistakes_in_a_command_load_no_torch(tmp_path):
     "PyTorch and fastai take seconds to import"
+    (tmp_path / 'a.py').write_text('')
     mistakes = [
         ['train'],
         ['train', '--data', 'gone', '--teacher', 'a', '--student', 'b'],
         ['train', '--data', '.', '--teacher', 'gone.pkl', '--student', 'b'],
         ['train', '--data', '.', '--teacher', 'a', '--student', 'b', '--epochs', '-1'],
+        ['train', '--data', '.', '--teacher', 'a', '--student', 'b', '--recipe', 'kdd(4)'],
+        ['find', 'a.py:s', 'a.py:t', '--n-epoch', '1', '--recipe', 'Term(losses.klx)'],
+        ['check', 'a.py:s', 'a.py:t', '--recipe', 'kd(tau=2)'],
         ['train', '--config', 'gone.toml'],
         ['train', '--resume', '--out', 'gone'],
         ['compare', 'a=gone.pkl'],

@@ -1,8 +1,9 @@
 "Recipes as text: the same as in Python, without running it."
 
-import random, sys
+import inspect, random, sys
 import pytest
 from fastdistill import DistillError, Recipe, Term, auto, losses, recipes
+from fastdistill.cli.recipe_names import names_in_source
 from fastdistill.fastai import KnowledgeDistillation
 from fastdistill.recipes.recipe_text import recipe_from_text
 
@@ -192,3 +193,9 @@ def test_the_callback_takes_a_text():
     assert repr(kd.recipe) == repr(recipes.kd(T=2) + recipes.at())
     with pytest.raises(DistillError, match="no recipe 'kdd'"):
         KnowledgeDistillation(None, 'kdd()')
+
+
+def test_the_command_reads_the_same_names_from_the_source():
+    "So that it reports mistakes before it imports PyTorch"
+    have = {k: [*inspect.signature(getattr(recipes, k)).parameters] for k in recipes.__all__}
+    assert names_in_source() == (have, [*losses.LOSSES])

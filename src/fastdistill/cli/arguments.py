@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from ..base.errors import DistillError
+from .recipe_names import check_recipe_text
 from .training.config import exported_student
 
 __all__ = [
@@ -79,6 +80,8 @@ def recipe_names(texts):
     for o in [texts] if isinstance(texts, str) else texts or []:
         if in_python(o):
             in_file(o)
+        else:
+            check_recipe_text(o)
     return texts
 
 

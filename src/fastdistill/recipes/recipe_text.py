@@ -1,22 +1,13 @@
-"""Parse recipes written as text, e.g. on a command line. The text is never executed as Python code."""
+"""Build recipes from text, e.g. from a command line. The text is never executed as Python code."""
 
-import ast
 import inspect
-import math
-import warnings
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from .. import losses, recipes
-from ..base.errors import close_name
-from ..base.outputs import DistillError
+from ..base.recipe_grammar import RecipeGrammar
 from .term import Recipe, Term
 
 __all__ = ['as_recipe', 'recipe_from_text']
-
-LONGEST, MOST = 2000, 20  # characters, parts
-LARGEST = 2**53  # largest integer allowed
-EXAMPLE = "'kd(T=4, alpha=.9) + at()'"
 
 
 def as_recipe(recipe: Term | Recipe | str | None) -> Recipe | None:
@@ -46,164 +37,21 @@ def recipe_from_text(text: str) -> Recipe | str:
     return Reader(text).recipe()
 
 
-class Reader:
-    """Parser for one recipe. Error messages quote the text of the recipe."""
+class Reader(RecipeGrammar):
+    """Parser that builds the recipe.
+
+    Args:
+        text: The recipe.
+    """
 
     def __init__(self, text: str) -> None:
-        self.text = text
+        options = {k: [*inspect.signature(getattr(recipes, k)).parameters] for k in recipes.__all__}
+        super().__init__(text, options, [*losses.LOSSES])
 
-    def error(self, what: str, node: ast.AST | None = None) -> DistillError:
-        part = None if node is None else ast.get_source_segment(self.text, node)
-        at = f', at {part!r}' if part and part != self.text else ''
-        text = self.text if len(self.text) <= 200 else f'{self.text[:200]} ...'
-        return DistillError(f'recipe={text!r}{at}: {what}')
+    def build(self, name: str, loss: str | None, args: Sequence, options: dict) -> Recipe | Term:
+        if loss is not None:
+            return Term(getattr(losses, loss), *args, **options)
+        return getattr(recipes, name)(*args, **options)
 
-    def recipe(self) -> Recipe:
-        if len(self.text) > LONGEST:
-            raise self.error(f'a recipe can have at most {LONGEST} characters')
-        return self.sum(self.parsed())
-
-    def sum(self, node: Any) -> Recipe:
-        nodes = self.summands(node)
-        if len(nodes) > MOST:
-            raise self.error(f'a recipe can have at most {MOST} parts')
-        if not (parts := [p for p in map(self.part, nodes) if p is not None]):
-            raise self.error(f'labels only is not a recipe; an example is {EXAMPLE}')
-        try:
-            return Recipe(*parts)
-        except DistillError as e:
-            raise self.error(str(e)) from e
-
-    def parsed(self) -> ast.expr:
-        with warnings.catch_warnings():
-            warnings.simplefilter('ignore')  # Python warns about invalid escapes in strings
-            try:
-                return ast.parse(self.text.strip(), mode='eval').body
-            # subtle: deep nesting raises MemoryError or RecursionError, and a null byte or a long
-            # number raises ValueError
-            except (SyntaxError, ValueError, MemoryError, RecursionError) as e:
-                raise self.error(
-                    f'this is not a recipe ({getattr(e, "msg", None) or e or type(e).__name__}). '
-                    f'An example is {EXAMPLE}'
-                ) from e
-
-    def summands(self, node: Any) -> list[ast.expr]:
-        """Return the summands of a sum, in order."""
-        parts: list[ast.expr] = []
-        while isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
-            parts, node = [node.right, *parts], node.left
-        return [node, *parts]
-
-    def part(self, node: Any) -> Any:
-        """Build a recipe or a term; return None for `labels`."""
-        if isinstance(node, ast.Name) and node.id == 'labels':
-            return
-        if isinstance(node, ast.Name) and node.id in recipes.__all__:
-            raise self.error(f'write {node.id}(), with parentheses', node)
-        if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
-            raise self.error('a sum does not need parentheses', node)
-        if not isinstance(node, ast.Call):
-            raise self.error(f"a recipe must be a sum of calls, such as {EXAMPLE}, or 'auto'", node)
-        name, fn = self.function(node.func)
-        first: list[Any] = node.args[:1]
-        others = node.args[1:]
-        if fn is Term:
-            if not first:
-                raise self.error('a term needs a loss, e.g. Term(losses.kl, weight=.5)', node)
-            fn, first = self.term(*first), []
-        elif name == 'logit_std':
-            first = [self.sum(*first)] if first else []
-        else:
-            first = [*map(self.literal, first)]
-        return self.call(node, name, fn, [*first, *map(self.literal, others)], self.keywords(node))
-
-    def function(self, node: Any) -> tuple[str, Callable]:
-        """Return the name and the function of a recipe."""
-        if isinstance(node, ast.Name):
-            name = node.id
-        elif (
-            isinstance(node, ast.Attribute)
-            and isinstance(node.value, ast.Name)
-            and node.value.id == 'recipes'
-        ):
-            name = node.attr
-        else:
-            raise self.error('only recipes can be called, by name', node)
-        if name == 'Term':
-            return name, Term
-        if name not in recipes.__all__:
-            raise self.error(
-                f'there is no recipe {name!r}{close_name(name, recipes.__all__)}. It must be one of '
-                f"{', '.join(recipes.__all__)}, Term and 'auto'",
-                node,
-            )
-        return name, getattr(recipes, name)
-
-    def term(self, node: Any) -> Callable:
-        """Build a term whose loss is written as `losses.NAME`."""
-        known = (
-            isinstance(node, ast.Attribute)
-            and isinstance(node.value, ast.Name)
-            and node.value.id == 'losses'
-        )
-        if not known or node.attr not in losses.LOSSES:
-            raise self.error(
-                'the first argument of a term must be a loss, e.g. Term(losses.kl). The losses '
-                f'are {", ".join(losses.LOSSES)}',
-                node,
-            )
-        return lambda *args, **kwargs: Term(getattr(losses, node.attr), *args, **kwargs)
-
-    def keywords(self, node: Any) -> dict[str, Any]:
-        out = {}
-        for k in node.keywords:
-            if k.arg is None:
-                raise self.error('** is not supported: write out the options', k.value)
-            if k.arg in out:
-                raise self.error(f'{k.arg} is given twice', node)
-            out[k.arg] = self.literal(k.value)
-        return out
-
-    def call(self, node: Any, name: str, fn: Callable, args: Sequence, kwargs: dict) -> Any:
-        if name != 'Term':
-            have = [*inspect.signature(fn).parameters]
-            have += ['temperature'] if 'T' in have else []
-            if wrong := [k for k in kwargs if k not in have]:
-                raise self.error(
-                    f'{name} has no option {wrong[0]!r}{close_name(wrong[0], have)}. It has '
-                    f'{", ".join(have) or "none"}',
-                    node,
-                )
-        try:
-            return fn(*args, **kwargs)
-        except DistillError as e:
-            raise self.error(str(e), node) from e
-        except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as e:
-            raise self.error(f'{name} does not take these arguments ({e})', node) from e
-
-    def literal(self, node: Any) -> Any:
-        """Evaluate a number, a string, True, False, None, or a list, tuple or dict of these."""
-        if isinstance(node, ast.Constant) and isinstance(node.value, int | float | str | None):
-            v = node.value
-            if isinstance(v, int | float) and not (
-                math.isfinite(v) and abs(v) <= (LARGEST if isinstance(v, int) else v)
-            ):
-                raise self.error('this number is too large', node)
-            return v
-        if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub | ast.UAdd):
-            v = self.literal(node.operand)
-            if type(v) in (int, float):
-                return -v if isinstance(node.op, ast.USub) else v
-        if isinstance(node, ast.Tuple):
-            return tuple(map(self.literal, node.elts))
-        if isinstance(node, ast.List):
-            return [*map(self.literal, node.elts)]
-        if isinstance(node, ast.Dict) and None not in node.keys:
-            keys = [self.literal(k) for k in node.keys]
-            if all(isinstance(k, str | int | float | None) for k in keys):
-                return dict(zip(keys, map(self.literal, node.values)))
-        raise self.error(
-            'an argument must be a number, a string, True, False, None, or a list, tuple or dict '
-            'of these',
-            node,
-        )
+    def join(self, parts: list) -> Recipe:
+        return Recipe(*parts)

@@ -6,6 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from ...base.errors import DistillError
+from ..recipe_names import check_recipe_text
 from .config import TrainConfig, read_config
 
 __all__ = ['settings_of']
@@ -61,7 +62,8 @@ def checked(config):
     """
     config.check_files()
     if config.recipe != 'auto':
-        from ...recipes.recipe_text import recipe_from_text  # imports PyTorch
+        check_recipe_text(config.recipe)  # fast, because it does not import PyTorch
+        from ...recipes.recipe_text import recipe_from_text
 
         recipe_from_text(config.recipe)
     return config
