@@ -604,3 +604,44 @@ def test_a_cache_is_not_continued_with_other_outputs(tmp_path, change, store):
     with pytest.warns(DistillWarning, match='It is overwritten'):
         after = write(*CHANGES[change], force=True).rows(range(23))
     assert not np.array_equal(before, after)
+
+
+ROWS = Noisy(60).x
+
+
+class Flipped(torch.utils.data.TensorDataset):
+    "A random transform that often changes nothing"
+
+    def __getitem__(self, i):
+        x = super().__getitem__(i)[0]
+        return (x.flip(0) if random.random() < 0.5 else x,)
+
+
+@pytest.mark.parametrize(
+    'now,fits',
+    [
+        (torch.utils.data.TensorDataset(ROWS), True),
+        (Flipped(ROWS), True),
+        (torch.utils.data.TensorDataset(ROWS[:, :3]), True),  # the student sees something else
+        (
+            torch.utils.data.TensorDataset(
+                ROWS[torch.randperm(60, generator=torch.Generator().manual_seed(0))]
+            ),
+            False,
+        ),
+        (torch.utils.data.TensorDataset(torch.cat([ROWS[:20], ROWS[21:]])), False),
+        (Flipped(torch.cat([ROWS[:20], ROWS[21:]])), False),
+    ],
+    ids=['same', 'augmented', 'part', 'shuffled', 'removed', 'removed, augmented'],
+)
+def test_names_that_are_positions_do_not_fit_moved_samples(now, fits, tmp_path):
+    kw = dict(views=0, store='float32', progress=False, keys=range(60))
+    cache = cache_dataset(Net(), torch.utils.data.TensorDataset(ROWS), tmp_path, **kw)
+    use = lambda: Replayed(now, cache, keys=range(len(now)))
+    if fits:
+        use()
+    else:
+        with pytest.raises(
+            DistillError, match='sample .* has the input that sample .* had when the'
+        ):
+            use()

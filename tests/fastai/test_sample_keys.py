@@ -435,6 +435,18 @@ def test_a_list_of_names_does_not_fit_another_split_of_the_same_size(tmp_path):
         quiet(Learner(dls(0), Flat(1)), TeacherCache(tmp_path, keys=names[1:]))
 
 
+def test_a_shuffled_table_whose_rows_are_named_by_position_is_refused(tmp_path):
+    df = labels_of_letters().reset_index(names='letter')
+    position = lambda row: int(row.name)
+    dls = lambda df: by_functions_of_rows(df, lambda row: PIXELS[row.letter])
+    write(dls(df), tmp_path, views=0, keys=position)
+    cache = TeacherCache(tmp_path, keys=position)
+    quiet(Learner(dls(df[:12]), Flat(1)), cache)
+    removed = pd.concat([df[:4], df[5:]]).reset_index(drop=True)
+    with pytest.raises(DistillError, match='has the input that sample .* had when the cache was w'):
+        quiet(Learner(dls(removed), Flat(1)), cache)
+
+
 def test_a_function_that_names_items_fits_any_split(tmp_path):
     "It gets the same item where the cache is written, where it is verified and where it is used"
     got = []

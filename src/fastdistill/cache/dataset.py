@@ -24,6 +24,7 @@ from ..teachers.teacher import Teacher, reading_tokens
 from .digests import code_of, fingerprint, first_part, flat_values, input_digest
 from .json_checks import shortened
 from .keys import dataset_keys, folder_of, names_of_samples, root_of
+from .manifest import moved_samples, refuse
 from .per_sample import per_sample
 from .reader import TeacherCache
 from .row_layout import Store
@@ -309,23 +310,20 @@ class Replayed(Dataset):
         self.dataset, self.cache, self.seeds = dataset, cache, seeds
         self.keys, self.own = cache.keys_of(dataset, keys), OwnGenerators(dataset)
         self.at = cache.find(self.keys)
+        item = lambda i, view: view_item(dataset, i, int(self.keys[i]), view, cache.seed, self.own)
+        digest = lambda i, view: input_digest(item(i, view))
         # subtle: in the order of the cache, `find` gives each sample its own row
         if not np.array_equal(self.keys, cache.keys):
-            look = lambda at: (
-                input_digest(view_item(dataset, i, int(self.keys[i]), 0, cache.seed, self.own))
-                for i in at.tolist()
-            )
-            check_shared_keys(self.keys, look, place_in(dataset), most=256)
-        # with views=0, training may use different transforms, so only the files are compared
-        cache.check_files(dataset_files(dataset), self.at)
+            first_views = lambda at: (digest(i, 0) for i in at.tolist())
+            check_shared_keys(self.keys, first_views, place_in(dataset), most=256)
+        files = dataset_files(dataset)
+        cache.check_files(files, self.at)
         cache.check_once()
         if cache.views:
-            cache.compare(
-                self.at,
-                lambda i, view: view_item(
-                    dataset, i, int(self.keys[i]), view, cache.seed, self.own
-                ),
-            )
+            cache.compare(self.at, item)
+        # with views=0, training may use different transforms
+        elif keys is not None and files is None:
+            refuse(cache.folder, moved_samples(cache.manifest, self.at, digest), cache.force)
         # subtle: in shared memory, so that persistent workers see the new epoch
         self.epoch = torch.zeros(1, dtype=torch.int64).share_memory_()
 

@@ -36,6 +36,7 @@ __all__ = [
     'PART_NAME',
     'PART_NAMES',
     'differences',
+    'moved_samples',
     'refuse',
     'sample_differences',
     'transform_differences',
@@ -429,6 +430,43 @@ def sample_differences(m: Manifest, at: Any, look: Callable) -> list:
         ):
             continue
         return [f'the input of sample {here[0]}{OTHER_INPUT}{other_libraries(m)}']
+    return []
+
+
+def moved_samples(m: Manifest, at: np.ndarray, look: Callable[[int, int], str]) -> list:
+    """Look for inputs of a cache without views that have a different name now.
+
+    The student's transforms may differ from those that the teacher saw. So an input that differs
+    proves nothing, but an input that belonged to a different sample does. Names that are positions,
+    for example, belong to different samples after the data were shuffled.
+
+    Args:
+        m: The manifest.
+        at: Position in the cache of each sample of a dataset, (N,).
+        look: fn(index of a sample, view) -> digest of its input. If transforms are random, their
+            random numbers depend on the view.
+
+    Returns:
+        List with a text about the first such input, or an empty list.
+    """
+    places: dict[str, list[int]] = {}
+    for s in m.samples:
+        places.setdefault(s['digest'], []).extend(np.flatnonzero(at == s['row']).tolist())
+    # a random transform may leave the input unchanged in one of several views
+    places = {
+        digest: here
+        for digest, here in places.items()
+        if here and all(look(here[0], view) != digest for view in range(16))
+    }
+    near = [i + step for here in places.values() for i in here for step in (-2, -1, 1, 2)]
+    some = np.linspace(0, len(at) - 1, min(1000, len(at))).astype(int).tolist()
+    for i in dict.fromkeys([i for i in near if 0 <= i < len(at)] + some * bool(places)):
+        if (here := places.get(look(i, 0))) is not None and i not in here:
+            return [
+                f'sample {i} has the input that sample {here[0]} had when the cache was written: keys= '
+                'must name the samples themselves, not their positions, which change when samples '
+                'are shuffled, added or removed'
+            ]
     return []
 
 

@@ -9,9 +9,20 @@ from fastai.basics import Callback, noop
 from ..base.distributed import rank
 from ..base.outputs import DistillError, Draws, LinearLogits, Outputs, TopK, tensors_in
 from ..base.random_state import RandomGuard
-from ..cache.manifest import refuse, sample_differences, transform_differences
+from ..cache.manifest import (
+    moved_samples,
+    refuse,
+    sample_differences,
+    transform_differences,
+)
 from ..cache.reader import TeacherCache
-from .cache_data import check_shared_inputs, inspect_views, writer_dl
+from .cache_data import (
+    check_shared_inputs,
+    inspect_views,
+    item_digest,
+    validation_transforms,
+    writer_dl,
+)
 from .class_names import stored_order, vocab_of
 from .held_outputs import HeldOutputs
 from .language_model import inner_dl, is_stream, of_length, share_n_inp
@@ -129,9 +140,10 @@ class StoredOutputs(HeldOutputs):
         if not np.array_equal(names, cache.keys):
             seeded = replace(plan, random=True, cache=None)
             check_shared_inputs(dl, seeded, keys, most=256)
-        cache.check_files(sample_files(dl), plan.at)
+        cache.check_files(files := sample_files(dl), plan.at)
         cache.check_once()
-        refuse(cache.folder, misfits(dl, plan, cache), cache.force)
+        named = keys is not None and files is None
+        refuse(cache.folder, misfits(dl, plan, cache, named), cache.force)
         return plan
 
     @property
@@ -368,8 +380,15 @@ def refuse_other_items(cache, dl):
     )
 
 
-def misfits(dl, plan, cache):
-    """Describe how the data differ from the data from which the cache was written."""
+def misfits(dl, plan, cache, named: bool):
+    """Describe how the data differ from the data from which the cache was written.
+
+    Args:
+        dl: The DataLoader.
+        plan: Its `Plan`.
+        cache: The cache.
+        named: True if only names given by the user identify the samples.
+    """
     m = cache.manifest
     if m.views:
         again = Plan(plan.keys, m.views, m.seed, stream=plan.stream)
@@ -383,4 +402,10 @@ def misfits(dl, plan, cache):
             'these outputs have a value for each pixel or token of the clean input, but '
             f"{', '.join(moving)} would move the student's input: cache views=1 or more"
         ]
-    return []
+    if not named or plan.stream:
+        return []
+    with validation_transforms(dl, True):
+        own = writer_dl(dl, Plan(plan.keys, seed=m.seed), [], 1, 0)
+        own.before_iter()
+        look = lambda i, view: item_digest(sampled(own).item(i, view), own.n_inp)
+        return moved_samples(m, plan.at, look)
