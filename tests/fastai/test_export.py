@@ -116,6 +116,30 @@ print({{'torch', 'fastai', 'fastdistill'}} & set(sys.modules))
     )
 
 
+@pytest.mark.parametrize('form', ['s.onnx', 's.pt2', 'folder'])
+@pytest.mark.filterwarnings('ignore:.*holds pickles')
+def test_a_file_is_compared_with_its_own_normalization_and_classes(normalized, tmp_path, form):
+    "On data with a different normalization and order of the classes; other classes are refused"
+    if form == 'folder':
+        student = load_student(save_student(normalized, tmp_path / form))
+    else:
+        student = export_student(normalized, tmp_path / form).path
+    names = ['blue', 'red', '<b>"']
+    block = CategoryBlock(vocab=names, sort=False)
+    own = ['red', '<b>"', 'blue']
+    stats = Normalize.from_stats([0.3] * 3, [0.4] * 3)
+    dls = image_dls(block, lambda x, at, k: own[k], batch_tfms=stats)
+    wanted = compare(dict(a=normalized), seconds=0, progress=False).models['a']
+    for o in (student, Teacher(student)):
+        got = compare(dict(a=o), dls, seconds=0, progress=False).models['a']
+        assert got.loss == pytest.approx(wanted.loss, rel=1e-4)
+        assert got.classes['recall'] == [wanted.classes['recall'][i] for i in (2, 0, 1)]
+    block = CategoryBlock(vocab=['red', 'green', 'blue'], sort=False)
+    dls = image_dls(block, lambda x, at, k: ['red', 'green', 'blue'][k])
+    with pytest.raises(DistillError, match=r'does not have 1 of the classes .* \(green\)'):
+        compare(dict(a=student), dls, seconds=0, progress=False)
+
+
 def test_what_is_reported_is_what_was_measured(normalized, onnx_file):
     with Teacher(onnx_file.path) as t:
         difference = max(

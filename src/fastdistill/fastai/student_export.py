@@ -28,7 +28,7 @@ from ..checks.batch_scores import FEW, Tally
 from ..evaluation import Report
 from ..teachers import Teacher
 from ..teachers.fast_copy import AS_IT_IS
-from ..teachers.model_loading import Onnx
+from ..teachers.model_loading import FACTS, Onnx
 from .class_names import vocab_of
 from .compare import compare
 from .probe_batches import prepared, prepared_batches, some_batches
@@ -45,7 +45,6 @@ __all__ = [
     'weak_score',
 ]
 
-KEY = 'fastdistill'  # name of the metadata in an exported file
 CLOSE = 0.01  # largest allowed difference, as a fraction of the largest output
 
 
@@ -371,7 +370,7 @@ def program_of(model, x):
 def write_program(model, x, path, facts):
     program = program_of(model, x)
     with open(path, 'wb') as f:  # subtle: torch.export only accepts paths that end in .pt2
-        torch.export.save(program, f, extra_files={f'{KEY}.json': json.dumps(facts)})
+        torch.export.save(program, f, extra_files={f'{FACTS}.json': json.dumps(facts)})
 
 
 def read_program(path):
@@ -422,7 +421,7 @@ def add_facts(model, facts, path):
     import onnx
 
     del model.metadata_props[:]  # remove the metadata that the exporter wrote
-    onnx.helper.set_model_props(model, {KEY: json.dumps(facts)})
+    onnx.helper.set_model_props(model, {FACTS: json.dumps(facts)})
     onnx.save(model, path)
 
 

@@ -102,13 +102,27 @@ def teacher_of(obj, learn=None, task=None, **kwargs) -> Teacher:
         if obj.reads_items:
             # the teacher reads raw items, not the student's normalized batches
             kwargs.pop('input_stats', None)
-        own = (
-            {} if obj.given & {'select', 'classes'} else in_order(dls, class_names(obj, dls), task)
-        )
-        return on_table(adapted(with_numbers(obj, dls), own | kwargs), dls)
+        return on_table(adapted(with_numbers(obj, dls), own_options(obj, dls, task) | kwargs), dls)
     if isinstance(obj, nn.Module) and 'stats' not in kwargs and dls is not None:
         kwargs['stats'] = of_module(obj, kwargs['input_stats'])
-    return Teacher(obj, **grouped_options(kwargs))
+    teacher = Teacher(obj, **grouped_options(kwargs))
+    return adapted(teacher, own_options(teacher, dls, task))
+
+
+def own_options(teacher, dls, task):
+    """Return the order of a teacher's classes, and the normalization that its file states."""
+    own = {}
+    if not teacher.given & {'select', 'classes'}:
+        own = in_order(dls, class_names(teacher, dls), task)
+    normal = facts_of_model(teacher).get('normalization')
+    if normal and teacher.inputs is None and not teacher.reads_items and dls is not None:
+        own |= dict(stats=(normal['mean'], normal['std']))
+    return own
+
+
+def facts_of_model(teacher):
+    """Return what the file of an exported student says, or an empty dict."""
+    return getattr(teacher.model, 'facts', None) or {}
 
 
 def refuse_stored(teacher):
@@ -197,6 +211,8 @@ def class_names(teacher, dls):
     """
     if teacher.learner is not None:
         return vocab_of(same_column(dls, teacher.learner.dls))
+    if names := facts_of_model(teacher).get('classes'):
+        return names
     own = (
         teacher.model.classes
         if isinstance(teacher.model, Estimator) and teacher.kind == 'softmax'

@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import json
 import warnings
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,7 +17,7 @@ from torch.nn import Module
 from ..base.outputs import DistillError, DistillWarning, tensors_in
 from .estimator import Estimator, is_estimator
 
-__all__ = ['Onnx', 'explained', 'holds_weights', 'load_model', 'warn_of_code']
+__all__ = ['FACTS', 'Onnx', 'explained', 'holds_weights', 'load_model', 'warn_of_code']
 
 FORMS = (
     'It must be an nn.Module (torchvision, timm, Hugging Face, TorchScript), a torch.export program, a file of '
@@ -24,6 +25,18 @@ FORMS = (
     '(scikit-learn, LightGBM, XGBoost, CatBoost), a Teacher, or a list of these (an '
     'ensemble).'
 )
+
+
+FACTS = 'fastdistill'  # name of the metadata in a file written by `export_student`
+
+
+def read_facts(text: str | None) -> dict:
+    """Return what a file says about a student, such as its classes and normalization."""
+    try:
+        facts = json.loads(text or '{}')
+    except ValueError:
+        return {}
+    return facts if isinstance(facts, dict) else {}
 
 
 def load_model(o: Any) -> tuple[Any, Path | None]:
@@ -103,7 +116,10 @@ def from_file(path: Path) -> tuple[Any, Path]:
             warn_of_code(
                 path, 'holds pickles'
             )  # torch.export.load unpickles objects that are not plain weights
-            return exported_program(torch.export.load(path)), path
+            extra = {n: '' for n in [f'{FACTS}.json'] if has(n)}
+            model: Any = exported_program(torch.export.load(path, extra_files=extra))
+            model.facts = read_facts(next(iter(extra.values()), None))
+            return model, path
     except RuntimeError as e:
         raise DistillError(f'{path} could not be loaded: {e}') from e
     raise DistillError(
@@ -262,6 +278,8 @@ class Onnx:
             )
         except Exception as e:  # the errors of onnxruntime have no narrower base class
             raise DistillError(f"onnxruntime can't load {path}: {e}") from e
+        # as written by `export_student`
+        self.facts = read_facts(self.session.get_modelmeta().custom_metadata_map.get(FACTS))
         self.inputs = {i.name: i for i in self.session.get_inputs()}
         self.outputs = [o.name for o in self.session.get_outputs()]
         # names of the outputs to return as a dict. If None, a single tensor is returned
