@@ -21,3 +21,5 @@ from .recipes.term import Recipe as Recipe
 from .recipes.term import Term as Term
 from .teachers import Teacher as Teacher
 from .teachers import with_items as with_items
+
+__version__: str

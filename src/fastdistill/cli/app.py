@@ -5,7 +5,9 @@ import re
 import sys
 import time
 import warnings
-from typing import Annotated
+from collections.abc import Iterator
+from functools import cache
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -41,7 +43,7 @@ app.command('report')(report_command)
 app.command('export')(export_command)
 
 
-def version(asked):
+def version(asked: bool) -> None:
     if not asked:
         return
     typer.echo(f'fastdistill {__version__}')
@@ -56,11 +58,11 @@ def options(
     debug: Annotated[
         bool, typer.Option('--debug', help='Show the traceback of an error.')
     ] = False,  # `main` reads this flag from sys.argv
-):
+) -> None:
     pass
 
 
-def main():
+def main() -> None:
     """Run the command. Errors and warnings are printed as one line each. After an error, the exit
     code is 2.
     """
@@ -69,7 +71,7 @@ def main():
         warnings.showwarning,
     )
 
-    def show(message, category, *args, **kwargs):
+    def show(message: Any, category: Any, *args: Any, **kwargs: Any) -> None:
         if issubclass(category, DistillWarning):
             if number_of_process() == 0:
                 console.print('[yellow]fastdistill:[/]', escape(in_flags(str(message))))
@@ -93,11 +95,11 @@ def main():
             raise
 
 
-def number_of_process():
+def number_of_process() -> int:
     return int(os.environ.get('RANK', 0))
 
 
-def wait_for_launcher(seconds):
+def wait_for_launcher(seconds: float) -> None:
     """In a distributed run, wait before exiting, so that the launcher (such as torchrun) can end
     this process. The launcher then reports the error of the process that failed first.
     """
@@ -105,21 +107,16 @@ def wait_for_launcher(seconds):
         time.sleep(seconds)
 
 
-def in_flags(text: str):
+def in_flags(text: str) -> str:
     """Replace Python arguments in a message by command-line flags. For example, `views=8` becomes
     `--views 8`, and `force=True` becomes `--force`.
 
     Args:
         text: A message of the library.
     """
-    have = {
-        o.lstrip('-').replace('-', '_')
-        for c in commands(typer.main.get_command(app))
-        for p in c.params
-        for o in p.opts
-    }
+    have = names_of_flags()
 
-    def flag(m):
+    def flag(m: re.Match) -> str:
         name, value = m['name'], m['value'] or ''
         if name not in have:
             return m[0]
@@ -133,7 +130,14 @@ def in_flags(text: str):
     )
 
 
-def commands(command):
+@cache
+def names_of_flags() -> frozenset[str]:
+    """Return the names of the flags of all commands, as Python arguments."""
+    flags = (o for c in commands(typer.main.get_command(app)) for p in c.params for o in p.opts)
+    return frozenset(o.lstrip('-').replace('-', '_') for o in flags)
+
+
+def commands(command: Any) -> Iterator:
     """Yield a command and all its subcommands."""
     yield command
     for c in getattr(command, 'commands', {}).values():

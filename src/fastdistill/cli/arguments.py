@@ -3,7 +3,7 @@ not import PyTorch.
 """
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -29,11 +29,11 @@ __all__ = [
 MODEL = "an exported Learner (.pkl), the folder of a run, or 'file.py:name'"
 
 
-def in_python(name):
+def in_python(name: str) -> bool:
     return '.py:' in name or name.endswith('.py')
 
 
-def in_file(name):
+def in_file(name: str) -> tuple[str, str]:
     """Split 'file.py:name' into (file, name). Raise a DistillError if the file does not exist."""
     file, _, attr = name.rpartition(':')
     if not file.endswith('.py') or not attr:
@@ -43,14 +43,14 @@ def in_file(name):
     return file, attr
 
 
-def python_name(name):
+def python_name(name: str) -> str:
     """Check an argument of the form 'file.py:name'."""
     if name is not None:
         in_file(name)
     return name
 
 
-def named_model(name):
+def named_model(name: str) -> str:
     """Check an argument that names a model. The folder of a run is replaced by the exported student
     inside.
     """
@@ -62,12 +62,12 @@ def named_model(name):
     return file
 
 
-def named_models(texts):
+def named_models(texts: list[str]) -> list[str]:
     """Check arguments of the form 'teacher=teacher.pkl'."""
     return [f'{name}={named_model(what)}' for name, what in map(split_name, texts)]
 
 
-def split_name(text):
+def split_name(text: str) -> tuple[str, str]:
     """Split 'teacher=teacher.pkl' into ('teacher', 'teacher.pkl')."""
     name, _, what = text.partition('=')
     if not name or not what:
@@ -75,7 +75,7 @@ def split_name(text):
     return name, what
 
 
-def recipe_names(texts):
+def recipe_names(texts: Any) -> Any:
     """Check recipes given as text or as 'file.py:name'."""
     for o in [texts] if isinstance(texts, str) else texts or []:
         if in_python(o):
@@ -85,7 +85,7 @@ def recipe_names(texts):
     return texts
 
 
-def existing_cache(path):
+def existing_cache(path: str) -> str:
     if '://' not in path and not (Path(path).expanduser() / 'manifest.json').is_file():
         raise DistillError(f'There is no cache at {path} (no manifest.json).')
     return path

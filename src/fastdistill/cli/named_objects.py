@@ -5,9 +5,11 @@ import importlib.util
 import inspect
 import sys
 import traceback
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from ..base.errors import DistillError
 from .arguments import in_file, in_python
@@ -23,7 +25,7 @@ __all__ = [
 ]
 
 
-def load_teacher(name: str):
+def load_teacher(name: str) -> Any:
     """Load the object named 'file.py:name'. Return any other name unchanged, because `Teacher` can
     load it.
 
@@ -33,7 +35,7 @@ def load_teacher(name: str):
     return load_object(name, called) if in_python(name) else name
 
 
-def load_named_learner(name: str, data: str | None = None):
+def load_named_learner(name: str, data: str | None = None) -> Any:
     """Load a Learner and its data.
 
     Args:
@@ -52,18 +54,18 @@ def load_named_learner(name: str, data: str | None = None):
     return learn
 
 
-def of_run(name):
+def of_run(name: str) -> bool:
     return Path(name).suffix == '.pkl' and (Path(name).parent / 'config.toml').is_file()
 
 
-def load_model_with_data(name):
+def load_model_with_data(name: str) -> Any:
     """Load a model as `load_teacher` does. If the name refers to a run, load a Learner with the
     data of the run.
     """
     return load_named_learner(name) if of_run(name) else load_teacher(name)
 
 
-def load_recipe(text: str):
+def load_recipe(text: str) -> Any:
     """Load a recipe.
 
     Args:
@@ -74,7 +76,7 @@ def load_recipe(text: str):
     return load_object(text, lambda o: o) if in_python(text) else recipe_from_text(text)
 
 
-def load_object(name: str, use):
+def load_object(name: str, use: Callable) -> Any:
     """Run a file and return an object from it.
 
     Args:
@@ -91,7 +93,7 @@ def load_object(name: str, use):
         return use(getattr(module, attr))
 
 
-def names_in_file(file):
+def names_in_file(file: Path | str) -> list[str]:
     """Return the public names that are defined in a file, without imported names."""
     names = []
     for node in ast.parse(Path(file).read_text()).body:
@@ -107,14 +109,14 @@ def names_in_file(file):
 
 
 @cache
-def module_of(file):
+def module_of(file: Path) -> Any:
     """Load a file as a module. The result is cached, because data and teacher may come from the
     same file.
     """
     # subtle: name the module after the file if that name is free, so that pickles of its classes
     # can be loaded
     name = file.stem if file.stem not in sys.modules else f'{file.stem}_'
-    spec = importlib.util.spec_from_file_location(name, file)
+    spec: Any = importlib.util.spec_from_file_location(name, file)
     sys.path.insert(0, str(file.parent))
     sys.modules[name] = module = importlib.util.module_from_spec(spec)
     try:
@@ -127,7 +129,7 @@ def module_of(file):
 
 
 @contextmanager
-def own_mistakes(file):
+def own_mistakes(file: Path) -> Iterator[None]:
     """Context manager that replaces an error in the user's file by a DistillError that names the
     failing line.
     """
@@ -141,7 +143,7 @@ def own_mistakes(file):
         raise DistillError(f'{file.name} stopped in line {line}: {type(e).__name__}: {e}') from e
 
 
-def called(o):
+def called(o: Any) -> Any:
     """Call a function without required arguments and return its result. Return any other object
     unchanged.
     """
@@ -153,7 +155,7 @@ def called(o):
     )
 
 
-def dataloaders(o):
+def dataloaders(o: Any) -> Any:
     """Convert an object to fastai DataLoaders. The object may be DataLoaders, a function that
     returns them, or a Learner.
     """
@@ -167,7 +169,7 @@ def dataloaders(o):
     return o
 
 
-def learner(o):
+def learner(o: Any) -> Any:
     """Convert an object to a fastai Learner. The object may be a Learner or a function that returns
     one.
     """

@@ -13,7 +13,7 @@ __all__ = ['check_recipe_text', 'names_in_source']
 PACKAGE = Path(__file__).parents[1]
 
 
-def check_recipe_text(text: str):
+def check_recipe_text(text: str) -> None:
     """Raise a DistillError if the text is not a sum of recipes with options that exist. The values of
     the options are not checked.
     """
@@ -41,8 +41,8 @@ def names_in_source() -> tuple[dict, list]:
 def names_and_functions(file: str) -> tuple[list, dict]:
     """Return the names in `__all__` and the functions of a file."""
     body = tree_of(file).body
-    assigned = (o for o in body if isinstance(o, ast.Assign) and isinstance(o.targets[0], ast.Name))
-    names = next(o.value for o in assigned if o.targets[0].id == '__all__')
+    assigned = (o for o in body if isinstance(o, ast.Assign))
+    names = next(o.value for o in assigned if ast.unparse(o.targets[0]) == '__all__')
     return ast.literal_eval(names), {o.name: o for o in body if isinstance(o, ast.FunctionDef)}
 
 

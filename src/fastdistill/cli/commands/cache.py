@@ -1,7 +1,7 @@
 "`fastdistill cache`: write, inspect, verify and share a teacher's outputs."
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -63,7 +63,7 @@ def write(
         bool, typer.Option('--force', help="Overwrite a cache that doesn't fit.")
     ] = False,
     yes: Annotated[bool, typer.Option('--yes', '-y', help='Do not ask for confirmation.')] = False,
-):
+) -> None:
     """Run the teacher on the data and store its outputs. An interrupted run is resumed by the same
     command.
 
@@ -102,7 +102,7 @@ def write(
     console.print(str(cache), highlight=False, markup=False)
 
 
-def store_from_text(text):
+def store_from_text(text: str) -> str | dict[str, Any]:
     """Convert text such as 'topk=10, dtype=int8' to a dict of options. Return a single word
     unchanged.
     """
@@ -112,7 +112,7 @@ def store_from_text(text):
     return {k.strip(): number_or_text(v.strip()) for k, v in pairs}
 
 
-def number_or_text(text):
+def number_or_text(text: str) -> Any:
     for kind in (int, float):
         try:
             return kind(text)
@@ -133,7 +133,7 @@ def verify(
             help='Largest allowed difference of a logit, relative to the largest logit of the same row.'
         ),
     ] = None,
-):
+) -> None:
     """Run the teacher again on some samples. The exit code is 1 if the outputs differ from the
     stored ones.
     """
@@ -151,7 +151,7 @@ def info(
     check: Annotated[
         bool, typer.Option('--check', help='Compare every file with its checksum.')
     ] = False,
-):
+) -> None:
     "Show the content of a cache and information about the teacher."
     from ...cache.file_store import open_folder
     from ...cache.manifest import Manifest
@@ -197,7 +197,7 @@ def pack_command(
     teacher_license: Annotated[str | None, typer.Option(help='License of the teacher.')] = None,
     data_license: Annotated[str | None, typer.Option(help='License of the data.')] = None,
     force: Annotated[bool, typer.Option('--force', help='Overwrite a file of this name.')] = False,
-):
+) -> None:
     """Copy a cache to share it, and add a card (README.md). All files are first compared with their
     checksums.
 
@@ -223,7 +223,7 @@ def pack_command(
 def unpack_command(
     packed: Annotated[Path, typer.Argument(help='File written by `fastdistill cache pack`.')],
     path: Annotated[Path, typer.Argument(help='Folder of the cache, new or empty.')],
-):
+) -> None:
     "Unpack a cache into a folder, and compare all files with their checksums."
     from ...cache.pack import unpack_cache
 
@@ -233,18 +233,18 @@ def unpack_command(
 class WriterBar:
     """Display of the forecast and the progress of each pass over the data."""
 
-    def __init__(self, console, ask):
+    def __init__(self, console: Any, ask: bool):
         from ...cache.write_progress import ProgressBar
 
         self.console, self.ask, self.bar = console, ask, ProgressBar(console)
 
-    def __enter__(self):
+    def __enter__(self) -> 'WriterBar':
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, *_: Any) -> None:
         self.bar.stop()
 
-    def forecast(self, plan):
+    def forecast(self, plan: Any) -> None:
         """Print the size of the cache before the teacher runs. Ask for confirmation if the cache
         needs more than half of the free disk space.
         """

@@ -30,7 +30,7 @@ def check_command(
         ),
     ] = 8,
     cost: Annotated[bool, typer.Option(help='Measure times and memory.')] = True,
-):
+) -> None:
     """Check a teacher for a student before training: a table of mistakes, measurements and costs.
 
     The exit code is 1 if a mistake was found that would stop a training, and 2 if the check could

@@ -3,8 +3,9 @@ student to a file.
 """
 
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -22,7 +23,7 @@ from ..named_objects import (
 __all__ = ['compare_command', 'export_command', 'report_command']
 
 
-def named_once(pairs):
+def named_once(pairs: Iterable) -> dict:
     """Build a dict. Raise a DistillError if two pairs have the same name."""
     out = {}
     for name, what in pairs:
@@ -49,7 +50,7 @@ def compare_command(
         float, typer.Option(help='Seconds for each time measurement; 0 to skip them.')
     ] = 0.5,
     title: Annotated[str, typer.Option(help='Title of the report.')] = '',
-):
+) -> None:
     """Compare models on the same validation data, and show which differences are statistically
     significant.
 
@@ -61,7 +62,7 @@ def compare_command(
     named = named_once(map(split_name, models))
     dls = None if data is None else load_object(data, dataloaders)
     load = load_model_with_data if dls is None else load_teacher
-    r = compare_models(
+    r: Any = compare_models(
         {k: load(v) for k, v in named.items()},
         dls,
         teacher=teacher,
@@ -80,7 +81,7 @@ def compare_command(
     typer.echo(f'Written: {out}/report.html, report.json, report.md')
 
 
-def report_files(paths):
+def report_files(paths: list[Path]) -> list[Path]:
     for p in paths:
         if not (p / 'report.json' if p.is_dir() else p).is_file():
             raise DistillError(f'There is no file {str(p / "report.json" if p.is_dir() else p)!r}.')
@@ -94,7 +95,7 @@ def report_command(
     ],
     html: Annotated[Path | None, typer.Option(help='Write the page of a single report.')] = None,
     plot: Annotated[Path | None, typer.Option(help='Write a picture of all runs.')] = None,
-):
+) -> None:
     """Show saved reports. A single report is shown in full. Several reports are shown as a table of
     all students, sorted by score.
 
@@ -134,7 +135,7 @@ def export_command(
             '--int8', help='For an .onnx file: quantize, and measure the loss of quality.'
         ),
     ] = False,
-):
+) -> None:
     """Export a trained student to a file that can be used without fastai and fastdistill, and
     compare its outputs with those of the Learner.
 

@@ -23,7 +23,7 @@ def demo(
     root: Annotated[
         Path | None, typer.Option(help='Folder of the data, for cifar10 and camvid.')
     ] = None,
-):
+) -> None:
     """Train a large model on real data, and small models with and without the large model as a
     teacher. Print a table and save a picture.
     """

@@ -4,7 +4,7 @@ import inspect
 import os
 import shlex
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -57,7 +57,7 @@ def find(
         ),
     ] = None,
     plot: Annotated[Path | None, typer.Option(help='File for the plot.')] = None,
-):
+) -> None:
     """Try recipes and learning rates on short runs, repeat the best, and print a table.
 
     Several processes can search together if they use the same folder. After Ctrl-C, the best result
@@ -91,7 +91,9 @@ def find(
     typer.echo(f'In a shell, this trains with it:\n{command}')
 
 
-def training_command(student, teacher, data, n_epoch, fine_tune, found):
+def training_command(
+    student: str, teacher: str, data: str | None, n_epoch: int, fine_tune: bool, found: Any
+) -> str:
     """Return a shell command that trains with the recipe and learning rate that were found."""
     labels_alone = found.winner.name == found.labels
     if (
@@ -122,7 +124,7 @@ def training_command(student, teacher, data, n_epoch, fine_tune, found):
         'from fastdistill.fastai import *',
     ]
 
-    def imported(name, as_name):
+    def imported(name: str, as_name: str) -> None:
         file, attr = in_file(name)
         folders.append(str(Path(file).parent))
         lines.append(f'from {Path(file).stem} import {attr} as {as_name}')
@@ -162,7 +164,7 @@ def training_command(student, teacher, data, n_epoch, fine_tune, found):
     return path + shlex.join(['python', '-c', '; '.join(lines)])
 
 
-def is_recipe_text(text):
+def is_recipe_text(text: str) -> bool:
     try:
         load_recipe(text)
     except DistillError:

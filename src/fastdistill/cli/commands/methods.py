@@ -1,6 +1,7 @@
 "`fastdistill methods`: list the losses and recipes, or show the details of one of them."
 
-from typing import Annotated
+from collections.abc import Sequence
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -28,7 +29,7 @@ def methods_command(
             'classes, labels ...; may be repeated.'
         ),
     ] = None,
-):
+) -> None:
     """List the losses and recipes, or show one method with its parameters and the numbers from its
     card.
 
@@ -49,13 +50,13 @@ def methods_command(
         )
 
 
-def plain_table():
+def plain_table() -> Any:
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     table.add_column(no_wrap=True)
     return table
 
 
-def list_methods(found, console):
+def list_methods(found: Sequence, console: Any) -> None:
     """Print a list of methods, grouped by family."""
     for family in dict.fromkeys(m.family for m in found):
         table = plain_table()
@@ -69,7 +70,7 @@ def list_methods(found, console):
     console.print('\nfastdistill methods NAME shows one with its parameters.', highlight=False)
 
 
-def show_method(m, console):
+def show_method(m: Any, console: Any) -> None:
     """Print everything about one method."""
     from ...recipes.catalog import card_section
 

@@ -3,7 +3,7 @@
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, TypeAlias
 
 import typer
 
@@ -11,10 +11,12 @@ from ..training.run_settings import settings_of
 
 __all__ = ['train_command']
 
-Text, Number, Flag = str | None, int | None, bool | None
+Text: TypeAlias = str | None
+Number: TypeAlias = int | None
+Flag: TypeAlias = bool | None
 
 
-def option(text, *names):
+def option(text: str, *names: str) -> Any:
     return typer.Option(*names, help=text, show_default=False)
 
 
@@ -97,7 +99,7 @@ def train_command(
     resume: Annotated[
         bool, option('Continue the run in the folder, with the same result.', '--resume')
     ] = False,
-):
+) -> None:
     """Train a student with a teacher, from files on disk, and show what was gained.
 
     The command trains the teacher (unless it is given), the student without the teacher, and the
@@ -126,15 +128,17 @@ def train_command(
     given = {
         k: v for k, v in locals().items() if v is not None and k not in ('out', 'config', 'resume')
     }
-    # report mistakes in the settings before PyTorch is imported; with several processes, only the
-    # first process reports them, later
+    # report mistakes in the settings before PyTorch is imported, or, by the first of several
+    # processes, before fastai is imported
     if os.environ.get('WORLD_SIZE', '1') == '1':
         settings_of(given, config, out, resume)
-    from ...base.distributed import joined_processes
-    from ..training import opened_run
+    from ...base.distributed import joined_processes, on_first
 
     with joined_processes() as first:
-        run = opened_run(given, config, out, resume, say=typer.echo, bar=sys.stdout.isatty())
+        settings = on_first(lambda: settings_of(given, config, out, resume))
+        from ..training import TrainRun
+
+        run = TrainRun(*settings, say=typer.echo, bar=sys.stdout.isatty())
         try:
             report = run()
         except KeyboardInterrupt:

@@ -2,15 +2,18 @@
 
 import time
 import warnings
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
 from fastai.basics import Callback, Learner, noop, set_seed
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from torch import nn
 
 from ...base.outputs import DistillError, DistillWarning
 from ...fastai import soft_labels
@@ -27,19 +30,19 @@ WAYS = {ALONE: None, 'distilled': 'auto', 'soft labels only': soft_labels(T=4)}
 class Ticks(Callback):
     """Callback that calls `tick` after each training batch."""
 
-    def __init__(self, tick):
+    def __init__(self, tick: Callable[[], Any]):
         self.tick = tick
 
-    def after_batch(self):
+    def after_batch(self) -> None:
         if self.training:
             self.tick()
 
 
 def run(
-    data='digits',
-    root=None,
+    data: str = 'digits',
+    root: Path | str | None = None,
     seeds: int = 5,
-    out='out',
+    out: Path | str = 'out',
     quick: bool = False,
     console: Console | None = None,
 ) -> Results:
@@ -78,13 +81,15 @@ def run(
     return r
 
 
-def train_all(task, seeds, bar):
+def train_all(
+    task: DemoTask, seeds: int, bar: Progress
+) -> tuple[Trained, dict[str, list[Trained]]]:
     """Train the teacher, and students in each way. Return (teacher, {way: students})."""
     row = lambda name, total: partial(bar.advance, bar.add_task(name, total=total))
     of_teacher, of_student = zip(task.epochs, task.lr, task.augment)
     teacher = train(task, task.teacher, *of_teacher, 0, row('teacher', task.steps[0]))
     ticks = {way: row(way, seeds * task.steps[1]) for way in WAYS}
-    students = {way: [] for way in WAYS}
+    students: dict[str, list[Trained]] = {way: [] for way in WAYS}
     for seed in range(seeds):
         for way, recipe in WAYS.items():
             students[way].append(
@@ -94,7 +99,15 @@ def train_all(task, seeds, bar):
 
 
 def train(
-    task: DemoTask, model, n_epoch, lr, augment, seed, tick, teacher=None, recipe=None
+    task: DemoTask,
+    model: Callable[[], nn.Module],
+    n_epoch: int,
+    lr: float,
+    augment: Callable | None,
+    seed: int,
+    tick: Callable[[], Any],
+    teacher: Any = None,
+    recipe: Any = None,
 ) -> Trained:
     """Train a new model with or without a teacher. With the same seed, all students start from the
     same weights and get the same batches.
@@ -113,7 +126,9 @@ def train(
     return Trained(learn, out, task.score(out, y), str(cb.recipe) if recipe == 'auto' else '')
 
 
-def latency(task: DemoTask, seconds, batches=(1, 64), **models):
+def latency(
+    task: DemoTask, seconds: float, batches: Sequence[int] = (1, 64), **models: Any
+) -> dict[str, dict[int, float]]:
     """Measure the median time of a forward pass in milliseconds, for each model and batch size.
 
     Args:
@@ -123,18 +138,19 @@ def latency(task: DemoTask, seconds, batches=(1, 64), **models):
     """
     (x,) = ToFloat().encodes((task.test[0],))
 
-    def ms(m, n):
+    def ms(m: nn.Module, n: int) -> float:
         return time_of(m.eval(), x[:n].to(next(m.parameters()).device), seconds)
 
     return {name: {n: ms(m, n) for n in batches} for name, m in models.items()}
 
 
 @torch.inference_mode()
-def time_of(model, x, seconds):
+def time_of(model: nn.Module, x: Any, seconds: float) -> float:
     wait = torch.cuda.synchronize if x.is_cuda else noop
     for _ in range(5):
         model(x)  # warm-up
-    ts, end = [], time.perf_counter() + seconds
+    ts: list[float] = []
+    end = time.perf_counter() + seconds
     while len(ts) < 10 or time.perf_counter() < end and len(ts) < 1000:
         wait()
         t = time.perf_counter()
@@ -145,7 +161,7 @@ def time_of(model, x, seconds):
 
 
 @contextmanager
-def threads(n):
+def threads(n: int | None) -> Iterator[None]:
     """Context manager that limits PyTorch to `n` threads. On two cores, small models are faster
     with one thread.
     """
@@ -157,7 +173,7 @@ def threads(n):
         torch.set_num_threads(before)
 
 
-def progress(console):
+def progress(console: Any) -> Progress:
     return Progress(
         TextColumn('{task.description:16}'),
         BarColumn(),

@@ -2,11 +2,14 @@
 distillation helps most.
 """
 
+from pathlib import Path
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 
 from ...evaluation.plot_style import COLORS, LIGHT
-from .results import ALONE
+from .results import ALONE, Results
 from .tasks import to_rgb
 
 __all__ = ['draw_results']
@@ -15,24 +18,24 @@ INK, GREY, PALE = LIGHT.ink, LIGHT.grey, LIGHT.pale
 T = 4.0  # temperature of the teacher's probabilities in the picture
 
 
-def draw_results(r, task, teacher, students, path):
+def draw_results(r: Results, task: Any, teacher: Any, students: Any, path: Path) -> None:
     """Save the picture of the results `r`."""
     import matplotlib
     from matplotlib.figure import Figure
 
     with matplotlib.rc_context(LIGHT.rc):
-        fig = Figure(figsize=(11, 5), dpi=150, layout='constrained', facecolor='white')
+        fig: Any = Figure(figsize=(11, 5), dpi=150, layout='constrained', facecolor='white')
         left, right = fig.subfigures(1, 2, width_ratios=(1.1, 1), wspace=0.04)
         draw_scores(left, r)
         (draw_scenes if task.axis == 1 else draw_items)(right, task, teacher, students)
         fig.savefig(path)
 
 
-def title(fig, text):
+def title(fig: Any, text: str) -> None:
     fig.suptitle(text, x=0.03, ha='left', fontsize=12, fontweight='bold')
 
 
-def draw_scores(fig, r):
+def draw_scores(fig: Any, r: Any) -> None:
     """Draw a dot for each student, a line through the dots with the same seed, a bar at each mean,
     and a line at the teacher's score.
     """
@@ -67,7 +70,7 @@ def draw_scores(fig, r):
     ax.tick_params(length=0)
 
 
-def draw_items(fig, task, teacher, students, n=4):
+def draw_items(fig: Any, task: Any, teacher: Any, students: Any, n: int = 4) -> None:
     """Draw test images that distilled students classify correctly more often than students trained
     alone. Next to each image, draw the teacher's soft labels.
     """
@@ -124,12 +127,12 @@ def draw_items(fig, task, teacher, students, n=4):
         bars.tick_params(length=0)
 
 
-def predicted_class(students, i, task):
+def predicted_class(students: Any, i: int, task: Any) -> str:
     """Return the class that most of the `students` predict for item `i`."""
     return task.classes[torch.stack([s.out[i] for s in students]).argmax(1).mode().values]
 
 
-def draw_scenes(fig, task, teacher, students):
+def draw_scenes(fig: Any, task: Any, teacher: Any, students: Any) -> None:
     """Draw the test image on which distilled students gain most over the student alone, with its
     labels and all predictions.
     """

@@ -2,15 +2,18 @@
 
 import os
 import platform
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from statistics import mean, stdev
+from typing import Any
 
 import fastai
 import torch
 from fastai.basics import Learner, default_device
 from rich import box
 from rich.table import Table
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...base.atomic_files import write_json
 
@@ -35,7 +38,7 @@ class Trained:
     recipe: str = ''
 
     @property
-    def model(self):
+    def model(self) -> nn.Module:
         return self.learn.model
 
 
@@ -68,7 +71,14 @@ class Results:
     recipes: dict
 
     @classmethod
-    def of(cls, task, teacher, students, ms, seconds):
+    def of(
+        cls,
+        task: Any,
+        teacher: Trained,
+        students: Mapping[str, Sequence[Trained]],
+        ms: dict,
+        seconds: float,
+    ) -> 'Results':
         scores = {way: [s.score for s in ss] for way, ss in students.items()}
         params = {'teacher': n_params(teacher.model), 'student': n_params(students[ALONE][0].model)}
         n = len(task.train[0]), len(task.test[0])
@@ -88,25 +98,25 @@ class Results:
         )
 
     @property
-    def seeds(self):
+    def seeds(self) -> int:
         return len(self.scores[ALONE])
 
-    def gain(self, way):
+    def gain(self, way: str) -> float:
         """Return the mean score minus the mean score of the students trained alone."""
         return mean(self.scores[way]) - mean(self.scores[ALONE])
 
-    def recovered(self, way):
+    def recovered(self, way: str) -> float | None:
         """Return the gain as a fraction of the teacher's lead over the students trained alone.
         Return None if the teacher has no lead.
         """
         lead = self.teacher - mean(self.scores[ALONE])
         return self.gain(way) / lead if lead > 0 else None
 
-    def better(self, way):
+    def better(self, way: str) -> int:
         """Return the number of seeds with a higher score than the student trained alone."""
         return sum(a > b for a, b in zip(self.scores[way], self.scores[ALONE]))
 
-    def save(self, path):
+    def save(self, path: Path) -> None:
         taught = {
             way: dict(gain=self.gain(way), recovered=self.recovered(way), better=self.better(way))
             for way in self.scores
@@ -115,11 +125,11 @@ class Results:
         write_json(path, asdict(self) | dict(taught=taught))
 
 
-def n_params(model):
+def n_params(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-def machine():
+def machine() -> dict[str, Any]:
     """Describe the machine and the versions of the packages."""
     return dict(
         device=str(default_device()),
@@ -131,7 +141,7 @@ def machine():
     )
 
 
-def opening(task, seeds):
+def opening(task: Any, seeds: int) -> str:
     return (
         f'[bold]{task.title}[/]: {len(task.train[0]):,} for training, {len(task.test[0]):,} for the test\n\n'
         f'A teacher of {n_params(task.teacher()):,} parameters is trained, then students of '
@@ -141,11 +151,11 @@ def opening(task, seeds):
     )
 
 
-def percent(xs):
+def percent(xs: Sequence[float]) -> str:
     return f'{100 * mean(xs):.1f}' + (f' ± {100 * stdev(xs):.1f}' if len(xs) > 1 else '')
 
 
-def results_table(r: Results):
+def results_table(r: Results) -> Table:
     """Build a table with one row per model."""
     t = Table('', box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     t.columns[0].no_wrap = True
@@ -168,7 +178,7 @@ def results_table(r: Results):
     return t
 
 
-def closing(r: Results, picture, numbers):
+def closing(r: Results, picture: Path, numbers: Path) -> str:
     """Return the last lines of the output, with the gains, the files written, and what to do next."""
     over = f'mean ± standard deviation over {r.seeds} seeds' if r.seeds > 1 else 'one seed'
     chosen = '\n'.join(f'{way}: {recipe}' for way, recipe in r.recipes.items())

@@ -1,9 +1,10 @@
 "Tasks of the demo, each with data, a large and a small model, and training settings."
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -58,22 +59,23 @@ class DemoTask:
     augment: tuple = (None, None)
     threads: int | None = None
 
-    def dls(self, augment=None):
+    def dls(self, augment: Callable | None = None) -> DataLoaders:
         """Build DataLoaders from the data in memory."""
         tfms = [ToFloat(), *([Augment(augment)] if augment else [])]
         train, test = TensorDataset(*self.train), TensorDataset(*self.test)
-        train.split_idx, test.split_idx = 0, 1  # fastai's transforms use split_idx
+        for split_idx, o in enumerate((train, test)):
+            vars(o)['split_idx'] = split_idx  # fastai's transforms use it
         return DataLoaders.from_dsets(train, test, bs=self.bs, num_workers=0, after_batch=tfms)
 
-    def loss(self):
+    def loss(self) -> Any:
         return CrossEntropyLossFlat(axis=self.axis, ignore_index=self.ignore_index)
 
     @property
-    def steps(self):
+    def steps(self) -> tuple[int, int]:
         """(training steps of the teacher, training steps of a student)."""
         return tuple(e * (len(self.train[0]) // self.bs) for e in self.epochs)
 
-    def quick(self):
+    def quick(self) -> 'DemoTask':
         """Return a shortened copy of the task for testing that everything works."""
         cut = lambda xy, n: tuple(
             o[torch.linspace(0, len(o) - 1, min(n, len(o))).long()] for o in xy
@@ -86,7 +88,7 @@ class DemoTask:
 class ToFloat(ItemTransform):
     """Transform that converts bytes to floats around 0. Other inputs are not changed."""
 
-    def encodes(self, b):
+    def encodes(self, b):  # type: ignore[no-untyped-def] # fastai dispatches on type hints
         return (b[0].float() / 64 - 2 if b[0].dtype == torch.uint8 else b[0], *b[1:])
 
 
@@ -95,15 +97,15 @@ class Augment(ItemTransform):
 
     split_idx, order = 0, 1
 
-    def __init__(self, fn):
+    def __init__(self, fn: Callable):
         super().__init__()
         self.fn = fn
 
-    def encodes(self, b):
+    def encodes(self, b):  # type: ignore[no-untyped-def] # fastai dispatches on type hints
         return self.fn(*b)
 
 
-def accuracy(out: Tensor, y: Tensor):
+def accuracy(out: Tensor, y: Tensor) -> float:
     """Compute the fraction of correct predictions.
 
     Args:
@@ -113,7 +115,7 @@ def accuracy(out: Tensor, y: Tensor):
     return (out.argmax(1) == y).double().mean().item()
 
 
-def mean_iou(out: Tensor, y: Tensor):
+def mean_iou(out: Tensor, y: Tensor) -> float:
     """Compute the intersection over union over all pixels, averaged over the classes that occur in
     `y`.
 
@@ -128,7 +130,7 @@ def mean_iou(out: Tensor, y: Tensor):
     return (hit / (true + both.sum(0) - hit))[true > 0].mean().item()
 
 
-def load_task(name: str, root=None) -> DemoTask:
+def load_task(name: str, root: Path | str | None = None) -> DemoTask:
     """Load a task and its data.
 
     Args:
@@ -154,7 +156,7 @@ LAYOUTS = dict(
 )
 
 
-def existing_folder(*parts):
+def existing_folder(*parts: Any) -> Path:
     """Return the path of a folder. Raise a DistillError if the folder does not exist."""
     if not (p := Path(*parts)).is_dir():
         raise DistillError(
@@ -163,7 +165,7 @@ def existing_folder(*parts):
     return p
 
 
-def rgb(file, size=None):
+def rgb(file: Path, size: tuple[int, int] | None = None) -> Tensor:
     """Read an image as a uint8 tensor (3, H, W), resized to `size` (width, height) if given."""
     im = Image.open(file).convert('RGB')
     return torch.from_numpy(
@@ -171,16 +173,16 @@ def rgb(file, size=None):
     ).permute(2, 0, 1)
 
 
-def to_rgb(x):
+def to_rgb(x: Tensor) -> np.ndarray:
     """Convert an image to an array for matplotlib, (H, W) or (H, W, 3)."""
     return (x[0] if len(x) == 1 else x.permute(1, 2, 0)).numpy()
 
 
-def head(n, c, p=0.0):
+def head(n: int, c: int, p: float = 0.0) -> tuple[nn.Module, ...]:
     return nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(p), nn.Linear(n, c)
 
 
-def digits(train=(0, 1200), test=(1200, 1797)):
+def digits(train: tuple[int, int] = (0, 1200), test: tuple[int, int] = (1200, 1797)) -> DemoTask:
     """Build the task of reading two-digit numbers. By default, the test set has different writers
     than the training set, because the digits are sorted by writer.
 
@@ -194,7 +196,7 @@ def digits(train=(0, 1200), test=(1200, 1797)):
     x, y = torch.tensor(x, dtype=torch.float32).view(-1, 1, 8, 8) / 16, torch.tensor(y)
     g = torch.Generator().manual_seed(42)
 
-    def numbers(part, n):
+    def numbers(part: tuple[int, int], n: int) -> tuple[Tensor, Tensor]:
         i, j = torch.randint(*part, (2, n), generator=g)
         return torch.cat([x[i], x[j]], 3), 10 * y[i] + y[j]
 
@@ -213,18 +215,18 @@ def digits(train=(0, 1200), test=(1200, 1797)):
     )
 
 
-def number_net(a, b, c):
+def number_net(a: int, b: int, c: int) -> nn.Module:
     convs = [ConvLayer(i, o, stride=2) for i, o in ((1, a), (a, b), (b, c))]
     return nn.Sequential(*convs, nn.Flatten(), nn.Linear(2 * c, 100))
 
 
-def shift(x, y, by=1):
+def shift(x: Tensor, y: Tensor, by: int = 1) -> tuple[Tensor, Tensor]:
     """Shift all images of a batch by the same random offset of up to `by` pixels."""
     i, j = torch.randint(0, 2 * by + 1, (2,)).tolist()
     return nn.functional.pad(x, (by,) * 4)[..., i : i + x.shape[2], j : j + x.shape[3]], y
 
 
-def cifar10(root):
+def cifar10(root: Path) -> DemoTask:
     classes = sorted(
         p.stem for p in existing_folder(root, 'train').iterdir() if not p.name.startswith('.')
     )
@@ -244,7 +246,7 @@ def cifar10(root):
     )
 
 
-def by_class(path, classes, size):
+def by_class(path: Path, classes: Sequence[str], size: int) -> tuple[Tensor, Tensor]:
     """Read all images under `path` as a uint8 tensor (N, 3, size, size), and return it with the
     class index of each image.
     """
@@ -254,7 +256,7 @@ def by_class(path, classes, size):
     )
 
 
-def class_files(path, c):
+def class_files(path: Path, c: str) -> list[Path]:
     """Return the image files of class `c`."""
     files = sorted((path / c).iterdir()) if (path / c).is_dir() else sorted(path.glob(c + '.*'))
     if not files:
@@ -262,21 +264,21 @@ def class_files(path, c):
     return files
 
 
-def tiles(x, size):
+def tiles(x: Tensor, size: int) -> Tensor:
     """Cut an image (3, H, W) into tiles (N, 3, size, size), row by row."""
     _, h, w = x.shape
     rows = x.unfold(1, size, size).unfold(2, size, size)
     return rows.permute(1, 2, 0, 3, 4).reshape((h // size) * (w // size), 3, size, size)
 
 
-def flip_and_shift(x, y):
+def flip_and_shift(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     """Mirror each image with probability 0.5, and shift all images of the batch by up to 4 pixels."""
     return shift(
         torch.where(torch.rand(len(x), 1, 1, 1, device=x.device) < 0.5, x, x.flip(3)), y, by=4
     )
 
 
-def big_cifar():
+def big_cifar() -> nn.Module:
     return nn.Sequential(
         ConvLayer(3, 32, stride=2),
         ResBlock(1, 32, 64, stride=2),
@@ -286,13 +288,13 @@ def big_cifar():
     )
 
 
-def small_cifar():
+def small_cifar() -> nn.Module:
     return nn.Sequential(
         ConvLayer(3, 8, stride=2), ConvLayer(8, 16, stride=2), ConvLayer(16, 24), *head(24, 10)
     )
 
 
-def camvid(root):
+def camvid(root: Path) -> DemoTask:
     codes = [c for c in (existing_folder(root) / 'codes.txt').read_text().split() if c != 'Void']
     train, test = (load_scenes(existing_folder(root, o), (128, 96)) for o in ('train', 'test'))
     unet = lambda *widths: lambda: small_unet(widths, len(codes), (96, 128))
@@ -314,7 +316,7 @@ def camvid(root):
     )
 
 
-def load_scenes(path, size):
+def load_scenes(path: Path, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
     """Read images (N, 3, H, W) and masks (N, H, W)."""
     masks = {p.stem: p for p in existing_folder(path, 'masks').iterdir()}
     files = sorted(existing_folder(path, 'images').iterdir())
@@ -322,14 +324,14 @@ def load_scenes(path, size):
     return torch.stack([rgb(f, size) for f in files]), torch.from_numpy(np.stack(y)).long()
 
 
-def mirror(x, y):
+def mirror(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     """Mirror the batch with probability 0.5."""
     return (x.flip(3), y.flip(2)) if torch.rand(()) < 0.5 else (x, y)
 
 
-def small_unet(widths, n_out, size):
+def small_unet(widths: Sequence[int], n_out: int, size: tuple[int, int]) -> nn.Module:
     layers = [ConvLayer(a, b, stride=2) for a, b in zip((3, *widths), widths)]
     return DynamicUnet(nn.Sequential(*layers), n_out, size)
 
 
-TASKS = dict(digits=digits, cifar10=cifar10, camvid=camvid)
+TASKS: dict[str, Callable] = dict(digits=digits, cifar10=cifar10, camvid=camvid)

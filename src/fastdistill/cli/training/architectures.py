@@ -3,6 +3,7 @@
 import re
 import warnings
 from functools import partial
+from typing import Any
 
 import torch
 from fastai.basics import CrossEntropyLossFlat, Learner
@@ -26,7 +27,8 @@ from torchvision import models
 from torchvision.models import list_models
 
 from ...base.errors import DistillError, close_name
-from .config import TRAIN_TASKS, Arch
+from .config import TRAIN_TASKS, Arch, TrainConfig
+from .data_files import Samples
 
 __all__ = ['check_arch', 'learner_of']
 
@@ -50,7 +52,7 @@ ARCHS_IN_WORDS = dict(
 )
 
 
-def check_arch(arch: Arch, task: str):
+def check_arch(arch: Arch, task: str) -> None:
     """Raise a DistillError if the architecture does not exist for the task, or can't have these
     layers.
 
@@ -84,14 +86,14 @@ def check_arch(arch: Arch, task: str):
         )
 
 
-def is_awd_lstm(layers):
+def is_awd_lstm(layers: Any) -> bool:
     """Return True if these layer sizes are valid for an AWD-LSTM, i.e. an embedding size and equal
     hidden sizes.
     """
     return 2 <= len(layers) <= 17 and len(set(layers[1:])) == 1
 
 
-def is_timm(arch):
+def is_timm(arch: str) -> bool:
     try:
         import timm
     except ImportError:
@@ -99,14 +101,14 @@ def is_timm(arch):
     return timm.is_model(arch)
 
 
-def own_names(task):
+def own_names(task: str) -> list[str]:
     """Return the names of torchvision's and fastai's architectures for images or masks. The list is
     empty for other tasks.
     """
     return [*list_models(module=models), *FASTAI_ARCHS] if task in ('images', 'masks') else []
 
 
-def vision_names(task):
+def vision_names(task: str) -> list[str]:
     """Return the names of all architectures for images or masks, including those of timm. The list
     is empty for other tasks.
     """
@@ -120,7 +122,9 @@ def vision_names(task):
     return [*names, *timm.list_models()]
 
 
-def learner_of(arch: Arch, dls, s, config, pretrained: bool = False) -> Learner:
+def learner_of(
+    arch: Arch, dls: Any, s: Samples, config: TrainConfig, pretrained: bool = False
+) -> Learner:
     """Build a Learner with a new model. Random weights are drawn from PyTorch's global generator.
 
     Args:
@@ -150,7 +154,7 @@ def learner_of(arch: Arch, dls, s, config, pretrained: bool = False) -> Learner:
         raise DistillError(f"{arch} can't be built for these {s.task} ({reason}). {hint}") from e
 
 
-def metrics_of_task(s, config):
+def metrics_of_task(s: Samples, config: TrainConfig) -> list:
     if s.task == 'masks':
         if s.ignored is None:
             return [partial(accuracy, axis=1)]
@@ -158,7 +162,15 @@ def metrics_of_task(s, config):
     return [dict(classes=accuracy, labels=accuracy_multi, numbers=rmse)[s.target]]
 
 
-def image_learner(name, layers, dls, s, config, pretrained, **options):
+def image_learner(
+    name: str,
+    layers: Any,
+    dls: Any,
+    s: Samples,
+    config: TrainConfig,
+    pretrained: bool,
+    **options: Any,
+) -> Learner:
     n = len(s.classes)
     if name == 'cnn':
         pool = nn.AdaptiveAvgPool2d(1), Flatten()
@@ -180,11 +192,11 @@ def image_learner(name, layers, dls, s, config, pretrained, **options):
     return runs(learn, s)
 
 
-def convs(layers):
+def convs(layers: Any) -> list:
     return [ConvLayer(i, o, stride=2) for i, o in zip([3, *layers], layers)]
 
 
-def cut_of(arch):
+def cut_of(arch: Any) -> int | None:
     """Return the number of layers before the classifier of a torchvision model. Return None if
     fastai finds it.
     """
@@ -198,7 +210,7 @@ def cut_of(arch):
     return len(parts) - 1 if any(isinstance(m, nn.Conv2d) for m in rest.modules()) else None
 
 
-def runs(learn, s):
+def runs(learn: Any, s: Samples) -> Learner:
     """Unfreeze all layers, run the model once to check that it accepts this image size, and return
     the Learner.
     """
@@ -209,7 +221,7 @@ def runs(learn, s):
     return learn
 
 
-def vision_arch(name):
+def vision_arch(name: str) -> Any:
     """Return the function that builds a model of torchvision or fastai. Return the name of a timm
     model unchanged.
     """
@@ -218,7 +230,15 @@ def vision_arch(name):
     return getattr(models, name) if name in models.list_models(module=models) else name
 
 
-def mask_learner(name, layers, dls, s, config, pretrained, **options):
+def mask_learner(
+    name: str,
+    layers: Any,
+    dls: Any,
+    s: Samples,
+    config: TrainConfig,
+    pretrained: bool,
+    **options: Any,
+) -> Learner:
     encoder = nn.Sequential(*convs(layers)) if name == 'cnn' else encoder_of(name, s, pretrained)
     ignored = -100 if s.ignored is None else s.ignored
     loss = CrossEntropyLossFlat(axis=1, ignore_index=ignored)
@@ -229,7 +249,7 @@ def mask_learner(name, layers, dls, s, config, pretrained, **options):
     return runs(learn, s)
 
 
-def encoder_of(name, s, pretrained):
+def encoder_of(name: str, s: Samples, pretrained: bool) -> nn.Sequential:
     """Return the layers of a model of torchvision or fastai, up to its last feature map, as an
     nn.Sequential.
     """
@@ -246,7 +266,7 @@ def encoder_of(name, s, pretrained):
     return encoder
 
 
-def unfolded(layers, size):
+def unfolded(layers: Any, size: tuple[int, int]) -> nn.Sequential:
     """Replace each nn.Sequential that reduces the size of an image several times by its layers.
 
     fastai's U-Net has skip connections only between the outermost layers.
@@ -258,7 +278,15 @@ def unfolded(layers, size):
     return layers
 
 
-def text_learner(name, layers, dls, s, config, pretrained, **options):
+def text_learner(
+    name: str,
+    layers: Any,
+    dls: Any,
+    s: Samples,
+    config: TrainConfig,
+    pretrained: bool,
+    **options: Any,
+) -> Learner:
     n, words = len(s.classes), len(dls.vocab[0])
     if name == 'embedding_bag':
         sizes = [*layers, n]
@@ -275,6 +303,14 @@ def text_learner(name, layers, dls, s, config, pretrained, **options):
     return learn
 
 
-def table_learner(name, layers, dls, s, config, pretrained, **options):
+def table_learner(
+    name: str,
+    layers: Any,
+    dls: Any,
+    s: Samples,
+    config: TrainConfig,
+    pretrained: bool,
+    **options: Any,
+) -> Learner:
     n = 1 if s.target == 'numbers' else len(s.classes)
     return tabular_learner(dls, layers, n_out=n, y_range=config.limits(), **options)

@@ -6,6 +6,7 @@ import os
 import tomllib
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
+from typing import Any
 
 from ...base.atomic_files import write_atomically
 from ...base.errors import DistillError, close_name
@@ -38,10 +39,10 @@ class Arch:
     option: str = 'student_layers'  # name of the option with the sizes of the layers, for messages
 
     @property
-    def layers_in_words(self):
+    def layers_in_words(self) -> str:
         return ','.join(map(str, self.layers or []))
 
-    def __str__(self):
+    def __str__(self) -> str:
         return ' '.join(filter(None, [self.name, self.layers_in_words]))
 
 
@@ -117,7 +118,7 @@ class TrainConfig:
     workers: int = 0
     log: str = ''
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for f in fields(self):
             setattr(self, f.name, checked_type(f.name, getattr(self, f.name), f.type))
         for k in ('data', 'teacher', 'student'):
@@ -160,7 +161,7 @@ class TrainConfig:
             )
         return Arch(getattr(self, role), [int(o) for o in sizes] or None, option)
 
-    def check_rate(self, k):
+    def check_rate(self, k: str) -> None:
         v = getattr(self, k)
         if v == 'auto':
             return
@@ -175,15 +176,15 @@ class TrainConfig:
         setattr(self, k, v)
 
     @property
-    def loggers(self):
+    def loggers(self) -> list[str]:
         return [o.strip() for o in self.log.split(',') if o.strip()]
 
     @property
-    def teacher_file(self):
+    def teacher_file(self) -> bool:
         "True if the teacher is a file instead of an architecture."
         return Path(self.teacher).suffix in FILES or os.sep in self.teacher
 
-    def check_files(self):
+    def check_files(self) -> None:
         """Check that all files named in the settings exist."""
         check_data_path(self.data)
         if Path(self.student).suffix in FILES or '.py:' in self.student:
@@ -210,7 +211,7 @@ class TrainConfig:
                 f'teacher_weights={self.teacher!r}.'
             )
 
-    def absolute(self):
+    def absolute(self) -> 'TrainConfig':
         """Return the settings with absolute paths, so that they do not depend on the current
         folder.
         """
@@ -225,7 +226,7 @@ class TrainConfig:
             c, **{k: os.path.abspath(getattr(c, k)) for k, is_path in given.items() if is_path}
         )
 
-    def parts_of_size(self):
+    def parts_of_size(self) -> tuple[int, int] | None:
         """Return (height, width). Return None if the size should be determined from the images."""
         if self.size == 'auto':
             return None
@@ -241,7 +242,7 @@ class TrainConfig:
             )
         return int(h), int(w or h)
 
-    def limits(self):
+    def limits(self) -> tuple[float, float] | None:
         """Return the lowest and the highest number that the models predict. Return None if there are
         no limits.
         """
@@ -259,7 +260,7 @@ class TrainConfig:
         return low, high
 
 
-def check_data_path(path):
+def check_data_path(path: str) -> None:
     if not Path(path).exists():
         raise DistillError(f'There is no file or folder {str(path)!r}.')
 
@@ -282,7 +283,7 @@ def exported_student(path: str) -> str:
     )
 
 
-def checked_type(name, v, of):
+def checked_type(name: str, v: Any, of: Any) -> Any:
     """Return the value of a setting. Raise a DistillError if the value does not have the type of
     its field. An int is valid for a float.
     """
@@ -305,7 +306,7 @@ def checked_type(name, v, of):
     )
 
 
-def read_config(path) -> dict:
+def read_config(path: Path | str) -> dict:
     """Read settings from a TOML file.
 
     Args:
@@ -337,13 +338,13 @@ def read_config(path) -> dict:
     return got
 
 
-def write_config(config: TrainConfig, path):
+def write_config(config: TrainConfig, path: Path | str) -> None:
     """Write settings to a TOML file."""
     lines = ['# repeats this run: fastdistill train --config FILE']
     lines += [f'{k} = {toml_value(v)}' for k, v in asdict(config).items()]
     write_atomically(path, '\n'.join(lines) + '\n')
 
 
-def toml_value(v):
+def toml_value(v: Any) -> str:
     # subtle: JSON escapes strings as TOML does, except for one character
     return json.dumps(v, ensure_ascii=False).replace('\x7f', '\\u007f')

@@ -4,12 +4,15 @@ import io
 import os
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from ...base.errors import DistillError
 from ...fastai.compare import shown_bar
+from .config import TrainConfig
+from .data_files import Samples
 from .data_fingerprint import NAMED
 
 __all__ = ['checked_samples']
@@ -20,7 +23,7 @@ MANY_NUMBERS = 50
 IGNORED = 'void', 'ignore', 'unlabeled', 'unlabelled'
 
 
-def checked_samples(s, config):
+def checked_samples(s: Samples, config: TrainConfig) -> Samples:
     """Check the samples, and determine their classes and validation set. Raise a DistillError if a
     check fails.
 
@@ -53,7 +56,7 @@ def checked_samples(s, config):
     return s
 
 
-def with_target(s, config):
+def with_target(s: Samples, config: TrainConfig) -> Samples:
     """Determine whether one class, several labels or a number is predicted."""
     y = s.frame[s.y]
     if s.delimiter:
@@ -87,13 +90,14 @@ def with_target(s, config):
     return replace(s, frame=s.frame.assign(**{s.y: y}), target=target, classes=sorted(names))
 
 
-def check_range(s, config):
+def check_range(s: Samples, config: TrainConfig) -> None:
     """Check that all numbers to predict are in the range that the models can predict."""
     if s.target != 'numbers':
         raise DistillError(
             f'y_range={config.y_range!r}: this is for numbers, but {config.data} has {s.target}.'
         )
-    (low, high), y = config.limits(), s.frame[s.y]
+    low, high = config.limits() or (-np.inf, np.inf)
+    y = s.frame[s.y]
     if y.min() < low or y.max() > high:
         raise DistillError(
             f'y_range={config.y_range!r}, but column {s.y!r} has numbers from {y.min():g} to '
@@ -101,7 +105,7 @@ def check_range(s, config):
         )
 
 
-def validation_rows(s, config):
+def validation_rows(s: Samples, config: TrainConfig) -> np.ndarray:
     """Return a mask of the validation rows. The validation set is defined by the data, or is a
     random fraction of each class. All rows with the same image are in the same set.
     """
@@ -138,7 +142,7 @@ def validation_rows(s, config):
     return files.isin(files[rows]).to_numpy()
 
 
-def image_identities(s):
+def image_identities(s: Samples) -> pd.Series:
     """Return an identifier for each row. Rows with the same identifier must be in the same set. The
     identifier is the file of an image, or the row number for other tasks.
     """
@@ -148,7 +152,7 @@ def image_identities(s):
     return pd.Series([real(x) for x in s.frame[s.x[0]]])
 
 
-def check_both_sets(s):
+def check_both_sets(s: Samples) -> None:
     """Check that each class occurs in both the training and the validation set."""
     split = (lambda v: v.split(s.delimiter)) if s.delimiter else (lambda v: [v])
     train, valid = (
@@ -168,7 +172,7 @@ def check_both_sets(s):
         )
 
 
-def with_paths(s):
+def with_paths(s: Samples) -> Samples:
     """Prepend the folder of the CSV file to the file names in the table."""
     if s.task == 'masks' or isinstance(s.frame[s.x[0]].iloc[0], bytes):
         return s
@@ -178,7 +182,7 @@ def with_paths(s):
     )
 
 
-def checked_files(s, config):
+def checked_files(s: Samples, config: TrainConfig) -> Samples:
     """Open every image and read every mask, to check that the files are not damaged."""
     sizes, values, bad = set(), set(), []
     masks = s.frame[s.y] if s.task == 'masks' else [None] * len(s)
@@ -208,7 +212,7 @@ def checked_files(s, config):
     return replace(s, size=config.parts_of_size() or natural_size(sizes, s.task))
 
 
-def size_of_file(x):
+def size_of_file(x: Any) -> tuple[int, int]:
     """Return the (height, width) of an image. Raise an error if the file is incomplete or damaged."""
     from PIL import Image
 
@@ -223,7 +227,7 @@ def size_of_file(x):
     return size
 
 
-def mask_values(path, size, image):
+def mask_values(path: Any, size: Any, image: Any) -> set[int]:
     """Return the set of values in a mask. The values of a palette image are its palette indices."""
     from PIL import Image
 
@@ -239,7 +243,7 @@ def mask_values(path, size, image):
     return set(np.unique(y).tolist())
 
 
-def with_mask_classes(s, values, ignore):
+def with_mask_classes(s: Samples, values: set[int], ignore: str) -> Samples:
     """Determine the classes of masks, and the value that losses and metrics ignore.
 
     Args:
@@ -273,7 +277,7 @@ def with_mask_classes(s, values, ignore):
     return replace(s, classes=classes, ignored=ignored)
 
 
-def ignored_value(s, values, ignore):
+def ignored_value(s: Samples, values: set[int], ignore: str) -> int | None:
     """Return the value in masks that losses and metrics ignore. Return None if there is none."""
     classes = s.classes or []
     if not ignore:
@@ -289,7 +293,7 @@ def ignored_value(s, values, ignore):
     )
 
 
-def natural_size(sizes, task):
+def natural_size(sizes: Any, task: str) -> tuple[int, int]:
     """Return the size of the images if all have the same size of at most 256 pixels. Otherwise,
     return 224 x 224 for images, and a size of 256 for the longer side for masks.
     """
@@ -298,10 +302,11 @@ def natural_size(sizes, task):
         return h, w
     if task == 'images':
         return 224, 224
-    return tuple(max(32, round(o * 256 / max(h, w) / 32) * 32) for o in (h, w))
+    h, w = (max(32, round(o * 256 / max(h, w) / 32) * 32) for o in (h, w))
+    return h, w
 
 
-def checked_columns(s):
+def checked_columns(s: Samples) -> Samples:
     """Check the columns of a table. Raise a DistillError for empty columns and infinite numbers.
     Fill missing values in columns where only the validation set has them.
     """

@@ -3,8 +3,10 @@ files or Hugging Face datasets.
 """
 
 import os
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -12,7 +14,7 @@ from fastai.data.transforms import image_extensions
 
 from ...base.atomic_files import file_errors
 from ...base.errors import DistillError, close_name
-from .config import check_data_path
+from .config import TrainConfig, check_data_path
 
 __all__ = ['Samples', 'read_samples']
 
@@ -48,19 +50,19 @@ class Samples:
     frame: pd.DataFrame
     x: list
     y: str
-    valid: np.ndarray | None
+    valid: Any
     folder: Path
     delimiter: str = ''
     target: str = 'classes'
-    classes: list | None = None
-    size: tuple | None = None
+    classes: Any = None
+    size: Any = None
     ignored: int | None = None
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.frame)
 
 
-def read_samples(config) -> Samples:
+def read_samples(config: TrainConfig) -> Samples:
     """Read the samples at `config.data` without checking their content.
 
     Args:
@@ -95,7 +97,7 @@ DATA_FORMS = dict(
 )
 
 
-def split_folders(path):
+def split_folders(path: Path) -> tuple[Path, Path] | None:
     """Return (training folder, validation folder), or None unless both exist."""
     inside = {p.name.lower(): p for p in path.iterdir() if p.is_dir()}
     train, valid = (
@@ -104,7 +106,7 @@ def split_folders(path):
     return (train, valid) if train and valid else None
 
 
-def image_files(folder):
+def image_files(folder: Path) -> list[Path]:
     """Return all images in a folder and its subfolders. Symbolic links to folders are followed."""
     files, above = [], {str(folder): [os.path.realpath(folder)]}
     for parent, folders, names in os.walk(folder, followlinks=True):
@@ -123,7 +125,7 @@ def image_files(folder):
     return sorted(files)
 
 
-def is_utf8(path):
+def is_utf8(path: Any) -> bool:
     try:
         str(path).encode()
     except UnicodeEncodeError:
@@ -131,16 +133,18 @@ def is_utf8(path):
     return True
 
 
-def leads_back(path, above):
+def leads_back(path: Any, above: Iterable) -> bool:
     real = os.path.realpath(path)
     return os.path.islink(path) and any(Path(p).is_relative_to(real) for p in above)
 
 
-def check_each_once(files):
+def check_each_once(files: Sequence) -> None:
     """Raise a DistillError if symbolic links lead to the same image twice. The image could
     otherwise be in both the training and the validation set.
     """
-    folders, first, again = {}, {}, []
+    folders: dict[Path, str] = {}
+    first: dict[str, Path] = {}
+    again = []
     for p in files:
         if p.parent not in folders:
             folders[p.parent] = os.path.realpath(p.parent)
@@ -157,7 +161,7 @@ def check_each_once(files):
         )
 
 
-def from_folders(path, config):
+def from_folders(path: Path, config: TrainConfig) -> Samples:
     """Read images from one folder per class. The class folders may be inside folders train and
     valid.
     """
@@ -180,7 +184,7 @@ def from_folders(path, config):
     return Samples('images', frame, ['x'], 'y', valid, path)
 
 
-def mask_folders(path):
+def mask_folders(path: Path) -> list[tuple[Path, Path]] | None:
     """Return a list of (image folder, mask folder). The list has one item for the training set and
     one for the validation set, or a single item if they are not separated. Return None if there are
     no such folders.
@@ -188,19 +192,19 @@ def mask_folders(path):
     pairs = []
     for folder in split_folders(path) or [path]:
         inside = {p.name.lower(): p for p in folder.iterdir() if p.is_dir()}
-        pair = [
+        images, masks = (
             next((inside[n] for n in names if n in inside), None)
             for names in (IMAGE_FOLDERS, MASK_FOLDERS)
-        ]
-        if None in pair:
+        )
+        if images is None or masks is None:
             return None
-        pairs.append(pair)
+        pairs.append((images, masks))
     return pairs
 
 
-def from_masks(path):
+def from_masks(path: Path) -> Samples:
     rows = []
-    for i, (images, masks) in enumerate(mask_folders(path)):
+    for i, (images, masks) in enumerate(mask_folders(path) or ()):
         of = {p.relative_to(masks).with_suffix(''): p for p in image_files(masks)}
         for p in image_files(images):
             if (stem := p.relative_to(images).with_suffix('')) not in of:
@@ -214,7 +218,7 @@ def from_masks(path):
     )
 
 
-def class_names_in(file):
+def class_names_in(file: Path) -> list[str] | None:
     """Return the names of the classes, one a line. None if there is no file, or no name in it."""
     if not file.is_file():
         return None
@@ -223,11 +227,11 @@ def class_names_in(file):
     return [o.strip() for o in lines if o.strip()] or None
 
 
-def is_csv(path):
+def is_csv(path: Any) -> bool:
     return any(s in CSV for s in Path(path).suffixes)
 
 
-def table_in(path, config):
+def table_in(path: Path, config: TrainConfig) -> Path | None:
     """Return the CSV file in a folder. Return None if there is no CSV file, or if the data are
     images in class folders.
     """
@@ -246,7 +250,7 @@ def table_in(path, config):
     return found[0]
 
 
-def read_csv(path, header):
+def read_csv(path: Path, header: bool) -> pd.DataFrame:
     """Read all columns of a CSV file, or of a .tsv file, which is separated by tabs."""
     if not is_csv(path):
         raise DistillError(
@@ -271,7 +275,7 @@ def read_csv(path, header):
     return frame
 
 
-def from_csv(path, config):
+def from_csv(path: Path, config: TrainConfig) -> Samples:
     frame, valid = read_csv(path, config.header), None
     if Path(config.valid).is_file():
         other = read_csv(Path(config.valid), config.header)
@@ -287,7 +291,7 @@ def from_csv(path, config):
     return from_frame(frame, valid, path.parent, config, path)
 
 
-def marked(column):
+def marked(column: pd.Series) -> np.ndarray:
     """Return a mask of the rows that a column marks as the validation set."""
     text = column.astype(str).str.lower().str.strip()
     yes, no = ('true', '1', '1.0', *VALID), ('false', '0', '0.0', *TRAIN)
@@ -300,7 +304,9 @@ def marked(column):
     return text.map(known).to_numpy(dtype=bool)
 
 
-def from_frame(frame, valid, folder, config, name):
+def from_frame(
+    frame: pd.DataFrame, valid: np.ndarray | None, folder: Path, config: TrainConfig, name: Any
+) -> Samples:
     """Find the columns of inputs and labels. Columns that the settings do not specify are
     recognized by their names and content.
     """
@@ -332,7 +338,7 @@ def from_frame(frame, valid, folder, config, name):
     return Samples(task, frame, x, y, valid, folder, config.delimiter)
 
 
-def task_of_columns(frame, x):
+def task_of_columns(frame: pd.DataFrame, x: Sequence[str]) -> tuple[str, str | None]:
     """Return (task, input column). The input column is None for a table."""
     if paths := [c for c in x if is_path(frame[c])]:
         return 'images', paths[0]
@@ -343,11 +349,11 @@ def task_of_columns(frame, x):
     return 'table', None
 
 
-def is_words(column):
+def is_words(column: pd.Series) -> bool:
     return not pd.api.types.is_numeric_dtype(column) and len(column.dropna()) > 0
 
 
-def is_path(column):
+def is_path(column: pd.Series) -> bool:
     if not is_words(column):
         return False
     first = column.dropna().iloc[:50]
@@ -356,18 +362,18 @@ def is_path(column):
     return all(Path(str(o)).suffix.lower() in image_extensions for o in first)
 
 
-def is_text(column):
+def is_text(column: pd.Series) -> bool:
     """Return True if at least half of the rows have three or more words."""
     return is_words(column) and column.dropna().iloc[:200].astype(str).str.count(' ').median() >= 2
 
 
-def is_dataset(path):
+def is_dataset(path: Path) -> bool:
     return any(
         (path / n).is_file() for n in ('dataset_dict.json', 'dataset_info.json', 'state.json')
     )
 
 
-def from_dataset(path, config):
+def from_dataset(path: Path, config: TrainConfig) -> Samples:
     """Read a dataset written by `save_to_disk` of Hugging Face's datasets."""
     try:
         import datasets
@@ -392,7 +398,7 @@ def from_dataset(path, config):
     return from_frame(pd.concat(frames, ignore_index=True), valid, path, config, path)
 
 
-def frame_of(split, datasets):
+def frame_of(split: Any, datasets: Any) -> pd.DataFrame:
     """Convert a split to a DataFrame with class names as labels, and with images as bytes or paths."""
     for k, f in split.features.items():
         if isinstance(f, datasets.Image):

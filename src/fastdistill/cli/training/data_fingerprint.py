@@ -5,14 +5,21 @@ the fingerprint to detect changes.
 import hashlib
 import os
 from collections import Counter
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .config import TrainConfig
+from .data_files import Samples
 
 __all__ = ['NAMED', 'data_changes', 'data_fingerprint']
 
 NAMED = 5  # maximum number of files, rows or classes named in a message
 
 
-def data_fingerprint(s, held, config) -> dict:
+def data_fingerprint(s: Samples, held: np.ndarray | None, config: TrainConfig) -> dict:
     """Compute a hash of each file or row. The result can be written as JSON.
 
     Args:
@@ -32,7 +39,7 @@ def data_fingerprint(s, held, config) -> dict:
     )
     if s.task in ('texts', 'table') or isinstance(s.frame[s.x[0]].iloc[0], bytes):
         return facts | dict(rows=[values_hash(row) for row in rows])
-    files = {}
+    files: dict[str, str] = {}
     for x, *label in rows:
         name = Path(os.path.relpath(x, s.folder)).as_posix()
         label = [file_hash(label[0]), *label[1:]] if s.task == 'masks' else label
@@ -42,16 +49,16 @@ def data_fingerprint(s, held, config) -> dict:
     return facts | dict(files=files)
 
 
-def path_in(config, k):
+def path_in(config: TrainConfig, k: str) -> str:
     return getattr(config, k) if k != 'teacher' or config.teacher_file else ''
 
 
-def file_hash(path):
+def file_hash(path: Path | str) -> str:
     with open(path, 'rb') as f:
         return hashlib.file_digest(f, lambda: hashlib.blake2b(digest_size=8)).hexdigest()
 
 
-def values_hash(values):
+def values_hash(values: Iterable) -> str:
     h = hashlib.blake2b(digest_size=8)
     for v in values:
         h.update(v if isinstance(v, bytes) else repr(v).encode('utf-8', 'surrogatepass') + b'\0')
@@ -75,8 +82,9 @@ def data_changes(before: dict, now: dict) -> list:
         out.append(
             f'the columns were {", ".join(before["columns"])}, and are {", ".join(now["columns"])}'
         )
-    a, b = before.get('files'), now.get('files')
-    if a is not None:
+    kind = 'files' if 'files' in before else 'rows'
+    a, b = before[kind], now[kind]
+    if kind == 'files':
         changed = [n for n in b if n in a and a[n] != b[n]]
         found = {
             'added': [n for n in b if n not in a],
@@ -87,7 +95,6 @@ def data_changes(before: dict, now: dict) -> list:
             f'{noun_with_number(len(v), "file")} {k}: {first_few(v)}' for k, v in found.items() if v
         ]
     else:
-        a, b = before['rows'], now['rows']
         found = {'added': rows_beyond(b, a), 'removed': rows_beyond(a, b)}
         out += [
             f'{noun_with_number(len(v), "row")} {k}: {first_few(v)} (counted from 0)'
@@ -101,7 +108,7 @@ def data_changes(before: dict, now: dict) -> list:
     return out
 
 
-def rows_beyond(a, b):
+def rows_beyond(a: Sequence, b: Sequence) -> list[int]:
     """Return the positions of rows in `a` that do not occur in `b`, or that occur there less often."""
     left, out = Counter(b), []
     for i, h in enumerate(a):
@@ -112,9 +119,9 @@ def rows_beyond(a, b):
     return out
 
 
-def noun_with_number(n, noun):
+def noun_with_number(n: int, noun: str) -> str:
     return f'{n:,} {noun}{"" if n == 1 else "s"}'
 
 
-def first_few(names):
+def first_few(names: Any) -> str:
     return ', '.join(map(str, names[:NAMED])) + (' ...' if len(names) > NAMED else '')

@@ -1,15 +1,19 @@
 "Build fastai DataLoaders from samples."
 
 import warnings
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 from fastai.basics import (
     CategoryBlock,
     ColReader,
     ColSplitter,
     DataBlock,
+    DataLoaders,
     IndexSplitter,
     Pipeline,
     RegressionBlock,
@@ -26,7 +30,8 @@ from fastai.vision.data import ImageBlock, MaskBlock
 
 from ...base.distributed import world_size
 from ...base.errors import DistillError
-from .config import TRAIN_TASKS
+from .config import TRAIN_TASKS, TrainConfig
+from .data_files import Samples
 
 __all__ = ['TEXT', 'device_of', 'loaders_of']
 
@@ -34,7 +39,7 @@ TEXT = 'input'  # column of the texts in the table of the DataLoaders
 BATCH = dict(images=64, masks=8, texts=64, table=256)
 
 
-def loaders_of(s, config, teacher=None):
+def loaders_of(s: Samples, config: TrainConfig, teacher: Any = None) -> DataLoaders:
     """Build fastai DataLoaders. The batches depend only on the random states of Python, NumPy and
     PyTorch.
 
@@ -55,7 +60,7 @@ def loaders_of(s, config, teacher=None):
         return make(s, config, teacher, **options)
 
 
-def device_of(config):
+def device_of(config: TrainConfig) -> Any:
     if config.device == 'auto':
         return default_device()
     try:
@@ -71,7 +76,7 @@ def device_of(config):
     return device
 
 
-def label_block(s):
+def label_block(s: Samples) -> Any:
     if s.target == 'numbers':
         return RegressionBlock()
     return (
@@ -81,7 +86,7 @@ def label_block(s):
     )
 
 
-def image_transforms(s, config):
+def image_transforms(s: Samples, config: TrainConfig) -> tuple:
     """Return (item transform, list of batch transforms)."""
     squish = s.task == 'masks'
     extra = dict(none=[], flip=[Flip()], full=aug_transforms())[config.augment]
@@ -91,7 +96,7 @@ def image_transforms(s, config):
     )
 
 
-def image_loaders(s, config, teacher, **options):
+def image_loaders(s: Samples, config: TrainConfig, teacher: Any, **options: Any) -> DataLoaders:
     item, batch = image_transforms(s, config)
     how = dict(item_tfms=item, batch_tfms=batch)
     x, y = s.x[0], s.y
@@ -114,18 +119,18 @@ def image_loaders(s, config, teacher, **options):
     return block.dataloaders(marked_frame(s), num_workers=config.workers, **options)
 
 
-def folder_names(s):
+def folder_names(s: Samples) -> bool:
     "Return True if the class of each image is the name of its folder."
     return not s.delimiter and all(
         Path(p).parent.name == y for p, y in zip(s.frame[s.x[0]], s.frame[s.y])
     )
 
 
-def marked_frame(s):
+def marked_frame(s: Samples) -> pd.DataFrame:
     return s.frame[[*s.x, s.y]].assign(is_valid=s.valid)
 
 
-def mask_loaders(s, config, teacher, **options):
+def mask_loaders(s: Samples, config: TrainConfig, teacher: Any, **options: Any) -> DataLoaders:
     item, batch = image_transforms(s, config)
     block = DataBlock(
         (ImageBlock, MaskBlock(codes=s.classes)),
@@ -139,7 +144,7 @@ def mask_loaders(s, config, teacher, **options):
     return block.dataloaders(marked_frame(s), num_workers=config.workers, **options)
 
 
-def text_loaders(s, config, teacher, **options):
+def text_loaders(s: Samples, config: TrainConfig, teacher: Any, **options: Any) -> DataLoaders:
     frame = marked_frame(s).rename(columns={s.x[0]: TEXT, s.y: 'label'})
     vocab = None if teacher is None else known(teacher, 'texts', lambda dls: dls.vocab[0])
     dls = TextDataLoaders.from_df(
@@ -157,7 +162,7 @@ def text_loaders(s, config, teacher, **options):
     return dls
 
 
-def table_loaders(s, config, teacher, **options):
+def table_loaders(s: Samples, config: TrainConfig, teacher: Any, **options: Any) -> DataLoaders:
     frame, n = (
         s.frame.iloc[np.argsort(s.valid, kind='stable')].reset_index(drop=True),
         int((~s.valid).sum()),
@@ -182,7 +187,7 @@ def table_loaders(s, config, teacher, **options):
     return to.dataloaders(num_workers=config.workers, **options)
 
 
-def known(teacher, task, read):
+def known(teacher: Any, task: str, read: Callable) -> Any:
     """Read a property of the teacher's DataLoaders. Raise a DistillError if the teacher was trained
     on a different task.
     """

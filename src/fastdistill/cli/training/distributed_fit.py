@@ -1,5 +1,7 @@
 "Train in several processes with fastai."
 
+from typing import Any
+
 import torch
 from fastai.distributed import DistributedDL, DistributedTrainer
 
@@ -13,24 +15,24 @@ class ProcessesDL(DistributedDL):
     the wrapped DataLoader.
     """
 
-    def _broadcast(self, t, rank):
+    def _broadcast(self, t: Any, rank: int) -> Any:
         t = torch.tensor(t)
         broadcast([t])
         return t.tolist()
 
     @property
-    def rng(self):
+    def rng(self) -> Any:
         return self.dl.rng
 
     @rng.setter
-    def rng(self, rng):
+    def rng(self, rng: Any) -> None:
         self.dl.rng = rng
 
 
 class ProcessesTrainer(DistributedTrainer):
     """fastai's DistributedTrainer that uses `ProcessesDL`."""
 
-    def _wrap_dl(self, dl):
+    def _wrap_dl(self, dl: Any) -> Any:
         return (
             dl if isinstance(dl, DistributedDL) else ProcessesDL(dl, device=self.learn.model.device)
         )

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from ...base.errors import DistillError
 from ...fastai.class_names import check_same_data, vocab_of
@@ -14,7 +15,7 @@ from .teachers import file_teacher
 __all__ = ['learner_in_file']
 
 
-def learner_in_file(path, dls=None):
+def learner_in_file(path: Path | str, dls: Any = None) -> Any:
     """Load an exported Learner and set its DataLoaders.
 
     Args:
@@ -31,7 +32,7 @@ def learner_in_file(path, dls=None):
     return learn
 
 
-def data_of_run(path, learn):
+def data_of_run(path: Path, learn: Any) -> Any:
     settings = path.parent / 'config.toml'
     if not settings.is_file():
         raise DistillError(
@@ -49,5 +50,5 @@ def data_of_run(path, learn):
     return dls
 
 
-def first_classes(classes):
+def first_classes(classes: Any) -> str:
     return ', '.join(map(str, (classes or ['none'])[:10]))

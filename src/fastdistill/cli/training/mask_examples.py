@@ -1,5 +1,8 @@
 "Draw masks that the models of a run predict for images of the validation set."
 
+from collections.abc import Mapping
+from typing import Any
+
 import numpy as np
 
 from ...base.outputs import as_plain
@@ -7,11 +10,12 @@ from ...evaluation.mask_plots import plot_masks
 from ...fastai.task import task_of
 from ...fastai.teachers import teacher_of
 from ...teachers.fast_copy import AS_IT_IS
+from .data_files import Samples
 
 __all__ = ['mask_examples']
 
 
-def mask_examples(models, dls, s, n: int = 2):
+def mask_examples(models: Mapping, dls: Any, s: Samples, n: int = 2) -> Any:
     """Plot the images of the first validation batch on which the models differ most.
 
     Args:
@@ -26,7 +30,7 @@ def mask_examples(models, dls, s, n: int = 2):
     found = {}
     for name, model in models.items():
         with teacher_of(model, student, task, run=AS_IT_IS) as teacher:
-            logits = teacher(as_plain(x)).logits
+            logits: Any = teacher(as_plain(x)).logits
         found[name] = logits.argmax(task.axis).cpu().numpy()
     labels = as_plain(y).cpu().numpy()
     differ = np.any([o != found['distilled'] for o in found.values()], axis=0)

@@ -4,7 +4,10 @@ uninterrupted fit.
 
 import random
 import warnings
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,7 +30,7 @@ DAMAGED = 'Delete it to start this training again.'
 LOWEST, HIGHEST, IF_NONE_IS_FOUND = 1e-4, 0.03, 1e-3  # limits and default for learning rates
 
 
-def seed_everything(*numbers):
+def seed_everything(*numbers: Any) -> int:
     """Seed the generators of Python, NumPy and PyTorch with a hash of these numbers. Return the
     seed.
     """
@@ -39,7 +42,7 @@ def seed_everything(*numbers):
     return seed
 
 
-def seed_epoch(learn, *numbers):
+def seed_epoch(learn: Any, *numbers: Any) -> None:
     """Seed all random generators that an epoch uses, including those of the DataLoaders.
 
     Args:
@@ -69,17 +72,23 @@ class Checkpoints(Callback):
 
     order = 90  # run after all callbacks that change the state of the training
 
-    def __init__(self, file, seed, kd=None, say=print):
+    def __init__(
+        self,
+        file: Path,
+        seed: Sequence[int],
+        kd: Any = None,
+        say: Callable[[str], Any] | None = print,
+    ):
         super().__init__()
         self.file, self.seed, self.kd, self.say = file, seed, kd, say
         self.state = on_first(lambda: read_state(file, DAMAGED) if file.is_file() else None)
 
     @property
-    def done(self):
+    def done(self) -> int:
         """Number of finished epochs."""
         return 0 if self.state is None else self.state['epochs']
 
-    def before_fit(self):
+    def before_fit(self) -> None:
         if self.state is None:
             return
         s, r = self.state, self.learn.recorder
@@ -96,10 +105,10 @@ class Checkpoints(Callback):
         r.smooth_loss.count, r.smooth_loss.val = s['smooth']
         self.learn.train_iter = len(r.losses)
 
-    def before_epoch(self):
+    def before_epoch(self) -> None:
         seed_epoch(self.learn, *self.seed, self.epoch)
 
-    def after_epoch(self):
+    def after_epoch(self) -> None:
         # DistributedDataParallel does not synchronize the batch norm statistics of the projectors
         if self.kd is not None:
             broadcast(self.kd.distiller.links.buffers())
@@ -126,7 +135,7 @@ class Checkpoints(Callback):
         if self.say is not None:
             self.say(self.line(r))
 
-    def line(self, r):
+    def line(self, r: Any) -> str:
         shown = [
             f'{k} {v:.4f}'
             for k, v in row_by_column(r, r.values[-1]).items()
@@ -134,7 +143,7 @@ class Checkpoints(Callback):
         ]
         return f'epoch {self.epoch + 1} of {self.n_epoch}: {", ".join(shown)}, {r.log[-1]}'
 
-    def restore(self, learn):
+    def restore(self, learn: Any) -> None:
         """Restore the state of a Learner after the last epoch, without a fit."""
         learn.model.load_state_dict(self.state['model'])
         r = learn.recorder
@@ -146,11 +155,11 @@ class Checkpoints(Callback):
 
     # pickle this callback as a plain Callback, so that an exported Learner can be loaded without
     # fastdistill
-    def __reduce__(self):
+    def __reduce__(self) -> tuple:
         return Callback, ()
 
 
-def plain(v):
+def plain(v: Any) -> Any:
     """Convert NumPy floats to Python floats, which torch.load(weights_only=True) can load."""
     return (
         float(v)
@@ -161,7 +170,14 @@ def plain(v):
     )
 
 
-def fit_stage(learn, n_epoch: int, lr, checkpoints: Checkpoints, cbs=(), bar: bool = False) -> dict:
+def fit_stage(
+    learn: Any,
+    n_epoch: int,
+    lr: Any,
+    checkpoints: Checkpoints,
+    cbs: Sequence = (),
+    bar: bool = False,
+) -> dict:
     """Fit with the 1cycle policy, starting after the last epoch in the checkpoint. Return the
     history of the training.
 
@@ -196,7 +212,7 @@ def fit_stage(learn, n_epoch: int, lr, checkpoints: Checkpoints, cbs=(), bar: bo
     return history_of(learn)
 
 
-def find_rate(learn, folder, *seed) -> float:
+def find_rate(learn: Any, folder: Path | str, *seed: int) -> float:
     """Return the learning rate that fastai's lr_find suggests (`valley`), clamped to LOWEST and
     HIGHEST. Return IF_NONE_IS_FOUND if lr_find fails.
 
@@ -221,7 +237,7 @@ def find_rate(learn, folder, *seed) -> float:
     return float(f'{min(max(lr, LOWEST), HIGHEST):.3g}')
 
 
-def silent(_):
+def silent(_: str) -> None:
     """Print nothing."""
 
 
@@ -230,10 +246,10 @@ class EpochsFrom:
     also run the events of the skipped epochs.
     """
 
-    def __init__(self, learn, first):
+    def __init__(self, learn: Any, first: int):
         self.learn, self.first = learn, first
 
-    def __call__(self):
+    def __call__(self) -> None:
         for epoch in range(self.first, self.learn.n_epoch):
             self.learn.epoch = epoch
             self.learn._with_events(self.learn._do_epoch, 'epoch', CancelEpochException)

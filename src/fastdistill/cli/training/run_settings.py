@@ -12,7 +12,9 @@ from .config import TrainConfig, read_config
 __all__ = ['settings_of']
 
 
-def settings_of(given, config_file, out, resume):
+def settings_of(
+    given: dict, config_file: Path | str | None, out: Path | str | None, resume: bool
+) -> tuple[TrainConfig, Path]:
     """Return the TrainConfig and the folder of a run.
 
     Args:
@@ -24,7 +26,7 @@ def settings_of(given, config_file, out, resume):
     folder = None if out is None else Path(out)
     if resume and folder is None:
         raise DistillError("resume=True needs the folder of the run: out='runs/NAME'.")
-    if resume and (folder / 'config.toml').is_file():
+    if resume and folder and (folder / 'config.toml').is_file():
         if config_file is not None:
             raise DistillError(f'{folder} has its own settings: leave config= out.')
         stored = TrainConfig(**read_config(folder / 'config.toml'))
@@ -56,7 +58,7 @@ def settings_of(given, config_file, out, resume):
     return config, folder
 
 
-def checked(config):
+def checked(config: TrainConfig) -> TrainConfig:
     """Return the settings. Raise a DistillError if a file does not exist or the recipe is not
     valid.
     """
@@ -69,11 +71,11 @@ def checked(config):
     return config
 
 
-def is_beginning(path):
+def is_beginning(path: Path) -> bool:
     return path.name == 'checkpoints' or path.suffix == '.tmp'
 
 
-def check_unchanged(given, stored, folder):
+def check_unchanged(given: dict, stored: TrainConfig, folder: Path) -> None:
     asked = asdict(TrainConfig(**asdict(stored) | given).absolute())
     for k in given:
         if asked[k] != getattr(stored, k) and asked[k] != 'auto':
@@ -83,7 +85,7 @@ def check_unchanged(given, stored, folder):
             )
 
 
-def free_folder(config):
+def free_folder(config: TrainConfig) -> Path:
     stem = f'{Path(config.data).name.split(".")[0]}-{config.student}'
     names = (f'{stem}-{i}' if i > 1 else stem for i in range(1, 10000))
     return next(p for p in (Path('runs') / n for n in names) if not p.exists())

@@ -1,6 +1,8 @@
 "Load the teacher of a run from a file or from weights."
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -9,11 +11,13 @@ from torch import nn
 from ...base.errors import DistillError
 from ...fastai.teachers import PICKLES, exported
 from .architectures import FASTAI_ARCHS, is_timm, learner_of, vision_arch
+from .config import TrainConfig
+from .data_files import Samples
 
 __all__ = ['file_teacher', 'with_weights']
 
 
-def file_teacher(path: str):
+def file_teacher(path: str) -> Any:
     """Load an exported Learner or an estimator. Return any other path unchanged, because `Teacher`
     can load it.
     """
@@ -21,7 +25,7 @@ def file_teacher(path: str):
     return exported(file) if file.suffix in PICKLES else path
 
 
-def with_weights(config, dls, s):
+def with_weights(config: TrainConfig, dls: Any, s: Samples) -> Any:
     """Build a Learner, or a model of torchvision or timm, and load weights from a file.
 
     Args:
@@ -45,14 +49,14 @@ def with_weights(config, dls, s):
             model.load_state_dict(weights, strict=False)
             return model.to(dls.device)
     need = wants(learn.model)
-    odd = next((k for k in need if need[k] != have.get(k)), None)
+    odd: Any = next((k for k in need if need[k] != have.get(k)), None)
     raise DistillError(
         f'The weights in {path} are not those of {config.arch("teacher")} for these {len(s.classes or [0])} '
         f'class(es): {odd} has {need.get(odd)} numbers, in the file {have.get(odd, "none")}.'
     )
 
 
-def fits(have, need):
+def fits(have: Mapping, need: Mapping) -> bool:
     return (
         not set(have) - set(need)
         and all(have.get(k, v) == v for k, v in need.items())
@@ -60,7 +64,7 @@ def fits(have, need):
     )
 
 
-def plain_model(name, classes) -> nn.Module | None:
+def plain_model(name: str, classes: Any) -> nn.Module | None:
     """Build a model of torchvision, timm or fastai with its original head instead of that of
     `vision_learner`. Return None if there is no such model.
     """

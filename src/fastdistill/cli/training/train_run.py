@@ -8,6 +8,7 @@ import json
 import platform
 import shutil
 import warnings
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import asdict, replace
 from functools import partial
@@ -15,6 +16,7 @@ from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from operator import itemgetter
 from pathlib import Path
+from typing import Any
 
 import torch
 from fastai.basics import Learner
@@ -35,7 +37,7 @@ from ...teachers.teacher import Teacher
 from .architectures import check_arch, learner_of
 from .config import TrainConfig, write_config
 from .data_checks import checked_samples
-from .data_files import read_samples
+from .data_files import Samples, read_samples
 from .data_fingerprint import data_changes, data_fingerprint
 from .dataloaders import TEXT, loaders_of
 from .mask_examples import mask_examples
@@ -56,7 +58,13 @@ EXAMPLES = 'Validation images on which the models differ most'
 PACKAGES = 'fastdistill', 'fastai', 'torch', 'torchvision', 'timm', 'numpy', 'pandas', 'safetensors'
 
 
-def opened_run(given: dict, config_file=None, out=None, resume: bool = False, **kwargs):
+def opened_run(
+    given: dict,
+    config_file: Path | str | None = None,
+    out: Path | str | None = None,
+    resume: bool = False,
+    **kwargs: Any,
+) -> 'TrainRun':
     """Open the run in `out`, or prepare a new run. Nothing is written yet.
 
     Args:
@@ -80,20 +88,27 @@ class TrainRun:
         bar: True to show fastai's progress bars.
     """
 
-    def __init__(self, config: TrainConfig, folder: Path, say=print, bar: bool = False):
+    def __init__(
+        self,
+        config: TrainConfig,
+        folder: Path,
+        say: Callable[[str], Any] = print,
+        bar: bool = False,
+    ):
         self.config, self.folder, self.first, self.processes = (
             config,
             folder,
             rank() == 0,
             world_size(),
         )
-        self.say, self.bar = (say, bar) if self.first else (silent, False)
+        self.say: Callable[[str], Any] = say if self.first else silent
+        self.bar = bar and self.first
         self.recipe = recipe_from_text(config.recipe)
         self.files, self.locks = folder / 'checkpoints', ExitStack()
         # file with the settings and a fingerprint of the data
         self.begun = self.files / 'begun.json'
 
-    def __call__(self):
+    def __call__(self) -> Any:
         """Complete the run. Return the Report in the first process, and None in all others."""
         with warnings.catch_warnings(), self.locks:
             # fastai's tables cause this warning with pandas 3, although they do not write to the
@@ -106,7 +121,7 @@ class TrainRun:
             shutil.rmtree(self.files)  # only after the lock in this folder is released
         return report
 
-    def trained(self):
+    def trained(self) -> dict[str, Any]:
         """Train all models that are not finished. Return {name: model}."""
         self.config = c = on_first(self.check_start)
         loaded = first_then_others(lambda: file_teacher(c.teacher) if c.teacher_file else None)
@@ -140,7 +155,7 @@ class TrainRun:
         self.fit('distilled', student, c.epochs, self.config.lr, FOR_STUDENT, loggers, kd)
         return models
 
-    def check_start(self):
+    def check_start(self) -> TrainConfig:
         """Run the checks that do not need the data. Return the settings."""
         config = self.settings_at_begin()
         self.loggers()
@@ -157,7 +172,7 @@ class TrainRun:
             )
         return config
 
-    def read_begun(self):
+    def read_begun(self) -> dict:
         """Read the settings and the fingerprint of the data at the beginning of the run. Return an
         empty dict for a new run.
         """
@@ -171,7 +186,7 @@ class TrainRun:
                 'run with a different out=.'
             ) from e
 
-    def settings_at_begin(self):
+    def settings_at_begin(self) -> TrainConfig:
         """Return the settings, with the learning rates found earlier. Raise a DistillError if
         config.toml was changed since the run began.
         """
@@ -196,7 +211,7 @@ class TrainRun:
             )
         return replace(self.config, **found)
 
-    def check_data_unchanged(self):
+    def check_data_unchanged(self) -> None:
         before = self.read_begun().get('data')
         if before is None or not (changes := data_changes(before, self.data)):
             return
@@ -207,7 +222,7 @@ class TrainRun:
             'out=.'
         )
 
-    def make_models(self, s, loaded):
+    def make_models(self, s: Samples, loaded: Any) -> tuple:
         """Return (student, teacher, fn(Arch) -> a new Learner)."""
         c, self.table = self.config, s
         self.dls = loaders_of(
@@ -227,7 +242,7 @@ class TrainRun:
             )
         return student, teacher, make
 
-    def samples(self, loaded):
+    def samples(self, loaded: Any) -> Samples:
         s = read_samples(self.config)
         if is_estimator(loaded) and s.task not in ('table', 'texts'):
             raise DistillError(
@@ -242,11 +257,11 @@ class TrainRun:
         self.check_data_unchanged()
         return checked
 
-    def seeded(self, number, make):
+    def seeded(self, number: int, make: Callable) -> Any:
         seed_everything(self.config.seed, number)
         return make()
 
-    def teacher(self, loaded, make, s):
+    def teacher(self, loaded: Any, make: Callable, s: Samples) -> Any:
         if is_estimator(loaded) and s.task == 'texts':
             return Teacher(loaded, items=itemgetter(TEXT))
         if loaded is not None:
@@ -255,7 +270,7 @@ class TrainRun:
             return with_weights(self.config, self.dls, s)
         return self.seeded(FOR_TEACHER, lambda: make(self.config.arch('teacher')))
 
-    def as_teacher(self, teacher, student):
+    def as_teacher(self, teacher: Any, student: Any) -> Any:
         """Prepare the teacher for the student. On a CPU, the teacher runs without a faster copy,
         because the copy may round differently in a resumed run.
         """
@@ -266,7 +281,7 @@ class TrainRun:
             else teacher
         )
 
-    def check(self, student, teacher, trained):
+    def check(self, student: Any, teacher: Any, trained: bool) -> None:
         """Check that the teacher fits the task, and that the layers in the recipe exist."""
         task = task_of(student.loss_func)
         if trained and self.config.check:
@@ -288,7 +303,7 @@ class TrainRun:
             x, _ = next(valid)
         d.setup(*x)
 
-    def find_rates(self, make):
+    def find_rates(self, make: Callable) -> TrainConfig:
         """Find learning rates for the settings that are 'auto', write the settings to config.toml,
         and return them.
         """
@@ -304,13 +319,23 @@ class TrainRun:
             arch = c.arch(role)
             learn = self.seeded(number, lambda arch=arch: make(arch))
             lr = find_rate(learn, self.files, self.config.seed, number)
-            self.config = replace(self.config, **{k: lr})
+            found: dict[str, Any] = {k: lr}
+            self.config = replace(self.config, **found)
             self.say(f'learning rate of {arch}: {lr:g}, found by lr_find')
         if wanted:
             self.write_settings()
         return self.config
 
-    def fit(self, name, learn, epochs, lr, number, loggers, kd=None):
+    def fit(
+        self,
+        name: str,
+        learn: Any,
+        epochs: int,
+        lr: Any,
+        number: int,
+        loggers: Sequence,
+        kd: Any = None,
+    ) -> None:
         say = None if self.bar else lambda text: self.say(f'{name}: {text}')
         state = Checkpoints(self.files / f'{name}.pt', (self.config.seed, number), kd, say)
         if state.done:
@@ -323,11 +348,11 @@ class TrainRun:
             self.say(f'{name}:')
         fit_stage(learn, epochs, lr, state, [make(name) for make in loggers], self.bar)
 
-    def loggers(self):
+    def loggers(self) -> list[Callable]:
         """Return a list of functions fn(model name) -> callback."""
         return [self.tensorboard()] if 'tensorboard' in self.config.loggers else []
 
-    def tensorboard(self):
+    def tensorboard(self) -> Callable:
         try:
             from fastai.callback.tensorboard import TensorBoardCallback
         except ImportError as e:
@@ -336,7 +361,7 @@ class TrainRun:
             self.folder / 'tensorboard' / name, trace_model=False, log_preds=False
         )
 
-    def write_start(self):
+    def write_start(self) -> None:
         self.locks.enter_context(locked_folder(self.files, self.folder))
         if (self.folder / 'report.json').is_file():
             raise DistillError(f'The run in {self.folder} is finished.')
@@ -353,24 +378,24 @@ class TrainRun:
         )
         write_json(self.folder / 'environment.json', facts)
 
-    def write_settings(self):
+    def write_settings(self) -> None:
         # subtle: write begun.json first, because learning rates that are 'auto' in config.toml are
         # read from it
         write_json(self.begun, dict(settings=asdict(self.config), data=self.data))
         write_config(self.config, self.folder / 'config.toml')
 
-    def write_results(self, models):
+    def write_results(self, models: Mapping[str, Any]) -> Any:
         with enough_space(self.folder):
             return self.written(models)
 
-    def written(self, models):
+    def written(self, models: Mapping[str, Any]) -> Any:
         """Write all results to the folder of the run and return the report."""
         self.write_history(models)
         c = self.config
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')
             title = f'{c.student}, taught by {Path(c.teacher).name}, on {Path(c.data).name}'
-            report = compare(models, self.dls, title=title, progress=self.bar)
+            report: Any = compare(dict(models), self.dls, title=title, progress=self.bar)
             student = models['distilled']
             save_student(
                 student,
@@ -390,11 +415,11 @@ class TrainRun:
             report.to_json(tmp)
         return report
 
-    def write_weights(self, teacher):
+    def write_weights(self, teacher: Any) -> None:
         with new_file(self.folder / 'teacher.safetensors') as tmp:
             save_model(teacher.model, str(tmp))
 
-    def write_history(self, models):
+    def write_history(self, models: Mapping[str, Any]) -> None:
         """Write history.csv, with one row per model and epoch."""
         tables = {n: history_of(m) for n, m in models.items() if isinstance(m, Learner)}
         columns = list(dict.fromkeys(k for t in tables.values() for k in t))
@@ -408,7 +433,7 @@ class TrainRun:
         write_atomically(self.folder / 'history.csv', text.getvalue())
 
 
-def samples_in_words(s):
+def samples_in_words(s: Samples) -> str:
     """Describe the samples in one line of text."""
     held = int(s.valid.sum())
     what = {
@@ -424,7 +449,7 @@ def samples_in_words(s):
     return f'{s.task}{x}, {what}; {len(s) - held:,} samples for training, {held:,} for validation'
 
 
-def parameters(model):
+def parameters(model: Any) -> str:
     """Format the number of parameters of a model."""
     model = getattr(model, 'model', model)
     return (
@@ -434,7 +459,7 @@ def parameters(model):
     )
 
 
-def installed(name):
+def installed(name: str) -> str | None:
     try:
         return version(name)
     except PackageNotFoundError:
