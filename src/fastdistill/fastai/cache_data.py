@@ -2,14 +2,16 @@
 
 import copy
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial, wraps
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from fastai.basics import L, Learner, Pipeline, TfmdDL, TfmdLists
+from fastai.basics import DataLoaders, L, Learner, Pipeline, TfmdDL, TfmdLists
 from fastai.data.transforms import Normalize
 from fastai.tabular.core import TabDataLoader
 from fastai.text.data import SortedDL
@@ -44,6 +46,7 @@ from ..cache.write_progress import shown_progress
 from ..cache.writer import check_views, options_of_run, write_cache
 from ..recipes.default import auto, facts_for_auto
 from ..recipes.recipe_text import as_recipe
+from ..recipes.term import Recipe, Term
 from ..teachers.raw_items import reads_only_items, with_items
 from ..teachers.teacher import Teacher, reading_tokens
 from .class_names import stored_order, vocab_of
@@ -83,7 +86,7 @@ def for_each_head(write):
     """
 
     @wraps(write)
-    def _write(teacher, dls, path, *args, kind=None, **kwargs):
+    def _write(teacher, dls, path, *args, kind=None, **kwargs: Any):
         dls = data_of(dls)
         if not is_heads(teacher):
             return write(teacher, dls, path, *args, kind=kind, **kwargs)
@@ -108,22 +111,22 @@ def for_each_head(write):
 
 @for_each_head
 def cache_teacher(
-    teacher,
-    dls,
-    path,
+    teacher: Any,
+    dls: DataLoaders,
+    path: Path | str,
     views: int = 1,
-    store='auto',
-    layers=None,
+    store: Any = 'auto',
+    layers: Sequence[str] | None = None,
     *,
-    recipe=None,
+    recipe: Term | Recipe | str | None = None,
     valid: bool = False,
-    unlabeled=None,
-    keys=None,
+    unlabeled: Any = None,
+    keys: Callable | Sequence | None = None,
     kind: str | None = None,
     axis: int | None = None,
     check: bool = True,
     force: bool = False,
-    progress=True,
+    progress: bool | Callable = True,
     run: dict | None = None,
 ) -> TeacherCache:
     """Run the teacher on each view of each sample, store its outputs, and open the cache.
@@ -248,7 +251,13 @@ def views_of(dl, views, seed):
 
 
 def verify_cache(
-    cache, teacher, dls, n: int = 64, seed: int = 0, unlabeled=None, **kwargs
+    cache: TeacherCache | Path | str,
+    teacher: Any,
+    dls: DataLoaders,
+    n: int = 64,
+    seed: int = 0,
+    unlabeled: Any = None,
+    **kwargs: Any,
 ) -> 'Verified':
     """Run the teacher again on some views and compare its outputs with the stored ones.
 
@@ -469,7 +478,7 @@ def validation_transforms(dl, on):
         yield
 
 
-def check_views_repeat(make, n):
+def check_views_repeat(make, n) -> None:
     """Raise an error if random transforms can't be repeated.
 
     A few views are computed twice and compared before anything is written.
@@ -531,7 +540,7 @@ def check_no_views(read, n):
             )
 
 
-def check_equal(a, b, which, task):
+def check_equal(a, b, which, task) -> None:
     if print_of(a) != print_of(b):
         raise DistillError(unrepeatable(which, task))
 
@@ -540,7 +549,7 @@ def print_of(o):
     return fingerprint(*flat_values(plain_item(o)))
 
 
-def check_padding(run, n):
+def check_padding(run, n) -> None:
     """Warn if the teacher's outputs for the shortest text change when the text is padded."""
     beside, alone = [
         next(run(np.array(t), len(t))).logits[-1].float() for t in ([0, n - 1], [n - 1])

@@ -1,10 +1,16 @@
 """Define `KnowledgeDistillation`, the fastai callback that adds a teacher to a fit."""
 
-from fastai.basics import Callback, L
+from collections.abc import Callable
+from typing import Any
 
-from ..base.outputs import DistillError, check_axis, check_output
+from fastai.basics import Callback, L, Learner
+
+from ..base.outputs import DistillError, Outputs, check_axis, check_output
 from ..base.task import pseudo_labels
+from ..distiller.distiller import Distiller
 from ..recipes.batch_tensors import all_classes
+from ..recipes.schedule import ScheduleLike
+from ..recipes.term import Recipe, Term
 from ..teachers.raw_items import with_items
 from .cache_feed import SampleFeed
 from .callback_arguments import check_options, make_recipe, refuse_options
@@ -70,17 +76,17 @@ class KnowledgeDistillation(DistillationCallback):
 
     def __init__(
         self,
-        teacher=None,
-        recipe=None,
+        teacher: Any = None,
+        recipe: Term | Recipe | str | dict | None = None,
         *,
-        T=None,
-        alpha=None,
-        loss=None,
+        T: 'ScheduleLike | None' = None,
+        alpha: 'ScheduleLike | None' = None,
+        loss: Callable | None = None,
         kind: str | None = None,
         axis: int | None = None,
         span: str = 'fine_tune',
-        output=None,
-        unlabeled=None,
+        output: Any = None,
+        unlabeled: Any = None,
         check: bool = True,
     ):
         super().__init__()
@@ -114,18 +120,18 @@ class KnowledgeDistillation(DistillationCallback):
         )
 
     @property
-    def distiller(self):
+    def distiller(self) -> Distiller | None:
         """The `Distiller` of the last fit."""
         return self.fit_distiller.distiller
 
     @property
-    def recipe(self):
+    def recipe(self) -> Recipe | None:
         """The recipe. None if no recipe has been chosen yet."""
         return self.fit_distiller.recipe
 
     # before and after a fit
 
-    def before_fit(self):
+    def before_fit(self) -> None:
         self.teardown(self.learn)
         # validate, get_preds, show_results and similar calls are not fits
         if self.learn.lock.locked() or hasattr(self.learn, 'gather_preds'):
@@ -162,24 +168,24 @@ class KnowledgeDistillation(DistillationCallback):
             self.unlabeled.start(self.learn, self.distiller)
         d.start()
 
-    def _attach(self):
+    def _attach(self) -> None:
         """Set up the DataLoaders so that the batches contain what the teachers need."""
         for t in self.distiller.sources:
             t.say_with(self.log)
         sources = {k: h.teacher for k, h in self.distiller.heads.items() if h.teacher is not None}
         self.feed.attach(self.learn, sources, self.fit_distiller.tasks)
 
-    def _setup(self, *x):
+    def _setup(self, *x: Any) -> None:
         """Pair student and teacher layers, and build projectors. Called once per student."""
         self.fit_distiller.setup(x, self.training)
         self.state.take(self.learn, self.distiller)
         if self.distiller.pairs and not hasattr(self.learn, 'lr_finder'):
             self.log(self.distiller.pairs)
 
-    def after_fit(self):
+    def after_fit(self) -> None:
         self.teardown(self.learn)
 
-    def teardown(self, learn):
+    def teardown(self, learn: Learner) -> None:
         self.taps.detach()
         self.feed.detach()
         self.unlabeled.stop()
@@ -198,35 +204,35 @@ class KnowledgeDistillation(DistillationCallback):
 
     # an exported Learner contains a callback without effect instead, so that it loads without
     # fastdistill
-    def __reduce__(self):
+    def __reduce__(self) -> tuple:
         return Callback, ()
 
     # training step
 
     @property
-    def active(self):
+    def active(self) -> bool:
         """True during a fit. False while `get_preds` runs within a fit."""
         return self.in_fit and not hasattr(self.learn, 'gather_preds')
 
     @property
-    def training_progress(self):
+    def training_progress(self) -> float | None:
         """Fraction of the training that is done, from 0 to 1, for schedules."""
         if self.epochs_span is None:
             return self.pct_train
         before, epochs = self.epochs_span
         return (before + self.pct_train * self.n_epoch) / epochs
 
-    def before_epoch(self):
+    def before_epoch(self) -> None:
         if self.active:
             self.trend.check(self.learn, self.training_progress, self.recipe)
 
-    def before_train(self):
+    def before_train(self) -> None:
         self._start_phase(True)
 
-    def before_validate(self):
+    def before_validate(self) -> None:
         self._start_phase(False)
 
-    def _start_phase(self, training):
+    def _start_phase(self, training: bool) -> None:
         if not self.active:
             return
         self.distiller.links.train(training)
@@ -236,7 +242,7 @@ class KnowledgeDistillation(DistillationCallback):
         if training:
             self.part_metrics[0].start_training()
 
-    def before_batch(self):
+    def before_batch(self) -> None:
         if not self.active:
             return
         self.parts, self.teacher_outputs = {}, None
@@ -249,10 +255,10 @@ class KnowledgeDistillation(DistillationCallback):
         terms = self.distiller.active_terms(self.training_progress)
         self.taps.attach(self.learn.model, self.distiller.student_layers(terms))
 
-    def after_batch(self):
+    def after_batch(self) -> None:
         self.taps.end_batch()
 
-    def after_train(self):
+    def after_train(self) -> None:
         self.taps.detach()
         if not self.active:
             return
@@ -260,13 +266,13 @@ class KnowledgeDistillation(DistillationCallback):
         self.part_metrics[0].end_training()
         self.log.report_faded(self.distiller)
 
-    def after_validate(self):
+    def after_validate(self) -> None:
         if not self.active:
             return
         self.taps.detach()
         self.finite_check.enforce(self.learn)
 
-    def after_pred(self):
+    def after_pred(self) -> None:
         if not self.active or len(self.yb) or not self.training:
             return
         if self.several:
@@ -287,7 +293,7 @@ class KnowledgeDistillation(DistillationCallback):
             y = pseudo_labels(t, own.logits, self.distiller.head.task)
             self.learn.yb = (y,)
 
-    def after_loss(self):
+    def after_loss(self) -> None:
         if not self.active or not len(self.yb):
             return
         d, progress = self.distiller, self.training_progress
@@ -307,7 +313,7 @@ class KnowledgeDistillation(DistillationCallback):
         if self.unlabeled and not hasattr(self.learn, 'lr_finder'):
             self._teach_unlabeled()
 
-    def _teach_unlabeled(self):
+    def _teach_unlabeled(self) -> None:
         """Add the loss of a batch of unlabeled inputs, on which the student learns from the
         teacher.
         """
@@ -322,7 +328,7 @@ class KnowledgeDistillation(DistillationCallback):
             s = d.student_outputs(raw, self.taps.pop(), x)
             add_loss(self.learn, d.without_labels(s, t, progress=progress))
 
-    def _ask_teacher(self):
+    def _ask_teacher(self) -> Outputs | dict | None:
         """Return the teacher's outputs for this batch. None if no term needs them."""
         samples = samples_of(self.learn)
         t = self.distiller.teacher_outputs(self.xb, self.training_progress, samples)
@@ -331,22 +337,22 @@ class KnowledgeDistillation(DistillationCallback):
 
     # projectors
 
-    def after_backward(self):
+    def after_backward(self) -> None:
         if self.active and self.distiller.own_parameters():
             self.state.optimizer_for(self.learn, self.distiller).average_gradients()
 
-    def before_step(self):
+    def before_step(self) -> None:
         self.skip_step = False
 
-    def after_cancel_step(self):
+    def after_cancel_step(self) -> None:
         self.skip_step = True
 
-    def after_step(self):
+    def after_step(self) -> None:
         if self.active and self.distiller.own_parameters():
             opt = self.state.optimizer_for(self.learn, self.distiller)
             opt.step(self.learn, self.skip_step)
 
-    def state_dict(self):
+    def state_dict(self) -> dict[str, Any]:
         """Return the state that a checkpoint needs in addition to the student.
 
         This state consists of the projectors, the state of their optimizer, the measured gradients
@@ -354,7 +360,7 @@ class KnowledgeDistillation(DistillationCallback):
         """
         return self.state.state_dict(self.distiller)
 
-    def load_state_dict(self, state):
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` returned.
 
         If no fit is running, the state is restored when the next fit begins.

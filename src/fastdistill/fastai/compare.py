@@ -1,10 +1,12 @@
 """Compare models on the same validation data, and report confidence intervals and tests."""
 
 import copy
+from collections.abc import Callable
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from types import SimpleNamespace
+from typing import Any
 
 from fastai.basics import (
     DataLoaders,
@@ -40,13 +42,13 @@ __all__ = ['compare', 'history_of']
 
 def compare(
     models: dict,
-    dls=None,
+    dls: DataLoaders | None = None,
     *,
-    dl=None,
+    dl: Any = None,
     teacher: str | None = None,
     baseline: str | None = None,
-    metrics=None,
-    loss_func=None,
+    metrics: Any = None,
+    loss_func: Callable | None = None,
     kind: str | dict | None = None,
     axis: int | None = None,
     headline: str | None = None,
@@ -200,7 +202,7 @@ class Compared:
     teachers: dict
 
     def report(
-        self, data, metrics, title, progress, *, teacher, baseline, seconds, **options
+        self, data, metrics, title, progress, *, teacher, baseline, seconds, **options: Any
     ) -> Report:
         """Measure all models in one pass, and return the report.
 
@@ -281,7 +283,7 @@ class MetricValues:
         for m in self.metrics.values():
             m.reset()
 
-    def add(self, xb, out, yb):
+    def add(self, xb, out, yb) -> None:
         now = Step(
             self.learn,
             xb=xb,
@@ -304,7 +306,7 @@ class Step:
     is not changed.
     """
 
-    def __init__(self, learn, **now):
+    def __init__(self, learn, **now: Any):
         self.__dict__.update(now)
         self._learn = learn
 

@@ -1,9 +1,12 @@
 """Train torchvision detectors with a Learner, with or without a teacher."""
 
+from collections.abc import Sequence
 from contextlib import ExitStack
+from typing import Any
 
-from fastai.basics import Callback, L, Learner, Metric
+from fastai.basics import Callback, DataLoaders, L, Learner, Metric
 from fastai.data.transforms import Normalize
+from torch import Tensor, nn
 
 from ..base.outputs import DistillError, as_plain
 from ..detection.detection_plots import show_detections
@@ -12,6 +15,7 @@ from ..detection.metrics import average_precision, detect
 from ..detection.torchvision_detectors import checked_detector
 from ..detection.validation_loss import validation_losses
 from ..distiller.trainer_integration import takes_part
+from ..recipes.term import Recipe, Term
 from .projector_opt import ProjectorOptimizer
 
 __all__ = ['DetectorCallback', 'DetectorDistillation', 'DetectorLearner', 'MeanAveragePrecision']
@@ -46,10 +50,10 @@ class DetectorLoss:
     value.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.valid = None
 
-    def __call__(self, pred, *yb):
+    def __call__(self, pred: Any, *yb: Any) -> Any:
         return sum(pred.values()) if isinstance(pred, dict) else self.valid
 
     def decodes(self, pred):
@@ -68,7 +72,7 @@ class DetectorCallback(Callback):
 
     order = -4
 
-    def before_fit(self):
+    def before_fit(self) -> None:
         for dl in self.dls.loaders:
             if any(isinstance(o, Normalize) for o in getattr(dl.after_batch, 'fs', ())):
                 raise DistillError(
@@ -76,7 +80,7 @@ class DetectorCallback(Callback):
                     'itself: build them without Normalize.'
                 )
 
-    def before_batch(self):
+    def before_batch(self) -> None:
         images, targets = images_and_targets(self.xb, self.yb)
         self.learn.detector_targets = targets
         self.learn.xb = (images, targets) if self.training else (images,)
@@ -99,21 +103,21 @@ class MeanAveragePrecision(Metric):
         self.measure = measure
         self.reset()
 
-    def reset(self):
+    def reset(self) -> None:
         self.found, self.targets = [], []
 
-    def accumulate(self, learn):
+    def accumulate(self, learn: Learner) -> None:
         self.found += learn.pred
         self.targets += learn.detector_targets
 
     @property
-    def value(self):
+    def value(self) -> float | None:
         if not self.targets:
             return None
         return getattr(average_precision(self.found, self.targets), self.measure)
 
     @property
-    def name(self):
+    def name(self) -> str:
         return self.measure
 
 
@@ -128,14 +132,21 @@ class DetectorDistillation(Callback):
 
     order = -3
 
-    def __init__(self, teacher, recipe=None, *, size=None, check: bool = True):
+    def __init__(
+        self,
+        teacher: Any,
+        recipe: Term | Recipe | str | None = None,
+        *,
+        size: int | tuple | None = None,
+        check: bool = True,
+    ):
         super().__init__()
         self.teacher = teacher.model if isinstance(teacher, Learner) else teacher
         self.recipe, self.size, self.check = recipe, size, check
         self.distiller = self.opt_of_projectors = None
         self.stack = ExitStack()
 
-    def before_fit(self):
+    def before_fit(self) -> None:
         if self.distiller is None or self.distiller.student is not self.model:
             self.distiller = DetectionDistiller(
                 self.model, self.teacher, self.recipe, size=self.size, check=self.check
@@ -150,12 +161,12 @@ class DetectorDistillation(Callback):
             self.opt_of_projectors = ProjectorOptimizer(self.learn, own)
         self.distiller.teacher.start()
 
-    def before_batch(self):
+    def before_batch(self) -> None:
         self.reads = self.training and takes_part(self.distiller, self.pct_train)
         if self.reads:
             self.read = self.stack.enter_context(self.distiller.reading(self.pct_train))
 
-    def after_pred(self):
+    def after_pred(self) -> None:
         if not self.reads:
             return
         feats = self.read[1].pop()
@@ -165,20 +176,20 @@ class DetectorDistillation(Callback):
         teacher = d.teacher_outputs(self.xb[0], self.pct_train)
         self.learn.pred = d.weighted_losses(losses, student, teacher, self.pct_train)
 
-    def after_cancel_batch(self):
+    def after_cancel_batch(self) -> None:
         self.stack.close()
 
-    def after_step(self):
+    def after_step(self) -> None:
         if self.opt_of_projectors is not None:
             self.opt_of_projectors.step(self.learn)
 
-    def after_fit(self):
+    def after_fit(self) -> None:
         self.stop()
 
-    def after_cancel_fit(self):
+    def after_cancel_fit(self) -> None:
         self.stop()
 
-    def stop(self):
+    def stop(self) -> None:
         """Restore everything. It is safe to call this twice."""
         self.stack.close()
         if self.distiller is not None:
@@ -199,7 +210,15 @@ class DetectorLearner(Learner):
         **kwargs: Options of `Learner`.
     """
 
-    def __init__(self, dls, model, *, metrics=None, cbs=None, **kwargs):
+    def __init__(
+        self,
+        dls: DataLoaders,
+        model: nn.Module,
+        *,
+        metrics: Any = None,
+        cbs: Any = None,
+        **kwargs: Any,
+    ):
         checked_detector(model, 'student')
         metrics = (
             [MeanAveragePrecision(m) for m in ('map', 'map50')] if metrics is None else metrics
@@ -209,16 +228,16 @@ class DetectorLearner(Learner):
 
     def distill(
         self,
-        teacher,
-        n_epoch,
-        lr_max=None,
-        recipe=None,
+        teacher: Any,
+        n_epoch: int,
+        lr_max: Any = None,
+        recipe: Term | Recipe | str | None = None,
         *,
-        size=None,
-        check=True,
-        cbs=None,
-        **kwargs,
-    ):
+        size: int | tuple | None = None,
+        check: bool = True,
+        cbs: Any = None,
+        **kwargs: Any,
+    ) -> 'DetectorDistillation':
         """Train with the 1cycle policy and a `DetectorDistillation` callback.
 
         Args:
@@ -238,7 +257,9 @@ class DetectorLearner(Learner):
         self.fit_one_cycle(n_epoch, lr_max, cbs=L(cbs) + callback, **kwargs)
         return callback
 
-    def show_results(self, ds_idx: int = 1, dl=None, max_n: int = 4, score: float = 0.5, **kwargs):
+    def show_results(
+        self, ds_idx: int = 1, dl: Any = None, max_n: int = 4, score: float = 0.5, **kwargs: Any
+    ) -> Any:
         """Draw the labels and detections of some validation images, and return the figure.
 
         Args:
@@ -256,7 +277,7 @@ class DetectorLearner(Learner):
             models, images[:max_n], targets[:max_n], classes=classes, score=score
         )
 
-    def detections(self, images) -> list:
+    def detections(self, images: Sequence[Tensor]) -> list:
         """Return the detections for a list of images, on the CPU.
 
         Args:

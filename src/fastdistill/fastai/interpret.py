@@ -1,6 +1,8 @@
 """Find the inputs on which a student disagrees with its teacher."""
 
+from collections.abc import Callable
 from contextlib import ExitStack
+from typing import Any
 
 import torch
 from fastai.basics import Interpretation, L, Learner, TensorImageBase, display_df, noop, tuplify
@@ -35,7 +37,15 @@ class DistillInterpretation(Interpretation):
     student = teacher = head = None
 
     @classmethod
-    def from_learner(cls, learn: Learner, teacher, ds_idx: int = 1, dl=None, act=None, kind=None):
+    def from_learner(
+        cls,
+        learn: Learner,
+        teacher: Any,
+        ds_idx: int = 1,
+        dl: Any = None,
+        act: Callable | None = None,
+        kind: str | None = None,
+    ) -> Any:
         """Run both models on all items and measure the distance between their predictions.
 
         The distance is KL(teacher || student) at T=1, averaged over the pixels of a mask, without
@@ -77,7 +87,7 @@ class DistillInterpretation(Interpretation):
         out.head = head if head.name else None
         return out
 
-    def show_disagreements(self, k: int = 9, largest: bool = True, **kwargs):
+    def show_disagreements(self, k: int = 9, largest: bool = True, **kwargs: Any) -> None:
         """Show items with fastai's `show_results`. The teacher's prediction replaces the label.
 
         With several heads, a plain grid or table shows the items with the predictions of both
@@ -172,7 +182,7 @@ def distance(s, t, task, y=()):
     return found.where(counts, 0.0).sum(1) / counts.sum(1).clamp_min(1)
 
 
-def show_plainly(dl, t, s, n):
+def show_plainly(dl, t, s, n) -> None:
     """Show items with the predictions of teacher and student.
 
     Images are shown in a grid, and all other items in a table.
@@ -184,7 +194,7 @@ def show_plainly(dl, t, s, n):
     show_rows([(x, a, b) for (x, a), (_, b) in zip(taught, own)])
 
 
-def show_rows(rows):
+def show_rows(rows) -> None:
     """Show items with the predictions of both models.
 
     Args:
@@ -218,7 +228,7 @@ def in_short(v):
     return f'{float(v):.4g}' if isinstance(v, torch.Tensor) and v.numel() == 1 else str(v)
 
 
-def name_both():
+def name_both() -> None:
     """Set the title of the last figure to explain that the teacher's prediction comes first."""
     import matplotlib.pyplot as plt
 

@@ -2,7 +2,9 @@
 Learner.
 """
 
+from collections.abc import Callable
 from contextlib import closing
+from typing import Any
 
 import fastai.callback.schedule  # noqa: F401 (it gives Learner fit_one_cycle)
 from fastai.basics import L, Learner, delegates, patch
@@ -12,6 +14,7 @@ from ..base.outputs import DistillError
 from ..base.random_state import RandomGuard
 from ..checks.explain import explain_training
 from ..evaluation.calibration import Calibration, calibrate_model
+from ..recipes.schedule import ScheduleLike
 from ..recipes.term import Recipe, Term
 from . import teacher_check
 from .callback import KnowledgeDistillation
@@ -30,22 +33,22 @@ __all__ = []
 @delegates(Learner.fit_one_cycle, keep=True, but=['cbs'])
 def distill(
     self: Learner,
-    teacher,
+    teacher: Any,
     n_epoch: int,
-    lr_max=None,
-    recipe=None,
+    lr_max: Any = None,
+    recipe: Term | Recipe | str | dict | None = None,
     *,
-    T=None,
-    alpha=None,
-    loss=None,
+    T: 'ScheduleLike | None' = None,
+    alpha: 'ScheduleLike | None' = None,
+    loss: Callable | None = None,
     kind: str | dict | None = None,
     axis: int | dict | None = None,
-    output=None,
-    unlabeled=None,
+    output: Any = None,
+    unlabeled: Any = None,
     check: bool = True,
     fine_tune: bool = False,
-    cbs=None,
-    **kwargs,
+    cbs: Any = None,
+    **kwargs: Any,
 ) -> KnowledgeDistillation:
     """Train with `KnowledgeDistillation(teacher, ...)` and return that callback.
 
@@ -101,13 +104,13 @@ def distill(
 @patch
 def check_teacher(
     self: Learner,
-    teacher,
+    teacher: Any,
     kind: str | dict | None = None,
     axis: int | dict | None = None,
-    recipe=None,
+    recipe: Term | Recipe | str | dict | None = None,
     n: int = teacher_check.BATCHES,
     n_epoch: int | None = 10,
-):
+) -> Any:
     """Find mistakes that training with `teacher` would not report, and estimate the training cost.
 
     Args:
@@ -135,12 +138,12 @@ def check_teacher(
 @patch
 def explain(
     self: Learner,
-    teacher,
+    teacher: Any,
     callback: KnowledgeDistillation | None = None,
     kind: str | dict | None = None,
     axis: int | dict | None = None,
     n: int = 32,
-):
+) -> Any:
     """Find reasons why a teacher did not improve the student more.
 
     The teacher must run on new inputs, so pass the model itself instead of a cache.
@@ -186,7 +189,12 @@ def explain(
 
 @patch
 def calibrate(
-    self: Learner, dl=None, *, fold: bool = True, kind: str | None = None, axis: int | None = None
+    self: Learner,
+    dl: Any = None,
+    *,
+    fold: bool = True,
+    kind: str | None = None,
+    axis: int | None = None,
 ) -> Calibration:
     """Fit a temperature on validation data and fold it into the model's last linear layer.
 
@@ -214,7 +222,9 @@ def calibrate(
 
 
 @patch
-def show_features(self: Learner, teacher, layers='auto', n: int = 4, p: float = 2):
+def show_features(
+    self: Learner, teacher: Any, layers: Any = 'auto', n: int = 4, p: float = 2
+) -> Any:
     """Show attention maps of student and teacher side by side for `n` images of the validation set.
 
     Args:

@@ -1,12 +1,14 @@
 """Add `Learner.distill_find`, which searches for a recipe and a learning rate for a student."""
 
 import warnings
+from collections.abc import Callable, Iterable
 from contextlib import contextmanager
 from math import inf
 from numbers import Real
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from time import time
+from typing import Any
 
 from fastai.basics import Learner, OptimWrapper, noop, patch
 
@@ -21,6 +23,7 @@ from ..checks.teacher_outputs import BATCHES
 from ..search.candidates import candidates_for, candidates_for_heads, given_candidates
 from ..search.optuna_proposals import import_optuna
 from ..search.recipe_search import Search
+from ..search.search_result import Found
 from .cache_data import cache_teacher
 from .callback_arguments import feed_of, refuse_options
 from .default_recipe import example_of, facts_for_choice
@@ -45,25 +48,25 @@ MOST_VIEWS = 4
 @patch
 def distill_find(
     self: Learner,
-    teacher,
+    teacher: Any,
     n_epoch: int,
     minutes: float = 10,
     *,
-    rates=None,
+    rates: Iterable[float] | None = None,
     recipes: dict | None = None,
     live: bool = False,
-    score=None,
+    score: str | Callable | None = None,
     trials: int | None = None,
     seeds: int = 5,
     folder: str | Path | None = None,
     kind: str | None = None,
     axis: int | None = None,
-    output=None,
+    output: Any = None,
     check: bool = True,
     fine_tune: bool = False,
     show: bool = True,
-    **kwargs,
-):
+    **kwargs: Any,
+) -> Found:
     """Search for the best recipe, its options and the learning rate.
 
     Train with the result: `student.distill(teacher, 5, found.lr, found.recipe)`.
@@ -190,7 +193,7 @@ OTHERS = {
 )
 
 
-def refuse_search(learn, score, options):
+def refuse_search(learn, score, options) -> None:
     """Raise an error for options that can't be used in a search. This happens before any run."""
     for k in OTHERS:
         if k in options:
@@ -216,7 +219,7 @@ def refuse_search(learn, score, options):
         )
 
 
-def refuse_numbers(minutes, whole: dict):
+def refuse_numbers(minutes, whole: dict) -> None:
     """Raise an error for numbers that make a search impossible.
 
     Args:
@@ -353,7 +356,7 @@ def answers(learn, teacher, tasks, as_it_is, positions, n_epoch, show):
         yield cache
 
 
-def report(found, n_epoch):
+def report(found, n_epoch) -> None:
     print(
         f'{found.table}\n\n{found}\nstudent.distill(teacher, {n_epoch}, found.lr, found.recipe) trains with it.'
     )

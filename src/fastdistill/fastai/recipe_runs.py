@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from fastai.basics import Callback, Learner
 
@@ -28,17 +29,17 @@ LESS = 'loss', 'error', 'mae', 'mse', 'msle', 'rmspe', 'perplexity', 'hamming', 
 
 def compare_recipes(
     make_student: Callable[[], Learner],
-    teacher,
+    teacher: Any,
     recipes: dict | None = None,
     n_epoch: int = 5,
-    lr_max=None,
+    lr_max: Any = None,
     *,
     seeds: int | list[int] = 3,
     metric: str | None = None,
     higher: bool | None = None,
     folder: str | Path | None = None,
     progress: bool = True,
-    **kwargs,
+    **kwargs: Any,
 ) -> RecipeReport:
     """Train a student with each recipe and each seed, one after another.
 
@@ -191,7 +192,7 @@ class Students:
             )
         return dict(start=start, setup=self.setup, metrics=own, history=history_of(learn))
 
-    def check_start(self, runs):
+    def check_start(self, runs) -> None:
         """Raise an error if the folder has students with different initial weights, data or
         optimizers.
         """
@@ -227,7 +228,7 @@ class WatchEpochs(Callback):
         super().__init__()
         self.report, self.columns = after_epoch, columns
 
-    def after_epoch(self):
+    def after_epoch(self) -> None:
         row = row_by_column(self.recorder, self.recorder.values[-1])
         found = (row[n] for n in self.columns if row.get(n) is not None)
         self.report(next(found, math.nan))

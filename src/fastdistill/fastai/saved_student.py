@@ -107,7 +107,7 @@ def save_student(
     return folder
 
 
-def check_own_files(folder):
+def check_own_files(folder) -> None:
     """Raise a DistillError instead of overwriting files of something else."""
     try:
         facts = json.loads((folder / 'config.json').read_text(encoding='utf-8'))
@@ -163,7 +163,7 @@ def card(title, facts, checked, report):
     return '\n'.join(lines if report is None else [*lines, report.to_markdown()])
 
 
-def load_student(folder: str | Path, model: nn.Module | None = None):
+def load_student(folder: str | Path, model: nn.Module | None = None) -> nn.Module:
     """Load the student from a folder, in evaluation mode. Nothing is unpickled.
 
     Args:

@@ -12,6 +12,7 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import fastai
 import torch
@@ -68,7 +69,7 @@ class Exported:
     facts: dict = field(default_factory=dict)
     report: Report | None = None
 
-    def __str__(self):
+    def __str__(self) -> str:
         out = (
             f'{self.path}: {self.bytes / 1e6:.2f} MB; largest difference from the Learner {self.difference:.2g} '
             f'({self.samples} validation samples)'
@@ -97,7 +98,7 @@ class LogitsOnly(nn.Module):
         self.model, self.task = model, task
         self.register_buffer('temperature', temperature)
 
-    def forward(self, *x, **kwargs):
+    def forward(self, *x, **kwargs: Any):
         raw = self.model(*x, **kwargs)
         # subtle: return a tensor unchanged, because tensors have a special class during tracing
         logits = (
@@ -119,7 +120,7 @@ def tempered(logits: Tensor, temperature: Tensor, task: Task | None) -> Tensor:
     return logits / temperature
 
 
-def check_learner(learn, name):
+def check_learner(learn, name) -> None:
     """Raise a DistillError if `learn` is a bare model. The export needs a Learner."""
     if not isinstance(learn, Learner):
         raise DistillError(
@@ -367,7 +368,7 @@ def program_of(model, x):
         ) from e
 
 
-def write_program(model, x, path, facts):
+def write_program(model, x, path, facts) -> None:
     program = program_of(model, x)
     with open(path, 'wb') as f:  # subtle: torch.export only accepts paths that end in .pt2
         torch.export.save(program, f, extra_files={f'{FACTS}.json': json.dumps(facts)})
@@ -378,7 +379,7 @@ def read_program(path):
         return torch.export.load(f)
 
 
-def write_onnx(model, x, path, facts):
+def write_onnx(model, x, path, facts) -> None:
     try:
         import onnx  # noqa: F401
         import onnxscript  # noqa: F401 (the exporter needs it)
@@ -417,7 +418,7 @@ def with_named_batch(model):
     return model
 
 
-def add_facts(model, facts, path):
+def add_facts(model, facts, path) -> None:
     import onnx
 
     del model.metadata_props[:]  # remove the metadata that the exporter wrote
@@ -429,7 +430,7 @@ WRITERS = {'.onnx': write_onnx, '.pt2': write_program}
 LOADERS = {'.onnx': Onnx, '.pt2': read_program}
 
 
-def quantize(path, batches, facts, learned=False):
+def quantize(path, batches, facts, learned=False) -> None:
     """Replace an ONNX file with its int8 version.
 
     A file with learned scales is only optimized, so that its weights are stored in int8 instead of

@@ -1,5 +1,8 @@
 """Define `TeacherBlock`, which adds a teacher's outputs to a DataBlock next to the labels."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import numpy as np
 import torch
 from fastai.basics import ItemTransform, TransformBlock
@@ -21,7 +24,7 @@ class ToTeacherTarget(ItemTransform):
     _retain, order = False, 1
     makes_teacher_target = True
 
-    def __new__(cls, *args, **kwargs):  # also called when an object is unpickled or copied
+    def __new__(cls, *args, **kwargs: Any):  # also called when an object is unpickled or copied
         patch_for_targets()
         return super().__new__(cls)
 
@@ -76,7 +79,9 @@ class TeacherBlock(TransformBlock):
 
     holds_teacher = True
 
-    def __init__(self, given: str = 'logits', n_out: int | None = None, vocab=None):
+    def __init__(
+        self, given: str = 'logits', n_out: int | None = None, vocab: Sequence | None = None
+    ):
         if given not in GIVEN:
             raise DistillError(
                 f'TeacherBlock(given={given!r}): must be {" or ".join(map(repr, GIVEN))}.'

@@ -1,13 +1,17 @@
 """Check a teacher and a Learner before training for mistakes that training would not report."""
 
+from collections.abc import Callable
 from contextlib import closing
 from types import SimpleNamespace
+from typing import Any
 
+from fastai.basics import DataLoaders, Learner
 from fastai.data.transforms import Normalize
 from torch.nn.parameter import is_lazy
 
 from ..base.distributed import counted_as_one
 from ..base.outputs import DistillError
+from ..base.task import Task
 from ..checks.class_order import map_classes
 from ..checks.findings import Finding, Findings, few_names
 from ..checks.shared_parameters import none_shared, shared_parameters
@@ -15,6 +19,7 @@ from ..checks.teacher_outputs import BATCHES, any_outputs, check_outputs, single
 from ..evaluation.checks_table import checks_as_text, html_of_checks, print_checks
 from ..evaluation.text_report import show
 from ..recipes.recipe_text import as_recipe
+from ..recipes.term import Recipe, Term
 from ..teachers.hidden_state import has_reset, why_no_reset
 from .class_names import CODES, different_codes, vocab_of
 from .costs import training_costs
@@ -74,7 +79,7 @@ class TeacherCheck(Findings):
             else ''
         )
 
-    def show(self, console=None):
+    def show(self, console=None) -> None:
         """Show the table as HTML in a notebook, or as text in a terminal.
 
         Args:
@@ -90,7 +95,13 @@ class TeacherCheck(Findings):
 
 
 def check_teacher(
-    learn, teacher, task=None, recipe=None, n: int = BATCHES, output=None, n_epoch: int | None = 10
+    learn: Learner | DataLoaders,
+    teacher: Any,
+    task: Task | None = None,
+    recipe: Term | Recipe | str | dict | None = None,
+    n: int = BATCHES,
+    output: str | int | Callable | None = None,
+    n_epoch: int | None = 10,
 ) -> TeacherCheck:
     """Check a teacher against a Learner.
 
@@ -148,7 +159,7 @@ def weight_shapes(model):
     return sorted(p.shape for p in model.parameters() if not is_lazy(p))
 
 
-def check_optimizer(learn):
+def check_optimizer(learn) -> None:
     """Raise a DistillError if the optimizer would not train the model's current weights.
 
     Pruning, for example, can give layers new weights after the optimizer was created.
