@@ -1,5 +1,6 @@
 "Where a student departs from its teacher: the same distances as in a plain loop, in the order of the items, and shown."
 
+import sys
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest, torch
@@ -103,7 +104,9 @@ def test_the_teachers_class_stands_above_the_students():
     assert [a.get_title() for a in fig.axes if a.get_title()] == wanted
 
 
-def test_texts_are_shown_as_texts(capsys):
+def test_texts_are_shown_as_texts(capsys, monkeypatch):
+    # fastai prints tables only where IPython can't be imported, whether or not another test has imported it
+    monkeypatch.setitem(sys.modules, 'IPython.display', None)
     from fastai.text.all import (
         AWD_LSTM,
         BaseTokenizer,
