@@ -13,6 +13,7 @@ from fastdistill import (
     DistillError,
     DistillWarning,
     Distiller,
+    LinearLogits,
     Outputs,
     Recipe,
     Teacher,
@@ -1156,6 +1157,38 @@ def test_a_share_at_frozen_layers_trains_the_projector_alone():
     out = d(*batch())
     out.total.backward()
     assert out.weights['hint'] == 0.5 and all(p.grad is not None for p in d.own_parameters())
+
+
+FACTORED = {
+    'automatic': None,
+    'kd': kd(),
+    'gradient ratio': Term(losses.kl, grad_ratio=1.0),
+    'fading': Term(losses.kl, grad_ratio=1.0, fade=True),
+    'dist': recipes.dist(grad_ratio=1.0),
+}
+
+
+@pytest.mark.parametrize('recipe', FACTORED.values(), ids=FACTORED)
+def test_a_student_that_returns_factored_logits_is_trained_as_one_that_returns_logits(recipe):
+    class Factored(nn.Module):
+        def __init__(self, factored):
+            super().__init__()
+            self.body, self.head, self.factored = nn.Linear(8, 5), nn.Linear(5, 4), factored
+
+        def forward(self, x):
+            h = self.body(x)
+            whole = LinearLogits(h, self.head.weight, self.head.bias)
+            return Outputs(whole if self.factored else self.head(h))
+
+    ends = []
+    for factored in (True, False):
+        torch.manual_seed(0)
+        d = Distiller(Factored(factored), mlp(16), recipe, check=False)
+        out = d(*batch())
+        out.total.backward()
+        ends.append([out.total.detach(), *[p.grad for p in d.parameters()]])
+    for a, b in zip(*ends):
+        torch.testing.assert_close(a, b)
 
 
 # checkpoints

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..base.class_mapping import taught_part
 from ..base.distributed import of_first, rank
-from ..base.outputs import DistillError, Outputs, as_plain, check_output, warn_of_several
+from ..base.outputs import DistillError, LinearLogits, Outputs, as_plain, check_output, warn_of_several
 from ..base.random_state import RandomGuard
 from ..base.task import labels_loss, task_for
 from ..checks.findings import Findings
@@ -346,6 +346,8 @@ class Head(RecipeLoss):
         """Return the loss of a batch, including the task loss of this head."""
         # check this first: an error of the task loss would not say what to do
         self.check_first(student, teacher, targets)
+        if targets and isinstance(student.logits, LinearLogits):
+            student = replace(student, logits=student.logits.dense())  # the task loss needs them
         task, targets = self.task_and_targets(x, student.logits, targets)
         return self.compute(student, teacher, task, targets, progress=progress)
 

@@ -2,14 +2,14 @@
 
 import warnings
 from collections.abc import Mapping, Sequence, Set
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from ..base.distributed import rank
-from ..base.outputs import DistillError, DistillWarning, Outputs, as_plain
+from ..base.outputs import DistillError, DistillWarning, LinearLogits, Outputs, as_plain
 from ..base.task import Task
 from .batch_tensors import Batch, all_classes, blend, of_all_processes, zero_loss
 from .gradient_balance import GradientRatios
@@ -114,6 +114,13 @@ class RecipeLoss(nn.Module):
             if not torch.is_grad_enabled() or t.weight_at(progress) != 0
         ]
 
+    def takes_factors(self, term: Any, logits: Any) -> bool:
+        """Return False if a term needs all logits of a student that returned `LinearLogits`."""
+        if not isinstance(logits, LinearLogits) or term.layers is not None:
+            return True
+        last = self.task.kind == 'softmax' and self.task.axis % logits.dim() == logits.dim() - 1
+        return last and term.positionwise and not term.has_grad_ratio
+
     def check_first(self, student: Outputs, teacher: Outputs | None, targets: Sequence) -> None:
         """Raise an error for mistakes that are visible in the first batches."""
 
@@ -152,6 +159,8 @@ class RecipeLoss(nn.Module):
                 'Pass what teacher_outputs() returned.'
             )
         self.check_first(student, teacher, targets)
+        if not all(self.takes_factors(t, student.logits) for t in terms):
+            student = replace(student, logits=student.logits.dense())
         known: Any = all_classes(teacher, student)
         others, lam = mixed or ((), None)
         b = Batch(student, known, tuple(targets), others, lam, self.task, progress)
