@@ -199,6 +199,15 @@ def test_int8_is_smaller_and_its_cost_is_measured(normalized, onnx_file, tmp_pat
     assert 'accuracy' in str(e) and 'significant' in str(e)
 
 
+def test_int8_with_a_temperature_is_compared_with_the_same_temperature(normalized, tmp_path):
+    e = export_student(normalized, tmp_path / 's.onnx', int8=True, temperature=5.0)
+    o, y = map(torch.cat, zip(*answers(normalized.model, normalized.dls.valid)))
+    nll = torch.nn.functional.cross_entropy(o / 5, y).item()
+    assert e.report.models['float32'].measures['nll'].value == pytest.approx(nll, rel=1e-4)
+    assert e.report.models['int8'].measures['nll'].value == pytest.approx(nll, rel=0.02)
+    assert e.report.models['float32'].metrics.keys() == {'accuracy'}
+
+
 def test_a_recurrent_student_is_refused_and_as_before(tmp_path):
     student, _ = pair('text_classifier')
     was = snapshot(student.model)

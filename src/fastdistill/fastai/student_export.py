@@ -187,9 +187,14 @@ def export_student(
             quantize(tmp, batches[:calibration], facts, learned=quantized)
         there = Teacher(LOADERS[path.suffix](tmp))
         difference, count = compared(learn, there, path, batches[:n], None if int8 else CLOSE, T)
-    report = (
-        compare({'float32': learn, 'int8': str(path)}, seconds=0, progress=False) if int8 else None
-    )
+    report = None
+    if int8:
+        float32, data = learn, {}
+        if T is not None:
+            float32 = LogitsOnly(learn.model, T, task_of(learn.loss_func))
+            data = dict(dls=learn.dls, loss_func=learn.loss_func, metrics=learn.metrics)
+        both = dict(float32=float32, int8=str(path))
+        report = compare(both, seconds=0, progress=False, **data)
     return Exported(path, path.stat().st_size, difference, count, facts, report)
 
 
