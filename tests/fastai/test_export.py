@@ -16,7 +16,7 @@ from apps import (
     snapshot,
     vision,
 )
-from fastai.basics import BCEWithLogitsLossFlat, DataLoaders, Learner, accuracy
+from fastai.basics import BCEWithLogitsLossFlat, DataLoaders, Learner, accuracy, load_learner
 from fastai.vision.all import CategoryBlock, imagenet_stats
 from fastdistill.fastai import (
     DistillError,
@@ -339,6 +339,13 @@ def test_a_damaged_file_of_a_saved_student_is_named(name, content, normalized, t
 def test_a_report_of_a_different_type_is_refused(normalized, tmp_path):
     with pytest.raises(DistillError, match='report is of type str: it must be a Report'):
         save_student(normalized, tmp_path / 'a', 'report')
+    assert not (tmp_path / 'a').exists()
+
+
+def test_a_student_without_data_is_refused_and_leaves_no_folder(normalized, tmp_path):
+    normalized.export(tmp_path / 'student.pkl')
+    with pytest.raises(DistillError):
+        save_student(load_learner(tmp_path / 'student.pkl'), tmp_path / 'a')
     assert not (tmp_path / 'a').exists()
 
 

@@ -501,6 +501,13 @@ def test_labels_each_by_itself():
     np.testing.assert_allclose(ask(one), one.predict_proba(x)[:, 1:], atol=1e-6)
 
 
+@pytest.mark.parametrize('make', [LogisticRegression, RandomForestClassifier])
+def test_an_estimator_that_is_not_fitted_is_refused(make):
+    x, y = torch.randn(8, 4), torch.randint(3, (8,))
+    with pytest.raises(DistillError, match=f'{make.__name__} is not fitted.*Call its fit'):
+        Distiller(torch.nn.Linear(4, 3), make(), kd())(x, y)
+
+
 def test_what_no_estimator_can_teach():
     x, y = numbers()
     several = RandomForestClassifier(3).fit(x, np.stack([y, y], 1))

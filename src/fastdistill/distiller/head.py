@@ -10,7 +10,14 @@ from torch import Tensor, nn
 
 from ..base.class_mapping import taught_part
 from ..base.distributed import of_first, rank
-from ..base.outputs import DistillError, LinearLogits, Outputs, as_plain, check_output, warn_of_several
+from ..base.outputs import (
+    DistillError,
+    LinearLogits,
+    Outputs,
+    as_plain,
+    check_output,
+    warn_of_several,
+)
 from ..base.random_state import RandomGuard
 from ..base.task import labels_loss, task_for
 from ..checks.findings import Findings

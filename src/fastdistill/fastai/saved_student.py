@@ -80,14 +80,14 @@ def save_student(
             f'report is of type {type(report).__name__}: it must be a Report from compare.'
         )
     folder = Path(folder)
-    with file_errors(f"{folder} can't be the folder of a student"):
-        folder.mkdir(parents=True, exist_ok=True)
     check_own_files(folder)
     facts = facts_of(learn, validation_inputs(learn, 1)[0]) | dict(
         network=type(learn.model).__name__,
         temperature=temperature,
         parameters=sum(p.numel() for p in learn.model.parameters()),
     )
+    with file_errors(f"{folder} can't be the folder of a student"):
+        folder.mkdir(parents=True, exist_ok=True)
     # files of a student that was saved before don't belong to the new weights
     for name in ('student.onnx', 'report.json', 'README.md'):
         (folder / name).unlink(missing_ok=True)

@@ -160,7 +160,7 @@ class RecipeLoss(nn.Module):
             )
         self.check_first(student, teacher, targets)
         if not all(self.takes_factors(t, student.logits) for t in terms):
-            student = replace(student, logits=student.logits.dense())
+            student = replace(student, logits=cast(LinearLogits, student.logits).dense())
         known: Any = all_classes(teacher, student)
         others, lam = mixed or ((), None)
         b = Batch(student, known, tuple(targets), others, lam, self.task, progress)

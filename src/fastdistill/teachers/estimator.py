@@ -121,9 +121,17 @@ class Estimator:
         Args:
             rows: A table or an array.
         """
-        given = dict(softmax=self._classes, sigmoid=self._labels, regression=self._numbers)[
-            self.kind
-        ](rows)
+        read = dict(softmax=self._classes, sigmoid=self._labels, regression=self._numbers)
+        try:
+            given = read[self.kind](rows)
+        except Exception as e:
+            # subtle: scikit-learn, LightGBM and XGBoost raise a subclass of scikit-learn's error
+            if not any(c.__name__ == 'NotFittedError' for c in type(e).__mro__):
+                raise
+            raise DistillError(
+                f'The teacher {self.__name__} is not fitted, so it predicts nothing. Call its fit '
+                'with the training data first.'
+            ) from e
         # copy the array, which may be read-only
         return torch.from_numpy(np.array(given, dtype=np.float64)).float()
 
