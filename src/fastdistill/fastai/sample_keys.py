@@ -120,7 +120,8 @@ def keys_of_table(table, index: bool = False):
     try:
         return pd.util.hash_pandas_object(table, index=index).to_numpy(np.uint64)
     except TypeError:  # cells that contain lists can't be hashed
-        return keys_of((table.reset_index() if index else table).to_numpy())
+        rows = table.to_numpy()
+        return keys_of([*zip(table.index, rows)] if index else rows)
 
 
 def input_columns(dataset, table):
@@ -141,8 +142,8 @@ def input_columns(dataset, table):
     table = table[list(dict.fromkeys(column_name(table, c) for c in names))]
     # the codes of categories depend on which categories the other rows have
     classes = getattr(dataset, 'classes', {}) if hasattr(dataset, 'cat_names') else {}
-    return table.assign(
-        **{c: np.array([*map(str, classes[c])])[table[c]] for c in table if c in classes}
+    return table.apply(
+        lambda o: np.array([*map(str, classes[o.name])])[o] if o.name in classes else o
     )
 
 
