@@ -524,6 +524,7 @@ def test_a_teacher_that_is_worse_than_the_student_is_a_warning_with_both_numbers
     )
     facts = check(bad, x, y, student=good).facts
     assert f'{facts.teacher_score:.3f} and {facts.student_score:.3f} on 512' in str(f)
+    assert 'train the teacher longer or use a larger one' in str(f)
     assert check(good, x, y, student=bad) == []
     x, y = rows(64)
     slightly = linear(

@@ -1,6 +1,6 @@
 "A student as a file: the same outputs in a process without fastai, any batch size, and everything a user must know inside."
 
-import copy, importlib, json, subprocess, sys, zipfile
+import copy, importlib, json, subprocess, sys, warnings, zipfile
 from pathlib import Path
 import numpy as np
 import pytest, torch
@@ -20,6 +20,7 @@ from fastai.basics import BCEWithLogitsLossFlat, DataLoaders, Learner, accuracy,
 from fastai.vision.all import CategoryBlock, imagenet_stats
 from fastdistill.fastai import (
     DistillError,
+    DistillWarning,
     Report,
     Teacher,
     compare,
@@ -157,7 +158,9 @@ def test_what_is_reported_is_what_was_measured(normalized, onnx_file):
 
 def test_a_program_of_torch_export_needs_only_torch(normalized, tmp_path):
     was = snapshot(normalized.model)
-    e = export_student(normalized, tmp_path / 's.pt2')
+    with warnings.catch_warnings():
+        warnings.simplefilter('error', DistillWarning)
+        e = export_student(normalized, tmp_path / 's.pt2')
     assert same(was, snapshot(normalized.model))
     (x,) = batch(normalized)
     extra = {'fastdistill.json': ''}

@@ -100,6 +100,12 @@ IF_SWAPPED = (
 )
 
 
+IF_WEAK = (
+    'train the teacher longer or use a larger one, let its part fade out (recipe=None, or a '
+    'grad_ratio with fade=True), or train the student on the labels only'
+)
+
+
 def student_is_better(tally: Tally, **margin: float) -> bool:
     """Return True if the student is already significantly better than the teacher.
 
@@ -121,13 +127,13 @@ def no_better_than_student(tally: Tally) -> Iterator[Finding]:
             'warning',
             f'The teacher is worse than the student is now: {scores}',
             f'{IF_SWAPPED}is it the right teacher, with all its weights, and does it get its own '
-            'preprocessing?',
+            f'preprocessing? If so: {IF_WEAK}',
         )
     elif not tally.above(teacher, student, least=0.0, sure=LEADS):
         yield Finding(
             'note',
             f'The teacher is not significantly better than the student is now: {scores}',
-            'Such a teacher has little to teach. On more items, it may turn out better',
+            f'On more items, it may turn out better. Otherwise, {IF_WEAK}',
         )
 
 
