@@ -18,6 +18,7 @@ from apps import (
 )
 from fastai.basics import BCEWithLogitsLossFlat, DataLoaders, Learner, accuracy, load_learner
 from fastai.vision.all import CategoryBlock, imagenet_stats
+from fastdistill.base.outputs import as_plain
 from fastdistill.fastai import (
     DistillError,
     DistillWarning,
@@ -169,6 +170,18 @@ def test_a_program_of_torch_export_needs_only_torch(normalized, tmp_path):
     wanted = answers(normalized.model, normalized.dls.valid)[0][0]
     for n in (1, 3, 16):
         assert torch.allclose(run(torch.tensor(x[:n])), wanted[:n], atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    'name, int8', [('s.pt2', False), ('s.onnx', False), ('s.onnx', True)], ids=str
+)
+def test_a_file_holds_no_samples_of_the_data(normalized, tmp_path, name, int8):
+    content = export_student(normalized, tmp_path / name, int8=int8).path.read_bytes()
+    for x in normalized.dls.valid:
+        for image in as_plain(x[0]).numpy():
+            assert image[0, 0].tobytes() not in content
+    weights = sum(p.numel() * p.element_size() for p in normalized.model.parameters())
+    assert len(content) < weights + 100_000
 
 
 @pytest.mark.parametrize('name', ['unet', 'tabular'])
