@@ -1,6 +1,6 @@
 "Several heads in one Learner, each with its own teacher."
 
-import copy
+import copy, sys
 import pandas as pd
 import pytest, torch
 import torch.nn.functional as F
@@ -909,7 +909,9 @@ def test_inputs_without_labels_are_taught_by_stored_outputs_alone(tmp_path):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
-def test_disagreements_are_those_of_each_head(capsys):
+def test_disagreements_are_those_of_each_head(capsys, monkeypatch):
+    # fastai prints tables only where IPython can't be imported
+    monkeypatch.setitem(sys.modules, 'IPython.display', None)
     learn, t = learner(), teachers()
     learn.dls = named_dls()
     found = DistillInterpretation.from_learner(learn, t)
