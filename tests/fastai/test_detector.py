@@ -2,13 +2,18 @@
 
 import numpy as np
 import pytest, torch
-import apps  # noqa: F401 (before the rest of fastai: it keeps its warnings quiet)
+import apps  # before the rest of fastai: it keeps its warnings quiet
 from detectors import batch, detector, fastai_loaders
 from fastai.vision.all import Normalize
 from fastdistill.recipes import pkd
 from fastdistill.base.outputs import DistillError
 from fastdistill.detection import validation_losses
-from fastdistill.fastai.detector import DetectorLearner, MeanAveragePrecision, images_and_targets
+from fastdistill.fastai.detector import (
+    DetectorDistillation,
+    DetectorLearner,
+    MeanAveragePrecision,
+    images_and_targets,
+)
 
 IMAGES, TARGETS = batch(8, seed=4)
 
@@ -57,6 +62,23 @@ def test_a_learner_distills_and_leaves_nothing_behind():
     assert cb.distiller.ratios['pkd'].measured == 2
     # the projectors learn too: the scale of their batch norm begins at 1
     assert (cb.distiller.links['pkd'][0].projector.map[1].weight != 1).any()
+
+
+@pytest.mark.filterwarnings(*apps.FASTAI_WARNINGS, 'ignore:numpy.core:DeprecationWarning')
+def test_lr_find_leaves_the_projectors_and_measured_norms_as_they_were():
+    learn, teacher = learner('SSD'), detector('RetinaNet', width=12, seed=1)
+    cb = DetectorDistillation(teacher, pkd(grad_ratio=0.5), check=False)
+    find = lambda: learn.lr_find(num_it=3, show_plot=False, suggest_funcs=None)
+    with learn.no_bar(), learn.no_logging(), learn.added_cbs(cb):
+        find()
+        assert cb.distiller is None
+        learn.fit(1, 1e-3)
+        d, before = cb.distiller, {k: v.clone() for k, v in cb.distiller.links.state_dict().items()}
+        assert d.ratios['pkd'].measured == 2
+        find()
+    assert cb.distiller is d
+    assert d.ratios['pkd'].measured == 2
+    assert all(torch.equal(v, before[k]) for k, v in d.links.state_dict().items())
 
 
 def test_weight_0_trains_bit_for_bit_as_without_a_teacher():

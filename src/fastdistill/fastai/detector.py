@@ -143,16 +143,19 @@ class DetectorDistillation(Callback):
         super().__init__()
         self.teacher = teacher.model if isinstance(teacher, Learner) else teacher
         self.recipe, self.size, self.check = recipe, size, check
-        self.distiller = self.opt_of_projectors = None
+        self.distiller = self.opt_of_projectors = self.before_finder = None
         self.stack = ExitStack()
 
     def before_fit(self) -> None:
+        if hasattr(self.learn, 'lr_finder'):  # it trains until the loss diverges
+            self.before_finder = self.distiller, self.opt_of_projectors
+            self.distiller = None
         if self.distiller is None or self.distiller.student is not self.model:
             self.distiller = DetectionDistiller(
                 self.model, self.teacher, self.recipe, size=self.size, check=self.check
             )
             self.opt_of_projectors = None
-            if self.check and len(self.dls.loaders) > 1:
+            if self.check and self.before_finder is None and len(self.dls.loaders) > 1:
                 batches = ((b[: self.dls.n_inp], b[self.dls.n_inp :]) for b in self.dls.valid)
                 pairs = (images_and_targets(x, y) for x, y in batches)
                 self.distiller.check_batches((x, (y,)) for x, y in pairs).enforce()
@@ -194,6 +197,8 @@ class DetectorDistillation(Callback):
         self.stack.close()
         if self.distiller is not None:
             self.distiller.teacher.stop()
+        if self.before_finder is not None:
+            (self.distiller, self.opt_of_projectors), self.before_finder = self.before_finder, None
 
 
 class DetectorLearner(Learner):
