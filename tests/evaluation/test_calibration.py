@@ -251,3 +251,13 @@ def test_a_report_says_that_probabilities_became_worse_although_the_predictions_
     assert 'calibrate()' in str(r)
     r = measured(dict(alone=alone, student=student / 10), y, Task('softmax'), baseline='alone')
     assert 'probabilities are worse' not in str(r)
+
+
+@pytest.mark.parametrize('scale, how', [(20.0, 'overconfident'), (0.1, 'underconfident')])
+def test_worse_probabilities_are_called_what_they_are(scale, how):
+    y = torch.arange(5).repeat(80)
+    guess = torch.where(torch.arange(400) % 4 > 0, y, (y + 1) % 5)  # 75% are right
+    alone = 2.0 * F.one_hot(guess, 5)
+    r = measured(dict(alone=alone, student=alone / 2 * scale), y, Task('softmax'), baseline='alone')
+    top = (alone / 2 * scale).softmax(1).amax(1).mean().item()
+    assert f'it is {how}: mean confidence {100 * top:.1f}%, accuracy 75.0%' in str(r)

@@ -120,10 +120,10 @@ def sentences(c: Comparison, report: ReportData) -> str:
         first = f'The difference between {c.model} and {c.against} is not significant: {numbers} {tested}.'
     else:
         first = f'{c.model} is {verdict} than {c.against}: {numbers} {tested}.'
-    return first + lead(c, report) + overconfidence(c, report) + uselessness(c, report)
+    return first + lead(c, report) + worse_probabilities(c, report) + uselessness(c, report)
 
 
-def overconfidence(c: Comparison, report: ReportData) -> str:
+def worse_probabilities(c: Comparison, report: ReportData) -> str:
     """Return a sentence if the probabilities are worse although the predictions are not. Otherwise
     return ''.
     """
@@ -137,8 +137,22 @@ def overconfidence(c: Comparison, report: ReportData) -> str:
         for n in (c.model, c.against)
     )
     return (
-        f' Its probabilities are worse: NLL {a} and {b}. If you use them, call calibrate() on its '
-        'Learner.'
+        f' Its probabilities are worse: NLL {a} and {b}.{confidence(c.model, report)} If you use them, call '
+        'calibrate() on its Learner.'
+    )
+
+
+def confidence(model: str, report: ReportData) -> str:
+    """Describe whether a model is overconfident or underconfident on average. Return '' if it does
+    not predict one class.
+    """
+    b = report.models[model].reliability
+    if report.task != 'softmax' or not b or not sum(b['count']):
+        return ''
+    top, right = (sum(b[k]) / sum(b['count']) for k in ('confidence', 'right'))
+    return (
+        f' On average, it is {"over" if top > right else "under"}confident: mean confidence '
+        f'{percent_text(top)}, accuracy {percent_text(right)}.'
     )
 
 
