@@ -46,6 +46,17 @@ def test_what_is_in_order_has_its_number():
     assert [*got][-4:] == ['step', 'memory', 'cache', '10 epochs']
 
 
+def test_a_student_that_is_larger_than_its_teacher_is_named():
+    small, large = pair('image')
+    row = rows(large.check_teacher(small, n_epoch=None))['parameters']
+    sizes = [f'{sum(p.numel() for p in o.model.parameters()):,}' for o in (large, small)]
+    assert row.level == 'warning'
+    assert (
+        row.what == f'The student is larger than its teacher: {sizes[0]} and {sizes[1]} parameters'
+    )
+    assert rows(small.check_teacher(large, n_epoch=None))['parameters'].level == 'ok'
+
+
 def test_a_normalization_that_both_share_is_shown():
     student, teacher = apps.quiet(
         *apps.image(batch_tfms=Normalize.from_stats([0.5] * 3, [0.25] * 3, cuda=False))

@@ -1,4 +1,4 @@
-"""Check that the student and the teacher do not share parameters."""
+"""Check that the student and the teacher do not share parameters, and compare their numbers."""
 
 from collections.abc import Iterator
 
@@ -8,7 +8,7 @@ from torch.nn import Module
 from ..teachers.teacher import Teacher
 from .findings import Finding, few_names
 
-__all__ = ['none_shared', 'parameter_ids', 'shared_parameters']
+__all__ = ['larger_student', 'none_shared', 'parameter_ids', 'shared_parameters']
 
 
 def shared_parameters(student: Module | None, teacher: Teacher) -> Iterator[Finding]:
@@ -39,9 +39,27 @@ def parameter_ids(teacher: Teacher) -> set[int]:
     return {id(p) for m in modules for p in m.parameters()}
 
 
+def numbers_of_parameters(student: Module | None, teacher: Teacher) -> tuple[int, int] | None:
+    """Return the number of parameters of the student and of the teacher. None if one is unknown."""
+    if student is None or not parameter_ids(teacher):
+        return None
+    n = sum({id(p): p.numel() for m in teacher.modules for p in m.parameters()}.values())
+    return sum(p.numel() for p in student.parameters()), n
+
+
 def none_shared(student: Module | None, teacher: Teacher) -> str:
     """Describe a check that found no shared parameters. Empty if no parameters were compared."""
-    if student is None or not parameter_ids(teacher):
+    if (found := numbers_of_parameters(student, teacher)) is None:
         return ''
-    n = sum({id(p): p.numel() for m in teacher.modules for p in m.parameters()}.values())
-    return f'{sum(p.numel() for p in student.parameters()):,} of the student, {n:,} of the teacher, none shared'
+    return f'{found[0]:,} of the student, {found[1]:,} of the teacher, none shared'
+
+
+def larger_student(student: Module | None, teacher: Teacher) -> Iterator[Finding]:
+    """Yield a finding if the student has more parameters than the teacher."""
+    s, t = numbers_of_parameters(student, teacher) or (0, 0)
+    if s > t:
+        yield Finding(
+            'warning',
+            f'The student is larger than its teacher: {s:,} and {t:,} parameters',
+            'Are the two models in the right order? Distillation usually trains a smaller model',
+        )

@@ -164,6 +164,11 @@ def sheet_of_agreement(r: ReportData) -> Sheet:
     right = next((r.models[n].agreement.get('teacher_right') for n in names), None)
     if right is not None:
         s.note = f'{r.teacher} is right in {percent_text(right)} of all predictions.'
+    if any(k in r.models[n].agreement for n in names for k in ('kl', 'reverse_kl')):
+        s.note += (
+            ' The loss `dist` ignores the scale of the logits, so it need not improve KL and NLL.'
+        )
+        s.note = s.note.strip()
     return s
 
 

@@ -33,8 +33,8 @@ class DistillInterpretation(Interpretation):
     """
 
     # Set by `from_learner`. `student` and `teacher` are `Teacher` objects for both models. `head`
-    # is the head to show.
-    student = teacher = head = None
+    # is the head to show. `differ` is True for items for which both predict different classes.
+    student = teacher = head = differ = None
 
     @classmethod
     def from_learner(
@@ -82,13 +82,16 @@ class DistillInterpretation(Interpretation):
         view = learn if head.output is None else head.of(learn)
         check_same_codes(teacher, view.dls, task, 'The teacher')
         student = teacher_of(learn, view, task, run=AS_IT_IS, **own)
-        out = cls(learn, dl, disagreements(learn, dl, student, teacher, task, head), act)
-        out.student, out.teacher = student, teacher
+        distances, differ = disagreements(learn, dl, student, teacher, task, head)
+        out = cls(learn, dl, distances, act)
+        out.student, out.teacher, out.differ = student, teacher, differ
         out.head = head if head.name else None
         return out
 
     def show_disagreements(self, k: int = 9, largest: bool = True, **kwargs: Any) -> None:
-        """Show items with fastai's `show_results`. The teacher's prediction replaces the label.
+        """Show items with fastai's `show_results`. The teacher's prediction replaces the label. Items
+        for which both models predict different classes come first, those with the largest distance
+        before the others.
 
         With several heads, a plain grid or table shows the items with the predictions of both
         models.
@@ -99,7 +102,10 @@ class DistillInterpretation(Interpretation):
                 which both models agree most.
             **kwargs: Options of fastai's `show_results`.
         """
-        _, idxs = self.top_losses(min(k, len(self.losses)), largest)
+        idxs = self.losses.argsort(descending=largest, stable=True)
+        if largest:
+            idxs = idxs[self.differ[idxs].int().argsort(descending=True, stable=True)]
+        idxs = idxs[:k]
         if self.head is not None:
             show_rows(list(self._rows_of_head(idxs.tolist())))
             name_both()
@@ -138,13 +144,13 @@ class DistillInterpretation(Interpretation):
 
 
 def disagreements(learn, dl, student, teacher, task, head):
-    """Return the distance between the predictions of both models, (n,), in the order of the
-    items.
+    """Return (distance between the predictions of both models, whether the predicted classes
+    differ), both (n,), in the order of the items.
     """
     idxs = dl.get_idxs() if hasattr(dl, 'get_idxs') else None
     if idxs is not None:
         dl = dl.new(get_idxs=lambda: idxs)
-    ds = []
+    found = []
     with restored(dl), guarded_random_state(), ExitStack() as stack:
         for m in (student, teacher):
             stack.enter_context(m)
@@ -152,11 +158,21 @@ def disagreements(learn, dl, student, teacher, task, head):
             x, y = split_batch(learn, b)
             for m in (student, teacher):
                 m.reset()
-            ds.append(
-                distance(student(*x).logits, teacher(*x).logits, task, y and head.labels(y)).cpu()
-            )
-    ds = torch.cat(ds)
-    return ds if idxs is None else ds[torch.tensor(L(idxs)).argsort()]
+            s, t = student(*x).logits, teacher(*x).logits
+            d = distance(s, t, task, y and head.labels(y))
+            found.append((d.cpu(), different(s, t, task).cpu()))
+    both = [torch.cat(o) for o in zip(*found)]
+    return both if idxs is None else [o[torch.tensor(L(idxs)).argsort()] for o in both]
+
+
+def different(s, t, task):
+    """Return True for each item, (B,), for which both models predict different classes."""
+    if task.kind == 'regression':
+        return torch.zeros(len(s), dtype=torch.bool, device=s.device)
+    a, b = (
+        o > 0 if task.kind == 'sigmoid' else o.argmax(task.axis) for o in (s, t.reshape(s.shape))
+    )
+    return (a != b).reshape(len(s), -1).any(1)
 
 
 def distance(s, t, task, y=()):

@@ -14,7 +14,7 @@ from ..base.outputs import DistillError
 from ..base.task import Task
 from ..checks.class_order import map_classes
 from ..checks.findings import Finding, Findings, few_names
-from ..checks.shared_parameters import none_shared, shared_parameters
+from ..checks.shared_parameters import larger_student, none_shared, shared_parameters
 from ..checks.teacher_outputs import BATCHES, any_outputs, check_outputs, single_teachers
 from ..evaluation.checks_table import checks_as_text, html_of_checks, print_checks
 from ..evaluation.text_report import show
@@ -132,6 +132,8 @@ def check_teacher(
             out.costs, out.cost_lines = costs_of_check(
                 learn, teacher, task, recipe, output, n_epoch
             )
+    # subtle: added last, because this is no reason for a different recipe
+    out.add('parameters', larger_student(learn.model, teacher))
     out.title = f'{teacher.name} as a teacher' + (
         '' if learn.model is None else f' of {type(learn.model).__name__}'
     )
