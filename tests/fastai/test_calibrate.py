@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import apps
+from fastai.basics import load_learner
 from fastdistill import DistillError
 from fastdistill.fastai import *
 
@@ -47,3 +48,13 @@ def test_data_other_than_the_validation_set_may_be_given():
 def test_numbers_are_not_calibrated():
     with pytest.raises(DistillError, match='predicts numbers'):
         apps.points()[0].calibrate()
+
+
+@pytest.mark.filterwarnings('ignore:load_learner')
+def test_an_exported_learner_is_calibrated_on_given_data(tmp_path):
+    learn = apps.image()[0]
+    learn.export(tmp_path / 's.pkl')
+    exported = load_learner(tmp_path / 's.pkl')
+    with pytest.raises(DistillError, match=r'An exported Learner holds no data: give .* dl='):
+        exported.calibrate()
+    assert exported.calibrate(dl=learn.dls.valid).n == len(learn.dls.valid_ds)

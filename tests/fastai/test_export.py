@@ -17,7 +17,22 @@ from apps import (
     vision,
 )
 from fastai.basics import BCEWithLogitsLossFlat, DataLoaders, Learner, accuracy, load_learner
-from fastai.vision.all import CategoryBlock, imagenet_stats
+from fastai.vision.all import (
+    CategoryBlock,
+    CrossEntropyLossFlat,
+    DataBlock,
+    Flip,
+    Image,
+    ImageBlock,
+    IndexSplitter,
+    ItemTransform,
+    PILImageBW,
+    RandomResizedCrop,
+    Resize,
+    aug_transforms,
+    imagenet_stats,
+)
+from onnxruntime import InferenceSession
 from fastdistill.base.outputs import as_plain
 from fastdistill.fastai import (
     DistillError,
@@ -235,6 +250,8 @@ def test_a_recurrent_student_is_refused_and_as_before(tmp_path):
 def test_mistakes_are_named(normalized, tmp_path):
     with pytest.raises(DistillError, match='the suffix must be .onnx or .pt2'):
         export_student(normalized, tmp_path / 's.pth')
+    with pytest.raises(DistillError, match='such as TFLite or Core ML, export one of these'):
+        export_student(normalized, tmp_path / 's.tflite')
     with pytest.raises(DistillError, match='int8=True needs an .onnx'):
         export_student(normalized, tmp_path / 's.pt2', int8=True)
 
@@ -401,16 +418,109 @@ def test_no_network_or_report_of_a_former_student_stays_beside_new_weights(
         assert torch.allclose(again(x), learn.model.eval()(x) / 2, atol=1e-6)
 
 
-def test_the_cards_code_runs(normalized, saved, monkeypatch):
-    folder, _ = saved
+def test_the_cards_code_for_samples_that_are_not_images_runs(tmp_path, monkeypatch):
+    student, _ = pair('tabular')
+    folder = save_student(student, tmp_path / 'out')
     code = (folder / 'README.md').read_text().split('```python\n')[1].split('```')[0]
     monkeypatch.chdir(folder)
-    (x,) = batch(normalized)
-    space = dict(x=x)
+    space = {f'x{i}': x for i, x in enumerate(batch(student))}
     exec(code, space)
-    assert np.allclose(
-        space['logits'], answers(normalized.model, normalized.dls.valid)[0][0], atol=1e-4
+    wanted = answers(student.model, student.dls.valid)[0][0]
+    assert np.allclose(space['logits'], wanted, atol=1e-4)
+
+
+SIZES = (37, 53), (61, 29), (20, 20), (16, 90)  # of photos; most can't be cropped evenly
+
+
+def photo_student(folder, item_tfms, block=ImageBlock, batch_tfms=None):
+    "An untrained student on photos of several sizes in files, and their paths"
+    g = np.random.default_rng(0)
+    for i, (h, w) in enumerate(SIZES * 2):
+        noise = Image.fromarray(g.integers(0, 256, (5, 7, 3), dtype='uint8'))
+        noise.resize((w, h)).save(folder / f'{i}.png')
+    dls = DataBlock(
+        (block, CategoryBlock(vocab=['red', 'blue'])),
+        get_y=lambda p: ['red', 'blue'][int(p.stem) % 2],
+        splitter=IndexSplitter(range(4, 8)),
+        item_tfms=item_tfms,
+        batch_tfms=batch_tfms,
+    ).dataloaders([folder / f'{i}.png' for i in range(8)], bs=4, num_workers=0)
+    torch.manual_seed(0)
+    channels = dls.one_batch()[0].shape[1]
+    model = torch.nn.Sequential(
+        torch.nn.Conv2d(channels, 8, 3, 2), torch.nn.Flatten(), torch.nn.LazyLinear(2)
     )
+    model(dls.one_batch()[0])
+    return Learner(dls, model, loss_func=CrossEntropyLossFlat()), list(dls.valid.items)
+
+
+@pytest.mark.parametrize(
+    'method, mode',
+    [(m, mode) for m in ('crop', 'squish', 'pad') for mode in ('reflection', 'bw')]
+    + [('pad', 'border'), ('pad', 'zeros')],
+)
+def test_the_cards_code_predicts_as_get_preds_from_photos(tmp_path, monkeypatch, method, mode):
+    pad = 'reflection' if mode == 'bw' else mode
+    learn, paths = photo_student(
+        tmp_path,
+        Resize((16, 24), method, pad_mode=pad, resamples=(Image.Resampling.BICUBIC, 0)),
+        ImageBlock(PILImageBW) if mode == 'bw' else ImageBlock,
+        [Flip(), Normalize.from_stats([0.4], [0.3])] if mode == 'bw' else [Flip()],
+    )
+    folder = save_student(learn, tmp_path / 'student')
+    how = dict(size=[16, 24], method=method, filter='bicubic')
+    assert json.loads((folder / 'config.json').read_text())['resize'] == (
+        how | dict(pad_mode=pad) if method == 'pad' else how
+    )
+    assert f'16 x 24 pixels (height, width): method {method}' in (folder / 'README.md').read_text()
+    code = (folder / 'README.md').read_text().split('```python\n')[1].split('```')[0]
+    monkeypatch.chdir(folder)
+    wanted = learn.get_preds(act=lambda o: o)[0]
+    for path, logits in zip(paths, wanted):
+        (folder / 'photo.jpg').write_bytes(path.read_bytes())
+        exec(code, space := {})
+        assert np.allclose(space['logits'][0], logits, atol=1e-4)
+
+
+def test_the_guides_code_predicts_as_get_preds_from_photos(tmp_path, monkeypatch, capsys):
+    learn, paths = photo_student(
+        tmp_path, Resize((16, 24)), batch_tfms=Normalize.from_stats(*imagenet_stats)
+    )
+    page = Path(__file__).parents[2] / 'docs/guides/deployment.md'
+    code = [b.split('```')[0] for b in page.read_text().split('```python\n')]
+    code = next(b for b in code if 'def prepared(' in b)
+    facts = export_student(learn, tmp_path / 's.onnx').facts
+    space = dict(facts=facts, np=np, session=InferenceSession(tmp_path / 's.onnx'))
+    exec(code, space)
+    assert capsys.readouterr().out.strip() in ('red', 'blue')
+    wanted = learn.get_preds(act=lambda o: o)[0]
+    for path, logits in zip(paths, wanted):
+        (got,) = space['session'].run(['logits'], {'x': space['prepared'](Image.open(path))})
+        assert np.allclose(got[0], logits, atol=1e-4)
+
+
+class Halved(ItemTransform):
+    "A user's own transform"
+
+    def encodes(self, o):
+        return o
+
+
+@pytest.mark.parametrize(
+    'item_tfms, batch_tfms',
+    [
+        (RandomResizedCrop(16), None),
+        (Resize(24), aug_transforms(size=16)),
+        ([Resize(16), Halved()], None),
+    ],
+    ids=['random', 'twice', 'own'],
+)
+@pytest.mark.filterwarnings('ignore:.*holds pickles')
+def test_an_unknown_way_of_resizing_is_called_unknown(tmp_path, item_tfms, batch_tfms):
+    learn, _ = photo_student(tmp_path, item_tfms, batch_tfms=batch_tfms)
+    resize = export_student(learn, tmp_path / 's.pt2').facts['resize']
+    size = list(learn.dls.one_batch()[0].shape[2:])
+    assert resize == dict(size=size, method='unknown', filter='unknown')
 
 
 def test_a_student_that_can_not_be_exported_is_saved_as_weights(tmp_path):

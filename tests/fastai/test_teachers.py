@@ -379,3 +379,14 @@ def test_a_batch_that_is_a_dict_trains_like_the_tensor_in_it(make, capsys):
 
     (a, *says), (b, *also) = run(True), run(False)
     assert all(torch.equal(v, b[k]) for k, v in a.items()) and says == also and 'net.2' in says[1]
+
+
+@pytest.mark.filterwarnings('ignore:.*is a pickle')
+def test_the_folder_of_a_run_stands_for_its_student(tmp_path):
+    "Where Learners are known; a plain Teacher names the file"
+    teacher, student = learner(A), learner(B, seed=1)
+    teacher.export(tmp_path / 'student.pkl')
+    wanted = taught(teacher_of(teacher, student), student)
+    assert torch.equal(taught(teacher_of(str(tmp_path), student), student), wanted)
+    with pytest.raises(DistillError, match=r"the folder of a run.*load_learner\('.*student.pkl'\)"):
+        Teacher(tmp_path)

@@ -137,7 +137,11 @@ def calibrate_model(
             if tick is not None:
                 tick()
     if first is None:
-        raise DistillError('There is no batch to calibrate on: is the validation set empty?')
+        raise DistillError(
+            'There is no batch to calibrate on: the validation set is empty. An exported Learner holds '
+            'no data: give labeled samples that it was not trained on as dl=, such as '
+            'learn.calibrate(dl=dls.valid).'
+        )
     z, y = (torch.from_numpy(np.concatenate(o)) for o in zip(*kept))
     T = fit_temperature(z, y, kind=task.kind)
     out = Calibration(

@@ -37,8 +37,56 @@ session = onnxruntime.InferenceSession('student.onnx')
 logits, = session.run(['logits'], {{{feed}}})
 ```
 
-Inputs are NumPy arrays: {inputs}. {normalization}
+Inputs are NumPy arrays: {inputs}. {images}
 """
+USE_PHOTO = """```python
+import json, pathlib
+import numpy as np, onnxruntime          # neither PyTorch nor fastdistill
+from PIL import Image
+
+facts = json.loads(pathlib.Path('config.json').read_text())
+session = onnxruntime.InferenceSession('student.onnx')
+
+
+def prepared(path):
+    image = Image.open(path).convert('{mode}')
+    h, w = facts['resize']['size']
+{resize}
+    pixels = np.asarray(image, dtype='float32').reshape(h, w, -1) / 255
+    pixels = (pixels - np.float32(facts['normalization']['mean'])) / np.float32(facts['normalization']['std'])
+    return pixels.transpose(2, 0, 1)[None]
+
+
+logits, = session.run(['logits'], {{'x': prepared('photo.jpg')}})
+print({answer})
+```
+
+Inputs are NumPy arrays: {inputs}. {images}
+"""
+# how fastai's Resize prepares a validation image, for each of its methods
+RESIZE = dict(
+    none='    # images keep their size',
+    squish='    image = image.resize((w, h), Image.Resampling.{filter})',
+    crop="""    # cut the middle of the photo, in the shape of the student's images
+    m = min(image.width / w, image.height / h)
+    width, height = int(m * w), int(m * h)
+    left, top = int(0.5 * (image.width - width)), int(0.5 * (image.height - height))
+    image = image.crop((left, top, left + width, top + height))
+    image = image.resize((w, h), Image.Resampling.{filter})""",
+    pad="""    # pad the photo to the shape of the student's images
+    m = max(image.width / w, image.height / h)
+    width, height = int(m * w), int(m * h)
+    left, top = int(0.5 * (width - image.width)), int(0.5 * (height - image.height))
+    sides = (top, height - image.height - top), (left, width - image.width - left)
+    image = np.pad(np.atleast_3d(image), (*sides, (0, 0)), '{pad}').squeeze()
+    image = Image.fromarray(image).resize((w, h), Image.Resampling.{filter})""",
+)
+MODES = {1: 'L', 3: 'RGB'}  # {number of channels: mode of PIL}
+PADS = dict(reflection='reflect', border='edge', zeros='constant')
+ANSWERS = dict(
+    softmax="np.array(facts['classes'])[logits[0].argmax(0)]",
+    sigmoid="[c for c, logit in zip(facts['classes'], logits[0]) if logit > 0]",
+)
 USE_WEIGHTS = """```python
 from fastdistill.fastai import load_student
 
@@ -125,30 +173,35 @@ def check_own_files(folder) -> None:
 
 def card(title, facts, checked, report):
     """Format the model card as Markdown."""
-    n, use = facts['normalization'], USE_WEIGHTS
+    use = USE_WEIGHTS
     if checked is not None:
-        normal = (
-            ''
-            if n is None
-            else (
-                f'Pixels are from 0 to 1; then the mean {n["mean"]} is subtracted, and the '
-                f'result is divided by {n["std"]}.'
+        inputs = ', '.join(
+            f'`{o["name"]}`, {o["dtype"]} of shape ({", ".join(map(str, o["shape"]))})'
+            for o in facts['inputs']
+        )
+        how = facts['resize'] or {}
+        channels = facts['inputs'][0]['shape'][1] if how else 0
+        if how.get('method') in RESIZE and channels in MODES:
+            resize = RESIZE[how['method']].format(
+                filter=how['filter'].upper(), pad=PADS.get(how.get('pad_mode'))
             )
-        )
-        use = USE.format(
-            feed=', '.join(f"'{o['name']}': {o['name']}" for o in facts['inputs']),
-            normalization=normal,
-            inputs=', '.join(
-                f'`{o["name"]}`, {o["dtype"]} of shape ({", ".join(map(str, o["shape"]))})'
-                for o in facts['inputs']
-            ),
-        )
+            answer = ANSWERS.get(facts['task']) if facts['classes'] else None
+            use = USE_PHOTO.format(
+                mode=MODES[channels],
+                resize=resize,
+                answer=answer or 'logits[0]',
+                inputs=inputs,
+                images=images_in_words(facts),
+            )
+        else:
+            feed = ', '.join(f"'{o['name']}': {o['name']}" for o in facts['inputs'])
+            use = USE.format(feed=feed, inputs=inputs, images=images_in_words(facts))
     lines = [
         f'# {title}',
         '',
         f'{facts["network"]} with {facts["parameters"]:,} parameters. Outputs: '
         f'{dict(softmax="logits of classes", sigmoid="logits of labels", regression="numbers")[facts["task"]]}. '
-        'Class names, input shapes and normalization are in `config.json`.',
+        'Class names, input shapes, and how images are resized and normalized are in `config.json`.',
         '',
         '## How to use',
         '',
@@ -161,6 +214,24 @@ def card(title, facts, checked, report):
             '',
         ]
     return '\n'.join(lines if report is None else [*lines, report.to_markdown()])
+
+
+def images_in_words(facts) -> str:
+    """Describe how images become inputs. Return '' if the inputs are not images."""
+    how, n = facts['resize'], facts['normalization']
+    if how is None:
+        return ''
+    h, w = how['size']
+    resized = {
+        'none': f'Images have {h} x {w} pixels (height, width) and are not resized.',
+        'unknown': f'How images are resized to {h} x {w} pixels (height, width) is unknown: prepare them as '
+        'the validation images were.',
+    }
+    known = f'Images are resized to {h} x {w} pixels (height, width): method {how["method"]}, filter {how["filter"]}.'
+    return (
+        f'{resized.get(how["method"], known)} Pixels are from 0 to 1; then the mean {n["mean"]} is '
+        f'subtracted, and the result is divided by {n["std"]}.'
+    )
 
 
 def load_student(folder: str | Path, model: nn.Module | None = None) -> nn.Module:

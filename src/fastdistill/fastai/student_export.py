@@ -34,7 +34,7 @@ from .class_names import vocab_of
 from .compare import compare
 from .probe_batches import prepared, prepared_batches, some_batches
 from .task import task_of
-from .teachers import image_stats
+from .teachers import image_stats, resize_of_images
 
 __all__ = [
     'Exported',
@@ -142,7 +142,7 @@ def export_student(
     """Export the student's network with a variable batch size, and check the file.
 
     The outputs of the file are compared with those of the Learner on real inputs. The input shape,
-    the normalization and the class names are stored in the file as metadata.
+    the class names, and how images are resized and normalized are stored in the file as metadata.
 
     Args:
         learn: Learner of the trained student.
@@ -161,7 +161,10 @@ def export_student(
     T = temperature_tensor(temperature)
     path = Path(path)
     if path.suffix not in WRITERS:
-        raise DistillError(f'{str(path)!r}: the suffix must be {" or ".join(WRITERS)}.')
+        raise DistillError(
+            f'{str(path)!r}: the suffix must be {" or ".join(WRITERS)}. For other formats, such as '
+            'TFLite or Core ML, export one of these and convert it with the tool of that format.'
+        )
     if int8 and path.suffix != '.onnx':
         raise DistillError(
             "int8=True needs an .onnx file: export_student(learn, 'student.onnx', int8=True)"
@@ -352,6 +355,7 @@ def facts_of(learn, x) -> dict:
         classes=names,
         inputs=inputs,
         normalization=dict(mean=stats[0], std=stats[1]) if image else None,
+        resize=resize_of_images(learn.dls, x[0].shape[-2:]) if image else None,
         versions=dict(torch=torch.__version__, fastai=fastai.__version__),
     )
 

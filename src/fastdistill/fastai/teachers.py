@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from fastai.basics import L, Learner, load_learner
-from fastai.data.transforms import Normalize
+from fastai.data.transforms import IntToFloatTensor, Normalize
 from fastai.text.data import SortedDL
 from fastai.vision.augment import (
     AffineCoordTfm,
@@ -13,6 +13,7 @@ from fastai.vision.augment import (
     RandomCrop,
     RandomResizedCrop,
     RandomResizedCropGPU,
+    RatioResize,
     Resize,
 )
 from fastai.vision.core import Image
@@ -28,7 +29,7 @@ from ..checks.findings import few_names
 from ..checks.teacher_outputs import single_teachers
 from ..teachers.estimator import Estimator, is_estimator, load_estimator
 from ..teachers.image_normalization import affine, stats_of, timm_cfg
-from ..teachers.model_loading import holds_weights, warn_of_code
+from ..teachers.model_loading import OF_RUN, holds_weights, warn_of_code
 from ..teachers.teacher import Teacher, given_options, grouped_options
 from .class_names import different_codes, vocab_of
 from .tables import TableEstimator, table_of
@@ -40,6 +41,7 @@ __all__ = [
     'exported',
     'image_stats',
     'is_heads',
+    'resize_of_images',
     'size_of_images',
     'teacher_of',
 ]
@@ -65,8 +67,9 @@ def teacher_of(obj, learn=None, task=None, **kwargs) -> Teacher:
     If the teacher is a Learner, the attribute `learner` of the result is this Learner.
 
     Args:
-        obj: A Learner, an exported Learner (.pkl), an exported estimator (.joblib), anything that
-            `Teacher` accepts, or a list of these. Code in .pkl and .joblib files is executed.
+        obj: A Learner, an exported Learner (.pkl), the folder of a run of `fastdistill train`, an
+            exported estimator (.joblib), anything that `Teacher` accepts, or a list of these. Code
+            in .pkl and .joblib files is executed.
         learn: The student's Learner or its DataLoaders, which provide normalization and class
             names.
         task: What the student predicts. The task determines kind, axis, and the order of a
@@ -79,8 +82,10 @@ def teacher_of(obj, learn=None, task=None, **kwargs) -> Teacher:
     if dls is not None:
         kwargs = getattr(dls, 'options_of_teacher', {}) | kwargs
         kwargs.setdefault('input_stats', image_stats(dls))
-    if isinstance(obj, (str, Path)) and Path(obj).suffix in PICKLES:
-        obj = exported(Path(obj))
+    if isinstance(obj, (str, Path)):
+        student = Path(obj) / OF_RUN
+        if Path(obj).suffix in PICKLES or student.is_file():
+            obj = exported(student if student.is_file() else Path(obj))
     refuse_heads(obj)
     refuse_stored(obj)
     if isinstance(obj, (list, tuple, L)):
@@ -368,6 +373,33 @@ def size_after(tfm):
     if isinstance(tfm, RandomResizedCropGPU):
         return tuple(tfm.size)
     return tfm.cp_size if isinstance(tfm, AffineCoordTfm) else None
+
+
+def resize_of_images(dls, size) -> dict:
+    """Return how validation images are resized: {'size', 'method', 'filter'}, as JSON can store it.
+
+    The method is 'crop', 'squish' or 'pad' as in fastai's `Resize`, 'none' if images keep the size
+    of their files, or 'unknown'. With 'pad', 'pad_mode' names how the border is filled.
+
+    Args:
+        dls: DataLoaders.
+        size: (height, width) of the images in the batches.
+    """
+    names = ('after_item', 'before_batch', 'after_batch')
+    tfms = [t for k in names for t in getattr(getattr(dls.valid, k, None), 'fs', ())]
+    out = dict(size=[*size], method='unknown', filter='unknown')
+    resizes = [t for t in tfms if isinstance(t, RatioResize) or size_after(t) is not None]
+    # only fastai's own transforms are known not to change the size or the pixels in validation
+    own = all(type(t).__module__.startswith('fastai.') for t in tfms if t.split_idx != 0)
+    # subtle: images that are not files get no IntToFloatTensor, and may have been resized before
+    if not own or not any(isinstance(t, IntToFloatTensor) and t.div == 255 for t in tfms):
+        return out
+    if not resizes:
+        return out | dict(method='none', filter='none')
+    if len(resizes) > 1 or type(tfm := resizes[0]) is not Resize or tfm.size[::-1] != tuple(size):
+        return out
+    out |= dict(method=tfm.method, filter=Image.Resampling(tfm.mode).name.lower())
+    return out | dict(pad_mode=tfm.pad_mode) if tfm.method == 'pad' else out
 
 
 def size_of_items(dl):

@@ -19,6 +19,7 @@ from .estimator import Estimator, is_estimator
 
 __all__ = ['FACTS', 'Onnx', 'explained', 'holds_weights', 'load_model', 'warn_of_code']
 
+OF_RUN = 'student.pkl'  # the student in the folder of a run of `fastdistill train`
 FORMS = (
     'It must be an nn.Module (torchvision, timm, Hugging Face, TorchScript), a torch.export program, a file of '
     'TorchScript (.pt), torch.export (.pt2) or ONNX (.onnx), any callable, an object with predict_proba or predict '
@@ -94,6 +95,12 @@ def why_no_teacher(o: Any) -> str | None:
 
 
 def from_file(path: Path) -> tuple[Any, Path]:
+    if (path / OF_RUN).is_file():
+        raise DistillError(
+            f'{str(path)!r} is the folder of a run. Its student is a fastai Learner in {str(path / OF_RUN)!r}: pass '
+            'the folder or this file to fastdistill.fastai, such as student.distill, or load it: '
+            f'load_learner({str(path / OF_RUN)!r}).model.'
+        )
     if path.is_dir():
         raise DistillError(
             f'{str(path)!r} is a folder. {FORMS} In fastai, the folder of a finished cache can be the '

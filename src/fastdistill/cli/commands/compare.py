@@ -145,7 +145,9 @@ def export_command(
         raise DistillError('int8=True needs an .onnx file.')
     if path.suffix and path.suffix not in ('.onnx', '.pt2'):
         raise DistillError(
-            f'{str(path)!r}: the file must end in .onnx or .pt2; a name without an ending is a folder.'
+            f'{str(path)!r}: the file must end in .onnx or .pt2; a name without an ending is a folder. '
+            'For other formats, such as TFLite or Core ML, export one of these and convert it with the '
+            'tool of that format.'
         )
     from ...fastai import export_student, save_student
     from ...fastai.student_export import weak_score
