@@ -151,6 +151,7 @@ def test_what_a_run_leaves(finished, digits):
         'history.csv',
         'report.html',
         'report.json',
+        'split.csv',
         'student',
         'student.pkl',
         'teacher.safetensors',
@@ -307,6 +308,42 @@ def test_teachers_that_exist_already(finished, digits, tmp_path):
         )
     with pytest.raises(DistillError, match='holds weights, but no architecture'):
         run(tmp_path / 'c', data=digits, teacher=str(finished / 'teacher.safetensors'))
+
+
+MAY_KNOW = 'The teacher may have been trained on some of these validation samples'
+
+
+@pytest.mark.parametrize('given', ['student.pkl', 'teacher.safetensors'])
+def test_a_teacher_that_may_know_the_validation_set_is_named(given, finished, digits, tmp_path):
+    "Not if it was trained on the same split, or if the data have a validation set of their own"
+    is_learner = given.endswith('.pkl')
+    teacher = {'teacher' if is_learner else 'teacher_weights': str(finished / given)}
+    usual = dict(data=digits, epochs=1, baseline=False, **teacher)
+    shutil.copy(finished / given, tmp_path / given)  # without its split
+    elsewhere = {k: str(tmp_path / given) for k in teacher}
+    for name, change, warned in [
+        ('same', {}, False),
+        ('elsewhere', elsewhere, True),
+        ('seed', dict(seed=1), True),
+        ('given', elsewhere | dict(data=finished / 'split.csv', valid='set'), False),
+    ]:
+        run(tmp_path / name, said := [], **usual | change)
+        assert any(MAY_KNOW in o for o in said) == warned
+        report = Report.from_json(tmp_path / name / 'report.json')
+        assert any(MAY_KNOW in o for o in report.notes) == warned
+        assert (MAY_KNOW in report.to_markdown()) == warned
+        assert (MAY_KNOW in (tmp_path / name / 'report.html').read_text()) == warned
+
+
+def test_the_split_of_a_run_is_in_its_folder_and_can_be_given_again(finished, digits, tmp_path):
+    rows = [*csv.DictReader((finished / 'split.csv').read_text().splitlines())]
+    c = TrainConfig(**settings(digits))
+    s = checked_samples(read_samples(c), c)
+    assert {(r['file'], r['label'], r['set'] == 'valid') for r in rows} == {
+        *zip(s.frame.x, s.frame.y, s.valid.tolist())
+    }
+    again, _ = loaders(data=finished / 'split.csv', valid='set', seed=5)
+    assert {*zip(again.frame.file, again.valid)} == {*zip(s.frame.x, s.valid)}
 
 
 def loaders(**kwargs):
@@ -1049,12 +1086,16 @@ def test_a_run_with_lr_auto_repeats_its_rates_and_its_weights(digits, tmp_path):
         torch.manual_seed(i)
         run(
             tmp_path / name,
+            said := [],
             data=digits,
             epochs=1,
             batch_size=4,
             lr='auto',
             teacher_lr='auto',
         )
+        for arch in ('cnn 4', 'cnn 8,16'):
+            at = said.index(f'learning rate of {arch}: searching with lr_find, up to 100 steps')
+            assert re.fullmatch(f'learning rate of {arch}: .* found by lr_find', said[at + 1])
     rates = [
         [tomllib.loads((tmp_path / n / 'config.toml').read_text())[k] for k in ('lr', 'teacher_lr')]
         for n in 'ab'
@@ -1448,6 +1489,7 @@ def test_commands_take_a_run_or_its_student(finished, tmp_path, monkeypatch, cap
     )
     code, out = call('check', finished, finished, '--no-cost')
     assert 'none shared' in out
+    assert 'may have been trained on these validation samples' in out
 
 
 def test_the_student_of_a_run_teaches_the_next_run(finished, digits, tmp_path):

@@ -35,6 +35,7 @@ NOT_RUN = {
     'docs/guides/images.md': 1,
     'docs/start.md': 1,
     'docs/streams.md': 2,
+    'docs/train.md': 1,
 }
 HEADINGS = [
     'What it compares',

@@ -81,7 +81,8 @@ def print_report(r: ReportData, console: Any = None) -> None:
         )
     for s in sheets_of(r, brief=True):
         print_sheet(s, console)
-    console.print(escaped(caveat(r)), style='dim', highlight=False)
+    for text in (*r.notes, caveat(r)):
+        console.print(escaped(text), style='dim', highlight=False)
 
 
 def print_sheet(s: Sheet, console: Any) -> None:
@@ -132,4 +133,6 @@ def markdown(r: ReportData, level: int = 2) -> str:
         out += ['', f'{mark}# {cell(s.title)}', '', rows[0], line, *rows[1:]]
         if s.note:
             out += ['', cell(s.note)]
-    return '\n'.join([*out, '', cell(caveat(r)), ''])
+    for text in (*r.notes, caveat(r)):
+        out += ['', cell(text)]
+    return '\n'.join([*out, ''])

@@ -2,6 +2,7 @@
 estimate the cost of the training.
 """
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -36,7 +37,7 @@ def check_command(
     The exit code is 1 if a mistake was found that would stop a training, and 2 if the check could
     not run. Example: fastdistill check train.py:student teacher.pkl.
     """
-    from ... import fastai  # noqa: F401 (this import adds Learner.check_teacher)
+    from ...fastai.teachers import PICKLES
 
     found = load_named_learner(student, data).check_teacher(
         load_teacher(teacher),
@@ -45,5 +46,10 @@ def check_command(
         n_epoch=n_epoch if cost else None,
     )
     found.show()
+    if Path(teacher).suffix in PICKLES:
+        typer.echo(
+            'A teacher in a file may have been trained on these validation samples. If so, its score is too '
+            'high.'
+        )
     if found.errors:
         raise typer.Exit(1)

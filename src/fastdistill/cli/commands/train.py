@@ -27,7 +27,7 @@ def train_command(
         option('Architecture to train first, a file (Learner .pkl, trees .joblib ...), or a run.'),
     ] = None,
     student: Annotated[
-        Text, option('Architecture: resnet18, vit_tiny_patch16_224, awd_lstm, tabular ...')
+        Text, option('Architecture: resnet18, mobilenet_v3_small, cnn, awd_lstm, tabular ...')
     ] = None,
     teacher_layers: Annotated[
         Text, option("Layer sizes of a cnn, awd_lstm, embedding_bag or tabular teacher: '64,32'.")

@@ -1,5 +1,5 @@
-"""Compute a fingerprint of the data of a run, with a hash of each file or row. A resumed run uses
-the fingerprint to detect changes.
+"""Compute a fingerprint of the data of a run, with a hash of each file or row, and list which
+samples are for training. A resumed run uses the fingerprint to detect changes.
 """
 
 import hashlib
@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from .config import TrainConfig
 from .data_files import Samples
 
-__all__ = ['NAMED', 'data_changes', 'data_fingerprint']
+__all__ = ['NAMED', 'data_changes', 'data_fingerprint', 'path_in', 'split_table']
 
 NAMED = 5  # maximum number of files, rows or classes named in a message
 
@@ -47,6 +48,22 @@ def data_fingerprint(s: Samples, held: np.ndarray | None, config: TrainConfig) -
             [files.get(name), file_hash(x), *label]
         )  # several rows may have the same file
     return facts | dict(files=files)
+
+
+def split_table(s: Samples) -> str:
+    """Return a CSV file with one line per sample: its file and label, or the number of its row in
+    the data, and whether it is in the set 'train' or 'valid'.
+
+    Args:
+        s: Samples, from `checked_samples`.
+    """
+    x, out = s.frame[s.x[0]], dict[str, Any]()
+    if s.task in ('texts', 'table') or isinstance(x.iloc[0], bytes):
+        out = dict(row=range(len(s)))
+    else:
+        out = dict(file=[*map(os.path.abspath, x)], label=[*s.frame[s.y]])
+    sets = np.where(s.valid, 'valid', 'train')
+    return pd.DataFrame(out | dict(set=sets)).to_csv(index=False, lineterminator='\n')
 
 
 def path_in(config: TrainConfig, k: str) -> str:

@@ -38,7 +38,7 @@ from .architectures import check_arch, learner_of
 from .config import TrainConfig, write_config
 from .data_checks import checked_samples
 from .data_files import Samples, read_samples
-from .data_fingerprint import data_changes, data_fingerprint
+from .data_fingerprint import data_changes, data_fingerprint, path_in, split_table
 from .dataloaders import TEXT, loaders_of
 from .mask_examples import mask_examples
 from .resumable_fit import Checkpoints, find_rate, fit_stage, seed_everything, silent
@@ -55,6 +55,11 @@ FOR_TEACHER, FOR_STUDENT = (
 )
 # caption of the masks in the report
 EXAMPLES = 'Validation images on which the models differ most'
+SPLIT = 'split.csv'  # which samples were trained on, in the folder of the run
+MAY_KNOW = (
+    'The teacher may have been trained on some of these validation samples, which were chosen at random; its '
+    'score may be too high. --valid can name the samples that it was not trained on.'
+)
 PACKAGES = 'fastdistill', 'fastai', 'torch', 'torchvision', 'timm', 'numpy', 'pandas', 'safetensors'
 
 
@@ -105,6 +110,7 @@ class TrainRun:
         self.bar = bar and self.first
         self.recipe = recipe_from_text(config.recipe)
         self.files, self.locks = folder / 'checkpoints', ExitStack()
+        self.split = self.note = ''  # set by `samples` in the first process
         # file with the settings and a fingerprint of the data
         self.begun = self.files / 'begun.json'
 
@@ -236,6 +242,8 @@ class TrainRun:
             f'teacher: {c.arch("teacher")}, {parameters(teacher)}; student: {c.arch("student")}, '
             f'{parameters(student)}'
         )
+        if self.note:
+            self.say(self.note)
         if not c.pretrained:
             self.say(
                 'All models begin with random weights; --pretrained begins with published ones.'
@@ -253,9 +261,27 @@ class TrainRun:
         if loaded is None:
             check_arch(self.config.arch('teacher'), s.task)
         checked = checked_samples(s, self.config)
+        self.split = split_table(checked)
+        self.note = self.note_on_teacher(random=s.valid is None)
         self.data = data_fingerprint(checked, s.valid, self.config)
         self.check_data_unchanged()
         return checked
+
+    def note_on_teacher(self, random: bool) -> str:
+        """Return a note if the teacher may have been trained on the validation set, otherwise ''.
+
+        Args:
+            random: True if the validation set is a random fraction of the data.
+        """
+        files = [
+            Path(p)
+            for k in ('teacher', 'teacher_weights')
+            if (p := path_in(self.config, k)) and random
+        ]
+        # the teacher of a previous run was trained on the split in the folder of that run
+        splits = [p.parent / SPLIT for p in files]
+        same = lambda p: p.is_file() and p.read_text(encoding='utf-8') == self.split
+        return '' if all(map(same, splits)) else MAY_KNOW
 
     def seeded(self, number: int, make: Callable) -> Any:
         seed_everything(self.config.seed, number)
@@ -318,6 +344,7 @@ class TrainRun:
             role, number = ('student', FOR_STUDENT) if k == 'lr' else ('teacher', FOR_TEACHER)
             arch = c.arch(role)
             learn = self.seeded(number, lambda arch=arch: make(arch))
+            self.say(f'learning rate of {arch}: searching with lr_find, up to 100 steps')
             lr = find_rate(learn, self.files, self.config.seed, number)
             found: dict[str, Any] = {k: lr}
             self.config = replace(self.config, **found)
@@ -369,6 +396,7 @@ class TrainRun:
             for p in folder.glob('*.tmp'):
                 p.unlink()  # left by a process that was killed
         self.write_settings()
+        write_atomically(self.folder / SPLIT, self.split)
         facts = dict(
             python=platform.python_version(),
             platform=platform.platform(),
@@ -396,6 +424,7 @@ class TrainRun:
             warnings.simplefilter('ignore')
             title = f'{c.student}, taught by {Path(c.teacher).name}, on {Path(c.data).name}'
             report: Any = compare(dict(models), self.dls, title=title, progress=self.bar)
+            report.notes += filter(None, [self.note])
             student = models['distilled']
             save_student(
                 student,
