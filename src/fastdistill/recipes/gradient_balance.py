@@ -39,6 +39,7 @@ class GradientRatio:
     # NEW: minimum weight of a new measurement in the running mean
     FIRST, EVERY, NEW = 16, 32, 0.2
     ENOUGH = 16  # a measurement of fewer samples has a lower minimum weight
+    FEW = 4  # batches of fewer samples are always measured, because their gradients vary widely
     # Minimum norm relative to `apart`.
     # On average, two samples are sqrt(2) times as far apart as a sample and the mean of all.
     # So 0.7 is about the relative norm for a student that always predicts the mean.
@@ -54,12 +55,13 @@ class GradientRatio:
         # the teacher's outputs for the last measured batch, if it had only one sample
         self.previous: list[Tensor] | None = None
 
-    def due(self, parts: tuple) -> bool:
+    def due(self, parts: tuple, few: bool) -> bool:
         """Advance the batch counter and return True if this batch should be measured.
 
         Args:
             parts: Names of the other losses and indices of the measured layers. If they change, the
                 running means are reset.
+            few: True for a batch of fewer than `FEW` samples.
         """
         if parts != self.parts:
             self.batches, self.measured, self.parts = 0, 0, parts
@@ -67,7 +69,7 @@ class GradientRatio:
         every = 2 ** (
             max(self.batches // self.FIRST, 1).bit_length() - 1
         )  # 1 up to 31, 2 up to 63, 4 up to 127 ...
-        return self.batches % min(every, self.EVERY) == 0
+        return few or self.batches % min(every, self.EVERY) == 0
 
     def add(self, new: Tensor, samples: Tensor) -> None:
         """Add a measurement to the running means.
@@ -193,7 +195,9 @@ class GradientRatios(dict):
                 )
             # frozen layers have no gradient; the term then trains only its projector
             at = [(i, x) for i, x in enumerate(tensors(k)) if x.requires_grad]
-            if at and ratio.due((*fixed, *(i for i, _ in at))):
+            # subtle: in several processes, all must agree on the batches that they measure
+            few = world_size() == 1 and any(is_below(ratio.FEW, x) for _, x in at)
+            if at and ratio.due((*fixed, *(i for i, _ in at)), few):
                 self._measure(k, base, values[k], apart, [x for _, x in at])
                 if ratio.gain is not None and errors and (new := errors()) is not None:
                     ratio.gain.add(new)
@@ -267,8 +271,7 @@ class GradientRatios(dict):
         far: Any = gradient_norm(apart(name), tensors)
         # `far` is infinite if a class has logit -inf for one sample but not for another
         far = norms[1] if far is None else far.where(far.isfinite(), norms[1])
-        # a map or sequence has many positions, so one sample is enough
-        few = all(x.dim() < 3 for x in tensors)
+        few = all(is_below(GradientRatio.ENOUGH, x) for x in tensors)
         samples = len(tensors[0]) if few else GradientRatio.ENOUGH
         norms += [far, value.detach().float(), far.new_tensor(float(samples))]
         *new, samples = length_over_ranks(torch.stack(norms))
@@ -281,3 +284,10 @@ class GradientRatios(dict):
         for k, s in state.items():
             if k in self:
                 self[k].load_state_dict(s)
+
+
+def is_below(n: int, x: Tensor) -> bool:
+    """Return True if a batch has fewer than `n` samples. A map or sequence is never below, because it
+    has many positions.
+    """
+    return x.dim() < 3 and len(x) < n
