@@ -77,6 +77,17 @@ def test_int8_holds_the_smallest_and_the_largest_value_of_a_row_exactly(tmp_path
     torch.testing.assert_close(got.amin(1), x.amin(1), rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize('store', [dict(dtype='int8'), dict(topk=4, dtype='int8')])
+def test_a_masked_class_that_makes_int8_useless_is_reported(tmp_path, store):
+    "One logit of -10,000 leaves steps of 39 for all others, so the teacher's classes are lost"
+    x = logits(9, 4)
+    options = dict(views=0, store=store, progress=False)
+    cache_dataset(Teacher(torch.nn.Identity()), TensorDataset(x), tmp_path / 'fine', **options)
+    x[5, 2] = -1e4
+    with pytest.warns(DistillWarning, match="int8 holds .* in steps of 39.*dtype='float16'"):
+        cache_dataset(Teacher(torch.nn.Identity()), TensorDataset(x), tmp_path / 'bad', **options)
+
+
 def test_rows_hold_layers_and_masks():
     out = Outputs(
         logits(4, 3),

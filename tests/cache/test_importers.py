@@ -433,6 +433,16 @@ INF, NAN = float('inf'), float('nan')
             dict(dtype='int8'),
             "has -inf, which int8 can't hold: use dtype='float16'",
         ),
+        (
+            dict(logits=[1.0, -1e4, 2.0]),
+            dict(dtype='int8'),
+            "goes from -10000 to 2, which int8 holds in steps of 39.4: use dtype='float16'",
+        ),
+        (
+            dict(logprobs=[-0.7, -900.0, -0.7]),
+            dict(dtype='int8'),
+            "goes from -900 to -0.7, which int8 holds in steps of 3.54: use dtype='float16'",
+        ),
         (dict(logprobs=[-0.1, 'x', -3.0]), {}, "'x' is not a number"),
         (dict(logprobs=[-0.1, True, -3.0]), {}, 'True is not a number'),
         (dict(logprobs='abc'), {}, "'logprobs' is 'abc': it must be a list of numbers, a dict"),

@@ -23,7 +23,7 @@ from .json_checks import shortened
 from .keys import keys_of
 from .other_tools import converted_rows
 from .reader import TeacherCache
-from .row_layout import Store
+from .row_layout import COARSE, Store
 from .teacher_description import Source, is_whole
 from .write_progress import shown_progress
 from .writer import write_cache
@@ -390,6 +390,12 @@ class Reading:
             )
         if len(known) < len(v) and self.dtype == 'int8':
             refuse(f"{self.value!r} has -inf, which int8 can't hold: use dtype='float16'.")
+        low, high = known.min(), known.max()
+        if self.dtype == 'int8' and (high - low) / 254 > COARSE:
+            refuse(
+                f'{self.value!r} goes from {low:g} to {high:g}, which int8 holds in steps of '
+                f"{(high - low) / 254:.3g}: use dtype='float16' or 'float32'."
+            )
 
     def batch(self, tasks: Sequence[int]) -> Outputs:
         """Return the outputs of some rows."""

@@ -19,9 +19,11 @@ from torch import Tensor
 from ..base.outputs import TAILS, DistillError, Draws, LinearLogits, Outputs, TopK
 from .json_checks import json_list, json_object, json_text, refuse_entry, whole_number
 
-__all__ = ['Field', 'Layout', 'Store']
+__all__ = ['COARSE', 'Field', 'Layout', 'Store']
 
 DTYPES = 'float32', 'float16', 'int8'
+# step between logits in int8 above which probabilities would be wrong
+COARSE = 1.0
 STORE_KINDS = 'auto', 'logits', 'topk', 'hidden', 'draws'
 POSSIBLE_STORES = (
     "must be 'auto', 'logits', 'topk', 'hidden' or 'draws'; 'float32', 'float16' or 'int8' for "
@@ -472,6 +474,16 @@ class Layout:
         return put_mask(d, out.mask)
 
     # decoding
+
+    def largest_step(self, rows: Tensor) -> float:
+        """Return the largest step between the numbers that int8 can hold, in any row. Return 0 if the
+        logits are not stored in int8.
+
+        Args:
+            rows: Rows, (B, bytes) uint8.
+        """
+        scales = [f for f in self.fields if f.name in ('scale:logits', 'scale:values')]
+        return max((f.read(rows)[:, 0].max().item() for f in scales), default=0.0)
 
     def decode(self, rows: Tensor, head: Any = None) -> Outputs:
         """Decode rows to `Outputs` in float32.

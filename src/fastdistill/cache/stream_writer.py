@@ -243,8 +243,8 @@ class TeacherRows:
         return s.layer.outputs(outputs_of(s.teacher, x), bool(s.teacher.runner.half))
 
     def check_accuracy(self) -> None:
-        """Warn if hidden states stored in int8 are too inaccurate."""
-        warn_of_int8(self._worst[0])
+        """Warn if outputs stored in int8 are too inaccurate."""
+        warn_of_int8(self.manifest.layout, self._worst[0])
 
 
 def check_view(where: Folder, m: Manifest, view: int) -> None:

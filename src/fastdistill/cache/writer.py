@@ -23,7 +23,7 @@ from .keys import hash_of
 from .manifest import CHECKSUM, MAX_VIEWS, Manifest, differences, refuse
 from .output_layer import StoredHead, worst_error
 from .reader import TeacherCache, damages
-from .row_layout import Layout, Store
+from .row_layout import COARSE, Layout, Store
 from .sample_files import changed_text, newer_record, read_record, record_files, write_record
 from .teacher_description import Source, is_whole
 from .verify_rows import row_errors
@@ -407,23 +407,31 @@ def _write_shards(
                     done += rows
                     if progress is not None:
                         progress(done, total, done * m.layout.bytes)
-    warn_of_int8(worst[0])
+    warn_of_int8(m.layout, worst[0])
 
 
-def warn_of_int8(error: float) -> None:
-    """Warn if logits computed from hidden states in int8 are too inaccurate.
+def warn_of_int8(layout: Layout, worst: float) -> None:
+    """Warn if logits in int8, or logits computed from hidden states in int8, are too inaccurate.
 
     Args:
-        error: Largest error of a logit, relative to the range of the logits.
+        layout: Layout of the rows.
+        worst: The number that `encoded` updates.
     """
-    if error > INACCURATE:
-        warnings.warn(
-            DistillWarning(
-                f'The logits of the hidden states in int8 differ by up to {100 * error:.1f}% of their '
-                "spread from the teacher's: a few numbers are much larger than the others. Use "
-                "store=dict(kind='hidden', dtype='float16')."
-            )
+    if layout.head is not None and worst > INACCURATE:
+        text = (
+            f'The logits of the hidden states in int8 differ by up to {100 * worst:.1f}% of their '
+            "spread from the teacher's: a few numbers are much larger than the others. Use "
+            "store=dict(kind='hidden', dtype='float16')."
         )
+    elif layout.head is None and worst > COARSE:
+        text = (
+            f'int8 holds the outputs of some samples in steps of {worst:.3g}, because they go from '
+            'very low to very high numbers (is a class masked out with a low logit?). Smaller '
+            "differences are lost. Use dtype='float16', or 'float32' for numbers beyond 65504."
+        )
+    else:
+        return
+    warnings.warn(DistillWarning(text))
 
 
 def encoded(
@@ -444,14 +452,17 @@ def encoded(
         keys: Keys of the samples in the shard.
         view: View of the samples.
         seed: Random seed of the cache.
-        worst: List with one number, the largest error so far of hidden states in int8.
-            This function updates the number.
+        worst: List with one number, which this function updates. If hidden states are stored in
+            int8, the number is the largest error of a logit so far, relative to the range of the
+            logits. Otherwise, it is the largest step between stored numbers in int8.
         out: Outputs of the batch.
         row: Index in the shard of the first row of the batch.
     """
     if layout.draws is None:
         rows = layout.encode(out, head)
-        if head is not None and layout.fields[0].dtype == 'int8':
+        if head is None:
+            worst[0] = max(worst[0], layout.largest_step(torch.from_numpy(rows)))
+        elif layout.fields[0].dtype == 'int8':
             got: Any = layout.decode(torch.from_numpy(rows), head).logits
             worst[0] = max(worst[0], worst_error(out.logits, got))
         return rows
