@@ -321,6 +321,6 @@ def test_messages_name_flags_and_not_pythons_arguments():
         == 'or --force to override (--views 8, --recipe None, --no-check).'
     )
     assert (
-        in_flags('Teacher(model, images=dict(stats=...)) with a=1')
-        == 'Teacher(model, images=dict(stats=...)) with a=1'
+        in_flags('Teacher(model, images=dict(size=...)) with a=1')
+        == 'Teacher(model, images=dict(size=...)) with a=1'
     )

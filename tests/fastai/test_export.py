@@ -239,6 +239,48 @@ def test_int8_with_a_temperature_is_compared_with_the_same_temperature(normalize
     assert e.report.models['float32'].metrics.keys() == {'accuracy'}
 
 
+def bag_student(lengths):
+    "An untrained student on token ids; the texts of each batch have one of these lengths"
+    torch.manual_seed(0)
+    pairs = [(torch.randint(2, 50, (n,)), i % 3) for i, n in enumerate(lengths)]
+    dls = DataLoaders.from_dsets(pairs, pairs, bs=4, shuffle=False, device='cpu', num_workers=0)
+    net = torch.nn.Sequential(torch.nn.EmbeddingBag(50, 8, padding_idx=1), torch.nn.Linear(8, 3))
+    return Learner(dls, net, loss_func=CrossEntropyLossFlat())
+
+
+@pytest.mark.parametrize('name, int8', [('s.pt2', False), ('s.onnx', False), ('s.onnx', True)])
+def test_a_student_of_texts_is_exported_for_any_length(tmp_path, name, int8):
+    learn = bag_student([9] * 4 + [5] * 4 + [12] * 4)
+    e = export_student(learn, tmp_path / name, int8=int8)
+    assert e.facts['inputs'] == [dict(name='x', shape=['batch', 'length'], dtype='int64')]
+    exported = Teacher(str(e.path))
+    for shape in (1, 1), (1, 30), (7, 3):
+        x = torch.randint(1, 50, shape)  # 1 is padding
+        x[0, 0] = 1
+        with torch.no_grad():
+            wanted = learn.model.eval()(x)
+        assert torch.allclose(exported(x).logits, wanted, atol=0.3 if int8 else 1e-6)
+    assert 'forward' not in vars(learn.model[0])
+    if name == 's.onnx' and not int8:
+        with pytest.raises(DistillError, match=r'batch x length\).*of shape \(2, 3, 4, 5\)'):
+            exported(torch.zeros(2, 3, 4, 5))
+        with pytest.raises(DistillError) as error:
+            exported(torch.zeros(2, 3))
+        assert 'images' not in str(error.value)
+
+
+def test_a_student_of_texts_of_one_length_is_exported_for_this_length(tmp_path):
+    learn = bag_student([9] * 8)
+    learn.model = torch.nn.Sequential(
+        torch.nn.Embedding(50, 4), torch.nn.Flatten(), torch.nn.Linear(36, 3)
+    )
+    e = export_student(learn, tmp_path / 's.onnx')
+    assert e.facts['inputs'][0]['shape'] == ['batch', 9]
+    with pytest.raises(DistillError) as error:
+        Teacher(str(e.path))(torch.zeros(2, 5, dtype=torch.long))
+    assert 'int64: batch x 9' in str(error.value) and 'images' not in str(error.value)
+
+
 def test_a_recurrent_student_is_refused_and_as_before(tmp_path):
     student, _ = pair('text_classifier')
     was = snapshot(student.model)

@@ -109,7 +109,8 @@ def wait_for_launcher(seconds: float) -> None:
 
 def in_flags(text: str) -> str:
     """Replace Python arguments in a message by command-line flags. For example, `views=8` becomes
-    `--views 8`, and `force=True` becomes `--force`.
+    `--views 8`, and `force=True` becomes `--force`. The first argument of a call in Python, as in
+    `dict(size=8)`, stays as it is.
 
     Args:
         text: A message of the library.
@@ -126,7 +127,9 @@ def in_flags(text: str) -> str:
         return f'--no-{name}' if value == 'False' else f'--{name} {value}'.rstrip()
 
     return re.sub(
-        r"(?<![\w.])(?P<name>[a-z_][a-z0-9_]*)=(?P<value>True|False|'[^']*'|[\w.\-]+)?", flag, text
+        r"(?<![\w.])(?<!\w\()(?P<name>[a-z_][a-z0-9_]*)=(?P<value>True|False|'[^']*'|[\w.\-]+)?",
+        flag,
+        text,
     )
 
 

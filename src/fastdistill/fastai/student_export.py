@@ -10,6 +10,7 @@ import tempfile
 import warnings
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ import torch
 from fastai.basics import Learner
 from fastai.layers import ToTensorBase
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ..base.atomic_files import new_file
 from ..base.model_state import restored
@@ -139,7 +141,8 @@ def export_student(
     n: int = 8,
     temperature: float | list[float] | None = None,
 ) -> Exported:
-    """Export the student's network with a variable batch size, and check the file.
+    """Export the student's network with a variable batch size, for texts also with a variable
+    length, and check the file.
 
     The outputs of the file are compared with those of the Learner on real inputs. The input shape,
     the class names, and how images are resized and normalized are stored in the file as metadata.
@@ -184,7 +187,10 @@ def export_student(
             if quantized and int8:
                 model = in_int8(model)
             WRITERS[path.suffix](
-                LogitsOnly(model, T, task_of(learn.loss_func)), example(batches[0]), tmp, facts
+                LogitsOnly(model, T, task_of(learn.loss_func)),
+                example(batches[0], facts),
+                tmp,
+                facts,
             )
         if int8:
             quantize(tmp, batches[:calibration], facts, learned=quantized)
@@ -282,11 +288,21 @@ def validation_inputs(learn, n):
     return out
 
 
-def example(x):
-    """Return zeros with the shape of two samples, for tracing. A batch size of 1 would be treated
-    as fixed, and torch.export stores these inputs in the file.
+def example(x, facts):
+    """Return zeros with the shape of two samples, for tracing. A size of 1 would be treated as
+    fixed, and torch.export stores these inputs in the file.
     """
-    return tuple(torch.zeros(2, *o.shape[1:], dtype=o.dtype) for o in x)
+    shapes = [
+        [
+            2,
+            *(
+                n if isinstance(n, int) else max(2, size)
+                for n, size in zip(i['shape'][1:], o.shape[1:])
+            ),
+        ]
+        for i, o in zip(facts['inputs'], x)
+    ]
+    return tuple(torch.zeros(shape, dtype=o.dtype) for shape, o in zip(shapes, x))
 
 
 @contextmanager
@@ -295,17 +311,32 @@ def on_cpu(model):
     device = next((p.device for p in model.parameters()), torch.device('cpu'))
     # these modules change the type of their output, such as the last layer of a U-Net
     typed = [m for m in model.modules() if isinstance(m, ToTensorBase)]
+    bags = [m for m in model.modules() if type(m) is nn.EmbeddingBag and m.mode != 'max']
     try:
         with (
             guarded_random_state(),
             Teacher(model, run=AS_IT_IS),
             restored(*typed, only=['tensor_cls']),
+            restored(*bags, only=['forward']),
         ):
             for m in typed:
                 m.tensor_cls = torch.Tensor
+            for m in bags:
+                m.forward = partial(bag_of_tokens, m)
             yield model.cpu()
     finally:
         model.to(device)
+
+
+def bag_of_tokens(bag: nn.EmbeddingBag, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """Compute an EmbeddingBag of token ids (batch, length) with operations that torch.export can
+    trace for any length, and that ONNX has.
+    """
+    if x.dim() != 2 or args or kwargs:
+        return type(bag).forward(bag, x, *args, **kwargs)
+    known = torch.ones_like(x) if bag.padding_idx is None else (x != bag.padding_idx).long()
+    total = (F.embedding(x, bag.weight) * known[..., None]).sum(1)
+    return total if bag.mode == 'sum' else total / known.sum(1, keepdim=True).clamp(min=1)
 
 
 def is_fake_quantized(model):
@@ -340,10 +371,11 @@ def facts_of(learn, x) -> dict:
     """Return the facts that a user of the file must know, such as class names, as plain data."""
     task, names = task_of(learn.loss_func), vocab_of(learn.dls)
     stats = [as_plain(torch.as_tensor(o)).flatten().tolist() for o in image_stats(learn.dls)]
+    text = takes_any_length(learn.model, x)
     inputs = [
         dict(
             name='x' if len(x) == 1 else f'x{i}',
-            shape=['batch', *o.shape[1:]],
+            shape=['batch', 'length'] if text else ['batch', *o.shape[1:]],
             dtype=str(o.dtype).removeprefix('torch.'),
         )
         for i, o in enumerate(x)
@@ -360,25 +392,46 @@ def facts_of(learn, x) -> dict:
     )
 
 
-def program_of(model, x):
-    """Return the program that torch.export creates for the model, with a variable batch size."""
-    batch = torch.export.Dim('batch')
+def takes_any_length(model, x) -> bool:
+    """Return True if the inputs are token ids (batch, length), and a shorter text can be their
+    input.
+    """
+    if not all(o.dim() == 2 and not o.is_floating_point() for o in x):
+        return False
+    device = next((p.device for p in model.parameters()), torch.device('cpu'))
+    with guarded_random_state(), Teacher(model, run=AS_IT_IS) as teacher, torch.no_grad():
+        try:
+            teacher(*(o[:2, : max(1, o.shape[1] - 1)].to(device) for o in x))
+        except Exception:  # a model of a fixed length may raise any error
+            return False
+    return True
+
+
+def program_of(model, x, facts):
+    """Return the program that torch.export creates for the model, with a variable batch size and,
+    for texts, a variable length.
+    """
+    names = [
+        {k: n for k, n in enumerate(i['shape']) if isinstance(n, str)} for i in facts['inputs']
+    ]
+    free = {n: torch.export.Dim(n) for own in names for n in own.values()}
     # subtle: a tuple with a single entry, because `LogitsOnly.forward` has the single argument `*x`
-    shapes = (tuple({0: batch} for _ in x),)
+    shapes = (tuple({k: free[n] for k, n in own.items()} for own in names),)
     try:
         with torch.no_grad():
             return torch.export.export(model, x, dynamic_shapes=shapes)
     except Exception as e:  # torch.export raises errors without a common class
         reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
         raise DistillError(
-            f"torch.export can't export {type(model.model).__name__}: {reason}. Recurrent text models "
-            "of fastai, among others, can't be exported; learn.export('student.pkl') stores any "
-            'Learner.'
+            f"torch.export can't export {type(model.model).__name__} with a variable "
+            f'{" and ".join(free)}: {reason}. '
+            "Recurrent text models of fastai, among others, can't be exported; "
+            "learn.export('student.pkl') stores any Learner."
         ) from e
 
 
 def write_program(model, x, path, facts) -> None:
-    program = program_of(model, x)
+    program = program_of(model, x, facts)
     with open(path, 'wb') as f:  # subtle: torch.export only accepts paths that end in .pt2
         torch.export.save(program, f, extra_files={f'{FACTS}.json': json.dumps(facts)})
 
@@ -396,7 +449,7 @@ def write_onnx(model, x, path, facts) -> None:
         raise ImportError(
             "An ONNX file needs onnx, onnxscript and onnxruntime: pip install 'fastdistill[onnx]'"
         ) from e
-    program = program_of(model, x)
+    program = program_of(model, x, facts)
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')  # warnings of the exporter about PyTorch
         names = [o['name'] for o in facts['inputs']]
@@ -410,20 +463,24 @@ def write_onnx(model, x, path, facts) -> None:
             verbose=False,
             external_data=False,
         )
-    add_facts(with_named_batch(onnx.load(path)), facts, path)
+    add_facts(with_named_axes(onnx.load(path), facts), facts, path)
 
 
-def with_named_batch(model):
-    """Rename the variable batch size of an ONNX model to 'batch'. The exporter uses names like
-    s53.
+def with_named_axes(model, facts):
+    """Rename the variable sizes of an ONNX model to 'batch' and 'length'. The exporter uses names
+    like s53.
     """
     g = model.graph
-    free = g.input[0].type.tensor_type.shape.dim[0].dim_param
-    for d in (
-        d for v in (*g.input, *g.output, *g.value_info) for d in v.type.tensor_type.shape.dim
-    ):
+    dims = lambda v: v.type.tensor_type.shape.dim
+    names = {
+        d.dim_param: n
+        for v, i in zip(g.input, facts['inputs'])
+        for d, n in zip(dims(v), i['shape'])
+        if d.dim_param
+    }
+    for d in (d for v in (*g.input, *g.output, *g.value_info) for d in dims(v)):
         if d.dim_param:
-            d.dim_param = re.sub(rf'\b{free}\b', 'batch', d.dim_param)
+            d.dim_param = re.sub(r'\w+', lambda m: names.get(m[0], m[0]), d.dim_param)
     return model
 
 

@@ -367,10 +367,14 @@ class Onnx:
             a == b or free(b) for a, b in zip(v.shape[1:], i.shape[1:])
         )
         if not fits or not torch.can_cast(v.dtype, dtype):
+            resized = (
+                ' If the images have a different size, Teacher(model, images=dict(size=...)) resizes them.'
+                if v.dim() == 4
+                else ''
+            )
             raise DistillError(
                 f'This ONNX network takes {self._signature()}. For {name} it got {v.dtype} of shape '
-                f'{tuple(v.shape)}. If the images have a different size, '
-                'Teacher(..., images=dict(size=...)) resizes them.'
+                f'{tuple(v.shape)}.{resized}'
             )
         return v.to(dtype).contiguous()
 
