@@ -742,6 +742,21 @@ def test_a_pipeline_in_a_file_teaches_texts(tmp_path, command):
     load_learner(tmp_path / 'run' / 'student.pkl')
 
 
+def test_a_run_says_why_there_is_no_onnx_file(tmp_path, command):
+    texts = pd.DataFrame([('a good film', 'good'), ('a bad film', 'bad')] * 8, columns=['x', 'y'])
+    texts.to_csv(tmp_path / 'a.csv', index=False)
+    options = '--x x --y y --teacher embedding_bag --teacher-layers 4 --student awd_lstm --epochs 1'
+    options += ' --student-layers 4,4,4 --lr 0.01 --teacher-lr 0.01 --no-baseline --device cpu'
+    code, _, err = command(
+        '--data', tmp_path / 'a.csv', *options.split(), '--out', tmp_path / 'run'
+    )
+    assert code == 0, err
+    (said,) = [line for line in err.splitlines() if 'ONNX' in line]
+    assert "no ONNX file: torch.export can't export SequentialRNN" in said
+    assert not (tmp_path / 'run' / 'student' / 'student.onnx').exists()
+    assert 'def forward' not in err
+
+
 def test_numbers_of_a_table(tmp_path):
     people().to_csv(tmp_path / 'a.csv', index=False)
     s, dls = loaders(

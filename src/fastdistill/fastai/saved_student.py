@@ -5,6 +5,7 @@ network.
 """
 
 import json
+import warnings
 from pathlib import Path
 
 from fastai.basics import Learner
@@ -13,7 +14,7 @@ from safetensors.torch import load_model, save_model
 from torch import nn
 
 from ..base.atomic_files import file_errors, new_file, write_atomically
-from ..base.outputs import DistillError
+from ..base.outputs import DistillError, DistillWarning
 from ..base.task import Task
 from ..evaluation import Report
 from ..teachers.model_loading import Onnx
@@ -114,7 +115,8 @@ def save_student(
         learn: Learner of the trained student.
         folder: Folder, which is created.
         report: Report from `compare`. If given, the model card includes the numbers of the report.
-        onnx: Whether to save the network too. If None, the network is saved if it can be exported.
+        onnx: Whether to save the network too. If None, the network is saved if it can be exported;
+            otherwise, a warning says why not.
         title: Title of the model card.
         temperature: Number by which the logits are divided, as in `export_student`. student.onnx
             divides by the temperature itself. `load_student` divides the logits of the saved
@@ -146,9 +148,10 @@ def save_student(
     if onnx is not False:
         try:
             checked = export_student(learn, folder / 'student.onnx', temperature=temperature)
-        except (DistillError, ImportError):
+        except (DistillError, ImportError) as e:
             if onnx:
                 raise
+            warnings.warn(f'no ONNX file: {e}', DistillWarning)
     write_atomically(folder / 'README.md', card(title, facts, checked, report))
     if report is not None:
         report.to_json(folder / 'report.json')

@@ -4,11 +4,13 @@ The outputs of the file are compared with those of the Learner.
 """
 
 import copy
+import io
 import json
+import logging
 import re
 import tempfile
 import warnings
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, redirect_stderr
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
@@ -183,7 +185,7 @@ def export_student(
     facts = facts_of(learn, batches[0]) | dict(int8=int8, temperature=temperature)
     path.parent.mkdir(parents=True, exist_ok=True)
     with new_file(path) as tmp:
-        with on_cpu(learn.model) as model:
+        with on_cpu(learn.model) as model, silent_exporters():
             if quantized and int8:
                 model = in_int8(model)
             WRITERS[path.suffix](
@@ -193,7 +195,8 @@ def export_student(
                 facts,
             )
         if int8:
-            quantize(tmp, batches[:calibration], facts, learned=quantized)
+            with silent_exporters():
+                quantize(tmp, batches[:calibration], facts, learned=quantized)
         there = Teacher(LOADERS[path.suffix](tmp))
         difference, count = compared(learn, there, path, batches[:n], None if int8 else CLOSE, T)
     report = None
@@ -339,6 +342,22 @@ def bag_of_tokens(bag: nn.EmbeddingBag, x: Tensor, *args: Any, **kwargs: Any) ->
     return total if bag.mode == 'sum' else total / known.sum(1, keepdim=True).clamp(min=1)
 
 
+@contextmanager
+def silent_exporters():
+    """Hide warnings and log messages of PyTorch's exporters and of onnxruntime's quantization.
+    Their errors are raised.
+    """
+    was = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        # torch.export prints the graph of a model that it can't export to stderr
+        with warnings.catch_warnings(), redirect_stderr(io.StringIO()):
+            warnings.simplefilter('ignore')
+            yield
+    finally:
+        logging.disable(was)
+
+
 def is_fake_quantized(model):
     """Return True if the model is in quantization-aware training, by PyTorch or torchao."""
     return any(c.__name__ == 'FakeQuantizeBase' for m in model.modules() for c in type(m).__mro__)
@@ -450,19 +469,17 @@ def write_onnx(model, x, path, facts) -> None:
             "An ONNX file needs onnx, onnxscript and onnxruntime: pip install 'fastdistill[onnx]'"
         ) from e
     program = program_of(model, x, facts)
-    with warnings.catch_warnings():
-        warnings.simplefilter('ignore')  # warnings of the exporter about PyTorch
-        names = [o['name'] for o in facts['inputs']]
-        torch.onnx.export(
-            program,
-            x,
-            str(path),
-            input_names=names,
-            output_names=['logits'],
-            dynamo=True,
-            verbose=False,
-            external_data=False,
-        )
+    names = [o['name'] for o in facts['inputs']]
+    torch.onnx.export(
+        program,
+        x,
+        str(path),
+        input_names=names,
+        output_names=['logits'],
+        dynamo=True,
+        verbose=False,
+        external_data=False,
+    )
     add_facts(with_named_axes(onnx.load(path), facts), facts, path)
 
 
@@ -513,8 +530,7 @@ def quantize(path, batches, facts, learned=False) -> None:
         def get_next(self):
             return next(self.feeds, None)
 
-    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
-        warnings.simplefilter('ignore')
+    with tempfile.TemporaryDirectory() as folder:
         ready, done = [str(Path(folder) / f'{n}.onnx') for n in ('ready', 'done')]
         quant_pre_process(str(path), ready, skip_symbolic_shape=True)
         names = [i.name for i in onnx.load(ready).graph.input]

@@ -24,7 +24,7 @@ from safetensors.torch import save_model
 
 from ...base.atomic_files import enough_space, locked_folder, new_file, write_atomically, write_json
 from ...base.distributed import first_then_others, leave_processes, on_first, rank, world_size
-from ...base.errors import DistillError
+from ...base.errors import DistillError, DistillWarning
 from ...fastai import Distiller, KnowledgeDistillation, compare, save_student
 from ...fastai.compare import history_of
 from ...fastai.probe_batches import prepared_batches
@@ -422,6 +422,7 @@ class TrainRun:
         c = self.config
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')
+            warnings.filterwarnings('always', 'no ONNX file', DistillWarning)
             title = f'{c.student}, taught by {Path(c.teacher).name}, on {Path(c.data).name}'
             report: Any = compare(dict(models), self.dls, title=title, progress=self.bar)
             report.notes += filter(None, [self.note])
