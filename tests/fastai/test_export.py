@@ -2,7 +2,7 @@
 
 import copy, importlib, json, subprocess, sys, warnings, zipfile
 from pathlib import Path
-import numpy as np
+import numpy as np, pandas as pd
 import pytest, torch
 from apps import (
     FASTAI_WARNINGS,
@@ -17,6 +17,14 @@ from apps import (
     vision,
 )
 from fastai.basics import BCEWithLogitsLossFlat, DataLoaders, Learner, accuracy, load_learner
+from fastai.tabular.all import (
+    Categorify,
+    FillMissing,
+    RegressionBlock,
+    TabularDataLoaders,
+    TabularProc,
+    tabular_learner,
+)
 from fastai.vision.all import (
     CategoryBlock,
     CrossEntropyLossFlat,
@@ -465,15 +473,105 @@ def test_no_network_or_report_of_a_former_student_stays_beside_new_weights(
         assert torch.allclose(again(x), learn.model.eval()(x) / 2, atol=1e-6)
 
 
-def test_the_cards_code_for_samples_that_are_not_images_runs(tmp_path, monkeypatch):
-    student, _ = pair('tabular')
+class Squared(TabularProc):
+    "A user's own transform of tables"
+
+    def encodes(self, to):
+        to['length'] = to['length'] ** 2
+
+
+def people(n=120):
+    "Rows with numbers, some of them missing, text, and numbers as categories"
+    g = np.random.default_rng(0)
+    df = pd.DataFrame(
+        dict(
+            age=g.integers(18, 80, n),
+            job=g.choice(['cook', 'clerk', 'smith'], n),
+            length=g.normal(40, 9, n),
+            floor=g.integers(1, 4, n),
+            member=g.random(n) > 0.5,
+        )
+    )
+    df.loc[::7, 'length'] = np.nan
+    df.loc[::9, 'job'] = None
+    df['pay'] = np.where((df.age > 40) ^ (df.job == 'cook'), 'high', 'low')
+    return df
+
+
+def table_student(procs=(), cats=('job', 'floor', 'member'), conts=('age', 'length'), **options):
+    df = people()
+    options = dict(y_names='pay', y_block=CategoryBlock()) | options
+    dls = TabularDataLoaders.from_df(
+        df,
+        procs=[*procs, Categorify, FillMissing, Normalize],
+        cat_names=list(cats),
+        cont_names=list(conts),
+        valid_idx=range(80, 120),
+        bs=40,
+        num_workers=0,
+        **options,
+    )
+    student = tabular_learner(dls, layers=[8])
+    with student.no_bar(), student.no_logging():
+        student.fit(2, 0.05)
+    return df, student
+
+
+def code_of(folder):
+    return (folder / 'README.md').read_text().split('```python\n')[1].split('```')[0]
+
+
+@pytest.mark.filterwarnings('ignore:The given NumPy array is not writable')
+def test_the_cards_code_for_other_samples_runs(tmp_path, monkeypatch):
+    _, student = table_student([Squared])
     folder = save_student(student, tmp_path / 'out')
-    code = (folder / 'README.md').read_text().split('```python\n')[1].split('```')[0]
+    assert json.loads((folder / 'config.json').read_text())['table']['unknown'] == ['Squared']
     monkeypatch.chdir(folder)
     space = {f'x{i}': x for i, x in enumerate(batch(student))}
-    exec(code, space)
+    exec(code_of(folder), space)
     wanted = answers(student.model, student.dls.valid)[0][0]
     assert np.allclose(space['logits'], wanted, atol=1e-4)
+
+
+def raw_rows(df, y='pay', conts=('age', 'length'), **_):
+    "Rows with a missing number, an unknown category, and a missing category"
+    rows = df.iloc[80:84].drop(columns=y).astype(object)
+    if 'length' in conts:
+        rows.loc[80, 'length'] = np.nan
+    rows.loc[81, ['job', 'floor']] = ['pilot', 9]
+    rows.loc[82, 'job'] = None
+    return rows
+
+
+TABLES = [
+    dict(),
+    dict(conts=()),
+    dict(cats=()),
+    dict(cats=('job',), conts=('age',)),
+    dict(y_names='age', y_block=RegressionBlock(), conts=('length',)),
+]
+
+
+@pytest.mark.parametrize('options', TABLES, ids=['all', 'categories', 'numbers', 'two', 'target'])
+@pytest.mark.filterwarnings('ignore:The given NumPy array is not writable')
+@pytest.mark.filterwarnings('ignore:Constructing a Categorical')  # fastai, unknown categories
+def test_the_cards_code_predicts_a_raw_row_as_the_learner(tmp_path, monkeypatch, options):
+    df, student = table_student(**options)
+    folder = save_student(student, tmp_path / 'out', onnx=True)
+    monkeypatch.chdir(folder)
+    exec(code_of(folder), space := {})  # with the row of the card
+    for _, row in raw_rows(
+        df, **{k: v for k, v in options.items() if k != 'y_names'}, y=options.get('y_names', 'pay')
+    ).iterrows():
+        names = {
+            i.name: x for i, x in zip(space['session'].get_inputs(), space['encoded'](dict(row)))
+        }
+        (logits,) = space['session'].run(['logits'], names)
+        with student.no_bar():
+            _, _, outputs = student.predict(row)
+        got = torch.from_numpy(logits[0])
+        got = got if 'y_names' in options else got.softmax(0)
+        assert torch.allclose(got, outputs.float(), atol=1e-5), row
 
 
 SIZES = (37, 53), (61, 29), (20, 20), (16, 90)  # of photos; most can't be cropped evenly

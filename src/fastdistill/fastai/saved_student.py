@@ -64,6 +64,39 @@ print({answer})
 
 Inputs are NumPy arrays: {inputs}. {images}
 """
+USE_TABLE = """```python
+import json, pathlib
+import numpy as np, onnxruntime          # neither PyTorch nor fastdistill
+
+facts = json.loads(pathlib.Path('config.json').read_text())
+table = facts['table']
+session = onnxruntime.InferenceSession('student.onnx')
+
+
+def encoded(row):
+    row = dict(row)
+    for name, value in table['fill'].items():  # missing numbers
+        row[name + '_na'] = row[name] is None or row[name] != row[name]
+        if row[name + '_na']:
+            row[name] = value
+    # missing and unknown categories have the code 0
+    known = {{name: table['classes'][name][1:] for name in table['cat_names']}}
+    codes = [c.index(row[name]) + 1 if row[name] in c else 0 for name, c in known.items()]
+    numbers = np.array([row[name] for name in table['cont_names']], dtype='float64')
+    assert np.isfinite(numbers).all(), 'a number is missing in a column without a fill value'
+    numbers = (numbers - table['means']) / table['stds']
+    return np.array([codes], dtype='int64'), numbers[None].astype('float32')
+
+
+row = {row}
+names = [i.name for i in session.get_inputs()]
+logits, = session.run(['logits'], dict(zip(names, encoded(row))))
+print({answer})
+```
+
+Inputs are NumPy arrays: {inputs}. `row` is a dict with the raw values of the columns. A missing
+value is `None` or `nan`.
+"""
 # how fastai's Resize prepares a validation image, for each of its methods
 RESIZE = dict(
     none='    # images keep their size',
@@ -196,6 +229,11 @@ def card(title, facts, checked, report):
                 inputs=inputs,
                 images=images_in_words(facts),
             )
+        elif facts['table'] and not facts['table']['unknown']:
+            answer = ANSWERS.get(facts['task']) if facts['classes'] else None
+            use = USE_TABLE.format(
+                row=example_row(facts['table']), answer=answer or 'logits[0]', inputs=inputs
+            )
         else:
             feed = ', '.join(f"'{o['name']}': {o['name']}" for o in facts['inputs'])
             use = USE.format(feed=feed, inputs=inputs, images=images_in_words(facts))
@@ -204,7 +242,7 @@ def card(title, facts, checked, report):
         '',
         f'{facts["network"]} with {facts["parameters"]:,} parameters. Outputs: '
         f'{dict(softmax="logits of classes", sigmoid="logits of labels", regression="numbers")[facts["task"]]}. '
-        'Class names, input shapes, and how images are resized and normalized are in `config.json`.',
+        'Class names, input shapes, and how images or rows of tables are prepared are in `config.json`.',
         '',
         '## How to use',
         '',
@@ -217,6 +255,13 @@ def card(title, facts, checked, report):
             '',
         ]
     return '\n'.join(lines if report is None else [*lines, report.to_markdown()])
+
+
+def example_row(table) -> dict:
+    """Return a raw row: the last class of each category, and the mean of each number."""
+    added = {f'{n}_na' for n in table['fill']}
+    first = {n: table['classes'][n][-1] for n in table['cat_names'] if n not in added}
+    return first | {n: round(v, 3) for n, v in zip(table['cont_names'], table['means'])}
 
 
 def images_in_words(facts) -> str:

@@ -37,6 +37,7 @@ from ..teachers.model_loading import FACTS, Onnx
 from .class_names import vocab_of
 from .compare import compare
 from .probe_batches import prepared, prepared_batches, some_batches
+from .tables import encoding_of_table
 from .task import task_of
 from .teachers import image_stats, resize_of_images
 
@@ -147,7 +148,8 @@ def export_student(
     length, and check the file.
 
     The outputs of the file are compared with those of the Learner on real inputs. The input shape,
-    the class names, and how images are resized and normalized are stored in the file as metadata.
+    the class names, how images are resized and normalized, and how rows of tables are encoded are
+    stored in the file as metadata.
 
     Args:
         learn: Learner of the trained student.
@@ -407,6 +409,7 @@ def facts_of(learn, x) -> dict:
         inputs=inputs,
         normalization=dict(mean=stats[0], std=stats[1]) if image else None,
         resize=resize_of_images(learn.dls, x[0].shape[-2:]) if image else None,
+        table=encoding_of_table(learn.dls),
         versions=dict(torch=torch.__version__, fastai=fastai.__version__),
     )
 

@@ -14,7 +14,7 @@ from ..base.outputs import DistillError
 from ..base.sample_seeds import seeds_of
 from ..teachers.estimator import Estimator, few
 
-__all__ = ['RawRows', 'TableEstimator', 'perturbed_rows', 'table_of']
+__all__ = ['RawRows', 'TableEstimator', 'encoding_of_table', 'perturbed_rows', 'table_of']
 
 KNOWN = Categorify, FillMissing, Normalize
 TARGETS = Categorize, EncodedMultiCategorize, RegressionSetup
@@ -27,6 +27,39 @@ def table_of(dls) -> Tabular | None:
     """Return the training set if it is a table. Return None otherwise."""
     ds = getattr(getattr(dls, 'train', None), 'dataset', None)
     return ds if isinstance(ds, Tabular) else None
+
+
+def encoding_of_table(dls) -> dict | None:
+    """Return how raw rows of a table become inputs, as plain data. None if the data are no table.
+
+    The code of a category is its position in `classes`. Missing values and unknown categories have
+    the code 0. `fill` has the numbers that replace missing ones; the category NAME_na says which
+    were missing. `unknown` has the transforms that are not described in this way.
+    """
+    if (table := table_of(dls)) is None:
+        return None
+    of = {type(p): p for p in table.procs.fs}
+    classes = getattr(of.get(Categorify), 'classes', {})
+    normalize, fill = of.get(Normalize), getattr(of.get(FillMissing), 'na_dict', {})
+    conts = list(table.cont_names) if table.with_cont else []
+    unknown = [c.__name__ for c in of if c not in (*KNOWN, *TARGETS)]
+    if len(table.cat_names) > len(classes):
+        unknown.append('no Categorify')
+    return dict(
+        cat_names=[str(n) for n in table.cat_names],
+        cont_names=[str(n) for n in conts],
+        classes={str(n): [plain_value(v) for v in c] for n, c in classes.items()},
+        means=[0.0 if normalize is None else float(normalize.means[n]) for n in conts],
+        stds=[1.0 if normalize is None else float(normalize.stds[n]) for n in conts],
+        fill={str(n): float(v) for n, v in fill.items()},
+        unknown=unknown,
+    )
+
+
+def plain_value(v):
+    """Return a category as JSON can store it."""
+    v = v.item() if isinstance(v, np.generic) else v
+    return v if isinstance(v, (str, int, float)) else str(v)
 
 
 class TableEstimator(Estimator):
