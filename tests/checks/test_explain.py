@@ -7,7 +7,7 @@ from torch import nn
 import apps
 from apps import APPS, pair, toy
 from fastdistill import DistillError, Teacher
-from fastdistill.fastai import cache_teacher, compare
+from fastdistill.fastai import cache_teacher, compare, recipes
 from fastdistill.checks.explain import Follow, explain_training
 from fastdistill.base.task import Task
 
@@ -283,6 +283,16 @@ def test_less_than_a_tenth_of_the_gradient_is_little(share):
         why_of(answers(), answers(), shares=dict(task=share, kd=1 - share)),
         'of the gradient at the first batch',
     ) is (share < 0.1)
+
+
+def test_little_of_the_gradient_names_the_options_of_the_term_that_has_most_of_it():
+    found = why_of(
+        answers(),
+        answers(),
+        shares=dict(task=0.05, at=0.05, cwd=0.9),
+        lower=(recipes.cwd() + recipes.at({'1': '1'})).how_to_lower,
+    )
+    assert says(found, 'Use a smaller weight of cwd, now 3')
 
 
 @pytest.mark.parametrize('steps', [999, 1000])

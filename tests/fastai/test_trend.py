@@ -10,14 +10,16 @@ from fastdistill.fastai import (
     KnowledgeDistillation,
     Recipe,
     Term,
+    hard_labels,
     kd,
     losses,
+    recipes,
     soft_labels,
 )
 from fastdistill.fastai.trend_check import TrendCheck
 
 pytestmark = pytest.mark.filterwarnings(*apps.FASTAI_WARNINGS)
-SAYS = r'The task loss on the validation set rose from \S+ in epoch 0 to \S+, while kd fell from \S+ to \S+: .*Use a smaller grad_ratio, alpha or T'
+SAYS = r'The task loss on the validation set rose from \S+ in epoch 0 to \S+, while kd fell from \S+ to \S+: .*Use a recipe that also learns from the labels'
 
 
 def fit(recipe, n_epoch=9, wrong=True):
@@ -34,6 +36,23 @@ def test_a_wrong_teacher_is_warned_about_once():
     with pytest.warns(DistillWarning, match=SAYS) as seen:
         cb = fit(soft_labels(1.0))
     assert len([w for w in seen if 'rose from' in str(w.message)]) == 1 and cb.trend.warned
+
+
+@pytest.mark.parametrize(
+    'recipe, says',
+    [
+        (kd(1.0, 0.5), 'Use a smaller alpha of kd, now 0.5, or a smaller T;'),
+        (hard_labels(0.9), 'Use a smaller alpha of hard, now 0.9;'),
+        (recipes.cwd(), 'Use a smaller weight of cwd, now 3, or a smaller T;'),
+        (recipes.cwd(grad_ratio=0.5), 'Use a smaller grad_ratio of cwd, now 0.5;'),
+        (kd(alpha=('linear', 0.9, 0.5)), 'Use a smaller alpha of kd, or a smaller T;'),
+    ],
+    ids=repr,
+)
+def test_the_options_that_are_named_are_those_of_the_recipe(recipe, says):
+    t = recipe.terms[0]
+    with pytest.warns(DistillWarning, match=f'{says}.*explain'):
+        TrendCheck().check(Learn([1.0, 0.5, 0.6], [3.0, 2.0, 1.0], t.name), 0.5, recipe)
 
 
 def test_nothing_is_said_where_the_labels_loss_falls_or_the_training_has_just_begun():
@@ -57,9 +76,9 @@ def test_nothing_is_said_of_a_head_that_nothing_trains():
 
 
 class Learn:
-    def __init__(self, valid, kd):
+    def __init__(self, valid, kd, name='kd'):
         self.recorder = Recorder()
-        self.recorder.metric_names = ['epoch', 'train_loss', 'valid_loss', 'kd_loss', 'time']
+        self.recorder.metric_names = ['epoch', 'train_loss', 'valid_loss', f'{name}_loss', 'time']
         self.recorder.values = [[1.0, v, k] for v, k in zip(valid, kd)]
 
 

@@ -3,7 +3,7 @@
 The explanation measures what the student learned from its teacher and looks for known obstacles.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -166,6 +166,7 @@ def explain_training(
     shares: Mapping[str, float] | None = None,
     faded: Mapping[str, float] | None = None,
     output: Any = None,
+    lower: Callable | None = None,
 ) -> Findings:
     """Find reasons why distillation helped less than expected.
 
@@ -182,6 +183,7 @@ def explain_training(
         shares: {loss: fraction of the gradient}, as in `Distiller.gradient_shares`.
         faded: {term: fraction of its gradient ratio that is left}, as in `Distiller.faded`.
         output: Which output of the student is distilled.
+        lower: fn(term) -> which options of the term to lower (`Recipe.how_to_lower`).
     """
     tallies, follows, mistakes = (
         (Tally(task), Tally(task)),
@@ -220,7 +222,7 @@ def explain_training(
         follows[0].same,
         dict(faded or {}),
     )
-    found = Findings(reasons(facts, tallies[0]))
+    found = Findings(reasons(facts, tallies[0], lower))
     found.facts, found.none = facts, 'No obstacle to distillation was found.'
     return found
 
@@ -237,12 +239,13 @@ def as_percent(v: float) -> str:
     return f'{max(v, 0.0):.0%}' if v > -0.005 else 'less than 0%'
 
 
-def reasons(f: Explanation, valid: Tally) -> Iterator[Finding]:
+def reasons(f: Explanation, valid: Tally, lower: Callable | None = None) -> Iterator[Finding]:
     """Yield the reasons that the measurements suggest, the most likely first.
 
     Args:
         f: The measurements.
         valid: `Tally` of the validation set.
+        lower: fn(term) -> which options of the term to lower (`Recipe.how_to_lower`).
     """
     score = (
         f'{f.metric} {f.teacher_score:.3f} and {f.student_score:.3f}, on {f.n} validation items'
@@ -271,10 +274,11 @@ def reasons(f: Explanation, valid: Tally) -> Iterator[Finding]:
             'Give the labels more weight, or the teacher a smaller gradient ratio',
         )
     if 'task' in f.shares and f.shares['task'] < LITTLE:
+        largest = max(f.shares, key=lambda k: f.shares[k])
         yield Finding(
             'note',
             f'The task loss had {as_percent(f.shares["task"])} of the gradient at the first batch',
-            'Use a smaller grad_ratio, alpha or T',
+            'Give the labels more weight' if lower is None else lower(largest),
         )
     for name, left in f.faded.items():
         if left < 0.5:

@@ -183,6 +183,7 @@ def explain(
                 shares=None if known is None else known.gradient_shares,
                 faded=None if known is None else known.faded,
                 output=h.output,
+                lower=None if known is None else known.recipe.how_to_lower,
             )
     return found if is_heads(teacher) else found['']
 

@@ -44,9 +44,8 @@ class TrendCheck:
             warnings.warn(
                 f'The task loss on the validation set rose from {valid[best]:.4g} in epoch {best} '
                 f'to {valid[-1]:.4g}, while {n} fell from {term[best]:.4g} to {term[-1]:.4g}: the '
-                'student follows the teacher away from the labels. Use a smaller grad_ratio, '
-                'alpha or T to give the labels more weight; explain(teacher) looks for the '
-                'reason.',
+                f'student follows the teacher away from the labels. {recipe.how_to_lower(n)}; '
+                'explain(teacher) looks for the reason.',
                 DistillWarning,
                 stacklevel=2,
             )

@@ -346,6 +346,22 @@ class Recipe:
     def __add__(self, other: 'Term | Recipe') -> 'Recipe':
         return Recipe(self, other)
 
+    def how_to_lower(self, name: str) -> str:
+        """Name the options of a term to lower, so that the labels have more effect.
+
+        Args:
+            name: Name of the term.
+        """
+        t = next(t for t in self.terms if t.name == name)
+        if self.task == 0:
+            return 'Use a recipe that also learns from the labels, such as kd(alpha=.5)'
+        now = f' of {name}' + ('' if callable(t.weight) else f', now {t.weight:.4g}')
+        if t.has_grad_ratio:
+            return f'Use a smaller grad_ratio{now}'
+        task = 1.0 if self.task is None else value_at(self.task, 0.0, 'The weight of the task loss')
+        what = 'alpha' if abs(t.weight_at(0.0) + task - 1) < 1e-6 else 'weight'
+        return f'Use a smaller {what}{now}' + (', or a smaller T' if 'T' in t.options else '')
+
     def __call__(
         self,
         s: Tensor,
