@@ -16,7 +16,7 @@ from fastdistill.evaluation import (
     plot_reliability,
     plot_runs,
 )
-from fastdistill.evaluation.report_data import Difference, MeasureInfo
+from fastdistill.evaluation.report_data import Difference, Latency, MeasureInfo
 from fastdistill.evaluation.number_format import amount, p_text, shown_text, verdicts
 from fastdistill.base.task import Task
 from reports import a_report
@@ -215,6 +215,16 @@ def test_a_table_of_markdown_has_as_many_cells_in_each_row():
         elif table:
             assert len(set(table)) == 1 and len(table) > 2
             table = []
+
+
+@pytest.mark.parametrize('ratio', [2.5, 4])
+def test_times_that_vary_say_that_the_machine_was_busy(ratio):
+    r = a_report()
+    for m in r.models.values():
+        p95 = 5 * (ratio if m is r.models['alone'] else 1.2)
+        m.cost.latency = [Latency(1, 5.0, p95, 20)]
+    says = f'A p95 is {ratio:.2f} times its median: the machine was probably busy'
+    assert (says in r.to_markdown()) is (says in Page(r.to_html()).text) is (ratio > 3)
 
 
 def test_what_was_not_measured_is_left_out():

@@ -19,6 +19,7 @@ from .report_data import CLASS_MEASURES, Latency, ReportData
 
 __all__ = ['Cell', 'Sheet', 'sheets_of']
 
+BUSY = 3  # ratio of p95 to the median from which on a report says that the machine was busy
 SHOWN = 10  # number of classes to show with the largest gains, and with the largest losses
 
 
@@ -233,13 +234,17 @@ def sheet_of_costs(r: ReportData) -> Sheet:
     sizes = list(dict.fromkeys(l.batch for o in ms for l in o.cost.latency))
     threads = f'{m.get("threads", "?")} of {m.get("cores", "?")} threads'
     where = f'{m.get("device", "")}, {threads}, PyTorch {m.get("torch", "")}'
-    s = per_model(
-        r,
-        'cost',
-        'Cost',
+    text = (
         f'Measured on {where}. MACs: multiply-accumulates of matrix products and convolutions for '
-        'one sample. Times: median after a warm-up, with the models timed alternately.',
+        'one sample. Times: median after a warm-up, with the models timed alternately.'
     )
+    worst = max((l.p95 / l.p50 for o in ms for l in o.cost.latency), default=0)
+    if worst > BUSY:
+        text += (
+            f' A p95 is {three_digits(worst)} times its median: the machine was probably busy. '
+            'Measure again while it is idle.'
+        )
+    s = per_model(r, 'cost', 'Cost', text)
     s.add('parameters', *(amount(o.cost.params) for o in ms))
     s.add('MACs', *(amount(o.cost.macs) for o in ms))
     s.add('size', *(amount(o.cost.bytes, 'B') for o in ms))
