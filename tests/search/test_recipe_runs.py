@@ -262,6 +262,8 @@ def test_a_rate_for_each_recipe():
         run(dict(a=kd(), b=kd()), lr=[0.1, 0.2, 0.3])
     with pytest.raises(DistillError, match='cbs=: a callback belongs to one Learner'):
         run(cbs=Callback())
+    with pytest.raises(DistillError, match='lr=0.1: the learning rate is lr_max=0.1'):
+        compare_recipes(make_student, apps.mlp(16), n_epoch=1, lr=0.1, seeds=1, progress=False)
 
 
 def test_the_paired_test_is_scipys():

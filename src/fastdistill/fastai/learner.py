@@ -79,6 +79,8 @@ def distill(
             f'lr_max={lr_max!r}: the recipe comes after the learning rate. Write distill(teacher, '
             f'{n_epoch}, 1e-3, recipe), or distill(teacher, {n_epoch}, recipe=recipe).'
         )
+    if 'lr' in kwargs:
+        raise DistillError(f'lr={kwargs["lr"]!r}: the learning rate is lr_max={kwargs["lr"]!r}.')
     kd = KnowledgeDistillation(
         teacher,
         recipe,
