@@ -2015,6 +2015,46 @@ def test_checking_a_loader_changes_nothing():
     assert mode_a is mode_b is True
 
 
+@pytest.mark.parametrize('form', ['loader', 'batch_sampler', 'list', 'dicts'])
+def test_classes_of_a_sorted_loader_are_all_checked(form):
+    "The first 8 of its 25 batches hold only classes 0 and 1, which this teacher has in order"
+    x, y = batch(400)
+    order = y.argsort()
+    x, y = x[order], y[order]
+    data = torch.utils.data.TensorDataset(x, y)
+    if form == 'dicts':
+        data = [dict(input=a, labels=b) for a, b in zip(x, y)]
+    rows = torch.utils.data.DataLoader(data, 16, shuffle=False)
+    if form == 'batch_sampler':
+        rows = torch.utils.data.DataLoader(data, batch_sampler=[*torch.arange(400).split(16)])
+    if form == 'list':
+        rows = [*rows]
+    found = Distiller(mlp(6), knowing([0, 1, 3, 2]), kd()).check(rows)
+    assert 'class 2 and class 3 are swapped' in found.errors[0].what
+    assert found.facts is None or found.facts.n == 128
+
+
+def test_a_loader_that_cannot_be_spread_says_which_part_of_the_classes_it_showed():
+    x, y = batch(400)
+    rows = [*zip(x[y < 3], y[y < 3])]
+
+    class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            return iter(rows)
+
+    found = Distiller(mlp(6), knowing(), kd()).check(torch.utils.data.DataLoader(Stream(), 16))
+    assert found.facts.scores.startswith(
+        'accuracy on 128 items (3 of the 4 classes): teacher 1.000'
+    )
+
+
+def test_checking_a_loader_draws_no_global_random_number():
+    d, rows = Distiller(mlp(6), knowing(), kd()), loader(400, shuffle=True)
+    before = torch.get_rng_state()
+    d.check(rows)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_a_teacher_that_a_loader_puts_in_doubt_gets_no_full_share():
     _, (x, y) = loader(), batch()
     left = []

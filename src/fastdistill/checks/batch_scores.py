@@ -259,7 +259,14 @@ class Tally:
             train,
             valid,
             self.part,
+            self.classes(),
         )
+
+    def classes(self) -> tuple[int, int] | None:
+        """Return (number of classes in the labels, number of all classes), if it can be told."""
+        if self.confusion is None:
+            return None
+        return int((self.sums[0] > 0).sum()), self.sums.shape[1]
 
 
 def p_above(a: Tensor, b: Tensor | float) -> float:

@@ -52,6 +52,7 @@ class Facts:
         top_prob_train: Mean top probability of the teacher on augmented training batches.
         top_prob_valid: Mean top probability of the teacher on the scored batches.
         part: Dataset of the scored items: 'validation', 'training', or '' if unknown.
+        classes: (number of classes in the labels of the scored items, number of all classes).
     """
 
     metric: str
@@ -62,6 +63,7 @@ class Facts:
     top_prob_train: float | None = None
     top_prob_valid: float | None = None
     part: str = 'validation'
+    classes: tuple[int, int] | None = None
 
     @property
     def items(self) -> str:
@@ -74,7 +76,9 @@ class Facts:
         scores = dict(
             teacher=self.teacher_score, student=self.student_score, constant=self.constant_score
         )
-        return f'{self.metric} on {self.items}: {numbers_in_words(scores)}' if self.n else ''
+        have, all_ = self.classes or (0, 0)
+        seen = f' ({have} of the {all_} classes)' if have < all_ else ''
+        return f'{self.metric} on {self.items}{seen}: {numbers_in_words(scores)}' if self.n else ''
 
     @property
     def probabilities(self) -> str:

@@ -15,7 +15,7 @@ from ..base.random_state import RandomGuard
 from ..checks.findings import Findings
 from ..checks.shared_parameters import none_shared, shared_parameters
 from ..checks.teacher_outputs import BATCHES
-from ..distiller.dataloader import own_generators
+from ..distiller.dataloader import read_apart, spread_batches
 from ..distiller.distiller import Distiller
 from ..distiller.head import Head
 from ..distiller.trainer_integration import takes_part
@@ -332,8 +332,8 @@ class DetectionDistiller(Distiller):
         """
         if targets:
             return self.check_batches([(x, targets)], n)
-        with own_generators(x):
-            return self.check_batches(((o[0], o[1:]) for o in x), n)
+        with read_apart(x):
+            return self.check_batches(((o[0], o[1:]) for o in spread_batches(x, n)), n)
 
     def check_batches(
         self, batches: Iterable, n: int = BATCHES, *, placed: bool = False, part: str = ''

@@ -1,15 +1,18 @@
 """Recognize a DataLoader, and read from it without changing its random state."""
 
-from collections.abc import Iterator, Mapping
+import random
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from itertools import islice
 from typing import Any
 
 from torch import Tensor
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset
 
 from ..base.random_state import RandomGuard
 from ..base.transform_random_state import Generators
 
-__all__ = ['is_loader', 'own_generators', 'read_apart']
+__all__ = ['is_loader', 'own_generators', 'read_apart', 'spread_batches']
 
 
 def is_loader(x: Any) -> bool:
@@ -39,3 +42,33 @@ def read_apart(*loaders: Any) -> Iterator[None]:
         for o in loaders:
             stack.enter_context(own_generators(o))
         yield
+
+
+def spread_batches(loader: Any, n: int) -> Iterable:
+    """Return at least `n` batches that represent all samples, even if these are sorted by class.
+
+    A PyTorch DataLoader of a map-style dataset is replaced by one of random samples. Of a list, the
+    batches are spread evenly. All other loaders are returned, so their first batches are read.
+
+    Args:
+        loader: A DataLoader or a list of batches.
+        n: Number of batches to read.
+    """
+    if isinstance(loader, list):
+        return [loader[i * len(loader) // n] for i in range(n)] if len(loader) > n else loader
+    batches = getattr(loader, 'batch_sampler', None)
+    # subtle: a subclass with its own `__iter__` may change the batches
+    if (
+        getattr(type(loader), '__iter__', None) is not DataLoader.__iter__
+        or isinstance(loader.dataset, IterableDataset)
+        or not hasattr(batches, '__len__')
+        or len(loader) <= n
+    ):
+        return loader
+    draw, collate = random.Random(0).sample, dict(collate_fn=loader.collate_fn)
+    if type(batches) is BatchSampler:
+        rows = [*batches.sampler]
+        rows = draw(rows, min(n * batches.batch_size, len(rows)))
+        return DataLoader(loader.dataset, batches.batch_size, sampler=rows, **collate)
+    chosen = draw([*islice(batches, len(loader))], n)
+    return DataLoader(loader.dataset, batch_sampler=chosen, **collate)

@@ -24,7 +24,7 @@ from ..recipes.recipe_loss import Distilled
 from ..recipes.term import Recipe, Term
 from ..teachers.model_loading import holds_weights
 from ..teachers.teacher import Teacher
-from .dataloader import is_loader, own_generators
+from .dataloader import is_loader, read_apart, spread_batches
 from .head import (
     Head,
     HeadOutput,
@@ -344,7 +344,8 @@ class Distiller(nn.Module):
     def check(self, x: Any, *targets: Any, n: int = BATCHES) -> Findings | dict[str, Findings]:
         """Find mistakes that training would not report.
 
-        With a DataLoader, the check reads a few batches. The check compares the scores of both
+        With a DataLoader, the check reads a few batches of random samples (the first batches if
+        the dataset can't be indexed). The check compares the scores of both
         models and of a constant prediction (see `.facts` of the result). The check also finds a
         teacher that seems untrained, and a teacher whose classes have a different order. Other
         checks are the same as in `Learner.check_teacher`, except those that need a Learner. If
@@ -364,8 +365,8 @@ class Distiller(nn.Module):
             {head name: list}.
         """
         if not targets and is_loader(x):
-            with own_generators(x):
-                return self.check_batches(map(inputs_and_labels, x), n)
+            with read_apart(x):
+                return self.check_batches(map(inputs_and_labels, spread_batches(x, n)), n)
         x = inputs(x)
         return self._each_head(
             lambda h: h.check(
