@@ -1227,6 +1227,30 @@ def test_a_run_does_not_continue_with_another_teacher(finished, stopped, digits,
         resumed(out)
 
 
+def test_a_run_does_not_continue_with_other_weights_of_an_onnx_teacher(stopped, digits, tmp_path):
+    "They may be in a second file, as those of large networks are"
+    onnx = pytest.importorskip('onnx')
+    make = onnx.helper
+    weights = np.random.default_rng(0).normal(size=(3 * 16 * 16, FEW_CLASSES)).astype('float32')
+    graph = make.make_graph(
+        [
+            make.make_node('Flatten', ['x'], ['flat']),
+            make.make_node('MatMul', ['flat', 'w'], ['logits']),
+        ],
+        'g',
+        [make.make_tensor_value_info('x', 1, ['n', 3, 'height', 'width'])],
+        [make.make_tensor_value_info('logits', 1, ['n', FEW_CLASSES])],
+        [onnx.numpy_helper.from_array(weights, 'w')],
+    )
+    network = make.make_model(graph, opset_imports=[make.make_opsetid('', 17)], ir_version=8)
+    options = dict(save_as_external_data=True, location='weights.bin', size_threshold=0)
+    onnx.save_model(network, tmp_path / 'teacher.onnx', **options)
+    out = stopped(digits, teacher=str(tmp_path / 'teacher.onnx'), check=False)
+    (weights + 1).tofile(tmp_path / 'weights.bin')
+    with pytest.raises(DistillError, match='changed since it began: teacher is a different file'):
+        resumed(out)
+
+
 def test_a_run_does_not_continue_with_settings_that_were_edited(finished, stopped, digits):
     out = stopped(digits)
     text = (out / 'config.toml').read_text()

@@ -1007,6 +1007,25 @@ def test_onnx_file(tmp_path):
         same(t(x).logits, x.detach() @ W, 1e-6)
 
 
+def test_weights_that_an_onnx_file_keeps_in_a_second_file_belong_to_the_teachers_identity(tmp_path):
+    from fastdistill.cache.teacher_description import identity_of
+
+    path, location = tmp_path / 'm.onnx', 'x' * 200 + '.bin'
+
+    def saved(w):
+        network = onnx.load(onnx_file(tmp_path / 'whole.onnx', w))
+        (tmp_path / location).unlink(missing_ok=True)
+        onnx.save_model(
+            network, path, save_as_external_data=True, location=location, size_threshold=0
+        )
+        return identity_of(Teacher(path)), path.read_bytes()
+
+    first, again, other = saved(W), saved(W), saved(W + 1)
+    assert first == again
+    assert first[1] == other[1]  # the network itself is the same
+    assert first[0] != other[0]
+
+
 def test_onnx_inputs_by_order_and_by_name(tmp_path):
     a, b = images(2, 3), images(2, 3, seed=2)
     t = Teacher(

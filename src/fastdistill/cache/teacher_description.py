@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from ..base.outputs import DistillError, DistillWarning
+from ..teachers.model_loading import model_files
 from ..teachers.teacher import Teacher
 from .digests import fingerprint
 
@@ -174,7 +175,8 @@ def identity_of(teacher: Any) -> dict:
             name=name, weights=fingerprint(*(m.state_dict() for m in modules), shares), **options
         )
     if path := getattr(teacher, 'path', None):
-        return dict(name=name, weights=fingerprint(path.read_bytes()), **options)
+        files = (p.read_bytes() for p in model_files(path))
+        return dict(name=name, weights=fingerprint(*files), **options)
     fn = getattr(teacher, 'model', teacher)
     if own := getattr(fn, 'identity', None):
         return dict(name=name, weights=fingerprint(own), **options)

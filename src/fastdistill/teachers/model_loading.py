@@ -3,6 +3,7 @@
 import copy
 import inspect
 import json
+import re
 import warnings
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,7 +18,15 @@ from torch.nn import Module
 from ..base.outputs import DistillError, DistillWarning, tensors_in
 from .estimator import Estimator, is_estimator
 
-__all__ = ['FACTS', 'Onnx', 'explained', 'holds_weights', 'load_model', 'warn_of_code']
+__all__ = [
+    'FACTS',
+    'Onnx',
+    'explained',
+    'holds_weights',
+    'load_model',
+    'model_files',
+    'warn_of_code',
+]
 
 OF_RUN = 'student.pkl'  # the student in the folder of a run of `fastdistill train`
 FORMS = (
@@ -258,6 +267,24 @@ ONNX_TYPES = {
     'int8': torch.int8,
     'bool': torch.bool,
 }
+
+
+def model_files(path: Path) -> list[Path]:
+    """Return the files that hold a model: the file itself and, for ONNX, the files of its weights.
+
+    Args:
+        path: File of the model.
+    """
+    if path.suffix != '.onnx':
+        return [path]
+    # In the format of ONNX, the name of a file of weights is an entry with the key 'location' (field
+    # 1, 8 bytes) and the name as its value (field 2). The length of the name has one or two bytes.
+    entry = re.compile(rb'\n\x08location\x12([\x00-\x7f]|[\x80-\xff][\x00-\x7f])')
+    data, names = path.read_bytes(), set()
+    for found in entry.finditer(data):
+        n = sum((b & 0x7F) << 7 * i for i, b in enumerate(found[1]))
+        names.add(data[found.end() : found.end() + n].decode(errors='replace'))
+    return [path, *(p for n in sorted(names) if (p := path.parent / n).is_file())]
 
 
 class Onnx:

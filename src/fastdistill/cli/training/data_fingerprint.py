@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from ...teachers.model_loading import model_files
 from .config import TrainConfig
 from .data_files import Samples
 
@@ -35,7 +36,9 @@ def data_fingerprint(s: Samples, held: np.ndarray | None, config: TrainConfig) -
         columns=[*map(str, frame)],
         classes=s.classes,
         teacher={
-            k: file_hash(p) for k in ('teacher', 'teacher_weights') if (p := path_in(config, k))
+            k: file_hash(*model_files(Path(p)))
+            for k in ('teacher', 'teacher_weights')
+            if (p := path_in(config, k))
         },
     )
     if s.task in ('texts', 'table') or isinstance(s.frame[s.x[0]].iloc[0], bytes):
@@ -70,9 +73,12 @@ def path_in(config: TrainConfig, k: str) -> str:
     return getattr(config, k) if k != 'teacher' or config.teacher_file else ''
 
 
-def file_hash(path: Path | str) -> str:
-    with open(path, 'rb') as f:
-        return hashlib.file_digest(f, lambda: hashlib.blake2b(digest_size=8)).hexdigest()
+def file_hash(*paths: Path | str) -> str:
+    h = hashlib.blake2b(digest_size=8)
+    for path in paths:
+        with open(path, 'rb') as f:
+            hashlib.file_digest(f, lambda: h)
+    return h.hexdigest()
 
 
 def values_hash(values: Iterable) -> str:
