@@ -108,8 +108,9 @@ def test_matches_are_one_to_one_and_of_the_most_certain():
 def test_a_distiller_checks_a_loader_and_changes_nothing():
     student, teacher = detector('RetinaNet').train(), detector('RetinaNet', seed=1)
     distiller = DetectionDistiller(student, teacher, pkd())
+    loader = torch.utils.data.DataLoader([batch(seed=1), batch(seed=2)], batch_size=None)
     state = torch.get_rng_state()
-    found = distiller.check([batch(seed=1), batch(seed=2)])
+    found = distiller.check(loader)
     assert any('labeled boxes with as many detections' in str(f) for f in found)
     assert torch.equal(torch.get_rng_state(), state)
     assert all(m.training for m in student.modules())

@@ -1971,6 +1971,24 @@ def test_a_loader_shows_the_scores_of_both_models_on_as_many_batches_as_asked():
     assert facts.student_score == pytest.approx((student(x).argmax(1) == y).float().mean().item())
 
 
+@pytest.mark.parametrize('shuffle', [False, True])
+def test_a_check_of_a_loader_does_not_change_the_training_that_follows(shuffle):
+    def trained(check):
+        torch.manual_seed(0)
+        student, data = mlp(6), loader(shuffle=shuffle)
+        d = Distiller(student, knowing(), kd(alpha=0.5))
+        if check:
+            d.check(data)
+        opt = torch.optim.SGD(student.parameters(), 0.1)
+        for x, y in data:
+            opt.zero_grad()
+            d(x + 0.1 * torch.randn_like(x), y).total.backward()
+            opt.step()
+        return torch.cat([p.detach().flatten() for p in student.parameters()])
+
+    assert torch.equal(trained(True), trained(False))
+
+
 def test_a_list_of_batches_and_batches_that_are_dicts_are_loaders_too():
     x, y = batch(64)
     assert Distiller(mlp(6), knowing(), kd()).check([(x, y)]).facts.n == 64
