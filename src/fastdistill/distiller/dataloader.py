@@ -56,7 +56,7 @@ def spread_batches(loader: Any, n: int) -> Iterable:
     """
     if isinstance(loader, list):
         return [loader[i * len(loader) // n] for i in range(n)] if len(loader) > n else loader
-    batches = getattr(loader, 'batch_sampler', None)
+    batches: Any = getattr(loader, 'batch_sampler', None)
     # subtle: a subclass with its own `__iter__` may change the batches
     if (
         getattr(type(loader), '__iter__', None) is not DataLoader.__iter__
