@@ -1308,6 +1308,34 @@ def test_a_teacher_that_draws_continues_with_its_random_numbers(tmp_path, teache
     assert all(map(torch.equal, again[0].parameters(), whole[0].parameters()))
 
 
+@pytest.mark.parametrize('teacher', DRAWING.values(), ids=DRAWING)
+def test_a_checkpoint_after_validation_continues_as_if_there_had_been_none(teacher):
+    "A batch of validation, after the `with` of an epoch, leaves a random state behind"
+
+    def begin():
+        d = Distiller(mlp(6), teacher(), kd(), check=False)
+        return d, torch.optim.Adam(d.parameters(), 0.01)
+
+    def epoch(d, opt):
+        with d.teacher:
+            run(d, opt, range(3))
+        with torch.no_grad():
+            d(*batch(seed=9))
+
+    whole = begin()
+    random.seed(3), np.random.seed(3), torch.manual_seed(3)
+    epoch(*whole)
+    state = copy.deepcopy([o.state_dict() for o in whole])
+    outside = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    epoch(*whole)
+    again = begin()
+    for o, s in zip(again, state):
+        o.load_state_dict(s)
+    random.setstate(outside[0]), np.random.set_state(outside[1]), torch.set_rng_state(outside[2])
+    epoch(*again)
+    assert all(map(torch.equal, again[0].parameters(), whole[0].parameters()))
+
+
 def test_a_loaded_random_state_is_used_once():
     "The next `with` begins with new random numbers, as it does without a checkpoint"
     x, teacher = batch()[0], DRAWING['dropout']()

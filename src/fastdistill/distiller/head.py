@@ -197,6 +197,7 @@ class Head(RecipeLoss):
             ratios=self.ratios.state_dict(),
             shift_labels=self.shift_labels,
             random=self.random_state(),
+            keeps_random=isinstance(self.teacher, Teacher) and self.teacher.keeps_random_state,
         )
 
     def random_state(self) -> dict:
@@ -218,7 +219,9 @@ class Head(RecipeLoss):
         if self.shift_labels is None:
             self.shift_labels = state['shift_labels']
         if isinstance(self.teacher, Teacher):
-            self.teacher.load_random_state(state.get('random', {}))  # absent in older checkpoints
+            # absent in older checkpoints
+            random, keep = state.get('random', {}), state.get('keeps_random', True)
+            self.teacher.load_random_state(random, keep)
 
     # checks and setup before the first batch
 

@@ -454,15 +454,22 @@ class Teacher:
             self.random = RandomStream()
             self.runner.stop()
 
-    def load_random_state(self, state: dict) -> None:
+    @property
+    def keeps_random_state(self) -> bool:
+        """True if the teacher is started, or if the next `start` keeps the random state."""
+        return self.started or self._continues
+
+    def load_random_state(self, state: dict, keep: bool = True) -> None:
         """Continue with the random numbers that follow a saved state.
 
         Args:
             state: What `random.state_dict()` of a teacher returned. If it is empty, that teacher
                 had used no random numbers, and nothing is loaded.
+            keep: `keeps_random_state` of that teacher. If False, the next `start` begins with a new
+                random state, as it would have done for that teacher.
         """
         if state:
-            self.random, self._continues = RandomStream(state), not self.started
+            self.random, self._continues = RandomStream(state), keep and not self.started
 
     def __enter__(self) -> 'Teacher':
         was = self.started
