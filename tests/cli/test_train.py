@@ -22,6 +22,7 @@ from fastdistill import DistillError, DistillWarning
 from fastdistill.cli import main
 from fastdistill.evaluation import Report
 from fastdistill.cli.training import TrainConfig, opened_run
+from fastdistill.cli.training.exported_student import learner_in_file, new_student
 from fastdistill.cli.training.architectures import check_arch, learner_of
 from fastdistill.cli.training.data_checks import checked_samples
 from fastdistill.cli.training.config import Arch, read_config, write_config
@@ -141,6 +142,30 @@ def test_the_command_that_find_prints_trains_with_what_was_found(command, finish
     assert config['epochs'] == 1
     assert config['teacher'] == str(teacher)
     assert (tmp_path / 'run' / 'report.json').is_file()
+
+
+def test_find_trains_the_student_of_a_run_anew(command, finished, tmp_path, monkeypatch, capsys):
+    config = finished / 'config.toml', '--epochs', 1, '--lr', 1e-9
+    code, _, err = command('--config', *config, '--no-baseline', '--out', tmp_path / 'same')
+    assert not code, err
+    begun, _ = numbers(tmp_path / 'same')
+    folder = shutil.copytree(finished, tmp_path / 'nan')
+    broken = learner_in_file(folder / 'student.pkl')
+    for p in broken.model.parameters():
+        p.data.fill_(torch.nan)
+    broken.export(folder / 'student.pkl')
+    args = 'fastdistill', 'find', folder, finished, '--n-epoch', 1, '--rates', 1e-9
+    options = '--trials', 2, '--seeds', 0, '--no-check'
+    monkeypatch.setattr(sys, 'argv', [*map(str, args + options)])
+    with pytest.raises(SystemExit) as e:
+        main()
+    out, err = capsys.readouterr()
+    assert not e.value.code, err
+    assert 'start of each training are those with which fastdistill train begins' in out
+    student = new_student(folder / 'student.pkl')
+    for k, v in student.model.named_parameters():
+        assert torch.allclose(v.cpu(), begun[k], atol=1e-6), k
+    assert 'nan' not in out.replace(str(folder), '')
 
 
 def test_what_a_run_leaves(finished, digits):

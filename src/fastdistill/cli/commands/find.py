@@ -60,16 +60,26 @@ def find(
 ) -> None:
     """Try recipes and learning rates on short runs, repeat the best, and print a table.
 
+    The student of a run is trained anew, as fastdistill train does. Any other student starts with
+    its own weights.
+
     Several processes can search together if they use the same folder. After Ctrl-C, the best result
     so far is shown. With a folder, the same command resumes the search. The last line of the output
     is a command that trains with the best recipe. Example: fastdistill find train.py:student
     teacher.pkl --n-epoch 5.
     """
     from ... import fastai  # noqa: F401 (this import adds Learner.distill_find)
+    from ..training.exported_student import new_student
 
     recipes = {text: load_recipe(text) for text in recipe or ()}
+    if anew := starts_anew(student, data):
+        learn = new_student(student)
+    else:
+        learn = load_named_learner(student, data)
+    start = 'those with which fastdistill train begins' if anew else f'those of {student}'
+    typer.echo(f'The weights at the start of each training are {start}.')
     try:
-        found = load_named_learner(student, data).distill_find(
+        found = learn.distill_find(
             load_teacher(teacher),
             n_epoch,
             minutes,
@@ -91,13 +101,19 @@ def find(
     typer.echo(f'In a shell, this trains with it:\n{command}')
 
 
+def starts_anew(student: str, data: str | None) -> bool:
+    """Return True for the student of a run, which is not trained further, but anew."""
+    return of_run(student) and data is None
+
+
 def training_command(
     student: str, teacher: str, data: str | None, n_epoch: int, fine_tune: bool, found: Any
 ) -> str:
     """Return a shell command that trains with the recipe and learning rate that were found."""
     labels_alone = found.winner.name == found.labels
+    anew = starts_anew(student, data)
     if (
-        of_run(student)
+        anew
         and not (fine_tune or labels_alone or in_python(teacher))
         and is_recipe_text(found.text)
     ):
@@ -138,9 +154,10 @@ def training_command(
         if data is not None:
             lines.append('student.dls = dls')
     else:
+        load = 'new_student' if anew else 'learner_in_file'
         lines += [
-            'from fastdistill.cli.training.exported_student import learner_in_file',
-            f'student = learner_in_file({student!r}{"" if data is None else ", dls"})',
+            f'from fastdistill.cli.training.exported_student import {load}',
+            f'student = {load}({student!r}{"" if data is None else ", dls"})',
         ]
     fit = 'fine_tune' if fine_tune else 'fit_one_cycle'
     if labels_alone:

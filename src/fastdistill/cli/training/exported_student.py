@@ -1,4 +1,4 @@
-"Load the exported student of a run together with the data of the run."
+"Load the exported student of a run together with the data of the run, or build it anew."
 
 from dataclasses import replace
 from pathlib import Path
@@ -6,13 +6,19 @@ from typing import Any
 
 from ...base.errors import DistillError
 from ...fastai.class_names import check_same_data, vocab_of
+from .architectures import learner_of
 from .config import TrainConfig, read_config
 from .data_checks import checked_samples
-from .data_files import read_samples
+from .data_files import Samples, read_samples
 from .dataloaders import loaders_of
+from .resumable_fit import seed_everything
 from .teachers import file_teacher
 
-__all__ = ['learner_in_file']
+__all__ = ['FOR_STUDENT', 'FOR_TEACHER', 'learner_in_file', 'new_student']
+
+# numbers for seeding; all students of a run use the same number, so that they have the same initial
+# weights and batches
+FOR_TEACHER, FOR_STUDENT = 1, 2
 
 
 def learner_in_file(path: Path | str, dls: Any = None) -> Any:
@@ -32,7 +38,26 @@ def learner_in_file(path: Path | str, dls: Any = None) -> Any:
     return learn
 
 
+def new_student(path: Path | str) -> Any:
+    """Build the student of a run anew, with the weights with which `fastdistill train` begins.
+
+    Args:
+        path: Path of the exported Learner in the folder of the run.
+    """
+    s, config, dls = run_of(Path(path), file_teacher(str(path)))
+    seed_everything(config.seed, FOR_STUDENT)
+    learn = learner_of(config.arch('student'), dls, s, config, config.pretrained)
+    if config.lr != 'auto':
+        learn.lr = config.lr
+    return learn
+
+
 def data_of_run(path: Path, learn: Any) -> Any:
+    return run_of(path, learn)[-1]
+
+
+def run_of(path: Path, learn: Any) -> tuple[Samples, TrainConfig, Any]:
+    """Return the samples, settings and DataLoaders of the run that exported a Learner."""
     settings = path.parent / 'config.toml'
     if not settings.is_file():
         raise DistillError(
@@ -47,7 +72,7 @@ def data_of_run(path: Path, learn: Any) -> Any:
             f'{config.data} changed since {path} was trained: its classes are {first_classes(now)}, but '
             f'the model predicts {first_classes(own)}.'
         )
-    return dls
+    return s, config, dls
 
 
 def first_classes(classes: Any) -> str:

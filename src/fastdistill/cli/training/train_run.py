@@ -40,6 +40,7 @@ from .data_checks import checked_samples
 from .data_files import Samples, read_samples
 from .data_fingerprint import data_changes, data_fingerprint, path_in, split_table
 from .dataloaders import TEXT, loaders_of
+from .exported_student import FOR_STUDENT, FOR_TEACHER
 from .mask_examples import mask_examples
 from .resumable_fit import Checkpoints, find_rate, fit_stage, seed_everything, silent
 from .run_settings import settings_of
@@ -47,12 +48,6 @@ from .teachers import file_teacher, with_weights
 
 __all__ = ['TrainRun', 'opened_run']
 
-FOR_TEACHER, FOR_STUDENT = (
-    1,
-    2,
-    # numbers for seeding; both students use the same number, so that they have the same initial weights
-    # and batches
-)
 # caption of the masks in the report
 EXAMPLES = 'Validation images on which the models differ most'
 SPLIT = 'split.csv'  # which samples were trained on, in the folder of the run
