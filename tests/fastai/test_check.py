@@ -24,7 +24,9 @@ from fastai.vision.all import (
     CategoryBlock,
     CropPad,
     DataBlock,
+    DiceLoss,
     ImageBlock,
+    MaskBlock,
     Normalize,
     RandomResizedCrop,
     RandomResizedCropGPU,
@@ -39,6 +41,7 @@ from fastdistill.fastai import (
     KnowledgeDistillation,
     Teacher,
     check_teacher,
+    compare,
     dist,
     dkd,
     hint,
@@ -361,6 +364,69 @@ def test_a_segmentation_teacher_of_another_image_size_teaches_the_students_pixel
     _, teacher = apps.quiet(*apps.unet(size=32))
     first_loss(student, KD(teacher, check=False))
     assert student.check_teacher(teacher, n_epoch=None).errors == []
+
+
+class CEAndDice:
+    "A loss function of one's own"
+
+    def __call__(self, s, y):
+        return F.cross_entropy(s, y, ignore_index=3) + DiceLoss()(s, y)
+
+
+def masks_with_void(*ignored):
+    dls = apps.image_dls(MaskBlock(codes=['ground', 'red', 'green', 'Void']), apps.mask_of)
+    losses = [CrossEntropyLossFlat(axis=1, ignore_index=i) for i in ignored]
+    return apps.quiet(*(vision_net(dls, loss) for loss in losses))
+
+
+def about_ignored(findings):
+    return [f for f in findings if 'ignore' in f.what]
+
+
+def vision_net(dls, loss):
+    return Learner(dls, nn.Conv2d(3, 4, 1), loss_func=loss)
+
+
+def test_a_class_called_void_that_the_loss_does_not_ignore_is_a_warning():
+    student, teacher = masks_with_void(-100, -100)
+    (f,) = about_ignored(student.check_teacher(teacher, n_epoch=None))
+    assert f.level == 'warning' and f.do.startswith('Pass ignore_index=3 to the loss function')
+    assert 'have the class Void, but the loss function ignores no label' in f.what
+    student, teacher = masks_with_void(3, 3)
+    findings = student.check_teacher(teacher, n_epoch=None)
+    assert about_ignored(findings) == []
+    assert 'Void (label 3), for both' in [f.what for f in findings.in_order]
+
+
+def test_a_loss_of_ones_own_says_with_an_attribute_which_label_it_ignores():
+    student, _ = masks_with_void(3, 3)
+    student.loss_func = CEAndDice()
+    with pytest.raises(DistillError, match='the attribute ignore_index'):
+        student.check_teacher(student.model)
+    look = lambda: student.check_teacher(nn.Conv2d(3, 4, 1), kind='softmax', n_epoch=None)
+    assert 'needs the attribute ignore_index=3' in about_ignored(look())[0].do
+    student.loss_func.ignore_index = 3
+    assert about_ignored(look()) == []
+
+
+@pytest.mark.parametrize(
+    'ignored, says',
+    [
+        (
+            (-100, 3),
+            r"The teacher's loss function ignores Void .label 3., the student's ignores no label",
+        ),
+        ((3, 0), r"ignores ground .label 0., the student's ignores Void .label 3."),
+    ],
+)
+def test_a_teacher_that_ignores_another_label_is_a_warning(ignored, says):
+    student, teacher = masks_with_void(*ignored)
+    (f,) = about_ignored(student.check_teacher(teacher, n_epoch=None))
+    assert f.level == 'warning' and re.search(says, f.what)
+    report = compare(dict(teacher=teacher, distilled=student), seconds=0, repeats=20)
+    assert any('The loss function of teacher ignores' in n for n in report.notes)
+    left_out = 'Labels that are left out of the scores of all models: Void (label 3).'
+    assert (left_out in report.notes) is (ignored[0] == 3)
 
 
 def test_another_shape_of_output_is_an_error():

@@ -304,7 +304,8 @@ def unknown_loss(lf: Any) -> str:
         )
     return (
         f"The student's loss {name} does not show what the student predicts: pass kind='softmax' (classes, along "
-        "axis=), 'sigmoid' (labels) or 'regression' (numbers) to KnowledgeDistillation."
+        "axis=), 'sigmoid' (labels) or 'regression' (numbers) to KnowledgeDistillation. "
+        'If the loss ignores a label, give it the attribute ignore_index, so that distillation ignores this label too.'
     )
 
 

@@ -8,7 +8,19 @@ from ..base.outputs import DistillError
 from ..checks.class_order import map_classes
 from .language_model import is_stream
 
-__all__ = ['CODES', 'check_same_data', 'different_codes', 'stored_order', 'vocab_of']
+__all__ = [
+    'CODES',
+    'check_same_data',
+    'different_codes',
+    'ignored_name',
+    'mask_codes',
+    'stored_order',
+    'vocab_of',
+    'void_class',
+]
+
+# names of classes that are not learned
+VOID = 'void', 'ignore', 'unlabeled', 'unlabelled'
 
 
 def vocab_of(dls):
@@ -17,13 +29,36 @@ def vocab_of(dls):
     """
     v = None if is_stream(dls.train) else getattr(dls, 'vocab', None)
     if v is None:
-        v = nested_attr(dls, 'train.after_item.vocab')  # vocab of mask codes
+        v = mask_codes(dls)
     if v is None or isinstance(v, dict):
         return None
     # one vocab per block, e.g. (tokens, classes)
     if len(v) and all(hasattr(o, '__len__') and not isinstance(o, str) for o in v):
         v = v[-1]
     return list(map(str, v))
+
+
+def mask_codes(dls):
+    """Return the class names of masks. Return None for other labels."""
+    return nested_attr(dls, 'train.after_item.vocab')
+
+
+def void_class(names) -> int | None:
+    """Return the index of the class for pixels without a label. None if there is no such class."""
+    return next((i for i, c in enumerate(names) if str(c).lower() in VOID), None)
+
+
+def ignored_name(task, names) -> str:
+    """Return the name of the label that losses ignore.
+
+    Args:
+        task: What a model predicts.
+        names: Class names, or None if unknown.
+    """
+    i = task.ignore_index
+    if i == type(task).ignore_index:
+        return 'no label'
+    return f'{names[i]} (label {i})' if names is not None and 0 <= i < len(names) else f'label {i}'
 
 
 def stored_order(teacher, student) -> Tensor | None:

@@ -24,11 +24,11 @@ from fastai.text.data import TensorText
 from ..base.distributed import rank
 from ..base.outputs import DistillError
 from ..base.progress_bar import console_for_bars
-from ..base.task import labels_loss
+from ..base.task import Task, labels_loss
 from ..evaluation import Report, measure_models, roles_of
 from ..teachers.fast_copy import AS_IT_IS
 from ..teachers.teacher import Teacher
-from .class_names import vocab_of
+from .class_names import ignored_name, vocab_of
 from .language_model import is_stream
 from .learner_heads import LearnerHead, WholeModel, heads_of, options_of_heads
 from .metrics import columns_of
@@ -240,6 +240,7 @@ class Compared:
             )
         report.title, report.unit = title, unit_of(data)
         report.classes = names_of_classes(self.dls, len(report.counts))
+        report.notes += self.ignored(report.classes)
         for k, o in self.models.items():
             if not isinstance(o, Learner):
                 continue
@@ -247,6 +248,23 @@ class Compared:
             report.models[k].kind = arch
             report.models[k].history = history_of(o)
         return report
+
+    def ignored(self, classes):
+        """Yield sentences on the label that is ignored, and on Learners that ignore another one."""
+        if self.task.kind != 'softmax':
+            return
+        mine = ignored_name(self.task, classes)
+        if self.task.ignore_index != Task.ignore_index:
+            yield f'Labels that are left out of the scores of all models: {mine}.'
+        for k, o in self.models.items():
+            if not isinstance(o, Learner):
+                continue
+            theirs = ignored_name(task_of(o.loss_func, self.task.kind), vocab_of(o.dls))
+            if theirs != mine:
+                yield (
+                    f'The loss function of {k} ignores {theirs}, but all models are measured with '
+                    f'one rule, which ignores {mine}.'
+                )
 
 
 def names_of_classes(dls, n):

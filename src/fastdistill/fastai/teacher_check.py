@@ -21,7 +21,7 @@ from ..evaluation.text_report import show
 from ..recipes.recipe_text import as_recipe
 from ..recipes.term import Recipe, Term
 from ..teachers.hidden_state import has_reset, why_no_reset
-from .class_names import CODES, different_codes, vocab_of
+from .class_names import CODES, different_codes, ignored_name, mask_codes, vocab_of, void_class
 from .costs import training_costs
 from .default_recipe import choose_recipe, example_of
 from .learner_heads import HeadData
@@ -328,6 +328,38 @@ def of_shared(found, student, teacher):
     )
 
 
+def ignored_labels(learn, teacher, task):
+    """Check that the student's loss ignores the teacher's ignored label, and a class called void."""
+    if task.kind != 'softmax':
+        return
+    mine = ignored_name(task, vocab_of(learn.dls))
+    for t in with_learners(teacher):
+        other = task_of(t.learner.loss_func, task.kind)
+        theirs = ignored_name(other, vocab_of(t.learner.dls))
+        if theirs != mine:
+            yield Finding(
+                'warning',
+                f"The teacher's loss function ignores {theirs}, the student's ignores {mine}",
+                'Set the same ignore_index in both. A loss function of your own needs the attribute '
+                'ignore_index',
+            )
+            return
+    void = void_class(mask_codes(learn.dls) or [])
+    if void is not None and task.ignore_index == Task.ignore_index:
+        yield Finding(
+            'warning',
+            f'The masks have the class {vocab_of(learn.dls)[void]}, but the loss function ignores no '
+            'label, so these pixels are learned and scored',
+            f'Pass ignore_index={void} to the loss function. A loss function of your own needs the '
+            f'attribute ignore_index={void}',
+        )
+
+
+def ignored_labels_in_words(learn, teacher, task):
+    name = ignored_name(task, vocab_of(learn.dls))
+    return '' if task.kind != 'softmax' or name == 'no label' else f'{name}, for both'
+
+
 def codings(learn, teacher, task):
     """Check that both models encode tokens and categories in the same way."""
     for o in with_learners(teacher):
@@ -416,6 +448,7 @@ CHECKS = {
     'reset()': (resets, resets_in_words),
     'task': (kinds, kinds_in_words),
     'classes': (labels, labels_in_words),
+    'ignored label': (ignored_labels, ignored_labels_in_words),
     'codes': (codings, codings_in_words),
     'normalization': (normalization, normalization_in_words),
     'image size': (image_sizes, image_sizes_in_words),

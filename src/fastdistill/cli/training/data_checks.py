@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 
 from ...base.errors import DistillError
+from ...fastai.class_names import void_class
 from ...fastai.compare import shown_bar
 from .config import TrainConfig
 from .data_files import Samples
@@ -19,8 +20,6 @@ __all__ = ['checked_samples']
 
 # a label column with more distinct integers is treated as numbers instead of classes
 MANY_NUMBERS = 50
-# classes in masks that are ignored by default
-IGNORED = 'void', 'ignore', 'unlabeled', 'unlabelled'
 
 
 def checked_samples(s: Samples, config: TrainConfig) -> Samples:
@@ -250,7 +249,7 @@ def with_mask_classes(s: Samples, values: set[int], ignore: str) -> Samples:
         s: Samples.
         values: Set of all values in the masks.
         ignore: Name or value of the class to ignore, or a value that is not a class. Empty to use a
-            class with a name in IGNORED, if there is one.
+            class called void, if there is one.
     """
     codes = Path(s.folder) / 'codes.txt'
     ignored = ignored_value(s, values, ignore)
@@ -281,7 +280,7 @@ def ignored_value(s: Samples, values: set[int], ignore: str) -> int | None:
     """Return the value in masks that losses and metrics ignore. Return None if there is none."""
     classes = s.classes or []
     if not ignore:
-        return next((i for i, c in enumerate(classes) if c.lower() in IGNORED), None)
+        return void_class(classes)
     if ignore in classes:
         return classes.index(ignore)
     if ignore.isdecimal() and int(ignore) in values:
