@@ -464,11 +464,15 @@ def test_a_value_of_masks_that_is_not_a_class_is_ignored(palette, tmp_path, comm
     assert 'The masks hold the values 0, 1, 2, 255.' in ' '.join(err.split())
     code, out, err = command(*options, '--ignore', 255, '--out', tmp_path / 'run')
     assert code == 0, err
-    assert 'masks, 24 x 32 pixels, 3 classes, 255 ignored; 8 samples' in out
+    assert '3 classes, 255 ignored (foreground_acc: accuracy of the other pixels); 8 samples' in out
     assert read_config(tmp_path / 'run' / 'config.toml')['ignore'] == '255'
     report = Report.from_json(tmp_path / 'run' / 'report.json')
     page = (tmp_path / 'run' / 'report.html').read_text()
     assert 'Validation images on which the models differ most' in page
+    left_out = 'left out of the scores of all models: label 255.'
+    assert left_out in page
+    assert left_out in (tmp_path / 'run' / 'student' / 'README.md').read_text()
+    assert json.loads((tmp_path / 'run' / 'student' / 'config.json').read_text())['ignored'] == 255
     assert report.classes == ['0', '1', '2']
     c = TrainConfig(**read_config(tmp_path / 'run' / 'config.toml'))
     s = checked_samples(read_samples(c), c)

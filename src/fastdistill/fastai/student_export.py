@@ -406,6 +406,7 @@ def facts_of(learn, x) -> dict:
         task=task.kind,
         axis=task.axis,
         classes=names,
+        ignored=None if task.ignore_index == Task.ignore_index else task.ignore_index,
         inputs=inputs,
         normalization=dict(mean=stats[0], std=stats[1]) if image else None,
         resize=resize_of_images(learn.dls, x[0].shape[-2:]) if image else None,

@@ -470,7 +470,7 @@ def samples_in_words(s: Samples) -> str:
     x = f', {s.size[0]} x {s.size[1]} pixels' if s.size else f', {x}'
     if s.ignored is not None:
         name = s.classes[s.ignored] if s.ignored < len(s.classes) else s.ignored
-        what += f', {name} ignored'
+        what += f', {name} ignored (foreground_acc: accuracy of the other pixels)'
     return f'{s.task}{x}, {what}; {len(s) - held:,} samples for training, {held:,} for validation'
 
 
