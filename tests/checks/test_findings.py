@@ -96,7 +96,7 @@ def test_the_facts_stand_above_the_findings():
     assert repr(found).splitlines() == [
         f'accuracy on 200 validation items: teacher {score}, constant {found.facts.constant_score:.3f}',
         f"teacher's mean top probability: validation {top}",
-        'Nothing found: the teacher fits.',
+        'No mistake was found. Is this score of the teacher the one that you know?',
     ]
 
 

@@ -2094,6 +2094,31 @@ def test_a_loader_that_cannot_be_spread_says_which_part_of_the_classes_it_showed
     )
 
 
+def test_a_wrong_normalization_is_found_if_that_of_the_batches_is_given():
+    "A teacher that knows three levels of brightness of images from 0 to 1 gets images from -1 to 1"
+    y, levels = torch.arange(256) % 3, torch.tensor([0.2, 0.5, 0.8])
+    x = levels[y].view(256, 1, 1, 1).expand(256, 3, 4, 4)
+    rows = [((a - 0.5) / 0.5, b) for a, b in zip(x.split(16), y.split(16))]
+    teacher = lambda x: -50 * (x.mean((1, 2, 3))[:, None] - levels) ** 2
+    student = nn.Sequential(nn.Flatten(), nn.Linear(48, 3))
+    assert 'normalization' not in str(list(Distiller(student, teacher, kd()).check(rows)))
+    given = Teacher(teacher, images=dict(input_stats=(0.5, 0.5)))
+    (found,) = Distiller(student, given, kd()).check(rows)
+    assert found.about == 'normalization' and 'images=dict(stats=(0, 1))' in found.do
+
+
+def test_the_check_says_that_an_unknown_normalization_was_not_checked():
+    y = torch.arange(64) % 3
+    x = 9 * torch.eye(3)[y].view(64, 3, 1, 1)
+    student, teacher = (nn.Sequential(nn.Flatten(), nn.Linear(3, 3, bias=False)) for _ in range(2))
+    teacher[1].weight.data = torch.eye(3)
+    student[1].weight.data = -torch.eye(3)
+    text = lambda t: repr(Distiller(student, t, kd()).check([(x, y)]))
+    assert 'No mistake was found. Is this score of the teacher' in text(teacher)
+    assert 'The normalization of the images was not checked' in text(teacher)
+    assert 'not checked' not in text(Teacher(teacher, images=dict(input_stats=(0, 1))))
+
+
 def test_checking_a_loader_draws_no_global_random_number():
     d, rows = Distiller(mlp(6), knowing(), kd()), loader(400, shuffle=True)
     before = torch.get_rng_state()

@@ -108,7 +108,9 @@ def test_a_teacher_that_fits_gives_no_finding(app):
         (f,) = findings
         assert f.level == 'note' and 'hardly better than chance' in f.what
         return
-    assert findings == [] and repr(findings).endswith('\nNothing found: the teacher fits.')
+    assert findings == [] and repr(findings).endswith(
+        '\nNo mistake was found. Is this score of the teacher the one that you know?'
+    )
 
 
 def test_every_warning_of_the_check_is_a_doubt():

@@ -112,7 +112,7 @@ class Findings(list):
 
     facts: Any = None
     passed: tuple = ()
-    none = 'Nothing found: the teacher fits.'
+    none = 'No mistake was found.'
 
     def __repr__(self) -> str:
         facts = [] if self.facts is None else self.facts.lines()
@@ -140,6 +140,7 @@ class Findings(list):
         """
         self += others
         self.passed, self.facts = (*self.passed, *others.passed), others.facts
+        self.none = others.none
         return self
 
     @property

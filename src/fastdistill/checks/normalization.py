@@ -13,7 +13,7 @@ from .batch_scores import METRICS, Tally
 from .findings import Finding, count_in_words
 from .forward import teacher_logits
 
-__all__ = ['renormalized_images']
+__all__ = ['can_renormalize', 'images_in', 'renormalized_images']
 
 # {description: (value for `Teacher`, code for the user)}
 USUAL = {

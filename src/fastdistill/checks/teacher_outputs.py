@@ -17,6 +17,7 @@ from ..teachers.teacher import Teacher
 from .batch_scores import Tally
 from .findings import Finding, Findings
 from .forward import student_logits, teacher_logits
+from .normalization import images_in
 from .passed_checks import (
     norms_in_words,
     norms_of,
@@ -129,6 +130,13 @@ def check_outputs(
                 found.add('order of classes', (), order_in_words(tally))
                 found.add('normalization', (), unknown_normalization(teacher, kept))
     found.facts = facts = tally.facts()
+    if facts.teacher_score is not None:
+        found.none += ' Is this score of the teacher the one that you know?'
+    if teacher.input_stats is None and any(images_in(xb) for xb, _ in kept):
+        found.none += (
+            ' The normalization of the images was not checked: give it, as in '
+            'Teacher(model, images=dict(input_stats=(mean, std))).'
+        )
     if not any(f.doubt for f in found):
         found.add('score', (), facts.scores)
     notes_only = all(f.level == 'note' for f in found)
