@@ -2224,3 +2224,25 @@ def test_a_teacher_of_a_fixed_image_size_says_so():
 def test_a_teacher_on_a_device_that_is_not_there_is_an_error(device):
     with pytest.raises(DistillError, match=f"device='{device}': this device can't be used here"):
         Teacher(mlp(6), run=dict(device=device))
+
+
+# unlabeled batches in a plain loop
+
+
+def test_labels_that_are_none_are_no_labels():
+    x, y = batch()
+    d = Distiller(mlp(6), knowing(), soft_labels(T=2))
+    assert d(x, None).total.item() == d(x).total.item()
+    with pytest.raises(DistillError, match='This batch has no labels.*alpha=1'):
+        Distiller(mlp(6), knowing(), kd())(x, None)
+
+
+@pytest.mark.parametrize('recipe', [None, 'dist(grad_ratio=3)'])
+def test_unlabeled_inputs_need_a_labeled_batch_first_if_it_chooses_or_measures(recipe):
+    student, teacher, (x, y), (u, _) = mlp(6), knowing(), batch(), batch(seed=1)
+    d = Distiller(student, teacher, recipe)
+    unlabeled = lambda: d.without_labels(Outputs(student(u)), d.teacher_outputs(u))
+    with pytest.raises(DistillError, match='before the first labeled batch'):
+        unlabeled()
+    d(x, y)
+    assert unlabeled().item() > 0

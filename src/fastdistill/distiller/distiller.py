@@ -159,7 +159,7 @@ class Distiller(nn.Module):
     ) -> Head:
         labels, weight, output = o.pop('labels'), o.pop('weights'), o['output']
         if not self.several:
-            options = dict(labels=tuple, teacher_output=output, **o)
+            options = dict(labels=given_labels, teacher_output=output, **o)
             return self.head_class(name, self.student, teacher, **options)
         at, n = [*teachers].index(name), len(teachers)
         if output is None:
@@ -509,8 +509,8 @@ class Distiller(nn.Module):
         Args:
             x: The inputs: a tensor, a tuple of tensors, or a dict. The items of a dict are passed
                 as keyword arguments if the model has arguments with these names.
-            *targets: Labels. Labels can be omitted if the recipe gives the task loss no weight. For
-                several heads, pass one label per head, in the order of the heads. Use None for a
+            *targets: Labels. Labels can be omitted, or None, if the recipe gives the task loss no
+                weight. For several heads, pass one label per head, in the order of the heads. Use None for a
                 head without labels.
             progress: Fraction of the training that is done, from 0 to 1, for schedules.
 
@@ -620,8 +620,20 @@ class Distiller(nn.Module):
             student: Student outputs for the unlabeled inputs.
             teacher: Teacher outputs for the same inputs.
             progress: Fraction of the training that is done, from 0 to 1, for schedules.
+
+        Raises:
+            DistillError: If the recipe needs a labeled batch first, because `auto` chooses it or a
+                term has a gradient ratio.
         """
         s, t = self._by_head(student), self._by_head(teacher)
+        for k, h in self.heads.items():
+            unmeasured = any(r.means is None for r in h.ratios.values())
+            if t.get(k) is not None and (h.waits or unmeasured and h.gradient_shares is None):
+                raise DistillError(
+                    f'{h.prefix}without_labels was called before the first labeled batch, which '
+                    'chooses the recipe and measures its gradients. Call the Distiller with a labeled '
+                    'batch first, or give a recipe without grad_ratio, such as kd().'
+                )
         shared = any(h.shares_task for h in self.heads.values())
         scale = (
             self._scales(progress)[0] if shared else {k: h.weight for k, h in self.heads.items()}
@@ -632,6 +644,11 @@ class Distiller(nn.Module):
             if h.weight
         ]
         return sum(values[1:], values[0])
+
+
+def given_labels(targets: Sequence) -> tuple:
+    """Return the labels as a tuple, which is empty for distiller(x, None)."""
+    return () if all(y is None for y in targets) else tuple(targets)
 
 
 def labels_in_order(names: Sequence[str], i: int, targets: Sequence) -> tuple:

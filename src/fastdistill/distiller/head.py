@@ -137,7 +137,7 @@ class Head(RecipeLoss):
             teacher: Teacher outputs for the same batch. None if unknown.
             labels: Whether the batches have labels.
         """
-        if not self.automatic or self.chosen is not None:
+        if not self.waits:
             return
         if teacher is not None:
             self._choose(student.logits, lambda: teacher, labels)
@@ -176,7 +176,12 @@ class Head(RecipeLoss):
     @property
     def chooses(self) -> bool:
         """True if `auto` still has to choose the recipe from the teacher's outputs."""
-        return self.automatic and self.chosen is None and self.teacher is not None
+        return self.waits and self.teacher is not None
+
+    @property
+    def waits(self) -> bool:
+        """True if `auto` still has to choose the recipe."""
+        return self.automatic and self.chosen is None
 
     @property
     def chosen_text(self) -> str | None:
