@@ -418,6 +418,14 @@ def test_a_validation_after_the_training_is_not_taken_for_a_training_curve(metri
     assert history(student) == {}
 
 
+def test_the_search_for_a_rate_is_not_taken_for_a_training_curve():
+    student = trained(0)
+    with student.no_bar(), student.no_logging():
+        student.lr_find(num_it=20, show_plot=False)
+    assert student.recorder.losses
+    assert history(student) == {}
+
+
 def test_the_training_curves_have_a_gap_where_an_epoch_was_not_trained():
     student = trained(cbs=CancelsTraining())
     h = history(student)

@@ -33,11 +33,12 @@ def row_by_column(recorder, row) -> dict:
 def columns_of(recorder) -> dict:
     """Return {column of the progress table: number in each epoch}.
 
-    The dict is empty if there was no training, for example after `validate`.
+    The dict is empty if there was no training, for example after `validate` or `lr_find`.
     """
     rows = [row_by_column(recorder, row) for row in getattr(recorder, 'values', [])]
-    trained = any(v is not None for row in rows for k, v in row.items() if k.startswith('train_'))
-    return {k: [row[k] for row in rows] for k in rows[0]} if trained else {}
+    # `validate` has no training, and `lr_find` cancels each validation
+    has = lambda part: any(v is not None for r in rows for k, v in r.items() if k.startswith(part))
+    return {k: [row[k] for row in rows] for k in rows[0]} if has('train_') and has('valid_') else {}
 
 
 def column_of(part: str) -> str:
