@@ -771,6 +771,31 @@ def test_a_pipeline_in_a_file_teaches_texts(tmp_path, command):
     load_learner(tmp_path / 'run' / 'student.pkl')
 
 
+@pytest.mark.parametrize(
+    'rates, lead', [(dict(lr=0.01, teacher_lr=1e-6), False), (dict(lr=1e-6, teacher_lr=0.03), True)]
+)
+def test_a_teacher_without_a_lead_is_named_before_its_student_is_distilled(
+    digits, tmp_path, rates, lead
+):
+    run(
+        tmp_path / 'run',
+        said := [],
+        data=digits,
+        teacher_epochs=12,
+        valid='0.4',
+        augment='none',
+        **rates,
+    )
+    named = [
+        i for i, line in enumerate(said) if 'no significant lead over the student alone' in line
+    ]
+    assert named == [] if lead else len(named) == 1
+    if not lead:
+        assert '(--teacher-lr), or use a larger teacher' in said[named[0]]
+        distilled = [i for i, line in enumerate(said) if line.startswith('distilled: ')]
+        assert named[0] < distilled[0]
+
+
 def test_a_run_says_why_there_is_no_onnx_file(tmp_path, command):
     texts = pd.DataFrame([('a good film', 'good'), ('a bad film', 'bad')] * 8, columns=['x', 'y'])
     texts.to_csv(tmp_path / 'a.csv', index=False)

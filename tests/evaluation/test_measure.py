@@ -416,6 +416,16 @@ def test_only_a_significant_lead_can_be_recovered(more, significant):
     assert ('accuracy' in r.comparison('student').recovered) is significant
 
 
+@pytest.mark.parametrize('more, significant', [(2, False), (10, True)])
+def test_a_report_tells_the_recovered_share_only_of_a_significant_difference(more, significant):
+    y = torch.zeros(50, dtype=torch.long)
+    right = lambda n: F.one_hot((torch.arange(50) >= n).long(), 2).float()
+    outputs = dict(teacher=right(45), alone=right(30), student=right(30 + more))
+    r = measured(outputs, y, Task('softmax'), teacher='teacher', baseline='alone')
+    assert 'accuracy' in r.comparison('student').recovered
+    assert ("of teacher's lead" in r.to_markdown()) is significant
+
+
 def test_large_sets_are_drawn_in_groups_and_give_the_same_interval():
     x = np.random.default_rng(0).normal(size=3 * MAX_SAMPLES)
     s = {'a': dict(nll=x, right=x, n=np.ones(len(x)))}

@@ -189,7 +189,9 @@ def uselessness(c: Comparison, report: ReportData) -> str:
 
 
 def lead(c: Comparison, report: ReportData) -> str:
-    """Describe how much of the teacher's lead the student recovers."""
+    """Describe how much of the teacher's lead the student recovers. Return '' if this is unknown,
+    because the student is not significantly different.
+    """
     if report.teacher is None or c.against != report.baseline:
         return ''
     if (e := c.recovered.get(report.headline)) is None:
@@ -197,6 +199,8 @@ def lead(c: Comparison, report: ReportData) -> str:
             f' {report.teacher} has no significant lead over {report.baseline}, so there is '
             'nothing to recover.'
         )
+    if not c.differences[report.headline].significant:
+        return ''
     share, between = recovered_text(e)
     return f" It recovers {share} of {report.teacher}'s lead{f' (95% interval {between})' if between else ''}."
 

@@ -25,6 +25,7 @@ from safetensors.torch import save_model
 from ...base.atomic_files import enough_space, locked_folder, new_file, write_atomically, write_json
 from ...base.distributed import first_then_others, leave_processes, on_first, rank, world_size
 from ...base.errors import DistillError, DistillWarning
+from ...evaluation.number_format import verdict_of
 from ...fastai import Distiller, KnowledgeDistillation, compare, save_student
 from ...fastai.compare import history_of
 from ...fastai.probe_batches import prepared_batches
@@ -151,6 +152,7 @@ class TrainRun:
         if c.baseline:
             models['alone'] = self.seeded(FOR_STUDENT, lambda: make(c.arch('student')))
             self.fit('alone', models['alone'], c.epochs, self.config.lr, FOR_STUDENT, loggers)
+            on_first(lambda: self.say_lead(models))
         models['distilled'] = student
         kd = KnowledgeDistillation(self.as_teacher(teacher, student), self.recipe, check=c.check)
         self.fit('distilled', student, c.epochs, self.config.lr, FOR_STUDENT, loggers, kd)
@@ -369,6 +371,24 @@ class TrainRun:
         elif self.bar:
             self.say(f'{name}:')
         fit_stage(learn, epochs, lr, state, [make(name) for make in loggers], self.bar)
+
+    def say_lead(self, models: Mapping[str, Any]) -> None:
+        """Print a line if the teacher is not significantly better than the student alone."""
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')
+            report: Any = compare(dict(models), self.dls, seconds=0, progress=False)
+        k, apart = report.headline, report.comparison('alone', 'teacher')
+        if apart is None or verdict_of(apart, report) == 'worse':
+            return
+        info = report.info[k]
+        scores = [info.text(report.models[n].measures[k].value) + info.unit for n in models]
+        trained = not (self.config.teacher_file or self.config.teacher_weights)
+        longer = 'train it longer (--teacher-epochs), try other rates (--teacher-lr), or ' * trained
+        self.say(
+            f'The teacher has no significant lead over the student alone ({info.label} {scores[0]} '
+            f'and {scores[1]}), so there is little to learn from it. If it should be better, {longer}'
+            'use a larger teacher. The run goes on.'
+        )
 
     def loggers(self) -> list[Callable]:
         """Return a list of functions fn(model name) -> callback."""
