@@ -433,3 +433,25 @@ def test_the_training_curves_have_a_gap_where_an_epoch_was_not_trained():
     assert h['train_loss'] == [first[0], None]
     assert h['valid_loss'] == [first[1], second[0]]
     assert h['accuracy'] == [first[2], second[1]]
+
+
+@pytest.mark.parametrize('kind', ['softmax', 'sigmoid', 'regression'])
+def test_modules_are_compared_on_a_loader_of_pytorch(kind):
+    torch.manual_seed(0)
+    x, nets = torch.randn(60, 5), dict(teacher=nn.Linear(5, 3), student=nn.Linear(5, 3))
+    y = torch.arange(60) % 3
+    y = y if kind == 'softmax' else F.one_hot(y, 3).float()
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, y), 16)
+    loss = dict(
+        softmax=F.cross_entropy, sigmoid=F.binary_cross_entropy_with_logits, regression=F.mse_loss
+    )[kind]
+    given = {} if kind == 'softmax' else dict(kind=kind)
+    for options in (dict(dl=loader, **given), dict(dl=loader, loss_func=loss)):
+        r = compare(nets, **options, **QUICK)
+        assert r.task == kind and r.n == 60 and r.teacher == 'teacher'
+        for k, net in nets.items():
+            assert r.models[k].loss == pytest.approx(loss(net(x), y).item(), rel=1e-4)
+    assert compare(nets, loader, loss_func=loss, **QUICK).n == 60
+    if kind != 'softmax':
+        with pytest.raises(DistillError, match='the labels are not class numbers: pass loss_func='):
+            compare(nets, dl=loader, **QUICK)

@@ -8,6 +8,7 @@ from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
+import torch
 from fastai.basics import (
     DataLoaders,
     L,
@@ -20,11 +21,13 @@ from fastai.basics import (
 )
 from fastai.tabular.core import TabDataLoader
 from fastai.text.data import TensorText
+from torch import Tensor
+from torch.utils.data import DataLoader
 
 from ..base.distributed import rank
 from ..base.outputs import DistillError
 from ..base.progress_bar import console_for_bars
-from ..base.task import Task, labels_loss
+from ..base.task import Task, labels_loss, task_for
 from ..evaluation import Report, measure_models, roles_of
 from ..teachers.fast_copy import AS_IT_IS
 from ..teachers.teacher import Teacher
@@ -79,15 +82,17 @@ def compare(
             anything else that `Teacher` accepts.
         dls: DataLoaders whose validation set is used. If None, the DataLoaders of the last Learner
             in `models` are used.
-        dl: A different DataLoader with labels, such as dls.test_dl(items, with_labels=True).
+        dl: A different DataLoader with labels, such as dls.test_dl(items, with_labels=True), or a
+            DataLoader of PyTorch.
         teacher: Name of the teacher. If None, the model named 'teacher' is the teacher, if such a
             model exists.
         baseline: Name of the model trained without a teacher. If None, the model named 'alone' is
             the baseline. If no model has this name, the first of several students is the baseline.
         metrics: Metrics of fastai. If None, the metrics of the Learners are used.
         loss_func: Task loss. If None, the loss function of the Learner or the DataLoaders is used.
+            Without these, it is the default task loss of `kind`.
         kind: 'softmax', 'sigmoid' or 'regression'. If None, the kind is derived from the loss
-            function.
+            function. Without a loss function, labels that are integers mean 'softmax'.
         axis: Class axis. If None, the axis is derived from the loss function.
         headline: Main measure, such as 'nll'. If None, the default measure of the task is used.
         large: Batch size for measuring time and memory of a large batch. If None, the batch size of
@@ -104,7 +109,9 @@ def compare(
         )
     names = heads_in(models)
     roles_of(models, teacher, baseline)
-    learn = reference(models, dls, None if names else loss_func, needs_loss=not names)
+    if isinstance(dls, DataLoader):
+        dls, dl = None, dls
+    learn = reference(models, dls, dl, None if names else loss_func)
     data = learn.dls.valid if dl is None else dl
     view = learn
     if isinstance(dl, TfmdDL):  # it may have other classes and codes than the Learner
@@ -117,7 +124,11 @@ def compare(
     )
     asked = dict(teacher=teacher, baseline=baseline, headline=headline)
     if not names:
-        task = task_of(learn.loss_func, kind, axis)
+        if learn.loss_func is None:
+            task = task_for(None, kind or kind_of_labels(learn, data), axis)
+            learn.loss_func = partial(labels_loss, task=task)
+        else:
+            task = task_of(learn.loss_func, kind, axis)
         teachers = {k: teacher_of(o, view, task, run=AS_IT_IS) for k, o in models.items()}
         head = WholeModel(None)
         found = Compared(learn, view.dls, head, task, learn.loss_func, models, teachers)
@@ -273,24 +284,35 @@ def names_of_classes(dls, n):
     return names if names is not None and len(names) == n else list(map(str, range(n)))
 
 
-def reference(models, dls, loss_func, needs_loss: bool = True):
+def reference(models, dls, dl, loss_func):
     """Return the Learner whose data, callbacks and loss are used. Without a Learner, return a
-    substitute.
+    substitute, whose loss is None if it is unknown.
     """
     learners = [o for o in models.values() if isinstance(o, Learner)]
-    if dls is None and not learners:
+    if dls is None and dl is None and not learners:
         raise DistillError(
-            'None of the models is a Learner: pass the DataLoaders, compare(models, dls).'
+            'None of the models is a Learner: pass the data, compare(models, dls) or '
+            'compare(models, dl=loader) with batches (inputs, labels). If the labels are not class '
+            "numbers, pass loss_func= or kind= ('sigmoid', 'regression') too."
         )
     own = next((o for o in learners[::-1] if dls is None or o.dls is dls), None)
     loss = loss_func or getattr(own or next(iter(learners[::-1]), dls), 'loss_func', None)
-    if loss is None and needs_loss:
-        raise DistillError(
-            'Neither a Learner nor the DataLoaders have a loss function: pass loss_func=.'
-        )
     if own is not None and loss_func is None:
         return own
-    return SimpleNamespace(dls=dls if own is None else own.dls, model=None, loss_func=loss)
+    data = own.dls if own is not None else DataLoaders(dl, dl) if dls is None else dls
+    return SimpleNamespace(dls=data, model=None, loss_func=loss)
+
+
+def kind_of_labels(learn, data) -> str:
+    """Return 'softmax' if the labels of the first batch are class numbers."""
+    with closing(prepared(learn, some_batches(data, 1), 1, False)) as batches:
+        y = next(((yb or (None,))[0] for _, yb in batches), None)
+    if isinstance(y, Tensor) and not (y.is_floating_point() or y.dtype is torch.bool):
+        return 'softmax'
+    raise DistillError(
+        'Neither a Learner nor the DataLoaders have a loss function, and the labels are not class '
+        "numbers: pass loss_func=, or kind='sigmoid' or 'regression'."
+    )
 
 
 class MetricValues:
