@@ -746,7 +746,7 @@ def test_files_that_hold_no_trees_for_these_data(tmp_path, digits):
     assert not (tmp_path / 'run').exists()
 
 
-def test_a_pipeline_in_a_file_teaches_texts(tmp_path, command):
+def test_a_pipeline_in_a_file_teaches_texts(tmp_path, command, monkeypatch, capsys):
     luck = random.Random(0)
     words = dict(good='fine great nice'.split(), bad='poor dull sad'.split())
     rows = [(f'a {luck.choice(words[k])} film {i}', k) for i, k in enumerate(['good', 'bad'] * 20)]
@@ -769,6 +769,18 @@ def test_a_pipeline_in_a_file_teaches_texts(tmp_path, command):
     assert report.models['teacher'].measures['nll'].value == pytest.approx(nll.mean(), rel=1e-5)
     assert 'the teacher' not in err.replace('pipeline.joblib', '')
     load_learner(tmp_path / 'run' / 'student.pkl')
+    # the other commands read the texts of the run too
+    alone = ('--trials', 1, '--seeds', 1, '--n-epoch', 1)
+    pipeline = tmp_path / 'pipeline.joblib'
+    for args in (
+        ('check', tmp_path / 'run', pipeline, '--no-cost'),
+        ('compare', f'teacher={pipeline}', f'student={tmp_path / "run"}', '--seconds', 0),
+        ('find', tmp_path / 'run', pipeline, *alone),
+    ):
+        monkeypatch.setattr(sys, 'argv', ['fastdistill', *map(str, args)])
+        with pytest.raises(SystemExit) as e:
+            main()
+        assert e.value.code == 0, capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -781,7 +793,7 @@ def test_a_teacher_without_a_lead_is_named_before_its_student_is_distilled(
         tmp_path / 'run',
         said := [],
         data=digits,
-        teacher_epochs=12,
+        teacher_epochs=30,
         valid='0.4',
         augment='none',
         **rates,
