@@ -16,7 +16,6 @@ from .arguments import in_file, in_python
 
 __all__ = [
     'dataloaders',
-    'load_model_with_data',
     'load_named_learner',
     'load_object',
     'load_recipe',
@@ -25,14 +24,24 @@ __all__ = [
 ]
 
 
-def load_teacher(name: str) -> Any:
+def load_teacher(name: str, run: Any = None) -> Any:
     """Load the object named 'file.py:name'. Return any other name unchanged, because `Teacher` can
-    load it.
+    load it. If it is an estimator in a file and the data are the texts of a run, the estimator reads
+    the texts, as in `fastdistill train`.
 
     Args:
         name: 'file.py:name', or a file that `Teacher` accepts.
+        run: Learner with the data of a run, if there is one.
     """
-    return load_object(name, called) if in_python(name) else name
+    if in_python(name):
+        return load_object(name, called)
+    if run is not None:
+        from .training.exported_student import reads_texts
+        from .training.teachers import file_teacher, teacher_of_texts
+
+        if reads_texts(run):
+            return teacher_of_texts(file_teacher(name))
+    return name
 
 
 def load_named_learner(name: str, data: str | None = None) -> Any:
@@ -56,13 +65,6 @@ def load_named_learner(name: str, data: str | None = None) -> Any:
 
 def of_run(name: str) -> bool:
     return Path(name).suffix == '.pkl' and (Path(name).parent / 'config.toml').is_file()
-
-
-def load_model_with_data(name: str) -> Any:
-    """Load a model as `load_teacher` does. If the name refers to a run, load a Learner with the
-    data of the run.
-    """
-    return load_named_learner(name) if of_run(name) else load_teacher(name)
 
 
 def load_recipe(text: str) -> Any:

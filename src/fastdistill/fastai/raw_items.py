@@ -11,7 +11,7 @@ from .language_model import is_stream
 from .replay_dl import Plan, attach, detach, refuse_unindexed, sampled
 from .sample_keys import items_of
 
-__all__ = ['items_shown', 'plan_of_items', 'raw_items', 'renewed', 'without_samples']
+__all__ = ['given_items', 'items_shown', 'plan_of_items', 'raw_items', 'renewed', 'without_samples']
 
 
 def raw_items(dl):
@@ -23,6 +23,7 @@ def raw_items(dl):
 
 
 def given_items(dataset):
+    """Return the items of a dataset before any transform. None if they are unknown."""
     # subtle: fastai's tokenizer replaces the table of the inputs, but not the table of the labels
     tls = getattr(dataset, 'tls', ())
     return tls[-1].items if len(tls) else items_of(dataset)

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from ..arguments import DataOption, RecipeText, StudentArg, TeacherArg, recipe_names
-from ..named_objects import load_named_learner, load_recipe, load_teacher
+from ..named_objects import load_named_learner, load_recipe, load_teacher, of_run
 
 __all__ = ['check_command']
 
@@ -39,8 +39,9 @@ def check_command(
     """
     from ...fastai.teachers import PICKLES
 
-    found = load_named_learner(student, data).check_teacher(
-        load_teacher(teacher),
+    learn = load_named_learner(student, data)
+    found = learn.check_teacher(
+        load_teacher(teacher, learn if of_run(student) and data is None else None),
         recipe=None if recipe is None else load_recipe(recipe),
         n=n,
         n_epoch=n_epoch if cost else None,

@@ -14,10 +14,10 @@ from ...base.errors import DistillError, DistillWarning
 from ..arguments import DataOption, ModelsArg, StudentArg, in_python, split_name
 from ..named_objects import (
     dataloaders,
-    load_model_with_data,
     load_named_learner,
     load_object,
     load_teacher,
+    of_run,
 )
 
 __all__ = ['compare_command', 'export_command', 'report_command']
@@ -61,9 +61,10 @@ def compare_command(
 
     named = named_once(map(split_name, models))
     dls = None if data is None else load_object(data, dataloaders)
-    load = load_model_with_data if dls is None else load_teacher
+    runs = {k: load_named_learner(v) for k, v in named.items() if dls is None and of_run(v)}
+    run = next(reversed(runs.values()), None)
     r: Any = compare_models(
-        {k: load(v) for k, v in named.items()},
+        {k: runs[k] if k in runs else load_teacher(v, run) for k, v in named.items()},
         dls,
         teacher=teacher,
         baseline=baseline,

@@ -80,7 +80,7 @@ def find(
     typer.echo(f'The weights at the start of each training are {start}.')
     try:
         found = learn.distill_find(
-            load_teacher(teacher),
+            load_teacher(teacher, learn if of_run(student) and data is None else None),
             n_epoch,
             minutes,
             rates=rates or None,

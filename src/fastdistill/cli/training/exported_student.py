@@ -6,15 +6,16 @@ from typing import Any
 
 from ...base.errors import DistillError
 from ...fastai.class_names import check_same_data, vocab_of
+from ...fastai.raw_items import given_items
 from .architectures import learner_of
 from .config import TrainConfig, read_config
 from .data_checks import checked_samples
 from .data_files import Samples, read_samples
-from .dataloaders import loaders_of
+from .dataloaders import TEXT, loaders_of
 from .resumable_fit import seed_everything
 from .teachers import file_teacher
 
-__all__ = ['FOR_STUDENT', 'FOR_TEACHER', 'learner_in_file', 'new_student']
+__all__ = ['FOR_STUDENT', 'FOR_TEACHER', 'learner_in_file', 'new_student', 'reads_texts']
 
 # numbers for seeding; all students of a run use the same number, so that they have the same initial
 # weights and batches
@@ -73,6 +74,11 @@ def run_of(path: Path, learn: Any) -> tuple[Samples, TrainConfig, Any]:
             f'the model predicts {first_classes(own)}.'
         )
     return s, config, dls
+
+
+def reads_texts(learn: Any) -> bool:
+    """Return True if the data of a Learner are the texts of a run."""
+    return TEXT in getattr(given_items(learn.dls.valid_ds), 'columns', ())
 
 
 def first_classes(classes: Any) -> str:

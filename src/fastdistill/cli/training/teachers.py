@@ -1,6 +1,7 @@
 "Load the teacher of a run from a file or from weights."
 
 from collections.abc import Mapping
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,14 @@ from torch import nn
 
 from ...base.errors import DistillError
 from ...fastai.teachers import PICKLES, exported
+from ...teachers.estimator import is_estimator
+from ...teachers.teacher import Teacher
 from .architectures import FASTAI_ARCHS, is_timm, learner_of, vision_arch
 from .config import TrainConfig
 from .data_files import Samples
+from .dataloaders import TEXT
 
-__all__ = ['file_teacher', 'with_weights']
+__all__ = ['file_teacher', 'teacher_of_texts', 'with_weights']
 
 
 def file_teacher(path: str) -> Any:
@@ -23,6 +27,15 @@ def file_teacher(path: str) -> Any:
     """
     file = Path(path)
     return exported(file) if file.suffix in PICKLES else path
+
+
+def teacher_of_texts(loaded: Any) -> Any:
+    """Let an estimator read the texts of a run. Return any other teacher unchanged.
+
+    Args:
+        loaded: Result of `file_teacher`.
+    """
+    return Teacher(loaded, items=itemgetter(TEXT)) if is_estimator(loaded) else loaded
 
 
 def with_weights(config: TrainConfig, dls: Any, s: Samples) -> Any:

@@ -14,7 +14,6 @@ from dataclasses import asdict, replace
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
-from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -34,18 +33,17 @@ from ...fastai.teachers import teacher_of
 from ...recipes.recipe_text import recipe_from_text
 from ...teachers.estimator import is_estimator
 from ...teachers.fast_copy import AS_IT_IS
-from ...teachers.teacher import Teacher
 from .architectures import check_arch, learner_of
 from .config import TrainConfig, write_config
 from .data_checks import checked_samples
 from .data_files import Samples, read_samples
 from .data_fingerprint import data_changes, data_fingerprint, path_in, split_table
-from .dataloaders import TEXT, loaders_of
+from .dataloaders import loaders_of
 from .exported_student import FOR_STUDENT, FOR_TEACHER
 from .mask_examples import mask_examples
 from .resumable_fit import Checkpoints, find_rate, fit_stage, seed_everything, silent
 from .run_settings import settings_of
-from .teachers import file_teacher, with_weights
+from .teachers import file_teacher, teacher_of_texts, with_weights
 
 __all__ = ['TrainRun', 'opened_run']
 
@@ -285,10 +283,8 @@ class TrainRun:
         return make()
 
     def teacher(self, loaded: Any, make: Callable, s: Samples) -> Any:
-        if is_estimator(loaded) and s.task == 'texts':
-            return Teacher(loaded, items=itemgetter(TEXT))
         if loaded is not None:
-            return loaded
+            return teacher_of_texts(loaded) if s.task == 'texts' else loaded
         if self.config.teacher_weights:
             return with_weights(self.config, self.dls, s)
         return self.seeded(FOR_TEACHER, lambda: make(self.config.arch('teacher')))
