@@ -39,7 +39,7 @@ def test_classes_are_scored_as_others_score_them():
     r = measured(dict(a=o), y, Task('softmax'))
     p = o.double().softmax(1)
     assert value(r, 'accuracy') == pytest.approx(skm.accuracy_score(y, o.argmax(1)))
-    assert value(r, 'top5') == pytest.approx(skm.top_k_accuracy_score(y, p, k=5))
+    assert 'top5' not in r.models['a'].measures
     assert value(r, 'nll') == pytest.approx(skm.log_loss(y, p, labels=range(8)), rel=1e-5)
     assert value(r, 'brier') == pytest.approx(
         ((p - F.one_hot(y, 8)) ** 2).sum(1).mean().item(), rel=1e-5
@@ -381,6 +381,16 @@ def test_paired_samples_show_a_difference_that_the_intervals_of_both_hide():
     p = PairedScores(scores_of_right(a=a, b=b), only('accuracy'))
     ea, eb = (p.estimates(k)['accuracy'] for k in 'ab')
     assert eb.low < ea.high and p.compare('b', 'a').differences['accuracy'].significant
+
+
+@pytest.mark.parametrize('n_classes, shown', [(20, False), (21, True)])
+def test_top_5_accuracy_is_shown_for_more_than_20_classes(n_classes, shown):
+    o, y = classes(210, n_classes)
+    r = measured(dict(a=o), y, Task('softmax'))
+    assert ('top5' in r.models['a'].measures) is shown
+    if shown:
+        wanted = skm.top_k_accuracy_score(y, o, k=5, labels=range(n_classes))
+        assert value(r, 'top5') == pytest.approx(wanted)
 
 
 def test_the_share_of_the_lead_that_is_recovered():

@@ -21,6 +21,7 @@ __all__ = ['BINS', 'Measure', 'Rows', 'auc_sums', 'measures_of', 'rows_of', 'sco
 BINS = 15  # number of confidence bins, for the calibration error
 # with more classes, intersections and unions of masks are not stored for each image
 MAX_PER_CLASS = 256
+TOP_5_CLASSES = 20  # with at most so many classes, top-5 accuracy says little
 MAX_OUTPUTS = 64  # with more outputs, R2 uses one common mean instead of one mean per output
 
 
@@ -268,6 +269,6 @@ def measures_of(kind: str, columns: Container[str], n_classes: int, language: bo
         out.insert(0, measure('miou', miou, 'mean IoU', percent=True))
     if language:
         out.insert(0, measure('perplexity', lambda s: np.exp(share('nll')(s)), 'perplexity', False))
-    if n_classes > 5:
+    if n_classes > TOP_5_CLASSES:
         out.append(measure('top5', share('five'), 'top-5 accuracy', percent=True))
     return [*out, *areas, NLL, BRIER]
