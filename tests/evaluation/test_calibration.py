@@ -12,7 +12,7 @@ from torch import nn
 from fastdistill import DistillError
 from fastdistill.base.task import Task
 from fastdistill.evaluation import fit_temperature
-from fastdistill.evaluation.calibration import calibrate_model
+from fastdistill.evaluation.calibration import Calibration, calibrate_model
 from reports import measured
 
 
@@ -261,3 +261,11 @@ def test_worse_probabilities_are_called_what_they_are(scale, how):
     r = measured(dict(alone=alone, student=alone / 2 * scale), y, Task('softmax'), baseline='alone')
     top = (alone / 2 * scale).softmax(1).amax(1).mean().item()
     assert f'it is {how}: mean confidence {100 * top:.1f}%, accuracy 75.0%' in str(r)
+
+
+@pytest.mark.parametrize('ece, says', [(0.028, True), (0.02, False), (0.01, False)])
+def test_a_line_says_why_the_ece_may_rise(ece, says):
+    before, after = dict(nll=0.3, ece=0.02, brier=0.1), dict(nll=0.299, ece=ece, brier=0.1)
+    line = str(Calibration(1.03, 1000, before, after, 'head'))
+    assert f'NLL 0.3 -> 0.299, ECE 2.0% -> {100 * ece:.1f}%' in line
+    assert ('(the temperature has the lowest NLL, not the lowest ECE)' in line) is says

@@ -56,10 +56,12 @@ class Calibration:
             if self.layer is not None
             else f'not folded into the model: {self.reason}'
         )
+        worse = ' (the temperature has the lowest NLL, not the lowest ECE)'
         return (
             f'temperature {value}, fitted on {self.n:,} predictions: '
-            f'ECE {100 * a["ece"]:.1f}% -> {100 * b["ece"]:.1f}%, '
-            f'NLL {a["nll"]:.4g} -> {b["nll"]:.4g}, Brier score {a["brier"]:.4g} -> {b["brier"]:.4g}; {where}'
+            f'NLL {a["nll"]:.4g} -> {b["nll"]:.4g}, '
+            f'ECE {100 * a["ece"]:.1f}% -> {100 * b["ece"]:.1f}%{worse if b["ece"] > a["ece"] else ""}, '
+            f'Brier score {a["brier"]:.4g} -> {b["brier"]:.4g}; {where}'
         )
 
 
