@@ -1,6 +1,6 @@
 "The doctor without a framework: what it measures and finds in a few batches of tensors, a healthy case beside each."
 
-import math
+import math, re
 import pytest, torch
 import torch.nn.functional as F
 from torch import nn
@@ -20,6 +20,8 @@ from fastdistill import (
 from fastdistill.checks import Findings, check_outputs
 from fastdistill.checks.batch_scores import Tally
 from fastdistill.base.task import Task
+from fastdistill.checks.teacher_scores import IF_WEAK
+from fastdistill.recipes.recipe_text import recipe_from_text
 
 SOFTMAX = Task('softmax', 1)
 
@@ -830,3 +832,8 @@ def test_errors_stop_a_fit_and_notes_are_printed(capsys):
     with pytest.raises(DistillError, match='Mistakes were found before training'):
         check(knowing(), x, y + 1).enforce(facts=False)
     assert capsys.readouterr().out == ''
+
+
+def test_the_recipe_that_is_advised_for_a_weak_teacher_fades():
+    recipe = recipe_from_text(re.search(r"'(labels \+ .+?)'", IF_WEAK)[1])
+    assert all(t.fade for t in recipe.terms)

@@ -101,8 +101,9 @@ IF_SWAPPED = (
 
 
 IF_WEAK = (
-    'train the teacher longer or use a larger one, let its part fade out (recipe=None, or a '
-    'grad_ratio with fade=True), or train the student on the labels only'
+    'train the teacher longer or use a larger one, let its part fade out (grad_ratio with '
+    "fade=True; for classes, 'labels + Term(losses.kl, grad_ratio=1, fade=True)'"
+    ', or train the student on the labels only'
 )
 
 
