@@ -3,7 +3,7 @@
 The explanation measures what the student learned from its teacher and looks for known obstacles.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,7 +29,6 @@ __all__ = ['Explanation', 'explain_training']
 FOLLOWS = 0.5
 # maximum difference between training and validation items in how well the student follows
 GAP = 0.2
-REPEATS = 0.7  # minimum fraction of repeated teacher mistakes to report
 FEW_STEPS = 1000  # a training run with fewer steps is short
 LITTLE = 0.1  # minimum fraction of the gradient that the task loss should have
 
@@ -107,6 +106,7 @@ class Explanation:
         follows_valid: Fraction of the teacher's predictions that the student reproduces on validation
             items.
         repeats: Fraction of the teacher's mistakes on validation items that the student repeats.
+            Compare it with that of a student without a teacher, which repeats many of them too.
         top_prob_train: Mean top probability of the teacher on training items.
         steps: Number of training steps.
         shares: {loss: fraction of the gradient on the first batch}.
@@ -115,6 +115,7 @@ class Explanation:
         same_valid: Fraction of validation predictions that have the same class as the teacher's. None
             for regression.
         faded: {term: fraction of its gradient ratio that is left at the end of the training}.
+        best_epoch: Epoch with the lowest validation loss, and the number of epochs. None if unknown.
     """
 
     metric: str
@@ -131,6 +132,12 @@ class Explanation:
     same_train: float | None = None
     same_valid: float | None = None
     faded: dict = field(default_factory=dict)
+    best_epoch: tuple[int, int] | None = None
+
+    @property
+    def converged(self) -> bool:
+        """True if the validation loss was lowest clearly before the end of the training."""
+        return self.best_epoch is not None and self.best_epoch[0] <= 0.9 * (self.best_epoch[1] - 1)
 
     def lines(self) -> Iterator[str]:
         """Yield lines of text about the scores and about what the student learned from the
@@ -167,6 +174,7 @@ def explain_training(
     faded: Mapping[str, float] | None = None,
     output: Any = None,
     lower: Callable | None = None,
+    losses: Sequence[float] = (),
 ) -> Findings:
     """Find reasons why distillation helped less than expected.
 
@@ -184,6 +192,7 @@ def explain_training(
         faded: {term: fraction of its gradient ratio that is left}, as in `Distiller.faded`.
         output: Which output of the student is distilled.
         lower: fn(term) -> which options of the term to lower (`Recipe.how_to_lower`).
+        losses: Validation loss of each epoch.
     """
     tallies, follows, mistakes = (
         (Tally(task), Tally(task)),
@@ -221,6 +230,7 @@ def explain_training(
         follows[1].same,
         follows[0].same,
         dict(faded or {}),
+        (1 + min(range(len(losses)), key=losses.__getitem__), len(losses)) if losses else None,
     )
     found = Findings(reasons(facts, tallies[0], lower))
     found.facts, found.none = facts, 'No obstacle to distillation was found.'
@@ -267,12 +277,6 @@ def reasons(f: Explanation, valid: Tally, lower: Callable | None = None) -> Iter
             f'{f.top_prob_train:.3f}, so it adds little to the labels',
             'Use a higher T, stronger augmentation, or items that it was not trained on',
         )
-    if f.repeats is not None and f.repeats > REPEATS:
-        yield Finding(
-            'note',
-            f"The student repeats {as_percent(f.repeats)} of the teacher's mistakes",
-            'Give the labels more weight, or the teacher a smaller gradient ratio',
-        )
     if 'task' in f.shares and f.shares['task'] < LITTLE:
         largest = max(f.shares, key=lambda k: f.shares[k])
         yield Finding(
@@ -288,7 +292,7 @@ def reasons(f: Explanation, valid: Tally, lower: Callable | None = None) -> Iter
                 "teacher's predictions added little to the student's on training batches",
                 'Use a better teacher. To follow this one anyway, pass the recipe without fade=True',
             )
-    if f.steps is not None and f.steps < FEW_STEPS:
+    if f.steps is not None and f.steps < FEW_STEPS and not f.converged:
         yield Finding(
             'note',
             f'The training had {f.steps} steps, but many recipes need a few thousand to show a '
@@ -338,8 +342,11 @@ def does_not_follow(f: Explanation) -> Iterator[Finding]:
             'warning',
             'The student does not follow the teacher even on training items: it reproduces '
             f"{as_percent(f.follows_train)} of the teacher's {what}{same}{steps}",
-            'Train longer first. If that is not enough, use a larger student or a larger '
-            'gradient ratio for the teacher',
+            'Use a larger student or a larger gradient ratio for the teacher; the validation loss was '
+            f'lowest after epoch {f.best_epoch[0]} of {f.best_epoch[1]}'
+            if f.converged and f.best_epoch
+            else 'Train longer first. If that is not enough, use a larger student or a larger gradient '
+            'ratio for the teacher',
         )
     elif (
         f.follows_train is not None

@@ -19,6 +19,7 @@ from ..recipes.term import Recipe, Term
 from . import teacher_check
 from .callback import KnowledgeDistillation
 from .class_names import check_same_data
+from .compare import history_of
 from .learner_heads import heads_of
 from .multi_head import check_heads, running_heads
 from .probe_batches import prepared, prepared_batches, valid_batches
@@ -170,6 +171,8 @@ def explain(
     steps = getattr(callback, 'n_steps', None) or getattr(self, 'train_iter', None) or None
     trained = None if callback is None else callback.distiller
     output = None if callback is None else callback.output
+    # fine_tune leaves only its last fit here, and validate() adds no row
+    losses = history_of(self).get('valid_loss', []) if steps else []
     found = {}
     for h, task, t in running_heads(self, teacher, kind, axis, output):
         known = None if trained is None else trained.heads.get(h.name)
@@ -186,6 +189,7 @@ def explain(
                 faded=None if known is None else known.faded,
                 output=h.output,
                 lower=None if known is None else known.recipe.how_to_lower,
+                losses=losses,
             )
     return found if is_heads(teacher) else found['']
 
