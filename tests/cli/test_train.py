@@ -626,7 +626,8 @@ def test_a_table_and_its_exported_teacher(tmp_path):
         student_layers='8',
         epochs=2,
     )
-    run(tmp_path / 'first', **options)
+    run(tmp_path / 'first', said := [], **options)
+    assert 'data: table, 1 category, 2 numbers, 2 classes' in '\n'.join(said)
     run(
         tmp_path / 'second',
         **changed(

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from fastai.basics import Learner
+from fastai.tabular.core import cont_cat_split
 from safetensors.torch import save_model
 
 from ...base.atomic_files import enough_space, locked_folder, new_file, write_atomically, write_json
@@ -482,7 +483,11 @@ def samples_in_words(s: Samples) -> str:
         'labels': f'{len(s.classes or [])} labels',
         'numbers': f'numbers of column {s.y}',
     }[s.target]
-    x = f'column {s.x[0]}' if len(s.x) == 1 else f'{len(s.x)} columns'
+    x = f'column {s.x[0]}'
+    if s.task == 'table':
+        numbers, categories = map(len, cont_cat_split(s.frame[s.x]))
+        x = f'{categories} {"category" if categories == 1 else "categories"}'
+        x += f', {numbers} {"number" if numbers == 1 else "numbers"}'
     x = f', {s.size[0]} x {s.size[1]} pixels' if s.size else f', {x}'
     if s.ignored is not None:
         name = s.classes[s.ignored] if s.ignored < len(s.classes) else s.ignored
