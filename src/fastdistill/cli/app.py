@@ -79,6 +79,8 @@ def main() -> None:
             show_other(message, category, *args, **kwargs)
 
     with warnings.catch_warnings():
+        # fastai's tables cause this warning with pandas 3, although they do not write to the arrays
+        warnings.filterwarnings('ignore', message='The given NumPy array is not writable')
         warnings.showwarning = show
         try:
             app()
