@@ -574,6 +574,26 @@ def test_the_cards_code_predicts_a_raw_row_as_the_learner(tmp_path, monkeypatch,
         assert torch.allclose(got, outputs.float(), atol=1e-5), row
 
 
+@pytest.mark.filterwarnings('ignore:The given NumPy array is not writable')
+@pytest.mark.filterwarnings('ignore:Constructing a Categorical')
+def test_the_guides_code_predicts_a_raw_row_as_the_learner(tmp_path):
+    df, student = table_student()
+    page = Path(__file__).parents[2] / 'docs/guides/tables.md'
+    code = [b.split('```')[0] for b in page.read_text().split('```python\n')]
+    code = next(b for b in code if 'def encoded(' in b)
+    facts = export_student(student, tmp_path / 's.onnx').facts
+    code = code[code.index('def encoded(') : code.index('print(')]
+    space = dict(facts=facts, table=facts['table'], np=np)
+    exec(code, space)
+    space['session'] = InferenceSession(tmp_path / 's.onnx')
+    for _, row in raw_rows(df).iterrows():
+        with student.no_bar():
+            _, _, wanted = student.predict(row)
+        got = eval('predict(row)', space, dict(row=dict(row)))
+        assert list(got) == list(student.dls.vocab)
+        assert np.allclose(list(got.values()), wanted, atol=1e-5)
+
+
 SIZES = (37, 53), (61, 29), (20, 20), (16, 90)  # of photos; most can't be cropped evenly
 
 
