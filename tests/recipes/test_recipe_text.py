@@ -69,6 +69,7 @@ BAD = [
     ('kd()\nat()', 'this is not a recipe'),
     ('kd(T:=3)', 'this is not|an argument'),
     ('auto + kd()', 'a recipe must be a sum of calls'),
+    ('kdd', r"there is no recipe 'kdd' \(did you mean 'kd'\?\)"),
 ]
 
 

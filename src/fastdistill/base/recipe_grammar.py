@@ -88,6 +88,8 @@ class RecipeGrammar:
             return
         if isinstance(node, ast.Name) and node.id in self.recipes:
             raise self.error(f'write {node.id}(), with parentheses', node)
+        if isinstance(node, ast.Name) and node.id not in ('auto', 'Term'):
+            self.function(node)  # raises an error that names similar recipes
         if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
             raise self.error('a sum does not need parentheses', node)
         if not isinstance(node, ast.Call):
