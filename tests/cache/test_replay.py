@@ -645,3 +645,14 @@ def test_names_that_are_positions_do_not_fit_moved_samples(now, fits, tmp_path):
             DistillError, match='sample .* has the input that sample .* had when the'
         ):
             use()
+
+
+def test_outputs_reads_the_rows_of_indices_and_decode_takes_only_bytes(tmp_path):
+    x, net = torch.randn(12, 5), torch.nn.Linear(5, 3)
+    data = torch.utils.data.TensorDataset(x, torch.arange(12))
+    cache = cache_dataset(Teacher(net), data, tmp_path / 'c', views=0, store='float32')
+    for at in torch.randperm(12).split(4):
+        torch.testing.assert_close(cache.outputs(at).logits, net(x[at]).detach())
+    for wrong in (torch.arange(4), np.arange(4), 3, torch.zeros(4, 12)):
+        with pytest.raises(DistillError, match=r'decode takes stored rows.*outputs\(positions\)'):
+            cache.decode(wrong)

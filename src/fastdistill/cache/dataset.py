@@ -288,9 +288,9 @@ NOT_CLEAN = (
 class Replayed(Dataset):
     """A dataset whose random transforms reproduce the views in a cache.
 
-    Each item is that of the original dataset plus its row in the cache, `(*item, row)`.
-    `cache.decode(rows)` turns a batch of rows into the teacher's `Outputs`. Call `set_epoch` before
-    each epoch.
+    Each item is that of the original dataset plus the bytes of its row in the cache, `(*item, row)`.
+    `cache.decode(rows)` turns a batch of these bytes into the teacher's `Outputs`. Call `set_epoch`
+    before each epoch.
 
     Args:
         dataset: Map-style dataset. The transforms may use the global random generators of Python,

@@ -226,8 +226,20 @@ class TeacherCache:
             )
 
     def decode(self, rows: Any) -> Outputs:
-        """Decode rows (an array, or a tensor on any device) to the teacher's `Outputs`."""
-        rows = rows if isinstance(rows, Tensor) else torch.from_numpy(rows)
+        """Decode stored rows to the teacher's `Outputs`.
+
+        Args:
+            rows: Rows as `rows` returns them or a batch of `Replayed` holds them, (B, bytes) uint8:
+                an array, or a tensor on any device. For positions in the cache, call `outputs`.
+        """
+        rows = rows if isinstance(rows, Tensor) else torch.from_numpy(np.asarray(rows))
+        width = self.manifest.layout.bytes
+        if rows.dtype != torch.uint8 or rows.dim() != 2 or rows.shape[1] != width:
+            raise DistillError(
+                f'decode takes stored rows, bytes (uint8) of shape (B, {width}), but got '
+                f'{str(rows.dtype).removeprefix("torch.")} of shape {tuple(rows.shape)}. For '
+                'positions in the cache, call outputs(positions).'
+            )
         out = self.manifest.layout.decode(rows, self._head(rows.device))
         out.classes = self.manifest.teacher.get('classes')
         out.lost = self.manifest.lost or None
@@ -237,7 +249,8 @@ class TeacherCache:
         """Read rows and decode them to `Outputs`.
 
         Args:
-            at: Positions in the cache, (B,).
+            at: Positions in the cache, (B,). In a cache of `cache_dataset`, these are the indices of
+                the samples in the dataset.
             views: View of each position, (B,), or one view for all positions.
         """
         return self.decode(self.rows(at, views))
