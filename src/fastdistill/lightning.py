@@ -19,11 +19,12 @@ except ImportError as e:
     ) from e
 import torch
 from torch import Tensor, nn
-from torch.utils.data import IterableDataset
+from torch.utils.data import DataLoader, IterableDataset
 
 from .base.distributed import average_gradients
 from .base.outputs import DistillError, DistillWarning, Outputs, tensors_in
-from .distiller.dataloader import read_apart
+from .checks.teacher_outputs import BATCHES
+from .distiller.dataloader import read_apart, spread_batches
 from .distiller.distiller import Distiller
 from .distiller.head import share_task_loss
 from .distiller.trainer_integration import (
@@ -141,12 +142,18 @@ class DistillCallback(Callback):
         No batches are yielded for an iterable dataset, because it may not be possible to read it
         twice.
         """
-        sets = (getattr(o, 'dataset', None) for o in all_loaders(trainer).flattened)
-        return () if any(isinstance(o, IterableDataset) for o in sets) else self._read(trainer)
+        loaders = all_loaders(trainer)
+        sets = (getattr(o, 'dataset', None) for o in loaders.flattened)
+        if any(isinstance(o, IterableDataset) for o in sets):
+            return ()
+        if isinstance(trainer.train_dataloader, DataLoader):
+            # the loader may be sorted by class
+            loaders = CombinedLoader(spread_batches(trainer.train_dataloader, BATCHES), 'min_size')
+        return self._read(trainer, loaders)
 
-    def _read(self, trainer: Trainer) -> Iterator:
-        """Yield training batches as (inputs, labels)."""
-        for batch, *_ in all_loaders(trainer):
+    def _read(self, trainer: Trainer, loaders: Any = None) -> Iterator:
+        """Yield training batches as (inputs, labels), by default of the training's own loaders."""
+        for batch, *_ in all_loaders(trainer) if loaders is None else loaders:
             yield self._split(trainer, trainer.strategy.batch_to_device(batch))
 
     def _split(self, trainer: Trainer, batch: Any) -> tuple:

@@ -505,6 +505,15 @@ def test_a_teacher_with_its_classes_in_a_different_order_is_refused_before_train
     assert fit(check=False) == 2
 
 
+def test_classes_of_a_sorted_loader_are_all_checked(tmp_path):
+    "The first 8 batches hold only class 2, which this teacher has at its place"
+    x, y = shown(600).dataset.tensors
+    order = y.argsort(descending=True)
+    rows = DataLoader(TensorDataset(x[order], y[order]), 16)
+    with refuses('class 0 and class 1 are swapped'):
+        trainer(tmp_path, DistillCallback(Swapped(), kd(), student='model')).fit(Mine(), rows)
+
+
 class TwoHeads(pl.LightningModule):
     "Somebody's module with two outputs, and the loss of both"
 
