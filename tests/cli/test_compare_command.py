@@ -158,3 +158,9 @@ def test_export_writes_a_checked_file(command, there):  # noqa: F811
 def test_help_has_an_example(command, name):  # noqa: F811
     code, out, _ = command(name, '--help')
     assert code == 0 and f'Example: fastdistill {name} ' in ' '.join(out.replace('│', ' ').split())
+
+
+def test_a_csv_file_as_data_is_refused_with_the_code_that_scores_on_it(command):  # noqa: F811
+    code, _, err = command('compare', 'a=runs/a', '--data', 'test.csv')
+    assert code == 2 and 'must be a file and a name in it' in err
+    assert "learn.validate(dl=learn.dls.test_dl(pd.read_csv('test.csv')))" in ' '.join(err.split())

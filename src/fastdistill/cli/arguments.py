@@ -37,7 +37,15 @@ def in_file(name: str) -> tuple[str, str]:
     """Split 'file.py:name' into (file, name). Raise a DistillError if the file does not exist."""
     file, _, attr = name.rpartition(':')
     if not file.endswith('.py') or not attr:
-        raise DistillError(f"{name!r}: must be a file and a name in it, such as 'train.py:dls'.")
+        table = (
+            " To score a run's student on the rows of a CSV file, in Python: learn = "
+            "load_learner('RUN/student.pkl'); "
+            f'learn.validate(dl=learn.dls.test_dl(pd.read_csv({name!r})))'
+        )
+        raise DistillError(
+            f"{name!r}: must be a file and a name in it, such as 'train.py:dls'."
+            f'{table if name.endswith(".csv") else ""}'
+        )
     if not Path(file).is_file():
         raise DistillError(f'There is no file {file!r}.')
     return file, attr
