@@ -12,7 +12,7 @@ from torch.utils.data import BatchSampler, DataLoader, IterableDataset
 from ..base.random_state import RandomGuard
 from ..base.transform_random_state import Generators
 
-__all__ = ['is_loader', 'own_generators', 'read_apart', 'spread_batches']
+__all__ = ['is_loader', 'read_apart', 'spread_batches']
 
 
 def is_loader(x: Any) -> bool:
