@@ -5,7 +5,7 @@ from ..features.projectors import ProjectorLike
 from ..losses.detection import MGD, anchor_kl, box_deltas, scored_hint
 from ..recipes.schedule import ScheduleLike
 from ..recipes.term import Recipe, Term
-from ..recipes.zoo import pkd, scaled
+from ..recipes.zoo import layer_recipe, pkd
 
 __all__ = ['anchors', 'automatic', 'mgd', 'scored']
 
@@ -73,15 +73,7 @@ def scored(
             weighted losses, measured at the levels of the term. 0.1 if neither `weight` nor
             `grad_ratio` is given.
     """
-    return Recipe(
-        Term(
-            scored_hint,
-            **scaled(weight, grad_ratio, 1.0),
-            layers=layers,
-            projector=projector,
-            stop_at=stop_at,
-        )
-    )
+    return layer_recipe(scored_hint, 1.0, layers, weight, stop_at, grad_ratio, projector=projector)
 
 
 def mgd(
@@ -103,15 +95,8 @@ def mgd(
             weighted losses, measured at the levels of the term. 0.1 if neither `weight` nor
             `grad_ratio` is given.
     """
-    return Recipe(
-        Term(
-            MGD(drop=drop),
-            **scaled(weight, grad_ratio, 1.0),
-            layers=layers,
-            projector=projector,
-            stop_at=stop_at,
-            name='mgd',
-        )
+    return layer_recipe(
+        MGD(drop=drop), 1.0, layers, weight, stop_at, grad_ratio, projector=projector
     )
 
 

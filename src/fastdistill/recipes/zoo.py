@@ -1,6 +1,7 @@
 "Recipes: functions that return terms with the defaults of their papers. `+` combines them."
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
@@ -104,7 +105,7 @@ def hard_labels(alpha: ScheduleLike = 1.0) -> Recipe:
         alpha: Weight of the teacher's labels. The true labels have weight 1-alpha (0.5 in DeiT).
     """
     alpha = schedule(alpha, 'alpha')
-    return Recipe(Term(losses.hard, weight=alpha, name='hard'), task=one_minus(alpha))
+    return Recipe(Term(losses.hard, weight=alpha), task=one_minus(alpha))
 
 
 @long_name_too
@@ -127,17 +128,7 @@ def dkd(
         grad_ratio: Use instead of `weight`: ratio of this term's gradient norm to that of all
             weighted losses (see `Term`).
     """
-    return Recipe(
-        Term(
-            losses.dkd,
-            weight=weight,
-            grad_ratio=grad_ratio,
-            alpha=alpha,
-            beta=beta,
-            T=T,
-            name='dkd',
-        )
-    )
+    return Recipe(Term(losses.dkd, weight, grad_ratio=grad_ratio, alpha=alpha, beta=beta, T=T))
 
 
 @long_name_too
@@ -157,9 +148,7 @@ def nkd(
         grad_ratio: Use instead of `weight`: ratio of this term's gradient norm to that of all
             weighted losses (see `Term`).
     """
-    return Recipe(
-        Term(losses.nkd, weight=weight, grad_ratio=grad_ratio, gamma=gamma, T=T, name='nkd')
-    )
+    return Recipe(Term(losses.nkd, weight, grad_ratio=grad_ratio, gamma=gamma, T=T))
 
 
 @long_name_too
@@ -187,16 +176,7 @@ def dist(
             the student's (see `Term`).
     """
     return Recipe(
-        Term(
-            losses.dist,
-            weight=weight,
-            grad_ratio=grad_ratio,
-            fade=fade,
-            beta=beta,
-            gamma=gamma,
-            T=T,
-            name='dist',
-        )
+        Term(losses.dist, weight, grad_ratio=grad_ratio, fade=fade, beta=beta, gamma=gamma, T=T)
     )
 
 
@@ -216,7 +196,7 @@ def ttm(
         grad_ratio: Use instead of `weight`: ratio of this term's gradient norm to that of all
             weighted losses (see `Term`).
     """
-    return Recipe(Term(losses.ttm, weight=weight, grad_ratio=grad_ratio, T=T, name='ttm'))
+    return Recipe(Term(losses.ttm, weight, grad_ratio=grad_ratio, T=T))
 
 
 @long_name_too
@@ -233,7 +213,7 @@ def uld(
         grad_ratio: Use instead of `weight`: ratio of this term's gradient norm to that of all
             weighted losses (see `Term`).
     """
-    return Recipe(Term(losses.uld, weight=weight, grad_ratio=grad_ratio, T=T, name='uld'))
+    return Recipe(Term(losses.uld, weight, grad_ratio=grad_ratio, T=T))
 
 
 @long_name_too
@@ -252,7 +232,7 @@ def wttm(
         grad_ratio: Use instead of `weight`: ratio of this term's gradient norm to that of all
             weighted losses (see `Term`).
     """
-    return Recipe(Term(losses.wttm, weight=weight, grad_ratio=grad_ratio, T=T, name='wttm'))
+    return Recipe(Term(losses.wttm, weight, grad_ratio=grad_ratio, T=T))
 
 
 @long_name_too
@@ -276,17 +256,7 @@ def abkd(
             weighted losses (see `Term`).
     """
     weight = 2.0 if weight is None and grad_ratio is None else weight
-    return Recipe(
-        Term(
-            losses.abkd,
-            weight=weight,
-            grad_ratio=grad_ratio,
-            alpha=alpha,
-            beta=beta,
-            T=T,
-            name='abkd',
-        )
-    )
+    return Recipe(Term(losses.abkd, weight, grad_ratio=grad_ratio, alpha=alpha, beta=beta, T=T))
 
 
 @long_name_too
@@ -308,17 +278,7 @@ def rld(
         grad_ratio: Use instead of `weight`: ratio of this term's gradient norm to that of all
             weighted losses (see `Term`).
     """
-    return Recipe(
-        Term(
-            losses.rld,
-            weight=weight,
-            grad_ratio=grad_ratio,
-            alpha=alpha,
-            beta=beta,
-            T=T,
-            name='rld',
-        )
-    )
+    return Recipe(Term(losses.rld, weight, grad_ratio=grad_ratio, alpha=alpha, beta=beta, T=T))
 
 
 @long_name_too
@@ -339,16 +299,7 @@ def taid(
         grad_ratio: Use instead of `weight`: ratio of this term's gradient norm to that of all
             weighted losses (see `Term`).
     """
-    return Recipe(
-        Term(
-            losses.taid,
-            weight=weight,
-            grad_ratio=grad_ratio,
-            lam=('linear', start, 1.0),
-            T=T,
-            name='taid',
-        )
-    )
+    return Recipe(Term(losses.taid, weight, grad_ratio=grad_ratio, lam=('linear', start, 1.0), T=T))
 
 
 def logit_std(recipe: Term | Recipe) -> Recipe:
@@ -378,21 +329,29 @@ def logit_std(recipe: Term | Recipe) -> Recipe:
 GRAD_RATIO = 0.1
 
 
-def scaled(
-    weight: ScheduleLike | None, grad_ratio: ScheduleLike | None, paper: float
-) -> dict[str, Any]:
-    """Build the options of a `Term` between layers.
+def layer_recipe(
+    loss: Callable,
+    paper: float,
+    layers: LayersLike | None,
+    weight: ScheduleLike | None,
+    stop_at: float | None,
+    grad_ratio: ScheduleLike | None,
+    **options: Any,
+) -> Recipe:
+    """Build a recipe with one term between layers.
 
     Args:
+        paper: Weight from the paper or the authors' code, for weight='paper'.
         weight: Number, schedule or 'paper'. None if it was not given.
         grad_ratio: Number or schedule. None if it was not given.
-        paper: Weight from the paper or the authors' code.
+        **options: Further options of `Term`.
     """
     if weight is None and grad_ratio is None:
-        return dict(grad_ratio=GRAD_RATIO)
-    return dict(
-        weight=paper if isinstance(weight, str) and weight == 'paper' else weight,
-        grad_ratio=grad_ratio,
+        grad_ratio = GRAD_RATIO
+    elif isinstance(weight, str) and weight == 'paper':
+        weight = paper
+    return Recipe(
+        Term(loss, weight, grad_ratio=grad_ratio, layers=layers, stop_at=stop_at, **options)
     )
 
 
@@ -414,14 +373,8 @@ def hint(
             weighted losses, measured at the layers of the term. 0.1 if neither `weight` nor
             `grad_ratio` is given.
     """
-    return Recipe(
-        Term(
-            losses.hint,
-            **scaled(weight, grad_ratio, 100.0),
-            layers=layers,
-            projector=projector,
-            stop_at=stop_at,
-        )
+    return layer_recipe(
+        losses.hint, 100.0, layers, weight, stop_at, grad_ratio, projector=projector
     )
 
 
@@ -442,9 +395,7 @@ def at(
             weighted losses, measured at the layers of the term. 0.1 if neither `weight` nor
             `grad_ratio` is given.
     """
-    return Recipe(
-        Term(losses.at, **scaled(weight, grad_ratio, 1000.0), layers=layers, stop_at=stop_at, p=p)
-    )
+    return layer_recipe(losses.at, 1000.0, layers, weight, stop_at, grad_ratio, p=p)
 
 
 def nst(
@@ -463,9 +414,7 @@ def nst(
             weighted losses, measured at the layers of the term. 0.1 if neither `weight` nor
             `grad_ratio` is given.
     """
-    return Recipe(
-        Term(losses.nst, **scaled(weight, grad_ratio, 50.0), layers=layers, stop_at=stop_at)
-    )
+    return layer_recipe(losses.nst, 50.0, layers, weight, stop_at, grad_ratio)
 
 
 def fsp(
@@ -486,15 +435,7 @@ def fsp(
             weighted losses, measured at the layers of the term. 0.1 if neither `weight` nor
             `grad_ratio` is given.
     """
-    return Recipe(
-        Term(
-            losses.fsp,
-            **scaled(weight, grad_ratio, 1.0),
-            layers=layers,
-            projector=projector,
-            stop_at=stop_at,
-        )
-    )
+    return layer_recipe(losses.fsp, 1.0, layers, weight, stop_at, grad_ratio, projector=projector)
 
 
 def ab(
@@ -518,9 +459,8 @@ def ab(
             weighted losses, measured at the layers of the term. 0.1 if neither `weight` nor
             `grad_ratio` is given.
     """
-    how = scaled(weight, grad_ratio, 50.0)
-    return Recipe(
-        Term(losses.ab, **how, layers=layers, projector=projector, stop_at=stop_at, margin=margin)
+    return layer_recipe(
+        losses.ab, 50.0, layers, weight, stop_at, grad_ratio, projector=projector, margin=margin
     )
 
 
@@ -544,14 +484,8 @@ def ofd(
             weighted losses, measured at the layers of the term. 0.1 if neither `weight` nor
             `grad_ratio` is given.
     """
-    return Recipe(
-        Term(
-            losses.OFD(),
-            **scaled(weight, grad_ratio, 10.0),
-            layers=layers,
-            projector=projector,
-            stop_at=stop_at,
-        )
+    return layer_recipe(
+        losses.OFD(), 10.0, layers, weight, stop_at, grad_ratio, projector=projector
     )
 
 
@@ -572,15 +506,7 @@ def vid(
             weighted losses, measured at the layers of the term. 0.1 if neither `weight` nor
             `grad_ratio` is given.
     """
-    return Recipe(
-        Term(
-            losses.VID(),
-            **scaled(weight, grad_ratio, 1.0),
-            layers=layers,
-            projector=projector,
-            stop_at=stop_at,
-        )
-    )
+    return layer_recipe(losses.VID(), 1.0, layers, weight, stop_at, grad_ratio, projector=projector)
 
 
 def pkd(
@@ -601,15 +527,7 @@ def pkd(
             weighted losses, measured at the layers of the term. 0.1 if neither `weight` nor
             `grad_ratio` is given.
     """
-    return Recipe(
-        Term(
-            losses.pkd,
-            **scaled(weight, grad_ratio, 6.0),
-            layers=layers,
-            projector=projector,
-            stop_at=stop_at,
-        )
-    )
+    return layer_recipe(losses.pkd, 6.0, layers, weight, stop_at, grad_ratio, projector=projector)
 
 
 def rkd(
@@ -631,16 +549,7 @@ def rkd(
             weighted losses, measured at the layers of the term. 0.1 if neither `weight` nor
             `grad_ratio` is given.
     """
-    return Recipe(
-        Term(
-            losses.rkd,
-            **scaled(weight, grad_ratio, 1.0),
-            layers=layers,
-            stop_at=stop_at,
-            w_d=w_d,
-            w_a=w_a,
-        )
-    )
+    return layer_recipe(losses.rkd, 1.0, layers, weight, stop_at, grad_ratio, w_d=w_d, w_a=w_a)
 
 
 def sp(
@@ -658,9 +567,7 @@ def sp(
             weighted losses, measured at the layers of the term. 0.1 if neither `weight` nor
             `grad_ratio` is given.
     """
-    return Recipe(
-        Term(losses.sp, **scaled(weight, grad_ratio, 3000.0), layers=layers, stop_at=stop_at)
-    )
+    return layer_recipe(losses.sp, 3000.0, layers, weight, stop_at, grad_ratio)
 
 
 def cc(
@@ -683,9 +590,8 @@ def cc(
             weighted losses, measured at the layers of the term. 0.1 if neither `weight` nor
             `grad_ratio` is given.
     """
-    how = scaled(weight, grad_ratio, 100.0)
-    return Recipe(
-        Term(losses.cc, **how, layers=layers, stop_at=stop_at, kernel=kernel, gamma=gamma)
+    return layer_recipe(
+        losses.cc, 100.0, layers, weight, stop_at, grad_ratio, kernel=kernel, gamma=gamma
     )
 
 
@@ -706,9 +612,7 @@ def pkt(
             weighted losses, measured at the layers of the term. 0.1 if neither `weight` nor
             `grad_ratio` is given.
     """
-    return Recipe(
-        Term(losses.pkt, **scaled(weight, grad_ratio, 470.0), layers=layers, stop_at=stop_at)
-    )
+    return layer_recipe(losses.pkt, 470.0, layers, weight, stop_at, grad_ratio)
 
 
 def seed(
@@ -738,8 +642,8 @@ def seed(
             weighted losses, measured at the layers of the term. 0.1 if neither `weight` nor
             `grad_ratio` is given.
     """
-    loss, how = losses.SEED(size=size, T_s=T_s, T_t=T_t), scaled(weight, grad_ratio, 1.0)
-    return Recipe(Term(loss, **how, layers=layers, projector=projector, stop_at=stop_at))
+    loss = losses.SEED(size=size, T_s=T_s, T_t=T_t)
+    return layer_recipe(loss, 1.0, layers, weight, stop_at, grad_ratio, projector=projector)
 
 
 def ickd(
@@ -758,15 +662,7 @@ def ickd(
             weighted losses, measured at the layers of the term. 0.1 if neither `weight` nor
             `grad_ratio` is given.
     """
-    return Recipe(
-        Term(
-            losses.ickd,
-            **scaled(weight, grad_ratio, 2.5),
-            layers=layers,
-            projector=projector,
-            stop_at=stop_at,
-        )
-    )
+    return layer_recipe(losses.ickd, 2.5, layers, weight, stop_at, grad_ratio, projector=projector)
 
 
 @long_name_too
@@ -789,8 +685,10 @@ def cwd(
     """
     if layers is None and weight is None and grad_ratio is None:
         weight = 'paper'
-    how = scaled(weight, grad_ratio, 3.0 if layers is None else 50.0)
-    return Recipe(Term(losses.cwd, **how, layers=layers, projector=projector, stop_at=stop_at, T=T))
+    paper = 3.0 if layers is None else 50.0
+    return layer_recipe(
+        losses.cwd, paper, layers, weight, stop_at, grad_ratio, projector=projector, T=T
+    )
 
 
 def pairwise(
@@ -811,15 +709,7 @@ def pairwise(
             weighted losses, measured at the layers of the term. 0.1 if neither `weight` nor
             `grad_ratio` is given.
     """
-    return Recipe(
-        Term(
-            losses.pairwise,
-            **scaled(weight, grad_ratio, 0.5),
-            layers=layers,
-            stop_at=stop_at,
-            pool=pool,
-        )
-    )
+    return layer_recipe(losses.pairwise, 0.5, layers, weight, stop_at, grad_ratio, pool=pool)
 
 
 def gram(
@@ -839,8 +729,9 @@ def gram(
             weighted losses, measured at the layers of the term. 0.1 if neither `weight` nor
             `grad_ratio` is given.
     """
-    how = scaled(weight, grad_ratio, 2.0)
-    return Recipe(Term(losses.pairwise, **how, layers=layers, stop_at=stop_at, pool=1, name='gram'))
+    return layer_recipe(
+        losses.pairwise, 2.0, layers, weight, stop_at, grad_ratio, pool=1, name='gram'
+    )
 
 
 def ifvd(
@@ -858,9 +749,7 @@ def ifvd(
             weighted losses, measured at the layers of the term. 0.1 if neither `weight` nor
             `grad_ratio` is given.
     """
-    return Recipe(
-        Term(losses.ifvd, **scaled(weight, grad_ratio, 200.0), layers=layers, stop_at=stop_at)
-    )
+    return layer_recipe(losses.ifvd, 200.0, layers, weight, stop_at, grad_ratio)
 
 
 def pretrain(layers: LayersLike = 'embedding', projector: ProjectorLike = 'auto') -> Recipe:
