@@ -3,7 +3,6 @@
 import copy
 from collections.abc import Callable
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -107,53 +106,53 @@ def compare(
         raise DistillError(
             "compare needs names: compare({'teacher': teacher, 'alone': alone, 'distilled': student})."
         )
-    names = heads_in(models)
+    several = heads_in(models)
     roles_of(models, teacher, baseline)
     if isinstance(dls, DataLoader):
         dls, dl = None, dls
-    learn = reference(models, dls, dl, None if names else loss_func)
+    learn = reference(models, dls, dl, None if several else loss_func)
     data = learn.dls.valid if dl is None else dl
+    if not several:
+        if learn.loss_func is None:
+            kind = kind or kind_of_labels(learn, data)
+            learn.loss_func = partial(labels_loss, task=task_for(None, kind, axis))
+        loss_func = learn.loss_func
     view = learn
     if isinstance(dl, TfmdDL):  # it may have other classes and codes than the Learner
         view = SimpleNamespace(dls=DataLoaders(dl), model=learn.model, loss_func=learn.loss_func)
-    measure = dict(
-        repeats=repeats,
-        seed=seed,
-        large=large or getattr(data, 'bs', None) or 64,
-        seconds=seconds,
-    )
-    asked = dict(teacher=teacher, baseline=baseline, headline=headline)
-    if not names:
-        if learn.loss_func is None:
-            task = task_for(None, kind or kind_of_labels(learn, data), axis)
-            learn.loss_func = partial(labels_loss, task=task)
-        else:
-            task = task_of(learn.loss_func, kind, axis)
-        teachers = {k: teacher_of(o, view, task, run=AS_IT_IS) for k, o in models.items()}
-        head = WholeModel(None)
-        found = Compared(learn, view.dls, head, task, learn.loss_func, models, teachers)
-        return found.report(data, metrics, title, progress, **asked, **measure)
+    heads = several or {'': WholeModel(None)}
     options = dict(kind=kind, loss_func=loss_func, metrics=metrics, headline=headline)
-    of_each = {k: options_of_heads(o, k, names) for k, o in options.items()}
+    of_each = {k: options_of_heads(o, k, heads) for k, o in options.items()}
     reports = {}
-    for head in names.values():
-        k = head.name
+    for k, head in heads.items():
         task = head.task_of(learn, of_each['kind'][k], axis)
-        own = {n: o[k] if is_heads(o) else o for n, o in models.items()}
-        own = {n: o for n, o in own.items() if o is not None}
-        teachers = {n: of_head(o, models[n], head, view, task) for n, o in own.items()}
-        loss = of_each['loss_func'][k] or partial(labels_loss, task=task)
-        found = Compared(learn, head.of(view).dls, head, task, loss, own, teachers)
-        asked = dict(
+        own = {
+            n: o[k] if is_heads(o) else o
+            for n, o in models.items()
+            if not is_heads(o) or o[k] is not None
+        }
+        found = of_each['metrics'][k]
+        reports[k] = measure_head(
+            learn,
+            data,
+            head,
+            head.of(view).dls,
+            task,
+            own,
+            {n: of_head(o, models[n], head, view, task) for n, o in own.items()},
+            metrics_of(own, learn, (found or []) if several else found),
+            progress,
             teacher=teacher if teacher in own else None,
             baseline=baseline if baseline in own else None,
+            loss=of_each['loss_func'][k] or partial(labels_loss, task=task),
             headline=of_each['headline'][k],
+            repeats=repeats,
+            seed=seed,
+            large=large or getattr(data, 'bs', None) or 64,
+            seconds=seconds,
         )
-        named = f'{title}: {k}' if title else k
-        reports[k] = found.report(
-            data, of_each['metrics'][k] or [], named, progress, **asked, **measure
-        )
-    return reports
+        reports[k].title = ': '.join(o for o in (title, k) if o)
+    return reports if several else reports['']
 
 
 def heads_in(models) -> dict:
@@ -186,96 +185,75 @@ def of_head(model, whole, head, learn, task):
     if is_heads(whole):
         own = heads_of(whole)[head.name]
         return own.teacher_of(learn, task, run=AS_IT_IS)
-    output = {} if isinstance(model, Teacher) and 'output' in model.given else dict(output=head)
+    given = isinstance(model, Teacher) and 'output' in model.given
+    output = {} if given or head.output is None else dict(output=head.output)
     return teacher_of(model, head.of(learn), task, run=AS_IT_IS, **output)
 
 
-@dataclass
-class Compared:
-    """Models to compare. All models have the same task.
+def measure_head(
+    learn, data, head, dls, task, models, teachers, metrics, progress, **options: Any
+) -> Report:
+    """Measure all models in one pass, and return the report.
 
-    Attributes:
+    Args:
         learn: Learner whose callbacks are used, or a substitute for a Learner.
-        dls: DataLoaders of the data, with the classes of the head.
+        data: DataLoader to measure on.
         head: The head to compare.
+        dls: DataLoaders of the data, with the classes of the head.
         task: What the models predict.
-        loss: Task loss.
         models: {name: model}, as the user passed them.
         teachers: {name: the model as a `Teacher`}.
+        metrics: As in `measure_models`.
+        progress: Whether to show a progress bar.
+        **options: Options of `measure_models`.
     """
+    for k, o in teachers.items():
+        check_same_codes(o, dls, task, repr(k))
+    options['teacher'], options['baseline'] = roles_of(
+        models, options['teacher'], options['baseline']
+    )
+    steps = number_of_batches(data)
+    steps = None if steps is None else steps + 2 * len(models) * bool(options['seconds'])
+    batches = head.batches(prepared(learn, some_batches(data), 1, False))
+    with (
+        shown_bar(progress, steps) as tick,
+        items_shown([data], *teachers.values()),
+        closing(batches),
+    ):
+        report = measure_models(
+            teachers,
+            batches,
+            task,
+            metrics=metrics,
+            language=is_stream(data),
+            tick=tick,
+            **options,
+        )
+    report.unit = unit_of(data)
+    report.classes = names_of_classes(dls, len(report.counts))
+    learners = {k: o for k, o in models.items() if isinstance(o, Learner)}
+    report.notes += ignored_labels(task, report.classes, learners)
+    for k, o in learners.items():
+        of = report.models[k]
+        of.kind = getattr(getattr(o, 'arch', None), '__name__', of.kind)
+        of.history = history_of(o)
+    return report
 
-    learn: object
-    dls: object
-    head: object
-    task: object
-    loss: object
-    models: dict
-    teachers: dict
 
-    def report(
-        self, data, metrics, title, progress, *, teacher, baseline, seconds, **options: Any
-    ) -> Report:
-        """Measure all models in one pass, and return the report.
-
-        Args:
-            data: DataLoader to measure on.
-            metrics: As in `compare`.
-            title: Title of the report.
-            progress: Whether to show a progress bar.
-            teacher, baseline, seconds, **options: Options of `measure_models`.
-        """
-        learn = self.learn
-        for k, o in self.teachers.items():
-            check_same_codes(o, self.dls, self.task, repr(k))
-        teacher, baseline = roles_of(self.models, teacher, baseline)
-        steps = number_of_batches(data)
-        steps = None if steps is None else steps + 2 * len(self.models) * bool(seconds)
-        batches = self.head.batches(prepared(learn, some_batches(data), 1, False))
-        with (
-            shown_bar(progress, steps) as tick,
-            items_shown([data], *self.teachers.values()),
-            closing(batches),
-        ):
-            report = measure_models(
-                self.teachers,
-                batches,
-                self.task,
-                teacher=teacher,
-                baseline=baseline,
-                loss=self.loss,
-                metrics=metrics_of(self.models, learn, metrics),
-                language=is_stream(data),
-                seconds=seconds,
-                tick=tick,
-                **options,
+def ignored_labels(task, classes, learners):
+    """Yield sentences on the label that is ignored, and on Learners that ignore another one."""
+    if task.kind != 'softmax':
+        return
+    mine = ignored_name(task, classes)
+    if task.ignore_index != Task.ignore_index:
+        yield f'Labels that are left out of the scores of all models: {mine}.'
+    for k, o in learners.items():
+        theirs = ignored_name(task_of(o.loss_func, task.kind), vocab_of(o.dls))
+        if theirs != mine:
+            yield (
+                f'The loss function of {k} ignores {theirs}, but all models are measured with '
+                f'one rule, which ignores {mine}.'
             )
-        report.title, report.unit = title, unit_of(data)
-        report.classes = names_of_classes(self.dls, len(report.counts))
-        report.notes += self.ignored(report.classes)
-        for k, o in self.models.items():
-            if not isinstance(o, Learner):
-                continue
-            arch = getattr(getattr(o, 'arch', None), '__name__', report.models[k].kind)
-            report.models[k].kind = arch
-            report.models[k].history = history_of(o)
-        return report
-
-    def ignored(self, classes):
-        """Yield sentences on the label that is ignored, and on Learners that ignore another one."""
-        if self.task.kind != 'softmax':
-            return
-        mine = ignored_name(self.task, classes)
-        if self.task.ignore_index != Task.ignore_index:
-            yield f'Labels that are left out of the scores of all models: {mine}.'
-        for k, o in self.models.items():
-            if not isinstance(o, Learner):
-                continue
-            theirs = ignored_name(task_of(o.loss_func, self.task.kind), vocab_of(o.dls))
-            if theirs != mine:
-                yield (
-                    f'The loss function of {k} ignores {theirs}, but all models are measured with '
-                    f'one rule, which ignores {mine}.'
-                )
 
 
 def names_of_classes(dls, n):
@@ -409,25 +387,13 @@ def history_of(learn):
 @contextmanager
 def shown_bar(progress, total, what='compare'):
     """Show a progress bar in a terminal or notebook. Yield a function to call after each step."""
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeRemainingColumn,
-    )
+    from rich.progress import MofNCompleteColumn, Progress
 
     console = console_for_bars() if progress and not rank() else None
     if console is None:
         yield lambda: None
         return
-    with Progress(
-        TextColumn(what),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        console=console,
-        transient=True,
-    ) as bar:
+    columns = (*Progress.get_default_columns(), MofNCompleteColumn())
+    with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task(what, total=total)
         yield lambda: bar.advance(task)
