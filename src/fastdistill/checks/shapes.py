@@ -81,86 +81,56 @@ def mismatches(
         y: Labels. None if unknown.
         task: What the student predicts.
     """
-    for look in (
-        outputs_differ,
-        axis_missing,
-        one_class,
-        labels_fractional,
-        axis_differs,
-        labels_beyond,
-    ):
-        if (f := look(s, t, y, task)) is not None:
-            yield f
-            return
+    if found := first_mismatch(s, t, y, task):
+        yield Finding('error', *found)
 
 
-def broadcasts(s: Sequence[int], t: Sequence[int]) -> bool:
-    return len(s) == len(t) and all(a == b or 1 in (a, b) for a, b in zip(s, t))
-
-
-def outputs_differ(
+def first_mismatch(
     s: Sequence[int] | None, t: Sequence[int], y: Tensor | None, task: Task
-) -> Finding | None:
-    if s is None or (prod(s) == prod(t) if task.kind == 'regression' else s == t):
+) -> tuple[str, str] | None:
+    """Return (what does not fit, what to do). Return None if everything fits."""
+    if s is not None and (prod(s) != prod(t) if task.kind == 'regression' else s != t):
+        return (
+            f"The student's output has shape {tuple(s)}, the teacher's {tuple(t)}",
+            'Both need the same outputs: the same classes (or number of targets) and, in dense '
+            "tasks, the same resolution. Teacher(model, select=[...]) selects some of the teacher's "
+            'classes. A function around the teacher can select or resize: '
+            'KnowledgeDistillation(lambda x: ...)',
+        )
+    if task.kind != 'softmax':
         return None
-    return Finding(
-        'error',
-        f"The student's output has shape {tuple(s)}, the teacher's {tuple(t)}",
-        'Both need the same outputs: the same classes (or number of targets) and, in dense '
-        "tasks, the same resolution. Teacher(model, select=[...]) selects some of the teacher's "
-        'classes. A function around the teacher can select or resize: '
-        'KnowledgeDistillation(lambda x: ...)',
-    )
-
-
-def axis_missing(
-    s: Sequence[int] | None, t: Sequence[int], y: Tensor | None, task: Task
-) -> Finding | None:
-    if task.kind != 'softmax' or task.axis and -len(t) < task.axis < len(t):
-        return None  # axis 0 is the batch axis, so it can't be the class axis
-    return Finding(
-        'error',
-        f'Outputs of shape {tuple(t)} have no axis {task.axis} for the classes',
-        axis_to_pass(),
-    )
-
-
-def one_class(
-    s: Sequence[int] | None, t: Sequence[int], y: Tensor | None, task: Task
-) -> Finding | None:
-    if task.kind != 'softmax' or t[task.axis] > 1:
+    # axis 0 is the batch axis, so it can't be the class axis
+    if not task.axis or not -len(t) < task.axis < len(t):
+        return (
+            f'Outputs of shape {tuple(t)} have no axis {task.axis} for the classes',
+            axis_to_pass(),
+        )
+    n = t[task.axis]
+    if n <= 1:
+        return (
+            f'The outputs, of shape {tuple(t)}, have 1 class along axis {task.axis}. Its softmax is '
+            'always 1',
+            "For one yes/no label, use BCEWithLogitsLossFlat or kind='sigmoid'. For a number, use "
+            "kind='regression'. If the classes are on a different axis, pass axis=",
+        )
+    if y is None:
         return None
-    return Finding(
-        'error',
-        f'The outputs, of shape {tuple(t)}, have 1 class along axis {task.axis}. Its softmax is '
-        'always 1',
-        "For one yes/no label, use BCEWithLogitsLossFlat or kind='sigmoid'. For a number, use "
-        "kind='regression'. If the classes are on a different axis, pass axis=",
-    )
-
-
-def labels_fractional(
-    s: Sequence[int] | None, t: Sequence[int], y: Tensor | None, task: Task
-) -> Finding | None:
-    if y is None or task.kind != 'softmax' or not y.is_floating_point():
-        return None
-    if y.shape == shape_of_labels(t, task.axis):
-        return Finding('error', float_labels(y).removesuffix('.'), CLASS_NUMBERS.removesuffix('.'))
-    return None
-
-
-def axis_differs(
-    s: Sequence[int] | None, t: Sequence[int], y: Tensor | None, task: Task
-) -> Finding | None:
-    if y is None or task.kind != 'softmax' or fit_labels(y, t, task) is not None:
-        return None
-    fits = [-1 if i == len(t) - 1 else i for i in fitting_axes(y, t)]
-    if fits:
-        return Finding(
-            'error',
-            f'The outputs, of shape {tuple(t)}, have their classes along axis {task.axis}, but the '
-            f'labels have shape {tuple(y.shape)}: they fit classes along axis {" or ".join(map(str, fits))}',
-            axis_to_pass(*fits),
+    if y.is_floating_point() and y.shape == shape_of_labels(t, task.axis):
+        return float_labels(y).removesuffix('.'), CLASS_NUMBERS.removesuffix('.')
+    if fit_labels(y, t, task) is None:
+        if fits := [-1 if i == len(t) - 1 else i for i in fitting_axes(y, t)]:
+            return (
+                f'The outputs, of shape {tuple(t)}, have their classes along axis {task.axis}, but '
+                f'the labels have shape {tuple(y.shape)}: they fit classes along axis '
+                f'{" or ".join(map(str, fits))}',
+                axis_to_pass(*fits),
+            )
+    wrong = y[(y != task.ignore_index) & ((y < 0) | (y >= n))]
+    if len(wrong) and not y.is_floating_point():
+        return (
+            f'There is a label {wrong[0].item()}, but the outputs have {n} classes, 0 to {n - 1}',
+            'Give the model as many outputs as there are classes. Set ignore_index of the loss '
+            'function to the label that should be ignored',
         )
     return None
 
@@ -173,20 +143,8 @@ def axis_to_pass(*fits: int) -> str:
     )
 
 
-def labels_beyond(
-    s: Sequence[int] | None, t: Sequence[int], y: Tensor | None, task: Task
-) -> Finding | None:
-    if y is None or task.kind != 'softmax' or y.is_floating_point():
-        return None
-    n, wrong = t[task.axis], y[(y != task.ignore_index) & ((y < 0) | (y >= t[task.axis]))]
-    if len(wrong):
-        return Finding(
-            'error',
-            f'There is a label {wrong[0].item()}, but the outputs have {n} classes, 0 to {n - 1}',
-            'Give the model as many outputs as there are classes. Set ignore_index of the loss '
-            'function to the label that should be ignored',
-        )
-    return None
+def broadcasts(s: Sequence[int], t: Sequence[int]) -> bool:
+    return len(s) == len(t) and all(a == b or 1 in (a, b) for a, b in zip(s, t))
 
 
 def unscored(t: Sequence[int], y: Tensor | None, task: Task) -> Iterator[Finding]:

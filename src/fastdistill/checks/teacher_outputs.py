@@ -29,15 +29,7 @@ from .passed_checks import (
     unknown_normalization,
 )
 from .recipe import check_recipe
-from .shapes import (
-    UnknownId,
-    broadcasts,
-    checked_ids,
-    mismatches,
-    outputs_differ,
-    unknown_id,
-    unscored,
-)
+from .shapes import UnknownId, broadcasts, checked_ids, mismatches, unknown_id, unscored
 from .teacher_scores import hesitant, low_score, saturated
 
 __all__ = ['BATCHES', 'any_outputs', 'check_batch', 'check_outputs', 'single_teachers']
@@ -175,12 +167,10 @@ def check_batch(s: Tensor | None, t: Tensor | None, y: Tensor | None, task: Task
         return Findings()
     # subtle: report only shapes that would broadcast silently. All other shapes are left to the
     # loss, which may compare only some of the classes
-    mistakes = (
-        []
-        if t is None or not broadcasts(s.shape, t.shape)
-        else [outputs_differ(s.shape, t.shape, y, task)]
-    )
-    mistakes = Findings(filter(None, [*mistakes, *mismatches(None, s.shape, y, task)]))
+    if t is not None and broadcasts(s.shape, t.shape):
+        mistakes = Findings(mismatches(s.shape, t.shape, y, task))
+    else:
+        mistakes = Findings(mismatches(None, s.shape, y, task))
     if mistakes or t is None:
         return mistakes
     tally = Tally(task)
