@@ -3,6 +3,7 @@
 import re
 import warnings
 from functools import partial
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -27,7 +28,7 @@ from torchvision import models
 from torchvision.models import list_models
 
 from ...base.errors import DistillError, close_name
-from .config import TRAIN_TASKS, Arch, TrainConfig
+from .config import Arch, TrainConfig
 from .data_files import Samples
 
 __all__ = ['check_arch', 'learner_of']
@@ -73,7 +74,12 @@ def check_arch(arch: Arch, task: str) -> None:
             )
         return
     if name not in own_names(task) and not (task == 'images' and is_timm(name)):
-        near = close_name(name, [*LAYERED[task], *vision_names(task)])
+        names = [*LAYERED[task], *own_names(task)]
+        if task == 'images' and find_spec('timm'):
+            import timm
+
+            names += timm.list_models()
+        near = close_name(name, names)
         with_sizes = re.search(r'(^|[-,])\d', name)  # such as 500-200 or cnn-8-16
         sizes = f" Give the sizes of layers as {arch.option}='16,32'." if with_sizes else ''
         raise DistillError(
@@ -108,20 +114,6 @@ def own_names(task: str) -> list[str]:
     return [*list_models(module=models), *FASTAI_ARCHS] if task in ('images', 'masks') else []
 
 
-def vision_names(task: str) -> list[str]:
-    """Return the names of all architectures for images or masks, including those of timm. The list
-    is empty for other tasks.
-    """
-    names = own_names(task)
-    if task != 'images':
-        return names
-    try:
-        import timm
-    except ImportError:
-        return names
-    return [*names, *timm.list_models()]
-
-
 def learner_of(
     arch: Arch, dls: Any, s: Samples, config: TrainConfig, pretrained: bool = False
 ) -> Learner:
@@ -133,12 +125,14 @@ def learner_of(
         config: A TrainConfig.
     """
     check_arch(arch, s.task)
-    make = dict(zip(TRAIN_TASKS, (image_learner, mask_learner, text_learner, table_learner)))[
-        s.task
-    ]
-    options = dict(metrics=metrics_of_task(s, config))
+    make: Any = dict(
+        images=image_learner,
+        masks=mask_learner,
+        texts=text_learner,
+        table=partial(table_learner, y_range=config.limits()),
+    )[s.task]
     try:
-        return make(arch.name, arch.layers, dls, s, config, pretrained, **options)
+        return make(arch, dls, s, pretrained, metrics=metrics_of_task(s))
     except DistillError:
         raise
     # subtle: catch all errors, because an architecture may fail in any way for this image size, and
@@ -154,7 +148,7 @@ def learner_of(
         raise DistillError(f"{arch} can't be built for these {s.task} ({reason}). {hint}") from e
 
 
-def metrics_of_task(s: Samples, config: TrainConfig) -> list:
+def metrics_of_task(s: Samples) -> list:
     if s.task == 'masks':
         if s.ignored is None:
             return [partial(accuracy, axis=1)]
@@ -162,33 +156,25 @@ def metrics_of_task(s: Samples, config: TrainConfig) -> list:
     return [dict(classes=accuracy, labels=accuracy_multi, numbers=rmse)[s.target]]
 
 
-def image_learner(
-    name: str,
-    layers: Any,
-    dls: Any,
-    s: Samples,
-    config: TrainConfig,
-    pretrained: bool,
-    **options: Any,
-) -> Learner:
+def image_learner(arch: Arch, dls: Any, s: Samples, pretrained: bool, **options: Any) -> Learner:
     n = len(s.classes)
-    if name == 'cnn':
+    if arch.name == 'cnn':
+        layers: Any = arch.layers
         pool = nn.AdaptiveAvgPool2d(1), Flatten()
-        return Learner(
-            dls, nn.Sequential(*convs(layers), *pool, nn.Linear(layers[-1], n)), **options
-        )
-    arch = vision_arch(name)
+        net = nn.Sequential(*convs(layers), *pool, nn.Linear(layers[-1], n))
+        return Learner(dls, net, **options)
+    make = vision_arch(arch.name)
     with warnings.catch_warnings():
         # fastai calls torchvision's functions with their old arguments
         warnings.filterwarnings(
             'ignore', "(The parameter 'pretrained'|Arguments other than a weight)"
         )
-        if (cut := cut_of(arch)) is None:
-            learn = vision_learner(dls, arch, n_out=n, pretrained=pretrained, **options)
+        if (cut := cut_of(make)) is None:
+            learn = vision_learner(dls, make, n_out=n, pretrained=pretrained, **options)
         else:  # `vision_learner` does not use its argument `cut`
-            net = create_vision_model(arch, n, pretrained=pretrained, cut=cut)
+            net = create_vision_model(make, n, pretrained=pretrained, cut=cut)
             learn = Learner(dls, net, **options)
-            learn.arch = arch  # the report shows its name
+            learn.arch = make  # the report shows its name
     return runs(learn, s)
 
 
@@ -230,22 +216,15 @@ def vision_arch(name: str) -> Any:
     return getattr(models, name) if name in models.list_models(module=models) else name
 
 
-def mask_learner(
-    name: str,
-    layers: Any,
-    dls: Any,
-    s: Samples,
-    config: TrainConfig,
-    pretrained: bool,
-    **options: Any,
-) -> Learner:
-    encoder = nn.Sequential(*convs(layers)) if name == 'cnn' else encoder_of(name, s, pretrained)
+def mask_learner(arch: Arch, dls: Any, s: Samples, pretrained: bool, **options: Any) -> Learner:
+    is_cnn = arch.name == 'cnn'
+    encoder = nn.Sequential(*convs(arch.layers)) if is_cnn else encoder_of(arch.name, s, pretrained)
     ignored = -100 if s.ignored is None else s.ignored
     loss = CrossEntropyLossFlat(axis=1, ignore_index=ignored)
     net = DynamicUnet(encoder, len(s.classes), s.size)
     learn = Learner(dls, net, loss_func=loss, **options)
-    if name != 'cnn':
-        learn.arch = vision_arch(name)  # the report shows its name
+    if not is_cnn:
+        learn.arch = vision_arch(arch.name)  # the report shows its name
     return runs(learn, s)
 
 
@@ -278,17 +257,10 @@ def unfolded(layers: Any, size: tuple[int, int]) -> nn.Sequential:
     return layers
 
 
-def text_learner(
-    name: str,
-    layers: Any,
-    dls: Any,
-    s: Samples,
-    config: TrainConfig,
-    pretrained: bool,
-    **options: Any,
-) -> Learner:
+def text_learner(arch: Arch, dls: Any, s: Samples, pretrained: bool, **options: Any) -> Learner:
+    layers: Any = arch.layers
     n, words = len(s.classes), len(dls.vocab[0])
-    if name == 'embedding_bag':
+    if arch.name == 'embedding_bag':
         sizes = [*layers, n]
         hidden = [LinBnDrop(i, o, act=nn.ReLU()) for i, o in zip(sizes, sizes[1:-1])]
         pad = dls.vocab[0].index('xxpad')
@@ -303,14 +275,6 @@ def text_learner(
     return learn
 
 
-def table_learner(
-    name: str,
-    layers: Any,
-    dls: Any,
-    s: Samples,
-    config: TrainConfig,
-    pretrained: bool,
-    **options: Any,
-) -> Learner:
+def table_learner(arch: Arch, dls: Any, s: Samples, pretrained: bool, **options: Any) -> Learner:
     n = 1 if s.target == 'numbers' else len(s.classes)
-    return tabular_learner(dls, layers, n_out=n, y_range=config.limits(), **options)
+    return tabular_learner(dls, arch.layers, n_out=n, **options)

@@ -30,7 +30,7 @@ from fastai.vision.data import ImageBlock, MaskBlock
 
 from ...base.distributed import world_size
 from ...base.errors import DistillError
-from .config import TRAIN_TASKS, TrainConfig
+from .config import TrainConfig
 from .data_files import Samples
 
 __all__ = ['TEXT', 'device_of', 'loaders_of']
@@ -50,9 +50,11 @@ def loaders_of(s: Samples, config: TrainConfig, teacher: Any = None) -> DataLoad
     """
     n = int((~s.valid).sum())
     options = dict(
-        bs=min(config.batch_size or BATCH[s.task], n // world_size()), device=device_of(config)
+        bs=min(config.batch_size or BATCH[s.task], n // world_size()),
+        device=device_of(config),
+        num_workers=config.workers,
     )
-    make = dict(zip(TRAIN_TASKS, (image_loaders, mask_loaders, text_loaders, table_loaders)))[
+    make = dict(images=image_loaders, masks=mask_loaders, texts=text_loaders, table=table_loaders)[
         s.task
     ]
     with warnings.catch_warnings():
@@ -86,19 +88,16 @@ def label_block(s: Samples) -> Any:
     )
 
 
-def image_transforms(s: Samples, config: TrainConfig) -> tuple:
-    """Return (item transform, list of batch transforms)."""
-    squish = s.task == 'masks'
+def image_transforms(s: Samples, config: TrainConfig) -> dict[str, Any]:
+    """Return the transforms of items and batches, as arguments of a `DataBlock`."""
+    method = ResizeMethod.Squish if s.task == 'masks' else ResizeMethod.Crop
     extra = dict(none=[], flip=[Flip()], full=aug_transforms())[config.augment]
-    return (
-        Resize(s.size, method=ResizeMethod.Squish if squish else ResizeMethod.Crop),
-        [*extra, Normalize.from_stats(*imagenet_stats)],
-    )
+    batch_tfms = [*extra, Normalize.from_stats(*imagenet_stats)]
+    return dict(item_tfms=Resize(s.size, method=method), batch_tfms=batch_tfms)
 
 
 def image_loaders(s: Samples, config: TrainConfig, teacher: Any, **options: Any) -> DataLoaders:
-    item, batch = image_transforms(s, config)
-    how = dict(item_tfms=item, batch_tfms=batch)
+    tfms = image_transforms(s, config)
     x, y = s.x[0], s.y
     if s.y == 'y' and not isinstance(s.frame[x].iloc[0], bytes) and folder_names(s):
         # use paths as items, so that the exported Learner can predict from a path
@@ -106,17 +105,17 @@ def image_loaders(s: Samples, config: TrainConfig, teacher: Any, **options: Any)
             (ImageBlock, label_block(s)),
             get_y=parent_label,
             splitter=IndexSplitter(np.flatnonzero(s.valid).tolist()),
-            **how,
+            **tfms,
         )
-        return block.dataloaders([*map(Path, s.frame[x])], num_workers=config.workers, **options)
+        return block.dataloaders([*map(Path, s.frame[x])], **options)
     block = DataBlock(
         (ImageBlock, label_block(s)),
         get_x=ColReader(x),
         splitter=ColSplitter('is_valid'),
         get_y=ColReader(y, label_delim=s.delimiter or None),
-        **how,
+        **tfms,
     )
-    return block.dataloaders(marked_frame(s), num_workers=config.workers, **options)
+    return block.dataloaders(marked_frame(s), **options)
 
 
 def folder_names(s: Samples) -> bool:
@@ -131,23 +130,21 @@ def marked_frame(s: Samples) -> pd.DataFrame:
 
 
 def mask_loaders(s: Samples, config: TrainConfig, teacher: Any, **options: Any) -> DataLoaders:
-    item, batch = image_transforms(s, config)
     block = DataBlock(
         (ImageBlock, MaskBlock(codes=s.classes)),
         get_x=ColReader('x'),
         # subtle: keep the mode of the file, because fastai would convert a palette to grey levels
         get_y=Pipeline([ColReader('y'), load_image]),
         splitter=ColSplitter('is_valid'),
-        item_tfms=item,
-        batch_tfms=batch,
+        **image_transforms(s, config),
     )
-    return block.dataloaders(marked_frame(s), num_workers=config.workers, **options)
+    return block.dataloaders(marked_frame(s), **options)
 
 
 def text_loaders(s: Samples, config: TrainConfig, teacher: Any, **options: Any) -> DataLoaders:
     frame = marked_frame(s).rename(columns={s.x[0]: TEXT, s.y: 'label'})
     vocab = None if teacher is None else known(teacher, 'texts', lambda dls: dls.vocab[0])
-    dls = TextDataLoaders.from_df(
+    return TextDataLoaders.from_df(
         frame,
         Path(),
         text_col=TEXT,
@@ -156,17 +153,13 @@ def text_loaders(s: Samples, config: TrainConfig, teacher: Any, **options: Any) 
         y_block=label_block(s),
         valid_col='is_valid',
         text_vocab=vocab,
-        num_workers=config.workers,
         **options,
     )
-    return dls
 
 
 def table_loaders(s: Samples, config: TrainConfig, teacher: Any, **options: Any) -> DataLoaders:
-    frame, n = (
-        s.frame.iloc[np.argsort(s.valid, kind='stable')].reset_index(drop=True),
-        int((~s.valid).sum()),
-    )
+    frame = s.frame.iloc[np.argsort(s.valid, kind='stable')].reset_index(drop=True)
+    n = int((~s.valid).sum())
     if teacher is not None:
         to = known(teacher, 'table', lambda dls: dls.train_ds)
         if missing := [
@@ -184,7 +177,7 @@ def table_loaders(s: Samples, config: TrainConfig, teacher: Any, **options: Any)
         splits = [*range(n)], [*range(n, len(frame))]
         procs = [Categorify, FillMissing, Normalize]
         to = TabularPandas(frame, procs, categories, numbers, s.y, label_block(s), splits)
-    return to.dataloaders(num_workers=config.workers, **options)
+    return to.dataloaders(**options)
 
 
 def known(teacher: Any, task: str, read: Callable) -> Any:
