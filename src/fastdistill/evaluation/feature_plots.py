@@ -12,6 +12,7 @@ from ..features.feature_shapes import as_map
 from ..features.layer_hooks import Taps
 from ..features.layer_pairs import inputs, pair
 from ..features.probe import dry_run
+from .plot_style import new_figure
 
 __all__ = ['attention_map', 'picture_in', 'show_features']
 
@@ -129,12 +130,8 @@ def draw_maps(
     pictures: Tensor,  # (B, H, W, 3) from 0 to 1
     columns: Sequence[tuple[str, Tensor]],  # (title, (B, h, w) maps), two for each pair
 ) -> Any:
-    import matplotlib.pyplot as plt  # noqa: F401 (notebooks show figures only after this import)
-    from matplotlib.figure import Figure
-
     b, h, w = pictures.shape[:3]
-    # subtle: do not use a pyplot figure, which would stay open and be shown twice in a notebook
-    fig = Figure(figsize=(2 * (len(columns) + 1), 1.93 * h / w * b + 0.5), layout='constrained')
+    fig = new_figure(2 * (len(columns) + 1), 1.93 * h / w * b + 0.5)
     layout: Any = fig.get_layout_engine()
     layout.set(h_pad=0.02, w_pad=0.02)
     groups = [('image', None)], *zip(columns[::2], columns[1::2])

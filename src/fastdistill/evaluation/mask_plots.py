@@ -5,14 +5,14 @@ from typing import Any
 
 import numpy as np
 
-from .plot_style import COLORS, LIGHT, new_figure, safe_label, styled
+from .plot_style import COLORS, GREY, INK, PALE, new_figure, safe_label, styled
 
 __all__ = ['plot_masks']
 
 N_COLORS = 20  # number of different colors
 
 # colors of the lower row
-RIGHT, WRONG, BOTH_WRONG, BETTER = LIGHT.pale, COLORS[1], LIGHT.grey, COLORS[2]
+RIGHT, WRONG, BOTH_WRONG, BETTER = PALE, COLORS[1], GREY, COLORS[2]
 
 
 def plot_masks(
@@ -40,7 +40,7 @@ def plot_masks(
     shown = sorted({int(c) for m in maps.values() for c in np.unique(m[counts])})
     columns = 1 + len(maps)
     width = 1.6 * columns
-    with styled() as ground:
+    with styled():
         fig = new_figure(width, 2 * n * 1.6 * h / w + 0.9)
         axs = fig.subplots(2 * n, columns, squeeze=False)
         for ax in axs.flat:
@@ -72,7 +72,7 @@ def plot_masks(
                 loc=f'outside lower {place}',
                 ncols=-(-len(rows) // 3) if place == 'left' else 2,
                 fontsize=8,
-                labelcolor=ground.ink,
+                labelcolor=INK,
                 title='classes' if place == 'left' else 'below each mask',
                 title_fontsize=8,
                 alignment='left',

@@ -2,62 +2,58 @@
 does not interpret as math.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from functools import cache
 from typing import Any
 
 from .report_data import ReportData
 
-__all__ = ['COLORS', 'LIGHT', 'Ground', 'color_of', 'new_figure', 'on_dark', 'safe_label', 'styled']
+__all__ = [
+    'COLORS',
+    'GREY',
+    'INK',
+    'PALE',
+    'color_of',
+    'new_figure',
+    'on_dark',
+    'safe_label',
+    'styled',
+]
 
 # colors of the baseline, the distilled student and further students; the teacher has the color of
 # the text
 COLORS = '#8a93a6', '#e0752d', '#1f7a8c', '#8e5bb5', '#4f9d4a', '#c4496b'
 
 
-class Ground:
-    """The colors of text, secondary text, lines and background."""
-
-    def __init__(self, ink: str, grey: str, pale: str, paper: str) -> None:
-        self.ink, self.grey, self.pale, self.paper = ink, grey, pale, paper
-
-    @property
-    def rc(self) -> Any:
-        return {
-            'font.size': 10,
-            'text.color': self.ink,
-            'axes.labelcolor': self.ink,
-            'xtick.color': self.ink,
-            'ytick.color': self.ink,
-            'axes.edgecolor': self.pale,
-            'axes.titlesize': 9,
-            'axes.titlecolor': self.grey,
-            'axes.facecolor': 'none',
-            'figure.facecolor': self.paper,
-            'legend.frameon': False,
-            'axes.spines.top': False,
-            'axes.spines.right': False,
-            'xtick.major.size': 0,
-            'ytick.major.size': 0,
-            'svg.fonttype': 'path',
-            'svg.hashsalt': 'fastdistill',
-        }
+# colors of text, secondary text, lines and background
+INK, GREY, PALE, PAPER = '#2b2d33', '#6b7280', '#d9dce3', '#ffffff'
+ON_DARK = {INK: '#e6e7ea', GREY: '#9aa1ad', PALE: '#454954', PAPER: '#17181c'}
+STYLE: Any = {
+    'font.size': 10,
+    'text.color': INK,
+    'axes.labelcolor': INK,
+    'xtick.color': INK,
+    'ytick.color': INK,
+    'axes.edgecolor': PALE,
+    'axes.titlesize': 9,
+    'axes.titlecolor': GREY,
+    'axes.facecolor': 'none',
+    'figure.facecolor': PAPER,
+    'legend.frameon': False,
+    'axes.spines.top': False,
+    'axes.spines.right': False,
+    'xtick.major.size': 0,
+    'ytick.major.size': 0,
+    'svg.fonttype': 'path',
+    'svg.hashsalt': 'fastdistill',
+}
 
 
-LIGHT, DARK = (
-    Ground('#2b2d33', '#6b7280', '#d9dce3', '#ffffff'),
-    Ground('#e6e7ea', '#9aa1ad', '#454954', '#17181c'),
-)
-
-
-@contextmanager
-def styled() -> Iterator[Ground]:
-    """Context manager that applies the style and yields the `Ground` with its colors."""
+def styled() -> AbstractContextManager:
+    """Return a context manager that applies the style."""
     import matplotlib
 
-    with matplotlib.rc_context(LIGHT.rc):
-        yield LIGHT
+    return matplotlib.rc_context(STYLE)
 
 
 def on_dark(svg: str) -> str:
@@ -66,8 +62,8 @@ def on_dark(svg: str) -> str:
     Args:
         svg: SVG text of a picture in this style.
     """
-    for k in ('ink', 'grey', 'pale', 'paper'):
-        svg = svg.replace(getattr(LIGHT, k), getattr(DARK, k))
+    for light, dark in ON_DARK.items():
+        svg = svg.replace(light, dark)
     return svg
 
 
@@ -81,10 +77,10 @@ def new_figure(width: float, height: float) -> Any:
     return Figure(figsize=(width, height), layout='constrained')
 
 
-def color_of(report: ReportData, name: str | None, ground: Ground) -> str:
+def color_of(report: ReportData, name: str | None) -> str:
     """Return the color of a model, which is the same in all pictures of a report."""
     if name == report.teacher:
-        return ground.ink
+        return INK
     students = sorted(report.students, key=lambda n: n != report.baseline)
     first = 0 if report.baseline is not None else 1
     return COLORS[(students.index(str(name)) + first) % len(COLORS)]

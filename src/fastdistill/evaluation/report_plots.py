@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from .plot_style import color_of, new_figure, safe_label, styled
+from .plot_style import GREY, PALE, color_of, new_figure, safe_label, styled
 from .report_data import CLASS_MEASURES, MeasureInfo, ReportData
 
 __all__ = [
@@ -24,8 +24,8 @@ def factor(info: MeasureInfo) -> int:
     return 100 if info.percent else 1
 
 
-def axis_name(info: MeasureInfo, what: str = '') -> str:
-    return f'{info.label}{what}{", %" if info.percent else ""}'
+def axis_name(info: MeasureInfo) -> str:
+    return f'{info.label}{", %" if info.percent else ""}'
 
 
 def plot_cost(report: ReportData) -> Any:
@@ -41,13 +41,13 @@ def plot_cost(report: ReportData) -> Any:
     }
     if not shown:
         return None
-    with styled() as ground:
+    with styled():
         fig = new_figure(WIDTH, 3.6)
         ax, most = fig.subplots(), max(m.cost.params or 1 for m in shown.values())
         for n, m in shown.items():
             e: Any = m.measures[k]
             f, x = factor(info), m.cost.latency[0].p50
-            color = color_of(report, n, ground)
+            color = color_of(report, n)
             if e.low is not None:
                 ax.plot([x, x], [f * e.low, f * e.high], color=color, lw=1.5)
             area = 40 + 1500 * (m.cost.params or 0) / most
@@ -98,11 +98,11 @@ def plot_recovered(report: ReportData) -> Any:
     }
     if not shown:
         return None
-    with styled() as ground:
+    with styled():
         fig = new_figure(WIDTH, 1.1 + 0.5 * len(shown))
         ax = fig.subplots()
         for x, name in ((0, report.baseline), (100, report.teacher)):
-            ax.axvline(x, color=ground.grey, lw=1, ls=(0, (4, 3)), zorder=0)
+            ax.axvline(x, color=GREY, lw=1, ls=(0, (4, 3)), zorder=0)
             ax.annotate(
                 safe_label(name),
                 (x, 1),
@@ -110,10 +110,10 @@ def plot_recovered(report: ReportData) -> Any:
                 xytext=(0, 3),
                 ha='center',
                 textcoords='offset points',
-                color=ground.grey,
+                color=GREY,
             )
         for i, (n, e) in enumerate(shown.items()):
-            color = color_of(report, n, ground)
+            color = color_of(report, n)
             if e.low is not None:
                 ax.plot(
                     [100 * e.low, 100 * e.high], [i, i], color=color, lw=3, solid_capstyle='round'
@@ -147,12 +147,12 @@ def plot_reliability(report: ReportData) -> Any:
     shown = {n: m.reliability for n, m in report.models.items() if m.reliability}
     if not shown:
         return None
-    with styled() as ground:
+    with styled():
         fig = new_figure(WIDTH, 3.8)
         top, low = fig.subplots(2, 1, sharex=True, height_ratios=(3, 1))
-        top.plot([0, 100], [0, 100], color=ground.pale, lw=1.2, zorder=0)
+        top.plot([0, 100], [0, 100], color=PALE, lw=1.2, zorder=0)
         for n, b in shown.items():
-            color, total = color_of(report, n, ground), sum(b['count'])
+            color, total = color_of(report, n), sum(b['count'])
             filled = [
                 (100 * c / k, 100 * r / k, k)
                 for k, c, r in zip(b['count'], b['confidence'], b['right'])
@@ -199,7 +199,7 @@ def plot_history(report: ReportData) -> Any:
     shown = {n: h for n, m in report.models.items() if (h := losses_of(m.history))}
     if not shown:
         return None
-    with styled() as ground:
+    with styled():
         fig = new_figure(WIDTH, 0.4 + 1.9 * len(shown))
         axs = fig.subplots(len(shown), 1, squeeze=False)[:, 0]
         for ax, (n, h) in zip(axs, shown.items()):
@@ -208,7 +208,7 @@ def plot_history(report: ReportData) -> Any:
                     range(1, len(h[k]) + 1),
                     [float('nan') if v is None else v for v in h[k]],
                     label=safe_label(k),
-                    color=color_of(report, n, ground),
+                    color=color_of(report, n),
                     ls=style,
                     lw=1.6,
                     marker='o' if len(h[k]) == 1 else None,
@@ -216,7 +216,7 @@ def plot_history(report: ReportData) -> Any:
             ax.set_title(
                 safe_label(n),
                 loc='left',
-                color=color_of(report, n, ground),
+                color=color_of(report, n),
                 fontweight='bold',
                 fontsize=10,
             )
@@ -248,23 +248,21 @@ def plot_classes(report: ReportData, most: int = 20) -> Any:
     if not changes:
         return None
     shown = changes if len(changes) <= most else changes[: most // 2] + changes[-(most // 2) :]
-    with styled() as ground:
+    with styled():
         fig = new_figure(WIDTH, 0.9 + 0.24 * len(shown))
         ax, model = fig.subplots(), next(n for n in report.students if n != report.baseline)
         for i, (_, _, a, b, change) in enumerate(shown):
-            color = color_of(report, model if change >= 0 else report.baseline, ground)
+            color = color_of(report, model if change >= 0 else report.baseline)
             ax.plot([100 * a, 100 * b], [i, i], color=color, lw=2)
-            ax.scatter(
-                [100 * a], [i], s=26, color=color_of(report, report.baseline, ground), zorder=3
-            )
-            ax.scatter([100 * b], [i], s=26, color=color_of(report, model, ground), zorder=3)
+            ax.scatter([100 * a], [i], s=26, color=color_of(report, report.baseline), zorder=3)
+            ax.scatter([100 * b], [i], s=26, color=color_of(report, model), zorder=3)
         ax.set_yticks(range(len(shown)), [safe_label(c) for c, *_ in shown])
         ax.set(
             ylim=(len(shown) - 0.5, -0.5),
             xlabel=f'{CLASS_MEASURES[report.class_measure]}, %',
         )
         ax.set_title(f'from {safe_label(report.baseline)} to {safe_label(model)}', loc='left')
-        ax.grid(axis='y', color=ground.pale, lw=0.5)
+        ax.grid(axis='y', color=PALE, lw=0.5)
         ax.set_axisbelow(True)
     return fig
 
@@ -287,11 +285,11 @@ def plot_runs(reports: dict) -> Any:
         for n, m in r.models.items()
         if m.role != 'teacher' and m.measures[k].value is not None
     ]
-    with styled() as ground:
+    with styled():
         fig = new_figure(WIDTH, 0.9 + 0.34 * len(rows))
         ax = fig.subplots()
         for i, (_, n, m, r) in enumerate(rows):
-            e, color = m.measures[k], color_of(r, n, ground)
+            e, color = m.measures[k], color_of(r, n)
             if e.low is not None:
                 ax.plot(
                     [f * e.low, f * e.high], [i, i], color=color, lw=2.5, solid_capstyle='round'
@@ -301,6 +299,6 @@ def plot_runs(reports: dict) -> Any:
             range(len(rows)), [f'{safe_label(run)}: {safe_label(n)}' for run, n, *_ in rows]
         )
         ax.set(ylim=(len(rows) - 0.5, -0.5), xlabel=axis_name(info))
-        ax.grid(axis='y', color=ground.pale, lw=0.5)
+        ax.grid(axis='y', color=PALE, lw=0.5)
         ax.set_axisbelow(True)
     return fig

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from ..evaluation.plot_style import new_figure
 from ..recipes.term import Recipe
 from .resumable_runs import Run
 from .significance import Lead, lead_of
@@ -165,10 +166,7 @@ class Found:
         Returns:
             The matplotlib figure.
         """
-        import matplotlib.pyplot as plt  # noqa: F401 (notebooks show figures only after this import)
-        from matplotlib.figure import Figure
-
-        fig = Figure(figsize=(7, 4), layout='constrained')
+        fig = new_figure(7, 4)
         ax = fig.subplots()
         for i, name in enumerate(o for o in self.candidates if o in self.best):
             for whole in (True, False):

@@ -8,27 +8,23 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from ...evaluation.plot_style import COLORS, LIGHT
+from ...evaluation.plot_style import COLORS, GREY, INK, PALE, new_figure, styled
 from .results import ALONE, Results
 from .tasks import to_rgb
 
 __all__ = ['draw_results']
 
-INK, GREY, PALE = LIGHT.ink, LIGHT.grey, LIGHT.pale
 T = 4.0  # temperature of the teacher's probabilities in the picture
 
 
 def draw_results(r: Results, task: Any, teacher: Any, students: Any, path: Path) -> None:
     """Save the picture of the results `r`."""
-    import matplotlib
-    from matplotlib.figure import Figure
-
-    with matplotlib.rc_context(LIGHT.rc):
-        fig: Any = Figure(figsize=(11, 5), dpi=150, layout='constrained', facecolor='white')
+    with styled():
+        fig = new_figure(11, 5)
         left, right = fig.subfigures(1, 2, width_ratios=(1.1, 1), wspace=0.04)
         draw_scores(left, r)
         (draw_scenes if task.axis == 1 else draw_items)(right, task, teacher, students)
-        fig.savefig(path)
+        fig.savefig(path, dpi=150)
 
 
 def title(fig: Any, text: str) -> None:
