@@ -19,19 +19,13 @@ from ..teachers.raw_items import items_at, items_in, with_items
 from ..teachers.teacher import Teacher
 from .report_data import Cost, Latency
 
-__all__ = ['batch_of', 'cost_of', 'latencies', 'wait_for', 'weights_of_teacher']
+__all__ = ['batch_of', 'cost_of', 'latencies', 'timed_in_turns', 'wait_for', 'weights_of_teacher']
 
-SECONDS, LEAST_RUNS, MOST_RUNS = (
-    0.5,
-    20,
-    1000,
-)  # seconds per time measurement, and minimum and maximum number of runs
+SECONDS = 0.5  # per time measurement
+LEAST_RUNS, MOST_RUNS = 20, 1000
 
 
-def cost_of(
-    teacher: Teacher,
-    x: Any,
-) -> Cost:
+def cost_of(teacher: Teacher, x: Any) -> Cost:
     """Measure the cost of a model, except for its latency. Values that can't be measured are None.
 
     Args:
@@ -205,7 +199,7 @@ def timed_in_turns(
     calls: Mapping[str, Callable[[], Any]],
     seconds: float,
     wait: Callable[[], None],
-    tick: Callable[[], None],
+    tick: Callable[[], None] = lambda: None,
 ) -> dict[str, list[float]]:
     """Time the calls in turns and return {name: [seconds of each run]}."""
     ts: dict[str, list[float]] = {k: [] for k in calls}

@@ -2,7 +2,7 @@
 
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -16,13 +16,15 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import nn
 
 from ...base.outputs import DistillError, DistillWarning
+from ...evaluation.cost import timed_in_turns, wait_for
 from ...fastai import soft_labels
 from .picture import draw_results
-from .results import ALONE, Results, Trained, closing, opening, results_table
+from .results import ALONE, Results, Trained, closing, machine, n_params, opening, results_table
 from .tasks import DemoTask, ToFloat, load_task
 
 __all__ = ['Results', 'run']
 
+BATCHES = 1, 64  # batch sizes for which times are measured
 # ways to train the same small model
 WAYS = {ALONE: None, 'distilled': 'auto', 'soft labels only': soft_labels(T=4)}
 
@@ -71,7 +73,19 @@ def run(
         ms = latency(
             task, 0.05 if quick else 1.0, teacher=teacher.model, student=students[ALONE][0].model
         )
-    r = Results.of(task, teacher, students, ms, time.perf_counter() - start)
+    r = Results(
+        task.title,
+        task.unit,
+        n=(len(task.train[0]), len(task.test[0])),
+        steps=task.steps,
+        teacher=teacher.score,
+        scores={way: [s.score for s in ss] for way, ss in students.items()},
+        params=dict(teacher=n_params(teacher.model), student=n_params(students[ALONE][0].model)),
+        ms=ms,
+        seconds=time.perf_counter() - start,
+        machine=machine(),
+        recipes={way: ss[0].recipe for way, ss in students.items() if ss[0].recipe},
+    )
     out.mkdir(parents=True, exist_ok=True)
     draw_results(r, task, teacher, students, out / f'demo-{data}.png')
     r.save(out / f'demo-{data}.json')
@@ -126,38 +140,23 @@ def train(
     return Trained(learn, out, task.score(out, y), str(cb.recipe) if recipe == 'auto' else '')
 
 
-def latency(
-    task: DemoTask, seconds: float, batches: Sequence[int] = (1, 64), **models: Any
-) -> dict[str, dict[int, float]]:
+def latency(task: DemoTask, seconds: float, **models: nn.Module) -> dict[str, dict[int, float]]:
     """Measure the median time of a forward pass in milliseconds, for each model and batch size.
 
     Args:
+        task: Task whose test images are used.
         seconds: Duration of each measurement in seconds.
-        batches: Batch sizes.
         **models: Models by name.
     """
     (x,) = ToFloat().encodes((task.test[0],))
-
-    def ms(m: nn.Module, n: int) -> float:
-        return time_of(m.eval(), x[:n].to(next(m.parameters()).device), seconds)
-
-    return {name: {n: ms(m, n) for n in batches} for name, m in models.items()}
-
-
-@torch.inference_mode()
-def time_of(model: nn.Module, x: Any, seconds: float) -> float:
-    wait = torch.cuda.synchronize if x.is_cuda else noop
-    for _ in range(5):
-        model(x)  # warm-up
-    ts: list[float] = []
-    end = time.perf_counter() + seconds
-    while len(ts) < 10 or time.perf_counter() < end and len(ts) < 1000:
-        wait()
-        t = time.perf_counter()
-        model(x)
-        wait()
-        ts.append(time.perf_counter() - t)
-    return 1000 * median(ts)
+    ms: dict[str, dict[int, float]] = {name: {} for name in models}
+    for n in BATCHES:
+        x_on = lambda m, n=n: x[:n].to(next(m.parameters()).device)
+        calls = {name: partial(m.eval(), x_on(m)) for name, m in models.items()}
+        wait = wait_for(x_on(next(iter(models.values()))))
+        for name, times in timed_in_turns(calls, seconds, wait).items():
+            ms[name][n] = 1000 * median(times)
+    return ms
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 import os
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import mean, stdev
@@ -17,7 +17,16 @@ from torch import Tensor, nn
 
 from ...base.atomic_files import write_json
 
-__all__ = ['ALONE', 'Results', 'Trained', 'closing', 'opening', 'results_table']
+__all__ = [
+    'ALONE',
+    'Results',
+    'Trained',
+    'closing',
+    'machine',
+    'n_params',
+    'opening',
+    'results_table',
+]
 
 ALONE = 'student alone'
 
@@ -69,33 +78,6 @@ class Results:
     seconds: float
     machine: dict
     recipes: dict
-
-    @classmethod
-    def of(
-        cls,
-        task: Any,
-        teacher: Trained,
-        students: Mapping[str, Sequence[Trained]],
-        ms: dict,
-        seconds: float,
-    ) -> 'Results':
-        scores = {way: [s.score for s in ss] for way, ss in students.items()}
-        params = {'teacher': n_params(teacher.model), 'student': n_params(students[ALONE][0].model)}
-        n = len(task.train[0]), len(task.test[0])
-        recipes = {way: ss[0].recipe for way, ss in students.items() if ss[0].recipe}
-        return cls(
-            task.title,
-            task.unit,
-            n,
-            task.steps,
-            teacher.score,
-            scores,
-            params,
-            ms,
-            seconds,
-            machine(),
-            recipes,
-        )
 
     @property
     def seeds(self) -> int:
