@@ -1,6 +1,6 @@
 """Find the linear output layer of a teacher and capture its inputs, the hidden states."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -51,10 +51,9 @@ class OutputLayer:
         """
         feats = {k: v for k, v in out.feats.items() if k != self.tap}
         hidden = out.feats[self.tap].detach()
-        weight, bias = self.weight.to(hidden.device), self.bias
-        t = LinearLogits(
-            hidden.float(), weight, None if bias is None else bias.to(weight), self.cap
-        )
+        weight = self.weight.to(hidden.device)
+        bias = None if self.bias is None else self.bias.to(weight)
+        t = LinearLogits(hidden.float(), weight, bias, self.cap)
         logits: Any = out.logits
         half = half or logits.dtype.itemsize < 4
         self._verify(t, logits.detach(), 0.03 if half else 1e-3)
@@ -110,25 +109,13 @@ class StoredHead:
         bias = None if t.bias is None else t.bias.detach().float()
         return cls(t.weight.detach().float() * unit, bias, unit, t.cap)
 
-    @property
-    def tensors(self) -> list[Tensor]:
-        return [o for o in (self.weight, self.bias, self.unit) if o is not None]
-
-    def scaled(self, hidden: Tensor) -> Tensor:
-        """Divide hidden states by the units in which they are stored."""
-        return hidden / self.unit.to(hidden.device)
-
-    def logits(self, hidden: Tensor) -> LinearLogits:
-        """Return the logits for hidden states in stored units."""
-        return LinearLogits(hidden, self.weight, self.bias, self.cap)
-
     def to(self, device: Any) -> 'StoredHead':
         bias = None if self.bias is None else self.bias.to(device)
         return replace(self, weight=self.weight.to(device), bias=bias, unit=self.unit.to(device))
 
     def to_bytes(self) -> bytes:
-        parts = [o.detach().cpu().numpy().astype('<f4').tobytes() for o in self.tensors]
-        return b''.join(parts)
+        tensors = [o for o in (self.weight, self.bias, self.unit) if o is not None]
+        return b''.join(o.detach().cpu().numpy().astype('<f4').tobytes() for o in tensors)
 
     @classmethod
     def from_bytes(cls, data: bytes, layout: Any) -> 'StoredHead':
@@ -203,14 +190,15 @@ def find_output_layer(teacher: Any, run: Callable, layer: str | None = None) -> 
         logits = run(Teacher(model, select=None, classes=None)).logits.detach().float()
     alike = [k for k, o in outputs.items() if o.shape == logits.shape]
     if not alike:
+        which = f'no linear layer of {teacher.name} has'
+        if len(linear) == 1:
+            which = f'the layer {linear[0]!r} of {teacher.name} does not have'
         raise DistillError(
-            f"store='hidden': {which_layer(linear, teacher)} an output of shape {tuple(logits.shape)}, "
+            f"store='hidden': {which} an output of shape {tuple(logits.shape)}, "
             f"which the teacher's logits have. {NOT_FOUND}"
         )
-    found = [
-        o for k in reversed(alike) if (o := as_output(k, have[k], outputs[k], logits, teacher))
-    ]
-    if not found:
+    each = (as_output(k, have[k], outputs[k], logits, teacher) for k in reversed(alike))
+    if not (found := [o for o in each if o]):
         far = min(relative_difference(outputs[k].float(), logits) for k in alike)
         raise DistillError(
             f"store='hidden': the logits of {teacher.name} are not the output of a linear layer "
@@ -220,14 +208,6 @@ def find_output_layer(teacher: Any, run: Callable, layer: str | None = None) -> 
     return selected(found[0], teacher)
 
 
-def which_layer(names: Sequence, teacher: Any) -> str:
-    return (
-        f'the layer {names[0]!r} of {teacher.name} does not have'
-        if len(names) == 1
-        else f'no linear layer of {teacher.name} has'
-    )
-
-
 def as_output(name: str, module: Any, z: Any, logits: Any, teacher: Any) -> OutputLayer | None:
     """Return an `OutputLayer` if the logits can be computed from the output `z` of a layer, else
     None.
@@ -235,22 +215,17 @@ def as_output(name: str, module: Any, z: Any, logits: Any, teacher: Any) -> Outp
     z, weight = z.detach().float(), getattr(module, 'weight', None)
     if weight is None or weight.dim() != 2 or len(weight) != logits.shape[-1]:
         return None
-    bias = getattr(module, 'bias', None)
-    own = lambda a=1.0, cap=None: OutputLayer(
-        name,
-        weight.detach().float() * a,
-        None if bias is None else bias.detach().float() * a,
-        cap,
-    )
     tol = 0.03 if weight.dtype.itemsize < 4 else 1e-4
+    weight, bias = weight.detach().float(), getattr(module, 'bias', None)
+    bias = None if bias is None else bias.detach().float()
     if relative_difference(z, logits) <= tol:
-        return own()
+        return OutputLayer(name, weight, bias)
     a = float((z * logits).sum() / (z * z).sum().clamp_min(1e-30))
     if a and relative_difference(a * z, logits) <= tol:
-        return own(a)
+        return OutputLayer(name, weight * a, None if bias is None else bias * a)
     for cap in caps_of(teacher.module):
         if relative_difference(cap * torch.tanh(z / cap), logits) <= tol:
-            return own(cap=cap)
+            return OutputLayer(name, weight, bias, cap)
     return None
 
 

@@ -86,22 +86,13 @@ class Store:
         return cls(**o, axis=axis)
 
     def __post_init__(self) -> None:
-        own = [
-            k
-            for k, names in OPTIONS_OF_STORES.items()
-            if any(getattr(self, n) is not None for n in names)
-        ]
+        given = [n for n in KIND_OF_OPTION if getattr(self, n) is not None]
+        own = list(dict.fromkeys(KIND_OF_OPTION[n] for n in given))
         if self.kind not in (None, *STORE_KINDS):
             raise DistillError(
                 f'kind={self.kind!r}: must be one of {", ".join(map(repr, STORE_KINDS))}'
             )
         if len(own) > 1 or own and self.kind not in (None, *own):
-            given = [
-                n
-                for k in OPTIONS_OF_STORES
-                for n in OPTIONS_OF_STORES[k]
-                if getattr(self, n) is not None
-            ]
             if {'topk', 'size'} <= {*given}:
                 raise DistillError(
                     "size= and topk= can't be combined: maps are stored either smaller or with "
@@ -145,8 +136,8 @@ class Store:
         return f'{names[str(self.kind)]}, {self.dtype}'
 
 
-# {kind: options that only this kind has}
-OPTIONS_OF_STORES = dict(topk=('topk',), logits=('size',), hidden=('layer',), draws=('draws', 'T'))
+# {option that only one kind has: this kind}
+KIND_OF_OPTION = dict(topk='topk', size='logits', layer='hidden', draws='draws', T='draws')
 
 
 @dataclass
@@ -236,8 +227,10 @@ class Layout:
         self, t = cls(tail=store.tail, axis=store.axis), cast(Any, out.logits)
         if store.kind == 'hidden':
             self._add_hidden(t, store)
-        if isinstance(t, (TopK, LinearLogits)):
-            t = meta_like(t, store.axis)
+        if isinstance(t, LinearLogits):
+            t = torch.empty(t.shape, device='meta')
+        elif isinstance(t, TopK):
+            t = torch.empty(*t.ids.shape[:-1], t.n, device='meta').movedim(-1, store.axis)
         if t.dim() < 1:
             raise DistillError(
                 f"The teacher's output has shape {tuple(t.shape)}: it needs a batch dimension."
@@ -250,11 +243,6 @@ class Layout:
                 f'{tuple(t.shape)}.'
             )
         if store.size is not None:
-            if store.topk is not None:
-                raise DistillError(
-                    "size= and topk= can't be combined: maps are stored either smaller or with "
-                    'few classes.'
-                )
             if min(store.size) < 1:
                 raise DistillError(f'size={store.size}: must be at least one pixel.')
             if t.dim() != 4:
@@ -348,7 +336,7 @@ class Layout:
         """
         json_object('layout', d, ('fields', 'n', 'tail', 'axis', 'full'), ('head', 'draws'))
         n = None if d['n'] is None else whole_number('layout.n', d['n'], 1, MAX_CLASSES)
-        full = None if d['full'] is None else json_list('layout.full', d['full'], 2, 2)
+        full = None if d['full'] is None else tuple(json_list('layout.full', d['full'], 2, 2))
         for o in full or ():
             whole_number('layout.full', o, 1, MAX_BYTES)
         tail = json_text('layout.tail', d['tail'], TAILS)
@@ -358,7 +346,7 @@ class Layout:
         if (size := sum(f.bytes for f in found)) > MAX_BYTES:
             raise DistillError(f'layout.fields take {size} bytes: at most {MAX_BYTES} are allowed.')
         head, draws = checked_head(d.get('head'), n), checked_draws(d.get('draws'), n)
-        self = cls.of(*outputs_like(found, n, tail, axis, full, head, draws))
+        self = cls.of(*outputs_like(cls(found, n, tail, axis, full, head, draws)))
         for i, (a, b) in enumerate(zip_longest(found, self.fields)):
             if a != b:
                 raise DistillError(
@@ -370,8 +358,7 @@ class Layout:
     @property
     def dense(self) -> bool:
         """True if outputs have several positions, as in a map or a sequence."""
-        f = self.fields[0]
-        return len(f.shape) > 1
+        return len(self.fields[0].shape) > 1
 
     @property
     def layers(self) -> list[str]:
@@ -389,14 +376,8 @@ class Layout:
         if self.n is None or self.head is not None or not len(rows):
             return True
         ids = self.fields[0]
-        return (
-            int(
-                np.ascontiguousarray(rows[:, : ids.bytes])
-                .view(ids.dtype.replace('int32', 'uint32'))
-                .max()
-            )
-            < self.n
-        )
+        numbers = np.ascontiguousarray(rows[:, : ids.bytes])
+        return int(numbers.view(ids.dtype.replace('int32', 'uint32')).max()) < self.n
 
     # encoding
 
@@ -434,9 +415,10 @@ class Layout:
         t: Any = out.logits
         dtypes = {f.name: f.dtype for f in self.fields}
         if isinstance(t, TopK):
-            return self._tensors_of_likeliest(out, dtypes)
+            put_tensor(d, 'values', t.values.float(), dtypes)
+            return put_mask(d | dict(ids=t.ids), out.mask)
         if self.head is not None:
-            put_tensor(d, 'hidden', head.scaled(t.hidden.detach().float()), dtypes)
+            put_tensor(d, 'hidden', t.hidden.detach().float() / head.unit.to(t.device), dtypes)
             return self._put_others(d, out, dtypes)
         t = (t.dense() if isinstance(t, LinearLogits) else t).detach().float()
         refuse_without_classes(t, self.axis, out.mask)
@@ -466,13 +448,6 @@ class Layout:
             put_tensor(d, f'feats:{k}', v.detach().float(), dtypes)
         return put_mask(d, out.mask)
 
-    def _tensors_of_likeliest(self, out: Outputs, dtypes: Any) -> dict:
-        """Return the tensors to store if the teacher returns only the most likely classes."""
-        t: Any = out.logits
-        d = dict(ids=t.ids)
-        put_tensor(d, 'values', t.values.float(), dtypes)
-        return put_mask(d, out.mask)
-
     # decoding
 
     def largest_step(self, rows: Tensor) -> float:
@@ -498,8 +473,9 @@ class Layout:
         got = {f.name: f.read(rows) for f in self.fields}
         full = lambda k: from_int8(got[k], got.get(f'scale:{k}'))
         feats = {f.name[6:]: full(f.name) for f in self.fields if f.name.startswith('feats:')}
+        logits: Any
         if self.head is not None:
-            logits = head.logits(full('hidden'))
+            logits = LinearLogits(full('hidden'), head.weight, head.bias, head.cap)
         elif self.draws is not None:
             counts = got['counts'].float() / self.draws['number']
             T = self.draws['T']
@@ -543,59 +519,44 @@ def checked_draws(o: Any, n: Any) -> dict | None:
     return o
 
 
-def outputs_like(
-    fields: Sequence,
-    n: Any,
-    tail: str,
-    axis: int,
-    full: Any,
-    head: dict | None = None,
-    draws: dict | None = None,
-) -> tuple[Outputs, Store]:
-    """Return empty `Outputs` and a `Store` that together give a layout with these fields."""
-    shape, named = fields[0].shape, {f.name: f for f in fields}
+def outputs_like(layout: Layout) -> tuple[Outputs, Store]:
+    """Return empty `Outputs` and a `Store` from which `Layout.of` builds this layout."""
+    n, axis, full = cast(Any, layout.n), layout.axis, layout.full
+    named = {f.name: f for f in layout.fields}
+    common: dict[str, Any] = dict(tail=layout.tail, axis=layout.axis)
+    shape, dtype = layout.fields[0].shape, layout.fields[0].dtype
     t: Any
-    if head is not None:
+    if layout.head is not None:
         if not shape:
             raise DistillError('layout.head needs hidden states of shape (..., width).')
-        t = LinearLogits(meta(shape), meta((n, shape[-1]))[0], None, head['cap'])
-        t.bias = meta((n,))[0] if head['bias'] else None
-        store = Store('hidden', fields[0].dtype, tail=tail, axis=axis)
-    elif draws is not None:
-        if not shape:
-            raise DistillError('layout.draws needs fields of shape (..., k).')
-        t = meta((*shape[:-1], n))
-        store = Store('draws', tail=tail, axis=axis, draws=draws['number'], T=draws['T'])
-        if not -t.dim() <= axis < t.dim():
-            raise DistillError(f'layout.axis is {axis}: the outputs have {t.dim()} dimensions.')
-        t = t.movedim(-1, axis)
+        bias = meta((n,))[0] if layout.head['bias'] else None
+        t = LinearLogits(meta(shape), meta((n, shape[-1]))[0], bias, layout.head['cap'])
+        store = Store('hidden', dtype, **common)
     elif n is None:
-        t, store = meta(shape), Store('logits', fields[0].dtype, tail=tail, axis=axis)
+        t, store = meta(shape), Store('logits', dtype, **common)
     else:
-        if not shape or 'values' not in named:
+        if layout.draws is not None:
+            if not shape:
+                raise DistillError('layout.draws needs fields of shape (..., k).')
+            store = Store('draws', draws=layout.draws['number'], T=layout.draws['T'], **common)
+        elif not shape or 'values' not in named:
             raise DistillError(
                 f"layout.n is {n}: it needs fields 'ids' and 'values' of shape (..., k)."
             )
-        t, store = (
-            meta((*shape[:-1], n)),
-            Store('topk', named['values'].dtype, shape[-1], tail, axis),
-        )
+        else:
+            store = Store('topk', named['values'].dtype, shape[-1], **common)
+        t = meta((*shape[:-1], n))
         if not -t.dim() <= axis < t.dim():
             raise DistillError(f'layout.axis is {axis}: the outputs have {t.dim()} dimensions.')
         t = t.movedim(-1, axis)
     if full is not None:
         if n is not None or len(shape) != 3:
-            raise DistillError(f'layout.full is {full}: it is for maps (C, H, W) of all classes.')
+            raise DistillError(
+                f'layout.full is {[*full]}: it is for maps (C, H, W) of all classes.'
+            )
         t, store.size = meta((shape[0], *full)), shape[1:]
     feats = {k[6:]: meta(f.shape) for k, f in named.items() if k.startswith('feats:')}
     return Outputs(t, feats, meta(named['mask'].shape) if 'mask' in named else None), store
-
-
-def meta_like(t: Any, axis: int) -> Tensor:
-    """Create a meta tensor with the shape of the full logits."""
-    if isinstance(t, LinearLogits):
-        return torch.empty(t.shape, device='meta')
-    return torch.empty(*t.ids.shape[:-1], t.n, device='meta').movedim(-1, axis)
 
 
 def meta(shape: Sequence[int]) -> Tensor:
@@ -686,9 +647,11 @@ def draw_classes(t: Tensor, seeds: np.ndarray, number: int, T: float) -> dict:
     drawn = []
     for row, seed in zip(flat, seeds.tolist()):
         rng = torch.Generator().manual_seed(seed)
-        drawn.append(
-            by_inversion(row, torch.rand(len(row), number, generator=rng, dtype=torch.double))
-        )
+        u = torch.rand(len(row), number, generator=rng, dtype=torch.double)
+        cdf = row.double().cumsum(-1)
+        # subtle: scale by the total, since rounded probabilities do not sum to exactly 1
+        ids = torch.searchsorted(cdf, u * cdf[:, -1:], right=True)
+        drawn.append(ids.clamp_max(shape[-1] - 1))
     ids = torch.stack(drawn).sort(-1).values
     first = torch.ones_like(ids, dtype=torch.bool)
     first[..., 1:] = ids[..., 1:] != ids[..., :-1]
@@ -701,18 +664,6 @@ def draw_classes(t: Tensor, seeds: np.ndarray, number: int, T: float) -> dict:
     out = dict(ids=distinct[..., :k], counts=counts[..., :k])
     out = {name: o.reshape(*shape[:-1], k) for name, o in out.items()}
     return out | dict(entropy=torch.special.entr(p).sum(-1, keepdim=True))
-
-
-def by_inversion(p: Tensor, u: Tensor) -> Tensor:
-    """Map uniform random numbers to classes by inverting the cumulative distribution, (P, K).
-
-    Args:
-        p: Probabilities, (P, C).
-        u: Numbers in [0, 1), (P, K).
-    """
-    cdf = p.double().cumsum(-1)
-    # subtle: scale by the total, since rounded probabilities do not sum to exactly 1
-    return torch.searchsorted(cdf, u * cdf[:, -1:], right=True).clamp_max(p.shape[-1] - 1)
 
 
 def to_int8(t: Tensor, dtype: str) -> tuple[Tensor, Tensor]:

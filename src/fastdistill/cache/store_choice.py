@@ -171,21 +171,17 @@ def measured_options(
                 note = f'unbiased at T={store.T:g}, only for kl and soft_ce'
                 options.append(Option(store, layout.bytes, total, None, note))
                 continue
-            found = [(read_back(b, layout, head), dense(b).detach().float().cpu()) for b in batches]
+            rows = [torch.from_numpy(layout.encode(b, head)) for b in batches]
+            read: list[Any] = [layout.decode(o, head).logits for o in rows]
             # tail='bucket' needs the student's logits, for which the teacher's logits are used here
-            logits = [o if isinstance(o, Tensor) else o.dense(t) for o, t in found]
+            own = [dense(b).detach().float().cpu() for b in batches]
+            logits = [o if isinstance(o, Tensor) else o.dense(t) for o, t in zip(read, own)]
         except DistillError:
             continue
         got = torch.cat([flat(o) for o in logits]).to(exact.device)
-        options.append(
-            Option(store, layout.bytes, total, lost_by(exact[on], got[on], temperatures))
-        )
+        lost = lost_by(exact[on], got[on], temperatures)
+        options.append(Option(store, layout.bytes, total, lost))
     return options
-
-
-def read_back(out: Outputs, layout: Layout, head: Any) -> Any:
-    """Encode outputs, decode them, and return their logits."""
-    return layout.decode(torch.from_numpy(layout.encode(out, head)), head).logits
 
 
 def mask_of(out: Outputs, logits: Tensor, axis: int) -> Tensor:
@@ -206,21 +202,13 @@ def table_of_options(options: list, uses: Uses, notes: Sequence[str] = ()) -> st
     head = ['store', 'bytes per view', 'total', 'KL at T=1', f'KL at T={warmest:g}', 'correlation']
     rows = []
     for o in options:
+        size = [str(o.store), f'{o.bytes:,}', size_text(o.total)]
         if o.lost is None:
-            rows.append([str(o.store), f'{o.bytes:,}', size_text(o.total), o.note])
+            rows.append([*size, o.note, '', ''])
             continue
         cold, warm = (loss_at(o.lost, T) for T in (1.0, warmest))
         loss = [f'{d["kl"]:.2g} ({100 * d["share"]:.2g}%)' for d in (cold, warm)]
-        rows.append(
-            [
-                str(o.store),
-                f'{o.bytes:,}',
-                size_text(o.total),
-                *loss,
-                f'{1 - warm["correlation"]:.4f}',
-            ]
-        )
-    rows = [[*r, *[''] * (len(head) - len(r))] for r in rows]
+        rows.append([*size, *loss, f'{1 - warm["correlation"]:.4f}'])
     below = (
         'KL in nats, and as a part of the KL between the teacher and its mean prediction; the '
         f'correlations of dist at T={warmest:g}, relative to those of all logits'
@@ -350,17 +338,13 @@ class Choice:
             notes = [f'Hidden states are not possible. {str(e).removeprefix(CALLED)}']
         else:
             states = [Store('hidden', d, axis=axis) for d in ('float16', 'int8')]
-            options += measured_options(
-                few_outputs(linear, self.tasks), states, count, temperatures
-            )
+            batches = few_outputs(linear, self.tasks)
+            options += measured_options(batches, states, count, temperatures)
         options.sort(key=lambda o: o.total)
         best = options[on_first(lambda: options.index(choose_option(options, uses)))]
         if rank() == 0:
-            print(
-                '\n'.join(
-                    [table_of_options(options, uses, notes), f'fastdistill: {asked_text(best)}']
-                )
-            )
+            print(table_of_options(options, uses, notes))
+            print(f'fastdistill: {asked_text(best)}')
         return best.store, linear if best.store.kind == 'hidden' else source, best.lost
 
 
@@ -377,10 +361,9 @@ def existing_store(where: Folder) -> Store | None:
     if where.size('manifest.json') is None:
         return None
     try:
-        l = Manifest.read(where).layout
+        return outputs_like(Manifest.read(where).layout)[1]
     except DistillError:
         return None
-    return outputs_like(l.fields, l.n, l.tail, l.axis, l.full, l.head, l.draws)[1]
 
 
 def one_batch(source: Source, teacher: Any) -> Outputs:
