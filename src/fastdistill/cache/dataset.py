@@ -4,7 +4,6 @@ import inspect
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import replace
 from functools import partial
 from pathlib import Path, PurePath
 from typing import Any
@@ -16,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 from torch.utils.data.dataloader import default_collate
 
 from ..base.errors import options_of_group
-from ..base.outputs import DistillError, LinearLogits, Outputs, check_axis
+from ..base.outputs import DistillError, Outputs, check_axis
 from ..base.random_state import RandomGuard, restored_once, seeded
 from ..base.sample_seeds import seeds_of, view_of
 from ..base.transform_random_state import Generators
@@ -122,16 +121,10 @@ def cache_dataset(
 
     def asked(tasks: Any, bs: int) -> Iterator:
         """Yield the teacher's inputs for each batch."""
-        workers = (
-            loader['num_workers'] if len(tasks) > bs else 0
-        )  # starting workers takes longer than loading one batch
-        dl = DataLoader(
-            items,
-            bs,
-            sampler=tasks.tolist(),
-            num_workers=workers,
-            collate_fn=CollatePairs(loader['collate_fn']),
-        )
+        # starting workers takes longer than loading one batch
+        workers = loader['num_workers'] if len(tasks) > bs else 0
+        collate = partial(collate_pairs, loader['collate_fn'])
+        dl = DataLoader(items, bs, sampler=tasks.tolist(), num_workers=workers, collate_fn=collate)
         for batch, seeds in dl:
             x = to_device(get(batch), loader['device'])
             yield x if shake is None else shaken(shake, seeds, x)
@@ -155,7 +148,7 @@ def cache_dataset(
             x = next(asked(np.array([0]), 1))
             teacher = reading_tokens(teacher, *(x if isinstance(x, tuple) else (x,)))
         held = teacher
-        check_alone(partial(plain_run, outputs), len(dataset))
+        check_alone(outputs, len(dataset))
         described = dict(facts.get('transforms') or {})
         if shake is not None:
             described['batch_tfm'] = code_of(shake if inspect.isroutine(shake) else type(shake))
@@ -183,15 +176,6 @@ def cache_dataset(
             )
 
 
-def plain_run(run: Any, tasks: Any, bs: int) -> Iterator[Outputs]:
-    """Yield outputs in which the logits are plain tensors, even if the teacher returns hidden
-    states.
-    """
-    for out in run(tasks, bs):
-        linear = isinstance(out.logits, LinearLogits)
-        yield replace(out, logits=out.logits.dense()) if linear else out
-
-
 def shaken(fn: Callable, seeds: Any, x: Any) -> Any:
     """Apply a random transform to a batch, with separate random numbers for each sample."""
     xs = x if isinstance(x, tuple) else (x,)
@@ -209,13 +193,8 @@ class Views(Dataset):
     """
 
     def __init__(self, dataset: Any, keys: np.ndarray, views: int, seed: int):
-        self.dataset, self.keys, self.views, self.seed, self.own = (
-            dataset,
-            keys,
-            views,
-            seed,
-            OwnGenerators(dataset),
-        )
+        self.dataset, self.keys, self.views, self.seed = dataset, keys, views, seed
+        self.own = OwnGenerators(dataset)
 
     def __len__(self) -> int:
         return len(self.dataset) * max(self.views, 1)
@@ -227,9 +206,8 @@ class Views(Dataset):
     def __getitem__(self, task: int) -> tuple:
         view, i = divmod(task, len(self.dataset))
         key = int(self.keys[i])
-        return view_item(self.dataset, i, key, view, self.seed, self.own), batch_seed(
-            key, view, self.seed
-        )
+        item = view_item(self.dataset, i, key, view, self.seed, self.own)
+        return item, batch_seed(key, view, self.seed)
 
     def digests(self) -> list[dict]:
         """Return digests of the inputs of a few samples.
@@ -242,12 +220,8 @@ class Views(Dataset):
         return [dict(row=r, view=v, digest=input_digest(self[v * n + r][0])) for v, r in tasks]
 
 
-class CollatePairs:
-    def __init__(self, collate: Callable):
-        self.collate = collate
-
-    def __call__(self, pairs: Sequence[tuple]) -> tuple:
-        return self.collate([o for o, _ in pairs]), torch.stack([s for _, s in pairs])
+def collate_pairs(collate: Callable, pairs: Sequence[tuple]) -> tuple:
+    return collate([o for o, _ in pairs]), torch.stack([s for _, s in pairs])
 
 
 def to_device(x: Any, device: Any) -> Any:
@@ -268,9 +242,9 @@ def check_items_repeat(items: Any, asked: Any) -> None:
     # with views=0, a different seed must give the same items
     other = items if items.views else Views(items.dataset, items.keys, 0, items.seed + 1)
     for i in tasks.tolist():
-        if draw(items, i) == draw(other, i):
-            continue
-        raise DistillError(unrepeatable('The item transforms', i % n) if items.views else NOT_CLEAN)
+        if draw(items, i) != draw(other, i):
+            why = unrepeatable('The item transforms', i % n) if items.views else NOT_CLEAN
+            raise DistillError(why)
     if asked is None:
         return
     for i, a, b in zip(tasks, asked(tasks, 1), asked(tasks, 1)):
@@ -308,7 +282,7 @@ class Replayed(Dataset):
     ):
         check_indexed(dataset)
         self.dataset, self.cache, self.seeds = dataset, cache, seeds
-        self.keys, self.own = cache.keys_of(dataset, keys), OwnGenerators(dataset)
+        self.keys, self.own = dataset_keys(dataset, keys), OwnGenerators(dataset)
         self.at = cache.find(self.keys)
         item = lambda i, view: view_item(dataset, i, int(self.keys[i]), view, cache.seed, self.own)
         digest = lambda i, view: input_digest(item(i, view))
@@ -346,9 +320,8 @@ class Replayed(Dataset):
         i = range(len(self))[i]
         c, key = self.cache, int(self.keys[i])
         view = view_of(key, int(self.epoch), c.views, c.seed)
-        item = (
-            view_item(self.dataset, i, key, view, c.seed, self.own) if c.views else self.dataset[i]
-        )
+        d = self.dataset
+        item = view_item(d, i, key, view, c.seed, self.own) if c.views else d[i]
         row = torch.from_numpy(c.row(int(self.at[i]), view))
         rest = (row, batch_seed(key, view, c.seed)) if self.seeds else (row,)
         return (*item, *rest) if isinstance(item, (tuple, list)) else (item, *rest)

@@ -3,7 +3,6 @@
 Each file is written completely or not at all.
 """
 
-import contextlib
 import itertools
 import os
 import re
@@ -11,7 +10,7 @@ import shutil
 import tempfile
 import weakref
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -70,11 +69,8 @@ class Folder:
 
     def names(self) -> list[str]:
         with file_errors(f"Can't read {self}"):
-            if not self.path.exists():
-                return []
-            return sorted(
-                p.relative_to(self.path).as_posix() for p in self.path.rglob('*') if p.is_file()
-            )
+            files = [p for p in self.path.rglob('*') if p.is_file()]
+        return sorted(p.relative_to(self.path).as_posix() for p in files)
 
     def read(self, name: str) -> bytes:
         with file_errors(f"Can't read {name} in {self}"):
@@ -122,10 +118,8 @@ class Folder:
 
     def free(self) -> int | None:
         """Return the free disk space in bytes."""
-        p = self.path.absolute()
-        while not p.exists():
-            p = p.parent
-        return shutil.disk_usage(p).free
+        there = next(p for p in (self.path, *self.path.parents) if p.exists())
+        return shutil.disk_usage(there).free
 
     def lock(self, name: str = '.lock', what: object = None) -> AbstractContextManager:
         """Lock the folder, so that only one process writes to it.
@@ -173,15 +167,10 @@ class Remote(Folder):
 
     def listing(self) -> dict[str, int]:
         """Return {name: size} of all files with a single request."""
-        base = self.at('').lstrip('/')
-        with file_errors(f"Can't reach {self}", Exception):
-            try:
-                return {
-                    n.lstrip('/')[len(base) :]: o['size']
-                    for n, o in self.fs.find(self.at(''), detail=True).items()
-                }
-            except FileNotFoundError:
-                return {}
+        base, found = self.at('').lstrip('/'), {}
+        with file_errors(f"Can't reach {self}", Exception), suppress(FileNotFoundError):
+            found = self.fs.find(self.at(''), detail=True)
+        return {n.lstrip('/')[len(base) :]: o['size'] for n, o in found.items()}
 
     def sizes(self, names: Iterable[str]) -> list[int | None]:
         have = self.listing()
@@ -217,7 +206,7 @@ class Remote(Folder):
     def free(self) -> None:
         return None
 
-    @contextlib.contextmanager
+    @contextmanager
     def lock(self, name: str = '.lock', what: object = None) -> Iterator[None]:
         yield  # object stores have no locks, so simultaneous writers are not detected
 
@@ -230,10 +219,8 @@ def remove_download(path: str, pid: int) -> None:
 
 def fsspec_of(url: str) -> tuple[Any, str]:
     """Return the fsspec file system of a URL, and the path in that file system."""
-    try:
-        from fsspec.core import url_to_fs
-    except ImportError as e:
-        raise DistillError(f'{url} is not on this machine: pip install fsspec') from e
+    from fsspec.core import url_to_fs
+
     # the protocol may be unknown, or its package (s3fs, gcsfs ...) may not be installed
     with file_errors(f"Can't reach {url}", Exception):
         return url_to_fs(url)

@@ -44,14 +44,8 @@ __all__ = [
 
 FORMAT, VERSIONS = 'fastdistill-cache', (1, 2)
 # limits, so that a damaged manifest can't fill the memory or disk, or cause an endless loop
-MAX_MANIFEST, MAX_COUNT, MAX_VIEWS, MAX_BATCH, MAX_FILES, MAX_FILE = (
-    2**28,
-    2**40,
-    2**16,
-    2**20,
-    2**22,
-    2**33,
-)
+MAX_MANIFEST, MAX_COUNT, MAX_VIEWS = 2**28, 2**40, 2**16
+MAX_BATCH, MAX_FILES, MAX_FILE = 2**20, 2**22, 2**33
 
 
 @dataclass
@@ -138,8 +132,7 @@ class Manifest:
             yield 'index.bin', 8 * self.count
         if self.head_bytes:
             yield 'head.bin', self.head_bytes
-        for *_, name, size in self.all_shards():
-            yield name, size
+        yield from ((name, size) for *_, name, size in self.all_shards())
 
     @property
     def head_bytes(self) -> int:
@@ -208,9 +201,8 @@ class Manifest:
     def of_entries(cls, d: Any) -> 'Manifest':
         """Build the manifest from a dict. All entries are checked first."""
         required = [f.name for f in fields(cls) if f.default is f.default_factory is MISSING]
-        json_object(
-            'the file', d, required, [f.name for f in fields(cls) if f.name not in required]
-        )
+        optional = [f.name for f in fields(cls) if f.name not in required]
+        json_object('the file', d, required, optional)
         self = cls(**{**d, 'layout': Layout.from_json(d['layout'])})
         self._check_numbers()
         self._check_texts()
@@ -345,11 +337,8 @@ def differences(a: Manifest, b: Manifest, changed_files: Callable = lambda: '') 
         if k != 'name':
             differ(f'teacher, {k}', a.teacher.get(k), b.teacher.get(k))
     if (a.count, a.data.get('keys')) != (b.count, b.data.get('keys')):
-        differ(
-            "data (count and fingerprint of the samples' keys)",
-            (a.count, a.data),
-            (b.count, b.data),
-        )
+        what = "data (count and fingerprint of the samples' keys)"
+        differ(what, (a.count, a.data), (b.count, b.data))
     elif text := changed_files():
         out.append(text)
     out += transform_differences(a.transforms, b.transforms)
@@ -383,12 +372,12 @@ def option_differences(a: str, b: str) -> list:
     if not all(o.endswith((')', ']')) for o in (a, b)):
         return [(a, b)]  # at least one description has no options
     x, y = options_in(a), options_in(b)
-    places = [
-        o for o in SequenceMatcher(None, x, y, autojunk=False).get_opcodes() if o[0] != 'equal'
+    found = [
+        (', '.join(x[i:j]) or 'none', ', '.join(y[k:l]) or 'none')
+        for kind, i, j, k, l in SequenceMatcher(None, x, y, autojunk=False).get_opcodes()
+        if kind != 'equal'
     ]
-    return [
-        (', '.join(x[i:j]) or 'none', ', '.join(y[k:l]) or 'none') for _, i, j, k, l in places
-    ] or [(a, b)]
+    return found or [(a, b)]
 
 
 def options_in(text: str) -> list[str]:
@@ -425,11 +414,9 @@ def sample_differences(m: Manifest, at: Any, look: Callable) -> list:
         List with a text about the first input that differs, or an empty list.
     """
     for s in m.samples:
-        if not len(here := np.flatnonzero(at == s['row'])) or alike(
-            s, {**s, **look(int(here[0]), s['view'])}
-        ):
-            continue
-        return [f'the input of sample {here[0]}{OTHER_INPUT}{other_libraries(m)}']
+        here = np.flatnonzero(at == s['row'])
+        if len(here) and not alike(s, s | look(int(here[0]), s['view'])):
+            return [f'the input of sample {here[0]}{OTHER_INPUT}{other_libraries(m)}']
     return []
 
 
@@ -490,18 +477,19 @@ OTHER_INPUT = (
 
 def other_libraries(m: Manifest) -> str:
     now = versions()
-    other = '; '.join(
-        f'{k} {v} then, {now.get(k)} now' for k, v in m.versions.items() if now.get(k) != v
-    )
-    return other and f' ({other})'
+    other = [f'{k} {v} then, {now.get(k)} now' for k, v in m.versions.items() if now.get(k) != v]
+    return f' ({"; ".join(other)})' if other else ''
 
 
-def refuse(
-    where: Any,  # folder of the cache
-    found: list,  # texts that describe the differences
-    force: bool,  # if True, warn instead of raising an error
-    then: str = 'It is used anyway',  # end of the warning
-) -> None:
+def refuse(where: Any, found: list, force: bool, then: str = 'It is used anyway') -> None:
+    """Raise a DistillError if a cache does not fit.
+
+    Args:
+        where: Folder of the cache.
+        found: Texts that describe the differences.
+        force: If True, warn instead of raising an error.
+        then: End of the warning.
+    """
     if not found:
         return
     text = f"{where} doesn't fit:\n" + '\n'.join(f'- {o}' for o in found)

@@ -17,7 +17,7 @@ from .file_store import Folder, open_folder
 from .manifest import MAX_MANIFEST, Manifest
 from .reader import TeacherCache
 from .sample_files import record_size
-from .writer import finished
+from .writer import notes
 
 __all__ = ['cache_facts', 'pack_cache', 'unpack_cache']
 
@@ -36,13 +36,8 @@ def cache_facts(where: Folder, m: Manifest) -> Iterator[tuple[str, str]]:
 def facts_of_cache(where: Folder, m: Manifest) -> Iterator[tuple[str, Any]]:
     yield 'samples', f'{m.count:,}'
     yield 'views', f'{m.views} of each, augmented' if m.views else 'the clean one of each'
-    yield (
-        'a row',
-        f'{m.layout.bytes} bytes: '
-        + ', '.join(
-            f'{f.name} {f.dtype} {"x".join(map(str, f.shape)) or 1}' for f in m.layout.fields
-        ),
-    )
+    parts = [f'{f.name} {f.dtype} {"x".join(map(str, f.shape)) or 1}' for f in m.layout.fields]
+    yield 'a row', f'{m.layout.bytes} bytes: {", ".join(parts)}'
     if m.layout.head is not None:
         n, width = m.layout.shape_of_head
         yield 'hidden states', f'{width} numbers, from which an output layer gives {n} logits'
@@ -50,28 +45,20 @@ def facts_of_cache(where: Folder, m: Manifest) -> Iterator[tuple[str, Any]]:
         draws = m.layout.draws
         yield 'draws', f'{draws["number"]} of {m.layout.n} classes at T={draws["T"]:g}'
     elif m.layout.n:
-        yield (
-            'classes stored',
-            f'{m.layout.fields[0].shape[-1]} of {m.layout.n}, tail {m.layout.tail!r}',
-        )
+        k = m.layout.fields[0].shape[-1]
+        yield 'classes stored', f'{k} of {m.layout.n}, tail {m.layout.tail!r}'
     for o in m.lost:
-        yield (
-            f'lost at T={o["T"]:g}',
-            f"{100 * o['share']:.1f}% of the teacher's information, KL {o['kl']:.2g} nats",
-        )
+        text = f"{100 * o['share']:.1f}% of the teacher's information, KL {o['kl']:.2g} nats"
+        yield f'lost at T={o["T"]:g}', text
     shards = list(m.all_shards())
-    done = len(shards) if m.complete else sum(finished(where, s) for s in shards)
+    done = len(shards) if m.complete else len(notes(where, shards))
     resume = '' if m.complete else ' in all: `fastdistill cache write` resumes'
     yield 'files', f'{done} of {len(shards)} written, {m.bytes / 1e6:.1f} MB{resume}'
     yield 'teacher', ', '.join(f'{k} {v}' for k, v in m.teacher.items() if v not in (None, [], ''))
     if m.vocab:
-        yield (
-            'classes',
-            ', '.join(map(str, m.vocab[:10]))
-            + (f' ... ({len(m.vocab)})' if len(m.vocab) > 10 else ''),
-        )
-    for k, v in m.transforms.items():
-        yield k, v
+        more = f' ... ({len(m.vocab)})' if len(m.vocab) > 10 else ''
+        yield 'classes', ', '.join(map(str, m.vocab[:10])) + more
+    yield from m.transforms.items()
     yield 'written with', ', '.join(f'{k} {v}' for k, v in m.versions.items())
     if where.sub('valid').size('manifest.json') is not None:
         yield 'validation set', 'is there too'
@@ -197,7 +184,8 @@ def unpack_cache(path: Path | str, to: Path | str) -> TeacherCache:
         written = []
         try:
             for name, o in manifest_last(files):
-                where.write(name, partial(copy_out, z, o))
+                with z.open(o) as source:
+                    where.write(name, partial(shutil.copyfileobj, source, length=2**20))
                 written.append(name)
             if 'valid/manifest.json' in files:
                 TeacherCache(where.sub('valid')).check()
@@ -206,11 +194,6 @@ def unpack_cache(path: Path | str, to: Path | str) -> TeacherCache:
             for name in reversed(written):
                 where.remove(name)
             raise
-
-
-def copy_out(z: zipfile.ZipFile, o: Any, file: Any) -> None:
-    with z.open(o) as source:
-        shutil.copyfileobj(source, file, 2**20)
 
 
 def packed_files(z: zipfile.ZipFile, path: Any) -> dict[str, zipfile.ZipInfo]:
@@ -267,11 +250,8 @@ def unusual(o: zipfile.ZipInfo) -> str:
         return 'is a link, a folder or a device'
     if o.volume:
         return 'is in a different part of a multi-part archive: join the parts first'
-    if (
-        o.compress_type != zipfile.ZIP_STORED
-        or o.flag_bits & 0x20
-        or o.compress_size != o.file_size
-    ):
+    packed = o.compress_type != zipfile.ZIP_STORED or o.compress_size != o.file_size
+    if packed or o.flag_bits & 0x20:
         return (
             f'is compressed (method {o.compress_type}): files of a packed cache are not compressed'
         )
@@ -286,14 +266,8 @@ def card_of(where: Folder, title: Any, data: Any, note: str, licenses: Any, lice
     }
     rows['size'] = f'{m.bytes / 1e6:.1f} MB in {len(list(m.all_shards()))} file(s)'
     rows |= {k: v or 'not stated' for k, v in licenses.items()}
-    head = [
-        '---',
-        *([f'license: {license}'] if license else []),
-        'tags:',
-        '- knowledge-distillation',
-        '- fastdistill',
-        '---',
-    ]
+    of_license = [f'license: {license}'] if license else []
+    head = ['---', *of_license, 'tags:', '- knowledge-distillation', '- fastdistill', '---']
     cell = lambda v: ' '.join(str(v).split()).replace('|', '\\|')
     table = ['| | |', '|---|---|', *(f'| {cell(k)} | {cell(v)} |' for k, v in rows.items())]
     title = title or f'Outputs of {m.teacher.get("name", "a teacher")}'

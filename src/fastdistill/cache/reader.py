@@ -17,7 +17,6 @@ from ..base.atomic_files import file_errors
 from ..base.outputs import DistillError, Outputs
 from .digests import checksum, file_checksum, input_digest
 from .file_store import Folder, open_folder
-from .keys import dataset_keys
 from .manifest import Manifest, refuse, sample_differences
 from .output_layer import StoredHead
 from .sample_files import changed_text, newer_record, read_record
@@ -66,14 +65,10 @@ class TeacherCache:
             )
         self.manifest = m = Manifest.read(self.folder)
         if not m.complete:
+            why = 'finished: write it again with the same arguments to resume.'
             if m.parts is not None:
-                raise DistillError(
-                    f'{self.folder} is not sealed: call seal_stream(path) when all its writers are '
-                    'done.'
-                )
-            raise DistillError(
-                f'{self.folder} is not finished: write it again with the same arguments to resume.'
-            )
+                why = 'sealed: call seal_stream(path) when all its writers are done.'
+            raise DistillError(f'{self.folder} is not {why}')
         self._maps: dict[tuple[int, int], np.ndarray] = {}
         self._heads: dict[Any, StoredHead] = {}
         self._keys: np.ndarray | None = None
@@ -107,22 +102,13 @@ class TeacherCache:
 
     def __getstate__(self) -> dict[str, Any]:
         # leave out memory maps, which would be pickled as a copy of all data
+        unset = dict.fromkeys(('_keys', '_order', 'sample_names', 'named_items'))
         checked = [o for o in INTACT_FILES if o[0] == str(self.folder)]
-        return {
-            **self.__dict__,
-            '_maps': {},
-            '_heads': {},
-            '_keys': None,
-            '_order': None,
-            'sample_names': None,
-            'named_items': None,
-            '_checked': checked,
-        }
+        return self.__dict__ | unset | dict(_maps={}, _heads={}, _checked=checked)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        INTACT_FILES.update(
-            state.pop('_checked')
-        )  # so that a worker in a new process does not check the files again
+        # so that a worker in a new process does not check the files again
+        INTACT_FILES.update(state.pop('_checked'))
         self.__dict__.update(state)
 
     @property
@@ -135,11 +121,10 @@ class TeacherCache:
     @property
     def order(self) -> np.ndarray:
         """Positions sorted by the keys of their samples, (N,) int64."""
+        if self._order is None and self.manifest.parts is not None:
+            self._order = self._open('index.bin', '<i8', (len(self),))
         if self._order is None:
-            if self.manifest.parts is None:
-                self._order = np.argsort(self.keys, kind='stable')
-            else:
-                self._order = self._open('index.bin', '<i8', (len(self),))
+            self._order = np.argsort(self.keys, kind='stable')
         return self._order
 
     @property
@@ -165,18 +150,15 @@ class TeacherCache:
     def _shard(self, view: int, i: int) -> np.ndarray:
         if (view, i) not in self._maps:
             m = self.manifest
-            self._maps[view, i] = self._open(
-                m.shard(view, i), np.uint8, (m.rows_of(i), m.layout.bytes)
-            )
+            shape = m.rows_of(i), m.layout.bytes
+            self._maps[view, i] = self._open(m.shard(view, i), np.uint8, shape)
         return self._maps[view, i]
 
     def _refuse(self, found: Mapping[str, str]) -> None:
         if not found:
             return
-        if (
-            self.folder.size('manifest.json') is None
-            or checksum(Manifest.read(self.folder).to_json()) != self._opened
-        ):
+        there = self.folder.size('manifest.json') is not None
+        if not there or checksum(Manifest.read(self.folder).to_json()) != self._opened:
             raise DistillError(
                 f'{self.folder} was overwritten or removed after it was opened: open it again.'
             )
@@ -282,9 +264,6 @@ class TeacherCache:
             )
         return at
 
-    def keys_of(self, dataset: Any, keys: Any = None) -> np.ndarray:
-        return dataset_keys(dataset, keys)
-
     def compare(self, at: Any, item: Any) -> None:
         """Check that the inputs of a few samples are the same as when the cache was written.
 
@@ -308,8 +287,7 @@ class TeacherCache:
             at: Position in the cache of each sample, (M,), from `find`. If None, the files are in
                 the order of the cache.
         """
-        record = None if files is None else read_record(self.folder, len(self))
-        if record is None:
+        if files is None or (record := read_record(self.folder, len(self))) is None:
             return []
         changed, _ = newer_record(record if at is None else record[np.asarray(at)], files)
         return [str(files[i]) for i in changed]
@@ -375,15 +353,8 @@ def damage_of(folder: Folder, m: Manifest, o: dict, once: bool) -> str:
     with file_errors(f"Can't read {name} in {folder}"):
         path = folder.local(name)
         stat = path.stat()
-        seen = (
-            str(folder),
-            name,
-            o['checksum'],
-            m.layout.n,
-            stat.st_size,
-            stat.st_mtime_ns,
-            stat.st_ino,
-        )
+        state = stat.st_size, stat.st_mtime_ns, stat.st_ino
+        seen = str(folder), name, o['checksum'], m.layout.n, *state
         text = '' if once and seen in INTACT_FILES else damage_inside(path, m, o)
     if not text:
         INTACT_FILES.add(seen)

@@ -8,6 +8,7 @@ import hashlib
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import PurePath
 from typing import Any
 
@@ -83,9 +84,8 @@ def newer_record(record: np.ndarray, paths: Sequence) -> tuple:
     changed = now[:, 0] != record[:, 0]
     new[:, 1] = now[:, 1]
     touched = np.flatnonzero(~changed & (now[:, 1] != record[:, 1]))
-    changed[touched] = (
-        in_parallel(content_of, [paths[i] for i in touched.tolist()], 1)[:, 0] != record[touched, 2]
-    )
+    content = in_parallel(content_of, [paths[i] for i in touched.tolist()], 1)
+    changed[touched] = content[:, 0] != record[touched, 2]
     return np.flatnonzero(changed), new
 
 
@@ -98,11 +98,9 @@ def stat_of(path: Any) -> tuple[int, int]:
 
 
 def content_of(path: Any) -> tuple[int]:
-    h = hashlib.blake2b(digest_size=8)
     try:
         with open(path, 'rb') as f:
-            while part := f.read(2**20):
-                h.update(part)
+            h = hashlib.file_digest(f, partial(hashlib.blake2b, digest_size=8))
     except OSError:
         return (0,)
     return (int.from_bytes(h.digest(), 'little', signed=True),)

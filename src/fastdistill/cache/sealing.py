@@ -1,10 +1,8 @@
 """Seal a cache that was written as a stream: check its files and complete its manifest."""
 
-import os
 import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
 from typing import Any, cast
@@ -17,7 +15,7 @@ from .digests import checksum
 from .file_store import Folder, natural_order, open_folder
 from .keys import hash_of, keys_of
 from .manifest import Manifest
-from .reader import TeacherCache, damage_of
+from .reader import TeacherCache, damages
 from .stream_writer import NUMBERED, keys_file, read_keys, rows_at_end, stream_manifest
 from .writer import clear
 
@@ -76,18 +74,16 @@ def _seal(where: Folder, m: Manifest, expected: np.ndarray | None) -> None:
         for view in names
         for i, n in enumerate(view)
     ]
-    problems.add('files are damaged', damaged(where, m, shards))
+    found = damages(where, m, shards)
+    problems.add('files are damaged', [f'{name} {text}' for name, text in found.items()])
     problems.enforce()
     m.data = {**m.data, 'keys': f'{hash_of(own.data.cast("B")):016x}'}
-    first: list[tuple[str, Any]] = [
-        ('keys.bin', own.data.cast('B')),
-        ('index.bin', order.data.cast('B')),
-    ]
-    for name, data in first:
+    first: dict[str, Any] = {'keys.bin': own.data.cast('B'), 'index.bin': order.data.cast('B')}
+    for name, data in first.items():
         where.write(name, data)
     if m.head_bytes:
-        first.append(('head.bin', where.read('head.bin')))
-    m.shards = [dict(name=k, bytes=len(o), checksum=checksum(o)) for k, o in first] + shards
+        first['head.bin'] = where.read('head.bin')
+    m.shards = [dict(name=k, bytes=len(o), checksum=checksum(o)) for k, o in first.items()] + shards
     m.complete = True
     m.as_read()  # subtle: raise an error now if the manifest could not be read later
     where.write('manifest.json', m.to_json())
@@ -270,14 +266,5 @@ def compare_expected(
         missing, n = missing + int((~there).sum()), n + len(part)
     problems.add('samples have no row', (missing, some))
     extra = np.flatnonzero(~known)
-    problems.add(
-        'rows belong to no sample of keys=', (len(extra), [place_of(m, i) for i in extra[:5]])
-    )
-
-
-def damaged(where: Folder, m: Manifest, shards: Sequence[dict]) -> list[str]:
-    """Compare all files with their checksums, and return texts about damaged files."""
-    look = lambda o: damage_of(where, m, o, False)
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        texts = pool.map(look, shards)
-        return [f'{o["name"]} {text}' for o, text in zip(shards, texts) if text]
+    places = [place_of(m, i) for i in extra[:5]]
+    problems.add('rows belong to no sample of keys=', (len(extra), places))

@@ -28,7 +28,7 @@ from .sample_files import changed_text, newer_record, read_record, record_files,
 from .teacher_description import Source, is_whole
 from .verify_rows import row_errors
 
-__all__ = ['Forecast', 'check_views', 'finished', 'options_of_run', 'write_cache']
+__all__ = ['Forecast', 'check_views', 'notes', 'options_of_run', 'write_cache']
 
 SHARD_BYTES = 64 * 2**20
 # maximum error of logits computed from hidden states, relative to the range of the logits
@@ -141,11 +141,14 @@ def write_cache(
         first = first_outputs(source, min(source.bs, len(source.keys)))
     layout = Layout.of(first, store)
     head = None if layout.head is None else StoredHead.of(cast(LinearLogits, first.logits))
+    rows = max(shard_bytes // layout.bytes // source.bs, 1) * source.bs
+    data = dict(keys=f'{hash_of(source.keys.tobytes()):016x}', root=source.root)
+    m = Manifest(len(source.keys), views, seed, layout, rows, source.bs, source.teacher, data)
+    m.transforms, m.vocab, m.samples = source.transforms, source.vocab, source.samples or []
+    m.versions, m.doubt, m.lost = versions(), source.doubt, list(lost)
     with where.lock() if rank() == 0 else nullcontext():
-        begin = lambda: _begin(
-            where, source, first, layout, head, views, seed, force, shard_bytes, lost
-        )
-        m, done = on_first(begin)
+        # subtle: invalid values raise an error in `as_read`, before files are removed
+        m, done = on_first(lambda: _begin(where, source, m.as_read(), first, head, force))
         # subtle: read the stored layer, since an interrupted run may have used different units
         head = None if head is None else StoredHead.from_bytes(where.read('head.bin'), layout)
         todo = [s for s in m.all_shards() if s[2] not in done]
@@ -165,40 +168,13 @@ def first_outputs(source: Source, n: int) -> Outputs:
 
 
 def _begin(
-    where: Folder,
-    source: Source,
-    first: Any,
-    layout: Layout,
-    head: StoredHead | None,
-    views: int,
-    seed: int,
-    force: bool,
-    shard_bytes: int,
-    lost: Any,
+    where: Folder, source: Source, m: Manifest, first: Any, head: StoredHead | None, force: bool
 ) -> tuple:
     """Create the cache, or reopen an existing cache of the same data and teacher.
 
     Returns:
         (manifest, {shard: checksum} of the shards that are already written).
     """
-    rows = max(shard_bytes // layout.bytes // source.bs, 1) * source.bs
-    m = Manifest(
-        len(source.keys),
-        views,
-        seed,
-        layout,
-        rows,
-        source.bs,
-        source.teacher,
-        dict(keys=f'{hash_of(source.keys.tobytes()):016x}', root=source.root),
-        source.transforms,
-        source.vocab,
-        source.samples or [],
-        versions(),
-        doubt=source.doubt,
-        lost=list(lost),
-    )
-    m = m.as_read()  # subtle: invalid values raise an error here, before files are removed
     keys = source.keys.astype('<u8').tobytes()
     if where.size('manifest.json') is not None:
         try:
@@ -304,9 +280,8 @@ def _reopen(where: Folder, old: Manifest, m: Manifest, keys: bytes) -> tuple:
             where.write('manifest.json', new.to_json())
         return new, notes(where, new.all_shards())
     bad, own = damages(where, old, old.shards), old.checksums
-    clear(
-        where, '.json', {note_of(n) for n in own}
-    )  # a writer that was killed just before its end may have left these files
+    # a writer that was killed just before its end may have left these files
+    clear(where, '.json', {note_of(n) for n in own})
     if new.views == old.views and not bad:
         return old, own
     for n in bad:
@@ -336,14 +311,8 @@ def clear(where: Folder, ending: str = '', only: Any = None) -> None:
     The manifest is removed first, since a folder without a manifest is not a cache.
     """
     for n in sorted(where.names(), key=lambda n: n != 'manifest.json'):
-        if (
-            not CACHE_FILES.fullmatch(n)
-            or not n.endswith(ending)
-            or only is not None
-            and n not in only
-        ):
-            continue
-        if not (ending and n == 'manifest.json'):
+        wanted = n.endswith(ending) and (only is None or n in only)
+        if wanted and CACHE_FILES.fullmatch(n) and not (ending and n == 'manifest.json'):
             where.remove(n)
 
 
@@ -357,26 +326,20 @@ def note_checksum(where: Folder, shard: Sequence) -> str | None:
     The result is None if the shard is missing or has the wrong size.
     """
     *_, name, size = shard
-    if where.size(name) != size or not 0 < (where.size(note_of(name)) or 0) < 1000:
+    note = note_of(name)
+    if where.size(name) != size or not 0 < (where.size(note) or 0) < 1000:
         return None
     try:
-        o = json_object(note_of(name), parse_json(where.read(note_of(name))), ('name', 'checksum'))
-        return (
-            o['checksum']
-            if o['name'] == name and CHECKSUM.fullmatch(json_text('checksum', o['checksum']))
-            else None
-        )
+        o = json_object(note, parse_json(where.read(note)), ('name', 'checksum'))
+        good = CHECKSUM.fullmatch(json_text('checksum', o['checksum'])) and o['name'] == name
     except DistillError:
         return None
+    return o['checksum'] if good else None
 
 
 def notes(where: Folder, shards: Iterable[tuple]) -> dict[str, str]:
+    """Return {shard: checksum} of the shards that have been written."""
     return {s[2]: o for s in shards if (o := note_checksum(where, s)) is not None}
-
-
-def finished(where: Folder, shard: Sequence) -> bool:
-    """Return True if a shard has been written."""
-    return note_checksum(where, shard) is not None
 
 
 def _write_shards(
@@ -488,32 +451,23 @@ def _write_shard(
         yield min(bs, n - row)
     data = buf.data.cast('B')
     where.write(name, data)
-    where.write(
-        note_of(name),
-        json.dumps(dict(name=name, bytes=len(data), checksum=checksum(data))).encode(),
-    )
+    note = dict(name=name, bytes=len(data), checksum=checksum(data))
+    where.write(note_of(name), json.dumps(note).encode())
 
 
-def _finish(where: Folder, m: Manifest, done: Mapping[str, str]) -> None:
+def _finish(where: Folder, m: Manifest, done: dict[str, str]) -> None:
     """Complete the manifest with the checksums of all files."""
     if m.complete:
         return
-    shards = list(m.all_shards())
-    sums = {
-        **notes(where, [s for s in shards if s[2] not in done]),
-        **done,
-        'keys.bin': checksum(where.read('keys.bin')),
-    }
-    if m.head_bytes:
-        sums['head.bin'] = checksum(where.read('head.bin'))
+    sums = notes(where, [s for s in m.all_shards() if s[2] not in done]) | done
+    for name in ['keys.bin'] + ['head.bin'] * bool(m.head_bytes):
+        sums[name] = checksum(where.read(name))
     if lost := [name for name, _ in m.all_files() if name not in sums]:
         raise DistillError(
             f'{lost[0]} of {where} disappeared while the cache was written: write the cache again.'
         )
-    m.shards, m.complete = (
-        [dict(name=name, bytes=size, checksum=sums[name]) for name, size in m.all_files()],
-        True,
-    )
+    m.shards = [dict(name=k, bytes=size, checksum=sums[k]) for k, size in m.all_files()]
+    m.complete = True
     where.write('manifest.json', m.to_json())
     clear(where, '.json')
 
