@@ -303,9 +303,8 @@ class Reading:
                     'a dict of classes and their numbers, or, for tokens, a list of these.'
                 )
             # a list of (number, class) pairs is a single position, not a list of positions
-            self.in_rows = (
-                not isinstance(o, Mapping) and is_nested(o) and not (ids is None and is_pairs(o))
-            )
+            pairs = ids is None and all(map(is_entry, o))
+            self.in_rows = not isinstance(o, Mapping) and is_nested(o) and not pairs
             if not self.in_rows:
                 return [entries(o, ids)]
             if ids is None:
@@ -352,15 +351,13 @@ class Reading:
         every = len(v) == self.n or c is None
         if total <= 1.02 and total >= (0.98 if every else 1e-6):
             return
-        other = ' or '.join(
-            f'given={o!r}' for o in ('logits', 'logprobs', 'probs') if o != self.given
-        )
+        other = 'logprobs' if self.given == 'probs' else 'probs'
+        rule = 'a few classes must sum to more than 0 and at most 1'
         refuse(
             f'the probabilities sum to {total:.3g} if {self.value!r} holds {self.given}, but '
-            'those of '
-            f'{"all classes must sum to 1" if every else "a few classes must sum to more than 0 and at most 1"}. '
-            f'If it holds something else, pass {other}. If the classes are not mutually '
-            'exclusive, use their logits.'
+            f'those of {"all classes must sum to 1" if every else rule}. If it holds something else, '
+            f"pass given='logits' or given={other!r}. If the classes are not mutually exclusive, use "
+            'their logits.'
         )
 
     def _check_probabilities(self, v: Any, refuse: Callable) -> None:
@@ -408,11 +405,8 @@ class Reading:
 
     def row(self, i: int) -> tuple:
         k, positions = self.k or self.n, self.positions(i)[: self.length]
-        ids, values = (
-            np.zeros((self.length, k), np.int64),
-            np.full((self.length, k), -np.log(self.n), np.float32),
-        )
-        ids[:] = np.arange(k)
+        ids = np.tile(np.arange(k, dtype=np.int64), (self.length, 1))
+        values = np.full(ids.shape, -np.log(self.n), np.float32)
         mask = np.zeros(self.length, np.float32)
         for j, p in enumerate(positions):
             if p is not None:
@@ -435,20 +429,15 @@ class Reading:
 
 def key_of_name(name: Any, root: Any) -> int:
     """Return the key of a sample, computed from its name."""
-    odd = (
-        name is None
-        or isinstance(name, (bool, Mapping))
-        or isinstance(name, float)
-        and not isfinite(name)
-    )
+    odd = name is None or isinstance(name, (bool, Mapping))
+    odd = odd or isinstance(name, float) and not isfinite(name)
     if odd or isinstance(name, str) and not name:
         raise DistillError(
             f'its name is {shortened(repr(name), 100)}: it must be a string or a number.'
         )
     try:
-        return keys_of(
-            [name if root is None else PurePath(name)], '' if root is None else str(root)
-        ).item()
+        own = name if root is None else PurePath(name)
+        return keys_of([own], '' if root is None else str(root)).item()
     # the name may be an invalid string, a number instead of a path, or a list that contains itself
     except (UnicodeError, TypeError, RecursionError) as e:
         raise DistillError(
@@ -474,13 +463,9 @@ def listed(o: Any) -> Any:
     """Convert a tuple to a list, and a tensor to an array. A 0-d array becomes a number."""
     if torch.is_tensor(o):
         o = as_array(o)
-    return (
-        list(o)
-        if isinstance(o, tuple)
-        else o.item()
-        if isinstance(o, np.ndarray) and not o.ndim
-        else o
-    )
+    if isinstance(o, np.ndarray) and not o.ndim:
+        return o.item()
+    return list(o) if isinstance(o, tuple) else o
 
 
 def as_array(t: Tensor) -> np.ndarray:
@@ -503,21 +488,14 @@ def is_nested(o: Any) -> bool:
     return len(o) > 0 and all(v is None for v in o)
 
 
-def is_pairs(o: Any) -> bool:
-    """Return True if all elements are (number, class) pairs or dicts with a 'logprob'."""
-    return all(is_entry(e) for e in o)
-
-
 def is_entry(e: Any) -> bool:
+    """Return True for a (number, class) pair, or a dict with a 'logprob'."""
     if isinstance(e, Mapping):
         return 'logprob' in e and 'top_logprobs' not in e
-    pair = (
-        isinstance(e, (list, tuple))
-        and 2 <= len(e) <= 3
-        and isinstance(e[0], float)
-        and isinstance(e[1], int)
-    )
-    return pair and (len(e) == 2 or e[2] is None or isinstance(e[2], str))
+    if not isinstance(e, (list, tuple)) or not 2 <= len(e) <= 3:
+        return False
+    text = e[2] if len(e) == 3 else None
+    return isinstance(e[0], float) and isinstance(e[1], int) and isinstance(text, (str, type(None)))
 
 
 def entries(p: Any, ids: Any) -> tuple:
@@ -548,7 +526,8 @@ def entries(p: Any, ids: Any) -> tuple:
                 '[number, class, text].'
             )
     # SGLang writes [log-probability, token, text]
-    pairs = [(named_class(e), e['logprob']) if isinstance(e, Mapping) else (e[1], e[0]) for e in p]
+    named = lambda e: next((e[k] for k in ('token_id', 'id', 'token') if k in e), None)
+    pairs = [(named(e), e['logprob']) if isinstance(e, Mapping) else (e[1], e[0]) for e in p]
     return [class_of(k) for k, _ in pairs], as_numbers([v for _, v in pairs])
 
 
@@ -563,10 +542,6 @@ def as_numbers(p: Any) -> np.ndarray:
         return np.array([float(v) for v in p])
     except OverflowError as e:
         raise DistillError('a whole number with hundreds of digits is too large.') from e
-
-
-def named_class(e: Any) -> Any:
-    return next((e[k] for k in ('token_id', 'id', 'token') if k in e), None)
 
 
 def number_of(v: Any) -> Any:
@@ -602,13 +577,11 @@ def read_rows(o: Any) -> tuple:
 
 def row_texts(rows: Any) -> Iterator[str]:
     """Yield each row as text, from which the fingerprint is computed."""
-    plain = lambda o: (
-        as_array(o).tolist()
-        if torch.is_tensor(o)
-        else o.tolist()
-        if hasattr(o, 'tolist')
-        else str(o)
-    )
+
+    def plain(o: Any) -> Any:
+        o = as_array(o) if torch.is_tensor(o) else o
+        return o.tolist() if hasattr(o, 'tolist') else str(o)
+
     for i in range(len(rows)):
         try:
             yield json.dumps(rows[i], sort_keys=True, default=plain)
@@ -755,9 +728,8 @@ class Groups:
             raise IndexError(i)
         if g != self.group:
             group = self.read(g)
-            group.validate(
-                full=True
-            )  # subtle: without this check, damaged offsets could crash the process
+            # subtle: without this check, damaged offsets could crash the process
+            group.validate(full=True)
             self.group, self.rows = g, group.to_pylist()
         return self.rows[i - (int(self.ends[g - 1]) if g else 0)]
 
@@ -799,11 +771,8 @@ class Arrays:
 
     def __init__(self, arrays: Mapping[str, np.ndarray], name: Any = 'The array'):
         self.arrays = arrays
-        if (
-            not arrays
-            or any(not v.ndim for v in arrays.values())
-            or len({*map(len, arrays.values())}) > 1
-        ):
+        lengths = {v.shape[:1] for v in arrays.values()}
+        if len(lengths) != 1 or () in lengths:
             shapes = ', '.join(f'{k} {list(v.shape)}' for k, v in arrays.items())
             raise DistillError(
                 f'{name} has the shapes {shapes or "of no array"}: each must have one entry for each '

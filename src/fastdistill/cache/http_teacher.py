@@ -77,29 +77,32 @@ def ask_server(
         if not is_whole(v) or v < least:
             raise DistillError(f'{k}={v!r}: it must be a whole number from {least}.')
     for k, number in ('per_second', per_second), ('timeout', timeout):
-        if number is not None and not (is_python_number(number) and 1e-6 <= number <= 1e6):
+        is_number = isinstance(number, (int, float)) and not isinstance(number, bool)
+        if number is not None and not (is_number and 1e-6 <= number <= 1e6):
             raise DistillError(
                 f'{k}={number!r}: it must be a number from 0.000001 to 1,000,000, or None.'
             )
     server = Server(url, secret(key), per_second, retries, timeout)
-    functions = {
-        k: None if f is None else behavior_of(f)
-        for k, f in dict(request=request, answer=answer).items()
-    }
+    given = dict(request=request, answer=answer)
+    functions = {k: None if f is None else behavior_of(f) for k, f in given.items()}
     request = request or (lambda parts: {**(body or {}), 'prompt': parts})
     answer = answer or choices_of
 
     def ask(names: Sequence[str]) -> str:
         of = texts_of(names)
         with naming(f'request= for {of}', server, Exception):
-            asked = json.dumps(request([samples[k] for k in names])).encode()
-        got = server.post(asked, of)
+            data = json.dumps(request([samples[k] for k in names])).encode()
+        got = server.post(data, of)
         with naming(f'The answer for {of}', server):
             lines = lines_of(answer(got), names)
         return server.hide(lines)
 
+    try:
+        asked = json.dumps(dict(url=server.shown, body=body), default=str)
+    except ValueError as e:
+        raise DistillError(f"body= can't be sent as JSON: {e}.") from e
+    now = json.loads(server.hide(asked)) | functions
     with Folder(path.parent).lock(f'.{path.name}.lock', path), file_errors(f"Can't write {path}"):
-        now = json.loads(server.hide(asked_of(server.shown, body))) | functions
         known = digests_before(path, now)
         done = names_in(path)
         note_samples(path, now, known, samples, done)
@@ -124,10 +127,6 @@ def ask_server(
                         write(job)
                 raise
     return path
-
-
-def is_python_number(o: Any) -> bool:
-    return isinstance(o, (int, float)) and not isinstance(o, bool)
 
 
 def check_samples(samples: Any) -> None:
@@ -206,13 +205,6 @@ class Secret(str):
         return "'***'"
 
 
-def asked_of(url: str, body: Any) -> str:
-    try:
-        return json.dumps(dict(url=url, body=body), default=str)
-    except ValueError as e:
-        raise DistillError(f"body= can't be sent as JSON: {e}.") from e
-
-
 def beside(path: Path) -> Path:
     return path.with_suffix('.request.json')
 
@@ -234,15 +226,14 @@ def digests_before(path: Path, now: Any) -> dict:
             f"{beside(path)} is damaged ({e}), so the requests can't be compared: remove it if the "
             f'answers in {path} are to the same requests.'
         ) from e
-    # subtle: older versions did not store all entries
-    other = [k for k in now if k in was and was[k] != now[k]]
+    other = [k for k in now if was.get(k) != now[k]]
     if changed := [f'{k}=' for k in other if k in ('request', 'answer')]:
         raise DistillError(
             f'{path} has answers to other requests: {" and ".join(changed)} did something different. '
             'Use another file, or the function with which the answers were requested.'
         )
     if other:
-        was, now = ({k: o[k] for k in other} for o in (was, now))
+        was, now = ({k: o.get(k) for k in other} for o in (was, now))
         raise DistillError(
             f'{path} has answers to other requests ({was}, now {now}): use another file.'
         )
@@ -258,18 +249,14 @@ def note_samples(path: Path, now: Any, known: dict, samples: Mapping, done: Iter
         done: Names of the samples that have a response.
     """
     found = {json.dumps(k): digest for k, v in samples.items() if (digest := digest_of(v))}
-    different = [k for k in samples if k in done and differ(known, found, json.dumps(k))]
-    if different:
+    others = {k for k, digest in found.items() if known.get(k, digest) != digest}
+    if different := [k for k in samples if k in done and json.dumps(k) in others]:
         raise DistillError(
             f'{path} has the answer for {texts_of(different)}, to which something different was sent: '
             'use another file, or remove these lines to ask again.'
         )
     if not known or not found.items() <= known.items():
         write_atomically(beside(path), json.dumps(now | dict(samples=known | found)))
-
-
-def differ(a: Mapping, b: Mapping, k: str) -> bool:
-    return k in a and k in b and a[k] != b[k]
 
 
 def digest_of(sample: Any) -> str | None:
@@ -291,21 +278,15 @@ def names_in(path: Path) -> set:
     whole, end = text[: text.rfind(b'\n') + 1], text[text.rfind(b'\n') + 1 :]
     names = {name_in(path, i, line) for i, line in enumerate(whole.split(b'\n'), 1) if line.strip()}
     # subtle: only now, since a file with different lines is not ours
-    if end and not is_json(end):
-        os.truncate(path, len(whole))
-    elif end:
-        names.add(name_in(path, whole.count(b'\n') + 1, end))
-        with open(path, 'ab') as f:
-            f.write(b'\n')
-    return names
-
-
-def is_json(text: Any) -> bool:
     try:
-        json.loads(text)
+        json.loads(end)
     except ValueError:
-        return False
-    return True
+        os.truncate(path, len(whole))
+        return names
+    names.add(name_in(path, whole.count(b'\n') + 1, end))
+    with open(path, 'ab') as f:
+        f.write(b'\n')
+    return names
 
 
 def name_in(path: Path, i: int, line: Any) -> str:
@@ -376,19 +357,11 @@ class Server:
     ):
         check_url(url)
         # error messages show the URL without its query, which may contain an API key
-        self.url, self.shown, self.key, self.retries, self.timeout = (
-            url,
-            url.partition('?')[0],
-            key,
-            retries,
-            timeout,
-        )
-        self.gap, self.next, self.lock = (
-            1 / per_second if per_second else 0.0,
-            0.0,
-            threading.Lock(),
-        )
-        self.opener, self.stopped = urllib.request.build_opener(NoRedirect), threading.Event()
+        self.url, self.shown = url, url.partition('?')[0]
+        self.key, self.retries, self.timeout = key, retries, timeout
+        self.gap, self.next = 1 / per_second if per_second else 0.0, 0.0
+        self.lock, self.stopped = threading.Lock(), threading.Event()
+        self.opener = urllib.request.build_opener(NoRedirect)
 
     def post(self, data: Any, of: str) -> Any:
         """Return the response to a request, parsed from JSON.
@@ -441,10 +414,8 @@ class Server:
             shown, self.next = wait >= 1 and until > self.next + 1, max(self.next, until)
         if shown:
             less = f' (the server asks for {seconds:,.0f} s)' if wait < seconds else ''
-            print(
-                f'{self.shown}: {self.shown_text(why, 100)}; waiting for {wait:.0f} s{less}.',
-                file=sys.stderr,
-            )
+            text = f'{self.shown_text(why, 100)}; waiting for {wait:.0f} s{less}.'
+            print(f'{self.shown}: {text}', file=sys.stderr)
 
     def _post(self, data: bytes) -> Any:
         asked = urllib.request.Request(self.url, data, {'Content-Type': 'application/json'})
@@ -521,12 +492,8 @@ def check_url(url: str) -> None:
     """Raise a DistillError for a URL that is invalid or contains a password."""
     try:
         o = urlsplit(url)
-        good = (
-            o.scheme in ('http', 'https')
-            and o.hostname
-            and o.hostname.encode('idna')
-            and o.port != 0
-        )
+        host = o.hostname and o.hostname.encode('idna')
+        good = o.scheme in ('http', 'https') and host and o.port != 0
     except (ValueError, TypeError, AttributeError):
         good = False
     if not good or any(c.isspace() or not c.isprintable() for c in url):

@@ -61,9 +61,8 @@ class PerSample(TorchFunctionMode):
         base = seeds_of(self.calls, self.seeds)
         n = int(np.prod(shape[1:]))
         bits = scramble(base[:, None] + np.arange(n, dtype=np.uint64) * np.uint64(MIX[1]))
-        return torch.from_numpy(
-            ((bits >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
-        ).reshape(shape)
+        numbers = ((bits >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
+        return torch.from_numpy(numbers).reshape(shape)
 
     def __torch_function__(
         self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None
@@ -85,27 +84,21 @@ class PerSample(TorchFunctionMode):
         return self.fill(func, x, lambda u: u * (hi - lo) + lo, *args, **kwargs)
 
     def new_bernoulli_(self, func: Callable, x: Any, p: Any = 0.5, **kwargs: Any) -> Any:
-        return self.fill(
-            func, x, lambda u: u < (p.cpu() if isinstance(p, Tensor) else p), p, **kwargs
-        )
+        least = p.cpu() if isinstance(p, Tensor) else p
+        return self.fill(func, x, lambda u: u < least, p, **kwargs)
 
     def new_normal_(
         self, func: Callable, x: Any, mean: Any = 0.0, std: Any = 1.0, **kwargs: Any
     ) -> Any:
-        return self.fill(
-            func, x, lambda u: torch.erfinv(2 * u - 1) * 2**0.5 * std + mean, mean, std, **kwargs
-        )
+        normal = lambda u: torch.erfinv(2 * u - 1) * 2**0.5 * std + mean
+        return self.fill(func, x, normal, mean, std, **kwargs)
 
     def new_randint(self, func: Callable, *args: Any, **kwargs: Any) -> Any:
         sizes = [kwargs['size']] if 'size' in kwargs else []
         *given, size = [o for o in args if isinstance(o, (int, tuple, list))] + sizes
         if not size or size[0] != len(self.seeds):
             return func(*args, **kwargs)
-        lo, hi = (
-            given
-            if len(given) == 2
-            else (kwargs.get('low', 0), given[0] if given else kwargs['high'])
-        )
-        return ((self.draw(size) * (hi - lo)).floor() + lo).to(
-            kwargs.get('device'), kwargs.get('dtype') or torch.int64
-        )
+        given = given or [kwargs['high']]
+        lo, hi = given if len(given) == 2 else (kwargs.get('low', 0), *given)
+        drawn = (self.draw(size) * (hi - lo)).floor() + lo
+        return drawn.to(kwargs.get('device'), kwargs.get('dtype') or torch.int64)

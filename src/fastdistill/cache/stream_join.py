@@ -61,10 +61,16 @@ class StreamJoin(IterableDataset):
         while part := list(islice(samples, self.at_once)):
             keys = self._keys(part, number)
             where = self._find(keys, at, part, number)
-            rows = torch.from_numpy(self.cache.rows(where, self._views(part)))
+            views: Any = self.view
+            if not isinstance(views, int):
+                views = np.array([field_of(o, views) for o in part], np.int64)
+            rows = torch.from_numpy(self.cache.rows(where, views))
             number, at = number + len(part), int(where[-1]) + 1
             for sample, row in zip(part, rows):
-                yield self._joined(sample, row)
+                if isinstance(sample, dict):
+                    yield {**sample, self.name: row}
+                else:
+                    yield (*sample, row) if isinstance(sample, (tuple, list)) else (sample, row)
 
     def _keys(self, part: Any, number: Any) -> np.ndarray:
         root = self.cache.manifest.data.get('root', '')
@@ -91,16 +97,6 @@ class StreamJoin(IterableDataset):
                 f'is a different dataset, or key= is not what the rows were written with.'
             )
         return where
-
-    def _views(self, part: Any) -> Any:
-        if isinstance(self.view, int):
-            return self.view
-        return np.array([field_of(o, self.view) for o in part], np.int64)
-
-    def _joined(self, sample: Any, row: Any) -> Any:
-        if isinstance(sample, dict):
-            return {**sample, self.name: row}
-        return (*sample, row) if isinstance(sample, (tuple, list)) else (sample, row)
 
 
 def field_of(sample: Any, spec: Any) -> Any:

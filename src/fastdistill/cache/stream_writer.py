@@ -179,12 +179,10 @@ class TeacherRows:
         self.folder = open_folder(path)
         self.manifest = m = stream_manifest(self.folder)
         self.teacher, self.inputs, self.key, self.device = teacher, inputs, key, device
-        who, known = identity_of(teacher), m.teacher.get('reads')
-        # subtle: older versions did not store it, and a function may do the same as a column's name
-        if known is not None:
-            now = entry_of_inputs(inputs)
-            alike = str(known).startswith(FUNCTION) == str(now).startswith(FUNCTION)
-            who |= dict(reads=now if alike else known)
+        known, now = m.teacher.get('reads'), entry_of_inputs(inputs)
+        # subtle: a function may do the same as a column's name
+        alike = str(known).startswith(FUNCTION) == str(now).startswith(FUNCTION)
+        who = identity_of(teacher) | dict(reads=now if alike else known)
         refuse_others(self.folder, dict(teacher=(m.teacher, who)))
         self.layer, self._worst = layer, [0.0]
         self._states: HiddenRun | None = None
@@ -199,7 +197,11 @@ class TeacherRows:
         if hasattr(batch, '__next__'):
             return map(self, batch)
         keys = self.keys(batch)
-        views = self.views(batch, len(keys))
+        views = np.zeros(len(keys), np.int64)
+        if hasattr(batch, 'keys') and 'view' in batch.keys():
+            views[:] = np.asarray(batch['view'])
+        for view in np.unique(views):
+            check_view(self.folder, self.manifest, int(view))
         rows = self.rows(batch, keys, views)
         out = dict(key=keys.view(np.int64), view=views, row=[r.tobytes() for r in rows])
         return type(batch)(out) if hasattr(batch, 'iloc') else out
@@ -207,15 +209,6 @@ class TeacherRows:
     def keys(self, batch: Any) -> np.ndarray:
         """Compute the keys of the samples, (B,) uint64."""
         return keys_in(batch, self.key, self.manifest.data.get('root', ''))
-
-    def views(self, batch: Any, n: int) -> np.ndarray:
-        """Return the view of each sample, (B,) int64."""
-        views = np.zeros(n, np.int64)
-        if hasattr(batch, 'keys') and 'view' in batch.keys():
-            views[:] = np.asarray(batch['view'])
-        for view in np.unique(views):
-            check_view(self.folder, self.manifest, int(view))
-        return views
 
     def rows(self, batch: Any, keys: np.ndarray, views: np.ndarray) -> np.ndarray:
         """Run the teacher and return its outputs as rows, (B, bytes) uint8."""
@@ -241,10 +234,6 @@ class TeacherRows:
             self._states = HiddenRun(run, self.teacher, found)
         s = self._states
         return s.layer.outputs(outputs_of(s.teacher, x), bool(s.teacher.runner.half))
-
-    def check_accuracy(self) -> None:
-        """Warn if outputs stored in int8 are too inaccurate."""
-        warn_of_int8(self.manifest.layout, self._worst[0])
 
 
 def check_view(where: Folder, m: Manifest, view: int) -> None:
@@ -274,13 +263,10 @@ def inputs_in(batch: Any, spec: Any, device: Any = None) -> Any:
     """Return the teacher's inputs from a batch, as tensors."""
     if callable(spec):
         x = spec(batch)
+    elif isinstance(spec, tuple):
+        x = tuple(as_tensor(column(batch, k)) for k in spec)
     else:
-        x = (
-            tuple(column(batch, k) for k in spec)
-            if isinstance(spec, tuple)
-            else column(batch, spec)
-        )
-        x = tuple(map(as_tensor, x)) if isinstance(spec, tuple) else as_tensor(x)
+        x = as_tensor(column(batch, spec))
     return x if device is None else map_tensors(x, lambda t: t.to(device))
 
 
@@ -466,7 +452,7 @@ def write_stream(
         keys, got = first_rows_of(waiting, kept)[0]
         out.write(f'{name}-{number:06}', keys, got, view)
     rows.folder.write(end, json.dumps(dict(rows=at)).encode())
-    rows.check_accuracy()
+    warn_of_int8(rows.manifest.layout, rows._worst[0])
     if not at:
         warnings.warn(DistillWarning(f'{name} has no samples.'), stacklevel=2)
     return at

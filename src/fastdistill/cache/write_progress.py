@@ -46,22 +46,19 @@ class ProgressBar:
         self.bar.stop()
         self.task = None
 
-    def progress(
-        self,
-        done: int,
-        total: int,  # number of rows
-        n_bytes: int,  # size of the finished rows in bytes
-    ) -> None:
+    def progress(self, done: int, total: int, n_bytes: int) -> None:
+        """Show the number of finished rows and their size.
+
+        Args:
+            done, total: Number of rows.
+            n_bytes: Size of the finished rows in bytes.
+        """
         if self.task is None:
             self.task = self.bar.add_task('teacher', total=total, mb=0.0, speed='')
             self.bar.start()
         speed = self.bar.tasks[self.task].speed
-        self.bar.update(
-            self.task,
-            completed=done,
-            mb=n_bytes / 1e6,
-            speed='' if speed is None else f'{speed:,.0f} samples/s',
-        )
+        text = '' if speed is None else f'{speed:,.0f} samples/s'
+        self.bar.update(self.task, completed=done, mb=n_bytes / 1e6, speed=text)
 
 
 @contextmanager
