@@ -5,7 +5,7 @@ Any object with a method `predict_proba` or `predict` works.
 
 import copy
 import pickle
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
 import numpy as np
@@ -64,12 +64,9 @@ class Estimator:
     """
 
     def __init__(self, model: Any, kind: str = 'softmax', frame: Any = None) -> None:
-        self.model, self.kind, self.frame, self.__name__ = (
-            model,
-            kind,
-            frame,
-            type(last_step(model)).__name__,
-        )
+        self.model, self.kind, self.frame = model, kind, frame
+        steps = getattr(model, 'steps', None)
+        self.__name__ = type(steps[-1][1] if isinstance(steps, list) else model).__name__
 
     def of_kind(self, kind: str) -> Self:
         """Return the same estimator for a different kind of outputs."""
@@ -82,12 +79,8 @@ class Estimator:
         """Classes in the order of the outputs. None for regression and for estimators with
         several outputs.
         """
-        own = getattr(self.model, 'classes_', None)
-        return (
-            None
-            if own is None or isinstance(own, list) or np.ndim(own) != 1
-            else list(np.asarray(own).tolist())
-        )
+        own: Any = getattr(self.model, 'classes_', None)
+        return None if isinstance(own, list) or np.ndim(own) != 1 else np.asarray(own).tolist()
 
     @property
     def columns(self) -> list[str] | None:
@@ -138,7 +131,11 @@ class Estimator:
     def _classes(self, rows: Any) -> Any:
         if hasattr(self.model, 'predict_proba'):
             if isinstance(p := self.model.predict_proba(rows), list):
-                raise DistillError(several(self.__name__, len(p)))
+                raise DistillError(
+                    f'{self.__name__} predicts {len(p)} outputs, but the student predicts one of several '
+                    'classes. Give a function that returns the probabilities of one of them: '
+                    "Teacher(fn, outputs='probs')."
+                )
             return p
         v, classes = np.asarray(self.model.predict(rows)), self.classes
         if classes is not None and v.ndim == 1:
@@ -155,19 +152,20 @@ class Estimator:
 
     def _labels(self, rows: Any) -> Any:
         if not hasattr(self.model, 'predict_proba'):
-            return columns_of_numbers(self.model.predict(rows))
+            return self._numbers(rows)
         p = self.model.predict_proba(rows)
         if isinstance(p, list):
-            return np.stack([positive(*o) for o in zip(p, self.model.classes_)], 1)
-        yes_or_no = (
-            p.shape[1] == 2
-            and len(self.classes or ()) == 2
-            and not getattr(self.model, 'multilabel_', False)
-        )
-        return p[:, 1:] if yes_or_no else p
+            # an estimator that was fitted on a single class has only one column
+            yes = lambda classes: [i for i, c in enumerate(classes) if c]
+            return np.stack(
+                [o[:, yes(classes)].sum(1) for o, classes in zip(p, self.model.classes_)], 1
+            )
+        two = p.shape[1] == 2 and len(self.classes or ()) == 2
+        return p[:, 1:] if two and not getattr(self.model, 'multilabel_', False) else p
 
     def _numbers(self, rows: Any) -> np.ndarray:
-        return columns_of_numbers(self.model.predict(rows))
+        v = np.asarray(self.model.predict(rows))
+        return v.reshape(len(v), -1)
 
     def _table(self, x: Any, named: Any) -> Any:
         if self.frame is not None:
@@ -179,19 +177,22 @@ class Estimator:
             return x[0]
         if len(x) == 1 and isinstance(x[0], Mapping):
             x, named = (), {**x[0], **named}
+        import pandas as pd
+
         if named and not x:
-            return self._of_columns({k: as_plain(v).cpu().numpy() for k, v in named.items()})
+            columns = {k: as_plain(v).cpu().numpy() for k, v in named.items()}
+            return self.in_order(pd.DataFrame(columns))
         if len(x) != 1 or x[0].dim() != 2:
-            raise DistillError(self._unfit(x))
+            shapes = ', '.join(str(tuple(getattr(o, 'shape', ()))) for o in x)
+            raise DistillError(
+                f'{self.__name__} takes a table: one tensor (B, columns), or a dict with a tensor for each column. '
+                f'This batch has inputs of shape {shapes}. Give a function that makes the table: '
+                "Teacher(lambda *x: pipeline.predict_proba(table(x)), outputs='probs'), and return a tensor."
+            )
         rows, names = as_plain(x[0]).detach().cpu().numpy(), self.columns
         if names is None or rows.shape[1] != len(names):
             return rows
-        return self._of_columns(dict(zip(names, rows.T)))
-
-    def _of_columns(self, columns: Mapping[str, Any]) -> Any:
-        import pandas as pd
-
-        return self.in_order(pd.DataFrame(columns))
+        return self.in_order(pd.DataFrame(dict(zip(names, rows.T))))
 
     def in_order(self, table: Any) -> Any:
         """Return the columns on which the estimator was fitted, in the same order.
@@ -211,50 +212,14 @@ class Estimator:
                 )
             return table
         if missing := [n for n in names if n not in table.columns]:
-            raise DistillError(self._missing(missing, table))
+            raise DistillError(
+                f'{self.__name__} was fitted on the columns {few(names)} ({len(names)}), but the rows '
+                f'have no {few(missing)}. They have {few(list(table.columns), 20)}. In fastai, '
+                'Teacher(pipeline, frame=df) takes them from the table that the DataLoaders were made '
+                'from.'
+            )
         return table[names]
-
-    def _missing(self, missing: Sequence[str], table: Any) -> str:
-        names = self.columns or []
-        return (
-            f'{self.__name__} was fitted on the columns {few(names)} ({len(names)}), but the rows '
-            f'have no {few(missing)}. They have {few(list(table.columns), 20)}. In fastai, '
-            'Teacher(pipeline, frame=df) takes them from the table that the DataLoaders were made from.'
-        )
-
-    def _unfit(self, x: Any) -> str:
-        shapes = ', '.join(str(tuple(getattr(o, 'shape', ()))) for o in x)
-        return (
-            f'{self.__name__} takes a table: one tensor (B, columns), or a dict with a tensor for each column. '
-            f'This batch has inputs of shape {shapes}. Give a function that makes the table: '
-            "Teacher(lambda *x: pipeline.predict_proba(table(x)), outputs='probs'), and return a tensor."
-        )
-
-
-def last_step(model: Any) -> Any:
-    return model.steps[-1][1] if isinstance(getattr(model, 'steps', None), list) else model
 
 
 def few(names: Sequence, n: int = 5) -> str:
     return ', '.join(map(str, names[:n])) + (' ...' if len(names) > n else '')
-
-
-def columns_of_numbers(v: Any) -> np.ndarray:
-    v = np.asarray(v)
-    return v.reshape(len(v), -1)
-
-
-def positive(p: np.ndarray, classes: Iterable) -> np.ndarray:
-    """Return the probability of a label from the output of a binary estimator.
-
-    The output has only one column if the estimator was fitted on a single class.
-    """
-    yes = [i for i, c in enumerate(classes) if c]
-    return p[:, yes].sum(1)
-
-
-def several(name: str, n: int) -> str:
-    return (
-        f'{name} predicts {n} outputs, but the student predicts one of several classes. Give a function that '
-        "returns the probabilities of one of them: Teacher(fn, outputs='probs')."
-    )

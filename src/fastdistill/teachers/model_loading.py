@@ -66,11 +66,8 @@ def load_model(o: Any) -> tuple[Any, Path | None]:
 
 def holds_weights(o: Any) -> bool:
     """Return True for a tensor, state_dict or checkpoint."""
-    return (
-        isinstance(o, torch.Tensor)
-        or isinstance(o, Mapping)
-        and any(map(holds_weights, o.values()))
-    )
+    parts = o.values() if isinstance(o, Mapping) else ()
+    return isinstance(o, torch.Tensor) or any(map(holds_weights, parts))
 
 
 def why_no_teacher(o: Any) -> str | None:
@@ -129,9 +126,8 @@ def from_file(path: Path) -> tuple[Any, Path]:
         if has('/constants.pkl'):
             return torch_script(path), path
         if has('archive_format', 'serialized_exported_program.json'):
-            warn_of_code(
-                path, 'holds pickles'
-            )  # torch.export.load unpickles objects that are not plain weights
+            # torch.export.load unpickles objects that are not plain weights
+            warn_of_code(path, 'holds pickles')
             extra = {n: '' for n in [f'{FACTS}.json'] if has(n)}
             model: Any = exported_program(torch.export.load(path, extra_files=extra))
             model.facts = read_facts(next(iter(extra.values()), None))
@@ -169,10 +165,8 @@ def torch_script(path: Path) -> Any:
 
 def exported_program(exported: torch.export.ExportedProgram) -> Module:
     """Return the module of an exported program. The mode of such a module can't be changed."""
-    training = {
-        'aten.batch_norm.default': 5,
-        'aten.dropout.default': 2,
-    }  # {operation: index of the argument that holds the mode}
+    # {operation: index of the argument that holds the mode}
+    training = {'aten.batch_norm.default': 5, 'aten.dropout.default': 2}
     if any(
         n.args[training[str(n.target)]] for n in exported.graph.nodes if str(n.target) in training
     ):
@@ -243,11 +237,8 @@ def check_second_argument(model: Module, ids: torch.Tensor, second: Any) -> None
     if second is None:
         return
     name = list(inspect.signature(model.forward).parameters)[1]
-    hidden = (
-        ids[second == 0]
-        if name == 'attention_mask' and getattr(second, 'shape', None) == ids.shape
-        else None
-    )
+    fits = name == 'attention_mask' and getattr(second, 'shape', None) == ids.shape
+    hidden = ids[second == 0] if fits else None
     # an attention mask hides only padding, which is always the same token
     if hidden is None or (hidden != hidden[:1]).any():
         raise DistillError(
@@ -255,18 +246,6 @@ def check_second_argument(model: Module, ids: torch.Tensor, second: Any) -> None
             'not one: pass all but the first by name, as in teacher(ids, attention_mask=...), or pass '
             'one dict.'
         )
-
-
-ONNX_TYPES = {
-    'float': torch.float32,
-    'float16': torch.float16,
-    'double': torch.float64,
-    'int64': torch.int64,
-    'int32': torch.int32,
-    'uint8': torch.uint8,
-    'int8': torch.int8,
-    'bool': torch.bool,
-}
 
 
 def model_files(path: Path) -> list[Path]:
@@ -351,9 +330,8 @@ class Onnx:
         n = len(next(iter(feed.values())))
         # if the network has a fixed batch size, split the batch into pieces of that size and pad
         # the last
-        size = next(
-            (i.shape[0] for i in self.inputs.values() if i.shape and isinstance(i.shape[0], int)), n
-        )
+        sizes = [i.shape[0] for i in self.inputs.values() if i.shape]
+        size = next((o for o in sizes if isinstance(o, int)), n)
         names = self.wanted or ['logits' if 'logits' in self.outputs else self.outputs[0]]
         pieces = [
             self._run(names, {k: v[j : j + size] for k, v in feed.items()}, size)
@@ -368,12 +346,8 @@ class Onnx:
         pad = lambda v: (
             torch.cat([v, v[-1:].expand(size - len(v), *v.shape[1:])]) if len(v) < size else v
         )
-        return list(
-            map(
-                torch.from_numpy,
-                self.session.run(names, {k: pad(v).numpy() for k, v in feed.items()}),
-            )
-        )
+        outputs = self.session.run(names, {k: pad(v).numpy() for k, v in feed.items()})
+        return [torch.from_numpy(o) for o in outputs]
 
     def _feed(self, x: Sequence, kw: Mapping[str, Any]) -> dict[str, torch.Tensor]:
         given = dict(zip(self.inputs, x)) | {
@@ -388,20 +362,17 @@ class Onnx:
 
     def _cast(self, name: str, v: torch.Tensor) -> torch.Tensor:
         i = self.inputs[name]
-        dtype = ONNX_TYPES.get(i.type[7:-1], v.dtype)  # i.type is 'tensor(float)'
+        # i.type is e.g. 'tensor(float)', and PyTorch's types have the same names
+        dtype = getattr(torch, i.type[7:-1], v.dtype)
         free = lambda n: not isinstance(n, int)
         fits = v.dim() == len(i.shape) and all(
             a == b or free(b) for a, b in zip(v.shape[1:], i.shape[1:])
         )
         if not fits or not torch.can_cast(v.dtype, dtype):
-            resized = (
-                ' If the images have a different size, Teacher(model, images=dict(size=...)) resizes them.'
-                if v.dim() == 4
-                else ''
-            )
+            resized = ' If the images have a different size, Teacher(model, images=dict(size=...)) resizes them.'
             raise DistillError(
                 f'This ONNX network takes {self._signature()}. For {name} it got {v.dtype} of shape '
-                f'{tuple(v.shape)}.{resized}'
+                f'{tuple(v.shape)}.{resized if v.dim() == 4 else ""}'
             )
         return v.to(dtype).contiguous()
 
