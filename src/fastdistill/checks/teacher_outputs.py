@@ -202,7 +202,7 @@ def unsteady(teacher: Teacher, xb: Sequence, t: Tensor) -> Iterator[Finding]:
     parts = list(tensors_in(xb))
     can_cut = (
         function
-        and not teacher.reads_items
+        and not teacher.needs
         and len(t) > 1
         and parts
         and all(o.dim() and len(o) == len(t) for o in parts)

@@ -371,7 +371,7 @@ def source_of(
     check_batch_size(rows := dl.bs if bs is None else bs)
     root = key_root(dls)
     names, order = item_keys(dl, keys, root), storage_order(dl)
-    items = raw_items(dl) if teacher.reads_items else None
+    items = raw_items(dl) if teacher.needs else None
     plan = Plan(names, views, seed, items=items, stream=stream)
 
     def make(tasks, bs, workers=None):
@@ -415,7 +415,7 @@ def source_of(
         samples = sample_digests(make, len(names), views)
     who = identity_of(teacher)
     # without `stats`, the student's normalization is part of the teacher's identity
-    if any(t.stats is None and not t.reads_items for t in teacher.members or [teacher]):
+    if any(t.stats is None and not t.needs for t in teacher.members or [teacher]):
         who['input'] = 'mean {}, std {}'.format(
             *(torch.as_tensor(o).flatten().tolist() for o in image_stats(dls))
         )

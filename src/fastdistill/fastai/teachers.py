@@ -104,7 +104,7 @@ def teacher_of(obj, learn=None, task=None, **kwargs) -> Teacher:
         )
         return of_learner(obj, own | kwargs)
     if isinstance(obj, Teacher):
-        if obj.reads_items:
+        if obj.needs:
             # the teacher reads raw items, not the student's normalized batches
             kwargs.pop('input_stats', None)
         return on_table(adapted(with_numbers(obj, dls), own_options(obj, dls, task) | kwargs), dls)
@@ -120,7 +120,7 @@ def own_options(teacher, dls, task):
     if not teacher.given & {'select', 'classes'}:
         own = in_order(dls, class_names(teacher, dls), task)
     normal = facts_of_model(teacher).get('normalization')
-    if normal and teacher.inputs is None and not teacher.reads_items and dls is not None:
+    if normal and teacher.inputs is None and not teacher.needs and dls is not None:
         own |= dict(stats=(normal['mean'], normal['std']))
     return own
 

@@ -38,13 +38,8 @@ class EnsembleRunner(Runner):
         for m in self.members:
             stack.enter_context(m)
 
-    @property
-    def cuda(self) -> set[torch.device]:
-        return {d for m in self.members for d in m.runner.cuda}
-
-    @property
-    def draws_anywhere(self) -> bool:
-        return any(m.runner.draws_anywhere for m in self.members)
+    def generators(self, x: Any = ()) -> dict:
+        return {k: v for m in self.members for k, v in m.runner.generators(x).items()}
 
     @property
     def remembers(self) -> bool:

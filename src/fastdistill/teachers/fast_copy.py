@@ -17,7 +17,7 @@ from .compiled_module import CompiledModule
 from .copy_plan import CopyPlan, short_name, weights_of, without_layers
 from .model_loading import is_graph
 
-__all__ = ['AS_IT_IS', 'DEFAULTS', 'OPTIONS', 'FastCopy', 'check_run', 'native_bf16', 'run_options']
+__all__ = ['AS_IT_IS', 'DEFAULTS', 'OPTIONS', 'FastCopy', 'check_run', 'native_bf16']
 
 # {option: allowed values}. The first value is the default
 OPTIONS = dict(
@@ -38,11 +38,6 @@ NOT_FASTER = 'a copy is not faster'
 WORK = 5e9
 
 
-def run_options(given: dict[str, Any]) -> dict[str, Any]:
-    """Return all options of `run=`, with defaults for those that are not given."""
-    return DEFAULTS | given
-
-
 def check_run(given: dict[str, Any], model: Any) -> None:
     """Raise a DistillError for invalid options, or for options that this model does not support.
 
@@ -50,7 +45,7 @@ def check_run(given: dict[str, Any], model: Any) -> None:
         given: Options of `run=`.
         model: Model of the teacher. None for an ensemble.
     """
-    options = run_options(given)
+    options = DEFAULTS | given
     for k, have in OPTIONS.items():
         if options[k] not in have:
             raise DistillError(f'{k}={options[k]!r}: must be one of {", ".join(map(repr, have))}')
@@ -89,12 +84,9 @@ def native_bf16(device: torch.device) -> bool:
     """Return True if a device computes in bfloat16 natively."""
     if device.type == 'cuda':
         return torch.cuda.get_device_capability(device) >= (8, 0)
-    has = lambda name: getattr(
-        torch.cpu, name, bool
-    )()  # returns False in older versions of PyTorch, which lack the function
-    return device.type == 'cpu' and (
-        has('_is_avx512_bf16_supported') or has('_is_amx_tile_supported')
-    )
+    # older versions of PyTorch lack the functions
+    names = '_is_avx512_bf16_supported', '_is_amx_tile_supported'
+    return device.type == 'cpu' and any(getattr(torch.cpu, name, bool)() for name in names)
 
 
 def why_no_copy(model: Module) -> str:
@@ -155,9 +147,8 @@ class FastCopy:
     ) -> None:
         self.model, self.mode, self.options, self.say = model, mode, options, say
         floats = {p.dtype for p in model.parameters() if p.is_floating_point()}
-        self.own: Any = (
-            next(iter(floats)) if len(floats) == 1 else None
-        )  # dtype of the model's weights, or None if there are several
+        # dtype of the model's weights, or None if there are several
+        self.own: Any = floats.pop() if len(floats) == 1 else None
         # options that request a copy explicitly, even for a small model
         self.by_hand = given_by_hand(options)
         self.restart()
@@ -202,26 +193,17 @@ class FastCopy:
             self.restart()
             self.decided_for = size_of(x, kw)
             large = operations(self.model, x, kw) >= WORK
-            self._decide(large, torch.device(self.options['device'] or device), layers, run)
+            self.why = why_no_copy(self.model)
+            if not self.by_hand and not self.why and self.mode != 'eval':
+                self.why = 'it runs in train mode'
+            tried = not self.why and (large or self.by_hand)
+            if tried:
+                device = torch.device(self.options['device'] or device)
+                self._try_copies(large, device, layers, run)
+            if self.why and (tried or self.by_hand):
+                self.say(f'runs as it is: {self.why}')
         if layers and self.plan is not None:
             self._keep_apart(layers)
-
-    def _decide(
-        self,
-        large: bool,
-        device: torch.device,
-        layers: Sequence[str],
-        run: Callable[[Module], Tensor],
-    ) -> None:
-        self.why = why_no_copy(self.model)
-        if not self.by_hand and not self.why and self.mode != 'eval':
-            self.why = 'it runs in train mode'
-        if self.why and self.by_hand:
-            self.say(f'runs as it is: {self.why}')
-        if not self.why and (large or self.by_hand):
-            self._try_copies(large, device, layers, run)
-            if self.why:
-                self.say(f'runs as it is: {self.why}')
 
     def _try_copies(
         self,
@@ -269,12 +251,8 @@ class FastCopy:
         auto = large and is_convolutional(self.model)
         layout = auto if self.options['memory_format'] == 'auto' else self.options['memory_format']
         fold = large if self.options['fold_bn'] == 'auto' else self.options['fold_bn']
-        plan = CopyPlan(
-            self.own,
-            device,
-            torch.channels_last if layout else None,
-            pairs if fold and self.mode == 'eval' else (),
-        )
+        pairs = pairs if fold and self.mode == 'eval' else ()
+        plan = CopyPlan(self.own, device, torch.channels_last if layout else None, pairs)
         for dtype in dtypes:
             if dtype != self.own:
                 yield replace(plan, dtype=dtype)
@@ -336,7 +314,7 @@ class FastCopy:
         """Return True if the outputs of the compiled module are close to those without
         compilation.
         """
-        pairs = zip(tensors_in(as_dict(a)), tensors_in(as_dict(b)))
+        pairs = zip(tensors_in(a), tensors_in(b))
         return all(
             difference(x, y) <= FARTHEST[self.plan.dtype] for x, y in pairs if x.is_floating_point()
         )
@@ -345,11 +323,6 @@ class FastCopy:
     def cast_back(self) -> torch.dtype | None:
         """The dtype of the model if the copy has a different dtype, otherwise None."""
         return self.own if self.plan is not None and self.plan.dtype != self.own else None
-
-    @property
-    def half(self) -> str:
-        """Name of the copy's dtype if it differs from the model's, otherwise ''."""
-        return '' if self.cast_back is None else short_name(self.plan.dtype)
 
     @property
     def choice(self) -> str:
@@ -454,15 +427,9 @@ def is_faster(a: Module, b: Module, run: Callable[[Module], Tensor]) -> bool:
     for _ in range(2):
         for m, seconds in times.items():
             start = time.perf_counter()
-            synchronize(run(m))
+            run(m).cpu()  # waits for a GPU
             seconds.append(time.perf_counter() - start)
     return min(times[a]) < min(times[b])
-
-
-def synchronize(t: Tensor) -> None:
-    """Wait until the GPU has computed a tensor."""
-    if t.is_cuda:
-        torch.cuda.synchronize(t.device)
 
 
 def no_autocast(x: Sequence, kw: Mapping[str, Any]) -> torch.autocast:
@@ -475,10 +442,6 @@ def no_autocast(x: Sequence, kw: Mapping[str, Any]) -> torch.autocast:
 
 def size_of(x: Sequence, kw: Mapping[str, Any]) -> int:
     return max((t.numel() for t in tensors_in((x, kw))), default=0)
-
-
-def as_dict(o: Any) -> Any:
-    return dict(o) if isinstance(o, dict) else o
 
 
 def difference(a: Any, b: Any) -> float:

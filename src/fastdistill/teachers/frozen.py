@@ -39,10 +39,9 @@ class FrozenModel:
             for m in modules
             if isinstance(m, nn.RNNBase) or has_reset(m)
         ]
-        params = [p for m in modules for p in m._parameters.values() if p is not None]
-        dtypes = (p.dtype for p in params)
+        dtypes = (p.dtype for p in self.model.parameters())
         self.dtype = next((d for d in dtypes if d.is_floating_point and d.itemsize > 1), None)
-        self.cuda = {t.device for t in [*params, *(b for *_, b in self.buffers)] if t.is_cuda}
+        self.cuda = cuda_devices(self.model)
         self.params: list[tuple] = []  # original parameters, if the model was moved
         # device of the last batch, and device on which the model runs it
         self.batch_device: torch.device | None = None

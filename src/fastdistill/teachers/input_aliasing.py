@@ -35,7 +35,8 @@ class InputAliasing:
         return lambda t: bool(known) and can_show_changes(t) and not t.requires_grad
 
     def marks(self, batch: Any, prepared: Any, layers: Sequence[str]) -> list:
-        """Record the inputs before a run, so that `judge` can detect changes.
+        """Return (tensor, version, values) for each input before a run, so that `judge` can detect
+        changes.
 
         Args:
             batch: Inputs of the batch.
@@ -45,7 +46,9 @@ class InputAliasing:
         known = self.keeps.get(tuple(layers))
         if known is False:
             return []
-        return input_marks(batch, False) if known else input_marks(prepared, True)
+        inputs = filter(can_show_changes, tensors_in(batch if known else prepared))
+        # subtle: copy the values too, since changes through .data or NumPy do not increase the version
+        return [(t, t._version, None if known else t.clone()) for t in inputs]
 
     def judge(self, marks: Sequence[tuple], layers: Sequence[str], outputs: Any) -> None:
         """Check after a run whether the module needs copies of its inputs from now on.
@@ -62,8 +65,14 @@ class InputAliasing:
         known = self.keeps.get(key)
         if known is False:
             return
-        kept = inputs_kept(marks)
-        self.keeps[key] = kept and (known or not shares_memory(marks, outputs))
+        unchanged = lambda t, values: values is None or t.is_meta or torch.equal(t, values)
+        kept = all(t._version == v and unchanged(t, values) for t, v, values in marks)
+        place = lambda t: t.untyped_storage().data_ptr()
+        # an output may be a view of an input, so that changing one would change the other
+        mine = {place(t) for t, *_ in marks}
+        self.keeps[key] = kept and (
+            known or not any(can_show_changes(t) and place(t) in mine for t in tensors_in(outputs))
+        )
         if known and not kept:
             raise DistillError(
                 f'The teacher {self.name} changed its input in this batch, but not in the first batch. '
@@ -74,33 +83,3 @@ class InputAliasing:
 def can_show_changes(t: Tensor) -> bool:
     """Return True if changes of a tensor can be detected."""
     return t.layout == torch.strided and not t.is_inference()
-
-
-def input_marks(inputs: Any, values: bool) -> list:
-    """Return (tensor, version, values) for each input before a run.
-
-    Args:
-        inputs: Inputs of a module.
-        values: If True, copy the values too, since changes through .data or NumPy do not increase
-            the version.
-    """
-    return [
-        (t, t._version, t.clone() if values else None)
-        for t in tensors_in(inputs)
-        if can_show_changes(t)
-    ]
-
-
-def inputs_kept(marks: Sequence[tuple]) -> bool:
-    return all(
-        t._version == v and (was is None or t.is_meta or torch.equal(t, was)) for t, v, was in marks
-    )
-
-
-def shares_memory(marks: Sequence[tuple], outputs: Any) -> bool:
-    """Return True if an output is a view of an input, so that changing one would change the
-    other.
-    """
-    place = lambda t: t.untyped_storage().data_ptr()
-    mine = {place(t) for t, *_ in marks}
-    return any(can_show_changes(t) and place(t) in mine for t in tensors_in(outputs))

@@ -70,7 +70,7 @@ def reads_only_items(teacher: Any) -> bool:
     """Return True if the teacher reads raw items. For an ensemble, all members must read raw
     items.
     """
-    return all(map(reads_only_items, teacher.members)) if teacher.members else teacher.reads_items
+    return all(map(reads_only_items, teacher.members)) if teacher.members else teacher.needs
 
 
 def items_at(items: Any, positions: list) -> Any:

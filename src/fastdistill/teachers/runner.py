@@ -24,7 +24,8 @@ from ..base.random_state import RandomStream, global_generators
 from ..features.layer_hooks import Taps
 from ..features.probe import untouched
 from .batch_slices import in_slices, joined, plain_output
-from .fast_copy import FastCopy, run_options
+from .copy_plan import short_name
+from .fast_copy import DEFAULTS, FastCopy
 from .frozen import FrozenModel, cuda_devices
 from .hidden_state import NO_RESET, has_reset, why_no_reset
 from .image_normalization import affine, is_image, maps_of_size
@@ -54,16 +55,6 @@ class Runner:
         raise NotImplementedError
 
     @property
-    def cuda(self) -> set[torch.device]:
-        """CUDA devices of the model."""
-        raise NotImplementedError
-
-    @property
-    def draws_anywhere(self) -> bool:
-        """True if the model may use the random generators of Python and NumPy."""
-        raise NotImplementedError
-
-    @property
     def started(self) -> bool:
         return self.stack is not None
 
@@ -84,7 +75,8 @@ class Runner:
     @property
     def half(self) -> str:
         """Name of the dtype of the faster copy if it differs from the model's, otherwise ''."""
-        return '' if self.fast_copy is None else self.fast_copy.half
+        fast = self.fast_copy
+        return '' if fast is None or fast.cast_back is None else short_name(fast.plan.dtype)
 
     @property
     def copy_bytes(self) -> int:
@@ -106,8 +98,7 @@ class Runner:
 
     def generators(self, x: Any = ()) -> dict:
         """Return the global random generators that the model may use for these inputs."""
-        on_gpu = {t.device for t in tensors_in(x) if t.is_cuda}
-        return global_generators([*(on_gpu | self.cuda)], self.draws_anywhere)
+        raise NotImplementedError
 
 
 class ModelRunner(Runner):
@@ -122,7 +113,7 @@ class ModelRunner(Runner):
 
     def __init__(self, teacher: Any, facts: dict, say: Callable[[str], None]) -> None:
         super().__init__()
-        self.teacher, self.facts, self.run = teacher, facts, run_options(teacher.run)
+        self.teacher, self.facts, self.run = teacher, facts, DEFAULTS | teacher.run
         self.frozen: Any = None  # the `FrozenModel` between `start` and `stop`
         self.scaling: tuple[Tensor, Tensor] | None = None
         self.fast_copy: Any = None  # the `FastCopy`
@@ -161,22 +152,17 @@ class ModelRunner(Runner):
         private = self.module is not self.teacher.module
         return FrozenModel(self.module, self.teacher.mode, private=private)
 
-    @property
-    def cuda(self) -> set[torch.device]:
-        """CUDA devices of the model."""
-        if self.teacher.module is None:
-            return set()
-        return self.frozen.cuda if self.started else cuda_devices(self.teacher.module)
+    def generators(self, x: Any = ()) -> dict:
+        """Return the global random generators that the model may use for these inputs.
 
-    @property
-    def draws_anywhere(self) -> bool:
-        """True if the model may use the random generators of Python and NumPy.
-
-        Functions and models in training mode are assumed to use these generators.
+        Functions and models in training mode are assumed to use those of Python and NumPy, too.
         """
-        if self.teacher.module is None:
-            return self.teacher.path is None
-        return self.teacher.mode == 'train'
+        t = self.teacher
+        devices = {o.device for o in tensors_in(x) if o.is_cuda}
+        if t.module is None:
+            return global_generators([*devices], t.path is None)
+        devices |= self.frozen.cuda if self.started else cuda_devices(t.module)
+        return global_generators([*devices], t.mode == 'train')
 
     @property
     def remembers(self) -> bool:
@@ -247,21 +233,9 @@ class ModelRunner(Runner):
     ) -> Tensor:
         """Return the logits of a module for a batch without changing any state."""
         with untouched(module), FrozenModel(module, self.teacher.mode) as frozen:
-            x, kw = self._prepared(x, kw, device, frozen)
+            x, kw = prepared_inputs(self, x, kw, device, frozen)
             raw = module(*x, **kw)
             return as_plain(Outputs.of(raw, output=self.teacher.output).logits)
-
-    def _prepared(
-        self,
-        x: Sequence,
-        kw: Mapping[str, Any],
-        device: torch.device,
-        frozen: FrozenModel | None,
-        lend: Callable[[Tensor], bool] = lambda t: False,
-    ) -> tuple:
-        return prepared_inputs(
-            self.teacher, x, kw, device=device, frozen=frozen, scaling=self.scaling, lend=lend
-        )
 
     def _slice(
         self,
@@ -273,8 +247,8 @@ class ModelRunner(Runner):
     ) -> list[Outputs]:
         """Run the model on a slice of the batch, and return the outputs for each teacher."""
         batch = x, kw
-        lend = (lambda t: False) if self.may_change else self.aliasing.lends(layers)
-        x, kw = self._prepared(x, kw, device, self.frozen, lend)
+        lend = None if self.may_change else self.aliasing.lends(layers)
+        x, kw = prepared_inputs(self, x, kw, device, self.frozen, lend)
         marks = [] if self.may_change else self.aliasing.marks(batch, (x, kw), layers)
         reads = bool(layers) and self.module is not None
         with Taps(self.module, layers) if reads else nullcontext() as taps:
@@ -290,15 +264,8 @@ class ModelRunner(Runner):
                 raise self._unreadable(layers, o.feats)
         dtype = None if self.fast_copy is None else self.fast_copy.cast_back
         plain = lambda t: plain_output(t, device, dtype)
-        return [
-            Outputs(
-                map_tensors(o.logits, plain),
-                map_tensors(o.feats, plain),
-                map_tensors(o.mask, plain),
-                o.classes,
-            )
-            for o in outs
-        ]
+        parts = lambda o: map_tensors(dict(logits=o.logits, feats=o.feats, mask=o.mask), plain)
+        return [Outputs(**parts(o), classes=o.classes) for o in outs]
 
     def _read(self, t: Any, raw: Any, feats: Mapping[str, Any]) -> Outputs:
         """Convert the value that the model returned to the `Outputs` of a teacher."""
@@ -322,7 +289,7 @@ class ModelRunner(Runner):
         """
         device = device_of_inputs(x, {})
         x, kw = own_inputs(self.teacher, tuple(x), {})
-        args, kwargs = self._prepared(x, kw, device, self.frozen)
+        args, kwargs = prepared_inputs(self, x, kw, device, self.frozen)
         if anew := getattr(self.teacher.model, 'anew', None):
             return lambda: anew(*args, **kwargs)
         return lambda: self.call(args, kwargs)

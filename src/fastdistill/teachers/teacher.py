@@ -50,20 +50,8 @@ UNLESS_GIVEN: dict[str, Any] = dict(
     stats=None, input_stats=None, size=None, combine='probs', weights=None, mode='eval', run={}
 )
 
-# options that the members of an ensemble inherit unless they are given explicitly
-INHERITED = (
-    'mode',
-    'stats',
-    'input_stats',
-    'size',
-    'combine',
-    'kind',
-    'axis',
-    'output',
-    'outputs',
-    'inputs',
-    'items',
-)
+# options of an ensemble that its members do not inherit
+OWN = 'weights', 'select', 'classes', 'layers', 'frame', 'name', 'run'
 
 
 def ungrouped_options(options: dict) -> dict:
@@ -264,7 +252,7 @@ class Teacher:
             if (v := option_of(self, o)) not in have:
                 raise DistillError(f'{o}={v!r}: must be one of {", ".join(map(repr, have))}')
         if self.sources:
-            mine = {k: v for k, v in given_options(self).items() if k in INHERITED}
+            mine = {k: v for k, v in given_options(self).items() if k not in OWN}
             self.members = [Teacher(m).with_defaults(**mine, run=self.run) for m in self.sources]
             self.weights = member_weights(self.weights, len(self.members))
         else:
@@ -282,9 +270,15 @@ class Teacher:
         self.classes = class_groups(self.classes, 'classes', disjoint=True)
         if isinstance(self.model, Onnx):
             self.model = self.model.returning(self.output)
-            self._warn_of_outputs(self.model.alike())
+            if self.output is None and 'several' not in self._facts:
+                self._facts['several'] = True
+                if len(alike := self.model.alike()) > 1:
+                    warn_of_first(f'The teacher {self.name}', ', '.join(alike))
         if isinstance(self.model, Estimator):
-            self._take_estimator()
+            self.model = self.model.of_kind(self.kind)
+            self.model.frame = self.frame
+            if 'outputs' not in self.given:
+                self.returns = 'logits' if self.kind == 'regression' else 'probs'
         elif self.frame is not None:
             raise DistillError(
                 f'frame= is the table of an estimator (scikit-learn, LightGBM ...), but {self.name} is '
@@ -294,27 +288,12 @@ class Teacher:
             self.size = (self.size, self.size) if isinstance(self.size, int) else tuple(self.size)
         self.runner.check_layers(self.layers)
 
-    def _warn_of_outputs(self, alike: Sequence[str]) -> None:
-        if self.output is not None or 'several' in self._facts:
-            return
-        self._facts['several'] = True
-        if len(alike) > 1:
-            warn_of_first(f'The teacher {self.name}', ', '.join(alike))
-
-    def _take_estimator(self) -> None:
-        self.model = self.model.of_kind(self.kind)
-        self.model.frame = self.frame
-        if 'outputs' not in self.given:
-            self.returns = 'logits' if self.kind == 'regression' else 'probs'
-
     def _name(self) -> str:
         if self.sources:
             return f'{len(self.sources)} teachers'
-        return (
-            self.path.name
-            if self.path
-            else getattr(self.model, '__name__', type(self.model).__name__)
-        )
+        if self.path:
+            return self.path.name
+        return getattr(self.model, '__name__', type(self.model).__name__)
 
     def __repr__(self) -> str:
         batch = self.run.get('batch')
@@ -329,21 +308,14 @@ class Teacher:
 
         For a bound method, the result is the nn.Module to which the method belongs.
         """
-        return next(
-            (
-                o
-                for o in (self.model, getattr(self.model, '__self__', None))
-                if isinstance(o, nn.Module)
-            ),
-            None,
-        )
+        own = self.model, getattr(self.model, '__self__', None)
+        return next((o for o in own if isinstance(o, nn.Module)), None)
 
     @property
     def modules(self) -> list[nn.Module]:
         """The nn.Module of the teacher, or those of all members of an ensemble, as a list."""
-        return [o for o in (self.module,) if o is not None] + [
-            o for m in self.members for o in m.modules
-        ]
+        own = [] if self.module is None else [self.module]
+        return own + [o for m in self.members for o in m.modules]
 
     def named_modules(self) -> dict[str, nn.Module]:
         """Return {name as in `layers`: submodule}."""
@@ -375,20 +347,13 @@ class Teacher:
         )
 
     @property
-    def reads_items(self) -> bool:
-        """True if the teacher or one of its members reads raw items instead of the batch's
-        inputs.
+    def needs(self) -> str:
+        """'items' if the teacher or one of its members reads the raw items of a batch instead of
+        its inputs, otherwise ''. See `OutputSource`.
         """
         if self.members:
-            return any(m.reads_items for m in self.members)
-        return self.items is not None
-
-    @property
-    def needs(self) -> str:
-        """'items' if the teacher needs the raw items of a batch, otherwise ''. See
-        `OutputSource`.
-        """
-        return 'items' if self.reads_items else ''
+            return max(m.needs for m in self.members)
+        return '' if self.items is None else 'items'
 
     def has_outputs(self, samples: BatchSamples | None) -> bool:
         """Return True, since a model can compute outputs for any samples."""
@@ -492,12 +457,8 @@ class Teacher:
     # picklable. Copies and unpickled teachers are not started
     def __getstate__(self) -> dict[str, Any]:
         facts = {k: v for k, v in self._facts.items() if k not in ('copies', 'say')}
-        fresh: dict[str, Any] = dict(
-            _runner=None, _was_started=[], random=RandomStream(), _continues=False
-        )
-        fresh['_facts'] = facts
-
-        return {**self.__dict__, **fresh, **({'model': None} if self.path else {})}
+        fresh: dict = dict(_runner=None, _was_started=[], random=RandomStream(), _continues=False)
+        return self.__dict__ | fresh | {'_facts': facts} | ({'model': None} if self.path else {})
 
     def __setstate__(self, d: Mapping[str, Any]) -> None:
         self.__dict__.update(d)
@@ -550,7 +511,7 @@ class Teacher:
             teachers: This teacher, and other teachers for which `same_run` is true.
             inputs, samples, layers, kwargs: As in `outputs`.
         """
-        if samples is not None and self.reads_items:
+        if samples is not None and self.needs:
             inputs = with_items(tuple(inputs), samples.items)
             outs = self.outputs_for(teachers, inputs, None, layers, kwargs)
             return [as_in_batch(o, samples, t) for t, o in zip(teachers, outs)]

@@ -84,14 +84,12 @@ def tensor_of_rows(o: Any, n: int | None) -> Any:
 
 
 def prepared_inputs(
-    teacher: Any,
+    runner: Any,
     x: Sequence,
     kw: Mapping[str, Any],
-    *,
     device: torch.device,
     frozen: Any,
-    scaling: tuple[Tensor, Tensor] | None,
-    lend: Callable[[Tensor], bool],
+    lend: Callable[[Tensor], bool] | None = None,
 ) -> tuple:
     """Return the positional and keyword inputs of the model in their final form.
 
@@ -99,13 +97,14 @@ def prepared_inputs(
     and size that the model expects.
 
     Args:
-        teacher: A `Teacher` with a single model.
+        runner: The `ModelRunner` of a teacher.
         x, kw: Results of `own_inputs`.
         device: Device of the batch.
         frozen: The `FrozenModel`. None if the model is not an nn.Module.
-        scaling: Result of `affine` for the images.
-        lend: fn(tensor) -> True if the model may get the tensor itself instead of a copy.
+        lend: fn(tensor) -> True if the model may get the tensor itself instead of a copy. None for
+            copies of all tensors.
     """
+    teacher, scaling = runner.teacher, runner.scaling
     x, kw = arguments(teacher.model, x, kw)
     if len(x) > 1 and is_hf(teacher.model) and not frozen.has_run:
         check_second_argument(teacher.model, *x[:2])
@@ -122,6 +121,6 @@ def prepared_inputs(
         if dtype is not None and t.is_floating_point():
             t = t.to(dtype)
         # subtle: make a copy, since a model that changes its input in place would change the batch
-        return t.clone() if t is plain and not lend(t) else t
+        return t.clone() if t is plain and not (lend and lend(t)) else t
 
     return map_tensors((x, kw), prepare)
