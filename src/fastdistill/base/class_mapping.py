@@ -98,13 +98,8 @@ def grouped(
             f'{option}={list(groups)} sums the probabilities of mutually exclusive classes, but '
             f'this is kind={kind!r}: use one class for each output.'
         )
-    return torch.stack(
-        [
-            logits.index_select(axis, torch.tensor(g, device=logits.device)).logsumexp(axis)
-            for g in sets
-        ],
-        axis,
-    )
+    parts = [logits.index_select(axis, torch.tensor(g, device=logits.device)) for g in sets]
+    return torch.stack([p.logsumexp(axis) for p in parts], axis)
 
 
 def of_classes(

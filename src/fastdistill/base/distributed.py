@@ -49,10 +49,9 @@ def broadcast(tensors: Iterable[Tensor]) -> None:
     Args:
         tensors: Tensors to overwrite with those of the first rank.
     """
-    if world_size() == 1:
-        return
-    for t in tensors:
-        distributed.broadcast(t, 0)
+    if world_size() > 1:
+        for t in tensors:
+            distributed.broadcast(t, 0)
 
 
 def mean_over_ranks(tensors: Iterable[Any]) -> None:
@@ -61,10 +60,8 @@ def mean_over_ranks(tensors: Iterable[Any]) -> None:
     Args:
         tensors: Tensors to overwrite.
     """
-    if world_size() == 1:
-        return
-    for t in tensors:
-        distributed.all_reduce(t.div_(world_size()))
+    if world_size() > 1:
+        sum_over_ranks(t.div_(world_size()) for t in tensors)
 
 
 def sum_over_ranks(tensors: Iterable[Tensor]) -> None:
@@ -73,10 +70,9 @@ def sum_over_ranks(tensors: Iterable[Tensor]) -> None:
     Args:
         tensors: Tensors to overwrite.
     """
-    if world_size() == 1:
-        return
-    for t in tensors:
-        distributed.all_reduce(t)
+    if world_size() > 1:
+        for t in tensors:
+            distributed.all_reduce(t)
 
 
 def average_gradients(params: Iterable[Tensor]) -> None:
@@ -210,10 +206,8 @@ def counted_as_one() -> Iterator[None]:
     for other processes.
     """
     was, n = APART[0], os.environ.get('WORLD_SIZE')
-    APART[0], os.environ['WORLD_SIZE'] = (
-        True,
-        '1',
-    )  # fastai reads the number of processes from the environment
+    APART[0] = True
+    os.environ['WORLD_SIZE'] = '1'  # fastai reads the number of processes from the environment
     try:
         yield
     finally:
@@ -244,9 +238,8 @@ def joined_processes() -> Iterator[bool]:
         return
     if on_gpu := torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ['LOCAL_RANK']))
-    distributed.init_process_group(
-        'cpu:gloo,cuda:nccl' if on_gpu else 'gloo'
-    )  # Python objects are sent through gloo
+    # Python objects are sent through gloo
+    distributed.init_process_group('cpu:gloo,cuda:nccl' if on_gpu else 'gloo')
     try:
         yield rank() == 0
         leave_processes()

@@ -132,20 +132,15 @@ class TensorValues:
             if [t.shape for t in ts] == shapes and torch.equal(one_vector(ts), values):
                 continue
             for t, shape, was in zip(ts, shapes, values.split([s.numel() for s in shapes])):
-                restore_tensor(t, was.reshape(shape))
+                if t.shape != shape:
+                    t.resize_(shape)
+                if not torch.equal(t, was := was.reshape(shape)):
+                    t.copy_(was)
 
 
 @torch.no_grad()
 def one_vector(ts: Sequence[Tensor]) -> Tensor:
     return torch.cat([t if t.dim() == 1 else t.reshape(-1) for t in ts])
-
-
-def restore_tensor(t: Tensor, was: Tensor) -> None:
-    """Set the shape and the values of `t` to those of `was`, if they differ."""
-    if t.shape != was.shape:
-        t.resize_(was.shape)
-    if not torch.equal(t, was):
-        t.copy_(was)
 
 
 @torch.no_grad()

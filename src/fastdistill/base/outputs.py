@@ -124,8 +124,7 @@ class TopK:
         Args:
             order: For each position in the new order, the index of the stored class, (n,).
         """
-        place = torch.empty_like(order)
-        place[order] = torch.arange(len(order), device=order.device)
+        place = order.argsort()  # the inverse permutation
         return replace(self, ids=place.to(self.ids.device)[self.ids])
 
 
@@ -246,9 +245,8 @@ class Draws:
     @property
     def shape(self) -> torch.Size:
         """Shape of the original logits."""
-        return (
-            torch.empty((*self.ids.shape[:-1], self.n), device='meta').movedim(-1, self.axis).shape
-        )
+        last = torch.empty((*self.ids.shape[:-1], self.n), device='meta')
+        return last.movedim(-1, self.axis).shape
 
     def dim(self) -> int:
         return self.ids.dim()
@@ -290,8 +288,7 @@ class Draws:
         Args:
             order: For each position in the new order, the index of the stored class, (n,).
         """
-        place = torch.empty_like(order)
-        place[order] = torch.arange(len(order), device=order.device)
+        place = order.argsort()  # the inverse permutation
         return replace(self, ids=place.to(self.ids.device)[self.ids])
 
     def map(self, fn: Callable) -> 'Draws':
@@ -431,18 +428,13 @@ def named_output(raw: Any, output: Any) -> Any:
     if callable(output):
         return output(raw)
     parts = parts_of(raw)
-    place = (
-        output + sum(isinstance(k, int) for k in parts)
-        if isinstance(output, int) and output < 0
-        else output
-    )
+    place = output
+    if isinstance(output, int) and output < 0:
+        place += sum(isinstance(k, int) for k in parts)
     if place in parts:
         return parts[place]
-    have = (
-        'one tensor'
-        if isinstance(raw, Tensor)
-        else f'a {type(raw).__name__} with {described(parts)}'
-    )
+    one = isinstance(raw, Tensor)
+    have = 'one tensor' if one else f'a {type(raw).__name__} with {described(parts)}'
     raise DistillError(
         f'output={output!r}, but the model returned {have}. Pass the name or the index of one of '
         'these, or a function that computes the logits from what the model returned.'

@@ -99,7 +99,8 @@ def restored_generators(device: Any = None) -> Iterator[Callable]:
     """Context manager that yields a function for seeding the global generators, and restores them
     at the end.
     """
-    cuda = [torch.device(device).index or 0] if is_cuda(device) else []
+    on_gpu = device is not None and torch.device(device).type == 'cuda'
+    cuda = [torch.device(device).index or 0] if on_gpu else []
 
     def start(seed: int) -> None:
         seed = int(seed)
@@ -140,10 +141,6 @@ def restored_once() -> Iterator[None]:
         yield
 
 
-def is_cuda(device: Any) -> bool:
-    return device is not None and torch.device(device).type == 'cuda'
-
-
 def global_generators(
     devices: Sequence = (), python: bool = True
 ) -> dict[str, tuple[Callable, Callable]]:
@@ -156,10 +153,8 @@ def global_generators(
     """
     out: dict[str, tuple[Callable, Callable]] = {'cpu': (torch.get_rng_state, torch.set_rng_state)}
     for d in devices:
-        out[str(d)] = (
-            partial(torch.cuda.get_rng_state, d),
-            partial(torch.cuda.set_rng_state, device=d),
-        )
+        put = partial(torch.cuda.set_rng_state, device=d)
+        out[str(d)] = partial(torch.cuda.get_rng_state, d), put
     if python:
         out['random'] = random.getstate, random.setstate
         # replacing NumPy's generator is faster than copying its state

@@ -111,15 +111,8 @@ class RecipeGrammar:
 
     def function(self, node: Any) -> str:
         """Return the name of a recipe, or 'Term'."""
-        if isinstance(node, ast.Name):
-            name = node.id
-        elif (
-            isinstance(node, ast.Attribute)
-            and isinstance(node.value, ast.Name)
-            and node.value.id == 'recipes'
-        ):
-            name = node.attr
-        else:
+        name = node.id if isinstance(node, ast.Name) else member_of('recipes', node)
+        if name is None:
             raise self.error('only recipes can be called, by name', node)
         if name != 'Term' and name not in self.recipes:
             raise self.error(
@@ -131,18 +124,14 @@ class RecipeGrammar:
 
     def loss(self, node: Any) -> str:
         """Return the name of a loss, which is written as `losses.NAME`."""
-        known = (
-            isinstance(node, ast.Attribute)
-            and isinstance(node.value, ast.Name)
-            and node.value.id == 'losses'
-        )
-        if not known or node.attr not in self.losses:
+        name = member_of('losses', node)
+        if name is None or name not in self.losses:
             raise self.error(
                 'the first argument of a term must be a loss, e.g. Term(losses.kl). The losses '
                 f'are {", ".join(self.losses)}',
                 node,
             )
-        return node.attr
+        return name
 
     def keywords(self, node: Any) -> dict[str, Any]:
         out = {}
@@ -197,3 +186,9 @@ class RecipeGrammar:
             'of these',
             node,
         )
+
+
+def member_of(owner: str, node: Any) -> str | None:
+    """Return NAME if a node is written as OWNER.NAME, otherwise None."""
+    known = isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name)
+    return node.attr if known and node.value.id == owner else None

@@ -3,7 +3,7 @@ default task loss.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from math import prod
 from typing import Any
@@ -109,9 +109,7 @@ def innermost(loss: Any) -> tuple[Any, int | None]:
     class axis.
     """
     axes: list[int] = []
-    while (
-        inner := next((found for look in WRAPPED if (found := look(loss)) is not None), None)
-    ) is not None:
+    while inner := next((o for look in WRAPPED if (o := look(loss)) is not None), None):
         loss, axis = inner
         if axis is not None:
             axes.append(axis)
@@ -146,11 +144,8 @@ def task_for(
         )
     default = None if takes_probabilities(lf) else 'softmax'
     task = Task(kind or 'softmax') if loss is None else task_of(loss, kind or known or default)
-    return Task(
-        task.kind,
-        task.axis if axis is None else axis,
-        task.ignore_index if ignore_index is None else ignore_index,
-    )
+    given: dict[str, Any] = dict(axis=axis, ignore_index=ignore_index)
+    return replace(task, **{k: v for k, v in given.items() if v is not None})
 
 
 def takes_probabilities(lf: Any) -> bool:
@@ -267,11 +262,9 @@ def unfit_labels(y: Any, shape: Sequence[int], task: Task) -> str:
     if y.is_floating_point():
         return f'{float_labels(y)} {CLASS_NUMBERS}'
     axes = fitting_axes(y, shape)
-    fits = (
-        f' They fit classes along axis {" or ".join(map(str, axes))}: pass axis={axes[0]}.'
-        if axes
-        else ''
-    )
+    fits = ''
+    if axes:
+        fits = f' They fit classes along axis {" or ".join(map(str, axes))}: pass axis={axes[0]}.'
     return (
         f'The logits, of shape {tuple(shape)}, have their classes on axis {task.axis}, '
         f'but the labels have shape {tuple(y.shape)}.{fits}'

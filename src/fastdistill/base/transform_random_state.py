@@ -140,14 +140,9 @@ def access_of(o: Any) -> Any:
     """Return the functions that read, set and seed the state of a generator. Return None for other
     objects.
     """
-    return next(
-        (
-            v
-            for k, v in ACCESS.items()
-            if isinstance(o, k) and not isinstance(o, random.SystemRandom)
-        ),
-        None,
-    )
+    if isinstance(o, random.SystemRandom):
+        return None
+    return next((v for k, v in ACCESS.items() if isinstance(o, k)), None)
 
 
 @lru_cache
@@ -187,12 +182,9 @@ def contents(o: Any) -> Iterator[tuple]:
     """
     if access_of(o):
         return
-    if isinstance(o, (dict, list, tuple)):
-        if len(o) <= MAX_ITEMS:
-            yield from (
-                ((getitem, o, k), v)
-                for k, v in (o.items() if isinstance(o, dict) else enumerate(o))
-            )
+    if isinstance(o, (dict, list, tuple)) and len(o) <= MAX_ITEMS:
+        pairs = o.items() if isinstance(o, dict) else enumerate(o)
+        yield from (((getitem, o, k), v) for k, v in pairs)
     for k in FUNCTION_PARTS.get(type(o), ()):
         yield (getattr, o, k), getattr(o, k)
     if isinstance(o, FunctionType):
