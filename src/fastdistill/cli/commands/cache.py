@@ -70,13 +70,26 @@ def write(
     Under torchrun or accelerate launch, each process writes a part of the cache.
     """
     from ...base.distributed import joined_processes
+    from ...cache.write_progress import ProgressBar
     from ...fastai.cache_data import cache_teacher
 
     dls, model = load_object(data, dataloaders), load_teacher(teacher)
     with (
         joined_processes() as first,
-        WriterBar(console := Console(quiet=not first), first and not yes) as bar,
+        ProgressBar(console := Console(quiet=not first)) as bar,
     ):
+
+        def forecast(plan: Any) -> None:
+            """Print the size of the cache before the teacher runs. Ask for confirmation if the
+            cache needs more than half of the free disk space.
+            """
+            bar.stop()
+            console.print(str(plan) if plan.bytes else 'Nothing is missing.', highlight=False)
+            # the writer itself raises an error if the cache needs more than the free disk space
+            large = plan.free is not None and plan.free / 2 < plan.bytes <= plan.free
+            if large and first and not yes:
+                typer.confirm('That is more than half of the free disk. Continue?', abort=True)
+
         try:
             cache = cache_teacher(
                 model,
@@ -87,13 +100,13 @@ def write(
                 layers or None,
                 recipe=recipe,
                 valid=valid,
-                run=dict(bs=bs, num_workers=workers, seed=seed, forecast=bar.forecast),
+                run=dict(bs=bs, num_workers=workers, seed=seed, forecast=forecast),
                 check=check and first,
                 force=force,
-                progress=bar.bar.progress,
+                progress=bar.progress,
             )
         except KeyboardInterrupt:
-            bar.bar.stop()
+            bar.stop()
             console.print(
                 f'\nInterrupted. Finished files are kept in {path}: the same command resumes.',
                 highlight=False,
@@ -173,7 +186,6 @@ def info(
     Console().print(table)
     if check:
         TeacherCache(path).check()
-    if check:
         typer.echo('Every file matches its checksum.')
 
 
@@ -228,28 +240,3 @@ def unpack_command(
     from ...cache.pack import unpack_cache
 
     typer.echo(str(unpack_cache(packed, path)))
-
-
-class WriterBar:
-    """Display of the forecast and the progress of each pass over the data."""
-
-    def __init__(self, console: Any, ask: bool):
-        from ...cache.write_progress import ProgressBar
-
-        self.console, self.ask, self.bar = console, ask, ProgressBar(console)
-
-    def __enter__(self) -> 'WriterBar':
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        self.bar.stop()
-
-    def forecast(self, plan: Any) -> None:
-        """Print the size of the cache before the teacher runs. Ask for confirmation if the cache
-        needs more than half of the free disk space.
-        """
-        self.bar.stop()
-        self.console.print(str(plan) if plan.bytes else 'Nothing is missing.', highlight=False)
-        # the writer itself raises an error if the cache needs more than the free disk space
-        if plan.free is not None and plan.free / 2 < plan.bytes <= plan.free and self.ask:
-            typer.confirm('That is more than half of the free disk. Continue?', abort=True)

@@ -83,10 +83,11 @@ def compare_command(
 
 
 def report_files(paths: list[Path]) -> list[Path]:
-    for p in paths:
-        if not (p / 'report.json' if p.is_dir() else p).is_file():
-            raise DistillError(f'There is no file {str(p / "report.json" if p.is_dir() else p)!r}.')
-    return paths
+    """Check arguments that name reports. A folder is replaced by the report inside."""
+    files = [p / 'report.json' if p.is_dir() else p for p in paths]
+    if missing := [p for p in files if not p.is_file()]:
+        raise DistillError(f'There is no file {str(missing[0])!r}.')
+    return files
 
 
 def report_command(
@@ -106,11 +107,10 @@ def report_command(
         raise DistillError(f'html= is the page of one report, but there are {len(runs)}.')
     from ...evaluation import Report, plot_runs, print_runs
 
-    files = [p if p.is_file() else p / 'report.json' for p in runs]
-    folders = [p.parent for p in files]
+    folders = [p.parent for p in runs]
     found = named_once(
         (str(folder if folders.count(folder) == 1 else p), Report.from_json(p))
-        for p, folder in zip(files, folders)
+        for p, folder in zip(runs, folders)
     )
     if len(found) == 1:
         (r,) = found.values()
