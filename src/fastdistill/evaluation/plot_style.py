@@ -26,8 +26,8 @@ COLORS = '#8a93a6', '#e0752d', '#1f7a8c', '#8e5bb5', '#4f9d4a', '#c4496b'
 
 
 # colors of text, secondary text, lines and background
-INK, GREY, PALE, PAPER = '#2b2d33', '#6b7280', '#d9dce3', '#ffffff'
-ON_DARK = {INK: '#e6e7ea', GREY: '#9aa1ad', PALE: '#454954', PAPER: '#17181c'}
+INK, GREY, PALE, BACKGROUND = '#2b2d33', '#6b7280', '#d9dce3', '#ffffff'
+ON_DARK = {INK: '#e6e7ea', GREY: '#9aa1ad', PALE: '#454954', BACKGROUND: '#17181c'}
 STYLE: Any = {
     'font.size': 10,
     'text.color': INK,
@@ -38,7 +38,7 @@ STYLE: Any = {
     'axes.titlesize': 9,
     'axes.titlecolor': GREY,
     'axes.facecolor': 'none',
-    'figure.facecolor': PAPER,
+    'figure.facecolor': BACKGROUND,
     'legend.frameon': False,
     'axes.spines.top': False,
     'axes.spines.right': False,

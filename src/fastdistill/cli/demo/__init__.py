@@ -24,7 +24,7 @@ from .tasks import DemoTask, ToFloat, load_task
 
 __all__ = ['Results', 'run']
 
-BATCHES = 1, 64  # batch sizes for which times are measured
+BATCH_SIZES = 1, 64  # batch sizes for which times are measured
 # ways to train the same small model
 WAYS = {ALONE: None, 'distilled': 'auto', 'soft labels only': soft_labels(T=4)}
 
@@ -150,7 +150,7 @@ def latency(task: DemoTask, seconds: float, **models: nn.Module) -> dict[str, di
     """
     (x,) = ToFloat().encodes((task.test[0],))
     ms: dict[str, dict[int, float]] = {name: {} for name in models}
-    for n in BATCHES:
+    for n in BATCH_SIZES:
         x_on = lambda m, n=n: x[:n].to(next(m.parameters()).device)
         calls = {name: partial(m.eval(), x_on(m)) for name, m in models.items()}
         wait = wait_for(x_on(next(iter(models.values()))))
