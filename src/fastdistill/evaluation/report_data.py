@@ -3,9 +3,9 @@
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, is_dataclass
 from pathlib import Path
-from typing import Any, Self, cast
+from typing import Any, Self, cast, get_args, get_origin, get_type_hints
 
 from ..base.atomic_files import file_errors, write_atomically
 from ..base.errors import DistillError
@@ -203,7 +203,6 @@ class JsonReport:
 
     called = 'report'  # name in messages
     format: int
-    inside: dict = {}  # like `INSIDE`, but only for this class
 
     def to_json(self, path: str | Path | None = None) -> str | Path:
         """Convert the report to JSON. Return the path if a file was written, or else the JSON text.
@@ -348,37 +347,21 @@ def finite(o: Any) -> Any:
     return [finite(v) for v in o] if isinstance(o, (list, tuple)) else o
 
 
-# nested dataclasses of a report: {field: (class, type of the container or None)}
-INSIDE = dict(
-    info=(MeasureInfo, dict),
-    models=(ModelResult, dict),
-    comparisons=(Comparison, list),
-    measures=(Estimate, dict),
-    differences=(Difference, dict),
-    recovered=(Estimate, dict),
-    cost=(Cost, None),
-    latency=(Latency, list),
-)
-
-
-def built(cls: Any, data: Any) -> Any:
-    """Build an instance of the dataclass `cls` from plain data."""
-    names = {f.name for f in fields(cls)}
-    if not isinstance(data, dict) or (wrong := set(data) - names):
+def built(of: Any, data: Any) -> Any:
+    """Build a value of type `of` from plain data. Dataclasses in it may be nested."""
+    args = get_args(of)
+    if get_origin(of) is dict:
+        return {k: built(args[1], v) for k, v in data.items()}
+    if get_origin(of) is list:
+        return [built(args[0], v) for v in data]
+    types = get_type_hints(of) if is_dataclass(of) else None
+    if types is None:
+        return data
+    if not isinstance(data, dict) or (wrong := set(data) - set(types)):
         what = (
             f'the field(s) {", ".join(sorted(wrong))}'
             if isinstance(data, dict)
             else f'a {type(data).__name__}'
         )
-        raise TypeError(f'its {cls.__name__} has {what}')
-    known = INSIDE | getattr(cls, 'inside', {})
-
-    def inside(k: str, v: Any) -> Any:
-        if k not in known:
-            return v
-        of, box = known[k]
-        if box is dict:
-            return {n: built(of, o) for n, o in v.items()}
-        return [built(of, o) for o in v] if box is list else built(of, v)
-
-    return cls(**{k: inside(k, v) for k, v in data.items()})
+        raise TypeError(f'its {of.__name__} has {what}')
+    return of(**{k: built(types[k], v) for k, v in data.items()})

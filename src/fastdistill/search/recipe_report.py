@@ -50,7 +50,7 @@ class RecipeReport(JsonReport):
     runs: list[RecipeRun]
     differences: dict[str, Difference] = field(default_factory=dict)
     format: int = RECIPES_FORMAT
-    called, inside = 'report of recipes', dict(runs=(RecipeRun, list))
+    called = 'report of recipes'
 
     @property
     def seeds(self) -> list[int]:
