@@ -143,8 +143,33 @@ def measure_models(
         if seconds:
             for k, v in latencies(models, first, dict.fromkeys((1, large)), seconds, tick).items():
                 costs[k].latency = v
-    return report_of(
-        of, models, costs, task, teacher, baseline, language, headline, repeats, seed, first
+    scores = {k: {c: np.concatenate(v) for c, v in o.scores.items()} for k, o in of.items()}
+    for v in scores.values():
+        if 'margin' in v:
+            v |= auc_sums(v.pop('margin'), v['positive'], v['n'])
+    some = next(iter(of.values()))
+    n_classes = some.sums['totals'].shape[1] if task.kind != 'regression' else 0
+    measures = measures_of(task.kind, next(iter(scores.values())), n_classes, language)
+    names = [m.name for m in measures]
+    if headline is not None and headline not in names:
+        raise DistillError(f'headline={headline!r}: must be {" or ".join(map(repr, names))}.')
+    paired = PairedScores(scores, measures, repeats, seed)
+    role = lambda k: 'teacher' if k == teacher else 'baseline' if k == baseline else 'student'
+    results = {
+        k: result(o, paired.estimates(k), costs[k], role(k), models[k].name) for k, o in of.items()
+    }
+    counts = [] if task.kind == 'regression' else some.sums['totals'][1].tolist()
+    return Report(
+        task.kind,
+        headline or names[0],
+        some.n,
+        info={m.name: m.info for m in measures},
+        models=results,
+        comparisons=comparisons(paired, of, teacher, baseline),
+        teacher=teacher,
+        baseline=baseline,
+        counts=counts if len(counts) <= MAX_NAMED else [],
+        machine=machine_of(first),
     )
 
 
@@ -190,50 +215,6 @@ def add_batch(
         )
         for k, r in rows.items():
             of[k].add_rows(r, None if teacher is None else rows.get(teacher), dense)
-
-
-def report_of(
-    of: Mapping[str, OfModel],
-    models: Mapping[str, Teacher],
-    costs: Mapping[str, Cost],
-    task: Task,
-    teacher: str | None,
-    baseline: str | None,
-    language: bool,
-    headline: str | None,
-    repeats: int,
-    seed: int,
-    x: Any,
-) -> Report:
-    """Build the report from the sums."""
-    scores = {k: {c: np.concatenate(v) for c, v in o.scores.items()} for k, o in of.items()}
-    for v in scores.values():
-        if 'margin' in v:
-            v |= auc_sums(v.pop('margin'), v['positive'], v['n'])
-    first = next(iter(of.values()))
-    n_classes = first.sums['totals'].shape[1] if task.kind != 'regression' else 0
-    measures = measures_of(task.kind, next(iter(scores.values())), n_classes, language)
-    names = [m.name for m in measures]
-    if headline is not None and headline not in names:
-        raise DistillError(f'headline={headline!r}: must be {" or ".join(map(repr, names))}.')
-    paired = PairedScores(scores, measures, repeats, seed)
-    role = lambda k: 'teacher' if k == teacher else 'baseline' if k == baseline else 'student'
-    results = {
-        k: result(o, paired.estimates(k), costs[k], role(k), models[k].name) for k, o in of.items()
-    }
-    counts = [] if task.kind == 'regression' else first.sums['totals'][1].tolist()
-    return Report(
-        task.kind,
-        headline or names[0],
-        first.n,
-        info={m.name: m.info for m in measures},
-        models=results,
-        comparisons=comparisons(paired, of, teacher, baseline),
-        teacher=teacher,
-        baseline=baseline,
-        counts=counts if len(counts) <= MAX_NAMED else [],
-        machine=machine_of(x),
-    )
 
 
 def comparisons(
