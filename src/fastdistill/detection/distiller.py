@@ -19,9 +19,8 @@ from ..distiller.dataloader import read_apart, spread_batches
 from ..distiller.distiller import Distiller
 from ..distiller.head import Head
 from ..distiller.trainer_integration import takes_part
-from ..features.layer_hooks import Taps, returned_by
+from ..features.layer_hooks import returned_by
 from ..features.layer_names import split_suffixes
-from ..features.layer_pairs import PairTable, pair
 from ..features.probe import dry_run
 from ..recipes.recipe_loss import Distilled
 from ..recipes.recipe_text import as_recipe
@@ -76,24 +75,7 @@ class DetectionHead(Head):
         view, x = DetectorView(self.detector), (pixels, None, self._compares_heads())
         with RandomGuard([pixels.device.index] if pixels.is_cuda else []):
             self.level_pairs = self._paired_levels(view, x)
-            tables = {
-                t.name: pair(
-                    view,
-                    teacher,
-                    x,
-                    layers=self._named(t.layers),
-                    match=t.match,
-                    projector=t.projector,
-                )
-                for t in self.layered
-            }
-            self.pairs = PairTable(p for ps in tables.values() for p in ps)
-            with Taps(view, dict.fromkeys(p.student for p in self.pairs)) as taps:
-                dry_run(view, *x)
-                s = taps.pop()
-            t = teacher.probe(*x, layers=list(dict.fromkeys(p.teacher for p in self.pairs)))
-            for term in self.layered:
-                self.links[term.name] = nn.ModuleList(self._links(term, tables[term.name], s, t))
+            self._link_layers(view, teacher, x)
 
     def _compares_heads(self) -> bool:
         """Return True if a term compares the outputs of the heads. Raise a DistillError if the

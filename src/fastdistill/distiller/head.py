@@ -289,24 +289,36 @@ class Head(RecipeLoss):
 
         Both models run once in evaluation mode. The models and the random state are not changed.
         """
-        student = self.student
-        cuda = sorted({p.device.index for p in student.parameters() if p.is_cuda})
+        cuda = sorted({p.device.index for p in self.student.parameters() if p.is_cuda})
         with RandomGuard(cuda):
-            tables = {
-                t.name: pair(
-                    student, self.teacher, x, layers=t.layers, match=t.match, projector=t.projector
-                )
-                for t in self.layered
-            }
-            pairs = self.pairs = PairTable(p for ps in tables.values() for p in ps)
-            with Taps(student, dict.fromkeys(p.student for p in pairs)) as taps:
-                dry_run(student, *x)
-                s = taps.pop()
-            t = self.teacher.probe(
-                *x, layers=list(dict.fromkeys(p.teacher for p in pairs if not is_output(p.teacher)))
+            self._link_layers(self.student, self.teacher, x)
+
+    def _link_layers(self, student: nn.Module, teacher: Teacher, x: tuple) -> None:
+        """Pair the layers of these models, and build projectors."""
+        tables = {
+            t.name: pair(
+                student,
+                teacher,
+                x,
+                layers=self._named(t.layers),
+                match=t.match,
+                projector=t.projector,
             )
-            for term in self.layered:
-                self.links[term.name] = nn.ModuleList(self._links(term, tables[term.name], s, t))
+            for t in self.layered
+        }
+        pairs = self.pairs = PairTable(p for ps in tables.values() for p in ps)
+        with Taps(student, dict.fromkeys(p.student for p in pairs)) as taps:
+            dry_run(student, *x)
+            s = taps.pop()
+        t = teacher.probe(
+            *x, layers=list(dict.fromkeys(p.teacher for p in pairs if not is_output(p.teacher)))
+        )
+        for term in self.layered:
+            self.links[term.name] = nn.ModuleList(self._links(term, tables[term.name], s, t))
+
+    def _named(self, layers: Any) -> Any:
+        """Return the layers of a term in the form that `pair` takes."""
+        return layers
 
     def _links(self, term: Any, pairs: PairTable, s: dict, t: Outputs) -> Iterator[Link]:
         """Yield a `Link` for each pair of layers of a term, on the student's device."""
