@@ -37,16 +37,8 @@ def check_detections(
     found, targets = Findings(), [t for _, y in batches for t in y]
     n = sum(len(t['boxes']) for t in targets)
     if not n:
-        found.add(
-            'teacher',
-            [
-                Finding(
-                    'note',
-                    'The batches read have no boxes, so the teacher was not checked',
-                    'Pass batches with boxes',
-                )
-            ],
-        )
+        what = 'The batches read have no boxes, so the teacher was not checked'
+        found.add('teacher', [Finding('note', what, 'Pass batches with boxes')])
         return found
     all_of = lambda model: [o for x, _ in batches for o in detect(model, x)]
     matches = top_matches(all_of(teacher), targets)

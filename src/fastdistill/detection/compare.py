@@ -1,6 +1,7 @@
 "Compare detectors on the same images by mean average precision, cost and paired tests."
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -8,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from ..base.model_state import ModelState
 from ..base.outputs import DistillError
 from ..base.random_state import guarded_random_state
 from ..evaluation.cost import timed_in_turns, unfused, wait_for
@@ -139,7 +141,8 @@ def map_measures() -> list:
 
 def costs_of(models: Mapping[str, nn.Module], images: Sequence[Tensor], seconds: float) -> dict:
     """Measure the `Cost` of each model for one image."""
-    costs, calls, modes = {}, {}, [(o, o.training) for m in models.values() for o in m.modules()]
+    costs, calls = {}, {}
+    state = ModelState(o for m in models.values() for o in m.modules())
     try:
         for k, m in models.items():
             m.eval()
@@ -152,17 +155,12 @@ def costs_of(models: Mapping[str, nn.Module], images: Sequence[Tensor], seconds:
                 counter.get_total_flops() // 2 or None,
                 sum(t.numel() * t.element_size() for t in weights),
             )
-            calls[k] = run_on(m, x)
+            calls[k] = partial(m, x)
         if seconds:
             x = on_device_of(images, next(iter(models.values())))
-            for k, ts in timed_in_turns(calls, seconds, wait_for(x), lambda: None).items():
+            for k, ts in timed_in_turns(calls, seconds, wait_for(x)).items():
                 p50, p95 = np.percentile(ts, (50, 95)) * 1000
                 costs[k].latency = [Latency(1, float(p50), float(p95), len(ts))]
     finally:
-        for m, training in modes:
-            m.training = training
+        state.restore()
     return costs
-
-
-def run_on(model: nn.Module, images: Sequence[Tensor]) -> Callable[[], Any]:
-    return lambda: model(images)

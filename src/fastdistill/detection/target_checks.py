@@ -37,16 +37,8 @@ def check_targets(
             break
     boxes = [t['boxes'] for t in targets if isinstance(t.get('boxes'), Tensor)]
     if not found and sum(map(len, boxes)) == 0:
-        found.add(
-            'targets',
-            [
-                Finding(
-                    'note',
-                    'No image of the first batch has a box',
-                    'This is fine for some images. If it is the case for all, check the labels',
-                )
-            ],
-        )
+        do = 'This is fine for some images. If it is the case for all, check the labels'
+        found.add('targets', [Finding('note', 'No image of the first batch has a box', do)])
     return found
 
 
