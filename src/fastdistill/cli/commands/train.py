@@ -2,103 +2,82 @@
 
 import os
 import sys
+from dataclasses import fields
+from inspect import Parameter, Signature, signature
 from pathlib import Path
-from typing import Annotated, Any, TypeAlias
+from typing import Annotated, Any
 
 import typer
 
+from ..training.config import TrainConfig
 from ..training.run_settings import settings_of
 
 __all__ = ['train_command']
 
-Text: TypeAlias = str | None
-Number: TypeAlias = int | None
-Flag: TypeAlias = bool | None
+# {setting of a run: help text of its flag}
+HELP = dict(
+    data='Folder or CSV file.',
+    teacher='Architecture to train first, a file (Learner .pkl, trees .joblib ...), or a run.',
+    student='Architecture: resnet18, mobilenet_v3_small, cnn, awd_lstm, tabular ...',
+    teacher_layers="Layer sizes of a cnn, awd_lstm, embedding_bag or tabular teacher: '64,32'.",
+    student_layers='Layer sizes of the student, in the same form.',
+    teacher_weights="A .safetensors file with the teacher's weights.",
+    task='images, masks, texts or table. (default: auto, inferred from the data)',
+    recipe="Such as 'kd(T=4, alpha=.9) + at()'. (default: auto)",
+    epochs='Epochs of each training. (default: 10)',
+    teacher_epochs='Epochs of the teacher. (default: --epochs)',
+    lr='Learning rate of the students. (default: auto, by lr_find)',
+    teacher_lr='Learning rate of the teacher. (default: auto)',
+    x='Column of the input; columns of a table, with commas.',
+    y='Column of the label.',
+    delimiter='Delimiter between the labels of a sample, if it has several.',
+    header='Whether the CSV begins with the names of its columns. (default: yes)',
+    valid='Validation set: a fraction, a column that marks it, or a CSV file. (default: 0.2)',
+    ignore='Class or value of masks to ignore, such as 255. (default: a class named void)',
+    y_range="Lowest and highest number to predict: '0,100'. (default: no limits)",
+    size='Size of images: 224, or 72x96 (height, width). (default: auto)',
+    augment='Augmentation of images: flip, full (also rotation, zoom, lighting) or none. '
+    '(default: flip)',
+    batch_size='Batch size. (default: images and texts 64, masks 8, table 256)',
+    pretrained='Start with published weights, which are downloaded. (default: no)',
+    baseline='Also train the student without the teacher. (default: yes)',
+    check='Check the teacher for mistakes first. (default: yes)',
+    onnx='Also write the student as ONNX, if it can be exported. (default: yes)',
+    seed='Seed of all random numbers. (default: 0)',
+    device='cpu, cuda, cuda:1, mps ... (default: auto)',
+    workers='Processes that load data. (default: 0)',
+    log='tensorboard; history.csv is always written.',
+)
 
 
 def option(text: str, *names: str) -> Any:
     return typer.Option(*names, help=text, show_default=False)
 
 
+def flags_of_settings() -> list[Parameter]:
+    """Return a flag for each setting of a run. Its default is None, for a setting that is not given."""
+    types = {f.name: f.type if isinstance(f.type, type) else str for f in fields(TrainConfig)}
+    return [
+        Parameter(
+            k,
+            Parameter.KEYWORD_ONLY,
+            default=None,
+            annotation=Annotated[of | None, option(HELP[k])],
+        )
+        for k, of in types.items()
+    ]
+
+
 def train_command(
-    data: Annotated[Text, option('Folder or CSV file.')] = None,
-    teacher: Annotated[
-        Text,
-        option('Architecture to train first, a file (Learner .pkl, trees .joblib ...), or a run.'),
+    *,
+    out: Annotated[str | None, option('Folder of the run. (default: a new one in runs/)')] = None,
+    config: Annotated[
+        str | None, option('Settings of a previous run: runs/NAME/config.toml.')
     ] = None,
-    student: Annotated[
-        Text, option('Architecture: resnet18, mobilenet_v3_small, cnn, awd_lstm, tabular ...')
-    ] = None,
-    teacher_layers: Annotated[
-        Text, option("Layer sizes of a cnn, awd_lstm, embedding_bag or tabular teacher: '64,32'.")
-    ] = None,
-    student_layers: Annotated[Text, option('Layer sizes of the student, in the same form.')] = None,
-    teacher_weights: Annotated[
-        Text, option("A .safetensors file with the teacher's weights.")
-    ] = None,
-    task: Annotated[
-        Text, option('images, masks, texts or table. (default: auto, inferred from the data)')
-    ] = None,
-    recipe: Annotated[Text, option("Such as 'kd(T=4, alpha=.9) + at()'. (default: auto)")] = None,
-    epochs: Annotated[Number, option('Epochs of each training. (default: 10)')] = None,
-    teacher_epochs: Annotated[Number, option('Epochs of the teacher. (default: --epochs)')] = None,
-    lr: Annotated[
-        Text, option('Learning rate of the students. (default: auto, by lr_find)')
-    ] = None,
-    teacher_lr: Annotated[Text, option('Learning rate of the teacher. (default: auto)')] = None,
-    x: Annotated[
-        Text, option('Column of the input; columns of a table, with commas.', '--x')
-    ] = None,
-    y: Annotated[Text, option('Column of the label.', '--y')] = None,
-    delimiter: Annotated[
-        Text, option('Delimiter between the labels of a sample, if it has several.')
-    ] = None,
-    header: Annotated[
-        Flag, option('Whether the CSV begins with the names of its columns. (default: yes)')
-    ] = None,
-    valid: Annotated[
-        Text,
-        option('Validation set: a fraction, a column that marks it, or a CSV file. (default: 0.2)'),
-    ] = None,
-    ignore: Annotated[
-        Text,
-        option('Class or value of masks to ignore, such as 255. (default: a class named void)'),
-    ] = None,
-    y_range: Annotated[
-        Text, option("Lowest and highest number to predict: '0,100'. (default: no limits)")
-    ] = None,
-    size: Annotated[
-        Text, option('Size of images: 224, or 72x96 (height, width). (default: auto)')
-    ] = None,
-    augment: Annotated[
-        Text,
-        option(
-            'Augmentation of images: flip, full (also rotation, zoom, lighting) or '
-            'none. (default: flip)'
-        ),
-    ] = None,
-    batch_size: Annotated[
-        Number, option('Batch size. (default: images and texts 64, masks 8, table 256)')
-    ] = None,
-    pretrained: Annotated[
-        Flag, option('Start with published weights, which are downloaded. (default: no)')
-    ] = None,
-    baseline: Annotated[
-        Flag, option('Also train the student without the teacher. (default: yes)')
-    ] = None,
-    check: Annotated[Flag, option('Check the teacher for mistakes first. (default: yes)')] = None,
-    onnx: Annotated[
-        Flag, option('Also write the student as ONNX, if it can be exported. (default: yes)')
-    ] = None,
-    seed: Annotated[Number, option('Seed of all random numbers. (default: 0)')] = None,
-    device: Annotated[Text, option('cpu, cuda, cuda:1, mps ... (default: auto)')] = None,
-    workers: Annotated[Number, option('Processes that load data. (default: 0)')] = None,
-    log: Annotated[Text, option('tensorboard; history.csv is always written.')] = None,
-    out: Annotated[Text, option('Folder of the run. (default: a new one in runs/)')] = None,
-    config: Annotated[Text, option('Settings of a previous run: runs/NAME/config.toml.')] = None,
     resume: Annotated[
         bool, option('Continue the run in the folder, with the same result.', '--resume')
     ] = False,
+    **settings: Any,
 ) -> None:
     """Train a student with a teacher, from files on disk, and show what was gained.
 
@@ -125,9 +104,7 @@ def train_command(
     student.pkl (for fastai's load_learner), student/ (weights as safetensors, a card, ONNX if
     possible) and teacher.safetensors.
     """
-    given = {
-        k: v for k, v in locals().items() if v is not None and k not in ('out', 'config', 'resume')
-    }
+    given = {k: v for k, v in settings.items() if v is not None}
     # report mistakes in the settings before PyTorch is imported, or, by the first of several
     # processes, before fastai is imported
     if os.environ.get('WORLD_SIZE', '1') == '1':
@@ -135,10 +112,10 @@ def train_command(
     from ...base.distributed import joined_processes, on_first
 
     with joined_processes() as first:
-        settings = on_first(lambda: settings_of(given, config, out, resume))
+        run_settings = on_first(lambda: settings_of(given, config, out, resume))
         from ..training import TrainRun
 
-        run = TrainRun(*settings, say=typer.echo, bar=sys.stdout.isatty())
+        run = TrainRun(*run_settings, say=typer.echo, bar=sys.stdout.isatty())
         try:
             report = run()
         except KeyboardInterrupt:
@@ -150,3 +127,7 @@ def train_command(
         return
     report.show()
     typer.echo(f'Written: {Path(run.folder) / "report.html"}, and the student beside it')
+
+
+own = [p for p in signature(train_command).parameters.values() if p.kind != p.VAR_KEYWORD]
+train_command.__signature__ = Signature([*flags_of_settings(), *own])  # type: ignore[attr-defined]
