@@ -190,6 +190,38 @@ def test_replaced_images_are_found_also_where_a_column_or_get_x_names_them(
             use()
 
 
+@pytest.mark.parametrize('source', ['tuples', 'table'])
+def test_replaced_files_of_a_second_input_are_found(folder, tmp_path, source):
+    files = sorted(get_image_files(folder))
+    pairs = [(p, q, p.parent.name) for p, q in zip(files[:12], files[12:])]
+
+    class Both(nn.Module):
+        def forward(self, a, b):
+            return (a - b).flatten(1)[:, :2]
+
+    def dls():
+        items, reader = pairs, ItemGetter
+        if source == 'table':
+            items, reader = pd.DataFrame(pairs), ColReader
+        block = DataBlock(
+            (ImageBlock, ImageBlock, CategoryBlock(vocab=['a', 'b'])),
+            n_inp=2,
+            get_x=[reader(0), reader(1)],
+            get_y=reader(2),
+            splitter=IndexSplitter(range(2)),
+            item_tfms=Resize(8),
+        )
+        return block.dataloaders(items, bs=4, num_workers=0)
+
+    store = lambda: cache_teacher(Both(), dls(), tmp_path / 'c', check=False)
+    store()
+    store()  # nothing has changed
+    replaced = pairs[5][1]  # not among the samples whose inputs are compared
+    Image.new('RGB', (8, 8)).save(replaced)
+    with pytest.raises(DistillError, match=f'1 of 10 files changed .*{replaced.name}'):
+        store()
+
+
 def test_a_file_that_get_x_draws_at_random_is_not_taken_for_a_samples_own(folder, tmp_path):
     files = sorted(get_image_files(folder))
     block = DataBlock(

@@ -283,7 +283,8 @@ class TeacherCache:
         A file is read only if its modification time changed.
 
         Args:
-            files: File path of each sample, (M,), from `files_of`. None if samples are not files.
+            files: File path of each sample, or a tuple of paths, (M,). None if samples are not
+                files.
             at: Position in the cache of each sample, (M,), from `find`. If None, the files are in
                 the order of the cache.
         """

@@ -1,14 +1,13 @@
 """Detect changed sample files with the record `files.bin`.
 
-The record holds the size, modification time and content hash of each sample file. A file is read
-again only if its modification time changed.
+The record holds the size, modification time and content hash of each sample's file, or of all its
+files together. A file is read again only if its modification time changed.
 """
 
 import hashlib
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import PurePath
 from typing import Any
 
@@ -60,10 +59,13 @@ def dataset_files(dataset: Any) -> list | None:
 
 
 def record_files(paths: Sequence) -> np.ndarray:
-    """Return the record of all files, (N, 3) int64.
+    """Return the record of the files of all samples, (N, 3) int64.
 
     The columns are the size, the modification time in nanoseconds, and a 64-bit hash of the
     content.
+
+    Args:
+        paths: Path of each sample, or a tuple of paths for samples with several files.
     """
     return np.concatenate([in_parallel(stat_of, paths, 2), in_parallel(content_of, paths, 1)], 1)
 
@@ -75,7 +77,7 @@ def newer_record(record: np.ndarray, paths: Sequence) -> tuple:
 
     Args:
         record: Result of `record_files` when the cache was written, (N, 3).
-        paths: Current paths of the same files, (N,).
+        paths: Current paths of the same files, as in `record_files`.
 
     Returns:
         (indices of files whose content changed, record with the current modification times).
@@ -89,21 +91,29 @@ def newer_record(record: np.ndarray, paths: Sequence) -> tuple:
     return np.flatnonzero(changed), new
 
 
-def stat_of(path: Any) -> tuple[int, int]:
+def stat_of(sample: Any) -> tuple[int, int]:
     try:
-        s = os.stat(path)
+        stats = [os.stat(p) for p in paths_of(sample)]
     except OSError:
         return NO_FILE, 0
-    return s.st_size, s.st_mtime_ns
+    times = sum(i * s.st_mtime_ns for i, s in enumerate(stats, 1)) % 2**63
+    return sum(s.st_size for s in stats), times  # other times if two files change places
 
 
-def content_of(path: Any) -> tuple[int]:
+def content_of(sample: Any) -> tuple[int]:
+    h = hashlib.blake2b(digest_size=8)
     try:
-        with open(path, 'rb') as f:
-            h = hashlib.file_digest(f, partial(hashlib.blake2b, digest_size=8))
+        for path in paths_of(sample):
+            with open(path, 'rb') as f:
+                while part := f.read(2**20):
+                    h.update(part)
     except OSError:
         return (0,)
     return (int.from_bytes(h.digest(), 'little', signed=True),)
+
+
+def paths_of(sample: Any) -> tuple:
+    return sample if isinstance(sample, tuple) else (sample,)
 
 
 def in_parallel(fn: Callable, paths: Sequence, n: int, size: int = 256) -> np.ndarray:

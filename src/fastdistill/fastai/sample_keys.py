@@ -193,28 +193,34 @@ def matching_root(cache, dls, dl) -> str:
 
 
 def sample_files(dl, order=None):
-    """Return the file of each sample. Return None if the samples are not files.
+    """Return the file of each sample, or a tuple of files if several inputs are files. Return None
+    if the samples are not files.
 
     Args:
         dl: The DataLoader.
         order: Positions in the dataset. If None, the order of the dataset is used.
     """
-    files = None if is_stream(dl) else files_of(file_names(dl.dataset))
-    return files if files is None or order is None else [files[i] for i in order]
+    inputs = range(0 if is_stream(dl) else getattr(dl.dataset, 'n_inp', 1))
+    each = [files for i in inputs if (files := files_of(file_names(dl.dataset, i))) is not None]
+    if not each:
+        return None
+    files = each[0] if len(each) == 1 else list(zip(*each))
+    return files if order is None else [files[i] for i in order]
 
 
-def file_names(dataset):
-    """Return the file name or other source of each sample, according to `get_x` or a column reader.
+def file_names(dataset, i):
+    """Return the file name or other source of input `i` of each sample, according to `get_x` or a
+    column reader.
 
-    If the sources are unknown, return the items themselves.
+    If the sources of the first input are unknown, return the items themselves.
     """
-    items, getter = items_of(dataset), first_transform(dataset)
+    items, getter = items_of(dataset), first_transform(dataset, i)
     table = hasattr(items, 'columns')
     if table and isinstance(getter, ColReader):
         return names_in_column(items, getter)
     if not isinstance(items, (list, tuple, L, np.ndarray)) and not table or not len(items):
         return []
-    own = [] if table else items
+    own = [] if table or i else items
     if getter is None or files_of([getter(next(iter(each_item(items))))]) is None:
         return own
     with RandomGuard() as guard:
@@ -222,9 +228,9 @@ def file_names(dataset):
     return own if guard.moved else names  # a randomly chosen file does not identify a sample
 
 
-def first_transform(dataset):
-    """Return the transform that creates the first input of an item, or None."""
-    return next((f for tl in getattr(dataset, 'tls', [])[:1] for f in tl.tfms.fs), None)
+def first_transform(dataset, i):
+    """Return the transform that creates input `i` of an item, or None."""
+    return next((f for tl in getattr(dataset, 'tls', [])[i : i + 1] for f in tl.tfms.fs), None)
 
 
 def names_in_column(table, reader):
