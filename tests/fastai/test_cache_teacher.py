@@ -55,6 +55,7 @@ from fastdistill.fastai.transforms import Replay
 from fastdistill.base.outputs import DistillError, DistillWarning, Outputs
 from fastdistill.recipes.batch_tensors import all_classes
 from fastdistill.features import Taps
+from fastdistill.fastai.teachers import teacher_of
 from fastdistill.teachers import Teacher
 import cached
 from cached import (
@@ -1293,10 +1294,16 @@ def test_a_teacher_learner_with_its_classes_in_another_order(tmp_path):
         torch.testing.assert_close(got, live[:, [2, 0, 1]], rtol=1e-4, atol=1e-5)
     with pytest.raises(DistillError, match=r'does not have the class\(es\) d'):
         cache_teacher(teacher, data(get_y=lambda i: 'abd'[i % 3]), tmp_path / 'b')
+    both = [teacher, Learner(mine, Convs(3, seed=1))]
+    cache = cache_teacher(both, mine, tmp_path / 'c', views=1, store=dict(dtype='float32'))
+    assert cache.manifest.vocab == ['a', 'b', 'c']
+    live = Teacher([Teacher(teacher.model, select=[2, 0, 1]), both[1].model])
+    assert compare(student(data()), cache, live, 1).error < 1e-5
+    chosen = Teacher(teacher_of(both, mine), select=[1, 0, 2])  # classes of which member?
     with pytest.raises(
         DistillError, match='members of the ensemble have their classes in different orders'
     ):
-        cache_teacher([teacher, Learner(mine, Convs(3))], mine, tmp_path / 'b')
+        cache_teacher(chosen, mine, tmp_path / 'd')
 
 
 def test_the_doctor_sees_the_teacher_first(tmp_path):

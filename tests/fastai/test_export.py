@@ -47,10 +47,12 @@ from fastdistill.fastai import (
     DistillWarning,
     Report,
     Teacher,
+    cache_teacher,
     compare,
     export_student,
     load_student,
     save_student,
+    verify_cache,
 )
 
 pytest.importorskip('onnxscript')
@@ -163,6 +165,35 @@ def test_a_file_is_compared_with_its_own_normalization_and_classes(normalized, t
     dls = image_dls(block, lambda x, at, k: ['red', 'green', 'blue'][k])
     with pytest.raises(DistillError, match=r'does not have 1 of the classes .* \(green\)'):
         compare(dict(a=student), dls, seconds=0, progress=False)
+
+
+@pytest.mark.filterwarnings('ignore:.*holds pickles')
+def test_members_of_an_ensemble_keep_their_own_normalization_and_order_of_classes(
+    normalized, tmp_path
+):
+    "As a list, and as a `Teacher` of exported files: training, check and cache read them alike"
+    a = export_student(normalized, tmp_path / 'a.onnx').path
+    b = export_student(normalized, tmp_path / 'b.pt2').path
+    own = ['red', '<b>"', 'blue']
+    block = CategoryBlock(vocab=['blue', 'red', '<b>"'], sort=False)
+    stats = Normalize.from_stats([0.3] * 3, [0.4] * 3)
+    dls = image_dls(block, lambda x, at, k: own[k], batch_tfms=stats)
+    wanted = compare(dict(a=normalized), seconds=0, progress=False).models['a']
+    same_order = normalized.dls.train.new(shuffle=False, drop_last=False)
+    probs, _ = normalized.get_preds(dl=same_order)
+    weighted = dict(weights=[0.9, 0.1])
+    for i, o in enumerate(([a, normalized], Teacher([a, b]), Teacher([a, b], ensemble=weighted))):
+        got = compare(dict(a=o), dls, seconds=0, progress=False).models['a']
+        assert got.loss == pytest.approx(wanted.loss, rel=1e-4)
+        assert got.classes['recall'] == [wanted.classes['recall'][i] for i in (2, 0, 1)]
+        cache = cache_teacher(o, dls, tmp_path / f'cache{i}', store='float32', progress=False)
+        assert cache.manifest.vocab == ['blue', 'red', '<b>"']
+        assert verify_cache(cache, o, dls, n=4).worst < 1e-4
+        stored = cache.outputs(range(len(cache))).logits.softmax(1)
+        torch.testing.assert_close(stored, probs[:, [2, 0, 1]], rtol=1e-3, atol=1e-4)
+    # classes that are chosen for the whole ensemble are those of the members, in their order
+    chosen = compare(dict(a=Teacher([a, b], select=[2, 0, 1])), dls, seconds=0, progress=False)
+    assert chosen.models['a'].loss == pytest.approx(wanted.loss, rel=1e-4)
 
 
 def test_what_is_reported_is_what_was_measured(normalized, onnx_file):

@@ -16,6 +16,8 @@ from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
 )
+from torch.utils.data import TensorDataset
+from fastdistill.cache import cache_dataset
 from fastdistill.checks.shared_parameters import parameter_ids
 from fastdistill.teachers.model_loading import Onnx
 from fastdistill.base.outputs import DistillError, DistillWarning, Outputs
@@ -1024,6 +1026,27 @@ def test_weights_that_an_onnx_file_keeps_in_a_second_file_belong_to_the_teachers
     assert first == again
     assert first[1] == other[1]  # the network itself is the same
     assert first[0] != other[0]
+
+
+def test_each_member_of_an_ensemble_and_each_weight_belongs_to_its_identity(tmp_path):
+    "Also members without modules, and ensembles within ensembles"
+    a, b, c = [seeded(lambda: nn.Linear(3, 4), i) for i in range(3)]
+    files = [onnx_file(tmp_path / f'{i}.onnx', W + i) for i in range(3)]
+    weighted = lambda w: Teacher([Teacher([a, b], ensemble=dict(weights=w)), c])
+    different = [
+        *([a, f] for f in files),
+        *([files[0], f] for f in files[1:]),
+        weighted([0.9, 0.1]),
+        weighted([0.1, 0.9]),
+        Teacher([a, b], ensemble=dict(weights=[0.9, 0.1])),
+        Teacher([b, a], ensemble=dict(weights=[0.9, 0.1])),
+        Teacher([b, a], ensemble=dict(weights=[0.1, 0.9])),
+    ]
+    data = TensorDataset(images(4, 3))
+    write = lambda i, o: cache_dataset(Teacher(o), data, tmp_path / f'c{i}').manifest.teacher
+    known = [write(i, o)['weights'] for i, o in enumerate(different)]
+    assert len({*known}) == len(known)
+    assert [write(i, o)['weights'] for i, o in enumerate(different)] == known
 
 
 def test_onnx_inputs_by_order_and_by_name(tmp_path):

@@ -42,7 +42,8 @@ class Source:
             integer view*N + position of the sample.
         bs: Batch size.
         teacher, transforms, root, vocab, samples, doubt: Entries of the manifest, see `Manifest`.
-        files: File path of each sample, in the order of `keys`. None if samples are not files.
+        files: File path of each sample, or a tuple of paths, in the order of `keys`. None if
+            samples are not files.
     """
 
     keys: np.ndarray
@@ -168,30 +169,41 @@ def identity_of(teacher: Any) -> dict:
     """Return the manifest entry for a teacher: its name, options and fingerprint of the weights."""
     if (known := getattr(teacher, 'written_identity', None)) is not None:
         return known
-    options = options_of(teacher)
-    name = getattr(teacher, 'name', None) or getattr(teacher, '__name__', type(teacher).__name__)
-    shares = str(getattr(teacher, 'weights', None))  # weights of the members of an ensemble
-    if modules := getattr(teacher, 'modules', None):
-        return dict(
-            name=name, weights=fingerprint(*(m.state_dict() for m in modules), shares), **options
-        )
+    options, parts = options_of(teacher), contents_of(teacher)
+    if getattr(teacher, 'module', None) is not None:
+        parts.append('None')  # fingerprints of earlier versions contain this text
+    return dict(name=name_of_model(teacher), weights=fingerprint(*parts), **options)
+
+
+def contents_of(teacher: Any) -> list:
+    """Return what identifies the model, for `fingerprint`: its weights, its files or its code. For
+    an ensemble, return those of all members, and the weights of the members.
+    """
+    if members := getattr(teacher, 'members', None):
+        return [o for m in members for o in contents_of(m)] + [str(teacher.weights)]
+    if (module := getattr(teacher, 'module', None)) is not None:
+        return [module.state_dict()]
     if path := getattr(teacher, 'path', None):
-        files = (p.read_bytes() for p in model_files(path))
-        return dict(name=name, weights=fingerprint(*files), **options)
+        return [p.read_bytes() for p in model_files(path)]
     fn = getattr(teacher, 'model', teacher)
     if own := getattr(fn, 'identity', None):
-        return dict(name=name, weights=fingerprint(own), **options)
+        return [own]
     try:
         text = inspect.getsource(fn if inspect.isroutine(fn) else type(fn))
     except (TypeError, OSError):
         text = ''
     warnings.warn(
         DistillWarning(
-            f"The weights of {name} can't be read. The teacher is identified only by its code. If "
-            'there is a model, pass Teacher(model).'
+            f"The weights of {name_of_model(teacher)} can't be read. The teacher is identified only "
+            'by its code. If there is a model, pass Teacher(model).'
         )
     )
-    return dict(name=name, weights=fingerprint(text), **options)
+    return [text]
+
+
+def name_of_model(teacher: Any) -> str:
+    name = getattr(teacher, 'name', None) or getattr(teacher, '__name__', None)
+    return name or type(teacher).__name__
 
 
 def options_of(teacher: Any) -> dict:

@@ -181,7 +181,7 @@ def cache_teacher(
             'omit it.'
         )
     train = dls.train if unlabeled is None else loader_of(unlabeled, dls)
-    teacher = teacher_of(teacher, dls, kind=task.kind, axis=task.axis, **asked)
+    teacher = stored_teacher(teacher, dls, task, **asked)
     task = with_ignored_label(task, teacher)
     # outputs stored in float32 must be exactly those of the model
     if store.dtype == 'float32' and 'precision' not in teacher.run:
@@ -279,7 +279,7 @@ def verify_cache(
     dls = data_of(dls)
     task = task_of_data(dls, teacher, kwargs.pop('kind', None), kwargs.pop('axis', None))
     keys = kwargs.pop('keys', cache.sample_names)
-    teacher = teacher_of(teacher, dls, kind=task.kind, axis=task.axis, **kwargs)
+    teacher = stored_teacher(teacher, dls, task, **kwargs)
     if 'precision' not in teacher.run:
         teacher = Teacher(teacher, run=dict(precision=precision_of(m.teacher)))
     with RandomGuard():  # DataLoaders draw a random seed for their workers
@@ -343,6 +343,14 @@ def data_of(dls):
         dls, loss_func = copy.copy(dls.dls), dls.loss_func
         dls.loss_func = loss_func
     return dls
+
+
+def stored_teacher(teacher, dls, task, **options):
+    """Convert `teacher` to a `Teacher` whose classes have the order in which they are stored: that
+    of its own for a single teacher, and that of the labels for an ensemble.
+    """
+    teacher = teacher_of(teacher, dls, kind=task.kind, axis=task.axis, **options)
+    return teacher_of(teacher, dls, task) if teacher.members else teacher
 
 
 def with_ignored_label(task, teacher):
@@ -628,16 +636,19 @@ def classes_of(teacher, dls):
     reordered when a student is trained.
     """
     mine = vocab_of(dls)
-    theirs = [n for t in (teacher, *teacher.members) if (n := class_names(t, dls)) is not None]
-    if not theirs or mine is None:
+    if teacher.members:
+        names, *others = [classes_of(m, dls) for m in teacher.members]
+        if any(v != names for v in others):
+            raise DistillError(
+                'The members of the ensemble have their classes in different orders: give each, as '
+                f"Teacher(model, select=...), the labels' order: {', '.join(mine[:10])}."
+            )
+    else:
+        names = class_names(teacher, dls)
+    if names is None or mine is None or teacher.known_classes:
         return mine
-    if any(v != theirs[0] for v in theirs) or (teacher.members and theirs[0] != mine):
-        raise DistillError(
-            'The members of the ensemble have their classes in different orders: give each, as '
-            f"Teacher(model, select=...), the labels' order: {', '.join(mine[:10])}."
-        )
-    if teacher.known_classes or any(isinstance(o, list) for o in teacher.select or ()):
+    if any(isinstance(o, list) for o in teacher.select or ()):
         return mine
-    names = theirs[0] if teacher.select is None else [theirs[0][i] for i in teacher.select]
+    names = names if teacher.select is None else [names[i] for i in teacher.select]
     stored_order(names, mine)  # raise an error now if the names can't be mapped
     return names

@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Mapping
+from operator import is_
 from pathlib import Path
 
 from fastai.basics import L, Learner, load_learner
@@ -88,14 +89,20 @@ def teacher_of(obj, learn=None, task=None, **kwargs) -> Teacher:
             obj = exported(student if student.is_file() else Path(obj))
     refuse_heads(obj)
     refuse_stored(obj)
-    if isinstance(obj, (list, tuple, L)):
-        of_members = {k: v for k, v in kwargs.items() if k == 'stats'}
-        members = [teacher_of(o, learn, task, **of_members) for o in obj]
-        return Teacher(members).with_defaults(**kwargs)
     if is_estimator(obj):
         obj = Teacher(obj)
-    if isinstance(obj, Teacher) and has_estimators(obj.sources):
-        return teacher_of(obj.sources, learn, task, **kwargs | given_options(obj))
+    ensemble = None
+    if isinstance(obj, Teacher) and obj.members:
+        ensemble = with_numbers(obj, dls)
+        kwargs |= given_options(ensemble)
+        obj = ensemble.members
+    if isinstance(obj, (list, tuple, L)):
+        of_members = {k: v for k, v in kwargs.items() if k in ('stats', 'input_stats')}
+        # classes that are chosen for the ensemble are those of its members, in their own order
+        task = None if kwargs.keys() & {'select', 'classes'} else task
+        members = [teacher_of(o, learn, task, **of_members) for o in obj]
+        same = ensemble is not None and all(map(is_, members, obj))
+        return (ensemble if same else Teacher(members)).with_defaults(**kwargs)
     if isinstance(obj, Learner):
         own = (
             {'stats': image_stats(obj.dls)}
@@ -175,10 +182,6 @@ def of_learner(learn, kwargs):
     teacher = Teacher(learn.model, **grouped_options(kwargs))
     teacher.learner = learn
     return teacher
-
-
-def has_estimators(teachers):
-    return any(isinstance(t.model, Estimator) or has_estimators(t.sources) for t in teachers)
 
 
 def on_table(teacher, dls):
