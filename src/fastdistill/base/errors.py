@@ -1,10 +1,10 @@
 "Define the error for mistakes and the warning for probable mistakes."
 
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from difflib import get_close_matches
 
-__all__ = ['DistillError', 'DistillWarning', 'close_name', 'options_of_group']
+__all__ = ['DistillError', 'DistillWarning', 'check_choice', 'close_name', 'options_of_group']
 
 
 class DistillError(ValueError):
@@ -23,6 +23,12 @@ def close_name(name: str, have: Iterable[str]) -> str:
     """
     close = get_close_matches(name, have, 1)
     return f' (did you mean {close[0]!r}?)' if close else ''
+
+
+def check_choice(name: str, value: object, allowed: Collection) -> None:
+    """Raise a DistillError if an option does not have one of its allowed values."""
+    if value not in allowed:
+        raise DistillError(f'{name}={value!r}: must be one of {", ".join(map(repr, allowed))}')
 
 
 def options_of_group(group: str, given: Mapping | None, have: Iterable[str]) -> dict:

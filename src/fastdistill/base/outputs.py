@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .errors import DistillError, DistillWarning
+from .errors import DistillError, DistillWarning, check_choice
 
 __all__ = [
     'DistillError',
@@ -66,8 +66,7 @@ class TopK:
     rest: Tensor | None = None
 
     def __post_init__(self) -> None:
-        if self.tail not in TAILS:
-            raise DistillError(f'tail={self.tail!r}: must be one of {", ".join(map(repr, TAILS))}')
+        check_choice('tail', self.tail, TAILS)
         if self.tail == 'mean' and self.rest is None and self.ids.shape[-1] < self.n:
             raise DistillError(
                 "tail='mean' needs rest=, the mean log-probability of the classes that are not stored."
@@ -326,9 +325,7 @@ class Outputs:
     lost: list | None = None
 
     @classmethod
-    def of(
-        cls, raw: Any, feats: dict | None = None, mask: Tensor | None = None, output: Any = None
-    ) -> 'Outputs':
+    def of(cls, raw: Any, feats: dict | None = None, output: Any = None) -> 'Outputs':
         """Convert the return value of a model to `Outputs`.
 
         Args:
@@ -341,7 +338,7 @@ class Outputs:
             raw = named_output(raw, output)
         if isinstance(raw, Outputs):
             return raw
-        return cls(as_plain(_logits(raw)), feats or {}, mask)
+        return cls(as_plain(_logits(raw)), feats or {})
 
 
 def _logits(raw: Any) -> Any:

@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .outputs import DistillError, Draws, as_plain, check_axis
+from .errors import DistillError, check_choice
+from .outputs import Draws, as_plain, check_axis
 
 __all__ = [
     'CLASS_NUMBERS',
@@ -133,8 +134,8 @@ def task_for(
     Args:
         loss: The task loss. None for the default loss of this kind.
     """
-    if kind not in (None, *CLASSES):
-        raise DistillError(f'kind={kind!r}: must be one of {", ".join(map(repr, CLASSES))}')
+    if kind is not None:
+        check_choice('kind', kind, CLASSES)
     check_axis(axis)
     lf, _ = innermost(loss)
     known = kind_of(lf)

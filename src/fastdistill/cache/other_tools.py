@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from ..base.outputs import DistillError
+from ..base.errors import DistillError, check_choice
 from .json_checks import json_list, json_object, refuse_entry, shortened, whole_number
 
 __all__ = ['TOOLS', 'converted_rows']
@@ -70,8 +70,7 @@ def converted_rows(rows: Any, tool: str, config: Any = None, path: Any = None) -
     Returns:
         (rows with columns that `cache_from` reads, `Tool`, number of classes or None).
     """
-    if tool not in TOOLS:
-        raise DistillError(f'tool={tool!r}: must be one of {", ".join(map(repr, TOOLS))}')
+    check_choice('tool', tool, TOOLS)
     o = TOOLS[tool]
     if not o.compressed:
         return ConvertedRows(rows, o.convert, None), o, None

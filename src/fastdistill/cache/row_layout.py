@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..base.outputs import TAILS, DistillError, Draws, LinearLogits, Outputs, TopK
+from ..base.errors import DistillError, check_choice
+from ..base.outputs import TAILS, Draws, LinearLogits, Outputs, TopK
 from .json_checks import json_list, json_object, json_text, refuse_entry, whole_number
 
 __all__ = ['COARSE', 'Field', 'Layout', 'Store']
@@ -88,10 +89,8 @@ class Store:
     def __post_init__(self) -> None:
         given = [n for n in KIND_OF_OPTION if getattr(self, n) is not None]
         own = list(dict.fromkeys(KIND_OF_OPTION[n] for n in given))
-        if self.kind not in (None, *STORE_KINDS):
-            raise DistillError(
-                f'kind={self.kind!r}: must be one of {", ".join(map(repr, STORE_KINDS))}'
-            )
+        if self.kind is not None:
+            check_choice('kind', self.kind, STORE_KINDS)
         if len(own) > 1 or own and self.kind not in (None, *own):
             if {'topk', 'size'} <= {*given}:
                 raise DistillError(
@@ -114,12 +113,8 @@ class Store:
                 raise DistillError(f'T={self.T}: a temperature is a number above 0')
         if self.dtype is None:
             self.dtype = 'int8' if self.kind == 'hidden' else 'float16'
-        if self.dtype not in DTYPES:
-            raise DistillError(
-                f'dtype={self.dtype!r}: must be one of {", ".join(map(repr, DTYPES))}'
-            )
-        if self.tail not in TAILS:
-            raise DistillError(f'tail={self.tail!r}: must be one of {", ".join(map(repr, TAILS))}')
+        check_choice('dtype', self.dtype, DTYPES)
+        check_choice('tail', self.tail, TAILS)
         if self.topk is not None and self.topk < 1:
             raise DistillError(f'topk={self.topk}: must be at least 1, or None for all classes')
         if isinstance(self.size, int):
@@ -391,15 +386,12 @@ class Layout:
         """
         parts = self._tensors(out, head, seeds)
         want = {f.name: f.shape for f in self.fields}
-        if missing := sorted(set(want) - set(parts)):
+        missing, more = sorted(set(want) - set(parts)), sorted(set(parts) - set(want))
+        if missing or more:
+            what = f'no {", ".join(missing)}' if missing else ', '.join(more)
             raise DistillError(
-                f"The teacher's outputs have no {', '.join(missing)} in this batch, unlike in the "
-                'first batch: all rows of a cache need the same parts.'
-            )
-        if more := sorted(set(parts) - set(want)):
-            raise DistillError(
-                f"The teacher's outputs have {', '.join(more)} in this batch, unlike in the first "
-                'batch: all rows of a cache need the same parts.'
+                f"The teacher's outputs have {what} in this batch, unlike in the first batch: all "
+                'rows of a cache need the same parts.'
             )
         for k, s in want.items():
             if tuple(parts[k].shape[1:]) != s:

@@ -11,7 +11,7 @@ from torch import nn
 from ..base.batch_samples import BatchSamples
 from ..base.class_mapping import class_groups
 from ..base.distributed import rank
-from ..base.errors import options_of_group
+from ..base.errors import check_choice, options_of_group
 from ..base.outputs import DistillError, Outputs, check_axis, check_output, warn_of_first
 from ..base.random_state import RandomStream
 from ..features.layer_names import named
@@ -249,8 +249,7 @@ class Teacher:
 
     def _check(self) -> None:
         for o, have in POSSIBLE.items():
-            if (v := option_of(self, o)) not in have:
-                raise DistillError(f'{o}={v!r}: must be one of {", ".join(map(repr, have))}')
+            check_choice(o, option_of(self, o), have)
         if self.sources:
             mine = {k: v for k, v in given_options(self).items() if k not in OWN}
             self.members = [Teacher(m).with_defaults(**mine, run=self.run) for m in self.sources]
