@@ -642,6 +642,19 @@ def reading(path: Path, what: str = '') -> Iterator[None]:
         ) from e
 
 
+def part_at(ends: np.ndarray, i: int) -> tuple[int, int]:
+    """Return (index of the part that holds row `i`, index of the row in that part).
+
+    Args:
+        ends: Number of rows up to the end of each part.
+        i: Index of the row.
+    """
+    k = int(np.searchsorted(ends, i, 'right'))
+    if k == len(ends):
+        raise IndexError(i)
+    return k, i - (int(ends[k - 1]) if k else 0)
+
+
 class Joined:
     """The rows of several files, concatenated."""
 
@@ -656,20 +669,13 @@ class Joined:
     def __len__(self) -> int:
         return int(self.ends[-1])
 
-    def find(self, i: int) -> tuple[int, int]:
-        """Return (index of the file, index of the row in that file)."""
-        k = int(np.searchsorted(self.ends, i, 'right'))
-        if k == len(self.parts):
-            raise IndexError(i)
-        return k, i - (int(self.ends[k - 1]) if k else 0)
-
     def place(self, i: int) -> str:
-        k, row = self.find(i)
+        k, row = part_at(self.ends, i)
         part = self.parts[k]
         return f'{self.files[k]}, {part.place(row) if hasattr(part, "place") else f"row {row}"}'
 
     def __getitem__(self, i: int) -> Any:
-        k, row = self.find(i)
+        k, row = part_at(self.ends, i)
         with reading(self.files[k], f', row {row}'):
             return self.parts[k][row]
 
@@ -723,15 +729,13 @@ class Groups:
         return int(self.ends[-1]) if len(self.ends) else 0
 
     def __getitem__(self, i: int) -> Any:
-        g = int(np.searchsorted(self.ends, i, 'right'))
-        if g == len(self.ends):
-            raise IndexError(i)
+        g, row = part_at(self.ends, i)
         if g != self.group:
             group = self.read(g)
             # subtle: without this check, damaged offsets could crash the process
             group.validate(full=True)
             self.group, self.rows = g, group.to_pylist()
-        return self.rows[i - (int(self.ends[g - 1]) if g else 0)]
+        return self.rows[row]
 
 
 def pyarrow_module(name: str) -> Any:

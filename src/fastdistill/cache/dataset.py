@@ -35,6 +35,7 @@ from .teacher_description import (
     check_shared_keys,
     distinct_views,
     identity_of,
+    outputs_of,
     spread_positions,
     unrepeatable,
 )
@@ -132,10 +133,7 @@ def cache_dataset(
     def outputs(tasks: Any, bs: int, teacher: Any = None) -> Iterator[Outputs]:
         teacher = held if teacher is None else teacher
         with teacher if hasattr(teacher, '__enter__') else nullcontext():
-            for x in asked(tasks, bs):
-                with torch.no_grad():
-                    out = Outputs.of(teacher(*x) if isinstance(x, tuple) else teacher(x))
-                yield out
+            yield from (outputs_of(teacher, x) for x in asked(tasks, bs))
 
     with RandomGuard():
         n = len(dataset)

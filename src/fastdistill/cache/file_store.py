@@ -136,11 +136,9 @@ class Remote(Folder):
 
     fetches = True
 
-    def __init__(self, url: str, downloads: Any = None):
-        self.url, self.downloads = url.rstrip('/'), downloads
-        if downloads is None:
-            self.downloads = tempfile.mkdtemp(prefix='fastdistill-')
-            weakref.finalize(self, remove_download, self.downloads, os.getpid())
+    def __init__(self, url: str):
+        self.url, self.downloads = url.rstrip('/'), tempfile.mkdtemp(prefix='fastdistill-')
+        weakref.finalize(self, remove_download, self.downloads, os.getpid())
 
     @property
     def fs(self) -> Any:

@@ -21,7 +21,7 @@ from .manifest import MAX_COUNT, PART_NAME, PART_NAMES, Manifest
 from .output_layer import StoredHead, find_output_layer
 from .row_layout import Layout, Store
 from .store_choice import Choice, HiddenRun, check_kind_of_store, uses_of
-from .teacher_description import Source, check_alone, identity_of
+from .teacher_description import Source, check_alone, identity_of, outputs_of
 from .writer import SHARD_BYTES, check_views, encoded, warn_of_int8
 
 __all__ = [
@@ -213,14 +213,7 @@ class TeacherRows:
     def rows(self, batch: Any, keys: np.ndarray, views: np.ndarray) -> np.ndarray:
         """Run the teacher and return its outputs as rows, (B, bytes) uint8."""
         x, m = inputs_in(batch, self.inputs, self.device), self.manifest
-        out = self._outputs(x)
-        n = len(cast(Tensor, out.logits))
-        if n != len(keys):
-            raise DistillError(
-                f'The teacher returned {n} outputs for {len(keys)} samples: it must '
-                'return one for each.'
-            )
-        return encoded(m.layout, self._head, keys, views, m.seed, self._worst, out, 0)
+        return encoded(m, self._head, views, self._worst, keys, self._outputs(x))
 
     def _outputs(self, x: Any) -> Outputs:
         if self.manifest.layout.head is None:
@@ -242,11 +235,6 @@ def check_view(where: Folder, m: Manifest, view: int) -> None:
             f'view={view}: {where} has {m.stored} view(s), numbered from 0. Their number is set by '
             'start_stream(views=).'
         )
-
-
-def outputs_of(teacher: Any, x: Any) -> Outputs:
-    with torch.no_grad():
-        return Outputs.of(teacher(*x) if isinstance(x, tuple) else teacher(x))
 
 
 FUNCTION = 'function '
@@ -363,16 +351,12 @@ class RowWriter:
         have all of their rows.
         """
         names: list[str] = []
-        size = self.manifest.layout.bytes
-        while (n := rows_in(self.folder, to := part_file(name, len(names), view))) is not None:
-            if self.folder.size(to) != n * size:
-                break
+        while True:
+            to = f'view{view:03}/{name}-{len(names):06}.rows'
+            n = rows_in(self.folder, to)
+            if n is None or self.folder.size(to) != n * self.manifest.layout.bytes:
+                return names
             names.append(to)
-        return names
-
-
-def part_file(name: str, i: int, view: int = 0) -> str:
-    return f'view{view:03}/{name}-{i:06}.rows'
 
 
 def keys_file(name: str) -> str:

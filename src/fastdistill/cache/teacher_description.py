@@ -8,8 +8,9 @@ from numbers import Integral
 from typing import Any
 
 import numpy as np
+import torch
 
-from ..base.outputs import DistillError, DistillWarning, LinearLogits
+from ..base.outputs import DistillError, DistillWarning, LinearLogits, Outputs
 from ..teachers.model_loading import model_files
 from ..teachers.teacher import Teacher
 from .digests import fingerprint
@@ -22,6 +23,7 @@ __all__ = [
     'distinct_views',
     'identity_of',
     'is_whole',
+    'outputs_of',
     'spread_positions',
     'unrepeatable',
 ]
@@ -71,6 +73,16 @@ def is_whole(o: Any) -> bool:
 
 def spread_positions(n: int, k: int = 4) -> np.ndarray:
     return np.unique(np.linspace(0, n - 1, min(k, n), dtype=int))
+
+
+@torch.no_grad()
+def outputs_of(teacher: Any, x: Any) -> Outputs:
+    """Run a teacher, which may be any function, on a batch.
+
+    Args:
+        x: A tuple of inputs, or a single input.
+    """
+    return Outputs.of(teacher(*x) if isinstance(x, tuple) else teacher(x))
 
 
 def check_alone(run: Callable, n: int) -> None:

@@ -365,8 +365,8 @@ def _write_shards(
         with closing(source.run(np.concatenate(tasks), m.batch_size)) as batches:
             for v, i, name, _ in todo[at : at + some]:
                 keys = source.keys[i * m.shard_rows :][: m.rows_of(i)]
-                encode = partial(encoded, m.layout, head, keys, v, m.seed, worst)
-                for rows in _write_shard(where, m, name, m.rows_of(i), batches, encode):
+                encode = partial(encoded, m, head, v, worst)
+                for rows in _write_shard(where, m, name, keys, batches, encode):
                     done += rows
                     if progress is not None:
                         progress(done, total, done * m.layout.bytes)
@@ -397,57 +397,44 @@ def warn_of_int8(layout: Layout, worst: float) -> None:
     warnings.warn(DistillWarning(text))
 
 
-def encoded(
-    layout: Layout,
-    head: Any,
-    keys: Any,
-    view: Any,
-    seed: int,
-    worst: list[float],
-    out: Any,
-    row: int,
-) -> np.ndarray:
+def encoded(m: Manifest, head: Any, view: Any, worst: list, keys: Any, out: Any) -> np.ndarray:
     """Encode the outputs of a batch to rows.
 
     Args:
-        layout: Layout of the rows.
+        m: Manifest of the cache.
         head: `StoredHead` of the cache, if hidden states are stored.
-        keys: Keys of the samples in the shard.
         view: View of the samples.
-        seed: Random seed of the cache.
         worst: List with one number, which this function updates. If hidden states are stored in
             int8, the number is the largest error of a logit so far, relative to the range of the
             logits. Otherwise, it is the largest step between stored numbers in int8.
+        keys: Keys of the samples in the batch.
         out: Outputs of the batch.
-        row: Index in the shard of the first row of the batch.
     """
-    if layout.draws is None:
-        rows = layout.encode(out, head)
-        if head is None:
-            worst[0] = max(worst[0], layout.largest_step(torch.from_numpy(rows)))
-        elif layout.fields[0].dtype == 'int8':
-            got: Any = layout.decode(torch.from_numpy(rows), head).logits
-            worst[0] = max(worst[0], worst_error(out.logits, got))
-        return rows
-    # the last batch is padded with copies of the last sample
-    own = keys[(row + np.arange(len(out.logits))).clip(max=len(keys) - 1)]
-    seeds = seeds_of(seed, own, view, DRAWS) >> np.uint64(1)
-    return layout.encode(out, seeds=seeds.astype(np.int64))
+    layout, t = m.layout, out.logits
+    if (n := len(t.ids if isinstance(t, TopK) else t)) != len(keys):
+        raise DistillError(
+            f'The teacher returned {n} outputs for {len(keys)} samples: it must return one for each.'
+        )
+    if layout.draws is not None:
+        seeds = seeds_of(m.seed, keys, view, DRAWS) >> np.uint64(1)
+        return layout.encode(out, seeds=seeds.astype(np.int64))
+    rows = layout.encode(out, head)
+    if head is None:
+        worst[0] = max(worst[0], layout.largest_step(torch.from_numpy(rows)))
+    elif layout.fields[0].dtype == 'int8':
+        got: Any = layout.decode(torch.from_numpy(rows), head).logits
+        worst[0] = max(worst[0], worst_error(t, got))
+    return rows
 
 
 def _write_shard(
-    where: Folder, m: Manifest, name: str, n: int, batches: Any, encode: Callable
+    where: Folder, m: Manifest, name: str, keys: np.ndarray, batches: Any, encode: Callable
 ) -> Iterator[int]:
     """Write one shard, and yield the number of rows after each batch."""
-    bs, buf = m.batch_size, np.empty((n, m.layout.bytes), np.uint8)
+    n, bs = len(keys), m.batch_size
+    buf, keys = np.empty((n, m.layout.bytes), np.uint8), padded(keys, bs)
     for row in range(0, n, bs):
-        rows = encode(next(batches), row)
-        if len(rows) != bs:
-            raise DistillError(
-                f'The teacher returned {len(rows)} outputs for {bs} samples: it must return one for '
-                'each.'
-            )
-        buf[row : row + bs] = rows[: n - row]
+        buf[row : row + bs] = encode(keys[row : row + bs], next(batches))[: n - row]
         yield min(bs, n - row)
     data = buf.data.cast('B')
     where.write(name, data)
@@ -476,9 +463,9 @@ def tasks_of(source: Source, view: int, first: int, n: int) -> np.ndarray:
     return view * len(source.keys) + np.arange(first, first + n)
 
 
-def padded(tasks: np.ndarray, bs: int) -> np.ndarray:
-    """Pad the last batch by repeating the last task.
+def padded(a: np.ndarray, bs: int) -> np.ndarray:
+    """Pad tasks or keys to whole batches by repeating the last one.
 
     The additional outputs are discarded later.
     """
-    return np.concatenate([tasks, np.repeat(tasks[-1:], -len(tasks) % bs)])
+    return np.concatenate([a, np.repeat(a[-1:], -len(a) % bs)])
