@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import Module
 
-from ..base.outputs import DistillError, as_plain, tensors_in
+from ..base.errors import DistillError, check_choice
+from ..base.outputs import as_plain, tensors_in
 from ..features.probe import is_compiled
 from .batch_norm_folding import foldable
 from .compiled_module import CompiledModule
@@ -47,8 +48,7 @@ def check_run(given: dict[str, Any], model: Any) -> None:
     """
     options = DEFAULTS | given
     for k, have in OPTIONS.items():
-        if options[k] not in have:
-            raise DistillError(f'{k}={options[k]!r}: must be one of {", ".join(map(repr, have))}')
+        check_choice(k, options[k], have)
     batch = options['batch']
     if batch is not None and (isinstance(batch, bool) or not isinstance(batch, int) or batch < 1):
         raise DistillError(
@@ -91,16 +91,15 @@ def native_bf16(device: torch.device) -> bool:
 
 def why_no_copy(model: Module) -> str:
     """Return why a module can't be replaced by a copy, or '' if it can."""
-    tensors = [*model.parameters(), *model.buffers()]
+    tensors = weights_of(model)
     if is_graph(model):
         return 'it is a program'
     if is_compiled(model):
         return 'it is compiled already'
     if hasattr(model, 'hf_device_map') or len({t.device for t in tensors}) > 1:
         return 'it is on several devices'
-    if any(t.is_meta or t.is_quantized or t.layout != torch.strided for t in tensors):
-        return 'its weights are special'
-    if any(type(p) is not nn.Parameter for p in model.parameters()):
+    plain = all(type(p) is nn.Parameter for p in model.parameters())
+    if not plain or any(t.is_meta or t.is_quantized or t.layout != torch.strided for t in tensors):
         return 'its weights are special'
     # subtle: if a hook belongs to an object outside the model, that object would be copied too
     inside = {
@@ -116,12 +115,8 @@ def why_no_copy(model: Module) -> str:
 
 def hooks_of(model: Module) -> list[Callable]:
     """Return the forward hooks and forward pre-hooks of all modules."""
-    return [
-        h
-        for m in model.modules()
-        for d in (m._forward_hooks, m._forward_pre_hooks)
-        for h in d.values()
-    ]
+    both = lambda m: (*m._forward_hooks.values(), *m._forward_pre_hooks.values())
+    return [h for m in model.modules() for h in both(m)]
 
 
 def owner_of(hook: Any) -> Any:
@@ -394,13 +389,8 @@ def operations(model: Module, x: Sequence, kw: Mapping[str, Any]) -> float:
     or a block of 16 pixels along each axis of an image, because most layers see images at that
     resolution or a lower one. Embeddings are ignored, since they are only looked up.
     """
-    weights = {
-        p
-        for m in model.modules()
-        if not isinstance(m, (nn.Embedding, nn.EmbeddingBag))
-        for p in m._parameters.values()
-        if p is not None
-    }
+    layers = [m for m in model.modules() if not isinstance(m, (nn.Embedding, nn.EmbeddingBag))]
+    weights = {p for m in layers for p in m.parameters(recurse=False)}
     positions = max((map(positions_of, tensors_in((x, kw)))), default=0)
     return 2 * positions * sum(p.numel() for p in weights)
 

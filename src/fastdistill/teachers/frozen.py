@@ -31,7 +31,7 @@ class FrozenModel:
         modules = list(self.model.modules())
         self.modes = [(m, m.training) for m in modules if hasattr(m, 'training')]
         self.buffers = [
-            (m._buffers, k, b) for m in modules for k, b in m._buffers.items() if b is not None
+            (m._buffers, k, b) for m in modules for k, b in m.named_buffers(recurse=False)
         ]
         self.values = TensorValues([] if self.private else [b for *_, b in self.buffers])
         self.hidden = [
@@ -80,8 +80,7 @@ class FrozenModel:
         self.params = [
             (m._parameters, k, p, p.data, p.grad)
             for m in self.model.modules()
-            for k, p in m._parameters.items()
-            if p is not None
+            for k, p in m.named_parameters(recurse=False)
         ]
         for _, _, p, _, _ in self.params:
             p.grad = None

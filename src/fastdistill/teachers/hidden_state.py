@@ -48,14 +48,9 @@ def why_no_reset(model: Any) -> str | None:
 
 def saved_tensors(model: Module) -> dict[str, Tensor]:
     """Return {name: tensor} for the parameters and persistent buffers that can be compared."""
-    buffers = {
-        f'{n}.{k}'.lstrip('.'): b
-        for n, m in model.named_modules()
-        for k, b in m._buffers.items()
-        if b is not None and k not in getattr(m, '_non_persistent_buffers_set', ())
-    }
+    tensors = {n: t for n, t in model.state_dict(keep_vars=True).items() if torch.is_tensor(t)}
     comparable = lambda t: t.layout == torch.strided and not t.is_meta and not t.is_quantized
-    return {n: t for n, t in {**dict(model.named_parameters()), **buffers}.items() if comparable(t)}
+    return {n: t for n, t in tensors.items() if comparable(t)}
 
 
 def is_changed(was: tuple | None, now: Tensor | None) -> bool:

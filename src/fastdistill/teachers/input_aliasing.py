@@ -68,11 +68,10 @@ class InputAliasing:
         unchanged = lambda t, values: values is None or t.is_meta or torch.equal(t, values)
         kept = all(t._version == v and unchanged(t, values) for t, v, values in marks)
         place = lambda t: t.untyped_storage().data_ptr()
-        # an output may be a view of an input, so that changing one would change the other
         mine = {place(t) for t, *_ in marks}
-        self.keeps[key] = kept and (
-            known or not any(can_show_changes(t) and place(t) in mine for t in tensors_in(outputs))
-        )
+        # an output may be a view of an input, so that changing one would change the other
+        is_view = lambda t: can_show_changes(t) and place(t) in mine
+        self.keeps[key] = kept and (known or not any(map(is_view, tensors_in(outputs))))
         if known and not kept:
             raise DistillError(
                 f'The teacher {self.name} changed its input in this batch, but not in the first batch. '

@@ -9,13 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..base.outputs import (
-    DistillError,
-    as_plain,
-    map_tensors,
-    tensor_of_numbers,
-    tensors_in,
-)
+from ..base.outputs import DistillError, as_plain, map_tensors, tensor_of_numbers, tensors_in
 from ..features.model_call import arguments, is_hf
 from .image_normalization import check_images, fit_images, is_image
 from .model_loading import Onnx, check_second_argument
