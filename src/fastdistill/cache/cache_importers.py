@@ -642,7 +642,7 @@ def reading(path: Path, what: str = '') -> Iterator[None]:
         ) from e
 
 
-def part_at(ends: np.ndarray, i: int) -> tuple[int, int]:
+def row_in_part(ends: np.ndarray, i: int) -> tuple[int, int]:
     """Return (index of the part that holds row `i`, index of the row in that part).
 
     Args:
@@ -670,12 +670,12 @@ class Joined:
         return int(self.ends[-1])
 
     def place(self, i: int) -> str:
-        k, row = part_at(self.ends, i)
+        k, row = row_in_part(self.ends, i)
         part = self.parts[k]
         return f'{self.files[k]}, {part.place(row) if hasattr(part, "place") else f"row {row}"}'
 
     def __getitem__(self, i: int) -> Any:
-        k, row = part_at(self.ends, i)
+        k, row = row_in_part(self.ends, i)
         with reading(self.files[k], f', row {row}'):
             return self.parts[k][row]
 
@@ -729,7 +729,7 @@ class Groups:
         return int(self.ends[-1]) if len(self.ends) else 0
 
     def __getitem__(self, i: int) -> Any:
-        g, row = part_at(self.ends, i)
+        g, row = row_in_part(self.ends, i)
         if g != self.group:
             group = self.read(g)
             # subtle: without this check, damaged offsets could crash the process
