@@ -145,7 +145,7 @@ class ByTokens(nn.Module):
         ).logits
 
 
-def trained(make, source, recipe=None, cbs=()):
+def trained(make, source, recipe=None, cbs=(), **options):
     "The weights after a training"
     learn = make()
     teacher = source(learn.dls)
@@ -155,7 +155,10 @@ def trained(make, source, recipe=None, cbs=()):
     learn.fit(
         2,
         1e-1,
-        cbs=[KnowledgeDistillation(teacher, recipe or kd(T=2, alpha=0.7), check=False), *cbs],
+        cbs=[
+            KnowledgeDistillation(teacher, recipe or kd(T=2, alpha=0.7), check=False, **options),
+            *cbs,
+        ],
     )
     return learn.model.state_dict()
 
@@ -243,6 +246,15 @@ def test_a_pipeline_reads_the_raw_texts():
     for given in (model, [model, model], Teacher(model)):
         with refuses("Pipeline|LogisticRegression.*items=lambda rows: rows\\['text'\\]"):
             learn.fit(1, cbs=KnowledgeDistillation(given))
+
+
+def test_the_teacher_reads_the_items_of_unlabeled_batches_too():
+    more, teacher = pd.DataFrame(dict(text=texts()[24:])), bert()
+    of_items = Teacher(teacher, items=tokens)
+    weights = lambda t, **options: trained(text_student, lambda dls: t, **options)
+    live = weights(of_items, unlabeled=more)
+    assert close(live, weights(ByTokens(teacher), unlabeled=more))
+    assert not close(live, weights(of_items))
 
 
 def test_layers_and_members_of_an_ensemble():

@@ -1,6 +1,7 @@
 """Provide batches of unlabeled inputs, on which the student learns only from the teacher."""
 
 from collections.abc import Mapping
+from contextlib import ExitStack
 
 from fastai.text.data import LMDataLoader
 
@@ -9,8 +10,10 @@ from ..base.outputs import DistillError
 from ..base.random_state import RandomGuard
 from ..cache.manifest import refuse
 from ..cache.teacher_description import identity_of, is_whole
+from ..teachers.raw_items import with_items
 from .cache_feed import SampleFeed, StoredOutputs
 from .probe_batches import loader_of, split_batch
+from .raw_items import items_shown, without_samples
 from .tables import perturbed_rows
 
 __all__ = ['UnlabeledInputs']
@@ -53,7 +56,7 @@ class UnlabeledInputs:
             )
         self.items, self.perturbed, self.iterator, self.loader = items, perturbed, None, None
         self.stored = None if targets is None else stored_outputs(targets, heads)
-        self.feed = SampleFeed()
+        self.feed, self.shown = SampleFeed(), ExitStack()
 
     def __bool__(self):
         return self.items is not None or self.perturbed > 0
@@ -77,6 +80,8 @@ class UnlabeledInputs:
             )
         with RandomGuard():  # the DataLoader of fastai draws a random seed
             self.loader = None if self.items is None else loader_of(self.items, learn.dls)
+            if self.loader is not None and self.stored is None:
+                self.shown.enter_context(items_shown([self.loader], *distiller.sources))
         if self.stored is not None:
             for k, stored in self.stored.items():
                 refuse_other(stored.cache, heads[k].teacher, heads[k].layers(1))
@@ -93,9 +98,10 @@ class UnlabeledInputs:
             ask: fn(inputs) -> outputs of a teacher that runs.
         """
         if self.loader is not None:
-            b, samples = self._next()
+            b, given = self._next()
             x, _ = split_batch(learn, b)
-            yield x, ask(x) if self.stored is None else self._stored_outputs(x, samples)
+            t = ask(with_items(x, given)) if self.stored is None else self._stored_outputs(x, given)
+            yield x, t
         if self.perturbed:
             yield (x := perturbed_rows(learn.xb, self.perturbed)), ask(x)
 
@@ -105,19 +111,23 @@ class UnlabeledInputs:
         return each.get('', each)
 
     def _next(self):
+        """Return (batch, its `BatchSamples` for stored outputs, or else its raw items if a teacher
+        reads them).
+        """
         b = None if self.iterator is None else next(self.iterator, None)
         if b is None:
             if self.stored is not None:
                 self.feed.begin(self.feed.passed)
             self.iterator = iter(self.loader)
             b = next(self.iterator)
-        return (b, None) if self.stored is None else (b[:-1], b[-1])
+        return without_samples(b) if self.stored is None else (b[:-1], b[-1])
 
     def stop(self):
         """Close the iterator of the DataLoader, which ends its workers."""
         if self.iterator is not None and hasattr(self.iterator, 'close'):
             self.iterator.close()
         self.feed.detach()
+        self.shown.close()
         self.iterator = self.loader = None
 
 
