@@ -612,3 +612,4 @@ def test_compare_times_the_prediction_and_not_the_search_for_known_rows():
     )
     small, large = report.models['teacher'].cost.latency
     assert counting.rows.count(1) >= small.runs and counting.rows.count(BS) >= large.runs >= 20
+    assert report.notes == ['The times of teacher include finding the raw row of each encoded row.']

@@ -36,6 +36,7 @@ from .learner_heads import LearnerHead, WholeModel, heads_of, options_of_heads
 from .metrics import columns_of
 from .probe_batches import number_of_batches, prepared, some_batches
 from .raw_items import items_shown
+from .tables import TableEstimator
 from .task import task_of
 from .teachers import check_same_codes, is_heads, teacher_of
 
@@ -233,6 +234,10 @@ def measure_head(
     report.classes = names_of_classes(dls, len(report.counts))
     learners = {k: o for k, o in models.items() if isinstance(o, Learner)}
     report.notes += ignored_labels(task, report.classes, learners)
+    for k, o in teachers.items():
+        if isinstance(o.model, TableEstimator) and options['seconds']:
+            only = 'include' if o.model.frame is None else 'are not those of predictions, but of'
+            report.notes.append(f'The times of {k} {only} finding the raw row of each encoded row.')
     for k, o in learners.items():
         of = report.models[k]
         of.kind = getattr(getattr(o, 'arch', None), '__name__', of.kind)
