@@ -759,6 +759,7 @@ def test_a_pipeline_in_a_file_teaches_texts(tmp_path, command, monkeypatch, caps
     options += ('--student', 'embedding_bag', '--student-layers', 8, '--epochs', 2, '--lr', 0.05)
     code, out, err = command(*options, '--no-onnx', '--out', tmp_path / 'run')
     assert code == 0, err
+    assert '2 steps: many recipes need a few thousand to show a gain.' in out
     report = Report.from_json(tmp_path / 'run' / 'report.json')
     c = TrainConfig(**read_config(tmp_path / 'run' / 'config.toml'))
     held = frame[checked_samples(read_samples(c), c).valid]
@@ -782,6 +783,35 @@ def test_a_pipeline_in_a_file_teaches_texts(tmp_path, command, monkeypatch, caps
         with pytest.raises(SystemExit) as e:
             main()
         assert e.value.code == 0, capsys.readouterr().err
+
+
+@pytest.mark.parametrize('student', ['embedding_bag', 'tabular'])
+def test_a_teacher_whose_inputs_do_not_change_runs_once_whatever_the_epochs(
+    student, tmp_path, monkeypatch
+):
+    texts, model, rows = student == 'embedding_bag', LogisticRegression(), []
+    x = [f'{["this", "that"][i % 2]} film {i}' if texts else i / 40 for i in range(40)]
+    frame = pd.DataFrame(dict(x=x, label=['few', 'many'] * 20))
+    frame.to_csv(tmp_path / 'a.csv', index=False)
+    model = make_pipeline(TfidfVectorizer(), model) if texts else model
+    x = frame.x if texts else frame[['x']]
+    joblib.dump(model.fit(x, frame.label), tmp_path / 'model.joblib')
+    predict = LogisticRegression.predict_proba
+
+    def counted(self, x):
+        rows.append(x.shape[0])
+        return predict(self, x)
+
+    monkeypatch.setattr(LogisticRegression, 'predict_proba', counted)
+    options = dict(data=tmp_path / 'a.csv', teacher=str(tmp_path / 'model.joblib'))
+    options |= dict(student=student, student_layers='4', lr=0.01, check=False, recipe='kd()')
+    counts = []
+    for epochs in (1, 4):
+        rows.clear()
+        # the report would time the teacher until it is sure of the time
+        opened_run(settings(epochs=epochs, **options), out=tmp_path / str(epochs)).trained()
+        counts.append(sum(rows))
+    assert counts[0] == counts[1]
 
 
 @pytest.mark.parametrize(

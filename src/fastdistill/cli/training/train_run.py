@@ -26,9 +26,10 @@ from ...base.atomic_files import enough_space, locked_folder, new_file, write_at
 from ...base.distributed import first_then_others, leave_processes, on_first, rank, world_size
 from ...base.errors import DistillError, DistillWarning
 from ...evaluation.number_format import verdict_of
-from ...fastai import Distiller, KnowledgeDistillation, compare, save_student
+from ...fastai import Distiller, KnowledgeDistillation, cache_teacher, compare, save_student
 from ...fastai.compare import history_of
 from ...fastai.probe_batches import prepared_batches
+from ...fastai.raw_items import items_shown
 from ...fastai.task import task_of
 from ...fastai.teachers import teacher_of
 from ...recipes.recipe_text import recipe_from_text
@@ -55,6 +56,7 @@ MAY_KNOW = (
     'The teacher may have been trained on some of these validation samples, which were chosen at random; its '
     'score may be too high. --valid can name the samples that it was not trained on.'
 )
+MANY_STEPS = 500  # with fewer, a gain is unlikely
 PACKAGES = 'fastdistill', 'fastai', 'torch', 'torchvision', 'timm', 'numpy', 'pandas', 'safetensors'
 
 
@@ -153,7 +155,10 @@ class TrainRun:
             self.fit('alone', models['alone'], c.epochs, self.config.lr, FOR_STUDENT, loggers)
             on_first(lambda: self.say_lead(models))
         models['distilled'] = student
-        kd = KnowledgeDistillation(self.as_teacher(teacher, student), self.recipe, check=c.check)
+        source = self.as_teacher(teacher, student)
+        if is_estimator(loaded) and s.task == 'texts':  # its inputs are the same in each epoch
+            source = first_then_others(lambda: self.stored(source, student))
+        kd = KnowledgeDistillation(source, self.recipe, check=c.check)
         self.fit('distilled', student, c.epochs, self.config.lr, FOR_STUDENT, loggers, kd)
         return models
 
@@ -244,6 +249,12 @@ class TrainRun:
             self.say(
                 'All models begin with random weights; --pretrained begins with published ones.'
             )
+        steps = c.epochs * len(self.dls.train) // self.processes
+        if steps < MANY_STEPS:
+            self.say(
+                f'{steps} steps: many recipes need a few thousand to show a gain. Use more --epochs, or a '
+                'smaller --batch-size.'
+            )
         return student, teacher, make
 
     def samples(self, loaded: Any) -> Samples:
@@ -301,6 +312,19 @@ class TrainRun:
             else teacher
         )
 
+    def stored(self, teacher: Any, student: Any) -> Any:
+        """Run the teacher once. Return its outputs, which are stored among the checkpoints."""
+        return cache_teacher(
+            teacher,
+            student,
+            self.files / 'outputs',
+            views=0,
+            store='float32',
+            valid=True,
+            check=False,
+            progress=self.bar,
+        )
+
     def check(self, student: Any, teacher: Any, trained: bool) -> None:
         """Check that the teacher fits the task, and that the layers in the recipe exist."""
         task = task_of(student.loss_func)
@@ -309,18 +333,20 @@ class TrainRun:
                 found.enforce(facts=False)
         if self.recipe == 'auto':
             return
+        source = teacher_of(teacher, student, task, run=AS_IT_IS)
         d = Distiller(
             student.model,
-            teacher_of(teacher, student, task, run=AS_IT_IS),
+            source,
             self.recipe,
             kind=task.kind,
             axis=task.axis,
             ignore_index=task.ignore_index,
             check=False,
         )
-        valid, train = prepared_batches(student, 1, 1)
-        with closing(valid), closing(train):
-            x, _ = next(valid)
+        with items_shown(student.dls.loaders, source):
+            valid, train = prepared_batches(student, 1, 1)
+            with closing(valid), closing(train):
+                x, _ = next(valid)
         d.setup(*x)
 
     def find_rates(self, make: Callable) -> TrainConfig:
