@@ -1,6 +1,13 @@
-// What is wider than the page can be scrolled with the keyboard in every browser.
 addEventListener('load', () => {
+  // What is wider than the page can be scrolled with the keyboard in every browser.
   document.querySelectorAll('pre > code, .md-typeset__scrollwrap, p:has(> img)').forEach((box) => {
     if (box.scrollWidth > box.clientWidth) box.tabIndex = 0
   })
+  // The theme has several landmarks without a name of their own.
+  document.querySelectorAll('.md-code__nav').forEach((nav) => { nav.role = 'presentation' })
+  document.querySelectorAll('nav nav[aria-labelledby]').forEach((nav, i) => {
+    nav.removeAttribute('aria-labelledby')
+    nav.ariaLabel = `Part ${i + 1}`
+  })
+  document.querySelectorAll('th:empty').forEach((th) => th.replaceWith(document.createElement('td')))
 })
