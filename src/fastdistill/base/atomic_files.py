@@ -14,16 +14,6 @@ from typing import Any
 
 from .errors import DistillError
 
-__all__ = [
-    'BusyError',
-    'enough_space',
-    'file_errors',
-    'locked_folder',
-    'new_file',
-    'write_atomically',
-    'write_json',
-]
-
 DISK_FULL = errno.ENOSPC, errno.EFBIG, errno.EDQUOT
 
 

@@ -8,8 +8,6 @@ from torch import Tensor
 
 from .outputs import DistillError
 
-__all__ = ['BatchSamples']
-
 
 @dataclass
 class BatchSamples:

@@ -13,8 +13,6 @@ from torch import Tensor
 from .outputs import DistillError, Outputs, as_plain
 from .task import Task, fit_labels
 
-__all__ = ['class_groups', 'grouped', 'grouped_labels', 'of_classes', 'taught_part']
-
 
 def class_groups(
     groups: Any, option: str, vocab: Sequence | None = None, disjoint: bool = False

@@ -17,8 +17,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-__all__ = ['describe_content', 'first_difference', 'stable_repr']
-
 MOST_VALUES = 20  # longer sequences and tensors are described by a hash
 INSTALLED_IN = tuple(sysconfig.get_path(k) for k in ('stdlib', 'platstdlib', 'purelib', 'platlib'))
 

@@ -9,25 +9,6 @@ import torch
 import torch.distributed as distributed
 from torch import Tensor
 
-__all__ = [
-    'average_gradients',
-    'broadcast',
-    'counted_as_one',
-    'first_then_others',
-    'gather_rows',
-    'joined_processes',
-    'leave_processes',
-    'length_over_ranks',
-    'mean_over_ranks',
-    'of_first',
-    'on_first',
-    'previous_rows',
-    'rank',
-    'sum_over_ranks',
-    'world_size',
-]
-
-
 APART = [False]  # True while this process acts as if it were the only process
 
 

@@ -4,8 +4,6 @@ import warnings
 from collections.abc import Collection, Iterable, Mapping
 from difflib import get_close_matches
 
-__all__ = ['DistillError', 'DistillWarning', 'check_choice', 'close_name', 'options_of_group']
-
 
 class DistillError(ValueError):
     """Error for mistakes, including those that could otherwise go unnoticed during training. The

@@ -10,8 +10,6 @@ from torch import Tensor
 from .batch_samples import BatchSamples
 from .outputs import DistillError, Draws, LinearLogits, Outputs, TopK, as_plain
 
-__all__ = ['lerp', 'mixed']
-
 
 def mixed(out: Outputs, samples: BatchSamples, kind: str, axis: int) -> Outputs:
     """Mix the outputs of unmixed samples in the same way as MixUp (arXiv:1710.09412) or CutMix

@@ -14,16 +14,6 @@ from torch.nn.parameter import is_lazy
 from .atomic_files import write_atomically
 from .errors import DistillError
 
-__all__ = [
-    'Attributes',
-    'ModelState',
-    'TensorValues',
-    'read_state',
-    'restored',
-    'weights_summary',
-    'write_state',
-]
-
 
 class ModelState:
     """The modes, attributes, hooks, hidden states and buffers of modules, saved when this object is

@@ -6,8 +6,6 @@ from typing import Any, Protocol, runtime_checkable
 from .batch_samples import BatchSamples
 from .outputs import Outputs
 
-__all__ = ['OutputSource']
-
 
 @runtime_checkable
 class OutputSource(Protocol):

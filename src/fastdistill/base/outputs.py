@@ -13,23 +13,6 @@ from torch import Tensor
 
 from .errors import DistillError, DistillWarning, check_choice
 
-__all__ = [
-    'DistillError',
-    'DistillWarning',
-    'Draws',
-    'LinearLogits',
-    'Outputs',
-    'TopK',
-    'as_plain',
-    'check_axis',
-    'check_output',
-    'map_tensors',
-    'tensor_of_numbers',
-    'tensors_in',
-    'warn_of_first',
-    'warn_of_several',
-]
-
 
 def as_plain(x: Any) -> Any:
     """Convert a tensor of a subclass to a plain tensor, because subclasses such as fastai's

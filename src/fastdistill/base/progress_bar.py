@@ -9,8 +9,6 @@ from typing import Any
 
 from .distributed import rank
 
-__all__ = ['console_for_bars', 'progress_bar']
-
 
 def console_for_bars(**options: Any) -> Any:
     """Return rich's console if it can show a moving bar, i.e. in a terminal or in a notebook with

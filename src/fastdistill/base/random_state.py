@@ -13,17 +13,6 @@ from typing import Any
 import numpy as np
 import torch
 
-__all__ = [
-    'RandomGuard',
-    'RandomState',
-    'RandomStream',
-    'global_generators',
-    'guarded_random_state',
-    'restored_generators',
-    'restored_once',
-    'seeded',
-]
-
 
 class RandomState:
     """State of the global generators, saved when this object is created.

@@ -10,8 +10,6 @@ from typing import Any
 
 from .errors import DistillError, close_name
 
-__all__ = ['RecipeGrammar']
-
 LONGEST, MOST = 2000, 20  # characters, parts
 LARGEST = 2**53  # largest integer allowed
 EXAMPLE = "'kd(T=4, alpha=.9) + at()'"

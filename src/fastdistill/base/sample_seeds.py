@@ -5,8 +5,6 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ['scramble', 'seeds_of', 'view_of']
-
 MASK = 2**64 - 1
 MIX = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 

@@ -15,24 +15,6 @@ from torch import Tensor, nn
 from .errors import DistillError, check_choice
 from .outputs import Draws, as_plain, check_axis
 
-__all__ = [
-    'CLASS_NUMBERS',
-    'Task',
-    'facts_of_outputs',
-    'float_labels',
-    'fit_labels',
-    'fitting_axes',
-    'label_axis',
-    'labels_loss',
-    'pseudo_labels',
-    'register_losses',
-    'register_wrapper',
-    'task_for',
-    'shape_of_labels',
-    'task_of',
-    'unusable',
-]
-
 # {kind of outputs: loss classes}; integrations for frameworks register further classes
 CLASSES: dict[str, list[type]] = dict(
     softmax=[nn.CrossEntropyLoss],

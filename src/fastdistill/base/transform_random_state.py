@@ -19,8 +19,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ['Generators', 'access_of', 'hands_out_generators', 'reachable']
-
 PLAIN_TYPES = (
     str,
     bytes,

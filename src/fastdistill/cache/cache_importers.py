@@ -28,8 +28,6 @@ from .teacher_description import Source, is_whole
 from .write_progress import shown_progress
 from .writer import write_cache
 
-__all__ = ['cache_from']
-
 # {name of the column: True if each entry is stored at the position of the token it predicts, and
 # False if it is stored one position earlier, as in a student's logits}
 VALUES = dict(

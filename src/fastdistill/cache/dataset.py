@@ -42,8 +42,6 @@ from .teacher_description import (
 from .write_progress import shown_progress
 from .writer import options_of_run, write_cache
 
-__all__ = ['Replayed', 'cache_dataset']
-
 
 def cache_dataset(
     teacher: Any,

@@ -14,17 +14,6 @@ from torch import Tensor
 from ..base.content import describe_content
 from .keys import hash_of
 
-__all__ = [
-    'behavior_of',
-    'checksum',
-    'code_of',
-    'file_checksum',
-    'fingerprint',
-    'flat_values',
-    'input_digest',
-    'versions',
-]
-
 
 def checksum(data: bytes | memoryview) -> str:
     return hashlib.blake2b(data, digest_size=16).hexdigest()

@@ -20,8 +20,6 @@ from ..base.atomic_files import file_errors, locked_folder, write_atomically
 from ..base.outputs import DistillError
 from .digests import checksum, file_checksum
 
-__all__ = ['Folder', 'natural_order', 'open_folder']
-
 
 def natural_order(name: str) -> tuple[list, str]:
     """Sort key with which numbers in names are compared as numbers: part_2 before part_10."""

@@ -27,8 +27,6 @@ from .json_checks import shortened
 from .manifest import MAX_MANIFEST
 from .teacher_description import is_whole
 
-__all__ = ['ask_server']
-
 LONGEST_WAIT = 60  # maximum wait before a retry in seconds, even if the server asks for more
 
 

@@ -9,16 +9,6 @@ from typing import Any, NoReturn
 
 from ..base.outputs import DistillError
 
-__all__ = [
-    'json_list',
-    'json_object',
-    'json_text',
-    'parse_json',
-    'refuse_entry',
-    'shortened',
-    'whole_number',
-]
-
 DEPTH = 20  # maximum nesting of lists and objects. Real manifests have fewer levels
 
 

@@ -29,19 +29,6 @@ from .json_checks import (
 )
 from .row_layout import Layout
 
-__all__ = [
-    'CHECKSUM',
-    'MAX_VIEWS',
-    'Manifest',
-    'PART_NAME',
-    'PART_NAMES',
-    'differences',
-    'moved_samples',
-    'refuse',
-    'sample_differences',
-    'transform_differences',
-]
-
 FORMAT, VERSIONS = 'fastdistill-cache', (1, 2)
 # limits, so that a damaged manifest can't fill the memory or disk, or cause an endless loop
 MAX_MANIFEST, MAX_COUNT, MAX_VIEWS = 2**28, 2**40, 2**16

@@ -12,8 +12,6 @@ import numpy as np
 from ..base.errors import DistillError, check_choice
 from .json_checks import json_list, json_object, refuse_entry, shortened, whole_number
 
-__all__ = ['TOOLS', 'converted_rows']
-
 # NumPy has no bfloat16, so its bits are read
 FLOATS = dict(float16='<f2', bfloat16='<u2', float32='<f4', float64='<f8')
 SPECIAL_TERMS = dict(sqrt=np.sqrt, exp=np.exp)

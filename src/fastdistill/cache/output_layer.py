@@ -13,8 +13,6 @@ from ..features.layer_hooks import Taps
 from ..features.layer_names import no_such_layer
 from ..teachers.teacher import Teacher
 
-__all__ = ['OutputLayer', 'StoredHead', 'find_output_layer', 'worst_error']
-
 CHECKED = 16  # number of positions in each batch on which the output layer is verified
 # minimum unit of a hidden feature, relative to the root mean square of all features
 LEAST_UNIT = 0.25

@@ -19,8 +19,6 @@ from .reader import TeacherCache
 from .sample_files import record_size
 from .writer import notes
 
-__all__ = ['cache_facts', 'pack_cache', 'unpack_cache']
-
 CARD = 'README.md'
 
 

@@ -13,8 +13,6 @@ from ..base.random_state import restored_generators
 from ..base.sample_seeds import MIX, scramble, seeds_of
 from ..base.transform_random_state import Generators
 
-__all__ = ['PerSample', 'per_sample']
-
 
 def per_sample(fn: Callable, seeds: Any, *tensors: Tensor) -> Any:
     """Apply `fn` to one sample at a time, with separate random numbers for each sample.

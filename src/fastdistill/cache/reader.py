@@ -21,8 +21,6 @@ from .manifest import Manifest, refuse, sample_differences
 from .output_layer import StoredHead
 from .sample_files import changed_text, newer_record, read_record
 
-__all__ = ['TeacherCache', 'damages', 'is_cache']
-
 
 def is_cache(path: Any) -> bool:
     """Return True if there is a cache at a path or URL.

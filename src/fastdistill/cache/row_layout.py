@@ -20,8 +20,6 @@ from ..base.errors import DistillError, check_choice
 from ..base.outputs import TAILS, Draws, LinearLogits, Outputs, TopK
 from .json_checks import json_list, json_object, json_text, refuse_entry, whole_number
 
-__all__ = ['COARSE', 'Field', 'Layout', 'Store']
-
 DTYPES = 'float32', 'float16', 'int8'
 # step between logits in int8 above which probabilities would be wrong
 COARSE = 1.0

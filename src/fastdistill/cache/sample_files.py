@@ -18,17 +18,6 @@ from .digests import checksum
 from .file_store import Folder
 from .keys import name_of, names_of_samples
 
-__all__ = [
-    'changed_text',
-    'dataset_files',
-    'files_of',
-    'newer_record',
-    'read_record',
-    'record_files',
-    'record_size',
-    'write_record',
-]
-
 NO_FILE = -1  # size recorded for a file that does not exist
 
 

@@ -19,8 +19,6 @@ from .reader import TeacherCache, damages
 from .stream_writer import NUMBERED, keys_file, read_keys, rows_at_end, stream_manifest
 from .writer import clear
 
-__all__ = ['seal_stream']
-
 STEP = 2**20  # number of rows compared at once
 PART = re.compile(r'view(\d{3,})/(.+)\.(rows|keys|end)')
 

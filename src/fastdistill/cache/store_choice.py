@@ -22,18 +22,6 @@ from .output_layer import OutputLayer, StoredHead, find_output_layer
 from .row_layout import Layout, Store, outputs_like
 from .teacher_description import Source, spread_positions
 
-__all__ = [
-    'Choice',
-    'Option',
-    'Uses',
-    'check_kind_of_store',
-    'existing_store',
-    'loss_at',
-    'lost_by',
-    'measured_options',
-    'uses_of',
-]
-
 # sizes in bytes. A cache of at most TINY bytes is stored without measuring. If all logits take at
 # most SMALL bytes, storing all of them is preferred
 TINY, SMALL = 32e6, 1e9

@@ -14,8 +14,6 @@ from .json_checks import shortened
 from .keys import keys_of
 from .reader import TeacherCache
 
-__all__ = ['StreamJoin']
-
 
 class StreamJoin(IterableDataset):
     """A stream of samples, each joined with its row of teacher outputs.

@@ -24,16 +24,6 @@ from .store_choice import Choice, HiddenRun, check_kind_of_store, uses_of
 from .teacher_description import Source, check_alone, identity_of, outputs_of
 from .writer import SHARD_BYTES, check_views, encoded, warn_of_int8
 
-__all__ = [
-    'RowWriter',
-    'TeacherRows',
-    'keys_file',
-    'read_keys',
-    'start_stream',
-    'stream_manifest',
-    'write_stream',
-]
-
 UNKNOWN = 10**8  # number of samples assumed for a stream of unknown length
 NUMBERED = re.compile(r'(.+)-(\d{6,})')
 

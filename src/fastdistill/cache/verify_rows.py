@@ -7,8 +7,6 @@ import torch
 
 from ..base.outputs import Draws, LinearLogits, TopK
 
-__all__ = ['Verified', 'row_errors']
-
 
 def row_errors(stored: Any, live: Any) -> tuple[list, list]:
     """Return, for each row, the largest difference between stored and current logits, and the

@@ -7,8 +7,6 @@ from typing import Any
 from ..base.distributed import rank
 from ..base.progress_bar import console_for_bars
 
-__all__ = ['ProgressBar', 'shown_progress']
-
 
 class ProgressBar:
     """Progress bar with the number of samples, the speed and the megabytes written.

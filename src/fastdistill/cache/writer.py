@@ -28,8 +28,6 @@ from .sample_files import changed_text, newer_record, read_record, record_files,
 from .teacher_description import Source, is_whole
 from .verify_rows import row_errors
 
-__all__ = ['Forecast', 'check_views', 'notes', 'options_of_run', 'write_cache']
-
 SHARD_BYTES = 64 * 2**20
 # maximum error of logits computed from hidden states, relative to the range of the logits
 INACCURATE = 0.02

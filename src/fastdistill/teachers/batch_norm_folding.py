@@ -14,8 +14,6 @@ from torch.overrides import TorchFunctionMode
 
 from ..base.outputs import tensors_in
 
-__all__ = ['foldable']
-
 FOLDABLE, NORMS = (
     (nn.Conv1d, nn.Conv2d, nn.Conv3d),
     (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d),

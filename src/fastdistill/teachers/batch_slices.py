@@ -8,8 +8,6 @@ from torch import Tensor
 
 from ..base.outputs import Outputs, as_plain, map_tensors, tensors_in
 
-__all__ = ['in_slices', 'joined', 'plain_output']
-
 
 def in_slices(x: Sequence, kw: Mapping[str, Any], rows: int | None) -> list[tuple]:
     """Split the inputs of a batch into slices of rows.

@@ -11,8 +11,6 @@ from torch.nn import Module
 
 from ..base.outputs import tensors_in
 
-__all__ = ['CompiledModule']
-
 
 class CompiledModule:
     """A module compiled for the input shapes of the first batch.

@@ -12,8 +12,6 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from ..features.layer_names import named
 
-__all__ = ['CopyPlan', 'short_name', 'weights_of', 'without_layers']
-
 
 @dataclass(frozen=True)
 class CopyPlan:

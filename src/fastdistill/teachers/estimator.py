@@ -14,8 +14,6 @@ from torch import Tensor, nn
 
 from ..base.outputs import DistillError, as_plain
 
-__all__ = ['Estimator', 'is_estimator', 'load_estimator']
-
 
 def is_estimator(o: Any) -> bool:
     """Return True for an object with `predict_proba` or `predict` that is not itself callable."""

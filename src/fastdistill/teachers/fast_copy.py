@@ -18,8 +18,6 @@ from .compiled_module import CompiledModule
 from .copy_plan import CopyPlan, short_name, weights_of, without_layers
 from .model_loading import is_graph
 
-__all__ = ['AS_IT_IS', 'DEFAULTS', 'OPTIONS', 'FastCopy', 'check_run', 'native_bf16']
-
 # {option: allowed values}. The first value is the default
 OPTIONS = dict(
     precision=('auto', 'fp32', 'bf16', 'fp16'),

@@ -10,8 +10,6 @@ from ..base.model_state import Attributes, TensorValues
 from ..base.outputs import map_tensors, tensors_in
 from .hidden_state import has_reset
 
-__all__ = ['FrozenModel', 'cuda_devices']
-
 
 class FrozenModel:
     """Context that freezes a model in evaluation or training mode.

@@ -12,8 +12,6 @@ from torch.nn import Module
 from ..base.model_state import ModelState
 from ..features.probe import distinct_modules, untouched
 
-__all__ = ['NO_RESET', 'has_reset', 'why_no_reset']
-
 NO_RESET = (
     '{name} has a method reset() that {why}. That was undone, and the method is not called again, so hidden '
     'states are not reset. If the model has hidden states, its reset() should change nothing else.'

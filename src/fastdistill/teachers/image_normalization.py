@@ -9,16 +9,6 @@ from torch import Tensor
 
 from ..base.outputs import DistillError, as_plain
 
-__all__ = [
-    'fit_images',
-    'affine',
-    'check_images',
-    'is_image',
-    'maps_of_size',
-    'stats_of',
-    'timm_cfg',
-]
-
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 POSSIBLE_STATS = (
     "must be (mean, std), 'imagenet', 'auto', torchvision's weights (as in "

@@ -11,8 +11,6 @@ from torch import Tensor
 
 from ..base.outputs import DistillError, tensors_in
 
-__all__ = ['InputAliasing']
-
 
 class InputAliasing:
     """Decides whether a module gets the batch itself or a copy.

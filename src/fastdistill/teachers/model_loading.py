@@ -18,16 +18,6 @@ from torch.nn import Module
 from ..base.outputs import DistillError, DistillWarning, tensors_in
 from .estimator import Estimator, is_estimator
 
-__all__ = [
-    'FACTS',
-    'Onnx',
-    'explained',
-    'holds_weights',
-    'load_model',
-    'model_files',
-    'warn_of_code',
-]
-
 OF_RUN = 'student.pkl'  # the student in the folder of a run of `fastdistill train`
 FORMS = (
     'It must be an nn.Module (torchvision, timm, Hugging Face, TorchScript), a torch.export program, a file of '

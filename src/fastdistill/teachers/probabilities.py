@@ -5,8 +5,6 @@ from torch import Tensor
 from ..base.outputs import DistillError
 from .image_normalization import full_precision
 
-__all__ = ['check_probabilities', 'logits_of']
-
 LEAST = 1e-7  # minimum probability, since the logarithm of 0 is infinite
 
 

@@ -8,8 +8,6 @@ from ..base.batch_samples import BatchSamples
 from ..base.mixup import mixed
 from ..base.outputs import DistillError, Outputs, map_tensors, tensors_in
 
-__all__ = ['as_in_batch', 'items_at', 'items_beside', 'items_in', 'reads_only_items', 'with_items']
-
 
 def with_items(x: Any, items: Any) -> Any:
     """Return the inputs of a batch as tensors that also carry the raw items of their samples.

@@ -34,8 +34,6 @@ from .model_loading import Onnx, explained, is_graph
 from .probabilities import check_probabilities, logits_of
 from .teacher_inputs import own_inputs, prepared_inputs
 
-__all__ = ['ModelRunner', 'Runner', 'with_classes']
-
 
 class Runner:
     """Base class for running a teacher between `start` and `stop`."""

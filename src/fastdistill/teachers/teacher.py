@@ -25,15 +25,6 @@ from .raw_items import as_in_batch, with_items
 from .runner import ModelRunner
 from .teacher_inputs import check_own_inputs
 
-__all__ = [
-    'Teacher',
-    'given_options',
-    'grouped_options',
-    'reading_tokens',
-    'same_run',
-    'sharing_model',
-]
-
 POSSIBLE = dict(
     mode=('eval', 'train'),
     combine=('probs', 'logits', 'sample'),

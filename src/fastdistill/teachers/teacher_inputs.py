@@ -15,8 +15,6 @@ from .image_normalization import check_images, fit_images, is_image
 from .model_loading import Onnx, check_second_argument
 from .raw_items import items_beside
 
-__all__ = ['check_own_inputs', 'own_inputs', 'prepared_inputs']
-
 
 def check_own_inputs(inputs: Callable | None, items: Callable | None) -> None:
     """Raise a DistillError if `inputs=` or `items=` is not a function, or if both are given."""
