@@ -290,14 +290,14 @@ class Choice:
         return store, source, self._lost(store, source)
 
     def _with_states(self, source: Source, layer: str | None = None) -> Source:
-        run = lambda teacher: one_batch(source, teacher)
+        run = lambda teacher: source.first(source.bs, teacher=teacher)
         found = find_output_layer(self.teacher, run, layer)
         return replace(source, run=HiddenRun(source.run, self.teacher, found))
 
     def _lost(self, store: Store, source: Source) -> Sequence:
         """Measure the information loss of the requested format, and warn if it is too large."""
         batches = few_outputs(source, self.tasks)
-        uses = self._uses(batches, store.axis)
+        uses = self._uses(batches)
         found = measured_options(batches, [store], len(source.keys), (*TEMPERATURES, *uses.T))
         if not found:
             return ()
@@ -306,7 +306,7 @@ class Choice:
             warnings.warn(DistillWarning(text), stacklevel=5)
         return found[0].lost
 
-    def _uses(self, batches: Sequence[Any], axis: int) -> Uses:
+    def _uses(self, batches: Sequence[Any]) -> Uses:
         if self.uses is None:
             return Uses()
         return self.uses(torch.cat([o.logits for o in batches]))
@@ -314,7 +314,7 @@ class Choice:
     def _best(self, store: Store, source: Source, count: int) -> tuple:
         """Measure all formats for `store='auto'`, print a table, and choose one."""
         batches = few_outputs(source, self.tasks)
-        uses, axis, notes = self._uses(batches, store.axis), store.axis, []
+        uses, axis, notes = self._uses(batches), store.axis, []
         n, temperatures = batches[0].logits.shape[axis], (*TEMPERATURES, *uses.T)
         some = [Store('logits', d, axis=axis) for d in ('float16', 'int8')]
         some += [Store('topk', 'int8', k, axis=axis) for k in (10, 50) if k < n]
@@ -352,13 +352,6 @@ def existing_store(where: Folder) -> Store | None:
         return outputs_like(Manifest.read(where).layout)[1]
     except DistillError:
         return None
-
-
-def one_batch(source: Source, teacher: Any) -> Outputs:
-    """Return the outputs of a teacher for the first batch."""
-    n = min(source.bs, len(source.keys))
-    with closing(source.run(np.arange(n), n, teacher=teacher)) as batches:
-        return next(batches)
 
 
 class HiddenRun:

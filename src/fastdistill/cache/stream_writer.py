@@ -85,9 +85,8 @@ def start_stream(
     count = np.broadcast_to(np.uint64(0), (samples or UNKNOWN,))
     source = Source(count, run, n, identity_of(teacher), {}, root, vocab)
     with where.lock():
-        first = next(source.run(np.arange(n), n))
-        store, source, lost = choose(where, store, source, first, views)
-        first = next(source.run(np.arange(n), n))
+        store, source, lost = choose(where, store, source, source.first(n), views)
+        first = source.first(n)
         layout = Layout.of(first, store)
         who = source.teacher | dict(reads=entry_of_inputs(inputs))
         m = Manifest(0, views, seed, layout, 1, 1, who, dict(root=root), parts=[])

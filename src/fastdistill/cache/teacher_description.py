@@ -3,6 +3,7 @@
 import inspect
 import warnings
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from numbers import Integral
 from typing import Any
@@ -65,6 +66,16 @@ class Source:
             raise DistillError(
                 f'{len(self.files)} files for {len(self.keys)} samples: give one for each.'
             )
+
+    def first(self, n: int, **options: Any) -> Outputs:
+        """Return the outputs of the first `n` samples in one batch.
+
+        Args:
+            **options: Further arguments of `run`.
+        """
+        n = min(n, len(self.keys))
+        with closing(self.run(np.arange(n), n, **options)) as batches:
+            return next(batches)
 
 
 def is_whole(o: Any) -> bool:

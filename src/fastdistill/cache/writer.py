@@ -14,7 +14,7 @@ import torch
 
 from ..base.distributed import on_first, rank, world_size
 from ..base.errors import options_of_group
-from ..base.outputs import DistillError, DistillWarning, LinearLogits, Outputs, TopK
+from ..base.outputs import DistillError, DistillWarning, LinearLogits, TopK
 from ..base.sample_seeds import seeds_of
 from .digests import checksum, versions
 from .file_store import Folder, open_folder
@@ -129,14 +129,14 @@ def write_cache(
     if not len(source.keys):
         raise DistillError('There are no samples: there is nothing to write.')
     where = open_folder(path)
-    first, lost = first_outputs(source, 1), ()
+    first, lost = source.first(1), ()
     if choose is not None:
         store, source, lost = choose(where, store, source, first, views)
     elif store.kind == 'auto':
         store = Store('logits', axis=store.axis)
     if store.kind == 'hidden':
         # subtle: the units of hidden states are computed from a whole batch
-        first = first_outputs(source, min(source.bs, len(source.keys)))
+        first = source.first(source.bs)
     layout = Layout.of(first, store)
     head = None if layout.head is None else StoredHead.of(cast(LinearLogits, first.logits))
     rows = max(shard_bytes // layout.bytes // source.bs, 1) * source.bs
@@ -157,12 +157,6 @@ def write_cache(
         _write_shards(where, source, m, head, todo[rank() :: world_size()], progress)
         on_first(lambda: _finish(where, m, done))
     return TeacherCache(where)
-
-
-def first_outputs(source: Source, n: int) -> Outputs:
-    """Return the outputs of the first `n` samples in one batch."""
-    with closing(source.run(tasks_of(source, 0, 0, n), n)) as batches:
-        return next(batches)
 
 
 def _begin(
@@ -353,17 +347,15 @@ def _write_shards(
     worst = [0.0]
     # limit the number of shards per pass of the DataLoader, since the tasks of a pass are in memory
     some = max(2**20 // m.shard_rows, 1)
+    positions = lambda i: i * m.shard_rows + np.arange(m.rows_of(i))
     for at in range(0, len(todo), some):
-        tasks = [
-            padded(tasks_of(source, v, i * m.shard_rows, m.rows_of(i)), m.batch_size)
-            for v, i, *_ in todo[at : at + some]
-        ]
+        shards = todo[at : at + some]
+        tasks = [padded(v * m.count + positions(i), m.batch_size) for v, i, *_ in shards]
         # subtle: close the generator explicitly. After an error, the traceback would keep the
         # generator alive, and its changes to the teacher and the random state would remain
         with closing(source.run(np.concatenate(tasks), m.batch_size)) as batches:
-            for v, i, name, _ in todo[at : at + some]:
-                keys = source.keys[i * m.shard_rows :][: m.rows_of(i)]
-                encode = partial(encoded, m, head, v, worst)
+            for v, i, name, _ in shards:
+                keys, encode = source.keys[positions(i)], partial(encoded, m, head, v, worst)
                 for rows in _write_shard(where, m, name, keys, batches, encode):
                     done += rows
                     if progress is not None:
@@ -455,10 +447,6 @@ def _finish(where: Folder, m: Manifest, done: dict[str, str]) -> None:
     m.complete = True
     where.write('manifest.json', m.to_json())
     clear(where, '.json')
-
-
-def tasks_of(source: Source, view: int, first: int, n: int) -> np.ndarray:
-    return view * len(source.keys) + np.arange(first, first + n)
 
 
 def padded(a: np.ndarray, bs: int) -> np.ndarray:
