@@ -233,7 +233,7 @@ def measure_head(
     report.unit = unit_of(data)
     report.classes = names_of_classes(dls, len(report.counts))
     learners = {k: o for k, o in models.items() if isinstance(o, Learner)}
-    report.notes += ignored_labels(task, report.classes, learners)
+    report.notes += notes_on_ignored_labels(task, report.classes, learners)
     for k, o in teachers.items():
         if isinstance(o.model, TableEstimator) and options['seconds']:
             only = 'include' if o.model.frame is None else 'are not those of predictions, but of'
@@ -245,7 +245,7 @@ def measure_head(
     return report
 
 
-def ignored_labels(task, classes, learners):
+def notes_on_ignored_labels(task, classes, learners):
     """Yield sentences on the label that is ignored, and on Learners that ignore another one."""
     if task.kind != 'softmax':
         return
