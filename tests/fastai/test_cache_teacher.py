@@ -48,7 +48,8 @@ from torch import nn
 from fastdistill.cache import TeacherCache, cache_dataset, write_cache
 from fastdistill.fastai.cache_data import cache_teacher as checked_first, verify_cache
 from fastdistill.fastai import KnowledgeDistillation
-from fastdistill.fastai.cache_feed import StoredOutputs, passed_epochs
+from fastdistill.fastai.cache_feed import StoredOutputs
+from fastdistill.fastai.learner_notes import notes_of
 from fastdistill.fastai.replay_dl import sampled
 from fastdistill.fastai.teacher_targets import samples_of
 from fastdistill.fastai.transforms import Replay
@@ -149,6 +150,9 @@ class Compare(Callback):
 
     def before_fit(self):
         self.feed = cached.feed(self.source, self.learn, *self.kind_axis)
+
+    def before_train(self):
+        self.feed.begin(self.epoch)
 
     def after_fit(self):
         self.feed.detach()
@@ -563,7 +567,7 @@ def test_the_first_rank_alone_speaks_of_a_cache_and_not_without_logging(
         ]
 
     assert printed(print) == [True, True] and printed(noop) == [False, False]
-    monkeypatch.setattr('fastdistill.fastai.cache_feed.rank', lambda: 1)
+    monkeypatch.setattr('fastdistill.fastai.fit_log.rank', lambda: 1)
     assert printed(print) == [False, False]
 
 
@@ -579,6 +583,7 @@ class Follow(Compare):
         self.asked.stop()
 
     def before_train(self):
+        super().before_train()
         self.asked.reset()
 
     def before_validate(self):
@@ -705,9 +710,9 @@ def test_lr_find_takes_no_view_away(tmp_path):
     source = StoredOutputs(cache_teacher(teacher, data(), tmp_path, views=2))
     learn = student(data(), model_dir=tmp_path)
     quiet(learn, 2, cbs=[Compare(source, teacher), LRFinder(num_it=4)])
-    assert not passed_epochs(learn)
+    assert not notes_of(learn).passed_epochs
     quiet(learn, 2, cbs=Compare(source, teacher))
-    assert passed_epochs(learn)[source.cache.identity] == 2
+    assert notes_of(learn).passed_epochs[source.cache.identity] == 2
 
 
 def test_clean_views_are_those_of_validation_while_the_student_sees_augmented_ones(tmp_path):

@@ -26,7 +26,8 @@ from cached import (
 from fastdistill import Distiller, Term, at, kd, losses, soft_labels
 from fastdistill.cache import TeacherCache, cache_dataset
 from fastdistill.fastai import KnowledgeDistillation, TeacherBlock
-from fastdistill.fastai.cache_feed import StoredOutputs, passed_epochs
+from fastdistill.fastai.cache_feed import StoredOutputs
+from fastdistill.fastai.learner_notes import notes_of
 from fastdistill.fastai.replay_dl import sampled
 from fastdistill.fastai.transforms import Replay
 from fastdistill.base.outputs import DistillError, Outputs, TopK
@@ -491,6 +492,9 @@ def test_alpha_0_trains_as_if_there_were_no_teacher(tmp_path, views):
         def before_fit(self):
             self.feed = feed(StoredOutputs(cache), self.learn)
 
+        def before_train(self):
+            self.feed.begin(self.epoch)
+
         def after_fit(self):
             self.feed.detach()
 
@@ -622,11 +626,12 @@ def test_lr_find_then_fit(tmp_path):
     learn.add_cb(callback)
     with learn.no_bar(), learn.no_logging():
         learn.lr_find(num_it=8, show_plot=False)
-    assert all(
-        torch.equal(v, weights[k]) for k, v in learn.model.state_dict().items()
-    ) and not passed_epochs(learn)
+    assert (
+        all(torch.equal(v, weights[k]) for k, v in learn.model.state_dict().items())
+        and not notes_of(learn).passed_epochs
+    )
     quiet(learn, 2, cbs=watch)
-    assert watch.worst < 1e-4 and passed_epochs(learn)[cache.identity] == 2
+    assert watch.worst < 1e-4 and notes_of(learn).passed_epochs[cache.identity] == 2
     learn.remove_cb(callback)
     assert changed(learn, was) == []
 

@@ -515,18 +515,18 @@ class Loader:
 
 
 def test_calls_of_distill_with_a_folder_continue_through_the_views(folder, tmp_path):
-    from fastdistill.fastai.cache_feed import passed_epochs
+    from fastdistill.fastai.learner_notes import notes_of
 
     write(images(folder), tmp_path / 'c', views=3)
     learn = Learner(images(folder), Flat(1))
     for n in (1, 2, 3):
         with learn.no_bar(), learn.no_logging():
             learn.distill(str(tmp_path / 'c'), 1)
-        assert list(passed_epochs(learn).values()) == [n]
+        assert list(notes_of(learn).passed_epochs.values()) == [n]
     write(images(folder), tmp_path / 'd', views=3)
     with learn.no_bar(), learn.no_logging():
         learn.distill(str(tmp_path / 'd'), 1)
-    assert sorted(passed_epochs(learn).values()) == [1, 3]
+    assert sorted(notes_of(learn).passed_epochs.values()) == [1, 3]
 
 
 def repaint(files):

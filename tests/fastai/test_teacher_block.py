@@ -105,6 +105,9 @@ class Spy(TeacherTargets):
     def before_fit(self):
         self.feed = feed(self.source, self.learn, self.kind)
 
+    def before_train(self):
+        self.feed.begin(self.epoch)
+
     def before_batch(self):
         pass
 

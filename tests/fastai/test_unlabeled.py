@@ -23,7 +23,7 @@ from fastdistill.fastai import (
 )
 from fastdistill.fastai import cache_teacher, verify_cache
 from fastdistill.fastai.probe_batches import loader_of
-from fastdistill.fastai.cache_feed import passed_epochs
+from fastdistill.fastai.learner_notes import notes_of
 from fastdistill.fastai.tables import perturbed_rows
 from cached import N, TRAIN, Convs, data, student
 
@@ -381,7 +381,7 @@ def test_each_view_is_replayed_and_a_pass_over_the_items_has_the_next_one(tmp_pa
         torch.testing.assert_close(t, teacher(x), rtol=1e-4, atol=1e-4)
     sets = [{tuple(o.flatten()[:9].tolist()) for o in x} for x in inputs[1::2]]
     assert not sets[0] & sets[1]  # another view of each item
-    assert passed_epochs(learn)[more.identity] == steps
+    assert notes_of(learn).passed_epochs[more.identity] == steps
 
 
 def test_stored_outputs_of_a_table_and_of_other_inputs(tmp_path):

@@ -4,9 +4,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from fastai.basics import Callback, noop
 
-from ..base.distributed import rank
 from ..base.outputs import DistillError, Draws, LinearLogits, Outputs, TopK, tensors_in
 from ..base.random_state import RandomGuard
 from ..cache.manifest import (
@@ -27,7 +25,7 @@ from .class_names import stored_order, vocab_of
 from .held_outputs import HeldOutputs
 from .language_model import inner_dl, is_stream, of_length, share_n_inp
 from .learner_heads import HeadData
-from .learner_notes import passed_epochs
+from .learner_notes import notes_of
 from .patches import patch_for_targets
 from .raw_items import plan_of_items
 from .replay_dl import Plan, attach, detach, refuse_unindexed, sampled
@@ -170,24 +168,6 @@ class StoredOutputs(HeldOutputs):
         return replace(out, logits=lg.index_select(self.axis, order.to(lg.device)))
 
 
-class Epochs(Callback):
-    """Callback that tells a `SampleFeed` which epoch begins."""
-
-    order = -20
-
-    def __init__(self, feed):
-        super().__init__()
-        self.feed = feed
-
-    def before_train(self):
-        self.feed.begin(self.learn.epoch)
-
-    # an exported Learner contains a callback without effect instead, so that it loads without
-    # fastdistill
-    def __reduce__(self):
-        return Callback, ()
-
-
 class SampleFeed:
     """Adds rows of caches or raw items to the batches of a fit.
 
@@ -196,25 +176,27 @@ class SampleFeed:
 
     def __init__(self):
         self.learn = self.plan = None
-        self.fed, self.added, self.before, self.passed = [], [], 0, 0
+        self.fed, self.targets, self.before, self.passed = [], None, 0, 0
 
-    def attach(self, learn, sources: dict, tasks: dict):
+    def attach(self, learn, sources: dict, tasks: dict, log=print):
         """Prepare the DataLoaders of a Learner for a fit that is about to start.
 
         Args:
             learn: The Learner.
             sources: {head name: `OutputSource`}.
             tasks: {head name: what the head predicts}.
+            log: fn(text) that prints a message.
         """
         self.detach()
         needing = {k: s for k, s in sources.items() if s.needs}
         if not needing:
             return self
-        self.learn = learn
+        self.learn, self.log = learn, log
         patch_for_targets()
         try:
             if not any(isinstance(c, TeacherTargets) for c in learn.cbs):
-                self._add(TeacherTargets())
+                self.targets = TeacherTargets()
+                learn.add_cb(self.targets)
             with RandomGuard():
                 share_n_inp(learn.dls)
                 self._attach(needing, tasks)
@@ -232,16 +214,11 @@ class SampleFeed:
         if stored:
             self.feed_rows(learn, dls.train, stored)
             self._feed_valid(dls, stored)
-            self._add(Epochs(self))
             many = learn.n_epoch > 1 and not hasattr(learn, 'lr_finder')
             if self.plan.views == 1 and many and augmented(dls.train):
-                self._log(ONE_VIEW)
+                self.log(ONE_VIEW)
         if len(held) < len(sources):
             self._feed_items(dls)
-
-    def _add(self, callback):
-        self.learn.add_cb(callback)
-        self.added.append(callback)
 
     def _feed_items(self, dls):
         for dl in dls.loaders:
@@ -270,7 +247,7 @@ class SampleFeed:
         self.plan, self.passed = plan_of_rows(learn.dls, dl, caches), 0
         identity = tuple(s.cache.identity for s in stored.values())
         self.identity = identity if len(identity) > 1 else identity[0]
-        self.trained = passed_epochs(learn)
+        self.trained = notes_of(learn).passed_epochs
         self.before = self.trained.get(self.identity, 0)
         self._feed(dl, self.plan)
 
@@ -283,7 +260,7 @@ class SampleFeed:
         try:
             self._feed(dls.valid, plan_of_rows(dls, dls.valid, caches))
         except DistillError as e:
-            self._log(
+            self.log(
                 'fastdistill: the terms have no losses on the validation set, because the cache has '
                 f'a different one. {e}'
             )
@@ -292,19 +269,16 @@ class SampleFeed:
         self.fed.append(attach(dl, plan))
 
     def begin(self, epoch):
-        """Begin an epoch of the current fit.
+        """Begin an epoch of the current fit, if the batches contain rows of caches.
 
         Args:
             epoch: Number of the epoch.
         """
+        if self.plan is None:
+            return
         for dl in self.fed:
             sampled(dl).look()
         self.plan.epoch, self.passed = self.before + epoch, epoch + 1
-
-    def _log(self, text):
-        """Print a message, unless inside `learn.no_logging()`. Only the first process prints."""
-        if self.learn.logger is not noop and rank() == 0:
-            print(text)
 
     def detach(self):
         """Undo `attach`. It is safe to call this twice."""
@@ -315,10 +289,11 @@ class SampleFeed:
             # subtle: some tools temporarily replace the DataLoaders with a copy
             for dl in map(inner_dl, learn.dls.loaders):
                 detach(dl)
-            learn.remove_cbs([c for c in self.added if c in learn.cbs])
+            if self.targets in learn.cbs:
+                learn.remove_cb(self.targets)
         if self.plan is not None and not hasattr(learn, 'lr_finder'):
             self.trained[self.identity] = self.before + self.passed
-        self.fed, self.added, self.plan = [], [], None
+        self.fed, self.targets, self.plan = [], None, None
 
 
 def plan_of_rows(dls, dl, caches: dict) -> Plan:

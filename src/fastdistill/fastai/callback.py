@@ -173,7 +173,7 @@ class KnowledgeDistillation(DistillationCallback):
         for t in self.distiller.sources:
             t.say_with(self.log)
         sources = {k: h.teacher for k, h in self.distiller.heads.items() if h.teacher is not None}
-        self.feed.attach(self.learn, sources, self.fit_distiller.tasks)
+        self.feed.attach(self.learn, sources, self.fit_distiller.tasks, self.log)
 
     def _setup(self, *x: Any) -> None:
         """Pair student and teacher layers, and build projectors. Called once per student."""
@@ -240,6 +240,7 @@ class KnowledgeDistillation(DistillationCallback):
             t.reset()
         self.finite_check.start_phase()
         if training:
+            self.feed.begin(self.epoch)
             self.part_metrics[0].start_training()
 
     def before_batch(self) -> None:

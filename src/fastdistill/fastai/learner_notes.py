@@ -7,7 +7,7 @@ it.
 from dataclasses import dataclass, field
 from weakref import WeakKeyDictionary
 
-__all__ = ['LearnerNotes', 'notes_of', 'passed_epochs']
+__all__ = ['LearnerNotes', 'notes_of']
 
 
 @dataclass
@@ -35,7 +35,3 @@ NOTES = WeakKeyDictionary()
 
 def notes_of(learn) -> LearnerNotes:
     return NOTES.setdefault(learn, LearnerNotes())
-
-
-def passed_epochs(learn) -> dict:
-    return notes_of(learn).passed_epochs
