@@ -3,7 +3,7 @@
 import copy
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from functools import partial, wraps
 from pathlib import Path
@@ -188,7 +188,8 @@ def cache_teacher(
         teacher = Teacher(teacher, run=dict(precision='fp32'))
     found = check_teacher(dls, teacher, task, n_epoch=None).enforce() if check else None
     known = as_recipe(recipe)
-    uses = lambda t: uses_of(auto(**facts_of_logits(t, task)) if known is None else known)
+    choice = lambda t: auto(**facts_for_auto(t.shape, task, lambda: t))
+    uses = lambda t: uses_of(choice(t) if known is None else known)
     first_view = np.arange(train.bs) if is_stream(train) else None
     choose = Choice(teacher, task.kind, uses, known is not None, first_view)
     given = dict(force=force, choose=choose, **options)
@@ -215,11 +216,6 @@ def cache_teacher(
                 )
     cache.sample_names, cache.named_items = keys, content_keys(train.dataset)
     return cache
-
-
-def facts_of_logits(t, task):
-    """Return the facts that `auto` needs about a teacher's logits, as a dict of its arguments."""
-    return facts_for_auto(t.shape, task, lambda: t)
 
 
 def only_items(teacher, views):
@@ -392,10 +388,7 @@ def source_of(
         teacher = reading_tokens(teacher, *inputs(next(iter(make([0], 1, 0)))))
 
     def run(tasks, bs, teacher=teacher):
-        with (
-            validation_transforms(dl, not views),
-            teacher if hasattr(teacher, '__enter__') else nullcontext(),
-        ):
+        with validation_transforms(dl, not views), teacher:
             # starting workers takes longer than a single batch
             workers = num_workers if len(tasks) > bs else 0
             if stream:
@@ -409,7 +402,9 @@ def source_of(
             check_shared_inputs(dl, plan, keys)
             if not (views or stream or reads_only_items(teacher) or dl is dls.valid):
                 check_no_views(lambda tasks: map(inputs, make(tasks, 1, 0)), len(names))
-        exact = partial(run, teacher=as_it_is(teacher))
+        # in the teacher's faster copy, rounding errors of a sample depend on the other samples in
+        # the batch
+        exact = partial(run, teacher=teacher.as_it_is())
         if not stream:
             # subtle: this uses the samples of one view, in which texts are ordered by length
             check_alone(exact, len(names))
@@ -433,26 +428,6 @@ def source_of(
     )
 
 
-def as_it_is(teacher):
-    """Return the teacher without its faster copy.
-
-    In the faster copy, rounding errors of a sample depend on the other samples in the batch.
-    """
-    if not isinstance(teacher, Teacher):
-        return teacher
-    return teacher.as_it_is()
-
-
-class FixedOrder:
-    """Function for a DataLoader's `get_idxs` that always returns the same indices."""
-
-    def __init__(self, idxs):
-        self.idxs = idxs
-
-    def __call__(self):
-        return self.idxs
-
-
 def writer_dl(dl, plan, pairs: list, bs, workers=None):
     """Build a DataLoader that reads (position, view) pairs in the given order."""
     cls = TabDataLoader if isinstance(dl, TabDataLoader) else TfmdDL
@@ -463,7 +438,7 @@ def writer_dl(dl, plan, pairs: list, bs, workers=None):
         bs=bs,
         shuffle=False,
         drop_last=False,
-        get_idxs=FixedOrder(pairs),
+        get_idxs=partial(list, pairs),
         **more,
     )
     return attach(d, copy.copy(plan), dl if is_stream(dl) else None)
