@@ -21,7 +21,6 @@ __all__ = [
     'inner_dl',
     'inputs_of',
     'is_stream',
-    'model_outputs',
     'of_length',
     'share_n_inp',
     'stream_outputs',
@@ -88,10 +87,6 @@ def inputs_of(b, n_inp) -> tuple:
     return tuple(map(as_plain, b[:n_inp]))
 
 
-def model_outputs(teacher, b, n_inp) -> Outputs:
-    return Outputs.of(teacher(*inputs_of(b, n_inp)))
-
-
 def stream_outputs(teacher, dl, make, tasks: np.ndarray, bs: int):
     """Yield the teacher's `Outputs` for each batch.
 
@@ -116,7 +111,7 @@ def stream_outputs(teacher, dl, make, tasks: np.ndarray, bs: int):
     for (t, wanted), b in zip(runs, make(whole)):
         if t % n == 0:
             teacher.reset()
-        out = model_outputs(teacher, b, dl.n_inp)
+        out = Outputs.of(teacher(*inputs_of(b, dl.n_inp)))
         if wanted:
             yield of_length(out, dl.seq_len)
 

@@ -228,10 +228,6 @@ def loader_of(items, dls):
             if isinstance(o, TfmdLists):
                 o.split_idx = o.tfms.split_idx = 0
         loader = train.new(ds, bs=min(train.bs, len(items)), shuffle=True, drop_last=True, n=None)
-    try:
-        n = len(loader)
-    except TypeError:
-        n = None  # an iterable dataset has no length
-    if n == 0:
+    if number_of_batches(loader) == 0:
         raise DistillError('unlabeled=: this DataLoader is empty.')
     return loader

@@ -14,6 +14,7 @@ from fastai.basics import Learner, OptimWrapper, noop, patch
 
 from ..base.content import describe_content
 from ..base.distributed import rank
+from ..base.model_state import restored
 from ..base.outputs import DistillError, DistillWarning
 from ..base.progress_bar import progress_bar
 from ..base.random_state import guarded_random_state
@@ -29,7 +30,7 @@ from .callback_arguments import feed_of, refuse_options
 from .default_recipe import example_of, facts_for_choice
 from .learner_heads import comparisons_of, options_of_heads
 from .multi_head import check_heads
-from .probe_batches import restored
+from .probe_batches import number_of_batches
 from .teacher_check import check_teacher
 from .teachers import is_heads
 from .training_setup import setup_of, teacher_text
@@ -313,15 +314,8 @@ def sizes(learn):
     """Return the numbers of batches and parameters, which must not change when a search is
     resumed.
     """
-
-    def length(dl):
-        try:
-            return len(dl)
-        except TypeError:
-            return None
-
     return dict(
-        batches=[length(dl) for dl in learn.dls.loaders],
+        batches=[number_of_batches(dl) for dl in learn.dls.loaders],
         parameters=sum(p.numel() for p in learn.model.parameters()),
     )
 

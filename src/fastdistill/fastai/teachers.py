@@ -109,16 +109,19 @@ def teacher_of(obj, learn=None, task=None, **kwargs) -> Teacher:
             | other_size(dls, obj.dls)
             | in_order(dls, vocab_of(same_column(dls, obj.dls)), task)
         )
-        return of_learner(obj, own | kwargs)
+        teacher = Teacher(obj.model, **grouped_options(own | kwargs))
+        teacher.learner = obj
+        return teacher
     if isinstance(obj, Teacher):
         if obj.needs:
             # the teacher reads raw items, not the student's normalized batches
             kwargs.pop('input_stats', None)
-        return on_table(adapted(with_numbers(obj, dls), own_options(obj, dls, task) | kwargs), dls)
+        kwargs = own_options(obj, dls, task) | kwargs
+        return on_table(with_numbers(obj, dls).with_defaults(**kwargs), dls)
     if isinstance(obj, nn.Module) and 'stats' not in kwargs and dls is not None:
         kwargs['stats'] = of_module(obj, kwargs['input_stats'])
     teacher = Teacher(obj, **grouped_options(kwargs))
-    return adapted(teacher, own_options(teacher, dls, task))
+    return teacher.with_defaults(**own_options(teacher, dls, task))
 
 
 def own_options(teacher, dls, task):
@@ -170,18 +173,6 @@ def refuse_heads(teacher):
             'A dict has a teacher for each head of a student, which can be a list (an ensemble). Give '
             'one teacher here.'
         )
-
-
-def adapted(teacher, kwargs):
-    """Return the Teacher with these options. Options that are already set are not changed."""
-    return teacher.with_defaults(**kwargs)
-
-
-def of_learner(learn, kwargs):
-    """Build a Teacher from the model of a Learner. The Learner's callbacks are not used."""
-    teacher = Teacher(learn.model, **grouped_options(kwargs))
-    teacher.learner = learn
-    return teacher
 
 
 def on_table(teacher, dls):
