@@ -5,6 +5,7 @@ import warnings
 from fastai.basics import TfmdDL
 
 from ..base.mixup import mixed
+from ..base.output_source import OutputSource
 from ..base.outputs import DistillError, DistillWarning, Outputs, as_plain, tensors_in
 from ..base.random_state import RandomGuard
 from .class_names import stored_order
@@ -13,7 +14,7 @@ from .teacher_targets import TeacherTarget, target_tfms
 __all__ = ['GivenOutputs', 'HeldOutputs']
 
 
-class HeldOutputs:
+class HeldOutputs(OutputSource):
     """An `OutputSource` that reads the teacher outputs from the `BatchSamples` of a batch.
 
     This source has no modules. It always returns all stored layers.
@@ -60,18 +61,6 @@ class HeldOutputs:
 
     def named_modules(self):
         return {}
-
-    def start(self):
-        return self
-
-    def stop(self):
-        pass
-
-    def reset(self):
-        pass
-
-    def say_with(self, fn):
-        pass
 
 
 class GivenOutputs(HeldOutputs):
