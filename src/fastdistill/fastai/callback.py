@@ -186,6 +186,7 @@ class KnowledgeDistillation(DistillationCallback):
         self.teardown(self.learn)
 
     def teardown(self, learn: Learner) -> None:
+        """Restore everything. This method may be called at any time, and repeatedly."""
         self.taps.detach()
         self.feed.detach()
         self.unlabeled.stop()

@@ -94,28 +94,13 @@ __all__ = ['DistillationCallback', 'claim_epochs', 'patch_for_targets']
 class DistillationCallback(Callback):
     """Base class of the callbacks that the wrapped methods of `Learner` look for.
 
-    When the first `DistillationCallback` is created, `fit`, `save` and `plot_loss` are wrapped.
+    When the first `DistillationCallback` is created, `fit`, `save` and `plot_loss` are wrapped. The
+    wrapped methods call `teardown(learn)`, `state_dict()` and `load_state_dict(state)`.
     """
 
     def __init__(self):
         _patch_for_callback()
         super().__init__()
-
-    def teardown(self, learn):
-        """Restore everything. This method may be called at any time, and repeatedly.
-
-        Args:
-            learn: The Learner of the fit.
-        """
-        raise NotImplementedError
-
-    def state_dict(self) -> dict:
-        """Return the state that a checkpoint needs in addition to the student."""
-        raise NotImplementedError
-
-    def load_state_dict(self, state):
-        """Restore what `state_dict` returned."""
-        raise NotImplementedError
 
 
 def _n_inp_without_teacher(init):
