@@ -149,7 +149,8 @@ class Distiller(nn.Module):
             k: self._head(k, t, {n: o[k] for n, o in of_each.items()}, teachers)
             for k, t in teachers.items()
         }
-        self.register_links()
+        links = {k: h.links for k, h in self.heads.items()}
+        self.links = nn.ModuleDict(links) if self.several else links['']
         share_models(self.heads)
         if example is not None:
             self.setup(*inputs(example))
@@ -238,13 +239,6 @@ class Distiller(nn.Module):
             task = None
         return Recipe(*(t for k, h in self.heads.items() for t in whole(k, h)), task=task)
 
-    def register_links(self) -> None:
-        """Register the projectors and other modules of the heads that are trained with the
-        student.
-        """
-        links = {k: h.links for k, h in self.heads.items()}
-        self.links = nn.ModuleDict(links) if self.several else links['']
-
     def _scales(self, progress: float | None) -> tuple[dict, float]:
         """Return ({head name: factor of the head's loss}, divisor of the shared task loss).
 
@@ -265,9 +259,7 @@ class Distiller(nn.Module):
     @property
     def ratios(self) -> dict:
         """The measured gradients of terms with a gradient ratio."""
-        if not self.several:
-            return self.head.ratios
-        return {f'{k}.{n}': r for k, h in self.heads.items() for n, r in h.ratios.items()}
+        return self._named({k: h.ratios for k, h in self.heads.items()})
 
     @property
     def gradient_shares(self) -> dict | None:

@@ -6,6 +6,7 @@ gradients.
 
 import copy
 
+from ..base.model_state import ModelState
 from ..base.outputs import DistillError
 from .learner_notes import notes_of
 from .projector_opt import ProjectorOptimizer
@@ -33,17 +34,26 @@ class FitState:
         return self.optimizer
 
     def begin_finder(self, d):
-        """Replace the projectors with copies, since lr_find trains until the loss diverges."""
-        self.before_finder = measured(d), self.optimizer, d.left
-        use(d, copy.deepcopy(measured(d)))
+        """Save the projectors and the measured gradients, since lr_find trains until the loss
+        diverges.
+        """
+        links = ModelState(d.links.modules(), weights=True)
+        self.before_finder = (
+            links,
+            copy.deepcopy({k: h.ratios for k, h in d.heads.items()}),
+            self.optimizer,
+            d.left,
+        )
         self.optimizer = None
 
     def end_finder(self, d) -> bool:
         """Undo `begin_finder`. Return False if `begin_finder` was not called."""
         if self.before_finder is None:
             return False
-        before, self.optimizer, d.left = self.before_finder
-        use(d, before)
+        links, ratios, self.optimizer, d.left = self.before_finder
+        links.restore()
+        for k, h in d.heads.items():
+            h.ratios = ratios[k]
         self.before_finder = None
         return True
 
@@ -104,23 +114,6 @@ def has_state(d) -> bool:
     """
     heads = d.heads.values()
     return bool(d.ratios) or any(h.chosen_text is not None or h.random_state() for h in heads)
-
-
-def measured(d) -> dict:
-    """Return {head name: (projectors and losses with parameters, measured gradients)}.
-
-    The function `use` restores these objects.
-    """
-    return {k: (h.links, h.ratios) for k, h in d.heads.items()}
-
-
-def use(d, measured: dict):
-    """Replace the projectors and measured gradients of a Distiller with the result of
-    `measured`.
-    """
-    for k, h in d.heads.items():
-        h.links, h.ratios = measured[k]
-    d.register_links()
 
 
 def what_differs(links, own) -> str:
