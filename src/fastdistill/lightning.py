@@ -211,7 +211,7 @@ class DistillCallback(Callback):
         if not takes_part(d, progress):
             return run()
         x, y = self._split(trainer, batch)
-        with d.reading(progress) as (_, taps), calls_of(d.student, taps) as calls:
+        with d.reading(progress) as taps, calls_of(d.student, taps) as calls:
             out = run()
             if out is None:
                 return

@@ -247,7 +247,7 @@ class DetectionDistiller(Distiller):
             self.head.unchecked = set()
         if not takes_part(self, progress):
             return self.student(images, targets)
-        with self.reading(progress) as (_, taps):
+        with self.reading(progress) as taps:
             losses = self.student(images, targets)
             feats = taps.pop()
         student = self.head.student_outputs(losses, feats, images)
@@ -272,12 +272,12 @@ class DetectionDistiller(Distiller):
         return {**losses, **r.terms}
 
     @contextmanager
-    def reading(self, progress: float | None = None) -> Iterator[tuple]:
+    def reading(self, progress: float | None = None) -> Iterator[Taps]:
         """Read the student's layers as in `Distiller`. Also store the pixels of the batch for the
         teacher.
         """
-        with returned_by(self.detector.transform) as batches, super().reading(progress) as found:
-            yield found
+        with returned_by(self.detector.transform) as batches, super().reading(progress) as taps:
+            yield taps
         self.batch = batches[-1][0] if batches else None
 
     def teacher_outputs(

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -16,7 +16,7 @@ from ..base.outputs import DistillError, Outputs, map_tensors
 from ..checks.findings import Findings
 from ..checks.forward import student_logits
 from ..checks.teacher_outputs import BATCHES
-from ..features.layer_hooks import Taps, returned_by
+from ..features.layer_hooks import Taps
 from ..features.layer_pairs import PairTable, inputs
 from ..features.model_call import arguments
 from ..recipes.batch_tensors import inputs_and_labels
@@ -481,19 +481,14 @@ class Distiller(nn.Module):
             return o or {}
         return {'': o}
 
-    @contextmanager
-    def reading(self, progress: float | None = None) -> Iterator[tuple]:
-        """Context manager that records what the student returns while a trainer runs the student.
-
-        The context manager yields a list of the student's return values, and the `Taps` on the
-        student's layers.
+    def reading(self, progress: float | None = None) -> AbstractContextManager[Taps]:
+        """Return a context manager that reads the student's layers while a trainer runs the
+        student.
 
         Args:
             progress: Fraction of the training that is done, from 0 to 1, for schedules.
         """
-        layers = self.student_layers(self.active_terms(progress))
-        with returned_by(self.student) as seen, Taps(self.student, layers) as taps:
-            yield seen, taps
+        return Taps(self.student, self.student_layers(self.active_terms(progress)))
 
     def forward(self, x: Any, *targets: Any, progress: float | None = None) -> Distilled:
         """Run student and teacher on a batch and return the loss.
@@ -514,8 +509,8 @@ class Distiller(nn.Module):
         x = inputs(x)
         if not self.ready:
             self.setup(*x)
-        terms, (args, kwargs) = self.active_terms(progress), arguments(self.student, x)
-        with Taps(self.student, self.student_layers(terms)) as taps:
+        args, kwargs = arguments(self.student, x)
+        with self.reading(progress) as taps:
             raw = self.student(*args, **kwargs)
             feats = taps.pop()
         s = self._by_head(self.student_outputs(raw, feats, x))

@@ -167,12 +167,12 @@ class DetectorDistillation(Callback):
     def before_batch(self) -> None:
         self.reads = self.training and takes_part(self.distiller, self.pct_train)
         if self.reads:
-            self.read = self.stack.enter_context(self.distiller.reading(self.pct_train))
+            self.taps = self.stack.enter_context(self.distiller.reading(self.pct_train))
 
     def after_pred(self) -> None:
         if not self.reads:
             return
-        feats = self.read[1].pop()
+        feats = self.taps.pop()
         self.stack.close()
         d, losses = self.distiller, self.pred
         student = d.student_outputs(losses, feats, self.xb[0])
@@ -187,9 +187,6 @@ class DetectorDistillation(Callback):
             self.opt_of_projectors.step(self.learn)
 
     def after_fit(self) -> None:
-        self.stop()
-
-    def after_cancel_fit(self) -> None:
         self.stop()
 
     def stop(self) -> None:
