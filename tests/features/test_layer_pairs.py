@@ -29,7 +29,7 @@ from fastdistill import Distiller, Term, losses, recipes
 from fastdistill.base.outputs import DistillError, Outputs
 from fastdistill.features.layer_pairs import Pair, PairTable, pair
 from fastdistill.features.model_stages import stages
-from fastdistill.features import projector
+from fastdistill.features import Projector
 from fastdistill.features import Taps
 from fastdistill.teachers import Teacher
 
@@ -740,7 +740,7 @@ def test_a_convolutional_net_and_a_transformer_meet_as_maps():
     )
     p = pair(tv.resnet18(), wide, images(32, wide=64))[0]
     assert (p.teacher, p.projector) == ('blocks.0', '8x16 -> 9 tokens, linear 64 -> 24')
-    assert projector(p.s_shape, p.t_shape)(torch.zeros(p.s_shape)).shape == p.t_shape
+    assert Projector(p.s_shape, p.t_shape)(torch.zeros(p.s_shape)).shape == p.t_shape
 
 
 def test_unets_pair_way_down_with_way_down_and_way_up_with_way_up():

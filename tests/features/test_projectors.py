@@ -5,7 +5,7 @@ import pytest, torch
 import torch.nn.functional as F
 from torch import nn
 from fastdistill.base.outputs import DistillError
-from fastdistill.features.projectors import PROJECTORS, Projector, describe_projector, projector
+from fastdistill.features.projectors import PROJECTORS, Projector, describe_projector
 from fastdistill.features.feature_shapes import resize, to_grid
 
 
@@ -40,7 +40,7 @@ SHAPES = [  # student, teacher
 @pytest.mark.parametrize('kind', PROJECTORS)
 @pytest.mark.parametrize('s_shape, t_shape', SHAPES, ids=str)
 def test_every_kind_gives_the_teachers_shape(s_shape, t_shape, kind):
-    p, s, t = projector(s_shape, t_shape, kind), rand(*s_shape).requires_grad_(), rand(*t_shape)
+    p, s, t = Projector(s_shape, t_shape, kind), rand(*s_shape).requires_grad_(), rand(*t_shape)
     y = p(s, t)
     assert (
         y.shape == t.shape and p(s).shape == t.shape
@@ -59,7 +59,7 @@ def test_every_kind_gives_the_teachers_shape(s_shape, t_shape, kind):
 
 @pytest.mark.parametrize('s_shape, t_shape', SHAPES, ids=str)
 def test_matching_the_grid_leaves_the_students_channels(s_shape, t_shape):
-    p = projector(s_shape, t_shape, match='grid')
+    p = Projector(s_shape, t_shape, match='grid')
     y = p(rand(*s_shape), rand(*t_shape))
     channel = 2 if len(t_shape) == 3 else 1
     assert n_params(p) == 0 and y.shape[channel] == 3
@@ -72,41 +72,41 @@ def test_matching_the_grid_leaves_the_students_channels(s_shape, t_shape):
 def test_nothing_is_built_nor_drawn_where_shapes_agree(shape):
     s, state = rand(*shape), torch.get_rng_state()
     for p in (
-        projector(shape, (9, *shape[1:])),
-        projector(shape, shape, match='grid'),
-        projector(shape, (2, 9), match='none'),
-        projector((2, 3), (2, 5, 4, 4), match='none'),
+        Projector(shape, (9, *shape[1:])),
+        Projector(shape, shape, match='grid'),
+        Projector(shape, (2, 9), match='none'),
+        Projector((2, 3), (2, 5, 4, 4), match='none'),
     ):
         assert p(s, rand(*shape)) is s and n_params(p) == 0 and str(p) == 'none'
     assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_a_kind_that_is_named_is_built_also_where_shapes_agree_and_where_the_loss_needs_none():
-    assert n_params(projector((2, 3), (2, 3), 'linear')) == 12
-    p = projector((2, 3, 4, 4), (2, 5, 8, 8), 'conv', match='none')
+    assert n_params(Projector((2, 3), (2, 3), 'linear')) == 12
+    p = Projector((2, 3, 4, 4), (2, 5, 8, 8), 'conv', match='none')
     assert p(rand(2, 3, 4, 4), rand(2, 5, 8, 8)).shape == (
         2,
         5,
         4,
         4,
     )  # channels as asked, the grid left alone
-    p = projector((2, 3, 4, 4), (2, 5, 8, 8), 'conv', match='grid')
+    p = Projector((2, 3, 4, 4), (2, 5, 8, 8), 'conv', match='grid')
     assert p(rand(2, 3, 4, 4), rand(2, 5, 8, 8)).shape == (2, 5, 8, 8)
 
 
 def test_sizes_may_vary_from_batch_to_batch():
-    p = projector((2, 3, 8, 8), (2, 5, 4, 4))
+    p = Projector((2, 3, 8, 8), (2, 5, 4, 4))
     for b, h, w in [(3, 4, 6), (1, 5, 5), (4, 16, 2)]:
         assert p(rand(b, 3, 2 * h, w), rand(b, 5, h, w)).shape == (b, 5, h, w)
-    p = projector((2, 7, 3), (2, 7, 5))
+    p = Projector((2, 7, 3), (2, 7, 5))
     for b, n in [(3, 9), (1, 1)]:
         assert p(rand(b, n, 3), rand(b, n, 5)).shape == (b, n, 5)
-    p = projector(
+    p = Projector(
         (2, 17, 3), (2, 5, 8, 8)
     )  # tokens of a ViT opposite a map: square, and then twice as high as wide
     assert p(rand(3, 26, 3), rand(3, 5, 10, 10)).shape == (3, 5, 10, 10)
     assert p(rand(3, 9, 3), rand(3, 5, 8, 4)).shape == (3, 5, 8, 4)
-    p = projector((2, 3, 4, 4), (2, 3, 4, 4))  # equal when it was built
+    p = Projector((2, 3, 4, 4), (2, 3, 4, 4))  # equal when it was built
     assert p(rand(2, 3, 5, 5), rand(2, 3, 4, 4)).shape == (2, 3, 4, 4)
 
 
@@ -114,21 +114,21 @@ def test_sizes_may_vary_from_batch_to_batch():
 
 
 def test_linear_on_vectors_and_tokens():
-    p = projector((2, 3), (2, 5))
+    p = Projector((2, 3), (2, 5))
     w, b = p.map.weight, p.map.bias
     s = rand(2, 3)
     for i in range(2):
         for j in range(5):
             want = sum((s[i, k] * w[j, k]).item() for k in range(3)) + b[j].item()
             assert p(s)[i, j].item() == pytest.approx(want, abs=1e-6)
-    q = projector((2, 7, 3), (2, 7, 5))
+    q = Projector((2, 7, 3), (2, 7, 5))
     y, s = q(rand(2, 7, 3)), rand(2, 7, 3)
     for l in range(7):
         torch.testing.assert_close(y[:, l], F.linear(s[:, l], q.map.weight, q.map.bias))
 
 
 def test_a_map_gets_a_1x1_convolution_and_a_batch_norm_without_a_relu():
-    p, s = projector((4, 3, 5, 5), (4, 6, 5, 5)).double(), rand(4, 3, 5, 5, dtype=torch.float64)
+    p, s = Projector((4, 3, 5, 5), (4, 6, 5, 5)).double(), rand(4, 3, 5, 5, dtype=torch.float64)
     conv, bn = p.map
     nn.init.normal_(bn.weight)
     nn.init.normal_(bn.bias)
@@ -142,7 +142,7 @@ def test_a_map_gets_a_1x1_convolution_and_a_batch_norm_without_a_relu():
 
 
 def test_batch_norm_of_tokens_is_over_their_features():
-    p, s = projector((4, 7, 3), (4, 7, 5), 'conv_bn').double(), rand(4, 7, 3, dtype=torch.float64)
+    p, s = Projector((4, 7, 3), (4, 7, 5), 'conv_bn').double(), rand(4, 7, 3, dtype=torch.float64)
     y = p(s)
     torch.testing.assert_close(y.mean((0, 1)), torch.zeros(5, dtype=torch.float64))
     z = F.linear(s, p.map[0].weight)
@@ -152,7 +152,7 @@ def test_batch_norm_of_tokens_is_over_their_features():
 
 
 def test_mlp():
-    p, s = projector((2, 3), (2, 5), 'mlp'), rand(2, 3)
+    p, s = Projector((2, 3), (2, 5), 'mlp'), rand(2, 3)
     a, _, b = p.map
     z = s @ a.weight.T + a.bias
     z = z * 0.5 * (1 + torch.erf(z / 2**0.5))
@@ -251,7 +251,7 @@ def test_gradients_through_every_turn():
         ((2, 3, 4, 4), (2, 5, 5)),
         ((2, 10, 3), (2, 5, 5)),
     ]:
-        p = projector(a, b, 'linear').double()
+        p = Projector(a, b, 'linear').double()
         assert torch.autograd.gradcheck(
             lambda s: p(s, rand(*b)), rand(*a, dtype=torch.float64).requires_grad_(), fast_mode=True
         )  # noqa: B023
@@ -272,7 +272,7 @@ def test_gradients_through_every_turn():
 )
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16], ids=str)
 def test_half_precision_features_inside_and_outside_of_autocast(a, b, dtype):
-    p, s = projector(a, b, 'linear'), rand(*a).to(dtype).requires_grad_()
+    p, s = Projector(a, b, 'linear'), rand(*a).to(dtype).requires_grad_()
     want = p(s.detach().float(), rand(*b))
     y = p(s, rand(*b).to(dtype))
     assert y.dtype == torch.float32
@@ -286,7 +286,7 @@ def test_half_precision_features_inside_and_outside_of_autocast(a, b, dtype):
 
 
 def test_channels_last():
-    p = projector((2, 3, 8, 8), (2, 5, 4, 4))
+    p = Projector((2, 3, 8, 8), (2, 5, 4, 4))
     s = rand(2, 3, 8, 8)
     want, last = copy.deepcopy(p)(s), s.to(memory_format=torch.channels_last)
     y = p(last, rand(2, 5, 4, 4))
@@ -298,7 +298,7 @@ def test_channels_last():
 def test_the_same_seed_gives_the_same_projector():
     def make(kind):
         torch.manual_seed(3)
-        return projector((2, 3, 4, 4), (2, 5, 4, 4), kind).state_dict()
+        return Projector((2, 3, 4, 4), (2, 5, 4, 4), kind).state_dict()
 
     for kind in PROJECTORS:
         a, b = make(kind), make(kind)
@@ -306,7 +306,7 @@ def test_the_same_seed_gives_the_same_projector():
 
 
 def test_copies_pickles_compiles_and_loads():
-    p, s, t = projector((2, 17, 3), (2, 5, 8, 8)), rand(2, 17, 3), rand(2, 5, 8, 8)
+    p, s, t = Projector((2, 17, 3), (2, 5, 8, 8)), rand(2, 17, 3), rand(2, 5, 8, 8)
     want = p(s, t)
     for q in (
         copy.deepcopy(p),
@@ -314,7 +314,7 @@ def test_copies_pickles_compiles_and_loads():
         torch.compile(copy.deepcopy(p), backend='eager', fullgraph=True),
     ):
         torch.testing.assert_close(q(s, t), want)
-    q = projector((2, 17, 3), (2, 5, 8, 8))
+    q = Projector((2, 17, 3), (2, 5, 8, 8))
     q.load_state_dict(p.state_dict())
     torch.testing.assert_close(q.eval()(s, t), p.eval()(s, t))
 
@@ -333,22 +333,22 @@ class Own(nn.Module):
 
 def test_ones_own_module_or_function_is_used_as_it_is():
     s, t, own = rand(2, 3, 8, 8), rand(2, 5, 4, 4), Own()
-    p = projector(s.shape, t.shape, own)
+    p = Projector(s.shape, t.shape, own)
     assert (
         torch.equal(p(s, t), own(s))
         and torch.equal(p(s), own(s))
         and list(p.parameters()) == list(own.parameters())
         and str(p) == 'Own'
     )
-    p = projector(s.shape, (2, 3, 4, 4), lambda s: s[:, :, ::2, ::2])
+    p = Projector(s.shape, (2, 3, 4, 4), lambda s: s[:, :, ::2, ::2])
     assert torch.equal(p(s), s[:, :, ::2, ::2]) and n_params(p) == 0
-    p = projector(
+    p = Projector(
         (2, 3), (2, 5, 4, 4), lambda s: s[:, :, None, None].expand(2, 3, 4, 4), match='grid'
     )  # what 'auto' would refuse
     assert p(rand(2, 3), rand(2, 5, 4, 4)).shape == (2, 3, 4, 4)
     with torch.autocast('cpu', dtype=torch.bfloat16):
         half = own(s)
-    assert projector((2, 5, 4, 4), (2, 5, 4, 4), nn.Conv2d(5, 5, 1))(half).dtype == torch.float32
+    assert Projector((2, 5, 4, 4), (2, 5, 4, 4), nn.Conv2d(5, 5, 1))(half).dtype == torch.float32
 
 
 def test_ones_own_module_with_the_wrong_output_is_told_what_is_needed():
@@ -357,15 +357,15 @@ def test_ones_own_module_with_the_wrong_output_is_told_what_is_needed():
         DistillError,
         match=r'Own returned \(2, 6, 4, 4\) for student features of shape \(2, 3, 8, 8\).*shape, \(2, 5, 4, 4\)',
     ):
-        projector(s.shape, t.shape, Own(6))(s, t)
-    assert projector(s.shape, t.shape, Own(6), match='grid')(s, t).shape == (2, 6, 4, 4)
+        Projector(s.shape, t.shape, Own(6))(s, t)
+    assert Projector(s.shape, t.shape, Own(6), match='grid')(s, t).shape == (2, 6, 4, 4)
     with pytest.raises(
         DistillError, match=r"Identity returned \(2, 3, 8, 8\).*the teacher's grid, \(4, 4\)"
     ):
-        projector(s.shape, t.shape, nn.Identity(), match='grid')(s, t)
-    assert projector(s.shape, t.shape, nn.Identity(), match='none')(s, t) is s
+        Projector(s.shape, t.shape, nn.Identity(), match='grid')(s, t)
+    assert Projector(s.shape, t.shape, nn.Identity(), match='none')(s, t) is s
     with pytest.raises(DistillError, match='returned tuple for'):
-        projector(s.shape, t.shape, lambda s: (s,))(s, t)
+        Projector(s.shape, t.shape, lambda s: (s,))(s, t)
 
 
 # refused
@@ -392,14 +392,14 @@ def test_ones_own_module_with_the_wrong_output_is_told_what_is_needed():
 )
 def test_what_has_no_meaning_is_refused_when_it_is_built(args, message):
     with pytest.raises(DistillError, match=message):
-        projector(*args)
+        Projector(*args)
 
 
 def test_tokens_that_are_no_picture_are_refused():
     with pytest.raises(DistillError, match=r'\(2, 15, 3\) are not a map'):
-        projector((2, 15, 3), (2, 5, 4, 4))(rand(2, 15, 3))
+        Projector((2, 15, 3), (2, 5, 4, 4))(rand(2, 15, 3))
     with pytest.raises(DistillError, match="can't be converted to the teacher's 15 tokens"):
-        projector((2, 3, 4, 4), (2, 15, 5))(rand(2, 3, 4, 4))
+        Projector((2, 3, 4, 4), (2, 15, 5))(rand(2, 3, 4, 4))
 
 
 def test_in_words():
@@ -416,10 +416,10 @@ def test_in_words():
         == describe_projector((2, 3, 4, 4), (2, 5), match='none')
         == 'none'
     )
-    assert str(projector((2, 3), (2, 5))) == 'linear 3 -> 5' and 'linear 3 -> 5' in repr(
-        projector((2, 3), (2, 5))
+    assert str(Projector((2, 3), (2, 5))) == 'linear 3 -> 5' and 'linear 3 -> 5' in repr(
+        Projector((2, 3), (2, 5))
     )
     assert (
-        isinstance(projector((2, 3), (2, 5)), Projector)
+        isinstance(Projector((2, 3), (2, 5)), Projector)
         and describe_projector((2, 3), (2, 5), nn.Linear(3, 5)) == 'Linear'
     )

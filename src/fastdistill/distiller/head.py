@@ -28,7 +28,7 @@ from ..features.layer_hooks import Taps, is_output, layer_output
 from ..features.layer_pairs import PairTable, check_names, inputs, pair
 from ..features.model_call import predicts_next
 from ..features.probe import dry_run
-from ..features.projectors import projector
+from ..features.projectors import Projector
 from ..recipes.batch_tensors import both, plain_logits
 from ..recipes.default import Automatic, chosen_before, chosen_for
 from ..recipes.layer_link import Link, own_copy
@@ -325,7 +325,7 @@ class Head(RecipeLoss):
         modules = self.teacher.named_modules()
         for p in pairs:
             a, b = s[p.student], layer_output(t, p.teacher)
-            proj = projector(
+            proj = Projector(
                 a.shape, b.shape, kind=term.projector, match=term.match, picture=p.picture
             ).to(a.device)
             loss = own_copy(term.loss)

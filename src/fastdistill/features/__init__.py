@@ -6,17 +6,17 @@ from .layer_hooks import Taps
 from .layer_names import LayerInfo, LayerTree, resolve, unwrap
 from .layer_pairs import Pair, PairTable, pair
 from .probe import layers
-from .projectors import projector
+from .projectors import Projector
 
 __all__ = [
     'LayerInfo',
     'LayerTree',
     'Pair',
     'PairTable',
+    'Projector',
     'Taps',
     'layers',
     'pair',
-    'projector',
     'resolve',
     'unwrap',
 ]

@@ -111,9 +111,9 @@ def pair(
         layers: 'auto', 'last', 'embedding', {'student.layer': 'teacher.layer'} (the value may be a
             list), a list of (student, teacher) names, or names that both models have.
         x_teacher: Inputs of the teacher, if they differ from those of the student.
-        match: What the shapes of both features must have in common (see `projectors.projector`).
+        match: What the shapes of both features must have in common (see `projectors.Projector`).
             Used only to describe the projector.
-        projector: Kind of projector (see `projectors.projector`). Used only to describe the
+        projector: Kind of projector (see `projectors.Projector`). Used only to describe the
             projector.
     """
     x_s, x_t = inputs(x_student), inputs(x_student if x_teacher is None else x_teacher)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..base.outputs import DistillError
 from .feature_shapes import to_grid
 
-__all__ = ['Projector', 'ProjectorLike', 'checked_projector', 'describe_projector', 'projector']
+__all__ = ['Projector', 'ProjectorLike', 'checked_projector', 'describe_projector']
 
 ProjectorLike = str | Callable[..., Tensor]  # a name in `PROJECTORS`, a module or a function
 PROJECTORS = 'auto', 'linear', 'conv', 'conv_bn', 'mlp'
@@ -27,12 +27,10 @@ class _BatchNorm(nn.BatchNorm1d):
         return super().forward(x.flatten(0, -2)).unflatten(0, x.shape[:-1])
 
 
-def _mapper(kind: ProjectorLike, a: int, b: int, dims: int) -> nn.Module:
+def _mapper(kind: str, a: int, b: int, dims: int) -> nn.Module:
     """Build a layer that maps each position from `a` to `b` channels."""
     n = dims - 2 if dims > 3 else 0
     one = lambda i, o, **kw: CONV[n](i, o, 1, **kw) if n else nn.Linear(i, o, **kw)
-    if kind == 'auto':
-        kind = _default_kind(dims)
     if kind == 'mlp':
         return nn.Sequential(one(a, b), nn.GELU(), one(b, b))
     if kind == 'conv_bn':
@@ -40,25 +38,44 @@ def _mapper(kind: ProjectorLike, a: int, b: int, dims: int) -> nn.Module:
     return one(a, b)
 
 
-def _default_kind(dims: int) -> str:
-    return 'conv_bn' if dims > 3 else 'linear'
-
-
 class Projector(nn.Module):
     """Module that maps student features to the shape of teacher features, called as `projector(s,
-    t)`.
+    t)`. Only the shape of `t` is used.
 
-    Only the shape of `t` is used.
+    The module has parameters only if the numbers of channels differ or if `kind` is not 'auto'.
+
+    The grid is resized first. Features are average-pooled to a smaller grid or interpolated to a
+    larger grid. If the student has tokens and the teacher has a map, class and register tokens are
+    dropped and the other tokens are arranged as a map. If the student has a map and the teacher has
+    tokens, each position becomes a token. The mean over positions then replaces the missing class
+    and register tokens.
+
+    Then the channels are mapped at each position. By default, vectors and tokens get a linear
+    layer. Maps get a 1x1 convolution and a batch norm, as in OFD (arXiv:1904.01866).
+    arXiv:2303.11098 also recommends a linear layer with a normalized output. Unlike in the code of
+    CRD (arXiv:1910.10699), there is no ReLU, because the student could then not match negative
+    values of the teacher.
+
+    Args:
+        s_shape: Shape of the student features: vector (B, D), tokens (B, L, D) or map (B, C, H, W).
+            B is ignored.
+        t_shape: Shape of the teacher features, in any of the same forms.
+        kind: 'auto', 'linear' or 'conv' (1x1), 'conv_bn', 'mlp', or your own module or function.
+        match: What the projected features must have in common with the teacher's: 'shape', 'grid'
+            (only the positions), or 'none'.
+        picture: True if tokens are positions in an image, provided that their number fits a grid.
+            False if tokens are positions in a sequence.
     """
 
     def __init__(
         self,
         s_shape: Sequence[int],
         t_shape: Sequence[int],
-        kind: ProjectorLike,
-        match: str,
+        kind: ProjectorLike = 'auto',
+        match: str = 'shape',
         picture: bool = True,
     ) -> None:
+        check_projector(s_shape, t_shape, kind, match)
         super().__init__()
         self.s_shape = tuple(s_shape)
         self.t_shape = tuple(t_shape)
@@ -66,10 +83,11 @@ class Projector(nn.Module):
         self.picture = picture
         self.own = not isinstance(kind, str)  # True for a module or function passed by the user
         self.text = describe_projector(s_shape, t_shape, kind, match)
-        self.map: Any = kind if self.own else None
-        if not self.own and _needs_mapping(s_shape, t_shape, kind, match):
+        self.map: Any = kind
+        if isinstance(kind, str):
             dims = len(s_shape if match == 'none' else t_shape)
-            self.map = _mapper(kind, _channels(s_shape), _channels(t_shape), dims)
+            layer = _kind_of_layer(s_shape, t_shape, kind, match)
+            self.map = layer and _mapper(layer, _channels(s_shape), _channels(t_shape), dims)
 
     def forward(
         self,
@@ -123,50 +141,17 @@ def _places(shape: Sequence[int]) -> tuple[int, ...]:
     return (shape[1],) if len(shape) == 3 else tuple(shape[2:])
 
 
-def _needs_mapping(
-    s_shape: Sequence[int], t_shape: Sequence[int], kind: ProjectorLike, match: str
-) -> bool:
-    """Return True if the projector needs weights. If the user names a kind other than 'auto', the
-    projector always has weights.
+def _kind_of_layer(
+    s_shape: Sequence[int], t_shape: Sequence[int], kind: str, match: str
+) -> str | None:
+    """Return the kind of layer that maps the channels. None if the projector needs no weights. If the
+    user names a kind other than 'auto', the projector always has weights.
     """
-    return kind != 'auto' or (match == 'shape' and _channels(s_shape) != _channels(t_shape))
-
-
-def projector(
-    s_shape: Sequence[int],
-    t_shape: Sequence[int],
-    kind: ProjectorLike = 'auto',
-    match: str = 'shape',
-    picture: bool = True,
-) -> Projector:
-    """Build a module that maps student features to the shape of teacher features.
-
-    The module has parameters only if the numbers of channels differ or if `kind` is not 'auto'.
-
-    The grid is resized first. Features are average-pooled to a smaller grid or interpolated to a
-    larger grid. If the student has tokens and the teacher has a map, class and register tokens are
-    dropped and the other tokens are arranged as a map. If the student has a map and the teacher has
-    tokens, each position becomes a token. The mean over positions then replaces the missing class
-    and register tokens.
-
-    Then the channels are mapped at each position. By default, vectors and tokens get a linear
-    layer. Maps get a 1x1 convolution and a batch norm, as in OFD (arXiv:1904.01866).
-    arXiv:2303.11098 also recommends a linear layer with a normalized output. Unlike in the code of
-    CRD (arXiv:1910.10699), there is no ReLU, because the student could then not match negative
-    values of the teacher.
-
-    Args:
-        s_shape: Shape of the student features: vector (B, D), tokens (B, L, D) or map (B, C, H, W).
-            B is ignored.
-        t_shape: Shape of the teacher features, in any of the same forms.
-        kind: 'auto', 'linear' or 'conv' (1x1), 'conv_bn', 'mlp', or your own module or function.
-        match: What the projected features must have in common with the teacher's: 'shape', 'grid'
-            (only the positions), or 'none'.
-        picture: True if tokens are positions in an image, provided that their number fits a grid.
-            False if tokens are positions in a sequence.
-    """
-    check_projector(s_shape, t_shape, kind, match)
-    return Projector(s_shape, t_shape, kind, match, picture)
+    if kind != 'auto':
+        return kind
+    if match != 'shape' or _channels(s_shape) == _channels(t_shape):
+        return None
+    return 'conv_bn' if len(t_shape) > 3 else 'linear'
 
 
 def checked_projector(kind: ProjectorLike) -> ProjectorLike:
@@ -211,26 +196,19 @@ def describe_projector(
     kind: ProjectorLike = 'auto',
     match: str = 'shape',
 ) -> str:
-    """Describe the module that `projector` builds for these shapes."""
+    """Describe the module that `Projector` builds for these shapes."""
     if not isinstance(kind, str):
         return getattr(kind, '__name__', type(kind).__name__)
     parts = []
     if match != 'none' and (len(s_shape) != len(t_shape) or _places(s_shape) != _places(t_shape)):
         parts.append(f'{_size_in_words(s_shape)} -> {_size_in_words(t_shape)}')
-    if _needs_mapping(s_shape, t_shape, kind, match):
-        named = (
-            _default_kind(len(s_shape if match == 'none' else t_shape)) if kind == 'auto' else kind
-        )
-        parts.append(f'{named} {_channels(s_shape)} -> {_channels(t_shape)}')
+    if layer := _kind_of_layer(s_shape, t_shape, kind, match):
+        parts.append(f'{layer} {_channels(s_shape)} -> {_channels(t_shape)}')
     return ', '.join(parts) or 'none'
 
 
 def _size_in_words(shape: Sequence[int]) -> str:
+    if len(shape) == 2:
+        return 'vector'
     n = _places(shape)
-    return (
-        'vector'
-        if len(shape) == 2
-        else f'{n[0]} tokens'
-        if len(shape) == 3
-        else 'x'.join(map(str, n))
-    )
+    return f'{n[0]} tokens' if len(shape) == 3 else 'x'.join(map(str, n))
