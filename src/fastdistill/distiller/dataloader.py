@@ -12,8 +12,6 @@ from torch.utils.data import BatchSampler, DataLoader, IterableDataset
 from ..base.random_state import RandomGuard
 from ..base.transform_random_state import Generators
 
-__all__ = ['is_loader', 'read_apart', 'spread_batches']
-
 
 def is_loader(x: Any) -> bool:
     """Return True if `x` is a DataLoader or a list of batches. Return False for a single batch."""

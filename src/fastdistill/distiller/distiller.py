@@ -36,8 +36,6 @@ from .head import (
 )
 from .teacher_groups import share_models, teacher_groups
 
-__all__ = ['Distiller']
-
 
 class Distiller(nn.Module):
     """A student, its teacher and a recipe. `distiller(x, y)` computes the loss of one batch.

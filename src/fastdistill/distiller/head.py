@@ -38,16 +38,6 @@ from ..recipes.term import Recipe, Term, weight_text
 from ..recipes.token_labels import labels_to_shift, next_tokens, padding_mask
 from ..teachers.teacher import Teacher
 
-__all__ = [
-    'Head',
-    'HeadOutput',
-    'SharedOutput',
-    'options_by_head',
-    'renamed',
-    'share_task_loss',
-    'share_task_loss_again',
-]
-
 
 class Head(RecipeLoss):
     """An output of the student with its labels, its teacher and its recipe.

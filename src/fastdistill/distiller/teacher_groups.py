@@ -5,8 +5,6 @@ from typing import Any
 
 from ..teachers.teacher import same_run, sharing_model
 
-__all__ = ['share_models', 'teacher_groups']
-
 
 def teacher_groups(heads: Mapping[str, Any]) -> list[dict]:
     """Group the heads that have a teacher. Heads in the same group share one run of a model.

@@ -12,19 +12,6 @@ from ..features.layer_pairs import inputs
 from .distiller import Distiller
 from .head import share_task_loss_again
 
-__all__ = [
-    'add_parameters',
-    'check_first',
-    'complete',
-    'is_choosing',
-    'is_detector',
-    'load_state',
-    'needs_example',
-    'reset_gradients',
-    'takes_part',
-    'training_state',
-]
-
 
 def is_detector(model: Any) -> bool:
     """Return True if `model` is a torchvision detector, which `fastdistill.detection` distills."""

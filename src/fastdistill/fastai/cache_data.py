@@ -69,14 +69,6 @@ from .teacher_check import check_teacher
 from .teachers import class_names, image_stats, is_heads, teacher_of
 from .transforms import describe_transforms
 
-__all__ = [
-    'cache_teacher',
-    'check_shared_inputs',
-    'item_digest',
-    'validation_transforms',
-    'verify_cache',
-]
-
 
 def for_each_head(write):
     """Decorate `cache_teacher` so that a dict of teachers is also accepted.

@@ -33,8 +33,6 @@ from .sample_keys import content_keys, item_keys, matching_root, sample_files
 from .teacher_targets import TeacherTargets
 from .transforms import augmented, describe_transforms, moves
 
-__all__ = ['SampleFeed', 'StoredOutputs']
-
 ONE_VIEW = (
     'fastdistill: the cache has one view. Each sample has the same augmentation in every epoch, and students '
     'overfit. Write more views (views=8). If outputs have no positions (classes, labels, numbers), views=0 '

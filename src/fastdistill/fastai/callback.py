@@ -29,8 +29,6 @@ from .training_step import StudentTaps, add_distilled, add_loss, has_outputs, mi
 from .trend_check import TrendCheck
 from .unlabeled import UnlabeledInputs
 
-__all__ = ['KnowledgeDistillation']
-
 
 class KnowledgeDistillation(DistillationCallback):
     """Callback that trains the Learner on the teacher's predictions: `learn.fit_one_cycle(3, 1e-3,

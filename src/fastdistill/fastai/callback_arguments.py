@@ -8,8 +8,6 @@ from ..recipes.zoo import kd
 from .cache_feed import StoredOutputs
 from .held_outputs import GivenOutputs, HeldOutputs
 
-__all__ = ['check_options', 'feed_of', 'make_recipe', 'refuse_options', 'stored_head']
-
 INSTEAD = dict(
     loss="give each head a recipe instead, as in recipe={'color': kd(), 'shape': Term(my_loss, "
     'weight=1.)}',

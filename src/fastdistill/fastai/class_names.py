@@ -8,17 +8,6 @@ from ..base.outputs import DistillError
 from ..checks.class_order import map_classes
 from .language_model import is_stream
 
-__all__ = [
-    'CODES',
-    'check_same_data',
-    'different_codes',
-    'ignored_name',
-    'mask_codes',
-    'stored_order',
-    'vocab_of',
-    'void_class',
-]
-
 # names of classes that are not learned
 VOID = 'void', 'ignore', 'unlabeled', 'unlabelled'
 

@@ -40,8 +40,6 @@ from .tables import TableEstimator
 from .task import task_of
 from .teachers import check_same_codes, is_heads, teacher_of
 
-__all__ = ['compare', 'history_of']
-
 
 def compare(
     models: dict,

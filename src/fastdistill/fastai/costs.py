@@ -19,8 +19,6 @@ from ..features.probe import dry_run, untouched
 from ..recipes.term import Recipe
 from .probe_batches import number_of_batches, prepared_batches
 
-__all__ = ['TrainingCosts', 'training_costs']
-
 FEW_BATCHES, ROUNDS = 3, 5  # number of batches, and number of runs per batch
 MEASURED_SECONDS = 3  # no measurement starts after this many seconds
 

@@ -14,8 +14,6 @@ from ..recipes.batch_tensors import plain_logits
 from ..recipes.default import auto, facts_for_auto, for_draws
 from .probe_batches import PreparationError, prepared_batches
 
-__all__ = ['Example', 'choose_recipe', 'example_of', 'facts_for_choice']
-
 
 @dataclass
 class Example:

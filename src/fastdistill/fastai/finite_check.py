@@ -8,8 +8,6 @@ import torch
 from ..base.outputs import DistillError, Draws, LinearLogits, TopK
 from ..base.task import unusable
 
-__all__ = ['FiniteCheck']
-
 
 class FiniteCheck:
     """Stops a fit if the teacher's outputs are nan or infinite.

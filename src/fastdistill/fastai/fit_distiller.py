@@ -17,8 +17,6 @@ from .learner_heads import comparisons_of, options_of_heads
 from .teacher_check import find_mistakes, weight_shapes
 from .teachers import is_heads
 
-__all__ = ['FitDistiller']
-
 
 class FitDistiller:
     """Builds the Distiller of a fit for the Learner's model and data.

@@ -5,8 +5,6 @@ from fastai.basics import noop
 from ..base.distributed import rank
 from ..recipes.gradient_norms import shares_in_words
 
-__all__ = ['FitLog']
-
 
 class FitLog:
     """Prints messages during the fits of a callback.

@@ -11,8 +11,6 @@ from ..base.outputs import DistillError
 from .learner_notes import notes_of
 from .projector_opt import ProjectorOptimizer
 
-__all__ = ['FitState']
-
 
 class FitState:
     """Saves and loads the state that a checkpoint needs in addition to the student.

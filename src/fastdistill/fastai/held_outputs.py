@@ -11,8 +11,6 @@ from ..base.random_state import RandomGuard
 from .class_names import stored_order
 from .teacher_targets import TeacherTarget, target_tfms
 
-__all__ = ['GivenOutputs', 'HeldOutputs']
-
 
 class HeldOutputs(OutputSource):
     """An `OutputSource` that reads the teacher outputs from the `BatchSamples` of a batch.

@@ -21,8 +21,6 @@ from .probe_batches import split_batch
 from .teacher_targets import without_targets
 from .teachers import check_same_codes, is_heads, teacher_of
 
-__all__ = ['DistillInterpretation']
-
 
 class DistillInterpretation(Interpretation):
     """An `Interpretation` of fastai that ranks items by the disagreement of student and teacher.

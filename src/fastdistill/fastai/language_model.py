@@ -15,17 +15,6 @@ from ..base.model_state import restored
 from ..base.outputs import Draws, LinearLogits, Outputs, TopK, as_plain
 from ..base.random_state import RandomGuard
 
-__all__ = [
-    'in_a_row',
-    'in_first_order',
-    'inner_dl',
-    'inputs_of',
-    'is_stream',
-    'of_length',
-    'share_n_inp',
-    'stream_outputs',
-]
-
 
 def inner_dl(dl):
     """Return the DataLoader that fastai's distributed DataLoader wraps. Return others unchanged."""

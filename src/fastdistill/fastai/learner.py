@@ -27,8 +27,6 @@ from .raw_items import items_shown
 from .task import task_of
 from .teachers import image_stats, is_heads, teacher_of
 
-__all__ = []
-
 
 @patch
 @delegates(Learner.fit_one_cycle, keep=True, but=['cbs'])

@@ -13,15 +13,6 @@ from .probe_batches import PreparationError, prepared_batches
 from .task import task_of
 from .teachers import is_heads, teacher_of
 
-__all__ = [
-    'HeadData',
-    'LearnerHead',
-    'WholeModel',
-    'comparisons_of',
-    'heads_of',
-    'options_of_heads',
-]
-
 
 @dataclass
 class LearnerHead(HeadOutput):

@@ -7,8 +7,6 @@ it.
 from dataclasses import dataclass, field
 from weakref import WeakKeyDictionary
 
-__all__ = ['LearnerNotes', 'notes_of']
-
 
 @dataclass
 class LearnerNotes:

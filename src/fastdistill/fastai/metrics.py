@@ -8,8 +8,6 @@ from fastai.basics import Metric, ValueMetric, find_bs, noop
 
 from ..base.distributed import mean_over_ranks
 
-__all__ = ['PartMetric', 'TaskMetric', 'column_of', 'columns_of', 'row_by_column']
-
 
 def row_by_column(recorder, row) -> dict:
     """Return {column of the progress table: number in the given epoch}.

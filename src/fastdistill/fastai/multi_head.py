@@ -8,8 +8,6 @@ from .learner_heads import comparisons_of, options_of_heads
 from .raw_items import items_shown
 from .teacher_check import TeacherCheck, find_mistakes
 
-__all__ = ['check_heads', 'running_heads']
-
 
 def running_heads(learn, teacher, kind, axis, output=None):
     """Yield (head, `Task` of the head, `Teacher` of the head) for each head.

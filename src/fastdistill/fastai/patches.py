@@ -88,8 +88,6 @@ from ..base.model_state import read_state, write_state
 from .learner_notes import notes_of
 from .teacher_targets import TeacherTarget, TeacherTargets, makes_target, without_targets
 
-__all__ = ['DistillationCallback', 'claim_epochs', 'patch_for_targets']
-
 
 class DistillationCallback(Callback):
     """Base class of the callbacks that the wrapped methods of `Learner` look for.

@@ -29,8 +29,6 @@ from ..base.transform_random_state import Generators
 from ..teachers.raw_items import with_items
 from .raw_items import renewed, without_samples
 
-__all__ = ['PreparationError', 'loader_of', 'prepared_batches', 'split_batch', 'valid_batches']
-
 CANCELED = (
     CancelBatchException,
     CancelEpochException,

@@ -13,8 +13,6 @@ from fastai.basics import Adam, L, OptimWrapper
 from ..base.distributed import average_gradients
 from ..base.outputs import map_tensors
 
-__all__ = ['ProjectorOptimizer']
-
 
 class ProjectorOptimizer:
     """Trains the projectors like the student.

@@ -11,8 +11,6 @@ from .language_model import is_stream
 from .replay_dl import Plan, attach, detach, refuse_unindexed, sampled
 from .sample_keys import items_of
 
-__all__ = ['given_items', 'items_shown', 'plan_of_items', 'raw_items', 'renewed', 'without_samples']
-
 
 def raw_items(dl):
     """Return the items as they were passed to a DataLoader: a list of files or texts, or a

@@ -38,8 +38,6 @@ from .transforms import moves
 from .trial_clock import scorer, scorer_of_heads
 from .trials import Trials
 
-__all__ = []
-
 FACTORS = 1, 0.32, 3.2, 0.1, 10  # multiples of the Learner's learning rate
 # maximum number of views to store if augmentation moves the positions of the outputs (masks,
 # tokens)

@@ -21,8 +21,6 @@ from .metrics import row_by_column
 from .training_setup import setup_of, teacher_text
 from .trials import repeatable
 
-__all__ = ['compare_recipes']
-
 # metrics of fastai for which lower is better, or parts of their names
 LESS = 'loss', 'error', 'mae', 'mse', 'msle', 'rmspe', 'perplexity', 'hamming', 'brier'
 

@@ -18,8 +18,6 @@ from ..base.transform_random_state import Generators
 from .language_model import in_a_row
 from .transforms import Replay
 
-__all__ = ['Plan', 'SampledBatches', 'attach', 'detach', 'refuse_unindexed', 'sampled']
-
 
 @dataclass
 class Plan:

@@ -18,17 +18,6 @@ from ..cache.keys import hash_of, key_of, keys_of, name_of, root_of
 from ..cache.sample_files import files_of
 from .language_model import is_stream
 
-__all__ = [
-    'are_contents',
-    'content_keys',
-    'item_keys',
-    'items_of',
-    'key_root',
-    'matching_root',
-    'sample_files',
-    'storage_order',
-]
-
 
 def item_keys(dl, keys, root: str) -> np.ndarray:
     """Return the keys of all samples by position in the dataset, (N,) uint64.

@@ -28,8 +28,6 @@ from .student_export import (
     validation_inputs,
 )
 
-__all__ = ['load_student', 'save_student']
-
 USE = """```python
 import json, pathlib, onnxruntime        # neither PyTorch nor fastdistill
 

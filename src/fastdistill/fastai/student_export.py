@@ -41,16 +41,6 @@ from .tables import encoding_of_table
 from .task import task_of
 from .teachers import image_stats, resize_of_images
 
-__all__ = [
-    'Exported',
-    'check_learner',
-    'export_student',
-    'facts_of',
-    'plain_temperature',
-    'validation_inputs',
-    'weak_score',
-]
-
 CLOSE = 0.01  # largest allowed difference, as a fraction of the largest output
 
 

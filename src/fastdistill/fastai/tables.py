@@ -14,8 +14,6 @@ from ..base.outputs import DistillError
 from ..base.sample_seeds import seeds_of
 from ..teachers.estimator import Estimator, few
 
-__all__ = ['RawRows', 'TableEstimator', 'encoding_of_table', 'perturbed_rows', 'table_of']
-
 KNOWN = Categorify, FillMissing, Normalize
 TARGETS = Categorize, EncodedMultiCategorize, RegressionSetup
 CHUNK = 2**16  # number of rows predicted at once

@@ -13,8 +13,6 @@ from ..teachers.probabilities import logits_of
 from .patches import patch_for_targets
 from .teacher_targets import TeacherTarget
 
-__all__ = ['TeacherBlock', 'ToTeacherTarget']
-
 GIVEN = ('logits', 'probabilities', 'label_probabilities')
 
 

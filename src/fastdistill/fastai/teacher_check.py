@@ -30,8 +30,6 @@ from .raw_items import items_shown
 from .task import task_of
 from .teachers import class_names, image_stats, size_of_images, teacher_of
 
-__all__ = ['TeacherCheck', 'check_optimizer', 'check_teacher', 'find_mistakes', 'weight_shapes']
-
 KIND_IN_WORDS = dict(
     softmax='one class of several (softmax)',
     sigmoid='each label by itself (sigmoid)',

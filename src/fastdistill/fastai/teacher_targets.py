@@ -12,15 +12,6 @@ from ..base.batch_samples import BatchSamples
 from ..base.mixup import lerp
 from ..base.outputs import DistillError, as_plain, tensors_in
 
-__all__ = [
-    'TeacherTarget',
-    'TeacherTargets',
-    'makes_target',
-    'samples_of',
-    'target_tfms',
-    'without_targets',
-]
-
 
 class TeacherTarget(TensorBase):
     """A teacher's output for an item.

@@ -35,18 +35,6 @@ from ..teachers.teacher import Teacher, given_options, grouped_options
 from .class_names import different_codes, vocab_of
 from .tables import TableEstimator, table_of
 
-__all__ = [
-    'PICKLES',
-    'check_same_codes',
-    'class_names',
-    'exported',
-    'image_stats',
-    'is_heads',
-    'resize_of_images',
-    'size_of_images',
-    'teacher_of',
-]
-
 # {suffix: how to write such a file}
 PICKLES = {
     '.pkl': 'teacher_learner.export({!r}) writes an exported Learner.',

@@ -19,8 +19,6 @@ from .callback_arguments import feed_of
 from .sample_keys import item_keys, items_of, key_root, keys_of_table, sample_files
 from .teachers import is_heads, teacher_of
 
-__all__ = ['setup_of', 'teacher_text']
-
 
 def teacher_text(teacher) -> str:
     """Return a fingerprint of the teacher's weights or of the cache.

@@ -4,8 +4,6 @@ from fastai.callback.mixup import MixHandler
 
 from ..features.layer_hooks import Taps
 
-__all__ = ['StudentTaps', 'add_distilled', 'add_loss', 'has_outputs', 'mixed_labels']
-
 
 class StudentTaps:
     """Hooks on the student's layers. The hooks of a compiled model are kept between batches."""

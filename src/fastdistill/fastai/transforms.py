@@ -28,8 +28,6 @@ from ..cache.per_sample import PerSample, per_sample
 from ..teachers.raw_items import items_at
 from .language_model import is_stream
 
-__all__ = ['Replay', 'augmented', 'describe_transforms', 'moves']
-
 # these transforms use no random numbers and treat each sample independently
 FIXED = Normalize, IntToFloatTensor, ToTensor, ReadTabBatch
 

@@ -6,8 +6,6 @@ from ..base.distributed import rank
 from ..base.outputs import DistillWarning
 from .metrics import column_of, columns_of
 
-__all__ = ['TrendCheck']
-
 BEGIN = 1 / 3  # no check before this fraction of the training, because losses may fluctuate
 RISE = 1.1  # ratio of the validation loss to its best value that leads to a warning
 

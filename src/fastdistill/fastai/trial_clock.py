@@ -9,8 +9,6 @@ from ..base.outputs import DistillError, Outputs, as_plain
 from ..base.task import fit_labels
 from ..checks.batch_scores import Tally
 
-__all__ = ['Clock', 'chosen_half', 'scorer', 'scorer_of_heads']
-
 
 class Clock(Callback):
     """Callback that scores the validation items whenever a fit runs validation.

@@ -21,8 +21,6 @@ from .language_model import in_first_order
 from .probe_batches import PARTS
 from .trial_clock import Clock, chosen_half
 
-__all__ = ['Trials', 'repeatable']
-
 # modules of fastai with callbacks that write files, show something, or stop a fit
 LEFT_OUT = 'azureml', 'captum', 'comet', 'neptune', 'progress', 'tensorboard', 'tracker', 'wandb'
 

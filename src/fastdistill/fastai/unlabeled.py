@@ -16,8 +16,6 @@ from .probe_batches import loader_of, split_batch
 from .raw_items import items_shown, without_samples
 from .tables import perturbed_rows
 
-__all__ = ['UnlabeledInputs']
-
 
 class UnlabeledInputs:
     """Unlabeled batches that accompany the training batches.

@@ -9,8 +9,6 @@ from torch import Tensor
 
 from ..base.outputs import DistillError
 
-__all__ = ['as_map', 'as_tokens', 'as_vector', 'grid', 'resize', 'to_grid']
-
 # Possible numbers of tokens before the image tokens:
 # 0 none, 1 class, 2 class and distillation, 4 registers, 5 class and 4 registers
 LEAD = 0, 1, 2, 4, 5

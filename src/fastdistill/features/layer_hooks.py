@@ -13,8 +13,6 @@ from .feature_shapes import as_map, as_tokens, as_vector
 from .layer_names import item_key, model_name, named, no_such_layer, resolve_among, unwrap
 from .probe import is_compiled, main_tensor
 
-__all__ = ['Taps', 'is_output', 'layer_output', 'returned_by']
-
 
 def as_is(y: Any) -> Any:
     return y

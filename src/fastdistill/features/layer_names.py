@@ -11,20 +11,6 @@ from torch.nn.parameter import is_lazy
 
 from ..base.outputs import DistillError
 
-__all__ = [
-    'LayerInfo',
-    'LayerTree',
-    'how_to_name_layers',
-    'item_key',
-    'layer_tree',
-    'model_name',
-    'named',
-    'resolve',
-    'split_suffixes',
-    'text_table',
-    'unwrap',
-]
-
 WRAPPERS = nn.parallel.DistributedDataParallel, nn.DataParallel
 SUFFIXES = {
     'in': 'the input of the layer',

@@ -23,19 +23,6 @@ from .model_stages import check_visible, embedding, has_head, image_size, is_pic
 from .probe import Fired, dry_run, probe, series_layers
 from .projectors import ProjectorLike, describe_projector
 
-__all__ = [
-    'LayersLike',
-    'Pair',
-    'PairTable',
-    'check_names',
-    'checked_layers',
-    'inputs',
-    'longest_row',
-    'names_of_tokens',
-    'pair',
-    'pair_by_depth',
-]
-
 # 'auto', 'last', 'embedding', a layer name that both models have, or pairs of names in any form
 # that `pair` accepts
 LayersLike = str | Mapping[str, Any] | Sequence[Any]

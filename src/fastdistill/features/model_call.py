@@ -8,8 +8,6 @@ from torch import nn
 
 from .layer_names import unwrap
 
-__all__ = ['arguments', 'is_hf', 'predicts_next']
-
 
 def is_hf(model: Any) -> bool:
     return hasattr(model, 'config') and hasattr(model, 'main_input_name')

@@ -12,8 +12,6 @@ from .feature_shapes import grid
 from .layer_names import how_to_name_layers, layer_tree, model_name, named
 from .probe import Fired, probe, series_layers
 
-__all__ = ['Stage', 'check_visible', 'embedding', 'has_head', 'stages']
-
 CONVS = nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d
 PASSIVE = nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.AlphaDropout, nn.Identity, nn.Flatten
 

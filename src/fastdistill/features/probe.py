@@ -19,17 +19,6 @@ from ..base.random_state import RandomGuard
 from .layer_names import LayerTree, layer_tree, model_name, named, unwrap
 from .model_call import arguments
 
-__all__ = [
-    'Fired',
-    'dry_run',
-    'layers',
-    'main_tensor',
-    'probe',
-    'run_eagerly',
-    'series_layers',
-    'untouched',
-]
-
 
 def layers(model: nn.Module, *x: Any) -> LayerTree:
     """List every layer of a model with its class, output shape and number of parameters.

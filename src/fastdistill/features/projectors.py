@@ -11,8 +11,6 @@ from torch import Tensor, nn
 from ..base.outputs import DistillError
 from .feature_shapes import to_grid
 
-__all__ = ['Projector', 'ProjectorLike', 'checked_projector', 'describe_projector']
-
 ProjectorLike = str | Callable[..., Tensor]  # a name in `PROJECTORS`, a module or a function
 PROJECTORS = 'auto', 'linear', 'conv', 'conv_bn', 'mlp'
 MATCHES = 'shape', 'grid', 'none'

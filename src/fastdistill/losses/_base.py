@@ -13,21 +13,6 @@ from torch import Tensor, nn
 
 from ..base.outputs import DistillError, Draws, LinearLogits, as_plain
 
-__all__ = [
-    'Loss',
-    'loss',
-    'reduce',
-    'fit_mask',
-    'same_shape',
-    'class_axis',
-    'log_probs',
-    'expect',
-    'temperature',
-    'channels_first',
-    'cells',
-    'unit',
-]
-
 
 def _full(x: Any, detach: bool = False) -> Any:
     """Convert a tensor or a list of tensors to float32. Tensors of dtype float64 stay float64."""

@@ -14,8 +14,6 @@ from torch import Tensor
 from ..base.outputs import DistillError, Draws, LinearLogits
 from ._base import class_axis
 
-__all__ = ['blanked', 'chunk_size', 'chunks', 'in_three', 'per_position', 'rows_at', 'seen_finite']
-
 # elements per chunk: small enough for the cache of a CPU, large enough to fill a GPU
 ON_CPU, ON_GPU = 2**16, 2**24
 

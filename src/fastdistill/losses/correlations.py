@@ -10,8 +10,6 @@ from torch import Tensor
 from ._base import log_probs
 from .chunks import blanked, chunk_size, chunks, in_three, rows_at
 
-__all__ = ['both_correlations']
-
 # minimum number of positions per chunk, so that the mean of the first chunk is close to the mean of
 # all positions
 FEW_POSITIONS = 8

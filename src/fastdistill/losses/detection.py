@@ -16,14 +16,6 @@ from ._base import Loss, loss, reduce, same_shape
 from .feature import hint
 from .response import binary_kl, kl
 
-__all__ = [
-    'MGD',
-    'anchor_kl',
-    'box_deltas',
-    'mgd',
-    'scored_hint',
-]
-
 
 def object_scores(t: Tensor, background: int | None) -> Tensor:
     """Return the probability that there is an object of any class at each anchor, (B, A).

@@ -27,17 +27,6 @@ from ..base.outputs import (
 from ..base.task import Task, fit_labels, shape_of_labels
 from .teacher_gain import label_errors
 
-__all__ = [
-    'Batch',
-    'all_classes',
-    'blend',
-    'both',
-    'inputs_and_labels',
-    'of_all_processes',
-    'plain_logits',
-    'zero_loss',
-]
-
 
 @dataclass
 class Batch:

@@ -13,8 +13,6 @@ from .. import losses, recipes
 from ..base.errors import DistillError
 from .term import Term
 
-__all__ = ['Method', 'Parameter', 'card_section', 'find_methods', 'method', 'methods']
-
 FAMILIES = dict(
     response='outputs',
     divergence='outputs',

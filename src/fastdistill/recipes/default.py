@@ -14,16 +14,6 @@ from .recipe_text import Reader
 from .term import Recipe, Term
 from .zoo import dist, kd, soft_labels
 
-__all__ = [
-    'Automatic',
-    'auto',
-    'chosen_before',
-    'chosen_for',
-    'facts_for_auto',
-    'for_draws',
-    'softening_temperature',
-]
-
 CLASSIC = 'kd(T=4, alpha=.9)'
 CLASSIC_ALONE = 'soft_labels(T=4)'  # for batches without labels
 EVEN = 0.9  # target entropy of the softened teacher, as a fraction of the maximum entropy

@@ -13,8 +13,6 @@ from ..base.outputs import DistillError
 from .gradient_norms import gradient_norm
 from .teacher_gain import TeacherGain
 
-__all__ = ['GradientRatio', 'GradientRatios']
-
 
 class GradientRatio:
     """The weight at which a term's gradient norm equals that of the other losses, including the

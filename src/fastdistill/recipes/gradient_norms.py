@@ -12,16 +12,6 @@ from torch.nn import Module
 
 from ..base.outputs import as_plain
 
-__all__ = [
-    'gradient_norm',
-    'norms_at_layer',
-    'norms_at_logits',
-    'part_at',
-    'shares_in_words',
-    'swamped',
-]
-
-
 # Gradients are scaled by this factor while they are measured, to avoid underflow in half precision
 SCALE = 2.0**10
 # operations that only rearrange, copy or average the output of a layer

@@ -9,8 +9,6 @@ from torch import nn
 from ..base.outputs import DistillError, Outputs
 from ..features.layer_hooks import layer_output
 
-__all__ = ['Link', 'own_copy']
-
 
 class Link(nn.Module):
     """A pair of layers that a term compares, with a projector and a loss. If the loss has

@@ -16,8 +16,6 @@ from .gradient_balance import GradientRatios
 from .gradient_norms import norms_at_layer, norms_at_logits, part_at, swamped
 from .layer_link import Link, own_copy
 
-__all__ = ['Distilled', 'RecipeLoss', 'check_kind']
-
 
 @dataclass
 class Distilled:

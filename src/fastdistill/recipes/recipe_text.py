@@ -7,8 +7,6 @@ from .. import losses, recipes
 from ..base.recipe_grammar import RecipeGrammar
 from .term import Recipe, Term
 
-__all__ = ['as_recipe', 'recipe_from_text']
-
 
 def as_recipe(recipe: Term | Recipe | str | None) -> Recipe | None:
     """Convert a recipe in any form to a `Recipe`. Return None if `auto` should choose the recipe.

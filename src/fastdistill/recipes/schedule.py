@@ -8,8 +8,6 @@ from typing import Any
 
 from ..base.outputs import DistillError
 
-__all__ = ['Schedule', 'ScheduleLike', 'Scheduled', 'one_minus', 'schedule', 'value_at']
-
 Scheduled = float | Callable[[float], float]  # a number, or a function of progress
 ScheduleLike = Scheduled | str | Sequence[Any]  # all forms that `schedule` accepts
 

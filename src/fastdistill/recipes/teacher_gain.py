@@ -12,8 +12,6 @@ from ..base.distributed import sum_over_ranks
 from ..base.outputs import as_plain
 from ..base.task import Task, fit_labels
 
-__all__ = ['TeacherGain', 'label_errors']
-
 
 class TeacherGain:
     """Fraction of the student's squared error that the teacher's predictions can remove. The gain

@@ -19,9 +19,6 @@ from ..features.projectors import ProjectorLike, checked_projector
 from .recipe_loss import RecipeLoss
 from .schedule import Scheduled, ScheduleLike, schedule, value_at
 
-__all__ = ['Recipe', 'Term', 'long_name_too', 'one_temperature', 'weight_text']
-
-
 SCHEDULED = 'T', 'lam'  # loss options that may follow a schedule
 
 

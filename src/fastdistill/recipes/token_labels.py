@@ -9,8 +9,6 @@ from torch import Tensor
 from ..base.outputs import DistillError, as_plain, tensors_in
 from ..base.task import Task, shape_of_labels
 
-__all__ = ['labels_to_shift', 'next_tokens', 'padding_mask']
-
 
 def padding_mask(x: Any, shape: Sequence[int], axis: int) -> Tensor | None:
     """Find the `attention_mask` in the inputs of a batch. Return None unless the logits have one
