@@ -17,7 +17,7 @@ from fastdistill import (
     with_items,
 )
 from fastdistill.distiller.head import share_task_loss
-from fastdistill.recipes.default import chosen_before
+from fastdistill.recipes.default import Automatic
 
 g = torch.Generator().manual_seed(0)
 X, COLOR, SHAPE, SIZE = (
@@ -407,7 +407,7 @@ def test_recipes_that_were_chosen_for_heads_share_a_task_loss_of_weight_1():
     heads = two_heads(student, color, shape)
     share_task_loss(heads.heads)
     for name, text in dict(color='kd(T=2, alpha=.75)', shape='kd(T=1, alpha=.5)').items():
-        heads.heads[name].take(chosen_before(text, 'a reason', 'softmax'))
+        heads.heads[name].take(Automatic(text, 'a reason', 'softmax'))
     share_task_loss(heads.heads)
     raw = student(X)
     task = F.cross_entropy(raw['color'], COLOR) + F.cross_entropy(raw['shape'], SHAPE)

@@ -31,7 +31,7 @@ from fastdistill.fastai.default_recipe import example_of
 from fastdistill.recipes.default import softening_temperature
 from fastdistill.base.task import Task, facts_of_outputs
 
-DIST = dist(T=4.0, beta=2, gamma=2, grad_ratio=3, fade=True)
+DIST = dist(T=4, beta=2, gamma=2, grad_ratio=3, fade=True)
 RULE = [
     (dict(classes=77), Recipe(DIST), '77 classes'),
     (dict(classes=3), Recipe(DIST), '3 classes'),
@@ -70,12 +70,12 @@ RULE = [
     ),
     (
         dict(classes=77, teacher=torch.zeros(4, 77)),
-        Recipe(dist(T=1.0, beta=2, gamma=2, grad_ratio=3, fade=True)),
+        Recipe(dist(T=1, beta=2, gamma=2, grad_ratio=3, fade=True)),
         'T=1 softens',
     ),
     (
         dict(classes=77, teacher=1000 * torch.eye(77)),
-        Recipe(dist(T=20.0, beta=2, gamma=2, grad_ratio=3, fade=True)),
+        Recipe(dist(T=20, beta=2, gamma=2, grad_ratio=3, fade=True)),
         'T=20 softens',
     ),
     (dict(classes=2, doubt='a bad teacher'), kd(T=1, alpha=0.3), 'a bad teacher'),
@@ -91,7 +91,7 @@ def test_the_rule(facts, recipe, why):
     names = dict(
         kd=kd,
         soft_labels=soft_labels,
-        dist=lambda T, **kw: dist(T=float(T), **kw),
+        dist=dist,
         Term=Term,
         losses=losses,
         labels=None,

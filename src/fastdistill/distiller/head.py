@@ -30,7 +30,7 @@ from ..features.model_call import predicts_next
 from ..features.probe import dry_run
 from ..features.projectors import Projector
 from ..recipes.batch_tensors import both, plain_logits
-from ..recipes.default import Automatic, chosen_before, chosen_for
+from ..recipes.default import Automatic, auto, facts_for_auto
 from ..recipes.layer_link import Link, own_copy
 from ..recipes.recipe_loss import Distilled, RecipeLoss
 from ..recipes.recipe_text import as_recipe
@@ -146,7 +146,8 @@ class Head(RecipeLoss):
     def _choose(self, logits: Any, ask: Callable[[], Outputs], labels: bool) -> None:
         ask_logits = lambda: plain_logits(Outputs(logits), ask())[1]
         doubt = 'the teacher is in doubt, see above' if self.doubt else None
-        chosen = of_first(chosen_for(logits.shape, self.task, ask_logits, labels, doubt))
+        facts = facts_for_auto(logits.shape, self.task, ask_logits)
+        chosen = of_first(auto(**facts, labels=labels, doubt=doubt))
         self.take(chosen)
         if rank() == 0:
             print(f'fastdistill: {self.prefix}recipe {chosen}')
@@ -205,7 +206,7 @@ class Head(RecipeLoss):
         If a recipe with different terms was already chosen, the current recipe is kept.
         """
         if self.automatic and state['recipe'] is not None:
-            recipe = chosen_before(*state['recipe'])
+            recipe = Automatic(*state['recipe'])
             if self.chooses or [t.name for t in recipe.terms] == [
                 t.name for t in self.recipe.terms
             ]:
@@ -214,9 +215,7 @@ class Head(RecipeLoss):
         if self.shift_labels is None:
             self.shift_labels = state['shift_labels']
         if isinstance(self.teacher, Teacher):
-            # absent in older checkpoints
-            random, keep = state.get('random', {}), state.get('keeps_random', True)
-            self.teacher.load_random_state(random, keep)
+            self.teacher.load_random_state(state['random'], state['keeps_random'])
 
     # checks and setup before the first batch
 

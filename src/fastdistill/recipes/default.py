@@ -2,26 +2,21 @@
 
 from collections.abc import Callable, Sequence
 from math import log, sqrt
-from typing import Any
 
 import torch
 from torch import Tensor, special
 
-from .. import losses
 from ..base.outputs import DistillError
 from ..base.task import Task, facts_of_outputs
 from .recipe_text import Reader
-from .term import Recipe, Term
-from .zoo import dist, kd, soft_labels
+from .term import Recipe
 
 CLASSIC = 'kd(T=4, alpha=.9)'
 CLASSIC_ALONE = 'soft_labels(T=4)'  # for batches without labels
 EVEN = 0.9  # target entropy of the softened teacher, as a fraction of the maximum entropy
 COLDEST, HOTTEST = 1.0, 20.0  # range of temperatures that may be chosen
-ENOUGH_NUMBERS, ENOUGH_ROWS = (
-    2**22,
-    4096,
-)  # maximum number of logits, and of rows, for estimating the temperature
+# maximum number of logits, and of rows, for estimating the temperature
+ENOUGH_NUMBERS, ENOUGH_ROWS = 2**22, 4096
 
 
 class Automatic(Recipe):
@@ -29,8 +24,8 @@ class Automatic(Recipe):
     choice.
     """
 
-    def __init__(self, recipe: Term | Recipe, text: str, why: str, kind: str = 'softmax') -> None:
-        super().__init__(recipe)
+    def __init__(self, text: str, why: str, kind: str = 'softmax') -> None:
+        super().__init__(Reader(text).recipe())
         self.text, self.why, self.kind = text, why, kind
 
     def __str__(self) -> str:
@@ -77,33 +72,30 @@ def auto(
             'tensor (..., C). KnowledgeDistillation and Distiller query the teacher themselves.'
         )
     if not labels:
-        return Automatic(soft_labels(T=1), 'soft_labels(T=1)', 'the batches have no labels', kind)
+        return Automatic('soft_labels(T=1)', 'the batches have no labels', kind)
     if kind == 'regression':
-        return with_grad_ratio(losses.regression, 'regression', 'numbers', kind)
+        text = 'labels + Term(losses.regression, grad_ratio=3, fade=True)'
+        return Automatic(text, 'numbers', kind)
     # a single sigmoid is equivalent to a softmax over two classes
     one = kind == 'sigmoid' and classes == 1
     if kind == 'sigmoid' and not (dense or one):
-        return with_grad_ratio(losses.binary_kl, 'binary_kl', 'several labels', kind, T=1)
+        text = 'labels + Term(losses.binary_kl, grad_ratio=3, fade=True, T=1)'
+        return Automatic(text, 'several labels', kind)
     unknown = 'labels' if kind == 'sigmoid' else 'an unknown number of classes'
     why = 'one label' if one else unknown if classes is None else f'{classes} classes'
     if dense:
         why += ' for each of many positions'
     if not takes_dist(classes):
         if doubt is not None:
-            alpha = 0.1 if kind == 'sigmoid' else 0.3
-            text = f'kd(T=1, alpha={alpha:g})'.replace('0.', '.')
-            return Automatic(kd(T=1, alpha=alpha), text, doubt, kind)
-        return Automatic(kd(T=1, alpha=0.5), 'kd(T=1, alpha=.5)', why)
+            alpha = '.1' if kind == 'sigmoid' else '.3'
+            return Automatic(f'kd(T=1, alpha={alpha})', doubt, kind)
+        return Automatic('kd(T=1, alpha=.5)', why)
     if teacher is None:
         T = 4.0
     else:
         T = float(f'{softening_temperature(teacher):.2g}')
         why += f', T={T:g} softens this teacher'
-    return Automatic(
-        dist(T=T, beta=2, gamma=2, grad_ratio=3, fade=True),
-        f'labels + dist(T={T:g}, beta=2, gamma=2, grad_ratio=3, fade=True)',
-        why,
-    )
+    return Automatic(f'labels + dist(T={T:g}, beta=2, gamma=2, grad_ratio=3, fade=True)', why)
 
 
 def takes_dist(classes: int | None) -> bool:
@@ -150,32 +142,10 @@ def facts_for_auto(shape: Sequence[int], task: Task, ask: Callable) -> dict:
     return facts | dict(teacher=t.movedim(task.axis, -1))
 
 
-def with_grad_ratio(loss: Callable, name: str, why: str, kind: str, **options: Any) -> Automatic:
-    """Combine the task loss with a term whose gradient norm is 3 times as large."""
-    text = ', '.join(['grad_ratio=3', 'fade=True', *(f'{k}={v:g}' for k, v in options.items())])
-    return Automatic(
-        Term(loss, grad_ratio=3, fade=True, **options),
-        f'labels + Term(losses.{name}, {text})',
-        why,
-        kind,
-    )
-
-
-def chosen_for(
-    logits_shape: Sequence[int], task: Task, ask: Callable, labels: bool, doubt: str | None = None
-) -> Automatic:
-    return auto(**facts_for_auto(logits_shape, task, ask), labels=labels, doubt=doubt)
-
-
 def for_draws(T: float, labels: bool = True) -> Automatic:
     """Choose a recipe for teacher outputs stored as draws (sampled classes). Draws give unbiased
     gradients only for `kl` at the temperature at which they were sampled.
     """
     why = f'the stored draws are unbiased for kl at T={T:g}'
-    if not labels:
-        return Automatic(soft_labels(T=T), f'soft_labels(T={T:g})', why)
-    return Automatic(kd(T=T, alpha=0.5), f'kd(T={T:g}, alpha=.5)', why)
-
-
-def chosen_before(text: str, why: str, kind: str) -> Automatic:
-    return Automatic(Reader(text).recipe(), text, why, kind)
+    exact = f'{T:g}' if float(f'{T:g}') == T else repr(T)
+    return Automatic(f'kd(T={exact}, alpha=.5)' if labels else f'soft_labels(T={exact})', why)
