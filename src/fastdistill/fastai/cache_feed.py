@@ -67,21 +67,12 @@ class StoredOutputs(HeldOutputs):
             self.keys = self.cache.sample_names
         # `columns` selects the bytes of this cache from the concatenated rows
         self.order, self.stream, self.columns = None, False, slice(None)
-
-    @property
-    def doubt(self):
-        """The reason to doubt the teacher, which was found when its outputs were stored. Empty if
-        there is no reason.
-        """
-        return self.cache.manifest.doubt
-
-    @property
-    def written_identity(self):
-        return self.cache.manifest.teacher
-
-    @property
-    def name(self):
-        return f'the stored outputs in {self.cache.folder}'
+        manifest = self.cache.manifest
+        self.name = f'the stored outputs in {self.cache.folder}'
+        self.written_identity = manifest.teacher
+        # the reason to doubt the teacher, and the number and temperature of the draws (sampled
+        # classes), or None if no draws are stored
+        self.doubt, self.draws = manifest.doubt, manifest.layout.draws
 
     @property
     def layers_advice(self):
@@ -141,11 +132,6 @@ class StoredOutputs(HeldOutputs):
         named = keys is not None and files is None
         refuse(cache.folder, misfits(dl, plan, cache, named), cache.force)
         return plan
-
-    @property
-    def draws(self):
-        """Number and temperature of the draws (sampled classes). None if no draws are stored."""
-        return self.cache.manifest.layout.draws
 
     def example(self, x):
         """Return some stored outputs, which show the shapes and the stored layers."""

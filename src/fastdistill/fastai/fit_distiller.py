@@ -113,15 +113,13 @@ class FitDistiller:
 
     def _take_teachers(self, learn):
         for k, h in self.distiller.heads.items():
-            h.teacher = self._source_of(k, learn)
-            if self.several and k not in self.stored:
+            if k in self.stored:
+                h.teacher = self.stored[k]
+                continue
+            h.teacher = self.heads[k].teacher_of(learn, self.tasks[k])
+            if self.several:
                 h.check_names()
         share_models(self.distiller.heads)
-
-    def _source_of(self, k, learn):
-        if k in self.stored:
-            return self.stored[k]
-        return self.heads[k].teacher_of(learn, self.tasks[k])
 
     def look(self, learn, logs: bool) -> dict | None:
         """Look for mistakes, once per set of DataLoaders.

@@ -213,25 +213,22 @@ def card(title, facts, checked, report):
             f'`{o["name"]}`, {o["dtype"]} of shape ({", ".join(map(str, o["shape"]))})'
             for o in facts['inputs']
         )
+        answer = (facts['classes'] and ANSWERS.get(facts['task'])) or 'logits[0]'
         how = facts['resize'] or {}
         channels = facts['inputs'][0]['shape'][1] if how else 0
         if how.get('method') in RESIZE and channels in MODES:
             resize = RESIZE[how['method']].format(
                 filter=how['filter'].upper(), pad=PADS.get(how.get('pad_mode'))
             )
-            answer = ANSWERS.get(facts['task']) if facts['classes'] else None
             use = USE_PHOTO.format(
                 mode=MODES[channels],
                 resize=resize,
-                answer=answer or 'logits[0]',
+                answer=answer,
                 inputs=inputs,
                 images=images_in_words(facts),
             )
         elif facts['table'] and not facts['table']['unknown']:
-            answer = ANSWERS.get(facts['task']) if facts['classes'] else None
-            use = USE_TABLE.format(
-                row=example_row(facts['table']), answer=answer or 'logits[0]', inputs=inputs
-            )
+            use = USE_TABLE.format(row=example_row(facts['table']), answer=answer, inputs=inputs)
         else:
             feed = ', '.join(f"'{o['name']}': {o['name']}" for o in facts['inputs'])
             use = USE.format(feed=feed, inputs=inputs, images=images_in_words(facts))

@@ -28,14 +28,15 @@ class TrendCheck:
     ):
         if self.warned or training_progress < BEGIN or rank() or not hasattr(learn, 'recorder'):
             return
-        valid = self._column(learn.recorder, 'valid_loss')
+        columns = columns_of(learn.recorder)  # the values of this fit, one per epoch
+        valid = columns.get('valid_loss', [])
         if len(valid) < 2 or None in valid or not 0 < min(valid) < valid[-1] / RISE:
             return
         best = valid.index(min(valid))
         # subtle: without labels, terms that compare layers do not train the student's last layers.
         # The task loss is then meaningless.
         for n in [t.name for t in recipe.terms if t.layers is None or recipe.task != 0]:
-            term = self._column(learn.recorder, column_of(n))
+            term = columns.get(column_of(n))
             if not term or None in term or term[-1] >= term[best]:
                 continue
             self.warned = True
@@ -48,7 +49,3 @@ class TrendCheck:
                 stacklevel=2,
             )
             return
-
-    def _column(self, recorder, name):
-        """Return the values of this fit, one per epoch. Empty if the column does not exist."""
-        return columns_of(recorder).get(name, [])
