@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Callable, Iterable
 from contextlib import contextmanager
+from functools import partial
 from math import inf
 from numbers import Real
 from pathlib import Path
@@ -36,7 +37,7 @@ from .teachers import is_heads
 from .training_setup import setup_of, teacher_text
 from .transforms import moves
 from .trial_clock import scorer, scorer_of_heads
-from .trials import Trials
+from .trials import run_trial
 
 FACTORS = 1, 0.32, 3.2, 0.1, 10  # multiples of the Learner's learning rate
 # maximum number of views to store if augmentation moves the positions of the outputs (masks,
@@ -140,17 +141,8 @@ def distill_find(
             answers(self, teacher, tasks, as_it_is, positions, n_epoch, show) as source,
             progress_bar(show, 'of the time') as progress,
         ):
-            train = Trials(
-                self,
-                source,
-                n_epoch,
-                score,
-                {k: h.output for k, h in heads.items()} if several else output,
-                kind=kind,
-                axis=axis,
-                fine_tune=fine_tune,
-                **kwargs,
-            )
+            options = dict(n_epoch=n_epoch, kind=kind, axis=axis, fine_tune=fine_tune, **kwargs)
+            outputs = {k: h.output for k, h in heads.items()} if several else output
             epochs = n_epoch + (kwargs.get('freeze_epochs', 1) if fine_tune else 0)
             of_each = lambda fn: {k: fn(k) for k in heads} if several else fn('')
             known = dict(
@@ -165,7 +157,7 @@ def distill_find(
             found = Search(
                 candidates,
                 rates,
-                train,
+                partial(run_trial, self, source, score, outputs, options),
                 n_epoch=epochs,
                 begin=begin,
                 end=begin + 60 * minutes,

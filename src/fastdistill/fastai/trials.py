@@ -25,39 +25,32 @@ from .trial_clock import Clock, chosen_half
 LEFT_OUT = 'azureml', 'captum', 'comet', 'neptune', 'progress', 'tensorboard', 'tracker', 'wandb'
 
 
-class Trials:
-    """Trains the student with a recipe, a learning rate and a seed.
-
-    A call returns the scores of the validation items that are reserved for the final test.
+def run_trial(
+    learn, teacher, score, output, options: dict, recipe, lr, seed, after_epoch, late
+) -> torch.Tensor | None:
+    """Train the student with a recipe, a learning rate and a seed, and restore it. Return the scores
+    of the validation items that are reserved for the final test. None if the training was stopped.
 
     Args:
         learn: The student.
         teacher: Anything that `distill` accepts.
-        n_epoch: Number of epochs.
-        score, output: As in `Clock`.
-        **options: Options of `distill`.
+        score, output, after_epoch, late: As in `Clock`.
+        options: Options of `distill`.
     """
-
-    def __init__(self, learn, teacher, n_epoch: int, score, output, **options):
-        self.learn, self.teacher, self.n_epoch = learn, teacher, n_epoch
-        self.score, self.output, self.options = score, output, options
-
-    def __call__(self, recipe, lr, seed, after_epoch, late):
-        clock = Clock(self.score, self.output, after_epoch, late)
-        with unchanged(self.learn, seed), warnings.catch_warnings():
-            # warnings about recipes that are only tried are not useful
-            warnings.simplefilter('ignore', DistillWarning)
-            copy_of(self.learn).distill(
-                self.teacher,
-                self.n_epoch,
-                lr,
-                recipe,
-                output=None if isinstance(self.output, Mapping) else self.output,
-                check=False,
-                cbs=clock,
-                **self.options,
-            )
-        return None if clock.over else clock.items[~chosen_half(len(clock.items))]
+    clock = Clock(score, output, after_epoch, late)
+    with unchanged(learn, seed), warnings.catch_warnings():
+        # warnings about recipes that are only tried are not useful
+        warnings.simplefilter('ignore', DistillWarning)
+        copy_of(learn).distill(
+            teacher,
+            lr_max=lr,
+            recipe=recipe,
+            output=None if isinstance(output, Mapping) else output,
+            check=False,
+            cbs=clock,
+            **options,
+        )
+    return None if clock.over else clock.items[~chosen_half(len(clock.items))]
 
 
 def copy_of(learn) -> Learner:
