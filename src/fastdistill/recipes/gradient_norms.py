@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from torch.nn import Module
 
+from ..base.model_state import TensorValues
 from ..base.outputs import as_plain
 
 # Gradients are scaled by this factor while they are measured, to avoid underflow in half precision
@@ -110,14 +111,11 @@ def norms_at_layer(values: Mapping[str, Tensor], student: Module) -> dict[str, A
     # is only rounding error
     params = [p for p in student.parameters() if p.requires_grad]
     params = [p for p in params if p.dim() > 1] or params
-    buffers = [(b, b.clone()) for b in student.buffers()]
+    buffers = TensorValues(student.buffers())
     norms = {k: norms_at_each(v, params) for k, v in values.items()}
-    with torch.no_grad():
-        # With activation checkpointing, the backward pass runs a module a second time.
-        # Running statistics of batch norms would then include this batch twice.
-        for b, before in buffers:
-            if not torch.equal(b, before):
-                b.copy_(before)
+    # With activation checkpointing, the backward pass runs a module a second time.
+    # Running statistics of batch norms would then include this batch twice.
+    buffers.restore()
     shared = [i for i in range(len(params)) if all(n[i] > 0 for n in norms.values())]
     return {k: n[shared[-1]] for k, n in norms.items()} if shared else None
 
