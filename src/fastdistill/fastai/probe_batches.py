@@ -5,7 +5,7 @@ The Learner, its DataLoaders and the random state are not changed.
 
 import inspect
 import random
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import closing, contextmanager
 from itertools import islice
 from pathlib import PurePath
 
@@ -118,7 +118,7 @@ def prepared_batches(learn, n_valid, n_train):
     batches.
     """
     has_valid = len(learn.dls.loaders) > 1 and getattr(learn.dls.valid, 'n', None) != 0
-    valid = valid_batches(learn.dls.valid, n_valid) if has_valid else ()
+    valid = valid_batches(learn.dls.valid, n_valid) if has_valid else (b for b in ())
     return prepared(learn, valid, 1, False), prepared(
         learn, train_batches(learn.dls.train, n_train), 0, True
     )
@@ -127,7 +127,7 @@ def prepared_batches(learn, n_valid, n_train):
 def prepared(learn, batches, ds_idx, training):
     """Yield (inputs, targets) of batches after the Learner's callbacks have changed them."""
     # subtle: close the batches first, because they restore the same random generators
-    with restored_loaders(*getattr(learn.dls, 'loaders', ())), closed(batches):
+    with restored_loaders(*getattr(learn.dls, 'loaders', ())), closing(batches):
         for i, b in enumerate(batches):
             b, items = without_samples(b)
             try:
@@ -139,11 +139,6 @@ def prepared(learn, batches, ds_idx, training):
             except CANCELED:
                 continue  # a fit would also skip this batch
             yield with_items(x, items), y
-
-
-def closed(batches):
-    """Return a context manager that closes `batches` at its end if it is a generator."""
-    return closing(batches) if hasattr(batches, 'close') else nullcontext()
 
 
 def number_of_batches(dl):

@@ -12,14 +12,6 @@ from .replay_dl import Plan, attach, detach, refuse_unindexed, sampled
 from .sample_keys import items_of
 
 
-def raw_items(dl):
-    """Return the items as they were passed to a DataLoader: a list of files or texts, or a
-    table.
-    """
-    refuse_unknown_items(dl)
-    return given_items(dl.dataset)
-
-
 def given_items(dataset):
     """Return the items of a dataset before any transform. None if they are unknown."""
     # subtle: fastai's tokenizer replaces the table of the inputs, but not the table of the labels
@@ -27,8 +19,10 @@ def given_items(dataset):
     return tls[-1].items if len(tls) else items_of(dataset)
 
 
-def refuse_unknown_items(dl):
-    """Raise an error if a DataLoader does not show which items are in a batch."""
+def raw_items(dl):
+    """Return the items as they were passed to a DataLoader: a list of files or texts, or a
+    table. Raise an error if the DataLoader does not show which items are in a batch.
+    """
     why, ds = None, getattr(dl, 'dataset', None)
     if is_stream(dl):
         why = 'The samples of a language model are pieces of one long text, not items.'
@@ -41,7 +35,7 @@ def refuse_unknown_items(dl):
     except DistillError as e:
         why = e
     if why is None:
-        return
+        return given_items(ds)
     raise DistillError(
         'items= of the teacher needs the items of each batch, which are unknown here: '
         f"{why} Teacher(model, inputs=fn) makes the teacher's inputs from the batch; for tables, an "
