@@ -439,14 +439,12 @@ def writer_dl(dl, plan, pairs: list, bs, workers=None):
 @contextmanager
 def validation_transforms(dl, on):
     """Context manager that makes a DataLoader use the validation transforms if `on` is True."""
-    ds = dl.dataset
-    pipes = (
-        [o.tfms for o in getattr(ds, 'tls', [ds]) if isinstance(getattr(o, 'tfms', None), Pipeline)]
-        if on
-        else []
-    )
-    if on and isinstance(ds, TfmdLists):
-        pipes.append(ds)  # a `TfmdLists` has its own `split_idx`
+    ds, pipes = dl.dataset, []
+    if on:
+        found = [getattr(o, 'tfms', None) for o in getattr(ds, 'tls', [ds])]
+        pipes = [o for o in found if isinstance(o, Pipeline)]
+        if isinstance(ds, TfmdLists):
+            pipes.append(ds)  # a `TfmdLists` has its own `split_idx`
     with restored(*pipes, only=['split_idx']):
         for o in pipes:
             o.split_idx = 1

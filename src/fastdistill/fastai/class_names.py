@@ -136,12 +136,10 @@ def check_same_data(dls, other, who):
     elif not hasattr(other, 'loaders'):
         return  # a DataLoader of PyTorch has no names
     own, theirs = vocab_of(dls), vocab_of(other)
-    found = (
-        [('classes', describe_difference(own, theirs))]
-        if None not in (own, theirs) and own != theirs
-        else []
-    )
-    for what, difference in [*found, *different_codes(dls, other)]:
+    found = [*different_codes(dls, other)]
+    if None not in (own, theirs) and own != theirs:
+        found.insert(0, ('classes', describe_difference(own, theirs)))
+    for what, difference in found:
         raise DistillError(
             f'{who} and these data encode their {what} differently ({difference}), so the same '
             'numbers mean something else. Make the data with the coding of the training, e.g. with '

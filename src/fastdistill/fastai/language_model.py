@@ -91,11 +91,9 @@ def stream_outputs(teacher, dl, make, tasks: np.ndarray, bs: int):
         bs: Batch size.
     """
     firsts, n = tasks[::bs].tolist(), dl.n
-    runs = (
-        list(with_lead_in(firsts, bs, n))
-        if teacher.runner.remembers
-        else [(t, True) for t in firsts]
-    )
+    runs = [(t, True) for t in firsts]
+    if teacher.runner.remembers:
+        runs = list(with_lead_in(firsts, bs, n))
     whole = np.concatenate([np.arange(t, t + min(bs, len(tasks))) for t, _ in runs])
     for (t, wanted), b in zip(runs, make(whole)):
         if t % n == 0:

@@ -101,11 +101,8 @@ class HeadData:
     def __init__(self, dls, head):
         tls = getattr(dls.train_ds, 'tls', ())
         i = getattr(dls, 'n_inp', 1) + head.at
-        self.whole, self.head, self.vocab = (
-            dls,
-            head,
-            getattr(tls[i], 'vocab', None) if i < len(tls) else None,
-        )
+        self.whole, self.head = dls, head
+        self.vocab = getattr(tls[i], 'vocab', None) if i < len(tls) else None
 
     @property
     def options_of_teacher(self):

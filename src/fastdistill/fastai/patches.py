@@ -274,10 +274,8 @@ def _with_its_projectors(load):
     @functools.wraps(load)
     def _load(self, file, device=None, with_opt=True, **kwargs):
         out = load(self, file, device=device, with_opt=with_opt, **kwargs)
-        beside, cb = (
-            _file_beside(join_path_file(file, self.path / self.model_dir, ext='.pth')),
-            _callback_on(self),
-        )
+        beside = _file_beside(join_path_file(file, self.path / self.model_dir, ext='.pth'))
+        cb = _callback_on(self)
         if beside is None or not with_opt or hasattr(self, 'lr_finder'):
             return out
         notes_of(self).last_state = notes_of(self).loaded_state = None

@@ -85,11 +85,9 @@ def content_keys(dataset) -> np.ndarray | None:
 
 def items_of(dataset):
     """Return the list or table from which a dataset creates its samples. Return None if unknown."""
-    return (
-        dataset
-        if isinstance(dataset, (list, tuple, L, np.ndarray))
-        else getattr(dataset, 'items', None)
-    )
+    if isinstance(dataset, (list, tuple, L, np.ndarray)):
+        return dataset
+    return getattr(dataset, 'items', None)
 
 
 def each_item(items):

@@ -256,12 +256,8 @@ def weak_score(learn: Learner, n: int = 8) -> str | None:
     ):
         for x, y in valid:
             logits = model(*x).logits
-            y = (
-                fit_labels(as_plain(y[0]), logits.shape, task)
-                if y and isinstance(y[0], torch.Tensor)
-                else None
-            )
-            if y is not None:
+            if y and isinstance(y[0], torch.Tensor):
+                y = fit_labels(as_plain(y[0]), logits.shape, task)
                 tally.add(as_plain(logits), y)
     if len(tally.items('teacher')) < FEW or tally.above_constant(0.0):
         return None

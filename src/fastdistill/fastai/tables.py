@@ -157,10 +157,8 @@ class RawRows:
 
     def __init__(self, table: Tabular, frame=None):
         self.frame, self.procs = frame, list(table.procs.fs)
-        self.cats, self.conts = (
-            list(table.cat_names),
-            list(table.cont_names) if table.with_cont else [],
-        )
+        self.cats = list(table.cat_names)
+        self.conts = list(table.cont_names) if table.with_cont else []
         of = lambda cls: next((p for p in self.procs if isinstance(p, cls)), None)
         self.categorify, self.normalize, self.fill = of(Categorify), of(Normalize), of(FillMissing)
         self.filled = list(getattr(self.fill, 'na_dict', {}))
@@ -241,11 +239,9 @@ class RawRows:
 
         for n in rows.columns:
             dtype = self.frame[n].dtype
-            v = (
-                rows[n].round()
-                if pd.api.types.is_integer_dtype(dtype) and n in self.conts
-                else rows[n]
-            )
+            v = rows[n]
+            if pd.api.types.is_integer_dtype(dtype) and n in self.conts:
+                v = v.round()
             rows[n] = v.astype(dtype)
         return rows
 

@@ -58,12 +58,10 @@ class TeacherCheck(Findings):
     @property
     def measured(self):
         """The measured facts as text, {subject: text}."""
-        f = self.facts
-        return (
-            {}
-            if f is None
-            else {k: v for k, v in dict(score=f.scores, certainty=f.probabilities).items() if v}
-        )
+        if self.facts is None:
+            return {}
+        found = dict(score=self.facts.scores, certainty=self.facts.probabilities)
+        return {k: v for k, v in found.items() if v}
 
     @property
     def verdict(self):
@@ -426,15 +424,11 @@ def image_sizes(learn, teacher, task):
 
 
 def image_sizes_in_words(learn, teacher, task):
-    mine, each = (
-        size_of_images(learn.dls),
-        [size_of_images(o.learner.dls) for o in with_learners(teacher)],
-    )
-    return (
-        ''
-        if mine is None or not each or any(s != mine for s in each)
-        else f'{in_pixels(mine)} pixels, for both'
-    )
+    mine = size_of_images(learn.dls)
+    each = [size_of_images(o.learner.dls) for o in with_learners(teacher)]
+    if mine is None or not each or any(s != mine for s in each):
+        return ''
+    return f'{in_pixels(mine)} pixels, for both'
 
 
 def in_pixels(size):

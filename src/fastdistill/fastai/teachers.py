@@ -200,14 +200,10 @@ def class_names(teacher, dls):
         return vocab_of(same_column(dls, teacher.learner.dls))
     if names := facts_of_model(teacher).get('classes'):
         return names
-    own = (
-        teacher.model.classes
-        if isinstance(teacher.model, Estimator) and teacher.kind == 'softmax'
-        else None
-    )
-    if own is None:
+    e = teacher.model
+    if not isinstance(e, Estimator) or teacher.kind != 'softmax' or e.classes is None:
         return None
-    own, mine = list(map(str, own)), vocab_of(dls)
+    own, mine = list(map(str, e.classes)), vocab_of(dls)
     are_numbers = own == [str(i) for i in range(len(own))] and not set(own) & set(mine or own)
     return None if are_numbers else own
 

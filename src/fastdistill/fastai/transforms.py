@@ -258,11 +258,9 @@ def own_code(o):
         return (
             [code_of(m.implementation) for m in o.encodes.methods] if hasattr(o, 'encodes') else []
         )
-    return (
-        []
-        if type(o).__module__.split('.')[0] in ('fastai', 'fasttransform', 'fastcore')
-        else [code_of(type(o))]
-    )
+    if type(o).__module__.split('.')[0] in ('fastai', 'fasttransform', 'fastcore'):
+        return []
+    return [code_of(type(o))]
 
 
 def augmented(dl):

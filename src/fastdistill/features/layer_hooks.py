@@ -29,16 +29,11 @@ def item_of(out: Any, key: str, name: str) -> Any:
         key: Key of the item, or its index as text.
         name: Name of the layer, for the error message.
     """
-    have = (
-        list(out)
-        if isinstance(out, Mapping)
-        else range(len(out))
-        if isinstance(out, (tuple, list))
-        else []
-    )
+    items = dict(enumerate(out)) if isinstance(out, (tuple, list)) else out
+    have = list(items) if isinstance(items, Mapping) else []
     found = next((k for k in have if str(k) == key), None)
     if found is None:
-        says = f'has {", ".join(map(str, have))}' if len(have) else f'is a {type(out).__name__}'
+        says = f'has {", ".join(map(str, have))}' if have else f'is a {type(out).__name__}'
         raise DistillError(f'{name!r} reads the item {key!r} of the output, which {says}.')
     return out[found]
 
@@ -144,13 +139,10 @@ class Taps:
         # look up layers only now, because SyncBatchNorm may have replaced some of them
         for n, m in [(n, self._layer(n)) for n in self.names]:
             tap = _Tap(n, m, self.seen)
-            before = 'in' in tap.how
-            handle = (
-                m.register_forward_pre_hook(tap, with_kwargs=True)
-                if before
-                else m.register_forward_hook(tap)
-            )
-            self.handles.append(handle)
+            if 'in' in tap.how:
+                self.handles.append(m.register_forward_pre_hook(tap, with_kwargs=True))
+            else:
+                self.handles.append(m.register_forward_hook(tap))
         return self
 
     def _layer(self, name: str) -> Any:

@@ -54,11 +54,9 @@ def named(model: Any) -> dict[str, nn.Module]:
 def model_name(model: Any) -> str:
     """Return the name of a model for messages: the name of its class, or the name of a `Teacher`."""
     inner = unwrap(model)
-    return (
-        type(inner).__name__
-        if isinstance(inner, nn.Module)
-        else getattr(inner, 'name', type(inner).__name__)
-    )
+    if isinstance(inner, nn.Module):
+        return type(inner).__name__
+    return getattr(inner, 'name', type(inner).__name__)
 
 
 def how_to_name_layers(model: Any) -> str:

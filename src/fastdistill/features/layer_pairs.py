@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -140,7 +141,7 @@ def check_names(student: nn.Module, teacher: Any, layers: LayersLike) -> None:
         return
     of = ('student', student), ('teacher', teacher)
     for who, model in of[:1] if _parse_word(layers)[0] == 'embedding' else of:
-        with _InModel(who):
+        with in_model(who):
             check_visible(model)
 
 
@@ -156,25 +157,20 @@ def inputs(x: Any) -> tuple:
     return tuple(x) if isinstance(x, (tuple, list)) else (x,)
 
 
-class _InModel:
+@contextmanager
+def in_model(who: str) -> Iterator[None]:
     """Context manager that adds 'student' or 'teacher' to the message of errors raised inside."""
-
-    def __init__(self, who: str) -> None:
-        self.who = who
-
-    def __enter__(self) -> '_InModel':
-        return self
-
-    def __exit__(self, kind: Any, e: BaseException | None, _: Any) -> None:
-        if isinstance(e, DistillError):
-            raise DistillError(f'In the {self.who}: {e}') from e.__cause__
+    try:
+        yield
+    except DistillError as e:
+        raise DistillError(f'In the {who}: {e}') from e.__cause__
 
 
 def _pairs_asked(student: nn.Module, teacher: Any, x_s: Any, x_t: Any, layers: LayersLike) -> list:
     names = _names_asked(student, teacher, layers)
-    with _InModel('student'):
+    with in_model('student'):
         a = _layer_shapes(student, x_s, [s for s, _ in names])
-    with _InModel('teacher'):
+    with in_model('teacher'):
         b = _layer_shapes(teacher, x_t, [t for _, t in names])
     if not _has_layers(teacher):
         _refuse_unknown_layout([(s, *a[s], *b[t]) for s, t in names])
@@ -230,9 +226,9 @@ def _matching_names(student: nn.Module, teacher: Any, s: str, t: str) -> list:
     """Pair the student layers that match one glob with the teacher layers that match the other, in
     order.
     """
-    with _InModel('student'):
+    with in_model('student'):
         a = resolve(student, s)
-    with _InModel('teacher'):
+    with in_model('teacher'):
         b = resolve(teacher, t) if _has_layers(teacher) else [t]
     if len(a) != len(b):
         raise DistillError(
@@ -272,11 +268,9 @@ def names_of_tokens(model: Any, x: Any, names: Iterable[str]) -> list:
         x: A batch of inputs, as a tuple.
         names: Names of layers, with or without suffixes.
     """
-    return (
-        [name for name, _ in _layer_shapes(model, x, names).values()]
-        if _has_layers(model)
-        else list(names)
-    )
+    if not _has_layers(model):
+        return list(names)
+    return [name for name, _ in _layer_shapes(model, x, names).values()]
 
 
 def _with_tokens(modules: dict, ran: Sequence[Fired], names: Iterable[str]) -> Iterator[str]:
@@ -291,10 +285,8 @@ def _with_tokens(modules: dict, ran: Sequence[Fired], names: Iterable[str]) -> I
         shape = f.shape_in if 'in' in how else f.shape
         if shape is not None and len(shape) == 3:
             # @tokens must come before @map and @mean, which expect tokens
-            where, turns = (
-                [h for h in how if h in ('in', 'pre') or item_key(h) is not None],
-                [h for h in how if h in ('map', 'mean')],
-            )
+            where = [h for h in how if h in ('in', 'pre') or item_key(h) is not None]
+            turns = [h for h in how if h in ('map', 'mean')]
             how = [*where, *(['tokens'] if f.module in first else []), *turns]
         yield '@'.join([base, *how])
 
@@ -322,9 +314,9 @@ def _output_shape(model: Any, x: Any) -> tuple:
 
 def _embeddings(student: nn.Module, teacher: Any, x_s: Any, x_t: Any, how: Sequence[str]) -> list:
     """Return a list with one pair: the names of both models' embedding layers."""
-    with _InModel('student'):
+    with in_model('student'):
         own, s = embedding(student, x_s), _output_shape(student, x_s)
-    with _InModel('teacher'):
+    with in_model('teacher'):
         t, seen = _output_shape(teacher, x_t), '' in named(teacher)
         if seen and (t == s or has_head(teacher, x_t)):
             other = embedding(teacher, x_t)
@@ -340,9 +332,9 @@ def _embeddings(student: nn.Module, teacher: Any, x_s: Any, x_t: Any, how: Seque
 
 
 def _pairs_proposed(student: nn.Module, teacher: Any, x_s: Any, x_t: Any) -> list:
-    with _InModel('student'):
+    with in_model('student'):
         a = stages(student, x_s)
-    with _InModel('teacher'):
+    with in_model('teacher'):
         b = stages(teacher, x_t)
     if a[0].kind == 'vector' and b[0].kind != 'vector':
         what = 'maps' if b[0].kind == 'map' else b[0].kind

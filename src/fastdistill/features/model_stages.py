@@ -160,11 +160,9 @@ class MainPath:
         This last layer and all layers after it are not used as features.
         """
         head = next((f.name for f in reversed(ran) if has_weights(f.module)), '')
-        return (
-            ''
-            if any(self._blocks(n, maps=True) for n in self.below if n and is_inside(head, n))
-            else head
-        )
+        if any(self._blocks(n, maps=True) for n in self.below if n and is_inside(head, n)):
+            return ''
+        return head
 
     # convert layers to stages
 
@@ -176,13 +174,9 @@ class MainPath:
         if f is None or not f.floats or not 2 <= len(f.shape) <= 5 or f.shape[0] != self.batch:
             return None
         dims, shape, last = len(f.shape), f.shape, self._channels_last(f, f.shape)
-        kind = (
-            'vector'
-            if dims == 2 or shape[1:-1] == (1,)
-            else 'tokens'
-            if dims == 3 and last
-            else 'map'
-        )
+        kind = 'tokens' if dims == 3 and last else 'map'
+        if dims == 2 or shape[1:-1] == (1,):
+            kind = 'vector'
         turn = '@map' if dims == 4 and last else '@tokens' if dims == 3 and not last else ''
         if turn == '@map':
             shape = (shape[0], shape[3], *shape[1:3])

@@ -80,27 +80,30 @@ def probe(model: nn.Module, *x: Any) -> list:
     return list(ran.values())
 
 
-CHANNELS_FIRST = (
-    nn.Conv1d,
-    nn.ConvTranspose1d,
-    _BatchNorm,
-    _InstanceNorm,
-    nn.GroupNorm,
-    nn.AvgPool1d,
-    nn.MaxPool1d,
-    nn.AdaptiveAvgPool1d,
-    nn.AdaptiveMaxPool1d,
-    nn.Upsample,
-)
-CHANNELS_LAST = (
-    nn.Linear,
-    nn.LayerNorm,
-    nn.RNNBase,
-    nn.Embedding,
-    nn.MultiheadAttention,
-    nn.TransformerEncoderLayer,
-    nn.TransformerDecoderLayer,
-)
+# {axis of the channels in the output of a series: layers}
+CHANNEL_AXES: dict[int, tuple] = {
+    1: (
+        nn.Conv1d,
+        nn.ConvTranspose1d,
+        _BatchNorm,
+        _InstanceNorm,
+        nn.GroupNorm,
+        nn.AvgPool1d,
+        nn.MaxPool1d,
+        nn.AdaptiveAvgPool1d,
+        nn.AdaptiveMaxPool1d,
+        nn.Upsample,
+    ),
+    2: (
+        nn.Linear,
+        nn.LayerNorm,
+        nn.RNNBase,
+        nn.Embedding,
+        nn.MultiheadAttention,
+        nn.TransformerEncoderLayer,
+        nn.TransformerDecoderLayer,
+    ),
+}
 
 
 def series_layers(ran: Iterable[Fired]) -> set:
@@ -121,13 +124,7 @@ def series_layers(ran: Iterable[Fired]) -> set:
         shape = next((s for s in (f.shape, f.shape_in) if s is not None and len(s) == 3), None)
         if shape is None:
             continue
-        by_class = (
-            1
-            if isinstance(f.module, CHANNELS_FIRST)
-            else 2
-            if isinstance(f.module, CHANNELS_LAST)
-            else None
-        )
+        by_class = next((k for k, v in CHANNEL_AXES.items() if isinstance(f.module, v)), None)
         here = by_class or (
             axis if (shape[1] == n) == (shape[2] == n) else 1 if shape[1] == n else 2
         )

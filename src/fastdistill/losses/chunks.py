@@ -57,11 +57,9 @@ def chunk_size(x: Tensor) -> int | None:
     once.
     """
     size = ON_CPU if x.is_cpu else ON_GPU
-    return (
-        None
-        if x.numel() < 4 * size or torch.compiler.is_compiling() or x.is_meta or in_transform()
-        else size
-    )
+    if x.numel() < 4 * size or torch.compiler.is_compiling() or x.is_meta or in_transform():
+        return None
+    return size
 
 
 def in_transform() -> bool:

@@ -205,11 +205,8 @@ def of_all_processes(
 
 def blend(first: Tensor, other: Tensor, lam: Tensor) -> Tensor:
     """Compute lam*first + (1-lam)*other, with one `lam` for all samples or one per sample."""
-    lam = (
-        lam.to(first).reshape(-1, *[1] * (first.dim() - 1))
-        if lam.numel() > 1
-        else lam.to(first).squeeze()
-    )
+    lam = lam.to(first)
+    lam = lam.reshape(-1, *[1] * (first.dim() - 1)) if lam.numel() > 1 else lam.squeeze()
     return torch.lerp(other, first, lam)
 
 

@@ -164,11 +164,9 @@ def _method(name: str, recipe: Callable | None, loss: Callable | None) -> Method
 def _terms(recipe: Any) -> list[Term]:
     """Return the terms that a recipe creates with its default arguments."""
     first = next(iter(inspect.signature(recipe).parameters.values()), None)
-    return (
-        recipe(recipes.kd()).terms
-        if first is not None and first.default is first.empty
-        else recipe().terms
-    )
+    if first is not None and first.default is first.empty:
+        return recipe(recipes.kd()).terms
+    return recipe().terms
 
 
 def _parameters(fn: Callable) -> list[Parameter]:

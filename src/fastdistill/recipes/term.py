@@ -99,11 +99,9 @@ class Term:
         self.accepts = {p.name for p in ps if p.kind is p.KEYWORD_ONLY}
         self.defaults = {p.name: p.default for p in ps if p.kind is p.KEYWORD_ONLY}
         # number of targets that the loss takes; None if the loss takes any number of targets
-        self.n_targets = (
-            None
-            if any(p.kind is p.VAR_POSITIONAL for p in ps)
-            else sum(p.default is p.empty for p in args[2:])
-        )
+        self.n_targets: int | None = sum(p.default is p.empty for p in args[2:])
+        if any(p.kind is p.VAR_POSITIONAL for p in ps):
+            self.n_targets = None
         named = self.accepts | {p.name for p in args[2:]}
         options = with_short_name(options, named)
         if (wrong := set(options) - named) and not any(p.kind is p.VAR_KEYWORD for p in ps):
@@ -169,11 +167,8 @@ class Term:
         for other features.
         """
         own = {**self.options, **self.held}
-        return (
-            {'axis': -1}
-            if self.layers is not None and t.dim() == 3 and 'axis' in self.accepts - own.keys()
-            else {}
-        )
+        tokens = self.layers is not None and t.dim() == 3
+        return {'axis': -1} if tokens and 'axis' in self.accepts - own.keys() else {}
 
     def options_at(self, progress: float | None, context: dict) -> dict:
         """Return the options with which the loss is called. `context` holds options that depend on
@@ -195,13 +190,9 @@ def signature(loss: Callable) -> tuple[Callable, Collection[inspect.Parameter]]:
         fn = fn.func
     fn = getattr(fn, 'fn', fn)
     inner = inspect.unwrap(fn)
-    given = (
-        loss
-        if isinstance(loss, partial)
-        else inner.forward
-        if isinstance(inner, nn.Module)
-        else inner
-    )
+    given = inner.forward if isinstance(inner, nn.Module) else inner
+    if isinstance(loss, partial):
+        given = loss
     try:
         return fn, inspect.signature(given).parameters.values()
     except ValueError:

@@ -57,17 +57,13 @@ def labels_to_shift(
     tokens = task.kind == 'softmax' and len(shape) == 3 and isinstance(y, Tensor)
     if not tokens or y.shape != shape_of_labels(shape, task.axis):
         return False
-    y, ids = (
-        as_plain(y),
-        [as_plain(o) for o in tensors_in(x) if o.shape == y.shape and not o.is_floating_point()],
-    )
+    y = as_plain(y)
+    ids = [as_plain(o) for o in tensors_in(x) if o.shape == y.shape and not o.is_floating_point()]
     on = y != task.ignore_index
     if not on.any():
         return None
-    here, ahead = (
-        any((o == y)[on].all() for o in ids),
-        any((o[:, 1:] == y[:, :-1])[on[:, :-1]].all() for o in ids),
-    )
+    here = any((o == y)[on].all() for o in ids)
+    ahead = any((o[:, 1:] == y[:, :-1])[on[:, :-1]].all() for o in ids)
     if here != ahead or not causal:
         return here and not ahead
     raise DistillError(
