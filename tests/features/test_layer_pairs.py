@@ -29,7 +29,7 @@ from fastdistill import Distiller, Term, losses, recipes
 from fastdistill.base.outputs import DistillError, Outputs
 from fastdistill.features.layer_pairs import Pair, PairTable, pair
 from fastdistill.features.model_stages import stages
-from fastdistill.features import Projector
+from fastdistill.features.projectors import Projector
 from fastdistill.features import Taps
 from fastdistill.teachers import Teacher
 

@@ -3,20 +3,7 @@ with teacher layers.
 """
 
 from .layer_hooks import Taps
-from .layer_names import LayerInfo, LayerTree, resolve, unwrap
-from .layer_pairs import Pair, PairTable, pair
+from .layer_pairs import pair
 from .probe import layers
-from .projectors import Projector
 
-__all__ = [
-    'LayerInfo',
-    'LayerTree',
-    'Pair',
-    'PairTable',
-    'Projector',
-    'Taps',
-    'layers',
-    'pair',
-    'resolve',
-    'unwrap',
-]
+__all__ = ['Taps', 'layers', 'pair']
