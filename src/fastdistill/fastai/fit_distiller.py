@@ -142,9 +142,7 @@ class FitDistiller:
     def _look(self, learn, k, logs):
         d, h = self.distiller.heads[k], self.heads[k]
         recipe = d.recipe if d.recipe.terms else None
-        found = on_first(
-            lambda: find_mistakes(learn, d.teacher, self.tasks[k], recipe, output=h.output, head=h)
-        )
+        found = on_first(lambda: find_mistakes(learn, d.teacher, self.tasks[k], h, recipe))
         if not self.several:
             return found.enforce(facts=logs)
         found[:] = [replace(f, what=f'{k}: {f.what}') for f in found]

@@ -37,7 +37,7 @@ def check_heads(learn, teachers, kind, axis, recipe, n) -> dict:
     for h, task, t in running_heads(learn, teachers, kind, axis):
         with items_shown(learn.dls.loaders, t), counted_as_one():
             out[h.name] = TeacherCheck().join(
-                find_mistakes(learn, t, task, as_recipe(recipes[h.name]), n, output=h, head=h)
+                find_mistakes(learn, t, task, h, as_recipe(recipes[h.name]), n)
             )
         out[h.name].title = f'{t.name} as a teacher of {h.name}'
     return out

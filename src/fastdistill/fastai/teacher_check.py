@@ -24,7 +24,7 @@ from ..teachers.hidden_state import has_reset, why_no_reset
 from .class_names import CODES, different_codes, ignored_name, mask_codes, vocab_of, void_class
 from .costs import training_costs
 from .default_recipe import choose_recipe, example_of
-from .learner_heads import HeadData
+from .learner_heads import HeadData, WholeModel
 from .probe_batches import PreparationError, prepared_batches
 from .raw_items import items_shown
 from .task import task_of
@@ -121,8 +121,9 @@ def check_teacher(
     teacher = teacher_of(teacher, learn, task)
     # in distributed training, a single process may run the check while the others train or wait
     with items_shown(learn.dls.loaders, teacher), counted_as_one():
-        head = learn.dls.head if isinstance(learn.dls, HeadData) else None
-        out = TeacherCheck().join(find_mistakes(learn, teacher, task, recipe, n, output, head))
+        one = WholeModel(teacher, output)
+        head = learn.dls.head if isinstance(learn.dls, HeadData) else one
+        out = TeacherCheck().join(find_mistakes(learn, teacher, task, head, recipe, n))
         if n_epoch is not None and learn.model is not None and not out.errors:
             recipe = recipe or choose_recipe(example_of(learn, output), task, teacher, out)
             out.costs, out.cost_lines = costs_of_check(
@@ -176,35 +177,29 @@ def check_optimizer(learn) -> None:
         )
 
 
-def find_mistakes(
-    learn, teacher, task, recipe=None, n: int = BATCHES, output=None, head=None
-) -> Findings:
+def find_mistakes(learn, teacher, task, head, recipe=None, n: int = BATCHES) -> Findings:
     """Return the findings about an existing `Teacher`.
 
     Args:
         learn: As in `check_teacher`.
         teacher: A `Teacher` created by `teacher_of` for this Learner and task.
         task: What the student predicts.
+        head: The head of the student.
         recipe: As in `check_teacher`.
         n: As in `check_teacher`.
-        output: As in `check_teacher`.
-        head: One of several heads of the student, with its own labels. None if the student has one
-            output.
     """
     found = Findings()
     found.add(
         'parameters', shared_parameters(learn.model, teacher), none_shared(learn.model, teacher)
     )
-    own = learn if head is None else head.of(learn)
+    own = head.of(learn)
     for about, (look, in_words) in CHECKS.items():
         if about == 'classes' and any_outputs(recipe):
             continue  # the recipe compares outputs that may have different classes
         found.add(about, look(own, teacher, task), in_words(own, teacher, task))
     if found.errors:
         return found
-    valid, train = prepared_batches(learn, n, max(1, n // 4))
-    if head is not None:
-        valid, train = head.batches(valid), head.batches(train)
+    valid, train = map(head.batches, prepared_batches(learn, n, max(1, n // 4)))
     try:
         with closing(valid), closing(train):
             seen = check_outputs(
@@ -215,7 +210,7 @@ def find_mistakes(
                 train=train,
                 recipe=recipe,
                 names=vocab_of(own.dls),
-                output=output,
+                output=head.output,
             )
     except PreparationError as e:
         note = Finding(
