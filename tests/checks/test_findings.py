@@ -491,7 +491,7 @@ def test_a_teacher_that_is_certain_of_its_training_data_is_noted():
     one(
         check(knowing(), x, y, train=batches(40 * x, y)),
         'note',
-        'its mean top probability there is 0.99',
+        'its mean top probability is 0.99',
         '(validation: 0.7',
         'nearly one-hot',
         'higher T, stronger augmentation',
@@ -506,7 +506,7 @@ def test_certain_is_a_mean_probability_above_99_percent(p, certain):
     train = sure(p)[2] / scale * x
     found = check(knowing(scale=scale), x, y, train=batches(train, y))
     if certain:
-        one(found, 'note', f'its mean top probability there is {p:.3f} (validation: 0.900)')
+        one(found, 'note', f'its mean top probability is {p:.3f} (validation: 0.900)')
     else:
         assert found == []
 

@@ -13,10 +13,8 @@ __all__ = ['FEW', 'METRICS', 'Tally']
 MOST_CLASSES = 1000  # maximum number of classes for a confusion table
 FEW = 16  # minimum number of items for a significance test
 SURE = 0.001  # maximum one-sided p-value of a significant difference
-KNOWS, LUCK = (
-    0.005,
-    2.576,
-)  # maximum p-value, and minimum number of standard deviations, of a teacher better than chance
+KNOWS = 0.005  # maximum p-value of a teacher that is better than chance
+LUCK = 2.576  # minimum number of standard deviations by which it is better
 LEADS = 0.05  # maximum p-value with which a model is considered better than the other model
 # minimum relevant difference, relative to the difference between a constant and a perfect
 # prediction
@@ -42,10 +40,8 @@ class Tally:
         # one number for each item
         self.scores: dict[str, list[Tensor]] = dict(teacher=[], student=[])
         self.tops: dict[str, list[Tensor]] = dict(train=[], valid=[])
-        self.between, self.normed = (
-            True,
-            True,
-        )  # whether all outputs are between 0 and 1, and whether each row sums to 1
+        self.between = True  # whether all outputs are between 0 and 1
+        self.normed = True  # whether each row of outputs sums to 1
         self.finite = True
 
     def add(self, t: Tensor, y: Tensor | None = None, s: Tensor | None = None) -> None:
@@ -218,9 +214,8 @@ class Tally:
             return True
         if lead > max(SLIGHT * (1 - 1 / k), LUCK * sd):
             return True
-        luck = (
-            (there * self.sums[2]).sum().item() / there.sum().item() ** 2
-        )  # expected accuracy of predictions that are unrelated to the labels
+        # expected accuracy of predictions that are unrelated to the labels
+        luck = (there * self.sums[2]).sum().item() / there.sum().item() ** 2
         return items.mean().item() - luck > SLIGHT * (1 - luck) and p_above(items, luck) < KNOWS
 
     def knows_labels(self) -> tuple[float, float, bool] | None:
@@ -235,10 +230,8 @@ class Tally:
             return None
         n1, n0, p1, p0, squares = have
         variance = (squares / (n1 + n0) - ((p1 + p0) / (n1 + n0)) ** 2).clamp_min(0)
-        lead, sd = (
-            (p1 / n1 - p0 / n0).mean().item(),
-            (variance * (1 / n1 + 1 / n0)).sqrt().mean().item(),
-        )
+        lead = (p1 / n1 - p0 / n0).mean().item()
+        sd = (variance * (1 / n1 + 1 / n0)).sqrt().mean().item()
         enough = len(self.items('teacher')) < FEW or lead > LUCK * sd
         return (p1 / n1).mean().item(), (p0 / n0).mean().item(), lead > 0 and enough
 

@@ -13,7 +13,7 @@ from ..teachers.teacher import Teacher
 from .batch_scores import Tally
 from .findings import Finding, few_names
 
-__all__ = ['ClassMap', 'map_classes', 'reordered_classes']
+__all__ = ['ClassMap', 'map_classes', 'order_in_words', 'reordered_classes']
 
 
 @dataclass
@@ -49,10 +49,8 @@ def map_classes(student: Sequence | None, teacher: Sequence | None) -> ClassMap 
     if student is None or teacher is None:
         return None
     student, teacher = list(map(str, student)), list(map(str, teacher))
-    missing, extra = (
-        [c for c in student if c not in teacher],
-        [c for c in teacher if c not in student],
-    )
+    missing = [c for c in student if c not in teacher]
+    extra = [c for c in teacher if c not in student]
     same = student == teacher
     return ClassMap(
         same,
@@ -102,6 +100,18 @@ def reordered_classes(
             f"Put its classes into the student's order: Teacher(model, select={select})",
             about='order of classes',
         ),
+    )
+
+
+def order_in_words(tally: Tally) -> str:
+    """Describe the teacher's accuracy in the current and in the best order of its outputs."""
+    if tally.confusion is None:
+        return ''
+    table = tally.confusion.sum(0)
+    n, best = table.sum().item(), hits(table, best_order(table)).sum().item()
+    here = table.trace().item() / n
+    return (
+        f'accuracy {here:.3f} in this order of {len(table)} classes, {best / n:.3f} in the best one'
     )
 
 

@@ -21,7 +21,7 @@ from .batch_scores import FEW, LEADS, METRICS, Tally
 from .findings import Finding, Findings, numbers_in_words
 from .forward import student_logits, teacher_logits
 from .shapes import mismatches
-from .teacher_scores import CERTAIN
+from .teacher_scores import saturated
 
 __all__ = ['Explanation', 'explain_training']
 
@@ -68,10 +68,8 @@ class Follow:
             self.sums, self.squares = self.sums + t.sum(0), self.squares + t.pow(2).sum(0)
         else:
             p, equal = t.exp(), s.argmax(-1) == t.argmax(-1)
-            self.n_same, self.n_classes = (
-                self.n_same + equal.sum().item(),
-                self.n_classes + equal.numel(),
-            )
+            self.n_same = self.n_same + equal.sum().item()
+            self.n_classes = self.n_classes + equal.numel()
             self.apart += torch.where(p > 0, p * (t - s), 0.0).sum().item()
             self.own += torch.where(p > 0, p * t, 0.0).sum().item()
             self.sums = self.sums + p.sum(0)
@@ -194,11 +192,9 @@ def explain_training(
         lower: fn(term) -> which options of the term to lower (`Recipe.how_to_lower`).
         losses: Validation loss of each epoch.
     """
-    tallies, follows, mistakes = (
-        (Tally(task), Tally(task)),
-        (Follow(task), Follow(task)),
-        [0.0, 0.0],
-    )
+    tallies = (Tally(task), Tally(task))
+    follows = (Follow(task), Follow(task))
+    mistakes = [0.0, 0.0]
     with guarded_random_state(), teacher:
         for i, batches in enumerate((valid, train)):
             for xb, yb in batches:
@@ -266,17 +262,7 @@ def reasons(f: Explanation, valid: Tally, lower: Callable | None = None) -> Iter
         yield from no_better(score, valid.items('teacher'), valid.items('student'), valid)
     yield from does_not_follow(f)
     yield from other_view(f)
-    if (
-        f.top_prob_train is not None
-        and f.top_prob_train > CERTAIN
-        and f.metric == METRICS['softmax']
-    ):
-        yield Finding(
-            'note',
-            'The teacher is nearly certain on the training items: its mean top probability is '
-            f'{f.top_prob_train:.3f}, so it adds little to the labels',
-            'Use a higher T, stronger augmentation, or items that it was not trained on',
-        )
+    yield from saturated(f.top_prob_train, None, valid.task)
     if 'task' in f.shares and f.shares['task'] < LITTLE:
         largest = max(f.shares, key=lambda k: f.shares[k])
         yield Finding(

@@ -13,7 +13,7 @@ from .batch_scores import METRICS, Tally
 from .findings import Finding, count_in_words
 from .forward import teacher_logits
 
-__all__ = ['can_renormalize', 'images_in', 'renormalized_images']
+__all__ = ['images_in', 'renormalized_images', 'unknown_normalization']
 
 # {description: (value for `Teacher`, code for the user)}
 USUAL = {
@@ -86,6 +86,13 @@ def can_renormalize(teacher: Teacher, batches: Sequence) -> bool:
     return all(
         len(o) == 1 and o[0].shape[1] in (1, 3) for o in [images_in(xb) for xb, _ in batches]
     )
+
+
+def unknown_normalization(teacher: Teacher, batches: Sequence) -> str:
+    """Describe the normalization check for a teacher whose normalization is unknown."""
+    if teacher.stats is not None or not can_renormalize(teacher, batches):
+        return ''
+    return "the teacher's is unknown, but no common one scores clearly better than the student's"
 
 
 def with_stats(teacher: Teacher, stats: Any, batches: Sequence) -> Teacher | None:

@@ -18,7 +18,7 @@ from ..teachers.teacher import Teacher
 from .findings import Finding, few_names
 from .forward import run_student
 
-__all__ = ['check_recipe']
+__all__ = ['check_recipe', 'recipe_in_words']
 
 
 def check_recipe(
@@ -33,11 +33,20 @@ def check_recipe(
         x: Inputs of a batch.
         n_classes: Number of classes of a softmax. None if the outputs are not a softmax.
     """
-    for term in getattr(recipe, 'terms', [] if recipe is None else [recipe]):
+    for term in terms_of(recipe):
         if term.layers is None and n_classes == 2:
             yield from two_classes(term)
         if term.layers is not None and student is not None:
             yield from frozen_layers(term, student, teacher, x)
+
+
+def recipe_in_words(recipe: Any) -> str:
+    names = ', '.join(t.name for t in terms_of(recipe))
+    return f'{names}: each is meaningful for these outputs and trains something' if names else ''
+
+
+def terms_of(recipe: Any) -> list:
+    return getattr(recipe, 'terms', [] if recipe is None else [recipe])
 
 
 def two_classes(term: Any) -> Iterator[Finding]:

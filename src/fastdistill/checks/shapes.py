@@ -12,7 +12,15 @@ from ..base.task import CLASS_NUMBERS, Task, fit_labels, fitting_axes, float_lab
 from ..teachers.teacher import Teacher
 from .findings import Finding
 
-__all__ = ['UnknownId', 'broadcasts', 'checked_ids', 'mismatches', 'unknown_id', 'unscored']
+__all__ = [
+    'UnknownId',
+    'broadcasts',
+    'checked_ids',
+    'mismatches',
+    'shapes_in_words',
+    'unknown_id',
+    'unscored',
+]
 
 
 class UnknownId(Exception):
@@ -133,6 +141,19 @@ def first_mismatch(
             'function to the label that should be ignored',
         )
     return None
+
+
+def shapes_in_words(s: Sequence[int] | None, t: Sequence[int], y: Tensor | None) -> str:
+    """Describe the shapes of the outputs and labels.
+
+    Args:
+        s: Shape of the student's outputs. None if unknown.
+        t: Shape of the teacher's outputs.
+        y: Labels. None if unknown.
+    """
+    labels = None if y is None else tuple(y.shape)
+    shapes = dict(student=s and tuple(s), teacher=tuple(t), labels=labels)
+    return ', '.join(f'{k} {v}' for k, v in shapes.items() if v is not None)
 
 
 def axis_to_pass(*fits: int) -> str:

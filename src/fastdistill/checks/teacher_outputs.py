@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import Module
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..base.class_mapping import taught_part
 from ..base.outputs import map_tensors, tensors_in
@@ -15,21 +16,20 @@ from ..base.random_state import guarded_random_state
 from ..base.task import Task, fit_labels
 from ..teachers.teacher import Teacher
 from .batch_scores import Tally
+from .class_order import order_in_words
 from .findings import Finding, Findings
 from .forward import student_logits, teacher_logits
-from .normalization import images_in
-from .passed_checks import (
-    norms_in_words,
-    norms_of,
-    order_in_words,
-    outputs_in_words,
-    recipe_in_words,
+from .normalization import images_in, unknown_normalization
+from .recipe import check_recipe, recipe_in_words
+from .shapes import (
+    UnknownId,
+    broadcasts,
+    checked_ids,
+    mismatches,
     shapes_in_words,
-    steady_in_words,
-    unknown_normalization,
+    unknown_id,
+    unscored,
 )
-from .recipe import check_recipe
-from .shapes import UnknownId, broadcasts, checked_ids, mismatches, unknown_id, unscored
 from .teacher_scores import hesitant, low_score, saturated
 
 __all__ = ['BATCHES', 'any_outputs', 'check_batch', 'check_outputs', 'single_teachers']
@@ -100,7 +100,10 @@ def check_outputs(
             if first:
                 shapes = shapes_in_words(None if s is None else s.shape, t.shape, y)
                 found.add('shapes', unscored(t.shape, y, task), shapes)
-                found.add('steadiness', unsteady(teacher, xb, t), steady_in_words(teacher))
+                fine = (
+                    '' if is_random(teacher) else 'the same in repeated calls with the same batch'
+                )
+                found.add('steadiness', unsteady(teacher, xb, t), fine)
             if training:
                 tally.add_probabilities(t.float(), 'train')
             else:
@@ -113,8 +116,11 @@ def check_outputs(
         found.add(
             'recipe', check_recipe(recipe, student, teacher, xb, n_classes), recipe_in_words(recipe)
         )
-        new = found.add('statistics', untrained(teacher), norms_in_words(teacher))
-        found.add('outputs', probabilities(tally, task), outputs_in_words(tally))
+        norms = len(norms_of(teacher))
+        fine = f'{norms} batch norm layer(s), not at their initial values' if norms else ''
+        new = found.add('statistics', untrained(teacher), fine)
+        kind = 'numbers' if task.kind == 'regression' else 'logits, not probabilities'
+        found.add('outputs', probabilities(tally, task), f'finite {kind}')
         if not found.errors:
             why = low_score(tally, teacher, task, student, kept, names, trained=not new)
             low = found.add('score', [replace(f, doubt=True) for f in why])
@@ -132,7 +138,8 @@ def check_outputs(
     if not any(f.doubt for f in found):
         found.add('score', (), facts.scores)
     notes_only = all(f.level == 'note' for f in found)
-    certain = [*saturated(facts, task), *hesitant(tally)] if notes_only else ()
+    sure = saturated(facts.top_prob_train, facts.top_prob_valid, task)
+    certain = [*sure, *hesitant(tally)] if notes_only else ()
     found.add('certainty', certain, facts.probabilities)
     return found
 
@@ -188,8 +195,8 @@ def single_teachers(teacher: Teacher) -> list[Teacher]:
 
 def unsteady(teacher: Teacher, xb: Sequence, t: Tensor) -> Iterator[Finding]:
     """Yield a finding if outputs change between calls, or depend on other samples in the batch."""
-    if teacher.mode == 'train' or teacher.combine == 'sample':
-        return  # random outputs are expected in these modes
+    if is_random(teacher):
+        return
 
     def near(a: Tensor, b: Tensor) -> bool:
         largest = b.nan_to_num(0, 0, 0).abs().max().item()  # logits of masked classes may be -inf
@@ -222,6 +229,21 @@ def unsteady(teacher: Teacher, xb: Sequence, t: Tensor) -> Iterator[Finding]:
         'Modules are set to evaluation mode automatically. If your teacher is a function, call '
         'eval() on the modules inside it',
     )
+
+
+def is_random(teacher: Teacher) -> bool:
+    """Return True if random outputs are expected."""
+    return teacher.mode == 'train' or teacher.combine == 'sample'
+
+
+def norms_of(teacher: Teacher) -> list[Any]:
+    """Return the batch norm layers of a teacher that track running statistics."""
+    return [
+        m
+        for mod in teacher.modules
+        for m in mod.modules()
+        if isinstance(m, _BatchNorm) and m.track_running_stats
+    ]
 
 
 def untrained(teacher: Teacher) -> Iterator[Finding]:

@@ -10,7 +10,7 @@ from ..base.task import Task
 from ..teachers.teacher import Teacher
 from .batch_scores import FEW, KNOWS, LEADS, SLIGHT, Tally
 from .class_order import reordered_classes
-from .findings import Facts, Finding, count_in_words
+from .findings import Finding, count_in_words
 from .normalization import renormalized_images
 
 __all__ = ['hesitant', 'low_score', 'saturated']
@@ -138,15 +138,22 @@ def no_better_than_student(tally: Tally) -> Iterator[Finding]:
         )
 
 
-def saturated(facts: Facts, task: Task) -> Iterator[Finding]:
-    if facts.top_prob_train is None or facts.top_prob_train <= CERTAIN or task.kind != 'softmax':
+def saturated(train: float | None, valid: float | None, task: Task) -> Iterator[Finding]:
+    """Yield a finding if the teacher's soft labels are nearly one-hot.
+
+    Args:
+        train, valid: Mean top probability of the teacher on training and validation items. None if
+            unknown.
+        task: What the student predicts.
+    """
+    if train is None or train <= CERTAIN or task.kind != 'softmax':
         return
-    beside = '' if facts.top_prob_valid is None else f' (validation: {facts.top_prob_valid:.3f})'
+    beside = '' if valid is None else f' (validation: {valid:.3f})'
     yield Finding(
         'note',
-        'The teacher is nearly certain on its training data: its mean top probability there is '
-        f'{facts.top_prob_train:.3f}{beside}, so its soft labels are nearly one-hot',
-        'Use a higher T, stronger augmentation, or data that it was not trained on',
+        'The teacher is nearly certain on the training items: its mean top probability is '
+        f'{train:.3f}{beside}, so its soft labels are nearly one-hot',
+        'Use a higher T, stronger augmentation, or items that it was not trained on',
     )
 
 
@@ -189,15 +196,11 @@ def chance(tally: Tally) -> Iterator[Finding]:
         tally.task.kind
     ](tally):
         way, text = why
-        f, do = (
-            tally.facts(),
-            'is it trained for these labels, in this order, and does it get its own preprocessing?',
-        )
+        f = tally.facts()
+        do = 'is it trained for these labels, in this order, and does it get its own preprocessing?'
         if student_is_better(tally, least=0.0, sure=LEADS):
-            text, do = (
-                f'{text}. The student has {f.metric} {f.student_score:.3f} before training',
-                IF_SWAPPED + do,
-            )
+            text = f'{text}. The student has {f.metric} {f.student_score:.3f} before training'
+            do = IF_SWAPPED + do
         # subtle: a tiny lead over chance gets a warning. A larger lead that is not significant gets
         # a note
         yield Finding(
