@@ -21,7 +21,7 @@ from fastai.losses import CrossEntropyLossFlat
 from fastdistill import DistillError, DistillWarning
 from fastdistill.cli import main
 from fastdistill.evaluation import Report
-from fastdistill.cli.training import TrainConfig, opened_run
+from fastdistill.cli.training import TrainConfig, TrainRun
 from fastdistill.cli.training.exported_student import learner_in_file, new_student
 from fastdistill.cli.training.architectures import check_arch, learner_of
 from fastdistill.cli.training.data_checks import checked_samples
@@ -81,6 +81,10 @@ def settings(data, **kwargs):
         onnx=False,
     )
     return changed(usual, kwargs)
+
+
+def opened_run(given, config_file=None, out=None, resume=False, **kwargs):
+    return TrainRun(*settings_of(given, config_file, out, resume), **kwargs)
 
 
 def run(out, said=None, **kwargs):

@@ -11,7 +11,8 @@ from sklearn.datasets import load_digits
 from fastdistill.cli import main
 from fastdistill.base.distributed import first_then_others, leave_processes, on_first
 from fastdistill.evaluation import Report
-from fastdistill.cli.training import TrainRun, opened_run
+from fastdistill.cli.training import TrainRun
+from fastdistill.cli.training.run_settings import settings_of
 
 pytest.importorskip('accelerate')
 pytestmark = [
@@ -115,12 +116,8 @@ def test_two_processes_end_where_one_with_the_doubled_batch_ends(reviews, tmp_pa
         and sum('distilled: epoch 4 of 4' in o for o in lines) == 1
         and sum('Written:' in o for o in lines) == 1
     )
-    run = opened_run(
-        {k: str(v) if k == 'data' else v for k, v in (COMMON | options).items()}
-        | dict(batch_size=24),
-        out=tmp_path / 'one',
-        say=lambda _: None,
-    )
+    one = COMMON | options | dict(data=str(reviews), batch_size=24)
+    run = TrainRun(*settings_of(one, None, tmp_path / 'one', False), say=lambda _: None)
     models, weights = run.trained(), assert_both_equal(tmp_path / 'two')
     run.write_history(models)
     for name, m in models.items():

@@ -7,5 +7,5 @@ import lazy_loader
 # subtle: import submodules lazily, so that mistakes in the settings are reported before PyTorch is
 # imported, which takes seconds
 __getattr__, __dir__, __all__ = lazy_loader.attach(
-    __name__, submod_attrs=dict(config=['TrainConfig'], train_run=['TrainRun', 'opened_run'])
+    __name__, submod_attrs=dict(config=['TrainConfig'], train_run=['TrainRun'])
 )

@@ -44,10 +44,9 @@ from .dataloaders import loaders_of
 from .exported_student import FOR_STUDENT, FOR_TEACHER
 from .mask_examples import mask_examples
 from .resumable_fit import Checkpoints, find_rate, fit_stage, seed_everything, silent
-from .run_settings import settings_of
 from .teachers import file_teacher, teacher_of_texts, with_weights
 
-__all__ = ['TrainRun', 'opened_run']
+__all__ = ['TrainRun']
 
 # caption of the masks in the report
 EXAMPLES = 'Validation images on which the models differ most'
@@ -58,25 +57,6 @@ MAY_KNOW = (
 )
 MANY_STEPS = 500  # with fewer, a gain is unlikely
 PACKAGES = 'fastdistill', 'fastai', 'torch', 'torchvision', 'timm', 'numpy', 'pandas', 'safetensors'
-
-
-def opened_run(
-    given: dict,
-    config_file: Path | str | None = None,
-    out: Path | str | None = None,
-    resume: bool = False,
-    **kwargs: Any,
-) -> 'TrainRun':
-    """Open the run in `out`, or prepare a new run. Nothing is written yet.
-
-    Args:
-        given: Settings by name.
-        config_file: TOML file with settings. Those in `given` come first.
-        out: Folder of the run. None for a new one in runs/.
-        resume: True to continue the run in `out`, if there is one.
-        **kwargs: Arguments of `TrainRun`.
-    """
-    return TrainRun(*on_first(lambda: settings_of(given, config_file, out, resume)), **kwargs)
 
 
 class TrainRun:
