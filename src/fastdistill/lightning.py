@@ -219,10 +219,8 @@ class DistillCallback(Callback):
             taps.seen.update(call.seen)
             feats = taps.pop()
         s = d.student_outputs(call.returned, feats, x)
-        task, y = (
-            out['loss'] if isinstance(out, Mapping) else out,
-            tuple(y) if d.several else d.head.targets_at(x, s.logits, tuple(y)),
-        )
+        task = out['loss'] if isinstance(out, Mapping) else out
+        y = tuple(y) if d.several else d.head.targets_at(x, s.logits, tuple(y))
         r = d.compute(s, d.teacher_outputs(x, progress), task, y, progress=progress)
         parts = {f'{k}_loss': v for k, v in dict(task=task.detach(), **r.parts).items()}
         n = len(x if is_detector(d.student) else next(tensors_in(x)))

@@ -66,10 +66,8 @@ def main() -> None:
     """Run the command. Errors and warnings are printed as one line each. After an error, the exit
     code is 2.
     """
-    console, show_other = (
-        Console(stderr=True, highlight=False, soft_wrap=True),
-        warnings.showwarning,
-    )
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    show_other = warnings.showwarning
 
     def show(message: Any, category: Any, *args: Any, **kwargs: Any) -> None:
         if issubclass(category, DistillWarning):

@@ -171,13 +171,11 @@ def labeled_positions(logits: Tensor, labels: Any, task: Task) -> tuple[np.ndarr
         raise DistillError(
             f'The labels ({given}) do not fit the logits (shape {tuple(logits.shape)}).'
         )
-    at = label_axis(logits.shape, task)
+    rows = rows_of(logits, y, task)
     if task.kind == 'sigmoid':
-        rows = lambda o: (o[:, None] if o.dim() == 1 else o.movedim(at, -1)).flatten(0, -2)
-        return rows(logits).numpy(), (rows(y) > 0.5).numpy()
-    z, y = logits.movedim(at, -1).flatten(0, -2), y.flatten()
-    counts = y != task.ignore_index
-    return z[counts].numpy(), y[counts].numpy()
+        z, y = (o.reshape(-1, rows.labels) for o in (rows.out, rows.y))
+        return z.numpy(), (y > 0.5).numpy()
+    return rows.out[rows.counts].numpy(), rows.y[rows.counts].numpy()
 
 
 def thinned(z: np.ndarray, y: np.ndarray, logits: Tensor) -> tuple[np.ndarray, np.ndarray]:

@@ -11,9 +11,8 @@ from .text_report import escaped
 
 __all__ = ['checks_as_text', 'html_of_checks', 'print_checks']
 
-LEVEL_MARKS = dict(
-    ok='✓', note='i', warning='!', error='✗'
-)  # {level: mark}. Rows with other levels are measurements, which have no mark.
+# {level: mark}. Rows with other levels are measurements, which have no mark.
+LEVEL_MARKS = dict(ok='✓', note='i', warning='!', error='✗')
 LEVEL_STYLES = dict(ok='green', note='cyan', warning='yellow', error='red')
 LEVEL_CLASSES = dict(ok='good', warning='even', error='bad')  # {level: CSS class}
 

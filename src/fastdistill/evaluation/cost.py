@@ -58,9 +58,8 @@ def unfused() -> Iterator[None]:
     ignores fused recurrent layers.
     """
     with warnings.catch_warnings(), cudnn.flags(enabled=False):
-        warnings.filterwarnings(
-            'ignore', 'TF32 acceleration'
-        )  # PyTorch warns about its own default settings here
+        # PyTorch warns about its own default settings here
+        warnings.filterwarnings('ignore', 'TF32 acceleration')
         with mkldnn.flags(enabled=False):
             yield
 

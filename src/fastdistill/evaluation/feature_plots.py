@@ -60,10 +60,6 @@ def picture_in(x: Any) -> Tensor:
     return next((o for o in found if o.dim() == 4), found[0])
 
 
-def first_samples(x: Any, n: int) -> Any:
-    return map_tensors(x, lambda o: o[:n] if o.dim() else o)
-
-
 def named_map(name: str, f: Tensor, p: float, aspect: float) -> Tensor:
     try:
         return attention_map(f, p, aspect).cpu()
@@ -113,13 +109,11 @@ def show_features(
         n: Number of images.
         p: Exponent of the activations.
     """
-    x = first_samples(inputs(x), n)
+    x = map_tensors(inputs(x), lambda o: o[:n] if o.dim() else o)
     pictures = to_show(picture_in(x) if images is None else images[:n])
     pairs = pair(student, teacher, x, layers=layers, match='none')
-    s, t = (
-        read_maps(student, x, [o.student for o in pairs], p),
-        read_maps(teacher, x, [o.teacher for o in pairs], p),
-    )
+    s = read_maps(student, x, [o.student for o in pairs], p)
+    t = read_maps(teacher, x, [o.teacher for o in pairs], p)
     columns = []
     for o in pairs:
         columns += [(f'student {o.student}', s[o.student]), (f'teacher {o.teacher}', t[o.teacher])]

@@ -152,9 +152,8 @@ def svg(fig: Any) -> str:
     out = io.StringIO()
     with matplotlib.rc_context({'svg.fonttype': 'path', 'svg.hashsalt': 'fastdistill'}):
         fig.savefig(out, format='svg', metadata={'Date': None, 'Creator': None}, transparent=True)
-    return re.sub(
-        r'<!--.*?-->', '', out.getvalue(), flags=re.S
-    )  # drop comments, in which matplotlib repeats the text of each label
+    # drop comments, in which matplotlib repeats the text of each label
+    return re.sub(r'<!--.*?-->', '', out.getvalue(), flags=re.S)
 
 
 def own_picture(title: str, fig: Any) -> Picture:

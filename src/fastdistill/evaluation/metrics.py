@@ -94,9 +94,8 @@ def class_scores(r: Rows, per_class: bool) -> dict[str, Tensor]:
     out = {k: (v.double() * r.counts).sum(1) for k, v in sums.items()} | dict(
         n=r.counts.sum(1).double()
     )
-    out['nll'] = torch.where(r.counts, -own[..., 0].double(), 0.0).sum(
-        1
-    )  # use `where`, because the NLL may be infinite at masked positions
+    # use `where`, because the NLL may be infinite at masked positions
+    out['nll'] = torch.where(r.counts, -own[..., 0].double(), 0.0).sum(1)
     if per_class:
         out |= overlaps(best, y, r.counts, r.out.shape[-1])
     if r.out.shape[1:] == (1, 2):
@@ -114,11 +113,9 @@ def overlaps(best: Tensor, y: Tensor, counts: Tensor, c: int) -> dict[str, Tenso
         at = torch.arange(len(classes), device=classes.device)[:, None] * c + classes
         return at[where].bincount(minlength=len(classes) * c).view(len(classes), c).double()
 
-    both, there, found = (
-        per_image(y, counts & (best == y)),
-        per_image(y, counts),
-        per_image(best, counts),
-    )
+    both = per_image(y, counts & (best == y))
+    there = per_image(y, counts)
+    found = per_image(best, counts)
     return dict(both=both, union=there + found - both)
 
 
@@ -233,10 +230,8 @@ def measure(
     return Measure(name, of, MeasureInfo(label, higher, percent))
 
 
-NLL, BRIER = (
-    measure('nll', share('nll'), 'NLL', False),
-    measure('brier', share('brier'), 'Brier score', False),
-)
+NLL = measure('nll', share('nll'), 'NLL', False)
+BRIER = measure('brier', share('brier'), 'Brier score', False)
 AUC = measure('auc', auc, 'AUC')
 
 

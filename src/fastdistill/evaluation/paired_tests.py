@@ -10,11 +10,9 @@ from .report_data import Comparison, Difference, Estimate
 
 __all__ = ['PairedScores', 'mcnemar']
 
-MAX_SAMPLES = (
-    # If there are more samples, groups of samples are resampled instead of single samples.
-    # This is then the number of groups.
-    20_000
-)
+# If there are more samples, groups of samples are resampled instead of single samples. This is
+# then the number of groups.
+MAX_SAMPLES = 20_000
 CELLS = 10_000_000  # maximum number of elements in a matrix of weights
 
 

@@ -114,11 +114,7 @@ def plot_recovered(report: ReportData) -> Any:
             )
         for i, (n, e) in enumerate(shown.items()):
             color = color_of(report, n)
-            if e.low is not None:
-                ax.plot(
-                    [100 * e.low, 100 * e.high], [i, i], color=color, lw=3, solid_capstyle='round'
-                )
-            ax.scatter([100 * e.value], [i], s=70, color=color, zorder=3)
+            plot_interval(ax, e, 100, i, color)
             ax.annotate(
                 f'{100 * e.value:.0f}%',
                 (100 * e.value, i),
@@ -135,6 +131,13 @@ def plot_recovered(report: ReportData) -> Any:
         ax.set_yticks(range(len(shown)), [safe_label(n) for n in shown])
         ax.spines['left'].set_visible(False)
     return fig
+
+
+def plot_interval(ax: Any, e: Any, f: float, y: float, color: str) -> None:
+    """Plot an estimate times `f`, and its interval, in a row at `y`."""
+    if e.low is not None:
+        ax.plot([f * e.low, f * e.high], [y, y], color=color, lw=2.5, solid_capstyle='round')
+    ax.scatter([f * e.value], [y], s=50, color=color, zorder=3)
 
 
 def plot_reliability(report: ReportData) -> Any:
@@ -290,11 +293,7 @@ def plot_runs(reports: dict) -> Any:
         ax = fig.subplots()
         for i, (_, n, m, r) in enumerate(rows):
             e, color = m.measures[k], color_of(r, n)
-            if e.low is not None:
-                ax.plot(
-                    [f * e.low, f * e.high], [i, i], color=color, lw=2.5, solid_capstyle='round'
-                )
-            ax.scatter([f * e.value], [i], s=50, color=color, zorder=3)
+            plot_interval(ax, e, f, i, color)
         ax.set_yticks(
             range(len(rows)), [f'{safe_label(run)}: {safe_label(n)}' for run, n, *_ in rows]
         )

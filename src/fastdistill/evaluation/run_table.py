@@ -8,19 +8,11 @@ from .report_data import ReportData
 from .report_tables import Cell, Sheet
 from .text_report import print_sheet
 
-__all__ = ['print_runs', 'sheets_of_runs']
-
-
-def sheets_of_runs(reports: dict) -> list[Sheet]:
-    """Build one table of students for each headline measure, sorted from best to worst.
-
-    Args:
-        reports: {run name: report}.
-    """
-    return [sheet_of_runs(k, reports) for k in dict.fromkeys(r.headline for r in reports.values())]
+__all__ = ['print_runs']
 
 
 def sheet_of_runs(k: str, reports: Mapping[str, ReportData]) -> Sheet:
+    """Build the table of the students of the runs with the headline measure `k`, best first."""
     info = next(r.info[k] for r in reports.values() if r.headline == k)
     rows: list[Any] = [
         (m.measures[k].value, run, r, n, m)
@@ -61,7 +53,7 @@ def sheet_of_runs(k: str, reports: Mapping[str, ReportData]) -> Sheet:
 
 
 def print_runs(reports: dict, console: Any = None) -> None:
-    """Print the tables in a terminal.
+    """Print a table for each headline measure in a terminal.
 
     Args:
         reports: {run name: report}.
@@ -69,5 +61,5 @@ def print_runs(reports: dict, console: Any = None) -> None:
     """
     from rich.console import Console
 
-    for s in sheets_of_runs(reports):
-        print_sheet(s, console or Console())
+    for k in dict.fromkeys(r.headline for r in reports.values()):
+        print_sheet(sheet_of_runs(k, reports), console or Console())

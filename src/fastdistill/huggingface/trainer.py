@@ -87,10 +87,8 @@ class DistillationMixin(Base):
     ):
         self.teacher = teacher if isinstance(teacher, Teacher) else Teacher(teacher)
         self.recipe = recipe
-        self.asked, self.part_means = (
-            dict(kind=kind, axis=axis, output=output, check=check),
-            PartMeans(),
-        )
+        self.asked = dict(kind=kind, axis=axis, output=output, check=check)
+        self.part_means = PartMeans()
         self.distiller: Any = None  # built with the optimizer
         self.counts_items: bool | None = None
         self.last_step: int | None = None
@@ -187,14 +185,13 @@ class DistillationMixin(Base):
         """Yield (inputs, labels) of the batches of a DataLoader."""
         for batch in loader:
             batch = self._prepare_inputs(batch)
-            x, y = (
-                self._inputs_of_both(batch),
-                {k: batch[k] for k in self.label_names if k in batch},
-            )
+            x = self._inputs_of_both(batch)
+            y = {k: batch[k] for k in self.label_names if k in batch}
+            # start and end logits have the length of the input
             yield (
                 x,
                 self._targets(y, next(iter(x.values()))),
-            )  # start and end logits have the length of the input
+            )
 
     def _example(self) -> Any:
         """Return a training batch, without changing any state."""

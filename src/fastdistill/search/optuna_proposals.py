@@ -10,9 +10,8 @@ from .resumable_runs import Run
 
 __all__ = ['import_optuna', 'proposed_run']
 
-PROPOSALS = (
-    5  # Optuna may propose finished runs. After this many proposals, a new run is chosen at random.
-)
+# Optuna may propose finished runs. After this many proposals, a new run is chosen at random.
+PROPOSALS = 5
 
 
 def import_optuna() -> Any:

@@ -41,11 +41,9 @@ class Found:
         n_epoch: int = 1,
         rates: Sequence[float] = (),
     ) -> None:
-        self.candidates, self.runs, self.finals = (
-            candidates,
-            [r for r in runs if r.scores],
-            list(finals),
-        )
+        self.candidates = candidates
+        self.runs = [r for r in runs if r.scores]
+        self.finals = list(finals)
         self.metric, self.n_epoch, self.labels = metric, n_epoch, next(iter(candidates))
         self.rates = rates
         self.best = best_of(self.runs)

@@ -47,9 +47,8 @@ def data_fingerprint(s: Samples, held: np.ndarray | None, config: TrainConfig) -
     for x, *label in rows:
         name = Path(os.path.relpath(x, s.folder)).as_posix()
         label = [file_hash(label[0]), *label[1:]] if s.task == 'masks' else label
-        files[name] = values_hash(
-            [files.get(name), file_hash(x), *label]
-        )  # several rows may have the same file
+        # several rows may have the same file
+        files[name] = values_hash([files.get(name), file_hash(x), *label])
     return facts | dict(files=files)
 
 
@@ -108,22 +107,19 @@ def data_changes(before: dict, now: dict) -> list:
     kind = 'files' if 'files' in before else 'rows'
     a, b = before[kind], now[kind]
     if kind == 'files':
-        changed = [n for n in b if n in a and a[n] != b[n]]
+        where = ''
         found = {
             'added': [n for n in b if n not in a],
             'removed': [n for n in a if n not in b],
-            'changed (content or label)': changed,
+            'changed (content or label)': [n for n in b if n in a and a[n] != b[n]],
         }
-        out += [
-            f'{noun_with_number(len(v), "file")} {k}: {first_few(v)}' for k, v in found.items() if v
-        ]
     else:
+        where = ' (counted from 0)'
         found = {'added': rows_beyond(b, a), 'removed': rows_beyond(a, b)}
-        out += [
-            f'{noun_with_number(len(v), "row")} {k}: {first_few(v)} (counted from 0)'
-            for k, v in found.items()
-            if v
-        ]
+    for change, names in found.items():
+        if names:
+            n = f'{len(names):,} {kind.removesuffix("s") if len(names) == 1 else kind}'
+            out.append(f'{n} {change}: {first_few(names)}{where}')
     if not out and before['classes'] != now['classes']:
         out.append('the names of the classes')
     if not out and [*a] != [*b]:
@@ -140,10 +136,6 @@ def rows_beyond(a: Sequence, b: Sequence) -> list[int]:
         else:
             out.append(i)
     return out
-
-
-def noun_with_number(n: int, noun: str) -> str:
-    return f'{n:,} {noun}{"" if n == 1 else "s"}'
 
 
 def first_few(names: Any) -> str:

@@ -34,7 +34,7 @@ def learner_in_file(path: Path | str, dls: Any = None) -> Any:
         raise DistillError(f'{path} holds a {type(learn).__name__}, not an exported Learner.')
     if dls is not None:
         check_same_data(learn.dls, dls, str(path))
-    learn.dls = data_of_run(Path(path), learn) if dls is None else dls
+    learn.dls = run_of(Path(path), learn)[-1] if dls is None else dls
     learn.model.to(learn.dls.device)
     return learn
 
@@ -51,10 +51,6 @@ def new_student(path: Path | str) -> Any:
     if config.lr != 'auto':
         learn.lr = config.lr
     return learn
-
-
-def data_of_run(path: Path, learn: Any) -> Any:
-    return run_of(path, learn)[-1]
 
 
 def run_of(path: Path, learn: Any) -> tuple[Samples, TrainConfig, Any]:

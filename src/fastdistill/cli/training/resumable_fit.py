@@ -6,6 +6,7 @@ import random
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -96,12 +97,10 @@ class Checkpoints(Callback):
         self.learn.opt.load_state_dict(to_device(s['opt'], one_param(self.learn.model).device))
         if self.kd is not None:
             self.kd.load_state_dict(s['kd'])
-        r.values, r.iters, r.losses, r.lrs = (
-            L(map(L, s['values'])),
-            s['iters'],
-            s['losses'],
-            s['lrs'],
-        )
+        r.values = L(map(L, s['values']))
+        r.iters = s['iters']
+        r.losses = s['losses']
+        r.lrs = s['lrs']
         r.smooth_loss.count, r.smooth_loss.val = s['smooth']
         self.learn.train_iter = len(r.losses)
 
@@ -128,9 +127,8 @@ class Checkpoints(Callback):
             lrs=[*map(plain, r.lrs)],
             smooth=(r.smooth_loss.count, r.smooth_loss.val),
         )
-        state = map_tensors(
-            state, as_plain
-        )  # torch.load(weights_only=True) can't load fastai's tensor classes
+        # torch.load(weights_only=True) can't load fastai's tensor classes
+        state = map_tensors(state, as_plain)
         write_state(self.file, state)
         if self.say is not None:
             self.say(self.line(r))
@@ -147,11 +145,9 @@ class Checkpoints(Callback):
         """Restore the state of a Learner after the last epoch, without a fit."""
         learn.model.load_state_dict(self.state['model'])
         r = learn.recorder
-        r.metric_names, r.values, r.losses = (
-            L(self.state['names']),
-            L(map(L, self.state['values'])),
-            self.state['losses'],
-        )
+        r.metric_names = L(self.state['names'])
+        r.values = L(map(L, self.state['values']))
+        r.losses = self.state['losses']
 
     # pickle this callback as a plain Callback, so that an exported Learner can be loaded without
     # fastdistill
@@ -195,7 +191,7 @@ def fit_stage(
     # subtle: seed the generators before the fit too, so that values measured before the first
     # epoch, such as the temperature, are the same in a resumed fit
     seed_epoch(learn, *checkpoints.seed, BEFORE_FIT)
-    logger, learn._do_fit = learn.logger, EpochsFrom(learn, checkpoints.done)
+    logger, learn._do_fit = learn.logger, partial(do_epochs, learn, checkpoints.done)
     cbs = [*cbs, *filter(None, [checkpoints.kd]), checkpoints]
     if world_size() > 1:
         from .distributed_fit import ProcessesTrainer  # needs accelerate
@@ -241,15 +237,10 @@ def silent(_: str) -> None:
     """Print nothing."""
 
 
-class EpochsFrom:
-    """Replacement for `Learner._do_fit` that starts with a later epoch. fastai's SkipToEpoch would
-    also run the events of the skipped epochs.
+def do_epochs(learn: Any, first: int) -> None:
+    """Run the epochs of a fit, starting with epoch `first`. Used instead of `Learner._do_fit`,
+    because fastai's SkipToEpoch would also run the events of the skipped epochs.
     """
-
-    def __init__(self, learn: Any, first: int):
-        self.learn, self.first = learn, first
-
-    def __call__(self) -> None:
-        for epoch in range(self.first, self.learn.n_epoch):
-            self.learn.epoch = epoch
-            self.learn._with_events(self.learn._do_epoch, 'epoch', CancelEpochException)
+    for epoch in range(first, learn.n_epoch):
+        learn.epoch = epoch
+        learn._with_events(learn._do_epoch, 'epoch', CancelEpochException)
