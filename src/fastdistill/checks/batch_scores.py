@@ -8,8 +8,6 @@ from torch import Tensor
 from ..base.task import Task, unusable
 from .findings import Facts
 
-__all__ = ['FEW', 'METRICS', 'Tally']
-
 MOST_CLASSES = 1000  # maximum number of classes for a confusion table
 FEW = 16  # minimum number of items for a significance test
 SURE = 0.001  # maximum one-sided p-value of a significant difference

@@ -13,8 +13,6 @@ from ..teachers.teacher import Teacher
 from .batch_scores import Tally
 from .findings import Finding, few_names
 
-__all__ = ['ClassMap', 'map_classes', 'order_in_words', 'reordered_classes']
-
 
 @dataclass
 class ClassMap:

@@ -23,8 +23,6 @@ from .forward import student_logits, teacher_logits
 from .shapes import mismatches
 from .teacher_scores import saturated
 
-__all__ = ['Explanation', 'explain_training']
-
 # a student that reproduces a smaller fraction of the teacher's predictions does not follow it
 FOLLOWS = 0.5
 # maximum difference between training and validation items in how well the student follows

@@ -8,8 +8,6 @@ from typing import Any
 from ..base.distributed import rank
 from ..base.outputs import DistillError, DistillWarning
 
-__all__ = ['Facts', 'Finding', 'Findings', 'count_in_words', 'few_names', 'numbers_in_words']
-
 
 def few_names(names: Sequence, n: int) -> str:
     return ', '.join(map(str, names[:n])) + (' ...' if len(names) > n else '')

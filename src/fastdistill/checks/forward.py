@@ -11,8 +11,6 @@ from ..features.model_call import arguments
 from ..features.probe import dry_run
 from ..teachers.teacher import Teacher
 
-__all__ = ['run_student', 'student_logits', 'teacher_logits']
-
 
 def run_student(student: Module, x: Sequence) -> Any:
     """Return the raw output of the student for inputs `x`, as in a training step."""

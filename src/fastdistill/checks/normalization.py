@@ -13,8 +13,6 @@ from .batch_scores import METRICS, Tally
 from .findings import Finding, count_in_words
 from .forward import teacher_logits
 
-__all__ = ['images_in', 'renormalized_images', 'unknown_normalization']
-
 # {description: (value for `Teacher`, code for the user)}
 USUAL = {
     'numbers from 0 to 1': ((0.0, 1.0), '(0, 1)'),

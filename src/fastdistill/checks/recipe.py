@@ -18,8 +18,6 @@ from ..teachers.teacher import Teacher
 from .findings import Finding, few_names
 from .forward import run_student
 
-__all__ = ['check_recipe', 'recipe_in_words']
-
 
 def check_recipe(
     recipe: Any, student: Module | None, teacher: Teacher, x: Sequence, n_classes: int | None

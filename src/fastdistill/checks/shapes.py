@@ -12,16 +12,6 @@ from ..base.task import CLASS_NUMBERS, Task, fit_labels, fitting_axes, float_lab
 from ..teachers.teacher import Teacher
 from .findings import Finding
 
-__all__ = [
-    'UnknownId',
-    'broadcasts',
-    'checked_ids',
-    'mismatches',
-    'shapes_in_words',
-    'unknown_id',
-    'unscored',
-]
-
 
 class UnknownId(Exception):
     """Raised if a batch has an id for which an embedding has no row. The message names the id."""

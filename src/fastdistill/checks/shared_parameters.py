@@ -8,8 +8,6 @@ from torch.nn import Module
 from ..teachers.teacher import Teacher
 from .findings import Finding, few_names
 
-__all__ = ['larger_student', 'none_shared', 'parameter_ids', 'shared_parameters']
-
 
 def shared_parameters(student: Module | None, teacher: Teacher) -> Iterator[Finding]:
     """Yield a finding if some parameters belong to both the student and the teacher.

@@ -7,8 +7,6 @@ from ..base.outputs import Draws, Outputs, TopK
 from ..cache.store_choice import BAD, loss_at
 from .findings import Finding
 
-__all__ = ['check_stored']
-
 LITTLE_LOSS = 0.05  # maximum loss that is never reported, as T^2 times the KL in nats
 MISSING = 0.25  # maximum fraction of the softened probability in classes that are not stored
 

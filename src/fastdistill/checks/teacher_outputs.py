@@ -32,8 +32,6 @@ from .shapes import (
 )
 from .teacher_scores import hesitant, low_score, saturated
 
-__all__ = ['BATCHES', 'any_outputs', 'check_batch', 'check_outputs', 'single_teachers']
-
 BATCHES = 8  # number of validation batches on which the teacher is scored
 KEPT = 4  # number of batches kept for running the teacher again
 

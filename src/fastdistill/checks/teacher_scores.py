@@ -13,8 +13,6 @@ from .class_order import reordered_classes
 from .findings import Finding, count_in_words
 from .normalization import renormalized_images
 
-__all__ = ['hesitant', 'low_score', 'saturated']
-
 CERTAIN = 0.99  # minimum mean top probability of nearly one-hot soft labels
 HESITANT = 0.2  # maximum difference between the accuracy and the mean top probability
 NOT_APART = 0.25  # minimum difference between the mean probabilities of present and absent labels

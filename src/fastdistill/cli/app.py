@@ -23,8 +23,6 @@ from .commands.find import find
 from .commands.methods import methods_command
 from .commands.train import train_command
 
-__all__ = ['app', 'main']
-
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,

@@ -11,21 +11,6 @@ from ..base.errors import DistillError
 from .recipe_names import check_recipe_text
 from .training.config import exported_student
 
-__all__ = [
-    'CacheArg',
-    'DataArg',
-    'DataOption',
-    'ModelsArg',
-    'NoCheck',
-    'RecipeText',
-    'StudentArg',
-    'TeacherArg',
-    'in_file',
-    'in_python',
-    'recipe_names',
-    'split_name',
-]
-
 MODEL = "an exported Learner (.pkl), the folder of a run, or 'file.py:name'"
 
 

@@ -14,15 +14,6 @@ from typing import Any
 from ..base.errors import DistillError
 from .arguments import in_file, in_python
 
-__all__ = [
-    'dataloaders',
-    'load_named_learner',
-    'load_object',
-    'load_recipe',
-    'load_teacher',
-    'of_run',
-]
-
 
 def load_teacher(name: str, run: Any = None) -> Any:
     """Load the object named 'file.py:name'. Return any other name unchanged, because `Teacher` can

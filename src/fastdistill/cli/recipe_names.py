@@ -8,8 +8,6 @@ from pathlib import Path
 
 from ..base.recipe_grammar import RecipeGrammar
 
-__all__ = ['check_recipe_text', 'names_in_source']
-
 PACKAGE = Path(__file__).parents[1]
 
 

@@ -8,8 +8,6 @@ import numpy as np
 import torch
 from torchvision.ops import box_iou
 
-__all__ = ['THRESHOLDS', 'Match', 'match_image', 'precision_of_sums', 'sums_of_images']
-
 THRESHOLDS = tuple(0.5 + 0.05 * i for i in range(10))  # IoU thresholds of COCO
 MOST_DETECTIONS = 100  # maximum number of detections of a class per image, as in COCO
 RANK_BINS = 100  # number of bins for the detections of a class, sorted by score

@@ -13,8 +13,6 @@ from ..checks.findings import Finding, Findings
 from .metrics import detect
 from .torchvision_detectors import detector_name
 
-__all__ = ['check_detections', 'seeing_size', 'top_matches']
-
 # a teacher that finds a smaller fraction of the labeled boxes is considered untrained
 FEW_FOUND = 0.1
 LARGE_DROP = 0.1  # a larger drop in the fraction of boxes found is not due to chance

@@ -22,8 +22,6 @@ from .box_matches import match_image, precision_of_sums, sums_of_images
 from .metrics import detect
 from .torchvision_detectors import detector_name, on_device_of
 
-__all__ = ['compare_detectors', 'map_measures']
-
 
 def compare_detectors(
     models: dict,

@@ -8,8 +8,6 @@ from torch import Tensor
 from ..evaluation.plot_style import COLORS, new_figure, safe_label, styled
 from .metrics import detect
 
-__all__ = ['show_detections']
-
 
 def show_detections(
     models: dict,

@@ -42,8 +42,6 @@ from .torchvision_detectors import (
     level_scores,
 )
 
-__all__ = ['DetectionDistiller', 'same_anchors']
-
 OF_HEAD = 'head', 'rpn', 'scores'  # layers of a `DetectorView` that run only if the head runs
 
 

@@ -11,8 +11,6 @@ from ..base.outputs import DistillError
 from ..base.random_state import RandomGuard
 from .torchvision_detectors import on_device_of
 
-__all__ = ['DetectionScores', 'average_precision', 'detect']
-
 
 @dataclass
 class DetectionScores:

@@ -10,8 +10,6 @@ from ..base.outputs import DistillError
 from .box_matches import match_image
 from .metrics import detect
 
-__all__ = ['ScoreThreshold', 'best_threshold', 'teacher_labels']
-
 
 @dataclass
 class ScoreThreshold:

@@ -8,8 +8,6 @@ from ..base.outputs import DistillError
 from ..features.layer_pairs import longest_row, pair_by_depth
 from ..features.model_stages import Stage
 
-__all__ = ['pair_levels']
-
 
 def pair_levels(
     student: dict, teacher: dict, s_size: Sequence[int], t_size: Sequence[int]

@@ -7,8 +7,6 @@ from ..recipes.schedule import ScheduleLike
 from ..recipes.term import Recipe, Term
 from ..recipes.zoo import layer_recipe, pkd
 
-__all__ = ['anchors', 'automatic', 'mgd', 'scored']
-
 ANCHOR_CLASSES, ANCHOR_BOXES = 'head@[cls_logits]', 'head@[bbox_regression]'
 
 

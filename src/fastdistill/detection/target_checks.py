@@ -9,8 +9,6 @@ from torch import Tensor
 from ..checks.findings import Finding, Findings
 from .torchvision_detectors import n_classes
 
-__all__ = ['check_targets']
-
 
 def check_targets(
     images: Sequence[Tensor], targets: Sequence[dict] | None, detector: Any

@@ -16,23 +16,6 @@ from ..base.outputs import DistillError
 from ..features.layer_names import unwrap
 from ..teachers.teacher import Teacher, given_options, grouped_options
 
-__all__ = [
-    'DETECTOR_CLASSES',
-    'DetectorView',
-    'checked_detector',
-    'detector_inside',
-    'detector_name',
-    'fixed_size',
-    'is_dense',
-    'as_levels',
-    'example_pixels',
-    'level_names',
-    'level_scores',
-    'n_classes',
-    'on_device_of',
-    'detector_teacher',
-]
-
 DETECTOR_CLASSES = RetinaNet, FCOS, SSD, GeneralizedRCNN
 KNOWN_DETECTORS = (
     'must be a RetinaNet, FCOS, SSD, SSDLite, Faster R-CNN, Mask R-CNN or Keypoint R-CNN of '

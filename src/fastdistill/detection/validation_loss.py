@@ -11,8 +11,6 @@ from ..base.model_state import ModelState
 from ..base.random_state import RandomGuard
 from .torchvision_detectors import DETECTOR_CLASSES, checked_detector, on_device_of
 
-__all__ = ['validation_losses']
-
 
 def validation_losses(
     model: nn.Module, images: Sequence[Tensor], targets: Sequence[dict], seed: int = 0

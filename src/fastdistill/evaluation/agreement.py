@@ -9,8 +9,6 @@ from torch import Tensor
 from ..losses import binary_kl, kl, reverse_kl
 from .metrics import Rows
 
-__all__ = ['Agreement']
-
 
 class Agreement:
     """Counts of the agreement between a student and a teacher, summed over batches."""

@@ -20,8 +20,6 @@ from ..teachers.fast_copy import AS_IT_IS
 from .metrics import rows_of, scores_of
 from .report_data import calibration_error
 
-__all__ = ['Calibration', 'calibrate_model', 'fit_temperature']
-
 LOWEST_T, HIGHEST_T = 0.05, 20.0
 MOST_LOGITS = 2**23  # approximate maximum number of logits to keep in memory
 LARGEST_CHANGE = 1e-3  # largest change of the folded model's outputs, relative to the largest logit

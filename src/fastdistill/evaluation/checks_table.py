@@ -9,8 +9,6 @@ from typing import Any
 from .html_report import rendered
 from .text_report import escaped
 
-__all__ = ['checks_as_text', 'html_of_checks', 'print_checks']
-
 # {level: mark}. Rows with other levels are measurements, which have no mark.
 LEVEL_MARKS = dict(ok='✓', note='i', warning='!', error='✗')
 LEVEL_STYLES = dict(ok='green', note='cyan', warning='yellow', error='red')

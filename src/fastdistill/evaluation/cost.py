@@ -19,8 +19,6 @@ from ..teachers.raw_items import items_at, items_in, with_items
 from ..teachers.teacher import Teacher
 from .report_data import Cost, Latency
 
-__all__ = ['batch_of', 'cost_of', 'latencies', 'timed_in_turns', 'wait_for', 'weights_of_teacher']
-
 SECONDS = 0.5  # per time measurement
 LEAST_RUNS, MOST_RUNS = 20, 1000
 

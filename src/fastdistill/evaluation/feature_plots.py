@@ -14,8 +14,6 @@ from ..features.layer_pairs import inputs, pair
 from ..features.probe import dry_run
 from .plot_style import new_figure
 
-__all__ = ['attention_map', 'picture_in', 'show_features']
-
 
 def attention_map(f: Tensor, p: float = 2, aspect: float = 1.0) -> Tensor:
     """Compute the attention map of a layer, which is the mean over channels of |f|^p, rescaled to

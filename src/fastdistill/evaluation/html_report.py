@@ -14,8 +14,6 @@ from .report_data import ReportData
 from .report_tables import sheets_of
 from .text_report import title_of
 
-__all__ = ['html_page', 'rendered']
-
 MARKS = {'better': 'good', 'worse': 'bad', 'not significant': 'even'}
 DPI = 72  # SVG units per inch
 

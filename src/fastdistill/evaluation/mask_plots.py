@@ -7,8 +7,6 @@ import numpy as np
 
 from .plot_style import COLORS, GREY, INK, PALE, new_figure, safe_label, styled
 
-__all__ = ['plot_masks']
-
 N_COLORS = 20  # number of different colors
 
 # colors of the lower row

@@ -16,8 +16,6 @@ from torch import Tensor
 from ..base.task import Task, label_axis
 from .report_data import MeasureInfo
 
-__all__ = ['BINS', 'Measure', 'Rows', 'auc_sums', 'measures_of', 'rows_of', 'scores_of']
-
 BINS = 15  # number of confidence bins, for the calibration error
 # with more classes, intersections and unions of masks are not stored for each image
 MAX_PER_CLASS = 256

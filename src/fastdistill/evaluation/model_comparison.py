@@ -20,8 +20,6 @@ from .paired_tests import PairedScores
 from .report import Report
 from .report_data import Comparison, Cost, Estimate, ModelResult
 
-__all__ = ['cpu_name', 'measure_models', 'roles_of']
-
 PIECE = 2**25  # maximum number of output elements that are scored at once
 MAX_NAMED = 1000  # with more classes, the report has no table of classes
 

@@ -4,19 +4,6 @@ from typing import Any
 
 from .report_data import Comparison, Estimate, MeasureInfo, ReportData
 
-__all__ = [
-    'amount',
-    'caveat',
-    'estimate_text',
-    'p_text',
-    'percent_text',
-    'recovered_text',
-    'shown_text',
-    'three_digits',
-    'verdict_of',
-    'verdicts',
-]
-
 
 def shown_text(o: Any) -> Any:
     """Replace control characters in a text, which could move or color the surrounding text. Return

@@ -8,8 +8,6 @@ import numpy as np
 
 from .report_data import Comparison, Difference, Estimate
 
-__all__ = ['PairedScores', 'mcnemar']
-
 # If there are more samples, groups of samples are resampled instead of single samples. This is
 # then the number of groups.
 MAX_SAMPLES = 20_000

@@ -8,18 +8,6 @@ from typing import Any
 
 from .report_data import ReportData
 
-__all__ = [
-    'COLORS',
-    'GREY',
-    'INK',
-    'PALE',
-    'color_of',
-    'new_figure',
-    'on_dark',
-    'safe_label',
-    'styled',
-]
-
 # colors of the baseline, the distilled student and further students; the teacher has the color of
 # the text
 COLORS = '#8a93a6', '#e0752d', '#1f7a8c', '#8e5bb5', '#4f9d4a', '#c4496b'

@@ -9,8 +9,6 @@ from .html_report import html_page
 from .report_data import ReportData, write_text
 from .text_report import in_brief, markdown, print_report, show
 
-__all__ = ['Report']
-
 
 @dataclass(repr=False)
 class Report(ReportData):

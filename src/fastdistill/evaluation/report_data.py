@@ -10,21 +10,6 @@ from typing import Any, Self, cast, get_args, get_origin, get_type_hints
 from ..base.atomic_files import file_errors, write_atomically
 from ..base.errors import DistillError
 
-__all__ = [
-    'CLASS_MEASURES',
-    'Comparison',
-    'Cost',
-    'Difference',
-    'Estimate',
-    'JsonReport',
-    'Latency',
-    'MeasureInfo',
-    'ModelResult',
-    'ReportData',
-    'calibration_error',
-    'write_text',
-]
-
 CLASS_MEASURES = dict(ap='average precision', iou='IoU', recall='recall')
 REPORT_FORMAT = 1  # version of the JSON format
 

@@ -6,16 +6,6 @@ from typing import Any
 from .plot_style import GREY, PALE, color_of, new_figure, safe_label, styled
 from .report_data import CLASS_MEASURES, MeasureInfo, ReportData
 
-__all__ = [
-    'plot_classes',
-    'plot_cost',
-    'plot_history',
-    'plot_recovered',
-    'plot_reliability',
-    'plot_runs',
-]
-
-
 WIDTH = 5.2  # in inches; narrow enough for labels to be readable on a phone
 LEAST_IN_BIN = 10  # bins with fewer predictions are left out, because their accuracy is too noisy
 

@@ -17,8 +17,6 @@ from .number_format import (
 )
 from .report_data import CLASS_MEASURES, Latency, ReportData
 
-__all__ = ['Cell', 'Sheet', 'sheets_of']
-
 BUSY = 3  # ratio of p95 to the median from which on a report says that the machine was busy
 SHOWN = 10  # number of classes to show with the largest gains, and with the largest losses
 

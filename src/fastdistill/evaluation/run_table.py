@@ -8,8 +8,6 @@ from .report_data import ReportData
 from .report_tables import Cell, Sheet
 from .text_report import print_sheet
 
-__all__ = ['print_runs']
-
 
 def sheet_of_runs(k: str, reports: Mapping[str, ReportData]) -> Sheet:
     """Build the table of the students of the runs with the headline measure `k`, best first."""

@@ -8,8 +8,6 @@ from .number_format import caveat, estimate_text, shown_text, verdicts
 from .report_data import ReportData
 from .report_tables import Sheet, sheets_of
 
-__all__ = ['escaped', 'in_brief', 'markdown', 'print_report', 'print_sheet', 'show', 'title_of']
-
 COLORS_OF_VERDICTS = {'better': 'green', 'worse': 'red', 'not significant': 'yellow'}
 
 

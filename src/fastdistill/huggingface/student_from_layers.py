@@ -9,8 +9,6 @@ from torch import nn
 from ..base.outputs import DistillError
 from ..features.model_call import is_hf
 
-__all__ = ['student_from']
-
 
 def student_from(teacher: Any, layers: Sequence[int]) -> nn.Module:
     """Build a smaller copy of the teacher from some of its blocks (DistilBERT, arXiv:1910.01108).

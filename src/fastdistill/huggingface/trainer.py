@@ -41,8 +41,6 @@ from .transformers_models import (
     without_loss,
 )
 
-__all__ = ['DistillationMixin', 'DistillationTrainer']
-
 STATE_FILE = 'distillation.pt'  # name of our file in a checkpoint folder
 
 

@@ -13,15 +13,6 @@ from ..checks.class_order import map_classes
 from ..features.layer_names import unwrap
 from ..teachers.teacher import Teacher
 
-__all__ = [
-    'has_loss',
-    'names_taken',
-    'predicts',
-    'question_logits',
-    'teacher_for',
-    'without_loss',
-]
-
 PROBLEMS = dict(
     regression='regression',
     single_label_classification='softmax',

@@ -13,8 +13,6 @@ from ..recipes.recipe_text import as_recipe
 from ..recipes.term import Recipe, Term
 from ..recipes.zoo import at, cwd, dist, dkd, hint, kd, pkt, rkd, ttm
 
-__all__ = ['LABELS', 'Candidate', 'candidates_for', 'candidates_for_heads', 'given_candidates']
-
 GRAD_RATIOS = 1, 0.3, 3, 10  # ratios of a term's gradient norm to that of the task loss
 SMALL_GRAD_RATIOS = 0.1, 0.03, 0.3, 1  # gradient ratios for terms that compare layers
 

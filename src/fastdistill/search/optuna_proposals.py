@@ -8,8 +8,6 @@ import numpy as np
 
 from .resumable_runs import Run
 
-__all__ = ['import_optuna', 'proposed_run']
-
 # Optuna may propose finished runs. After this many proposals, a new run is chosen at random.
 PROPOSALS = 5
 

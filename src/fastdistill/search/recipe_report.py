@@ -7,8 +7,6 @@ from typing import Any
 from ..evaluation.report_data import Difference, JsonReport
 from .text_table import TextTable
 
-__all__ = ['RecipeReport', 'RecipeRun']
-
 RECIPES_FORMAT = 1  # version of the JSON file
 
 

@@ -15,8 +15,6 @@ from .optuna_proposals import import_optuna, proposed_run
 from .resumable_runs import Run, Runs
 from .search_result import Found, best_of
 
-__all__ = ['Search']
-
 FINALISTS = 2  # number of recipes whose runs are repeated, in addition to training on labels only
 
 

@@ -20,8 +20,6 @@ from ..base.content import first_difference
 from ..base.distributed import world_size
 from ..base.errors import DistillError
 
-__all__ = ['Run', 'Runs']
-
 RUNS_FORMAT = 4  # version of the folder's format
 
 

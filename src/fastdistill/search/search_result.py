@@ -15,8 +15,6 @@ from .resumable_runs import Run
 from .significance import Lead, lead_of
 from .text_table import TextTable
 
-__all__ = ['Found', 'best_of']
-
 
 class Found:
     """Result of `distill_find`. To train with the result, call `student.distill(teacher, 5,

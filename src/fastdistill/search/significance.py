@@ -10,8 +10,6 @@ from torch import Tensor
 
 from ..evaluation.report_data import Difference
 
-__all__ = ['Lead', 'adjusted', 'difference_by_seed', 'lead_of']
-
 TEST = 'paired t test'
 
 

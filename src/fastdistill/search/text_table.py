@@ -2,8 +2,6 @@
 
 from typing import Any
 
-__all__ = ['TextTable']
-
 
 class TextTable(list):
     """A list of dicts with the same keys that prints as a table."""

@@ -12,8 +12,6 @@ from ...base.errors import DistillError
 from ..arguments import CacheArg, DataArg, NoCheck, TeacherArg
 from ..named_objects import dataloaders, load_object, load_teacher
 
-__all__ = ['cache_app']
-
 cache_app = typer.Typer(
     no_args_is_help=True,
     help="Store a teacher's outputs on disk: run the teacher once, train as many students as you like.",

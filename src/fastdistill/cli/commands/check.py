@@ -10,8 +10,6 @@ import typer
 from ..arguments import DataOption, RecipeText, StudentArg, TeacherArg, recipe_names
 from ..named_objects import load_named_learner, load_recipe, load_teacher, of_run
 
-__all__ = ['check_command']
-
 
 def check_command(
     student: StudentArg,

@@ -20,8 +20,6 @@ from ..named_objects import (
     of_run,
 )
 
-__all__ = ['compare_command', 'export_command', 'report_command']
-
 
 def named_once(pairs: Iterable) -> dict:
     """Build a dict. Raise a DistillError if two pairs have the same name."""

@@ -21,8 +21,6 @@ from ..arguments import (
 )
 from ..named_objects import load_named_learner, load_object, load_recipe, load_teacher, of_run
 
-__all__ = ['find']
-
 
 def find(
     student: StudentArg,

@@ -11,8 +11,6 @@ from rich.table import Table
 
 from ...base.errors import DistillError
 
-__all__ = ['methods_command']
-
 # headings of the sections of a card that contain numbers
 SECTIONS = 'Suggested values', 'When it helps'
 

@@ -12,8 +12,6 @@ import typer
 from ..training.config import TrainConfig
 from ..training.run_settings import settings_of
 
-__all__ = ['train_command']
-
 # {setting of a run: help text of its flag}
 HELP = dict(
     data='Folder or CSV file.',

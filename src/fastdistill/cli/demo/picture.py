@@ -12,8 +12,6 @@ from ...evaluation.plot_style import COLORS, GREY, INK, PALE, new_figure, styled
 from .results import ALONE, Results
 from .tasks import to_rgb
 
-__all__ = ['draw_results']
-
 T = 4.0  # temperature of the teacher's probabilities in the picture
 
 

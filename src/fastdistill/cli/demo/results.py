@@ -17,17 +17,6 @@ from torch import Tensor, nn
 
 from ...base.atomic_files import write_json
 
-__all__ = [
-    'ALONE',
-    'Results',
-    'Trained',
-    'closing',
-    'machine',
-    'n_params',
-    'opening',
-    'results_table',
-]
-
 ALONE = 'student alone'
 
 

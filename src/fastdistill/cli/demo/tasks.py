@@ -17,8 +17,6 @@ from torch.utils.data import TensorDataset
 
 from ...base.outputs import DistillError
 
-__all__ = ['TASKS', 'DemoTask', 'ToFloat', 'load_task', 'to_rgb']
-
 
 @dataclass
 class DemoTask:

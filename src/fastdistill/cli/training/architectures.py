@@ -31,8 +31,6 @@ from ...base.errors import DistillError, close_name
 from .config import Arch, TrainConfig
 from .data_files import Samples
 
-__all__ = ['check_arch', 'learner_of']
-
 FASTAI_ARCHS = [n for n in xresnet.__all__ if re.fullmatch(r'xresnet\d+', n)]
 # {task: {architecture with configurable layers: example of layer sizes}}
 LAYERED = dict(

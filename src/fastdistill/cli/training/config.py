@@ -11,16 +11,6 @@ from typing import Any
 from ...base.atomic_files import write_atomically
 from ...base.errors import DistillError, close_name
 
-__all__ = [
-    'Arch',
-    'TRAIN_TASKS',
-    'TrainConfig',
-    'check_data_path',
-    'exported_student',
-    'read_config',
-    'write_config',
-]
-
 TRAIN_TASKS = 'images', 'masks', 'texts', 'table'
 AUGMENTATIONS = 'flip', 'full', 'none'
 WIDEST = 65536  # maximum size of a layer

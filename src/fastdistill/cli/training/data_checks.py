@@ -16,8 +16,6 @@ from .config import TrainConfig
 from .data_files import Samples
 from .data_fingerprint import NAMED
 
-__all__ = ['checked_samples']
-
 # a label column with more distinct integers is treated as numbers instead of classes
 MANY_NUMBERS = 50
 

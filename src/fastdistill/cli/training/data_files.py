@@ -16,8 +16,6 @@ from ...base.atomic_files import file_errors
 from ...base.errors import DistillError, close_name
 from .config import TrainConfig, check_data_path
 
-__all__ = ['Samples', 'read_samples']
-
 TRAIN, VALID = ('train', 'training'), ('valid', 'val', 'validation', 'test')
 IMAGE_FOLDERS, MASK_FOLDERS = (
     ('images', 'image', 'imgs'),

@@ -16,8 +16,6 @@ from ...teachers.model_loading import model_files
 from .config import TrainConfig
 from .data_files import Samples
 
-__all__ = ['NAMED', 'data_changes', 'data_fingerprint', 'path_in', 'split_table']
-
 NAMED = 5  # maximum number of files, rows or classes named in a message
 
 

@@ -33,8 +33,6 @@ from ...base.errors import DistillError
 from .config import TrainConfig
 from .data_files import Samples
 
-__all__ = ['TEXT', 'device_of', 'loaders_of']
-
 TEXT = 'input'  # column of the texts in the table of the DataLoaders
 BATCH = dict(images=64, masks=8, texts=64, table=256)
 

@@ -7,8 +7,6 @@ from fastai.distributed import DistributedDL, DistributedTrainer
 
 from ...base.distributed import broadcast
 
-__all__ = ['ProcessesTrainer']
-
 
 class ProcessesDL(DistributedDL):
     """fastai's DistributedDL, changed to work on any device and to shuffle with the generator of

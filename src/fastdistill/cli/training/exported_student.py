@@ -15,8 +15,6 @@ from .dataloaders import TEXT, loaders_of
 from .resumable_fit import seed_everything
 from .teachers import file_teacher
 
-__all__ = ['FOR_STUDENT', 'FOR_TEACHER', 'learner_in_file', 'new_student', 'reads_texts']
-
 # numbers for seeding; all students of a run use the same number, so that they have the same initial
 # weights and batches
 FOR_TEACHER, FOR_STUDENT = 1, 2

@@ -12,8 +12,6 @@ from ...fastai.teachers import teacher_of
 from ...teachers.fast_copy import AS_IT_IS
 from .data_files import Samples
 
-__all__ = ['mask_examples']
-
 
 def mask_examples(models: Mapping, dls: Any, s: Samples, n: int = 2) -> Any:
     """Plot the images of the first validation batch on which the models differ most.

@@ -24,8 +24,6 @@ from ...base.sample_seeds import seeds_of
 from ...fastai.compare import history_of
 from ...fastai.metrics import row_by_column
 
-__all__ = ['Checkpoints', 'find_rate', 'fit_stage', 'seed_everything']
-
 BEFORE_FIT = 2**32  # used instead of the epoch number
 DAMAGED = 'Delete it to start this training again.'
 LOWEST, HIGHEST, IF_NONE_IS_FOUND = 1e-4, 0.03, 1e-3  # limits and default for learning rates

@@ -9,8 +9,6 @@ from ...base.errors import DistillError
 from ..recipe_names import check_recipe_text
 from .config import TrainConfig, read_config
 
-__all__ = ['settings_of']
-
 
 def settings_of(
     given: dict, config_file: Path | str | None, out: Path | str | None, resume: bool

@@ -18,8 +18,6 @@ from .config import TrainConfig
 from .data_files import Samples
 from .dataloaders import TEXT
 
-__all__ = ['file_teacher', 'teacher_of_texts', 'with_weights']
-
 
 def file_teacher(path: str) -> Any:
     """Load an exported Learner or an estimator. Return any other path unchanged, because `Teacher`

@@ -46,8 +46,6 @@ from .mask_examples import mask_examples
 from .resumable_fit import Checkpoints, find_rate, fit_stage, seed_everything, silent
 from .teachers import file_teacher, teacher_of_texts, with_weights
 
-__all__ = ['TrainRun']
-
 # caption of the masks in the report
 EXAMPLES = 'Validation images on which the models differ most'
 SPLIT = 'split.csv'  # which samples were trained on, in the folder of the run
