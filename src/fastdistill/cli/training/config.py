@@ -174,6 +174,15 @@ class TrainConfig:
         "True if the teacher is a file instead of an architecture."
         return Path(self.teacher).suffix in FILES or os.sep in self.teacher
 
+    @property
+    def teacher_files(self) -> dict[str, Path]:
+        "Files of a teacher that is not trained by the run, as {setting: path}."
+        files = dict(
+            teacher=self.teacher if self.teacher_file else '',
+            teacher_weights=self.teacher_weights,
+        )
+        return {k: Path(v) for k, v in files.items() if v}
+
     def check_files(self) -> None:
         """Check that all files named in the settings exist."""
         check_data_path(self.data)

@@ -33,11 +33,7 @@ def data_fingerprint(s: Samples, held: np.ndarray | None, config: TrainConfig) -
     facts = dict(
         columns=[*map(str, frame)],
         classes=s.classes,
-        teacher={
-            k: file_hash(*model_files(Path(p)))
-            for k in ('teacher', 'teacher_weights')
-            if (p := path_in(config, k))
-        },
+        teacher={k: file_hash(*model_files(p)) for k, p in config.teacher_files.items()},
     )
     if s.task in ('texts', 'table') or isinstance(s.frame[s.x[0]].iloc[0], bytes):
         return facts | dict(rows=[values_hash(row) for row in rows])
@@ -64,10 +60,6 @@ def split_table(s: Samples) -> str:
         out = dict(file=[*map(os.path.abspath, x)], label=[*s.frame[s.y]])
     sets = np.where(s.valid, 'valid', 'train')
     return pd.DataFrame(out | dict(set=sets)).to_csv(index=False, lineterminator='\n')
-
-
-def path_in(config: TrainConfig, k: str) -> str:
-    return getattr(config, k) if k != 'teacher' or config.teacher_file else ''
 
 
 def file_hash(*paths: Path | str) -> str:

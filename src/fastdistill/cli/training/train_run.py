@@ -39,7 +39,7 @@ from .architectures import check_arch, learner_of
 from .config import TrainConfig, write_config
 from .data_checks import checked_samples
 from .data_files import Samples, read_samples
-from .data_fingerprint import data_changes, data_fingerprint, path_in, split_table
+from .data_fingerprint import data_changes, data_fingerprint, split_table
 from .dataloaders import loaders_of
 from .exported_student import FOR_STUDENT, FOR_TEACHER
 from .mask_examples import mask_examples
@@ -108,16 +108,12 @@ class TrainRun:
         loaded = first_then_others(lambda: file_teacher(c.teacher) if c.teacher_file else None)
         s = on_first(lambda: self.samples(loaded))
         student, teacher, make = first_then_others(lambda: self.make_models(s, loaded))
-        on_first(
-            lambda: self.check(
-                student, teacher, trained=loaded is not None or bool(c.teacher_weights)
-            )
-        )
+        on_first(lambda: self.check(student, teacher, trained=bool(c.teacher_files)))
         on_first(self.write_start)
         self.config = on_first(lambda: self.find_rates(make))
         loggers = self.loggers() if self.first else []
         models = dict(teacher=teacher)
-        if isinstance(teacher, Learner) and loaded is None and not c.teacher_weights:
+        if not c.teacher_files:
             self.fit(
                 'teacher',
                 teacher,
@@ -258,11 +254,7 @@ class TrainRun:
         Args:
             random: True if the validation set is a random fraction of the data.
         """
-        files = [
-            Path(p)
-            for k in ('teacher', 'teacher_weights')
-            if (p := path_in(self.config, k)) and random
-        ]
+        files = self.config.teacher_files.values() if random else ()
         # the teacher of a previous run was trained on the split in the folder of that run
         splits = [p.parent / SPLIT for p in files]
         same = lambda p: p.is_file() and p.read_text(encoding='utf-8') == self.split
@@ -335,8 +327,7 @@ class TrainRun:
         wanted = [
             k
             for k in ('lr', 'teacher_lr')
-            if getattr(c, k) == 'auto'
-            and not (k == 'teacher_lr' and (c.teacher_file or c.teacher_weights))
+            if getattr(c, k) == 'auto' and not (k == 'teacher_lr' and c.teacher_files)
         ]
         for k in wanted:
             role, number = ('student', FOR_STUDENT) if k == 'lr' else ('teacher', FOR_TEACHER)
@@ -383,7 +374,7 @@ class TrainRun:
             return
         info = report.info[k]
         scores = [info.text(report.models[n].measures[k].value) + info.unit for n in models]
-        trained = not (self.config.teacher_file or self.config.teacher_weights)
+        trained = not self.config.teacher_files
         longer = 'train it longer (--teacher-epochs), try other rates (--teacher-lr), or ' * trained
         self.say(
             f'The teacher has no significant lead over the student alone ({info.label} {scores[0]} '
