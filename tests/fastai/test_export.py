@@ -474,7 +474,28 @@ def test_a_student_may_be_saved_again_after_an_interrupt_too(normalized, tmp_pat
     assert load_student(tmp_path, normalized.model) is normalized.model
 
 
-@pytest.mark.parametrize('onnx', [False, None, True])
+def test_a_student_whose_network_cannot_be_saved_changes_nothing(
+    normalized, saved, tmp_path, monkeypatch
+):
+    "Neither a new folder nor that of a former student"
+    import fastdistill.fastai.student_export as export
+
+    folder = save_student(normalized, tmp_path / 'out', saved[1])
+    before = {p.name: p.read_bytes() for p in folder.iterdir()}
+    assert {'student.onnx', 'report.json', 'README.md'} <= set(before)
+    learn = copy.copy(normalized)
+    learn.model = copy.deepcopy(normalized.model)
+    torch.nn.init.zeros_(learn.model[1][1].bias)
+    refused = lambda *a: (_ for _ in ()).throw(DistillError("can't be exported"))
+    monkeypatch.setitem(export.WRITERS, '.onnx', refused)
+    for where in (folder, tmp_path / 'new'):
+        with pytest.raises(DistillError, match="can't be exported"):
+            save_student(learn, where, onnx=True, temperature=2.0)
+    assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
+    assert not (tmp_path / 'new').exists()
+
+
+@pytest.mark.parametrize('onnx', [False, None])
 def test_no_network_or_report_of_a_former_student_stays_beside_new_weights(
     normalized, saved, tmp_path, monkeypatch, onnx
 ):
@@ -488,10 +509,7 @@ def test_no_network_or_report_of_a_former_student_stays_beside_new_weights(
     if onnx is not False:
         refused = lambda *a: (_ for _ in ()).throw(DistillError("can't be exported"))
         monkeypatch.setitem(export.WRITERS, '.onnx', refused)
-    if onnx:
-        with pytest.raises(DistillError, match="can't be exported"):
-            save_student(learn, folder, onnx=True, temperature=2.0)
-    elif onnx is None:
+    if onnx is None:
         with pytest.warns(DistillWarning, match="^no ONNX file: can't be exported$"):
             save_student(learn, folder, temperature=2.0)
     else:

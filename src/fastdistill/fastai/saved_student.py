@@ -167,22 +167,25 @@ def save_student(
         temperature=temperature,
         parameters=sum(p.numel() for p in learn.model.parameters()),
     )
+    checked, is_new = None, not folder.exists()
     with file_errors(f"{folder} can't be the folder of a student"):
         folder.mkdir(parents=True, exist_ok=True)
-    # files of a student that was saved before don't belong to the new weights
-    for name in ('student.onnx', 'report.json', 'README.md'):
-        (folder / name).unlink(missing_ok=True)
-    with new_file(folder / 'model.safetensors') as tmp:
-        save_model(learn.model, str(tmp))
-    write_atomically(folder / 'config.json', json.dumps(facts, indent=1, ensure_ascii=False) + '\n')
-    checked = None
+    # the network comes first, since an export that fails must not change the folder
     if onnx is not False:
         try:
             checked = export_student(learn, folder / 'student.onnx', temperature=temperature)
         except (DistillError, ImportError) as e:
             if onnx:
+                if is_new:
+                    folder.rmdir()
                 raise
             warnings.warn(f'no ONNX file: {e}', DistillWarning)
+    # files of a student that was saved before don't belong to the new weights
+    for name in ('report.json', 'README.md', *(['student.onnx'] if checked is None else [])):
+        (folder / name).unlink(missing_ok=True)
+    with new_file(folder / 'model.safetensors') as tmp:
+        save_model(learn.model, str(tmp))
+    write_atomically(folder / 'config.json', json.dumps(facts, indent=1, ensure_ascii=False) + '\n')
     write_atomically(folder / 'README.md', card(title, facts, checked, report))
     if report is not None:
         report.to_json(folder / 'report.json')
