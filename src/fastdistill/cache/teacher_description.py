@@ -193,7 +193,7 @@ def identity_of(teacher: Any) -> dict:
     if (known := getattr(teacher, 'written_identity', None)) is not None:
         return known
     options, parts = options_of(teacher), contents_of(teacher)
-    if getattr(teacher, 'module', None) is not None:
+    if getattr(teacher, 'modules', None) and not getattr(teacher, 'members', None):
         parts.append('None')  # fingerprints of earlier versions contain this text
     return dict(name=name_of_model(teacher), weights=fingerprint(*parts), **options)
 
@@ -204,8 +204,8 @@ def contents_of(teacher: Any) -> list:
     """
     if members := getattr(teacher, 'members', None):
         return [o for m in members for o in contents_of(m)] + [str(teacher.weights)]
-    if (module := getattr(teacher, 'module', None)) is not None:
-        return [module.state_dict()]
+    if modules := getattr(teacher, 'modules', None):
+        return [m.state_dict() for m in modules]
     if path := getattr(teacher, 'path', None):
         return [p.read_bytes() for p in model_files(path)]
     fn = getattr(teacher, 'model', teacher)
