@@ -88,6 +88,22 @@ def test_a_masked_class_that_makes_int8_useless_is_reported(tmp_path, store):
         cache_dataset(Teacher(torch.nn.Identity()), TensorDataset(x), tmp_path / 'bad', **options)
 
 
+@pytest.mark.parametrize('store', ['auto', 'float16', 'logits'])
+@pytest.mark.parametrize('shape', [(9, 4), (9, 4, 3, 2)], ids=str)
+@pytest.mark.parametrize('offset', [3e4, -3e4])
+def test_a_large_number_that_all_logits_share_is_reported(tmp_path, store, shape, offset):
+    "float16 has steps of 16 there, so the teacher's classes are lost"
+    x = logits(*shape)
+    x[3, 2] = -3e4  # a class that is masked out: the others keep their precision
+    options = dict(views=0, store=store, progress=False)
+    cache_dataset(Teacher(torch.nn.Identity()), TensorDataset(x), tmp_path / 'fine', **options)
+    x[5] += offset
+    with pytest.warns(DistillWarning, match="float16 holds .* in steps of 16.*dtype='float32'"):
+        cache_dataset(Teacher(torch.nn.Identity()), TensorDataset(x), tmp_path / 'bad', **options)
+    options['store'] = 'float32'
+    cache_dataset(Teacher(torch.nn.Identity()), TensorDataset(x), tmp_path / 'exact', **options)
+
+
 def test_rows_hold_layers_and_masks():
     out = Outputs(
         logits(4, 3),

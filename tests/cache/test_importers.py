@@ -429,6 +429,11 @@ INF, NAN = float('inf'), float('nan')
             "has 100000: float16 holds numbers up to 65504. Use dtype='float32', or -inf",
         ),
         (
+            dict(logits=[30001.0, 30002.0, 30003.0]),
+            {},
+            "'logits' is 30003, where float16 holds numbers in steps of 16: use dtype='float32'",
+        ),
+        (
             dict(logits=[0.0, -INF, 0.0]),
             dict(dtype='int8'),
             "has -inf, which int8 can't hold: use dtype='float16'",

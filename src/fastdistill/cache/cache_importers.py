@@ -23,7 +23,7 @@ from .json_checks import shortened
 from .keys import keys_of
 from .other_tools import converted_rows
 from .reader import TeacherCache
-from .row_layout import COARSE, Store
+from .row_layout import COARSE, Store, float16_step
 from .teacher_description import Source, is_whole
 from .write_progress import shown_progress
 from .writer import write_cache
@@ -382,6 +382,11 @@ class Reading:
                 f'{self.value!r} has {known.min():g}, which marks a missing log-probability: '
                 f'they must be at least {LEAST_LOGPROB}. Leave the class out of a list of the '
                 'most likely classes, or use -inf for probability 0.'
+            )
+        if self.dtype == 'float16' and (step := float16_step(known.max())) > COARSE:
+            refuse(
+                f'the largest number of {self.value!r} is {known.max():g}, where float16 holds numbers '
+                f"in steps of {step:g}: use dtype='float32', or subtract the largest logit from all."
             )
         if len(known) < len(v) and self.dtype == 'int8':
             refuse(f"{self.value!r} has -inf, which int8 can't hold: use dtype='float16'.")

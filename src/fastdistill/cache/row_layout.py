@@ -21,7 +21,7 @@ from ..base.outputs import TAILS, Draws, LinearLogits, Outputs, TopK
 from .json_checks import json_list, json_object, json_text, refuse_entry, whole_number
 
 DTYPES = 'float32', 'float16', 'int8'
-# step between logits in int8 above which probabilities would be wrong
+# step between stored logits above which probabilities would be wrong
 COARSE = 1.0
 STORE_KINDS = 'auto', 'logits', 'topk', 'hidden', 'draws'
 POSSIBLE_STORES = (
@@ -441,12 +441,16 @@ class Layout:
     # decoding
 
     def largest_step(self, rows: Tensor) -> float:
-        """Return the largest step between the numbers that int8 can hold, in any row. Return 0 if the
-        logits are not stored in int8.
+        """Return the largest step between neighboring numbers that the rows can hold: in int8 that
+        of any row, and in float16 that at the largest logit of any position. Return 0 for float32.
 
         Args:
             rows: Rows, (B, bytes) uint8.
         """
+        if (logits := self.fields[0]).name == 'logits' and logits.dtype == 'float16':
+            t = logits.read(rows)
+            top = t.amax(self.axis) if -t.dim() <= self.axis < t.dim() else t
+            return float16_step(top.numpy()).max(initial=0).item()
         scales = [f for f in self.fields if f.name in ('scale:logits', 'scale:values')]
         return max((f.read(rows)[:, 0].max().item() for f in scales), default=0.0)
 
@@ -480,6 +484,11 @@ class Layout:
         if self.full is not None:
             logits = F.interpolate(logits, self.full, mode='bilinear')
         return Outputs(logits, feats, got['mask'].float() if 'mask' in got else None)
+
+
+def float16_step(values: Any) -> np.ndarray:
+    """Return the distance from each value to the next number of float16. 0 for infinite values."""
+    return np.nan_to_num(np.spacing(np.abs(np.asarray(values, np.float16))))
 
 
 def type_of_ids(n: int) -> str:

@@ -22,7 +22,7 @@ from .output_layer import StoredHead, find_output_layer
 from .row_layout import Layout, Store
 from .store_choice import Choice, HiddenRun, check_kind_of_store, uses_of
 from .teacher_description import Source, check_alone, identity_of, outputs_of
-from .writer import SHARD_BYTES, check_views, encoded, warn_of_int8
+from .writer import SHARD_BYTES, check_views, encoded, warn_of_rounding
 
 UNKNOWN = 10**8  # number of samples assumed for a stream of unknown length
 NUMBERED = re.compile(r'(.+)-(\d{6,})')
@@ -425,7 +425,7 @@ def write_stream(
         keys, got = first_rows_of(waiting, kept)[0]
         out.write(f'{name}-{number:06}', keys, got, view)
     rows.folder.write(end, json.dumps(dict(rows=at)).encode())
-    warn_of_int8(rows.manifest.layout, rows._worst[0])
+    warn_of_rounding(rows.manifest.layout, rows._worst[0])
     if not at:
         warnings.warn(DistillWarning(f'{name} has no samples.'), stacklevel=2)
     return at

@@ -360,11 +360,12 @@ def _write_shards(
                     done += rows
                     if progress is not None:
                         progress(done, total, done * m.layout.bytes)
-    warn_of_int8(m.layout, worst[0])
+    warn_of_rounding(m.layout, worst[0])
 
 
-def warn_of_int8(layout: Layout, worst: float) -> None:
-    """Warn if logits in int8, or logits computed from hidden states in int8, are too inaccurate.
+def warn_of_rounding(layout: Layout, worst: float) -> None:
+    """Warn if logits in int8 or float16, or logits computed from hidden states in int8, are too
+    inaccurate.
 
     Args:
         layout: Layout of the rows.
@@ -375,6 +376,12 @@ def warn_of_int8(layout: Layout, worst: float) -> None:
             f'The logits of the hidden states in int8 differ by up to {100 * worst:.1f}% of their '
             "spread from the teacher's: a few numbers are much larger than the others. Use "
             "store=dict(kind='hidden', dtype='float16')."
+        )
+    elif layout.head is None and worst > COARSE and layout.fields[0].dtype == 'float16':
+        text = (
+            f'float16 holds the outputs of some samples in steps of {worst:.3g}, because all of them '
+            "are very large or very small numbers. Smaller differences are lost. Use dtype='float32', "
+            "or subtract the largest logit in the teacher, which doesn't change the probabilities."
         )
     elif layout.head is None and worst > COARSE:
         text = (
@@ -396,7 +403,7 @@ def encoded(m: Manifest, head: Any, view: Any, worst: list, keys: Any, out: Any)
         view: View of the samples.
         worst: List with one number, which this function updates. If hidden states are stored in
             int8, the number is the largest error of a logit so far, relative to the range of the
-            logits. Otherwise, it is the largest step between stored numbers in int8.
+            logits. Otherwise, it is the largest step between stored numbers.
         keys: Keys of the samples in the batch.
         out: Outputs of the batch.
     """
