@@ -19,7 +19,7 @@ from ..distiller.dataloader import read_apart, spread_batches
 from ..distiller.distiller import Distiller
 from ..distiller.head import Head
 from ..distiller.trainer_integration import takes_part
-from ..features.layer_hooks import returned_by
+from ..features.layer_hooks import Taps, returned_by
 from ..features.layer_names import split_suffixes
 from ..features.probe import dry_run
 from ..recipes.recipe_loss import Distilled
