@@ -121,6 +121,30 @@ def test_a_teacher_is_softened_until_its_entropy_is_nine_tenths_of_the_largest(c
     )  # how large a teacher's logits are tells nothing
 
 
+@pytest.mark.parametrize('ignored', [255, 1])
+def test_pixels_that_the_loss_ignores_do_not_count_for_the_temperature(ignored, capsys):
+    "In a plain loop and in fastai"
+    rng = torch.Generator().manual_seed(0)
+    x = 3 * torch.randn(12, 4, 6, 5, generator=rng)
+    y = torch.randint(4, (12, 6, 5), generator=rng)
+    y[:, :4][y[:, :4] < 3] = ignored
+    x = torch.where((y == ignored)[:, None], 9 * x, x)  # the teacher is sure where nobody asks
+    conv = lambda: nn.Conv2d(4, 4, 1)
+    counted = x.movedim(1, -1)[y != ignored]
+    T = softening_temperature(counted)
+    assert softening_temperature(x.movedim(1, -1)) > 1.3 * T
+    loss = nn.CrossEntropyLoss(ignore_index=ignored)
+    distiller = Distiller(conv(), nn.Identity(), task_loss=loss, check=False)
+    distiller(x, y)
+    assert f'dist(T={T:.2g}, ' in capsys.readouterr().out
+    items = [*zip(x, y)]
+    dls = DataLoaders(*(DataLoader(items, bs=12, num_workers=0) for _ in range(2)))
+    learn = Learner(dls, conv(), loss_func=CrossEntropyLossFlat(axis=1, ignore_index=ignored))
+    with learn.no_bar():
+        learn.fit(1, cbs=KnowledgeDistillation(nn.Identity(), check=False))
+    assert f'dist(T={T:.2g}, ' in capsys.readouterr().out
+
+
 def test_a_large_vocabulary_is_looked_at_in_few_rows(monkeypatch):
     logits = 8 * torch.randn(500, 30_000, generator=torch.Generator().manual_seed(0))
     T, sizes, softmax = softening_temperature(logits[:100]), [], torch.Tensor.softmax

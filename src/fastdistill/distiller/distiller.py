@@ -514,7 +514,7 @@ class Distiller(nn.Module):
         s = self._by_head(self.student_outputs(raw, feats, x))
         for k, h in self.heads.items():
             if h.chooses:
-                h.choose(s[k].logits, x, bool(own[k]))
+                h.choose(s[k].logits, x, own[k])
             elif h.teacher is None:
                 h.choose_from(s[k], None, bool(own[k]))
         t = self._by_head(self.teacher_outputs(x, progress))

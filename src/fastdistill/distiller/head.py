@@ -107,13 +107,13 @@ class Head(RecipeLoss):
             recipe = with_full_task(recipe)
         super().take(recipe)
 
-    def choose(self, logits: Any, x: tuple, labels: bool) -> None:
+    def choose(self, logits: Any, x: tuple, labels: Sequence | bool) -> None:
         """Let `auto` choose a recipe from the outputs of a batch.
 
         Args:
             logits: Student logits of a batch.
             x: Inputs of the same batch.
-            labels: Whether the batches have labels.
+            labels: Labels of the same batch, or whether the batches have labels.
         """
         self._choose(logits, lambda: self.teacher.probe(*x), labels)
 
@@ -143,11 +143,11 @@ class Head(RecipeLoss):
                 'the teacher to compute().'
             )
 
-    def _choose(self, logits: Any, ask: Callable[[], Outputs], labels: bool) -> None:
+    def _choose(self, logits: Any, ask: Callable[[], Outputs], labels: Sequence | bool) -> None:
         ask_logits = lambda: plain_logits(Outputs(logits), ask())[1]
         doubt = 'the teacher is in doubt, see above' if self.doubt else None
-        facts = facts_for_auto(logits.shape, self.task, ask_logits)
-        chosen = of_first(auto(**facts, labels=labels, doubt=doubt))
+        facts = facts_for_auto(logits.shape, self.task, ask_logits, labels)
+        chosen = of_first(auto(**facts, labels=bool(labels), doubt=doubt))
         self.take(chosen)
         if rank() == 0:
             print(f'fastdistill: {self.prefix}recipe {chosen}')

@@ -21,12 +21,12 @@ class Example:
 
     Attributes:
         x: Inputs of the batch.
-        labels: True if the batch has labels.
+        labels: Labels of the batch. Empty if it has none.
         logits: The student's logits.
     """
 
     x: tuple
-    labels: bool
+    labels: tuple
     logits: Tensor
 
 
@@ -48,7 +48,8 @@ def example_of(learn, output=None) -> Example | None:
             x, y = next(chain(train, valid), (None, None))
             if x is None:
                 return None
-            return Example(x, bool(y), Outputs.of(dry_run(learn.model, *x), output=output).logits)
+            logits = Outputs.of(dry_run(learn.model, *x), output=output).logits
+            return Example(x, tuple(y), logits)
         except (PreparationError, DistillError):
             return None
 
@@ -64,7 +65,7 @@ def choose_recipe(example: Example | None, task, teacher, found: Findings | None
     """
     stored = getattr(teacher, 'draws', None)
     if stored is not None:
-        return for_draws(stored['T'], example is None or example.labels)
+        return for_draws(stored['T'], example is None or bool(example.labels))
     return auto(**facts_for_choice(example, task, teacher, found))
 
 
@@ -76,4 +77,5 @@ def facts_for_choice(example, task, teacher, found=None) -> dict:
     if example is None:
         return dict(kind=task.kind) | doubt
     ask = lambda: plain_logits(Outputs(example.logits), teacher.probe(*example.x))[1]
-    return facts_for_auto(example.logits.shape, task, ask) | dict(labels=example.labels) | doubt
+    facts = facts_for_auto(example.logits.shape, task, ask, example.labels)
+    return facts | dict(labels=bool(example.labels)) | doubt

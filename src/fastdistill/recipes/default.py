@@ -6,7 +6,7 @@ from math import log, sqrt
 import torch
 from torch import Tensor, special
 
-from ..base.outputs import DistillError
+from ..base.outputs import DistillError, as_plain
 from ..base.task import Task, facts_of_outputs
 from .recipe_text import Reader
 from .term import Recipe
@@ -126,7 +126,9 @@ def softening_temperature(logits: Tensor) -> float:
     return T
 
 
-def facts_for_auto(shape: Sequence[int], task: Task, ask: Callable) -> dict:
+def facts_for_auto(
+    shape: Sequence[int], task: Task, ask: Callable, labels: Sequence | bool = ()
+) -> dict:
     """Build the arguments of `auto`. The teacher is queried only if the choice depends on its
     outputs.
 
@@ -135,11 +137,18 @@ def facts_for_auto(shape: Sequence[int], task: Task, ask: Callable) -> dict:
         task: The `Task` that describes the logits.
         ask: fn() -> teacher logits for some training samples, with the same axes as the student's.
             None if the logits are not available.
+        labels: Labels of the same samples, whose ignored positions do not count. Other values have
+            no effect.
     """
     facts = facts_of_outputs(shape, task)
     if not takes_dist(facts['classes']) or (t := ask()) is None or t.dim() != len(shape):
         return facts
-    return facts | dict(teacher=t.movedim(task.axis, -1))
+    t = t.movedim(task.axis, -1)
+    y = as_plain(labels[0])[: len(t)] if isinstance(labels, Sequence) and len(labels) == 1 else None
+    if task.kind == 'softmax' and isinstance(y, Tensor) and y.shape == t.shape[:-1]:
+        counts = (y != task.ignore_index).to(t.device)
+        t = t[counts] if counts.any() else t
+    return facts | dict(teacher=t)
 
 
 def for_draws(T: float, labels: bool = True) -> Automatic:
