@@ -36,6 +36,28 @@ def there(tmp_path, monkeypatch):
     return tmp_path
 
 
+@pytest.mark.parametrize('name', ['file', 'row'])
+def test_runs_that_know_each_others_validation_samples_are_not_compared(command, tmp_path, name):
+    "Before anything is loaded: the students here are not even Learners"
+
+    def run(k, valid, n=10):
+        (folder := tmp_path / k).mkdir()
+        (folder / 'config.toml').touch()
+        (folder / 'student.pkl').touch()
+        rows = [f'{i},{"valid" if i in valid else "train"}' for i in range(n)]
+        (folder / 'split.csv').write_text('\n'.join([f'{name},set', *rows]))
+        return f'{k}={folder}'
+
+    a, b, c = run('a', [1, 2, 3]), run('b', [2, 3, 4]), run('c', [1, 2, 3])
+    code, _, err = command('compare', a, b)
+    assert code
+    assert 'was trained on 1 of the 3 validation samples of' in ' '.join(err.split())
+    for o in [c, *([run('d', [7], n=11)] if name == 'row' else [])]:
+        code, _, err = command('compare', a, o)
+        assert code  # the files are empty
+        assert 'was trained on' not in ' '.join(err.split())
+
+
 def test_compare_prints_and_writes_a_report(command, there):  # noqa: F811
     code, out, err = command(
         'compare',

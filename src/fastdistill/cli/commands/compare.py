@@ -2,8 +2,10 @@
 student to a file.
 """
 
+import csv
 import warnings
 from collections.abc import Iterable
+from itertools import permutations
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -31,6 +33,27 @@ def named_once(pairs: Iterable) -> dict:
     return out
 
 
+def check_splits(runs: Iterable[str]) -> None:
+    """Raise a DistillError if one run was trained on validation samples of a different run.
+
+    Args:
+        runs: Files in folders of runs.
+    """
+    sets = {}
+    for run in runs:
+        if (file := Path(run).parent / 'split.csv').is_file():
+            (name, *_), *rows = csv.reader(file.read_text(encoding='utf-8').splitlines())
+            data = len(rows) if name == 'row' else ''  # numbers of rows are of the same data
+            sets[run] = [{(data, r[0]) for r in rows if r[-1] == k} for k in ('train', 'valid')]
+    for a, b in permutations(sets, 2):
+        if known := sets[a][0] & sets[b][1]:
+            raise DistillError(
+                f'{a} was trained on {len(known)} of the {len(sets[b][1])} validation samples of {b}, '
+                'so their scores there would not be comparable. Pass --data with samples on which '
+                'neither was trained, or train both with the same --valid and --seed.'
+            )
+
+
 def compare_command(
     models: ModelsArg,
     data: DataOption = None,
@@ -55,9 +78,11 @@ def compare_command(
     Example: fastdistill compare teacher=t.pkl alone=a.pkl distilled=s.pkl --data train.py:dls --out
     runs/a.
     """
+    named = named_once(map(split_name, models))
+    if data is None:
+        check_splits(v for v in named.values() if of_run(v))
     from ...fastai import compare as compare_models
 
-    named = named_once(map(split_name, models))
     dls = None if data is None else load_object(data, dataloaders)
     runs = {k: load_named_learner(v) for k, v in named.items() if dls is None and of_run(v)}
     run = next(reversed(runs.values()), None)
