@@ -176,6 +176,12 @@ def test_export_writes_a_checked_file(command, there):  # noqa: F811
         assert code == 2 and why in ' '.join(err.split())
 
 
+def test_export_can_calibrate_first(command, there):  # noqa: F811
+    code, out, err = command('export', 'mine.py:student', 'c.pt2', '--calibrate')
+    assert code == 0, err
+    assert 'temperature' in out.splitlines()[0] and (there / 'c.pt2').is_file()
+
+
 @pytest.mark.parametrize('name', ['compare', 'report', 'export'])
 def test_help_has_an_example(command, name):  # noqa: F811
     code, out, _ = command(name, '--help')
@@ -185,4 +191,4 @@ def test_help_has_an_example(command, name):  # noqa: F811
 def test_a_csv_file_as_data_is_refused_with_the_code_that_scores_on_it(command):  # noqa: F811
     code, _, err = command('compare', 'a=runs/a', '--data', 'test.csv')
     assert code == 2 and 'must be a file and a name in it' in err
-    assert "learn.validate(dl=learn.dls.test_dl(pd.read_csv('test.csv')))" in ' '.join(err.split())
+    assert "learn.dls.test_dl(pd.read_csv('test.csv'), with_labels=True)" in ' '.join(err.split())

@@ -24,8 +24,8 @@ def in_file(name: str) -> tuple[str, str]:
     if not file.endswith('.py') or not attr:
         table = (
             " To score a run's student on the rows of a CSV file, in Python: learn = "
-            "load_learner('RUN/student.pkl'); "
-            f'learn.validate(dl=learn.dls.test_dl(pd.read_csv({name!r})))'
+            "load_learner('RUN/student.pkl'); dl = learn.dls.test_dl("
+            f"pd.read_csv({name!r}), with_labels=True); compare({{'student': learn}}, dl=dl)"
         )
         raise DistillError(
             f"{name!r}: must be a file and a name in it, such as 'train.py:dls'."

@@ -159,6 +159,10 @@ def export_command(
             '--int8', help='For an .onnx file: quantize, and measure the loss of quality.'
         ),
     ] = False,
+    calibrate: Annotated[
+        bool,
+        typer.Option('--calibrate', help='Fit a temperature on the validation data first.'),
+    ] = False,
 ) -> None:
     """Export a trained student to a file that can be used without fastai and fastdistill, and
     compare its outputs with those of the Learner.
@@ -188,6 +192,8 @@ def export_command(
             f'{student} is hardly better than a constant prediction: {why}. Is it trained?{hint}',
             DistillWarning,
         )
+    if calibrate:
+        typer.echo(str(learn.calibrate()))
     if path.suffix:
         typer.echo(str(export_student(learn, path, int8=int8)))
     else:
