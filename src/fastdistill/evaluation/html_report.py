@@ -134,7 +134,7 @@ def pictures(r: ReportData, name: str) -> list[Picture]:
         if (fig := draw(r)) is None:
             continue
         text = svg(fig)
-        light, dark = svg_uri(text), svg_uri(on_dark(text))
+        light, dark = (uri('image/svg+xml', o.encode()) for o in (text, on_dark(text)))
         out.append(Picture(title, alt(r), light, dark, *pixels(fig)))
     return out
 
@@ -161,10 +161,6 @@ def own_picture(title: str, fig: Any) -> Picture:
     out = io.BytesIO()
     fig.savefig(out, format='png', dpi=110)
     return Picture(title, title, uri('image/png', out.getvalue()), '', *pixels(fig))
-
-
-def svg_uri(text: str) -> str:
-    return uri('image/svg+xml', text.encode())
 
 
 def uri(kind: str, data: bytes) -> str:

@@ -32,6 +32,8 @@ def plot_masks(
         teacher: Name of the teacher in `predictions`.
         ignored: Label of pixels that are not compared. These pixels are white.
     """
+    from matplotlib.patches import Patch
+
     n, (h, w) = len(labels), labels.shape[1:]
     counts = labels != ignored
     maps = {'labels': labels, **predictions}
@@ -65,7 +67,7 @@ def plot_masks(
             ]
         for place, rows in (('left', of_classes), ('right', of_rows)):
             fig.legend(
-                [patch(color) for _, color in rows],
+                [Patch(facecolor=color) for _, color in rows],
                 [name for name, _ in rows],
                 loc=f'outside lower {place}',
                 ncols=-(-len(rows) // 3) if place == 'left' else 2,
@@ -76,12 +78,6 @@ def plot_masks(
                 alignment='left',
             )
     return fig
-
-
-def patch(color: Any) -> Any:
-    from matplotlib.patches import Patch
-
-    return Patch(facecolor=color)
 
 
 def color_of_class(c: int) -> Any:

@@ -115,15 +115,12 @@ class PairedScores:
 
     def _p_values(self, a: str, b: str) -> dict[str, tuple[float | None, str]]:
         """Return {measure: (p-value, name of the test)}."""
-        whole = (
-            {c: o.sum(0) for c, o in self.scores[a].items()},
-            {c: o.sum(0) for c, o in self.scores[b].items()},
-        )
         apart = {c: self.scores[a][c] - self.scores[b][c] for c in self.scores[a]}
         # each permutation swaps the results of random samples between `a` and `b`
         moved = self._weighted(coins(self.n, self.repeats, self.seed), dict(moved=apart))['moved']
-        swapped = [{c: w[c] + sign * moved[c] for c in moved} for w, sign in zip(whole, (-1, 1))]
-        va, vb = map(self._values, swapped)
+        whole_a, whole_b = self.whole[a], self.whole[b]
+        va = self._values({c: whole_a[c] - moved[c] for c in moved})
+        vb = self._values({c: whole_b[c] + moved[c] for c in moved})
         out = {}
         for k in self.measures:
             with np.errstate(invalid='ignore'):

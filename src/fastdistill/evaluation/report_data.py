@@ -210,13 +210,14 @@ class JsonReport:
         Args:
             source: Path of a file, or the JSON text itself.
         """
-        text = (
-            source
-            if isinstance(source, str) and source.lstrip().startswith('{')
-            else read(cls, Path(source))
-        )
+        if not isinstance(source, str) or not source.lstrip().startswith('{'):
+            if not Path(source).is_file():
+                raise DistillError(
+                    f'There is no file {str(source)!r}. {cls.__name__}.to_json(path) writes one.'
+                )
+            source = Path(source).read_text(encoding='utf-8')
         try:
-            data = json.loads(text)
+            data = json.loads(source)
         except ValueError as e:
             raise DistillError(
                 f'This is not JSON: {e}. {cls.__name__}.to_json writes a {cls.called}.'
@@ -315,12 +316,6 @@ def write_text(text: str, path: str | Path | None) -> str | Path:
         else:
             write_atomically(path, text)
     return path
-
-
-def read(cls: type, path: Path) -> str:
-    if path.is_file():
-        return path.read_text(encoding='utf-8')
-    raise DistillError(f'There is no file {str(path)!r}. {cls.__name__}.to_json(path) writes one.')
 
 
 def finite(o: Any) -> Any:
