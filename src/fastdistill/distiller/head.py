@@ -190,6 +190,7 @@ class Head(RecipeLoss):
         """Return the state that a checkpoint needs in addition to the weights."""
         return dict(
             recipe=self.chosen,
+            shares_task=self.shares_task,
             ratios=self.ratios.state_dict(),
             shift_labels=self.shift_labels,
             random=self.random_state(),
@@ -205,11 +206,11 @@ class Head(RecipeLoss):
 
         If a recipe with different terms was already chosen, the current recipe is kept.
         """
+        self.shares_task |= state['shares_task']
         if self.automatic and state['recipe'] is not None:
             recipe = Automatic(*state['recipe'])
-            if self.chooses or [t.name for t in recipe.terms] == [
-                t.name for t in self.recipe.terms
-            ]:
+            names = lambda r: [t.name for t in r.terms]
+            if self.waits or names(recipe) == names(self.recipe):
                 self.take(recipe)
         self.ratios.load_state_dict(state['ratios'])
         if self.shift_labels is None:
@@ -462,6 +463,9 @@ def share_task_loss(heads: dict) -> None:
     A recipe that has no weight for it gives it the weight 1. If such a recipe has only gradient
     ratios, which are relative to the task loss, it gets the weight of the other heads.
     """
+    for h in heads.values():
+        if h.chosen is not None and not h.shares_task:
+            h.recipe = with_full_task(h.recipe)
     weights = {
         k: 1.0 if h.recipe.task is None else h.recipe.task
         for k, h in heads.items()
