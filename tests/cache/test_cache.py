@@ -692,12 +692,12 @@ def test_a_begun_cache_with_other_keys_gets_its_own_again(tmp_path):
 def test_a_damaged_manifest_says_so_and_force_overwrites_it(tmp_path):
     x = TensorDataset(torch.randn(8, 3))
     write = lambda **kw: cache_dataset(writers.Slow('/dev/null', 0), x, tmp_path, views=0, **kw)
-    facts = dict(vocab=('a', 'b'), transforms={'n': (1, np.int64(2)), 'a': np.arange(2)})
+    facts = dict(vocab=tuple('abcd'), transforms={'n': (1, np.int64(2)), 'a': np.arange(2)})
     write(facts=facts)
     assert write(facts=facts).check()  # as JSON keeps them
     good = (tmp_path / 'manifest.json').read_text()
     with pytest.raises(DistillError, match="object can't be stored in a manifest"):
-        write(facts=dict(vocab=[object()]), force=True)
+        write(facts=dict(vocab=[object(), *'abc']), force=True)
     assert (tmp_path / 'manifest.json').read_text() == good  # nothing was removed
     for bad in (
         '{',

@@ -5,8 +5,8 @@ import numpy as np
 import pytest, torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
-from fastdistill import DistillError, Distiller, Outputs, kd, losses, soft_labels
-from fastdistill.cache import Replayed, TeacherCache, cache_from
+from fastdistill import DistillError, Distiller, Outputs, Teacher, kd, losses, soft_labels
+from fastdistill.cache import Replayed, TeacherCache, cache_dataset, cache_from, start_stream
 from fastdistill.cache.keys import keys_of
 from fastdistill.base.outputs import TopK
 
@@ -339,7 +339,7 @@ def test_a_loss_of_tokens_counts_those_that_are_there(tmp_path):
         (
             [dict(key='a', logprobs=[-0.1, -2.3]), dict(key='b', logprobs=[0.0])],
             {},
-            r"The positions have 1 to 2 classes, n=None \(Row 1 \('b'\) has 1, Row 0 \('a'\) has 2",
+            r"Row 1 \('b'\) has 1 numbers without class numbers, but Row 0 \('a'\) has 2",
         ),
         (
             [dict(key='a', logprobs={'1': -0.1, '2': -3})],
@@ -586,6 +586,157 @@ def test_large_arrays_in_rows_tell_teachers_apart(tmp_path):
 def test_a_class_that_is_masked_out_keeps_probability_0(tmp_path):
     cache = opened([dict(key='a', logits=[1.0, -INF, 1.0])], tmp_path / 'cache')
     assert cache.outputs([0]).logits.softmax(1).tolist() == [[0.5, 0.0, 0.5]]
+
+
+# rows without class numbers among rows with them
+
+FEW, MORE = dict(probs=[0.9, 0.05, 0.05], ids=[7, 3, 1]), dict(probs=[0.9, 0.06, 0.04])
+
+
+@pytest.mark.parametrize(
+    'first,second',
+    [
+        (FEW, MORE),
+        (FEW, MORE | dict(ids=None)),
+        (MORE, FEW),
+        (dict(logprobs={'7': -0.1}), dict(logprobs=[-0.1, -2.36])),
+        (
+            dict(probs=[[0.9, 0.1]], ids=[[7, 3]]),
+            dict(probs=[[0.9, 0.1], [0.9, 0.1]], ids=[[7, 3], None]),
+        ),
+        (dict(logprobs=[{'7': -0.1}]), dict(logprobs=[{'7': -0.1}, [-0.1, -2.36]])),
+    ],
+)
+@pytest.mark.parametrize('form', ['rows', 'jsonl', 'parquet'])
+def test_a_row_without_class_numbers_among_rows_with_them_needs_all_classes(
+    first, second, form, tmp_path
+):
+    import pyarrow as pa, pyarrow.parquet as pq
+
+    rows = source = [dict(key='a') | first, dict(key='b') | second]
+    if form == 'jsonl':
+        source = lines(tmp_path / 'a.jsonl', rows)
+    if form == 'parquet':
+        if 'probs' not in first:
+            pytest.skip('a column has one type')
+        source = tmp_path / 'a.parquet'
+        pq.write_table(pa.Table.from_pylist(rows, pa.schema(schema_of(first))), source)
+    says = r"\('[ab]'\) has [23] numbers without class numbers, but n=10: each position must have"
+    with pytest.raises(DistillError, match=says):
+        opened(source, tmp_path / 'cache', 10)
+    assert not (tmp_path / 'cache').exists()
+
+
+def schema_of(row):
+    import pyarrow as pa
+
+    nested = pa.list_ if isinstance(row['probs'][0], list) else lambda o: o
+    types = dict(probs=pa.float64(), ids=pa.int64())
+    return dict(key=pa.string()) | {k: pa.list_(nested(o)) for k, o in types.items()}
+
+
+def test_a_row_with_all_classes_among_rows_with_class_numbers(tmp_path):
+    p = LOGP[1].exp()
+    rows = [dict(key=0, probs=[0.9, 0.05], ids=[3, 1]), dict(key=1, probs=p.tolist())]
+    out = outputs(opened(rows, tmp_path / 'cache', C, tail='zero'), [0, 1]).logits
+    assert out.ids[0].tolist() == [3, 1]
+    assert out.ids[1].tolist() == p.topk(2).indices.tolist()
+
+
+def test_class_numbers_may_be_in_either_column(tmp_path):
+    rows = [dict(key=0, probs=[0.9, 0.05, 0.05], ids=None, token_ids=[2, 0, 1])]
+    out = outputs(opened(rows, tmp_path / 'cache', 3), [0]).logits
+    torch.testing.assert_close(out.exp(), torch.tensor([[0.05, 0.05, 0.9]]))
+
+
+# names of classes
+
+
+@pytest.mark.parametrize(
+    'vocab,says',
+    [
+        (['a', 'b'], 'vocab= has 2 names for 4 classes: give one for each'),
+        ([*'abcde'], 'vocab= has 5 names for 4 classes'),
+        ([*'abca'], "vocab= has the name 'a' 2 times: each class needs its own"),
+    ],
+)
+@pytest.mark.parametrize('form', ['rows', 'few', 'dataset', 'stream'])
+def test_each_class_has_a_name_of_its_own(vocab, says, form, tmp_path):
+    at, x = tmp_path / 'cache', torch.eye(3)
+    teacher = nn.Linear(3, 4)
+    batch = dict(key=[0, 1, 2], inputs=x)
+    write = dict(
+        rows=lambda v: cache_from(LOGP, at, keys=NAMES, vocab=v),
+        few=lambda v: cache_from([dict(key=0, logprobs={'1': -0.1})], at, C, vocab=v),
+        dataset=lambda v: cache_dataset(
+            Teacher(teacher), TensorDataset(x), at, 0, facts=dict(vocab=v)
+        ),
+        stream=lambda v: start_stream(at, Teacher(teacher), batch, 'logits', vocab=v),
+    )[form]
+    with pytest.raises(DistillError, match=says):
+        write(vocab)
+    assert not at.exists() or not list(at.iterdir())
+    write([*'abcd'])
+    assert json.loads((at / 'manifest.json').read_text())['vocab'] == [*'abcd']
+
+
+# files that say something twice
+
+
+@pytest.mark.parametrize('text', ['{"key":0,"logprobs":{"1":-0.1,"1":-4.0}}', '{"key":0,"key":1}'])
+def test_a_name_that_is_twice_in_an_object_is_refused(text, tmp_path):
+    (tmp_path / 'a.jsonl').write_text(text)
+    with pytest.raises(DistillError, match="a.jsonl, line 1 .* has the name '(1|key)' twice"):
+        opened(tmp_path / 'a.jsonl', tmp_path / 'cache', 10)
+
+
+@pytest.mark.filterwarnings('ignore:Duplicate name')
+@pytest.mark.parametrize('form', ['parquet', 'arrow', 'arrow file', 'npz'])
+def test_a_column_that_is_there_twice_is_refused(form, tmp_path):
+    import zipfile
+    import pyarrow as pa, pyarrow.parquet as pq
+
+    file = tmp_path / f'a.{form.split()[0]}'
+    columns = dict(id=NAMES, logprobs=LOGP.tolist(), other=LOGP.flip(1).tolist())
+    table = pa.table(columns).rename_columns(['id', 'logprobs', 'logprobs'])
+    if form == 'parquet':
+        pq.write_table(table, file)
+    elif form == 'npz':
+        np.savez(file, logprobs=LOGP.numpy())
+        with zipfile.ZipFile(file, 'a') as z:
+            z.writestr('logprobs.npy', z.read('logprobs.npy'))
+    else:
+        new = pa.ipc.new_stream if form == 'arrow' else pa.ipc.new_file
+        with pa.OSFile(str(file), 'wb') as f, new(f, table.schema) as to:
+            to.write_table(table)
+    with pytest.raises(DistillError, match=rf"{file.name} has the column 'logprobs' twice"):
+        opened(file, tmp_path / 'cache', keys=NAMES)
+
+
+def test_checksums_of_parquet_are_compared(tmp_path):
+    import pyarrow as pa, pyarrow.parquet as pq
+
+    file, p = tmp_path / 'a.parquet', LOGITS.double().softmax(1)
+    table = pa.table(dict(id=NAMES, probs=p.tolist()))
+    pq.write_table(table, file, write_page_checksum=True, use_dictionary=False, compression='none')
+    data = bytearray(file.read_bytes())
+    at = data.index(p[3, 1].numpy().tobytes())
+    data[at] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(DistillError, match="a.parquet, row 0 can't be read as .parquet .*CRC"):
+        opened(file, tmp_path / 'cache')
+
+
+@pytest.mark.parametrize('outputs', [None, 3, dict(key=1), b'a.jsonl', object()])
+def test_what_can_not_be_rows_is_named(outputs, tmp_path):
+    with pytest.raises(DistillError, match='outputs is of type .*: it must be a file, a folder'):
+        opened(outputs, tmp_path / 'cache')
+
+
+def test_too_few_classes_are_named(tmp_path):
+    says = r"Row 0 \('a'\) has 3 numbers without class numbers, but n=2: each position must have"
+    with pytest.raises(DistillError, match=says):
+        opened([dict(key='a', logits=[0.0, 1.0, 2.0])], tmp_path / 'cache', 2)
 
 
 ODD = (

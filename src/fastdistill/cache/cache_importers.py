@@ -6,7 +6,8 @@ The outputs can be JSON lines, Parquet, Arrow or NumPy files, or Python objects.
 import importlib
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from math import isfinite
 from pathlib import Path, PurePath
@@ -19,12 +20,12 @@ from torch import Tensor
 from ..base.outputs import DistillError, Outputs, TopK
 from .digests import file_checksum, fingerprint
 from .file_store import natural_order
-from .json_checks import shortened
+from .json_checks import load_json, shortened
 from .keys import keys_of
 from .other_tools import converted_rows
 from .reader import TeacherCache
 from .row_layout import COARSE, Store, float16_step
-from .teacher_description import Source, is_whole
+from .teacher_description import Source, check_vocab, is_whole
 from .write_progress import shown_progress
 from .writer import write_cache
 
@@ -39,6 +40,7 @@ VALUES = dict(
     prompt_logprobs=True,
     input_top_logprobs=True,
 )
+IDS = 'ids', 'token_ids'
 KEYS = 'key', 'id', 'custom_id', 'index', 'path'
 LEAST_LOGPROB = -1000  # vLLM and OpenAI write -9999 for missing values
 
@@ -121,6 +123,7 @@ def cache_from(
     r = Reading(rows, n, value, given, shift, tail, dtype)
     found = r.hashed(r.names(keys), root)
     r.measure(topk, length)
+    check_vocab(vocab, r.n)
 
     def run(tasks: Sequence[int], bs: int) -> Iterator[Outputs]:
         for i in range(0, len(tasks), bs):
@@ -244,8 +247,10 @@ class Reading:
         for name, o in dict(n=self.n, topk=topk, length=length).items():
             if o is not None and (not is_whole(o) or o < 1):
                 raise DistillError(f'{name}={o!r}: it must be a whole number from 1, or None.')
+        # {number of classes: row}, of all positions and of those without class numbers
         counts: dict[int, int] = {}
-        longest, whole, self.tokens = 0, True, None
+        unnumbered: dict[int, int] = {}
+        longest, self.tokens = 0, None
         for i in range(len(self.rows)):
             positions = self.positions(i)
             if self.tokens is None:
@@ -263,22 +268,25 @@ class Reading:
                 for j, p in enumerate(positions):
                     if p is not None:
                         self.check(p[0], p[1], f'position {j}: ' if self.in_rows else '')
-            whole = whole and all(c is None for c, _ in filter(None, positions))
-            for k in own:
-                counts.setdefault(k, i)
+            for c, v in filter(None, positions):
+                counts.setdefault(len(v), i)
+                if c is None:
+                    unnumbered.setdefault(len(v), i)
             longest = max(longest, len(positions))
         k, self.length = min(counts), length or longest
-        self._check_classes(k, counts, whole, topk)
+        self._check_classes(k, counts, unnumbered, topk)
         self.n, self.k = self.n or k, topk or k
         if self.k == self.n and not topk:
             self.k = None  # all classes are stored in order, so class numbers are not needed
 
-    def _check_classes(self, k: int, counts: Any, whole: Any, topk: int | None) -> None:
-        if whole and (len(counts) > 1 or self.n not in (None, k)):
+    def _check_classes(self, k: int, counts: Any, unnumbered: Any, topk: int | None) -> None:
+        n = self.n or max(unnumbered)
+        if wrong := next((o for o in unnumbered if o != n), None):
+            other = f'n={n}' if self.n else f'{self.place(unnumbered[n])} has {n}'
             raise DistillError(
-                f'The positions have {k} to {max(counts)} classes, n={self.n} ({self.place(counts[k])} '
-                f'has {k}, {self.place(counts[max(counts)])} has {max(counts)}): give class numbers '
-                "too, in a column 'ids'."
+                f'{self.place(unnumbered[wrong])} has {wrong} numbers without class numbers, but '
+                f'{other}: each position must have one number for each class, or class numbers in '
+                "a column 'ids'."
             )
         if topk and topk > k:
             raise DistillError(
@@ -294,7 +302,8 @@ class Reading:
         """
         o = unwrapped(self.column(i, self.value))
         with self.naming(i):
-            ids = self.rows[i].get('ids', self.rows[i].get('token_ids'))
+            columns = self.rows[i]
+            ids = next((columns[k] for k in IDS if columns.get(k) is not None), None)
             if not isinstance(o := listed(o), (Mapping, list, np.ndarray)):
                 raise DistillError(
                     f'{self.value!r} is {shortened(repr(o), 100)}: it must be a list of numbers, '
@@ -574,6 +583,11 @@ def read_rows(o: Any) -> tuple:
         o = as_array(o)
     if isinstance(o, np.ndarray):
         return Arrays(dict(logprobs=o)), ('array', fingerprint(o))
+    if isinstance(o, (Mapping, bytes)) or not isinstance(o, Iterable):
+        raise DistillError(
+            f'outputs is of type {type(o).__name__}: it must be a file, a folder of files, an array, '
+            'a Dataset or a list of dicts.'
+        )
     rows = list(o)
     return rows, ('rows', fingerprint(f'[{", ".join(row_texts(rows))}]'))
 
@@ -707,7 +721,7 @@ class Lines:
             f.seek(self.at[i])
             line = f.readline()
         try:
-            row = json.loads(line)
+            row = load_json(line)
         except (ValueError, RecursionError) as e:
             raise DistillError(
                 f'{self.path}, {self.place(i)} is not JSON: {shortened(e)}. Each line must be an '
@@ -750,11 +764,18 @@ def pyarrow_module(name: str) -> Any:
         ) from e
 
 
+def check_unique(columns: Sequence, path: Path) -> None:
+    if repeated := [k for k, n in Counter(columns).items() if n > 1]:
+        raise DistillError(f'{path} has the column {repeated[0]!r} twice: rename or remove one.')
+
+
 class Parquet(Groups):
     """A Parquet file."""
 
     def __init__(self, path: Path):
-        file = pyarrow_module('parquet').ParquetFile(path)
+        parquet = pyarrow_module('parquet')
+        file = parquet.ParquetFile(path, page_checksum_verification=True)
+        check_unique(file.schema_arrow.names, path)
         sizes = [file.metadata.row_group(g).num_rows for g in range(file.num_row_groups)]
         super().__init__(sizes, file.read_row_group)
 
@@ -770,6 +791,7 @@ class Arrow(Groups):
         except pa.ArrowInvalid:
             # the file is not a stream but has the Arrow file format, with an index
             batches = ipc.open_file(path).read_all().to_batches()
+        check_unique(batches[0].schema.names if batches else (), path)
         super().__init__([b.num_rows for b in batches], batches.__getitem__)
 
 
@@ -797,6 +819,7 @@ def arrays_of(path: Path) -> Arrays:
     if path.suffix == '.npz':
         # subtle: NumPy does not close a damaged file that it opened itself
         with open(path, 'rb') as f, np.load(f, allow_pickle=False) as o:
+            check_unique(o.files, path)
             return Arrays(dict(o), path)
     o = np.load(path, mmap_mode='r', allow_pickle=False)
     if (size := os.stat(path).st_size) != (need := o.offset + o.nbytes):

@@ -33,6 +33,7 @@ from .teacher_description import (
     Source,
     check_alone,
     check_shared_keys,
+    check_vocab_of_outputs,
     distinct_views,
     identity_of,
     outputs_of,
@@ -145,6 +146,7 @@ def cache_dataset(
             teacher = reading_tokens(teacher, *(x if isinstance(x, tuple) else (x,)))
         held = teacher
         check_alone(outputs, len(dataset))
+        check_vocab_of_outputs(facts.get('vocab'), outputs, axis, kind)
         described = dict(facts.get('transforms') or {})
         if shake is not None:
             described['batch_tfm'] = code_of(shake if inspect.isroutine(shake) else type(shake))

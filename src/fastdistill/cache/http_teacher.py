@@ -23,7 +23,7 @@ from ..base.atomic_files import file_errors, write_atomically
 from ..base.outputs import DistillError
 from .digests import behavior_of, checksum
 from .file_store import Folder
-from .json_checks import shortened
+from .json_checks import load_json, shortened
 from .manifest import MAX_MANIFEST
 from .teacher_description import is_whole
 
@@ -437,7 +437,9 @@ class Server:
                 'classes in each request'
             )
         try:
-            return json.loads(text)
+            return load_json(text)
+        except DistillError:
+            raise
         except (ValueError, RecursionError) as e:
             why = f'the answer is not JSON ({e})'
             # an empty response, or one that begins like JSON, was probably truncated

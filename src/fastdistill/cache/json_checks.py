@@ -4,6 +4,7 @@ Each error names the entry, its value and the allowed values.
 """
 
 import json
+from collections import Counter
 from collections.abc import Iterable
 from typing import Any, NoReturn
 
@@ -16,10 +17,24 @@ def shortened(o: Any, n: int = 200) -> str:
     return s if len(s := str(o)) <= n else s[:n] + ' ...'
 
 
+def load_json(text: str | bytes) -> Any:
+    """Parse JSON. Raise a DistillError if a name occurs twice in an object, of which `json.loads`
+    would keep only the last value.
+    """
+    return json.loads(text, object_pairs_hook=as_object)
+
+
+def as_object(pairs: list[tuple[str, Any]]) -> dict:
+    if len(o := dict(pairs)) == len(pairs):
+        return o
+    name = Counter(k for k, _ in pairs).most_common(1)[0][0]
+    raise DistillError(f'an object has the name {shortened(repr(name), 100)} twice')
+
+
 def parse_json(text: bytes) -> Any:
     """Parse a JSON file. Raise a DistillError for deep nesting or strings that can't be printed."""
     try:
-        o = json.loads(text)
+        o = load_json(text)
         check_depth(o)
     except (ValueError, RecursionError) as e:
         raise DistillError(f'{shortened(e)}.') from e

@@ -1,7 +1,6 @@
 """Convert files of other distillation tools to rows that `cache_from` reads."""
 
 import importlib
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from ..base.errors import DistillError, check_choice
-from .json_checks import json_list, json_object, refuse_entry, shortened, whole_number
+from .json_checks import json_list, json_object, load_json, refuse_entry, shortened, whole_number
 
 # NumPy has no bfloat16, so its bits are read
 FLOATS = dict(float16='<f2', bfloat16='<u2', float32='<f4', float64='<f8')
@@ -129,7 +128,7 @@ def read_yaml(path: Path) -> Any:
             f'There is no {path}, which the tool writes next to its rows: pass config=.'
         )
     if path.suffix == '.json':
-        return json.loads(path.read_text())
+        return load_json(path.read_text())
     try:
         yaml = importlib.import_module('yaml')
     except ImportError as e:

@@ -21,7 +21,13 @@ from .manifest import MAX_COUNT, PART_NAME, PART_NAMES, Manifest
 from .output_layer import StoredHead, find_output_layer
 from .row_layout import Layout, Store
 from .store_choice import Choice, HiddenRun, check_kind_of_store, uses_of
-from .teacher_description import Source, check_alone, identity_of, outputs_of
+from .teacher_description import (
+    Source,
+    check_alone,
+    check_vocab_of_outputs,
+    identity_of,
+    outputs_of,
+)
 from .writer import SHARD_BYTES, check_views, encoded, warn_of_rounding
 
 UNKNOWN = 10**8  # number of samples assumed for a stream of unknown length
@@ -79,6 +85,7 @@ def start_stream(
         yield outputs_of(teacher, map_tensors(x, lambda t: t[torch.as_tensor(tasks)]))
 
     check_alone(run, n)
+    check_vocab_of_outputs(vocab, run, axis, kind)
     uses = None if recipe is None else lambda t: uses_of(recipe)
     choose = Choice(teacher, kind or 'softmax', uses, recipe is not None, np.arange(n))
     # the keys are not known yet, so all are 0

@@ -2,16 +2,17 @@
 
 import inspect
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from numbers import Integral
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 
-from ..base.outputs import DistillError, DistillWarning, LinearLogits, Outputs
+from ..base.outputs import DistillError, DistillWarning, LinearLogits, Outputs, TopK
 from ..teachers.model_loading import model_files
 from ..teachers.teacher import Teacher
 from .digests import fingerprint
@@ -21,6 +22,8 @@ __all__ = [
     'check_alone',
     'check_batch_size',
     'check_shared_keys',
+    'check_vocab',
+    'check_vocab_of_outputs',
     'distinct_views',
     'identity_of',
     'is_whole',
@@ -33,6 +36,33 @@ __all__ = [
 def check_batch_size(bs: Any) -> None:
     if not is_whole(bs) or bs < 1:
         raise DistillError(f'bs={bs!r}: must be a whole number of at least 1.')
+
+
+def check_vocab(vocab: Sequence | None, n: int) -> None:
+    """Raise a DistillError unless there is one name for each of the `n` classes."""
+    if vocab is None:
+        return
+    if len(vocab) != n:
+        raise DistillError(f'vocab= has {len(vocab)} names for {n} classes: give one for each.')
+    if (o := Counter(map(str, vocab)).most_common(1)[0])[1] > 1:
+        raise DistillError(f'vocab= has the name {o[0]!r} {o[1]} times: each class needs its own.')
+
+
+def check_vocab_of_outputs(vocab: Sequence | None, run: Callable, axis: int, kind: str) -> None:
+    """Check the class names of a teacher whose outputs have one logit for each class.
+
+    Args:
+        vocab: Class names, or None.
+        run: See `Source`.
+        axis: Class axis.
+        kind: Kind of the outputs. Empty if unknown.
+    """
+    if vocab is not None and kind in ('', 'softmax'):
+        logits = cast(Any, next(run(np.array([0]), 1)).logits)
+        if isinstance(logits, TopK):
+            check_vocab(vocab, logits.n)
+        elif -logits.dim() <= axis < logits.dim():
+            check_vocab(vocab, logits.shape[axis])
 
 
 @dataclass
