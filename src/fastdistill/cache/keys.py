@@ -16,8 +16,6 @@ from torch import Tensor
 
 from ..base.outputs import DistillError
 
-__all__ = ['dataset_keys', 'hash_of', 'key_of', 'keys_of', 'name_of', 'root_of']
-
 
 def hash_of(*parts: bytes) -> int:
     """Compute a 64-bit blake2b hash."""

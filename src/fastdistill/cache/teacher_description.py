@@ -17,21 +17,6 @@ from ..teachers.model_loading import model_files
 from ..teachers.teacher import Teacher
 from .digests import fingerprint
 
-__all__ = [
-    'Source',
-    'check_alone',
-    'check_batch_size',
-    'check_shared_keys',
-    'check_vocab',
-    'check_vocab_of_outputs',
-    'distinct_views',
-    'identity_of',
-    'is_whole',
-    'outputs_of',
-    'spread_positions',
-    'unrepeatable',
-]
-
 
 def check_batch_size(bs: Any) -> None:
     if not is_whole(bs) or bs < 1:

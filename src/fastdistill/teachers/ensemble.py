@@ -14,8 +14,6 @@ from ..base.random_state import RandomStream
 from .image_normalization import full_precision
 from .runner import Runner, with_classes
 
-__all__ = ['EnsembleRunner', 'member_weights']
-
 
 class EnsembleRunner(Runner):
     """Runs the members of an ensemble. Layer names start with the index of the member.
