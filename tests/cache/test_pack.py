@@ -339,7 +339,8 @@ def with_field(packed, at, size, value):
         (10, 2, 99, r'is compressed \(method 99\)'),
         (34, 2, 1, 'is in a different part of a multi-part archive: join the parts first'),
         (20, 4, 5, 'is compressed'),
-        (42, 4, 2**31, "can't be read as a packed cache"),
+        (42, 4, 2**31, 'overlaps with what follows'),
+        (42, 4, 0, 'overlaps with what follows'),
         (6, 2, 99, "can't be read as a packed cache: zip file version 9.9"),
     ],
 )
@@ -347,6 +348,30 @@ def test_an_unusual_archive_is_refused_in_one_line(at, size, value, says, cache,
     refused(
         with_field(pack_cache(cache, tmp_path / 'a.zip'), at, size, value), says, tmp_path / 'to'
     )
+
+
+def test_a_file_inside_another_one_is_refused_before_anything_is_written(cache, tmp_path):
+    "The first 72 bytes of a shard are also the header and the content of a different file"
+    packed, inner = pack_cache(cache, tmp_path / 'a.zip'), tmp_path / 'inner.zip'
+    with zipfile.ZipFile(inner, 'w') as z:
+        z.writestr(zipfile.ZipInfo('README.md'), b'x')
+    start = inner.read_bytes()[: 30 + len('README.md') + 1]
+    packed = rewritten(
+        packed,
+        lambda o, data: (
+            None
+            if o.filename == 'README.md'
+            else (o, start + data[len(start) :] if o.filename == SHARD else data)
+        ),
+    )
+    with zipfile.ZipFile(packed, 'a') as z, zipfile.ZipFile(inner) as other:
+        shard, o = z.getinfo(SHARD), other.getinfo('README.md')
+        o.header_offset = shard.header_offset + 30 + len(SHARD)
+        z.filelist.append(o)
+        z._didModify = True
+    with zipfile.ZipFile(packed) as z:
+        assert z.read('README.md') == b'x'
+    refused(packed, f"'{SHARD}' overlaps with what follows", tmp_path / 'to')
 
 
 def test_an_unfinished_cache_in_an_archive_is_refused(cache, tmp_path):

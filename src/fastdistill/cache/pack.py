@@ -20,6 +20,7 @@ from .sample_files import record_size
 from .writer import notes
 
 CARD = 'README.md'
+HEADER = 30  # size of the header before each file in a zip archive, without its name
 
 
 def cache_facts(where: Folder, m: Manifest) -> Iterator[tuple[str, str]]:
@@ -211,6 +212,12 @@ def packed_files(z: zipfile.ZipFile, path: Any) -> dict[str, zipfile.ZipInfo]:
             refuse(f'{o.orig_filename!r} {why}')
         if have.setdefault(o.filename, o) is not o:
             refuse(f'it holds {o.filename!r} twice')
+    # subtle: files that overlap would need more disk space than the archive
+    end = z.start_dir
+    for o in sorted(have.values(), key=lambda o: o.header_offset, reverse=True):
+        if o.header_offset + HEADER + o.compress_size > end:
+            refuse(f'{o.filename!r} overlaps with what follows')
+        end = o.header_offset
     if 'manifest.json' not in have:
         refuse('it has no manifest.json')
     # {name: size in bytes}. A size of None allows any size
