@@ -4,6 +4,7 @@ import json, threading, time, traceback
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import quote, unquote
 import pytest, torch
 from fastdistill import DistillError
 from fastdistill.cache import ask_server, cache_from, http_teacher
@@ -477,6 +478,66 @@ def test_what_is_behind_the_question_mark_of_a_url_is_not_stored_or_shown(tmp_pa
             ask_server(f'http://{host}/v1?key=very-secret', dict(b=1), tmp_path / 'b.jsonl')
     assert 'very-secret' not in str(caught.value)
     assert b'very-secret' not in everything_in(tmp_path)
+
+
+@pytest.mark.parametrize(
+    'query',
+    ['very-secret', 'key=very-secret', 'a=1&key=very%2Dsecret', 'key=very-secret&b=%C3%A4+%2F%20x'],
+)
+@pytest.mark.parametrize('form', ['raw', 'decoded', 'encoded', 'in JSON'])
+def test_a_query_that_a_server_repeats_is_not_stored_or_shown(query, form, tmp_path):
+    said = dict(
+        raw=query,
+        decoded=unquote(query),
+        encoded=quote(unquote(query), safe=''),
+    ).get(form, json.dumps(unquote(query))[1:-1])
+    choice = dict(index=0, logprobs=[-0.1], prompt_logprobs=[f'POST /v1?{said}', {said: 1}])
+    answer = json.dumps(dict(choices=[choice], said=said)).encode()
+    cut = 'x' * 75  # the end of what is shown is in the middle of it
+    mistakes = (
+        lambda o: o[o['said']],
+        lambda o: [o['said']],
+        lambda o: cut + o['said'],
+        lambda o: [dict(a=o['said']), dict(b=1)],
+    )
+    with raw_server(lambda i: whole(answer)) as (host, _):
+        ask_server(f'http://{host}/v1?{query}', dict(a=1), tmp_path / 'a.jsonl')
+        errors = [asked(host, query, tmp_path / f'{i}.jsonl', f) for i, f in enumerate(mistakes)]
+    for reply in (
+        lambda i: whole(f'{"x" * 490}?{said}'.encode(), '400 Bad'),
+        lambda i: whole(f'no {said}'.encode()),
+        lambda i: whole(b'', f'302 Found\r\nLocation: /a#{said}'),
+        lambda i: whole(b'', f'302 Found\r\nLocation: /a/{said}'),
+    ):
+        with raw_server(reply) as (host, _):
+            errors.append(asked(host, query, tmp_path / 'b.jsonl', None))
+    for text in ['secret', 'very'] if 'ecret' in said else [said]:
+        assert text.encode() not in everything_in(tmp_path)
+        for error in errors:
+            assert text not in error
+    assert b'***' in everything_in(tmp_path)
+
+
+def asked(host, query, path, answer):
+    "The error of a request, with all its causes"
+    url = f'http://{host}/v1?{query}'
+    with pytest.raises(DistillError) as caught:
+        ask_server(url, dict(a=1), path, answer=answer, retries=0)
+    return ''.join(traceback.format_exception(caught.value, limit=0))
+
+
+def test_a_short_value_in_a_query_and_a_number_change_no_answer(tmp_path, monkeypatch):
+    monkeypatch.setenv('MY_KEY', '12345678')
+    row = dict(prompt_logprobs=[None, {'1': -0.123456789}], text='v1, fast')
+    with raw_server(lambda i: whole(json.dumps(row).encode())) as (host, _):
+        path = ask_server(
+            f'http://{host}/v1?api=v1&mode=fast&seed=23456789',
+            {'12345678': 1},
+            tmp_path / 'a.jsonl',
+            key='MY_KEY',
+            answer=lambda o: [o],
+        )
+    assert json.loads(path.read_text()) == row | dict(key='12345678')
 
 
 @pytest.mark.parametrize(

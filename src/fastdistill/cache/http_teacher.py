@@ -15,9 +15,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from email.utils import parsedate_to_datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import quote, quote_plus, unquote, unquote_plus, urlsplit
 
 from ..base.atomic_files import file_errors, write_atomically
 from ..base.outputs import DistillError
@@ -92,14 +93,13 @@ def ask_server(
             data = json.dumps(request([samples[k] for k in names])).encode()
         got = server.post(data, of)
         with naming(f'The answer for {of}', server):
-            lines = lines_of(answer(got), names)
-        return server.hide(lines)
+            return lines_of(answer(got), names)
 
     try:
         asked = json.dumps(dict(url=server.shown, body=body), default=str)
     except ValueError as e:
         raise DistillError(f"body= can't be sent as JSON: {e}.") from e
-    now = json.loads(server.hide(asked)) | functions
+    now = server.hidden(json.loads(asked)) | functions
     with Folder(path.parent).lock(f'.{path.name}.lock', path), file_errors(f"Can't write {path}"):
         known = digests_before(path, now)
         done = names_in(path)
@@ -355,7 +355,8 @@ class Server:
     ):
         check_url(url)
         # error messages show the URL without its query, which may contain an API key
-        self.url, self.shown = url, url.partition('?')[0]
+        self.url, self.shown = url, without_query(url)
+        self.secrets = secrets_of(key, urlsplit(url).query)
         self.key, self.retries, self.timeout = key, retries, timeout
         self.gap, self.next = 1 / per_second if per_second else 0.0, 0.0
         self.lock, self.stopped = threading.Lock(), threading.Event()
@@ -372,7 +373,7 @@ class Server:
         for i in range(self.retries + 1):
             self._wait()
             try:
-                return self._post(data)
+                return self.hidden(self._post(data))
             except Passing as e:
                 why, wait = self.hide(e.args[0]), e.args[1]
             except DistillError as e:
@@ -450,7 +451,7 @@ class Server:
     def _refused(self, e: Any) -> None:
         """Raise the error for an HTTP status other than 200."""
         if e.code in (301, 302, 303, 307, 308):
-            to = str(e.headers.get('Location')).partition('?')[0]
+            to = without_query(str(e.headers.get('Location')))
             raise DistillError(
                 f'{e.code}: it redirects to {to}. No redirect is followed, since the other server would '
                 'get the key and the samples: give that URL if you trust it'
@@ -465,15 +466,22 @@ class Server:
         raise Passing(why, seconds_of(e.headers.get('Retry-After', ''))) from None
 
     def hide(self, text: str) -> str:
-        """Replace the API key in a text by '***'.
+        """Replace the API key and the query of the URL in a text by '***'.
 
         Call this method before the text is shortened. Otherwise, the end of the text could contain
         a part of the key.
         """
-        # a short key, such as 'EMPTY', is a placeholder, and may occur in other words or numbers
-        if self.key is None or len(self.key) < 8:
-            return text
-        return text.replace(self.key, '***').replace(json.dumps(self.key)[1:-1], '***')
+        for secret in self.secrets:
+            text = text.replace(secret, '***')
+        return text
+
+    def hidden(self, o: Any) -> Any:
+        """Hide the secrets in all strings of a JSON value. Numbers do not change."""
+        if isinstance(o, str):
+            return self.hide(o)
+        if isinstance(o, list):
+            return [self.hidden(v) for v in o]
+        return {self.hide(k): self.hidden(v) for k, v in o.items()} if isinstance(o, dict) else o
 
     def shown_text(self, text: Any, n: int = 500) -> str:
         """Prepare a text of the server for a message: without the key, without characters that
@@ -486,6 +494,22 @@ class Server:
             f'{self.shown} gave no answer for {of} ({self.shown_text(why)}). The answers so far are kept: run it again '
             'to resume.'
         )
+
+
+def without_query(url: str) -> str:
+    return url.partition('?')[0].partition('#')[0]
+
+
+def secrets_of(key: str | None, query: str) -> list[str]:
+    """Return the texts to hide: the API key, the query of the URL, and the values in the query, each
+    in any encoding in which a server may repeat them.
+    """
+    raw = [query, *(o.partition('=')[2] for o in query.split('&'))]
+    found = [key or '', *raw, *map(unquote, raw), *map(unquote_plus, raw)]
+    found += [encode(o) for o in found for encode in (quote, quote_plus, partial(quote, safe=''))]
+    found += [json.dumps(o)[1:-1] for o in found]
+    # a shorter text, such as 'EMPTY', is not a secret, and may occur in other words
+    return sorted({Secret(o) for o in found if len(o) >= 8}, key=len, reverse=True)
 
 
 def check_url(url: str) -> None:
