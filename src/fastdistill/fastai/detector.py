@@ -18,6 +18,8 @@ from ..distiller.trainer_integration import takes_part
 from ..recipes.term import Recipe, Term
 from .projector_opt import ProjectorOptimizer
 
+__all__ = ['DetectorCallback', 'DetectorDistillation', 'DetectorLearner', 'MeanAveragePrecision']
+
 
 def images_and_targets(xb, yb) -> tuple:
     """Convert a fastai batch to the images and targets that torchvision detectors take.

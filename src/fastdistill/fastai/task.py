@@ -4,6 +4,8 @@ from fastai.basics import BaseLoss, DiceLoss, FocalLoss, LabelSmoothingCrossEntr
 
 from ..base.task import Task, register_losses, register_wrapper, task_of
 
+__all__ = ['Task', 'task_of']
+
 register_losses('softmax', FocalLoss, LabelSmoothingCrossEntropy, DiceLoss)
 
 
