@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import nn
 from fastdistill import (
     DistillError,
+    DistillWarning,
     Distiller,
     Outputs,
     Recipe,
@@ -111,6 +112,48 @@ def test_a_student_that_returns_a_tuple_has_its_heads_in_the_order_of_the_teache
     of_dict = two_heads(student, *teachers, kd(), output=dict(color='color', shape='shape'))
     of_tuple = two_heads(AsTuple(), color, shape, kd())
     torch.testing.assert_close(of_tuple(X, COLOR, SHAPE).total, of_dict(X, COLOR, SHAPE).total)
+
+
+FORMS = dict(
+    dict=lambda o: o,
+    tuple=lambda o: (o['color'], o['shape']),
+    list=lambda o: [o['color'], o['shape']],
+    arrays=lambda o: [o['color'].numpy(), o['shape'].numpy()],
+)
+
+
+@pytest.mark.parametrize('as_teacher', [False, True])
+@pytest.mark.parametrize('form', FORMS)
+def test_each_head_takes_its_output_of_its_own_teacher(form, as_teacher):
+    "also if no model teaches several heads"
+    student, *_ = nets()
+    models = dict(color=Net(5), shape=Net(7))
+    given = {k: lambda x, m=m: FORMS[form](m(x)) for k, m in models.items()}
+    if as_teacher:
+        given = {k: Teacher(fn) for k, fn in given.items()}
+    out = Distiller(student, given, kd(T=1.0, alpha=0.5))(X, COLOR, SHAPE)
+    s, t = student(X), {k: m(X)[k].detach() for k, m in models.items()}
+    for k in models:
+        torch.testing.assert_close(out.parts[f'{k}.kd'], losses.kl(s[k], t[k], T=1.0).detach())
+    outputs = Distiller(student, dict(given, shape=None), kd()).teacher_outputs(X)
+    torch.testing.assert_close(outputs['color'].logits, t['color'])
+
+
+def test_teachers_with_one_output_are_read_as_without_heads():
+    student, color, shape, _ = nets()
+    few, y = X[:2], (COLOR[:2], SHAPE[:2])  # a list of 2 rows is not 2 outputs
+    wanted = two_heads(student, color, shape, kd())(few, *y).total
+    for form in (lambda o: o.tolist(), lambda o: (o, [o], None), lambda o: dict(logits=o)):
+        given = {k: lambda x, m=m: form(m(x)) for k, m in dict(color=color, shape=shape).items()}
+        got = Distiller(student, given, kd())(few, *y).total
+        torch.testing.assert_close(got, wanted)
+
+
+def test_a_teacher_with_more_outputs_than_heads_is_doubted():
+    student, color, shape, _ = nets()
+    several = lambda x: (color(x), shape(x), shape(x))
+    with pytest.warns(DistillWarning, match='returns several tensors .* The first is used'):
+        two_heads(student, several, None, dict(color=kd()))(X, COLOR, SHAPE)
 
 
 def test_a_head_without_a_teacher_has_its_task_loss():

@@ -444,6 +444,37 @@ def test_check_teacher_and_explain_look_at_each_head():
         learn.explain(dict(color=GivenOutputs(), shape=t['shape']))
 
 
+@pytest.mark.parametrize('as_tuple', [False, True])
+def test_teachers_with_several_outputs_of_which_each_teaches_one_head(as_tuple, tmp_path):
+    "The same as functions that return the output of the head"
+    models = {}
+    for i, k in enumerate(('color', 'shape')):
+        torch.manual_seed(i + 1)
+        models[k] = Net(as_tuple).eval()
+    at = lambda k: ['color', 'shape'].index(k) if as_tuple else k
+    alone = {k: lambda x, k=k, m=m: m(x)[at(k)] for k, m in models.items()}
+    learn, recipe = learner(), kd(T=1.0, alpha=0.5)
+    weights, reports, scores = [], [], []
+    for t in models, alone:
+        old = learner()
+        with old.no_bar():
+            old.distill(t, 1, 0.01, recipe, check=False)
+        weights.append([p.tolist() for p in old.model.parameters()])
+        found = compare({'teacher': t, 'student': learn}, learn.dls, seconds=0, repeats=10)
+        reports.append({k: r.models['teacher'].metrics for k, r in found.items()})
+        scores.append({k: f.facts.teacher_score for k, f in learn.explain(t).items()})
+        scores[-1] |= {
+            k: f.facts.teacher_score for k, f in learn.check_teacher(t).items() if f.facts
+        }
+    for old, new in weights, reports, scores:
+        assert old == new
+    stored = cache_teacher(models, learn.dls, tmp_path, views=0, check=False)
+    x = torch.stack([learn.dls.train_ds[i][0] for i in range(4)])
+    for k, fn in alone.items():
+        got = stored[k].outputs(torch.arange(4)).logits
+        torch.testing.assert_close(got, fn(x).detach(), rtol=1e-2, atol=1e-2)
+
+
 def test_a_head_of_numbers():
     torch.manual_seed(0)
 

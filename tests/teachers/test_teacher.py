@@ -21,6 +21,7 @@ from fastdistill.cache import cache_dataset
 from fastdistill.checks.shared_parameters import parameter_ids
 from fastdistill.teachers.model_loading import Onnx
 from fastdistill.base.outputs import DistillError, DistillWarning, Outputs
+from fastdistill import Distiller, kd
 from fastdistill import Teacher  # the public name, whose docstring explains the options
 
 
@@ -993,6 +994,18 @@ def onnx_file(path, w, batch='n', inputs=('x',), dtype=TensorProto.FLOAT, output
 
 
 W = images(3, 4, seed=5)
+
+
+def test_onnx_files_as_teachers_of_heads(tmp_path):
+    "A file with one output is the teacher of any head, otherwise the names of the outputs count"
+    one = onnx_file(tmp_path / 'one.onnx', W)
+    two = onnx_file(tmp_path / 'two.onnx', W, outputs=('b', 'a'))
+    for teachers, signs in (dict(a=one, b=two), (1, 1)), (dict(a=two, b=one), (-1, 1)):
+        x = images(5, 3)
+        heads = Distiller(None, teachers, kd(), check=False)
+        got = heads.teacher_outputs(x)
+        for k, sign in zip(teachers, signs):
+            same(got[k].logits, sign * (x @ W), 1e-6)
 
 
 def test_onnx_file(tmp_path):

@@ -163,10 +163,9 @@ class Distiller(nn.Module):
         at, n = [*teachers].index(name), len(teachers)
         if output is None:
             o['output'] = HeadOutput(name, at, n)
-            if sum(same_model(teacher, t) for t in teachers.values()) > 1:
-                output = SharedOutput(name, at, n)
-                if isinstance(teacher, Teacher):
-                    teacher = teacher.with_defaults(output=output)
+            output = SharedOutput(name, at, n)
+            if isinstance(teacher, Teacher):
+                teacher = teacher.with_defaults(output=output)
         return self.head_class(
             name,
             self.student,
@@ -663,8 +662,3 @@ def whole_loss(each: dict, weights: dict) -> Distilled:
         parts,
         counted,
     )
-
-
-def same_model(a: Any, b: Any) -> bool:
-    model = lambda o: o.model if isinstance(o, Teacher) and not o.members else o
-    return a is not None and model(a) is model(b)

@@ -16,6 +16,7 @@ from ..base.outputs import (
     Outputs,
     as_plain,
     check_output,
+    tensor_of_numbers,
     warn_of_several,
 )
 from ..base.random_state import RandomGuard
@@ -442,7 +443,16 @@ class SharedOutput(HeadOutput):
     heads.
     """
 
+    def __call__(self, raw: Any) -> Any:
+        if isinstance(raw, list) and len(raw) and not isinstance(raw[0], Tensor):
+            rows = tensor_of_numbers(raw)
+            if rows is not None and rows.dim() < 3:
+                return rows  # the list is a batch, not a list of outputs
+        return super().__call__(raw)
+
     def otherwise(self, raw: Any) -> Any:
+        if type(raw) is dict and len(raw) == 1:
+            return next(iter(raw.values()))  # an ONNX network
         return raw
 
 

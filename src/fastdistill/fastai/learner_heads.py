@@ -7,7 +7,6 @@ from types import SimpleNamespace
 from ..base.outputs import DistillError
 from ..base.random_state import RandomGuard
 from ..base.task import Task
-from ..distiller.distiller import same_model
 from ..distiller.head import HeadOutput, SharedOutput, options_by_head
 from .probe_batches import PreparationError, prepared_batches
 from .task import task_of
@@ -20,11 +19,9 @@ class LearnerHead(HeadOutput):
 
     Attributes:
         source: The teacher, as passed to `KnowledgeDistillation`.
-        shared: True if the same teacher is used for several heads.
     """
 
     source: object = None
-    shared: bool = False
 
     @property
     def output(self):
@@ -107,10 +104,10 @@ class HeadData:
     @property
     def options_of_teacher(self):
         """The option of `Teacher` that selects this head's output from a teacher with several
-        heads.
+        outputs.
         """
         h = self.head
-        return dict(output=SharedOutput(h.name, h.at, h.n)) if h.shared else {}
+        return dict(output=SharedOutput(h.name, h.at, h.n))
 
     def column_of(self, dls):
         """Wrap other DataLoaders in the same way if their batches also have the labels of all
@@ -133,11 +130,7 @@ def heads_of(teachers) -> dict:
     Args:
         teachers: {head name: teacher or None}.
     """
-    shared = lambda t: sum(same_model(t, o) for o in teachers.values()) > 1
-    found = [
-        LearnerHead(str(k), i, len(teachers), t, shared(t))
-        for i, (k, t) in enumerate(teachers.items())
-    ]
+    found = [LearnerHead(str(k), i, len(teachers), t) for i, (k, t) in enumerate(teachers.items())]
     if not any(h.source is not None for h in found):
         raise DistillError(
             'No head has a teacher: the dict must have at least one that is not None.'

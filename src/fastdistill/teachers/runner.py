@@ -17,6 +17,7 @@ from ..base.outputs import (
     Outputs,
     as_plain,
     map_tensors,
+    named_output,
     tensors_in,
     warn_of_several,
 )
@@ -267,9 +268,10 @@ class ModelRunner(Runner):
 
     def _read(self, t: Any, raw: Any, feats: Mapping[str, Any]) -> Outputs:
         """Convert the value that the model returned to the `Outputs` of a teacher."""
-        if t.output is None:
+        out = raw if t.output is None else named_output(raw, t.output)
+        if out is raw:
             warn_of_several(raw, t.module, f'The teacher {t.name}', self.facts)
-        o = Outputs.of(raw, output=t.output)
+        o = Outputs.of(out)
         return replace(o, logits=self._logits(t, o.logits), feats={**o.feats, **feats})
 
     def call(self, x: Sequence, kw: Mapping[str, Any], layers: Sequence[str] = ()) -> Any:
