@@ -426,6 +426,18 @@ def test_the_search_for_a_rate_is_not_taken_for_a_training_curve():
     assert history(student) == {}
 
 
+def test_training_curves_without_a_validation_have_the_training_loss():
+    student = toy()[0]
+    student.recorder.valid_metrics = False
+    with student.no_bar(), student.no_logging():
+        student.fit(2, 0.1)
+        assert history(student)['train_loss'] == [v[0] for v in student.recorder.values]
+        assert len(student.recorder.values) == 2
+        student.lr_find(num_it=20, show_plot=False)
+        assert len(student.recorder.values) > 0
+        assert history(student) == {}
+
+
 def test_the_training_curves_have_a_gap_where_an_epoch_was_not_trained():
     student = trained(cbs=CancelsTraining())
     h = history(student)

@@ -36,7 +36,11 @@ def columns_of(recorder) -> dict:
     rows = [row_by_column(recorder, row) for row in getattr(recorder, 'values', [])]
     # `validate` has no training, and `lr_find` cancels each validation
     has = lambda part: any(v is not None for r in rows for k, v in r.items() if k.startswith(part))
-    return {k: [row[k] for row in rows] for k in rows[0]} if has('train_') and has('valid_') else {}
+    if not has('train_'):
+        return {}
+    # subtle: without validation metrics, `lr_find` differs from a fit in that it stops in an epoch
+    whole = not recorder.valid_metrics and recorder.iters[-1] == len(recorder.losses)
+    return {k: [row[k] for row in rows] for k in rows[0]} if has('valid_') or whole else {}
 
 
 def column_of(part: str) -> str:
