@@ -10,6 +10,14 @@ class DistillError(ValueError):
     message says what was given, what is allowed and what to do.
     """
 
+    def __init__(self, *args: object):
+        super().__init__(*args)
+        self.message = ValueError.__str__(self)
+
+    # subtle: fastai changes `args`, so that they begin with the names of a callback and an event
+    def __str__(self) -> str:
+        return self.message
+
 
 class DistillWarning(UserWarning):
     """Warning for something that is probably a mistake."""
