@@ -468,7 +468,10 @@ def test_a_value_of_masks_that_is_not_a_class_is_ignored(palette, tmp_path, comm
     assert 'The masks hold the values 0, 1, 2, 255.' in ' '.join(err.split())
     code, out, err = command(*options, '--ignore', 255, '--out', tmp_path / 'run')
     assert code == 0, err
-    assert '3 classes, 255 ignored (foreground_acc: accuracy of the other pixels); 8 samples' in out
+    assert (
+        '3 classes (0, 1, 2), 255 ignored (foreground_acc: accuracy of the other pixels); 8 samples'
+        in out
+    )
     assert read_config(tmp_path / 'run' / 'config.toml')['ignore'] == '255'
     report = Report.from_json(tmp_path / 'run' / 'report.json')
     page = (tmp_path / 'run' / 'report.html').read_text()
@@ -595,7 +598,10 @@ def test_texts(tmp_path, command):
         'kd(T=2)',
     )
     assert code == 0, err
-    assert 'texts, column review, 2 classes; 24 samples for training, 6 for validation' in out
+    assert (
+        'texts, column review, 2 classes (bad, good); 24 samples for training, 6 for validation'
+        in out
+    )
     assert (
         Report.from_json(tmp_path / 'run' / 'report.json')
         .models['distilled']
@@ -1045,7 +1051,7 @@ def test_a_mistake_in_data_or_flags_is_one_message(
     )
     assert code == 2 and 'Traceback' not in out + err
     assert re.search(says, ' '.join(err.split())), err
-    assert 'epoch' not in out
+    assert 'epoch 1' not in out
 
 
 def test_a_package_that_is_missing_is_named(digits, command, tmp_path, monkeypatch):
@@ -1440,6 +1446,70 @@ def read(data, **settings):
     return checked_samples(read_samples(c), c)
 
 
+@pytest.mark.parametrize('split', [False, True])
+def test_images_in_folders_inside_class_folders_are_refused(split, tmp_path):
+    root = tmp_path / 'train' if split else tmp_path
+    for part in ['train', 'valid'] if split else ['']:
+        for label in ('cats', 'dogs'):
+            write_digits(tmp_path / part / label, 12)  # cats/digit0/0.png
+    says = rf'of .* images are in folders inside a class folder, e.g. {root}/cats/digit0/0.png: .*'
+    with pytest.raises(DistillError, match=says + f'as in {root}/CLASS/0.png.*CSV file'):
+        read(tmp_path)
+
+
+def test_folders_whose_names_differ_only_in_case_are_refused(tmp_path):
+    for part in ('train', 'Train', 'valid'):
+        write_digits(tmp_path / part, 12)
+    with pytest.raises(
+        DistillError, match="both a folder 'Train' and a folder 'train': merge them"
+    ):
+        read(tmp_path)
+
+
+def test_a_folder_without_images_is_named(digits, tmp_path):
+    shutil.copytree(digits, tmp_path / 'mine')
+    (tmp_path / 'mine' / 'birds').mkdir()
+    (tmp_path / 'mine' / '.git').mkdir()
+    with pytest.warns(DistillWarning, match=r'1 folder\(s\) hold no images.*: \S*mine/birds\.$'):
+        s = read(tmp_path / 'mine')
+    assert s.classes == ['digit0', 'digit1', 'digit2']
+
+
+@pytest.mark.parametrize('copy', [shutil.copy, os.link])
+def test_copies_of_an_image_in_both_sets_or_in_two_classes_are_named(copy, tmp_path):
+    write_digits(tmp_path / 'train', 12)
+    write_digits(tmp_path / 'valid', 12, 12)
+    first = tmp_path / 'train' / 'digit0' / '0.png'
+    copy(first, tmp_path / 'valid' / 'digit0' / 'x.png')
+    copy(first, tmp_path / 'train' / 'digit1' / 'y.png')
+    copy(first, tmp_path / 'train' / 'digit0' / 'z.png')  # changes neither score nor labels
+    with pytest.warns(DistillWarning) as found:
+        read(tmp_path)
+    assert [str(w.message) for w in found] == [
+        '1 image(s) in the training and the validation set are copies of the same image, e.g. '
+        f'{first} and {tmp_path}/valid/digit0/x.png. The validation score is too good: remove the '
+        'copies.',
+        '1 image(s) in different classes are copies of the same image, e.g. '
+        f'{first} and {tmp_path}/train/digit1/y.png. At least one of the labels is wrong: remove '
+        'the copies.',
+    ]
+
+
+@pytest.mark.filterwarnings('error::fastdistill.DistillWarning')
+def test_copies_of_an_image_are_in_one_set(digits, tmp_path):
+    shutil.copytree(digits, tmp_path / 'mine')
+    for p in [*(tmp_path / 'mine').rglob('*.png')]:
+        shutil.copy(p, p.with_name(f'copy {p.name}'))
+    s = read(tmp_path / 'mine')
+    train, valid = (
+        {Path(p).name.removeprefix('copy ') for p in s.frame['x'][rows]}
+        for rows in (~s.valid, s.valid)
+    )
+    assert not train & valid
+    assert len(valid) == 12
+    assert s.valid.sum() == 24
+
+
 def masks_of_three_classes(path):
     for i in range(12):
         for kind in ('images', 'masks'):
@@ -1554,6 +1624,7 @@ def test_a_full_disk_is_one_line_and_the_run_continues_later(finished, digits, t
     assert processes.ended(p) == [2]
     said = (tmp_path / 'log.err').read_text()
     assert 'Traceback' not in said
+    assert 'Exception occured' not in said
     assert re.search(
         r'No space for \S*run/checkpoints/teacher.pt \(File too large; [\d,.]+ MB are free there\).*free some space and start again to resume',
         said,

@@ -2,6 +2,8 @@
 
 import io
 import os
+import warnings
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,12 +11,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from ...base.errors import DistillError
+from ...base.errors import DistillError, DistillWarning
 from ...fastai.class_names import void_class
 from ...fastai.compare import shown_bar
 from .config import TrainConfig
 from .data_files import Samples
-from .data_fingerprint import NAMED
+from .data_fingerprint import NAMED, file_hash
 
 # a label column with more distinct integers is treated as numbers instead of classes
 MANY_NUMBERS = 50
@@ -44,6 +46,7 @@ def checked_samples(s: Samples, config: TrainConfig) -> Samples:
         check_both_sets(s)
     if s.task in ('images', 'masks'):
         s = checked_files(with_paths(s), config)
+        warn_of_copies(s)
     if s.task == 'texts' and (n := int(s.frame[s.x[0]].isna().sum())):
         raise DistillError(
             f'{n} of {len(s)} rows have no text in column {s.x[0]!r}. Remove these rows.'
@@ -126,6 +129,7 @@ def validation_rows(s: Samples, config: TrainConfig) -> np.ndarray:
             f'valid={config.valid!r}: must be a fraction such as 0.2, or for a CSV file another CSV '
             f'file, or a column that marks the rows. It has {columns}'
         )
+    files = content_identities(s) if s.task == 'images' else files
     order, rows = np.random.default_rng(config.seed).permutation(len(s)), np.zeros(len(s), bool)
     order = order[~files.duplicated()[order]]  # keep only one row per file
     groups = (
@@ -141,12 +145,50 @@ def validation_rows(s: Samples, config: TrainConfig) -> np.ndarray:
 
 def image_identities(s: Samples) -> pd.Series:
     """Return an identifier for each row. Rows with the same identifier must be in the same set. The
-    identifier is the file of an image, or the row number for other tasks.
+    identifier is the file of an image, or the row number for texts and tables.
     """
-    if s.task != 'images':
+    if s.task not in ('images', 'masks'):
         return pd.Series(range(len(s)))
     real = lambda x: x if isinstance(x, bytes) else os.path.realpath(os.path.join(s.folder, str(x)))
     return pd.Series([real(x) for x in s.frame[s.x[0]]])
+
+
+def content_identities(s: Samples) -> pd.Series:
+    """Return an identifier for each row. Images with the same content have the same identifier."""
+    files = image_identities(s)
+    sizes = {
+        f: os.path.getsize(f) for f in set(files) if not isinstance(f, bytes) and os.path.isfile(f)
+    }
+    number = Counter(sizes.values())
+    hashes = {f: file_hash(f) for f, size in sizes.items() if number[size] > 1}
+    return pd.Series([hashes.get(f, f) for f in files])
+
+
+def warn_of_copies(s: Samples) -> None:
+    """Warn about images with the same content in both sets, or in different classes."""
+    identity = content_identities(s)
+    checks = [
+        (
+            pd.Series(s.valid),
+            'the training and the validation set',
+            'The validation score is too good',
+        )
+    ]
+    if s.task == 'images' and s.target == 'classes':
+        label = s.frame[s.y].reset_index(drop=True)
+        checks.append((label, 'different classes', 'At least one of the labels is wrong'))
+    for column, where, effect in checks:
+        first = column.groupby(identity).transform('first')
+        if (rows := np.flatnonzero(column != first)).size:
+            same = np.flatnonzero(identity == identity[rows[0]])[0]
+            names = s.frame[s.x[0]].iloc[[same, rows[0]]]
+            a, b = (f'{len(x)} bytes' if isinstance(x, bytes) else x for x in names)
+            warnings.warn(
+                DistillWarning(
+                    f'{len(rows)} image(s) in {where} are copies of the same image, e.g. {a} and {b}. '
+                    f'{effect}: remove the copies.'
+                )
+            )
 
 
 def check_both_sets(s: Samples) -> None:

@@ -3,6 +3,7 @@ files or Hugging Face datasets.
 """
 
 import os
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ import pandas as pd
 from fastai.data.transforms import image_extensions
 
 from ...base.atomic_files import file_errors
-from ...base.errors import DistillError, close_name
+from ...base.errors import DistillError, DistillWarning, close_name
 from .config import TrainConfig, check_data_path
 
 TRAIN, VALID = ('train', 'training'), ('valid', 'val', 'validation', 'test')
@@ -97,11 +98,24 @@ DATA_FORMS = dict(
 
 def split_folders(path: Path) -> tuple[Path, Path] | None:
     """Return (training folder, validation folder), or None unless both exist."""
-    inside = {p.name.lower(): p for p in path.iterdir() if p.is_dir()}
+    inside = folders_in(path, (*TRAIN, *VALID))
     train, valid = (
         next((inside[n] for n in names if n in inside), None) for names in (TRAIN, VALID)
     )
     return (train, valid) if train and valid else None
+
+
+def folders_in(path: Path, names: Sequence[str]) -> dict[str, Path]:
+    """Return {name in lower case: folder} for the folders in `path` with these names."""
+    found: dict[str, Path] = {}
+    for p in sorted(path.iterdir()):
+        name = p.name.lower()
+        if p.is_dir() and name in names and found.setdefault(name, p) != p:
+            raise DistillError(
+                f'{path} has both a folder {found[name].name!r} and a folder {p.name!r}: merge them, or '
+                'remove one.'
+            )
+    return found
 
 
 def image_files(folder: Path) -> list[Path]:
@@ -177,6 +191,22 @@ def from_folders(path: Path, config: TrainConfig) -> Samples:
             f'{loose} is in no class folder. Images must be in a folder of their class: '
             f'{roots[0] / "CLASS" / loose.name}.'
         )
+    if deep := [p for p, i in files if p.parent.parent != roots[i]]:
+        raise DistillError(
+            f'{len(deep)} of {len(files)} images are in folders inside a class folder, e.g. {deep[0]}: '
+            f'each image must be directly in the folder of its class, as in '
+            f'{roots[0] / "CLASS" / deep[0].name}. Move the images, pass the folder that holds the '
+            'class folders, or use a CSV file of paths and labels.'
+        )
+    used = {p.parent for p, _ in files}
+    folders = [p for root in roots for p in sorted(root.iterdir()) if p.is_dir()]
+    if empty := [p for p in folders if p not in used and not p.name.startswith('.')]:
+        warnings.warn(
+            DistillWarning(
+                f'{len(empty)} folder(s) hold no images, so they are not classes: '
+                f'{", ".join(map(str, empty[:5]))}{" ..." if len(empty) > 5 else ""}.'
+            )
+        )
     frame = pd.DataFrame(dict(x=[str(p) for p, _ in files], y=[p.parent.name for p, _ in files]))
     valid = np.array([i == 1 for _, i in files]) if split else None
     return Samples('images', frame, ['x'], 'y', valid, path)
@@ -189,7 +219,7 @@ def mask_folders(path: Path) -> list[tuple[Path, Path]] | None:
     """
     pairs = []
     for folder in split_folders(path) or [path]:
-        inside = {p.name.lower(): p for p in folder.iterdir() if p.is_dir()}
+        inside = folders_in(folder, (*IMAGE_FOLDERS, *MASK_FOLDERS))
         images, masks = (
             next((inside[n] for n in names if n in inside), None)
             for names in (IMAGE_FOLDERS, MASK_FOLDERS)

@@ -39,7 +39,7 @@ from .architectures import check_arch, learner_of
 from .config import TrainConfig, write_config
 from .data_checks import checked_samples
 from .data_files import Samples, read_samples
-from .data_fingerprint import data_changes, data_fingerprint, split_table
+from .data_fingerprint import data_changes, data_fingerprint, first_few, split_table
 from .dataloaders import loaders_of
 from .exported_student import FOR_STUDENT, FOR_TEACHER
 from .mask_examples import mask_examples
@@ -474,8 +474,8 @@ def samples_in_words(s: Samples) -> str:
     """Describe the samples in one line of text."""
     held = int(s.valid.sum())
     what = {
-        'classes': f'{len(s.classes or [])} classes',
-        'labels': f'{len(s.classes or [])} labels',
+        'classes': f'{len(s.classes or [])} classes ({first_few(s.classes or [])})',
+        'labels': f'{len(s.classes or [])} labels ({first_few(s.classes or [])})',
         'numbers': f'numbers of column {s.y}',
     }[s.target]
     x = f'column {s.x[0]}'
