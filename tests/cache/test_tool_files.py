@@ -260,3 +260,52 @@ def test_vllm(form, tmp_path):
             torch.testing.assert_close(out.logits.values[r, j, :4], torch.tensor(v))
     with pytest.raises(DistillError, match='Row 0: there are no prompt_logprobs'):
         opened([dict(id=3, choices=[dict(text='')])], tmp_path / 'c', V, tool='vllm')
+
+
+PROMPT = [None, {'1': dict(logprob=-0.1)}]
+
+
+@pytest.mark.parametrize(
+    'tool,row,says',
+    [
+        ('vllm', [1], 'the row is .1.: it must be an object'),
+        ('vllm', dict(choices=3), "can't be read as the tool writes its rows .TypeError"),
+        ('vllm', dict(choices=[None]), "can't be read as the tool writes its rows"),
+        (
+            'vllm',
+            dict(choices=[dict(prompt_logprobs=PROMPT), dict(prompt_logprobs=PROMPT * 2)]),
+            'the response is to several prompts: send one in each request',
+        ),
+        ('axolotl', dict(input_ids=[1.5], logprobs=[]), 'input_ids is 1.5: it must be a list of'),
+        ('axolotl', dict(input_ids=['x'], logprobs=[]), "input_ids is 'x': it must be a list of"),
+        ('axolotl', dict(input_ids=[1], logprobs=[2]), "can't be read as the tool writes its rows"),
+        (
+            'distillkit',
+            dict(input_ids=[1.5], compressed_logprobs=[], bytepacked_indices=[]),
+            'input_ids is 1.5: it must be a list of whole numbers',
+        ),
+        (
+            'distillkit',
+            dict(input_ids=[1], compressed_logprobs=3, bytepacked_indices=[[1]]),
+            "can't be read as the tool writes its rows",
+        ),
+    ],
+)
+def test_a_row_that_the_tool_did_not_write_is_named(tool, row, says, tmp_path):
+    config = dict(d=V, k=K, residual_bins=[], **CONFIGS['exact']) if tool == 'distillkit' else None
+    with pytest.raises(DistillError, match=rf'Row 0:? {says}'):
+        opened([row], tmp_path / 'c', V, tool=tool, config=config, keys=['a'])
+
+
+@pytest.mark.parametrize(
+    'change', [dict(exact_dtype=[]), dict(polynomial_terms=3), dict(term_dtype={})]
+)
+def test_a_configuration_of_the_wrong_type_is_named(change, tmp_path):
+    config = dict(d=V, k=K, residual_bins=[], **CONFIGS['exact']) | change
+    with pytest.raises(DistillError, match=f'compression_config.{[*change][0]} is .*: it must be'):
+        opened([{}], tmp_path / 'c', tool='distillkit', config=config)
+    with pytest.raises(DistillError, match='config= is of type int: it must be a dict or a path'):
+        opened([{}], tmp_path / 'c', tool='distillkit', config=3)
+    (tmp_path / 'c.json').write_text('{"d": 3, "d": 4}')
+    with pytest.raises(DistillError, match="an object has the name 'd' twice"):
+        opened([{}], tmp_path / 'c', tool='distillkit', config=tmp_path / 'c.json')

@@ -8,8 +8,10 @@ from typing import Any
 
 import numpy as np
 
+from ..base.atomic_files import file_errors
 from ..base.errors import DistillError, check_choice
 from .json_checks import json_list, json_object, load_json, refuse_entry, shortened, whole_number
+from .teacher_description import is_whole
 
 # NumPy has no bfloat16, so its bits are read
 FLOATS = dict(float16='<f2', bfloat16='<u2', float32='<f4', float64='<f8')
@@ -49,10 +51,18 @@ class ConvertedRows:
         return self.rows.place(i) if hasattr(self.rows, 'place') else f'Row {i}'
 
     def __getitem__(self, i: int) -> dict:
+        row = self.rows[i]
         try:
-            return self.convert(self.rows[i], self.config)
+            json_object('the row', row, ())
+            return self.convert(row, self.config)
         except DistillError as e:
             raise DistillError(f'{self.place(i)}: {e}') from None
+        # a column has a different type than the tool writes
+        except (TypeError, ValueError, AttributeError, LookupError, OverflowError) as e:
+            why = shortened(f'{type(e).__name__}: {e}')
+            raise DistillError(
+                f"{self.place(i)} can't be read as the tool writes its rows ({why})."
+            ) from e
 
 
 def converted_rows(rows: Any, tool: str, config: Any = None, path: Any = None) -> tuple:
@@ -88,6 +98,10 @@ def compression_of(config: Any, path: Any) -> dict:
             "The compressed rows can be read only with the tool's configuration: pass config=, a dict "
             'or the path of its compression_config.yaml.'
         )
+    if not isinstance(config, (dict, str, Path)):
+        raise DistillError(
+            f'config= is of type {type(config).__name__}: it must be a dict or a path.'
+        )
     name = 'compression_config' if isinstance(config, dict) else str(config)
     if not isinstance(config, dict):
         config = read_yaml(Path(config))
@@ -105,17 +119,17 @@ def compression_of(config: Any, path: Any) -> dict:
     whole_number(f'{name}.k', c['k'], 1, min(c['d'], MAX_K))
     whole_number(f'{name}.exact_k', c['exact_k'], 0, c['k'])
     for k in ('exact_dtype', 'term_dtype'):
-        if c[k] not in FLOATS:
+        if c[k] not in [*FLOATS]:
             refuse_entry(f'{name}.{k}', c[k], ' or '.join(FLOATS))
-    for t in c['polynomial_terms'] or ():
-        if t not in SPECIAL_TERMS and type(t) is not int:
+    for t in json_list(f'{name}.polynomial_terms', c['polynomial_terms'] or [], 0, MAX_K):
+        if t not in [*SPECIAL_TERMS] and type(t) is not int:
             refuse_entry(f'{name}.polynomial_terms', t, "a whole number, 'sqrt' or 'exp'")
     for i, b in enumerate(json_list(f'{name}.residual_bins', c['residual_bins'], 0, MAX_K)):
         at = f'{name}.residual_bins[{i}]'
         json_object(at, b, ('scale_dtype', 'element_bits', 'num_elements'))
         whole_number(f'{at}.element_bits', b['element_bits'], 1, 63)
         whole_number(f'{at}.num_elements', b['num_elements'], 1, c['k'])
-        if b['scale_dtype'] not in FLOATS:
+        if b['scale_dtype'] not in [*FLOATS]:
             refuse_entry(f'{at}.scale_dtype', b['scale_dtype'], ' or '.join(FLOATS))
     if (n := sum(b['num_elements'] for b in c['residual_bins'])) > c['k'] - c['exact_k']:
         refuse_entry(f'{name}.residual_bins', f'{n} elements', 'at most k - exact_k elements')
@@ -128,7 +142,8 @@ def read_yaml(path: Path) -> Any:
             f'There is no {path}, which the tool writes next to its rows: pass config=.'
         )
     if path.suffix == '.json':
-        return load_json(path.read_text())
+        with file_errors(f"{path} can't be read as JSON"):
+            return load_json(path.read_text(encoding='utf-8'))
     try:
         yaml = importlib.import_module('yaml')
     except ImportError as e:
@@ -184,7 +199,7 @@ def from_distillkit(row: Any, c: Any) -> dict:
             'supported: write the file again with its current version.'
         )
     json_object('the row', row, ('input_ids', 'compressed_logprobs', 'bytepacked_indices'))
-    tokens = [int(o) for o in row['input_ids']]
+    tokens = tokens_of(row)
     values, ids = (
         byte_table(row[k], k, len(tokens)) for k in ('compressed_logprobs', 'bytepacked_indices')
     )
@@ -197,6 +212,12 @@ def from_distillkit(row: Any, c: Any) -> dict:
     last = [None] * (len(tokens) - len(ids))
     rest = {k: v for k, v in row.items() if not k.startswith(('compressed_', 'bytepacked_'))}
     return {**rest, 'input_ids': tokens, 'ids': [*ids, *last], 'logprobs': [*logprobs, *last]}
+
+
+def tokens_of(row: Any) -> list[int]:
+    if (odd := [o for o in row['input_ids'] if not is_whole(o)]) != []:
+        refuse_entry('input_ids', odd[0], 'a list of whole numbers')
+    return [int(o) for o in row['input_ids']]
 
 
 def byte_table(o: Any, name: str, n: int) -> np.ndarray:
@@ -252,7 +273,7 @@ def from_axolotl(row: Any, _: Any) -> dict:
             '_logprobs), and input_ids, all tokens of the text, since logprobs are those of the last '
             'tokens.'
         )
-    tokens, found = [int(o) for o in row['input_ids']], list(row[name])
+    tokens, found = tokens_of(row), list(row[name])
     ids = None if row.get('target_token_ids') is None else list(row['target_token_ids'])
     before = [None] * (len(tokens) - len(found))
     if len(found) > len(tokens) or ids is not None and len(ids) != len(found):
@@ -274,7 +295,11 @@ def from_vllm(row: Any, _: Any) -> dict:
     """Convert a response of a vLLM server, or a row that contains `prompt_logprobs`."""
     out = dict(row)
     if row.get('prompt_logprobs') is None and row.get('choices'):
-        out |= {k: v for k, v in row['choices'][0].items() if k.startswith('prompt_')}
+        first, *others = row['choices']
+        out |= {k: v for k, v in first.items() if k.startswith('prompt_')}
+        own = None, first.get('prompt_logprobs')
+        if any(o.get('prompt_logprobs') not in own for o in others):
+            raise DistillError('the response is to several prompts: send one in each request.')
     if str(out.get('id', '')).startswith(('cmpl-', 'chatcmpl-')):
         del out['id']  # this id identifies the request, not the sample
     if out.get('prompt_logprobs') is None:
