@@ -332,7 +332,7 @@ def test_only_what_nothing_else_reads_is_folded():
     net, x = Block().eval(), torch.randn(2, 4, 3, 3)
     with torch.no_grad():
         pairs = foldable(net, lambda: net(x))
-    assert pairs == [(net.d, net.nd)] and not any(
+    assert [(p.conv, p.norm) for p in pairs] == [(net.d, net.nd)] and not any(
         m._forward_hooks or m._forward_pre_hooks for m in net.modules()
     )
 
@@ -351,6 +351,110 @@ def test_a_layer_that_is_read_stays_what_it_is():
     t = Teacher(net, run=dict(fold_bn=True), layers=['3'])
     torch.testing.assert_close(t(x).feats['3'], net[:4](x).detach(), rtol=1e-4, atol=1e-5)
     assert '1 batch-norms folded' in repr(t)
+
+
+class Containers(nn.Module):
+    "Containers that return, receive or pass on the output of a convolution before its batch norm"
+
+    def __init__(self):
+        super().__init__()
+        norm = lambda: nn.BatchNorm2d(4)
+        self.stem = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Conv2d(4, 4, 1))
+        self.stem_norm, self.drop = norm(), nn.Identity()
+        self.block = nn.Sequential(norm(), nn.ReLU(), nn.Sequential(nn.Conv2d(4, 4, 1)))
+        self.block2 = nn.Sequential(
+            nn.Sequential(norm(), nn.ReLU(True)), nn.Conv2d(4, 4, 1), norm()
+        )
+        self.head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 5))
+
+    def forward(self, x):
+        x = self.stem_norm(self.drop(self.stem(x))).relu_()
+        return self.head(self.block2(self.block(x)))
+
+
+def layers_by_hooks(model, x):
+    "What each module receives (@in) and returns (@pre), by plain hooks"
+    seen, handles = {}, []
+    for name, m in model.named_modules():
+        if name:
+            note = lambda m, args, y, name=name: seen.update({f'{name}@pre': y.clone()})
+            note_in = lambda m, args, name=name: seen.update({f'{name}@in': args[0].clone()})
+            handles += [m.register_forward_hook(note), m.register_forward_pre_hook(note_in)]
+    with torch.no_grad():
+        model(x)
+    for h in handles:
+        h.remove()
+    return seen
+
+
+def with_random_norms(net):
+    for m in net.modules():
+        if isinstance(m, nn.BatchNorm2d):
+            m.running_mean.normal_()
+            m.running_var.uniform_(0.5, 2)
+            nn.init.normal_(m.bias)
+    return net.eval()
+
+
+def test_a_folded_copy_gives_every_layer_and_container_of_the_model():
+    torch.manual_seed(0)
+    net, x = with_random_norms(Containers()), images()
+    expected = layers_by_hooks(net, x)
+    assert len(expected) == 2 * (len([*net.modules()]) - 1)
+    for name, y in expected.items():
+        t = Teacher(net, run=dict(fold_bn=True))
+        with t:
+            t(x)  # the batch norms are folded before the layer is known
+            assert '3 batch-norms folded' in repr(t)
+            o = t.outputs((x,), layers=[name])
+        torch.testing.assert_close(o.feats[name], y, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_a_container_before_a_batch_norm_is_not_overwritten_in_a_folded_copy():
+    net, x = with_random_norms(Containers()), images()
+    with torch.no_grad():
+        y = net.stem(x)
+    feats = Teacher(net, run=dict(fold_bn=True), layers=['stem'])(x).feats
+    torch.testing.assert_close(feats['stem'], y, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.filterwarnings('ignore:.*torch.jit:DeprecationWarning')
+def test_a_model_with_a_part_in_torchscript_is_folded():
+    net, x = with_random_norms(conv_net()), images()
+    net[5] = torch.jit.trace(nn.ReLU(), torch.randn(2, 8, 3, 3))
+    t = Teacher(net, run=dict(fold_bn=True))
+    with torch.no_grad():
+        torch.testing.assert_close(t(x).logits, net(x), rtol=1e-4, atol=1e-5)
+    assert '2 batch-norms folded' in repr(t)
+
+
+def test_a_convolution_whose_output_the_model_returns_as_a_feature_is_not_folded():
+    class Early(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.norm, self.rest = nn.Conv2d(3, 3, 3), nn.BatchNorm2d(3), conv_net()
+
+        def forward(self, x):
+            y = self.conv(x)
+            return Outputs(self.rest(self.norm(y).relu()), {'early': y})
+
+    net, x = with_random_norms(Early()), images()
+    t = Teacher(net, run=dict(fold_bn=True))
+    torch.testing.assert_close(t(x).feats['early'], net.conv(x).detach())
+    assert '2 batch-norms folded' in repr(t)
+
+
+def test_a_hint_on_a_container_is_the_same_with_a_folded_copy():
+    torch.manual_seed(0)
+    net, student, x = with_random_norms(Containers()), Containers().eval(), images()
+    with torch.no_grad():
+        expected = F.mse_loss(student.stem(x), net.stem(x))
+    teacher = Teacher(net, run=dict(fold_bn=True))
+    recipe = kd() + hint(layers={'stem@pre': 'stem@pre'}, weight=0.01)
+    d = Distiller(student, teacher, recipe, example=x, check=False)
+    parts = d(x, torch.randint(5, (8,))).parts
+    torch.testing.assert_close(parts['hint'], expected)
+    assert '2 batch-norms folded' in repr(teacher)
 
 
 def test_a_feature_recipe_learns_the_same_from_a_copy():

@@ -1,13 +1,16 @@
 """Find the batch norms that can be folded into the preceding convolution.
 
-The model runs once, and each function that reads the output of a convolution is counted.
+The model runs once. Each function that reads the output of a convolution is counted, and each
+module that receives or returns it is noted.
 """
 
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 from torch.nn import Module
 from torch.overrides import TorchFunctionMode
@@ -32,24 +35,54 @@ HARMLESS = {
 }
 
 
+class FoldablePair(NamedTuple):
+    """A batch norm that can be folded into a convolution.
+
+    Attributes:
+        seen_by: Modules that receive or return the output of the convolution: these two, and
+            containers. Their inputs or outputs change if the batch norm is folded.
+    """
+
+    conv: Module
+    norm: Module
+    seen_by: frozenset[Module]
+
+
+@dataclass
+class _Watched:
+    """The output of a convolution.
+
+    Attributes:
+        tensor: Weak reference to the output.
+        reads: Number of functions that read it.
+        seen_by: Modules that receive or return it.
+    """
+
+    tensor: weakref.ref
+    conv: Module
+    reads: int = 0
+    seen_by: set[Module] = field(default_factory=set)
+
+
 class _Readers(TorchFunctionMode):
     """Mode that counts how many functions read each watched tensor."""
 
     def __init__(self) -> None:
         super().__init__()
-        # {id: [weak reference, convolution, number of functions that read it]}
-        self.watched: dict[int, list] = {}
+        self.watched: dict[int, _Watched] = {}  # by the id of the tensor
 
     def watch(self, y: Tensor, conv: Module) -> None:
-        self.watched[id(y)] = [weakref.ref(y), conv, 0]
+        self.watched[id(y)] = _Watched(weakref.ref(y), conv)
 
-    def entry(self, y: Any) -> list | None:
-        """Return the entry of a watched tensor, or None.
+    def found_in(self, o: Any) -> Iterator[_Watched]:
+        """Yield the entries of watched tensors in nested tuples, lists and dicts.
 
         A new tensor may have the id of a deleted tensor, so the weak reference is compared.
         """
-        e = self.watched.get(id(y))
-        return e if e is not None and e[0]() is y else None
+        for t in tensors_in(o):
+            w = self.watched.get(id(t))
+            if w is not None and w.tensor() is t:
+                yield w
 
     def __torch_function__(
         self, fn: Callable, types: Any, args: tuple = (), kwargs: dict | None = None
@@ -57,53 +90,61 @@ class _Readers(TorchFunctionMode):
         out = fn(*args, **(kwargs or {}))
         name = getattr(fn, '__name__', '')
         if name not in HARMLESS and (name != '__get__' or isinstance(out, Tensor)):
-            self.count((args, kwargs or {}))
+            for w in self.found_in((args, kwargs or {})):
+                w.reads += 1
         return out
-
-    def count(self, read: Any) -> None:
-        for t in tensors_in(read):
-            if (e := self.entry(t)) is not None:
-                e[2] += 1
 
 
 @contextmanager
-def watched_pairs(model: Module) -> Iterator[list]:
+def watched_pairs(model: Module) -> Iterator[list[FoldablePair]]:
     """Watch the model while it runs.
 
     Yields:
-        A list, which holds the foldable pairs (convolution, batch norm) after the context ends.
+        A list, which holds the foldable pairs after the context ends.
     """
-    pairs: list = []
+    found: list[tuple[_Watched, Module]] = []
+    pairs: list[FoldablePair] = []
     runs: dict[nn.Module, int] = {}
     readers = _Readers()
 
-    def after_conv(m: nn.Module, args: tuple, y: Tensor) -> None:
-        runs[m] = runs.get(m, 0) + 1
-        readers.watch(y, m)
+    def before(m: nn.Module, args: tuple, kwargs: dict) -> None:
+        for w in readers.found_in((args, kwargs)):
+            w.seen_by.add(m)
+            if type(m) in NORMS:
+                found.append((w, m))
 
-    def before_norm(m: nn.Module, args: tuple) -> None:
+    def after(m: nn.Module, args: tuple, y: Any) -> None:
         runs[m] = runs.get(m, 0) + 1
-        if (e := readers.entry(args[0])) is not None:
-            pairs.append((e, m))
+        if type(m) in FOLDABLE:
+            readers.watch(y, m)
+        for w in readers.found_in(y):
+            w.seen_by.add(m)
+
+    def at_end(m: nn.Module, args: tuple, y: Any) -> None:
+        # whatever the model still holds or returns, in any container, may be read
+        for w in readers.watched.values():
+            w.reads += w.tensor() is not None
 
     with ExitStack() as stack:
-        for m in model.modules():
-            if type(m) in FOLDABLE:
-                handle = m.register_forward_hook(after_conv)
-            elif type(m) in NORMS:
-                handle = m.register_forward_pre_hook(before_norm)
-            else:
-                continue
-            stack.callback(handle.remove)
-        # the caller reads what the model returns
-        stack.callback(model.register_forward_hook(lambda m, args, out: readers.count(out)).remove)
+        # layers of TorchScript can't be read
+        for m in (o for o in model.modules() if not isinstance(o, torch.jit.ScriptModule)):
+            for handle in (
+                m.register_forward_pre_hook(before, with_kwargs=True),
+                m.register_forward_hook(after),
+            ):
+                stack.callback(handle.remove)
+        stack.callback(model.register_forward_hook(at_end).remove)
         stack.enter_context(readers)
         yield pairs
-    pairs[:] = [(e[1], m) for e, m in pairs if e[2] == 1 and runs[m] == runs[e[1]] == 1]
+    pairs += [
+        FoldablePair(w.conv, m, frozenset(w.seen_by))
+        for w, m in found
+        if w.reads == 1 and runs[m] == runs[w.conv] == 1
+    ]
 
 
-def foldable(model: nn.Module, run: Callable[[], Any]) -> list:
-    """Return the pairs (convolution, batch norm) that can be merged into one convolution.
+def foldable(model: nn.Module, run: Callable[[], Any]) -> list[FoldablePair]:
+    """Return the pairs of layers that can be merged into one convolution.
 
     Both layers must run exactly once, and only the batch norm may read the output of the
     convolution.
@@ -117,4 +158,4 @@ def foldable(model: nn.Module, run: Callable[[], Any]) -> list:
     plain = {m for m in model.modules() if not hooked(m) and names.count(m) == 1}
     with watched_pairs(model) as pairs:
         run()
-    return [(c, n) for c, n in pairs if {c, n} <= plain and n.running_var is not None]
+    return [p for p in pairs if {p.conv, p.norm} <= plain and p.norm.running_var is not None]

@@ -11,6 +11,7 @@ from torch.nn import Module
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from ..features.layer_names import named
+from .batch_norm_folding import FoldablePair
 
 
 @dataclass(frozen=True)
@@ -21,14 +22,14 @@ class CopyPlan:
         dtype: Dtype of the weights.
         device: Device of the copy.
         layout: Memory format of convolution weights. None to keep the current format.
-        pairs: Pairs (convolution, batch norm) to fold.
+        pairs: Convolutions and batch norms to fold.
         all_floats: If True, convert non-persistent buffers too.
     """
 
     dtype: torch.dtype
     device: torch.device
     layout: torch.memory_format | None = None
-    pairs: tuple = ()
+    pairs: tuple[FoldablePair, ...] = ()
     all_floats: bool = False
 
     def __str__(self) -> str:
@@ -42,7 +43,7 @@ class CopyPlan:
         To save memory, unchanged weights are shared with the model.
         """
         memo: dict[int, Any] = {}
-        for conv, norm in self.pairs:
+        for conv, norm, _ in self.pairs:
             memo |= {id(conv): folded(conv, norm, self._frozen), id(norm): nn.Identity().eval()}
         for m in model.modules():
             if id(m) in memo:
@@ -93,12 +94,12 @@ def folded(conv: Any, norm: Any, frozen: Callable[[Tensor], nn.Parameter]) -> Mo
 
 
 def without_layers(
-    model: Module, pairs: Iterable[tuple[Module, Module]], layers: Sequence[str]
-) -> tuple[tuple[Module, Module], ...]:
-    """Return the pairs that can still be folded if the outputs of the named layers are read."""
+    model: Module, pairs: Iterable[FoldablePair], layers: Sequence[str]
+) -> tuple[FoldablePair, ...]:
+    """Return the pairs that can still be folded if the named layers are read."""
     have = named(model)
     read = {have.get(n.split('@')[0]) for n in layers}
-    return tuple((c, n) for c, n in pairs if not {c, n} & read)
+    return tuple(p for p in pairs if not p.seen_by & read)
 
 
 def weights_of(model: Module) -> list[Tensor]:
