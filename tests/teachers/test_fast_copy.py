@@ -457,6 +457,13 @@ def test_a_hint_on_a_container_is_the_same_with_a_folded_copy():
     assert '2 batch-norms folded' in repr(teacher)
 
 
+def test_a_teacher_that_is_never_copied_does_not_report_the_hooks_of_a_probe():
+    x = images()
+    t = Teacher(conv_net(), run=dict(precision='fp32', memory_format=None, fold_bn=False))
+    Distiller(conv_net(4), t, hint(layers={'5': '5'}), example=x, check=False)
+    assert repr(t) == 'Teacher(Sequential: as it is)'
+
+
 def test_a_feature_recipe_learns_the_same_from_a_copy():
     net, x, y = conv_net(), images(), torch.randint(5, (8,))
     grads = []

@@ -144,6 +144,7 @@ class FastCopy:
         self.own: Any = floats.pop() if len(floats) == 1 else None
         # options that request a copy explicitly, even for a small model
         self.by_hand = given_by_hand(options)
+        self.never = AS_IT_IS.items() <= options.items() and not self.by_hand
         self.restart()
 
     def restart(self) -> None:
@@ -186,10 +187,10 @@ class FastCopy:
             self.restart()
             self.decided_for = size_of(x, kw)
             large = operations(self.model, x, kw) >= WORK
-            self.why = why_no_copy(self.model)
+            self.why = '' if self.never else why_no_copy(self.model)
             if not self.by_hand and not self.why and self.mode != 'eval':
                 self.why = 'it runs in train mode'
-            tried = not self.why and (large or self.by_hand)
+            tried = not (self.why or self.never) and (large or self.by_hand)
             if tried:
                 device = torch.device(self.options['device'] or device)
                 self._try_copies(large, device, layers, run)
