@@ -1282,6 +1282,27 @@ def test_a_run_does_not_continue_with_another_label_of_a_file(stopped, digits, t
         resumed(out)
 
 
+def test_a_run_does_not_continue_with_another_order_of_the_rows_of_one_file(
+    stopped, digits, tmp_path
+):
+    "The rows that are held out for validation depend on the order"
+    paths = [os.path.relpath(f, tmp_path) for f in sorted(digits.rglob('*.png'))]
+    frame = pd.DataFrame(dict(file=paths, label=[Path(p).parent.name for p in paths]))
+    frame = pd.concat([frame, frame[:1]])
+    frame.to_csv(tmp_path / 'a.csv', index=False)
+    out = stopped(tmp_path / 'a.csv', y='label')
+
+    def refused(frame, says):
+        frame.to_csv(tmp_path / 'a.csv', index=False)
+        with pytest.raises(DistillError, match=f'began: {says}'):
+            resumed(out)
+
+    refused(frame.iloc[[0, -1, *range(1, len(paths))]], 'the order of the samples')
+    refused(frame[:-1], r'1 file removed: \S*0.png \(row 2 with this file\)')
+    frame.to_csv(tmp_path / 'a.csv', index=False)
+    resumed(out)
+
+
 def test_a_run_continues_with_data_that_were_moved(finished, stopped, digits, tmp_path):
     "Their content counts, not where they are"
     shutil.copytree(digits, tmp_path / 'here')
@@ -1372,6 +1393,42 @@ def test_a_run_does_not_continue_with_settings_that_were_edited(finished, stoppe
     (out / 'config.toml').write_text(text)
     resumed(out)
     assert_same(finished, out)
+
+
+def test_a_run_does_not_continue_with_a_setting_that_is_now_auto(stopped, digits):
+    out = stopped(digits, recipe='kd(T=2)', size='16')
+    for k, was in dict(recipe="'kd(T=2)'", size="'16'", lr='0.01', teacher_lr='0.01').items():
+        with pytest.raises(DistillError) as e:
+            opened_run({k: 'auto'}, out=out, resume=True)
+        assert f"holds a run with {k}={was}, now {k}='auto'. Give the" in str(e.value)
+    text = (out / 'config.toml').read_text()
+    (out / 'config.toml').write_text(text.replace('\nlr = 0.01', '\nlr = "auto"'))
+    with pytest.raises(DistillError, match="has lr='auto', but the run began with lr=0.01"):
+        resumed(out)
+
+
+def test_a_run_that_began_with_auto_continues_with_auto(stopped, digits):
+    out = stopped(digits, lr='auto')
+    given = dict(lr='auto', size='auto', recipe='auto', epochs=2)
+    lr = tomllib.loads((out / 'config.toml').read_text())['lr']
+    assert lr != 'auto'
+    report = opened_run(given, out=out, resume=True, say=lambda _: None)()
+    assert report.n > 0
+    assert tomllib.loads((out / 'config.toml').read_text())['lr'] == lr
+
+
+def test_a_run_with_checkpoints_but_without_what_it_began_with_does_not_continue(stopped, digits):
+    out = stopped(digits)
+    begun = out / 'checkpoints' / 'begun.json'
+    text = begun.read_text()
+    for change, says in ((begun.unlink, 'missing'), (lambda: begun.write_text('{'), 'damaged')):
+        change()
+        with pytest.raises(
+            DistillError, match=f'begun.json is {says}.* so whether the settings or'
+        ):
+            resumed(out)
+    begun.write_text(text)
+    resumed(out)
 
 
 def test_a_link_that_leads_back_shows_no_image_again(digits, tmp_path):

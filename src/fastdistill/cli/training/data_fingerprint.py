@@ -38,11 +38,13 @@ def data_fingerprint(s: Samples, held: np.ndarray | None, config: TrainConfig) -
     if s.task in ('texts', 'table') or isinstance(s.frame[s.x[0]].iloc[0], bytes):
         return facts | dict(rows=[values_hash(row) for row in rows])
     files: dict[str, str] = {}
+    times: Counter = Counter()
     for x, *label in rows:
         name = Path(os.path.relpath(x, s.folder)).as_posix()
         label = [file_hash(label[0]), *label[1:]] if s.task == 'masks' else label
-        # several rows may have the same file
-        files[name] = values_hash([files.get(name), file_hash(x), *label])
+        times[name] += 1  # several rows may have the same file
+        row = name if times[name] == 1 else f'{name} (row {times[name]} with this file)'
+        files[row] = values_hash([file_hash(x), *label])
     return facts | dict(files=files)
 
 

@@ -2,6 +2,7 @@
 to read a recipe.
 """
 
+import json
 from dataclasses import asdict
 from pathlib import Path
 
@@ -75,12 +76,41 @@ def is_beginning(path: Path) -> bool:
 
 def check_unchanged(given: dict, stored: TrainConfig, folder: Path) -> None:
     asked = asdict(TrainConfig(**asdict(stored) | given).absolute())
+    found = read_begun(folder).get('found', ['lr', 'teacher_lr'])
     for k in given:
-        if asked[k] != getattr(stored, k) and asked[k] != 'auto':
+        if asked[k] != getattr(stored, k) and not (asked[k] == 'auto' and k in found):
             raise DistillError(
                 f'{folder} holds a run with {k}={getattr(stored, k)!r}, now {k}={asked[k]!r}. Give the '
                 'new one a different out=.'
             )
+
+
+def begun_file(folder: Path) -> Path:
+    """Return the path of the file with the settings and a fingerprint of the data of a run."""
+    return folder / 'checkpoints' / 'begun.json'
+
+
+def read_begun(folder: Path) -> dict:
+    """Read what a run wrote at its beginning. Return an empty dict for a new run.
+
+    Args:
+        folder: Folder of the run.
+
+    Returns:
+        A dict with the 'settings', the fingerprint of the 'data', and the names of the learning
+        rates that were 'found' by lr_find.
+    """
+    file = begun_file(folder)
+    try:
+        if file.is_file() or any(file.parent.glob('*.pt')):
+            return json.loads(file.read_text(encoding='utf-8'))
+        return {}
+    except (ValueError, FileNotFoundError) as e:
+        what = f'damaged ({e})' if isinstance(e, ValueError) else 'missing'
+        raise DistillError(
+            f'{file} is {what}, so whether the settings or the data changed is unknown. Start a new '
+            'run with a different out=.'
+        ) from e
 
 
 def free_folder(config: TrainConfig) -> Path:

@@ -4,7 +4,6 @@ the models, and write the results to a folder.
 
 import csv
 import io
-import json
 import platform
 import shutil
 import warnings
@@ -44,6 +43,7 @@ from .dataloaders import loaders_of
 from .exported_student import FOR_STUDENT, FOR_TEACHER
 from .mask_examples import mask_examples
 from .resumable_fit import Checkpoints, find_rate, fit_stage, seed_everything, silent
+from .run_settings import begun_file, read_begun
 from .teachers import file_teacher, teacher_of_texts, with_weights
 
 # caption of the masks in the report
@@ -86,8 +86,7 @@ class TrainRun:
         self.recipe = recipe_from_text(config.recipe)
         self.files, self.locks = folder / 'checkpoints', ExitStack()
         self.split = self.note = ''  # set by `samples` in the first process
-        # file with the settings and a fingerprint of the data
-        self.begun = self.files / 'begun.json'
+        self.found: list[str] = []  # names of the learning rates that lr_find found
 
     def __call__(self) -> Any:
         """Complete the run. Return the Report in the first process, and None in all others."""
@@ -153,26 +152,13 @@ class TrainRun:
             )
         return config
 
-    def read_begun(self) -> dict:
-        """Read the settings and the fingerprint of the data at the beginning of the run. Return an
-        empty dict for a new run.
-        """
-        if not self.begun.is_file():
-            return {}
-        try:
-            return json.loads(self.begun.read_text(encoding='utf-8'))
-        except ValueError as e:
-            raise DistillError(
-                f'{self.begun} is damaged ({e}), so whether the data changed is unknown. Start a new '
-                'run with a different out=.'
-            ) from e
-
     def settings_at_begin(self) -> TrainConfig:
         """Return the settings, with the learning rates found earlier. Raise a DistillError if
         config.toml was changed since the run began.
         """
-        before, now = self.read_begun().get('settings', {}), asdict(self.config)
-        found = {k: before[k] for k in ('lr', 'teacher_lr') if now[k] == 'auto' and k in before}
+        begun, now = read_begun(self.folder), asdict(self.config)
+        before, self.found = begun.get('settings', {}), begun.get('found', [])
+        found = {k: before[k] for k in self.found if now[k] == 'auto'}
         # if both values are paths, they may differ, because the contents of the files are compared
         # instead
         same_kind = lambda k: all(
@@ -193,7 +179,7 @@ class TrainRun:
         return replace(self.config, **found)
 
     def check_data_unchanged(self) -> None:
-        before = self.read_begun().get('data')
+        before = read_begun(self.folder).get('data')
         if before is None or not (changes := data_changes(before, self.data)):
             return
         raise DistillError(
@@ -339,6 +325,7 @@ class TrainRun:
             self.config = replace(self.config, **found)
             self.say(f'learning rate of {arch}: {lr:g}, found by lr_find')
         if wanted:
+            self.found = [*self.found, *wanted]
             self.write_settings()
         return self.config
 
@@ -416,7 +403,8 @@ class TrainRun:
     def write_settings(self) -> None:
         # subtle: write begun.json first, because learning rates that are 'auto' in config.toml are
         # read from it
-        write_json(self.begun, dict(settings=asdict(self.config), data=self.data))
+        begun = dict(settings=asdict(self.config), data=self.data, found=self.found)
+        write_json(begun_file(self.folder), begun)
         write_config(self.config, self.folder / 'config.toml')
 
     def write_results(self, models: Mapping[str, Any]) -> Any:
