@@ -6,7 +6,7 @@ import numpy as np
 import pytest, torch
 from apps import APPS, FASTAI_WARNINGS, logits, pair, plain, same, snapshot
 from fastai.basics import CrossEntropyLossFlat, L
-from fastdistill.fastai import DistillError, DistillInterpretation
+from fastdistill.fastai import DistillError, DistillInterpretation, Teacher
 
 pytestmark = [
     pytest.mark.filterwarnings(w)
@@ -140,6 +140,50 @@ def test_texts_are_shown_as_texts(capsys, monkeypatch):
     student, teacher = [text_classifier_learner(dls, AWD_LSTM, pretrained=False) for _ in range(2)]
     DistillInterpretation.from_learner(student, teacher).show_disagreements(2)
     assert 'film' in (out := capsys.readouterr().out) or 'song' in out
+
+
+def test_a_teacher_of_the_raw_texts_is_asked_about_each_text(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, 'IPython.display', None)
+    from fastai.text.all import Learner, TextDataLoaders, nn, pd
+    from sklearn.feature_extraction.text import CountVectorizer
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+
+    texts = [f'a {w} {what}' for what in ('film', 'song', 'book') for w in ('good', 'bad', 'odd')]
+    df = pd.DataFrame(dict(text=texts, label=['yes', 'no', 'no'] * 3))
+    df['is_valid'] = df.index % 2 == 1
+    pipeline = make_pipeline(CountVectorizer(), LogisticRegression()).fit(df.text, df.label)
+    dls = TextDataLoaders.from_df(
+        df,
+        text_col='text',
+        label_col='label',
+        valid_col='is_valid',
+        bs=3,
+        num_workers=0,
+        n_workers=0,
+    )
+    # every student answers "no", with a probability of 3/4
+    net = nn.Sequential(nn.EmbeddingBag(len(dls.vocab[0]), 2), nn.Linear(2, 2))
+    net[1].weight.data.zero_()
+    net[1].bias.data = torch.tensor([3.0, 1.0]).log()
+    student = Learner(dls, net, loss_func=CrossEntropyLossFlat())
+    for teacher in (
+        Teacher(pipeline, items=lambda rows: rows['text']),
+        [Teacher(pipeline, items=lambda rows: rows['text'])] * 2,
+    ):
+        interp = DistillInterpretation.from_learner(student, teacher)
+        held = df[df.is_valid]
+        p = pipeline.predict_proba(held.text)
+        wanted = (p * np.log(p / [0.75, 0.25])).sum(1)
+        assert interp.losses.tolist() == pytest.approx(wanted.tolist(), rel=1e-4)
+        differ = pipeline.predict(held.text) != 'no'
+        assert differ.any()
+        assert interp.differ.tolist() == differ.tolist()
+        capsys.readouterr()
+        interp.show_disagreements(int(differ.sum()))
+        rows = capsys.readouterr().out.strip().splitlines()[-differ.sum() :]
+        assert [o.split()[-2:] for o in rows] == [['yes', 'no']] * differ.sum()
+        assert all('good' in o for o in rows)
 
 
 def test_with_itself_a_model_agrees():

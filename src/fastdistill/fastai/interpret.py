@@ -1,7 +1,6 @@
 """Find the inputs on which a student disagrees with its teacher."""
 
 from collections.abc import Callable
-from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -14,10 +13,12 @@ from ..base.random_state import guarded_random_state
 from ..base.task import fit_labels
 from ..losses import binary_kl, kl
 from ..teachers.fast_copy import AS_IT_IS
+from ..teachers.raw_items import items_at, with_items
 from .class_names import check_same_data, vocab_of
 from .language_model import is_stream
 from .learner_heads import comparisons_of, options_of_heads
 from .probe_batches import split_batch
+from .raw_items import items_shown, raw_items, without_samples
 from .teacher_targets import without_targets
 from .teachers import check_same_codes, is_heads, teacher_of
 
@@ -110,7 +111,9 @@ class DistillInterpretation(Interpretation):
             return
         inps, _, _, decoded, _ = self[idxs]
         inps = tuplify(inps)
-        taught = self._decoded(inps)
+        reads = self.teacher.needs == 'items'
+        raw = items_at(raw_items(self.dl), idxs.tolist()) if reads else None
+        taught = self._decoded(with_items(inps, raw))
         t, s = inps + tuplify(taught), inps + tuplify(decoded)
         try:
             self.dl.show_results(t, tuplify(decoded), max_n=len(idxs), **kwargs)
@@ -122,9 +125,16 @@ class DistillInterpretation(Interpretation):
     def _rows_of_head(self, idxs):
         """Yield (item, teacher prediction, student prediction) for the items with these indices."""
         dl, names = self.dl.new(get_idxs=lambda: idxs), vocab_of(self.head.of(self.learn).dls)
-        with restored(dl), guarded_random_state(), self.student, self.teacher:
+        with (
+            restored(dl),
+            guarded_random_state(),
+            items_shown([dl], self.teacher),
+            self.student,
+            self.teacher,
+        ):
             for b in dl:
-                x, _ = split_batch(self.learn, b)
+                b, raw = without_samples(b)
+                x = with_items(split_batch(self.learn, b)[0], raw)
                 items = self.dl.decode_batch(without_targets(b), len(x[0]), full=False)
                 both = [predictions(m, x, names) for m in (self.teacher, self.student)]
                 yield from ((item[0], t, s) for item, t, s in zip(items, *both))
@@ -149,11 +159,11 @@ def disagreements(learn, dl, student, teacher, task, head):
     if idxs is not None:
         dl = dl.new(get_idxs=lambda: idxs)
     found = []
-    with restored(dl), guarded_random_state(), ExitStack() as stack:
-        for m in (student, teacher):
-            stack.enter_context(m)
+    with restored(dl), guarded_random_state(), items_shown([dl], teacher), student, teacher:
         for b in dl:
+            b, raw = without_samples(b)
             x, y = split_batch(learn, b)
+            x = with_items(x, raw)
             for m in (student, teacher):
                 m.reset()
             s, t = student(*x).logits, teacher(*x).logits
