@@ -25,6 +25,7 @@ from fastai.tabular.all import (
     TabularProc,
     tabular_learner,
 )
+from fastai.text.all import BaseTokenizer, TextDataLoaders
 from fastai.vision.all import (
     CategoryBlock,
     CrossEntropyLossFlat,
@@ -318,6 +319,48 @@ def test_a_student_of_texts_of_one_length_is_exported_for_this_length(tmp_path):
     with pytest.raises(DistillError) as error:
         Teacher(str(e.path))(torch.zeros(2, 5, dtype=torch.long))
     assert 'int64: batch x 9' in str(error.value) and 'images' not in str(error.value)
+
+
+@pytest.mark.parametrize('tok', [None, BaseTokenizer('/')], ids=['spacy', 'split'])
+def test_the_cards_code_predicts_a_text_as_the_learner(tmp_path, monkeypatch, tok):
+    texts = [f'{w}/{what}, It is {w}' for what in 'ABC' for w in ('GOOD', 'bad') for _ in 'ab']
+    df = pd.DataFrame(dict(text=texts, label=['yes', 'yes', 'no', 'no'] * 3))
+    df['is_valid'] = df.index % 2 == 1
+    options = dict(text_col='text', label_col='label', valid_col='is_valid', tok_tfm=tok)
+    dls = TextDataLoaders.from_df(df, bs=2, num_workers=0, **options)
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(
+        torch.nn.EmbeddingBag(len(dls.vocab[0]), 8, padding_idx=dls.vocab[0].index('xxpad')),
+        torch.nn.Linear(8, 2),
+    )
+    student = Learner(dls, net, loss_func=CrossEntropyLossFlat())
+    folder = save_student(student, tmp_path / 'out', onnx=True)
+    monkeypatch.chdir(folder)
+    for text in ('bad/A, it is, UNKNOWN', 'GOOD GOOD/B is is is'):
+        exec(code_of(folder).replace('a text', text), space := {})
+        with student.no_bar():
+            _, _, wanted = student.predict(text)
+        assert torch.allclose(torch.tensor(space['logits'][0]).softmax(0), wanted, atol=1e-6)
+
+
+def test_the_card_of_a_tokenizer_of_ones_own_names_it(tmp_path):
+    class Letters:
+        def __call__(self, texts):
+            return map(list, texts)
+
+    df = pd.DataFrame(dict(text=['ab', 'ba'] * 4, label=['yes', 'no'] * 4))
+    df['is_valid'] = df.index > 3
+    options = dict(text_col='text', label_col='label', valid_col='is_valid', tok_tfm=Letters())
+    dls = TextDataLoaders.from_df(df, bs=2, num_workers=0, **options)
+    net = torch.nn.Sequential(
+        torch.nn.EmbeddingBag(len(dls.vocab[0]), 8, padding_idx=1), torch.nn.Linear(8, 2)
+    )
+    student = Learner(dls, net, loss_func=CrossEntropyLossFlat())
+    folder = save_student(student, tmp_path / 'out', onnx=True)
+    text = json.loads((folder / 'config.json').read_text())['text']
+    assert text['tokenizer'] == 'Letters'
+    assert text['vocab'] == list(dls.vocab[0])
+    assert 'core.Tokenizer' not in (folder / 'README.md').read_text()
 
 
 def test_a_recurrent_student_is_refused_and_as_before(tmp_path, caplog, capsys):

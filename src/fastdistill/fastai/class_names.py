@@ -94,6 +94,27 @@ def tokens(dls):
     return list(v[0]) if is_listy(v) and len(v) > 1 and is_listy(v[0]) else None
 
 
+def encoding_of_text(dls) -> dict | None:
+    """Return how texts become token ids, as plain data. None if the data are not texts.
+
+    The id of a token is its position in `vocab`. Unknown tokens have the id 0. `tokenizer` is a
+    call of a class of fastai.text.core, or only the name of a class. `rules` has the names of the
+    functions that change a text before it is split.
+    """
+    if (vocab := tokens(dls)) is None:
+        return None
+    tok, rules = nested_attr(dls, 'tok'), getattr(dls, 'rules', None) or ()
+    made = dict(
+        SpacyTokenizer=nested_attr(tok, 'pipe.__self__.lang'),
+        BaseTokenizer=getattr(tok, 'split_char', None),
+    ).get(name := type(tok).__name__)
+    return dict(
+        vocab=vocab,
+        tokenizer=None if tok is None else name if made is None else f'{name}({made!r})',
+        rules=[getattr(r, '__name__', str(r)) for r in rules],
+    )
+
+
 def categories(dls):
     c = getattr(dls, 'classes', None)
     return {k: list(v) for k, v in c.items()} if isinstance(c, dict) and c else None

@@ -95,6 +95,26 @@ print({answer})
 Inputs are NumPy arrays: {inputs}. `row` is a dict with the raw values of the columns. A missing
 value is `None` or `nan`.
 """
+USE_TEXT = """```python
+import json, pathlib
+import numpy as np, onnxruntime
+from fastai.text import core             # only for the tokens; needs PyTorch
+
+facts = json.loads(pathlib.Path('config.json').read_text())
+text = facts['text']
+session = onnxruntime.InferenceSession('student.onnx')
+rules = [getattr(core, name) for name in text['rules']]
+tokenize = core.Tokenizer(core.{tokenizer}, rules=rules)
+ids = {{token: i for i, token in enumerate(text['vocab'])}}
+x = np.array([[ids.get(token, 0) for token in tokenize('a text')]])  # 0 is xxunk
+logits, = session.run(['logits'], {{'x': x}})
+print({answer})
+```
+
+Inputs are NumPy arrays: {inputs}. In a batch, shorter texts are padded with `ids['xxpad']`. Without
+fastai, the program must apply the same rules and split the texts in the same way: other tokens are
+unknown to the student, or mean something else.
+"""
 # how fastai's Resize prepares a validation image, for each of its methods
 RESIZE = dict(
     none='    # images keep their size',
@@ -232,6 +252,10 @@ def card(title, facts, checked, report):
             )
         elif facts['table'] and not facts['table']['unknown']:
             use = USE_TABLE.format(row=example_row(facts['table']), answer=answer, inputs=inputs)
+        elif facts['text'] and str(facts['text']['tokenizer']).endswith(')'):
+            use = USE_TEXT.format(
+                tokenizer=facts['text']['tokenizer'], answer=answer, inputs=inputs
+            )
         else:
             feed = ', '.join(f"'{o['name']}': {o['name']}" for o in facts['inputs'])
             use = USE.format(feed=feed, inputs=inputs, images=images_in_words(facts))
@@ -240,7 +264,7 @@ def card(title, facts, checked, report):
         '',
         f'{facts["network"]} with {facts["parameters"]:,} parameters. Outputs: '
         f'{dict(softmax="logits of classes", sigmoid="logits of labels", regression="numbers")[facts["task"]]}. '
-        'Class names, input shapes, and how images or rows of tables are prepared are in `config.json`.',
+        'Class names, input shapes, and how images, texts or rows of tables are prepared are in `config.json`.',
         '',
         '## How to use',
         '',

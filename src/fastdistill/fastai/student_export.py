@@ -34,7 +34,7 @@ from ..evaluation import Report
 from ..teachers import Teacher
 from ..teachers.fast_copy import AS_IT_IS
 from ..teachers.model_loading import FACTS, Onnx
-from .class_names import vocab_of
+from .class_names import encoding_of_text, vocab_of
 from .compare import compare
 from .probe_batches import prepared, prepared_batches, some_batches
 from .tables import encoding_of_table
@@ -397,6 +397,7 @@ def facts_of(learn, x) -> dict:
         normalization=dict(mean=stats[0], std=stats[1]) if image else None,
         resize=resize_of_images(learn.dls, x[0].shape[-2:]) if image else None,
         table=encoding_of_table(learn.dls),
+        text=encoding_of_text(learn.dls) if text else None,
         versions=dict(torch=torch.__version__, fastai=fastai.__version__),
     )
 
