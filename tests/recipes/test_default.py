@@ -462,3 +462,23 @@ def test_with_a_ratio_the_gradient_is_as_long_as_that_of_the_task_loss_at_most()
     assert r.total.item() == pytest.approx(
         (r.weights['task'] * r.task + r.weights['dist'] * r.parts['dist']).item()
     )
+
+
+@pytest.mark.parametrize('at', [40, 41, 64])
+def test_one_wrong_label_does_not_change_the_weight_of_the_batches_after_it(at):
+    "At 40 and 64 the norms are measured, at 41 they are not"
+    torch.manual_seed(0)
+    teacher = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 1))
+    weights = {}
+    for wrong in (0.0, 1000.0):
+        torch.manual_seed(1)
+        student = nn.Sequential(nn.Linear(8, 4), nn.ReLU(), nn.Linear(4, 1))
+        d = Distiller(student, teacher, Term(losses.regression, grad_ratio=3), kind='regression')
+        weights[wrong] = []
+        for i in range(1, 81):
+            x = torch.randn(32, 8)
+            y = teacher(x).detach() + 0.1 * torch.randn(32, 1)
+            y[0] += wrong if i == at else 0.0
+            weights[wrong].append(float(d(x, y).weights['regression']))
+    later = [torch.tensor(w[at:]) for w in weights.values()]
+    assert (later[1] / later[0]).max() < 2

@@ -42,7 +42,9 @@ class GradientRatio:
     # On average, two samples are sqrt(2) times as far apart as a sample and the mean of all.
     # So 0.7 is about the relative norm for a student that always predicts the mean.
     FLOOR = 0.7
-    JUMP = 4.0  # if the norm grows by more than this factor, the new norm replaces the mean
+    # If the term's norm grows by more than this factor, the new norm replaces the mean. A norm of the
+    # other losses counts as at most this multiple of the mean, because one wrong label can make it huge
+    JUMP = 4.0
 
     def __init__(self, fade: bool = False) -> None:
         self.gain = TeacherGain() if fade else None
@@ -81,6 +83,8 @@ class GradientRatio:
         # the fifth number is the count of measurements since the mean was last replaced
         before = new.new_zeros(5) if self.means is None else self.means.to(new)
         jumped = (new[1] > self.JUMP * before[1]) | (self.measured == 1)
+        most = (self.JUMP * before[0]).where(before[0] > 0, torch.inf)
+        new = torch.cat([new[:1].minimum(most), new[1:]])
         n = torch.where(jumped, 1.0, before[4] + 1)
         rate = (1 / n).maximum(self.NEW * (samples / self.ENOUGH).clamp(max=1.0))
         means = torch.cat([before[:4].lerp(new, rate), n[None]])
