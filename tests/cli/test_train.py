@@ -15,6 +15,7 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import OrdinalEncoder
+from sklearn.tree import DecisionTreeClassifier
 from pathlib import Path
 from fastai.learner import Learner, load_learner
 from fastai.losses import CrossEntropyLossFlat
@@ -844,9 +845,37 @@ def test_a_teacher_without_a_lead_is_named_before_its_student_is_distilled(
     ]
     assert named == [] if lead else len(named) == 1
     if not lead:
-        assert '(--teacher-lr), or use a larger teacher' in said[named[0]]
+        assert 'so there is little to learn from it' in said[named[0]]
+        assert '(--teacher-lr), or use a better teacher' in said[named[0]]
         distilled = [i for i, line in enumerate(said) if line.startswith('distilled: ')]
         assert named[0] < distilled[0]
+
+
+def test_a_teacher_with_better_probabilities_but_equal_predictions_is_not_called_useless(tmp_path):
+    # the most frequent class is the same everywhere, and only the trees know where it is certain
+    g = np.random.default_rng(0)
+    x = g.random(1000)
+    p = np.where((10 * x).astype(int) % 2, 0.6, 0.98)
+    frame = pd.DataFrame(dict(x=x, label=np.where(g.random(1000) < p, 'yes', 'no')))
+    frame.to_csv(tmp_path / 'a.csv', index=False)
+    tree = DecisionTreeClassifier(min_samples_leaf=60).fit(frame[['x']], frame.label)
+    joblib.dump(tree, tmp_path / 'tree.joblib')
+    run(
+        tmp_path / 'run',
+        said := [],
+        data=tmp_path / 'a.csv',
+        teacher=str(tmp_path / 'tree.joblib'),
+        student='tabular',
+        student_layers='4',
+        recipe='kd()',
+        check=False,
+        valid='0.4',
+    )
+    (line,) = [line for line in said if 'no significant lead over the student alone' in line]
+    assert 'student alone in accuracy (' in line
+    assert 'but it is significantly better in AUC, NLL, Brier score, which' in line
+    assert 'or use a better teacher' not in line
+    assert 'use a better teacher' in line
 
 
 def test_a_run_says_why_there_is_no_onnx_file(tmp_path, command):

@@ -87,8 +87,23 @@ def test_less_is_better_where_it_is():
 
 def test_without_a_lead_nothing_is_recovered():
     r = a_report()
-    r.comparisons[0].recovered = {}
-    assert 'teacher has no significant lead over alone' in verdicts(r)[0][1]
+    c = r.comparison('distilled')
+    part = c.recovered.pop('accuracy')
+    text = verdicts(r)[0][1]
+    assert 'teacher has no significant lead over alone in accuracy' in text
+    assert 'significantly better in NLL, Brier score.' in text
+    assert 'nothing to recover' not in text
+    c.recovered = {}
+    text = verdicts(r)[0][1]
+    assert 'teacher has no significant lead over alone, so there is nothing to recover.' in text
+    c.recovered = dict(accuracy=part)
+    assert 'no significant lead' not in verdicts(r)[0][1]
+
+
+def test_the_texts_of_a_report_name_no_loss_that_was_not_used_and_say_what_a_size_is():
+    text = a_report().to_markdown()
+    assert 'dist`' not in text
+    assert 'Size: the file of the model, or else its parameters and buffers' in text
 
 
 def test_numbers_as_text():

@@ -182,10 +182,11 @@ def lead(c: Comparison, report: ReportData) -> str:
     if report.teacher is None or c.against != report.baseline:
         return ''
     if (e := c.recovered.get(report.headline)) is None:
-        return (
-            f' {report.teacher} has no significant lead over {report.baseline}, so there is '
-            'nothing to recover.'
-        )
+        none = f' {report.teacher} has no significant lead over {report.baseline}'
+        if better := ', '.join(report.info[k].label for k in c.recovered):
+            in_headline = f' in {report.info[report.headline].label}'
+            return f'{none}{in_headline}, but it is significantly better in {better}.'
+        return f'{none}, so there is nothing to recover.'
     if not c.differences[report.headline].significant:
         return ''
     share, between = recovered_text(e)

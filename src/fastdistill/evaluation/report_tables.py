@@ -163,11 +163,6 @@ def sheet_of_agreement(r: ReportData) -> Sheet:
     right = next((r.models[n].agreement.get('teacher_right') for n in names), None)
     if right is not None:
         s.note = f'{r.teacher} is right in {percent_text(right)} of all predictions.'
-    if any(k in r.models[n].agreement for n in names for k in ('kl', 'reverse_kl')):
-        s.note += (
-            ' The loss `dist` ignores the scale of the logits, so it need not improve KL and NLL.'
-        )
-        s.note = s.note.strip()
     return s
 
 
@@ -234,7 +229,8 @@ def sheet_of_costs(r: ReportData) -> Sheet:
     where = f'{m.get("device", "")}, {threads}, PyTorch {m.get("torch", "")}'
     text = (
         f'Measured on {where}. MACs: multiply-accumulates of matrix products and convolutions for '
-        'one sample. Times: median after a warm-up, with the models timed alternately.'
+        'one sample. Size: the file of the model, or else its parameters and buffers. Times: median '
+        'after a warm-up, with the models timed alternately.'
     )
     worst = max((l.p95 / l.p50 for o in ms for l in o.cost.latency), default=0)
     if worst > BUSY:

@@ -352,21 +352,32 @@ class TrainRun:
         fit_stage(learn, epochs, lr, state, [make(name) for make in loggers], self.bar)
 
     def say_lead(self, models: Mapping[str, Any]) -> None:
-        """Print a line if the teacher is not significantly better than the student alone."""
+        """Print a line if the teacher is not significantly better than the student alone in the main
+        measure.
+        """
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')
             report: Any = compare(dict(models), self.dls, seconds=0, progress=False)
         k, apart = report.headline, report.comparison('alone', 'teacher')
-        if apart is None or verdict_of(apart, report) == 'worse':
+        if apart is None:
+            return
+        better = [m for m in report.info if verdict_of(apart, report, m) == 'worse']
+        if k in better:
             return
         info = report.info[k]
         scores = [info.text(report.models[n].measures[k].value) + info.unit for n in models]
+        so = (
+            f'but it is significantly better in {", ".join(report.info[m].label for m in better)}, which '
+            'the student can learn'
+            if better
+            else 'so there is little to learn from it'
+        )
         trained = not self.config.teacher_files
         longer = 'train it longer (--teacher-epochs), try other rates (--teacher-lr), or ' * trained
         self.say(
-            f'The teacher has no significant lead over the student alone ({info.label} {scores[0]} '
-            f'and {scores[1]}), so there is little to learn from it. If it should be better, {longer}'
-            'use a larger teacher. The run goes on.'
+            f'The teacher has no significant lead over the student alone in {info.label} ({scores[0]} '
+            f'and {scores[1]}), {so}. If it should be better, {longer}use a better teacher. The run '
+            'goes on.'
         )
 
     def loggers(self) -> list[Callable]:
