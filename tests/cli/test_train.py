@@ -770,12 +770,17 @@ def test_a_pipeline_in_a_file_teaches_texts(tmp_path, command, monkeypatch, caps
     options += ('--student', 'embedding_bag', '--student-layers', 8, '--epochs', 2, '--lr', 0.05)
     code, out, err = command(*options, '--no-onnx', '--out', tmp_path / 'run')
     assert code == 0, err
-    assert '2 steps: many recipes need a few thousand to show a gain.' in out
+    few = '2 steps: many recipes need a few thousand to show a gain.'
+    assert few in out
     report = Report.from_json(tmp_path / 'run' / 'report.json')
+    assert [o for o in report.notes if few in o]  # since the verdict is "not significant"
     c = TrainConfig(**read_config(tmp_path / 'run' / 'config.toml'))
     held = frame[checked_samples(read_samples(c), c).valid]
     right = (pipeline.predict(held.review) == held.label).mean()
     assert report.models['teacher'].measures['accuracy'].value == right
+    # subtle: its outputs are stored, so no fit checks it
+    sure = pipeline.predict_proba(held.review).max(1).mean()
+    assert f'validation {sure:.3f}' in out[out.index("teacher's mean top probability") :]
     nll = -np.log(pipeline.predict_proba(held.review))[
         range(len(held)), [*map([*pipeline.classes_].index, held.label)]
     ]

@@ -53,7 +53,7 @@ MAY_KNOW = (
     'The teacher may have been trained on some of these validation samples, which were chosen at random; its '
     'score may be too high. --valid can name the samples that it was not trained on.'
 )
-MANY_STEPS = 500  # with fewer, a gain is unlikely
+MANY_STEPS = 2000  # with fewer, many recipes show no gain
 PACKAGES = 'fastdistill', 'fastai', 'torch', 'torchvision', 'timm', 'numpy', 'pandas', 'safetensors'
 
 
@@ -86,6 +86,7 @@ class TrainRun:
         self.recipe = recipe_from_text(config.recipe)
         self.files, self.locks = folder / 'checkpoints', ExitStack()
         self.split = self.note = ''  # set by `samples` in the first process
+        self.few_steps = ''  # set by `make_models`
         self.found: list[str] = []  # names of the learning rates that lr_find found
 
     def __call__(self) -> Any:
@@ -107,7 +108,9 @@ class TrainRun:
         loaded = first_then_others(lambda: file_teacher(c.teacher) if c.teacher_file else None)
         s = on_first(lambda: self.samples(loaded))
         student, teacher, make = first_then_others(lambda: self.make_models(s, loaded))
-        on_first(lambda: self.check(student, teacher, trained=bool(c.teacher_files)))
+        # the inputs of such a teacher are the same in each epoch, so its outputs are stored
+        stores = is_estimator(loaded) and s.task == 'texts'
+        on_first(lambda: self.check(student, teacher, bool(c.teacher_files), stores))
         on_first(self.write_start)
         self.config = on_first(lambda: self.find_rates(make))
         loggers = self.loggers() if self.first else []
@@ -129,7 +132,7 @@ class TrainRun:
             on_first(lambda: self.say_lead(models))
         models['distilled'] = student
         source = self.as_teacher(teacher, student)
-        if is_estimator(loaded) and s.task == 'texts':  # its inputs are the same in each epoch
+        if stores:
             source = first_then_others(lambda: self.stored(source, student))
         kd = KnowledgeDistillation(source, self.recipe, check=c.check)
         self.fit('distilled', student, c.epochs, self.config.lr, FOR_STUDENT, loggers, kd)
@@ -211,10 +214,11 @@ class TrainRun:
             )
         steps = c.epochs * len(self.dls.train) // self.processes
         if steps < MANY_STEPS:
-            self.say(
+            self.few_steps = (
                 f'{steps} steps: many recipes need a few thousand to show a gain. Use more --epochs, or a '
                 'smaller --batch-size.'
             )
+            self.say(self.few_steps)
         return student, teacher, make
 
     def samples(self, loaded: Any) -> Samples:
@@ -281,12 +285,20 @@ class TrainRun:
             progress=self.bar,
         )
 
-    def check(self, student: Any, teacher: Any, trained: bool) -> None:
-        """Check that the teacher fits the task, and that the layers in the recipe exist."""
+    def check(self, student: Any, teacher: Any, trained: bool, stores: bool) -> None:
+        """Check that the teacher fits the task, and that the layers in the recipe exist.
+
+        Args:
+            student: Learner of the student.
+            teacher: The teacher.
+            trained: True if the teacher is trained already.
+            stores: True if its outputs will be stored. A fit checks only a teacher that runs.
+        """
         task = task_of(student.loss_func)
         if trained and self.config.check:
-            if (found := student.check_teacher(teacher, n_epoch=None)).errors:
-                found.enforce(facts=False)
+            found = student.check_teacher(teacher, n_epoch=None)
+            if found.errors or stores:
+                found.enforce(facts=stores)
         if self.recipe == 'auto':
             return
         source = teacher_of(teacher, student, task, run=AS_IT_IS)
@@ -431,7 +443,9 @@ class TrainRun:
             warnings.filterwarnings('always', 'no ONNX file', DistillWarning)
             title = f'{c.student}, taught by {Path(c.teacher).name}, on {Path(c.data).name}'
             report: Any = compare(dict(models), self.dls, title=title, progress=self.bar)
-            report.notes += filter(None, [self.note])
+            gain = report.comparison('distilled', 'alone')
+            no_gain = gain is not None and verdict_of(gain, report) != 'better'
+            report.notes += filter(None, [self.note, self.few_steps * no_gain])
             student = models['distilled']
             save_student(
                 student,
