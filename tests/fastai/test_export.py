@@ -1,6 +1,6 @@
 "A student as a file: the same outputs in a process without fastai, any batch size, and everything a user must know inside."
 
-import copy, importlib, json, subprocess, sys, warnings, zipfile
+import copy, importlib, json, re, subprocess, sys, warnings, zipfile
 from pathlib import Path
 import numpy as np, pandas as pd
 import pytest, torch
@@ -590,8 +590,10 @@ def people(n=120):
     return df
 
 
-def table_student(procs=(), cats=('job', 'floor', 'member'), conts=('age', 'length'), **options):
-    df = people()
+def table_student(
+    procs=(), cats=('job', 'floor', 'member'), conts=('age', 'length'), df=None, **options
+):
+    df = people() if df is None else df
     options = dict(y_names='pay', y_block=CategoryBlock()) | options
     dls = TabularDataLoaders.from_df(
         df,
@@ -652,6 +654,9 @@ def test_the_cards_code_predicts_a_raw_row_as_the_learner(tmp_path, monkeypatch,
     folder = save_student(student, tmp_path / 'out', onnx=True)
     monkeypatch.chdir(folder)
     exec(code_of(folder), space := {})  # with the row of the card
+    card = (folder / 'README.md').read_text()
+    (wanted,) = re.findall(r'For this row, the logits are `(.+)`', card)
+    assert np.allclose(space['logits'][0], json.loads(wanted), atol=1e-4)
     for _, row in raw_rows(
         df, **{k: v for k, v in options.items() if k != 'y_names'}, y=options.get('y_names', 'pay')
     ).iterrows():
@@ -666,17 +671,20 @@ def test_the_cards_code_predicts_a_raw_row_as_the_learner(tmp_path, monkeypatch,
         assert torch.allclose(got, outputs.float(), atol=1e-5), row
 
 
+def guides_code():
+    page = Path(__file__).parents[2] / 'docs/guides/tables.md'
+    code = [b.split('```')[0] for b in page.read_text().split('```python\n')]
+    code = next(b for b in code if 'def encoded(' in b)
+    return code[code.index("table = facts['table']") : code.index('print(')]
+
+
 @pytest.mark.filterwarnings('ignore:The given NumPy array is not writable')
 @pytest.mark.filterwarnings('ignore:Constructing a Categorical')
 def test_the_guides_code_predicts_a_raw_row_as_the_learner(tmp_path):
     df, student = table_student()
-    page = Path(__file__).parents[2] / 'docs/guides/tables.md'
-    code = [b.split('```')[0] for b in page.read_text().split('```python\n')]
-    code = next(b for b in code if 'def encoded(' in b)
     facts = export_student(student, tmp_path / 's.onnx').facts
-    code = code[code.index('def encoded(') : code.index('print(')]
-    space = dict(facts=facts, table=facts['table'], np=np)
-    exec(code, space)
+    space = dict(facts=facts, np=np)
+    exec(guides_code(), space)
     space['session'] = InferenceSession(tmp_path / 's.onnx')
     for _, row in raw_rows(df).iterrows():
         with student.no_bar():
@@ -684,6 +692,33 @@ def test_the_guides_code_predicts_a_raw_row_as_the_learner(tmp_path):
         got = eval('predict(row)', space, dict(row=dict(row)))
         assert list(got) == list(student.dls.vocab)
         assert np.allclose(list(got.values()), wanted, atol=1e-5)
+
+
+@pytest.mark.parametrize('source', ['card', 'guide'])
+@pytest.mark.filterwarnings('ignore:The given NumPy array is not writable')
+def test_the_code_finds_a_category_as_a_number_and_as_text(tmp_path, monkeypatch, source):
+    df = people().assign(
+        code=[str(i % 3) for i in range(120)], version=['v1', 'v1.0', 'nan', 'v2.0'] * 30
+    )
+    names = ['floor', 'code', 'member', 'job', 'version']
+    _, student = table_student(cats=names, conts=(), df=df)
+    folder = save_student(student, tmp_path / 'out', onnx=True)
+    monkeypatch.chdir(folder)
+    if source == 'card':
+        exec(code_of(folder), space := {})
+    else:
+        table = json.loads((folder / 'config.json').read_text())['table']
+        exec(guides_code(), space := dict(facts=dict(table=table), np=np))
+    encoded = lambda *values: space['encoded'](dict(zip(names, values)))[0][0].tolist()
+    classes = [list(student.dls.classes[n]) for n in names]
+    wanted = [c.index(v) for c, v in zip(classes, (2, '1', True, 'cook', 'v1.0'))]
+    for floor in (2, 2.0, '2', '2.0', np.int64(2), np.float32(2)):
+        for code in ('1', 1, 1.0):
+            for member in (True, 'True', np.True_):
+                assert encoded(floor, code, member, 'cook', 'v1.0') == wanted
+    # unknown and missing
+    assert encoded('22', 7, None, 'pilot', float('nan')) == [0] * 5
+    assert encoded(2.5, '', float('nan'), None, 'v3') == [0] * 5
 
 
 SIZES = (37, 53), (61, 29), (20, 20), (16, 90)  # of photos; most can't be cropped evenly

@@ -8,6 +8,7 @@ import json
 import warnings
 from pathlib import Path
 
+import pandas as pd
 from fastai.basics import Learner
 from safetensors import SafetensorError
 from safetensors.torch import load_model, save_model
@@ -27,6 +28,7 @@ from .student_export import (
     temperature_tensor,
     validation_inputs,
 )
+from .tables import table_inputs
 
 USE = """```python
 import json, pathlib, onnxruntime        # neither PyTorch nor fastdistill
@@ -71,15 +73,23 @@ table = facts['table']
 session = onnxruntime.InferenceSession('student.onnx')
 
 
+def missing(value):
+    return value is None or value != value
+
+
+def code(value, classes):  # 0 for missing and unknown categories
+    if value not in classes and not missing(value):  # 13, 13.0 and '13' are the same category
+        value, *classes = (str(v).removesuffix('.0') for v in (value, *classes))
+    return classes.index(value, 1) if value in classes[1:] else 0
+
+
 def encoded(row):
     row = dict(row)
     for name, value in table['fill'].items():  # missing numbers
-        row[name + '_na'] = row[name] is None or row[name] != row[name]
+        row[name + '_na'] = missing(row[name])
         if row[name + '_na']:
             row[name] = value
-    # missing and unknown categories have the code 0
-    known = {{name: table['classes'][name][1:] for name in table['cat_names']}}
-    codes = [c.index(row[name]) + 1 if row[name] in c else 0 for name, c in known.items()]
+    codes = [code(row[name], table['classes'][name]) for name in table['cat_names']]
     numbers = np.array([row[name] for name in table['cont_names']], dtype='float64')
     assert np.isfinite(numbers).all(), 'a number is missing in a column without a fill value'
     numbers = (numbers - table['means']) / table['stds']
@@ -93,7 +103,10 @@ print({answer})
 ```
 
 Inputs are NumPy arrays: {inputs}. `row` is a dict with the raw values of the columns. A missing
-value is `None` or `nan`.
+value is `None` or `nan`. Whole numbers that are categories may be numbers or text.
+
+The row above is made up of categories and means. For this row, the logits are `{logits}`: compare
+them with those of your own code.
 """
 USE_TEXT = """```python
 import json, pathlib
@@ -206,7 +219,7 @@ def save_student(
     with new_file(folder / 'model.safetensors') as tmp:
         save_model(learn.model, str(tmp))
     write_atomically(folder / 'config.json', json.dumps(facts, indent=1, ensure_ascii=False) + '\n')
-    write_atomically(folder / 'README.md', card(title, facts, checked, report))
+    write_atomically(folder / 'README.md', card(title, facts, checked, report, learn.dls))
     if report is not None:
         report.to_json(folder / 'report.json')
     return folder
@@ -228,7 +241,7 @@ def check_own_files(folder) -> None:
         )
 
 
-def card(title, facts, checked, report):
+def card(title, facts, checked, report, dls):
     """Format the model card as Markdown."""
     use = USE_WEIGHTS
     if checked is not None:
@@ -251,7 +264,11 @@ def card(title, facts, checked, report):
                 images=images_in_words(facts),
             )
         elif facts['table'] and not facts['table']['unknown']:
-            use = USE_TABLE.format(row=example_row(facts['table']), answer=answer, inputs=inputs)
+            row = example_row(facts['table'])
+            # encoded by fastai, so that the logits also check the code of the card
+            x = table_inputs(dls.test_dl(pd.DataFrame([row])).dataset)
+            logits = [float(f'{v:.5g}') for v in Onnx(checked.path)(*x)[0].tolist()]
+            use = USE_TABLE.format(row=row, answer=answer, inputs=inputs, logits=logits)
         elif facts['text'] and str(facts['text']['tokenizer']).endswith(')'):
             use = USE_TEXT.format(
                 tokenizer=facts['text']['tokenizer'], answer=answer, inputs=inputs
