@@ -8,8 +8,7 @@ import json
 import warnings
 from pathlib import Path
 
-import pandas as pd
-from fastai.basics import Learner
+from fastai.basics import Learner, pd
 from safetensors import SafetensorError
 from safetensors.torch import load_model, save_model
 from torch import nn
