@@ -1,6 +1,5 @@
 "Where a student departs from its teacher: the same distances as in a plain loop, in the order of the items, and shown."
 
-import sys
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest, torch
@@ -109,9 +108,7 @@ def test_different_classes_come_first_and_the_teachers_stands_above_the_students
     assert [a.get_title() for a in fig.axes if a.get_title()] == wanted
 
 
-def test_texts_are_shown_as_texts(capsys, monkeypatch):
-    # fastai prints tables only where IPython can't be imported, whether or not another test has imported it
-    monkeypatch.setitem(sys.modules, 'IPython.display', None)
+def test_texts_are_shown_as_texts(capsys):
     from fastai.text.all import (
         AWD_LSTM,
         BaseTokenizer,
@@ -142,8 +139,7 @@ def test_texts_are_shown_as_texts(capsys, monkeypatch):
     assert 'film' in (out := capsys.readouterr().out) or 'song' in out
 
 
-def test_a_teacher_of_the_raw_texts_is_asked_about_each_text(capsys, monkeypatch):
-    monkeypatch.setitem(sys.modules, 'IPython.display', None)
+def test_a_teacher_of_the_raw_texts_is_asked_about_each_text(capsys):
     from fastai.text.all import Learner, TextDataLoaders, nn, pd
     from sklearn.feature_extraction.text import CountVectorizer
     from sklearn.linear_model import LogisticRegression

@@ -4,13 +4,14 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from fastai.basics import Interpretation, L, Learner, TensorImageBase, display_df, noop, tuplify
+from fastai.basics import Interpretation, L, Learner, TensorImageBase, noop, tuplify
 from fastai.vision.data import get_grid
 
 from ..base.model_state import restored
 from ..base.outputs import DistillError
 from ..base.random_state import guarded_random_state
 from ..base.task import fit_labels
+from ..evaluation.text_report import show
 from ..losses import binary_kl, kl
 from ..teachers.fast_copy import AS_IT_IS
 from ..teachers.raw_items import items_at, with_items
@@ -227,11 +228,10 @@ def show_rows(rows) -> None:
     import pandas as pd
 
     if not isinstance(rows[0][0], TensorImageBase):
-        display_df(
-            pd.DataFrame(
-                [tuple(map(str, r)) for r in rows], columns=['input', 'teacher', 'student']
-            )
-        )
+        names = ['input', 'teacher', 'student']
+        df = pd.DataFrame([tuple(map(str, r)) for r in rows], columns=names)
+        # subtle: fastai's `display_df` shows no table in a script
+        show(df, lambda df, _: print(df.to_string()))
         return
     for ax, (x, a, b) in zip(get_grid(len(rows)), rows):
         x.show(ctx=ax, title='\n'.join(map(in_short, (a, b))))
