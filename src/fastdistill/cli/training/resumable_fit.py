@@ -206,9 +206,9 @@ def fit_stage(
     return history_of(learn)
 
 
-def find_rate(learn: Any, folder: Path | str, *seed: int) -> float:
+def find_rate(learn: Any, folder: Path | str, *seed: int) -> float | None:
     """Return the learning rate that fastai's lr_find suggests (`valley`), clamped to LOWEST and
-    HIGHEST. Return IF_NONE_IS_FOUND if lr_find fails.
+    HIGHEST. Return None if lr_find fails.
 
     Args:
         learn: A Learner. Its weights are restored at the end.
@@ -227,7 +227,7 @@ def find_rate(learn: Any, folder: Path | str, *seed: int) -> float:
         # subtle: lr_find raises one of these errors if the loss is not finite from the first steps
         # on
         except (RuntimeError, ValueError, IndexError, ZeroDivisionError, TypeError):
-            return IF_NONE_IS_FOUND
+            return None
     return float(f'{min(max(lr, LOWEST), HIGHEST):.3g}')
 
 

@@ -42,7 +42,14 @@ from .data_fingerprint import data_changes, data_fingerprint, first_few, split_t
 from .dataloaders import loaders_of
 from .exported_student import FOR_STUDENT, FOR_TEACHER
 from .mask_examples import mask_examples
-from .resumable_fit import Checkpoints, find_rate, fit_stage, seed_everything, silent
+from .resumable_fit import (
+    IF_NONE_IS_FOUND,
+    Checkpoints,
+    find_rate,
+    fit_stage,
+    seed_everything,
+    silent,
+)
 from .run_settings import begun_file, read_begun
 from .teachers import file_teacher, teacher_of_texts, with_weights
 
@@ -296,7 +303,7 @@ class TrainRun:
         """
         task = task_of(student.loss_func)
         if trained and self.config.check:
-            found = student.check_teacher(teacher, n_epoch=None)
+            found = student.check_teacher(self.as_teacher(teacher, student), n_epoch=None)
             if found.errors or stores:
                 found.enforce(facts=stores)
         if self.recipe == 'auto':
@@ -333,9 +340,10 @@ class TrainRun:
             learn = self.seeded(number, lambda arch=arch: make(arch))
             self.say(f'learning rate of {arch}: searching with lr_find, up to 100 steps')
             lr = find_rate(learn, self.files, self.config.seed, number)
-            found: dict[str, Any] = {k: lr}
+            how = 'lr_find found none, so this is a guess' if lr is None else 'found by lr_find'
+            found: dict[str, Any] = {k: lr or IF_NONE_IS_FOUND}
             self.config = replace(self.config, **found)
-            self.say(f'learning rate of {arch}: {lr:g}, found by lr_find')
+            self.say(f'learning rate of {arch}: {found[k]:g}, {how}')
         if wanted:
             self.found = [*self.found, *wanted]
             self.write_settings()
