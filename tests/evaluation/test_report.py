@@ -302,14 +302,14 @@ def test_print_shows_a_report_in_a_few_lines(make):
     r = make()
     text = repr(r)
     assert str(r) == text
-    assert len(text.splitlines()) == len(r.models) + 2 + len(verdicts(r))
+    assert len(text.splitlines()) == len(r.models) + 3 + len(verdicts(r))
     assert len(text) < 2000
     assert all(c.isprintable() or c == '\n' for c in text)
 
 
 def test_print_names_each_model_with_its_score_and_the_verdict():
     r = a_report()
-    title, *scores, verdict, _ = repr(r).splitlines()
+    title, *scores, verdict, covered, _ = repr(r).splitlines()
     assert title == 'teacher, alone and distilled: accuracy on 300 samples'
     for line, (n, m) in zip(scores, r.models.items(), strict=True):
         e = m.measures['accuracy']
@@ -321,6 +321,10 @@ def test_print_names_each_model_with_its_score_and_the_verdict():
             f'{100 * e.high:.1f})',
         ]
     assert verdict == verdicts(r)[0][1]
+    assert covered == (
+        'Intervals and tests cover the choice of these 300 samples, but not the variation between '
+        'trainings with different seeds.'
+    )
 
 
 def test_pictures_show_the_numbers_of_the_report():

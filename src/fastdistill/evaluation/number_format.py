@@ -193,10 +193,14 @@ def lead(c: Comparison, report: ReportData) -> str:
     return f" It recovers {share} of {report.teacher}'s lead{f' (95% interval {between})' if between else ''}."
 
 
-def caveat(report: ReportData) -> str:
-    """Describe which kinds of variation the intervals do not cover."""
+def coverage(report: ReportData) -> str:
+    """Describe which kinds of variation the intervals cover."""
     return (
         f'Intervals and tests cover the choice of these {report.n:,} {report.unit}, but not the '
-        'variation between trainings: a different seed gives a different student. Each '
-        'comparison is tested separately.'
+        'variation between trainings with different seeds.'
     )
+
+
+def caveat(report: ReportData) -> str:
+    """Describe what the intervals and tests do not cover."""
+    return f'{coverage(report)} Each comparison is tested separately.'

@@ -4,7 +4,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from .number_format import caveat, estimate_text, shown_text, verdicts
+from .number_format import caveat, coverage, estimate_text, shown_text, verdicts
 from .report_data import ReportData
 from .report_tables import Sheet, sheets_of
 
@@ -57,6 +57,7 @@ def in_brief(r: ReportData) -> str:
             f'{shown_text(title_of(r))}: {info.label} on {r.n:,} {shown_text(r.unit)}',
             *rows,
             *(shown_text(text) for _, text in verdicts(r)),
+            shown_text(coverage(r)),
             'report.show() shows all tables, report.to_html(path) writes a page.',
         ]
     )
