@@ -86,11 +86,19 @@ def can_renormalize(teacher: Teacher, batches: Sequence) -> bool:
     )
 
 
-def unknown_normalization(teacher: Teacher, batches: Sequence) -> str:
-    """Describe the normalization check for a teacher whose normalization is unknown."""
-    if teacher.stats is not None or not can_renormalize(teacher, batches):
+def normalization_in_words(tally: Tally, teacher: Teacher, batches: Sequence) -> str:
+    """Describe the normalization check of a teacher for which it found no mistake, or return '' if
+    the normalization could not be checked.
+    """
+    if not tally.n_labels or not can_renormalize(teacher, batches):
         return ''
-    return "the teacher's is unknown, but no common one scores clearly better than the student's"
+    if tally.above_constant(least=ENOUGH):
+        return 'not in doubt, because the teacher scores well'
+    if teacher.stats is None:
+        return (
+            "the teacher's is unknown, but no common one scores clearly better than the student's"
+        )
+    return "no common one scores clearly better than the teacher's"
 
 
 def with_stats(teacher: Teacher, stats: Any, batches: Sequence) -> Teacher | None:

@@ -19,7 +19,7 @@ from .batch_scores import Tally
 from .class_order import order_in_words
 from .findings import Finding, Findings
 from .forward import student_logits, teacher_logits
-from .normalization import images_in, unknown_normalization
+from .normalization import images_in, normalization_in_words
 from .recipe import check_recipe, recipe_in_words
 from .shapes import (
     UnknownId,
@@ -69,6 +69,7 @@ def check_outputs(
     """
     found, tally, t = Findings(), Tally(task, part), None
     kept: list[tuple] = []
+    normalization = ''
     with guarded_random_state(), teacher:
         for training, xb, yb in chain(((False, *b) for b in batches), ((True, *b) for b in train)):
             first = t is None
@@ -124,7 +125,8 @@ def check_outputs(
             low = found.add('score', [replace(f, doubt=True) for f in why])
             if not low and not new:
                 found.add('order of classes', (), order_in_words(tally))
-                found.add('normalization', (), unknown_normalization(teacher, kept))
+                normalization = normalization_in_words(tally, teacher, kept)
+                found.add('normalization', (), normalization)
     found.facts = facts = tally.facts()
     if facts.teacher_score is not None:
         found.none += ' Is this score of the teacher the one that you know?'
@@ -133,6 +135,8 @@ def check_outputs(
             ' The normalization of the images was not checked: give it, as in '
             'Teacher(model, images=dict(input_stats=(mean, std))).'
         )
+    elif normalization and teacher.stats is None:
+        found.none += f' Normalization of the images: {normalization}.'
     if not any(f.doubt for f in found):
         found.add('score', (), facts.scores)
     notes_only = all(f.level == 'note' for f in found)
