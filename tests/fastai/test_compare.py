@@ -467,3 +467,11 @@ def test_modules_are_compared_on_a_loader_of_pytorch(kind):
     if kind != 'softmax':
         with pytest.raises(DistillError, match='the labels are not class numbers: pass loss_func='):
             compare(nets, dl=loader, **QUICK)
+
+
+def test_comparing_modules_on_a_loader_of_pytorch_moves_no_random_state():
+    rows = torch.utils.data.TensorDataset(torch.randn(30, 5), torch.arange(30) % 3)
+    net, loader = nn.Linear(5, 3), torch.utils.data.DataLoader(rows, 16)
+    before = torch.get_rng_state()
+    compare(dict(net=net), dl=loader, **QUICK)
+    assert torch.equal(torch.get_rng_state(), before)

@@ -26,6 +26,7 @@ from torch.utils.data import DataLoader
 from ..base.distributed import rank
 from ..base.outputs import DistillError
 from ..base.progress_bar import console_for_bars
+from ..base.random_state import RandomGuard
 from ..base.task import Task, labels_loss, task_for
 from ..evaluation import Report, measure_models, roles_of
 from ..teachers.fast_copy import AS_IT_IS
@@ -286,7 +287,8 @@ def reference(models, dls, dl, loss_func):
 
 def kind_of_labels(learn, data) -> str:
     """Return 'softmax' if the labels of the first batch are class numbers."""
-    with closing(prepared(learn, some_batches(data, 1), 1, False)) as batches:
+    # DataLoaders draw a random seed
+    with RandomGuard(), closing(prepared(learn, some_batches(data, 1), 1, False)) as batches:
         y = next(((yb or (None,))[0] for _, yb in batches), None)
     if isinstance(y, Tensor) and not (y.is_floating_point() or y.dtype is torch.bool):
         return 'softmax'
