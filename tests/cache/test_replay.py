@@ -4,7 +4,9 @@ import copy, random
 from collections import namedtuple
 import numpy as np
 import pytest, torch
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch import nn
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
+from fastdistill import Distiller
 from fastdistill.cache import TeacherCache, cache_dataset
 from fastdistill.base.outputs import DistillError, DistillWarning, Outputs
 from fastdistill.cache import Replayed
@@ -302,6 +304,36 @@ def test_clean_rows_leave_the_students_transforms_random(tmp_path):
     assert data[-1][1] == 22
     with pytest.raises(IndexError):
         data[23]
+
+
+@pytest.mark.parametrize('recipe', [None, 'kd()'])
+def test_logits_in_float32_train_the_student_of_a_live_teacher(tmp_path, recipe):
+    "Both loops in one order, with the same dropout: the teacher moves no random state"
+    torch.manual_seed(0)
+    data = TensorDataset(torch.randn(60, 5), torch.arange(60) % 3)
+    teacher = Teacher(nn.Sequential(nn.Linear(5, 32), nn.ReLU(), nn.Dropout(), nn.Linear(32, 3)))
+    cache = cache_dataset(teacher, data, tmp_path, views=0, store='float32')
+    rows = Replayed(data, cache)
+
+    def trained(stored):
+        torch.manual_seed(1)
+        student = nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Dropout(), nn.Linear(8, 3))
+        distiller = Distiller(student, None if stored else teacher, recipe)
+        opt = torch.optim.SGD(student.parameters(), 0.1)
+        for _ in range(3):
+            for x, y, *row in DataLoader(rows if stored else data, 16, shuffle=True):
+                if stored:
+                    s = student(x)
+                    task = nn.functional.cross_entropy(s, y)
+                    loss = distiller.compute(Outputs(s), cache.decode(*row), task, (y,))
+                else:
+                    loss = distiller(x, y)
+                opt.zero_grad()
+                loss.total.backward()
+                opt.step()
+        return nn.utils.parameters_to_vector(student.parameters())
+
+    assert torch.equal(trained(stored=True), trained(stored=False))
 
 
 class Own(Noisy):
