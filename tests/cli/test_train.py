@@ -1631,6 +1631,130 @@ def test_a_file_that_is_not_compressed_as_its_name_says_is_named(of, tmp_path):
         read(tmp_path / f't.csv.{of}')
 
 
+def read_text(path, text, **settings):
+    path.write_text(text)
+    c = TrainConfig(data=str(path), teacher='tabular', student='tabular', **settings)
+    return checked_samples(read_samples(c), c)
+
+
+def rows_of(header, *columns, n=24):
+    "A CSV file whose columns repeat the given cells, after a column of numbers"
+    cells = zip(*([c[i % len(c)] for i in range(n)] for c in columns))
+    return f'a,{header}\n' + ''.join(f'{i}.5,{",".join(c)}\n' for i, c in enumerate(cells))
+
+
+@pytest.mark.parametrize('header', ['label,label', 'b,a', ' a,label', 'label, label '])
+def test_a_column_that_is_there_twice_is_refused(header, tmp_path):
+    with pytest.raises(DistillError, match='has two columns named .(a|label)'):
+        read_text(tmp_path / 'a.csv', rows_of(header, ['p', 'q'], ['p', 'q']))
+
+
+def test_columns_have_one_type_in_the_training_and_the_validation_file(tmp_path):
+    (other := tmp_path / 'b.csv').write_text(rows_of('code,label', ['01', '02'], ['p', 'q']))
+    text = rows_of('code,label', ['01', '02', 'A1'], ['p', 'q'])
+    s = read_text(tmp_path / 'a.csv', text, valid=str(other))
+    assert set(s.frame.code[s.valid]) == {'01', '02'} and s.valid.sum() == 24
+    assert set(s.frame.code[~s.valid]) == {'01', '02', 'A1'}
+
+
+def test_the_type_of_a_column_does_not_change_after_many_rows(tmp_path):
+    body = ''.join(f'{i % 7}.5,{"01" if i % 2 else "02"}\n' for i in range(270_000))
+    (file := tmp_path / 'a.csv').write_text(f'a,label\n{body}1,x\n')
+    s = read_samples(TrainConfig(data=str(file), teacher='tabular', student='tabular'))
+    assert set(s.frame.label) == {'01', '02', 'x'}
+
+
+@pytest.mark.parametrize(
+    'cells,classes',
+    [
+        (['01', '1', '2'], ['01', '1', '2']),
+        (['007', '07', '7'], ['007', '07', '7']),
+        (['1e2', '100'], ['100', '1e2']),
+        (['1e30', '2e30'], ['1e30', '2e30']),
+        (['18446744073709551615', '18446744073709551614'], None),
+        (['9007199254740993.0', '9007199254740992.0'], ['9007199254740992', '9007199254740993']),
+        (['True', 'true', 'False'], ['False', 'True', 'true']),
+        (['1.0', '2.0'], ['1', '2']),
+        (['1.0', '0.0', '1'], ['0', '1']),
+        (['-1', '0', '1'], ['-1', '0', '1']),
+        (['1.0', '2.0', 'x'], ['1.0', '2.0', 'x']),
+        (['p ', 'p', ' q'], ['p', 'q']),
+    ],
+)
+def test_classes_are_the_text_in_the_file(cells, classes, tmp_path):
+    s = read_text(tmp_path / 'a.csv', rows_of('label', cells))
+    assert s.target == 'classes' and s.classes == (classes or sorted(cells))
+
+
+def test_targets_are_numbers(tmp_path):
+    s = read_text(tmp_path / 'a.csv', rows_of('label', ['1', '2.5', '1e2']))
+    assert s.target == 'numbers' and s.frame.label.tolist()[:3] == [1, 2.5, 100]
+    s = read_text(tmp_path / 'a.csv', rows_of('label', [f'{i:03}' for i in range(60)], n=60))
+    assert s.target == 'numbers' and s.frame.label.tolist() == [*range(60)]
+
+
+@pytest.mark.filterwarnings('error')
+@pytest.mark.parametrize(
+    'cells,labels',
+    [
+        (['cat; dog', 'dog ;cat;', 'cat', ';dog'], ['cat;dog', 'dog;cat', 'cat', 'dog']),
+        (['None', 'NA;None', 'NA', ''], ['None', 'NA;None', 'NA', '']),
+        (['null', 'n/a', 'nan', ' '], ['null', 'n/a', 'nan', '']),
+        (['1', '', '2', '1'], ['1', '', '2', '1']),
+    ],
+)
+def test_several_labels_are_the_text_in_the_file(cells, labels, tmp_path):
+    s = read_text(tmp_path / 'a.csv', rows_of('label', cells), delimiter=';')
+    assert s.frame.label.tolist()[:4] == labels
+    assert s.classes == sorted({o for v in labels for o in v.split(';') if o})
+
+
+@pytest.mark.parametrize('empty', ['', 'NA'])
+@pytest.mark.parametrize('others', ['pq', '12'])
+def test_a_row_without_a_label_is_refused(empty, others, tmp_path):
+    with pytest.raises(DistillError, match='6 of 24 rows have no label .*row 2, 6'):
+        read_text(tmp_path / 'a.csv', rows_of('label', [*others, empty, others[0]]))
+
+
+@pytest.mark.parametrize('line', ['1,p,', '1,p,q', '1,some, p'])
+def test_a_row_that_is_longer_than_the_header_is_refused(line, tmp_path):
+    with pytest.raises(DistillError, match="can't be read as CSV: .*2 fields in line 3, saw 3"):
+        read_text(tmp_path / 'a.csv', f'a,label\n2,q\n{line}\n')
+
+
+def test_inputs_have_the_types_that_pandas_infers(tmp_path):
+    columns = dict(
+        whole=['1', '02'],
+        gaps=['1', 'NA'],
+        words=['p', 'null', 'q'],
+        bools=['True', 'false'],
+        bool_gaps=['TRUE', '', 'False'],
+        mixed=['True', '1'],
+        exponents=['1e3', ' 2 ', '-.5'],
+        large=['18446744073709551615', '1'],
+        huge=['98446744073709551615', '1'],
+        spaces=['p ', ' p'],
+        missing=['', '<NA>'],
+        signs=['+1', '-nan', '2'],
+    )
+    text = rows_of(','.join(columns) + ',label', *columns.values(), ['p', 'q'])
+    c = TrainConfig(data=str(tmp_path / 'a.csv'), teacher='tabular', student='tabular')
+    (tmp_path / 'a.csv').write_text(text)
+    expected = pd.read_csv(tmp_path / 'a.csv', skipinitialspace=True)
+    pd.testing.assert_frame_equal(read_samples(c).frame, expected)
+
+
+def test_a_file_without_a_header_has_numbered_columns(tmp_path):
+    s = read_text(tmp_path / 'a.csv', rows_of('x', ['p', 'q']).split('\n', 1)[1], header=False)
+    assert s.x == ['0'] and s.y == '1' and len(s) == 24
+
+
+def test_rows_of_a_test_set_are_named_when_they_are_validated_on(tmp_path):
+    text = rows_of('label,set', ['p', 'q'], ['train', 'train', 'valid', 'valid', 'test', 'test'])
+    with pytest.warns(DistillWarning, match="marked 'test' are in the validation set"):
+        assert read_text(tmp_path / 'a.csv', text, valid='set').valid.sum() == 16
+
+
 def test_an_image_whose_name_is_not_utf8_is_named(digits, tmp_path):
     shutil.copytree(digits, tmp_path / 'mine')
     folder = os.fsencode(tmp_path / 'mine' / 'digit0')

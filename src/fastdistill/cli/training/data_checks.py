@@ -15,11 +15,8 @@ from ...base.errors import DistillError, DistillWarning
 from ...fastai.class_names import void_class
 from ...fastai.compare import shown_bar
 from .config import TrainConfig
-from .data_files import Samples
+from .data_files import Samples, has_numbers, predicts_numbers
 from .data_fingerprint import NAMED, file_hash
-
-# a label column with more distinct integers is treated as numbers instead of classes
-MANY_NUMBERS = 50
 
 
 def checked_samples(s: Samples, config: TrainConfig) -> Samples:
@@ -60,20 +57,21 @@ def with_target(s: Samples, config: TrainConfig) -> Samples:
     """Determine whether one class, several labels or a number is predicted."""
     y = s.frame[s.y]
     if s.delimiter:
-        y = y.fillna('')
+        parts = lambda v: filter(None, map(str.strip, v.split(s.delimiter)))
+        labels = ['' if missing else str(v) for v, missing in zip(y, y.isna())]
+        y = pd.Series([s.delimiter.join(parts(v)) for v in labels], index=y.index)
     if y.isna().any():
         rows = [str(i) for i in np.flatnonzero(y.isna())[:NAMED]]
         raise DistillError(
             f'{y.isna().sum()} of {len(s)} rows have no label in column {s.y!r} (row {", ".join(rows)}, '
             'counted from 0). Remove these rows.'
         )
-    if not s.delimiter and pd.api.types.is_numeric_dtype(y) and y.dtype != bool:
-        parts = (y % 1 != 0).any()
-        if s.task == 'table' and (parts or y.nunique() > MANY_NUMBERS):
+    if has_numbers(y):
+        if s.task == 'table' and predicts_numbers(y, s.task):
             if not np.isfinite(y).all():
                 raise DistillError(f'Column {s.y!r} has numbers that are not finite.')
             return replace(s, frame=s.frame.assign(**{s.y: y.astype(np.float32)}), target='numbers')
-        if parts:
+        if predicts_numbers(y, s.task):
             raise DistillError(
                 f'Column {s.y!r} has fractional numbers, but numbers can be predicted only for '
                 'tables.'

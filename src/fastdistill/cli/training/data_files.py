@@ -5,7 +5,7 @@ files or Hugging Face datasets.
 import os
 import warnings
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,16 @@ IMAGE_FOLDERS, MASK_FOLDERS = (
 LABEL_NAMES = 'label', 'labels', 'class', 'category', 'target', 'y', 'intent', 'species'
 TEXT_NAMES = 'text', 'sentence', 'review', 'comment', 'question', 'title', 'content', 'message'
 CSV = '.csv', '.tsv', '.txt'
+# a label column with more distinct integers is treated as numbers instead of classes
+MANY_NUMBERS = 50
+# cells of CSV files that pandas reads as missing values and as booleans
+MISSING_CELLS = [
+    *('', '#N/A', '#N/A N/A', '#NA', '-1.#IND', '-1.#QNAN', '-NaN', '-nan', '1.#IND', '1.#QNAN'),
+    *('<NA>', 'N/A', 'NA', 'NULL', 'NaN', 'None', 'n/a', 'nan', 'null'),
+]
+BOOLEANS = dict.fromkeys(('True', 'TRUE', 'true'), True) | dict.fromkeys(
+    ('False', 'FALSE', 'false'), False
+)
 
 
 @dataclass
@@ -279,44 +289,95 @@ def table_in(path: Path, config: TrainConfig) -> Path | None:
 
 
 def read_csv(path: Path, header: bool) -> pd.DataFrame:
-    """Read all columns of a CSV file, or of a .tsv file, which is separated by tabs."""
+    """Read all columns of a CSV file, or of a .tsv file, which is separated by tabs, as text."""
     if not is_csv(path):
         raise DistillError(
             f'{path} is neither a folder nor a CSV file (.csv, .tsv; also .gz). Convert other files '
             'to CSV.'
         )
     try:
+        # subtle: the header is read like a row, because pandas would rename a repeated column and
+        # would shift rows that are longer than the header
         frame = pd.read_csv(
             path,
             sep='\t' if '.tsv' in path.suffixes else ',',
-            header=0 if header else None,
+            header=None,
+            dtype=str,
+            na_filter=False,
             skipinitialspace=True,
         )
     except ImportError:
         raise
     # subtle: each kind of compressed file has errors of its own
     except Exception as e:
-        raise DistillError(f"{path} can't be read as CSV: {e}") from e
-    frame.columns = [str(c).strip() for c in frame.columns]
+        hint = ' A cell that holds the separator must be in quotes.' if 'Expected' in str(e) else ''
+        raise DistillError(f"{path} can't be read as CSV: {str(e).strip()}.{hint}") from e
+    names = [str(c) for c in frame.columns]
+    if header:
+        names = [c.strip() or f'Unnamed: {i}' for i, c in enumerate(frame.iloc[0])]
+        frame = frame.iloc[1:].reset_index(drop=True)
+    frame.columns = names
     if frame.columns.has_duplicates:
-        raise DistillError(f'{path} has two columns of the same name.')
+        again = frame.columns[frame.columns.duplicated()][0]
+        raise DistillError(
+            f'{path} has two columns named {again!r}: rename or remove one. If the first line is data, '
+            'add --no-header.'
+        )
     return frame
 
 
 def from_csv(path: Path, config: TrainConfig) -> Samples:
-    frame, valid = read_csv(path, config.header), None
+    text, valid = read_csv(path, config.header), None
     if Path(config.valid).is_file():
         other = read_csv(Path(config.valid), config.header)
-        if [*other.columns] != [*frame.columns]:
+        if [*other.columns] != [*text.columns]:
             raise DistillError(
-                f'{path} and {config.valid} have different columns: {", ".join(frame.columns)} and '
+                f'{path} and {config.valid} have different columns: {", ".join(text.columns)} and '
                 f'{", ".join(other.columns)}.'
             )
-        valid = np.arange(len(frame) + len(other)) >= len(frame)
-        frame = pd.concat([frame, other], ignore_index=True)
-    elif config.valid in frame.columns:
-        valid = marked(frame.pop(config.valid))
-    return from_frame(frame, valid, path.parent, config, path)
+        valid = np.arange(len(text) + len(other)) >= len(text)
+        text = pd.concat([text, other], ignore_index=True)
+    elif config.valid in text.columns:
+        valid = marked(text.pop(config.valid))
+    # subtle: columns are converted after the files are joined, so that a category such as 01 does
+    # not become a number in only one of them
+    s = from_frame(text.apply(converted), valid, path.parent, config, path)
+    return replace(s, frame=s.frame.assign(**{s.y: labels_of(text[s.y], s)}))
+
+
+def converted(column: pd.Series) -> pd.Series:
+    """Convert a column of text to numbers or booleans if all its cells are, as pandas does."""
+    known = column.copy()
+    known[column.isin(MISSING_CELLS)] = np.nan
+    given = known.dropna()
+    if len(given) and given.isin([*BOOLEANS]).all():
+        return known.map(BOOLEANS)
+    try:
+        return pd.to_numeric(known)
+    except ValueError:
+        return known
+
+
+def labels_of(text: pd.Series, s: Samples) -> pd.Series:
+    """Return the labels in a column of text: numbers if numbers are predicted, otherwise the text,
+    where 01 and 1 are different classes.
+    """
+    if s.delimiter:
+        return text
+    y = converted(text)
+    if has_numbers(y) and (y.isna().any() or predicts_numbers(y, s.task)):
+        return y
+    # subtle: pandas writes classes 0 and 1 as 0.0 and 1.0 if a row once had no label
+    return (text.str.replace(r'\.0*$', '', regex=True) if has_numbers(y) else text).where(y.notna())
+
+
+def has_numbers(column: pd.Series) -> bool:
+    return pd.api.types.is_numeric_dtype(column) and column.dtype != bool
+
+
+def predicts_numbers(y: pd.Series, task: str) -> bool:
+    """Return True if a column of numbers does not hold classes."""
+    return bool((y % 1 != 0).any()) or task == 'table' and y.nunique() > MANY_NUMBERS
 
 
 def marked(column: pd.Series) -> np.ndarray:
@@ -328,6 +389,13 @@ def marked(column: pd.Series) -> np.ndarray:
         raise DistillError(
             f'valid={column.name!r}: this column has {wrong[0]!r}. It must hold True and False, 1 and '
             "0, or 'train' and 'valid'."
+        )
+    if len(held := set(text) & {*VALID}) > 1 and 'test' in held:
+        warnings.warn(
+            DistillWarning(
+                f"valid={column.name!r}: rows marked 'test' are in the validation set, like those marked "
+                f'{min(held - {"test"})!r}. Remove them to keep them for a final test.'
+            )
         )
     return text.map(known).to_numpy(dtype=bool)
 
