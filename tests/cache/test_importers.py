@@ -467,6 +467,11 @@ INF, NAN = float('inf'), float('nan')
         (dict(logprobs={'²': -0.1}), dict(n=5), "the class '²' is not a whole number"),
         (dict(logprobs=[[-0.1, -2.4], [-0.1, -9999.0]]), {}, "position 1: 'logprobs' has -9999"),
         (dict(logprobs=[[-0.1, -2.4], []]), {}, 'position 1: there are no classes'),
+        (
+            dict(logprobs=dict(content=[dict(token=1, logprob=-0.9), dict(token=2, logprob=-1.1)])),
+            dict(n=5),
+            "the position .*'token': 1.* has no 'top_logprobs': ask the server for them",
+        ),
     ],
 )
 def test_a_row_of_nonsense_is_named_before_anything_is_written(row, kwargs, says, tmp_path):

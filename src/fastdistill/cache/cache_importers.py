@@ -300,7 +300,8 @@ class Reading:
 
         `classes` is None if the numbers cover all classes in order.
         """
-        o = unwrapped(self.column(i, self.value))
+        value = self.column(i, self.value)
+        o = unwrapped(value)
         with self.naming(i):
             columns = self.rows[i]
             ids = next((columns[k] for k in IDS if columns.get(k) is not None), None)
@@ -309,6 +310,13 @@ class Reading:
                     f'{self.value!r} is {shortened(repr(o), 100)}: it must be a list of numbers, '
                     'a dict of classes and their numbers, or, for tokens, a list of these.'
                 )
+            # subtle: the items of `content` are positions, and would look like pairs of one position
+            if isinstance(value, Mapping) and 'content' in value:
+                if lone := [e for e in o if isinstance(e, Mapping) and is_entry(e)]:
+                    raise DistillError(
+                        f"the position {shortened(repr(lone[0]), 100)} has no 'top_logprobs': ask the "
+                        'server for them, such as top_logprobs=20.'
+                    )
             # a list of (number, class) pairs is a single position, not a list of positions
             pairs = ids is None and all(map(is_entry, o))
             self.in_rows = not isinstance(o, Mapping) and is_nested(o) and not pairs
