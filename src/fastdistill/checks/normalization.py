@@ -86,7 +86,7 @@ def can_renormalize(teacher: Teacher, batches: Sequence) -> bool:
     )
 
 
-def normalization_in_words(tally: Tally, teacher: Teacher, batches: Sequence) -> str:
+def normalization_result(tally: Tally, teacher: Teacher, batches: Sequence) -> str:
     """Describe the normalization check of a teacher for which it found no mistake, or return '' if
     the normalization could not be checked.
     """

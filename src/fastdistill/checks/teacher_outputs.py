@@ -19,7 +19,7 @@ from .batch_scores import Tally
 from .class_order import order_in_words
 from .findings import Finding, Findings
 from .forward import student_logits, teacher_logits
-from .normalization import images_in, normalization_in_words
+from .normalization import images_in, normalization_result
 from .recipe import check_recipe, recipe_in_words
 from .shapes import (
     UnknownId,
@@ -125,7 +125,7 @@ def check_outputs(
             low = found.add('score', [replace(f, doubt=True) for f in why])
             if not low and not new:
                 found.add('order of classes', (), order_in_words(tally))
-                normalization = normalization_in_words(tally, teacher, kept)
+                normalization = normalization_result(tally, teacher, kept)
                 found.add('normalization', (), normalization)
     found.facts = facts = tally.facts()
     if facts.teacher_score is not None:
