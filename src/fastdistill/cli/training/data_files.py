@@ -368,7 +368,9 @@ def labels_of(text: pd.Series, s: Samples) -> pd.Series:
     if has_numbers(y) and (y.isna().any() or predicts_numbers(y, s.task)):
         return y
     # subtle: pandas writes classes 0 and 1 as 0.0 and 1.0 if a row once had no label
-    return (text.str.replace(r'\.0*$', '', regex=True) if has_numbers(y) else text).where(y.notna())
+    return (text.str.replace(r'(?<=\d)\.0*$', '', regex=True) if has_numbers(y) else text).where(
+        y.notna()
+    )
 
 
 def has_numbers(column: pd.Series) -> bool:
