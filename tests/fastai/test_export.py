@@ -27,6 +27,7 @@ from fastai.tabular.all import (
 )
 from fastai.text.all import BaseTokenizer, TextDataLoaders
 from fastai.vision.all import (
+    SegmentationDataLoaders,
     CategoryBlock,
     CrossEntropyLossFlat,
     DataBlock,
@@ -772,6 +773,37 @@ def test_the_cards_code_predicts_as_get_preds_from_photos(tmp_path, monkeypatch,
         (folder / 'photo.jpg').write_bytes(path.read_bytes())
         exec(code, space := {})
         assert np.allclose(space['logits'][0], logits, atol=1e-4)
+
+
+def test_the_cards_code_writes_the_mask_that_the_learner_predicts(tmp_path, monkeypatch):
+    "Void is a class that is ignored, and the untrained student predicts it for some pixels"
+    g = np.random.default_rng(0)
+    for i in range(4):
+        for kind, values in (('photo', 256), ('mask', 3)):
+            shape = (12, 16, 3) if kind == 'photo' else (12, 16)
+            noise = Image.fromarray(g.integers(0, values, shape, dtype='uint8'))
+            noise.save(tmp_path / f'{kind}{i}.png')
+    dls = SegmentationDataLoaders.from_label_func(
+        tmp_path,
+        [tmp_path / f'photo{i}.png' for i in range(4)],
+        lambda p: p.with_name(p.name.replace('photo', 'mask')),
+        codes=['sky', 'road', 'void'],
+        valid_pct=0.5,
+        item_tfms=Resize((8, 8)),
+        bs=2,
+        num_workers=0,
+    )
+    torch.manual_seed(0)
+    loss = CrossEntropyLossFlat(axis=1, ignore_index=2)
+    learn = Learner(dls, torch.nn.Conv2d(3, 3, 3, padding=1), loss_func=loss)
+    folder = save_student(learn, tmp_path / 'student')
+    monkeypatch.chdir(folder)
+    logits = learn.get_preds(act=lambda o: o)[0]
+    assert (logits.argmax(1) == 2).any()
+    for path, wanted in zip(dls.valid.items, logits[:, :2].argmax(1)):
+        (folder / 'photo.jpg').write_bytes(path.read_bytes())
+        exec(code_of(folder), {})
+        assert (np.asarray(Image.open('mask.png')) == wanted.numpy()).all()
 
 
 def test_the_guides_code_predicts_as_get_preds_from_photos(tmp_path, monkeypatch, capsys):

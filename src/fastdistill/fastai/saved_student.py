@@ -58,7 +58,7 @@ def prepared(path):
 
 
 logits, = session.run(['logits'], {{'x': prepared('photo.jpg')}})
-print({answer})
+{answer}
 ```
 
 Inputs are NumPy arrays: {inputs}. {images}
@@ -151,6 +151,10 @@ ANSWERS = dict(
     softmax="np.array(facts['classes'])[logits[0].argmax(0)]",
     sigmoid="[c for c, logit in zip(facts['classes'], logits[0]) if logit > 0]",
 )
+SAVE_MASK = """if facts['ignored'] in range(len(facts['classes'])):
+    logits[:, facts['ignored']] = -np.inf  # a class that was not learned is never predicted
+mask = logits[0].argmax(0).astype('uint8')  # the number of the class of each pixel
+Image.fromarray(mask).save('mask.png')"""
 USE_WEIGHTS = """```python
 from fastdistill.fastai import load_student
 
@@ -255,6 +259,10 @@ def card(title, facts, checked, report, dls):
             resize = RESIZE[how['method']].format(
                 filter=how['filter'].upper(), pad=PADS.get(how.get('pad_mode'))
             )
+            answer = f'print({answer})'
+            if len(Onnx(checked.path).session.get_outputs()[0].shape) > 2:
+                is_mask = facts['classes'] and facts['task'] == 'softmax'
+                answer = SAVE_MASK if is_mask else 'print(logits[0])'
             use = USE_PHOTO.format(
                 mode=MODES[channels],
                 resize=resize,
