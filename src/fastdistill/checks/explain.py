@@ -66,8 +66,8 @@ class Follow:
             self.sums, self.squares = self.sums + t.sum(0), self.squares + t.pow(2).sum(0)
         else:
             p, equal = t.exp(), s.argmax(-1) == t.argmax(-1)
-            self.n_same = self.n_same + equal.sum().item()
-            self.n_classes = self.n_classes + equal.numel()
+            self.n_same += equal.sum().item()
+            self.n_classes += equal.numel()
             self.apart += torch.where(p > 0, p * (t - s), 0.0).sum().item()
             self.own += torch.where(p > 0, p * t, 0.0).sum().item()
             self.sums = self.sums + p.sum(0)

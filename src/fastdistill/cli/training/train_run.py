@@ -43,7 +43,9 @@ from .dataloaders import loaders_of
 from .exported_student import FOR_STUDENT, FOR_TEACHER
 from .mask_examples import mask_examples
 from .resumable_fit import (
+    HIGHEST,
     IF_NONE_IS_FOUND,
+    LOWEST,
     Checkpoints,
     find_rate,
     fit_stage,
@@ -340,7 +342,12 @@ class TrainRun:
             learn = self.seeded(number, lambda arch=arch: make(arch))
             self.say(f'learning rate of {arch}: searching with lr_find, up to 100 steps')
             lr = find_rate(learn, self.files, self.config.seed, number)
-            how = 'lr_find found none, so this is a guess' if lr is None else 'found by lr_find'
+            limits = {
+                None: 'lr_find found none, so this is a guess',
+                LOWEST: 'the lowest that is used: lr_find suggested a lower one',
+                HIGHEST: 'the highest that is used: lr_find suggested a higher one',
+            }
+            how = limits.get(lr, 'found by lr_find')
             found: dict[str, Any] = {k: lr or IF_NONE_IS_FOUND}
             self.config = replace(self.config, **found)
             self.say(f'learning rate of {arch}: {found[k]:g}, {how}')
