@@ -5,9 +5,11 @@ addEventListener('load', () => {
   })
   // The theme has several landmarks without a name of their own.
   document.querySelectorAll('.md-code__nav').forEach((nav) => { nav.role = 'presentation' })
-  document.querySelectorAll('nav nav[aria-labelledby]').forEach((nav, i) => {
+  document.querySelectorAll('nav nav[aria-labelledby]').forEach((nav) => {
+    const title = document.getElementById(nav.getAttribute('aria-labelledby'))
+    nav.ariaLabel = [title, nav.parentElement.closest('nav')?.querySelector('.md-nav__title')]
+      .map((o) => o?.textContent.trim()).filter(Boolean).join(', ')
     nav.removeAttribute('aria-labelledby')
-    nav.ariaLabel = `Part ${i + 1}`
   })
   document.querySelectorAll('th:empty').forEach((th) => th.replaceWith(document.createElement('td')))
 })
