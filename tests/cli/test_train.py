@@ -1251,7 +1251,12 @@ def test_a_run_with_lr_auto_repeats_its_rates_and_its_weights(digits, tmp_path):
         )
         for arch in ('cnn 4', 'cnn 8,16'):
             at = said.index(f'learning rate of {arch}: searching with lr_find, up to 100 steps')
-            assert re.fullmatch(f'learning rate of {arch}: .* found by lr_find', said[at + 1])
+            # which rate it is differs between processors
+            assert re.fullmatch(
+                f'learning rate of {arch}: [0-9.e-]+, (found by lr_find'
+                '|the (low|high)est that is used: lr_find suggested a (low|high)er one)',
+                said[at + 1],
+            )
     rates = [
         [tomllib.loads((tmp_path / n / 'config.toml').read_text())[k] for k in ('lr', 'teacher_lr')]
         for n in 'ab'
