@@ -18,6 +18,7 @@ from fastdistill import (
     DistillError,
     DistillWarning,
     Distiller,
+    Outputs,
     Recipe,
     Term,
     auto,
@@ -123,7 +124,7 @@ def test_a_teacher_is_softened_until_its_entropy_is_nine_tenths_of_the_largest(c
 
 @pytest.mark.parametrize('ignored', [255, 1])
 def test_pixels_that_the_loss_ignores_do_not_count_for_the_temperature(ignored, capsys):
-    "In a plain loop and in fastai"
+    "In a plain loop, from outputs that are already computed as other trainers do, and in fastai"
     rng = torch.Generator().manual_seed(0)
     x = 3 * torch.randn(12, 4, 6, 5, generator=rng)
     y = torch.randint(4, (12, 6, 5), generator=rng)
@@ -136,6 +137,10 @@ def test_pixels_that_the_loss_ignores_do_not_count_for_the_temperature(ignored, 
     loss = nn.CrossEntropyLoss(ignore_index=ignored)
     distiller = Distiller(conv(), nn.Identity(), task_loss=loss, check=False)
     distiller(x, y)
+    assert f'dist(T={T:.2g}, ' in capsys.readouterr().out
+    distiller = Distiller(conv(), nn.Identity(), task_loss=loss, check=False)
+    logits = distiller.student(x)
+    distiller.compute(Outputs(logits), Outputs(x), loss(logits, y), [y])
     assert f'dist(T={T:.2g}, ' in capsys.readouterr().out
     items = [*zip(x, y)]
     dls = DataLoaders(*(DataLoader(items, bs=12, num_workers=0) for _ in range(2)))

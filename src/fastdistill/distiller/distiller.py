@@ -515,7 +515,7 @@ class Distiller(nn.Module):
             if h.chooses:
                 h.choose(s[k].logits, x, own[k])
             elif h.teacher is None:
-                h.choose_from(s[k], None, bool(own[k]))
+                h.choose_from(s[k], None, own[k])
         t = self._by_head(self.teacher_outputs(x, progress))
         each = {k: h.compare(s[k], t.get(k), x, own[k], progress) for k, h in self.heads.items()}
         if not self.several:
@@ -555,7 +555,8 @@ class Distiller(nn.Module):
             share_task_loss(self.heads)
         recipes = [h.recipe for h in heads.values()]
         for k, h in heads.items():
-            h.choose_from(students[k], teachers.get(k), task is not None)
+            labels = task is not None and (h.labels(targets) or True)
+            h.choose_from(students[k], teachers.get(k), labels)
         if any(h.recipe is not r for h, r in zip(heads.values(), recipes)):
             share_task_loss_again(self.heads)
         each = {

@@ -118,7 +118,9 @@ class Head(RecipeLoss):
         """
         self._choose(logits, lambda: self.teacher.probe(*x), labels)
 
-    def choose_from(self, student: Outputs, teacher: Outputs | None, labels: bool) -> None:
+    def choose_from(
+        self, student: Outputs, teacher: Outputs | None, labels: Sequence | bool
+    ) -> None:
         """Let `auto` choose a recipe from outputs that are already computed, such as stored outputs.
 
         A recipe that was given or chosen before is kept.
@@ -126,7 +128,7 @@ class Head(RecipeLoss):
         Args:
             student: Student outputs for a batch.
             teacher: Teacher outputs for the same batch. None if unknown.
-            labels: Whether the batches have labels.
+            labels: Labels of the same batch, or whether the batches have labels.
         """
         if not self.waits:
             return
