@@ -9,7 +9,7 @@ the package, so its ratio is noise.
 
 Writes results/between_commits.json. The stored run is from a machine with a load of 13 on 2 cores, where a commit timed against itself
 (results/between_commits_itself.json, 5 rounds) differs by up to 5% in CPU time. So it shows no difference, but could not show a small one.
-results/between_commits_quiet.json has four runs with nothing beside them.
+results/between_commits_quiet.json has five runs with nothing beside them.
 """
 
 import json, os, subprocess, sys, tempfile, time, warnings

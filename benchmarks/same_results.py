@@ -8,7 +8,7 @@ the students and their logits for the test set are compared with those of the co
 folder with a copy of the repository may be given. FOLDER holds text/trec and tabular/adult. Writes results/same_results.json, which is
 from
 
-    QUALITY_DATA=FOLDER python benchmarks/same_results.py 6ca4522 8784be8 0d301c1 HEAD
+    QUALITY_DATA=FOLDER python benchmarks/same_results.py 6ca4522 8784be8 0d301c1 ca807b1 1f6fb69
 
 Two changes were meant to give other results, and only with a gradient ratio: how it is measured (f4d911b, between the first two: one
 run differs), and weights that are divided by 1 plus the gradient ratios (0d301c1).
