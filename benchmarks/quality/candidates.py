@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from fastdistill import Recipe, Term, at, auto, dist, dkd, hint, kd, losses, soft_labels
 from fastdistill.recipes import abkd, nkd, rld, taid, ttm, wttm
+from fastdistill.recipes.default import softening_temperature
 
 PLAIN = 'classes pixels tokens labels numbers'
 SOFT = 'classes pixels tokens'  # softmax
@@ -42,6 +43,17 @@ def default(t, rows=2048):
     "The library's, which looks at the teacher's outputs for some training items"
     t = t.reshape(-1, t.shape[-1])
     return auto(classes=t.shape[-1], teacher=t[:: max(len(t) // rows, 1)])
+
+
+def varied(even=0.9, beta=2.0, gamma=2.0, ratio=3.0, fade=True):
+    "The library's default for classes, with other constants"
+    return lambda t: dist(
+        T=float(f'{softening_temperature(t, even):.2g}'),
+        beta=beta,
+        gamma=gamma,
+        grad_ratio=ratio,
+        fade=fade,
+    )
 
 
 def share(loss, r, **options):
@@ -142,6 +154,32 @@ CANDIDATES = [
     C('abkdx1', lambda: abkd(grad_ratio=1.0), SOFT, 'more'),
     C('wttmx1', lambda: wttm(grad_ratio=1.0), SOFT, 'more'),
     C('skewedx1', share(losses.skewed_kl, 1.0), SOFT, 'more'),
+    # the default with one of its constants changed
+    *(
+        C(f'default, {name}', varied(**options), SOFT, 'constant', classes=3, measures=True)
+        for name, options in {
+            'even .8': dict(even=0.8),
+            'even .97': dict(even=0.97),
+            'beta 1, gamma 3': dict(beta=1.0, gamma=3.0),
+            'beta 3, gamma 1': dict(beta=3.0, gamma=1.0),
+            'ratio 1': dict(ratio=1.0),
+            'ratio 10': dict(ratio=10.0),
+            'no fade': dict(fade=False),
+        }.items()
+    ),
+    *(
+        C(
+            f'default of {outputs}, ratio {r:g}',
+            share(loss, r, fade=True, **options),
+            outputs,
+            'constant',
+        )
+        for outputs, loss, options in (
+            ('labels', losses.binary_kl, dict(T=1)),
+            ('numbers', losses.regression, {}),
+        )
+        for r in (0.3, 1.0, 10.0)
+    ),
     C('kd(.3)', lambda: kd(1.0, 0.3), 'labels', 'more'),
     C('kd(.1)', lambda: kd(1.0, 0.1), 'labels', 'more'),
     C('regressionx.3', share(losses.regression, 0.3), 'numbers', 'more'),

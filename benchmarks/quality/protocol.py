@@ -92,9 +92,17 @@ def recipes(cell, data, known, also=()):
     "name -> Recipe, or None for labels alone: all that the protocol has for this cell, and candidates that are named"
     own = dict(labels=None, default=library_default(cell, data))
     for name in dict.fromkeys([*names(cell)[2:], *also]):
-        if CANDIDATES[name].fits(cell, known['classes']):
-            own[name] = CANDIDATES[name].recipe()
+        c = CANDIDATES[name]
+        if c.fits(cell, known['classes']):
+            own[name] = c.recipe(teacher_rows(cell, data)) if c.measures else c.recipe()
     return own
+
+
+def teacher_rows(cell, data):
+    "The teacher's outputs for about 2,048 training items (or pixels, or tokens), one in each row"
+    t = data.train.t.movedim(cell.axis + bool(data.train.views), -1)
+    t = t.reshape(-1, t.shape[-1])
+    return t[:: max(len(t) // 2048, 1)].float()
 
 
 class Stored(nn.Module):
@@ -126,13 +134,12 @@ def facts_for_auto(cell, data):
         batches,
         Stored(predict(student, v.x[:n])),
     )
-    t = data.train.t.movedim(cell.axis + bool(data.train.views), -1)
-    t = t.reshape(-1, t.shape[-1])
+    t = teacher_rows(cell, data)
     return dict(
         kind=kind,
         classes=t.shape[-1] if kind == 'softmax' else None,
         dense=cell.output in ('pixels', 'tokens'),
-        teacher=t[:: max(len(t) // 2048, 1)].float(),
+        teacher=t,
         doubt=found.doubt or None,
     )
 

@@ -103,13 +103,14 @@ def takes_dist(classes: int | None) -> bool:
     return classes is not None and classes > 2
 
 
-def softening_temperature(logits: Tensor) -> float:
+def softening_temperature(logits: Tensor, even: float = EVEN) -> float:
     """Find the temperature, from 1 to 20, at which the entropy of the teacher's probabilities is
     90% of its maximum, averaged over the samples. The softened probabilities do not depend on the
     scale of the logits.
 
     Args:
         logits: Logits of a teacher, (..., C).
+        even: Fraction of the maximum entropy, instead of 90%.
     """
     logits = logits.detach().reshape(-1, logits.shape[-1])
     rows = min(ENOUGH_NUMBERS // logits.shape[-1] + 1, ENOUGH_ROWS)
@@ -121,8 +122,8 @@ def softening_temperature(logits: Tensor) -> float:
     low, high = COLDEST, HOTTEST
     for _ in range(20):
         T = sqrt(low * high)
-        even = special.entr((logits / T).softmax(-1)).sum(-1).mean() / log(logits.shape[-1])
-        low, high = (T, high) if even < EVEN else (low, T)
+        entropy = special.entr((logits / T).softmax(-1)).sum(-1).mean() / log(logits.shape[-1])
+        low, high = (T, high) if entropy < even else (low, T)
     return T
 
 
