@@ -6,6 +6,7 @@ import pandas as pd
 import joblib, pytest, torch
 import processes
 from PIL import Image
+from scipy import stats
 from safetensors.torch import load_file
 from sklearn.compose import make_column_transformer
 from sklearn.datasets import load_digits
@@ -246,6 +247,96 @@ def test_an_interrupted_run_continues_with_the_recipe_that_was_chosen(finished, 
     assert_same(finished, tmp_path / 'b')
 
 
+def on_split_of(finished):
+    "Settings for the data, the split and the teacher of a run"
+    return dict(
+        data=finished / 'split.csv',
+        valid='set',
+        teacher_weights=str(finished / 'teacher.safetensors'),
+    )
+
+
+def test_each_seed_is_the_run_with_this_seed(finished, tmp_path):
+    "The same data and teacher; what is saved are the models of the first seed"
+    several = run(tmp_path / 'several', said := [], seeds=3, **on_split_of(finished))
+    found = several.seeds
+    assert found.seeds == [0, 1, 2]
+    rows = [*csv.DictReader((tmp_path / 'several' / 'history.csv').read_text().splitlines())]
+    assert [(r['model'], r['seed'], r['epoch']) for r in rows] == [
+        (m, s, e) for s in '012' for m in ('alone', 'distilled') for e in '01'
+    ]
+    for i in (0, 1):
+        name = f'one{i}'
+        one = run(tmp_path / name, seed=i, **on_split_of(finished))
+        k = one.headline
+        assert {n: v[i] for n, v in found.values.items()} == {
+            n: one.models[n].measures[k].value for n in ('alone', 'distilled')
+        }
+        theirs = (tmp_path / name / 'history.csv').read_text().splitlines()[1:]
+        ours = (tmp_path / 'several' / 'history.csv').read_text().splitlines()[1:]
+        assert [r for r in ours if r.split(',')[1] == str(i)] == theirs
+        same = [torch.equal(a, b) for a, b in zip(*weights_of(tmp_path, 'several', name))]
+        assert all(same) == (i == 0)
+    a, b = (np.array(found.values[n]) for n in ('distilled', 'alone'))
+    assert found.difference.value == pytest.approx(np.mean(a - b))
+    if np.ptp(a - b) > 0:
+        test = stats.ttest_rel(a, b)
+        assert found.difference.p == pytest.approx(test.pvalue)
+        assert found.difference.low == pytest.approx(test.confidence_interval(0.95).low)
+    page = (tmp_path / 'several' / 'report.html').read_text()
+    assert 'Seeds: accuracy of each training' in page
+    assert 'Over 3 seeds, ' in page
+    assert 'These are the models of seed 0.' in page
+    assert 'This is one training of each' not in page
+    assert any(line.startswith('distilled, seed 2: epoch 2 of 2') for line in said)
+
+
+def weights_of(folder, *names):
+    return [load_file(folder / name / 'student' / 'model.safetensors').values() for name in names]
+
+
+def test_a_run_with_several_seeds_continues_in_the_middle_of_one(digits, tmp_path):
+    def say(text):
+        if text.startswith('distilled, seed 6: epoch 1'):
+            raise KeyboardInterrupt
+
+    options = settings(digits, seed=5, seeds=2)
+    whole = opened_run(options, out=tmp_path / 'whole', say=lambda _: None)()
+    with pytest.raises(KeyboardInterrupt):
+        opened_run(options, out=tmp_path / 'stopped', say=say)()
+    lines = []
+    again = opened_run({}, out=tmp_path / 'stopped', resume=True, say=lines.append)()
+    for name in 'teacher', 'alone, seed 5', 'distilled, seed 5', 'alone, seed 6':
+        assert f'{name}: is finished' in lines
+    assert 'distilled, seed 6: continues after epoch 1 of 2' in lines
+    assert_same(tmp_path / 'whole', tmp_path / 'stopped')
+    assert again.seeds == whole.seeds
+    assert again.seeds.difference.p is None  # two seeds: no test
+    assert not (tmp_path / 'stopped' / 'checkpoints').exists()
+
+
+def test_one_seed_is_called_one_training_and_several_end_with_their_mean(
+    command, finished, tmp_path
+):
+    assert (
+        'This is one training of each. A different seed' in (finished / 'report.html').read_text()
+    )
+    config = '--config', finished / 'config.toml', '--epochs', 1
+    code, out, err = command(*config, '--seeds', 2, '--out', tmp_path / 'two')
+    assert not code, err
+    last = ' '.join(out.split('report.html, and the student beside it')[1].split())
+    assert re.fullmatch(
+        'Over 2 seeds, the difference between distilled and alone is not tested: accuracy '
+        r'[+-][\d.]+ points on average \(two seeds are too few for a test\). distilled was better '
+        r'in [012] of 2 seeds\.',
+        last,
+    ), last
+    code, _, err = command(*config, '--no-baseline', '--seeds', 2, '--out', tmp_path / 'none')
+    assert code == 2
+    assert 'Leave one of the two out' in ' '.join(err.split())
+    assert not (tmp_path / 'none').exists()
+
+
 def child(digits, out, recipe):
     "A process of its own, which may be killed at any moment"
 
@@ -268,7 +359,7 @@ def test_a_run_that_is_killed_continues_to_the_same_result(digits, tmp_path):
     luck = random.Random()
     assert processes.ended(start(tmp_path / 'whole')) == [0], processes.said(tmp_path / 'whole')
     for name in ('teacher', 'distilled'):
-        p, file = start(tmp_path / 'killed'), tmp_path / 'killed' / 'checkpoints' / f'{name}.pt'
+        p, file = start(tmp_path / 'killed'), tmp_path / 'killed' / 'checkpoints' / f'{name}_0.pt'
         while p.is_alive() and not file.exists():
             time.sleep(0.01)
         time.sleep(luck.uniform(0, 0.3))
@@ -1458,16 +1549,29 @@ def test_a_run_that_began_with_auto_continues_with_auto(stopped, digits):
 
 def test_a_run_with_checkpoints_but_without_what_it_began_with_does_not_continue(stopped, digits):
     out = stopped(digits)
-    begun = out / 'checkpoints' / 'begun.json'
+    begun = out / 'checkpoints' / 'settings.json'
     text = begun.read_text()
     for change, says in ((begun.unlink, 'missing'), (lambda: begun.write_text('{'), 'damaged')):
         change()
-        with pytest.raises(
-            DistillError, match=f'begun.json is {says}.* so whether the settings or'
-        ):
+        with pytest.raises(DistillError, match=f'settings.json is {says}.* Use a different folder'):
             resumed(out)
     begun.write_text(text)
     resumed(out)
+
+
+def test_a_run_of_an_earlier_version_or_without_a_checkpoint_does_not_continue(stopped, digits):
+    out = stopped(digits)
+    folder = out / 'checkpoints'
+    teacher = (folder / 'teacher_0.pt').read_bytes()
+    (folder / 'teacher_0.pt').unlink()
+    with pytest.raises(
+        DistillError, match=r'teacher_0.pt is missing. .*, also delete run_\w+.json'
+    ):
+        resumed(out)
+    (folder / 'teacher_0.pt').write_bytes(teacher)
+    (folder / 'settings.json').rename(folder / 'begun.json')
+    with pytest.raises(DistillError, match='or a different version of fastdistill wrote'):
+        resumed(out)
 
 
 def test_a_link_that_leads_back_shows_no_image_again(digits, tmp_path):
@@ -1847,11 +1951,11 @@ def test_a_full_disk_is_one_line_and_the_run_continues_later(finished, digits, t
     assert 'Traceback' not in said
     assert 'Exception occured' not in said
     assert re.search(
-        r'No space for \S*run/checkpoints/teacher.pt \(File too large; [\d,.]+ MB are free there\).*free some space and start again to resume',
+        r'No space for \S*run/checkpoints/teacher_0.pt \(File too large; [\d,.]+ MB are free there\).*free some space and start again to resume',
         said,
     ), said
     assert [p.name for p in (tmp_path / 'run' / 'checkpoints').iterdir() if p.name != '.lock'] == [
-        'begun.json'
+        'settings.json'
     ]
     resumed(tmp_path / 'run')
     assert_same(finished, tmp_path / 'run')
@@ -1859,11 +1963,11 @@ def test_a_full_disk_is_one_line_and_the_run_continues_later(finished, digits, t
 
 def test_a_full_disk_leaves_the_last_checkpoint(stopped, digits):
     out = stopped(digits)
-    before = (out / 'checkpoints' / 'distilled.pt').read_bytes()
+    before = (out / 'checkpoints' / 'distilled_0.pt').read_bytes()
     p = processes.start(out.parent / 'log', limited, out, len(before) - 1000, digits)
     assert processes.ended(p) == [2]
-    assert 'checkpoints/distilled.pt (File too large' in (out.parent / 'log.err').read_text()
-    assert (out / 'checkpoints' / 'distilled.pt').read_bytes() == before
+    assert 'checkpoints/distilled_0.pt (File too large' in (out.parent / 'log.err').read_text()
+    assert (out / 'checkpoints' / 'distilled_0.pt').read_bytes() == before
 
 
 def test_two_processes_do_not_continue_one_run(stopped, digits, tmp_path):

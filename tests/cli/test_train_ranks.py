@@ -59,9 +59,9 @@ def child(args, log, compares):
         )
         if compares:
             return models
-        if self.first:
-            self.write_history(models)
         leave_processes()
+        if self.first:
+            self.write_history()
         os._exit(0)
 
     TrainRun.trained = noted
@@ -119,7 +119,7 @@ def test_two_processes_end_where_one_with_the_doubled_batch_ends(reviews, tmp_pa
     one = COMMON | options | dict(data=str(reviews), batch_size=24)
     run = TrainRun(*settings_of(one, None, tmp_path / 'one', False), say=lambda _: None)
     models, weights = run.trained(), assert_both_equal(tmp_path / 'two')
-    run.write_history(models)
+    run.write_history()
     for name, m in models.items():
         for k, v in m.model.state_dict().items():
             torch.testing.assert_close(weights[name][k], v, rtol=0, atol=1e-4, msg=f'{name} {k}')
@@ -158,7 +158,7 @@ def test_two_processes_that_are_killed_continue_to_the_same_result(digits, tmp_p
     )
     whole, killed = tmp_path / 'whole', tmp_path / 'killed'
     assert ended(start(whole, **options)) == [0, 0], said(whole) + said(whole, 1)
-    both, file = start(killed, **options), killed / 'checkpoints' / 'distilled.pt'
+    both, file = start(killed, **options), killed / 'checkpoints' / 'distilled_0.pt'
     while any(p.is_alive() for p in both) and not file.exists():
         time.sleep(0.01)
     for p in both:

@@ -61,7 +61,7 @@ def test_an_error_keeps_nothing_and_the_run_can_be_trained_again(tmp_path):
 
     with pytest.raises(ZeroDivisionError):
         Runs(fails, tmp_path).once(Run('a', lr=0.1))
-    assert [o.name for o in tmp_path.iterdir()] == ['settings.json']
+    assert not [*tmp_path.iterdir()]
     assert Runs(Trainings(), tmp_path).once(Run('a', lr=0.1)).result == dict(epochs=3)
 
 
@@ -95,5 +95,8 @@ def test_folders_that_are_no_experiments_of_now_are_refused(tmp_path):
     refused('must be a local or shared folder', 'sqlite:///find.db')
     (old / 'settings.json').write_text('{"n_ep')
     refused('settings.json is damaged', old)
+    Runs(Trainings(), tmp_path / 'lost', dict(n_epoch=3)).once(Run('a', lr=0.1))
+    (tmp_path / 'lost' / 'settings.json').unlink()
+    refused('settings.json is missing', tmp_path / 'lost')
     Runs(Trainings(), tmp_path / 'new', dict(n_epoch=2))
     refused('new holds an experiment with n_epoch=2, but now it is 3', tmp_path / 'new')

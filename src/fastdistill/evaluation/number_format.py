@@ -84,7 +84,8 @@ def verdicts(
     baseline.
     """
     against = report.baseline or report.teacher
-    return [
+    several = [over_seeds(report)] if len(report.seeds.seeds) > 1 else []
+    return several + [
         (verdict_of(c, report), sentences(c, report))
         for c in report.comparisons
         if c.against == against
@@ -107,7 +108,45 @@ def sentences(c: Comparison, report: ReportData) -> str:
         first = f'The difference between {c.model} and {c.against} is not significant: {numbers} {tested}.'
     else:
         first = f'{c.model} is {verdict} than {c.against}: {numbers} {tested}.'
-    return first + lead(c, report) + worse_probabilities(c, report) + uselessness(c, report)
+    more = lead(c, report), worse_probabilities(c, report), uselessness(c, report)
+    return first + one_training(c, report) + ''.join(more)
+
+
+def one_training(c: Comparison, report: ReportData) -> str:
+    """Return a sentence if the models were trained with one seed, or are those of one of several
+    seeds. Otherwise return ''.
+    """
+    seeds = report.seeds.seeds
+    if not {c.model, c.against} <= {*report.seeds.values}:
+        return ''
+    if len(seeds) > 1:
+        return f' These are the models of seed {seeds[0]}.'
+    return (
+        ' This is one training of each. A different seed may come out differently: fastdistill train '
+        '--seeds 3 shows how much.'
+    )
+
+
+def over_seeds(report: ReportData) -> tuple[str, str]:
+    """Return (verdict, sentence) about the difference between two students over several seeds."""
+    info, d = report.info[report.headline], report.seeds.difference
+    (against, a), (model, b) = report.seeds.values.items()
+    n, better = len(a), sum((y > x) if info.higher else (y < x) for x, y in zip(a, b))
+    verdict = 'not significant'
+    if d.significant and d.value:
+        verdict = 'better' if (d.value > 0) == info.higher else 'worse'
+    between = estimate_text(d, info, True)[1]
+    tested = f'{f"95% interval {between}; " if between else ""}{d.test}, {p_text(d.p)}'
+    if verdict == 'not significant':
+        how = verdict if d.test else 'not tested'
+        first = f'the difference between {model} and {against} is {how}'
+    else:
+        first = f'{model} is {verdict} than {against}'
+    return verdict, (
+        f'Over {n} seeds, {first}: {info.label} {info.text(d.value, True)}{info.points} on average '
+        f'({tested if d.test else "two seeds are too few for a test"}). {model} was better in '
+        f'{better} of {n} seeds.'
+    )
 
 
 def worse_probabilities(c: Comparison, report: ReportData) -> str:
@@ -195,9 +234,15 @@ def lead(c: Comparison, report: ReportData) -> str:
 
 def coverage(report: ReportData) -> str:
     """Describe which kinds of variation the intervals cover."""
+    choice = f'the choice of these {report.n:,} {report.unit}'
+    if len(report.seeds.seeds) > 2:
+        return (
+            'The interval of the mean over the seeds covers the variation between trainings. All '
+            f'other intervals and tests cover only {choice}.'
+        )
     return (
-        f'Intervals and tests cover the choice of these {report.n:,} {report.unit}, but not the '
-        'variation between trainings with different seeds.'
+        f'Intervals and tests cover {choice}, but not the variation between trainings with '
+        'different seeds.'
     )
 
 

@@ -93,6 +93,22 @@ class Comparison:
 
 
 @dataclass
+class SeedResults:
+    """Scores of two students, each trained with several seeds. They are empty if there is no second
+    student.
+
+    Attributes:
+        values: {model: headline measure with each seed}. The first model is the baseline. With the
+            same seed, both models have the same initial weights and batches.
+        difference: Mean difference over the seeds.
+    """
+
+    seeds: list[int] = field(default_factory=list)
+    values: dict[str, list[float]] = field(default_factory=dict)
+    difference: Difference = field(default_factory=Difference)
+
+
+@dataclass
 class Latency:
     """Times of one forward pass.
 
@@ -248,6 +264,8 @@ class ReportData(JsonReport):
         classes: Names of the classes.
         counts: Number of samples, or positions, of each class.
         machine: Machine and package versions with which the times were measured.
+        seeds: Scores of the students with each seed, if the report is of trainings. All other
+            results are about the students of the first seed.
     """
 
     task: str
@@ -264,6 +282,7 @@ class ReportData(JsonReport):
     counts: list[float] = field(default_factory=list)
     machine: dict = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    seeds: SeedResults = field(default_factory=SeedResults)
     format: int = REPORT_FORMAT
 
     @property

@@ -4,6 +4,7 @@ tables.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from statistics import fmean
 from typing import Any, NamedTuple
 
 from .number_format import (
@@ -62,6 +63,7 @@ def sheets_of(r: ReportData, brief: bool = False) -> list[Sheet]:
     sheets = (
         sheet_of_scores(r),
         sheet_of_differences(r, brief),
+        sheet_of_seeds(r),
         sheet_of_agreement(r),
         sheet_of_calibration(r),
         sheet_of_classes(r),
@@ -137,6 +139,32 @@ def sheet_of_differences(r: ReportData, brief: bool) -> Sheet:
             )
     if not any(str(row[-1]) != '–' for row in s.rows):
         s.head, s.rows = s.head[:-1], [row[:-1] for row in s.rows]
+    return s
+
+
+def sheet_of_seeds(r: ReportData) -> Sheet:
+    """Build the table with the headline measure of each training, if there are several seeds."""
+    info, names = r.info[r.headline], [*r.seeds.values]
+    s = Sheet(
+        'seeds',
+        f'Seeds: {info.label} of each training',
+        ['', *names, ' – '.join(names[::-1])],
+    )
+    if len(r.seeds.seeds) < 2:
+        return s
+    d = r.seeds.difference
+    s.note = (
+        'With the same seed, both students start with the same weights and see the same batches. '
+        f'All other tables are about the students of seed {r.seeds.seeds[0]}.'
+    )
+    if d.test:
+        s.note += f' Mean difference: 95% interval over the seeds, {d.test}, {p_text(d.p)}.'
+    shown = lambda v: info.text(v) + info.unit
+    for seed, a, b in zip(r.seeds.seeds, *r.seeds.values.values()):
+        s.add(f'seed {seed}', shown(a), shown(b), info.text(b - a, True) + info.points)
+    value, between = estimate_text(d, info, True)
+    means = (shown(fmean(v)) for v in r.seeds.values.values())
+    s.add('mean', *means, Cell(value + info.points, between))
     return s
 
 

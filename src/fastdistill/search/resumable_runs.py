@@ -17,10 +17,9 @@ from torch import Tensor
 
 from ..base.atomic_files import BusyError, file_errors, locked_folder, write_json
 from ..base.content import first_difference
-from ..base.distributed import world_size
+from ..base.distributed import of_first, on_first, world_size
 from ..base.errors import DistillError
-
-RUNS_FORMAT = 4  # version of the folder's format
+from .run_folder import read_json, read_settings, write_settings
 
 
 @dataclass
@@ -42,7 +41,7 @@ class Run:
     seed: int = 0
     scores: list = field(default_factory=list)
     stopped: bool = False
-    result: object = None
+    result: Any = None
     seconds: float = 0.0
     ended: float = 0.0
 
@@ -78,14 +77,16 @@ class Run:
 
 class Runs:
     """Executes each `Run` once. Several processes can share a folder. No two processes train the
-    same run.
+    same run. In a distributed training, all ranks must call the same methods in the same order. Only
+    the first rank reads and writes files.
 
     Args:
         train: fn(run, after_epoch, late) -> result as plain data, or None if the training ended
             early. after_epoch(score) and late() return True if the training has to stop.
         folder: Folder with one JSON file per finished run, and one for the settings. None to store
             nothing.
-        settings: {name: value} of plain data that must be the same when the runs are resumed.
+        settings: {name: value} of plain data that must be the same when the runs are resumed. None
+            if the caller reads, compares and writes the settings.
     """
 
     def __init__(
@@ -94,46 +95,25 @@ class Runs:
         self.train = train
         self.folder = None if folder is None else Path(folder)
         self.known: dict[str, Run] = {}  # {file name: finished run}
-        if self.folder is not None:
-            plain = json.loads(json.dumps(dict(settings or {}, format=RUNS_FORMAT)))
-            self._open(self.folder, plain)
-
-    def _open(self, folder: Path, settings: dict[str, Any]) -> None:
-        if world_size() > 1:
-            raise DistillError(
-                'folder= is for independent processes, not for the ranks of a distributed '
-                'training (torchrun). Start them one by one, with the same folder.'
-            )
-        if ':/' in str(folder):
-            raise DistillError(f'folder={str(folder)!r}: must be a local or shared folder.')
-        with file_errors(f"{folder} can't be the folder of an experiment"):
-            folder.mkdir(parents=True, exist_ok=True)
-        path = folder / 'settings.json'
-        if not path.is_file():
-            write_json(path, settings)
-            return
-        before = read_json(path, dict)
-        if before.get('format') != RUNS_FORMAT:
-            raise DistillError(
-                f'{folder} holds an experiment in the format of a different version of fastdistill '
-                f'({before.get("format", 1)} there, {RUNS_FORMAT} here). Use a different folder.'
-            )
-        if (found := first_difference(before, settings)) is not None:
-            name, there, here = found
-            raise DistillError(
-                f'{folder} holds an experiment with {name}={there}, but now it is {here}. Use a '
-                'different folder.'
-            )
+        if self.folder is not None and settings is not None:
+            begin(self.folder, json.loads(json.dumps(settings)))
 
     def finished(self) -> list[Run]:
         """Return all finished runs in the order in which they ended, including those of other
         processes.
         """
-        if self.folder is not None:
-            for path in self.folder.glob('run_*.json'):
-                if path.name not in self.known:
-                    self.known[path.name] = read_json(path, lambda data: Run(**data))
+        self.known |= on_first(self._new)
         return sorted(self.known.values(), key=lambda r: r.ended)
+
+    def _new(self) -> dict[str, Run]:
+        """Read the finished runs in the folder that are not known yet. Return {file name: run}."""
+        paths = [] if self.folder is None else self.folder.glob('run_*.json')
+        again = 'Delete it: its run is trained again.'
+        return {
+            p.name: read_json(p, lambda data: Run(**data), again)
+            for p in paths
+            if p.name not in self.known
+        }
 
     def once(
         self,
@@ -167,9 +147,10 @@ class Runs:
                 run.seconds = run.ended - began
                 if run.result is None and not run.stopped:
                     return run
-                self.known[run.file] = run
+                self.known[run.file] = run = of_first(run)
                 if self.folder is not None:
-                    write_json(self.folder / run.file, asdict(run))
+                    path = self.folder / run.file
+                    on_first(lambda: write_json(path, asdict(run)))
             return self.known[run.file]
 
     def all(
@@ -198,25 +179,44 @@ class Runs:
     @contextmanager
     def _claimed(self, run: Run) -> Iterator[bool]:
         """Context manager that yields True if this process may train the run."""
-        if self.folder is None:
-            yield True
-            return
-        lock = f'{run.file}.lock'
         with ExitStack() as stack:
-            try:
-                stack.enter_context(locked_folder(self.folder, file=lock))
-            except BusyError:
-                yield False
-                return
-            try:
-                yield True
-            finally:
-                with suppress(OSError):  # Windows does not delete open files
-                    (self.folder / lock).unlink()
+            yield on_first(lambda: self.folder is None or self._locked(self.folder, run, stack))
+
+    def _locked(self, folder: Path, run: Run, stack: ExitStack) -> bool:
+        """Lock a run until the stack is closed. Return False if another process trains the run."""
+        lock = f'{run.file}.lock'
+        try:
+            stack.enter_context(locked_folder(folder, file=lock))
+        except BusyError:
+            return False
+
+        @stack.callback
+        def delete() -> None:
+            with suppress(OSError):  # Windows does not delete open files
+                (folder / lock).unlink()
+
+        return True
 
 
-def read_json(path: Path, made: Callable[[Any], Any]) -> Any:
-    try:
-        return made(json.loads(path.read_text(encoding='utf-8')))
-    except (ValueError, TypeError) as e:
-        raise DistillError(f'{path} is damaged ({e}). Delete it: its run is trained again.') from e
+def begin(folder: Path, settings: dict[str, Any]) -> None:
+    """Write the settings of an experiment to a new folder, or raise a DistillError if the experiment
+    in the folder has different settings.
+    """
+    if world_size() > 1:
+        raise DistillError(
+            'folder= is for independent processes, not for the ranks of a distributed '
+            'training (torchrun). Start them one by one, with the same folder.'
+        )
+    if ':/' in str(folder):
+        raise DistillError(f'folder={str(folder)!r}: must be a local or shared folder.')
+    with file_errors(f"{folder} can't be the folder of an experiment"):
+        folder.mkdir(parents=True, exist_ok=True)
+    before = read_settings(folder)
+    if before is None:
+        write_settings(folder, settings)
+    elif (found := first_difference(before, settings)) is not None:
+        name, there, here = found
+        raise DistillError(
+            f'{folder} holds an experiment with {name}={there}, but now it is {here}. Use a '
+            'different folder.'
+        )

@@ -42,6 +42,7 @@ HELP = dict(
     check='Check the teacher for mistakes first. (default: yes)',
     onnx='Also write the student as ONNX, if it can be exported. (default: yes)',
     seed='Seed of all random numbers. (default: 0)',
+    seeds='Train each student with so many seeds, to see how much the gain varies. (default: 1)',
     device='cpu, cuda, cuda:1, mps ... (default: auto)',
     workers='Processes that load data. (default: 0)',
     log='tensorboard; history.csv is always written.',
@@ -111,6 +112,7 @@ def train_command(
 
     with joined_processes() as first:
         run_settings = on_first(lambda: settings_of(given, config, out, resume))
+        from ...evaluation.number_format import over_seeds
         from ..training import TrainRun
 
         run = TrainRun(*run_settings, say=typer.echo, bar=sys.stdout.isatty())
@@ -125,6 +127,8 @@ def train_command(
         return
     report.show()
     typer.echo(f'Written: {Path(run.folder) / "report.html"}, and the student beside it')
+    if len(report.seeds.seeds) > 1:
+        typer.echo(over_seeds(report)[1])
 
 
 own = [p for p in signature(train_command).parameters.values() if p.kind != p.VAR_KEYWORD]

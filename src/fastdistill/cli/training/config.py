@@ -73,6 +73,8 @@ class TrainConfig:
         baseline: If True, also train the student without the teacher.
         check: If True, check the teacher for mistakes before the training.
         onnx: If True, also export the student as ONNX, if that is possible.
+        seed: Seed of all random numbers.
+        seeds: Number of trainings of each student, with the seeds `seed`, `seed + 1` and so on.
         workers: Number of processes that load data.
         log: Names from LOGGERS, separated by commas.
     """
@@ -104,6 +106,7 @@ class TrainConfig:
     check: bool = True
     onnx: bool = True
     seed: int = 0
+    seeds: int = 1
     device: str = 'auto'
     workers: int = 0
     log: str = ''
@@ -119,9 +122,16 @@ class TrainConfig:
                 raise DistillError(
                     f'{k}={v!r}: must be one of {", ".join(have)}{close_name(v, have)}'
                 )
-        for k, v in dict(epochs=1, teacher_epochs=0, batch_size=0, workers=0, seed=0).items():
+        for k, v in dict(
+            epochs=1, teacher_epochs=0, batch_size=0, workers=0, seed=0, seeds=1
+        ).items():
             if not v <= getattr(self, k) < 2**31:
                 raise DistillError(f'{k}={getattr(self, k)}: must be at least {v}')
+        if self.seeds > 1 and not self.baseline:
+            raise DistillError(
+                f'seeds={self.seeds}, baseline=False: several seeds show how much the difference between '
+                'the students with and without the teacher varies. Leave one of the two out.'
+            )
         for k in ('lr', 'teacher_lr'):
             self.check_rate(k)
         if wrong := [o for o in self.loggers if o not in LOGGERS]:
@@ -164,6 +174,11 @@ class TrainConfig:
                 f"{k}={getattr(self, k)!r}: a learning rate must be a number above 0, or 'auto'"
             )
         setattr(self, k, v)
+
+    @property
+    def all_seeds(self) -> list[int]:
+        """Seeds of the students."""
+        return [self.seed + i for i in range(self.seeds)]
 
     @property
     def loggers(self) -> list[str]:

@@ -2,11 +2,11 @@
 to read a recipe.
 """
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 
 from ...base.errors import DistillError
+from ...search.run_folder import read_settings, write_settings
 from ..recipe_names import check_recipe_text
 from .config import TrainConfig, read_config
 
@@ -85,9 +85,9 @@ def check_unchanged(given: dict, stored: TrainConfig, folder: Path) -> None:
             )
 
 
-def begun_file(folder: Path) -> Path:
-    """Return the path of the file with the settings and a fingerprint of the data of a run."""
-    return folder / 'checkpoints' / 'begun.json'
+def runs_folder(folder: Path) -> Path:
+    """Return the folder of the trainings of a run, with their settings, results and checkpoints."""
+    return folder / 'checkpoints'
 
 
 def read_begun(folder: Path) -> dict:
@@ -100,17 +100,12 @@ def read_begun(folder: Path) -> dict:
         A dict with the 'settings', the fingerprint of the 'data', and the names of the learning
         rates that were 'found' by lr_find.
     """
-    file = begun_file(folder)
-    try:
-        if file.is_file() or any(file.parent.glob('*.pt')):
-            return json.loads(file.read_text(encoding='utf-8'))
-        return {}
-    except (ValueError, FileNotFoundError) as e:
-        what = f'damaged ({e})' if isinstance(e, ValueError) else 'missing'
-        raise DistillError(
-            f'{file} is {what}, so whether the settings or the data changed is unknown. Start a new '
-            'run with a different out=.'
-        ) from e
+    return read_settings(runs_folder(folder), '*.pt') or {}
+
+
+def write_begun(folder: Path, config: TrainConfig, data: dict, found: list[str]) -> None:
+    """Write what `read_begun` reads."""
+    write_settings(runs_folder(folder), dict(settings=asdict(config), data=data, found=found))
 
 
 def free_folder(config: TrainConfig) -> Path:

@@ -4,10 +4,11 @@ the models, and write the results to a folder.
 
 import csv
 import io
+import math
 import platform
 import shutil
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack, closing
 from dataclasses import asdict, replace
 from functools import partial
@@ -25,13 +26,15 @@ from ...base.atomic_files import enough_space, locked_folder, new_file, write_at
 from ...base.distributed import first_then_others, leave_processes, on_first, rank, world_size
 from ...base.errors import DistillError, DistillWarning
 from ...evaluation.number_format import verdict_of
+from ...evaluation.report_data import Difference, SeedResults
 from ...fastai import Distiller, KnowledgeDistillation, cache_teacher, compare, save_student
-from ...fastai.compare import history_of
 from ...fastai.probe_batches import prepared_batches
 from ...fastai.raw_items import items_shown
 from ...fastai.task import task_of
 from ...fastai.teachers import teacher_of
 from ...recipes.recipe_text import recipe_from_text
+from ...search.resumable_runs import Run, Runs
+from ...search.significance import difference_by_seed
 from ...teachers.estimator import is_estimator
 from ...teachers.fast_copy import AS_IT_IS
 from .architectures import check_arch, learner_of
@@ -52,7 +55,7 @@ from .resumable_fit import (
     seed_everything,
     silent,
 )
-from .run_settings import begun_file, read_begun
+from .run_settings import read_begun, runs_folder, write_begun
 from .teachers import file_teacher, teacher_of_texts, with_weights
 
 # caption of the masks in the report
@@ -93,7 +96,8 @@ class TrainRun:
         self.say: Callable[[str], Any] = say if self.first else silent
         self.bar = bar and self.first
         self.recipe = recipe_from_text(config.recipe)
-        self.files, self.locks = folder / 'checkpoints', ExitStack()
+        self.files, self.locks = runs_folder(folder), ExitStack()
+        self.runs = Runs(self.train, self.files)
         self.split = self.note = ''  # set by `samples` in the first process
         self.few_steps = ''  # set by `make_models`
         self.found: list[str] = []  # names of the learning rates that lr_find found
@@ -122,30 +126,25 @@ class TrainRun:
         on_first(lambda: self.check(student, teacher, bool(c.teacher_files), stores))
         on_first(self.write_start)
         self.config = on_first(lambda: self.find_rates(make))
-        loggers = self.loggers() if self.first else []
-        models = dict(teacher=teacher)
+        self.new_student = lambda seed: self.seeded(
+            FOR_STUDENT, lambda: make(c.arch('student')), seed
+        )
+        alone = dict(alone=self.new_student(c.seed)) if c.baseline else {}
+        self.models = dict(teacher=teacher, **alone, distilled=student)
         if not c.teacher_files:
-            self.fit(
-                'teacher',
-                teacher,
-                c.teacher_epochs or c.epochs,
-                self.config.teacher_lr,
-                FOR_TEACHER,
-                loggers,
-            )
+            self.complete('teacher', c.seed)
             if self.first:
                 self.write_weights(teacher)
-        if c.baseline:
-            models['alone'] = self.seeded(FOR_STUDENT, lambda: make(c.arch('student')))
-            self.fit('alone', models['alone'], c.epochs, self.config.lr, FOR_STUDENT, loggers)
-            on_first(lambda: self.say_lead(models))
-        models['distilled'] = student
-        source = self.as_teacher(teacher, student)
+        self.source = self.as_teacher(teacher, student)
         if stores:
-            source = first_then_others(lambda: self.stored(source, student))
-        kd = KnowledgeDistillation(source, self.recipe, check=c.check)
-        self.fit('distilled', student, c.epochs, self.config.lr, FOR_STUDENT, loggers, kd)
-        return models
+            self.source = first_then_others(lambda: self.stored(self.source, student))
+        for seed in c.all_seeds:
+            if c.baseline:
+                self.complete('alone', seed)
+                if seed == c.seed:
+                    on_first(self.say_lead)
+            self.complete('distilled', seed)
+        return self.models
 
     def check_start(self) -> TrainConfig:
         """Run the checks that do not need the data. Return the settings."""
@@ -259,8 +258,8 @@ class TrainRun:
         same = lambda p: p.is_file() and p.read_text(encoding='utf-8') == self.split
         return '' if all(map(same, splits)) else MAY_KNOW
 
-    def seeded(self, number: int, make: Callable) -> Any:
-        seed_everything(self.config.seed, number)
+    def seeded(self, number: int, make: Callable, seed: int | None = None) -> Any:
+        seed_everything(self.config.seed if seed is None else seed, number)
         return make()
 
     def teacher(self, loaded: Any, make: Callable, s: Samples) -> Any:
@@ -356,35 +355,90 @@ class TrainRun:
             self.write_settings()
         return self.config
 
-    def fit(
-        self,
-        name: str,
-        learn: Any,
-        epochs: int,
-        lr: Any,
-        number: int,
-        loggers: Sequence,
-        kd: Any = None,
-    ) -> None:
-        say = None if self.bar else lambda text: self.say(f'{name}: {text}')
-        state = Checkpoints(self.files / f'{name}.pt', (self.config.seed, number), kd, say)
-        if state.done:
-            self.say(
-                f'{name}: continues after epoch {state.done} of {epochs}'
-                if state.done < epochs
-                else f'{name}: is finished'
-            )
-        elif self.bar:
-            self.say(f'{name}:')
-        fit_stage(learn, epochs, lr, state, [make(name) for make in loggers], self.bar)
+    def complete(self, name: str, seed: int) -> None:
+        """Train a model, unless its training is finished. Afterwards, the models of the first seed
+        have the weights after the last epoch.
+        """
+        c = self.config
+        lr: Any = c.teacher_lr if name == 'teacher' else c.lr
+        run = Run(name, lr=lr, seed=seed)
+        kept = seed == c.seed
+        if run.file not in {r.file for r in self.runs.finished()}:
+            self.runs.once(run)
+            if not kept:
+                on_first(self.checkpoint_file(run).unlink)
+            return
+        self.say(f'{self.label(run)}: is finished')
+        if kept:
+            state = self.checkpoints(run)
+            if not state.done:
+                raise DistillError(
+                    f'{state.file} is missing. To train this model again, also delete {run.file} beside it.'
+                )
+            state.restore(self.models[name])
 
-    def say_lead(self, models: Mapping[str, Any]) -> None:
+    def train(self, run: Run, *_: Any) -> dict:
+        """Train the model of a run. Return its results as plain data (see `Runs`)."""
+        c = self.config
+        learn = self.models[run.name] if run.seed == c.seed else self.new_student(run.seed)
+        kd = None
+        if run.name == 'distilled':
+            kd = KnowledgeDistillation(self.source, self.recipe, check=c.check)
+        epochs = c.teacher_epochs or c.epochs if run.name == 'teacher' else c.epochs
+        label, state = self.label(run), self.checkpoints(run, kd)
+        if state.done:
+            self.say(f'{label}: continues after epoch {state.done} of {epochs}')
+        elif self.bar:
+            self.say(f'{label}:')
+        loggers = [make(label) for make in self.loggers()] if self.first else []
+        history = fit_stage(learn, epochs, run.lr, state, loggers, self.bar)
+        scores = {} if run.seed == c.seed else on_first(lambda: self.scores(run.name, learn))
+        return dict(history=history, scores=scores)
+
+    def label(self, run: Run) -> str:
+        several = self.config.seeds > 1 and run.name != 'teacher'
+        return f'{run.name}, seed {run.seed}' if several else run.name
+
+    def checkpoint_file(self, run: Run) -> Path:
+        return self.files / f'{run.name}_{run.seed}.pt'
+
+    def checkpoints(self, run: Run, kd: Any = None) -> Checkpoints:
+        number = FOR_TEACHER if run.name == 'teacher' else FOR_STUDENT
+        say = None if self.bar else lambda text: self.say(f'{self.label(run)}: {text}')
+        return Checkpoints(self.checkpoint_file(run), (run.seed, number), kd, say)
+
+    def scores(self, name: str, learn: Any) -> dict[str, float | None]:
+        """Return the measures of a model on the validation set."""
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')
+            report: Any = compare({name: learn}, self.dls, seconds=0, repeats=1, progress=False)
+        return {k: e.value for k, e in report.models[name].measures.items()}
+
+    def seed_results(self, report: Any) -> SeedResults:
+        """Return the main measure of the students with each seed."""
+        c, k = self.config, report.headline
+        scores = {(r.name, r.seed): r.result['scores'] for r in self.runs.finished()}
+        values = {
+            name: [report.models[name].measures[k].value]
+            + [scores[name, seed][k] for seed in c.all_seeds[1:]]
+            for name in ('alone', 'distilled')
+            if name in report.models
+        }
+        numbers = [math.nan if o is None else o for v in values.values() for o in v]
+        if len(values) < 2 or not all(map(math.isfinite, numbers)):
+            return SeedResults()
+        d = difference_by_seed(values['distilled'], values['alone'])
+        # the interval of two seeds is too wide to tell anything
+        return SeedResults(c.all_seeds, values, d if c.seeds > 2 else Difference(d.value))
+
+    def say_lead(self) -> None:
         """Print a line if the teacher is not significantly better than the student alone in the main
         measure.
         """
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')
-            report: Any = compare(dict(models), self.dls, seconds=0, progress=False)
+            models = {k: self.models[k] for k in ('teacher', 'alone')}
+            report: Any = compare(models, self.dls, seconds=0, progress=False)
         k, apart = report.headline, report.comparison('alone', 'teacher')
         if apart is None:
             return
@@ -408,7 +462,7 @@ class TrainRun:
         )
 
     def loggers(self) -> list[Callable]:
-        """Return a list of functions fn(model name) -> callback."""
+        """Return a list of functions fn(label of a training) -> callback."""
         return [self.tensorboard()] if 'tensorboard' in self.config.loggers else []
 
     def tensorboard(self) -> Callable:
@@ -439,10 +493,9 @@ class TrainRun:
         write_json(self.folder / 'environment.json', facts)
 
     def write_settings(self) -> None:
-        # subtle: write begun.json first, because learning rates that are 'auto' in config.toml are
+        # subtle: write this file first, because learning rates that are 'auto' in config.toml are
         # read from it
-        begun = dict(settings=asdict(self.config), data=self.data, found=self.found)
-        write_json(begun_file(self.folder), begun)
+        write_begun(self.folder, self.config, self.data, self.found)
         write_config(self.config, self.folder / 'config.toml')
 
     def write_results(self, models: Mapping[str, Any]) -> Any:
@@ -451,7 +504,7 @@ class TrainRun:
 
     def written(self, models: Mapping[str, Any]) -> Any:
         """Write all results to the folder of the run and return the report."""
-        self.write_history(models)
+        self.write_history()
         c = self.config
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')
@@ -461,6 +514,7 @@ class TrainRun:
             gain = report.comparison('distilled', 'alone')
             no_gain = gain is not None and verdict_of(gain, report) != 'better'
             report.notes += filter(None, [self.note, self.few_steps * no_gain])
+            report.seeds = self.seed_results(report)
             student = models['distilled']
             save_student(
                 student,
@@ -484,17 +538,17 @@ class TrainRun:
         with new_file(self.folder / 'teacher.safetensors') as tmp:
             save_model(teacher.model, str(tmp))
 
-    def write_history(self, models: Mapping[str, Any]) -> None:
-        """Write history.csv, with one row per model and epoch."""
-        tables = {n: history_of(m) for n, m in models.items() if isinstance(m, Learner)}
+    def write_history(self) -> None:
+        """Write history.csv, with one row per training and epoch."""
+        tables = {(r.name, r.seed): r.result['history'] for r in self.runs.finished()}
         columns = list(dict.fromkeys(k for t in tables.values() for k in t))
         text = io.StringIO(newline='')
         rows = csv.writer(text)
-        rows.writerow(['model', 'epoch', *columns])
-        for n, t in tables.items():
+        rows.writerow(['model', 'seed', 'epoch', *columns])
+        for run, t in tables.items():
             for i, values in enumerate(zip(*t.values())):
                 row = dict(zip(t, values))
-                rows.writerow([n, i, *(row.get(k, '') for k in columns)])
+                rows.writerow([*run, i, *(row.get(k, '') for k in columns)])
         write_atomically(self.folder / 'history.csv', text.getvalue())
 
 
