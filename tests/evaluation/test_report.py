@@ -1,6 +1,6 @@
 "The report in a terminal, as Markdown and as a page: the same numbers everywhere, and every name is only a name."
 
-import base64, errno, io, os, re, shutil, subprocess
+import base64, errno, io, json, os, re, shutil, subprocess
 from html.parser import HTMLParser
 import pytest, torch
 import torch.nn.functional as F
@@ -16,7 +16,7 @@ from fastdistill.evaluation import (
     plot_reliability,
     plot_runs,
 )
-from fastdistill.evaluation.report_data import Difference, Latency, MeasureInfo
+from fastdistill.evaluation.report_data import Difference, Latency, MeasureInfo, SeedResults
 from fastdistill.evaluation.number_format import amount, p_text, shown_text, verdicts
 from fastdistill.base.task import Task
 from reports import a_report
@@ -83,6 +83,57 @@ def test_less_is_better_where_it_is():
     r.headline = 'nll'
     ((verdict, text),) = verdicts(r)
     assert verdict == 'better' and r.comparison('distilled').differences['nll'].value < 0
+
+
+def with_seeds(alone, distilled, difference, headline='accuracy'):
+    "A report of students that were trained with several seeds"
+    r = a_report()
+    r.headline = headline
+    values = dict(alone=alone, distilled=distilled)
+    r.seeds = SeedResults([*range(4, 4 + len(alone))], values, difference)
+    return r
+
+
+def test_a_difference_over_seeds_comes_first():
+    test = Difference(0.02, 0.0076, 0.0324, 0.02, 'paired t test')
+    r = with_seeds([0.5, 0.51, 0.49], [0.52, 0.525, 0.515], test)
+    over, first = verdicts(r)
+    assert over == (
+        'better',
+        'Over 3 seeds, distilled is better than alone: accuracy +2.0 points on average (95% interval '
+        '+0.8 to +3.2; paired t test, p = 0.020). distilled was better in 3 of 3 seeds.',
+    )
+    assert 'These are the models of seed 4.' in first[1]
+    page = r.to_markdown()
+    assert '| seed 4 | 50.0% | 52.0% | +2.0 points |' in page
+    assert '| mean | 50.0% | 52.0% | +2.0 points (+0.8 to +3.2) |' in page
+    assert 'covers the variation between trainings' in page
+    assert Report.from_json(r.to_json()) == r
+    old = json.loads(r.to_json())
+    del old['seeds']
+    assert Report.from_json(json.dumps(old)).seeds == SeedResults()
+
+
+def test_the_better_seeds_are_those_with_less_where_less_is_better():
+    test = Difference(-0.1, -0.3, 0.1, 0.2, 'paired t test')
+    verdict, text = verdicts(with_seeds([1.2, 1.1, 1.0], [1.0, 0.9, 1.1], test, 'nll'))[0]
+    assert verdict == 'not significant'
+    assert text.startswith(
+        'Over 3 seeds, the difference between distilled and alone is not significant: NLL -0.1000 on '
+        'average (95% interval -0.3000 to +0.1000; '
+    )
+    assert text.endswith('distilled was better in 2 of 3 seeds.')
+    worse = Difference(0.1, 0.05, 0.15, 0.01, 'paired t test')
+    assert verdicts(with_seeds([1.0] * 3, [1.1] * 3, worse, 'nll'))[0][0] == 'worse'
+
+
+def test_one_seed_says_so_and_has_no_table():
+    r = with_seeds([0.5], [0.6], Difference(0.1))
+    ((verdict, text),) = verdicts(r)
+    assert verdict == 'better'
+    assert 'This is one training of each. A different seed may come out differently' in text
+    assert 'Seeds' not in r.to_markdown()
+    assert 'This is one training' not in verdicts(a_report())[0][1]
 
 
 def test_without_a_lead_nothing_is_recovered():
