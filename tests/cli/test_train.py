@@ -1341,11 +1341,13 @@ def test_a_run_with_lr_auto_repeats_its_rates_and_its_weights(digits, tmp_path):
             teacher_lr='auto',
         )
         for arch in ('cnn 4', 'cnn 8,16'):
-            at = said.index(f'learning rate of {arch}: searching with lr_find, up to 100 steps')
+            at = said.index(
+                f'learning rate of {arch}: trying rates from 0.0001 to 0.1, 20 steps each'
+            )
             # which rate it is differs between processors
             assert re.fullmatch(
-                f'learning rate of {arch}: [0-9.e-]+, (found by lr_find'
-                '|the (low|high)est that is used: lr_find suggested a (low|high)er one)',
+                f'learning rate of {arch}: [0-9.]+, (which had the lowest loss'
+                '|the (low|high)est that is tried)',
                 said[at + 1],
             )
     rates = [
@@ -1355,6 +1357,38 @@ def test_a_run_with_lr_auto_repeats_its_rates_and_its_weights(digits, tmp_path):
     assert rates[0] == rates[1]
     assert rates[0] != [1e-3, 1e-3], 'no rate was found'
     assert_same(tmp_path / 'a', tmp_path / 'b')
+
+
+def test_lr_auto_finds_a_rate_near_the_best_for_a_small_network(digits, tmp_path):
+    def loss(lr):
+        "Training loss of the student alone"
+
+        def say(text):
+            if text.startswith('alone: epoch 8 of 8'):
+                losses.append(float(re.search('train_loss ([0-9.]+)', text)[1]))
+                raise KeyboardInterrupt
+
+        losses = []
+        given = settings(digits, epochs=8, teacher_epochs=1, batch_size=4, lr=lr)
+        with pytest.raises(KeyboardInterrupt):
+            opened_run(given, out=tmp_path / str(lr), say=say)()
+        return losses[0]
+
+    low, *others = map(loss, (1e-3, 1e-2, 1e-1))
+    found = loss('auto')
+    assert found < 0.9 * low
+    assert found < 1.1 * min(others)
+
+
+def test_lr_auto_says_if_no_rate_has_a_finite_loss(tmp_path):
+    "The square of such a number is infinite"
+    frame = people().drop(columns='rich')
+    frame.assign(wage=1e30 * frame.wage).to_csv(tmp_path / 'a.csv', index=False)
+    tables = dict(teacher='tabular', teacher_layers='16', student='tabular', student_layers='8')
+    run(tmp_path / 'run', said := [], data=tmp_path / 'a.csv', y='wage', lr='auto', **tables)
+    assert (
+        'learning rate of tabular 8: 0.001, a guess, because no rate had a finite loss' in said
+    ), said
 
 
 @pytest.fixture

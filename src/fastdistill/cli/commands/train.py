@@ -24,7 +24,7 @@ HELP = dict(
     recipe="Such as 'kd(T=4, alpha=.9) + at()'. (default: auto)",
     epochs='Epochs of each training. (default: 10)',
     teacher_epochs='Epochs of the teacher. (default: --epochs)',
-    lr='Learning rate of the students. (default: auto, by lr_find)',
+    lr='Learning rate of the students. (default: auto, by short trainings)',
     teacher_lr='Learning rate of the teacher. (default: auto)',
     x='Column of the input; columns of a table, with commas.',
     y='Column of the label.',

@@ -54,7 +54,7 @@ class TrainConfig:
         task: One of TRAIN_TASKS.
         recipe: Recipe as text (see `recipe_from_text`).
         teacher_epochs: Number of epochs for the teacher. 0 to use `epochs`.
-        lr: Learning rate of the students, or 'auto' to use `lr_find`.
+        lr: Learning rate of the students, or 'auto' to try several.
         x: Name of the input column. For a table, names of the input columns, separated by commas.
         y: Name of the label column.
         delimiter: Delimiter between the labels of a sample. Empty if each sample has one label.

@@ -2,22 +2,30 @@
 uninterrupted fit.
 """
 
+import math
 import random
-import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from copy import deepcopy
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from fastai.basics import Callback, CancelEpochException, L, get_model, one_param, to_device
-from fastai.callback.schedule import valley
+from fastai.basics import (
+    Callback,
+    CancelEpochException,
+    CancelFitException,
+    CancelValidException,
+    L,
+    get_model,
+    one_param,
+    to_device,
+)
+from fastai.callback.schedule import ParamScheduler, combined_cos
 
-from ...base.atomic_files import enough_space
 from ...base.distributed import broadcast, on_first, rank, world_size
-from ...base.errors import DistillError
 from ...base.model_state import read_state, write_state
 from ...base.outputs import as_plain, map_tensors
 from ...base.sample_seeds import seeds_of
@@ -26,7 +34,10 @@ from ...fastai.metrics import row_by_column
 
 BEFORE_FIT = 2**32  # used instead of the epoch number
 DAMAGED = 'Delete it to start this training again.'
-LOWEST, HIGHEST, IF_NONE_IS_FOUND = 1e-4, 0.03, 1e-3  # limits and default for learning rates
+RATES = 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1  # learning rates that find_rate may try
+FIRST = RATES.index(1e-2)
+IF_NONE_IS_FOUND = 1e-3
+STEPS = 20  # steps for which each rate is tried
 
 
 def seed_everything(*numbers: Any) -> int:
@@ -206,29 +217,66 @@ def fit_stage(
     return history_of(learn)
 
 
-def find_rate(learn: Any, folder: Path | str, *seed: int) -> float | None:
-    """Return the learning rate that fastai's lr_find suggests (`valley`), clamped to LOWEST and
-    HIGHEST. Return None if lr_find fails.
+class ShortTraining(ParamScheduler):
+    """Callback that trains for a few steps with the schedule of fit_one_cycle, and then ends the
+    fit. `losses` has the training loss of each step. The fit also ends if the loss is not finite.
+
+    Args:
+        lr: Maximum learning rate.
+        steps: Number of steps.
+    """
+
+    def __init__(self, lr: float, steps: int):
+        rates, momentums = (
+            combined_cos(0.25, lr / 25, lr, lr / 1e5),
+            combined_cos(0.25, 0.95, 0.85, 0.95),
+        )
+        super().__init__(dict(lr=rates, mom=momentums))
+        self.steps = steps
+        self.losses: list[float] = []
+
+    def before_batch(self) -> None:
+        self._update_val(len(self.losses) / self.steps)
+
+    def after_batch(self) -> None:
+        super().after_batch()
+        self.losses.append(self.loss.item())
+        if len(self.losses) == self.steps or not math.isfinite(self.losses[-1]):
+            raise CancelFitException()
+
+    def before_validate(self) -> None:
+        raise CancelValidException()
+
+    @property
+    def score(self) -> float:
+        """Mean loss of the last third of the steps. Infinite if the fit ended earlier."""
+        if len(self.losses) < self.steps or not math.isfinite(self.losses[-1]):
+            return math.inf
+        return float(np.mean(self.losses[-(self.steps // 3) :]))
+
+
+def find_rate(learn: Any, *seed: int) -> float | None:
+    """Return a learning rate at which a few steps of training lead to a lower loss than at its
+    neighbors in RATES. Return None if no loss is finite.
 
     Args:
         learn: A Learner. Its weights are restored at the end.
-        folder: Folder in which lr_find stores the weights during the search.
-        *seed: Numbers from which the seeds are computed.
+        *seed: Numbers from which the seeds are computed. All rates have the same batches.
     """
-    learn.path, learn.model_dir = folder, '.'
-    seed_epoch(learn, *seed, BEFORE_FIT)
-    with learn.no_bar(), warnings.catch_warnings():
-        warnings.simplefilter('ignore')
-        try:
-            with enough_space(folder):
-                lr = float(learn.lr_find(show_plot=False, suggest_funcs=valley).valley)
-        except DistillError:
-            raise
-        # subtle: lr_find raises one of these errors if the loss is not finite from the first steps
-        # on
-        except (RuntimeError, ValueError, IndexError, ZeroDivisionError, TypeError):
-            return None
-    return float(f'{min(max(lr, LOWEST), HIGHEST):.3g}')
+    start = deepcopy(learn.model.state_dict())
+    scores: dict[int, float] = {}
+    ahead = [FIRST]
+    while ahead:
+        for i in ahead:
+            seed_epoch(learn, *seed, BEFORE_FIT)
+            training = ShortTraining(RATES[i], STEPS)
+            with learn.no_bar(), learn.no_logging():
+                learn.fit(STEPS, cbs=training, reset_opt=True)  # an epoch has at least one step
+            scores[i] = training.score
+            learn.model.load_state_dict(start)
+        best = min(scores, key=lambda i: (scores[i], i))
+        ahead = [i for i in (best - 1, best + 1) if i in range(len(RATES)) and i not in scores]
+    return RATES[best] if math.isfinite(scores[best]) else None
 
 
 def silent(_: str) -> None:

@@ -98,7 +98,7 @@ def read_begun(folder: Path) -> dict:
 
     Returns:
         A dict with the 'settings', the fingerprint of the 'data', and the names of the learning
-        rates that were 'found' by lr_find.
+        rates that were 'found' with lr='auto'.
     """
     return read_settings(runs_folder(folder), '*.pt') or {}
 

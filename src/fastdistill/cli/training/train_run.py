@@ -46,9 +46,9 @@ from .dataloaders import loaders_of
 from .exported_student import FOR_STUDENT, FOR_TEACHER
 from .mask_examples import mask_examples
 from .resumable_fit import (
-    HIGHEST,
     IF_NONE_IS_FOUND,
-    LOWEST,
+    RATES,
+    STEPS,
     Checkpoints,
     find_rate,
     fit_stage,
@@ -100,7 +100,7 @@ class TrainRun:
         self.runs = Runs(self.train, self.files)
         self.split = self.note = ''  # set by `samples` in the first process
         self.few_steps = ''  # set by `make_models`
-        self.found: list[str] = []  # names of the learning rates that lr_find found
+        self.found: list[str] = []  # names of the learning rates that find_rate found
 
     def __call__(self) -> Any:
         """Complete the run. Return the Report in the first process, and None in all others."""
@@ -339,14 +339,17 @@ class TrainRun:
             role, number = ('student', FOR_STUDENT) if k == 'lr' else ('teacher', FOR_TEACHER)
             arch = c.arch(role)
             learn = self.seeded(number, lambda arch=arch: make(arch))
-            self.say(f'learning rate of {arch}: searching with lr_find, up to 100 steps')
-            lr = find_rate(learn, self.files, self.config.seed, number)
+            self.say(
+                f'learning rate of {arch}: trying rates from {RATES[0]:g} to {RATES[-1]:g}, '
+                f'{STEPS} steps each'
+            )
+            lr = find_rate(learn, self.config.seed, number)
             limits = {
-                None: 'lr_find found none, so this is a guess',
-                LOWEST: 'the lowest that is used: lr_find suggested a lower one',
-                HIGHEST: 'the highest that is used: lr_find suggested a higher one',
+                None: 'a guess, because no rate had a finite loss',
+                RATES[0]: 'the lowest that is tried',
+                RATES[-1]: 'the highest that is tried',
             }
-            how = limits.get(lr, 'found by lr_find')
+            how = limits.get(lr, 'which had the lowest loss')
             found: dict[str, Any] = {k: lr or IF_NONE_IS_FOUND}
             self.config = replace(self.config, **found)
             self.say(f'learning rate of {arch}: {found[k]:g}, {how}')
