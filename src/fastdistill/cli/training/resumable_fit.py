@@ -34,7 +34,7 @@ from ...fastai.metrics import row_by_column
 
 BEFORE_FIT = 2**32  # used instead of the epoch number
 DAMAGED = 'Delete it to start this training again.'
-RATES = 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1  # learning rates that find_rate may try
+RATES = 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1  # learning rates that find_rate may try
 FIRST = RATES.index(1e-2)
 IF_NONE_IS_FOUND = 1e-3
 STEPS = 20  # steps for which each rate is tried
