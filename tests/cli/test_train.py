@@ -23,7 +23,7 @@ from fastai.losses import CrossEntropyLossFlat
 from fastdistill import DistillError, DistillWarning
 from fastdistill.cli import main
 from fastdistill.evaluation import Report
-from fastdistill.cli.training import TrainConfig, TrainRun
+from fastdistill.cli.training import TrainConfig, TrainRun, time_estimate
 from fastdistill.cli.training.exported_student import learner_in_file, new_student
 from fastdistill.cli.training.architectures import check_arch, learner_of
 from fastdistill.cli.training.data_checks import checked_samples
@@ -369,6 +369,61 @@ def test_a_run_that_is_killed_continues_to_the_same_result(digits, tmp_path):
     assert processes.ended(start(tmp_path / 'killed')) == [0], processes.said(tmp_path / 'killed')
     assert 'distilled: continues after epoch' in processes.said(tmp_path / 'killed')
     assert_same(tmp_path / 'whole', tmp_path / 'killed')
+
+
+@pytest.mark.parametrize('recipe', ['auto', RECIPE])
+def test_a_run_says_how_long_it_takes_and_trains_as_if_it_had_not_measured(
+    recipe, digits, tmp_path, monkeypatch
+):
+    given = dict(data=digits, recipe=recipe, epochs=4, augment='full')
+    monkeypatch.setattr(time_estimate, 'SHORT', 0)
+    begin = time.perf_counter()
+    run(tmp_path / 'a', said := [], **given, batch_size=8)
+    took = time.perf_counter() - begin
+    (line,) = [o for o in said if o.startswith('time: ')]
+    number = r'(\d+(?:\.\d)?)'
+    found = re.fullmatch(
+        rf'time: about {number} seconds \(teacher {number}, alone {number}, distilled {number}\)',
+        line,
+    )
+    assert found, line
+    assert float(found[1]) < took + 1
+    monkeypatch.setattr(time_estimate, 'FEWEST', 10**9)
+    run(tmp_path / 'b', said := [], **given, batch_size=8)
+    assert not any(o.startswith('time: ') for o in said)
+    assert_same(tmp_path / 'a', tmp_path / 'b')
+
+
+@pytest.mark.parametrize(
+    'seconds, loading, size, ways',
+    [
+        ((700, 90, 200), 9, (96, 128), '--size 48x64, a smaller --teacher or fewer --epochs'),
+        ((100, 400, 500), 9, (96, 96), '--size 48 or fewer --epochs'),
+        ((700, 90, 200), 9, None, 'a smaller --teacher or fewer --epochs'),
+        ((100, 400, 500), 9, (32, 32), 'fewer --epochs'),
+        (
+            (700, 90, 200),
+            800,
+            (96, 96),
+            '--workers 2 or smaller files, which take most of the time to load',
+        ),
+    ],
+)
+def test_a_run_that_takes_long_names_what_would_be_faster(seconds, loading, size, ways):
+    parts = dict(zip(('teacher', 'alone', 'distilled'), seconds))
+    assert time_estimate.advice(parts, loading, size) == ways
+
+
+@pytest.mark.parametrize(
+    'seconds, says',
+    [
+        ((20.4, 9, 10), 'about 39 seconds (teacher 20, alone 9, distilled 10)'),
+        ((610, 30, 200), 'about 14 minutes (teacher 10, alone 0.5, distilled 3.3)'),
+        ((7200, 3600, 4000), 'about 4.1 hours (teacher 2.0, alone 1.0, distilled 1.1)'),
+    ],
+)
+def test_times_have_the_unit_of_their_sum(seconds, says):
+    assert time_estimate.amounts(dict(zip(('teacher', 'alone', 'distilled'), seconds))) == says
 
 
 def test_resume_of_a_finished_or_another_run(finished, digits, command):

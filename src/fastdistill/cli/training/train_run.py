@@ -57,6 +57,7 @@ from .resumable_fit import (
 )
 from .run_settings import read_begun, runs_folder, write_begun
 from .teachers import file_teacher, teacher_of_texts, with_weights
+from .time_estimate import time_in_words
 
 # caption of the masks in the report
 EXAMPLES = 'Validation images on which the models differ most'
@@ -125,6 +126,7 @@ class TrainRun:
         stores = is_estimator(loaded) and s.task == 'texts'
         on_first(lambda: self.check(student, teacher, bool(c.teacher_files), stores))
         on_first(self.write_start)
+        self.say_time(teacher, make, stores)
         self.config = on_first(lambda: self.find_rates(make))
         self.new_student = lambda seed: self.seeded(
             FOR_STUDENT, lambda: make(c.arch('student')), seed
@@ -324,6 +326,20 @@ class TrainRun:
             with closing(valid), closing(train):
                 x, _ = next(valid)
         d.setup(*x)
+
+    def say_time(self, teacher: Any, make: Callable, stores: bool) -> None:
+        """Print how long the run will take, unless it is continued or has several processes."""
+        if self.processes > 1 or any(self.files.glob('*.pt')):
+            return
+
+        def kd(student: Any) -> KnowledgeDistillation:
+            return KnowledgeDistillation(
+                self.as_teacher(teacher, student), self.recipe, check=False
+            )
+
+        line = time_in_words(self.config, self.dls, make, None if stores else kd, self.table.size)
+        if line:
+            self.say(line)
 
     def find_rates(self, make: Callable) -> TrainConfig:
         """Find learning rates for the settings that are 'auto', write the settings to config.toml,
