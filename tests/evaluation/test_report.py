@@ -136,6 +136,24 @@ def test_one_seed_says_so_and_has_no_table():
     assert 'This is one training' not in verdicts(a_report())[0][1]
 
 
+def test_a_student_with_better_predictions_and_worse_probabilities_is_not_just_better():
+    g = torch.Generator().manual_seed(0)
+    y = torch.arange(300) % 3
+    weak, strong = (k * F.one_hot(y, 3) + torch.randn(300, 3, generator=g) for k in (1.0, 1.5))
+    r = measured(dict(alone=weak, student=9 * strong), y, Task('softmax'), baseline='alone')
+    ((verdict, text),) = verdicts(r)
+    assert verdict == 'mixed'
+    assert text.startswith('student is better than alone in accuracy, but worse in NLL: accuracy ')
+    assert ' Its probabilities are worse: NLL ' in text
+    assert '- **mixed**: student is better than alone in accuracy' in r.to_markdown()
+    out = Console(file=io.StringIO(), width=80)
+    r.show(out)
+    assert 'mixed student is better than alone in accuracy, but worse in NLL' in out.file.getvalue()
+    assert 'mixed' in Page(r.to_html()).text
+    r.headline = 'nll'
+    assert verdicts(r)[0][0] == 'worse'
+
+
 def test_without_a_lead_nothing_is_recovered():
     r = a_report()
     c = r.comparison('distilled')

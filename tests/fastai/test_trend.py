@@ -75,11 +75,23 @@ def test_nothing_is_said_of_a_head_that_nothing_trains():
         TrendCheck().check(falls, 0.5, beside)
 
 
+@pytest.mark.parametrize('task, warns', [([1.0, 0.5, 0.4], False), ([1.0, 0.5, 0.55], True)])
+def test_nothing_is_said_of_a_student_that_overfits_the_labels_too(task, warns):
+    learn = Learn([1.0, 0.5, 0.6], [3.0, 2.0, 1.0], task=task)
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter('always')
+        TrendCheck().check(learn, 0.5, kd(1.0, 0.5))
+    assert bool(seen) == warns
+
+
 class Learn:
-    def __init__(self, valid, kd, name='kd'):
+    def __init__(self, valid, kd, name='kd', task=None):
+        names, columns = [f'{name}_loss'], [valid, kd]
+        if task is not None:
+            names, columns = ['task_loss', *names], [valid, task, kd]
         self.recorder = Recorder()
-        self.recorder.metric_names = ['epoch', 'train_loss', 'valid_loss', f'{name}_loss', 'time']
-        self.recorder.values = [[1.0, v, k] for v, k in zip(valid, kd)]
+        self.recorder.metric_names = ['epoch', 'train_loss', 'valid_loss', *names, 'time']
+        self.recorder.values = [[1.0, *row] for row in zip(*columns)]
 
 
 @pytest.mark.parametrize(

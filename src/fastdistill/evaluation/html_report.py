@@ -14,7 +14,7 @@ from .report_data import ReportData
 from .report_tables import sheets_of
 from .text_report import title_of
 
-MARKS = {'better': 'good', 'worse': 'bad', 'not significant': 'even'}
+MARKS = {'better': 'good', 'mixed': 'even', 'worse': 'bad', 'not significant': 'even'}
 DPI = 72  # SVG units per inch
 
 

@@ -77,19 +77,30 @@ def verdict_of(c: Comparison, report: ReportData, measure: str | None = None) ->
     return 'better' if (d.value > 0) == report.info[measure or report.headline].higher else 'worse'
 
 
-def verdicts(
-    report: ReportData,
-) -> list:  # list of (verdict, sentences); the verdict is 'better', 'worse' or 'not significant'
+def verdicts(report: ReportData) -> list[tuple[str, str]]:
     """Describe how each student compares with the baseline, or with the teacher if there is no
     baseline.
+
+    Returns:
+        List of (verdict, sentences). The verdict is 'better', 'worse', 'not significant', or 'mixed'
+        if the student is better in the headline measure and worse in a different one.
     """
     against = report.baseline or report.teacher
     several = [over_seeds(report)] if len(report.seeds.seeds) > 1 else []
     return several + [
-        (verdict_of(c, report), sentences(c, report))
+        ('mixed' if worse_measures(c, report) else verdict_of(c, report), sentences(c, report))
         for c in report.comparisons
         if c.against == against
     ]
+
+
+def worse_measures(c: Comparison, report: ReportData) -> list[str]:
+    """Return the labels of measures in which a model is significantly worse although it is better
+    in the headline measure.
+    """
+    if verdict_of(c, report) != 'better':
+        return []
+    return [report.info[k].label for k in c.differences if verdict_of(c, report, k) == 'worse']
 
 
 def sentences(c: Comparison, report: ReportData) -> str:
@@ -103,11 +114,12 @@ def sentences(c: Comparison, report: ReportData) -> str:
     )
     numbers = f'{info.label} {a} and {b}, a difference of {info.text(d.value, True)}{info.points}'
     tested = f'({between}{d.test}, {p_text(d.p)}; {report.n:,} {report.unit})'
-    verdict = verdict_of(c, report)
+    verdict, worse = verdict_of(c, report), worse_measures(c, report)
     if verdict == 'not significant':
         first = f'The difference between {c.model} and {c.against} is not significant: {numbers} {tested}.'
     else:
-        first = f'{c.model} is {verdict} than {c.against}: {numbers} {tested}.'
+        but = f' in {info.label}, but worse in {" and ".join(worse)}' if worse else ''
+        first = f'{c.model} is {verdict} than {c.against}{but}: {numbers} {tested}.'
     more = lead(c, report), worse_probabilities(c, report), uselessness(c, report)
     return first + one_training(c, report) + ''.join(more)
 

@@ -8,7 +8,12 @@ from .number_format import caveat, coverage, estimate_text, shown_text, verdicts
 from .report_data import ReportData
 from .report_tables import Sheet, sheets_of
 
-COLORS_OF_VERDICTS = {'better': 'green', 'worse': 'red', 'not significant': 'yellow'}
+COLORS_OF_VERDICTS = {
+    'better': 'green',
+    'mixed': 'yellow',
+    'worse': 'red',
+    'not significant': 'yellow',
+}
 
 
 def title_of(r: ReportData) -> str:

@@ -14,7 +14,8 @@ class TrendCheck:
     """Warns once per fit if the student matches the teacher better, but the labels worse.
 
     The warning is shown if the task loss on the validation set has risen since its best epoch,
-    while the loss of a term has fallen.
+    while the loss of a term has fallen. If the task loss on the training set has fallen too, the
+    student learns the labels and overfits, which is not the teacher's fault.
     """
 
     def __init__(self):
@@ -33,6 +34,9 @@ class TrendCheck:
         if len(valid) < 2 or None in valid or not 0 < min(valid) < valid[-1] / RISE:
             return
         best = valid.index(min(valid))
+        task = columns.get(column_of('task'), [])
+        if task and None not in task and task[-1] < task[best]:
+            return
         # subtle: without labels, terms that compare layers do not train the student's last layers.
         # The task loss is then meaningless.
         for n in [t.name for t in recipe.terms if t.layers is None or recipe.task != 0]:

@@ -102,7 +102,7 @@ def time_in_words(
 def amounts(seconds: dict[str, float]) -> str:
     """Format the sum of these times and its parts in one unit."""
     total = sum(seconds.values())
-    size, unit = next(o for o in UNITS if total >= 2 * o[0])
+    size, unit = next((o for o in UNITS if total >= 2 * o[0]), UNITS[-1])
     text = lambda v: f'{v / size:.{0 if v >= 10 * size or size == 1 else 1}f}'
     return f'about {text(total)} {unit} ({", ".join(f"{k} {text(v)}" for k, v in seconds.items())})'
 
