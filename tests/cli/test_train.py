@@ -177,6 +177,7 @@ def test_find_trains_the_student_of_a_run_anew(command, finished, tmp_path, monk
 def test_what_a_run_leaves(finished, digits):
     names = {p.name for p in finished.iterdir()}
     assert names == {
+        'changed.csv',
         'config.toml',
         'environment.json',
         'history.csv',
@@ -208,6 +209,56 @@ def test_what_a_run_leaves(finished, digits):
     assert name in report.classes and probs.sum().item() == pytest.approx(1)
     weights = load_file(finished / 'student' / 'model.safetensors')
     assert all(torch.equal(v, weights[k]) for k, v in learn.model.state_dict().items())
+
+
+def test_the_samples_that_the_students_predict_differently_are_listed(digits, tmp_path):
+    "Compared with predictions of the exported student, one file at a time"
+    out = tmp_path / 'run'
+    run(out, data=digits, epochs=12, lr=0.03, student_layers='2', batch_size=4, valid='0.5')
+    learn = load_learner(out / 'student.pkl')
+    table = pd.read_csv(out / 'changed.csv')
+    assert [*table] == [
+        'file',
+        'label',
+        *(k + end for k in ('teacher', 'alone', 'distilled') for end in ('', ' probability')),
+    ]
+    assert len(table)
+    assert (table['alone'] != table['distilled']).all()
+    split = pd.read_csv(out / 'split.csv')
+    files = [*split.file[split.set == 'valid']]
+    assert [*table.file] == sorted(table.file, key=files.index)
+    for row in table.to_dict('records'):
+        with learn.no_bar(), learn.no_logging():
+            name, number, probs = learn.predict(row['file'])
+        assert name == row['distilled']
+        assert probs[number].item() == pytest.approx(row['distilled probability'], abs=1e-4)
+        assert Path(row['file']).parent.name == row['label']
+    report = Report.from_json(out / 'report.json')
+    a, b = (report.models[n].measures['accuracy'].value for n in ('alone', 'distilled'))
+    gained = (table['distilled'] == table['label']).sum() - (table['alone'] == table['label']).sum()
+    assert gained == round((b - a) * report.n)
+
+
+def test_changed_texts_have_the_numbers_of_their_rows(tmp_path):
+    "A validation set of texts is sorted by length"
+    g = np.random.default_rng(0)
+    texts = [' '.join(g.choice([*'abcdefgh'], g.integers(1, 9))) for _ in range(120)]
+    labels = ['vowel' if 'a' in t or 'e' in t else 'none' for t in texts]
+    file = tmp_path / 'a.csv'
+    pd.DataFrame(dict(text=texts, label=labels)).to_csv(file, index=False)
+    layers = dict(teacher='embedding_bag', student='embedding_bag', teacher_layers='16,8')
+    out = tmp_path / 'run'
+    run(out, data=file, **layers, student_layers='2', epochs=12, lr=0.03, valid='0.5')
+    learn = load_learner(out / 'student.pkl')
+    table = pd.read_csv(out / 'changed.csv', keep_default_na=False)
+    assert [*table][:2] == ['row', 'label']
+    assert len(table)
+    for row in table.to_dict('records'):
+        with learn.no_bar(), learn.no_logging():
+            name, number, probs = learn.predict(texts[row['row']])
+        assert name == row['distilled']
+        assert probs[number].item() == pytest.approx(row['distilled probability'], abs=1e-4)
+        assert labels[row['row']] == row['label']
 
 
 def test_the_validation_set_has_a_share_of_each_class(digits):

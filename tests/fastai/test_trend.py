@@ -17,6 +17,7 @@ from fastdistill.fastai import (
     soft_labels,
 )
 from fastdistill.fastai.trend_check import TrendCheck
+from fastdistill.recipes.default import auto
 
 pytestmark = pytest.mark.filterwarnings(*apps.FASTAI_WARNINGS)
 SAYS = r'The task loss on the validation set rose from \S+ in epoch 0 to \S+, while kd fell from \S+ to \S+: .*Use a recipe that also learns from the labels'
@@ -45,6 +46,12 @@ def test_a_wrong_teacher_is_warned_about_once():
         (hard_labels(0.9), 'Use a smaller alpha of hard, now 0.9;'),
         (recipes.cwd(), 'Use a smaller weight of cwd, now 3, or a smaller T;'),
         (recipes.cwd(grad_ratio=0.5), 'Use a smaller grad_ratio of cwd, now 0.5;'),
+        (
+            auto(classes=4),
+            "Use a smaller grad_ratio of dist, now 3, as in 'labels "
+            r"\+ dist\(T=4, beta=2, gamma=2, grad_ratio=1, fade=True\)';",
+        ),
+        (auto(classes=2), 'Use a smaller alpha of kd, now 0.5, or a smaller T;'),
         (kd(alpha=('linear', 0.9, 0.5)), 'Use a smaller alpha of kd, or a smaller T;'),
     ],
     ids=repr,

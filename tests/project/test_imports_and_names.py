@@ -79,7 +79,7 @@ ORDER = dict(
 )
 ORDER |= {
     'cli.demo': 'tasks results picture',
-    'cli.training': 'config run_settings data_files data_fingerprint data_checks dataloaders architectures teachers distributed_fit resumable_fit exported_student mask_examples time_estimate train_run',
+    'cli.training': 'config run_settings data_files data_fingerprint data_checks dataloaders architectures teachers distributed_fit resumable_fit exported_student valid_predictions mask_examples time_estimate train_run',
     'cli.commands': 'cache demo find check compare methods train',
 }
 

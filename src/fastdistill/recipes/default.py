@@ -28,6 +28,10 @@ class Automatic(Recipe):
         super().__init__(Reader(text).recipe())
         self.text, self.why, self.kind = text, why, kind
 
+    def how_to_lower(self, name: str) -> str:
+        lower = self.text.replace('grad_ratio=3', 'grad_ratio=1')
+        return super().how_to_lower(name) + f', as in {lower!r}' * (lower != self.text)
+
     def __str__(self) -> str:
         if self.kind == 'regression':
             return f'{self.text} ({self.why})'  # regression has no temperature

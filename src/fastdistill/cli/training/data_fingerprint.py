@@ -48,6 +48,19 @@ def data_fingerprint(s: Samples, held: np.ndarray | None, config: TrainConfig) -
     return facts | dict(files=files)
 
 
+def sample_names(s: Samples) -> dict[str, Any]:
+    """Return {column: values} that says which sample is which: its file, or the number of its row
+    in the data.
+
+    Args:
+        s: Samples, from `checked_samples`.
+    """
+    x = s.frame[s.x[0]]
+    if s.task in ('texts', 'table') or isinstance(x.iloc[0], bytes):
+        return dict(row=range(len(s)))
+    return dict(file=[*map(os.path.abspath, x)])
+
+
 def split_table(s: Samples) -> str:
     """Return a CSV file with one line per sample: its file and label, or the number of its row in
     the data, and whether it is in the set 'train' or 'valid'.
@@ -55,13 +68,14 @@ def split_table(s: Samples) -> str:
     Args:
         s: Samples, from `checked_samples`.
     """
-    x, out = s.frame[s.x[0]], dict[str, Any]()
-    if s.task in ('texts', 'table') or isinstance(x.iloc[0], bytes):
-        out = dict(row=range(len(s)))
-    else:
-        out = dict(file=[*map(os.path.abspath, x)], label=[*s.frame[s.y]])
-    sets = np.where(s.valid, 'valid', 'train')
-    return pd.DataFrame(out | dict(set=sets)).to_csv(index=False, lineterminator='\n')
+    out = sample_names(s)
+    if 'file' in out:
+        out['label'] = [*s.frame[s.y]]
+    return csv_text(out | dict(set=np.where(s.valid, 'valid', 'train')))
+
+
+def csv_text(columns: dict[str, Any]) -> str:
+    return pd.DataFrame(columns).to_csv(index=False, lineterminator='\n')
 
 
 def file_hash(*paths: Path | str) -> str:

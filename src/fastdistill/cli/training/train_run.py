@@ -58,9 +58,11 @@ from .resumable_fit import (
 from .run_settings import read_begun, runs_folder, write_begun
 from .teachers import file_teacher, teacher_of_texts, with_weights
 from .time_estimate import time_in_words
+from .valid_predictions import changed_table
 
 # caption of the masks in the report
 EXAMPLES = 'Validation images on which the models differ most'
+CHANGED = 'changed.csv'  # validation samples that both students predict differently
 SPLIT = 'split.csv'  # which samples were trained on, in the folder of the run
 MAY_KNOW = (
     'The teacher may have been trained on some of these validation samples, which were chosen at random; its '
@@ -547,6 +549,9 @@ class TrainRun:
             figures = {}
             if self.table.task == 'masks':
                 figures[EXAMPLES] = mask_examples(models, self.dls, self.table)
+            elif self.table.target == 'classes' and c.baseline:
+                changed = changed_table(models, self.dls, self.table)
+                write_atomically(self.folder / CHANGED, changed)
         with new_file(self.folder / 'report.html') as tmp:
             report.to_html(tmp, figures)
         with new_file(self.folder / 'report.json') as tmp:
