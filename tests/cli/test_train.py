@@ -439,7 +439,7 @@ def test_a_run_says_how_long_it_takes_and_trains_as_if_it_had_not_measured(
     )
     assert found, line
     assert float(found[1]) < took + 1
-    monkeypatch.setattr(time_estimate, 'FEWEST', 10**9)
+    monkeypatch.setattr(time_estimate, 'MEASURED_STEPS', 10**9)
     run(tmp_path / 'b', said := [], **given, batch_size=8)
     assert not any(o.startswith('time: ') for o in said)
     assert_same(tmp_path / 'a', tmp_path / 'b')

@@ -14,11 +14,11 @@ from ...evaluation.cost import wait_for
 from ...fastai.probe_batches import restored_loaders
 from .config import TrainConfig
 
-STEPS, SECONDS = 6, 1.5  # most steps of a model; no step begins after this many seconds
-FEWEST = 20  # a training of fewer steps is not measured
+MOST_STEPS, BEGIN_WITHIN = 6, 1.5  # most steps of a model; no step begins after this many seconds
+MEASURED_STEPS = 20  # a training of fewer steps is not measured
 RATE_STEPS = 100  # most steps of a search for a learning rate
 SHORT, LONG = 20, 600  # seconds below which nothing is said, and above which there is advice
-UNITS = (3600, 'hours'), (60, 'minutes'), (1, 'seconds')
+TIME_UNITS = (3600, 'hours'), (60, 'minutes'), (1, 'seconds')
 
 
 class StepClock(Callback):
@@ -44,7 +44,7 @@ class StepClock(Callback):
         now = perf_counter()
         self.steps.append(now - self.last)
         self.last = now
-        if len(self.steps) == STEPS or now - self.begin > SECONDS:
+        if len(self.steps) == MOST_STEPS or now - self.begin > BEGIN_WITHIN:
             raise CancelFitException
 
 
@@ -70,7 +70,7 @@ def time_in_words(
         kd: fn(student) -> callback that adds the teacher. None if its outputs will be stored.
         size: Height and width of images. None for other data.
     """
-    if c.epochs * len(dls.train) < FEWEST:
+    if c.epochs * len(dls.train) < MEASURED_STEPS:
         return ''
     with guarded_random_state(), warnings.catch_warnings():
         warnings.simplefilter('ignore')
@@ -102,7 +102,7 @@ def time_in_words(
 def amounts(seconds: dict[str, float]) -> str:
     """Format the sum of these times and its parts in one unit."""
     total = sum(seconds.values())
-    size, unit = next((o for o in UNITS if total >= 2 * o[0]), UNITS[-1])
+    size, unit = next((o for o in TIME_UNITS if total >= 2 * o[0]), TIME_UNITS[-1])
     text = lambda v: f'{v / size:.{0 if v >= 10 * size or size == 1 else 1}f}'
     return f'about {text(total)} {unit} ({", ".join(f"{k} {text(v)}" for k, v in seconds.items())})'
 
