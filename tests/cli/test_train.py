@@ -456,7 +456,7 @@ def test_a_run_says_how_long_it_takes_and_trains_as_if_it_had_not_measured(
             (700, 90, 200),
             800,
             (96, 96),
-            '--workers 2 or smaller files, which take most of the time to load',
+            '--workers 2 or smaller files, because loading and augmenting take most of the time',
         ),
     ],
 )

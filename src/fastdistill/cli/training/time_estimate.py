@@ -14,7 +14,8 @@ from ...evaluation.cost import wait_for
 from ...fastai.probe_batches import restored_loaders
 from .config import TrainConfig
 
-MOST_STEPS, BEGIN_WITHIN = 6, 1.5  # most steps of a model; no step begins after this many seconds
+MOST_STEPS, ENOUGH_TIME = 6, 1.5  # most steps of a model, and seconds after which no step begins
+SLOW_STEP = 8  # no second step after a first one of this many seconds
 MEASURED_STEPS = 20  # a training of fewer steps is not measured
 RATE_STEPS = 100  # most steps of a search for a learning rate
 SHORT, LONG = 20, 600  # seconds below which nothing is said, and above which there is advice
@@ -34,7 +35,7 @@ class StepClock(Callback):
     def before_train(self) -> None:
         self.steps: list[float] = []
         self.loads: list[float] = []
-        self.begin = self.last = perf_counter()
+        self.last = perf_counter()
 
     def before_batch(self) -> None:
         self.loads.append(perf_counter() - self.last)
@@ -44,7 +45,8 @@ class StepClock(Callback):
         now = perf_counter()
         self.steps.append(now - self.last)
         self.last = now
-        if len(self.steps) == MOST_STEPS or now - self.begin > BEGIN_WITHIN:
+        first, *others = self.steps
+        if len(others) == MOST_STEPS or sum(others) > ENOUGH_TIME or first > SLOW_STEP:
             raise CancelFitException
 
 
@@ -117,7 +119,7 @@ def advice(seconds: dict[str, float], loading: float, size: Sequence[int] | None
     """
     total = sum(seconds.values())
     if loading > total / 2:
-        return '--workers 2 or smaller files, which take most of the time to load'
+        return '--workers 2 or smaller files, because loading and augmenting take most of the time'
     ways = ['fewer --epochs']
     if seconds.get('teacher', 0) > total / 2:
         ways.insert(0, 'a smaller --teacher')
