@@ -2,6 +2,7 @@
 
 import shutil
 import sys, textwrap
+from pathlib import Path
 import pytest
 from fastdistill.fastai import Report
 from reports import a_report
@@ -180,6 +181,24 @@ def test_export_can_calibrate_first(command, there):  # noqa: F811
     code, out, err = command('export', 'mine.py:student', 'c.pt2', '--calibrate')
     assert code == 0, err
     assert 'temperature' in out.splitlines()[0] and (there / 'c.pt2').is_file()
+
+
+def test_runs_that_are_not_finished_are_left_out_of_the_table(command, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for n in ('good', 'fine', 'begun'):
+        Path(n).mkdir()
+        Path(n, 'config.toml').touch()
+        if n != 'begun':
+            a_report().to_json(f'{n}/report.json')
+    code, out, err = command('report', 'good', 'fine', 'begun')
+    assert code == 0
+    assert 'begun is left out: the run is not finished.' in err
+    assert 'good' in out
+    assert 'fine' in out
+    assert 'begun' not in out
+    code, _, err = command('report', 'begun')
+    assert code == 2
+    assert "There is no file 'begun/report.json'." in err
 
 
 @pytest.mark.parametrize('name', ['compare', 'report', 'export'])

@@ -106,8 +106,15 @@ def compare_command(
 
 
 def report_files(paths: list[Path]) -> list[Path]:
-    """Check arguments that name reports. A folder is replaced by the report inside."""
+    """Check arguments that name reports. A folder is replaced by the report inside. Of several
+    folders, runs that are not finished are left out.
+    """
     files = [p / 'report.json' if p.is_dir() else p for p in paths]
+    begun = [p for p in files if not p.is_file() and (p.parent / 'config.toml').is_file()]
+    if len(begun) < len(files):
+        for p in begun:
+            typer.echo(f'{p.parent} is left out: the run is not finished.', err=True)
+            files.remove(p)
     if missing := [p for p in files if not p.is_file()]:
         raise DistillError(f'There is no file {str(missing[0])!r}.')
     return files
