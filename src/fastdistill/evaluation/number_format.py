@@ -176,7 +176,7 @@ def worse_probabilities(c: Comparison, report: ReportData) -> str:
     )
     return (
         f' Its probabilities are worse: NLL {a} and {b}.{confidence(c.model, report)} If you use them, call '
-        'calibrate() on its Learner.'
+        'calibrate() on its Learner (in a shell: fastdistill export --calibrate).'
     )
 
 
