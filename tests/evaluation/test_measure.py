@@ -393,6 +393,26 @@ def test_top_5_accuracy_is_shown_for_more_than_20_classes(n_classes, shown):
         assert value(r, 'top5') == pytest.approx(wanted)
 
 
+@pytest.mark.parametrize('kind', ['constant', 'decision tree', 'rounded', 'masked'])
+def test_classes_with_equal_logits_are_not_all_among_the_top_5(kind):
+    y = torch.arange(250) % 25
+    o = torch.randn(250, 25)
+    if kind == 'constant':
+        o = torch.zeros(250, 25)
+    if kind == 'decision tree':  # certain of one class, which is right for a fifth of the samples
+        o = torch.full((250, 25), 1e-7).log()
+        o[torch.arange(250), torch.where(torch.arange(250) < 50, y, (y + 7) % 25)] = 0.0
+    if kind == 'rounded':
+        o = o.round()
+    if kind == 'masked':
+        o = torch.where(o > 1.5, o, -torch.inf)
+        o[:, 3] = 0.0
+    # as in argmax, the first of several classes with equal logits comes first
+    order = np.argsort(-o.numpy(), axis=1, kind='stable')
+    wanted = (order[:, :5] == y.numpy()[:, None]).any(1).mean()
+    assert value(measured(dict(a=o), y, Task('softmax')), 'top5') == pytest.approx(wanted)
+
+
 def test_the_share_of_the_lead_that_is_recovered():
     g = np.random.default_rng(0)
     u = g.random(3000)

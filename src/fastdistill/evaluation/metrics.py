@@ -81,13 +81,15 @@ def scores_of(r: Rows, kind: str, per_class: bool = False) -> dict:
 def class_scores(r: Rows, per_class: bool) -> dict[str, Tensor]:
     lp, y = r.out.log_softmax(-1), r.y.where(r.counts, 0)
     own, p = lp.gather(-1, y[..., None]), lp.exp()
+    # subtle: as in argmax, the first of several classes with equal logits comes first
+    tied = (lp == own) & (torch.arange(lp.shape[-1], device=lp.device) < y[..., None])
     top, best = p.max(-1)
     right = best == y
     sums = dict(
         right=right,
         nll=-own[..., 0],
         brier=p.pow(2).sum(-1) - 2 * own[..., 0].exp() + 1,
-        five=(lp > own).sum(-1) < 5,
+        five=((lp > own) | tied).sum(-1) < 5,
     )
     out = {k: (v.double() * r.counts).sum(1) for k, v in sums.items()} | dict(
         n=r.counts.sum(1).double()

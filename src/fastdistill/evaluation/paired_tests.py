@@ -70,7 +70,8 @@ class PairedScores:
         for w in weights:
             for k, v in scores.items():
                 for c, o in v.items():
-                    out[k][c].append(w @ o)
+                    with np.errstate(invalid='ignore'):  # 0 times an infinite NLL is nan
+                        out[k][c].append(w @ o)
         return {k: {c: np.concatenate(o) for c, o in v.items()} for k, v in out.items()}
 
     def _values(self, sums: Mapping) -> dict[str, Any]:
