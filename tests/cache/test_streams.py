@@ -146,6 +146,31 @@ def test_samples_of_any_form(tmp_path):
     assert np.array_equal(row.numpy(), cache.row(1))
 
 
+@pytest.mark.parametrize('name', ['numbers', 'arrays', 'tokens of equal length', 'tokens'])
+def test_names_that_are_tensors_in_the_stream_and_in_the_batches(name, tmp_path):
+    "As in a stream of `datasets` with_format('torch'), whose batches a DataLoader joins to tensors"
+    names = dict(
+        numbers=[torch.tensor(i) for i in range(N)],
+        arrays=[np.array([i, 2]) for i in range(N)],
+        tokens=[torch.arange(i + 1) for i in range(N)],
+    ).get(name) or [torch.tensor([i, 1]) for i in range(N)]
+    stream = [o | dict(key=k) for o, k in zip(samples(range(N)), names)]
+
+    def collate(items):
+        own = [o['key'] for o in items]
+        own = torch.stack(own) if name.startswith(('numbers', 'tokens of')) else own
+        return dict(key=own, inputs=torch.stack([o['inputs'] for o in items]))
+
+    loader = DataLoader(stream, BS, collate_fn=collate)
+    rows = start_stream(tmp_path, Teacher(net()), next(iter(loader)), 'float32')
+    write_stream(loader, rows, 'all')
+    cache = seal_stream(tmp_path, keys=names)
+    for order in (range(N), torch.randperm(N).tolist()):
+        found = list(StreamJoin([stream[i] for i in order], cache, key='key'))
+        logits = cache.decode(torch.stack([o['teacher'] for o in found])).logits
+        assert torch.allclose(logits, net()(X[list(order)]), atol=1e-6)
+
+
 def test_samples_without_a_row_are_named(tmp_path):
     written(tmp_path)
     cache = seal_stream(tmp_path)

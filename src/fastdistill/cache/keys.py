@@ -105,6 +105,18 @@ def keys_of(items: Any, root: str = '') -> np.ndarray:
     return np.fromiter((key_of(o, root) for o in items), np.uint64, len(items))
 
 
+def keys_in_stream(names: Any, root: str = '') -> np.ndarray:
+    """Compute the keys of samples of a stream, (N,) uint64.
+
+    A sample has the same key whether its name is a number, a list, or a tensor or an array of these,
+    since a DataLoader joins the names of a batch to one tensor.
+    """
+    if isinstance(names, np.ndarray) and names.dtype == np.uint64:
+        return keys_of(names)
+    plain = lambda o: o.tolist() if isinstance(o, (np.ndarray, Tensor)) else o
+    return keys_of([*map(plain, plain(names))], root)
+
+
 def dataset_keys(
     dataset: Any, keys: Callable | Sequence | None = None, root: Path | str | None = None
 ) -> np.ndarray:

@@ -13,7 +13,7 @@ import torch
 from ..base.outputs import DistillError
 from .digests import checksum
 from .file_store import Folder, natural_order, open_folder
-from .keys import hash_of, keys_of
+from .keys import hash_of, keys_in_stream
 from .manifest import Manifest
 from .reader import TeacherCache, damages
 from .stream_writer import NUMBERED, keys_file, read_keys, rows_at_end, stream_manifest
@@ -255,7 +255,7 @@ def compare_expected(
     names, n, missing = iter(expected), 0, 0
     some: list[str] = []
     while part := list(islice(names, 2**16)):
-        want = np.array(part) if isinstance(part[0], np.uint64) else keys_of(part, root)
+        want = np.array(part) if isinstance(part[0], np.uint64) else keys_in_stream(part, root)
         at = order[np.searchsorted(keys, want, sorter=order).clip(max=len(keys) - 1)]
         there = keys[at] == want
         known[at[there]] = True

@@ -11,7 +11,7 @@ from torch.utils.data import IterableDataset
 
 from ..base.outputs import DistillError
 from .json_checks import shortened
-from .keys import keys_of
+from .keys import keys_in_stream
 from .reader import TeacherCache
 
 
@@ -73,7 +73,7 @@ class StreamJoin(IterableDataset):
     def _keys(self, part: Any, number: Any) -> np.ndarray:
         root = self.cache.manifest.data.get('root', '')
         try:
-            return keys_of([field_of(o, self.key) for o in part], root)
+            return keys_in_stream([field_of(o, self.key) for o in part], root)
         except (KeyError, IndexError, TypeError) as e:
             raise DistillError(
                 f'One of the samples from number {number} on has no {self.key!r} '

@@ -16,7 +16,7 @@ from ..base.outputs import DistillError, DistillWarning, LinearLogits, Outputs, 
 from .digests import behavior_of, checksum, versions
 from .file_store import Folder, open_folder
 from .json_checks import json_object, parse_json, shortened, whole_number
-from .keys import hash_of, keys_of
+from .keys import hash_of, keys_in_stream
 from .manifest import MAX_COUNT, PART_NAME, PART_NAMES, Manifest
 from .output_layer import StoredHead, find_output_layer
 from .row_layout import Layout, Store
@@ -274,9 +274,7 @@ def as_tensor(o: Any) -> Tensor:
 
 def keys_in(batch: Any, spec: Any, root: str) -> np.ndarray:
     names = spec(batch) if callable(spec) else column(batch, spec)
-    if isinstance(names, np.ndarray) and names.dtype == np.uint64:
-        return keys_of(names)
-    return keys_of(names.tolist() if isinstance(names, (np.ndarray, Tensor)) else list(names), root)
+    return keys_in_stream(names, root)
 
 
 class RowWriter:
