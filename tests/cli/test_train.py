@@ -1994,6 +1994,79 @@ def test_inputs_have_the_types_that_pandas_infers(tmp_path):
     pd.testing.assert_frame_equal(read_samples(c).frame, expected)
 
 
+NUMBERS = [f'{i * 0.37:.2f}' for i in range(200)]
+
+
+@pytest.mark.parametrize(
+    'cells,says',
+    [
+        (['?', *NUMBERS[1:]], r'as 200 categories, because 1 of its 200 .* numbers, such as .\?.'),
+        (
+            [*NUMBERS[:-9], *['unknown'] * 9],
+            '9 of its 200 cells are not numbers, such as .unknown.',
+        ),
+        (['1', '2', '3', '4'] * 49 + ['-'] * 4, 'as 5 categories, because 4 of its 200 cells'),
+        (
+            [f'"{o}"'.replace('.', ',') for o in NUMBERS],
+            'most of its 200 cells differ, such as .0,00.',
+        ),
+        ([f'{o}%' for o in NUMBERS], 'most of its 200 cells differ, such as .0.00%.'),
+        (
+            [f'2026-01-01 {i}:00' for i in range(200)],
+            'differ, .* plain numbers .*name the other col',
+        ),
+    ],
+)
+def test_a_column_of_numbers_that_is_read_as_categories_is_named(cells, says, tmp_path):
+    with pytest.warns(DistillWarning, match=f"Column 'n' .*{says}"):
+        read_text(tmp_path / 'a.csv', rows_of('n,label', cells, ['p', 'q'], n=200))
+
+
+@pytest.mark.filterwarnings('error::fastdistill.DistillWarning')
+@pytest.mark.parametrize(
+    'cells',
+    [NUMBERS, ['A1', 'B2', 'C3'], ['1', '2', 'A', 'B'], ['True', '', 'False'], ['', '7', '8']],
+)
+def test_categories_and_numbers_as_they_should_be_give_no_warning(cells, tmp_path):
+    read_text(tmp_path / 'a.csv', rows_of('n,label', cells, ['p', 'q'], n=200))
+
+
+@pytest.mark.parametrize(
+    'cells,says',
+    [
+        (['?', *NUMBERS[1:]], r'1 of the 200 labels .*are not numbers, such as .\?.*Remove these'),
+        ([f'"{o}"'.replace('.', ',') for o in NUMBERS], 'such as .0,00.*with a decimal point'),
+    ],
+)
+def test_numbers_to_predict_that_are_read_as_classes_are_refused(cells, says, tmp_path):
+    with pytest.raises(DistillError, match=says):
+        read_text(tmp_path / 'a.csv', rows_of('label', cells, n=200))
+
+
+@pytest.mark.parametrize('end', ['end",neg', '"start again",neg'])
+@pytest.mark.parametrize('last', [11, 30])
+@pytest.mark.parametrize('order', ['text,label', 'label,text', 'id,text,label,more'])
+def test_a_quote_that_is_not_closed_and_swallows_rows_is_named(order, last, end, tmp_path):
+    cells = [
+        dict(text=f'a review of product {i}', label='pos' if i % 2 else 'neg', id=str(i), more='x')
+        for i in range(40)
+    ]
+    cells[10]['text'], (cells[last]['text'], _) = '"great, that one', end.split(',')
+    rows = [','.join(o[c] for c in order.split(',')) for o in cells]
+    says = rf'in row 10, .* column .text. holds whole rows: {last - 10} line break.*close it in the'
+    with pytest.raises(DistillError, match=says.replace('close', '[Cc]lose')):
+        read_text(tmp_path / 'a.csv', '\n'.join([order, *rows, '']), y='label')
+
+
+def test_a_text_of_several_lines_is_one_text(tmp_path):
+    rows = [
+        f'"It came, as I said\nand, yes\n\nI like product {i}",{"no" if i % 2 else "yes"}'
+        for i in range(40)
+    ]
+    s = read_text(tmp_path / 'a.csv', '\n'.join(['text,label', *rows, '']))
+    assert len(s) == 40 and s.classes == ['no', 'yes']
+
+
 def test_a_file_without_a_header_has_numbered_columns(tmp_path):
     s = read_text(tmp_path / 'a.csv', rows_of('x', ['p', 'q']).split('\n', 1)[1], header=False)
     assert s.x == ['0'] and s.y == '1' and len(s) == 24
@@ -2033,6 +2106,25 @@ def test_an_image_that_ends_too_early_is_named_before_the_training(kind, digits,
         DistillError, match=f"1 of 61 images can't be read: .*bad.{kind} \\(.*Repair or remove"
     ):
         loaders(data=tmp_path / 'mine')
+
+
+@pytest.mark.parametrize('kind', ['uint16', 'int32', 'float32'])
+def test_images_of_more_than_8_bits_are_refused_instead_of_clipped_to_white(kind, digits, tmp_path):
+    shutil.copytree(digits, tmp_path / 'mine')
+    pixels = np.linspace(0, 1, 256).reshape(16, 16) * (1 if kind == 'float32' else 60_000)
+    deep = tmp_path / 'mine' / 'digit0' / f'deep.{"png" if kind == "uint16" else "tiff"}'
+    Image.fromarray(pixels.astype(kind)).save(deep)
+    with pytest.raises(
+        DistillError, match=f'{deep} has more than 8 bits per pixel .*divided by 257'
+    ):
+        read(tmp_path / 'mine')
+
+
+def test_images_of_16_bits_that_hold_8_bits_are_read(digits, tmp_path):
+    shutil.copytree(digits, tmp_path / 'mine')
+    dark = np.arange(256, dtype=np.uint16).reshape(16, 16)
+    Image.fromarray(dark).save(tmp_path / 'mine' / 'digit0' / 'dark.png')
+    assert len(read(tmp_path / 'mine')) == 61
 
 
 def test_files_follow_the_umask(finished):

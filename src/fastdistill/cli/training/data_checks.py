@@ -15,8 +15,10 @@ from ...base.errors import DistillError, DistillWarning
 from ...fastai.class_names import void_class
 from ...fastai.compare import shown_bar
 from .config import TrainConfig
-from .data_files import Samples, has_numbers, predicts_numbers
+from .data_files import MANY_NUMBERS, Samples, has_numbers, predicts_numbers
 from .data_fingerprint import NAMED, file_hash
+
+FEW_ODD = 0.1  # maximum fraction of cells that are not numbers in a column that should be numbers
 
 
 def checked_samples(s: Samples, config: TrainConfig) -> Samples:
@@ -77,6 +79,8 @@ def with_target(s: Samples, config: TrainConfig) -> Samples:
                 'tables.'
             )
         y = y.astype(int)
+    elif s.task == 'table' and not s.delimiter:
+        check_numbers(s.y, y)
     y = y.astype(str).str.strip()
     names = {o for v in y for o in (v.split(s.delimiter) if s.delimiter else [v]) if o}
     target = 'labels' if s.delimiter else 'classes'
@@ -86,6 +90,19 @@ def with_target(s: Samples, config: TrainConfig) -> Samples:
             'nothing to learn. Is this the right column or folder?'
         )
     return replace(s, frame=s.frame.assign(**{s.y: y}), target=target, classes=sorted(names))
+
+
+def check_numbers(name: str, y: pd.Series) -> None:
+    """Raise a DistillError if labels are numbers to predict, except for a few cells or for commas."""
+    y = y.astype(str)
+    odd, points = not_numbers(y), y.str.replace(',', '.')
+    numbers = pd.to_numeric(points, errors='coerce').dropna()
+    if len(not_numbers(points)) > FEW_ODD * len(y) or not predicts_numbers(numbers, 'table'):
+        return
+    raise DistillError(
+        f'{len(odd)} of the {len(y)} labels in column {name!r} are not numbers, such as {odd.iloc[0]!r}, '
+        'but the others are numbers to predict. Remove these rows, or write numbers with a decimal point.'
+    )
 
 
 def check_range(s: Samples, config: TrainConfig) -> None:
@@ -250,7 +267,9 @@ def checked_files(s: Samples, config: TrainConfig) -> Samples:
 
 
 def size_of_file(x: Any) -> tuple[int, int]:
-    """Return the (height, width) of an image. Raise an error if the file is incomplete or damaged."""
+    """Return the (height, width) of an image. Raise an error if the file is incomplete or damaged, or
+    has more than 8 bits per pixel.
+    """
     from PIL import Image
 
     opened = lambda: Image.open(io.BytesIO(x) if isinstance(x, bytes) else x)
@@ -258,6 +277,15 @@ def size_of_file(x: Any) -> tuple[int, int]:
         im.verify()
     with opened() as im:
         size = im.size[::-1]
+        # subtle: the conversion to RGB would clip larger values, and round fractions
+        high = np.asarray(im).max() if im.mode[0] in 'IF' else 0
+        if high > 255 or im.mode == 'F':
+            name = f'An image of {len(x)} bytes' if isinstance(x, bytes) else x
+            raise DistillError(
+                f'{name} has more than 8 bits per pixel (mode {im.mode} of Pillow, with values up to '
+                f'{high:g}), and would be clipped to 255. Convert the images to 8 bits: '
+                '16-bit values divided by 257.'
+            )
         # read the complete JPEG file, but decode it at one eighth of its size for speed
         im.draft(im.mode, (1, 1))
         im.load()
@@ -343,11 +371,45 @@ def natural_size(sizes: Any, task: str) -> tuple[int, int]:
     return h, w
 
 
+def warn_of_categories(name: str, column: pd.Series) -> None:
+    """Warn about a column that is read as categories, but holds numbers, or a different category in
+    most rows.
+    """
+    given = column.dropna().astype(str)
+    if not len(given) or has_numbers(column):
+        return
+    n, odd = given.nunique(), not_numbers(given)
+    marks = odd.nunique()  # such as 'unknown' and '-'
+    if len(odd) <= FEW_ODD * len(given) or marks < 4 and n - marks > MANY_NUMBERS:
+        warnings.warn(
+            DistillWarning(
+                f'Column {name!r} is read as {n} categories, because {len(odd)} of its {len(given)} cells '
+                f'are not numbers, such as {odd.iloc[0]!r}. If they stand for missing values, leave them '
+                'empty.'
+            )
+        )
+    elif n > max(MANY_NUMBERS, len(given) / 2):
+        warnings.warn(
+            DistillWarning(
+                f'Column {name!r} is read as categories, but most of its {len(given)} cells differ, such '
+                f'as {given.iloc[0]!r} and {given.iloc[1]!r}, so the models learn little from it. Write '
+                "numbers and dates as plain numbers (1234.5), or name the other columns: x='COLUMN,COLUMN'."
+            )
+        )
+
+
+def not_numbers(column: pd.Series) -> pd.Series:
+    """Return the cells of a column of text that are not numbers."""
+    return column[pd.to_numeric(column, errors='coerce').isna()]
+
+
 def checked_columns(s: Samples) -> Samples:
     """Check the columns of a table. Raise a DistillError for empty columns and infinite numbers.
     Fill missing values in columns where only the validation set has them.
     """
     frame = s.frame[[*s.x, s.y]].copy()
+    for c in s.x:
+        warn_of_categories(c, frame[c])
     if empty := [c for c in s.x if frame[c][~s.valid].isna().all()]:
         raise DistillError(f"Column {empty[0]!r} is empty. Name the others: x='COLUMN,COLUMN'.")
     for c in s.x:

@@ -342,7 +342,31 @@ def from_csv(path: Path, config: TrainConfig) -> Samples:
     # subtle: columns are converted after the files are joined, so that a category such as 01 does
     # not become a number in only one of them
     s = from_frame(text.apply(converted), valid, path.parent, config, path)
+    check_quotes(text, s.y, path)
     return replace(s, frame=s.frame.assign(**{s.y: labels_of(text[s.y], s)}))
+
+
+def check_quotes(text: pd.DataFrame, y: str, path: Path) -> None:
+    """Raise a DistillError if a cell holds whole rows, because a quote in front of them is not
+    closed.
+    """
+    at, labels, n = text.columns.get_loc(y), set(text[y]), text.shape[1]
+    sep = '\t' if '.tsv' in path.suffixes else ','
+    for k, c in enumerate(text.columns):
+        for i in np.flatnonzero(text[c].str.contains('\n', regex=False)):
+            *lines, _ = text[c].iloc[i].split('\n')
+            first, *rows = (o.split(sep) for o in lines)  # these rows have no quotes
+            if len(first) < n - k:
+                continue
+            # subtle: the open quote may be followed by separators, and columns in front of it were read
+            rows = [[text.at[i, y]] * (k + 1) + first[len(first) - (n - k - 1) :], *rows]
+            if all(len(o) == n and o[at].strip() in labels for o in rows):
+                raise DistillError(
+                    f'{path}: in row {i}, counted from 0, column {c!r} holds whole rows: '
+                    f'{len(rows)} line break(s), the first after {lines[0][-80:]!r}. A quote (") is '
+                    'closed in a later row. Close it in the same cell, or write "" for a quote inside '
+                    'of quotes.'
+                )
 
 
 def converted(column: pd.Series) -> pd.Series:
