@@ -285,6 +285,10 @@ def test_no_order_is_proposed_for_teachers_that_are_right_weak_confused_or_rando
     x, y = rows(256, k, 0.5, seed)
     w = torch.eye(k)
     w[0] = 0.9 * w[1]  # it takes class 0 for class 1
+    often = torch.cat([torch.arange(k), torch.zeros(9 * k).long()])  # class 0 is the most frequent
+    merged = torch.eye(k)
+    merged[1, 0], merged[0, 0] = 1, 0  # and it takes all of them for class 1
+    assert not swaps(linear(merged), F.one_hot(often, k).float(), often)
     random = (
         linear(torch.randn(k, k, generator=g)) if k > 2 else knowing(k)
     )  # of two classes, one may be right
@@ -295,6 +299,67 @@ def test_no_order_is_proposed_for_teachers_that_are_right_weak_confused_or_rando
         lambda x: torch.randn(len(x), k, generator=g),
     ):
         assert not swaps(teacher, x, y)
+
+
+def several(n=400, k=6, kind='sigmoid', noise=1.0, seed=0, rare=0.3):
+    "Items with several labels or numbers, which are related to each other, and a teacher that knows"
+    g = torch.Generator().manual_seed(seed)
+    common = torch.randn(n, 1, generator=g)
+    own = torch.randn(n, k, generator=g) + 0.5 * common
+    if kind == 'regression':
+        scale = torch.linspace(1, 30, k)
+        return (own + noise * 0.3 * torch.randn(n, k, generator=g)) * scale + 5, own * scale + 5
+    y = (own > own.quantile(1 - rare)).float()
+    return 2 * (own - own.quantile(1 - rare) + noise * torch.randn(n, k, generator=g)), y
+
+
+@pytest.mark.parametrize('order', [[1, 0, 2, 3, 4, 5], [2, 0, 1, 3, 5, 4], [5, 4, 3, 2, 1, 0]])
+@pytest.mark.parametrize('kind', ['sigmoid', 'regression'])
+@pytest.mark.parametrize('change', [lambda t: t, lambda t: 3 * t - 4, lambda t: 0.1 * t + 1])
+def test_labels_and_numbers_in_another_order_are_named(order, kind, change):
+    x, y = several(kind=kind)
+    task = Task(kind)
+    wrong = lambda x: change(x)[:, order]
+    (error,) = check(wrong, x, y, task).errors
+    found = [order.index(i) for i in range(6)]
+    one = 'label' if kind == 'sigmoid' else 'number'
+    assert f'The teacher has the {one}s in a different order: {one} 0' in error.what
+    assert f'select={found}' in error.do
+    assert re.search(r'correlation of 0\.[0-4]\d* .* and of 0\.[5-9]', error.what)
+    assert not check(Teacher(wrong, select=found, kind=kind), x, y, task).errors
+    names = 'air bus car dog elk fox'.split()
+    assert f"'{names[0]}'" in check(wrong, x, y, task, names=names).errors[0].what
+
+
+def test_points_whose_coordinates_are_swapped_are_named():
+    g = torch.Generator().manual_seed(0)
+    y = (torch.randn(200, 1, 2, generator=g) + 0.2 * torch.randn(200, 3, 2, generator=g)) * 20
+    x = y.flatten(1) + torch.randn(200, 6, generator=g)
+    swapped = check(lambda x: x[:, [1, 0, 3, 2, 5, 4]], x, y, Task('regression')).errors
+    assert 'number 0 and number 1, number 2 and number 3' in swapped[0].what
+    assert check(lambda x: x, x, y, Task('regression')) == []
+
+
+@pytest.mark.parametrize('seed', range(6))
+@pytest.mark.parametrize('kind', ['sigmoid', 'regression'])
+@pytest.mark.parametrize('n,k', [(40, 2), (100, 20), (512, 8), (512, 100)])
+def test_no_order_of_labels_is_proposed_for_teachers_that_are_right_weak_confused_or_random(
+    n, k, kind, seed
+):
+    g = torch.Generator().manual_seed(seed)
+    for noise, rare in ((0.1, 0.3), (1.0, 0.05), (4.0, 0.3)):  # from nearly perfect to weak
+        x, y = several(n, k, kind, noise, seed, rare)
+        w = torch.eye(k)
+        w[0] = w[1]  # it takes label 0 for label 1
+        for teacher in (
+            lambda x: x,
+            lambda x: 5 * x + torch.linspace(-4, 4, k),  # certain, and biased
+            lambda x: x @ w.T,
+            lambda x: torch.randn(len(x), k, generator=g),
+            lambda x: x.mean(1, keepdim=True) + 0.1 * x,
+        ):
+            found = check(teacher, x, y, Task(kind))
+            assert not [f for f in found if 'different order' in f.what]
 
 
 # normalization

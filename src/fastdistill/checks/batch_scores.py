@@ -35,6 +35,8 @@ class Tally:
         self.task, self.n_labels = task, 0
         self.sums: Any = 0.0  # a tensor after the first batch
         self.confusion: Tensor | None = None
+        # (outputs, labels) of each batch with several labels or numbers for each item
+        self.several: list[tuple[Tensor, Tensor]] = []
         # one number for each item
         self.scores: dict[str, list[Tensor]] = dict(teacher=[], student=[])
         self.tops: dict[str, list[Tensor]] = dict(train=[], valid=[])
@@ -57,6 +59,8 @@ class Tally:
         for who, o in dict(teacher=t, student=s).items():
             if o is not None:
                 self.scores[who].append(self.item_scores(o, y)[self.counted(y)])
+        if self.task.kind != 'softmax' and t.dim() == 2 and 1 < t.shape[1] <= MOST_CLASSES:
+            self.several.append((t.cpu(), y.cpu().float()))
         dict(softmax=self.add_classes, sigmoid=self.add_labels, regression=self.add_numbers)[
             self.task.kind
         ](t, y)

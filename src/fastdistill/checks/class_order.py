@@ -1,6 +1,7 @@
 """Detect a teacher whose classes have a different order than the student's.
 
-The order is inferred from class names or from a confusion table.
+The order is inferred from class names, from a confusion table, or from the correlations of outputs
+and labels.
 """
 
 from collections.abc import Iterator, Sequence
@@ -10,8 +11,11 @@ import torch
 from torch import Tensor
 
 from ..teachers.teacher import Teacher
-from .batch_scores import Tally
+from .batch_scores import FEW, Tally
 from .findings import Finding, few_names
+
+# minimum mean correlation of the outputs that have a different order with their labels
+RELATED = 0.2
 
 
 @dataclass
@@ -81,23 +85,75 @@ def reordered_classes(
     # the accuracy in the new order must be at least halfway from chance to a perfect prediction
     if not moved or after < (1 + 1 / k) / 2 or not holds_elsewhere(tally.confusion):
         return
-    select = order if teacher.select is None else [teacher.select[o] for o in order]
     unseen = sum(not table[i].any() for i in moved)
+    scores = f"accuracy is {before:.3f} in the student's order and {after:.3f} in this one"
+    yield after, wrong_order(teacher, order, unseen, scores, 'class', names)
+
+
+def reordered_outputs(
+    tally: Tally, teacher: Teacher, names: Sequence | None = None
+) -> Iterator[tuple[float, Finding]]:
+    """Yield a finding if outputs for several labels or numbers are far more correlated with them in
+    a different order.
+
+    Correlations do not depend on the scale and the calibration of the outputs.
+
+    Args:
+        tally: `Tally` of the teacher's predictions.
+        teacher: The teacher.
+        names: Names of the student's labels. None if unknown.
+
+    Yields:
+        (score in the new order, finding).
+    """
+    if not tally.several or sum(len(y) for _, y in tally.several) < 2 * FEW:
+        return
+    t, y = (torch.cat(o) for o in zip(*tally.several))
+    order = related_order(t, y)
+    moved = [i for i, o in enumerate(order) if i != o]
+    if not moved or not related_elsewhere(t, y):
+        return
+    table, kind = correlation_table(t, y), tally.task.kind
+    now, then = (table[moved, o].mean().item() for o in (moved, [order[i] for i in moved]))
+    unseen = sum(not table[i].any() for i in moved)
+    scores = (
+        f"outputs have a mean correlation of {now:.3f} with these {ONE_OF[kind]}s in the student's "
+        f'order, and of {then:.3f} in this one'
+    )
+    score = tally.item_scores(t[:, order], y).mean().item()
+    yield score, wrong_order(teacher, order, unseen, scores, ONE_OF[kind], names)
+
+
+ONE_OF = dict(sigmoid='label', regression='number')
+
+
+def wrong_order(
+    teacher: Teacher, order: list, unseen: int, scores: str, one: str, names: Sequence | None
+) -> Finding:
+    """Return the finding of a different order.
+
+    Args:
+        teacher: The teacher.
+        order: Index of each of the student's classes in the teacher's outputs.
+        unseen: Number of moved classes that no sample has.
+        scores: Text that compares both orders.
+        one: Word for an output, such as 'class'.
+        names: Names of the student's classes. None if unknown.
+    """
+    moved = [i for i, o in enumerate(order) if i != o]
+    select = order if teacher.select is None else [teacher.select[o] for o in order]
     guess = (
         f' ({unseen} of them have no samples here, so their position is a guess: pass a larger n=)'
         if unseen
         else ''
     )
-    words = moves_in_words(order, moved, names)
-    yield (
-        after,
-        Finding(
-            'error',
-            f'The teacher has the classes in a different order: {words}{guess}. Its accuracy is '
-            f"{before:.3f} in the student's order and {after:.3f} in this one",
-            f"Put its classes into the student's order: Teacher(model, select={select})",
-            about='order of classes',
-        ),
+    many = 'classes' if one == 'class' else f'{one}s'
+    words = moves_in_words(order, moved, names, one)
+    return Finding(
+        'error',
+        f'The teacher has the {many} in a different order: {words}{guess}. Its {scores}',
+        f"Put its {many} into the student's order: Teacher(model, select={select})",
+        about='order of classes',
     )
 
 
@@ -113,12 +169,18 @@ def order_in_words(tally: Tally) -> str:
     )
 
 
-def best_order(table: Tensor) -> list[int]:
-    """Return the assignment of outputs to classes that makes the most predictions correct."""
+def best_order(table: Tensor, stay: float = 1.0) -> list[int]:
+    """Return the assignment of outputs to classes that makes the most predictions correct.
+
+    Args:
+        table: Score of each output (column) for each class (row), such as a number of items.
+        stay: Number that is added to the scores of the present order, so that classes without items
+            keep their position.
+    """
     from scipy.optimize import linear_sum_assignment
 
-    # subtle: add one correct item per class, so that classes without items keep their position
-    return linear_sum_assignment((table + torch.eye(len(table))).numpy(), maximize=True)[1].tolist()
+    scores = table + stay * torch.eye(len(table))
+    return linear_sum_assignment(scores.numpy(), maximize=True)[1].tolist()
 
 
 def hits(table: Tensor, order: Sequence[int]) -> Tensor:
@@ -128,22 +190,57 @@ def hits(table: Tensor, order: Sequence[int]) -> Tensor:
 def holds_elsewhere(halves: Tensor) -> bool:
     """Return True if the class order that fits half of the items best also fits the other half far
     better than the present order."""
-    now = then = 0.0
+    now = then = recall_now = recall_then = 0.0
     for suggests, shows in (halves, halves.flip(0)):
         order = best_order(suggests)
         moved = torch.tensor(order) != torch.arange(len(order))
-        now += shows.diagonal()[moved].sum().item()
-        then += hits(shows, order)[moved].sum().item()
-    return then > 2 * now and then - now > 3 * (then + now) ** 0.5
+        have = shows.sum(1).clamp_min(1)[moved]
+        right_now, right_then = shows.diagonal()[moved], hits(shows, order)[moved]
+        now, then = now + right_now.sum().item(), then + right_then.sum().item()
+        # subtle: a teacher that takes a frequent class for a rare one is not in a different order
+        recall_now += (right_now / have).sum().item()
+        recall_then += (right_then / have).sum().item()
+    far = then > 2 * now and recall_then > 2 * recall_now
+    return far and then - now > 3 * (then + now) ** 0.5
 
 
-def moves_in_words(order: Sequence[int], moved: Sequence[int], names: Sequence | None) -> str:
+def correlation_table(t: Tensor, y: Tensor) -> Tensor:
+    """Return the correlation of each label (row) with each output (column)."""
+    t, y = (o.double() - o.double().mean(0) for o in (t, y))
+    t, y = (o / o.norm(dim=0).clamp_min(1e-12) for o in (t, y))
+    return y.T @ t
+
+
+def related_order(t: Tensor, y: Tensor) -> list[int]:
+    # outputs that are unrelated to all labels keep their position
+    return best_order(correlation_table(t, y), stay=2 / len(t) ** 0.5)
+
+
+def related_elsewhere(t: Tensor, y: Tensor) -> bool:
+    """Return True if the order that fits half of the items best also fits the other half far better
+    than the present order."""
+    now = then = n = 0.0
+    halves = [(t[i::2], y[i::2]) for i in (0, 1)]
+    for suggests, shows in (halves, halves[::-1]):
+        order, table = related_order(*suggests), correlation_table(*shows)
+        moved = torch.tensor(order) != torch.arange(len(order))
+        now += table.diagonal()[moved].sum().item()
+        then += hits(table, order)[moved].sum().item()
+        n += moved.sum().item()
+    # a correlation of unrelated numbers has a standard deviation of 1 / sqrt(items)
+    sure = then - now > 3 * (2 * n / len(halves[0][0])) ** 0.5
+    return sure and then > RELATED * n and (then > 2 * now or n - then < (n - now) / 2)
+
+
+def moves_in_words(
+    order: Sequence[int], moved: Sequence[int], names: Sequence | None, one: str = 'class'
+) -> str:
     """Describe how the classes are reordered.
 
     If classes are only swapped in pairs, name the pairs. Otherwise, name the output of each class.
     """
     name = lambda i: (
-        repr(str(names[i])) if names is not None and len(names) == len(order) else f'class {i}'
+        repr(str(names[i])) if names is not None and len(names) == len(order) else f'{one} {i}'
     )
     if all(order[order[i]] == i for i in moved):
         return (

@@ -9,7 +9,7 @@ from ..base.outputs import tensors_in
 from ..base.task import Task
 from ..teachers.teacher import Teacher
 from .batch_scores import FEW, KNOWS, LEADS, SLIGHT, Tally
-from .class_order import reordered_classes
+from .class_order import reordered_classes, reordered_outputs
 from .findings import Finding, count_in_words
 from .normalization import renormalized_images
 
@@ -46,6 +46,7 @@ def low_score(
     if trained:
         cures = [
             *reordered_classes(tally, teacher, names),
+            *reordered_outputs(tally, teacher, names),
             *renormalized_images(tally, teacher, task, batches),
         ]
     # report only the better fix, since a wrong normalization can look like a wrong class order
