@@ -149,10 +149,12 @@ def wrong_order(
     )
     many = 'classes' if one == 'class' else f'{one}s'
     words = moves_in_words(order, moved, names, one)
+    # an output of a weak teacher may be more correlated with a related label than with its own
+    care = '' if one == 'class' else '. Compare this order with the names of its outputs'
     return Finding(
         'error',
         f'The teacher has the {many} in a different order: {words}{guess}. Its {scores}',
-        f"Put its {many} into the student's order: Teacher(model, select={select})",
+        f"Put its {many} into the student's order: Teacher(model, select={select}){care}",
         about='order of classes',
     )
 
