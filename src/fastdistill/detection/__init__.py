@@ -5,14 +5,16 @@ from .compare import compare_detectors
 from .detection_plots import show_detections
 from .distiller import DetectionDistiller
 from .metrics import DetectionScores, average_precision, detect
-from .pseudo_labels import ScoreThreshold, best_threshold, teacher_labels
+from .pseudo_labels import ScoreThreshold, best_threshold, store_detections, teacher_labels
 from .recipes import anchors, mgd, scored
+from .stored_detections import StoredDetections
 from .validation_loss import validation_losses
 
 __all__ = [
     'DetectionDistiller',
     'DetectionScores',
     'ScoreThreshold',
+    'StoredDetections',
     'anchor_kl',
     'anchors',
     'average_precision',
@@ -24,6 +26,7 @@ __all__ = [
     'scored',
     'scored_hint',
     'show_detections',
+    'store_detections',
     'teacher_labels',
     'validation_losses',
 ]

@@ -4,11 +4,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..base.model_state import ModelState
 from ..base.outputs import DistillError
 from ..base.random_state import RandomGuard
+from .stored_detections import StoredDetections
 from .torchvision_detectors import on_device_of
 
 
@@ -29,13 +30,15 @@ class DetectionScores:
     images: int = 0
 
 
-def detect(model: nn.Module, images: Sequence[Tensor]) -> list:
+def detect(model: nn.Module | StoredDetections, images: Sequence) -> list:
     """Return the detections of a model for a batch of images, on the CPU. The model is not changed.
 
     Args:
-        model: A detector.
-        images: Tensors (C, H, W).
+        model: A detector, or its `StoredDetections`.
+        images: Tensors (C, H, W). For `StoredDetections`, the names of the images.
     """
+    if isinstance(model, StoredDetections):
+        return model(images)
     state = ModelState(model.modules())
     try:
         model.eval()

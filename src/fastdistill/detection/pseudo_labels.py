@@ -1,14 +1,20 @@
-"Use the teacher's boxes as labels for unlabeled images."
+"Use the teacher's boxes as labels for unlabeled images, and store them."
 
+import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
-from torch import Tensor, nn
+from torch import nn
 
+from ..base.atomic_files import locked_folder
 from ..base.outputs import DistillError
 from .box_matches import match_image
 from .metrics import detect
+from .stored_detections import StoredDetections, about_teacher, image_key, write_detections
+
+WRITE_AFTER = 60  # seconds after which new detections are written to the file
 
 
 @dataclass
@@ -33,13 +39,15 @@ class ScoreThreshold:
         return 2 * self.precision * self.recall / total if total else 0.0
 
 
-def best_threshold(model: nn.Module, batches: Iterable, *, iou: float = 0.5) -> ScoreThreshold:
+def best_threshold(
+    model: nn.Module | StoredDetections, batches: Iterable, *, iou: float = 0.5
+) -> ScoreThreshold:
     """Choose the score threshold for using a teacher's detections as labels. The threshold has the
     highest F1 score on labeled validation images, which must not be training images of the teacher.
 
     Args:
-        model: The teacher, a detector.
-        batches: Iterable of (images, targets).
+        model: The teacher, a detector, or its `StoredDetections`.
+        batches: Iterable of (images, targets). For `StoredDetections`, of (names, targets).
         iou: Minimum IoU between a detection and a labeled box of the same class.
     """
     matches = [
@@ -64,14 +72,15 @@ def best_threshold(model: nn.Module, batches: Iterable, *, iou: float = 0.5) -> 
 
 
 def teacher_labels(
-    model: nn.Module, images: Sequence[Tensor], score: float | ScoreThreshold
+    model: nn.Module | StoredDetections, images: Sequence, score: float | ScoreThreshold
 ) -> list:
     """Return the teacher's detections above a score threshold as targets, one dict per image, on
     the device of the image. An image without such detections gets a target without boxes.
 
     Args:
-        model: The teacher, a detector.
-        images: Tensors (C, H, W).
+        model: The teacher, a detector, or its `StoredDetections`.
+        images: Tensors (C, H, W). For `StoredDetections`, the names of the images, and the targets
+            are on the CPU.
         score: Minimum score, such as the result of `best_threshold`.
     """
     least = score.score if isinstance(score, ScoreThreshold) else score
@@ -79,5 +88,86 @@ def teacher_labels(
     for x, o in zip(images, detect(model, images)):
         keep = o['scores'] >= least
         wide = (o['boxes'][:, 2:] > o['boxes'][:, :2]).all(1)
-        out.append({k: o[k][keep & wide].to(x.device) for k in ('boxes', 'labels')})
+        out.append(
+            {k: o[k][keep & wide].to(getattr(x, 'device', 'cpu')) for k in ('boxes', 'labels')}
+        )
     return out
+
+
+def store_detections(model: nn.Module, batches: Iterable, path: Path | str) -> StoredDetections:
+    """Run a teacher on images and store its detections in a file.
+
+    Images whose detections are in the file are skipped, so an interrupted call can be repeated, and
+    images can be added later. New detections are written about once a minute and at the end, even
+    after an error.
+
+    Args:
+        model: The teacher, a detector.
+        batches: Iterable of (images, names). The images are tensors (C, H, W). A name is a text, a
+            path or a number that identifies the image.
+        path: Path of the file (.safetensors).
+    """
+    path, about = Path(path), about_teacher(model)
+    with locked_folder(path.parent, path, f'.{path.name}.lock'):
+        parts, sizes = [], {}
+        if path.exists():
+            old = StoredDetections(path, model)
+            parts.append(old.arrays)
+            sizes = dict(zip(old.positions, old.arrays['sizes'].tolist()))
+        written, last = len(parts), time.monotonic()
+        seen: set[int] = set()
+        try:
+            for images, names in batches:
+                new = new_images(images, names, sizes, seen, path)
+                if new:
+                    found = detect(model, [images[i] for i in new.values()])
+                    own = {k: list(images[i].shape[-2:]) for k, i in new.items()}
+                    part = dict(
+                        keys=[*new], sizes=[*own.values()], counts=[len(d['scores']) for d in found]
+                    )
+                    for k in ('boxes', 'scores', 'labels'):
+                        part[k] = np.concatenate([d[k].double().numpy() for d in found])
+                    parts.append(part)
+                    sizes |= own
+                if time.monotonic() - last > WRITE_AFTER and len(parts) > written:
+                    write_detections(path, about, parts)
+                    written, last = len(parts), time.monotonic()
+        finally:
+            if len(parts) > written:
+                write_detections(path, about, parts)
+    if not parts:
+        raise DistillError('There are no images, so there are no detections to store.')
+    return StoredDetections(path)
+
+
+def new_images(
+    images: Sequence, names: Sequence, sizes: dict, seen: set, path: Path
+) -> dict[int, int]:
+    """Return {key: position in the batch} of the images that are not stored yet.
+
+    Args:
+        images, names: A batch of `store_detections`.
+        sizes: {key: [height, width]} of the stored images.
+        seen: Keys of the earlier batches, to which those of this batch are added.
+        path: Path of the file, for the errors.
+    """
+    if len(images) != len(names):
+        raise DistillError(f'{len(images)} images have {len(names)} names: give one for each.')
+    new = {}
+    for i, (x, name) in enumerate(zip(images, names)):
+        key, size = image_key(name), list(x.shape[-2:])
+        if key in seen:
+            raise DistillError(
+                f'Two images have the name {name!r}, so they would share their detections. Give '
+                'each image a name of its own, such as its whole path.'
+            )
+        seen.add(key)
+        if key not in sizes:
+            new[key] = i
+        elif sizes[key] != size:
+            raise DistillError(
+                f'The image {name!r} has {size[0]}x{size[1]} pixels, but its detections in {path} '
+                f'are for {sizes[key][0]}x{sizes[key][1]} pixels. Pass the images as they were, or '
+                'a different path.'
+            )
+    return new
