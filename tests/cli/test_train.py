@@ -18,6 +18,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import OrdinalEncoder
 from sklearn.tree import DecisionTreeClassifier
 from pathlib import Path
+from fastai.data.core import DataLoaders
 from fastai.learner import Learner, load_learner
 from fastai.losses import CrossEntropyLossFlat
 from fastdistill import DistillError, DistillWarning
@@ -30,6 +31,7 @@ from fastdistill.cli.training.data_checks import checked_samples
 from fastdistill.cli.training.config import Arch, read_config, write_config
 from fastdistill.cli.training.data_files import read_samples
 from fastdistill.cli.training.dataloaders import loaders_of
+from fastdistill.cli.training.resumable_fit import find_rate
 from fastdistill.cli.training.run_settings import settings_of
 from fastdistill.cli.training.teachers import file_teacher
 
@@ -1484,6 +1486,20 @@ def test_lr_auto_finds_a_rate_near_the_best_for_a_small_network(digits, tmp_path
     found = loss('auto')
     assert found < 0.9 * low
     assert found < 1.1 * min(others)
+
+
+@pytest.mark.parametrize('away, low, high', [(0.002, 1e-4, 1e-3), (0.1, 1e-3, 3e-2), (3, 0.1, 0.3)])
+def test_a_rate_suits_the_distance_from_the_solution(away, low, high):
+    "A step of Adam is about as long as the rate"
+    xs = torch.randn(64, 1, generator=torch.Generator().manual_seed(0))
+    dls = DataLoaders.from_dsets([*zip(xs, xs)], [*zip(xs, xs)], bs=8, device='cpu')
+    model = torch.nn.Linear(1, 1)
+    torch.nn.init.constant_(model.weight, 1 + away)
+    torch.nn.init.constant_(model.bias, away)
+    learn = Learner(dls, model, loss_func=torch.nn.functional.mse_loss)
+    assert low <= find_rate(learn, 0) <= high
+    assert model.weight.item() == pytest.approx(1 + away, abs=1e-7)
+    assert model.bias.item() == pytest.approx(away, abs=1e-7)
 
 
 def test_lr_auto_says_if_no_rate_has_a_finite_loss(tmp_path):
