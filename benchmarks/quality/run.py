@@ -6,7 +6,9 @@
     python benchmarks/quality/run.py --out FOLDER --recipes 'labels;jsd(4)x3'          # other candidates, into another folder
 
 Each run is one line of JSON in benchmarks/results/quality/protocol2/CELL.jsonl. A restart skips what is there and still counts: a
-run with a different recipe, teacher, setup or protocol, or of a library that trains differently, does not. QUALITY_DATA names the folder of the data sets."""
+run with a different recipe, teacher, setup or protocol, or of a library that trains differently, does not. QUALITY_DATA names the folder of the data sets.
+
+The loop is not the library's `Runs`: which run is next follows from the stored lines, and what counts from the plan, so `Runs` would only be wrapped around both."""
 
 import subprocess, time, warnings
 from pathlib import Path

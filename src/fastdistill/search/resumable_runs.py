@@ -77,8 +77,10 @@ class Run:
 
 class Runs:
     """Executes each `Run` once. Several processes can share a folder. No two processes train the
-    same run. In a distributed training, all ranks must call the same methods in the same order. Only
-    the first rank reads and writes files.
+    same run.
+
+    In a distributed training with a folder, all ranks must call the same methods in the same order.
+    Only the first rank reads and writes files.
 
     Args:
         train: fn(run, after_epoch, late) -> result as plain data, or None if the training ended
@@ -96,22 +98,22 @@ class Runs:
         self.folder = None if folder is None else Path(folder)
         self.known: dict[str, Run] = {}  # {file name: finished run}
         if self.folder is not None and settings is not None:
-            begin(self.folder, json.loads(json.dumps(settings)))
+            open_folder(self.folder, json.loads(json.dumps(settings)))
 
     def finished(self) -> list[Run]:
         """Return all finished runs in the order in which they ended, including those of other
         processes.
         """
-        self.known |= on_first(self._new)
+        if (folder := self.folder) is not None:
+            self.known |= on_first(lambda: self._new(folder))
         return sorted(self.known.values(), key=lambda r: r.ended)
 
-    def _new(self) -> dict[str, Run]:
+    def _new(self, folder: Path) -> dict[str, Run]:
         """Read the finished runs in the folder that are not known yet. Return {file name: run}."""
-        paths = [] if self.folder is None else self.folder.glob('run_*.json')
         again = 'Delete it: its run is trained again.'
         return {
             p.name: read_json(p, lambda data: Run(**data), again)
-            for p in paths
+            for p in folder.glob('run_*.json')
             if p.name not in self.known
         }
 
@@ -147,10 +149,10 @@ class Runs:
                 run.seconds = run.ended - began
                 if run.result is None and not run.stopped:
                     return run
-                self.known[run.file] = run = of_first(run)
-                if self.folder is not None:
-                    path = self.folder / run.file
-                    on_first(lambda: write_json(path, asdict(run)))
+                if (folder := self.folder) is not None:
+                    run = of_first(run)  # times and results differ between ranks
+                    on_first(lambda: write_json(folder / run.file, asdict(run)))
+                self.known[run.file] = run
             return self.known[run.file]
 
     def all(
@@ -179,26 +181,28 @@ class Runs:
     @contextmanager
     def _claimed(self, run: Run) -> Iterator[bool]:
         """Context manager that yields True if this process may train the run."""
+        folder = self.folder
         with ExitStack() as stack:
-            yield on_first(lambda: self.folder is None or self._locked(self.folder, run, stack))
-
-    def _locked(self, folder: Path, run: Run, stack: ExitStack) -> bool:
-        """Lock a run until the stack is closed. Return False if another process trains the run."""
-        lock = f'{run.file}.lock'
-        try:
-            stack.enter_context(locked_folder(folder, file=lock))
-        except BusyError:
-            return False
-
-        @stack.callback
-        def delete() -> None:
-            with suppress(OSError):  # Windows does not delete open files
-                (folder / lock).unlink()
-
-        return True
+            yield folder is None or on_first(lambda: lock_run(run, folder, stack))
 
 
-def begin(folder: Path, settings: dict[str, Any]) -> None:
+def lock_run(run: Run, folder: Path, stack: ExitStack) -> bool:
+    """Lock a run until the stack is closed. Return False if another process trains the run."""
+    lock = f'{run.file}.lock'
+    try:
+        stack.enter_context(locked_folder(folder, file=lock))
+    except BusyError:
+        return False
+
+    @stack.callback
+    def delete() -> None:
+        with suppress(OSError):  # Windows does not delete open files
+            (folder / lock).unlink()
+
+    return True
+
+
+def open_folder(folder: Path, settings: dict[str, Any]) -> None:
     """Write the settings of an experiment to a new folder, or raise a DistillError if the experiment
     in the folder has different settings.
     """

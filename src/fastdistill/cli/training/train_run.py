@@ -68,6 +68,9 @@ MAY_KNOW = (
     'The teacher may have been trained on some of these validation samples, which were chosen at random; its '
     'score may be too high. --valid can name the samples that it was not trained on.'
 )
+NO_SEEDS = (
+    'The seeds are not compared, because the main measure of a training is not a finite number.'
+)
 MANY_STEPS = 2000  # with fewer, many recipes show no gain
 PACKAGES = 'fastdistill', 'fastai', 'torch', 'torchvision', 'timm', 'numpy', 'pandas', 'safetensors'
 
@@ -536,6 +539,8 @@ class TrainRun:
             no_gain = gain is not None and verdict_of(gain, report) != 'better'
             report.notes += filter(None, [self.note, self.few_steps * no_gain])
             report.seeds = self.seed_results(report)
+            if c.seeds > 1 and not report.seeds.seeds:
+                report.notes.append(NO_SEEDS)
             student = models['distilled']
             save_student(
                 student,
@@ -564,7 +569,9 @@ class TrainRun:
 
     def write_history(self) -> None:
         """Write history.csv, with one row per training and epoch."""
-        tables = {(r.name, r.seed): r.result['history'] for r in self.runs.finished()}
+        order = lambda r: (r.name != 'teacher', r.seed, r.name)
+        runs = sorted(self.runs.finished(), key=order)
+        tables = {(r.name, r.seed): r.result['history'] for r in runs}
         columns = list(dict.fromkeys(k for t in tables.values() for k in t))
         text = io.StringIO(newline='')
         rows = csv.writer(text)
