@@ -1628,25 +1628,52 @@ def test_measuring_gradient_shares_changes_nothing(checkpointed):
     assert all(map(torch.equal, *runs))
 
 
+class Checkpointed(nn.Module):
+    def __init__(self, reentrant):
+        super().__init__()
+        self.net, self.head, self.reentrant = mlp(6)[:4], nn.Linear(6, 4), reentrant
+
+    def forward(self, x):
+        run = torch.utils.checkpoint.checkpoint
+        return self.head(run(self.net, x.requires_grad_(), use_reentrant=self.reentrant))
+
+
 def test_a_model_that_allows_one_backward_pass_alone_is_trained_without_shares():
-    class Model(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.net = mlp(6)
-
-        def forward(self, x):
-            return torch.utils.checkpoint.checkpoint(
-                self.net, x.requires_grad_(), use_reentrant=True
-            )
-
     d = Distiller(
-        Model(),
+        Checkpointed(True),
         mlp(16, 1),
-        kd(2.0, 0.5) + Term(losses.hint, layers={'net.2': '2'}, projector='linear'),
+        kd(2.0, 0.5) + Term(losses.hint, layers={'net': '2'}, projector='linear'),
         example=batch()[0],
     )
     d(*batch()).total.backward()
     assert d.gradient_shares == {} and all(p.grad is not None for p in d.student.parameters())
+
+
+@pytest.mark.parametrize('layer', ['net.2', 'net.1', 'net@pre'])
+def test_a_layer_that_was_read_without_gradients_is_an_error(layer):
+    "The loss of the layer would have no effect, because a reentrant checkpoint runs it under no_grad"
+    recipe = Term(losses.hint, layers={layer: '1'}, projector='linear')
+    d = Distiller(Checkpointed(True), mlp(16, 1), recipe, example=batch()[0])
+    with pytest.raises(DistillError, match=f"'{layer}'.*no gradient.*use_reentrant=False"):
+        d(*batch())
+    d.head.student.reentrant = False
+    alone = Distiller(d.student, None, Recipe(), check=False)
+    grads = []
+    for o in (d, alone):
+        o.student.zero_grad()
+        o(*batch()).total.backward()
+        grads.append(o.student.net[0].weight.grad.clone())
+    assert not torch.equal(*grads)
+
+
+def test_frozen_layers_and_validation_need_no_gradients():
+    recipe = Term(losses.hint, layers={'net.2': '2'}, projector='linear')
+    d = Distiller(Checkpointed(True), mlp(16, 1), recipe, example=batch()[0])
+    with torch.no_grad():
+        d(*batch())
+    d.student.net.requires_grad_(False)
+    d(*batch()).total.backward()
+    assert all(p.grad is not None for p in d.own_parameters())
 
 
 def test_a_part_that_begins_later_is_measured_then():

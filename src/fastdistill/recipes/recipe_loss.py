@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..base.distributed import rank
 from ..base.outputs import DistillError, DistillWarning, LinearLogits, Outputs, as_plain
 from ..base.task import Task
+from ..features.layer_names import named
 from .batch_tensors import Batch, all_classes, blend, of_all_processes, zero_loss
 from .gradient_balance import GradientRatios
 from .gradient_norms import norms_at_layer, norms_at_logits, part_at, swamped
@@ -162,6 +163,7 @@ class RecipeLoss(nn.Module):
         known: Any = all_classes(teacher, student)
         others, lam = mixed or ((), None)
         b = Batch(student, known, tuple(targets), others, lam, self.task, progress)
+        self._check_gradients(terms, student)
         values = {t.name: self._value(t, b) for t in terms}
         counted = {
             k: v for k, v in dict(task=task, **values).items() if v is not None and weights[k] != 0
@@ -209,6 +211,28 @@ class RecipeLoss(nn.Module):
         weights = self.ratios.weights(self.weights_at(progress, of_heads), values)
         total: Any = sum(weights[k] * v for k, v in values.items())
         return total
+
+    def _check_gradients(self, terms: Sequence, student: Outputs) -> None:
+        """Raise an error if a term compares a layer of the student that has trainable parameters but
+        was read without gradients, so that the term would not train the student.
+        """
+        if not torch.is_grad_enabled() or not isinstance(self.student, nn.Module):
+            return
+        for term in terms:
+            links: Any = self.links[term.name]
+            names = [k.layers[0] for k in links if k.layers]
+            for n in names:
+                x = student.feats.get(n)
+                if x is None or x.requires_grad or not has_trained(self.student, n):
+                    continue
+                raise DistillError(
+                    f"{term.name} compares the student's layer {n!r}, whose output has no gradient "
+                    'although its parameters are trained, so the term would not train the student. '
+                    'The layer ran under torch.no_grad(), as it does inside '
+                    'torch.utils.checkpoint.checkpoint(..., use_reentrant=True). Use '
+                    'use_reentrant=False, in Hugging Face models with '
+                    'gradient_checkpointing_kwargs=dict(use_reentrant=False).'
+                )
 
     def _value(self, term: Any, b: Batch) -> Tensor:
         """Compute the value of a term. If it reads labels and the samples have two each, the values
@@ -355,6 +379,16 @@ class RecipeLoss(nn.Module):
             return {}  # compiled or checkpointed parts may allow only one backward pass
         weighted = {k: float(weights[k] * n) for k, n in (norms or {}).items()}
         return {k: n / sum(weighted.values()) for k, n in weighted.items()}
+
+
+def has_trained(student: nn.Module, layer: str) -> bool:
+    """Return True if a layer of the student has parameters that are trained, or if the student has
+    no others.
+    """
+    params = [p.requires_grad for p in student.parameters()]
+    module = named(student).get(layer.split('@')[0])
+    inner = module is not None and any(p.requires_grad for p in module.parameters())
+    return inner or bool(params) and all(params)
 
 
 def check_kind(term: Any, kind: str) -> None:
