@@ -205,6 +205,24 @@ def test_logits_are_normalized_before_the_likeliest_are_taken(tmp_path):
     torch.testing.assert_close(out.values, LOGP.topk(2).values)
 
 
+@pytest.mark.parametrize('scale,says', [(1, 'probabilities.*sum to 1'), (100, 'percent.*to 100')])
+def test_probabilities_that_are_called_logits_are_refused(scale, says, tmp_path):
+    probabilities = LOGP.exp().repeat(9, 1)[:9] * scale
+    for column in (dict(value=None), dict(value='logits')):
+        rows = [dict(key=i, logits=p.tolist()) for i, p in enumerate(probabilities)]
+        with pytest.raises(DistillError, match=f"'logits' holds {says}.*given='probs'"):
+            opened(rows, tmp_path / 'cache', **column)
+
+
+def test_names_of_samples_have_an_order(tmp_path):
+    with pytest.raises(DistillError, match='keys= is a set, which has no order: pass a list'):
+        opened(LOGP, tmp_path / 'cache', keys=set(NAMES))
+    data = TensorDataset(torch.zeros(N, 6))
+    for keys in (set(NAMES), dict.fromkeys(NAMES).keys()):
+        with pytest.raises(DistillError, match='which has no order'):
+            Replayed(data, opened(LOGP, tmp_path / 'cache', keys=NAMES), keys=keys)
+
+
 def test_a_student_trains_from_them(tmp_path):
     x, y = torch.randn(N, 6, generator=g), torch.randint(C, (N,), generator=g)
     data, student = TensorDataset(x, y), nn.Linear(6, C)

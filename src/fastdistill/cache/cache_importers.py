@@ -21,7 +21,7 @@ from ..base.outputs import DistillError, Outputs, TopK
 from .digests import file_checksum, fingerprint
 from .file_store import natural_order
 from .json_checks import load_json, shortened
-from .keys import keys_of
+from .keys import in_order, keys_of
 from .other_tools import converted_rows
 from .reader import TeacherCache
 from .row_layout import COARSE, Store, float16_step
@@ -42,6 +42,8 @@ VALUES = dict(
 )
 IDS = 'ids', 'token_ids'
 KEYS = 'key', 'id', 'custom_id', 'index', 'path'
+# a table of logits in which so many positions sum to 1 or 100 holds probabilities
+LIKE_PROBABILITIES = 8
 LEAST_LOGPROB = -1000  # vLLM and OpenAI write -9999 for missing values
 
 
@@ -210,7 +212,7 @@ class Reading:
                     f'{len(keys)} keys for {len(self.rows)} rows (the first is {self.place(0)}): '
                     'give one for each.'
                 )
-            return list(keys)
+            return list(in_order(keys))
         column = keys or next((k for k in KEYS if k in self.columns(0)), '')
         if column not in self.columns(0):
             raise DistillError(
@@ -251,6 +253,8 @@ class Reading:
         counts: dict[int, int] = {}
         unnumbered: dict[int, int] = {}
         longest, self.tokens = 0, None
+        sums: set[int] = set()
+        n_positions = 0
         for i in range(len(self.rows)):
             positions = self.positions(i)
             if self.tokens is None:
@@ -269,10 +273,18 @@ class Reading:
                     if p is not None:
                         self.check(p[0], p[1], f'position {j}: ' if self.in_rows else '')
             for c, v in filter(None, positions):
+                n_positions += 1
+                sums.add(share_of(v))
                 counts.setdefault(len(v), i)
                 if c is None:
                     unnumbered.setdefault(len(v), i)
             longest = max(longest, len(positions))
+        if self.given == 'logits' and n_positions >= LIKE_PROBABILITIES and sums in ({1}, {100}):
+            raise DistillError(
+                f'{self.value!r} holds {"percentages" if sums == {100} else "probabilities"}, not logits: no '
+                f"number is negative, and all positions sum to {sums.pop()}. Pass given='probs', with "
+                'numbers from 0 to 1.'
+            )
         k, self.length = min(counts), length or longest
         self._check_classes(k, counts, unnumbered, topk)
         self.n, self.k = self.n or k, topk or k
@@ -445,6 +457,13 @@ class Reading:
         if self.k is not None and self.given == 'logits':
             v = v - np.logaddexp.reduce(v)
         return c[order], v[order]
+
+
+def share_of(v: np.ndarray) -> int:
+    """Return 1 for probabilities, 100 for percentages, and 0 for other numbers."""
+    total = v.sum()
+    near = [n for n in (1, 100) if abs(total - n) < 0.02 * n]
+    return near[0] if near and v.min() >= 0 else 0
 
 
 def key_of_name(name: Any, root: Any) -> int:

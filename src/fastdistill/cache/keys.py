@@ -5,7 +5,7 @@ the same key on every machine.
 """
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from numbers import Integral
 from pathlib import Path, PurePath
 from typing import Any
@@ -102,7 +102,19 @@ def keys_of(items: Any, root: str = '') -> np.ndarray:
     # the items are keys already
     if isinstance(items, np.ndarray) and items.dtype == np.uint64 and items.ndim == 1:
         return items
-    return np.fromiter((key_of(o, root) for o in items), np.uint64, len(items))
+    return np.fromiter((key_of(o, root) for o in in_order(items)), np.uint64, len(items))
+
+
+def in_order(keys: Any) -> Any:
+    """Return the names of samples. Raise a DistillError for a set, whose order is not that of the
+    samples.
+    """
+    if isinstance(keys, Set):
+        raise DistillError(
+            f'keys= is a {type(keys).__name__}, which has no order: pass a list with the name of each '
+            'sample, in the order of the samples.'
+        )
+    return keys
 
 
 def keys_in_stream(names: Any, root: str = '') -> np.ndarray:
