@@ -86,6 +86,9 @@ def train_command(
     
     Images, a folder for each class (or train/CLASS and valid/CLASS):
       fastdistill train --data photos --teacher resnet34 --student resnet18
+    Without a GPU, small networks on small images:
+      fastdistill train --data photos --size 64 --teacher cnn --teacher-layers 32,64,128,256
+        --student cnn --student-layers 8,16,32
     Images with masks (folders images and masks, codes.txt with the classes):
       fastdistill train --data scenes --teacher resnet34 --student resnet18 --task masks
     Texts, or a table, in a CSV file:
@@ -99,9 +102,9 @@ def train_command(
       fastdistill train --resume --out runs/photos-resnet18
       fastdistill train --config runs/photos-resnet18/config.toml
 
-    The folder of the run gets report.html, report.json, history.csv, config.toml, environment.json,
-    student.pkl (for fastai's load_learner), student/ (weights as safetensors, a card, ONNX if
-    possible) and teacher.safetensors.
+    The folder of the run gets report.html, report.json, changed.csv (what the teacher changed),
+    history.csv, config.toml, environment.json, student.pkl (for fastai's load_learner), student/
+    (weights as safetensors, a card, ONNX if possible) and teacher.safetensors.
     """
     given = {k: v for k, v in settings.items() if v is not None}
     # report mistakes in the settings before PyTorch is imported, or, by the first of several
