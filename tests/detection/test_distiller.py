@@ -7,7 +7,7 @@ from torch import nn
 from fastdistill import Recipe, Teacher, Term, kd, losses
 from fastdistill.recipes import cwd, pkd
 from fastdistill.base.outputs import DistillError
-from fastdistill.detection import DetectionDistiller, anchors, mgd, scored
+from fastdistill.detection import DetectionDistiller, anchors, fgd, mgd, scored
 
 
 def hooks(model):
@@ -201,8 +201,16 @@ def test_last_is_the_coarsest_pair_and_names_are_possible():
 
 @pytest.mark.parametrize(
     'recipe',
-    [cwd(layers='auto', T=1.0), scored(), mgd(), Term(losses.hint, layers='auto'), 'pkd() + at()'],
-    ids=['cwd', 'scored', 'mgd', 'hint', 'text'],
+    [
+        cwd(layers='auto', T=1.0),
+        scored(),
+        mgd(),
+        fgd(),
+        fgd(weight='paper') + scored(),
+        Term(losses.hint, layers='auto'),
+        'pkd() + at()',
+    ],
+    ids=['cwd', 'scored', 'mgd', 'fgd', 'both', 'hint', 'text'],
 )
 def test_terms_on_levels_train_the_student(recipe):
     student = detector('SSD').train()
@@ -211,6 +219,28 @@ def test_terms_on_levels_train_the_student(recipe):
     terms = [v for k, v in found.items() if k not in ('classification', 'bbox_regression')]
     sum(terms).backward()
     assert student.backbone.stem[0].weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize('size', [None, 96])
+def test_terms_read_the_boxes_as_fractions_of_the_padded_images(size):
+    seen = []
+
+    def reads(s, t, y):
+        seen.append(y)
+        return (s - t).pow(2).mean()
+
+    student = detector('RetinaNet', min_size=128, max_size=256).train()
+    recipe = Term(reads, weight=1.0, layers='auto')
+    distiller = DetectionDistiller(student, detector('FCOS', seed=1), recipe, size=size)
+    images, targets = batch(size=[(64, 80), (32, 64)])
+    targets[1] = {k: v[:0] for k, v in targets[1].items()}
+    distiller(images, targets)
+    assert len(seen) == 3
+    # the first image is resized from 64 x 80 to 128 x 160 and padded to 128 x 256, the width of the second
+    want = targets[0]['boxes'] * 2 / torch.tensor([256, 128, 256, 128])
+    for boxes in seen:
+        torch.testing.assert_close(boxes[0], want)
+        assert boxes[1].shape == (0, 4)
 
 
 @pytest.mark.parametrize('kind, background', [('RetinaNet', None), ('FCOS', None), ('SSD', 0)])

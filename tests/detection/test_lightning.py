@@ -5,7 +5,7 @@ import lightning.pytorch as pl
 from detectors import batch, detector
 from torch.utils.data import DataLoader
 from fastdistill.recipes import pkd
-from fastdistill.detection import DetectionDistiller, scored
+from fastdistill.detection import DetectionDistiller, fgd, scored
 from fastdistill.lightning import DistillCallback
 
 pytestmark = [
@@ -39,7 +39,7 @@ def collate(rows):
     return tuple(zip(*rows))
 
 
-@pytest.mark.parametrize('recipe', [lambda: pkd(grad_ratio=0.5), lambda: scored()])
+@pytest.mark.parametrize('recipe', [lambda: pkd(grad_ratio=0.5), lambda: scored() + fgd()])
 def test_lightning_trains_as_a_plain_loop(recipe, tmp_path):
     teacher, models = detector('RetinaNet', width=12, seed=1), []
     torch.manual_seed(0)

@@ -1,15 +1,18 @@
 "Losses for detectors against plain loops and the authors' numbers."
 
-from math import exp, log
+from math import ceil, exp, floor, log, sqrt
 import pytest, torch
 from torch import nn
 from cases import Golden
 from fastdistill.base.outputs import DistillError
 from fastdistill.losses import Loss
 from fastdistill.losses.detection import (
+    FGD,
     MGD,
+    GlobalContext,
     anchor_kl,
     box_deltas,
+    fgd,
     mgd,
     scored_hint,
 )
@@ -149,3 +152,95 @@ def test_mgd_hides_the_given_part_of_the_positions():
 def test_mgd_without_convolutions_says_what_to_call():
     with pytest.raises(DistillError, match='call prepare'):
         MGD()(torch.rand(1, 2, 3, 3), torch.rand(1, 2, 3, 3))
+
+
+def context_loop(m, x):
+    "x (C, P) plus the vector of GcBlock, from lists of numbers"
+    weight = lambda layer: layer.weight.flatten(1).tolist()
+    a, b = weight(m.weights)[0], m.weights.bias.item()
+    p = softmax([sum(a[c] * x[c][i] for c in range(len(x))) + b for i in range(len(x[0]))])
+    v = [sum(o * q for o, q in zip(row, p)) for row in x]
+    first, norm, _, last = m.vector
+    v = [sum(o * q for o, q in zip(w, v)) + b for w, b in zip(weight(first), first.bias.tolist())]
+    mean = sum(v) / len(v)
+    std = sqrt(sum((o - mean) ** 2 for o in v) / len(v) + norm.eps)
+    scale = zip(norm.weight.flatten().tolist(), norm.bias.flatten().tolist())
+    v = [max((o - mean) / std * w + b, 0) for o, (w, b) in zip(v, scale)]
+    v = [sum(o * q for o, q in zip(w, v)) + b for w, b in zip(weight(last), last.bias.tolist())]
+    return [[o + add for o in row] for row, add in zip(x, v)]
+
+
+def attention_loop(x, T):
+    n, c = len(x[0]), len(x)
+    place = softmax([sum(abs(row[i]) for row in x) / c / T for i in range(n)])
+    channel = softmax([sum(map(abs, row)) / n / T for row in x])
+    return [n * o for o in place], [c * o for o in channel]
+
+
+def fgd_loop(s, t, boxes, context, T, background, attention, relation):
+    h, w = t.shape[2:]
+    total = 0
+    for x, y, found in zip(s.flatten(2).tolist(), t.flatten(2).tolist(), boxes):
+        (place, channel), (t_place, t_channel) = attention_loop(x, T), attention_loop(y, T)
+        inside = [0.0] * (h * w)
+        for x1, y1, x2, y2 in found.tolist():
+            left, top, right, bottom = floor(x1 * w), floor(y1 * h), ceil(x2 * w), ceil(y2 * h)
+            area = (right + 1 - left) * (bottom + 1 - top)
+            for i in range(top, min(bottom + 1, h)):
+                for j in range(left, min(right + 1, w)):
+                    inside[i * w + j] = max(inside[i * w + j], 1 / area)
+        outside = sum(o == 0 for o in inside)
+        for i in range(h * w):
+            mask = inside[i] or background / outside
+            for c in range(len(x)):
+                total += mask * t_place[i] * t_channel[c] * (x[c][i] - y[c][i]) ** 2
+        total += attention * sum(abs(a - b) for a, b in zip(place + channel, t_place + t_channel))
+        a, b = [context_loop(m, o) for m, o in zip(context, (x, y))]
+        total += relation * sum((p - q) ** 2 for k, l in zip(a, b) for p, q in zip(k, l))
+    return total / len(t)
+
+
+def boxed(seed=0):
+    "Maps of student and teacher, boxes that overlap, at the edge and none, and two contexts"
+    g = torch.Generator().manual_seed(seed)
+    s, t = [torch.randn(3, 4, 5, 6, generator=g, dtype=torch.float64) for _ in range(2)]
+    two = [[0.1, 0.1, 0.3, 0.4], [0.2, 0.3, 0.7, 0.9]]
+    boxes = [torch.tensor(o).reshape(-1, 4) for o in (two, [], [[0.5, 0.6, 1.0, 1.0]])]
+    torch.manual_seed(seed)
+    context = [GlobalContext(4).double() for _ in range(2)]
+    for p in (p for m in context for p in m.parameters()):
+        nn.init.normal_(p)
+    return s, t, boxes, context
+
+
+@pytest.mark.parametrize('options', [{}, dict(T=2.0, background=3.0, attention=0.1, relation=1.0)])
+def test_fgd_equals_a_plain_loop(options):
+    s, t, boxes, context = boxed()
+    default = dict(T=0.5, background=0.5, attention=1.0, relation=0.005)
+    want = fgd_loop(s, t, boxes, context, **default | options)
+    assert fgd(s, t, boxes, context=context, **options).item() == pytest.approx(want)
+    loss = FGD(context=nn.ModuleList(context), **options)
+    assert loss(s, t, boxes).item() == pytest.approx(want)
+
+
+def test_fgd_of_images_full_of_objects_is_finite():
+    s, t, boxes, context = boxed()
+    whole = [torch.tensor([[0.0, 0.0, 1.0, 1.0]])] * 3
+    v = fgd(s, t, whole, context=context, background=1e6, attention=0, relation=0)
+    assert v.item() == fgd(s, t, whole, context=context, background=0, attention=0, relation=0)
+
+
+def test_fgd_is_zero_for_equal_maps_and_trains_both_contexts():
+    s, t, boxes, _ = boxed()
+    loss = FGD().double()
+    loss.prepare(s, t)
+    loss = loss.double()
+    assert loss(t, t, boxes).item() == 0
+    loss(s, t, boxes).backward()
+    assert all(m.vector[-1].bias.grad.abs().sum() > 0 for m in loss.context)
+
+
+def test_fgd_without_modules_says_what_to_call():
+    s, t, boxes, _ = boxed()
+    with pytest.raises(DistillError, match=r'FGD trains modules, .* call prepare'):
+        FGD()(s, t, boxes)

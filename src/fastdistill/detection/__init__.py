@@ -6,7 +6,7 @@ from .detection_plots import show_detections
 from .distiller import DetectionDistiller
 from .metrics import DetectionScores, average_precision, detect
 from .pseudo_labels import ScoreThreshold, best_threshold, store_detections, teacher_labels
-from .recipes import anchors, mgd, scored
+from .recipes import anchors, fgd, mgd, scored
 from .stored_detections import StoredDetections
 from .validation_loss import validation_losses
 
@@ -22,6 +22,7 @@ __all__ = [
     'box_deltas',
     'compare_detectors',
     'detect',
+    'fgd',
     'mgd',
     'scored',
     'scored_hint',

@@ -22,7 +22,6 @@ from ..distiller.trainer_integration import takes_part
 from ..features.layer_hooks import Taps, returned_by
 from ..features.layer_names import split_suffixes
 from ..features.probe import dry_run
-from ..recipes.recipe_loss import Distilled
 from ..recipes.recipe_text import as_recipe
 from ..recipes.term import Recipe, Term
 from .check import check_detections
@@ -42,6 +41,7 @@ from .torchvision_detectors import (
     level_scores,
 )
 
+BOXES = 'boxes'  # name of the labeled boxes among the teacher's outputs
 OF_HEAD = 'head', 'rpn', 'scores'  # layers of a `DetectorView` that run only if the head runs
 
 
@@ -130,30 +130,25 @@ class DetectionHead(Head):
         """Return the targets unchanged."""
         return targets
 
-    def compute(
-        self,
-        student: Outputs,
-        teacher: Outputs | None,
-        task: Tensor | None = None,
-        targets: Sequence = (),
-        *,
-        progress: float | None = None,
-        mixed: tuple | None = None,
-        of_heads: bool = False,
-    ) -> Distilled:
-        """Compute the loss as in `Distiller`. Terms that use labels get the teacher's scores
-        instead.
+    def _of_labels(self, term: Any, b: Any, targets: Sequence, options: dict[str, Any]) -> Tensor:
+        """Compute the value of a term. If it reads labels, it gets the teacher's scores at its
+        levels if it compares all levels at once, and the boxes of each image otherwise.
         """
-        scored = self.scored_layers(self.active_terms(progress))
-        scores = ([teacher.feats[n] for n in scored],) if scored and teacher is not None else ()
-        return super().compute(student, teacher, task, scores, progress=progress)
+        if term.n_targets:
+            names = self.read_by([term])
+            found = [b.teacher.feats[n] for n in names]
+            targets = [found if term.lists else found[0]]
+        return super()._of_labels(term, b, targets, options)
 
-    def scored_layers(self, terms: Iterable) -> list[str]:
-        """Return the names of the pyramid levels whose teacher scores are needed by the terms."""
-        found = {tuple(k.layers[1] for k in self.links[t.name]) for t in terms if t.n_targets}
-        if len(found) > 1:
-            raise DistillError('Terms that read scores must compare the same levels.')
-        return [level_scores(n) for n in found.pop()] if found else []
+    def read_by(self, terms: Iterable) -> list[str]:
+        """Return the names of the scores and boxes that terms read as labels."""
+        names = [
+            level_scores(k.layers[1]) if t.lists else BOXES
+            for t in terms
+            if t.n_targets
+            for k in self.links[t.name]
+        ]
+        return list(dict.fromkeys(names))
 
     def check_first(self, student: Outputs, teacher: Outputs | None, targets: Sequence) -> None:
         """Do nothing, because `forward` checks the targets before the student runs."""
@@ -202,7 +197,7 @@ class DetectionDistiller(Distiller):
         recipe = as_recipe(recipe)
         if recipe is None:
             recipe = automatic()
-        self.batch: Any = None  # the last images after the student's transform
+        self.batch: Any = None  # the last images and targets after the student's transform
         # do not report gradient norms for the first batch, because a new head passes on almost no
         # gradient
         self.head.measures = False
@@ -271,12 +266,12 @@ class DetectionDistiller(Distiller):
 
     @contextmanager
     def reading(self, progress: float | None = None) -> Iterator[Taps]:
-        """Read the student's layers as in `Distiller`. Also store the pixels of the batch for the
-        teacher.
+        """Read the student's layers as in `Distiller`. Also store the pixels and the targets of the
+        batch.
         """
         with returned_by(self.detector.transform) as batches, super().reading(progress) as taps:
             yield taps
-        self.batch = batches[-1][0] if batches else None
+        self.batch = batches[-1] if batches else None
 
     def teacher_outputs(
         self, x: Any = None, progress: float | None = None, samples: BatchSamples | None = None
@@ -292,10 +287,17 @@ class DetectionDistiller(Distiller):
         terms, (batch, self.batch) = self.active_terms(progress), (self.batch, None)
         if not terms:
             return None
-        head = cast(DetectionHead, self.head)
-        names = [*head.layers(1, terms), *head.scored_layers(terms)]
-        args = batch.tensors, padded_sizes(batch), runs_head(names)
-        return Outputs(feats=head.teacher.outputs(args, layers=names).feats)
+        head, (images, targets) = cast(DetectionHead, self.head), batch
+        read = head.read_by(terms)
+        names = [*head.layers(1, terms), *(n for n in read if n != BOXES)]
+        args = images.tensors, padded_sizes(images), runs_head(names)
+        feats: dict[str, Any] = head.teacher.outputs(args, layers=names).feats
+        if BOXES in read:
+            height, width = images.tensors.shape[2:]
+            feats[BOXES] = [
+                t['boxes'] / t['boxes'].new_tensor([width, height] * 2) for t in targets
+            ]
+        return Outputs(feats=feats)
 
     # checks
 

@@ -2,7 +2,7 @@
 
 from ..features.layer_pairs import LayersLike
 from ..features.projectors import ProjectorLike
-from ..losses.detection import MGD, anchor_kl, box_deltas, scored_hint
+from ..losses.detection import FGD, MGD, anchor_kl, box_deltas, scored_hint
 from ..recipes.schedule import ScheduleLike
 from ..recipes.term import Recipe, Term
 from ..recipes.zoo import layer_recipe, pkd
@@ -96,6 +96,35 @@ def mgd(
     return layer_recipe(
         MGD(drop=drop), 1.0, layers, weight, stop_at, grad_ratio, projector=projector
     )
+
+
+def fgd(
+    layers: LayersLike = 'auto',
+    weight: ScheduleLike | None = None,
+    T: float = 0.5,
+    background: float = 0.5,
+    attention: float = 1.0,
+    relation: float = 0.005,
+    projector: ProjectorLike = 'auto',
+    stop_at: float | None = None,
+    grad_ratio: ScheduleLike | None = None,
+) -> Recipe:
+    """Match feature maps separately inside and outside of the labeled boxes, weighted by the
+    teacher's attention, and match their global context (FGD, arXiv:2111.11837).
+
+    Args:
+        layers: As in `DetectionDistiller`. 'auto' compares all levels.
+        weight: Number, schedule or 'paper'. 'paper' is 0.001, the weight for a RetinaNet.
+        T: Temperature of the attention.
+        background: Weight of the positions outside of boxes.
+        attention: Weight of the differences between the attention maps.
+        relation: Weight of the maps with global context.
+        grad_ratio: Use instead of `weight`: ratio of this term's gradient norm to that of all
+            weighted losses, measured at the levels of the term. 0.1 if neither `weight` nor
+            `grad_ratio` is given.
+    """
+    loss = FGD(T=T, background=background, attention=attention, relation=relation)
+    return layer_recipe(loss, 1e-3, layers, weight, stop_at, grad_ratio, projector=projector)
 
 
 def automatic() -> Recipe:

@@ -4,7 +4,7 @@ outputs of dense heads.
 For each anchor, a dense head predicts class logits (B, A, K) and box deltas (B, A, 4).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -12,9 +12,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..base.outputs import DistillError
-from ._base import Loss, loss, reduce, same_shape
+from ._base import Loss, loss, reduce, same_shape, temperature
 from .feature import hint
 from .response import binary_kl, kl
+
+NOT_PREPARED = (
+    '{}, which do not exist yet: call prepare(s, t) with the features of one batch before you create '
+    'the optimizer. A Distiller calls prepare itself'
+)
 
 
 def object_scores(t: Tensor, background: int | None) -> Tensor:
@@ -163,9 +168,128 @@ class MGD(Loss):
 
     def forward(self, s: Tensor, t: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if self.generate is None:
-            raise DistillError(
-                'MGD trains convolutions, which do not exist yet: call prepare(s, t) with the features of '
-                'one batch before you create the optimizer. A Distiller calls prepare itself'
-            )
+            raise DistillError(NOT_PREPARED.format('MGD trains convolutions'))
         keep = (torch.rand(len(t), 1, *t.shape[2:], device=t.device) >= self.drop).to(t)
         return super().forward(s, t, *args, **{'generate': self.generate, 'keep': keep, **kwargs})
+
+
+def attention_maps(x: Tensor, T: float) -> tuple[Tensor, Tensor]:
+    """Return the spatial attention (B, H, W) and the channel attention (B, C) of a feature map,
+    each with the mean 1.
+    """
+    v = x.abs()
+    place, channel = v.mean(1).flatten(1), v.mean((2, 3))
+    place, channel = [(o / temperature(T)).softmax(1) * o.shape[1] for o in (place, channel)]
+    return place.unflatten(1, x.shape[2:]), channel
+
+
+def object_masks(boxes: list, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the weights of the positions inside and outside of objects, (B, H, W). The weights
+    inside of a box have the sum 1, and where boxes overlap, the smallest counts. The weights
+    outside of all boxes of an image have the sum 1.
+
+    Args:
+        boxes: For each image, corners (N, 4) as fractions of the width and height.
+        x: Feature map, (B, C, H, W).
+    """
+    found, (h, w) = [], x.shape[2:]
+    rows, columns = [torch.arange(n, device=x.device) for n in (h, w)]
+    for b in boxes:
+        b = b.to(x) * x.new_tensor([w, h, w, h])
+        x1, y1, x2, y2 = [o[:, None] for o in (*b[:, :2].floor().T, *b[:, 2:].ceil().T)]
+        across = (columns >= x1) & (columns <= x2)
+        down = (rows >= y1) & (rows <= y2)
+        inside = (down[:, :, None] & across[:, None]) / ((x2 + 1 - x1) * (y2 + 1 - y1))[..., None]
+        found.append(inside.amax(0) if len(b) else x.new_zeros(h, w))
+    objects = torch.stack(found)
+    outside = (objects == 0).to(x)
+    return objects, outside / outside.sum((1, 2), keepdim=True).clamp_min(1)
+
+
+@loss(kind=None, match='shape')
+def fgd(
+    s: Tensor,
+    t: Tensor,
+    y: list,
+    *,
+    context: Sequence[Callable],
+    T: float = 0.5,
+    background: float = 0.5,
+    attention: float = 1.0,
+    relation: float = 0.005,
+    reduction: str = 'mean',
+) -> Tensor:
+    """Compare feature maps separately inside and outside of the labeled boxes, weighted by the
+    teacher's attention (FGD, arXiv:2111.11837).
+
+    The loss is the sum of the squared differences inside of the boxes, those outside of them, the
+    differences of the attention maps, and the squared differences after a global context was added
+    to each position. As in the authors' code, it is summed over channels and positions.
+
+    Args:
+        s: Student feature map, projected to the teacher's shape (B, C, H, W).
+        t: Teacher feature map, (B, C, H, W).
+        y: Labeled boxes of each image, (N, 4): x1, y1, x2, y2 as fractions of the width and height.
+        context: (fn of the student's map, fn of the teacher's map), usually two `GlobalContext`.
+        T: Temperature of the attention.
+        background: Weight of the positions outside of boxes.
+        attention: Weight of the attention maps.
+        relation: Weight of the maps with global context.
+        reduction: 'mean' over images, 'sum' or 'none' (one value per image).
+    """
+    same_shape(s, t)
+    (place, channel), (t_place, t_channel) = [attention_maps(o, T) for o in (s, t)]
+    objects, outside = object_masks(y, t)
+    far = ((s - t).pow(2) * t_channel[:, :, None, None]).sum(1) * t_place
+    v = ((objects + background * outside) * far).sum((1, 2))
+    v = v + attention * ((place - t_place).abs().sum((1, 2)) + (channel - t_channel).abs().sum(1))
+    a, b = [fn(o) for fn, o in zip(context, (s, t))]
+    return reduce(v + relation * (a - b).pow(2).sum((1, 2, 3)), reduction)
+
+
+class GlobalContext(nn.Module):
+    """Adds the same vector to all positions of a feature map. The vector is computed from a
+    weighted mean over positions (GcBlock, arXiv:1904.11492). It is zero before the training.
+
+    Args:
+        channels: Number of channels.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        half = max(channels // 2, 1)
+        self.weights = nn.Conv2d(channels, 1, 1)
+        last = nn.Conv2d(half, channels, 1)
+        for p in last.parameters():
+            nn.init.zeros_(p)
+        first = nn.Conv2d(channels, half, 1)
+        self.vector = nn.Sequential(first, nn.LayerNorm([half, 1, 1]), nn.ReLU(), last)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights = self.weights(x).flatten(2).softmax(2).unflatten(2, x.shape[2:])
+        return x + self.vector((x * weights).sum((2, 3), keepdim=True))
+
+
+class FGD(Loss):
+    """Module form of `fgd`. The module owns the two `GlobalContext`.
+
+    Args:
+        **options: Options of `fgd`.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(fgd, **options)
+        temperature(self.option('T'))
+        self.context = self.options.pop('context', None)
+
+    def prepare(
+        self, s: Tensor, t: Tensor, layer: nn.Module | None = None, axis: int | None = None
+    ) -> None:
+        """Create the modules, with the teacher's number of channels."""
+        if self.context is None:
+            self.context = nn.ModuleList([GlobalContext(t.shape[1]) for _ in range(2)])
+
+    def forward(self, s: Tensor, t: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if self.context is None:
+            raise DistillError(NOT_PREPARED.format('FGD trains modules'))
+        return super().forward(s, t, *args, **{'context': self.context, **kwargs})
