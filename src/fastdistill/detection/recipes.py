@@ -114,7 +114,7 @@ def fgd(
 
     Args:
         layers: As in `DetectionDistiller`. 'auto' compares all levels.
-        weight: Number, schedule or 'paper'. 'paper' is 0.001, the weight for a RetinaNet.
+        weight: Number, schedule or 'paper'. 'paper' is 0.001, the default of the authors' code.
         T: Temperature of the attention.
         background: Weight of the positions outside of boxes.
         attention: Weight of the differences between the attention maps.
