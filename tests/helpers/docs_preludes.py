@@ -204,7 +204,25 @@ def detectors():
     collate = lambda rows: tuple(zip(*rows))
     rows = lambda n, seed: list(zip(*batch(n, seed=seed)))
     loader = lambda n, seed: DataLoader(rows(n, seed), 4, collate_fn=collate)
+
+    class Yolo(nn.Module):
+        "Returns losses in training mode and predictions otherwise, each in a dict"
+
+        def __init__(self, width):
+            super().__init__()
+            up, down = nn.Conv2d(3, width, 4, 4), nn.Conv2d(width, width, 2, 2)
+            self.neck = nn.ModuleDict(dict(up=up, down=down))
+
+        def forward(self, x, targets=None):
+            x = self.neck.down(self.neck.up(x))
+            if self.training:
+                return dict(total_loss=x.pow(2).mean(), num_boxes=len(targets))
+            return dict(predictions=x)
+
     return dict(
+        yolo=Yolo(4),
+        yolo_teacher=Yolo(8),
+        yolo_loader=DataLoader(list(zip(torch.rand(4, 3, 32, 32), torch.zeros(4, 2, 5))), 2),
         torch=torch,
         nn=nn,
         collate=collate,
