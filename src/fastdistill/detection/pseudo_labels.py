@@ -10,6 +10,7 @@ from torch import nn
 
 from ..base.atomic_files import locked_folder
 from ..base.outputs import DistillError
+from ..cache.json_checks import shortened
 from .box_matches import match_image
 from .metrics import detect
 from .stored_detections import StoredDetections, about_teacher, image_key, write_detections
@@ -155,10 +156,10 @@ def new_images(
         raise DistillError(f'{len(images)} images have {len(names)} names: give one for each.')
     new = {}
     for i, (x, name) in enumerate(zip(images, names)):
-        key, size = image_key(name), list(x.shape[-2:])
+        key, size, shown = image_key(name), list(x.shape[-2:]), shortened(repr(name), 100)
         if key in seen:
             raise DistillError(
-                f'Two images have the name {name!r}, so they would share their detections. Give '
+                f'Two images have the name {shown}, so they would share their detections. Give '
                 'each image a name of its own, such as its whole path.'
             )
         seen.add(key)
@@ -166,7 +167,7 @@ def new_images(
             new[key] = i
         elif sizes[key] != size:
             raise DistillError(
-                f'The image {name!r} has {size[0]}x{size[1]} pixels, but its detections in {path} '
+                f'The image {shown} has {size[0]}x{size[1]} pixels, but its detections in {path} '
                 f'are for {sizes[key][0]}x{sizes[key][1]} pixels. Pass the images as they were, or '
                 'a different path.'
             )

@@ -72,7 +72,7 @@ class StoredDetections:
                 self.arrays = {k: f.get_tensor(k) for k in ARRAYS}
             check_arrays(self.arrays)
         self.positions = {k: i for i, k in enumerate(self.arrays['keys'].tolist())}
-        self.ends = self.arrays['counts'].cumsum()
+        self.ends = self.arrays['counts'].cumsum(dtype=np.int64)
         if model is not None:
             self.check(model)
 
