@@ -98,7 +98,7 @@ class Runs:
         self.folder = None if folder is None else Path(folder)
         self.known: dict[str, Run] = {}  # {file name: finished run}
         if self.folder is not None and settings is not None:
-            open_folder(self.folder, json.loads(json.dumps(settings)))
+            open_experiment(self.folder, json.loads(json.dumps(settings)))
 
     def finished(self) -> list[Run]:
         """Return all finished runs in the order in which they ended, including those of other
@@ -202,7 +202,7 @@ def lock_run(run: Run, folder: Path, stack: ExitStack) -> bool:
     return True
 
 
-def open_folder(folder: Path, settings: dict[str, Any]) -> None:
+def open_experiment(folder: Path, settings: dict[str, Any]) -> None:
     """Write the settings of an experiment to a new folder, or raise a DistillError if the experiment
     in the folder has different settings.
     """
