@@ -21,7 +21,7 @@ from ..base.outputs import DistillError, Outputs, TopK
 from .digests import file_checksum, fingerprint
 from .file_store import natural_order
 from .json_checks import load_json, shortened
-from .keys import in_order, keys_of
+from .keys import keys_of, ordered_names
 from .other_tools import converted_rows
 from .reader import TeacherCache
 from .row_layout import COARSE, Store, float16_step
@@ -212,7 +212,7 @@ class Reading:
                     f'{len(keys)} keys for {len(self.rows)} rows (the first is {self.place(0)}): '
                     'give one for each.'
                 )
-            return list(in_order(keys))
+            return list(ordered_names(keys))
         column = keys or next((k for k in KEYS if k in self.columns(0)), '')
         if column not in self.columns(0):
             raise DistillError(

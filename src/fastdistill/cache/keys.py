@@ -102,10 +102,10 @@ def keys_of(items: Any, root: str = '') -> np.ndarray:
     # the items are keys already
     if isinstance(items, np.ndarray) and items.dtype == np.uint64 and items.ndim == 1:
         return items
-    return np.fromiter((key_of(o, root) for o in in_order(items)), np.uint64, len(items))
+    return np.fromiter((key_of(o, root) for o in ordered_names(items)), np.uint64, len(items))
 
 
-def in_order(keys: Any) -> Any:
+def ordered_names(keys: Any) -> Any:
     """Return the names of samples. Raise a DistillError for a set, whose order is not that of the
     samples.
     """
