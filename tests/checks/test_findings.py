@@ -902,3 +902,54 @@ def test_errors_stop_a_fit_and_notes_are_printed(capsys):
 def test_the_recipe_that_is_advised_for_a_weak_teacher_fades():
     recipe = recipe_from_text(re.search(r"'(labels \+ .+?)'", IF_WEAK)[1])
     assert all(t.fade for t in recipe.terms)
+
+
+# the size of images
+
+
+def blocks(n=200, size=(16, 16), noise=0.1):
+    "Images with a bright block at one of four positions, which is the class"
+    g = torch.Generator().manual_seed(0)
+    y = torch.randint(0, 4, (n,), generator=g)
+    x = F.one_hot(y, 4).float().repeat_interleave(size[1] // 4, 1)[:, None, None]
+    x = x.expand(n, 3, *size)
+    return x + noise * torch.randn(n, 3, *size, generator=g), y
+
+
+def of_size(height, width, fixed=False):
+    "A teacher that looks for the blocks where they are in images of its size"
+
+    def teacher(x):
+        if fixed and x.shape[-2:] != (height, width):
+            raise RuntimeError('mat1 and mat2 shapes cannot be multiplied')
+        at = F.pad(x, (0, max(0, width - x.shape[-1])))[..., :height, :width]
+        return 9 * at.unflatten(-1, (4, width // 4)).mean((1, 2, 4))
+
+    return teacher
+
+
+@pytest.mark.parametrize('trained,given', [(32, 16), (16, 32), (24, 16), (16, 24), (64, 32)])
+def test_images_of_another_size_than_the_teachers_are_named(trained, given):
+    x, y = blocks(size=(given, given))
+    teacher = of_size(trained, trained)
+    (found,) = check(teacher, x, y)
+    assert found.level == 'warning' and found.about == 'image size'
+    assert f'with the images of {given} x {given} pixels that it gets' in found.what
+    assert f'with {trained} x {trained} (on 200 validation items)' in found.what
+    assert f'images=dict(size={trained}))' in found.do
+    assert check(Teacher(teacher, images=dict(size=trained)), x, y) == []
+
+
+def test_images_of_another_shape_than_the_teachers_are_named():
+    x, y = blocks(size=(16, 16))
+    (found,) = check(lambda x: of_size(16, 32)(x) * (x.shape[-2] == 16), x, y)
+    assert 'images=dict(size=(16, 32))' in found.do
+
+
+@pytest.mark.parametrize('size', [(16, 16), (16, 24), (32, 32)])
+@pytest.mark.parametrize('noise', [0.1, 3.0, 9.0])
+@pytest.mark.parametrize('fixed', [False, True])
+def test_images_of_the_teachers_size_are_not_doubted(size, noise, fixed):
+    x, y = blocks(size=size, noise=noise)
+    found = check(of_size(*size, fixed), x, y)
+    assert not [f for f in found if f.about == 'image size']

@@ -1,6 +1,7 @@
 "A teacher that was trained on larger images than the student's, on scikit-learn's handwritten digits."
 
 import functools
+import re
 
 import apps
 import pytest
@@ -16,7 +17,7 @@ from fastai.vision.all import (
     Resize,
     aug_transforms,
 )
-from fastdistill.fastai import KnowledgeDistillation, Teacher, check_teacher
+from fastdistill.fastai import DistillWarning, KnowledgeDistillation, Teacher, check_teacher
 from PIL import Image
 from sklearn.datasets import load_digits
 from torch import nn
@@ -118,12 +119,14 @@ def test_a_teacher_of_larger_images_scores_as_on_its_own(theirs, mine):
     assert not found.doubt
 
 
-def test_the_size_of_a_model_without_dataloaders_is_unknown_unless_it_is_given():
+def test_the_size_of_a_model_without_dataloaders_is_found_by_its_score_unless_it_is_given():
     t = teacher()
     whole, given, bare = (
         check(o) for o in (t, Teacher(t.model, images=dict(size=40)), Teacher(t.model))
     )
-    assert image_size(given) == image_size(bare) == []
+    assert image_size(given) == []
+    assert 'of a different size' in image_size(bare)[0]
+    assert re.search(r'images=dict\(size=(24|32|64)\)', str(bare.warnings[0]))
     assert given.facts.teacher_score == whole.facts.teacher_score
     assert bare.facts.teacher_score < 0.5
 
@@ -141,7 +144,9 @@ def test_a_teacher_of_larger_images_keeps_its_gradient_ratio():
 
 
 def test_a_teacher_that_gets_images_of_the_wrong_size_loses_its_gradient_ratio():
-    assert fit(student(), Teacher(teacher().model)).distiller.faded['dist'] < 0.3
+    with pytest.warns(DistillWarning, match='trained on images of a different size'):
+        cb = fit(student(), Teacher(teacher().model))
+    assert cb.distiller.faded['dist'] < 0.3
 
 
 class Constant(nn.Module):

@@ -1,4 +1,4 @@
-"""Detect a teacher that gets images with the wrong normalization, by trying common ones."""
+"""Detect a teacher that gets images with the wrong normalization or size, by trying common ones."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -6,10 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..base.outputs import map_tensors
 from ..base.task import Task, fit_labels
 from ..teachers.image_normalization import affine, is_image, stats_of
 from ..teachers.teacher import Teacher
-from .batch_scores import METRICS, Tally
+from .batch_scores import FEW, METRICS, Tally
 from .findings import Finding, count_in_words
 from .forward import teacher_logits
 
@@ -23,6 +24,12 @@ USUAL = {
 # minimum score of a teacher whose normalization is not questioned. On this scale, 0 is a constant
 # prediction and 1 is a perfect prediction
 ENOUGH = 0.9
+# minimum difference in score on this scale with which a size is clearly better. Images that are a
+# little larger than in training are often slightly better
+CLEARLY = 0.15
+# largest height or width that is tried, and largest number of pixels relative to the present one
+LARGEST_SIZE, LARGEST_AREA = 256, 16
+MOST_WORK = 4  # maximum time of trying a size, relative to the time of a batch
 
 
 def renormalized_images(
@@ -67,6 +74,85 @@ def renormalized_images(
             about='normalization',
         ),
     )
+
+
+def resized_images(
+    tally: Tally, teacher: Teacher, task: Task, batches: Sequence
+) -> Iterator[tuple[float, Finding]]:
+    """Yield a finding if the teacher is clearly better with images of a different size.
+
+    Args:
+        tally: `Tally` of the teacher's predictions.
+        teacher: The teacher.
+        task: What the student predicts.
+        batches: (inputs, labels) of the first validation batches.
+
+    Yields:
+        (score with the new size, finding).
+    """
+    now = tally.items('teacher')
+    if not can_resize(teacher, batches) or tally.above_constant(least=ENOUGH):
+        return
+    n, _, h, w = images_in(batches[0][0])[0].shape
+    gain = {}
+    for size in other_sizes(h, w):
+        # larger images take more time, so fewer are tried
+        some = max(FEW, min(n, MOST_WORK * n * h * w // (size[0] * size[1])))
+        first = map_tensors(batches[0], lambda o, some=some: o[:some])
+        # subtle: models for one size raise all kinds of errors
+        try:
+            few = scores_with(resizing(teacher, size), tally, task, [first])
+        except Exception:
+            continue
+        gain[size] = (few.mean() - now[: len(few)].mean()).item()
+    best = max(gain, key=lambda k: gain[k], default=None)
+    if best is None or gain[best] <= 0:
+        return
+    then = scores_with(resizing(teacher, best), tally, task, batches)
+    now = now[: len(then)]
+    if not tally.above(then, now, least=CLEARLY):
+        return
+    a, b = (abs(o.mean().item()) for o in (now, then))
+    size: Any = best[0] if best[0] == best[1] else best
+    yield (
+        then.mean().item(),
+        Finding(
+            'warning',
+            'The teacher seems to have been trained on images of a different size: '
+            f'{METRICS[task.kind]} {a:.3f} with the images of {h} x {w} pixels that it gets, {b:.3f} with '
+            f'{best[0]} x {best[1]} (on {count_in_words(len(now), tally.part)})',
+            f'Pass the size of its training images, such as Teacher(model, images=dict(size={size}))',
+            about='image size',
+        ),
+    )
+
+
+def can_resize(teacher: Teacher, batches: Sequence) -> bool:
+    """Return True if different sizes can be tried: for a single model that gets color or gray images
+    as they are, and predicts no maps.
+    """
+    if teacher.members or teacher.size is not None or teacher.inputs is not None:
+        return False
+    images = [images_in(xb) for xb, _ in batches]
+    flat = all(len(yb) and yb[0].dim() < 3 for _, yb in batches)
+    return flat and all(len(o) == 1 and o[0].shape[1] in (1, 3) for o in images)
+
+
+def other_sizes(h: int, w: int) -> list[tuple[int, int]]:
+    """Return common sizes of images, and some relative to height and width, which have at most
+    LARGEST_AREA times as many pixels.
+    """
+    scaled = [(round(h * f), round(w * f)) for f in (1 / 2, 2 / 3, 3 / 2, 2)]
+    shapes = [(2 * h, w), (h, 2 * w), (h, h), (w, w)]
+    sizes = dict.fromkeys([*scaled, *shapes, *((n, n) for n in (32, 64, 128, 224))])
+    fits = lambda a, b: (
+        min(a, b) >= 8 and max(a, b) <= LARGEST_SIZE and a * b <= LARGEST_AREA * h * w
+    )
+    return [s for s in sizes if s != (h, w) and fits(*s)]
+
+
+def resizing(teacher: Teacher, size: tuple[int, int]) -> Teacher:
+    return Teacher(teacher, images=dict(size=size))
 
 
 def images_in(x: Iterable) -> list[Tensor]:

@@ -11,7 +11,7 @@ from ..teachers.teacher import Teacher
 from .batch_scores import FEW, KNOWS, LEADS, SLIGHT, Tally
 from .class_order import reordered_classes, reordered_outputs
 from .findings import Finding, count_in_words
-from .normalization import renormalized_images
+from .normalization import renormalized_images, resized_images
 
 CERTAIN = 0.99  # minimum mean top probability of nearly one-hot soft labels
 HESITANT = 0.2  # maximum difference between the accuracy and the mean top probability
@@ -48,6 +48,7 @@ def low_score(
             *reordered_classes(tally, teacher, names),
             *reordered_outputs(tally, teacher, names),
             *renormalized_images(tally, teacher, task, batches),
+            *resized_images(tally, teacher, task, batches),
         ]
     # report only the better fix, since a wrong normalization can look like a wrong class order
     if cures:
