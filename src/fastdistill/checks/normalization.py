@@ -113,7 +113,7 @@ def resized_images(
     if not tally.above(then, now, least=CLEARLY):
         return
     a, b = (abs(o.mean().item()) for o in (now, then))
-    size: Any = best[0] if best[0] == best[1] else best
+    pixels = best[0] if best[0] == best[1] else best
     yield (
         then.mean().item(),
         Finding(
@@ -121,7 +121,7 @@ def resized_images(
             'The teacher seems to have been trained on images of a different size: '
             f'{METRICS[task.kind]} {a:.3f} with the images of {h} x {w} pixels that it gets, {b:.3f} with '
             f'{best[0]} x {best[1]} (on {count_in_words(len(now), tally.part)})',
-            f'Pass the size of its training images, such as Teacher(model, images=dict(size={size}))',
+            f'Pass the size of its training images, such as Teacher(model, images=dict(size={pixels}))',
             about='image size',
         ),
     )
