@@ -227,11 +227,8 @@ class ShortTraining(ParamScheduler):
     """
 
     def __init__(self, lr: float, steps: int):
-        rates, momentums = (
-            combined_cos(0.25, lr / 25, lr, lr / 1e5),
-            combined_cos(0.25, 0.95, 0.85, 0.95),
-        )
-        super().__init__(dict(lr=rates, mom=momentums))
+        momentum = combined_cos(0.25, 0.95, 0.85, 0.95)
+        super().__init__(dict(lr=combined_cos(0.25, lr / 25, lr, lr / 1e5), mom=momentum))
         self.steps = steps
         self.losses: list[float] = []
 
