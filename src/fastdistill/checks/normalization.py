@@ -134,7 +134,7 @@ def can_resize(teacher: Teacher, batches: Sequence) -> bool:
     if teacher.members or teacher.size is not None or teacher.inputs is not None:
         return False
     images = [images_in(xb) for xb, _ in batches]
-    flat = all(len(yb) and yb[0].dim() < 3 for _, yb in batches)
+    flat = all(len(yb) and isinstance(yb[0], Tensor) and yb[0].dim() < 3 for _, yb in batches)
     return flat and all(len(o) == 1 and o[0].shape[1] in (1, 3) for o in images)
 
 
