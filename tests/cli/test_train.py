@@ -221,6 +221,7 @@ def test_the_samples_that_the_students_predict_differently_are_listed(digits, tm
     table = pd.read_csv(out / 'changed.csv')
     assert [*table] == [
         'file',
+        'right',
         'label',
         *(k + end for k in ('teacher', 'alone', 'distilled') for end in ('', ' probability')),
     ]
@@ -239,6 +240,15 @@ def test_the_samples_that_the_students_predict_differently_are_listed(digits, tm
     a, b = (report.models[n].measures['accuracy'].value for n in ('alone', 'distilled'))
     gained = (table['distilled'] == table['label']).sum() - (table['alone'] == table['label']).sum()
     assert gained == round((b - a) * report.n)
+    own = {k: int((table[k] == table.label).sum()) for k in ('distilled', 'alone')}
+    assert (table.right == 'distilled').sum() == own['distilled']
+    assert (table.right == 'alone').sum() == own['alone']
+    (note,) = (o for o in report.notes if 'changed.csv' in o)
+    assert f'different classes for {len(table)} of {report.n} validation samples' in note
+    assert (
+        f'distilled is right for {own["distilled"]}, only alone is right for {own["alone"]},'
+        in note
+    )
 
 
 def test_changed_texts_have_the_numbers_of_their_rows(tmp_path):
@@ -253,7 +263,7 @@ def test_changed_texts_have_the_numbers_of_their_rows(tmp_path):
     run(out, data=file, **layers, student_layers='2', epochs=12, lr=0.03, valid='0.5')
     learn = load_learner(out / 'student.pkl')
     table = pd.read_csv(out / 'changed.csv', keep_default_na=False)
-    assert [*table][:2] == ['row', 'label']
+    assert [*table][:3] == ['row', 'right', 'label']
     assert len(table)
     for row in table.to_dict('records'):
         with learn.no_bar(), learn.no_logging():

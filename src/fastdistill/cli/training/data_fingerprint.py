@@ -74,7 +74,7 @@ def split_table(s: Samples) -> str:
     return csv_text(out | dict(set=np.where(s.valid, 'valid', 'train')))
 
 
-def csv_text(columns: dict[str, Any]) -> str:
+def csv_text(columns: dict[str, Any] | pd.DataFrame) -> str:
     return pd.DataFrame(columns).to_csv(index=False, lineterminator='\n')
 
 

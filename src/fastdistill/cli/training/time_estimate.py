@@ -89,8 +89,8 @@ def time_in_words(
     epoch = len(dls.train) + len(dls.valid) / 2  # a step without gradients takes half the time
     steps = dict(
         teacher=(c.teacher_epochs or c.epochs) * epoch + RATE_STEPS * (c.teacher_lr == 'auto'),
-        alone=c.epochs * epoch * c.baseline + RATE_STEPS * (c.lr == 'auto'),
-        distilled=c.epochs * epoch,
+        alone=c.seeds * c.epochs * epoch * c.baseline + RATE_STEPS * (c.lr == 'auto'),
+        distilled=c.seeds * c.epochs * epoch,
     )
     seconds = {k: step * steps[k] for k, (step, _) in measured.items() if steps[k]}
     total = sum(seconds.values())

@@ -41,7 +41,7 @@ from .architectures import check_arch, learner_of
 from .config import TrainConfig, write_config
 from .data_checks import checked_samples
 from .data_files import Samples, read_samples
-from .data_fingerprint import data_changes, data_fingerprint, first_few, split_table
+from .data_fingerprint import csv_text, data_changes, data_fingerprint, first_few, split_table
 from .dataloaders import loaders_of
 from .exported_student import FOR_STUDENT, FOR_TEACHER
 from .mask_examples import mask_examples
@@ -58,7 +58,7 @@ from .resumable_fit import (
 from .run_settings import read_begun, runs_folder, write_begun
 from .teachers import file_teacher, teacher_of_texts, with_weights
 from .time_estimate import time_in_words
-from .valid_predictions import changed_table
+from .valid_predictions import changed_table, changes_in_words
 
 # caption of the masks in the report
 EXAMPLES = 'Validation images on which the models differ most'
@@ -556,7 +556,8 @@ class TrainRun:
                 figures[EXAMPLES] = mask_examples(models, self.dls, self.table)
             elif self.table.target == 'classes' and c.baseline:
                 changed = changed_table(models, self.dls, self.table)
-                write_atomically(self.folder / CHANGED, changed)
+                write_atomically(self.folder / CHANGED, csv_text(changed))
+                report.notes.append(changes_in_words(changed, len(self.dls.valid_ds)))
         with new_file(self.folder / 'report.html') as tmp:
             report.to_html(tmp, figures)
         with new_file(self.folder / 'report.json') as tmp:

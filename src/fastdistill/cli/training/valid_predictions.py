@@ -5,6 +5,7 @@ from contextlib import ExitStack, closing
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 
 from ...base.outputs import as_plain
@@ -15,7 +16,9 @@ from ...fastai.task import task_of
 from ...fastai.teachers import teacher_of
 from ...teachers.fast_copy import AS_IT_IS
 from .data_files import Samples
-from .data_fingerprint import csv_text, sample_names
+from .data_fingerprint import sample_names
+
+STUDENTS = 'distilled', 'alone'
 
 
 def valid_predictions(models: Mapping, dls: Any) -> Iterator[tuple]:
@@ -41,10 +44,10 @@ def valid_predictions(models: Mapping, dls: Any) -> Iterator[tuple]:
             yield x[0], y[0], logits
 
 
-def changed_table(models: Mapping, dls: Any, s: Samples) -> str:
-    """Return a CSV file with the samples of the validation set for which the students with and
-    without the teacher predict different classes: the file or the number of the row, the label, and
-    the class that each model predicts, with its probability.
+def changed_table(models: Mapping, dls: Any, s: Samples) -> pd.DataFrame:
+    """Return a table of the samples of the validation set for which the students with and without
+    the teacher predict different classes: the file or the number of the row, the label, which of
+    the two students is right, and the class that each model predicts, with its probability.
 
     Args:
         models: {name: model}, with the models 'alone' and 'distilled'.
@@ -62,8 +65,21 @@ def changed_table(models: Mapping, dls: Any, s: Samples) -> str:
     differ = np.flatnonzero(np.array(found['alone']) != np.array(found['distilled']))
     differ = differ[np.argsort(order[differ])]
     columns = {k: [v[i] for i in order[differ]] for k, v in sample_names(s).items()}
+    who = lambda i: next((k for k in STUDENTS if found[k][i] == found['label'][i]), 'neither')
+    columns['right'] = [who(i) for i in differ]
     for k, v in found.items():
         values = [v[i] for i in differ]
         is_class = not k.endswith(' probability')
         columns[k] = [s.classes[o] if is_class else round(o, 4) for o in values]
-    return csv_text(columns)
+    return pd.DataFrame(columns)
+
+
+def changes_in_words(changed: pd.DataFrame, n: int) -> str:
+    """Describe how many of the `n` samples of the validation set the table lists."""
+    right = changed['right'].value_counts()
+    only = ', '.join(f'only {k} is right for {right.get(k, 0):,}' for k in STUDENTS)
+    return (
+        f'The students predict different classes for {len(changed):,} of {n:,} validation samples: {only}, '
+        f'and neither for {right.get("neither", 0):,}. changed.csv lists them. With a different seed, they '
+        'are partly different samples.'
+    )
