@@ -9,7 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from ..base.distributed import rank
-from ..base.outputs import DistillError, DistillWarning, LinearLogits, Outputs, as_plain
+from ..base.outputs import (
+    DistillError,
+    DistillWarning,
+    LinearLogits,
+    Outputs,
+    as_plain,
+    tensors_in,
+)
 from ..base.task import Task
 from ..features.layer_names import named
 from .batch_tensors import Batch, all_classes, blend, of_all_processes, zero_loss
@@ -214,9 +221,14 @@ class RecipeLoss(nn.Module):
 
     def _check_gradients(self, terms: Sequence, student: Outputs) -> None:
         """Raise an error if a term compares a layer of the student that has trainable parameters but
-        was read without gradients, so that the term would not train the student.
+        was read without gradients, so that the term would not train the student. Outputs that all
+        have no gradients were not computed to train the student.
         """
         if not torch.is_grad_enabled() or not isinstance(self.student, nn.Module):
+            return
+        logits: Any = student.logits
+        outputs = [logits.hidden if isinstance(logits, LinearLogits) else logits, student.feats]
+        if not any(o.requires_grad for o in tensors_in(outputs)):
             return
         for term in terms:
             links: Any = self.links[term.name]
