@@ -149,6 +149,25 @@ def test_operations_are_those_that_a_layer_does(net, x, want):
     assert speed.operations(net, (x,), {}) == want
 
 
+def test_a_network_for_small_images_is_as_large_as_its_operations(monkeypatch):
+    "Its layers see images at full resolution, as in a ResNet for CIFAR"
+    net = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1))
+    x = torch.randn(4, 3, 32, 32)
+    real = 2 * 4 * 32 * 32 * 9 * (3 * 8 + 8 * 8)
+    runs = []
+
+    def run(module):
+        runs.append(module)
+        return module(x)
+
+    assert speed.operations(net, (x,), {}) < real / 100
+    for work, large, n in ((real, True, 1), (real + 1, False, 1), (1e3 * real, False, 0)):
+        monkeypatch.setattr(speed, 'WORK', work)
+        runs.clear()
+        assert speed.is_large(net, (x,), {}, run) == large
+        assert len(runs) == n
+
+
 def test_a_copy_that_is_not_faster_is_not_used(eager, capsys):
     eager.setattr(speed, 'native_bf16', lambda device: True)
     eager.setattr(speed, 'is_faster', lambda *_: False)

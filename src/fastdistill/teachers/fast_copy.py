@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import Module
+from torch.utils.flop_counter import FlopCounterMode
 
 from ..base.errors import DistillError, check_choice
 from ..base.outputs import as_plain, tensors_in
@@ -35,6 +36,7 @@ FARTHEST = {torch.float32: 1e-3, torch.bfloat16: 0.03, torch.float16: 0.01}
 NOT_FASTER = 'a copy is not faster'
 # minimum number of operations per batch for 'auto', since smaller models do not become faster
 WORK = 5e9
+BLOCK = 16  # pixels along each axis of an image that count as one position
 
 
 def check_run(given: dict[str, Any], model: Any) -> None:
@@ -186,10 +188,10 @@ class FastCopy:
         ):
             self.restart()
             self.decided_for = size_of(x, kw)
-            large = operations(self.model, x, kw) >= WORK
             self.why = '' if self.never else why_no_copy(self.model)
             if not self.by_hand and not self.why and self.mode != 'eval':
                 self.why = 'it runs in train mode'
+            large = not (self.never or self.why) and is_large(self.model, x, kw, run)
             tried = not (self.why or self.never) and (large or self.by_hand)
             if tried:
                 device = torch.device(self.options['device'] or device)
@@ -385,8 +387,8 @@ def operations(model: Module, x: Sequence, kw: Mapping[str, Any]) -> float:
     """Estimate the number of operations for a batch.
 
     The estimate is two operations per weight and position. A position is a token, a row of a table,
-    or a block of 16 pixels along each axis of an image, because most layers see images at that
-    resolution or a lower one. Embeddings are ignored, since they are only looked up.
+    or a block of 16 pixels along each axis of an image, because most layers of networks for photos
+    see them at that resolution or a lower one. Embeddings are ignored, since they are only looked up.
     """
     layers = [m for m in model.modules() if not isinstance(m, (nn.Embedding, nn.EmbeddingBag))]
     weights = {p for m in layers for p in m.parameters(recurse=False)}
@@ -394,9 +396,32 @@ def operations(model: Module, x: Sequence, kw: Mapping[str, Any]) -> float:
     return 2 * positions * sum(p.numel() for p in weights)
 
 
+def is_large(
+    model: Module, x: Sequence, kw: Mapping[str, Any], run: Callable[[Module], Tensor]
+) -> bool:
+    """Return True if a batch needs at least WORK operations.
+
+    Args:
+        x, kw: Positional and keyword inputs.
+        run: fn(module) -> logits for this batch.
+    """
+    least = operations(model, x, kw)
+    # subtle: a network for small images, such as a ResNet for CIFAR, sees them at a higher resolution
+    # than `operations` assumes, so its operations are counted if they may be enough
+    if least >= WORK or not is_convolutional(model) or BLOCK**2 * least < WORK:
+        return least >= WORK
+    counter = FlopCounterMode(display=False)
+    try:
+        with counter:
+            run(model)
+    except Exception:  # the counter does not know all operations
+        return False
+    return counter.get_total_flops() >= WORK
+
+
 def positions_of(t: Tensor) -> float:
     if t.dim() >= 4:
-        return t.numel() / max(t.shape[1], 1) / 16 ** (t.dim() - 2)
+        return t.numel() / max(t.shape[1], 1) / BLOCK ** (t.dim() - 2)
     return t.numel() / max(t.shape[-1], 1) if t.is_floating_point() and t.dim() > 1 else t.numel()
 
 
