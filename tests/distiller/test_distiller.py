@@ -2068,6 +2068,14 @@ def test_the_inputs_of_one_batch_are_not_a_loader():
     assert d.check(x) == []
 
 
+@pytest.mark.parametrize(
+    'models,missing', [((nn.Linear(2, 3), None), 'teacher'), ((None, nn.Linear(2, 3)), 'student')]
+)
+def test_a_check_without_one_of_the_models_says_so(models, missing):
+    with pytest.raises(DistillError, match=f'check needs both models, but there is no {missing}'):
+        Distiller(*models, kd()).check([(torch.randn(4, 2), torch.arange(4) % 3)])
+
+
 def test_checking_a_loader_changes_nothing():
     def run(check):
         student, g = mlp(6), torch.Generator().manual_seed(1)

@@ -1,6 +1,6 @@
 "Teachers that are no networks: pipelines of scikit-learn and LightGBM teach tables of fastai and plain loops."
 
-import joblib, pickle, warnings
+import joblib, pickle, shutil, warnings
 from pathlib import Path
 import numpy as np
 import pandas as pd
@@ -37,6 +37,7 @@ from fastdistill.fastai import (
     Teacher,
     cache_teacher,
     compare,
+    compare_recipes,
     kd,
     soft_labels,
 )
@@ -602,6 +603,39 @@ class Counting:
     def predict_proba(self, x):
         self.rows.append(len(x))
         return self.model.predict_proba(x)
+
+
+def test_recipes_are_compared_with_trees_as_teacher(tmp_path):
+    "In every form, with the same result. A folder tells teachers apart"
+    df = raw()
+    forest = trees(df)
+    joblib.dump(forest, tmp_path / 'forest.joblib')
+
+    def values(teacher):
+        report = compare_recipes(
+            lambda: learner(tables(df)),
+            teacher,
+            dict(alone=None, taught=soft_labels(1.0)),
+            n_epoch=1,
+            lr_max=0.1,
+            seeds=[3],
+            metric='valid_loss',
+            folder=tmp_path / 'runs',
+            progress=False,
+            check=False,
+        )
+        return report.values('alone') + report.values('taught')
+
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore', DistillWarning)
+        whole = values(forest)
+        shutil.rmtree(tmp_path / 'runs')
+        assert values(Teacher(forest)) == whole
+        assert whole[0] != whole[1]
+        with pytest.raises(DistillError, match='holds an experiment with teacher='):
+            values(trees(raw(1)))
+        shutil.rmtree(tmp_path / 'runs')
+        assert values(tmp_path / 'forest.joblib') == whole
 
 
 def test_compare_times_the_prediction_and_not_the_search_for_known_rows():

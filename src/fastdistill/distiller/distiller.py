@@ -353,6 +353,11 @@ class Distiller(nn.Module):
             A `Findings` list, which is empty if there are no mistakes. For several heads, a dict
             {head name: list}.
         """
+        if not self.several and (self.student is None or self.teacher is None):
+            raise DistillError(
+                f'check needs both models, but there is no {"student" if self.student is None else "teacher"}. '
+                'Check a teacher before its outputs are stored: Distiller(student, teacher).check(loader).'
+            )
         if not targets and is_loader(x):
             with read_apart(x):
                 return self.check_batches(map(inputs_and_labels, spread_batches(x, n)), n)

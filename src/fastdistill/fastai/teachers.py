@@ -115,7 +115,7 @@ def teacher_of(obj, learn=None, task=None, **kwargs) -> Teacher:
 def own_options(teacher, dls, task):
     """Return the order of a teacher's classes, and the normalization that its file states."""
     own = {}
-    if not teacher.given & {'select', 'classes'}:
+    if dls is not None and not teacher.given & {'select', 'classes'}:
         own = in_order(dls, class_names(teacher, dls), task)
     normal = facts_of_model(teacher).get('normalization')
     if normal and teacher.inputs is None and not teacher.needs and dls is not None:
