@@ -1876,6 +1876,22 @@ def test_copies_of_an_image_are_in_one_set(digits, tmp_path):
     assert s.valid.sum() == 24
 
 
+def test_copies_of_a_text_in_both_sets_are_named(tmp_path):
+    df = pd.DataFrame(dict(text=[f'text {i % 30}' for i in range(60)]))
+    df['label'] = [f'c{i % 30 % 2}' for i in range(60)]
+    df['marked'] = df.index < 15
+    df.to_csv(tmp_path / 'a.csv', index=False)
+    options = dict(data=tmp_path / 'a.csv', task='texts', x='text', y='label', valid='marked')
+    options |= dict(teacher='embedding_bag', student='embedding_bag', teacher_layers='4')
+    c = TrainConfig(**settings(**options, student_layers='2'))
+    with pytest.warns(DistillWarning) as found:
+        checked_samples(read_samples(c), c)
+    assert [str(w.message) for w in found] == [
+        '15 text(s) in the training and the validation set are copies of the same text, e.g. row 0 and '
+        "row 30 ('text 0'). The validation score is too good: remove the copies."
+    ]
+
+
 def masks_of_three_classes(path):
     for i in range(12):
         for kind in ('images', 'masks'):

@@ -50,6 +50,8 @@ def checked_samples(s: Samples, config: TrainConfig) -> Samples:
         raise DistillError(
             f'{n} of {len(s)} rows have no text in column {s.x[0]!r}. Remove these rows.'
         )
+    if s.task == 'texts':
+        warn_of_copies(s)
     if s.task == 'table':
         s = checked_columns(s)
     return s
@@ -169,7 +171,11 @@ def image_identities(s: Samples) -> pd.Series:
 
 
 def content_identities(s: Samples) -> pd.Series:
-    """Return an identifier for each row. Images with the same content have the same identifier."""
+    """Return an identifier for each row. Images with the same content have the same identifier, and
+    so do equal texts.
+    """
+    if s.task == 'texts':
+        return s.frame[s.x[0]].astype(str).reset_index(drop=True)
     files = image_identities(s)
     sizes = {
         f: os.path.getsize(f) for f in set(files) if not isinstance(f, bytes) and os.path.isfile(f)
@@ -180,8 +186,8 @@ def content_identities(s: Samples) -> pd.Series:
 
 
 def warn_of_copies(s: Samples) -> None:
-    """Warn about images with the same content in both sets, or in different classes."""
-    identity = content_identities(s)
+    """Warn about images with the same content, or equal texts, in both sets or in different classes."""
+    identity, thing = content_identities(s), 'text' if s.task == 'texts' else 'image'
     checks = [
         (
             pd.Series(s.valid),
@@ -189,7 +195,7 @@ def warn_of_copies(s: Samples) -> None:
             'The validation score is too good',
         )
     ]
-    if s.task == 'images' and s.target == 'classes':
+    if s.task != 'masks' and s.target == 'classes':
         label = s.frame[s.y].reset_index(drop=True)
         checks.append((label, 'different classes', 'At least one of the labels is wrong'))
     for column, where, effect in checks:
@@ -198,9 +204,11 @@ def warn_of_copies(s: Samples) -> None:
             same = np.flatnonzero(identity == identity[rows[0]])[0]
             names = s.frame[s.x[0]].iloc[[same, rows[0]]]
             a, b = (f'{len(x)} bytes' if isinstance(x, bytes) else x for x in names)
+            if thing == 'text':
+                a, b = f'row {same}', f'row {rows[0]} ({a[:60]!r})'
             warnings.warn(
                 DistillWarning(
-                    f'{len(rows)} image(s) in {where} are copies of the same image, e.g. {a} and {b}. '
+                    f'{len(rows)} {thing}(s) in {where} are copies of the same {thing}, e.g. {a} and {b}. '
                     f'{effect}: remove the copies.'
                 )
             )
