@@ -68,7 +68,7 @@ def left_out(judged, found):
             gained.append(each[best][d])
         if gained:
             kept = sum(c == DEFAULT for c in choices)
-            others = ', '.join(sorted({c for c in choices if c != DEFAULT}))
+            others = '; '.join(sorted({c for c in choices if c != DEFAULT}))
             rows.append(
                 [
                     constant,
