@@ -139,6 +139,10 @@ def learners(cell, folder):
     s = checked_samples(read_samples(c), c)
     seed_everything(0, 0)
     dls = loaders_of(s, c)
+    if s.task in ('images', 'masks'):  # decode each file once
+        for dl in dls.loaders:
+            items = [dl.after_item(dl.dataset[i]) for i in range(len(dl.dataset))]
+            dl.create_item = items.__getitem__
 
     def make():
         seed_everything(0, FOR_STUDENT)

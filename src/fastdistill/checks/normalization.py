@@ -1,6 +1,7 @@
 """Detect a teacher that gets images with the wrong normalization or size, by trying common ones."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from ..base.outputs import map_tensors
 from ..base.task import Task, fit_labels
 from ..teachers.image_normalization import affine, is_image, stats_of
 from ..teachers.teacher import Teacher
-from .batch_scores import FEW, METRICS, Tally
+from .batch_scores import FEW, METRICS, SLIGHT, Tally
 from .findings import Finding, count_in_words
 from .forward import teacher_logits
 
@@ -46,7 +47,6 @@ def renormalized_images(
     Yields:
         (score with the new normalization, finding).
     """
-    now = tally.items('teacher')
     if not can_renormalize(teacher, batches) or tally.above_constant(least=ENOUGH):
         return
     others = {
@@ -55,13 +55,10 @@ def renormalized_images(
         if (t := with_stats(teacher, stats, batches)) is not None
     }
     few = {k: scores_with(t, tally, task, batches[:2]) for k, t in others.items()}
-    best = max(few, key=lambda k: few[k].mean())
-    if few[best].mean() <= now[: len(few[best])].mean():
+    run = lambda k: scores_with(others[k], tally, task, batches)
+    if (found := clearly_better(few, run, tally, SLIGHT)) is None:
         return
-    then = scores_with(others[best], tally, task, batches)
-    now = now[: len(then)]
-    if not tally.above(then, now):
-        return
+    best, now, then = found
     a, b = (abs(o.mean().item()) for o in (now, then))
     yield (
         then.mean().item(),
@@ -90,28 +87,20 @@ def resized_images(
     Yields:
         (score with the new size, finding).
     """
-    now = tally.items('teacher')
     if not can_resize(teacher, batches) or tally.above_constant(least=ENOUGH):
         return
     n, _, h, w = images_in(batches[0][0])[0].shape
-    gain = {}
+    few = {}
     for size in other_sizes(h, w):
         # larger images take more time, so fewer are tried
         some = max(FEW, min(n, MOST_WORK * n * h * w // (size[0] * size[1])))
         first = map_tensors(batches[0], lambda o, some=some: o[:some])
-        # subtle: models for one size raise all kinds of errors
-        try:
-            few = scores_with(resizing(teacher, size), tally, task, [first])
-        except Exception:
-            continue
-        gain[size] = (few.mean() - now[: len(few)].mean()).item()
-    best = max(gain, key=lambda k: gain[k], default=None)
-    if best is None or gain[best] <= 0:
+        with suppress(Exception):  # models for one size raise all kinds of errors
+            few[size] = scores_with(resizing(teacher, size), tally, task, [first])
+    run = lambda k: scores_with(resizing(teacher, k), tally, task, batches)
+    if (found := clearly_better(few, run, tally, CLEARLY)) is None:
         return
-    then = scores_with(resizing(teacher, best), tally, task, batches)
-    now = now[: len(then)]
-    if not tally.above(then, now, least=CLEARLY):
-        return
+    best, now, then = found
     a, b = (abs(o.mean().item()) for o in (now, then))
     pixels = best[0] if best[0] == best[1] else best
     yield (
@@ -125,6 +114,28 @@ def resized_images(
             about='image size',
         ),
     )
+
+
+def clearly_better(
+    few: dict[Any, Tensor], run: Callable[[Any], Tensor], tally: Tally, least: float
+) -> tuple[Any, Tensor, Tensor] | None:
+    """Return the variant of the teacher that scores highest on a few items, with the scores of the
+    teacher and of the variant. Return None if it is not clearly better than the teacher.
+
+    Args:
+        few: {variant: its scores for the first items}.
+        run: fn(variant) -> its scores for all items.
+        tally: `Tally` of the teacher's predictions.
+        least: Minimum difference (see `Tally.above`).
+    """
+    now = tally.items('teacher')
+    gain = {k: (v.mean() - now[: len(v)].mean()).item() for k, v in few.items()}
+    best = max(gain, key=lambda k: gain[k], default=None)
+    if best is None or gain[best] <= 0:
+        return None
+    then = run(best)
+    now = now[: len(then)]
+    return (best, now, then) if tally.above(then, now, least=least) else None
 
 
 def can_resize(teacher: Teacher, batches: Sequence) -> bool:
