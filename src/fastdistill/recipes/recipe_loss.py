@@ -220,23 +220,28 @@ class RecipeLoss(nn.Module):
         return total
 
     def _check_gradients(self, terms: Sequence, student: Outputs) -> None:
-        """Raise an error if a term compares a layer of the student that has trainable parameters but
-        was read without gradients, so that the term would not train the student. Outputs that all
-        have no gradients were not computed to train the student.
+        """Raise an error if a term compares a layer of the student that is trained, but was read
+        without gradients, so that the term would not train the student.
+
+        A layer is trained if it has parameters that are, or if all parameters of the student are.
+        Outputs that all have no gradients were not computed to train the student.
         """
         if not torch.is_grad_enabled() or not isinstance(self.student, nn.Module):
             return
+        links: Any = self.links
         logits: Any = student.logits
+        names = ((t, k.layers[0]) for t in terms for k in links[t.name] if k.layers)
+        read = ((t, n, student.feats.get(n)) for t, n in names)
+        constant = [(t, n) for t, n, x in read if x is not None and not x.requires_grad]
         outputs = [logits.hidden if isinstance(logits, LinearLogits) else logits, student.feats]
-        if not any(o.requires_grad for o in tensors_in(outputs)):
+        if not constant or not any(o.requires_grad for o in tensors_in(outputs)):
             return
-        for term in terms:
-            links: Any = self.links[term.name]
-            names = [k.layers[0] for k in links if k.layers]
-            for n in names:
-                x = student.feats.get(n)
-                if x is None or x.requires_grad or not has_trained(self.student, n):
-                    continue
+        whole = all(p.requires_grad for p in self.student.parameters())
+        modules = named(self.student)
+        for term, n in constant:
+            module = modules.get(n.split('@')[0])
+            own = module is not None and any(p.requires_grad for p in module.parameters())
+            if own or whole:
                 raise DistillError(
                     f"{term.name} compares the student's layer {n!r}, whose output has no gradient "
                     'although its parameters are trained, so the term would not train the student. '
@@ -391,16 +396,6 @@ class RecipeLoss(nn.Module):
             return {}  # compiled or checkpointed parts may allow only one backward pass
         weighted = {k: float(weights[k] * n) for k, n in (norms or {}).items()}
         return {k: n / sum(weighted.values()) for k, n in weighted.items()}
-
-
-def has_trained(student: nn.Module, layer: str) -> bool:
-    """Return True if a layer of the student has parameters that are trained, or if the student has
-    no others.
-    """
-    params = [p.requires_grad for p in student.parameters()]
-    module = named(student).get(layer.split('@')[0])
-    inner = module is not None and any(p.requires_grad for p in module.parameters())
-    return inner or bool(params) and all(params)
 
 
 def check_kind(term: Any, kind: str) -> None:
