@@ -80,6 +80,6 @@ def changes_in_words(changed: pd.DataFrame, n: int) -> str:
     only = ', '.join(f'only {k} is right for {right.get(k, 0):,}' for k in STUDENTS)
     return (
         f'The students predict different classes for {len(changed):,} of {n:,} validation samples: {only}, '
-        f'and neither for {right.get("neither", 0):,}. changed.csv lists them. With a different seed, they '
-        'are partly different samples.'
+        f'and neither for {right.get("neither", 0):,}. They are listed in changed.csv. With a different '
+        'seed, the list would be partly different.'
     )
