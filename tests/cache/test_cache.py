@@ -1384,3 +1384,14 @@ def test_a_teachers_fingerprint_is_its_weights():
     assert identity_of(Teacher(a)) == identity_of(Teacher(a)) != identity_of(Teacher(b))
     with pytest.warns(DistillWarning, match="weights of .* can't be read"):
         identity_of(math.sqrt)
+
+
+def test_an_ensemble_is_stored_along_the_class_axis_of_the_cache(tmp_path):
+    torch.manual_seed(0)
+    members, x = [torch.nn.Linear(8, 5), torch.nn.Linear(8, 5)], torch.randn(6, 4, 8)
+    want, data = sum(m(x).softmax(-1) for m in members) / 2, TensorDataset(x)
+    options = dict(views=0, axis=-1, store='float32', progress=False)
+    cache = cache_dataset(Teacher(members), data, tmp_path / 'a', **options)
+    torch.testing.assert_close(cache.outputs(range(6)).logits.softmax(-1), want)
+    with pytest.raises(DistillError, match='axis=1, but the teacher has axis=-1: pass axis=-1'):
+        cache_dataset(Teacher(members, axis=-1), data, tmp_path / 'b', views=0, progress=False)

@@ -691,3 +691,17 @@ def test_in_memory_of_fsspec():
     written(path)
     cache = seal_stream(path)
     torch.testing.assert_close(cache.outputs(range(N)).logits, net()(X).detach())
+
+
+def test_an_ensemble_is_stored_along_the_class_axis_of_the_stream(tmp_path):
+    torch.manual_seed(0)
+    members, x = [nn.Linear(3, C), nn.Linear(3, C)], torch.randn(6, 4, 3)
+    want = sum(m(x).softmax(-1) for m in members) / 2
+    data = dict(key=list(range(6)), inputs=x)
+    start_stream(tmp_path, Teacher(members), data, 'float32', axis=-1)
+    # as another process makes it
+    RowWriter(tmp_path)(TeacherRows(tmp_path, Teacher(members))(data))
+    seal_stream(tmp_path)
+    cache = TeacherCache(tmp_path)
+    at = cache.find(keys_of(range(6)))
+    torch.testing.assert_close(cache.outputs(at).logits.softmax(-1), want)

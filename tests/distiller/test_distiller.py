@@ -2283,3 +2283,29 @@ def test_unlabeled_inputs_need_a_labeled_batch_first_if_it_chooses_or_measures(r
         unlabeled()
     d(x, y)
     assert unlabeled().item() > 0
+
+
+@pytest.mark.parametrize('kind', ['sigmoid', 'regression'])
+def test_a_teacher_object_combines_its_members_by_the_kind_of_the_student(kind):
+    members, student, (x, _) = [mlp(16, 1), mlp(16, 2)], mlp(8), batch()
+    a, b = (m(x) for m in members)
+    want = ((a.sigmoid() + b.sigmoid()) / 2).logit() if kind == 'sigmoid' else (a + b) / 2
+    for teacher in (Teacher(members), Teacher(members, ensemble=dict(weights=[1, 1]))):
+        got = Distiller(student, teacher, kd(), kind=kind).teacher_outputs(x).logits
+        torch.testing.assert_close(got, want)
+
+
+def test_a_teacher_object_has_the_class_axis_of_the_student():
+    teachers, x = [nn.Linear(8, 5), nn.Linear(8, 5)], torch.randn(3, 5, 8)
+    want = sum(t(x).softmax(-1) for t in teachers) / 2
+    distiller = Distiller(nn.Linear(8, 5), Teacher(teachers), kd(), axis=-1)
+    torch.testing.assert_close(distiller.teacher_outputs(x).logits.softmax(-1), want)
+    chosen = Distiller(nn.Linear(8, 2), Teacher(teachers[0], select=[4, 0]), kd(), axis=-1)
+    torch.testing.assert_close(chosen.teacher_outputs(x).logits, teachers[0](x)[..., [4, 0]])
+
+
+def test_a_teacher_object_that_fits_is_taken_itself():
+    teacher = Teacher(mlp(16, 1))
+    assert Distiller(mlp(8), teacher, kd()).teacher is teacher
+    given = Teacher([mlp(16, 1), mlp(16, 2)], kind='sigmoid')
+    assert Distiller(mlp(8), given, kd(), kind='regression').teacher.kind == 'sigmoid'

@@ -36,6 +36,7 @@ from .teacher_description import (
     check_vocab_of_outputs,
     distinct_views,
     identity_of,
+    on_axis,
     outputs_of,
     spread_positions,
     unrepeatable,
@@ -108,6 +109,7 @@ def cache_dataset(
             'A bare module may be in training mode, with gradients: pass Teacher(model).'
         )
     check_axis(axis)
+    teacher = on_axis(teacher, axis)
     store, kind = Store.of(store, axis), getattr(teacher, 'kind', 'softmax')
     check_kind_of_store(store, kind)
     uses = None if recipe is None else lambda t: uses_of(recipe)

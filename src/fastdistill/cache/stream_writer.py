@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..base.outputs import DistillError, DistillWarning, LinearLogits, Outputs, map_tensors
+from ..teachers.teacher import Teacher
 from .digests import behavior_of, checksum, versions
 from .file_store import Folder, open_folder
 from .json_checks import json_object, parse_json, shortened, whole_number
@@ -26,6 +27,7 @@ from .teacher_description import (
     check_alone,
     check_vocab_of_outputs,
     identity_of,
+    on_axis,
     outputs_of,
 )
 from .writer import SHARD_BYTES, check_views, encoded, warn_of_rounding
@@ -75,6 +77,7 @@ def start_stream(
         vocab: Class names, in the order of the logits.
     """
     check_views(views)
+    teacher = on_axis(teacher, axis)
     where, store, kind = open_folder(path), Store.of(store, axis), getattr(teacher, 'kind', '')
     check_kind_of_store(store, kind or 'softmax')
     options = dict(inputs=inputs, key=key, device=device)
@@ -174,6 +177,8 @@ class TeacherRows:
     ):
         self.folder = open_folder(path)
         self.manifest = m = stream_manifest(self.folder)
+        if isinstance(teacher, Teacher) and m.layout.head is None:
+            teacher = teacher.with_defaults(axis=m.layout.axis)
         self.teacher, self.inputs, self.key, self.device = teacher, inputs, key, device
         known, now = m.teacher.get('reads'), entry_of_inputs(inputs)
         # subtle: a function may do the same as a column's name

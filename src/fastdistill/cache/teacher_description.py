@@ -111,6 +111,21 @@ def outputs_of(teacher: Any, x: Any) -> Outputs:
     return Outputs.of(teacher(*x) if isinstance(x, tuple) else teacher(x))
 
 
+def on_axis(teacher: Any, axis: int) -> Any:
+    """Return the teacher with this class axis, along which an ensemble averages probabilities.
+
+    Raises:
+        DistillError: The teacher was given a different class axis.
+    """
+    if not isinstance(teacher, Teacher) or teacher.axis == axis:
+        return teacher
+    if 'axis' in teacher.given:
+        raise DistillError(
+            f'axis={axis}, but the teacher has axis={teacher.axis}: pass axis={teacher.axis} here, too.'
+        )
+    return teacher.with_defaults(axis=axis)
+
+
 def check_alone(run: Callable, n: int) -> None:
     """Raise a DistillError if the outputs for a sample depend on the other samples in its batch."""
     tasks = spread_positions(n, 4)

@@ -20,7 +20,7 @@ from ..base.outputs import (
     warn_of_several,
 )
 from ..base.random_state import RandomGuard
-from ..base.task import labels_loss, task_for
+from ..base.task import Task, labels_loss, task_for
 from ..checks.findings import Findings
 from ..checks.shared_parameters import none_shared, shared_parameters
 from ..checks.stored_outputs import check_stored
@@ -87,17 +87,15 @@ class Head(RecipeLoss):
         # `found` is the state of `warn_of_several`. `doubt` is the reason to doubt the teacher.
         self.found: dict = {}
         self.doubt = ''
-        if teacher is not None and not isinstance(teacher, Teacher):
-            teacher = Teacher(
-                teacher, kind=self.task.kind, axis=self.task.axis, output=teacher_output
-            )
-        self.teacher: Any = teacher
+        self.teacher: Any = None
+        if teacher is not None:
+            self.teacher = teacher_of_task(teacher, self.task, teacher_output)
         self.pairs: PairTable | None = None  # pairs of layers, set by `setup`
         self.unchecked = {'labels', 'outputs'} if check else set()
-        if student is not None and teacher is not None:
+        if student is not None and self.teacher is not None:
             self.check_names()
             if check:
-                Findings(shared_parameters(student, teacher)).enforce()
+                Findings(shared_parameters(student, self.teacher)).enforce()
 
     def take(self, recipe: Recipe) -> None:
         """Use this recipe from now on."""
@@ -402,6 +400,25 @@ class Head(RecipeLoss):
         if not self.shift_labels:
             return targets
         return next_tokens(targets[0], self.task.ignore_index), *targets[1:]
+
+
+def teacher_of_task(
+    teacher: Any, task: Task, output: str | int | Callable | None = None
+) -> Teacher:
+    """Return a teacher whose outputs are read as those of the student.
+
+    A `Teacher` keeps the options that it was given. If nothing changes, it is returned itself, since
+    it may have been started.
+
+    Args:
+        teacher: A `Teacher`, or anything that `Teacher` accepts.
+        task: The `Task` that describes the student's logits.
+        output: Which output to distill. Ignored for a `Teacher`.
+    """
+    own = dict(kind=task.kind, axis=task.axis)
+    if not isinstance(teacher, Teacher):
+        return Teacher(teacher, **own, output=output)
+    return teacher.with_defaults(**{k: v for k, v in own.items() if getattr(teacher, k) != v})
 
 
 @dataclass
