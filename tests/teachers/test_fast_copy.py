@@ -196,7 +196,7 @@ def test_one_sample_decides_nothing_for_larger_batches(eager):
 
 def test_a_copy_that_is_not_faster_for_one_sample_is_tried_with_larger_batches(eager):
     eager.setattr(speed, 'native_bf16', lambda device: True)
-    eager.setattr(speed, 'is_faster', lambda a, b, run: len(run(b)) > 1)
+    eager.setattr(speed, 'is_faster', lambda a, b, run: run(b)[0].numel() > 64)
     t = Teacher(nn.Linear(64, 64))
     t(torch.randn(1, 64))
     assert not t.runner.half
@@ -815,3 +815,50 @@ def test_a_fit_reports_the_copy_where_the_learner_prints(eager, capsys):
     student.fit(1, 1e-3, cbs=KnowledgeDistillation(teacher, check=False))
     assert capsys.readouterr().out.count('runs as a copy: bfloat16') == 1
     unchanged(was, teacher.model)
+
+
+class Years(nn.Module):
+    "Predicts five classes, and a year and a fraction, whose scales differ"
+
+    def __init__(self):
+        super().__init__()
+        self.color, self.numbers = nn.Linear(6, 5), nn.Linear(6, 2)
+        with torch.no_grad():
+            self.numbers.weight *= torch.tensor([[10.0], [0.1]])
+            self.numbers.bias.copy_(torch.tensor([2000.0, 0.5]))
+
+    def forward(self, x):
+        return dict(color=self.color(x), numbers=self.numbers(x))
+
+
+def test_each_number_of_a_copy_is_close_relative_to_its_own_spread(eager, capsys):
+    eager.setattr(speed, 'native_bf16', lambda device: True)
+    net, x = Years(), torch.randn(64, 6)
+    teacher = Teacher(net, output='numbers', kind='regression')
+    assert torch.equal(teacher(x).logits, net(x)['numbers'])
+    assert 'in bfloat16 its outputs differ by' in capsys.readouterr().out
+    # one sample has no spread, so its numbers are compared together
+    assert Teacher(net, output='numbers', kind='regression')(x[:1]).logits.shape == (1, 2)
+
+
+@pytest.mark.parametrize('first', ['color', 'numbers'])
+def test_every_output_that_is_read_from_a_copy_is_close(first, eager, capsys):
+    eager.setattr(speed, 'native_bf16', lambda device: True)
+    net, x, student = Years(), torch.randn(64, 6), Years()
+    teachers = {k: net for k in (first, *{'color', 'numbers'} - {first})}
+    d = Distiller(student, teachers, kd(), kind=dict(numbers='regression'))
+    got = d.teacher_outputs(x)
+    for name, want in net(x).items():
+        assert torch.equal(got[name].logits, want)
+    assert 'in bfloat16 its outputs differ by' in capsys.readouterr().out
+
+
+def test_an_output_that_is_read_later_ends_a_copy_that_is_not_close(eager, capsys):
+    eager.setattr(speed, 'native_bf16', lambda device: True)
+    net, x = Years(), torch.randn(64, 6)
+    color = Teacher(net, output='color')
+    assert 0 < far(color(x).logits, net(x)['color']) < 0.03
+    numbers = Teacher(color, output='numbers', kind='regression')
+    assert torch.equal(numbers(x).logits, net(x)['numbers'])
+    assert 'runs as it is from now on: in bfloat16 its outputs' in capsys.readouterr().out
+    assert torch.equal(color(x).logits, net(x)['color'])

@@ -32,6 +32,7 @@ DEFAULTS = {k: v[0] for k, v in OPTIONS.items()} | dict(device=None, batch=None)
 AS_IT_IS = dict(precision='fp32', memory_format=None, fold_bn=False, compile=False)
 PRECISIONS = dict(bf16=torch.bfloat16, fp16=torch.float16)
 # maximum difference from the outputs of the original model, relative to their standard deviation
+# (see `difference`)
 FARTHEST = {torch.float32: 1e-3, torch.bfloat16: 0.03, torch.float16: 0.01}
 NOT_FASTER = 'a copy is not faster'
 # minimum number of operations per batch for 'auto', since smaller models do not become faster
@@ -153,6 +154,7 @@ class FastCopy:
         """Discard the copy, and choose again on the next batch."""
         self.module, self.bytes = self.model, 0
         self.plan: Any = None  # the `CopyPlan`
+        self.compared: list = []  # outputs that were compared with those of the model
         self.decided_for: float | None = None  # size of the batch on which the choice was made
         self.marks: ModelMarks | None = None
         self.compiled: CompiledModule | None = None
@@ -166,7 +168,8 @@ class FastCopy:
         kw: Mapping[str, Any],
         device: torch.device,
         layers: Sequence[str],
-        run: Callable[[Module], Tensor],
+        outputs: Sequence,
+        run: Callable[[Module], list[Tensor]],
     ) -> None:
         """Choose the module that runs a batch.
 
@@ -174,7 +177,9 @@ class FastCopy:
             x, kw: Positional and keyword inputs.
             device: Device of the model.
             layers: Names of the layers that are read in this batch.
-            run: fn(module) -> logits for this batch. The function must not change any state.
+            outputs: Descriptions of the outputs that are read in this batch.
+            run: fn(module) -> these outputs, as `by_output` returns them. The function must not
+                change any state.
         """
         if self.is_stale(thorough=False):
             self.restart()
@@ -196,8 +201,11 @@ class FastCopy:
             if tried:
                 device = torch.device(self.options['device'] or device)
                 self._try_copies(large, device, layers, run)
+                self.compared = [*outputs]
             if self.why and (tried or self.by_hand):
                 self.say(f'runs as it is: {self.why}')
+        if self.plan is not None and any(o not in self.compared for o in outputs):
+            self._compare_more(outputs, run)
         if layers and self.plan is not None:
             self._keep_apart(layers)
 
@@ -206,7 +214,7 @@ class FastCopy:
         large: bool,
         device: torch.device,
         layers: Sequence[str],
-        run: Callable[[Module], Tensor],
+        run: Callable[[Module], list[Tensor]],
     ) -> None:
         """Use the first copy whose outputs are close enough to those of the model."""
         dtypes = self._dtypes(large, device)
@@ -222,15 +230,30 @@ class FastCopy:
             except Exception as e:
                 self.why = f'{type(e).__name__}: {(str(e).splitlines() or [""])[0][:80]}'
                 continue
-            by_hand = plan.dtype != self.own and 'precision' in self.by_hand
-            if not far <= (1.0 if by_hand else FARTHEST[plan.dtype]):
-                name = short_name(plan.dtype)
-                self.why = f'in {name} its outputs differ by {far:.2g} of their spread'
+            if why := self._why_too_far(plan, far):
+                self.why = why
             elif not self.by_hand and not is_faster(module, self.model, run):
                 self.why = NOT_FASTER
             else:
                 self._take(module, plan, far)
                 return
+
+    def _why_too_far(self, plan: CopyPlan, far: float) -> str:
+        """Return why a copy can't be used, or '' if its outputs are close enough."""
+        by_hand = plan.dtype != self.own and 'precision' in self.by_hand
+        if far <= (1.0 if by_hand else FARTHEST[plan.dtype]):
+            return ''
+        return f'in {short_name(plan.dtype)} its outputs differ by {far:.2g} of their spread'
+
+    def _compare_more(self, outputs: Sequence, run: Callable[[Module], list[Tensor]]) -> None:
+        """Discard the copy if outputs that are read for the first time are not close enough."""
+        why = self._why_too_far(self.plan, difference(run(self.module), run(self.model)))
+        if why:
+            self.restart()
+            self.decided_for, self.why = float('inf'), why
+            self.say(f'runs as it is from now on: {why}')
+        else:
+            self.compared += [o for o in outputs if o not in self.compared]
 
     def _dtypes(self, large: bool, device: torch.device) -> list[torch.dtype]:
         """Return the dtypes to try, fastest first."""
@@ -312,7 +335,9 @@ class FastCopy:
         """
         pairs = zip(tensors_in(a), tensors_in(b))
         return all(
-            difference(x, y) <= FARTHEST[self.plan.dtype] for x, y in pairs if x.is_floating_point()
+            difference([x.reshape(1, -1)], [y.reshape(1, -1)]) <= FARTHEST[self.plan.dtype]
+            for x, y in pairs
+            if x.is_floating_point()
         )
 
     @property
@@ -397,13 +422,13 @@ def operations(model: Module, x: Sequence, kw: Mapping[str, Any]) -> float:
 
 
 def is_large(
-    model: Module, x: Sequence, kw: Mapping[str, Any], run: Callable[[Module], Tensor]
+    model: Module, x: Sequence, kw: Mapping[str, Any], run: Callable[[Module], Any]
 ) -> bool:
     """Return True if a batch needs at least WORK operations.
 
     Args:
         x, kw: Positional and keyword inputs.
-        run: fn(module) -> logits for this batch.
+        run: fn(module) that runs this batch.
     """
     least = operations(model, x, kw)
     # subtle: a network for small images, such as a ResNet for CIFAR, sees them at a higher resolution
@@ -430,7 +455,7 @@ def is_convolutional(model: Module) -> bool:
     return kinds.count(nn.Conv2d) > kinds.count(nn.Linear)
 
 
-def is_faster(a: Module, b: Module, run: Callable[[Module], Tensor]) -> bool:
+def is_faster(a: Module, b: Module, run: Callable[[Module], list[Tensor]]) -> bool:
     """Return True if module `a` is faster than `b`.
 
     The modules alternate for two runs each, and their fastest runs are compared. Not every module
@@ -441,7 +466,7 @@ def is_faster(a: Module, b: Module, run: Callable[[Module], Tensor]) -> bool:
     for _ in range(2):
         for m, seconds in times.items():
             start = time.perf_counter()
-            run(m).cpu()  # waits for a GPU
+            [o.cpu() for o in run(m)]  # waits for a GPU
             seconds.append(time.perf_counter() - start)
     return min(times[a]) < min(times[b])
 
@@ -458,12 +483,30 @@ def size_of(x: Sequence, kw: Mapping[str, Any]) -> int:
     return max((t.numel() for t in tensors_in((x, kw))), default=0)
 
 
-def difference(a: Any, b: Any) -> float:
-    """Compute the root mean square difference of outputs, relative to the standard deviation of
-    `b`.
+def by_output(logits: Any, kind: str, axis: int) -> Tensor:
+    """Return outputs as a table whose rows are compared separately, (rows, values).
+
+    Each predicted number is a row, because numbers may have different scales, or a mean that is large
+    compared with their differences. Logits are one row, and so are the outputs of a single sample.
     """
-    a, b = [as_plain(o).detach().double().cpu() for o in (a, b)]
-    if a.shape != b.shape:
-        return float('inf')
-    spread = (b - b.mean()).square().mean().sqrt().clamp_min(1e-12)
-    return ((a - b).square().mean().sqrt() / spread).item()
+    o = as_plain(logits).detach()
+    numbers = kind == 'regression' and -o.dim() <= axis < o.dim()
+    rows = o.movedim(axis, 0).flatten(1) if numbers else o.reshape(1, -1)
+    return rows if rows.shape[1] > 1 else o.reshape(1, -1)
+
+
+def difference(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:
+    """Compute the root mean square difference of outputs, relative to the standard deviation of
+    those in `b`. Return the largest one of all outputs.
+
+    Args:
+        a, b: Outputs, as `by_output` returns them.
+    """
+    far = []
+    for x, y in zip(a, b):
+        if x.shape != y.shape:
+            return float('inf')
+        x, y = x.detach().double().cpu(), y.detach().double().cpu()
+        spread = (y - y.mean(1, keepdim=True)).square().mean(1).sqrt().clamp_min(1e-12)
+        far.append(((x - y).square().mean(1).sqrt() / spread).max())
+    return torch.stack(far).max().item()

@@ -15,7 +15,6 @@ from ..base.outputs import (
     DistillError,
     DistillWarning,
     Outputs,
-    as_plain,
     map_tensors,
     named_output,
     tensors_in,
@@ -26,7 +25,7 @@ from ..features.layer_hooks import Taps
 from ..features.probe import untouched
 from .batch_slices import in_slices, joined, plain_output
 from .copy_plan import short_name
-from .fast_copy import DEFAULTS, FastCopy
+from .fast_copy import DEFAULTS, FastCopy, by_output
 from .frozen import FrozenModel, cuda_devices
 from .hidden_state import NO_RESET, has_reset, why_no_reset
 from .image_normalization import affine, is_image, maps_of_size
@@ -210,7 +209,7 @@ class ModelRunner(Runner):
         slices = in_slices(x, kw, self.run['batch'])
         if self.fast_copy is not None:
             x0, kw0 = slices[0]
-            self._choose_copy(x0, kw0, layers, device)
+            self._choose_copy(teachers, x0, kw0, layers, device)
         if self.frozen is not None:
             self.frozen.settle()
         parts = [self._slice(teachers, xi, kwi, layers, device) for xi, kwi in slices]
@@ -221,20 +220,37 @@ class ModelRunner(Runner):
         return [with_classes(t, o) for t, o in zip(teachers, outs)]
 
     def _choose_copy(
-        self, x: Sequence, kw: Mapping[str, Any], layers: Sequence[str], device: torch.device
+        self,
+        teachers: Sequence,
+        x: Sequence,
+        kw: Mapping[str, Any],
+        layers: Sequence[str],
+        device: torch.device,
     ) -> None:
-        self.fast_copy.choose(x, kw, device, layers, lambda m: self._trial(m, x, kw, device))
+        outputs = [(t.output, t.kind, t.axis) for t in teachers]
+        run = lambda m: self._trial(m, outputs, x, kw, device)
+        self.fast_copy.choose(x, kw, device, layers, outputs, run)
         if self.module is not self.frozen.model:
             self.frozen = self.stack.enter_context(self._new_frozen())
 
     def _trial(
-        self, module: Module, x: Sequence, kw: Mapping[str, Any], device: torch.device
-    ) -> Tensor:
-        """Return the logits of a module for a batch without changing any state."""
+        self,
+        module: Module,
+        outputs: Sequence,
+        x: Sequence,
+        kw: Mapping[str, Any],
+        device: torch.device,
+    ) -> list[Tensor]:
+        """Return the outputs of a module for a batch without changing any state.
+
+        Args:
+            outputs: (output, kind, axis) of each teacher that reads the batch.
+        """
         with untouched(module), FrozenModel(module, self.teacher.mode) as frozen:
             x, kw = prepared_inputs(self, x, kw, device, frozen)
             raw = module(*x, **kw)
-            return as_plain(Outputs.of(raw, output=self.teacher.output).logits)
+            read = lambda output: Outputs.of(raw, output=output).logits
+            return [by_output(read(output), kind, axis) for output, kind, axis in outputs]
 
     def _slice(
         self,
