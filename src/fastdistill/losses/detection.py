@@ -12,14 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..base.outputs import DistillError
-from ._base import Loss, loss, reduce, same_shape, temperature
-from .feature import hint
+from ._base import loss, reduce, same_shape, temperature
+from .feature import Owner, hint
 from .response import binary_kl, kl
-
-NOT_PREPARED = (
-    '{}, which do not exist yet: call prepare(s, t) with the features of one batch before you create '
-    'the optimizer. A Distiller calls prepare itself'
-)
 
 
 def object_scores(t: Tensor, background: int | None) -> Tensor:
@@ -141,7 +136,15 @@ def mgd(
     return reduce((generate(s) - t).pow(2).mean(1), reduction)
 
 
-class MGD(Loss):
+class ModuleOwner(Owner):
+    """Loss that owns trained modules."""
+
+    def keep(self, v: Any) -> None:
+        delattr(self, self.own)
+        setattr(self, self.own, v)
+
+
+class MGD(ModuleOwner):
     """Module form of `mgd`. The module owns the convolutions and selects the hidden positions at
     random.
 
@@ -150,27 +153,23 @@ class MGD(Loss):
         **options: Options of `mgd`.
     """
 
+    own, trains = 'generate', 'convolutions'
+
     def __init__(self, *, drop: float = 0.65, **options: Any) -> None:
         super().__init__(mgd, **options)
         if not 0 <= drop < 1:
             raise DistillError(f'drop={drop}: must be at least 0 and below 1')
         self.drop = drop
-        self.generate = self.options.pop('generate', None)
 
-    def prepare(
-        self, s: Tensor, t: Tensor, layer: nn.Module | None = None, axis: int | None = None
-    ) -> None:
-        """Create the convolutions, with the teacher's number of channels."""
-        if self.generate is None:
-            c = t.shape[1]
-            conv = lambda: nn.Conv2d(c, c, 3, padding=1)
-            self.generate = nn.Sequential(conv(), nn.ReLU(), conv())
+    def create(self, t: Tensor, layer: nn.Module | None, axis: int | None) -> nn.Module:
+        """Return the convolutions, with the teacher's number of channels."""
+        c = t.shape[1]
+        conv = lambda: nn.Conv2d(c, c, 3, padding=1)
+        return nn.Sequential(conv(), nn.ReLU(), conv())
 
     def forward(self, s: Tensor, t: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if self.generate is None:
-            raise DistillError(NOT_PREPARED.format('MGD trains convolutions'))
         keep = (torch.rand(len(t), 1, *t.shape[2:], device=t.device) >= self.drop).to(t)
-        return super().forward(s, t, *args, **{'generate': self.generate, 'keep': keep, **kwargs})
+        return super().forward(s, t, *args, **{'keep': keep, **kwargs})
 
 
 def attention_maps(x: Tensor, T: float) -> tuple[Tensor, Tensor]:
@@ -270,26 +269,19 @@ class GlobalContext(nn.Module):
         return x + self.vector((x * weights).sum((2, 3), keepdim=True))
 
 
-class FGD(Loss):
+class FGD(ModuleOwner):
     """Module form of `fgd`. The module owns the two `GlobalContext`.
 
     Args:
         **options: Options of `fgd`.
     """
 
+    own, trains = 'context', 'modules'
+
     def __init__(self, **options: Any) -> None:
         super().__init__(fgd, **options)
         temperature(self.option('T'))
-        self.context = self.options.pop('context', None)
 
-    def prepare(
-        self, s: Tensor, t: Tensor, layer: nn.Module | None = None, axis: int | None = None
-    ) -> None:
-        """Create the modules, with the teacher's number of channels."""
-        if self.context is None:
-            self.context = nn.ModuleList([GlobalContext(t.shape[1]) for _ in range(2)])
-
-    def forward(self, s: Tensor, t: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if self.context is None:
-            raise DistillError(NOT_PREPARED.format('FGD trains modules'))
-        return super().forward(s, t, *args, **{'context': self.context, **kwargs})
+    def create(self, t: Tensor, layer: nn.Module | None, axis: int | None) -> nn.Module:
+        """Return the modules, with the teacher's number of channels."""
+        return nn.ModuleList([GlobalContext(t.shape[1]) for _ in range(2)])

@@ -323,21 +323,44 @@ def vid(
 
 
 class Owner(Loss):
-    """Loss that owns a tensor whose size depends on the teacher. The tensor is given as an option
-    or created by `prepare`.
+    """Loss that owns a tensor or modules whose size depends on the teacher. They are given as an
+    option or created by `prepare`.
     """
 
-    own: str  # name of the option and of the attribute that hold the tensor
+    own: str  # name of the option and of the attribute
+    trains = ''  # what the loss trains, if it has to exist before the optimizer is created
 
     def __init__(self, fn: Callable, **options: Any) -> None:
         super().__init__(fn, **options)
         v = self.options.pop(self.own, None)
         self.register_buffer(self.own, None)
         if v is not None:
-            self.keep(torch.as_tensor(v, dtype=None if isinstance(v, Tensor) else torch.float32))
+            self.keep(v)
 
-    def keep(self, v: Tensor) -> None:
+    def keep(self, v: Any) -> None:
+        """Own a copy of a tensor or a number, as a buffer."""
+        v = torch.as_tensor(v, dtype=None if isinstance(v, Tensor) else torch.float32)
         setattr(self, self.own, v.detach().clone())
+
+    def create(self, t: Tensor, layer: nn.Module | None, axis: int | None) -> Any:
+        """Return the tensor or the modules for teacher features in full precision (see `prepare`)."""
+        raise NotImplementedError
+
+    def prepare(
+        self, s: Tensor, t: Tensor, layer: nn.Module | None = None, axis: int | None = None
+    ) -> None:
+        if getattr(self, self.own) is None:
+            self.keep(self.create(_full(t), layer, axis))
+
+    def forward(self, s: Tensor, t: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        own = getattr(self, self.own)
+        if own is None and self.trains:
+            raise DistillError(
+                f'{type(self).__name__} trains {self.trains}, which must be created first: call '
+                'prepare(s, t) with the features of one batch before you create the optimizer, or '
+                f'give {self.own}=. A Distiller calls prepare itself'
+            )
+        return super().forward(s, t, *args, **{self.own: own, **kwargs})
 
     def _load_from_state_dict(self, state: dict, prefix: str, *args: Any) -> None:
         """Create the tensor from the saved state if `prepare` was not called yet."""
@@ -360,21 +383,13 @@ class OFD(Owner):
     def __init__(self, **options: Any) -> None:
         super().__init__(ofd, **options)
 
-    def prepare(
-        self, s: Tensor, t: Tensor, layer: nn.Module | None = None, axis: int | None = None
-    ) -> None:
-        """Set the margin. If the teacher's layer is a batch norm, the margin is computed from its
-        parameters, otherwise from the negative values in this batch.
+    def create(self, t: Tensor, layer: nn.Module | None, axis: int | None) -> Tensor:
+        """Return the margin. If the teacher's layer is a batch norm, the margin is computed from
+        its parameters, otherwise from the negative values in this batch.
         """
-        if self.margin is not None:
-            return
         if isinstance(layer, _BatchNorm):
-            self.keep(ofd_margin(layer).to(t.device))
-        else:
-            self.keep(negative_mean(_full(t), self.option('axis') if axis is None else axis))
-
-    def forward(self, s: Tensor, t: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return super().forward(s, t, *args, **{'margin': self.margin, **kwargs})
+            return ofd_margin(layer).to(t.device)
+        return negative_mean(t, self.option('axis') if axis is None else axis)
 
 
 class VID(Owner):
@@ -384,35 +399,22 @@ class VID(Owner):
         **options: Options of `vid`.
     """
 
-    own = 'log_scale'
+    own, trains = 'log_scale', 'a variance'
     log_scale: Tensor | None  # None before `prepare`
 
     def __init__(self, **options: Any) -> None:
         super().__init__(vid, **options)
 
-    def keep(self, v: Tensor) -> None:
+    def keep(self, v: Any) -> None:
+        super().keep(v)
+        v = self.log_scale
         del self.log_scale
-        self.log_scale = nn.Parameter(v.detach().clone())
+        self.log_scale = nn.Parameter(v)
 
-    def prepare(
-        self, s: Tensor, t: Tensor, layer: nn.Module | None = None, axis: int | None = None
-    ) -> None:
-        """Create a trainable variance for each teacher channel."""
-        if self.log_scale is not None:
-            return
+    def create(self, t: Tensor, layer: nn.Module | None, axis: int | None) -> Tensor:
+        """Return a variance for each teacher channel."""
         start = math.log(math.expm1(self.option('var') - self.option('eps')))
-        self.keep(
-            _full(t).new_full((t.shape[self.option('axis') if axis is None else axis],), start)
-        )
-
-    def forward(self, s: Tensor, t: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if self.log_scale is None:
-            raise DistillError(
-                'VID trains a variance, which does not exist yet: call prepare(s, t) with the features '
-                'of one batch before you create the optimizer, or give log_scale=. A Distiller calls '
-                'prepare itself'
-            )
-        return super().forward(s, t, *args, **{'log_scale': self.log_scale, **kwargs})
+        return t.new_full((t.shape[self.option('axis') if axis is None else axis],), start)
 
 
 def standardized_rows(x: Tensor, w: Tensor) -> Tensor:

@@ -238,18 +238,15 @@ class SEED(Owner):
         self.size = size
         super().__init__(seed, **options)
 
-    def prepare(
-        self, s: Tensor, t: Tensor, layer: nn.Module | None = None, axis: int | None = None
-    ) -> None:
-        """Create an empty queue."""
-        if self.queue is None:
-            self.keep(_full(t).new_zeros(self.size, t[0].numel()))
+    def create(self, t: Tensor, layer: nn.Module | None, axis: int | None) -> Tensor:
+        """Return an empty queue."""
+        return t.new_zeros(self.size, t[0].numel())
 
     def forward(self, s: Tensor, t: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Compute the loss. During training, the teacher embeddings of the batch then replace the
         oldest embeddings in the queue.
         """
-        v = super().forward(s, t, *args, **{'queue': self.queue, **kwargs})
+        v = super().forward(s, t, *args, **kwargs)
         if torch.is_grad_enabled() and s.requires_grad:
             self.prepare(s, t)
             new = tensor_like(_full(t, detach=True).flatten(1), self.queue)
