@@ -39,27 +39,33 @@ def per_position(
         slope: fn(s, t, axis=) -> gradient of `values` with respect to `s`. None to use autograd.
     """
     axis = class_axis(s, axis)
-    if not (isinstance(s, Tensor) and isinstance(t, Tensor)):
-        return by_rows(values, s, t, axis, mask, slope)
-    size = chunk_size(s)
-    if size is None:
-        return blanked(values, s, t, None if mask is None else mask.unsqueeze(axis), axis=axis)
-    three = [
-        None if x is None else in_three(x, axis)
-        for x in (s, t, None if mask is None else mask.unsqueeze(axis))
-    ]
+    shape = s.shape[:axis] + s.shape[axis + 1 :]
+    plain = isinstance(s, Tensor) and isinstance(t, Tensor)
+    if isinstance(s, Tensor) and isinstance(t, Draws):
+        s, axis = s.movedim(axis, -1), s.dim() - 1  # as the classes of draws
+    if axis != s.dim() - 1 and any(isinstance(x, LinearLogits) for x in (s, t)):
+        raise DistillError(
+            f'The logits of hidden states have their classes on the last axis, but axis={axis} of '
+            f'{s.dim()} dimensions was given.'
+        )
+    mask = None if mask is None else mask.unsqueeze(axis)
+    if (size := chunk_size(s, 4 if plain else 1)) is None:
+        s, t = [x.dense() if isinstance(x, LinearLogits) else x for x in (s, t)]
+        return blanked(values, s, t, mask, axis=axis)
+    s, t, mask = [None if x is None else in_three(x, axis) for x in (s, t, mask)]
     fns = partial(blanked, values), None if slope is None else partial(blanked, slope)
-    return Chunked.apply(*three, *fns, size).reshape(s.shape[:axis] + s.shape[axis + 1 :])
+    parts = [s] if isinstance(s, Tensor) else [s.hidden, s.weight, s.bias]
+    return Chunked.apply(s, t, mask, *fns, size, *parts).reshape(shape)
 
 
-def chunk_size(x: Tensor) -> int | None:
-    """Return the number of elements per chunk, or None if `x` is small enough to be processed at
-    once.
+def chunk_size(x: Any, least: int = 4) -> int | None:
+    """Return the number of elements per chunk, or None if `x` has fewer than `least` chunks, so that
+    it can be processed at once.
     """
-    size = ON_CPU if x.is_cpu else ON_GPU
-    if x.numel() < 4 * size or torch.compiler.is_compiling() or x.is_meta or in_transform():
+    if torch.compiler.is_compiling() or in_transform() or x.device.type == 'meta':
         return None
-    return size
+    size = ON_CPU if x.device.type == 'cpu' else ON_GPU
+    return None if x.shape.numel() < least * size else size
 
 
 def in_transform() -> bool:
@@ -78,20 +84,29 @@ def seen_finite(*xs: Tensor) -> bool:
     return all(x.is_cpu and isfinite(x.sum()) for x in xs)
 
 
-def in_three(x: Tensor, axis: int) -> Tensor:
-    """Reshape `x` to (positions before the class axis, classes, positions after it)."""
+def in_three(x: Any, axis: int) -> Any:
+    """Reshape logits to (positions before the class axis, classes, positions after it). Logits that
+    are not a tensor are reshaped to (positions, ...).
+    """
+    if isinstance(x, LinearLogits):
+        return replace(x, hidden=x.hidden.flatten(0, -2))
+    if isinstance(x, Draws):
+        ids, freqs = x.ids.flatten(0, -2), x.freqs.flatten(0, -2)
+        return replace(x, ids=ids, freqs=freqs, entropy=x.entropy.flatten(), axis=-1)
     before, after = x.shape[:axis].numel(), x.shape[axis + 1 :].numel()
     return x.reshape(before, x.shape[axis], after)
 
 
 def blanked(
-    fn: Callable, s: Tensor, t: Tensor, mask: Tensor | None, axis: int = 1, **options: Any
+    fn: Callable, s: Tensor, t: Any, mask: Tensor | None, axis: int = 1, **options: Any
 ) -> Any:
     """Call `fn` with 0 at masked positions, so that a nan at a masked position affects neither the
     loss nor the gradient.
     """
     if mask is not None:
-        s, t = [x.where(mask > 0, 0.0) for x in (s, t)]
+        on = mask > 0
+        blank = lambda o: o.where(on if o.dim() == on.dim() else on.squeeze(axis), 0)
+        s, t = blank(s), t.map(blank) if isinstance(t, Draws) else blank(t)
     return fn(s, t, axis=axis, **options)
 
 
@@ -104,119 +119,11 @@ def chunks(shape: Sequence[int], size: int) -> Iterator[tuple[slice, slice, slic
             yield slice(i, i + rows), slice(None), slice(j, j + cols)
 
 
+WHOLE = (slice(None),) * 3
+
+
 class Chunked(torch.autograd.Function):
-    """Loss values for logits of shape (before, classes, after). The backward pass recomputes each
-    chunk.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        s: Tensor,
-        t: Tensor,
-        mask: Tensor | None,
-        values: Callable,
-        slope: Callable | None,
-        size: int,
-    ) -> Tensor:
-        ctx.save_for_backward(s, t, mask)
-        ctx.fns = values, slope, size
-        out = s.new_empty(len(s), 1, s.shape[2])
-        for i in chunks(s.shape, size):
-            out[i] = values(*rows_at((s, t, mask), i)).reshape(out[i].shape)
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple:
-        (s, t, mask), (values, slope, size) = ctx.saved_tensors, ctx.fns
-        if torch.is_grad_enabled():
-            return second_order(values, s, t, mask, g), *[None] * 5
-        out = torch.empty_like(s)
-        for i in chunks(s.shape, size):
-            rows = rows_at((s, t, mask), i)
-            d = slope(*rows) if slope is not None else by_autograd(values, *rows)
-            torch.mul(d.reshape(out[i].shape), g[i], out=out[i])
-        return out, *[None] * 5
-
-
-def rows_at(tensors: Sequence[Tensor | None], i: tuple[slice, slice, slice]) -> list:
-    """Return chunk `i` of each tensor. A last axis of size 1 is removed, because PyTorch's softmax
-    is faster over the last axis.
-    """
-    rows: list = [None if x is None else x[i] for x in tensors]
-    return rows if rows[0].shape[2] > 1 else [None if x is None else x.squeeze(2) for x in rows]
-
-
-@torch.enable_grad()
-def by_autograd(values: Callable, s: Tensor, t: Tensor, mask: Tensor | None) -> Tensor:
-    s = s.detach().requires_grad_()
-    return torch.autograd.grad(values(s, t, mask).sum(), s)[0]
-
-
-def second_order(values: Callable, s: Tensor, t: Tensor, mask: Tensor | None, g: Tensor) -> Tensor:
-    """Compute the gradient so that it can be differentiated again. This path does not use chunks."""
-    return torch.autograd.grad(values(s, t, mask).unsqueeze(1), s, g, create_graph=True)[0]
-
-
-def by_rows(
-    values: Callable, s: Any, t: Any, axis: int, mask: Tensor | None, slope: Callable | None
-) -> Tensor:
-    """Compute `per_position` if the logits of at least one model are not given as a tensor. These
-    logits are computed in chunks in both the forward and the backward pass.
-    """
-    shape = s.shape[:axis] + s.shape[axis + 1 :]
-    if axis != s.dim() - 1 and any(isinstance(x, LinearLogits) for x in (s, t)):
-        raise DistillError(
-            f'The logits of hidden states have their classes on the last axis, but axis={axis} of '
-            f'{s.dim()} dimensions was given.'
-        )
-    s, t = as_rows(s, axis), as_rows(t, axis)
-    mask = None if mask is None else mask.reshape(-1, 1)
-    fns = partial(blanked_rows, values), None if slope is None else partial(blanked_rows, slope)
-    whole = torch.compiler.is_compiling() or in_transform()
-    size = len(s) if whole else max((ON_CPU if s.device.type == 'cpu' else ON_GPU) // s.shape[1], 1)
-    if size >= len(s):
-        return fns[0](dense_rows(s), dense_rows(t), mask).reshape(shape)
-    parts = [s] if isinstance(s, Tensor) else [s.hidden, s.weight, s.bias]
-    return ChunkedRows.apply(s, t, mask, *fns, size, *parts).reshape(shape)
-
-
-def as_rows(x: Any, axis: int) -> Any:
-    """Reshape logits to (positions, classes)."""
-    if isinstance(x, Tensor):
-        x = x.movedim(axis, -1)
-        return x.reshape(-1, x.shape[-1])
-    if isinstance(x, LinearLogits):
-        return replace(x, hidden=x.hidden.reshape(-1, x.hidden.shape[-1]))
-    k = x.ids.shape[-1]
-    ids, freqs = x.ids.reshape(-1, k), x.freqs.reshape(-1, k)
-    return replace(x, ids=ids, freqs=freqs, entropy=x.entropy.reshape(-1), axis=-1)
-
-
-def some_rows(x: Any, i: slice) -> Any:
-    """Return the logits of a slice of positions."""
-    if isinstance(x, LinearLogits):
-        return replace(x, hidden=x.hidden[i])
-    return x.map(lambda o: o[i]) if isinstance(x, Draws) else x[i]
-
-
-def dense_rows(x: Any) -> Any:
-    """Compute logits from hidden states. Other inputs are returned unchanged."""
-    return x.dense() if isinstance(x, LinearLogits) else x
-
-
-def blanked_rows(fn: Callable, s: Any, t: Any, mask: Tensor | None) -> Tensor:
-    """Call `fn` with 0 at masked positions."""
-    if mask is None:
-        return fn(s, t, axis=-1)
-    if isinstance(t, Draws):
-        empty = lambda o: o.where(mask.reshape(-1, *[1] * (o.dim() - 1)) > 0, 0)
-        return fn(s.where(mask > 0, 0.0), t.map(empty), axis=-1)
-    return blanked(fn, s, t, mask, axis=-1)
-
-
-class ChunkedRows(torch.autograd.Function):
-    """Loss values for logits of shape (positions, classes), which both passes compute chunk by
+    """Loss values for logits in the form that `in_three` returns. The backward pass recomputes each
     chunk.
 
     The last arguments of `apply` are the student's tensors: either the logits, or the hidden states
@@ -234,52 +141,73 @@ class ChunkedRows(torch.autograd.Function):
         size: int,
         *parts: Any,
     ) -> Tensor:
-        ctx.save_for_backward(*parts)
-        ctx.rest = t, mask, values, slope, size, getattr(s, 'cap', None)
-        out = parts[0].new_empty(len(parts[0]))
-        for a in range(0, len(out), size):
-            i = slice(a, a + size)
-            z = dense_rows(some_rows(s, i))
-            out[i] = values(z, dense_rows(some_rows(t, i)), None if mask is None else mask[i])
+        a, c, p = s.shape if isinstance(s, Tensor) else (*s.shape, 1)
+        saved, kept = (t, None) if isinstance(t, Tensor) else (None, t)
+        ctx.save_for_backward(mask, saved, *parts)
+        ctx.rest = kept, values, slope, [*chunks((a, c, p), size)], getattr(s, 'cap', None)
+        out = parts[0].new_empty(a, 1, p)
+        for i in ctx.rest[3]:
+            out[i] = values(*rows_at((s, t, mask), i)).reshape(out[i].shape)
         return out
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Any:
-        parts, (t, mask, values, slope, size, cap) = ctx.saved_tensors, ctx.rest
-        if torch.is_grad_enabled():
-            v = values(student_rows(parts, cap), dense_rows(t), mask)
-            found = gradients_of(v, parts, g, create_graph=True)
-            return *[None] * 6, *found
+        (mask, t, *parts), (kept, values, slope, places, cap) = ctx.saved_tensors, ctx.rest
+        t, s = t if kept is None else kept, student_logits(parts, cap)
+        if torch.is_grad_enabled():  # the gradient can be differentiated again, without chunks
+            v = values(*rows_at((s, t, mask), WHOLE)).reshape(g.shape)
+            return *[None] * 6, *gradients_of(v, parts, g, create_graph=True)
+        if isinstance(s, Tensor):
+            out = torch.empty_like(s)
+            for i in places:
+                rows = rows_at((s, t, mask), i)
+                d = slope(*rows) if slope is not None else by_autograd(values, *rows)
+                torch.mul(d.reshape(out[i].shape), g[i], out=out[i])
+            return *[None] * 6, out
         needs = ctx.needs_input_grad[6:]
         sums: Any = [torch.zeros_like(p) if need else None for p, need in zip(parts, needs)]
-        for a in range(0, len(g), size):
-            i = slice(a, a + size)
-            m = None if mask is None else mask[i]
-            own: Any = [p if p is None else p.detach() for p in (parts[0][i], *parts[1:])]
+        for i in places:
+            own: Any = [p if p is None else p.detach() for p in (parts[0][i[0]], *parts[1:])]
             own = [p.requires_grad_() if need else p for p, need in zip(own, needs)]
+            t_rows, m, g_rows = rows_at((t, mask, g), i)
             with torch.enable_grad():
-                z = student_rows(own, cap)
+                z = student_logits(own, cap).dense()
                 if slope is None:
-                    v = values(z, dense_rows(some_rows(t, i)), m)
-            if slope is None:
-                found = gradients_of(v, own, g[i])
-            else:
-                d = slope(z.detach(), dense_rows(some_rows(t, i)), m)
-                found = gradients_of(z, own, d * g[i, None])
+                    found = gradients_of(values(z, t_rows, m), own, g_rows.squeeze(1))
+                else:
+                    found = gradients_of(z, own, slope(z.detach(), t_rows, m) * g_rows)
             if needs[0]:
-                sums[0][i] = found[0]
+                sums[0][i[0]] = found[0]
             for total, d in zip(sums[1:], found[1:]):
                 if total is not None:
                     total += d
         return *[None] * 6, *sums
 
 
-def student_rows(parts: Sequence[Any], cap: float | None) -> Tensor:
-    """Compute the student's logits from (logits,) or (hidden states, weight, bias)."""
-    if len(parts) == 1:
-        return parts[0]
-    hidden, weight, bias = parts
-    return LinearLogits(hidden, weight, bias, cap).dense()
+def rows_at(logits: Sequence, i: tuple[slice, slice, slice]) -> list:
+    """Return chunk `i` of logits in the form that `in_three` returns. Logits are computed from hidden
+    states. A last axis of size 1 is removed, because PyTorch's softmax is faster over the last axis.
+    """
+
+    def rows(x: Any) -> Any:
+        if isinstance(x, LinearLogits):
+            return replace(x, hidden=x.hidden[i[0]]).dense()
+        if isinstance(x, Draws):
+            return x.map(lambda o: o[i[0]])
+        return None if x is None else x[i].squeeze(2)
+
+    return [rows(x) for x in logits]
+
+
+@torch.enable_grad()
+def by_autograd(values: Callable, s: Tensor, t: Tensor, mask: Tensor | None) -> Tensor:
+    s = s.detach().requires_grad_()
+    return torch.autograd.grad(values(s, t, mask).sum(), s)[0]
+
+
+def student_logits(parts: Sequence[Any], cap: float | None) -> Any:
+    """Return the student's logits from (logits,) or (hidden states, weight, bias)."""
+    return parts[0] if len(parts) == 1 else LinearLogits(*parts, cap)
 
 
 def gradients_of(v: Tensor, parts: Sequence[Any], g: Tensor, **options: Any) -> list:

@@ -1,14 +1,12 @@
 """Further divergences: KL to mixtures of both models, and divergences between forward and reverse KL."""
 
-import math
 from functools import partial
 
-import torch
 from torch import Tensor
 
 from ..base.outputs import DistillError
 from ._base import expect, log_probs, loss
-from .response import kl, kl_from_logs, kl_values, reduce_positions, reverse_kl, within
+from .response import kl, kl_from_logs, kl_values, mixture, reduce_positions, reverse_kl, within
 
 __all__ = ['skewed_kl', 'taid', 'abkd']
 
@@ -60,13 +58,6 @@ def skewed_values(s: Tensor, t: Tensor, lam: float, reverse: bool, T: float, axi
     ls, lt = log_probs(s, T, axis), log_probs(t, T, axis)
     a, b = (ls, lt) if reverse else (lt, ls)
     return kl_from_logs(a, mixture(a, b, lam), axis)
-
-
-def mixture(a: Tensor, b: Tensor, lam: float) -> Tensor:
-    """Compute log(lam exp(a) + (1-lam) exp(b))."""
-    # the gradient of logaddexp is nan where both inputs are -inf
-    low = torch.finfo(a.dtype).min / 4
-    return torch.logaddexp(a.clamp_min(low) + math.log(lam), b.clamp_min(low) + math.log(1 - lam))
 
 
 @loss(kind='softmax', match='shape', positionwise=True)

@@ -115,6 +115,13 @@ def kl_from_logs(a: Tensor, b: Tensor, axis: int) -> Tensor:
     return expect(a, a - b).sum(axis)
 
 
+def mixture(a: Tensor, b: Tensor, lam: float) -> Tensor:
+    """Compute log(lam exp(a) + (1-lam) exp(b))."""
+    # subtle: the gradient of logaddexp is nan where both inputs are -inf
+    low = torch.finfo(a.dtype).min / 4
+    return torch.logaddexp(a.clamp_min(low) + math.log(lam), b.clamp_min(low) + math.log(1 - lam))
+
+
 def select_class(x: Tensor, y: Tensor, axis: int) -> Tensor:
     """Select `x` at class `y`. The result has no class axis."""
     axis = class_axis(x, axis)
@@ -250,10 +257,7 @@ def jsd(
 
 def jsd_values(s: Tensor, t: Tensor, beta: float, T: float, axis: int) -> Tensor:
     ls, lt = log_probs(s, T, axis), log_probs(t, T, axis)
-    # subtle: without the clamp, the gradient of logaddexp is nan where both inputs are -inf
-    lm = torch.logaddexp(
-        lt + math.log(beta), ls.clamp_min(torch.finfo(ls.dtype).min / 4) + math.log(1 - beta)
-    )
+    lm = mixture(lt, ls, beta)
     return beta * kl_from_logs(lt, lm, axis) + (1 - beta) * kl_from_logs(ls, lm, axis)
 
 
