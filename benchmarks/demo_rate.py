@@ -25,12 +25,9 @@ def best(scores):
 
 def scores_of(task, which, rates, *teaching):
     "{rate: [validation score for each seed]}"
-    model, settings = (task.teacher, task.student)[which], (task.epochs[which], task.augment[which])
+    model, n_epoch = (task.teacher, task.student)[which], task.epochs[which]
     return {
-        lr: [
-            train(task, model, settings[0], lr, settings[1], s, lambda: None, *teaching).score
-            for s in SEEDS
-        ]
+        lr: [train(task, model, n_epoch, lr, s, lambda: None, *teaching).score for s in SEEDS]
         for lr in rates
     }
 
@@ -39,7 +36,7 @@ def main():
     torch.set_num_threads(1)
     task = digits(train=(0, 900), test=(900, 1200))
     found = {'teacher': scores_of(task, 0, TEACHER_RATES)}
-    settings = task.epochs[0], best(found['teacher']), task.augment[0], SEEDS[0], lambda: None
+    settings = task.epochs[0], best(found['teacher']), SEEDS[0], lambda: None
     teacher = train(task, task.teacher, *settings).learn
     for way, recipe in WAYS.items():
         found[way] = scores_of(task, 1, STUDENT_RATES, teacher, recipe)

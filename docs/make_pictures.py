@@ -570,15 +570,13 @@ def views():
 def report():
     "The page of `compare` on the demo's numbers, as Chromium shows it on light and on dark ground"
     from fastdistill.cli.demo import train
-    from fastdistill.cli.demo.tasks import load_task
+    from fastdistill.cli.demo.tasks import digits
     from fastdistill.fastai import compare, kd
 
-    task = load_task('digits')
+    task = digits()
     torch.set_grad_enabled(True)
-    rest = task.augment[1], 0, lambda: None
-    teacher = train(
-        task, task.teacher, task.epochs[0], task.lr[0], task.augment[0], 0, lambda: None
-    ).learn
+    rest = 0, lambda: None
+    teacher = train(task, task.teacher, task.epochs[0], task.lr[0], *rest).learn
     students = [
         train(task, task.student, task.epochs[1], task.lr[1], *rest, teacher, r).learn
         for r in (None, kd(T=4, alpha=0.7))

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from fastdistill.cli.demo.tasks import load_task
+from fastdistill.cli.demo.tasks import digits
 
 pytest.importorskip('sklearn')
 HERE = Path(__file__).parents[2] / 'benchmarks' / 'quality'
@@ -851,7 +851,7 @@ def test_the_rates_of_the_demo_are_the_best_on_validation_data_without_a_teacher
         max(rates, key=lambda r: np.mean(rates[r]))
         for rates in (found['scores'][k] for k in ('teacher', 'student alone'))
     ]
-    assert tuple(map(float, best)) == load_task('digits').lr
+    assert tuple(map(float, best)) == digits().lr
     assert min(found['seeds']) >= len(demo_results('digits')['scores']['distilled'])
     for rate in found['scores']['distilled']:
         name = f'{float(rate):g}'.removeprefix('0')

@@ -15,16 +15,10 @@ def demo(
     out: Annotated[Path, typer.Option(help='Folder for the picture and the numbers.')] = Path(
         'out'
     ),
-    data: Annotated[
-        str, typer.Option(help='digits (two-digit numbers; needs no files), cifar10 or camvid.')
-    ] = 'digits',
-    root: Annotated[
-        Path | None, typer.Option(help='Folder of the data, for cifar10 and camvid.')
-    ] = None,
 ) -> None:
     """Train a large model on real data, and small models with and without the large model as a
     teacher. Print a table and save a picture.
     """
     from ..demo import run
 
-    run(data, root, seeds, out, quick)
+    run(seeds, out, quick)

@@ -10,7 +10,7 @@ from statistics import median
 from typing import Any
 
 import torch
-from fastai.basics import Callback, Learner, noop, set_seed
+from fastai.basics import Callback, CrossEntropyLossFlat, Learner, noop, set_seed
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import nn
@@ -20,7 +20,7 @@ from ...evaluation.cost import timed_in_turns, wait_for
 from ...fastai import soft_labels
 from .picture import draw_results
 from .results import ALONE, Results, Trained, closing, machine, n_params, opening, results_table
-from .tasks import DemoTask, ToFloat, load_task
+from .tasks import DemoTask, digits
 
 __all__ = ['Results', 'run']
 
@@ -41,8 +41,6 @@ class Ticks(Callback):
 
 
 def run(
-    data: str = 'digits',
-    root: Path | str | None = None,
     seeds: int = 5,
     out: Path | str = 'out',
     quick: bool = False,
@@ -52,8 +50,6 @@ def run(
     picture and the numbers.
 
     Args:
-        data: Name of a task in `fastdistill.cli.demo.tasks`.
-        root: Folder of the data. Not needed for the digits.
         seeds: Number of students to train in each way.
         out: Folder for the picture and the numbers.
         quick: If True, train only a few steps with one seed, to test that everything works.
@@ -64,18 +60,17 @@ def run(
             f'seeds={seeds}: at least 1 student of each kind is needed, 2 for a spread'
         )
     console, start, out = console or Console(), time.perf_counter(), Path(out)
-    task = load_task(data, root)
+    task = digits()
     if quick:
         task, seeds = task.quick(), 1
     console.print(opening(task, seeds))
-    with threads(task.threads), progress(console) as bar:
+    with one_thread(), progress(console) as bar:
         teacher, students = train_all(task, seeds, bar)
         ms = latency(
             task, 0.05 if quick else 1.0, teacher=teacher.model, student=students[ALONE][0].model
         )
     r = Results(
         task.title,
-        task.unit,
         n=(len(task.train[0]), len(task.test[0])),
         steps=task.steps,
         teacher=teacher.score,
@@ -87,11 +82,10 @@ def run(
         recipes={way: ss[0].recipe for way, ss in students.items() if ss[0].recipe},
     )
     out.mkdir(parents=True, exist_ok=True)
-    draw_results(r, task, teacher, students, out / f'demo-{data}.png')
-    r.save(out / f'demo-{data}.json')
-    console.print(
-        results_table(r), closing(r, out / f'demo-{data}.png', out / f'demo-{data}.json'), sep='\n'
-    )
+    picture, numbers = out / 'demo-digits.png', out / 'demo-digits.json'
+    draw_results(r, task, teacher, students, picture)
+    r.save(numbers)
+    console.print(results_table(r), closing(r, picture, numbers), sep='\n')
     return r
 
 
@@ -100,7 +94,7 @@ def train_all(
 ) -> tuple[Trained, dict[str, list[Trained]]]:
     """Train the teacher, and students in each way. Return (teacher, {way: students})."""
     row = lambda name, total: partial(bar.advance, bar.add_task(name, total=total))
-    of_teacher, of_student = zip(task.epochs, task.lr, task.augment)
+    of_teacher, of_student = zip(task.epochs, task.lr)
     teacher = train(task, task.teacher, *of_teacher, 0, row('teacher', task.steps[0]))
     ticks = {way: row(way, seeds * task.steps[1]) for way in WAYS}
     students: dict[str, list[Trained]] = {way: [] for way in WAYS}
@@ -117,7 +111,6 @@ def train(
     model: Callable[[], nn.Module],
     n_epoch: int,
     lr: float,
-    augment: Callable | None,
     seed: int,
     tick: Callable[[], Any],
     teacher: Any = None,
@@ -127,7 +120,7 @@ def train(
     same weights and get the same batches.
     """
     set_seed(seed)
-    learn = Learner(task.dls(augment), model(), loss_func=task.loss(), cbs=Ticks(tick))
+    learn = Learner(task.dls(), model(), loss_func=CrossEntropyLossFlat(), cbs=Ticks(tick))
     with learn.no_bar(), learn.no_logging(), warnings.catch_warnings():
         # hide warnings about a rising task loss, because the table shows the student's score
         warnings.simplefilter('ignore', DistillWarning)
@@ -137,7 +130,8 @@ def train(
             else learn.fit_one_cycle(n_epoch, lr)
         )
         out, y = learn.get_preds(act=noop)
-    return Trained(learn, out, task.score(out, y), str(cb.recipe) if recipe == 'auto' else '')
+    score = (out.argmax(1) == y).double().mean().item()
+    return Trained(learn, out, score, str(cb.recipe) if recipe == 'auto' else '')
 
 
 def latency(task: DemoTask, seconds: float, **models: nn.Module) -> dict[str, dict[int, float]]:
@@ -148,7 +142,7 @@ def latency(task: DemoTask, seconds: float, **models: nn.Module) -> dict[str, di
         seconds: Duration of each measurement in seconds.
         **models: Models by name.
     """
-    (x,) = ToFloat().encodes((task.test[0],))
+    x = task.test[0]
     ms: dict[str, dict[int, float]] = {name: {} for name in models}
     for n in BATCH_SIZES:
         x_on = lambda m, n=n: x[:n].to(next(m.parameters()).device)
@@ -160,12 +154,12 @@ def latency(task: DemoTask, seconds: float, **models: nn.Module) -> dict[str, di
 
 
 @contextmanager
-def threads(n: int | None) -> Iterator[None]:
-    """Context manager that limits PyTorch to `n` threads. On two cores, small models are faster
-    with one thread.
+def one_thread() -> Iterator[None]:
+    """Context manager that limits PyTorch to one thread. On two cores, small models are faster with
+    one.
     """
     before = torch.get_num_threads()
-    torch.set_num_threads(n or before)
+    torch.set_num_threads(1)
     try:
         yield
     finally:

@@ -10,7 +10,6 @@ import torch.nn.functional as F
 
 from ...evaluation.plot_style import COLORS, GREY, INK, PALE, new_figure, styled
 from .results import ALONE, Results
-from .tasks import to_rgb
 
 T = 4.0  # temperature of the teacher's probabilities in the picture
 
@@ -21,7 +20,7 @@ def draw_results(r: Results, task: Any, teacher: Any, students: Any, path: Path)
         fig = new_figure(11, 5)
         left, right = fig.subfigures(1, 2, width_ratios=(1.1, 1), wspace=0.04)
         draw_scores(left, r)
-        (draw_scenes if task.axis == 1 else draw_items)(right, task, teacher, students)
+        draw_items(right, task, teacher, students)
         fig.savefig(path, dpi=150)
 
 
@@ -56,7 +55,7 @@ def draw_scores(fig: Any, r: Any) -> None:
         fontweight='bold',
     )
     ax.set_xticks(range(len(ways)), ways, fontsize=11)
-    ax.set(xlim=(-0.5, len(ways) - 0.3), ylabel=f'{r.unit} on the test set, %')
+    ax.set(xlim=(-0.5, len(ways) - 0.3), ylabel='accuracy on the test set, %')
     ax.set_title(
         'a dot is one student; students of one seed are joined; the bar is the mean', loc='left'
     )
@@ -85,7 +84,7 @@ def draw_items(fig: Any, task: Any, teacher: Any, students: Any, n: int = 4) -> 
     for ax, head in zip(axs[0], heads):
         ax.set_title(head, loc='left')
     for (im, text, bars), i in zip(axs, best.tolist()):
-        im.imshow(to_rgb(x[i]), interpolation='nearest', cmap='gray_r')
+        im.imshow(x[i, 0].numpy(), interpolation='nearest', cmap='gray_r')
         for k, ((way, v), color) in enumerate(zip(right.items(), COLORS)):
             wrong = (
                 f' (predicts {predicted_class(students[ALONE], i, task)})' if way == ALONE else ''
@@ -124,29 +123,3 @@ def draw_items(fig: Any, task: Any, teacher: Any, students: Any, n: int = 4) -> 
 def predicted_class(students: Any, i: int, task: Any) -> str:
     """Return the class that most of the `students` predict for item `i`."""
     return task.classes[torch.stack([s.out[i] for s in students]).argmax(1).mode().values]
-
-
-def draw_scenes(fig: Any, task: Any, teacher: Any, students: Any) -> None:
-    """Draw the test image on which distilled students gain most over the student alone, with its
-    labels and all predictions.
-    """
-    title(fig, 'Where teaching helps most\n')
-    x, y = task.test
-    right = lambda out: ((out.argmax(1) == y) & (y != task.ignore_index)).double().mean((1, 2))
-    share = {way: right(ss[0].out) for way, ss in students.items()}
-    i = (
-        (sum(v for k, v in share.items() if k != ALONE) - (len(share) - 1) * share[ALONE])
-        .argmax()
-        .item()
-    )
-    maps = {'labels': y[i], 'teacher': teacher.out[i].argmax(0)}
-    maps |= {way: ss[0].out[i].argmax(0) for way, ss in students.items()}
-    axs = fig.subplots(3, 2).flat
-    axs[0].imshow(to_rgb(x[i]))
-    axs[0].set_title('picture', loc='left')
-    for ax, (name, m) in zip(axs[1:], maps.items()):
-        m = m.masked_fill(y[i] == task.ignore_index, 19)
-        ax.imshow(m.numpy(), cmap='tab20', vmin=0, vmax=19, interpolation='nearest')
-        ax.set_title(name, loc='left')
-    for ax in axs:
-        ax.axis('off')

@@ -26,7 +26,7 @@ class Trained:
 
     Attributes:
         out: Logits for the test set.
-        score: Score on the test set after the last epoch.
+        score: Accuracy on the test set after the last epoch.
         recipe: The recipe that `auto` chose. Empty if the recipe was not chosen by `auto`.
     """
 
@@ -45,11 +45,10 @@ class Results:
     """All results of one run of the demo.
 
     Attributes:
-        unit: Name of the score.
         n: (number of training samples, number of test samples).
         steps: (training steps of the teacher, training steps of each student).
-        teacher: Score of the teacher.
-        scores: {way: [score for each seed]}.
+        teacher: Accuracy of the teacher.
+        scores: {way: [accuracy for each seed]}.
         params: {'teacher' or 'student': number of parameters}.
         ms: {'teacher' or 'student': {batch size: median milliseconds of a forward pass}}.
         seconds: Duration of the whole demo.
@@ -57,7 +56,6 @@ class Results:
     """
 
     data: str
-    unit: str
     n: tuple
     steps: tuple
     teacher: float
@@ -131,7 +129,7 @@ def results_table(r: Results) -> Table:
     t = Table('', box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     t.columns[0].no_wrap = True
     columns = (
-        f'{r.unit}\n%',
+        'accuracy\n%',
         'beats\nalone',
         'lead re-\ncovered',
         'params',
