@@ -534,3 +534,16 @@ def test_exact_logits_are_good_for_correlations(tmp_path, nothing_is_tiny):
     layout = written(tmp_path, 'auto', recipe=Term(dist, T=1)).manifest.layout
     assert layout.fields[0].name == 'logits'
     assert layout.fields[0].dtype == 'int8'
+
+
+def test_auto_stores_numbers_in_float32(tmp_path):
+    torch.manual_seed(0)
+    x = torch.randn(40, 6)
+    year = torch.nn.Linear(6, 2)
+    with torch.no_grad():
+        year.bias += 2000.0
+    data, options = TensorDataset(x), dict(views=0, progress=False)
+    for kind, tol in (('regression', 0.0), ('sigmoid', 0.6)):
+        cache = cache_dataset(Teacher(year, kind=kind), data, tmp_path / kind, **options)
+        far = (cache.outputs(range(40)).logits - year(x)).abs().max()
+        assert (0 < far if tol else far == 0) and far <= tol

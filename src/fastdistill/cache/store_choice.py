@@ -277,7 +277,9 @@ class Choice:
         old = existing_store(where)
         if store.kind == 'auto' and old is not None:
             store = old
-        logits = Store('logits', axis=store.axis)
+        # numbers may have any scale, such as 2000 ± 10, which float16 holds in steps of 1
+        dtype = 'float32' if self.kind == 'regression' else 'float16'
+        logits = Store('logits', dtype, axis=store.axis)
         if store.kind == 'auto':
             count = len(source.keys) * max(views, 1)
             if self.kind != 'softmax' or count * Layout.of(first, logits).bytes <= TINY:
