@@ -11,8 +11,6 @@ from .findings import Facts
 MOST_CLASSES = 1000  # maximum number of classes for a confusion table
 FEW = 16  # minimum number of items for a significance test
 SURE = 0.001  # maximum one-sided p-value of a significant difference
-KNOWS = 0.005  # maximum p-value of a teacher that is better than chance
-LUCK = 2.576  # minimum number of standard deviations by which it is better
 LEADS = 0.05  # maximum p-value with which a model is considered better than the other model
 # minimum relevant difference, relative to the difference between a constant and a perfect
 # prediction
@@ -58,7 +56,7 @@ class Tally:
             return
         for who, o in dict(teacher=t, student=s).items():
             if o is not None:
-                self.scores[who].append(self.item_scores(o, y)[self.counted(y)])
+                self.scores[who].append(item_scores(o, y, self.task)[has_labels(y, self.task)])
         if self.task.kind != 'softmax' and t.dim() == 2 and 1 < t.shape[1] <= MOST_CLASSES:
             self.several.append((t.cpu(), y.cpu().float()))
         dict(softmax=self.add_classes, sigmoid=self.add_labels, regression=self.add_numbers)[
@@ -82,38 +80,12 @@ class Tally:
         p = t.softmax(axis).amax(axis) if kind == 'softmax' else t.abs().sigmoid()
         self.tops[part].append(p.reshape(len(p), -1).mean(1).cpu())
 
-    def counts(self, y: Tensor) -> Tensor:
-        """Return a mask of the labels that are not ignored, (B, positions)."""
-        y = y.reshape(len(y), -1)
-        return (
-            y != self.task.ignore_index
-            if self.task.kind == 'softmax'
-            else torch.ones_like(y, dtype=torch.bool)
-        )
-
-    def counted(self, y: Tensor) -> Tensor:
-        """Return a mask of the items that have labels that are not ignored, (B,)."""
-        return self.counts(y).any(1).cpu()
-
-    def item_scores(self, o: Tensor, y: Tensor) -> Tensor:
-        """Return the score of each item, (B,).
-
-        The score is the negative squared error for regression, and the fraction of correct
-        predictions otherwise.
-        """
-        kind, rows = self.task.kind, lambda v: v.reshape(len(v), -1).float()
-        if kind == 'regression':
-            return -rows(o - y).pow(2).mean(1).cpu()
-        right = o.argmax(self.task.axis) == y if kind == 'softmax' else (o > 0) == (y > 0.5)
-        counts = rows(self.counts(y))
-        return ((rows(right) * counts).sum(1) / counts.sum(1)).cpu()
-
     def add_classes(self, t: Tensor, y: Tensor) -> None:
         """For each class, count its items, the correct predictions and all predictions.
 
         All positions of an item together have a weight of 1.
         """
-        c, counts = t.shape[self.task.axis], self.counts(y).cpu()
+        c, counts = t.shape[self.task.axis], counts_of(y, self.task).cpu()
         p, y = (o.reshape(len(o), -1).cpu()[counts] for o in (t.argmax(self.task.axis), y))
         w = (counts.double() / counts.sum(1, keepdim=True).clamp_min(1))[counts]
         there, recognized = y.bincount(w, minlength=c), y[p == y].bincount(w[p == y], minlength=c)
@@ -181,62 +153,6 @@ class Tally:
         """Return True if the teacher scores significantly higher than a constant prediction."""
         return self.above(self.items('teacher'), self.constant, least, sure)
 
-    def recall(self) -> tuple[float, float, int]:
-        """Compute the mean recall over classes, and what random predictions would give.
-
-        The expected mean recall of random predictions is 1 / number of classes.
-
-        Returns:
-            (mean recall, standard deviation of the mean recall of random predictions, number of
-            classes).
-        """
-        have, hit, said = self.sums[:, self.sums[0] > 0]
-        p = said / self.sums[0].sum()
-        # subtle: an item with many positions has a weight of 1, since its positions are correlated
-        return (
-            (hit / have).mean().item(),
-            (p * (1 - p) / have).sum().sqrt().item() / len(have),
-            len(have),
-        )
-
-    def knows_classes(self) -> bool:
-        """Return True if the teacher's predictions are significantly better than chance.
-
-        One test uses the mean over classes, which works better for rare classes. The second test
-        uses the mean over items, which works better for many classes with few items each. A
-        teacher needs to pass only one of the tests.
-        """
-        recall, sd, k = self.recall()
-        if k < 2:
-            return True
-        if (lead := recall - 1 / k) <= 0:
-            return False
-        items, there = self.items('teacher'), self.sums[0]
-        if len(items) < FEW:
-            return True
-        if lead > max(SLIGHT * (1 - 1 / k), LUCK * sd):
-            return True
-        # expected accuracy of predictions that are unrelated to the labels
-        luck = (there * self.sums[2]).sum().item() / there.sum().item() ** 2
-        return items.mean().item() - luck > SLIGHT * (1 - luck) and p_above(items, luck) < KNOWS
-
-    def knows_labels(self) -> tuple[float, float, bool] | None:
-        """Compare the predicted probabilities of present and absent labels.
-
-        Returns:
-            (mean probability of present labels, mean probability of absent labels, True if the
-            first is significantly higher). None if each label is present in all items or in none.
-        """
-        have = self.sums[:, (self.sums[:2] > 0).all(0)]
-        if not have.shape[1]:
-            return None
-        n1, n0, p1, p0, squares = have
-        variance = (squares / (n1 + n0) - ((p1 + p0) / (n1 + n0)) ** 2).clamp_min(0)
-        lead = (p1 / n1 - p0 / n0).mean().item()
-        sd = (variance * (1 / n1 + 1 / n0)).sqrt().mean().item()
-        enough = len(self.items('teacher')) < FEW or lead > LUCK * sd
-        return (p1 / n1).mean().item(), (p0 / n0).mean().item(), lead > 0 and enough
-
     def facts(self) -> Facts:
         """Return the mean scores and probabilities."""
         mean = lambda o: torch.cat(o).mean().item() if o else None
@@ -254,14 +170,35 @@ class Tally:
             train,
             valid,
             self.part,
-            self.classes(),
+            None if self.confusion is None else (int((self.sums[0] > 0).sum()), self.sums.shape[1]),
         )
 
-    def classes(self) -> tuple[int, int] | None:
-        """Return (number of classes in the labels, number of all classes), if it can be told."""
-        if self.confusion is None:
-            return None
-        return int((self.sums[0] > 0).sum()), self.sums.shape[1]
+
+def counts_of(y: Tensor, task: Task) -> Tensor:
+    """Return a mask of the labels that are not ignored, (B, positions)."""
+    y = y.reshape(len(y), -1)
+    if task.kind == 'softmax':
+        return y != task.ignore_index
+    return torch.ones_like(y, dtype=torch.bool)
+
+
+def has_labels(y: Tensor, task: Task) -> Tensor:
+    """Return a mask of the items that have labels that are not ignored, (B,)."""
+    return counts_of(y, task).any(1).cpu()
+
+
+def item_scores(o: Tensor, y: Tensor, task: Task) -> Tensor:
+    """Return the score of each item, (B,).
+
+    The score is the negative squared error for regression, and the fraction of correct predictions
+    otherwise. It is nan if all labels of the item are ignored.
+    """
+    rows = lambda v: v.reshape(len(v), -1).float()
+    if task.kind == 'regression':
+        return -rows(o - y).pow(2).mean(1).cpu()
+    right = o.argmax(task.axis) == y if task.kind == 'softmax' else (o > 0) == (y > 0.5)
+    counts = rows(counts_of(y, task))
+    return ((rows(right) * counts).sum(1) / counts.sum(1)).cpu()
 
 
 def p_above(a: Tensor, b: Tensor | float) -> float:
@@ -277,19 +214,12 @@ def p_above(a: Tensor, b: Tensor | float) -> float:
     from scipy import stats
 
     are = lambda o, *values: bool(torch.isin(o, torch.tensor(values, dtype=o.dtype)).all())
-    if not isinstance(b, Tensor) and are(a, 0.0, 1.0):
-        return float(
-            stats.binomtest(
-                int(a.sum()), len(a), min(max(b, 0.0), 1.0), alternative='greater'
-            ).pvalue
-        )
     d = a.double() - b
-    if isinstance(b, Tensor) and are(d, -1.0, 0.0, 1.0):
-        more, less = int((d > 0).sum()), int((d < 0).sum())
-        return (
-            float(stats.binomtest(more, more + less, alternative='greater').pvalue)
-            if more + less
-            else 1.0
-        )
-    mean, sd = d.mean().item(), d.std().item()
-    return float(stats.t.sf(mean / sd * len(d) ** 0.5, len(d) - 1)) if sd else float(mean <= 0)
+    if not isinstance(b, Tensor) and are(a, 0.0, 1.0):
+        right, n, chance = int(a.sum()), len(a), min(max(b, 0.0), 1.0)
+    elif isinstance(b, Tensor) and are(d, -1.0, 0.0, 1.0):
+        right, n, chance = int((d > 0).sum()), int((d != 0).sum()), 0.5
+    else:
+        mean, sd = d.mean().item(), d.std().item()
+        return float(stats.t.sf(mean / sd * len(d) ** 0.5, len(d) - 1)) if sd else float(mean <= 0)
+    return float(stats.binomtest(right, n, chance, alternative='greater').pvalue) if n else 1.0

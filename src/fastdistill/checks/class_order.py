@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..teachers.teacher import Teacher
-from .batch_scores import FEW, Tally
+from .batch_scores import FEW, Tally, item_scores
 from .findings import Finding, few_names
 
 # minimum mean correlation of the outputs that have a different order with their labels
@@ -63,68 +63,56 @@ def map_classes(student: Sequence | None, teacher: Sequence | None) -> ClassMap 
     )
 
 
-def reordered_classes(
+def reordered(
     tally: Tally, teacher: Teacher, names: Sequence | None = None
 ) -> Iterator[tuple[float, Finding]]:
-    """Yield a finding if the teacher is far more accurate with its outputs in a different order.
+    """Yield a finding if the teacher is far better with its outputs in a different order.
+
+    The order of classes follows from a confusion table. The order of outputs for several labels or
+    numbers follows from their correlations, which do not depend on the scale and the calibration of
+    the outputs.
 
     Args:
         tally: `Tally` of the teacher's predictions.
         teacher: The teacher.
-        names: Names of the student's classes. None if unknown.
-
-    Yields:
-        (accuracy in the new order, finding).
-    """
-    if tally.confusion is None:
-        return
-    table = tally.confusion.sum(0)
-    order, n, k = best_order(table), table.sum().item(), len(table)
-    moved = [i for i, o in enumerate(order) if i != o]
-    before, after = table.trace().item() / n, hits(table, order).sum().item() / n
-    # the accuracy in the new order must be at least halfway from chance to a perfect prediction
-    if not moved or after < (1 + 1 / k) / 2 or not holds_elsewhere(tally.confusion):
-        return
-    unseen = sum(not table[i].any() for i in moved)
-    scores = f"accuracy is {before:.3f} in the student's order and {after:.3f} in this one"
-    yield after, wrong_order(teacher, order, unseen, scores, 'class', names)
-
-
-def reordered_outputs(
-    tally: Tally, teacher: Teacher, names: Sequence | None = None
-) -> Iterator[tuple[float, Finding]]:
-    """Yield a finding if outputs for several labels or numbers are far more correlated with them in
-    a different order.
-
-    Correlations do not depend on the scale and the calibration of the outputs.
-
-    Args:
-        tally: `Tally` of the teacher's predictions.
-        teacher: The teacher.
-        names: Names of the student's labels. None if unknown.
+        names: Names of the student's classes or labels. None if unknown.
 
     Yields:
         (score in the new order, finding).
     """
-    if not tally.several or sum(len(y) for _, y in tally.several) < 2 * FEW:
+    if tally.confusion is not None:
+        one, table = 'class', tally.confusion.sum(0)
+        order = best_order(table)
+    elif sum(len(y) for _, y in tally.several) >= 2 * FEW:
+        one = dict(sigmoid='label', regression='number')[tally.task.kind]
+        t, y = (torch.cat(o) for o in zip(*tally.several))
+        table, order = correlation_table(t, y), related_order(t, y)
+    else:
         return
-    t, y = (torch.cat(o) for o in zip(*tally.several))
-    order = related_order(t, y)
-    moved = [i for i, o in enumerate(order) if i != o]
-    if not moved or not related_elsewhere(t, y):
+    if not (moved := moved_outputs(order)):
         return
-    table, kind = correlation_table(t, y), tally.task.kind
-    now, then = (table[moved, o].mean().item() for o in (moved, [order[i] for i in moved]))
+    if tally.confusion is not None:
+        n, k = table.sum().item(), len(table)
+        before, score = table.trace().item() / n, hits(table, order).sum().item() / n
+        # the accuracy in the new order must be at least halfway from chance to a perfect prediction
+        if score < (1 + 1 / k) / 2 or not holds_elsewhere(tally.confusion):
+            return
+        scores = f"accuracy is {before:.3f} in the student's order and {score:.3f} in this one"
+    else:
+        if not related_elsewhere(t, y):
+            return
+        now, then = (table[moved, o].mean().item() for o in (moved, [order[i] for i in moved]))
+        score = item_scores(t[:, order], y, tally.task).mean().item()
+        scores = (
+            f"outputs have a mean correlation of {now:.3f} with these {one}s in the student's "
+            f'order, and of {then:.3f} in this one'
+        )
     unseen = sum(not table[i].any() for i in moved)
-    scores = (
-        f"outputs have a mean correlation of {now:.3f} with these {ONE_OF[kind]}s in the student's "
-        f'order, and of {then:.3f} in this one'
-    )
-    score = tally.item_scores(t[:, order], y).mean().item()
-    yield score, wrong_order(teacher, order, unseen, scores, ONE_OF[kind], names)
+    yield score, wrong_order(teacher, order, unseen, scores, one, names)
 
 
-ONE_OF = dict(sigmoid='label', regression='number')
+def moved_outputs(order: Sequence[int]) -> list[int]:
+    return [i for i, o in enumerate(order) if i != o]
 
 
 def wrong_order(
@@ -140,7 +128,6 @@ def wrong_order(
         one: Word for an output, such as 'class'.
         names: Names of the student's classes. None if unknown.
     """
-    moved = [i for i, o in enumerate(order) if i != o]
     select = order if teacher.select is None else [teacher.select[o] for o in order]
     guess = (
         f' ({unseen} of them have no samples here, so their position is a guess: pass a larger n=)'
@@ -148,12 +135,12 @@ def wrong_order(
         else ''
     )
     many = 'classes' if one == 'class' else f'{one}s'
-    words = moves_in_words(order, moved, names, one)
     # an output of a weak teacher may be more correlated with a related label than with its own
     care = '' if one == 'class' else '. Compare this order with the names of its outputs'
     return Finding(
         'error',
-        f'The teacher has the {many} in a different order: {words}{guess}. Its {scores}',
+        f'The teacher has the {many} in a different order: {moves_in_words(order, names, one)}{guess}. '
+        f'Its {scores}',
         f"Put its {many} into the student's order: Teacher(model, select={select}){care}",
         about='order of classes',
     )
@@ -189,15 +176,27 @@ def hits(table: Tensor, order: Sequence[int]) -> Tensor:
     return table[torch.arange(len(order)), torch.tensor(order)]
 
 
+def in_other_half(halves: Tensor, stay: float = 1.0) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """For each half of the items, yield the scores of the moved outputs in the other half: in the
+    present order, and in the order that fits this half best. Also yield all scores of these classes.
+
+    Args:
+        halves: Tables of both halves, as for `best_order`, (2, C, C).
+        stay: As in `best_order`.
+    """
+    for suggests, shows in (halves, halves.flip(0)):
+        order = best_order(suggests, stay)
+        moved = torch.tensor(order) != torch.arange(len(order))
+        yield shows.diagonal()[moved], hits(shows, order)[moved], shows[moved]
+
+
 def holds_elsewhere(halves: Tensor) -> bool:
     """Return True if the class order that fits half of the items best also fits the other half far
-    better than the present order."""
+    better than the present order.
+    """
     now = then = recall_now = recall_then = 0.0
-    for suggests, shows in (halves, halves.flip(0)):
-        order = best_order(suggests)
-        moved = torch.tensor(order) != torch.arange(len(order))
-        have = shows.sum(1).clamp_min(1)[moved]
-        right_now, right_then = shows.diagonal()[moved], hits(shows, order)[moved]
+    for right_now, right_then, rows in in_other_half(halves):
+        have = rows.sum(1).clamp_min(1)
         now, then = now + right_now.sum().item(), then + right_then.sum().item()
         # subtle: a teacher that takes a frequent class for a rare one is not in a different order
         recall_now += (right_now / have).sum().item()
@@ -220,27 +219,24 @@ def related_order(t: Tensor, y: Tensor) -> list[int]:
 
 def related_elsewhere(t: Tensor, y: Tensor) -> bool:
     """Return True if the order that fits half of the items best also fits the other half far better
-    than the present order."""
-    now = then = n = 0.0
-    halves = [(t[i::2], y[i::2]) for i in (0, 1)]
-    for suggests, shows in (halves, halves[::-1]):
-        order, table = related_order(*suggests), correlation_table(*shows)
-        moved = torch.tensor(order) != torch.arange(len(order))
-        now += table.diagonal()[moved].sum().item()
-        then += hits(table, order)[moved].sum().item()
-        n += moved.sum().item()
+    than the present order.
+    """
+    now, then, n, items = 0.0, 0.0, 0, len(t[::2])
+    halves = torch.stack([correlation_table(t[i::2], y[i::2]) for i in (0, 1)])
+    for related_now, related_then, rows in in_other_half(halves, stay=2 / items**0.5):
+        now, then = now + related_now.sum().item(), then + related_then.sum().item()
+        n += len(rows)
     # a correlation of unrelated numbers has a standard deviation of 1 / sqrt(items)
-    sure = then - now > 3 * (2 * n / len(halves[0][0])) ** 0.5
+    sure = then - now > 3 * (2 * n / items) ** 0.5
     return sure and then > RELATED * n and (then > 2 * now or n - then < (n - now) / 2)
 
 
-def moves_in_words(
-    order: Sequence[int], moved: Sequence[int], names: Sequence | None, one: str = 'class'
-) -> str:
+def moves_in_words(order: Sequence[int], names: Sequence | None, one: str = 'class') -> str:
     """Describe how the classes are reordered.
 
     If classes are only swapped in pairs, name the pairs. Otherwise, name the output of each class.
     """
+    moved = moved_outputs(order)
     name = lambda i: (
         repr(str(names[i])) if names is not None and len(names) == len(order) else f'{one} {i}'
     )

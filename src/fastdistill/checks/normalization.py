@@ -11,7 +11,7 @@ from ..base.outputs import map_tensors
 from ..base.task import Task, fit_labels
 from ..teachers.image_normalization import affine, is_image, stats_of
 from ..teachers.teacher import Teacher
-from .batch_scores import FEW, METRICS, SLIGHT, Tally
+from .batch_scores import FEW, METRICS, SLIGHT, Tally, has_labels, item_scores
 from .findings import Finding, count_in_words
 from .forward import teacher_logits
 
@@ -54,8 +54,8 @@ def renormalized_images(
         for k, (stats, _) in USUAL.items()
         if (t := with_stats(teacher, stats, batches)) is not None
     }
-    few = {k: scores_with(t, tally, task, batches[:2]) for k, t in others.items()}
-    run = lambda k: scores_with(others[k], tally, task, batches)
+    few = {k: scores_with(t, task, batches[:2]) for k, t in others.items()}
+    run = lambda k: scores_with(others[k], task, batches)
     if (found := clearly_better(few, run, tally, SLIGHT)) is None:
         return
     best, now, then = found
@@ -96,8 +96,8 @@ def resized_images(
         some = max(FEW, min(n, MOST_WORK * n * h * w // (size[0] * size[1])))
         first = map_tensors(batches[0], lambda o, some=some: o[:some])
         with suppress(Exception):  # models for one size raise all kinds of errors
-            few[size] = scores_with(resizing(teacher, size), tally, task, [first])
-    run = lambda k: scores_with(resizing(teacher, k), tally, task, batches)
+            few[size] = scores_with(resizing(teacher, size), task, [first])
+    run = lambda k: scores_with(resizing(teacher, k), task, batches)
     if (found := clearly_better(few, run, tally, CLEARLY)) is None:
         return
     best, now, then = found
@@ -211,12 +211,12 @@ def with_stats(teacher: Teacher, stats: Any, batches: Sequence) -> Teacher | Non
     return Teacher(teacher, images=dict(stats=stats))
 
 
-def scores_with(teacher: Teacher, tally: Tally, task: Task, batches: Sequence) -> Tensor:
+def scores_with(teacher: Teacher, task: Task, batches: Sequence) -> Tensor:
     """Compute the teacher's score for each item in the batches, (items,)."""
     with teacher:
         outs = [(teacher_logits(teacher, xb).float(), yb[0]) for xb, yb in batches]
     scores = []
     for t, labels in outs:
         y: Any = fit_labels(labels, t.shape, task)
-        scores.append(tally.item_scores(t, y)[tally.counted(y)])
+        scores.append(item_scores(t, y, task)[has_labels(y, task)])
     return torch.cat(scores)

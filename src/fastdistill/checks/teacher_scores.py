@@ -8,14 +8,16 @@ from torch.nn import Module
 from ..base.outputs import tensors_in
 from ..base.task import Task
 from ..teachers.teacher import Teacher
-from .batch_scores import FEW, KNOWS, LEADS, SLIGHT, Tally
-from .class_order import reordered_classes, reordered_outputs
+from .batch_scores import FEW, LEADS, SLIGHT, Tally, p_above
+from .class_order import reordered
 from .findings import Finding, count_in_words
 from .normalization import renormalized_images, resized_images
 
 CERTAIN = 0.99  # minimum mean top probability of nearly one-hot soft labels
 HESITANT = 0.2  # maximum difference between the accuracy and the mean top probability
 NOT_APART = 0.25  # minimum difference between the mean probabilities of present and absent labels
+KNOWS = 0.005  # maximum p-value of a teacher that is better than chance
+LUCK = 2.576  # minimum number of standard deviations by which it is better
 FEWEST = 64  # minimum number of items for these checks
 
 
@@ -45,8 +47,7 @@ def low_score(
     # skip untrained teachers, for which an order of classes may fit by chance
     if trained:
         cures = [
-            *reordered_classes(tally, teacher, names),
-            *reordered_outputs(tally, teacher, names),
+            *reordered(tally, teacher, names),
             *renormalized_images(tally, teacher, task, batches),
             *resized_images(tally, teacher, task, batches),
         ]
@@ -211,19 +212,50 @@ def chance(tally: Tally) -> Iterator[Finding]:
 
 
 def classes_known(tally: Tally) -> tuple[float, str] | None:
-    if tally.knows_classes():
+    """Return (lead over chance, text), or None if the teacher's predictions are significantly better
+    than chance.
+
+    One test uses the mean recall over classes, which works better for rare classes. The second test
+    uses the mean over items, which works better for many classes with few items each. A teacher
+    needs to pass only one of the tests.
+    """
+    there, _, predicted = tally.sums
+    have, hit, said = tally.sums[:, there > 0]
+    k, n = len(have), there.sum().item()
+    if k < 2:
         return None
-    recall, _, k = tally.recall()
-    return (recall - 1 / k) / (1 - 1 / k), (
+    recall = (hit / have).mean().item()
+    if (lead := recall - 1 / k) > 0:
+        items, p = tally.items('teacher'), said / n
+        # standard deviation of the mean recall of random predictions. Subtle: an item with many
+        # positions has a weight of 1, since its positions are correlated
+        sd = (p * (1 - p) / have).sum().sqrt().item() / k
+        # expected accuracy of predictions that are unrelated to the labels
+        luck = (there * predicted).sum().item() / n**2
+        if len(items) < FEW or lead > max(SLIGHT * (1 - 1 / k), LUCK * sd):
+            return None
+        if items.mean().item() - luck > SLIGHT * (1 - luck) and p_above(items, luck) < KNOWS:
+            return None
+    return lead / (1 - 1 / k), (
         f'on average it recognizes {recall:.1%} of the samples of a class '
         f'({count_in_words(tally.n_labels, tally.part, "labels")}, {k} classes), a constant prediction {1 / k:.1%}'
     )
 
 
 def labels_known(tally: Tally) -> tuple[float, str] | None:
-    with_it, without, known = tally.knows_labels() or (1.0, 0.0, True)
-    if known:
+    """Return (difference between the mean probabilities of present and of absent labels, text), or
+    None if the first is significantly higher, or if each label is present in all items or in none.
+    """
+    have = tally.sums[:, (tally.sums[:2] > 0).all(0)]
+    if not have.shape[1]:
         return None
+    n1, n0, p1, p0, squares = have
+    variance = (squares / (n1 + n0) - ((p1 + p0) / (n1 + n0)) ** 2).clamp_min(0)
+    lead = (p1 / n1 - p0 / n0).mean().item()
+    sd = (variance * (1 / n1 + 1 / n0)).sqrt().mean().item()
+    if lead > 0 and (len(tally.items('teacher')) < FEW or lead > LUCK * sd):
+        return None
+    with_it, without = (p1 / n1).mean().item(), (p0 / n0).mean().item()
     return with_it - without, (
         f'on {count_in_words(tally.n_labels, tally.part)}, the mean probability that it predicts is '
         f'{with_it:.3f} for labels that an item has, and {without:.3f} for labels that it does not have'

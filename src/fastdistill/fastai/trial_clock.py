@@ -7,7 +7,7 @@ from fastai.basics import Callback, CancelFitException
 
 from ..base.outputs import DistillError, Outputs, as_plain
 from ..base.task import fit_labels
-from ..checks.batch_scores import Tally
+from ..checks.batch_scores import item_scores
 
 
 class Clock(Callback):
@@ -86,7 +86,6 @@ def scorer(task):
     Args:
         task: What the student predicts.
     """
-    tally = Tally(task)
 
     def score(logits, targets):
         y = fit_labels(targets[0], logits.shape, task)
@@ -95,7 +94,7 @@ def scorer(task):
                 f'Labels of shape {tuple(targets[0].shape)} do not fit outputs of shape '
                 f'{tuple(logits.shape)}: pass score=, a function of both.'
             )
-        return tally.item_scores(logits, y)
+        return item_scores(logits, y, task)
 
     return score
 
