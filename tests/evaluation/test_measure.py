@@ -542,7 +542,7 @@ def test_models_of_other_classes_nan_and_labels_that_do_not_fit_are_named():
         measured(dict(a=o), torch.zeros(101, 2).long(), Task('softmax'))
     with pytest.raises(DistillError, match='no batch'):
         measure_models(dict(a=Teacher(Stored(o))), [], Task('softmax'))
-    with pytest.raises(DistillError, match="headline='f1': must be 'accuracy' or"):
+    with pytest.raises(DistillError, match="headline='f1': must be one of 'accuracy',"):
         measured(dict(a=o), y, Task('softmax'), headline='f1')
 
 

@@ -330,7 +330,7 @@ def test_the_same_call_gives_the_same_report():
         (lambda s, t: compare(dict(teacher=t, s=s), teacher='x'), "teacher='x'"),
         (
             lambda s, t: compare(dict(teacher=t, s=s), headline='x', **QUICK),
-            "headline='x': must be 'accuracy' or",
+            "headline='x': must be one of 'accuracy',",
         ),
         (lambda s, t: compare(dict(teacher='none.pkl', s=s)), 'no file'),
         (

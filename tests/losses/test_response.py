@@ -397,7 +397,7 @@ def test_soft_targets_are_those_of_what_the_model_predicts():
         == regression(s, t, mask=mask).item()
     )
     with pytest.raises(
-        DistillError, match="kind='logits': must be 'softmax', 'sigmoid' or 'regression'"
+        DistillError, match="kind='logits': must be one of 'softmax', 'sigmoid', 'regression'"
     ):
         soft_targets(s, t, kind='logits')
 

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .outputs import DistillError, Outputs, as_plain
+from .errors import DistillError, few_names
+from .outputs import Outputs, as_plain
 from .task import Task, fit_labels
 
 
@@ -50,10 +51,7 @@ def as_number(c: Any, option: str, vocab: Sequence | None) -> int | str:
     if isinstance(c, str):
         if vocab is None or c in vocab:
             return c if vocab is None else vocab.index(c)
-        raise DistillError(
-            f'{option}= has {c!r}, but the classes are {", ".join(map(str, vocab[:10]))}'
-            f'{" ..." if len(vocab) > 10 else ""}.'
-        )
+        raise DistillError(f'{option}= has {c!r}, but the classes are {few_names(vocab, 10)}.')
     return int(c)
 
 

@@ -1,7 +1,7 @@
 "Define the error for mistakes and the warning for probable mistakes."
 
 import warnings
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from difflib import get_close_matches
 
 
@@ -29,6 +29,11 @@ def close_name(name: str, have: Iterable[str]) -> str:
     """
     close = get_close_matches(name, have, 1)
     return f' (did you mean {close[0]!r}?)' if close else ''
+
+
+def few_names(names: Sequence, n: int = 5) -> str:
+    """Return the first names as text, with dots if there are more."""
+    return ', '.join(map(str, names[:n])) + (' ...' if len(names) > n else '')
 
 
 def check_choice(name: str, value: object, allowed: Collection) -> None:

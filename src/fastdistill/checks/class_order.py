@@ -10,9 +10,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..base.errors import few_names
 from ..teachers.teacher import Teacher
 from .batch_scores import FEW, Tally, item_scores
-from .findings import Finding, few_names
+from .findings import Finding
 
 # minimum mean correlation of the outputs that have a different order with their labels
 RELATED = 0.2

@@ -1,16 +1,12 @@
 """Classes for the results of checks: findings and measurements."""
 
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from ..base.distributed import rank
 from ..base.outputs import DistillError, DistillWarning
-
-
-def few_names(names: Sequence, n: int) -> str:
-    return ', '.join(map(str, names[:n])) + (' ...' if len(names) > n else '')
 
 
 @dataclass

@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from torch.nn import Module
 
+from ..base.errors import few_names
 from ..features.layer_hooks import Taps
 from ..features.layer_pairs import pair
 from ..features.probe import untouched
 from ..losses import response
 from ..teachers.teacher import Teacher
-from .findings import Finding, few_names
+from .findings import Finding
 from .forward import run_student
 
 

@@ -5,8 +5,9 @@ from collections.abc import Iterator
 import torch
 from torch.nn import Module
 
+from ..base.errors import few_names
 from ..teachers.teacher import Teacher
-from .findings import Finding, few_names
+from .findings import Finding
 
 
 def shared_parameters(student: Module | None, teacher: Teacher) -> Iterator[Finding]:

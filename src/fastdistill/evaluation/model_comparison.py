@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..base.outputs import DistillError, tensors_in
+from ..base.errors import DistillError, check_choice
+from ..base.outputs import tensors_in
 from ..base.random_state import guarded_random_state
 from ..base.task import Task, fit_labels, unusable
 from ..teachers.teacher import Teacher
@@ -149,8 +150,8 @@ def measure_models(
     n_classes = some.sums['totals'].shape[1] if task.kind != 'regression' else 0
     measures = measures_of(task.kind, next(iter(scores.values())), n_classes, language)
     names = [m.name for m in measures]
-    if headline is not None and headline not in names:
-        raise DistillError(f'headline={headline!r}: must be {" or ".join(map(repr, names))}.')
+    if headline is not None:
+        check_choice('headline', headline, names)
     paired = PairedScores(scores, measures, repeats, seed)
     role = lambda k: 'teacher' if k == teacher else 'baseline' if k == baseline else 'student'
     results = {

@@ -10,9 +10,9 @@ from fastai.data.transforms import Categorize, EncodedMultiCategorize, Normalize
 from fastai.tabular.core import Categorify, FillMissing, Tabular
 from torch import Tensor
 
-from ..base.outputs import DistillError
+from ..base.errors import DistillError, few_names
 from ..base.sample_seeds import seeds_of
-from ..teachers.estimator import Estimator, few
+from ..teachers.estimator import Estimator
 
 KNOWN = Categorify, FillMissing, Normalize
 TARGETS = Categorize, EncodedMultiCategorize, RegressionSetup
@@ -177,9 +177,9 @@ class RawRows:
         possible.
         """
         if other := [type(p).__name__ for p in self.procs if not isinstance(p, (*KNOWN, *TARGETS))]:
-            return f'It is unknown how to undo {few(other)}'
+            return f'It is unknown how to undo {few_names(other)}'
         if len(self.flags) < len(self.filled):
-            return f'FillMissing(add_col=False) does not record which cells of {few(self.filled)} were missing'
+            return f'FillMissing(add_col=False) does not record which cells of {few_names(self.filled)} were missing'
 
     def __call__(self, *x: Tensor):
         """Return the original rows of a batch as a DataFrame.
@@ -259,7 +259,7 @@ class RawRows:
             )
         if len(lost := index.difference(self.frame.index)):
             raise DistillError(
-                f'frame= has no rows {few(list(lost))}, which the DataLoaders have. Pass the '
+                f'frame= has no rows {few_names(list(lost))}, which the DataLoaders have. Pass the '
                 'table from which they were made.'
             )
         rows = self.frame.loc[index]

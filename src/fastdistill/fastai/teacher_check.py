@@ -10,10 +10,10 @@ from fastai.data.transforms import Normalize
 from torch.nn.parameter import is_lazy
 
 from ..base.distributed import counted_as_one
-from ..base.outputs import DistillError
+from ..base.errors import DistillError, few_names
 from ..base.task import Task
 from ..checks.class_order import map_classes
-from ..checks.findings import Finding, Findings, few_names
+from ..checks.findings import Finding, Findings
 from ..checks.shared_parameters import larger_student, none_shared, shared_parameters
 from ..checks.teacher_outputs import BATCHES, any_outputs, check_outputs, single_teachers
 from ..evaluation.checks_table import checks_as_text, html_of_checks, print_checks

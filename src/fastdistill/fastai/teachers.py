@@ -21,12 +21,12 @@ from fastai.vision.core import Image
 from torch import Tensor, nn
 
 from ..base.class_mapping import class_groups
-from ..base.outputs import DistillError, DistillWarning, as_plain
+from ..base.errors import DistillError, DistillWarning, few_names
+from ..base.outputs import as_plain
 from ..base.random_state import RandomGuard
 from ..base.transform_random_state import Generators
 from ..cache.reader import TeacherCache, is_cache
 from ..checks.class_order import map_classes
-from ..checks.findings import few_names
 from ..checks.teacher_outputs import single_teachers
 from ..teachers.estimator import Estimator, is_estimator, load_estimator
 from ..teachers.image_normalization import affine, stats_of, timm_cfg

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..base.outputs import DistillError
+from ..base.errors import DistillError, check_choice
 from .feature_shapes import to_grid
 
 ProjectorLike = str | Callable[..., Tensor]  # a name in `PROJECTORS`, a module or a function
@@ -167,8 +167,7 @@ def check_projector(
 ) -> None:
     """Raise a DistillError if the options do not fit these shapes."""
     checked_projector(kind)
-    if match not in MATCHES:
-        raise DistillError(f'match={match!r}: must be one of {", ".join(map(repr, MATCHES))}')
+    check_choice('match', match, MATCHES)
     s, t = len(s_shape), len(t_shape)
     if not (2 <= s <= 5 and 2 <= t <= 5):
         raise DistillError(

@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..base.outputs import DistillError, Draws, LinearLogits, as_plain
+from ..base.errors import DistillError, check_choice
+from ..base.outputs import Draws, LinearLogits, as_plain
 
 
 def _full(x: Any, detach: bool = False) -> Any:
@@ -65,9 +66,8 @@ def loss(
             'loss is a decorator with options: write @loss() above your function, or '
             "@loss(match='grid')"
         )
-    for o, v, have in (('kind', kind, (None, *KINDS)), ('match', match, ('shape', 'grid', 'none'))):
-        if v not in have:
-            raise DistillError(f'{o}={v!r}: must be one of {", ".join(map(repr, have))}')
+    check_choice('kind', kind, (None, *KINDS))
+    check_choice('match', match, ('shape', 'grid', 'none'))
 
     def decorate(fn: LossFn) -> LossFn:
         @functools.wraps(fn)
@@ -114,8 +114,7 @@ def reduce(v: Tensor, reduction: str = 'mean', mask: Tensor | None = None) -> Te
         mask: True, or a positive weight, for included positions. Must broadcast to the shape of
             `v`.
     """
-    if reduction not in ('mean', 'sum', 'none'):
-        raise DistillError(f"reduction={reduction!r}: must be 'mean', 'sum' or 'none'")
+    check_choice('reduction', reduction, ('mean', 'sum', 'none'))
     if mask is not None:
         mask = fit_mask(mask, v.shape).to(v.dtype)
         # subtle: use `where` instead of a product, because a masked position may hold inf, and 0 *

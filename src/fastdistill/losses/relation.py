@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..base.outputs import DistillError
+from ..base.errors import DistillError, check_choice
 from ._base import _full, cells, expect, log_probs, loss, reduce, unit
 from .feature import Owner, same_features, tensor_like
 
@@ -144,8 +144,7 @@ def cc(
         mask: Samples whose relations are included, (B,). Excluded samples remain neighbors of the
             others.
     """
-    if kernel not in ('gaussian', 'bilinear'):
-        raise DistillError(f"kernel={kernel!r}: must be 'gaussian' or 'bilinear'")
+    check_choice('kernel', kernel, ('gaussian', 'bilinear'))
     s, t = [unit(x) if normalize else x for x in samples(s, t)]
     s, t = [gaussian(x, gamma, degree) if kernel == 'gaussian' else x @ x.T for x in (s, t)]
     return reduce((s - t).pow(2).mean(1), reduction, mask)

@@ -14,8 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..base.outputs import DistillError, Draws
+from ..base.errors import DistillError, check_choice
+from ..base.outputs import Draws
 from ._base import (
+    KINDS,
     Loss,
     _full,
     class_axis,
@@ -453,10 +455,7 @@ def regression(
         distance: 'mse', 'l1' or 'huber' (quadratic up to a distance of 1).
         mask: Samples to include in the loss, (B,).
     """
-    if distance not in DISTANCES:
-        raise DistillError(
-            f'distance={distance!r}: must be one of {", ".join(map(repr, DISTANCES))}'
-        )
+    check_choice('distance', distance, DISTANCES)
     if s.shape[:1] != t.shape[:1] or s.numel() != t.numel():
         raise DistillError(
             f"The student's output has shape {tuple(s.shape)}, the teacher's {tuple(t.shape)}: both "
@@ -489,13 +488,12 @@ def soft_targets(
         axis: Class axis. Used only for softmax.
         mask: As in `kl`, `binary_kl` or `regression`.
     """
+    check_choice('kind', kind, KINDS)
     if kind == 'softmax':
         return kl(s, t, T=T, axis=axis, mask=mask, reduction=reduction)
     if kind == 'sigmoid':
         return binary_kl(s, t, T=T, mask=mask, reduction=reduction)
-    if kind == 'regression':
-        return regression(s, t, mask=mask, reduction=reduction)
-    raise DistillError(f"kind={kind!r}: must be 'softmax', 'sigmoid' or 'regression'")
+    return regression(s, t, mask=mask, reduction=reduction)
 
 
 @loss(kind='softmax', match='shape', relates=True)

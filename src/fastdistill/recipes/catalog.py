@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import losses, recipes
-from ..base.errors import DistillError
+from ..base.errors import DistillError, check_choice
 from .term import Term
 
 FAMILIES = dict(
@@ -115,10 +115,8 @@ def find_methods(text: str = '', needs: Iterable[str] = ()) -> list[Method]:
         needs: Required entries of `Method.needs`.
     """
     have = list(dict.fromkeys(n for m in methods() for n in m.needs))
-    if unknown := set(needs) - set(have):
-        raise DistillError(
-            f'needs={sorted(unknown)[0]!r}: must be one of {", ".join(map(repr, have))}'
-        )
+    for n in sorted(needs):
+        check_choice('needs', n, have)
     words = text.lower().split()
     said = lambda m: ' '.join((m.name, m.line, m.paper, m.family, *m.needs)).lower()
     return [m for m in methods() if set(needs) <= set(m.needs) and all(w in said(m) for w in words)]

@@ -5,14 +5,15 @@ Any object with a method `predict_proba` or `predict` works.
 
 import copy
 import pickle
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, Self
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..base.outputs import DistillError, as_plain
+from ..base.errors import DistillError, few_names
+from ..base.outputs import as_plain
 
 
 def is_estimator(o: Any) -> bool:
@@ -211,13 +212,9 @@ class Estimator:
             return table
         if missing := [n for n in names if n not in table.columns]:
             raise DistillError(
-                f'{self.__name__} was fitted on the columns {few(names)} ({len(names)}), but the rows '
-                f'have no {few(missing)}. They have {few(list(table.columns), 20)}. In fastai, '
+                f'{self.__name__} was fitted on the columns {few_names(names)} ({len(names)}), but the rows '
+                f'have no {few_names(missing)}. They have {few_names(list(table.columns), 20)}. In fastai, '
                 'Teacher(pipeline, frame=df) takes them from the table that the DataLoaders were made '
                 'from.'
             )
         return table[names]
-
-
-def few(names: Sequence, n: int = 5) -> str:
-    return ', '.join(map(str, names[:n])) + (' ...' if len(names) > n else '')

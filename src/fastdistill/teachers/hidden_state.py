@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
+from ..base.errors import few_names
 from ..base.model_state import ModelState
 from ..features.probe import distinct_modules, untouched
 
@@ -40,7 +41,7 @@ def why_no_reset(model: Any) -> str | None:
     finally:
         state.restore()
     if changed:
-        return f'changes weights ({", ".join(changed[:3])}{" ..." if len(changed) > 3 else ""})'
+        return f'changes weights ({few_names(changed, 3)})'
     return None
 
 
