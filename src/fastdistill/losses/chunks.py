@@ -52,7 +52,8 @@ def per_position(
     if (size := chunk_size(s, 4 if plain else 1)) is None:
         s, t = [x.dense() if isinstance(x, LinearLogits) else x for x in (s, t)]
         return blanked(values, s, t, mask, axis=axis)
-    s, t, mask = [None if x is None else in_three(x, axis) for x in (s, t, mask)]
+    s, t = in_three(s, axis), in_three(t, axis)
+    mask = None if mask is None else in_three(mask, axis)
     fns = partial(blanked, values), None if slope is None else partial(blanked, slope)
     parts = [s] if isinstance(s, Tensor) else [s.hidden, s.weight, s.bias]
     return Chunked.apply(s, t, mask, *fns, size, *parts).reshape(shape)
@@ -153,7 +154,7 @@ class Chunked(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Any:
         (mask, t, *parts), (kept, values, slope, places, cap) = ctx.saved_tensors, ctx.rest
-        t, s = t if kept is None else kept, student_logits(parts, cap)
+        t, s = t if kept is None else kept, logits_of_parts(parts, cap)
         if torch.is_grad_enabled():  # the gradient can be differentiated again, without chunks
             v = values(*rows_at((s, t, mask), WHOLE)).reshape(g.shape)
             return *[None] * 6, *gradients_of(v, parts, g, create_graph=True)
@@ -171,7 +172,7 @@ class Chunked(torch.autograd.Function):
             own = [p.requires_grad_() if need else p for p, need in zip(own, needs)]
             t_rows, m, g_rows = rows_at((t, mask, g), i)
             with torch.enable_grad():
-                z = student_logits(own, cap).dense()
+                z = logits_of_parts(own, cap).dense()
                 if slope is None:
                     found = gradients_of(values(z, t_rows, m), own, g_rows.squeeze(1))
                 else:
@@ -205,9 +206,12 @@ def by_autograd(values: Callable, s: Tensor, t: Tensor, mask: Tensor | None) -> 
     return torch.autograd.grad(values(s, t, mask).sum(), s)[0]
 
 
-def student_logits(parts: Sequence[Any], cap: float | None) -> Any:
+def logits_of_parts(parts: Sequence[Any], cap: float | None) -> Any:
     """Return the student's logits from (logits,) or (hidden states, weight, bias)."""
-    return parts[0] if len(parts) == 1 else LinearLogits(*parts, cap)
+    if len(parts) == 1:
+        return parts[0]
+    hidden, weight, bias = parts
+    return LinearLogits(hidden, weight, bias, cap)
 
 
 def gradients_of(v: Tensor, parts: Sequence[Any], g: Tensor, **options: Any) -> list:
