@@ -6,7 +6,7 @@
     python benchmarks/weak_teachers.py --table             # of this version; --version 1 for the runs before
 
 Each run is a line of results/weak_teachers.jsonl; runs that are there are skipped. `before` is the default of protocol 2: the
-same recipe without `fade=True`, and `kd(T=1, alpha=.3)` or `kd(T=1, alpha=.1)` for a teacher in doubt. `fade` is
+same recipe without `fade`, and `kd(T=1, alpha=.3)` or `kd(T=1, alpha=.1)` for a teacher in doubt. `fade` is
 the default of today."""
 
 import copy, sys
@@ -52,7 +52,7 @@ def plain(recipe):
     "The same recipe without fading"
     terms = [copy.copy(t) for t in recipe.terms]
     for t in terms:
-        t.fade = False
+        t.fade = 0.0
     return Recipe(*terms, task=recipe.task)
 
 

@@ -45,7 +45,7 @@ def default(t, rows=2048):
     return auto(classes=t.shape[-1], teacher=t[:: max(len(t) // rows, 1)])
 
 
-def varied(even=0.9, beta=2.0, gamma=2.0, ratio=3.0, fade=True):
+def varied(even=0.9, beta=2.0, gamma=2.0, ratio=3.0, fade=1.0):
     "The library's default for classes, with other constants"
     return lambda t: dist(
         T=float(f'{softening_temperature(t, even):.2g}'),
@@ -164,13 +164,15 @@ CANDIDATES = [
             'beta 3, gamma 1': dict(beta=3.0, gamma=1.0),
             'ratio 1': dict(ratio=1.0),
             'ratio 10': dict(ratio=10.0),
-            'no fade': dict(fade=False),
+            'no fade': dict(fade=0.0),
+            'fade .2': dict(fade=0.2),
+            'fade .5': dict(fade=0.5),
         }.items()
     ),
     *(
         C(
-            f'default of {outputs}, ratio {r:g}',
-            share(loss, r, fade=True, **options),
+            f'default of {outputs}, {name}',
+            share(loss, r, fade=fade, **options),
             outputs,
             'constant',
         )
@@ -178,7 +180,14 @@ CANDIDATES = [
             ('labels', losses.binary_kl, dict(T=1)),
             ('numbers', losses.regression, {}),
         )
-        for r in (0.3, 1.0, 10.0)
+        for name, r, fade in (
+            ('ratio 0.3', 0.3, 0.2),
+            ('ratio 1', 1.0, 0.2),
+            ('ratio 10', 10.0, 0.2),
+            ('no fade', 3.0, 0.0),
+            ('fade .5', 3.0, 0.5),
+            ('fade 1', 3.0, 1.0),
+        )
     ),
     C('kd(.3)', lambda: kd(1.0, 0.3), 'labels', 'more'),
     C('kd(.1)', lambda: kd(1.0, 0.1), 'labels', 'more'),

@@ -2,12 +2,15 @@
 
     python benchmarks/quality/run.py --out benchmarks/results/quality/constants --cells trec_short --recipes 'labels;default;default, ratio 1'
     python benchmarks/quality/constants.py
+    python benchmarks/quality/constants.py --folder benchmarks/results/quality/fade  # the strength of fading alone
 
 Gains are in points of the main measure, with the rates and seeds of PROTOCOL.md. A data set counts once, with the mean of its cells. The last table chooses the value of each constant on
 all data sets but one, and shows what this choice gains there over the default."""
 
 from collections import defaultdict
+from pathlib import Path
 import numpy as np
+import typer
 from judge import Judged, said
 from stats import overall
 from stored import OUT
@@ -18,11 +21,15 @@ CONSTANTS = {
     'entropy of the softened teacher (.9)': ('even .8', 'even .97'),
     'gradient ratio (3)': ('ratio 1', 'ratio 10'),
     'between and within classes (2, 2)': ('beta 1, gamma 3', 'beta 3, gamma 1'),
-    'fade (yes)': ('no fade',),
+    'fade (1)': ('no fade', 'fade .2', 'fade .5'),
 }
 NAMES = {k: tuple(f'{DEFAULT}, {v}' for v in variants) for k, variants in CONSTANTS.items()} | {
-    f'gradient ratio of {o} (3)': tuple(f'{DEFAULT} of {o}, ratio {r}' for r in ('0.3', '1', '10'))
+    f'{constant} of {o} ({value})': tuple(f'{DEFAULT} of {o}, {v}' for v in variants)
     for o in ('labels', 'numbers')
+    for constant, value, variants in (
+        ('gradient ratio', 3, ('ratio 0.3', 'ratio 1', 'ratio 10')),
+        ('fade', 0.2, ('no fade', 'fade .5', 'fade 1')),
+    )
 }
 
 
@@ -82,8 +89,8 @@ def left_out(judged, found):
     return table(heads, rows)
 
 
-def main():
-    judged = Judged(OUT / 'constants')
+def main(folder: Path = OUT / 'constants'):
+    judged = Judged(folder)
     for measure in (None, 'nll'):
         found = gains(judged, measure)
         print(f'\n{measure or "main measure"}\n\n{of_cells(judged, found, measure)}')
@@ -92,4 +99,4 @@ def main():
 
 
 if __name__ == '__main__':
-    main()
+    typer.run(main)

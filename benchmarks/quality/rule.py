@@ -24,7 +24,7 @@ def group(f):
 
 def default(f):
     """The candidate that was the library's default recipe in such a cell when protocol 1 ran. Since then its gradient ratio can fall
-    (`fade=True`), which replaced the recipe of a teacher in doubt, but for two classes."""
+    (`fade=`), which replaced the recipe of a teacher in doubt, but for two classes."""
     hesitant = f['output'] == 'classes' and f['teacher_valid'] - f['top_prob_valid'] > HESITANT
     hesitant = hesitant or (f['output'] == 'labels' and f['apart_valid'] < NOT_APART)
     if hesitant:

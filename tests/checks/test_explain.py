@@ -307,10 +307,10 @@ def test_fewer_than_a_thousand_steps_are_few(steps):
     assert says(why_of(answers(), answers(), steps=steps), f'had {steps} steps') is (steps < 1000)
 
 
-@pytest.mark.parametrize('left', [0.49, 0.5])
-def test_a_gradient_ratio_that_fell_below_half_is_faded(left):
+@pytest.mark.parametrize('left', [0.09, 0.1])
+def test_a_gradient_ratio_that_fell_below_a_tenth_is_faded(left):
     found = why_of(answers(), answers(), faded=dict(dist=left))
-    assert says(found, f"{left:.0%} of dist's gradient ratio was left") is (left < 0.5)
+    assert says(found, f"{left:.0%} of dist's gradient ratio was left") is (left < 0.1)
 
 
 def test_outputs_that_differ_in_shape_are_named():

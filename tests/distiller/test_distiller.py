@@ -1184,7 +1184,7 @@ FACTORED = {
     'automatic': None,
     'kd': kd(),
     'gradient ratio': Term(losses.kl, grad_ratio=1.0),
-    'fading': Term(losses.kl, grad_ratio=1.0, fade=True),
+    'fading': Term(losses.kl, grad_ratio=1.0, fade=0.2),
     'dist': recipes.dist(grad_ratio=1.0),
 }
 

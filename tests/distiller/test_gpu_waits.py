@@ -114,7 +114,7 @@ def test_a_step_of_mixed_labels_waits_for_nothing(recipe, mixed, no_numbers):
 def test_a_step_with_shares_waits_for_nothing_after_the_first(no_numbers):
     d, _ = step_on_meta(
         kd()
-        + recipes.dist(grad_ratio=3.0, fade=True)
+        + recipes.dist(grad_ratio=3.0, fade=0.2)
         + recipes.at()
         + recipes.hint(layers={'3': '3'})
     )

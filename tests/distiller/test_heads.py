@@ -505,9 +505,9 @@ def sum_of(*gradients):
 def test_each_head_fades_as_if_it_were_alone(knows, several_terms, weights):
     "With the labels of all heads in one loss: the doubt about one teacher changes no other head"
     student, *_ = nets()
-    recipe = recipes.dist(grad_ratio=3, fade=True)
+    recipe = recipes.dist(grad_ratio=3, fade=0.2)
     if several_terms:
-        recipe = recipe + Term(losses.mse, weight=0.1) + Term(losses.kl, grad_ratio=1, fade=True)
+        recipe = recipe + Term(losses.mse, weight=0.1) + Term(losses.kl, grad_ratio=1, fade=0.2)
     heads = Distiller(student, dict(color=None, shape=None), recipe, weights=weights, check=False)
     of = lambda: Distiller(None, None, recipe, check=False)
     alone = dict(color=of(), shape=of())

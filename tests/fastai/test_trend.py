@@ -49,7 +49,7 @@ def test_a_wrong_teacher_is_warned_about_once():
         (
             auto(classes=4),
             "Use a smaller grad_ratio of dist, now 3, as in 'labels "
-            r"\+ dist\(T=4, beta=2, gamma=2, grad_ratio=1, fade=True\)';",
+            r"\+ dist\(T=4, beta=2, gamma=2, grad_ratio=1, fade=1\)';",
         ),
         (auto(classes=2), 'Use a smaller alpha of kd, now 0.5, or a smaller T;'),
         (kd(alpha=('linear', 0.9, 0.5)), 'Use a smaller alpha of kd, or a smaller T;'),

@@ -53,7 +53,7 @@ def cases():
         + Term(losses.hint, grad_ratio=0.3, **HINT)
         + recipes.rkd({'2': '2'}, grad_ratio=0.2),
         limited_shares=kd() + Term(losses.hint, grad_ratio=0.3, **HINT),
-        fading=Recipe(Term(losses.kl, grad_ratio=3, fade=True, T=1.0)),
+        fading=Recipe(Term(losses.kl, grad_ratio=3, fade=0.2, T=1.0)),
         one_silent=kd() + Term(silent, weight=0.5, **HINT),
         cached=kd(),
     )

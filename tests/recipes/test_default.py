@@ -32,7 +32,7 @@ from fastdistill.fastai.default_recipe import example_of
 from fastdistill.recipes.default import softening_temperature
 from fastdistill.base.task import Task, facts_of_outputs
 
-DIST = dist(T=4, beta=2, gamma=2, grad_ratio=3, fade=True)
+DIST = dist(T=4, beta=2, gamma=2, grad_ratio=3, fade=1)
 RULE = [
     (dict(classes=77), Recipe(DIST), '77 classes'),
     (dict(classes=3), Recipe(DIST), '3 classes'),
@@ -44,7 +44,7 @@ RULE = [
     (dict(classes=60000), Recipe(DIST), '60000 classes'),
     (
         dict(kind='sigmoid'),
-        Recipe(Term(losses.binary_kl, grad_ratio=3, fade=True, T=1)),
+        Recipe(Term(losses.binary_kl, grad_ratio=3, fade=0.2, T=1)),
         'several labels',
     ),
     (
@@ -60,23 +60,23 @@ RULE = [
     (dict(kind='sigmoid', dense=True), kd(T=1, alpha=0.5), 'labels for each of many positions'),
     (
         dict(kind='regression', dense=True),
-        Recipe(Term(losses.regression, grad_ratio=3, fade=True)),
+        Recipe(Term(losses.regression, grad_ratio=3, fade=0.2)),
         'numbers',
     ),
     (dict(classes=77, labels=False), soft_labels(T=1), 'no labels'),
     (
         dict(classes=77, teacher=torch.arange(77.0) / 10),
-        Recipe(dist(T=2.1, beta=2, gamma=2, grad_ratio=3, fade=True)),
+        Recipe(dist(T=2.1, beta=2, gamma=2, grad_ratio=3, fade=1)),
         'T=2.1 softens',
     ),
     (
         dict(classes=77, teacher=torch.zeros(4, 77)),
-        Recipe(dist(T=1, beta=2, gamma=2, grad_ratio=3, fade=True)),
+        Recipe(dist(T=1, beta=2, gamma=2, grad_ratio=3, fade=1)),
         'T=1 softens',
     ),
     (
         dict(classes=77, teacher=1000 * torch.eye(77)),
-        Recipe(dist(T=20, beta=2, gamma=2, grad_ratio=3, fade=True)),
+        Recipe(dist(T=20, beta=2, gamma=2, grad_ratio=3, fade=1)),
         'T=20 softens',
     ),
     (dict(classes=2, doubt='a bad teacher'), kd(T=1, alpha=0.3), 'a bad teacher'),

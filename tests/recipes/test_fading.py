@@ -1,5 +1,6 @@
 "Terms whose gradient ratio falls if the teacher adds little to the student's predictions."
 
+import copy
 import json
 
 import pytest
@@ -13,17 +14,17 @@ from torch import nn
 
 KL = dict(grad_ratio=3, T=1.0)
 KINDS = dict(
-    softmax=(lambda o: o.softmax(1), Term(losses.kl, fade=True, **KL)),
-    sigmoid=(torch.sigmoid, Term(losses.binary_kl, fade=True, **KL)),
-    regression=(lambda o: o, Term(losses.regression, grad_ratio=3, fade=True)),
+    softmax=(lambda o: o.softmax(1), Term(losses.kl, fade=0.2, **KL)),
+    sigmoid=(torch.sigmoid, Term(losses.binary_kl, fade=0.2, **KL)),
+    regression=(lambda o: o, Term(losses.regression, grad_ratio=3, fade=0.2)),
 )
 
 
-def left_by_search(p_s, p_t, y, counts=1.0):
+def left_by_search(p_s, p_t, y, counts=1.0, fade=0.2):
     "What a search over mixtures leaves of the gradient ratio, for labels as probabilities or numbers"
     error = lambda m: (counts * (y - m * p_t - (1 - m) * p_s).square()).sum()
     best = min(error(m) for m in torch.linspace(0, 1, 2001))
-    return min((1 - best / error(0)).item() / 0.2, 1.0)
+    return min((1 - best / error(0)).item() / fade, 1.0)
 
 
 def rows(kind, knows=1.5, n=80, c=6, seed=0):
@@ -48,9 +49,13 @@ def step(recipe, s, t, y, kind='softmax', d=None, **options):
 @pytest.mark.parametrize('knows', [0.4, 1.0])
 def test_what_is_left_is_found_by_a_search_over_mixtures(kind, knows):
     p, term = KINDS[kind]
+    term = copy.copy(term)
     s, t, y, full = rows(kind, knows)
-    d, _ = step(term, s, t, y, kind)
-    assert d.faded == {term.name: pytest.approx(left_by_search(p(s), p(t), full), abs=1e-4)}
+    for fade in (0.2, 0.6, 1):
+        term.fade = fade
+        d, _ = step(term, s, t, y, kind)
+        left = left_by_search(p(s), p(t), full, fade=fade)
+        assert d.faded == {term.name: pytest.approx(left, abs=1e-4)}
 
 
 def test_labels_that_do_not_count_are_left_out():
@@ -95,7 +100,7 @@ def gradient(r, s):
 
 def test_a_teacher_that_knows_the_labels_teaches_as_without_fading():
     s, t, y, _ = rows('softmax', 9.0)
-    (d, fading), (_, plain) = (step(dist(grad_ratio=3, fade=on), s, t, y) for on in (True, False))
+    (d, fading), (_, plain) = (step(dist(grad_ratio=3, fade=o), s, t, y) for o in (0.2, 0))
     assert d.faded == {'dist': 1.0}
     assert torch.equal(gradient(fading, s), gradient(plain, s))
 
@@ -174,13 +179,19 @@ def test_classes_that_the_teacher_lacks_are_left_out():
 
 
 def test_fading_needs_a_gradient_ratio():
-    with pytest.raises(DistillError, match='fade=True of kl lowers its gradient ratio'):
-        Term(losses.kl, 0.5, fade=True)
+    with pytest.raises(DistillError, match='fade=0.2 of kl lowers its gradient ratio'):
+        Term(losses.kl, 0.5, fade=0.2)
+
+
+@pytest.mark.parametrize('fade', [-0.1, 1.1, float('nan'), 'yes'])
+def test_fade_is_a_gain(fade):
+    with pytest.raises(DistillError, match=f'fade={fade!r} of kl: must be a number from 0 to 1'):
+        Term(losses.kl, grad_ratio=1, fade=fade)
 
 
 def test_fading_can_be_written_as_text():
-    written = recipe_from_text('labels + dist(T=4, grad_ratio=3, fade=True)')
-    assert repr(written) == repr(Recipe(dist(T=4, grad_ratio=3, fade=True)))
+    written = recipe_from_text('labels + dist(T=4, grad_ratio=3, fade=0.2)')
+    assert repr(written) == repr(Recipe(dist(T=4, grad_ratio=3, fade=0.2)))
 
 
 def test_a_student_with_a_weak_teacher_ends_as_good_as_without():
@@ -247,7 +258,7 @@ def test_hidden_states_fade_as_their_logits(at_once, mix, monkeypatch):
 def test_draws_do_not_show_whether_a_teacher_helps():
     s, _, y, _ = rows('softmax')
     draws = Draws(y[:, None], torch.ones(80, 1), torch.zeros(80), 6)
-    with pytest.raises(DistillError, match='kl has fade=True, which needs the probabilities'):
+    with pytest.raises(DistillError, match='kl has fade=, which needs the probabilities'):
         Distiller(None, None, KINDS['softmax'][1]).compute(
             Outputs(s), Outputs(draws), F.cross_entropy(s, y), (y,)
         )
@@ -258,7 +269,7 @@ def test_a_gradient_that_fades_in_part_is_at_least_three_quarters_as_long(knows)
     "As docs/features.md says: 1/(1+3f) for the labels and 3f/4 for the term"
     s, t, y, _ = rows('softmax', knows)
     d, r = step(
-        Term(lambda a, b: -(a * F.one_hot(y, 6)).mean(), grad_ratio=3, fade=True, name='same'),
+        Term(lambda a, b: -(a * F.one_hot(y, 6)).mean(), grad_ratio=3, fade=0.2, name='same'),
         s,
         t,
         y,

@@ -28,6 +28,7 @@ FOLLOWS = 0.5
 # maximum difference between training and validation items in how well the student follows
 GAP = 0.2
 FEW_STEPS = 1000  # a training run with fewer steps is short
+LITTLE_LEFT = 0.1  # a term with less than this of its gradient ratio is reported
 LITTLE = 0.1  # minimum fraction of the gradient that the task loss should have
 
 
@@ -269,12 +270,12 @@ def reasons(f: Explanation, valid: Tally, lower: Callable | None = None) -> Iter
             'Give the labels more weight' if lower is None else lower(largest),
         )
     for name, left in f.faded.items():
-        if left < 0.5:
+        if left < LITTLE_LEFT:
             yield Finding(
                 'note',
                 f"At the end of the training, {left:.0%} of {name}'s gradient ratio was left: the "
                 "teacher's predictions added little to the student's on training batches",
-                'Use a better teacher. To follow this one anyway, pass the recipe without fade=True',
+                'Use a better teacher. To follow this one anyway, pass the recipe without fade=',
             )
     if f.steps is not None and f.steps < FEW_STEPS and not f.converged:
         yield Finding(

@@ -37,8 +37,8 @@ def unsuited_draws(term: Any, t: Draws) -> Iterator[Finding]:
         text = t.refusal(term.name, T)
     elif term.fade:
         text = (
-            f'{term.name} has fade=True, which needs the probabilities of all classes, but the cache '
-            'holds draws. Use grad_ratio= without fade=True, or store the outputs in a different way '
+            f'{term.name} has fade=, which needs the probabilities of all classes, but the cache '
+            'holds draws. Use grad_ratio= without fade=, or store the outputs in a different way '
             '(store=).'
         )
     else:

@@ -269,8 +269,7 @@ class Distiller(nn.Module):
 
     @property
     def faded(self) -> dict[str, float]:
-        """{term: fraction of its gradient ratio that is left, from 0 to 1}, for terms with
-        `fade=True`.
+        """{term: fraction of its gradient ratio that is left, from 0 to 1}, for terms with `fade`.
 
         Reading this property waits for the GPU.
         """

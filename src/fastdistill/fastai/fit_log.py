@@ -3,6 +3,7 @@
 from fastai.basics import noop
 
 from ..base.distributed import rank
+from ..checks.explain import LITTLE_LEFT
 from ..recipes.gradient_norms import shares_in_words
 
 
@@ -58,14 +59,14 @@ class FitLog:
         self(f'fastdistill: gradient norms at the first batch{which}: {text}')
 
     def report_faded(self, distiller):
-        """Print a message, once per term, if less than half of the term's gradient ratio is left.
+        """Print a message, once per term, if less than a tenth of the term's gradient ratio is left.
 
         Args:
             distiller: The `Distiller`, after an epoch of training.
         """
         if not self.is_on:
             return
-        low = {k: v for k, v in distiller.faded.items() if v < 0.5 and k not in self.faded}
+        low = {k: v for k, v in distiller.faded.items() if v < LITTLE_LEFT and k not in self.faded}
         self.faded |= low.keys()
         for k, v in low.items():
             self(

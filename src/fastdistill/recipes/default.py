@@ -52,9 +52,9 @@ def auto(
     by default.
 
     In most cases the recipe is the task loss plus one term with a gradient ratio of 3. The term's
-    gradient norm at the student's logits is then 3 times that of the task loss. With `fade=True`
-    (see `Term`), the ratio is lowered if the teacher's predictions would hardly improve the
-    student's predictions. With more than two classes, T is `softening_temperature(teacher)`, so
+    gradient norm at the student's logits is then 3 times that of the task loss. The ratio falls with
+    the fraction of the student's squared error that the teacher's predictions can remove (see
+    `fade` of `Term`). With more than two classes, T is `softening_temperature(teacher)`, so
     that confident and less confident teachers are softened to the same degree. If `teacher` is not
     given, T is 4. The measurements are in benchmarks/quality, including the tasks where the default
     did not help.
@@ -78,12 +78,12 @@ def auto(
     if not labels:
         return Automatic('soft_labels(T=1)', 'the batches have no labels', kind)
     if kind == 'regression':
-        text = 'labels + Term(losses.regression, grad_ratio=3, fade=True)'
+        text = 'labels + Term(losses.regression, grad_ratio=3, fade=.2)'
         return Automatic(text, 'numbers', kind)
     # a single sigmoid is equivalent to a softmax over two classes
     one = kind == 'sigmoid' and classes == 1
     if kind == 'sigmoid' and not (dense or one):
-        text = 'labels + Term(losses.binary_kl, grad_ratio=3, fade=True, T=1)'
+        text = 'labels + Term(losses.binary_kl, grad_ratio=3, fade=.2, T=1)'
         return Automatic(text, 'several labels', kind)
     unknown = 'labels' if kind == 'sigmoid' else 'an unknown number of classes'
     why = 'one label' if one else unknown if classes is None else f'{classes} classes'
@@ -99,7 +99,7 @@ def auto(
     else:
         T = float(f'{softening_temperature(teacher):.2g}')
         why += f', T={T:g} softens this teacher'
-    return Automatic(f'labels + dist(T={T:g}, beta=2, gamma=2, grad_ratio=3, fade=True)', why)
+    return Automatic(f'labels + dist(T={T:g}, beta=2, gamma=2, grad_ratio=3, fade=1)', why)
 
 
 def takes_dist(classes: int | None) -> bool:

@@ -28,8 +28,7 @@ class GradientRatio:
     numbers stay on the GPU, so training steps do not wait for a transfer to the CPU.
 
     Args:
-        fade: If True, lower the weight when the teacher's predictions would hardly improve the
-            student's predictions (see `TeacherGain`).
+        fade: Gain of the teacher below which the weight falls (see `TeacherGain`). 0 for never.
     """
 
     # FIRST: all batches before twice this number are measured
@@ -46,8 +45,8 @@ class GradientRatio:
     # other losses counts as at most this multiple of the mean, because one wrong label can make it huge
     JUMP = 4.0
 
-    def __init__(self, fade: bool = False) -> None:
-        self.gain = TeacherGain() if fade else None
+    def __init__(self, fade: float = 0.0) -> None:
+        self.gain = TeacherGain(fade) if fade else None
         self.batches = 0
         self.measured = 0
         self.parts: tuple = ()
@@ -234,7 +233,7 @@ class GradientRatios(dict):
         self, weights: Mapping[str, Any], values: Mapping[str, Tensor]
     ) -> Tensor | float | None:
         """Return the multiple of the other losses to add for the gradient lost to `fade`. Their
-        weights then are those of the lower ratios. Return None if no term has `fade=True`.
+        weights then are those of the lower ratios. Return None if no term has `fade`.
 
         Args:
             weights: {name: weight or gradient ratio}.

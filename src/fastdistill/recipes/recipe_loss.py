@@ -348,13 +348,13 @@ class RecipeLoss(nn.Module):
         if (own := part_at(values['task'], cast(Tensor, student.logits))) is None:
             raise DistillError(
                 'The task loss of all heads is not computed from the output of this head, but '
-                'fade=True has to raise the weight of its labels. Pass recipes without fade=True.'
+                'fade= has to raise the weight of its labels. Pass recipes without fade=.'
             )
         return {**values, 'task': own}
 
     @property
     def faded(self) -> dict[str, float]:
-        """Current factor of the gradient ratio of each term with `fade=True`, from 0 to 1. Reading
+        """Current factor of the gradient ratio of each term with `fade`, from 0 to 1. Reading
         this property synchronizes with the GPU.
         """
         gains = {k: r.gain for k, r in self.ratios.items() if r.gain is not None}

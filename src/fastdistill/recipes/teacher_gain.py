@@ -22,13 +22,16 @@ class TeacherGain:
     of both predictions is better than the student's predictions.
 
     All sums stay on the GPU, so training steps do not wait for a transfer to the CPU.
+
+    Args:
+        enough: A gain above this leaves the gradient ratio unchanged.
     """
 
-    ENOUGH = 0.2  # a gain above this leaves the gradient ratio unchanged
     NEW = 0.2  # minimum weight of a new batch in the running mean
     POSITIONS = 64  # a batch with fewer positions has a proportionally lower minimum weight
 
-    def __init__(self) -> None:
+    def __init__(self, enough: float) -> None:
+        self.enough = enough
         self.batches = 0
         # running means of the first three numbers of `label_errors`
         self.sums: Tensor | None = None
@@ -66,7 +69,7 @@ class TeacherGain:
     @property
     def factor(self) -> Tensor:
         """Factor for the gradient ratio of a term, from 0 to 1, a 0-dim tensor."""
-        return (self.gain / self.ENOUGH).clamp(max=1.0)
+        return (self.gain / self.enough).clamp(max=1.0)
 
     def state_dict(self) -> dict:
         return dict(batches=self.batches, sums=None if self.sums is None else self.sums.tolist())

@@ -34,9 +34,10 @@ class Term:
         grad_ratio: Use instead of `weight`: ratio of this term's gradient norm to that of all
             weighted losses, measured at the tensors the term compares. A ratio of 1 makes both
             norms equal. Number or schedule. See `GradientRatio`.
-        fade: If True, lower the gradient ratio when the teacher's predictions would hardly improve
-            the student's predictions (see `TeacherGain`). The other losses are scaled up to make up
-            for the lost gradient.
+        fade: Gain below which the gradient ratio falls in proportion to the gain, from 0 to 1. The
+            gain is the fraction of the student's squared error that the teacher's predictions can
+            remove (see `TeacherGain`). With 1, the gradient ratio is multiplied by the gain. With 0,
+            it never falls. The other losses are scaled up to make up for the lost gradient.
         layers: {'student.name': 'teacher.name'}, pairs of names, 'auto', 'last' or 'embedding' (see
             `fastdistill.pairs`). None to compare the logits.
         match: What must be equal in the layers of both models: 'shape', 'grid' (positions) or
@@ -56,7 +57,7 @@ class Term:
         weight: ScheduleLike | None = None,
         *,
         grad_ratio: ScheduleLike | None = None,
-        fade: bool = False,
+        fade: float = 0.0,
         layers: LayersLike | None = None,
         match: str | None = None,
         projector: ProjectorLike = 'auto',
@@ -84,10 +85,12 @@ class Term:
         self.has_grad_ratio = grad_ratio is not None
         if fade and not self.has_grad_ratio:
             raise DistillError(
-                f'fade=True of {self.name} lowers its gradient ratio: give it grad_ratio= instead '
-                'of a weight.'
+                f'fade={fade!r} of {self.name} lowers its gradient ratio: give it grad_ratio= '
+                'instead of a weight.'
             )
-        self.fade = fade
+        if not (isinstance(fade, int | float) and 0 <= fade <= 1):
+            raise DistillError(f'fade={fade!r} of {self.name}: must be a number from 0 to 1')
+        self.fade = float(fade)
         how_much = weight if grad_ratio is None else grad_ratio
         self.weight = schedule(1.0 if how_much is None else how_much, f'weight of {self.name}')
         if self.has_grad_ratio and not callable(self.weight) and not 0 <= self.weight < math.inf:
@@ -129,7 +132,7 @@ class Term:
     def __repr__(self) -> str:
         of = f', layers={self.layers!r}' if self.layers is not None else ''
         how = 'grad_ratio' if self.has_grad_ratio else 'weight'
-        fade = ', fade=True' if self.fade else ''
+        fade = f', fade={self.fade:g}' if self.fade else ''
         options = ''.join(f', {k}={v!r}' for k, v in self.options.items())
         return f'Term({self.name}, {how}={self.weight!r}{fade}{of}{options})'
 

@@ -158,7 +158,7 @@ def dist(
     T: ScheduleLike = 1.0,
     weight: ScheduleLike | None = None,
     grad_ratio: ScheduleLike | None = None,
-    fade: bool = False,
+    fade: float = 0.0,
 ) -> Recipe:
     """Add a loss for the correlations between and within classes to the task loss (NeurIPS 2022,
     arXiv:2205.10536).
@@ -172,8 +172,7 @@ def dist(
         weight: 1 if neither `weight` nor `grad_ratio` is given.
         grad_ratio: Use instead of `weight`: ratio of this term's gradient norm to that of all
             weighted losses (see `Term`).
-        fade: If True, lower the gradient ratio when the teacher's predictions would hardly improve
-            the student's (see `Term`).
+        fade: Gain of the teacher below which the gradient ratio falls, from 0 to 1 (see `Term`).
     """
     return Recipe(
         Term(losses.dist, weight, grad_ratio=grad_ratio, fade=fade, beta=beta, gamma=gamma, T=T)
