@@ -12,6 +12,7 @@ from fastdistill.cli import main
 from fastdistill.base.distributed import first_then_others, leave_processes, on_first
 from fastdistill.evaluation import Report
 from fastdistill.cli.training import TrainRun
+from fastdistill.cli.training.run_results import write_history
 from fastdistill.cli.training.run_settings import settings_of
 
 pytest.importorskip('accelerate')
@@ -61,7 +62,7 @@ def child(args, log, compares):
             return models
         leave_processes()
         if self.first:
-            self.write_history()
+            write_history(self.folder, self.trainings.runs.finished())
         os._exit(0)
 
     TrainRun.trained = noted
@@ -119,7 +120,7 @@ def test_two_processes_end_where_one_with_the_doubled_batch_ends(reviews, tmp_pa
     one = COMMON | options | dict(data=str(reviews), batch_size=24)
     run = TrainRun(*settings_of(one, None, tmp_path / 'one', False), say=lambda _: None)
     models, weights = run.trained(), assert_both_equal(tmp_path / 'two')
-    run.write_history()
+    write_history(run.folder, run.trainings.runs.finished())
     for name, m in models.items():
         for k, v in m.model.state_dict().items():
             torch.testing.assert_close(weights[name][k], v, rtol=0, atol=1e-4, msg=f'{name} {k}')

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import losses, recipes
+from ..base.docstrings import parameter_texts
 from ..base.errors import DistillError, check_choice
 from .term import Term
 
@@ -173,17 +174,6 @@ def _parameters(fn: Callable) -> list[Parameter]:
         Parameter(p.name, '' if p.default is p.empty else repr(p.default), says.get(p.name, ''))
         for p in params
     ]
-
-
-def parameter_texts(fn: Callable) -> dict:
-    """Read the `Args:` section of a Google-style docstring, as {parameter: text}."""
-    _, _, section = (inspect.getdoc(fn) or '').partition('\nArgs:\n')
-    entries = re.findall(
-        r'^    (\S[^:\n]*): (.*(?:\n {5,}.*)*)', section.partition('\n\n')[0], re.M
-    )
-    return {
-        n.lstrip('*'): ' '.join(text.split()) for names, text in entries for n in names.split(', ')
-    }
 
 
 def _text(doc: str | None) -> str:

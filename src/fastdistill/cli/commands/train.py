@@ -2,69 +2,31 @@
 
 import os
 import sys
-from dataclasses import fields
+from dataclasses import MISSING, Field, fields
 from inspect import Parameter, Signature, signature
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from ...base.docstrings import parameter_texts
 from ..training.config import TrainConfig
 from ..training.run_settings import settings_of
-
-# {setting of a run: help text of its flag}
-HELP = dict(
-    data='Folder or CSV file.',
-    teacher='Architecture to train first, a file (Learner .pkl, trees .joblib ...), or a run.',
-    student='Architecture: resnet18, mobilenet_v3_small, cnn, awd_lstm, tabular ...',
-    teacher_layers="Layer sizes of a cnn, awd_lstm, embedding_bag or tabular teacher: '64,32'.",
-    student_layers='Layer sizes of the student, in the same form.',
-    teacher_weights="A .safetensors file with the teacher's weights.",
-    task='images, masks, texts or table. (default: auto, inferred from the data)',
-    recipe="Such as 'kd(T=4, alpha=.9) + at()'. (default: auto)",
-    epochs='Epochs of each training. (default: 10)',
-    teacher_epochs='Epochs of the teacher. (default: --epochs)',
-    lr='Learning rate of the students. (default: auto, by short trainings)',
-    teacher_lr='Learning rate of the teacher. (default: auto)',
-    x='Column of the input; columns of a table, with commas.',
-    y='Column of the label.',
-    delimiter='Delimiter between the labels of a sample, if it has several.',
-    header='Whether the CSV begins with the names of its columns. (default: yes)',
-    valid='Validation set: a fraction, a column that marks it, or a CSV file. (default: 0.2)',
-    ignore='Class or value of masks to ignore, such as 255. (default: a class named void)',
-    y_range="Lowest and highest number to predict: '0,100'. (default: no limits)",
-    size='Size of images: 224, or 72x96 (height, width). (default: auto)',
-    augment='Augmentation of images: flip, full (also rotation, zoom, lighting) or none. '
-    '(default: flip)',
-    batch_size='Batch size. (default: images and texts 64, masks 8, table 256)',
-    pretrained='Start with published weights, which are downloaded. (default: no)',
-    baseline='Also train the student without the teacher. (default: yes)',
-    check='Check the teacher for mistakes first. (default: yes)',
-    onnx='Also write the student as ONNX, if it can be exported. (default: yes)',
-    seed='Seed of all random numbers. (default: 0)',
-    seeds='Number of seeds to train each student with, to see how the gain varies. (default: 1)',
-    device='cpu, cuda, cuda:1, mps ... (default: auto)',
-    workers='Processes that load data. (default: 0)',
-    log='tensorboard; history.csv is always written.',
-)
 
 
 def option(text: str, *names: str) -> Any:
     return typer.Option(*names, help=text, show_default=False)
 
 
-def flags_of_settings() -> list[Parameter]:
-    """Return a flag for each setting of a run. Its default is None, for a setting that is not given."""
-    types = {f.name: f.type if isinstance(f.type, type) else str for f in fields(TrainConfig)}
-    return [
-        Parameter(
-            k,
-            Parameter.KEYWORD_ONLY,
-            default=None,
-            annotation=Annotated[of | None, option(HELP[k])],
-        )
-        for k, of in types.items()
-    ]
+def flag_of(f: Field) -> Parameter:
+    """Return a flag for a setting of a run. Its default is None, for a setting that is not given."""
+    kind: Any = f.type if isinstance(f.type, type) else str
+    text = parameter_texts(TrainConfig, 'Attributes').get(f.name, '')
+    if f.default not in (MISSING, ''):
+        default = {True: 'yes', False: 'no'}[f.default] if kind is bool else f.default
+        text += f' (default: {default})'
+    annotation = Annotated[kind | None, option(text)]
+    return Parameter(f.name, Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
 
 
 def train_command(
@@ -135,4 +97,4 @@ def train_command(
 
 
 own = [p for p in signature(train_command).parameters.values() if p.kind != p.VAR_KEYWORD]
-train_command.__signature__ = Signature([*flags_of_settings(), *own])  # type: ignore[attr-defined]
+train_command.__signature__ = Signature([*map(flag_of, fields(TrainConfig)), *own])  # type: ignore[attr-defined]

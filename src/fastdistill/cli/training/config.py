@@ -38,45 +38,46 @@ class Arch:
 
 @dataclass
 class TrainConfig:
-    """Settings of `fastdistill train`. The command has a flag for each setting.
+    """Settings of `fastdistill train`. The command has a flag for each setting, whose help is the text
+    below.
 
     Attributes:
-        data: A folder or a CSV file.
-        teacher: An architecture, which is trained first, or a file that `Teacher` accepts, such as
-            an exported Learner. The folder of a finished run is also allowed. The student of that
-            run then becomes the teacher.
-        student: An architecture.
-        teacher_layers: Sizes of the teacher's layers, such as '64,32', for architectures with
-            configurable layers. Empty for the default sizes.
-        student_layers: Sizes of the student's layers, in the same form.
-        teacher_weights: Safetensors file with weights for the teacher's architecture. Empty to
-            train the teacher.
-        task: One of TRAIN_TASKS.
-        recipe: Recipe as text (see `recipe_from_text`).
-        teacher_epochs: Number of epochs for the teacher. 0 to use `epochs`.
-        lr: Learning rate of the students, or 'auto' to try several.
-        x: Name of the input column. For a table, names of the input columns, separated by commas.
-        y: Name of the label column.
-        delimiter: Delimiter between the labels of a sample. Empty if each sample has one label.
-        header: True if the first line of the CSV file contains the column names.
-        valid: Fraction of the data for the validation set, a column that marks the validation rows,
-            or the path of a CSV file with the validation set.
-        ignore: Class in masks that losses and metrics ignore, as a name or a value. The value need
-            not be a class, such as 255. Empty to ignore a class named void, ignore or unlabeled, if
-            there is one.
-        y_range: Lowest and highest number that the models predict, such as '0,100'. Empty for no
+        data: Folder or CSV file.
+        teacher: Architecture to train first, a file (Learner .pkl, trees .joblib ...), or a run,
+            whose student becomes the teacher.
+        student: Architecture: resnet18, mobilenet_v3_small, cnn, awd_lstm, tabular ...
+        teacher_layers: Layer sizes of a cnn, awd_lstm, embedding_bag or tabular teacher, such as
+            '64,32'.
+        student_layers: Layer sizes of the student, in the same form.
+        teacher_weights: A .safetensors file with weights for the teacher's architecture, which is
+            then not trained.
+        task: images, masks, texts or table. auto infers it from the data.
+        recipe: Such as 'kd(T=4, alpha=.9) + at()'.
+        epochs: Epochs of each training.
+        teacher_epochs: Epochs of the teacher. 0 for as many as those of the student.
+        lr: Learning rate of the students. auto finds one by short trainings.
+        teacher_lr: Learning rate of the teacher, in the same form.
+        x: Column of the input; columns of a table, with commas.
+        y: Column of the label.
+        delimiter: Delimiter between the labels of a sample, if it has several.
+        header: Whether the CSV begins with the names of its columns.
+        valid: Validation set: a fraction, a column that marks it, or a CSV file.
+        ignore: Class or value of masks to ignore, such as 255. If empty, a class named void, ignore
+            or unlabeled is ignored.
+        y_range: Lowest and highest number to predict, such as '0,100'. If empty, there are no
             limits.
-        size: Size of images, such as '224' or '72x96' (height and width).
-        augment: One of AUGMENTATIONS.
-        batch_size: Batch size. 0 for the default of the task.
-        pretrained: If True, start from published pretrained weights.
-        baseline: If True, also train the student without the teacher.
-        check: If True, check the teacher for mistakes before the training.
-        onnx: If True, also export the student as ONNX, if that is possible.
+        size: Size of images: 224, or 72x96 (height, width).
+        augment: Augmentation of images: flip, full (also rotation, zoom, lighting) or none.
+        batch_size: Batch size. 0 for 64 images or texts, 8 masks, or 256 rows of a table.
+        pretrained: Start with published weights, which are downloaded.
+        baseline: Also train the student without the teacher.
+        check: Check the teacher for mistakes first.
+        onnx: Also write the student as ONNX, if it can be exported.
         seed: Seed of all random numbers.
-        seeds: Number of trainings of each student, with the seeds `seed`, `seed + 1` and so on.
-        workers: Number of processes that load data.
-        log: Names from LOGGERS, separated by commas.
+        seeds: Number of seeds to train each student with, to see how the gain varies.
+        device: cpu, cuda, cuda:1, mps ...
+        workers: Processes that load data.
+        log: tensorboard; history.csv is always written.
     """
 
     data: str

@@ -12,9 +12,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from ...base.errors import DistillError
 from ...teachers.model_loading import model_files
 from .config import TrainConfig
 from .data_files import Samples
+from .run_settings import read_begun
 
 NAMED = 5  # maximum number of files, rows or classes named in a message
 
@@ -91,6 +93,23 @@ def values_hash(values: Iterable) -> str:
     for v in values:
         h.update(v if isinstance(v, bytes) else repr(v).encode('utf-8', 'surrogatepass') + b'\0')
     return h.hexdigest()
+
+
+def check_data_unchanged(folder: Path, data: dict) -> None:
+    """Raise a DistillError if the data differ from those with which the run in a folder began.
+
+    Args:
+        folder: Folder of the run.
+        data: Result of `data_fingerprint`.
+    """
+    before = read_begun(folder).get('data')
+    if before is None or not (changes := data_changes(before, data)):
+        return
+    raise DistillError(
+        f'The data of the run in {folder} changed since it began: {"; ".join(changes)}. Continuing '
+        'would train on different samples, and perhaps validate on samples that were trained on. '
+        'Restore the data to resume, or start a new run with config= and a different out=.'
+    )
 
 
 def data_changes(before: dict, now: dict) -> list:

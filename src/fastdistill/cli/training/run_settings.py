@@ -2,7 +2,7 @@
 to read a recipe.
 """
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from ...base.errors import DistillError
@@ -32,7 +32,7 @@ def settings_of(
         check_unchanged(given, stored, folder)
         if (folder / 'report.json').is_file():
             raise DistillError(f'The run in {folder} is finished.')
-        return checked(stored), folder
+        return settings_at_begin(checked(stored), folder), folder
     if resume and not given and config_file is None:
         raise DistillError(f'There is no run in {folder} (no config.toml).')
     settings = {} if config_file is None else read_config(config_file)
@@ -54,7 +54,7 @@ def settings_of(
         raise DistillError(
             f'{folder} holds {what} already. Give a different out=, or resume=True to continue a run.'
         )
-    return config, folder
+    return settings_at_begin(config, folder), folder
 
 
 def checked(config: TrainConfig) -> TrainConfig:
@@ -83,6 +83,33 @@ def check_unchanged(given: dict, stored: TrainConfig, folder: Path) -> None:
                 f'{folder} holds a run with {k}={getattr(stored, k)!r}, now {k}={asked[k]!r}. Give the '
                 'new one a different out=.'
             )
+
+
+def settings_at_begin(config: TrainConfig, folder: Path) -> TrainConfig:
+    """Return the settings, with the learning rates found earlier. Raise a DistillError if config.toml
+    was changed since the run began.
+    """
+    begun, now = read_begun(folder), asdict(config)
+    before = begun.get('settings', {})
+    found = {k: before[k] for k in begun.get('found', []) if now[k] == 'auto'}
+    # if both values are paths, they may differ, because the contents of the files are compared
+    # instead
+    same_kind = lambda k: all(
+        isinstance(o[k], str) and Path(o[k]).is_absolute() for o in (before, now)
+    )
+    wrong = [
+        k
+        for k in now
+        if k in before and k not in found and before[k] != now[k] and not same_kind(k)
+    ]
+    if wrong:
+        was = ', '.join(f'{k}={before[k]!r}' for k in wrong)
+        raise DistillError(
+            f'{folder / "config.toml"} has {", ".join(f"{k}={now[k]!r}" for k in wrong)}, but the run '
+            f'began with {was}. Restore that to resume, or start a new run with config= and a '
+            'different out=.'
+        )
+    return replace(config, **found)
 
 
 def runs_folder(folder: Path) -> Path:
