@@ -21,7 +21,7 @@ from fastdistill.cache import (
     write_cache,
     writer,
 )
-from fastdistill.cache.sample_files import dataset_files, files_of
+from fastdistill.cache.sample_files import changed_files, dataset_files, files_of
 from fastdistill.cache.file_store import Folder
 from fastdistill.cache.keys import dataset_keys, key_of
 from fastdistill.cache.digests import file_checksum, fingerprint
@@ -33,6 +33,10 @@ from fastdistill.base.outputs import DistillError, DistillWarning, Outputs, TopK
 from fastdistill.teachers import Teacher
 
 # a row
+
+
+def changed_now(cache, files):
+    return changed_files(cache.folder, len(cache), files)
 
 
 def logits(*shape, seed=0, scale=4.0):
@@ -610,7 +614,7 @@ def test_a_damaged_shard_is_named_and_rewritten_alone(tmp_path, harm, what):
     harm(bad)
     for look in (
         TeacherCache.check,
-        TeacherCache.check_once,
+        lambda c: c.check(once=True),
         lambda c: c.rows(np.arange(23), 1),
         lambda c: c.row(9, 1),
     ):
@@ -810,7 +814,7 @@ def test_a_shard_of_the_right_size_with_wrong_bytes_is_named_before_it_is_used(t
             lambda c: c.rows([0, 8], [0, 1]),
             lambda c: c.row(7, 1),
             lambda c: c.outputs([6], 1),
-            TeacherCache.check_once,
+            lambda c: c.check(once=True),
             TeacherCache.check,
         ):
             with pytest.raises(
@@ -819,7 +823,7 @@ def test_a_shard_of_the_right_size_with_wrong_bytes_is_named_before_it_is_used(t
             ):
                 look(opened)
     make(tmp_path)
-    assert TeacherCache(tmp_path).check_once()
+    assert TeacherCache(tmp_path).check(once=True)
 
 
 def test_a_dataset_with_a_damaged_cache_is_refused_before_its_workers_start(tmp_path):
@@ -841,7 +845,7 @@ def test_all_damaged_files_are_named_at_once(tmp_path):
         DistillError,
         match='view000/000002.bin differs from what was written.*, view000/000006.bin .* and 2 more',
     ):
-        TeacherCache(tmp_path).check_once()
+        TeacherCache(tmp_path).check(once=True)
 
 
 def read_bytes():
@@ -858,9 +862,9 @@ def test_a_process_checks_a_file_once_and_workers_do_not_check_again(tmp_path):
         fn()
         return read_bytes() - before
 
-    assert size < read_by(cache.check_once) < 1.5 * size
+    assert size < read_by(lambda: cache.check(once=True)) < 1.5 * size
     assert (
-        read_by(cache.check_once) < 0.1 * size
+        read_by(lambda: cache.check(once=True)) < 0.1 * size
         and read_by(lambda: cache.rows(np.arange(30_000), 1)) < 0.1 * size
     )
     again = lambda: TeacherCache(tmp_path).rows(np.arange(30_000))
@@ -913,7 +917,7 @@ def test_images_that_were_replaced_under_the_same_names_are_found_and_named(tmp_
     cache = write_images(tmp_path / 'data', tmp_path / 'c')
     sizes = {p: p.stat().st_size for p in (tmp_path / 'data').iterdir()}
     first = write_images(tmp_path / 'data', tmp_path / 'c')
-    assert first.changed_files(dataset_files(Images(tmp_path / 'data'))) == []
+    assert changed_now(first, dataset_files(Images(tmp_path / 'data'))) == []
     paint(tmp_path / 'data', 18, seed=1)
     assert sizes == {
         p: p.stat().st_size for p in (tmp_path / 'data').iterdir()
@@ -921,9 +925,9 @@ def test_images_that_were_replaced_under_the_same_names_are_found_and_named(tmp_
     match = '- 18 of 26 files changed since the cache was written: .*00.png, .*01.png, .*04.png and 13 more'
     with pytest.raises(DistillError, match=match):
         write_images(tmp_path / 'data', tmp_path / 'c')
-    assert [
-        Path(p).name for p in cache.changed_files(dataset_files(Images(tmp_path / 'data')))
-    ] == [f'{i:02}.png' for i in range(18)]
+    assert [Path(p).name for p in changed_now(cache, dataset_files(Images(tmp_path / 'data')))] == [
+        f'{i:02}.png' for i in range(18)
+    ]
     with pytest.raises(DistillError, match='18 of 26 files changed'):
         cache.check_files(dataset_files(Images(tmp_path / 'data')))
     part = Subset(Images(tmp_path / 'data'), [25, 3, 20])
@@ -936,7 +940,7 @@ def test_images_that_were_replaced_under_the_same_names_are_found_and_named(tmp_
     old = cache.outputs([0]).logits
     with pytest.warns(DistillWarning, match='18 of 26 files changed'):
         again = write_images(tmp_path / 'data', tmp_path / 'c', force=True)
-    assert again.changed_files(dataset_files(Images(tmp_path / 'data'))) == []
+    assert changed_now(again, dataset_files(Images(tmp_path / 'data'))) == []
     assert not torch.equal(again.outputs([0]).logits, old)
 
 
@@ -970,7 +974,7 @@ def test_only_files_with_another_time_are_read_again(tmp_path):
         os.utime(p, ns=(1, 10**18))
     cache = TeacherCache(tmp_path / 'c')
     before = read_bytes()
-    assert cache.changed_files(paths) == []  # touched, and the same
+    assert changed_now(cache, paths) == []  # touched, and the same
     some = sum(os.path.getsize(p) for p in paths[:10])
     assert some <= read_bytes() - before < 1.6 * some
     assert (tmp_path / 'c' / 'files.bin').read_bytes() == record  # reading changes nothing ...
@@ -979,10 +983,10 @@ def test_only_files_with_another_time_are_read_again(tmp_path):
         tmp_path / 'c' / 'files.bin'
     ).read_bytes() != record  # ... but the writer notes the new times
     before = read_bytes()
-    assert TeacherCache(tmp_path / 'c').changed_files(paths) == [] and read_bytes() - before < some
+    assert changed_now(TeacherCache(tmp_path / 'c'), paths) == [] and read_bytes() - before < some
     Path(paths[2]).write_bytes(b'short')
     Path(paths[5]).unlink()
-    assert cache.changed_files(paths) == [paths[2], paths[5]]
+    assert changed_now(cache, paths) == [paths[2], paths[5]]
 
 
 def test_a_cache_without_a_record_of_its_files_is_read_as_before(tmp_path):
@@ -991,7 +995,7 @@ def test_a_cache_without_a_record_of_its_files_is_read_as_before(tmp_path):
     (tmp_path / 'c' / 'files.bin').unlink()
     assert write_images(tmp_path / 'data', tmp_path / 'c').check()
     paint(tmp_path / 'data', 6, seed=1)
-    assert cache.changed_files(dataset_files(Images(tmp_path / 'data'))) == []
+    assert changed_now(cache, dataset_files(Images(tmp_path / 'data'))) == []
     with pytest.raises(DistillError, match='the inputs of some samples'):
         write_images(tmp_path / 'data', tmp_path / 'c')
     assert not (tmp_path / 'c' / 'files.bin').exists()  # what the files were is not known
@@ -1003,7 +1007,7 @@ def test_a_damaged_record_of_files_is_named(tmp_path, harm):
     cache = write_images(tmp_path / 'data', tmp_path / 'c')
     harm(tmp_path / 'c' / 'files.bin')
     for look in (
-        lambda: cache.changed_files(dataset_files(Images(tmp_path / 'data'))),
+        lambda: changed_now(cache, dataset_files(Images(tmp_path / 'data'))),
         lambda: cache.check(),
         lambda: write_images(tmp_path / 'data', tmp_path / 'c'),
     ):
@@ -1031,9 +1035,9 @@ def test_what_is_no_file_has_no_record(tmp_path):
         tmp_path / 'b',
     ] and files_of([(str(tmp_path / 'a'), 1)]) == [str(tmp_path / 'a')]
     make(tmp_path / 'c', n=2, bs=1, files=[tmp_path / 'a', tmp_path / 'b'])
-    assert TeacherCache(tmp_path / 'c').changed_files([tmp_path / 'a', tmp_path / 'b']) == []
+    assert changed_now(TeacherCache(tmp_path / 'c'), [tmp_path / 'a', tmp_path / 'b']) == []
     (tmp_path / 'b').write_text('now there is one')
-    assert TeacherCache(tmp_path / 'c').changed_files([tmp_path / 'a', tmp_path / 'b']) == [
+    assert changed_now(TeacherCache(tmp_path / 'c'), [tmp_path / 'a', tmp_path / 'b']) == [
         str(tmp_path / 'b')
     ]
 

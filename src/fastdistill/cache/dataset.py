@@ -23,7 +23,7 @@ from ..teachers.teacher import Teacher, reading_tokens
 from .digests import code_of, fingerprint, first_part, flat_values, input_digest
 from .json_checks import shortened
 from .keys import dataset_keys, folder_of, names_of_samples, root_of
-from .manifest import moved_samples, refuse
+from .manifest import moved_samples, refuse, sample_differences
 from .per_sample import per_sample
 from .reader import TeacherCache
 from .row_layout import Store
@@ -292,9 +292,10 @@ class Replayed(Dataset):
             check_shared_keys(self.keys, first_views, place_in(dataset), most=256)
         files = dataset_files(dataset)
         cache.check_files(files, self.at)
-        cache.check_once()
+        cache.check(once=True)
         if cache.views:
-            cache.compare(self.at, item)
+            look = lambda i, view: dict(digest=digest(i, view))
+            refuse(cache.folder, sample_differences(cache.manifest, self.at, look), cache.force)
         # with views=0, training may use different transforms
         elif keys is not None and files is None:
             refuse(cache.folder, moved_samples(cache.manifest, self.at, digest), cache.force)

@@ -129,6 +129,21 @@ def keys_in_stream(names: Any, root: str = '') -> np.ndarray:
     return keys_of([*map(plain, plain(names))], root)
 
 
+def look_up(keys: np.ndarray, order: np.ndarray, wanted: np.ndarray) -> tuple:
+    """Find keys.
+
+    Args:
+        keys: At least one key, (N,).
+        order: Positions in `keys`, sorted by their keys, (N,).
+        wanted: Keys to find, (M,).
+
+    Returns:
+        (position in `keys` of each wanted key, (M,), mask of those that are there).
+    """
+    at = order[np.searchsorted(keys, wanted, sorter=order).clip(max=len(keys) - 1)]
+    return at, keys[at] == wanted
+
+
 def dataset_keys(
     dataset: Any, keys: Callable | Sequence | None = None, root: Path | str | None = None
 ) -> np.ndarray:

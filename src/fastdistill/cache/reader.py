@@ -15,11 +15,12 @@ from torch import Tensor
 
 from ..base.atomic_files import file_errors
 from ..base.outputs import DistillError, Outputs
-from .digests import checksum, file_checksum, input_digest
+from .digests import checksum, file_checksum
 from .file_store import Folder, open_folder
-from .manifest import Manifest, refuse, sample_differences
+from .keys import look_up
+from .manifest import Manifest, refuse
 from .output_layer import StoredHead
-from .sample_files import changed_text, newer_record, read_record
+from .sample_files import changed_files, changed_text, read_record
 
 
 def is_cache(path: Any) -> bool:
@@ -33,6 +34,103 @@ def is_cache(path: Any) -> bool:
     if '://' not in str(path) and not os.path.isdir(os.path.expanduser(path)):
         return False
     return open_folder(path).size('manifest.json') is not None
+
+
+class CacheFiles:
+    """The files of a complete cache, which are checked and memory-mapped when they are first read.
+
+    A pickled object holds the path of the folder, not the data.
+
+    Args:
+        folder: Folder of the cache.
+    """
+
+    def __init__(self, folder: Folder):
+        self.folder = folder
+        if folder.size('manifest.json') is None:
+            raise DistillError(
+                f'There is no cache at {folder} (no manifest.json): write one with '
+                'cache_teacher(teacher, dls, path).'
+            )
+        self.manifest = m = Manifest.read(folder)
+        if not m.complete:
+            why = 'finished: write it again with the same arguments to resume.'
+            if m.parts is not None:
+                why = 'sealed: call seal_stream(path) when all its writers are done.'
+            raise DistillError(f'{folder} is not {why}')
+        self.maps: dict[str, np.ndarray] = {}
+        self.heads: dict[Any, StoredHead] = {}
+        self.opened = checksum(m.to_json())
+        self.entries = {o['name']: o for o in m.shards}
+        sizes = zip(m.shards, folder.sizes(self.entries))
+        self.refuse({o['name']: text for o, size in sizes if (text := wrong_size(o, size))})
+
+    def __getstate__(self) -> dict[str, Any]:
+        # leave out memory maps, which would be pickled as a copy of all data
+        checked = [o for o in INTACT_FILES if o[0] == str(self.folder)]
+        return self.__dict__ | dict(maps={}, heads={}, checked=checked)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # so that a worker in a new process does not check the files again
+        INTACT_FILES.update(state.pop('checked'))
+        self.__dict__.update(state)
+
+    def map(self, name: str, dtype: Any, shape: Any) -> np.ndarray:
+        if name not in self.maps:
+            self.refuse(damages(self.folder, self.manifest, [self.entries[name]], once=True))
+            self.maps[name] = self.folder.map(name, dtype, shape)
+        return self.maps[name]
+
+    def shard(self, view: int, i: int) -> np.ndarray:
+        m = self.manifest
+        return self.map(m.shard(view, i), np.uint8, (m.rows_of(i), m.layout.bytes))
+
+    def head(self, device: Any) -> StoredHead | None:
+        """Return the output layer for hidden states on a device, or None if rows hold logits."""
+        m = self.manifest
+        if m.layout.head is None:
+            return None
+        if device not in self.heads:
+            data = self.map('head.bin', np.uint8, (m.head_bytes,)).tobytes()
+            self.heads[device] = StoredHead.from_bytes(data, m.layout).to(device)
+        return self.heads[device]
+
+    @property
+    def keys(self) -> np.ndarray:
+        """Key of the sample at each position, (N,) uint64."""
+        return self.map('keys.bin', '<u8', (self.manifest.count,))
+
+    @property
+    def order(self) -> np.ndarray:
+        """Positions sorted by the keys of their samples, (N,) int64."""
+        if self.manifest.parts is not None:
+            return self.map('index.bin', '<i8', (self.manifest.count,))
+        if 'order' not in self.maps:
+            self.maps['order'] = np.argsort(self.keys, kind='stable')
+        return self.maps['order']
+
+    def check(self, once: bool = False) -> None:
+        """Compare every file with its checksum.
+
+        Args:
+            once: If True, skip files that this process has checked before.
+        """
+        self.refuse(damages(self.folder, self.manifest, self.manifest.shards, once))
+
+    def refuse(self, found: Mapping[str, str]) -> None:
+        if not found:
+            return
+        there = self.folder.size('manifest.json') is not None
+        if not there or checksum(Manifest.read(self.folder).to_json()) != self.opened:
+            raise DistillError(
+                f'{self.folder} was overwritten or removed after it was opened: open it again.'
+            )
+        names = [f'{k} {v}' for k, v in found.items()]
+        more = f' and {len(names) - 5} more' if len(names) > 5 else ''
+        what = 'Write the cache again with the same arguments: only damaged files are rewritten.'
+        if self.manifest.parts is not None:
+            what = 'Restore them from a copy, or write the stream again to a new folder.'
+        raise DistillError(f'Damaged files in {self.folder}: {", ".join(names[:5])}{more}. {what}')
 
 
 class TeacherCache:
@@ -54,27 +152,11 @@ class TeacherCache:
         force: bool = False,
         keys: Callable | Sequence | None = None,
     ):
-        self.folder, self.force, self.sample_names = open_folder(path), force, keys
+        self.files = CacheFiles(open_folder(path))
+        self.folder, self.manifest = self.files.folder, self.files.manifest
+        self.views, self.seed = self.manifest.views, self.manifest.seed
+        self.force, self.sample_names = force, keys
         self.named_items = None  # keys of the items that a list of names belongs to, if known
-        if self.folder.size('manifest.json') is None:
-            raise DistillError(
-                f'There is no cache at {self.folder} (no manifest.json): write one with '
-                'cache_teacher(teacher, dls, path).'
-            )
-        self.manifest = m = Manifest.read(self.folder)
-        if not m.complete:
-            why = 'finished: write it again with the same arguments to resume.'
-            if m.parts is not None:
-                why = 'sealed: call seal_stream(path) when all its writers are done.'
-            raise DistillError(f'{self.folder} is not {why}')
-        self._maps: dict[tuple[int, int], np.ndarray] = {}
-        self._heads: dict[Any, StoredHead] = {}
-        self._keys: np.ndarray | None = None
-        self._order: np.ndarray | None = None
-        self._opened = checksum(m.to_json())
-        self._files = {o['name']: o for o in m.shards}
-        sizes = zip(m.shards, self.folder.sizes(self._files))
-        self._refuse({o['name']: text for o, size in sizes if (text := wrong_size(o, size))})
 
     def __repr__(self) -> str:
         m = self.manifest
@@ -88,84 +170,21 @@ class TeacherCache:
     @property
     def identity(self) -> tuple:
         """Folder and content of the cache. The value is the same each time this cache is opened."""
-        return str(self.folder), self._opened
-
-    @property
-    def views(self) -> int:
-        return self.manifest.views
-
-    @property
-    def seed(self) -> int:
-        return self.manifest.seed
+        return str(self.folder), self.files.opened
 
     def __getstate__(self) -> dict[str, Any]:
-        # leave out memory maps, which would be pickled as a copy of all data
-        unset = dict.fromkeys(('_keys', '_order', 'sample_names', 'named_items'))
-        checked = [o for o in INTACT_FILES if o[0] == str(self.folder)]
-        return self.__dict__ | unset | dict(_maps={}, _heads={}, _checked=checked)
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        # so that a worker in a new process does not check the files again
-        INTACT_FILES.update(state.pop('_checked'))
-        self.__dict__.update(state)
+        return self.__dict__ | dict(sample_names=None, named_items=None)
 
     @property
     def keys(self) -> np.ndarray:
         """Key of the sample at each position, (N,) uint64."""
-        if self._keys is None:
-            self._keys = self._open('keys.bin', '<u8', (len(self),))
-        return self._keys
-
-    @property
-    def order(self) -> np.ndarray:
-        """Positions sorted by the keys of their samples, (N,) int64."""
-        if self._order is None and self.manifest.parts is not None:
-            self._order = self._open('index.bin', '<i8', (len(self),))
-        if self._order is None:
-            self._order = np.argsort(self.keys, kind='stable')
-        return self._order
+        return self.files.keys
 
     @property
     def valid(self) -> 'TeacherCache | None':
         """The cache of the validation set in the same folder, or None if there is none."""
         sub = self.folder.sub('valid')
         return None if sub.size('manifest.json') is None else TeacherCache(sub, self.force)
-
-    def _open(self, name: str, dtype: Any, shape: Any) -> np.ndarray:
-        self._refuse(damages(self.folder, self.manifest, [self._files[name]], once=True))
-        return self.folder.map(name, dtype, shape)
-
-    def _head(self, device: Any) -> StoredHead | None:
-        """Return the output layer for hidden states on a device, or None if rows hold logits."""
-        m = self.manifest
-        if m.layout.head is None:
-            return None
-        if device not in self._heads:
-            data = self._open('head.bin', np.uint8, (m.head_bytes,)).tobytes()
-            self._heads[device] = StoredHead.from_bytes(data, m.layout).to(device)
-        return self._heads[device]
-
-    def _shard(self, view: int, i: int) -> np.ndarray:
-        if (view, i) not in self._maps:
-            m = self.manifest
-            shape = m.rows_of(i), m.layout.bytes
-            self._maps[view, i] = self._open(m.shard(view, i), np.uint8, shape)
-        return self._maps[view, i]
-
-    def _refuse(self, found: Mapping[str, str]) -> None:
-        if not found:
-            return
-        there = self.folder.size('manifest.json') is not None
-        if not there or checksum(Manifest.read(self.folder).to_json()) != self._opened:
-            raise DistillError(
-                f'{self.folder} was overwritten or removed after it was opened: open it again.'
-            )
-        names = [f'{k} {v}' for k, v in found.items()]
-        more = f' and {len(names) - 5} more' if len(names) > 5 else ''
-        what = 'Write the cache again with the same arguments: only damaged files are rewritten.'
-        if self.manifest.parts is not None:
-            what = 'Restore them from a copy, or write the stream again to a new folder.'
-        raise DistillError(f'Damaged files in {self.folder}: {", ".join(names[:5])}{more}. {what}')
 
     def rows(self, at: Any, views: Any = 0) -> np.ndarray:
         """Read stored rows, (B, bytes) uint8.
@@ -178,13 +197,13 @@ class TeacherCache:
         views = np.broadcast_to(np.asarray(views), at.shape)
         m, out = self.manifest, np.empty((len(at), self.manifest.layout.bytes), np.uint8)
         if len(at):
-            self._within(at.min(), views.min())
-            self._within(at.max(), views.max())
+            check_place(m, at.min(), views.min())
+            check_place(m, at.max(), views.max())
         shard, row = m.place(at)
         where = views * m.per_view + shard
         for w in np.unique(where):
             sel = np.flatnonzero(where == w)
-            out[sel] = self._shard(*divmod(int(w), m.per_view))[row[sel]]
+            out[sel] = self.files.shard(*divmod(int(w), m.per_view))[row[sel]]
         return out
 
     def row(self, at: int, view: int = 0) -> np.ndarray:
@@ -194,16 +213,9 @@ class TeacherCache:
             at: Position in the cache.
             view: View of the sample.
         """
-        self._within(at, view)
+        check_place(self.manifest, at, view)
         i, row = map(int, self.manifest.place(at))
-        return np.array(self._shard(view, i)[row])
-
-    def _within(self, at: Any, view: int) -> None:
-        if not (0 <= at < len(self) and 0 <= view < self.manifest.stored):
-            raise DistillError(
-                f'There is no position {at} with view {view}: the cache has {len(self)} samples and '
-                f'{self.manifest.stored} views.'
-            )
+        return np.array(self.files.shard(view, i)[row])
 
     def decode(self, rows: Any) -> Outputs:
         """Decode stored rows to the teacher's `Outputs`.
@@ -220,7 +232,7 @@ class TeacherCache:
                 f'{str(rows.dtype).removeprefix("torch.")} of shape {tuple(rows.shape)}. For '
                 'positions in the cache, call outputs(positions).'
             )
-        out = self.manifest.layout.decode(rows, self._head(rows.device))
+        out = self.manifest.layout.decode(rows, self.files.head(rows.device))
         out.classes = self.manifest.teacher.get('classes')
         out.lost = self.manifest.lost or None
         return out
@@ -249,9 +261,8 @@ class TeacherCache:
         keys, mine = np.asarray(keys, np.uint64), self.keys
         if len(keys) == len(mine) and np.array_equal(keys, mine):
             return np.arange(len(mine))
-        order = self.order
-        at = order[np.searchsorted(mine, keys, sorter=order).clip(max=len(mine) - 1)]
-        lost = np.flatnonzero(mine[at] != keys)
+        at, there = look_up(mine, self.files.order, keys)
+        lost = np.flatnonzero(~there)
         if len(lost):
             raise DistillError(
                 f'{len(lost)} of {len(keys)} samples have no row in {self.folder} (the first is '
@@ -262,21 +273,8 @@ class TeacherCache:
             )
         return at
 
-    def compare(self, at: Any, item: Any) -> None:
-        """Check that the inputs of a few samples are the same as when the cache was written.
-
-        Args:
-            at: Position in the cache of each sample of a dataset, (N,).
-            item: fn(index of a sample, view) -> item of the dataset.
-
-        Raises:
-            DistillError: If an input differs. If the cache was opened with `force`, warn instead.
-        """
-        look = lambda i, view: dict(digest=input_digest(item(i, view)))
-        refuse(self.folder, sample_differences(self.manifest, at, look), self.force)
-
-    def changed_files(self, files: Sequence, at: Any = None) -> list:
-        """Return the paths of sample files whose content changed since the cache was written.
+    def check_files(self, files: Sequence | None, at: Any = None) -> None:
+        """Check that the files of samples have not changed since the cache was written.
 
         A file is read only if its modification time changed.
 
@@ -285,38 +283,33 @@ class TeacherCache:
                 files.
             at: Position in the cache of each sample, (M,), from `find`. If None, the files are in
                 the order of the cache.
-        """
-        if files is None or (record := read_record(self.folder, len(self))) is None:
-            return []
-        changed, _ = newer_record(record if at is None else record[np.asarray(at)], files)
-        return [str(files[i]) for i in changed]
-
-    def check_files(self, files: Sequence, at: Any = None) -> None:
-        """Check that the files of samples have not changed since the cache was written.
-
-        Args:
-            files, at: As in `changed_files`.
 
         Raises:
             DistillError: If a file changed. If the cache was opened with `force`, warn instead.
         """
-        if names := self.changed_files(files, at):
-            refuse(self.folder, [changed_text(names, len(files))], self.force)
+        if names := changed_files(self.folder, len(self), files, at):
+            refuse(self.folder, [changed_text(names, len(files or ()))], self.force)
 
-    def check(self) -> 'TeacherCache':
-        """Compare every file with its checksum. The error names the damaged files."""
-        self._refuse(damages(self.folder, self.manifest, self.manifest.shards))
-        read_record(self.folder, len(self))
-        return self
+    def check(self, once: bool = False) -> 'TeacherCache':
+        """Compare every file with its checksum. The error names the damaged files.
 
-    def check_once(self) -> 'TeacherCache':
-        """Check all files like `check`, but skip those that this process has checked before.
-
-        Call this method before DataLoader workers start. Otherwise, each worker would check the
-        files.
+        Args:
+            once: If True, skip files that this process has checked before. Pass True before
+                DataLoader workers start, since otherwise each worker would check the files.
         """
-        self._refuse(damages(self.folder, self.manifest, self.manifest.shards, once=True))
+        self.files.check(once)
+        if not once:
+            read_record(self.folder, len(self))
         return self
+
+
+def check_place(m: Manifest, at: Any, view: int) -> None:
+    """Raise a DistillError if a cache has no such position and view."""
+    if not (0 <= at < m.count and 0 <= view < m.stored):
+        raise DistillError(
+            f'There is no position {at} with view {view}: the cache has {m.count} samples and '
+            f'{m.stored} views.'
+        )
 
 
 # files that this process has checked, as (folder, name, checksum, number of classes, size,

@@ -8,6 +8,7 @@ import hashlib
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import PurePath
 from typing import Any
 
@@ -142,6 +143,29 @@ def read_record(folder: Folder, n: int) -> np.ndarray | None:
             '(force=True), or remove files.bin to use the cache without this check.'
         )
     return np.frombuffer(data[:-16], '<i8').reshape(n, 3).astype(np.int64)
+
+
+def changed_files(
+    folder: Folder, n: int, files: Sequence | None, at: Any = None, update: bool = False
+) -> list[str]:
+    """Return the paths of sample files whose content changed since the cache was written.
+
+    Args:
+        folder: Folder of the cache.
+        n: Number of samples of the cache.
+        files: File path of each sample, or a tuple of paths, (M,). None if samples are not files.
+        at: Position in the cache of each sample, (M,). If None, the files are in the order of the
+            cache.
+        update: If True and only modification times changed, store the new times. `at` must be None.
+    """
+    if files is None or (record := read_record(folder, n)) is None:
+        return []
+    changed, new = newer_record(record if at is None else record[np.asarray(at)], files)
+    if update and not len(changed) and not np.array_equal(new, record):
+        # the folder may be read-only
+        with suppress(DistillError):
+            write_record(folder, new)
+    return [str(files[i]) for i in changed]
 
 
 def changed_text(names: Sequence, n: int) -> str:

@@ -13,7 +13,7 @@ import torch
 from ..base.outputs import DistillError
 from .digests import checksum
 from .file_store import Folder, natural_order, open_folder
-from .keys import hash_of, keys_in_stream
+from .keys import hash_of, keys_in_stream, look_up
 from .manifest import Manifest
 from .reader import TeacherCache, damages
 from .stream_writer import NUMBERED, keys_file, read_keys, rows_at_end, stream_manifest
@@ -256,8 +256,7 @@ def compare_expected(
     some: list[str] = []
     while part := list(islice(names, 2**16)):
         want = np.array(part) if isinstance(part[0], np.uint64) else keys_in_stream(part, root)
-        at = order[np.searchsorted(keys, want, sorter=order).clip(max=len(keys) - 1)]
-        there = keys[at] == want
+        at, there = look_up(keys, order, want)
         known[at[there]] = True
         for i in np.flatnonzero(~there)[: 5 - len(some)]:
             some.append(f'number {n + i} ({part[i]!r})')

@@ -11,7 +11,7 @@ from torch.utils.data import IterableDataset
 
 from ..base.outputs import DistillError
 from .json_checks import shortened
-from .keys import keys_in_stream
+from .keys import keys_in_stream, look_up
 from .reader import TeacherCache
 
 
@@ -48,7 +48,7 @@ class StreamJoin(IterableDataset):
     ):
         self.stream, self.key, self.view, self.name, self.at_once = stream, key, view, name, at_once
         self.cache = cache if isinstance(cache, TeacherCache) else TeacherCache(cache)
-        self.cache.check_once()
+        self.cache.check(once=True)
 
     def set_epoch(self, epoch: int) -> None:
         """Pass the epoch to the stream, which may use it for shuffling."""
@@ -85,9 +85,8 @@ class StreamJoin(IterableDataset):
         have = self.cache.keys[at : at + len(keys)]
         if np.array_equal(have, keys):
             return np.arange(at, at + len(keys))
-        mine, order = self.cache.keys, self.cache.order
-        where = order[np.searchsorted(mine, keys, sorter=order).clip(max=len(mine) - 1)]
-        if len(lost := np.flatnonzero(mine[where] != keys)):
+        where, there = look_up(self.cache.keys, self.cache.files.order, keys)
+        if len(lost := np.flatnonzero(~there)):
             i = int(lost[0])
             name = shortened(repr(field_of(part[i], self.key)), 100)
             raise DistillError(

@@ -4,7 +4,7 @@ import json
 import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing, nullcontext, suppress
+from contextlib import closing, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, cast
@@ -24,7 +24,7 @@ from .manifest import CHECKSUM, MAX_VIEWS, Manifest, differences, refuse
 from .output_layer import StoredHead, worst_error
 from .reader import TeacherCache, damages
 from .row_layout import COARSE, Layout, Store
-from .sample_files import changed_text, newer_record, read_record, record_files, write_record
+from .sample_files import changed_files, changed_text, record_files, write_record
 from .teacher_description import Source, is_whole
 from .verify_rows import row_errors
 
@@ -192,26 +192,12 @@ def _begin(
 
 
 def changed_now(where: Folder, paths: Sequence | None) -> str:
-    """Return a text that names changed sample files, or '' if none changed.
-
-    If only modification times changed, the new times are stored.
-    """
-    if paths is None:
-        return ''
+    """Return a text that names changed sample files, or '' if none changed."""
     try:
-        record = read_record(where, len(paths))
+        names = changed_files(where, len(paths or ()), paths, update=True)
     except DistillError as e:
         return str(e)
-    if record is None:
-        return ''
-    changed, new = newer_record(record, paths)
-    if len(changed):
-        return changed_text([str(paths[i]) for i in changed], len(record))
-    if not np.array_equal(new, record):
-        # the folder may be read-only
-        with suppress(DistillError):
-            write_record(where, new)
-    return ''
+    return changed_text(names, len(paths or ())) if names else ''
 
 
 def other_outputs(where: Folder, m: Manifest, first: Any) -> list:

@@ -128,7 +128,7 @@ class StoredOutputs(HeldOutputs):
             seeded = replace(plan, random=True, cache=None)
             check_shared_inputs(dl, seeded, keys, most=256)
         cache.check_files(files := sample_files(dl), plan.at)
-        cache.check_once()
+        cache.check(once=True)
         named = keys is not None and files is None
         refuse(cache.folder, misfits(dl, plan, cache, named), cache.force)
         return plan
