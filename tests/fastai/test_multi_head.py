@@ -669,7 +669,7 @@ def test_a_recipe_is_chosen_for_stored_heads_and_without_a_check(tmp_path, capsy
         assert (
             'color: recipe labels + dist' in out
             and 'shape: recipe labels + dist' in out
-            and 'color_dist 75%' in out
+            and 'color_dist 73%' in out  # 3 times the gain of this teacher
         )
 
 
