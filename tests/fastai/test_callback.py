@@ -900,9 +900,9 @@ def test_projectors_are_trained_by_the_students_kind_of_optimizer(opt_func):
     student, teacher = toy(opt_func=opt_func)
     cb = KD(teacher, kd() + hint())
     student.fit_one_cycle(1, 0.01, cbs=cb)
-    assert cb.state.optimizer.opt.hypers[0]['lr'] == pytest.approx(
+    assert cb.state.optimizer.optimizer.hypers[0]['lr'] == pytest.approx(
         student.opt.hypers[-1]['lr']
-    ) and type(cb.state.optimizer.opt) is type(student.opt)
+    ) and type(cb.state.optimizer.optimizer) is type(student.opt)
     before = projectors(cb)
     student.fit_one_cycle(1, 0.01, cbs=cb)
     assert not any(map(torch.equal, before, projectors(cb)))
@@ -938,7 +938,7 @@ def test_an_optimizer_that_is_built_already_leaves_projectors_to_adam():
     student.opt_func = OptimWrapper(opt=torch.optim.SGD(student.model.parameters(), lr=0.1))
     cb = KD(teacher, kd() + hint())
     student.fit(1, 0.1, cbs=cb)
-    assert cb.state.optimizer.opt.hypers[0]['lr'] == 0.1
+    assert cb.state.optimizer.optimizer.hypers[0]['lr'] == 0.1
 
 
 def test_channels_last_changes_nothing():

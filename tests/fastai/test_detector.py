@@ -4,6 +4,7 @@ import numpy as np
 import pytest, torch
 import apps  # before the rest of fastai: it keeps its warnings quiet
 from detectors import batch, detector, fastai_loaders
+from fastai.basics import Callback
 from fastai.vision.all import Normalize
 from fastdistill.recipes import pkd
 from fastdistill.base.outputs import DistillError
@@ -62,6 +63,21 @@ def test_a_learner_distills_and_leaves_nothing_behind():
     assert cb.distiller.ratios['pkd'].measured == 2
     # the projectors learn too: the scale of their batch norm begins at 1
     assert (cb.distiller.links['pkd'][0].projector.map[1].weight != 1).any()
+
+
+class Interrupt(Callback):
+    def after_loss(self):
+        raise KeyboardInterrupt
+
+
+def test_an_interrupt_leaves_nothing_behind():
+    learn, teacher = learner('SSD'), detector('RetinaNet', width=12, seed=1).train()
+    had = [*learn.cbs]
+    with learn.no_bar(), learn.no_logging(), pytest.raises(KeyboardInterrupt):
+        learn.distill(teacher, 1, 1e-3, pkd(grad_ratio=0.5), check=False, cbs=Interrupt())
+    assert [*learn.cbs] == had
+    assert teacher.training
+    assert not any(m._forward_hooks for m in learn.model.modules())
 
 
 @pytest.mark.filterwarnings(*apps.FASTAI_WARNINGS, 'ignore:numpy.core:DeprecationWarning')

@@ -80,9 +80,9 @@ def test_projectors_follow_the_students_schedule_and_stay_out_of_it(tmp_path):
     watch = Watch(
         cb,
         lambda kd: (
-            kd.state.optimizer.opt.hypers[-1]['lr'],
+            kd.state.optimizer.optimizer.hypers[-1]['lr'],
             student.opt.hypers[-1]['lr'],
-            kd.state.optimizer.opt.hypers[-1]['mom'],
+            kd.state.optimizer.optimizer.hypers[-1]['mom'],
             student.opt.hypers[-1]['mom'],
         ),
     )

@@ -145,7 +145,11 @@ class KnowledgeDistillation(DistillationCallback):
         if self.fit_distiller.build(self.learn):
             self.state.optimizer = None
             self.log.forget()
-        self._attach()
+        for t in self.distiller.sources:
+            t.say_with(self.log)
+        # let the batches contain what the teachers need
+        sources = {k: h.teacher for k, h in self.distiller.heads.items() if h.teacher is not None}
+        self.feed.attach(self.learn, sources, self.fit_distiller.tasks, self.log)
         found = None if finder else self.fit_distiller.look(self.learn, self.log.is_on)
         self.fit_distiller.choose(self.learn, found)
         d = self.distiller
@@ -157,6 +161,8 @@ class KnowledgeDistillation(DistillationCallback):
             h.measures = not finder
         if not d.ready and (example := example_of(self.learn, self.fit_distiller.output)):
             self._setup(*example.x)
+        elif d.ready:
+            self.state.train_projectors(self.learn, d)
         self.epochs_span = None if finder or self.span == 'fit' else claim_epochs(self.learn)
         self.part_metrics = L(
             TaskMetric(self), *(PartMetric(self, t.name) for t in self.recipe.terms)
@@ -166,17 +172,11 @@ class KnowledgeDistillation(DistillationCallback):
             self.unlabeled.start(self.learn, self.distiller)
         d.start()
 
-    def _attach(self) -> None:
-        """Set up the DataLoaders so that the batches contain what the teachers need."""
-        for t in self.distiller.sources:
-            t.say_with(self.log)
-        sources = {k: h.teacher for k, h in self.distiller.heads.items() if h.teacher is not None}
-        self.feed.attach(self.learn, sources, self.fit_distiller.tasks, self.log)
-
     def _setup(self, *x: Any) -> None:
         """Pair student and teacher layers, and build projectors. Called once per student."""
         self.fit_distiller.setup(x, self.training)
         self.state.take(self.learn, self.distiller)
+        self.state.train_projectors(self.learn, self.distiller)
         if self.distiller.pairs and not hasattr(self.learn, 'lr_finder'):
             self.log(self.distiller.pairs)
 
@@ -192,6 +192,8 @@ class KnowledgeDistillation(DistillationCallback):
             return
         self.in_fit, self.n_steps = False, learn.train_iter  # saved because `validate` sets it to 0
         notes_of(learn).fitting = None
+        if self.state.optimizer in learn.cbs:
+            learn.remove_cb(self.state.optimizer)
         learn.metrics = learn.metrics.filter(lambda m: m not in self.part_metrics)
         if self.distiller is None:
             return
@@ -226,21 +228,17 @@ class KnowledgeDistillation(DistillationCallback):
             self.trend.check(self.learn, self.training_progress, self.recipe)
 
     def before_train(self) -> None:
-        self._start_phase(True)
-
-    def before_validate(self) -> None:
-        self._start_phase(False)
-
-    def _start_phase(self, training: bool) -> None:
         if not self.active:
             return
-        self.distiller.links.train(training)
+        self.distiller.links.train(self.training)
         for t in self.distiller.sources:
             t.reset()
         self.finite_check.start_phase()
-        if training:
+        if self.training:
             self.feed.begin(self.epoch)
             self.part_metrics[0].start_training()
+
+    before_validate = before_train
 
     def before_batch(self) -> None:
         if not self.active:
@@ -259,18 +257,15 @@ class KnowledgeDistillation(DistillationCallback):
         self.taps.end_batch()
 
     def after_train(self) -> None:
-        self.taps.detach()
         if not self.active:
             return
+        self.taps.detach()
         self.finite_check.enforce(self.learn)
-        self.part_metrics[0].end_training()
-        self.log.report_faded(self.distiller)
+        if self.training:
+            self.part_metrics[0].end_training()
+            self.log.report_faded(self.distiller)
 
-    def after_validate(self) -> None:
-        if not self.active:
-            return
-        self.taps.detach()
-        self.finite_check.enforce(self.learn)
+    after_validate = after_train
 
     def after_pred(self) -> None:
         if not self.active or len(self.yb) or not self.training:
@@ -335,22 +330,7 @@ class KnowledgeDistillation(DistillationCallback):
         self.finite_check.add(t, self.learn, self.fit_distiller.tasks)
         return t
 
-    # projectors
-
-    def after_backward(self) -> None:
-        if self.active and self.distiller.own_parameters():
-            self.state.optimizer_for(self.learn, self.distiller).average_gradients()
-
-    def before_step(self) -> None:
-        self.skip_step = False
-
-    def after_cancel_step(self) -> None:
-        self.skip_step = True
-
-    def after_step(self) -> None:
-        if self.active and self.distiller.own_parameters():
-            opt = self.state.optimizer_for(self.learn, self.distiller)
-            opt.step(self.learn, self.skip_step)
+    # checkpoints
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state that a checkpoint needs in addition to the student.

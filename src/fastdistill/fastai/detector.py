@@ -16,6 +16,8 @@ from ..detection.torchvision_detectors import checked_detector
 from ..detection.validation_loss import validation_losses
 from ..distiller.trainer_integration import takes_part
 from ..recipes.term import Recipe, Term
+from .learner_notes import notes_of
+from .patches import DistillationCallback
 from .projector_opt import ProjectorOptimizer
 
 __all__ = ['DetectorCallback', 'DetectorDistillation', 'DetectorLearner', 'MeanAveragePrecision']
@@ -121,7 +123,7 @@ class MeanAveragePrecision(Metric):
         return self.measure
 
 
-class DetectorDistillation(Callback):
+class DetectorDistillation(DistillationCallback):
     """Adds a teacher to a `DetectorLearner`, using the terms of a `DetectionDistiller`.
 
     Args:
@@ -143,25 +145,27 @@ class DetectorDistillation(Callback):
         super().__init__()
         self.teacher = teacher.model if isinstance(teacher, Learner) else teacher
         self.recipe, self.size, self.check = recipe, size, check
-        self.distiller = self.opt_of_projectors = self.before_finder = None
+        self.distiller = self.optimizer = self.before_finder = None
         self.stack = ExitStack()
 
     def before_fit(self) -> None:
+        notes_of(self.learn).fitting = self
         if hasattr(self.learn, 'lr_finder'):  # it trains until the loss diverges
-            self.before_finder = self.distiller, self.opt_of_projectors
+            self.before_finder = self.distiller, self.optimizer
             self.distiller = None
         if self.distiller is None or self.distiller.student is not self.model:
             self.distiller = DetectionDistiller(
                 self.model, self.teacher, self.recipe, size=self.size, check=self.check
             )
-            self.opt_of_projectors = None
+            self.optimizer = None
             if self.check and self.before_finder is None and len(self.dls.loaders) > 1:
                 batches = ((b[: self.dls.n_inp], b[self.dls.n_inp :]) for b in self.dls.valid)
                 pairs = (images_and_targets(x, y) for x, y in batches)
                 self.distiller.check_batches((x, (y,)) for x, y in pairs).enforce()
         self.distiller.links.to(next(self.model.parameters()).device)
-        if self.opt_of_projectors is None and (own := self.distiller.own_parameters()):
-            self.opt_of_projectors = ProjectorOptimizer(self.learn, own)
+        if self.optimizer is None and (own := self.distiller.own_parameters()):
+            self.optimizer = ProjectorOptimizer(self.learn, own)
+        self.learn.add_cbs(self.optimizer)
         self.distiller.teacher.start()
 
     def before_batch(self) -> None:
@@ -182,20 +186,19 @@ class DetectorDistillation(Callback):
     def after_cancel_batch(self) -> None:
         self.stack.close()
 
-    def after_step(self) -> None:
-        if self.opt_of_projectors is not None:
-            self.opt_of_projectors.step(self.learn)
-
     def after_fit(self) -> None:
-        self.stop()
+        self.teardown(self.learn)
 
-    def stop(self) -> None:
+    def teardown(self, learn: Learner) -> None:
         """Restore everything. It is safe to call this twice."""
+        notes_of(learn).fitting = None
         self.stack.close()
+        if self.optimizer in learn.cbs:
+            learn.remove_cb(self.optimizer)
         if self.distiller is not None:
             self.distiller.teacher.stop()
         if self.before_finder is not None:
-            (self.distiller, self.opt_of_projectors), self.before_finder = self.before_finder, None
+            (self.distiller, self.optimizer), self.before_finder = self.before_finder, None
 
 
 class DetectorLearner(Learner):

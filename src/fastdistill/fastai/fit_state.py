@@ -20,16 +20,17 @@ class FitState:
 
     Attributes:
         to_load: State that the next fit will load. None if there is no such state.
-        optimizer: Optimizer of the projectors. None before the first step.
+        optimizer: `ProjectorOptimizer`. None before the first fit, and without projectors.
     """
 
     def __init__(self, log):
         self.log, self.to_load, self.optimizer, self.before_finder = log, None, None, None
 
-    def optimizer_for(self, learn, d):
-        if self.optimizer is None:
-            self.optimizer = ProjectorOptimizer(learn, d.own_parameters())
-        return self.optimizer
+    def train_projectors(self, learn, d):
+        """Add a callback to the Learner that trains the projectors of the `Distiller` in this fit."""
+        if self.optimizer is None and (own := d.own_parameters()):
+            self.optimizer = ProjectorOptimizer(learn, own)
+        learn.add_cbs(self.optimizer)
 
     def begin_finder(self, d):
         """Save the projectors and the measured gradients, since lr_find trains until the loss
@@ -103,7 +104,8 @@ class FitState:
                 self.log(f'fastdistill: {h.prefix}recipe {h.chosen_text}, as before')
         self.optimizer = None
         if state['opt'] is not None:
-            self.optimizer_for(learn, d).load_state_dict(state['opt'])
+            self.optimizer = ProjectorOptimizer(learn, d.own_parameters())
+            self.optimizer.load_state_dict(state['opt'])
 
 
 def has_state(d) -> bool:

@@ -100,6 +100,13 @@ class DistillationCallback(Callback):
         _patch_for_callback()
         super().__init__()
 
+    def state_dict(self):
+        """Return the state to save next to the student's file. Empty if there is none."""
+        return {}
+
+    def load_state_dict(self, state):
+        """Restore what `state_dict` returned."""
+
 
 def _n_inp_without_teacher(init):
     """Count the inputs without the label and the `TeacherBlock`s.

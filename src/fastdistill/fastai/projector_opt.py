@@ -8,14 +8,14 @@ import copy
 
 import numpy as np
 import torch
-from fastai.basics import Adam, L, OptimWrapper
+from fastai.basics import Adam, Callback, L, OptimWrapper
 
 from ..base.distributed import average_gradients
 from ..base.outputs import map_tensors
 
 
-class ProjectorOptimizer:
-    """Trains the projectors like the student.
+class ProjectorOptimizer(Callback):
+    """Callback that trains the projectors like the student.
 
     The projectors use the student's type of optimizer, learning rate, momentum and weight decay.
 
@@ -24,34 +24,35 @@ class ProjectorOptimizer:
         params: Parameters of the projectors.
     """
 
+    order, remove_on_fetch = 5, False
+
     def __init__(self, learn, params):
+        super().__init__()
         make = Adam if isinstance(learn.opt_func, OptimWrapper) else learn.opt_func
         self.params = list(params)
-        self.opt = make([self.params], lr=learn.lr)
+        self.optimizer = make([self.params], lr=learn.lr)
 
-    def average_gradients(self):
-        """Average the gradients over all processes.
-
-        DistributedDataParallel averages only the gradients of the student, which does not contain
-        the projectors.
-        """
+    def after_backward(self):
+        # DistributedDataParallel averages only the gradients of the student, which does not contain
+        # the projectors
         average_gradients(self.params)
 
-    def step(self, learn, skip: bool = False):
-        """Take a step with the current hyperparameters of the student's last parameter group.
+    def before_step(self):
+        self.skipped = False  # True if the student's optimizer skips this step
 
-        Args:
-            learn: The student's Learner.
-            skip: True if the student's optimizer skipped this step.
-        """
-        overflow = self._unscale(getattr(learn, 'scaler', None))
-        if not (skip or overflow):
+    def after_cancel_step(self):
+        self.skipped = True
+
+    def after_step(self):
+        """Take a step with the current hyperparameters of the student's last parameter group."""
+        overflow = self._unscale(getattr(self.learn, 'scaler', None))
+        if not (self.skipped or overflow):
             for k in ('lr', 'mom', 'wd'):
                 # subtle: `set_hyper` fails with NumPy numbers
-                if k in self.opt.hypers[0] and k in learn.opt.hypers[-1]:
-                    self.opt.set_hyper(k, float(learn.opt.hypers[-1][k]))
-            self.opt.step()
-        self.opt.zero_grad()
+                if k in self.optimizer.hypers[0] and k in self.learn.opt.hypers[-1]:
+                    self.optimizer.set_hyper(k, float(self.learn.opt.hypers[-1][k]))
+            self.optimizer.step()
+        self.optimizer.zero_grad()
 
     def _unscale(self, scaler):
         """Undo GradScaler's scaling of the loss. Return True if the gradients overflowed."""
@@ -63,14 +64,19 @@ class ProjectorOptimizer:
         return not torch.stack([g.isfinite().all() for g in grads]).all()
 
     def state_dict(self):
-        return as_builtins(self.opt.state_dict())
+        return as_builtins(self.optimizer.state_dict())
 
     def load_state_dict(self, state):
         state = copy.deepcopy(state)
         # the optimizers of PyTorch move their state to the device of the parameters themselves
-        if not isinstance(self.opt, OptimWrapper):
+        if not isinstance(self.optimizer, OptimWrapper):
             state = map_tensors(state, lambda t: t.to(self.params[0].device))
-        self.opt.load_state_dict(state)
+        self.optimizer.load_state_dict(state)
+
+    # an exported Learner contains a callback without effect instead, so that it loads without
+    # fastdistill
+    def __reduce__(self):
+        return Callback, ()
 
 
 def as_builtins(o):
