@@ -2309,3 +2309,39 @@ def test_a_teacher_object_that_fits_is_taken_itself():
     assert Distiller(mlp(8), teacher, kd()).teacher is teacher
     given = Teacher([mlp(16, 1), mlp(16, 2)], kind='sigmoid')
     assert Distiller(mlp(8), given, kd(), kind='regression').teacher.kind == 'sigmoid'
+
+
+@pytest.mark.parametrize(
+    'labels,found',
+    [
+        (lambda: torch.tensor([[1.0, 1, 0, 1], [0, 1, 0, 0]]), 'sum to 3'),
+        (lambda: torch.tensor([[1, 1, 0, 1], [0, 1, 0, 0]]), 'sum to 3'),
+        (lambda: torch.tensor([[0.5, -0.5, 0.5, 0.5], [0, 1, 0, 0]]), 'are as low as -0.5'),
+    ],
+)
+@pytest.mark.parametrize('own', [True, False])
+def test_several_labels_or_numbers_are_not_taken_for_probabilities_of_classes(labels, found, own):
+    # the kind of a function is unknown, and cross-entropy takes any numbers
+    task_loss = (lambda s, y: F.binary_cross_entropy_with_logits(s, y.float())) if own else None
+    y = labels()
+    if not own:
+        y = y.float()
+    distiller = Distiller(mlp(4), mlp(8), kd(), task_loss=task_loss)
+    with pytest.raises(DistillError, match=f'they {found} along axis 1.*kind=.sigmoid'):
+        distiller(torch.randn(2, 8), y)
+    Distiller(mlp(4), mlp(8), kd(), task_loss=task_loss, kind='sigmoid')(torch.randn(2, 8), y)
+
+
+def test_probabilities_of_classes_are_labels():
+    y = torch.tensor([[0.1, 0.2, 0.3, 0.4], [0, 1, 0, 0], [0, 0, 0, 0]])
+    for dtype in (torch.float32, torch.bfloat16):
+        Distiller(mlp(4), mlp(8), kd())(torch.randn(3, 8), y.to(dtype).float())
+
+
+def test_points_are_not_taken_for_classes():
+    student, teacher = mlp(4), mlp(8)
+    task_loss = lambda s, y: F.mse_loss(s, y.flatten(1))
+    x, y = torch.randn(3, 8), torch.randn(3, 2, 2)
+    with pytest.raises(DistillError, match='are as many fractional numbers as the outputs'):
+        Distiller(student, teacher, kd(), task_loss=task_loss)(x, y)
+    Distiller(student, teacher, kd(), task_loss=task_loss, kind='regression')(x, y)

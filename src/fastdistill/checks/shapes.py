@@ -13,6 +13,13 @@ from ..teachers.teacher import Teacher
 from .findings import Finding
 
 
+ROUNDED = 0.02  # tolerance for the sum of probabilities
+OTHER_KINDS = (
+    "If each number is a separate label, pass kind='sigmoid'. If the model predicts numbers, pass "
+    "kind='regression'"
+)
+
+
 class UnknownId(Exception):
     """Raised if a batch has an id for which an embedding has no row. The message names the id."""
 
@@ -115,6 +122,14 @@ def first_mismatch(
         return None
     if y.is_floating_point() and y.shape == shape_of_labels(t, task.axis):
         return float_labels(y).removesuffix('.'), CLASS_NUMBERS.removesuffix('.')
+    if y.shape == t:
+        return not_probabilities(y, task)
+    if y.is_floating_point() and y.numel() == prod(t):
+        return (
+            f'The labels, of shape {tuple(y.shape)}, are as many fractional numbers as the outputs, of '
+            f'shape {tuple(t)}, but the model predicts classes',
+            f'{OTHER_KINDS}. Probabilities of classes need the shape of the outputs',
+        )
     if fit_labels(y, t, task) is None:
         if fits := [-1 if i == len(t) - 1 else i for i in fitting_axes(y, t)]:
             return (
@@ -131,6 +146,22 @@ def first_mismatch(
             'function to the label that should be ignored',
         )
     return None
+
+
+def not_probabilities(y: Tensor, task: Task) -> tuple[str, str] | None:
+    """Return (what is wrong, what to do) for labels with a number for each class that are no
+    probabilities. A row of zeros is allowed, since cross-entropy ignores it.
+    """
+    total, least = y.float().sum(task.axis), y.min()
+    wrong = total[((total - 1).abs() > ROUNDED) & (total != 0)]
+    if not len(wrong) and least >= -ROUNDED:
+        return None
+    found = f'sum to {wrong[0].item():.4g}' if len(wrong) else f'are as low as {least.item():.4g}'
+    return (
+        f'The labels, of shape {tuple(y.shape)}, have a number for each class, but they are not '
+        f'probabilities: they {found} along axis {task.axis}',
+        OTHER_KINDS,
+    )
 
 
 def shapes_in_words(s: Sequence[int] | None, t: Sequence[int], y: Tensor | None) -> str:
