@@ -12,7 +12,6 @@ from ..base.task import CLASS_NUMBERS, Task, fit_labels, fitting_axes, float_lab
 from ..teachers.teacher import Teacher
 from .findings import Finding
 
-
 ROUNDED = 0.02  # tolerance for the sum of probabilities
 OTHER_KINDS = (
     "If each number is a separate label, pass kind='sigmoid'. If the model predicts numbers, pass "
