@@ -24,6 +24,7 @@ from fastai.data.all import (
     IndexSplitter,
     IntToFloatTensor,
     MultiCategoryBlock,
+    RegressionBlock,
     TfmdLists,
     ToTensor,
 )
@@ -47,7 +48,7 @@ from fastai.vision.all import (
 from torch import nn
 from fastdistill.cache import TeacherCache, cache_dataset, write_cache
 from fastdistill.fastai.cache_data import cache_teacher as checked_first, verify_cache
-from fastdistill.fastai import KnowledgeDistillation
+from fastdistill.fastai import KnowledgeDistillation, kd, recipes
 from fastdistill.fastai.cache_feed import StoredOutputs
 from fastdistill.fastai.learner_notes import notes_of
 from fastdistill.fastai.replay_dl import sampled
@@ -916,6 +917,32 @@ def test_maps_of_clean_images_are_not_given_to_augmented_ones(tmp_path):
         match="a value for each pixel or token of the clean input, but Resize, Flip would move the student's input: cache views=1",
     ):
         cached.feed(StoredOutputs(cache), learn)
+
+
+def test_points_of_clean_images_are_not_given_to_flipped_ones(tmp_path):
+    dls = data(PointBlock, points, 'usual')
+    cache = cache_teacher(Convs(8).eval(), dls, tmp_path, views=0)
+    with pytest.raises(
+        DistillError, match='are the points of the clean input, but FlipItem, .* would move'
+    ):
+        quiet(student(dls, 8), 1, cbs=KnowledgeDistillation(cache, check=False))
+
+
+def test_numbers_of_clean_images_are_given_to_flipped_ones(tmp_path):
+    dls = data(RegressionBlock, lambda i: i / 10, 'usual')
+    cache = cache_teacher(Convs(1).eval(), dls, tmp_path, views=0)
+    quiet(student(dls, 1), 1, cbs=KnowledgeDistillation(cache, check=False))
+
+
+def test_maps_of_layers_of_clean_images_are_not_compared_with_flipped_ones(tmp_path):
+    dls, name = data(augment='usual'), 'a'
+    cache = cache_teacher(Convs(3).eval(), dls, tmp_path, views=0, layers=[name])
+    fit = lambda recipe: quiet(
+        student(dls), 1, cbs=KnowledgeDistillation(cache, recipe, check=False)
+    )
+    with pytest.raises(DistillError, match='holds layers of the clean inputs.* would move'):
+        fit(recipes.hint(layers={name: name}))
+    fit(kd())
 
 
 RNG_OF_ITS_OWN = np.random.default_rng()

@@ -2,6 +2,7 @@
 
 import random
 from contextlib import nullcontext
+from functools import partial
 import numpy as np
 import pandas as pd
 import pytest, torch
@@ -23,12 +24,14 @@ from fastai.basics import (
     DataLoaders,
     IndexSplitter,
     Learner,
+    MSELossFlat,
+    RegressionBlock,
     get_image_files,
     set_seed,
 )
 from fastai.callback.mixup import CutMix, MixUp
 from fastai.text.all import TextBlock
-from fastai.vision.all import Flip, ImageBlock, Resize
+from fastai.vision.all import Flip, ImageBlock, PointBlock, Resize
 from fastdistill import Distiller, Teacher, hint, kd, with_items
 from fastdistill.fastai import (
     DistillError,
@@ -535,6 +538,40 @@ def test_the_samples_of_a_list_are_its_items():
         make, lambda dls: Teacher(net, items=lambda samples: torch.stack([x for x, _ in samples]))
     )
     assert close(live, trained(make, lambda dls: net))
+
+
+def test_points_and_maps_of_the_whole_files_are_not_given_to_flipped_images(folder):
+    block = lambda target, y: DataBlock(
+        (ImageBlock, target),
+        get_items=get_image_files,
+        get_y=y,
+        item_tfms=Resize(8, 'squish'),
+        batch_tfms=Flip(),
+    )
+    fit = lambda learn, **options: learn.fit(
+        1, cbs=KnowledgeDistillation(Teacher(convs(2), items=own_pixels), check=False, **options)
+    )
+    of_points = block(PointBlock, lambda p: [[1.0, 2.0]]).dataloaders(folder, bs=5, num_workers=0)
+    learn = quiet(Learner(of_points, convs(2), loss_func=MSELossFlat()))[0]
+    with refuses('predicts points, but Flip would move'):
+        fit(learn)
+    numbers = block(RegressionBlock(2), lambda p: [1.0, 2.0]).dataloaders(
+        folder, bs=5, num_workers=0
+    )
+    fit(quiet(Learner(numbers, convs(2), loss_func=MSELossFlat()))[0])
+
+
+def test_maps_of_the_whole_files_are_not_given_to_flipped_unlabeled_images(folder):
+    block = DataBlock(
+        (ImageBlock, CategoryBlock), get_items=get_image_files, get_y=lambda p: p.name.split('_')[0]
+    )
+    still = block.dataloaders(folder, bs=5, num_workers=0)
+    learn = quiet(Learner(still, convs(3), loss_func=CrossEntropyLossFlat()))[0]
+    options = dict(recipe=hint(layers={'1': '1'}, weight=1.0), check=False)
+    distill = partial(KnowledgeDistillation, Teacher(convs(6), items=own_pixels), **options)
+    with refuses('Flip would move the student'):
+        learn.fit(1, cbs=distill(unlabeled=image_student(folder).dls.train))
+    learn.fit(1, cbs=distill(unlabeled=still.train))
 
 
 class TwoHeads(nn.Module):

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from .outputs import DistillError
+from .outputs import DistillError, Outputs, tensors_in
 
 
 @dataclass
@@ -20,8 +20,8 @@ class BatchSamples:
         rows: Rows of a cache, (B, bytes) uint8, read by the process that created the batch.
         target: Teacher outputs that are part of the data, (B, ...) (see `TeacherBlock`).
         items: Raw items of the dataset, as a list or as rows of a table.
-        moved: Names of the transforms (such as flips) that changed positions in the inputs but not
-            in the raw items.
+        moved: Names of the random transforms (such as flips) that changed positions in the inputs,
+            but not in the raw items or in the clean view of a cache.
         n_inp: Number of tensors in the batch that are inputs.
         permutations: Permutations used by MixUp or CutMix. Sample i was mixed with sample
             permutation[i].
@@ -41,6 +41,21 @@ class BatchSamples:
     def pin_memory(self, device: Any = None) -> 'BatchSamples':
         """Pin the rows. PyTorch's DataLoader calls this method."""
         return self if self.rows is None else replace(self, rows=self.rows.pin_memory())
+
+    def refuse_moved(self, out: Outputs, whose: str, instead: str) -> None:
+        """Raise a DistillError if outputs for unchanged inputs have positions, but the positions in
+        this batch were moved.
+
+        Args:
+            out: Outputs for the raw items or the clean view of the samples.
+            whose: Says what the teacher saw, for the error message.
+            instead: What to do, for the error message.
+        """
+        if self.moved and any(t.dim() > 2 for t in tensors_in((out.logits, out.feats))):
+            raise DistillError(
+                f'{whose}, and its outputs have a value for each pixel or token, but '
+                f"{', '.join(self.moved)} would move the student's input. {instead}"
+            )
 
     @property
     def mix(self) -> tuple[Tensor, Any] | None:

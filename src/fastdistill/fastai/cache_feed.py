@@ -1,6 +1,7 @@
 """Train from a cache: add the stored teacher outputs of each sample to the batches of a fit."""
 
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -31,7 +32,7 @@ from .raw_items import plan_of_items
 from .replay_dl import Plan, attach, detach, refuse_unindexed, sampled
 from .sample_keys import content_keys, item_keys, matching_root, sample_files
 from .teacher_targets import TeacherTargets
-from .transforms import augmented, describe_transforms, moves
+from .transforms import augmented, describe_transforms, labels_are_points, moves
 
 ONE_VIEW = (
     'fastdistill: the cache has one view. Each sample has the same augmentation in every epoch, and students '
@@ -121,6 +122,7 @@ class StoredOutputs(HeldOutputs):
             cache.seed,
             cache,
             cache.find(names),
+            moved=[] if is_stream(dl) else moves(dl),
             random=bool(cache.views),
             stream=is_stream(dl),
         )
@@ -130,7 +132,8 @@ class StoredOutputs(HeldOutputs):
         cache.check_files(files := sample_files(dl), plan.at)
         cache.check(once=True)
         named = keys is not None and files is None
-        refuse(cache.folder, misfits(dl, plan, cache, named), cache.force)
+        points = partial(labels_are_points, dls, self.head) if self.kind == 'regression' else None
+        refuse(cache.folder, misfits(dl, plan, cache, named, points), cache.force)
         return plan
 
     def example(self, x):
@@ -139,6 +142,16 @@ class StoredOutputs(HeldOutputs):
         rows = self.cache.rows(np.arange(len(t)) % len(self.cache))
         out = self.cache.decode(torch.from_numpy(rows).to(t.device))
         return of_length(out, t.shape[1]) if self.stream else out
+
+    def outputs(self, inputs=(), samples=None, layers=()) -> Outputs:
+        out = super().outputs(inputs, samples, layers)
+        if not self.cache.views:
+            samples.refuse_moved(
+                Outputs(feats={k: v for k, v in out.feats.items() if k in layers}),
+                f'{self.cache.folder} holds layers of the clean inputs',
+                'Remove these transforms, or cache views=1 or more.',
+            )
+        return out
 
     def decode(self, t, x) -> Outputs:
         """Convert rows to outputs, with the classes in the order of the labels."""
@@ -162,7 +175,7 @@ class SampleFeed:
         self.learn = self.plan = None
         self.fed, self.targets, self.before, self.passed = [], None, 0, 0
 
-    def attach(self, learn, sources: dict, tasks: dict, log=print):
+    def attach(self, learn, sources: dict, tasks: dict, log=print, heads=None):
         """Prepare the DataLoaders of a Learner for a fit that is about to start.
 
         Args:
@@ -170,6 +183,7 @@ class SampleFeed:
             sources: {head name: `OutputSource`}.
             tasks: {head name: what the head predicts}.
             log: fn(text) that prints a message.
+            heads: {head name: `LearnerHead`} of a student with several outputs.
         """
         self.detach()
         needing = {k: s for k, s in sources.items() if s.needs}
@@ -183,13 +197,13 @@ class SampleFeed:
                 learn.add_cb(self.targets)
             with RandomGuard():
                 share_n_inp(learn.dls)
-                self._attach(needing, tasks)
+                self._attach(needing, tasks, heads or {})
         except BaseException:
             self.detach()
             raise
         return self
 
-    def _attach(self, sources, tasks):
+    def _attach(self, sources, tasks, heads):
         learn, dls = self.learn, self.learn.dls
         held = {k: s for k, s in sources.items() if s.needs != 'items'}
         for k, s in held.items():
@@ -202,11 +216,13 @@ class SampleFeed:
             if self.plan.views == 1 and many and augmented(dls.train):
                 self.log(ONE_VIEW)
         if len(held) < len(sources):
+            numbers = [k for k in sources.keys() - held if tasks[k].kind == 'regression']
+            refuse_moved_points(dls, [heads.get(k) for k in numbers])
             self._feed_items(dls)
 
     def _feed_items(self, dls):
         for dl in dls.loaders:
-            plan = plan_of_items(dl, moves(dls.train))
+            plan = plan_of_items(dl, moves(dl))
             if (own := sampled(dl)) is not None:
                 own.plan.items, own.plan.moved = plan.items, plan.moved
             elif len(dl.dataset):
@@ -302,6 +318,22 @@ def plan_of_rows(dls, dl, caches: dict) -> Plan:
     return replace(first, at=np.arange(len(first.at)), cache=SideBySide(plans))
 
 
+def refuse_moved_points(dls, heads):
+    """Raise an error if a teacher that reads raw items predicts points, but random transforms move
+    the points of the student's input.
+
+    Args:
+        dls: The DataLoaders.
+        heads: Head of each such teacher that predicts numbers. None for a student with one output.
+    """
+    if (moving := moves(dls.train)) and any(labels_are_points(dls, h) for h in heads):
+        raise DistillError(
+            f'The teacher reads the raw items and predicts points, but {", ".join(moving)} would move '
+            "the student's input. Remove these transforms, or use a teacher of the batch: "
+            'Teacher(model, inputs=fn).'
+        )
+
+
 class SideBySide:
     """Reads the rows of several caches as if they were one cache.
 
@@ -339,7 +371,7 @@ def refuse_other_items(cache, dl):
     )
 
 
-def misfits(dl, plan, cache, named: bool):
+def misfits(dl, plan, cache, named: bool, points=None):
     """Describe how the data differ from the data from which the cache was written.
 
     Args:
@@ -347,6 +379,7 @@ def misfits(dl, plan, cache, named: bool):
         plan: Its `Plan`.
         cache: The cache.
         named: True if only names given by the user identify the samples.
+        points: fn() -> True if the outputs are coordinates of points. None if they are not.
     """
     m = cache.manifest
     if m.views:
@@ -356,10 +389,11 @@ def misfits(dl, plan, cache, named: bool):
             return inspect_views(writer_dl(dl, again, [(i, view)], 1, 0))[0]
 
         return sample_differences(m, plan.at, look)
-    if m.layout.dense and not plan.stream and (moving := moves(dl)):
+    if plan.moved and (m.layout.dense or (points and points())):
+        what = 'have a value for each pixel or token' if m.layout.dense else 'are the points'
         return [
-            'these outputs have a value for each pixel or token of the clean input, but '
-            f"{', '.join(moving)} would move the student's input: cache views=1 or more"
+            f'these outputs {what} of the clean input, but {", ".join(plan.moved)} would move the '
+            "student's input: cache views=1 or more"
         ]
     if not named or plan.stream:
         return []

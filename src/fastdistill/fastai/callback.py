@@ -149,7 +149,8 @@ class KnowledgeDistillation(DistillationCallback):
             t.say_with(self.log)
         # let the batches contain what the teachers need
         sources = {k: h.teacher for k, h in self.distiller.heads.items() if h.teacher is not None}
-        self.feed.attach(self.learn, sources, self.fit_distiller.tasks, self.log)
+        heads = self.fit_distiller.heads if self.several else None
+        self.feed.attach(self.learn, sources, self.fit_distiller.tasks, self.log, heads)
         found = None if finder else self.fit_distiller.look(self.learn, self.log.is_on)
         self.fit_distiller.choose(self.learn, found)
         d = self.distiller
@@ -317,7 +318,9 @@ class KnowledgeDistillation(DistillationCallback):
         # statistics or random numbers
         if all(t.n_targets for t in d.active_terms(progress)):
             return
-        for x, t in self.unlabeled.batches(self.learn, lambda x: d.teacher_outputs(x, progress)):
+        for x, t in self.unlabeled.batches(
+            self.learn, lambda x, samples=None: d.teacher_outputs(x, progress, samples)
+        ):
             self.finite_check.add(t, self.learn, self.fit_distiller.tasks)
             raw = self.learn.model(*x)
             s = d.student_outputs(raw, self.taps.pop(), x)

@@ -10,6 +10,7 @@ from ..base.outputs import DistillError
 from .language_model import is_stream
 from .replay_dl import Plan, attach, detach, refuse_unindexed, sampled
 from .sample_keys import items_of
+from .transforms import moves
 
 
 def given_items(dataset):
@@ -69,7 +70,7 @@ def items_shown(loaders, *teachers):
     reads = any(t.needs == 'items' for t in teachers)
     with ExitStack() as stack:
         for dl in [dl for dl in loaders if not shows_items(dl)] if reads else ():
-            plan = plan_of_items(dl)
+            plan = plan_of_items(dl, moves(dl))
             if len(dl.dataset):
                 stack.callback(detach, attach(dl, plan))
         yield
@@ -83,6 +84,12 @@ def renewed(dl, **options):
     return attach(new, sampled(dl).plan) if shows_items(dl) else new
 
 
+def split_samples(b):
+    """Split a batch into (batch for the model and the loss, its `BatchSamples` or None)."""
+    return (b[:-1], b[-1]) if isinstance(b[-1], BatchSamples) else (b, None)
+
+
 def without_samples(b):
     """Split a batch into (batch for the model and the loss, raw items or None)."""
-    return (b[:-1], b[-1].items) if isinstance(b[-1], BatchSamples) else (b, None)
+    b, samples = split_samples(b)
+    return b, getattr(samples, 'items', None)

@@ -12,9 +12,11 @@ from fastai.vision.augment import (
     AffineCoordTfm,
     RandomErasing,
     RandTransform,
+    ResizeMethod,
     SpaceTfm,
     TensorImage,
 )
+from fastai.vision.core import TensorPoint
 from torch import Tensor
 
 from ..base.batch_samples import BatchSamples
@@ -50,7 +52,8 @@ class Replay(Pipeline):
             b = tuple(b)  # pinning memory turns tuples into lists
         b = self.replay(b, samples) if p.random else super().__call__(b)
         if p.items is not None:
-            samples.items, samples.moved = items_at(p.items, samples.index.tolist()), p.moved
+            samples.items = items_at(p.items, samples.index.tolist())
+        samples.moved = p.moved
         return (*(b if isinstance(b, tuple) else (b,)), samples)
 
     def replay(self, b, samples):
@@ -273,4 +276,25 @@ def augmented(dl):
 
 def moves(dl):
     """Return the names of the random transforms that move pixels to other positions."""
-    return [type(f).__name__ for f in augmented(dl) if not isinstance(f, (SpaceTfm, RandomErasing))]
+    squishes = lambda f: getattr(f, 'method', None) == ResizeMethod.Squish
+    stays = lambda f: isinstance(f, (SpaceTfm, RandomErasing)) or squishes(f)
+    return [type(f).__name__ for f in augmented(dl) if not stays(f)]
+
+
+def labels_are_points(dls, head=None) -> bool:
+    """Return True if labels are points or boxes, which random transforms move with the pixels.
+
+    Args:
+        dls: The DataLoaders.
+        head: The student's head whose labels are meant. None for all labels.
+    """
+    ds, n_inp = dls.train.dataset, dls.n_inp
+    with RandomGuard():  # a transform of the labels may be random
+        if hasattr(ds, 'tls'):
+            found = [tl[0] for tl in ds.tls[n_inp:]] if len(ds) else []
+        else:
+            sample = ds[0] if len(ds) else ()
+            found = [*sample[n_inp:]] if isinstance(sample, (tuple, list)) else []
+    if head is not None:
+        found = found[head.at : head.at + 1]
+    return any(isinstance(o, TensorPoint) for o in found)

@@ -10,10 +10,9 @@ from ..base.outputs import DistillError
 from ..base.random_state import RandomGuard
 from ..cache.manifest import refuse
 from ..cache.teacher_description import identity_of, is_whole
-from ..teachers.raw_items import with_items
 from .cache_feed import SampleFeed, StoredOutputs
 from .probe_batches import loader_of, split_batch
-from .raw_items import items_shown, without_samples
+from .raw_items import items_shown, split_samples
 from .tables import perturbed_rows
 
 
@@ -93,12 +92,12 @@ class UnlabeledInputs:
 
         Args:
             learn: The student's Learner, during a training batch.
-            ask: fn(inputs) -> outputs of a teacher that runs.
+            ask: fn(inputs, their `BatchSamples` or None) -> outputs of a teacher that runs.
         """
         if self.loader is not None:
-            b, given = self._next()
+            b, samples = split_samples(self._next())
             x, _ = split_batch(learn, b)
-            t = ask(with_items(x, given)) if self.stored is None else self._stored_outputs(x, given)
+            t = ask(x, samples) if self.stored is None else self._stored_outputs(x, samples)
             yield x, t
         if self.perturbed:
             yield (x := perturbed_rows(learn.xb, self.perturbed)), ask(x)
@@ -109,16 +108,14 @@ class UnlabeledInputs:
         return each.get('', each)
 
     def _next(self):
-        """Return (batch, its `BatchSamples` for stored outputs, or else its raw items if a teacher
-        reads them).
-        """
+        """Return the next batch. After the last batch, a new pass begins."""
         b = None if self.iterator is None else next(self.iterator, None)
         if b is None:
             if self.stored is not None:
                 self.feed.begin(self.feed.passed)
             self.iterator = iter(self.loader)
             b = next(self.iterator)
-        return without_samples(b) if self.stored is None else (b[:-1], b[-1])
+        return b
 
     def stop(self):
         """Close the iterator of the DataLoader, which ends its workers."""

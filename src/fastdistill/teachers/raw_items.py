@@ -89,12 +89,11 @@ def as_in_batch(out: Outputs, samples: BatchSamples, teacher: Any) -> Outputs:
         samples: The samples of the batch.
         teacher: The teacher, which has `items=`.
     """
-    if samples.moved and any(t.dim() > 2 for t in tensors_in((out.logits, out.feats))):
-        raise DistillError(
-            'The teacher reads the raw items, and its outputs have a value for each pixel or token, '
-            f"but {', '.join(samples.moved)} would move the student's input. Remove these "
-            'transforms, or use a teacher of the batch: Teacher(model, inputs=fn).'
-        )
+    samples.refuse_moved(
+        out,
+        'The teacher reads the raw items',
+        'Remove these transforms, or use a teacher of the batch: Teacher(model, inputs=fn).',
+    )
     if samples.mix is not None and not reads_only_items(teacher):
         raise DistillError(
             'MixUp and CutMix mix the batch, which some members of the ensemble read, while others '
