@@ -7,17 +7,16 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from ..base.model_state import ModelState
 from ..base.outputs import DistillError
 from ..base.random_state import guarded_random_state
-from ..evaluation.cost import timed_in_turns, unfused, wait_for
+from ..evaluation.cost import bytes_of, latency_of, macs_of, timed_in_turns, wait_for
 from ..evaluation.metrics import Measure
-from ..evaluation.model_comparison import comparisons, machine_of, roles_of
+from ..evaluation.model_comparison import machine_of, paired_report, roles_of
 from ..evaluation.paired_tests import PairedScores
 from ..evaluation.report import Report
-from ..evaluation.report_data import Cost, Latency, MeasureInfo, ModelResult
+from ..evaluation.report_data import Cost, MeasureInfo, ModelResult
 from .box_matches import match_image, precision_of_sums, sums_of_images
 from .metrics import detect
 from .torchvision_detectors import detector_name, on_device_of
@@ -80,33 +79,22 @@ def compare_detectors(
     numbers = sorted(counts)
     check_names_of_labels(classes, numbers)
     sums = {k: sums_of_images(v, numbers) for k, v in matches.items()}
-    measures = map_measures()
-    paired = PairedScores(sums, measures, repeats, seed)
-    role = lambda k: 'teacher' if k == teacher else 'baseline' if k == baseline else 'student'
     results = {}
     for k, m in models.items():
         whole = {c: v.sum(0)[None] for c, v in sums[k].items()}
-        each = precision_of_sums(whole)[0].mean(-1)
-        results[k] = ModelResult(
-            role(k),
-            detector_name(m),
-            None,
-            paired.estimates(k),
-            classes=dict(ap=[float(v) for v in each]),
-            cost=costs[k],
-        )
+        each = [float(v) for v in precision_of_sums(whole)[0].mean(-1)]
+        results[k] = ModelResult('', detector_name(m), classes=dict(ap=each), cost=costs[k])
     name = lambda c: str(c) if classes is None else classes[c - 1]
-    return Report(
-        'detection',
-        'map',
-        n,
+    return paired_report(
+        results,
+        PairedScores(sums, map_measures(), repeats, seed),
+        teacher,
+        baseline,
+        task='detection',
+        headline='map',
+        n=n,
         unit='images',
         title=title,
-        info={m.name: m.info for m in measures},
-        models=results,
-        comparisons=comparisons(paired, models, teacher, baseline),
-        teacher=teacher,
-        baseline=baseline,
         classes=[name(c) for c in numbers],
         counts=[counts[c] for c in numbers],
         machine=machine_of(tuple(first)),
@@ -145,20 +133,14 @@ def costs_of(models: Mapping[str, nn.Module], images: Sequence[Tensor], seconds:
         for k, m in models.items():
             m.eval()
             x = on_device_of(images, m)
-            weights = {id(t): t for t in [*m.parameters(), *m.buffers()]}.values()
-            with torch.no_grad(), FlopCounterMode(display=False) as counter, unfused():
-                m(x)
-            costs[k] = Cost(
-                sum(p.numel() for p in m.parameters()),
-                counter.get_total_flops() // 2 or None,
-                sum(t.numel() * t.element_size() for t in weights),
-            )
             calls[k] = partial(m, x)
+            with torch.no_grad():
+                macs = macs_of(calls[k])
+            costs[k] = Cost(sum(p.numel() for p in m.parameters()), macs, bytes_of([m]))
         if seconds:
             x = on_device_of(images, next(iter(models.values())))
             for k, ts in timed_in_turns(calls, seconds, wait_for(x)).items():
-                p50, p95 = np.percentile(ts, (50, 95)) * 1000
-                costs[k].latency = [Latency(1, float(p50), float(p95), len(ts))]
+                costs[k].latency = [latency_of(1, ts)]
     finally:
         state.restore()
     return costs

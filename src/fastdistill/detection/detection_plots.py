@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..evaluation.plot_style import COLORS, new_figure, safe_label, styled
+from ..evaluation.plot_style import COLORS, safe_label, styled_figure
 from .metrics import detect
 
 
@@ -30,8 +30,7 @@ def show_detections(
     """
     columns = {} if targets is None else {'labels': targets}
     columns |= {k: detect(m, images) for k, m in models.items()}
-    with styled():
-        fig = new_figure(2.6 * len(columns), 2.2 * len(images))
+    with styled_figure(2.6 * len(columns), 2.2 * len(images)) as fig:
         axes = fig.subplots(len(images), len(columns), squeeze=False)
         for row, x in zip(axes, images):
             for ax in row:

@@ -3,13 +3,13 @@
 import time
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 from torch.backends import cudnn, mkldnn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -31,35 +31,37 @@ def cost_of(teacher: Teacher, x: Any) -> Cost:
         x: Inputs of a large batch, as a tuple.
     """
     n_params = sum({id(p): p.numel() for m in teacher.modules for p in m.parameters()}.values())
-    weights = weights_of_teacher(teacher)
+    weights = bytes_of(teacher.modules)
     out = Cost(n_params or None, bytes=file_size(teacher) or weights or None)
     if not teacher.modules:
         return out
-    with FlopCounterMode(display=False) as counter, unfused():
-        fresh_run(teacher, batch_of(x, 1))
-    out.macs = counter.get_total_flops() // 2 or None
+    out.macs = macs_of(lambda: fresh_run(teacher, batch_of(x, 1)))
     out.memory = weights + peak_memory(teacher, x)
     return out
 
 
-def weights_of_teacher(teacher: Teacher) -> int:
-    """Return the size of the parameters and buffers of a teacher in bytes. Shared tensors are
-    counted once.
-    """
-    own = {id(t): t for m in teacher.modules for t in [*m.parameters(), *m.buffers()]}.values()
+def bytes_of(modules: Iterable[nn.Module]) -> int:
+    """Return the size of parameters and buffers in bytes. Shared tensors are counted once."""
+    own = {id(t): t for m in modules for t in [*m.parameters(), *m.buffers()]}.values()
     return sum(t.numel() * t.element_size() for t in own)
 
 
-@contextmanager
-def unfused() -> Iterator[None]:
-    """Context manager that runs recurrent layers as matrix products, because PyTorch's FLOP counter
-    ignores fused recurrent layers.
+def macs_of(run: Callable[[], Any]) -> int | None:
+    """Count the multiply-accumulates of matrix products and convolutions in a call.
+
+    Recurrent layers run as matrix products, because PyTorch's FLOP counter ignores fused recurrent
+    layers.
     """
-    with warnings.catch_warnings(), cudnn.flags(enabled=False):
+    with (
+        warnings.catch_warnings(),
+        cudnn.flags(enabled=False),
+        FlopCounterMode(display=False) as counter,
+    ):
         # PyTorch warns about its own default settings here
         warnings.filterwarnings('ignore', 'TF32 acceleration')
         with mkldnn.flags(enabled=False):
-            yield
+            run()
+    return counter.get_total_flops() // 2 or None
 
 
 def fresh_run(teacher: Teacher, x: Any) -> Outputs:
@@ -172,9 +174,13 @@ def latencies(
         calls = {k: bare_call(t, xn) for k, t in teachers.items()}
         times = timed_in_turns(calls, seconds, wait_for(xn), tick)
         for k, ts in times.items():
-            p50, p95 = np.percentile(ts, (50, 95)) * 1000
-            out[k].append(Latency(n, float(p50), float(p95), len(ts)))
+            out[k].append(latency_of(n, ts))
     return out
+
+
+def latency_of(batch: int, seconds: Sequence[float]) -> Latency:
+    p50, p95 = np.percentile(seconds, (50, 95)) * 1000
+    return Latency(batch, float(p50), float(p95), len(seconds))
 
 
 def bare_call(teacher: Teacher, x: Any) -> Callable[[], Any]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from . import report_plots as plots
-from .number_format import caveat, recovered_text, shown_text, verdicts
+from .number_format import caveat, shown_text, verdicts
 from .plot_style import on_dark
 from .report_data import ReportData
 from .report_tables import sheets_of
@@ -72,70 +72,39 @@ def rendered(name: str, **values: Any) -> str:
     return env.get_template(name).render(**values)
 
 
-def words_of_cost(r: ReportData) -> str:
-    info = r.info[r.headline]
-    return f'{info.label} against milliseconds for one batch: ' + '; '.join(
-        f'{n} {info.text(m.measures[r.headline].value)}{info.unit} at {m.cost.latency[0].p50:.3g} ms'
-        for n, m in r.models.items()
-        if m.cost.latency
-    )
-
-
-def words_of_history(r: ReportData) -> str:
+def last_losses(r: ReportData) -> str:
     last = {
         n: {k: v[-1] for k, v in m.history.items() if k.endswith('_loss') and v[-1] is not None}
         for n, m in r.models.items()
         if m.history
     }
-    return 'Losses of each training over its epochs. The last ones: ' + '; '.join(
+    return 'The last ones: ' + '; '.join(
         f'{n}, {", ".join(f"{k} {v:.3g}" for k, v in o.items())}' for n, o in last.items()
     )
 
 
-def words_of_lead(r: ReportData) -> str:
-    found = {c.model: c.recovered[r.headline] for c in r.comparisons if r.headline in c.recovered}
-    return '; '.join(
-        '{} recovers {}, interval {}'.format(n, *recovered_text(e))
-        for n, e in found.items()
-        if e.value is not None
-    )
-
-
-def words_of_reliability(r: ReportData) -> str:
-    return 'Accuracy against confidence. Calibration errors: ' + ', '.join(
-        f'{n} {100 * (m.calibration_error or 0):.1f}%' for n, m in r.models.items()
-    )
-
-
-def words_of_classes(r: ReportData) -> str:
-    return 'The numbers of the table above as a picture'
-
-
-# {table of the page: (picture, caption, alternative text)}
-PICTURES: dict[str, list[tuple[Callable, str, Callable]]] = dict(
+# {table of the page: [(picture, caption)]}
+PICTURES: dict[str, list[tuple[Callable, str]]] = dict(
     scores=[
-        (plots.plot_cost, 'Score against time, size as area', words_of_cost),
-        (plots.plot_history, 'Losses during training', words_of_history),
+        (plots.plot_cost, 'Score against time, size as area'),
+        (plots.plot_history, 'Losses during training'),
     ],
-    differences=[
-        (plots.plot_recovered, "Fraction of the teacher's lead that was recovered", words_of_lead)
-    ],
-    calibration=[
-        (plots.plot_reliability, 'Reliability: accuracy against confidence', words_of_reliability)
-    ],
-    classes=[(plots.plot_classes, 'Gains and losses of classes', words_of_classes)],
+    differences=[(plots.plot_recovered, "Fraction of the teacher's lead that was recovered")],
+    calibration=[(plots.plot_reliability, 'Reliability: accuracy against confidence')],
+    classes=[(plots.plot_classes, 'Gains and losses of classes')],
 )
 
 
 def pictures(r: ReportData, name: str) -> list[Picture]:
     """Return the pictures shown next to a table."""
     out = []
-    for draw, title, alt in PICTURES.get(name, ()):
+    for draw, title in PICTURES.get(name, ()):
         if (fig := draw(r)) is None:
             continue
         text = svg(fig)
         light, dark = (uri('image/svg+xml', o.encode()) for o in (text, on_dark(text)))
-        out.append(Picture(title, alt(r), light, dark, *pixels(fig)))
+        numbers = last_losses(r) if draw is plots.plot_history else 'The tables have the numbers.'
+        out.append(Picture(title, f'{title}. {numbers}', light, dark, *pixels(fig)))
     return out
 
 

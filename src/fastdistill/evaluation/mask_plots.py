@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from .plot_style import COLORS, GREY, INK, PALE, new_figure, safe_label, styled
+from .plot_style import COLORS, GREY, INK, PALE, safe_label, styled_figure
 
 N_COLORS = 20  # number of different colors
 
@@ -40,8 +40,7 @@ def plot_masks(
     shown = sorted({int(c) for m in maps.values() for c in np.unique(m[counts])})
     columns = 1 + len(maps)
     width = 1.6 * columns
-    with styled():
-        fig = new_figure(width, 2 * n * 1.6 * h / w + 0.9)
+    with styled_figure(width, 2 * n * 1.6 * h / w + 0.9) as fig:
         axs = fig.subplots(2 * n, columns, squeeze=False)
         for ax in axs.flat:
             ax.axis('off')

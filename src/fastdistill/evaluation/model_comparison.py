@@ -19,7 +19,7 @@ from .cost import batch_of, cost_of, latencies
 from .metrics import MAX_PER_CLASS, Rows, auc_sums, measures_of, rows_of, scores_of
 from .paired_tests import PairedScores
 from .report import Report
-from .report_data import Comparison, Cost, Estimate, ModelResult
+from .report_data import Cost, ModelResult
 
 PIECE = 2**25  # maximum number of output elements that are scored at once
 MAX_NAMED = 1000  # with more classes, the report has no table of classes
@@ -152,21 +152,15 @@ def measure_models(
     names = [m.name for m in measures]
     if headline is not None:
         check_choice('headline', headline, names)
-    paired = PairedScores(scores, measures, repeats, seed)
-    role = lambda k: 'teacher' if k == teacher else 'baseline' if k == baseline else 'student'
-    results = {
-        k: result(o, paired.estimates(k), costs[k], role(k), models[k].name) for k, o in of.items()
-    }
     counts = [] if task.kind == 'regression' else some.sums['totals'][1].tolist()
-    return Report(
-        task.kind,
-        headline or names[0],
-        some.n,
-        info={m.name: m.info for m in measures},
-        models=results,
-        comparisons=comparisons(paired, of, teacher, baseline),
-        teacher=teacher,
-        baseline=baseline,
+    return paired_report(
+        {k: result(o, costs[k], models[k].name) for k, o in of.items()},
+        PairedScores(scores, measures, repeats, seed),
+        teacher,
+        baseline,
+        task=task.kind,
+        headline=headline or names[0],
+        n=some.n,
         counts=counts if len(counts) <= MAX_NAMED else [],
         machine=machine_of(first),
     )
@@ -216,27 +210,41 @@ def add_batch(
             of[k].add_rows(r, None if teacher is None else rows.get(teacher), dense)
 
 
-def comparisons(
-    paired: PairedScores, names: Iterable[str], teacher: str | None, baseline: str | None
-) -> list[Comparison]:
-    """Compare each student with the baseline, and each model with the teacher."""
-    students = [k for k in names if k not in (teacher, baseline)]
-    out = [paired.compare(k, baseline, teacher) for k in students] if baseline is not None else []
-    return out + [paired.compare(k, teacher) for k in names if teacher not in (None, k)]
+def paired_report(
+    results: dict[str, ModelResult],
+    paired: PairedScores,
+    teacher: str | None,
+    baseline: str | None,
+    **options: Any,
+) -> Report:
+    """Build the report of models that were measured on the same samples. Each student is compared
+    with the baseline, and each model with the teacher.
+
+    Args:
+        results: {model name: results without role and measures}.
+        paired: Scores of the models.
+        teacher: Name of the teacher, or None.
+        baseline: Name of the baseline, or None.
+        **options: Further attributes of the report.
+    """
+    for k, m in results.items():
+        m.role = 'teacher' if k == teacher else 'baseline' if k == baseline else 'student'
+        m.measures = paired.estimates(k)
+    students = [k for k in results if k not in (teacher, baseline)]
+    compared = [paired.compare(k, baseline, teacher) for k in students if baseline is not None]
+    compared += [paired.compare(k, teacher) for k in results if teacher not in (None, k)]
+    info = {k: m.info for k, m in paired.measures.items()}
+    options |= dict(teacher=teacher, baseline=baseline)
+    return Report(info=info, models=results, comparisons=compared, **options)
 
 
-def result(
-    o: OfModel, estimates: dict[str, Estimate], cost: Cost, role: str, kind: str
-) -> ModelResult:
-    values = {} if o.metrics is None else o.metrics.values()
-    agreement = {} if o.agreement is None else o.agreement.shares()
+def result(o: OfModel, cost: Cost, kind: str) -> ModelResult:
     out = ModelResult(
-        role,
+        '',
         kind,
         o.loss / o.n if o.loss_func is not None else None,
-        estimates,
-        values,
-        agreement,
+        metrics={} if o.metrics is None else o.metrics.values(),
+        agreement={} if o.agreement is None else o.agreement.shares(),
         cost=cost,
     )
     if o.kind == 'regression':

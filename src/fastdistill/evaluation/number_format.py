@@ -1,6 +1,6 @@
 "Format numbers and verdicts as text."
 
-from typing import Any
+from typing import Any, NamedTuple
 
 from .report_data import Comparison, Estimate, MeasureInfo, ReportData
 
@@ -50,17 +50,29 @@ def p_text(p: float | None) -> str:
     )
 
 
-def estimate_text(e: Estimate, info: MeasureInfo, sign: bool = False) -> tuple[str, str]:
-    """Format an estimate as two texts, (value, interval)."""
+class Cell(NamedTuple):
+    """A text with an optional smaller text below."""
+
+    text: str
+    small: str = ''
+
+    def __str__(self) -> str:
+        return f'{self.text} ({self.small})' if self.small else self.text
+
+
+def estimate_text(e: Estimate, info: MeasureInfo, sign: bool = False) -> Cell:
+    """Format an estimate and its interval. With `sign`, the estimate is a difference."""
     between = '' if e.low is None else f'{info.text(e.low, sign)} to {info.text(e.high, sign)}'
-    return info.text(e.value, sign) + ('' if e.value is None or sign else info.unit), between
+    unit = '' if e.value is None else info.points if sign else info.unit
+    return Cell(info.text(e.value, sign) + unit, between)
 
 
-def recovered_text(e: Any) -> tuple[str, str]:
-    return (
-        f'{100 * e.value:.0f}%',
-        '' if e.low is None else f'{100 * e.low:.0f} to {100 * e.high:.0f}%',
-    )
+def recovered_text(e: Estimate | None) -> Cell:
+    """Format the fraction of the teacher's lead that a student recovers, and its interval."""
+    if e is None or e.value is None:
+        return Cell('–')
+    between = '' if e.low is None else f'{100 * e.low:.0f} to {100 * (e.high or 0):.0f}%'
+    return Cell(f'{100 * e.value:.0f}%', between)
 
 
 def verdict_of(c: Comparison, report: ReportData, measure: str | None = None) -> str:
@@ -71,10 +83,8 @@ def verdict_of(c: Comparison, report: ReportData, measure: str | None = None) ->
         report: Report with the comparison.
         measure: Name of a measure. None for the headline measure.
     """
-    d = c.differences[measure or report.headline]
-    if not d.significant or not d.value:
-        return 'not significant'
-    return 'better' if (d.value > 0) == report.info[measure or report.headline].higher else 'worse'
+    k = measure or report.headline
+    return c.differences[k].verdict(report.info[k].higher)
 
 
 def verdicts(report: ReportData) -> list[tuple[str, str]]:
@@ -144,10 +154,8 @@ def over_seeds(report: ReportData) -> tuple[str, str]:
     info, d = report.info[report.headline], report.seeds.difference
     (against, a), (model, b) = report.seeds.values.items()
     n, better = len(a), sum((y > x) if info.higher else (y < x) for x, y in zip(a, b))
-    verdict = 'not significant'
-    if d.significant and d.value:
-        verdict = 'better' if (d.value > 0) == info.higher else 'worse'
-    between = estimate_text(d, info, True)[1]
+    verdict = d.verdict(info.higher)
+    between = estimate_text(d, info, True).small
     tested = f'{f"95% interval {between}; " if between else ""}{d.test}, {p_text(d.p)}'
     if verdict == 'not significant':
         how = verdict if d.test else 'not tested'

@@ -2,7 +2,8 @@
 does not interpret as math.
 """
 
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
@@ -37,11 +38,13 @@ STYLE: Any = {
 }
 
 
-def styled() -> AbstractContextManager:
-    """Return a context manager that applies the style."""
+@contextmanager
+def styled_figure(width: float, height: float) -> Iterator[Any]:
+    """Context manager that yields a new figure, and applies the style to what is drawn inside."""
     import matplotlib
 
-    return matplotlib.rc_context(STYLE)
+    with matplotlib.rc_context(STYLE):
+        yield new_figure(width, height)
 
 
 def on_dark(svg: str) -> str:

@@ -75,6 +75,16 @@ class Difference(Estimate):
     def significant(self) -> bool:
         return self.p is not None and self.p < 0.05
 
+    def verdict(self, higher: bool) -> str:
+        """Return 'better', 'worse' or 'not significant'.
+
+        Args:
+            higher: True if higher values are better.
+        """
+        if not self.significant or not self.value:
+            return 'not significant'
+        return 'better' if (self.value > 0) == higher else 'worse'
+
 
 @dataclass
 class Comparison:

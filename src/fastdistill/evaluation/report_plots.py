@@ -1,9 +1,9 @@
 """Plot a report. Each function returns a figure, or None if the report lacks the data."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .plot_style import GREY, PALE, color_of, new_figure, safe_label, styled
+from .plot_style import GREY, PALE, color_of, safe_label, styled_figure
 from .report_data import CLASS_MEASURES, MeasureInfo, ReportData
 
 WIDTH = 5.2  # in inches; narrow enough for labels to be readable on a phone
@@ -31,8 +31,7 @@ def plot_cost(report: ReportData) -> Any:
     }
     if not shown:
         return None
-    with styled():
-        fig = new_figure(WIDTH, 3.6)
+    with styled_figure(WIDTH, 3.6) as fig:
         ax, most = fig.subplots(), max(m.cost.params or 1 for m in shown.values())
         for n, m in shown.items():
             e: Any = m.measures[k]
@@ -88,8 +87,7 @@ def plot_recovered(report: ReportData) -> Any:
     }
     if not shown:
         return None
-    with styled():
-        fig = new_figure(WIDTH, 1.1 + 0.5 * len(shown))
+    with styled_figure(WIDTH, 1.1 + 0.5 * len(shown)) as fig:
         ax = fig.subplots()
         for x, name in ((0, report.baseline), (100, report.teacher)):
             ax.axvline(x, color=GREY, lw=1, ls=(0, (4, 3)), zorder=0)
@@ -140,8 +138,7 @@ def plot_reliability(report: ReportData) -> Any:
     shown = {n: m.reliability for n, m in report.models.items() if m.reliability}
     if not shown:
         return None
-    with styled():
-        fig = new_figure(WIDTH, 3.8)
+    with styled_figure(WIDTH, 3.8) as fig:
         top, low = fig.subplots(2, 1, sharex=True, height_ratios=(3, 1))
         top.plot([0, 100], [0, 100], color=PALE, lw=1.2, zorder=0)
         for n, b in shown.items():
@@ -192,8 +189,7 @@ def plot_history(report: ReportData) -> Any:
     shown = {n: h for n, m in report.models.items() if (h := losses_of(m.history))}
     if not shown:
         return None
-    with styled():
-        fig = new_figure(WIDTH, 0.4 + 1.9 * len(shown))
+    with styled_figure(WIDTH, 0.4 + 1.9 * len(shown)) as fig:
         axs = fig.subplots(len(shown), 1, squeeze=False)[:, 0]
         for ax, (n, h) in zip(axs, shown.items()):
             for k, style in zip(h, LINES):
@@ -241,23 +237,28 @@ def plot_classes(report: ReportData, most: int = 20) -> Any:
     if not changes:
         return None
     shown = changes if len(changes) <= most else changes[: most // 2] + changes[-(most // 2) :]
-    with styled():
-        fig = new_figure(WIDTH, 0.9 + 0.24 * len(shown))
-        ax, model = fig.subplots(), next(n for n in report.students if n != report.baseline)
+    with styled_figure(WIDTH, 0.9 + 0.24 * len(shown)) as fig:
+        model = next(n for n in report.students if n != report.baseline)
+        ax = axes_with_rows(
+            fig, [safe_label(c) for c, *_ in shown], f'{CLASS_MEASURES[report.class_measure]}, %'
+        )
         for i, (_, _, a, b, change) in enumerate(shown):
             color = color_of(report, model if change >= 0 else report.baseline)
             ax.plot([100 * a, 100 * b], [i, i], color=color, lw=2)
             ax.scatter([100 * a], [i], s=26, color=color_of(report, report.baseline), zorder=3)
             ax.scatter([100 * b], [i], s=26, color=color_of(report, model), zorder=3)
-        ax.set_yticks(range(len(shown)), [safe_label(c) for c, *_ in shown])
-        ax.set(
-            ylim=(len(shown) - 0.5, -0.5),
-            xlabel=f'{CLASS_MEASURES[report.class_measure]}, %',
-        )
         ax.set_title(f'from {safe_label(report.baseline)} to {safe_label(model)}', loc='left')
-        ax.grid(axis='y', color=PALE, lw=0.5)
-        ax.set_axisbelow(True)
     return fig
+
+
+def axes_with_rows(fig: Any, labels: Sequence[str], xlabel: str) -> Any:
+    """Create axes with a labeled row at y = 0, 1, 2, ..., from top to bottom."""
+    ax = fig.subplots()
+    ax.set_yticks(range(len(labels)), labels)
+    ax.set(ylim=(len(labels) - 0.5, -0.5), xlabel=xlabel)
+    ax.grid(axis='y', color=PALE, lw=0.5)
+    ax.set_axisbelow(True)
+    return ax
 
 
 def plot_runs(reports: dict) -> Any:
@@ -278,16 +279,10 @@ def plot_runs(reports: dict) -> Any:
         for n, m in r.models.items()
         if m.role != 'teacher' and m.measures[k].value is not None
     ]
-    with styled():
-        fig = new_figure(WIDTH, 0.9 + 0.34 * len(rows))
-        ax = fig.subplots()
-        for i, (_, n, m, r) in enumerate(rows):
-            e, color = m.measures[k], color_of(r, n)
-            plot_interval(ax, e, f, i, color)
-        ax.set_yticks(
-            range(len(rows)), [f'{safe_label(run)}: {safe_label(n)}' for run, n, *_ in rows]
+    with styled_figure(WIDTH, 0.9 + 0.34 * len(rows)) as fig:
+        ax = axes_with_rows(
+            fig, [f'{safe_label(run)}: {safe_label(n)}' for run, n, *_ in rows], axis_name(info)
         )
-        ax.set(ylim=(len(rows) - 0.5, -0.5), xlabel=axis_name(info))
-        ax.grid(axis='y', color=PALE, lw=0.5)
-        ax.set_axisbelow(True)
+        for i, (_, n, m, r) in enumerate(rows):
+            plot_interval(ax, m.measures[k], f, i, color_of(r, n))
     return fig

@@ -5,9 +5,10 @@ tables.
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
-from typing import Any, NamedTuple
+from typing import Any
 
 from .number_format import (
+    Cell,
     amount,
     estimate_text,
     p_text,
@@ -20,16 +21,6 @@ from .report_data import CLASS_MEASURES, Latency, ReportData
 
 BUSY = 3  # ratio of p95 to the median from which on a report says that the machine was busy
 SHOWN = 10  # number of classes to show with the largest gains, and with the largest losses
-
-
-class Cell(NamedTuple):
-    """A text with an optional smaller text below."""
-
-    text: str
-    small: str = ''
-
-    def __str__(self) -> str:
-        return f'{self.text} ({self.small})' if self.small else self.text
 
 
 @dataclass
@@ -90,7 +81,7 @@ def sheet_of_scores(r: ReportData) -> Sheet:
     for k, info in r.info.items():
         if k in ('nll', 'brier'):
             continue
-        s.add(info.label, *(Cell(*estimate_text(m.measures[k], info)) for m in r.models.values()))
+        s.add(info.label, *(estimate_text(m.measures[k], info) for m in r.models.values()))
     s.add('task loss', *(four_digits(m.loss) for m in r.models.values()))
     for k in dict.fromkeys(k for m in r.models.values() for k in m.metrics):
         if is_repeated(r, k):
@@ -125,17 +116,13 @@ def sheet_of_differences(r: ReportData, brief: bool) -> Sheet:
         for k, d in c.differences.items():
             if brief and k != r.headline:
                 continue
-            part = c.recovered.get(k)
             s.add(
                 f'{c.model} – {c.against}',
                 r.info[k].label,
-                Cell(
-                    estimate_text(d, r.info[k], True)[0] + r.info[k].points,
-                    estimate_text(d, r.info[k], True)[1],
-                ),
+                estimate_text(d, r.info[k], True),
                 Cell(p_text(d.p).removeprefix('p ').removeprefix('= '), d.test),
                 verdict_of(c, r, k),
-                Cell(*recovered_text(part)) if part is not None and part.value is not None else '–',
+                recovered_text(c.recovered.get(k)),
             )
     if not any(str(row[-1]) != '–' for row in s.rows):
         s.head, s.rows = s.head[:-1], [row[:-1] for row in s.rows]
@@ -162,9 +149,8 @@ def sheet_of_seeds(r: ReportData) -> Sheet:
     shown = lambda v: info.text(v) + info.unit
     for seed, a, b in zip(r.seeds.seeds, *r.seeds.values.values()):
         s.add(f'seed {seed}', shown(a), shown(b), info.text(b - a, True) + info.points)
-    value, between = estimate_text(d, info, True)
     means = (shown(fmean(v)) for v in r.seeds.values.values())
-    s.add('mean', *means, Cell(value + info.points, between))
+    s.add('mean', *means, estimate_text(d, info, True))
     return s
 
 
@@ -212,7 +198,7 @@ def sheet_of_calibration(r: ReportData) -> Sheet:
     for k in ('nll', 'brier'):
         s.add(
             r.info[k].label,
-            *(Cell(*estimate_text(m.measures[k], r.info[k])) for m in r.models.values()),
+            *(estimate_text(m.measures[k], r.info[k]) for m in r.models.values()),
         )
     return s
 

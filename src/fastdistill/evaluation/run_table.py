@@ -5,7 +5,7 @@ from typing import Any
 
 from .number_format import amount, estimate_text, recovered_text, verdict_of
 from .report_data import ReportData
-from .report_tables import Cell, Sheet
+from .report_tables import Sheet
 from .text_report import print_sheet
 
 
@@ -36,15 +36,13 @@ def sheet_of_runs(k: str, reports: Mapping[str, ReportData]) -> Sheet:
     )
     for _, run, r, n, m in sorted(rows, key=lambda o: -o[0] if info.higher else o[0]):
         c = r.comparison(n)
-        share = None if c is None else c.recovered.get(k)
         s.add(
             run,
             n,
-            Cell(*estimate_text(m.measures[k], info)),
-            *('–', '–')
-            if c is None
-            else (Cell(*estimate_text(c.differences[k], info, True)), verdict_of(c, r)),
-            '–' if share is None or share.value is None else Cell(*recovered_text(share)),
+            estimate_text(m.measures[k], info),
+            '–' if c is None else estimate_text(c.differences[k], info, True),
+            '–' if c is None else verdict_of(c, r),
+            recovered_text(None if c is None else c.recovered.get(k)),
             amount(m.cost.params),
         )
     return s

@@ -13,7 +13,7 @@ from ..base.random_state import guarded_random_state
 from ..cache.row_layout import Layout, Store
 from ..cache.writer import Forecast
 from ..distiller.distiller import Distiller
-from ..evaluation.cost import wait_for, weights_of_teacher
+from ..evaluation.cost import bytes_of, wait_for
 from ..evaluation.number_format import amount, three_digits
 from ..features.probe import dry_run, untouched
 from ..recipes.term import Recipe
@@ -130,7 +130,7 @@ def training_costs(learn, teacher, task, recipe, output=None) -> TrainingCosts |
         len(last[0].logits),
         steps,
         **seconds,
-        weights=weights_of_teacher(teacher),
+        weights=bytes_of(teacher.modules),
         copy=teacher.runner.copy_bytes,
         view=view,
         mixed=any(isinstance(c, MixedPrecision) for c in learn.cbs),

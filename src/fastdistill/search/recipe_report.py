@@ -80,9 +80,7 @@ class RecipeReport(JsonReport):
             return ''
         if d.p is None:
             return 'one seed: no test' if len(self.seeds) < 2 else 'the same in each seed: no test'
-        if not d.significant:
-            return 'not significant'
-        return 'better' if (d.value > 0) == self.higher else 'worse'
+        return d.verdict(self.higher)
 
     def rows(self) -> TextTable:
         """Return the rows of the table, as a list of dicts."""

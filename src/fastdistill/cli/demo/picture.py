@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from ...evaluation.plot_style import COLORS, GREY, INK, PALE, new_figure, styled
+from ...evaluation.plot_style import COLORS, GREY, INK, PALE, styled_figure
 from .results import ALONE, Results
 
 T = 4.0  # temperature of the teacher's probabilities in the picture
@@ -16,8 +16,7 @@ T = 4.0  # temperature of the teacher's probabilities in the picture
 
 def draw_results(r: Results, task: Any, teacher: Any, students: Any, path: Path) -> None:
     """Save the picture of the results `r`."""
-    with styled():
-        fig = new_figure(11, 5)
+    with styled_figure(11, 5) as fig:
         left, right = fig.subfigures(1, 2, width_ratios=(1.1, 1), wspace=0.04)
         draw_scores(left, r)
         draw_items(right, task, teacher, students)
