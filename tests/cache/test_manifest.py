@@ -146,7 +146,7 @@ CRAFTED = [
     ('layout.tail', 'x', "layout.tail is 'x': it must be 'mean' or"),
     ('layout.tail', 'zero', r"layout.fields\[3\] is 'rest' .* it must be 'feats:layer'"),
     ('layout.full', [4, 4], 'it is for maps'),
-    ('layout.full', [1, True], 'layout.full is True'),
+    ('layout.full', [1, True], r'layout.full\[1\] is True'),
     ('layout', None, 'layout is None: it must be an object'),
     ('layout.x', 1, "layout has an entry 'x'"),
     ('views', 10**12, 'views is 1000000000000'),
@@ -170,8 +170,8 @@ CRAFTED = [
     ('samples.0.row', N, r'samples\[0\].row is 26'),
     ('samples.0.view', 2, r'samples\[0\].view is 2'),
     ('samples.0.digest', None, 'digest is None'),
-    ('samples.0.after', [[1.0, 2.0], [3.0]], 'after has 2 entries: it must have 3'),
-    ('samples.0.after', [['a', 'b', 'c']], 'three numbers'),
+    ('samples.0.after', [[1.0, 2.0], [3.0]], r'after\[0\] has 2 entries: it must have 3'),
+    ('samples.0.after', [['a', 'b', 'c']], r"after\[0\]\[0\] is 'a': it must be a number"),
     ('samples.0', {}, r'samples\[0\] has no row, view, digest'),
     ('complete', 1, 'complete is 1: it must be true or false'),
     ('complete', False, 'shards has 9 entries: it must have 0'),
@@ -244,7 +244,7 @@ def test_maps_that_are_stored_smaller_are_checked_too(tmp_path):
         ([3, 8], r'layout.fields\[0\] is .*it must be'),
         ([8], 'layout.full has 1 entries'),
         (8, 'layout.full is 8'),
-        ([8, 0], 'layout.full is 0'),
+        ([8, 0], r'layout.full\[1\] is 0'),
     ]:
         (tmp_path / 'manifest.json').write_text(json.dumps(changed(m, 'layout.full', value)))
         with pytest.raises(DistillError, match=f'is damaged: .*{match}'):

@@ -335,7 +335,7 @@ def test_an_entry_that_does_not_fit_is_refused(tmp_path):
     d = json.loads(file.read_text())
     assert d['version'] == 2
     for change, match in (
-        (dict(head=dict(bias=1, cap=None)), 'its bias must be true or false'),
+        (dict(head=dict(bias=1, cap=None)), 'layout.head.bias is 1: it must be true or false'),
         (
             dict(head=dict(bias=True, cap=-1.0)),
             'layout.head.cap is -1.0: it must be a positive number',

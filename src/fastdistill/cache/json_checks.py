@@ -4,6 +4,7 @@ Each error names the entry, its value and the allowed values.
 """
 
 import json
+import re
 from collections import Counter
 from collections.abc import Iterable
 from typing import Any, NoReturn
@@ -59,15 +60,7 @@ def refuse_entry(name: str, o: Any, allowed: object) -> NoReturn:
 def whole_number(name: str, o: Any, low: int, high: int) -> int:
     # subtle: compare the type itself, because True is an instance of int
     if type(o) is not int or not low <= o <= high:
-        refuse_entry(name, o, f'a whole number from {low} to {high}')
-    return o
-
-
-def json_text(name: str, o: Any, options: Iterable[str] | None = None) -> str:
-    if not isinstance(o, str):
-        refuse_entry(name, o, 'a string')
-    if options is not None and o not in options:
-        refuse_entry(name, o, ' or '.join(map(repr, options)))
+        refuse_entry(name, o, low if low == high else f'a whole number from {low} to {high}')
     return o
 
 
@@ -101,3 +94,51 @@ def json_object(
             f'{name} has an entry {shortened(repr(unknown[0]), 100)}: must be one of {possible}.'
         )
     return o
+
+
+NAMES = {str: 'a string', float: 'a number', bool: 'true or false', dict: 'an object'}
+
+
+def check_json(name: str, o: Any, spec: Any) -> None:
+    """Check a value and everything in it.
+
+    Args:
+        name: Name of the value in errors.
+        o: The value.
+        spec: What the value must be:
+
+            - a range: a whole number in this range,
+            - `str`, `float`, `bool` or `dict`: a value of this type,
+            - texts: one of these,
+            - (pattern, description): a text that matches the pattern,
+            - [spec, least, most]: a list of values, with so many entries,
+            - {key: spec}: an object with these keys. A key that ends in '?' is optional,
+            - (None, spec): None, or a value of this kind,
+            - None: any value.
+    """
+    match spec:
+        case range():
+            whole_number(name, o, spec.start, spec.stop - 1)
+        case type():
+            if type(o) is not spec:
+                refuse_entry(name, o, NAMES[spec])
+        case (None, inner):
+            if o is not None:
+                check_json(name, o, inner)
+        case (re.Pattern() as pattern, description):
+            if not isinstance(o, str) or not pattern.fullmatch(o):
+                refuse_entry(name, o, description)
+        case tuple():
+            check_json(name, o, str)
+            if o not in spec:
+                refuse_entry(name, o, ' or '.join(map(repr, spec)))
+        case [each, least, most]:
+            for i, v in enumerate(json_list(name, o, least, most)):
+                check_json(f'{name}[{i}]', v, each)
+        case dict():
+            optional = [k for k in spec if k.endswith('?')]
+            required = [k for k in spec if k not in optional]
+            json_object(name, o, required, [k[:-1] for k in optional])
+            for k, each in spec.items():
+                if (k := k.removesuffix('?')) in o:
+                    check_json(f'{name}.{k}', o[k], each)

@@ -19,11 +19,10 @@ from ..base.outputs import DistillError, DistillWarning
 from .digests import versions
 from .file_store import Folder
 from .json_checks import (
+    check_json,
     json_list,
     json_object,
-    json_text,
     parse_json,
-    refuse_entry,
     shortened,
     whole_number,
 )
@@ -148,135 +147,21 @@ class Manifest:
         numbers.
         """
         d = {**asdict(self), 'layout': self.layout.to_json()}
-        return self.of_entries(json.loads(json.dumps(d, default=as_python)))
+        return manifest_of(json.loads(json.dumps(d, default=as_python)))
 
     @property
     def version(self) -> int:
         """Lowest version of the format that supports this cache."""
         return 2 if self.layout.extended or self.lost or self.parts is not None else 1
 
-    @classmethod
-    def read(cls, where: Folder) -> 'Manifest':
+    @staticmethod
+    def read(where: Folder) -> 'Manifest':
         """Read the manifest of the cache in folder `where`."""
         if (size := where.size('manifest.json') or 0) > MAX_MANIFEST:
             raise DistillError(
                 f'{where}/manifest.json has {size} bytes: at most {MAX_MANIFEST} are allowed.'
             )
-        return cls.from_json(where.read('manifest.json'), where)
-
-    @classmethod
-    def from_json(cls, text: builtins.bytes, where: Any) -> 'Manifest':
-        try:
-            if not isinstance(d := parse_json(text), dict) or d.pop('format', None) != FORMAT:
-                raise NotACache(f'{where}/manifest.json does not belong to a fastdistill cache.')
-            if type(v := d.pop('version', None)) is not int or v not in VERSIONS:
-                raise NotACache(
-                    f'{where} is a cache of version {shortened(v)}, but this fastdistill reads versions '
-                    f'{VERSIONS[0]} to {VERSIONS[-1]}: install the version that wrote it, or write the cache '
-                    'again (force=True).'
-                )
-            return cls.of_entries(d)
-        except NotACache as e:
-            raise DistillError(str(e)) from None
-        except DistillError as e:
-            raise DistillError(
-                f'{where}/manifest.json is damaged: {e} Restore the file, or write the cache again '
-                '(force=True).'
-            ) from None
-
-    @classmethod
-    def of_entries(cls, d: Any) -> 'Manifest':
-        """Build the manifest from a dict. All entries are checked first."""
-        required = [f.name for f in fields(cls) if f.default is f.default_factory is MISSING]
-        optional = [f.name for f in fields(cls) if f.name not in required]
-        json_object('the file', d, required, optional)
-        self = cls(**{**d, 'layout': Layout.from_json(d['layout'])})
-        self._check_numbers()
-        self._check_texts()
-        self._check_samples()
-        self._check_shards()
-        return self
-
-    def _check_numbers(self) -> None:
-        whole_number('count', self.count, 0 if self.parts == [] else 1, MAX_COUNT)
-        whole_number('views', self.views, 0, MAX_VIEWS)
-        whole_number('seed', self.seed, -(2**63), 2**64 - 1)
-        whole_number('batch_size', self.batch_size, 1, MAX_BATCH)
-        whole_number('shard_rows', self.shard_rows, 1, MAX_COUNT)
-        if self.shard_rows % self.batch_size:
-            raise DistillError(
-                f'shard_rows is {self.shard_rows}: it must be a multiple of batch_size, '
-                f'{self.batch_size}.'
-            )
-        self._check_parts()
-        if (n := self.stored * self.per_view) > MAX_FILES:
-            raise DistillError(
-                f'count, views and shard_rows make {n} files: at most {MAX_FILES} are allowed.'
-            )
-        most = self.rows_of(0) if self.parts is None else max((n for _, n in self.parts), default=0)
-        if (n := most * self.layout.bytes) > MAX_FILE:
-            raise DistillError(
-                f'shard_rows and layout make files of {n} bytes: at most {MAX_FILE} are allowed.'
-            )
-
-    def _check_parts(self) -> None:
-        if self.parts is None:
-            return
-        for i, o in enumerate(json_list('parts', self.parts, 0, MAX_FILES)):
-            name, n = json_list(f'parts[{i}]', o, 2, 2)
-            if not PART_NAME.fullmatch(json_text(f'parts[{i}]', name)):
-                refuse_entry(f'parts[{i}]', name, PART_NAMES)
-            whole_number(f'parts[{i}]', n, 1, MAX_COUNT)
-        if len({name for name, _ in self.parts}) < len(self.parts):
-            raise DistillError('parts has the same name twice.')
-        if (n := sum(n for _, n in self.parts)) != self.count:
-            raise DistillError(f'parts have {n} rows, but count is {self.count}.')
-
-    def _check_texts(self) -> None:
-        for k in ('teacher', 'transforms', 'versions'):
-            json_object(k, getattr(self, k), ())
-        json_object('data', self.data, (), ('keys', 'root'))
-        for k, v in self.data.items():
-            json_text(f'data.{k}', v)
-        if self.vocab is not None:
-            json_list('vocab', self.vocab, 0, MAX_MANIFEST)
-        json_text('doubt', self.doubt)
-        for i, o in enumerate(json_list('lost', self.lost, 0, 100)):
-            json_object(f'lost[{i}]', o, ('T', 'kl', 'share', 'correlation'), ())
-            for k, v in o.items():
-                if type(v) is not float:
-                    refuse_entry(f'lost[{i}].{k}', v, 'a number')
-        for g in json_list('teacher.classes', self.teacher.get('classes', [0]), 1, MAX_COUNT):
-            for c in g if isinstance(g, list) else [g]:
-                whole_number('teacher.classes', c, 0, MAX_COUNT)
-
-    def _check_samples(self) -> None:
-        for i, s in enumerate(json_list('samples', self.samples, 0, 1000)):
-            name = f'samples[{i}]'
-            json_object(name, s, ('row', 'view', 'digest'), ('after',))
-            whole_number(f'{name}.row', s['row'], 0, self.count - 1)
-            whole_number(f'{name}.view', s['view'], 0, self.stored - 1)
-            json_text(f'{name}.digest', s['digest'])
-            for o in json_list(f'{name}.after', s.get('after', []), 0, 1000):
-                if not all(type(v) is float for v in json_list(f'{name}.after', o, 3, 3)):
-                    raise DistillError(
-                        f'{name}.after has {shortened(o)}: it must have three numbers.'
-                    )
-
-    def _check_shards(self) -> None:
-        """Check the names and sizes of the files against the other entries."""
-        if type(self.complete) is not bool:
-            refuse_entry('complete', self.complete, 'true or false')
-        own = 1 + bool(self.head_bytes) + (self.parts is not None)
-        n = (own + self.stored * self.per_view) * self.complete
-        json_list('shards', self.shards, n, n)
-        for i, (s, (name, size)) in enumerate(zip(self.shards, self.all_files())):
-            json_object(f'shards[{i}]', s, ('name', 'bytes', 'checksum'), ())
-            json_text(f'shards[{i}].name', s['name'], [name])
-            if type(s['bytes']) is not int or s['bytes'] != size:
-                refuse_entry(f'shards[{i}].bytes', s['bytes'], size)
-            if not CHECKSUM.fullmatch(json_text(f'shards[{i}].checksum', s['checksum'])):
-                refuse_entry(f'shards[{i}].checksum', s['checksum'], '32 hexadecimal digits')
+        return parse_manifest(where.read('manifest.json'), where)
 
     @property
     def checksums(self) -> dict[str, str]:
@@ -284,9 +169,106 @@ class Manifest:
         return {s['name']: s['checksum'] for s in self.shards}
 
 
-CHECKSUM = re.compile('[0-9a-f]{32}')
-PART_NAME = re.compile(r'[A-Za-z0-9_][A-Za-z0-9_.-]{0,199}')
-PART_NAMES = 'up to 200 letters, digits, or any of _.-, not beginning with a dot or a dash'
+CHECKSUM = re.compile('[0-9a-f]{32}'), '32 hexadecimal digits'
+PART_NAME = (
+    re.compile(r'[A-Za-z0-9_][A-Za-z0-9_.-]{0,199}'),
+    'up to 200 letters, digits, or any of _.-, not beginning with a dot or a dash',
+)
+
+
+# entries of a manifest that do not depend on others, for `check_json`
+MANIFEST_ENTRIES = dict(
+    views=range(MAX_VIEWS + 1),
+    seed=range(-(2**63), 2**64),
+    batch_size=range(1, MAX_BATCH + 1),
+    shard_rows=range(1, MAX_COUNT + 1),
+    teacher=dict,
+    transforms=dict,
+    versions=dict,
+    data={'keys?': str, 'root?': str},
+    vocab=(None, [None, 0, MAX_MANIFEST]),
+    doubt=str,
+    lost=[dict(T=float, kl=float, share=float, correlation=float), 0, 100],
+    parts=(None, [[None, 2, 2], 0, MAX_FILES]),
+    complete=bool,
+)
+
+
+def check_entries(m: Manifest) -> None:
+    """Check all entries but the layout. Raise a DistillError for a wrong type or number, or if entries
+    do not fit together.
+    """
+    check_json('count', m.count, range(0 if m.parts == [] else 1, MAX_COUNT + 1))
+    for k, spec in MANIFEST_ENTRIES.items():
+        check_json(k, getattr(m, k), spec)
+    for g in json_list('teacher.classes', m.teacher.get('classes', [0]), 1, MAX_COUNT):
+        for c in g if isinstance(g, list) else [g]:
+            whole_number('teacher.classes', c, 0, MAX_COUNT)
+    if m.shard_rows % m.batch_size:
+        raise DistillError(
+            f'shard_rows is {m.shard_rows}: it must be a multiple of batch_size, {m.batch_size}.'
+        )
+    if m.parts is not None:
+        check_parts(m.parts, m.count)
+    if (n := m.stored * m.per_view) > MAX_FILES:
+        raise DistillError(
+            f'count, views and shard_rows make {n} files: at most {MAX_FILES} are allowed.'
+        )
+    most = m.rows_of(0) if m.parts is None else max((n for _, n in m.parts), default=0)
+    if (n := most * m.layout.bytes) > MAX_FILE:
+        raise DistillError(
+            f'shard_rows and layout make files of {n} bytes: at most {MAX_FILE} are allowed.'
+        )
+    place = dict(row=range(m.count), view=range(m.stored), digest=str)
+    check_json('samples', m.samples, [place | {'after?': [[float, 3, 3], 0, 1000]}, 0, 1000])
+    own = 1 + bool(m.head_bytes) + (m.parts is not None)
+    n = (own + m.stored * m.per_view) * m.complete
+    json_list('shards', m.shards, n, n)
+    for i, (s, (name, size)) in enumerate(zip(m.shards, m.all_files())):
+        of_file = dict(name=(name,), bytes=range(size, size + 1), checksum=CHECKSUM)
+        check_json(f'shards[{i}]', s, of_file)
+
+
+def check_parts(parts: list, count: int) -> None:
+    """Check the names and numbers of rows of the files of a stream."""
+    for i, (name, n) in enumerate(parts):
+        check_json(f'parts[{i}]', name, PART_NAME)
+        whole_number(f'parts[{i}]', n, 1, MAX_COUNT)
+    if len({name for name, _ in parts}) < len(parts):
+        raise DistillError('parts has the same name twice.')
+    if (n := sum(n for _, n in parts)) != count:
+        raise DistillError(f'parts have {n} rows, but count is {count}.')
+
+
+def parse_manifest(text: bytes, where: Any) -> Manifest:
+    """Parse the content of `manifest.json`, and check all entries."""
+    try:
+        if not isinstance(d := parse_json(text), dict) or d.pop('format', None) != FORMAT:
+            raise NotACache(f'{where}/manifest.json does not belong to a fastdistill cache.')
+        if type(v := d.pop('version', None)) is not int or v not in VERSIONS:
+            raise NotACache(
+                f'{where} is a cache of version {shortened(v)}, but this fastdistill reads versions '
+                f'{VERSIONS[0]} to {VERSIONS[-1]}: install the version that wrote it, or write the cache '
+                'again (force=True).'
+            )
+        return manifest_of(d)
+    except NotACache as e:
+        raise DistillError(str(e)) from None
+    except DistillError as e:
+        raise DistillError(
+            f'{where}/manifest.json is damaged: {e} Restore the file, or write the cache again '
+            '(force=True).'
+        ) from None
+
+
+def manifest_of(d: Any) -> Manifest:
+    """Build the manifest from a dict. All entries are checked first."""
+    required = [f.name for f in fields(Manifest) if f.default is f.default_factory is MISSING]
+    optional = [f.name for f in fields(Manifest) if f.name not in required]
+    json_object('the file', d, required, optional)
+    m = Manifest(**{**d, 'layout': Layout.from_json(d['layout'])})
+    check_entries(m)
+    return m
 
 
 class NotACache(DistillError):

@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 from ..base.atomic_files import file_errors, new_file
 from ..base.outputs import DistillError
 from .file_store import Folder, open_folder
-from .manifest import MAX_MANIFEST, Manifest
+from .manifest import MAX_MANIFEST, Manifest, parse_manifest
 from .reader import TeacherCache
 from .sample_files import record_size
 from .writer import notes
@@ -223,7 +223,7 @@ def packed_files(z: zipfile.ZipFile, path: Path) -> dict[str, zipfile.ZipInfo]:
             continue
         if file.file_size > MAX_MANIFEST:
             refuse(f'{file.filename} has {file.file_size} bytes')
-        m = Manifest.from_json(z.read(file), path / at)
+        m = parse_manifest(z.read(file), path / at)
         if not m.complete:
             refuse(f'{file.filename} belongs to an unfinished cache')
         needed |= {at + n: size for n, size in m.all_files()} | {file.filename: file.file_size}

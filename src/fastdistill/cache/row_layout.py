@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..base.errors import DistillError, check_choice
 from ..base.outputs import TAILS, Draws, LinearLogits, Outputs, TopK
-from .json_checks import json_list, json_object, json_text, refuse_entry, whole_number
+from .json_checks import check_json, refuse_entry
 
 DTYPES = 'float32', 'float16', 'int8'
 # step between stored logits above which probabilities would be wrong
@@ -152,16 +152,6 @@ class Field:
     def __str__(self) -> str:
         return f'{self.name!r} of {self.dtype} {list(self.shape)} at byte {self.at}'
 
-    @classmethod
-    def from_json(cls, name: str, d: Any) -> 'Field':
-        d = json_object(name, d, ('name', 'dtype', 'shape', 'at'), ())
-        shape = json_list(f'{name}.shape', d['shape'], 0, MAX_DIMS)
-        for i, o in enumerate(shape):
-            whole_number(f'{name}.shape[{i}]', o, 1, MAX_BYTES)
-        dtype = json_text(f'{name}.dtype', d['dtype'], TORCH_DTYPES)
-        at = whole_number(f'{name}.at', d['at'], 0, MAX_BYTES)
-        return cls(json_text(f'{name}.name', d['name']), dtype, tuple(shape), at)
-
     @property
     def bytes(self) -> int:
         return prod(self.shape) * np.dtype(self.dtype).itemsize
@@ -182,6 +172,50 @@ TORCH_DTYPES = dict(
     float16=torch.float16,
     float32=torch.float32,
 )
+
+
+class FieldList:
+    """Adds fields to a row, one after another.
+
+    Args:
+        dtype: 'float32', 'float16' or 'int8', for numbers.
+        fields: List to which the fields are added.
+    """
+
+    def __init__(self, dtype: str, fields: list[Field]):
+        self.dtype, self.fields = dtype, fields
+
+    def add(self, name: str, dtype: str, shape: Sequence[int]) -> None:
+        at = self.fields[-1].at + self.fields[-1].bytes if self.fields else 0
+        self.fields.append(Field(name, dtype, tuple(shape), at))
+
+    def add_numbers(self, name: str, shape: Sequence[int]) -> None:
+        """Add a field of numbers, and their scale if they are stored in int8."""
+        self.add(name, self.dtype, shape)
+        if self.dtype == 'int8' and name == 'hidden':
+            # one scale and offset for each position
+            self.add(f'scale:{name}', 'float32', (*shape[:-1], 2))
+        # the scale of log-probabilities fits in float16, other scales may not
+        elif self.dtype == 'int8':
+            self.add(f'scale:{name}', 'float16' if name == 'values' else 'float32', (2,))
+
+
+FIELD = dict(
+    name=str,
+    dtype=tuple(TORCH_DTYPES),
+    shape=[range(1, MAX_BYTES + 1), 0, MAX_DIMS],
+    at=range(MAX_BYTES + 1),
+)
+# entries of a layout, for `check_json`
+LAYOUT_ENTRIES = {
+    'fields': [FIELD, 1, MAX_FIELDS],
+    'n': (None, range(1, MAX_CLASSES + 1)),
+    'tail': tuple(TAILS),
+    'axis': range(-MAX_DIMS, MAX_DIMS + 1),
+    'full': (None, [range(1, MAX_BYTES + 1), 2, 2]),
+    'head?': (None, dict(bias=bool, cap=(None, float))),
+    'draws?': (None, dict(number=range(1, 2**16), T=float)),
+}
 
 
 @dataclass
@@ -218,8 +252,16 @@ class Layout:
         if out.logits is None:
             raise DistillError("The teacher's Outputs have no logits: there is nothing to store.")
         self, t = cls(tail=store.tail, axis=store.axis), cast(Any, out.logits)
+        fields = FieldList(str(store.dtype), self.fields)
         if store.kind == 'hidden':
-            self._add_hidden(t, store)
+            if not isinstance(t, LinearLogits):
+                raise DistillError(
+                    "store='hidden' needs the teacher's last hidden state and its output layer, but the "
+                    'teacher returned logits. A teacher of your own returns Outputs(LinearLogits(...)).'
+                )
+            self.n, self.axis = t.n, -1
+            self.head = dict(bias=t.bias is not None, cap=t.cap)
+            fields.add_numbers('hidden', t.hidden.shape[1:])
         if isinstance(t, LinearLogits):
             t = torch.empty(t.shape, device='meta')
         elif isinstance(t, TopK):
@@ -244,65 +286,35 @@ class Layout:
                     f'shape {tuple(t.shape)}'
                 )
             self.full, t = tuple(t.shape[-2:]), t[..., : store.size[0], : store.size[1]]
-        if store.kind == 'topk':
-            self._add_topk(t.movedim(store.axis, -1), store)
-        elif store.kind == 'draws':
-            self._add_draws(t.movedim(store.axis, -1), store)
+        if store.kind in ('topk', 'draws'):
+            *shape, self.n = t.movedim(store.axis, -1).shape[1:]
+            if store.topk is not None and store.topk > self.n:
+                raise DistillError(
+                    f'topk={store.topk}, but the teacher has {self.n} classes (along axis '
+                    f'{store.axis})'
+                )
+            k = min(cast(int, store.topk or store.draws), self.n)
+            fields.add('ids', type_of_ids(self.n), (*shape, k))
+            if store.draws is not None:
+                self.draws = dict(number=store.draws, T=float(cast(float, store.T)))
+                fields.add('counts', 'uint8' if store.draws < 2**8 else 'uint16', (*shape, k))
+                fields.add('entropy', 'float32', (*shape, 1))
+            else:
+                fields.add_numbers('values', (*shape, k))
+                if store.tail == 'mean' and k < self.n:
+                    fields.add('rest', 'float16', (*shape, 1))
         elif store.kind != 'hidden':
-            self._add('logits', str(store.dtype), t.shape[1:])
-        for k, v in out.feats.items():
+            fields.add_numbers('logits', t.shape[1:])
+        for name, v in out.feats.items():
             if not isinstance(v, Tensor):
                 raise DistillError(
-                    f"Layer {k} returns a {type(v).__name__} instead of a tensor, which can't be "
+                    f"Layer {name} returns a {type(v).__name__} instead of a tensor, which can't be "
                     'stored.'
                 )
-            self._add(f'feats:{k}', str(store.dtype), v.shape[1:])
+            fields.add_numbers(f'feats:{name}', v.shape[1:])
         if out.mask is not None:
-            self._add('mask', 'float16', out.mask.shape[1:])
+            fields.add('mask', 'float16', out.mask.shape[1:])
         return self
-
-    def _add_topk(self, t: Tensor, store: Store) -> None:
-        self.n = n = t.shape[-1]
-        k = cast(int, store.topk)
-        if k > n:
-            raise DistillError(
-                f'topk={k}, but the teacher has {n} classes (along axis {store.axis})'
-            )
-        shape = *t.shape[1:-1], k
-        self._field('ids', type_of_ids(n), shape)
-        self._add('values', str(store.dtype), shape)
-        if store.tail == 'mean' and k < n:
-            self._field('rest', 'float16', (*shape[:-1], 1))
-
-    def _add_hidden(self, t: Tensor, store: Store) -> None:
-        if not isinstance(t, LinearLogits):
-            raise DistillError(
-                "store='hidden' needs the teacher's last hidden state and its output layer, but the "
-                'teacher returned logits. A teacher of your own returns Outputs(LinearLogits(...)).'
-            )
-        self.n, self.axis = t.n, -1
-        self.head = dict(bias=t.bias is not None, cap=t.cap)
-        self._add('hidden', str(store.dtype), t.hidden.shape[1:])
-
-    def _add_draws(self, t: Tensor, store: Store) -> None:
-        number, T = cast(int, store.draws), cast(float, store.T)
-        self.n, self.draws = t.shape[-1], dict(number=number, T=float(T))
-        shape = *t.shape[1:-1], min(number, t.shape[-1])
-        self._field('ids', type_of_ids(t.shape[-1]), shape)
-        self._field('counts', 'uint8' if number < 2**8 else 'uint16', shape)
-        self._field('entropy', 'float32', (*shape[:-1], 1))
-
-    def _add(self, name: str, dtype: str, shape: Sequence[int]) -> None:
-        self._field(name, dtype, tuple(shape))
-        if dtype == 'int8' and name == 'hidden':
-            # one scale and offset for each position
-            self._field(f'scale:{name}', 'float32', (*shape[:-1], 2))
-        # the scale of log-probabilities fits in float16, other scales may not
-        elif dtype == 'int8':
-            self._field(f'scale:{name}', 'float16' if name == 'values' else 'float32', (2,))
-
-    def _field(self, name: str, dtype: str, shape: Sequence[int]) -> None:
-        self.fields.append(Field(name, dtype, tuple(shape), self.bytes))
 
     @property
     def bytes(self) -> int:
@@ -327,19 +339,19 @@ class Layout:
 
         Raise a DistillError if a field or an offset differs from the layout that `of` would create.
         """
-        json_object('layout', d, ('fields', 'n', 'tail', 'axis', 'full'), ('head', 'draws'))
-        n = None if d['n'] is None else whole_number('layout.n', d['n'], 1, MAX_CLASSES)
-        full = None if d['full'] is None else tuple(json_list('layout.full', d['full'], 2, 2))
-        for o in full or ():
-            whole_number('layout.full', o, 1, MAX_BYTES)
-        tail = json_text('layout.tail', d['tail'], TAILS)
-        axis = whole_number('layout.axis', d['axis'], -MAX_DIMS, MAX_DIMS)
-        found = json_list('layout.fields', d['fields'], 1, MAX_FIELDS)
-        found = [Field.from_json(f'layout.fields[{i}]', f) for i, f in enumerate(found)]
+        check_json('layout', d, LAYOUT_ENTRIES)
+        n, full, head, draws = (d.get(k) for k in ('n', 'full', 'head', 'draws'))
+        found = [Field(**{**f, 'shape': tuple(f['shape'])}) for f in d['fields']]
         if (size := sum(f.bytes for f in found)) > MAX_BYTES:
             raise DistillError(f'layout.fields take {size} bytes: at most {MAX_BYTES} are allowed.')
-        head, draws = checked_head(d.get('head'), n), checked_draws(d.get('draws'), n)
-        self = cls.of(*outputs_like(cls(found, n, tail, axis, full, head, draws)))
+        if n is None and (head or draws):
+            raise DistillError('layout.head and layout.draws need layout.n.')
+        if head and head['cap'] is not None and not head['cap'] > 0:
+            refuse_entry('layout.head.cap', head['cap'], 'a positive number or null')
+        if draws and not draws['T'] > 0:
+            refuse_entry('layout.draws.T', draws['T'], 'a positive number')
+        full = None if full is None else tuple(full)
+        self = cls.of(*outputs_like(cls(found, n, d['tail'], d['axis'], full, head, draws)))
         for i, (a, b) in enumerate(zip_longest(found, self.fields)):
             if a != b:
                 raise DistillError(
@@ -401,42 +413,46 @@ class Layout:
         return np.concatenate([as_bytes(parts[f.name], f.dtype) for f in self.fields], 1)
 
     def _tensors(self, out: Outputs, head: Any, seeds: np.ndarray | None) -> dict:
+        """Return {name of a field: tensor}."""
         d: dict[str, Any] = {}
         t: Any = out.logits
         dtypes = {f.name: f.dtype for f in self.fields}
         if isinstance(t, TopK):
+            d['ids'] = t.ids
             put_tensor(d, 'values', t.values.float(), dtypes)
-            return put_mask(d | dict(ids=t.ids), out.mask)
-        if self.head is not None:
+        elif self.head is not None:
             put_tensor(d, 'hidden', t.hidden.detach().float() / head.unit.to(t.device), dtypes)
-            return self._put_others(d, out, dtypes)
-        t = (t.dense() if isinstance(t, LinearLogits) else t).detach().float()
-        refuse_without_classes(t, self.axis, out.mask)
-        if self.full is not None and (t == -torch.inf).any():
-            raise DistillError(
-                "The teacher's maps have -inf (classes that are masked out), which can't be averaged: "
-                'omit size=.'
-            )
+        else:
+            t = (t.dense() if isinstance(t, LinearLogits) else t).detach().float()
+            refuse_without_classes(t, self.axis, out.mask)
+            self._put_logits(d, t, seeds, dtypes)
+        for k, v in out.feats.items():
+            put_tensor(d, f'feats:{k}', v.detach().float(), dtypes)
+        if out.mask is not None:
+            if out.mask.isnan().any():
+                raise DistillError("The teacher's mask contains nan: each position needs a number.")
+            d['mask'] = out.mask
+        return d
+
+    def _put_logits(self, d: dict, t: Tensor, seeds: Any, dtypes: dict) -> None:
         if self.draws is not None:
-            d |= draw_classes(t.movedim(self.axis, -1), cast(np.ndarray, seeds), **self.draws)
-            return self._put_others(d, out, dtypes)
+            d |= draw_classes(t.movedim(self.axis, -1), seeds, **self.draws)
+            return
         if self.full is not None:
+            if (t == -torch.inf).any():
+                raise DistillError(
+                    "The teacher's maps have -inf (classes that are masked out), which can't be "
+                    'averaged: omit size=.'
+                )
             t = F.adaptive_avg_pool2d(t, self.fields[0].shape[-2:])
         if self.n is None:
             put_tensor(d, 'logits', t, dtypes)
-        else:
-            k = self.fields[0].shape[-1]
-            logp = t.movedim(self.axis, -1).log_softmax(-1)
-            values, d['ids'] = logp.topk(k)
-            put_tensor(d, 'values', values, dtypes)
-            if 'rest' in dtypes:
-                d['rest'] = mean_without(logp, d['ids'])
-        return self._put_others(d, out, dtypes)
-
-    def _put_others(self, d: dict, out: Outputs, dtypes: Any) -> dict:
-        for k, v in out.feats.items():
-            put_tensor(d, f'feats:{k}', v.detach().float(), dtypes)
-        return put_mask(d, out.mask)
+            return
+        logp = t.movedim(self.axis, -1).log_softmax(-1)
+        values, d['ids'] = logp.topk(self.fields[0].shape[-1])
+        put_tensor(d, 'values', values, dtypes)
+        if 'rest' in dtypes:
+            d['rest'] = mean_without(logp, d['ids'])
 
     # decoding
 
@@ -493,29 +509,6 @@ def float16_step(values: Any) -> np.ndarray:
 
 def type_of_ids(n: int) -> str:
     return 'uint8' if n <= 2**8 else 'uint16' if n <= 2**16 else 'int32'
-
-
-def checked_head(o: Any, n: Any) -> dict | None:
-    """Check the entry `head` of a layout and return it."""
-    if o is None:
-        return None
-    json_object('layout.head', o, ('bias', 'cap'), ())
-    if n is None or type(o['bias']) is not bool:
-        raise DistillError('layout.head needs layout.n, and its bias must be true or false.')
-    if o['cap'] is not None and not (type(o['cap']) is float and o['cap'] > 0):
-        refuse_entry('layout.head.cap', o['cap'], 'a positive number or null')
-    return o
-
-
-def checked_draws(o: Any, n: Any) -> dict | None:
-    """Check the entry `draws` of a layout and return it."""
-    if o is None:
-        return None
-    json_object('layout.draws', o, ('number', 'T'), ())
-    whole_number('layout.draws.number', o['number'], 1, 2**16 - 1)
-    if n is None or not (type(o['T']) is float and o['T'] > 0):
-        raise DistillError('layout.draws needs layout.n, and its T must be a positive number.')
-    return o
 
 
 def outputs_like(layout: Layout) -> tuple[Outputs, Store]:
@@ -599,14 +592,6 @@ def put_tensor(d: dict, name: str, t: Tensor, dtypes: Any) -> None:
         d[name], d[f'scale:{name}'] = to_int8(t, dtypes[f'scale:{name}'])
     else:
         d[name] = t
-
-
-def put_mask(d: dict, mask: Tensor | None) -> dict:
-    if mask is not None:
-        if mask.isnan().any():
-            raise DistillError("The teacher's mask contains nan: each position needs a number.")
-        d['mask'] = mask
-    return d
 
 
 def refuse_without_classes(t: Tensor, axis: int, mask: Tensor | None) -> None:

@@ -16,9 +16,9 @@ from ..base.outputs import DistillError, DistillWarning, LinearLogits, Outputs, 
 from ..teachers.teacher import Teacher
 from .digests import behavior_of, checksum, versions
 from .file_store import Folder, open_folder
-from .json_checks import json_object, parse_json, shortened, whole_number
+from .json_checks import check_json, json_object, parse_json, shortened, whole_number
 from .keys import hash_of, keys_in_stream
-from .manifest import MAX_COUNT, PART_NAME, PART_NAMES, Manifest
+from .manifest import MAX_COUNT, PART_NAME, Manifest
 from .output_layer import StoredHead, find_output_layer
 from .row_layout import Layout, Store
 from .store_choice import Choice, HiddenRun, check_kind_of_store, uses_of
@@ -341,8 +341,7 @@ class RowWriter:
 
     def check_place(self, name: str, view: int) -> None:
         """Raise a DistillError if the folder has no such view, or no file may have this name."""
-        if not PART_NAME.fullmatch(name):
-            raise DistillError(f'The name of a file is {name!r}: it must be {PART_NAMES}.')
+        check_json('The name of a file', name, PART_NAME)
         check_view(self.folder, self.manifest, view)
 
     def finished(self, name: str, view: int = 0) -> list:

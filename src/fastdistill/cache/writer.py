@@ -18,7 +18,7 @@ from ..base.outputs import DistillError, DistillWarning, LinearLogits, TopK
 from ..base.sample_seeds import seeds_of
 from .digests import checksum, versions
 from .file_store import Folder, open_folder
-from .json_checks import json_object, json_text, parse_json
+from .json_checks import check_json, parse_json
 from .keys import hash_of
 from .manifest import CHECKSUM, MAX_VIEWS, Manifest, differences, refuse
 from .output_layer import StoredHead, worst_error
@@ -308,11 +308,14 @@ def note_checksum(where: Folder, shard: Sequence) -> str | None:
     if where.size(name) != size or not 0 < (where.size(note) or 0) < 1000:
         return None
     try:
-        o = json_object(note, parse_json(where.read(note)), ('name', 'checksum'))
-        good = CHECKSUM.fullmatch(json_text('checksum', o['checksum'])) and o['name'] == name
+        check_json(
+            note,
+            o := parse_json(where.read(note)),
+            dict(name=(name,), checksum=CHECKSUM, bytes=None),
+        )
     except DistillError:
         return None
-    return o['checksum'] if good else None
+    return o['checksum']
 
 
 def notes(where: Folder, shards: Iterable[tuple]) -> dict[str, str]:
