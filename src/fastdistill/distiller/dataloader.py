@@ -2,13 +2,14 @@
 
 import random
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import contextmanager
 from itertools import islice
 from typing import Any
 
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset
 
+from ..base.model_state import restored
 from ..base.random_state import RandomGuard
 from ..base.transform_random_state import Generators
 
@@ -20,15 +21,28 @@ def is_loader(x: Any) -> bool:
     return not isinstance(x, list) or bool(x) and not isinstance(x[0], Tensor)
 
 
-def own_generators(loader: Any) -> AbstractContextManager:
-    """Seed the random generators of a DataLoader temporarily.
+# attributes of a DataLoader of PyTorch or fastai that may have their own random generators
+PARTS = (
+    'dataset',
+    'sampler',
+    'batch_sampler',
+    'generator',
+    'after_item',
+    'before_batch',
+    'after_batch',
+)
 
-    Returns:
-        A context manager that sets the seed when it is entered and restores the generators at the
-        end.
+
+@contextmanager
+def restored_loaders(*loaders: Any, seed: int = 0) -> Iterator[None]:
+    """Context in which DataLoaders and their random generators may be used. The generators are
+    seeded, and everything is restored at the end.
     """
-    parts = ('dataset', 'sampler', 'batch_sampler', 'generator')
-    return Generators(*(getattr(loader, k, None) for k in parts)).seeded(0)
+    # subtle: fastai makes an item to count the parts of a batch, once. A fit must do this again, since
+    # the item draws random numbers
+    parts = (getattr(dl, k, None) for dl in loaders for k in PARTS)
+    with restored(*loaders), Generators(*parts).seeded(seed):
+        yield
 
 
 @contextmanager
@@ -36,9 +50,7 @@ def read_apart(*loaders: Any) -> Iterator[None]:
     """Context in which DataLoaders may be read without changing the batches of the training: the
     global random generators and their own are restored at the end.
     """
-    with RandomGuard(), ExitStack() as stack:
-        for o in loaders:
-            stack.enter_context(own_generators(o))
+    with RandomGuard(), restored_loaders(*loaders):
         yield
 
 

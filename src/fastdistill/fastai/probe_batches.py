@@ -5,7 +5,7 @@ The Learner, its DataLoaders and the random state are not changed.
 
 import inspect
 import random
-from contextlib import closing, contextmanager
+from contextlib import closing
 from itertools import islice
 from pathlib import PurePath
 
@@ -25,7 +25,7 @@ from torch.utils.data import IterableDataset
 
 from ..base.model_state import restored
 from ..base.outputs import DistillError, as_plain, map_tensors
-from ..base.transform_random_state import Generators
+from ..distiller.dataloader import restored_loaders
 from ..teachers.raw_items import with_items
 from .raw_items import renewed, without_samples
 
@@ -57,28 +57,6 @@ def train_batches(dl, n):
     if isinstance(getattr(dl, 'dataset', None), IterableDataset):
         return  # iterable datasets may not be readable twice
     yield from some_batches(dl, n, num_workers=0)
-
-
-# attributes of a DataLoader that may have their own random generators
-PARTS = (
-    'dataset',
-    'sampler',
-    'batch_sampler',
-    'generator',
-    'after_item',
-    'before_batch',
-    'after_batch',
-)
-
-
-@contextmanager
-def restored_loaders(*loaders):
-    """Context in which DataLoaders and their random generators may be used."""
-    # subtle: fastai makes an item to count the parts of a batch, once. A fit must do this again, since
-    # the item draws random numbers
-    parts = (getattr(dl, k, None) for dl in loaders for k in PARTS)
-    with restored(*loaders), Generators(*parts).seeded(0):
-        yield
 
 
 def some_batches(dl, n=None, **options):

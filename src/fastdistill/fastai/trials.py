@@ -10,15 +10,14 @@ import numpy as np
 import torch
 from fastai.basics import L, Learner, Recorder, noop
 
-from ..base.model_state import ModelState, restored
+from ..base.model_state import ModelState
 from ..base.outputs import DistillError, DistillWarning
 from ..base.random_state import guarded_random_state
-from ..base.transform_random_state import Generators
+from ..distiller.dataloader import restored_loaders
 from ..features.layer_names import unwrap
 from ..features.probe import run_eagerly
 from .callback import KnowledgeDistillation
 from .language_model import in_first_order
-from .probe_batches import PARTS
 from .trial_clock import Clock, chosen_half
 
 # modules of fastai with callbacks that write files, show something, or stop a fit
@@ -98,11 +97,7 @@ def repeatable(dls, seed: int):
         dls: DataLoaders of the Learner.
         seed: Seed for all random generators during the training.
     """
-    parts = [getattr(dl, k, None) for dl in dls.loaders for k in PARTS]
-    with ExitStack() as stack:
-        stack.enter_context(guarded_random_state())
-        stack.enter_context(restored(*dls.loaders))
-        stack.enter_context(Generators(*parts).seeded(seed))
+    with guarded_random_state(), restored_loaders(*dls.loaders, seed=seed), ExitStack() as stack:
         random.seed(seed)
         np.random.seed(seed & 0xFFFFFFFF)
         torch.manual_seed(seed)
