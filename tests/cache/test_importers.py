@@ -156,7 +156,7 @@ def test_tokens_are_not_taken_for_those_of_another_position(k, tmp_path):
     rows = [
         dict(
             key=i,
-            logprobs=(top.values if k else lp)[i].tolist(),
+            logprobs=[None, *(top.values if k else lp)[i, 1:].tolist()],
             **{n: o[i].tolist() for n, o in ids.items()},
         )
         for i in range(3)
@@ -166,6 +166,16 @@ def test_tokens_are_not_taken_for_those_of_another_position(k, tmp_path):
     assert np.array_equal(write(shift=False).rows(range(3)), before)
     with pytest.raises(DistillError, match="teacher's outputs for the first samples: they differ"):
         write(shift=True)
+
+
+def test_outputs_for_the_first_token_are_not_taken_for_those_of_the_second(tmp_path):
+    entries = [{'5': -0.2}, {'3': -0.1}]
+    rows = [dict(key=i, prompt_logprobs=entries) for i in range(3)]
+    write = lambda rows, **o: cache_from(rows, tmp_path / 'c', 6, progress=False, **o)
+    with pytest.raises(DistillError, match="Row 0 .*the first position of 'prompt_logprobs'"):
+        write(rows)
+    at_model = write(rows, shift=False).outputs(range(3)).logits.ids[..., 0]
+    assert at_model.tolist() == [[5, 3]] * 3
 
 
 def test_the_files_of_a_folder_come_in_the_order_of_their_numbers(tmp_path):

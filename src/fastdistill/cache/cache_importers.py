@@ -342,6 +342,12 @@ class Reading:
                     'must be a list with one list of classes for each position.'
                 )
             out = [None if p is None else entries(p, c) for p, c in zip(o, ids)]
+            if self.shift and out[0] is not None:
+                raise DistillError(
+                    f'the first position of {self.value!r} has outputs, but nothing predicts the first '
+                    'token: if each entry is stored where the model predicts it, pass shift=False; if a '
+                    'null for the first token was removed, put it back.'
+                )
         return out[1:] + [None] if self.shift else out
 
     def check(self, c: Any, v: Any, where: str) -> None:
