@@ -159,11 +159,13 @@ class RandomStream:
 
     Args:
         state: What `state_dict` of a stream returned. None for a stream without a state.
+        keep: True if a teacher that starts uses this stream instead of a new one.
     """
 
     # subtle: if the state were only restored, a teacher with dropout would use the same random
     # numbers in each batch
-    def __init__(self, state: dict | None = None) -> None:
+    def __init__(self, state: dict | None = None, keep: bool = False) -> None:
+        self.keep = keep
         self.states: dict[str, Any] = {k: from_json(v) for k, v in (state or {}).items()}
         self.first: dict[str, Any] = {}  # states of the generators before the first block
 

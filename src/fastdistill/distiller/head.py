@@ -19,7 +19,7 @@ from ..base.outputs import (
     tensor_of_numbers,
     warn_of_several,
 )
-from ..base.random_state import RandomGuard
+from ..base.random_state import RandomGuard, RandomStream
 from ..base.task import Task, labels_loss, task_for
 from ..checks.findings import Findings
 from ..checks.shared_parameters import none_shared, shared_parameters
@@ -189,13 +189,15 @@ class Head(RecipeLoss):
 
     def state(self) -> dict:
         """Return the state that a checkpoint needs in addition to the weights."""
+        t = self.teacher
         return dict(
             recipe=self.chosen,
             shares_task=self.shares_task,
             ratios=self.ratios.state_dict(),
             shift_labels=self.shift_labels,
             random=self.random_state(),
-            keeps_random=isinstance(self.teacher, Teacher) and self.teacher.keeps_random_state,
+            # whether the random state is kept when the teacher starts again
+            keeps_random=isinstance(t, Teacher) and (t.started or t.random.keep),
         )
 
     def random_state(self) -> dict:
@@ -216,8 +218,9 @@ class Head(RecipeLoss):
         self.ratios.load_state_dict(state['ratios'])
         if self.shift_labels is None:
             self.shift_labels = state['shift_labels']
-        if isinstance(self.teacher, Teacher):
-            self.teacher.load_random_state(state['random'], state['keeps_random'])
+        if isinstance(self.teacher, Teacher) and state['random']:
+            keep = state['keeps_random'] and not self.teacher.started
+            self.teacher.random = RandomStream(state['random'], keep)
 
     # checks and setup before the first batch
 

@@ -209,7 +209,11 @@ class ModelRunner(Runner):
         slices = in_slices(x, kw, self.run['batch'])
         if self.fast_copy is not None:
             x0, kw0 = slices[0]
-            self._choose_copy(teachers, x0, kw0, layers, device)
+            outputs = [(t.output, t.kind, t.axis) for t in teachers]
+            run = lambda m: self._trial(m, outputs, x0, kw0, device)
+            self.fast_copy.choose(x0, kw0, device, layers, outputs, run)
+            if self.module is not self.frozen.model:
+                self.frozen = self.stack.enter_context(self._new_frozen())
         if self.frozen is not None:
             self.frozen.settle()
         parts = [self._slice(teachers, xi, kwi, layers, device) for xi, kwi in slices]
@@ -218,20 +222,6 @@ class ModelRunner(Runner):
             resized = lambda o: maps_of_size(o.logits, self.teacher.size, batch_size)
             outs = [replace(o, logits=resized(o)) for o in outs]
         return [with_classes(t, o) for t, o in zip(teachers, outs)]
-
-    def _choose_copy(
-        self,
-        teachers: Sequence,
-        x: Sequence,
-        kw: Mapping[str, Any],
-        layers: Sequence[str],
-        device: torch.device,
-    ) -> None:
-        outputs = [(t.output, t.kind, t.axis) for t in teachers]
-        run = lambda m: self._trial(m, outputs, x, kw, device)
-        self.fast_copy.choose(x, kw, device, layers, outputs, run)
-        if self.module is not self.frozen.model:
-            self.frozen = self.stack.enter_context(self._new_frozen())
 
     def _trial(
         self,
@@ -270,25 +260,17 @@ class ModelRunner(Runner):
             with explained(self.teacher.name, (x, kw), self.teacher.module):
                 raw = self.call(x, kw, layers)
             read = {} if taps is None else taps.pop()
-            outs = [self._read(t, raw, read) for t in teachers]
+            outs = [read_outputs(t, raw, read, self.facts) for t in teachers]
         if not self.may_change:
             self.aliasing.judge(marks, layers, [(o.logits, o.feats, o.mask) for o in outs])
         # a function has no layers, but its `Outputs` may include features with these names
         for o in outs:
             if not reads and not set(layers) <= set(o.feats):
-                raise self._unreadable(layers, o.feats)
+                raise unreadable(self.teacher.name, layers, o.feats)
         dtype = None if self.fast_copy is None else self.fast_copy.cast_back
         plain = lambda t: plain_output(t, device, dtype)
         parts = lambda o: map_tensors(dict(logits=o.logits, feats=o.feats, mask=o.mask), plain)
         return [Outputs(**parts(o), classes=o.classes) for o in outs]
-
-    def _read(self, t: Any, raw: Any, feats: Mapping[str, Any]) -> Outputs:
-        """Convert the value that the model returned to the `Outputs` of a teacher."""
-        out = raw if t.output is None else named_output(raw, t.output)
-        if out is raw:
-            warn_of_several(raw, t.module, f'The teacher {t.name}', self.facts)
-        o = Outputs.of(out)
-        return replace(o, logits=self._logits(t, o.logits), feats={**o.feats, **feats})
 
     def call(self, x: Sequence, kw: Mapping[str, Any], layers: Sequence[str] = ()) -> Any:
         """Run the model on prepared inputs, and return its raw output."""
@@ -310,26 +292,40 @@ class ModelRunner(Runner):
             return lambda: anew(*args, **kwargs)
         return lambda: self.call(args, kwargs)
 
-    def _logits(self, t: Any, v: Any) -> Any:
-        """Convert the output of a teacher to logits."""
-        if t.returns == 'logits':
-            return v
-        if (checked := ('probs', t.kind, t.axis)) not in self.facts:
-            check_probabilities(v, t.kind, t.axis, t.name)
-            self.facts[checked] = True
-        return logits_of(v, t.kind)
-
     def check_layers(self, layers: Sequence[str]) -> None:
         """Raise a DistillError if layers are requested from a program or an ONNX file."""
         if layers and (isinstance(self.teacher.model, Onnx) or is_graph(self.teacher.module)):
-            raise self._unreadable(layers)
+            raise unreadable(self.teacher.name, layers)
 
-    def _unreadable(self, layers: Sequence[str], feats: Iterable[str] = ()) -> DistillError:
-        return DistillError(
-            f"Layers {', '.join(layers)} of {self.teacher.name} can't be read, only the layers that it "
-            f'returns ({", ".join(feats) or "none"}). Give the nn.Module that it was made from, or a '
-            'function that returns Outputs(logits, feats).'
-        )
+
+def unreadable(name: str, layers: Sequence[str], feats: Iterable[str] = ()) -> DistillError:
+    return DistillError(
+        f"Layers {', '.join(layers)} of {name} can't be read, only the layers that it "
+        f'returns ({", ".join(feats) or "none"}). Give the nn.Module that it was made from, or a '
+        'function that returns Outputs(logits, feats).'
+    )
+
+
+def read_outputs(t: Any, raw: Any, feats: Mapping[str, Any], facts: dict) -> Outputs:
+    """Convert the value that a model returned to the `Outputs` of a teacher.
+
+    Args:
+        t: A `Teacher`.
+        raw: Value that the model returned.
+        feats: {layer name: output} of the layers that were read.
+        facts: As in `ModelRunner`.
+    """
+    out = raw if t.output is None else named_output(raw, t.output)
+    if out is raw:
+        warn_of_several(raw, t.module, f'The teacher {t.name}', facts)
+    o = Outputs.of(out)
+    logits: Any = o.logits
+    if t.returns == 'probs':
+        if (checked := ('probs', t.kind, t.axis)) not in facts:
+            check_probabilities(logits, t.kind, t.axis, t.name)
+            facts[checked] = True
+        logits = logits_of(logits, t.kind)
+    return replace(o, logits=logits, feats={**o.feats, **feats})
 
 
 def with_classes(teacher: Any, o: Outputs) -> Outputs:

@@ -202,7 +202,6 @@ class Teacher:
         self.random = RandomStream()
         self._runner: Any = None
         self._was_started: list[bool] = []
-        self._continues = False  # True if the next `start` keeps the random state
         # facts about the model found while it ran, shared by all variants of this teacher
         self._facts: dict[str, Any] = model._facts if isinstance(model, Teacher) else {}
         if isinstance(model, Teacher):
@@ -391,15 +390,14 @@ class Teacher:
         return self.runner.started
 
     def start(self) -> 'Teacher':
-        """Prepare the model for many batches, with a new random state, or with the one that
-        `load_random_state` loaded.
+        """Prepare the model for many batches, with a new random state unless `random.keep` is True.
 
         Has no effect if the teacher is already started.
         """
         if not self.started:
-            if not self._continues:
+            if not self.random.keep:
                 self.random = RandomStream()
-            self._continues = False
+            self.random.keep = False
             self.runner.start()
         return self
 
@@ -408,23 +406,6 @@ class Teacher:
         if self.started:
             self.random = RandomStream()
             self.runner.stop()
-
-    @property
-    def keeps_random_state(self) -> bool:
-        """True if the teacher is started, or if the next `start` keeps the random state."""
-        return self.started or self._continues
-
-    def load_random_state(self, state: dict, keep: bool = True) -> None:
-        """Continue with the random numbers that follow a saved state.
-
-        Args:
-            state: What `random.state_dict()` of a teacher returned. If it is empty, that teacher
-                had used no random numbers, and nothing is loaded.
-            keep: `keeps_random_state` of that teacher. If False, the next `start` begins with a new
-                random state, as it would have done for that teacher.
-        """
-        if state:
-            self.random, self._continues = RandomStream(state), keep and not self.started
 
     def __enter__(self) -> 'Teacher':
         was = self.started
@@ -447,7 +428,7 @@ class Teacher:
     # picklable. Copies and unpickled teachers are not started
     def __getstate__(self) -> dict[str, Any]:
         facts = {k: v for k, v in self._facts.items() if k not in ('copies', 'say')}
-        fresh: dict = dict(_runner=None, _was_started=[], random=RandomStream(), _continues=False)
+        fresh: dict = dict(_runner=None, _was_started=[], random=RandomStream())
         return self.__dict__ | fresh | {'_facts': facts} | ({'model': None} if self.path else {})
 
     def __setstate__(self, d: Mapping[str, Any]) -> None:
