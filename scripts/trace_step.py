@@ -31,7 +31,7 @@ MAIN = {
     'fastai/teacher_targets.py': 'takes the samples out of the batch, before labels are used',
     'fastai/callback.py': 'the events: asks the source, adds the loss',
     'distiller/distiller.py': "asks the sources of all heads with their terms' layers",
-    'distiller/teacher_groups.py': 'groups the heads whose teachers run at once',
+    'distiller/heads.py': 'groups the heads whose teachers run at once',
     'distiller/head.py': 'compares the outputs of one head',
     'fastai/training_step.py': 'adds the terms to the loss of the Learner',
     'fastai/fit_log.py': 'prints the gradient norms once they are measured',

@@ -26,7 +26,6 @@ from .base.outputs import DistillError, DistillWarning, Outputs, tensors_in
 from .checks.teacher_outputs import BATCHES
 from .distiller.dataloader import read_apart, spread_batches
 from .distiller.distiller import Distiller
-from .distiller.head import share_task_loss
 from .distiller.trainer_integration import (
     add_parameters,
     check_first,
@@ -128,7 +127,7 @@ class DistillCallback(Callback):
             kind = distiller_class(student)
             self.distiller = kind(student, self.teacher, self.recipe, **self.options)
             if self.distiller.several:
-                share_task_loss(self.distiller.heads)
+                self.distiller.heads.share_task_loss()
 
     def _complete(self, trainer: Trainer) -> None:
         """Choose the recipe and build projectors, using a training batch."""
@@ -222,7 +221,7 @@ class DistillCallback(Callback):
         task = out['loss'] if isinstance(out, Mapping) else out
         y = tuple(y) if d.several else d.head.targets_at(x, s.logits, tuple(y))
         r = d.compute(s, d.teacher_outputs(x, progress), task, y, progress=progress)
-        parts = {f'{k}_loss': v for k, v in dict(task=task.detach(), **r.parts).items()}
+        parts = {f'{k}_loss': v for k, v in r.losses.items()}
         n = len(x if is_detector(d.student) else next(tensors_in(x)))
         pl_module.log_dict(parts, batch_size=n)
         return {**out, 'loss': r.total} if isinstance(out, Mapping) else r.total

@@ -17,7 +17,6 @@ from fastdistill import (
     soft_labels,
     with_items,
 )
-from fastdistill.distiller.head import share_task_loss
 from fastdistill.recipes.default import Automatic
 
 g = torch.Generator().manual_seed(0)
@@ -233,14 +232,14 @@ def test_teachers_with_different_normalization_run_apart():
     images = lambda mean: dict(stats=(mean, 1.0), input_stats=(0.0, 1.0))
     of = lambda k, mean: Teacher(teacher, output=k, images=images(mean))
     heads = two_heads(student, of('color', 0.0), of('shape', 1e-6), kd())
-    assert len(heads.sources) == 2
-    assert len(two_heads(student, of('color', 0.5), of('shape', 0.5), kd()).sources) == 1
+    assert len(heads.heads.sources) == 2
+    assert len(two_heads(student, of('color', 0.5), of('shape', 0.5), kd()).heads.sources) == 1
 
 
 def test_a_teacher_of_several_heads_is_prepared_once_and_restored():
     student, _, _, teacher = nets()
     heads = two_heads(student, teacher, teacher, kd())
-    assert len(heads.sources) == 1
+    assert len(heads.heads.sources) == 1
     heads.start()
     heads(X, COLOR, SHAPE)
     assert not teacher.training
@@ -428,7 +427,7 @@ def test_what_is_no_set_of_heads():
 def test_a_trainer_gives_the_task_loss_of_all_heads():
     student, color, shape, _ = nets()
     heads = two_heads(student, color, shape, kd(2.0, 0.7), weights=dict(shape=0.5))
-    share_task_loss(heads.heads)
+    heads.heads.share_task_loss()
     raw = student(X)
     task = F.cross_entropy(raw['color'], COLOR) + F.cross_entropy(raw['shape'], SHAPE)
     out = heads.compute(
@@ -448,10 +447,10 @@ def test_recipes_that_were_chosen_for_heads_share_a_task_loss_of_weight_1():
     "Whatever weight each of them gives the labels; the terms of a head keep their ratio to it"
     student, color, shape, _ = nets()
     heads = two_heads(student, color, shape)
-    share_task_loss(heads.heads)
+    heads.heads.share_task_loss()
     for name, text in dict(color='kd(T=2, alpha=.75)', shape='kd(T=1, alpha=.5)').items():
         heads.heads[name].take(Automatic(text, 'a reason', 'softmax'))
-    share_task_loss(heads.heads)
+    heads.heads.share_task_loss()
     raw = student(X)
     task = F.cross_entropy(raw['color'], COLOR) + F.cross_entropy(raw['shape'], SHAPE)
     out = heads.compute(
@@ -465,7 +464,7 @@ def test_heads_that_share_a_task_loss_are_divided_by_the_same_number():
     student, color, shape, _ = nets()
     recipe = dict(color=recipes.dist(grad_ratio=3), shape=Recipe(Term(losses.mse)))
     heads = two_heads(student, color, shape, recipe)
-    share_task_loss(heads.heads)
+    heads.heads.share_task_loss()
     raw = student(X)
     task = F.cross_entropy(raw['color'], COLOR) + F.cross_entropy(raw['shape'], SHAPE)
     outputs = heads.student_outputs(raw, {}, X), heads.teacher_outputs(X)
@@ -482,7 +481,7 @@ def test_one_task_loss_needs_one_weight():
     student, color, shape, _ = nets()
     heads = two_heads(student, color, shape, dict(color=kd(alpha=0.9), shape=kd(alpha=0.5)))
     with pytest.raises(DistillError, match='give the task loss different weights'):
-        share_task_loss(heads.heads)
+        heads.heads.share_task_loss()
 
 
 def told(y, classes, knows):

@@ -31,10 +31,8 @@ from .head import (
     SharedOutput,
     options_by_head,
     renamed,
-    share_task_loss,
-    share_task_loss_again,
 )
-from .teacher_groups import share_models, teacher_groups
+from .heads import Heads
 
 
 class Distiller(nn.Module):
@@ -143,13 +141,13 @@ class Distiller(nn.Module):
             check=check,
         )
         of_each = {k: options_by_head(o, k, teachers) for k, o in options.items()}
-        self.heads = {
-            k: self._head(k, t, {n: o[k] for n, o in of_each.items()}, teachers)
+        self.heads = Heads(
+            (k, self._head(k, t, {n: o[k] for n, o in of_each.items()}, teachers))
             for k, t in teachers.items()
-        }
+        )
         links = {k: h.links for k, h in self.heads.items()}
         self.links = nn.ModuleDict(links) if self.several else links['']
-        share_models(self.heads)
+        self.heads.share_models()
         if example is not None:
             self.setup(*inputs(example))
 
@@ -194,13 +192,6 @@ class Distiller(nn.Module):
         """The teacher. If there are several heads, use the teachers in `heads`."""
         return self.head.teacher
 
-    @property
-    def sources(self) -> list:
-        """The teachers to run. If several heads share a run of a model, the list contains only one
-        of their teachers.
-        """
-        return [next(iter(g.values())).teacher for g in teacher_groups(self.heads)]
-
     def start(self) -> None:
         """Prepare the teachers for many batches.
 
@@ -211,14 +202,14 @@ class Distiller(nn.Module):
             for h in self.heads.values():
                 h.forget()
         self.left, self.running = None, True
-        for t in self.sources:
+        for t in self.heads.sources:
             t.start()
 
     def stop(self) -> None:
         """Restore the teachers. This method may be called at any time, and repeatedly."""
         if self.running:
             self.left, self.running = weights_summary(self.student), False
-        for t in self.sources:
+        for t in self.heads.sources:
             t.stop()
 
     @property
@@ -236,16 +227,6 @@ class Distiller(nn.Module):
             task = None
         return Recipe(*(t for k, h in self.heads.items() for t in whole(k, h)), task=task)
 
-    def _scales(self, progress: float | None) -> tuple[dict, float]:
-        """Return ({head name: factor of the head's loss}, divisor of the shared task loss).
-
-        In each head, weights are divided by 1 plus the sum of the gradient ratios. If heads share a
-        task loss, all heads use the largest divisor.
-        """
-        lengths = {k: h.ratios.length(h.weights_at(progress, True)) for k, h in self.heads.items()}
-        longest = max(lengths.values())
-        return {k: n / longest for k, n in lengths.items()}, longest
-
     @property
     def pairs(self) -> PairTable | None:
         """The pairs of layers that are compared. None before the pairs are known."""
@@ -256,7 +237,7 @@ class Distiller(nn.Module):
     @property
     def ratios(self) -> dict:
         """The measured gradients of terms with a gradient ratio."""
-        return self._named({k: h.ratios for k, h in self.heads.items()})
+        return self.heads.flat({k: h.ratios for k, h in self.heads.items()})
 
     @property
     def gradient_shares(self) -> dict | None:
@@ -265,7 +246,7 @@ class Distiller(nn.Module):
         None until the first training batch.
         """
         each = {k: h.gradient_shares for k, h in self.heads.items()}
-        return None if all(s is None for s in each.values()) else self._named(each)
+        return None if all(s is None for s in each.values()) else self.heads.flat(each)
 
     @property
     def faded(self) -> dict[str, float]:
@@ -273,13 +254,7 @@ class Distiller(nn.Module):
 
         Reading this property waits for the GPU.
         """
-        return self._named({k: h.faded for k, h in self.heads.items()})
-
-    def _named(self, each: dict) -> dict:
-        """Merge the dicts of all heads, with names such as 'color.kd'."""
-        if not self.several:
-            return each['']
-        return {f'{k}.{n}': v for k, o in each.items() for n, v in (o or {}).items()}
+        return self.heads.flat({k: h.faded for k, h in self.heads.items()})
 
     @property
     def ready(self) -> bool:
@@ -293,8 +268,7 @@ class Distiller(nn.Module):
 
         The state is encoded as a uint8 tensor, so that it can be stored together with the weights.
         """
-        state = {k: h.state() for k, h in self.heads.items()}
-        state = state if self.several else state['']
+        state = self.heads.value({k: h.state() for k, h in self.heads.items()})
         return torch.frombuffer(bytearray(json.dumps(state).encode()), dtype=torch.uint8)
 
     def set_extra_state(self, state: Tensor) -> None:
@@ -313,7 +287,7 @@ class Distiller(nn.Module):
         for k, h in self.heads.items():
             h.load_state(saved[k] if self.several else saved)
         self.left = None
-        share_task_loss_again(self.heads)
+        self.heads.recipe_changed()
 
     # checks and setup before the first batch
 
@@ -361,13 +335,16 @@ class Distiller(nn.Module):
             with read_apart(x):
                 return self.check_batches(map(inputs_and_labels, spread_batches(x, n)), n)
         x = inputs(x)
-        return self._each_head(
-            lambda h: h.check(
+        found = {
+            k: h.check(
                 Outputs(student_logits(self.student, x, h.output)),
                 h.teacher.probe(*x),
                 h.labels(targets),
             )
-        )
+            for k, h in self.heads.items()
+            if h.teacher is not None
+        }
+        return self.heads.value(found)
 
     def check_batches(
         self, batches: Iterable, n: int = BATCHES, *, placed: bool = False, part: str = ''
@@ -386,15 +363,12 @@ class Distiller(nn.Module):
         if self.several:
             here = list(here)
         of = lambda h: ((x, h.labels(y)) for x, y in here)
-        return self._each_head(lambda h: h.check_batches(of(h), placed, part))
-
-    def _each_head(self, fn: Callable[[Head], Any]) -> Any:
-        """Call `fn` on each head that has a teacher, and return {head name: result}. With one head,
-        return the result.
-        """
-        if not self.several:
-            return fn(self.head)
-        return {k: fn(h) for k, h in self.heads.items() if h.teacher is not None}
+        found = {
+            k: h.check_batches(of(h), placed, part)
+            for k, h in self.heads.items()
+            if h.teacher is not None or not self.several
+        }
+        return self.heads.value(found)
 
     def setup(self, *x: Any) -> 'Distiller':
         """Pair student and teacher layers, and build projectors.
@@ -443,11 +417,11 @@ class Distiller(nn.Module):
         """
         x, terms = inputs(x), {k: h.active_terms(progress) for k, h in self.heads.items()}
         needed = lambda k, h: h.teacher is not None and (terms[k] or h.chooses)
-        ask = {k: h for k, h in self.heads.items() if needed(k, h)}
+        ask = Heads((k, h) for k, h in self.heads.items() if needed(k, h))
         out = {k: None for k in self.heads if k not in ask}
         if self.several and not torch.is_grad_enabled():
-            ask = {k: h for k, h in ask.items() if h.teacher.has_outputs(samples)}
-        for group in teacher_groups(ask):
+            ask = Heads((k, h) for k, h in ask.items() if h.teacher.has_outputs(samples))
+        for group in ask.teacher_groups():
             first = next(iter(group.values())).teacher
             layers = list(dict.fromkeys(n for k, h in group.items() for n in h.layers(1, terms[k])))
             if len(group) == 1:
@@ -457,7 +431,7 @@ class Distiller(nn.Module):
                 outs = first.outputs_for(same, x, samples, layers)
             out |= dict(zip(group, outs))
         none = len(out) == len(self.heads) and all(o is None for o in out.values())
-        return None if none else self._only(out)
+        return None if none else self.heads.value(out)
 
     def student_outputs(self, raw: Any, feats: dict, x: Any) -> Outputs | dict[str, Outputs]:
         """Return the student's outputs. Padded positions of the batch are masked.
@@ -471,16 +445,8 @@ class Distiller(nn.Module):
         Returns:
             The outputs. For several heads, a dict {head name: outputs}.
         """
-        return self._only({k: h.student_outputs(raw, feats, x) for k, h in self.heads.items()})
-
-    def _only(self, each: dict) -> Any:
-        return each if self.several else each['']
-
-    def _by_head(self, o: Any) -> dict:
-        """Undo `_only`: return {head name: outputs}."""
-        if self.several:
-            return o or {}
-        return {'': o}
+        each = {k: h.student_outputs(raw, feats, x) for k, h in self.heads.items()}
+        return self.heads.value(each)
 
     def reading(self, progress: float | None = None) -> AbstractContextManager[Taps]:
         """Return a context manager that reads the student's layers while a trainer runs the
@@ -514,13 +480,13 @@ class Distiller(nn.Module):
         with self.reading(progress) as taps:
             raw = self.student(*args, **kwargs)
             feats = taps.pop()
-        s = self._by_head(self.student_outputs(raw, feats, x))
+        s = self.heads.by_name(self.student_outputs(raw, feats, x))
         for k, h in self.heads.items():
             if h.chooses:
                 h.choose(s[k].logits, x, own[k])
             elif h.teacher is None:
                 h.choose_from(s[k], None, own[k])
-        t = self._by_head(self.teacher_outputs(x, progress))
+        t = self.heads.by_name(self.teacher_outputs(x, progress))
         each = {k: h.compare(s[k], t.get(k), x, own[k], progress) for k, h in self.heads.items()}
         if not self.several:
             return each['']
@@ -551,18 +517,19 @@ class Distiller(nn.Module):
             progress: Fraction of the training that is done, from 0 to 1, for schedules.
             mixed: (second labels, coefficient of the first labels) for a MixUp or CutMix batch.
         """
-        students, teachers, heads = self._by_head(student), self._by_head(teacher), self.heads
+        heads: dict = self.heads
+        students, teachers = self.heads.by_name(student), self.heads.by_name(teacher)
         if self.several and teacher is not None and not torch.is_grad_enabled():
             # a cache may contain only the outputs for the training set
             heads = {k: h for k, h in heads.items() if k in teachers}
         if self.several and not all(h.shares_task for h in self.heads.values()):
-            share_task_loss(self.heads)
+            self.heads.share_task_loss()
         recipes = [h.recipe for h in heads.values()]
         for k, h in heads.items():
             labels = task is not None and (h.labels(targets) or True)
             h.choose_from(students[k], teachers.get(k), labels)
         if any(h.recipe is not r for h, r in zip(heads.values(), recipes)):
-            share_task_loss_again(self.heads)
+            self.heads.recipe_changed()
         each = {
             k: h.compute(
                 students[k],
@@ -577,7 +544,7 @@ class Distiller(nn.Module):
         }
         if not self.several:
             return each['']
-        scale, longest = self._scales(progress)
+        scale, longest = self.heads.scales(progress)
         taught = [scale[k] * e.taught for k, e in each.items() if e.taught is not None]
         weights = {
             k: {n: scale[k] * w for n, w in e.weights.items() if n != 'task'}
@@ -587,9 +554,9 @@ class Distiller(nn.Module):
         return Distilled(
             task,
             sum(taught[1:], taught[0]) if taught else None,
-            self._named({k: e.parts for k, e in each.items()}),
-            {'task': task_weight, **self._named(weights)},
-            self._named(
+            self.heads.flat({k: e.parts for k, e in each.items()}),
+            {'task': task_weight, **self.heads.flat(weights)},
+            self.heads.flat(
                 {k: {n: scale[k] * v for n, v in e.terms.items()} for k, e in each.items()}
             ),
         )
@@ -614,7 +581,7 @@ class Distiller(nn.Module):
             DistillError: If the recipe needs a labeled batch first, because `auto` chooses it or a
                 term has a gradient ratio.
         """
-        s, t = self._by_head(student), self._by_head(teacher)
+        s, t = self.heads.by_name(student), self.heads.by_name(teacher)
         for k, h in self.heads.items():
             unmeasured = any(r.means is None for r in h.ratios.values())
             if t.get(k) is not None and (h.waits or unmeasured and h.gradient_shares is None):
@@ -625,7 +592,9 @@ class Distiller(nn.Module):
                 )
         shared = any(h.shares_task for h in self.heads.values())
         scale = (
-            self._scales(progress)[0] if shared else {k: h.weight for k, h in self.heads.items()}
+            self.heads.scales(progress)[0]
+            if shared
+            else {k: h.weight for k, h in self.heads.items()}
         )
         values = [
             scale[k] * h.without_labels(s[k], t.get(k), progress=progress, of_heads=shared)
@@ -658,8 +627,7 @@ def whole_loss(each: dict, weights: dict) -> Distilled:
     parts: dict[str, Tensor] = {}
     counted: dict[str, float | Tensor] = {'task': 1.0 if task else 0.0}
     for k, e in each.items():
-        own = {} if e.task is None else {'task': e.task.detach()}
-        parts |= {f'{k}.{n}': v for n, v in {**own, **e.parts}.items()}
+        parts |= {f'{k}.{n}': v for n, v in e.losses.items()}
         counted |= {f'{k}.{n}': weights[k] * w for n, w in e.weights.items()}
     return Distilled(
         sum(task[1:], task[0]) if task else None,

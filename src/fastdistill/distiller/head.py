@@ -35,7 +35,7 @@ from ..recipes.default import Automatic, auto, facts_for_auto
 from ..recipes.layer_link import Link, own_copy
 from ..recipes.recipe_loss import Distilled, RecipeLoss
 from ..recipes.recipe_text import as_recipe
-from ..recipes.term import Recipe, Term, weight_text
+from ..recipes.term import Recipe, Term
 from ..recipes.token_labels import labels_to_shift, next_tokens, padding_mask
 from ..teachers.teacher import Teacher
 
@@ -486,41 +486,6 @@ def options_by_head(o: Any, option: str, heads: Iterable[str], who: str = 'the h
     if unknown := set(o) - set(heads):
         raise DistillError(f'{option}= has {", ".join(sorted(unknown))}, {who} {", ".join(heads)}.')
     return {k: o.get(k) for k in heads}
-
-
-def share_task_loss(heads: dict) -> None:
-    """Give the task loss the same weight in the recipes of all heads.
-
-    This is for a single task loss of all heads. Raise an error if the heads weight it differently.
-    A recipe that has no weight for it gives it the weight 1. If such a recipe has only gradient
-    ratios, which are relative to the task loss, it gets the weight of the other heads.
-    """
-    for h in heads.values():
-        if h.chosen is not None and not h.shares_task:
-            h.recipe = with_full_task(h.recipe)
-    weights = {
-        k: 1.0 if h.recipe.task is None else h.recipe.task
-        for k, h in heads.items()
-        if h.recipe.task is not None or not all(t.has_grad_ratio for t in h.recipe.terms)
-    }
-    task = next(iter(weights.values()), None)
-    if any(w != task for w in weights.values()):
-        each = ', '.join(f'{k}: {weight_text(w)}' for k, w in weights.items())
-        raise DistillError(
-            f'The recipes of the heads give the task loss different weights ({each}), but there is '
-            'one task loss for all heads. Give them the same alpha, or set the weight in each recipe, '
-            'as in Recipe(Term(...), task=.1).'
-        )
-    for h in heads.values():
-        h.shares_task, h.recipe = True, Recipe(*h.recipe.terms, task=task)
-
-
-def share_task_loss_again(heads: dict) -> None:
-    """Call `share_task_loss` again, because a recipe has changed. Do nothing if the task loss is
-    not shared.
-    """
-    if any(h.shares_task for h in heads.values()):
-        share_task_loss(heads)
 
 
 def with_full_task(recipe: Any) -> Recipe:

@@ -10,7 +10,6 @@ from ..checks.forward import student_logits
 from ..features.layer_names import unwrap
 from ..features.layer_pairs import inputs
 from .distiller import Distiller
-from .head import share_task_loss_again
 
 
 def is_detector(model: Any) -> bool:
@@ -40,7 +39,7 @@ def check_first(d: Distiller, batches: Iterable, **options: Any) -> None:
         **options: Options of `Distiller.check_batches`.
     """
     found = on_first(lambda: d.check_batches(batches, **options))
-    for k, f in (found if d.several else {'': found}).items():
+    for k, f in d.heads.by_name(found).items():
         d.heads[k].doubt = f.doubt
         f.enforce()
 
@@ -59,7 +58,7 @@ def complete(d: Distiller, x: Any, labels: bool = True) -> None:
     for h in d.heads.values():
         if h.chooses:
             h.choose(student_logits(d.student, x, h.output), x, labels)
-    share_task_loss_again(d.heads)
+    d.heads.recipe_changed()
     if d.ready:
         return
     d.setup(*x)

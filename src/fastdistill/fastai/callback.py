@@ -145,7 +145,7 @@ class KnowledgeDistillation(DistillationCallback):
         if self.fit_distiller.build(self.learn):
             self.state.optimizer = None
             self.log.forget()
-        for t in self.distiller.sources:
+        for t in self.distiller.heads.sources:
             t.say_with(self.log)
         # let the batches contain what the teachers need
         sources = {k: h.teacher for k, h in self.distiller.heads.items() if h.teacher is not None}
@@ -199,7 +199,7 @@ class KnowledgeDistillation(DistillationCallback):
         if self.distiller is None:
             return
         self.distiller.stop()
-        for t in self.distiller.sources:
+        for t in self.distiller.heads.sources:
             t.say_with(None)
         if not self.state.end_finder(self.distiller):
             notes_of(learn).last_state = self.state_dict()
@@ -232,7 +232,7 @@ class KnowledgeDistillation(DistillationCallback):
         if not self.active:
             return
         self.distiller.links.train(self.training)
-        for t in self.distiller.sources:
+        for t in self.distiller.heads.sources:
             t.reset()
         self.finite_check.start_phase()
         if self.training:
@@ -300,7 +300,7 @@ class KnowledgeDistillation(DistillationCallback):
         s = d.student_outputs(self.learn.pred, self.taps.pop(), self.xb)
         y, mixed = () if unlabeled else self.yb, mixed_labels(self.learn)
         r = d.compute(s, t, self.learn.loss, y, progress=progress, mixed=mixed)
-        self.parts = r.parts if unlabeled else {'task': r.task.detach(), **r.parts}
+        self.parts = r.parts if unlabeled else r.losses
         self.log.report_shares(d, progress)
         if not self.training:
             return

@@ -7,8 +7,6 @@ from fastai.basics import one_param
 from ..base.distributed import broadcast, of_first, on_first
 from ..base.outputs import as_plain
 from ..distiller.distiller import Distiller
-from ..distiller.head import share_task_loss
-from ..distiller.teacher_groups import share_models
 from ..distiller.trainer_integration import is_choosing
 from ..features.layer_names import unwrap
 from .callback_arguments import check_options, feed_of, stored_head
@@ -108,7 +106,7 @@ class FitDistiller:
             return Distiller(model, None, self.recipes[''], **options)
         options['labels'] = of_each(lambda k: self.heads[k].labels)
         d = Distiller(model, dict.fromkeys(self.heads), self.recipes, **options)
-        share_task_loss(d.heads)
+        d.heads.share_task_loss()
         return d
 
     def _take_teachers(self, learn):
@@ -119,7 +117,7 @@ class FitDistiller:
             h.teacher = self.heads[k].teacher_of(learn, self.tasks[k])
             if self.several:
                 h.check_names()
-        share_models(self.distiller.heads)
+        self.distiller.heads.share_models()
 
     def look(self, learn, logs: bool) -> dict | None:
         """Look for mistakes, once per set of DataLoaders.
@@ -169,7 +167,7 @@ class FitDistiller:
             h.take(chosen)
             self.log(f'fastdistill: {h.prefix}recipe {chosen}')
         if self.several:
-            share_task_loss(self.distiller.heads)
+            self.distiller.heads.share_task_loss()
 
     def setup(self, x, training: bool):
         """Pair student and teacher layers, and build projectors. Called once per student.

@@ -78,7 +78,7 @@ class UnlabeledInputs:
         with RandomGuard():  # the DataLoader of fastai draws a random seed
             self.loader = None if self.items is None else loader_of(self.items, learn.dls)
             if self.loader is not None and self.stored is None:
-                self.shown.enter_context(items_shown([self.loader], *distiller.sources))
+                self.shown.enter_context(items_shown([self.loader], *distiller.heads.sources))
         if self.stored is not None:
             for k, stored in self.stored.items():
                 refuse_other(stored.cache, heads[k].teacher, heads[k].layers(1))

@@ -30,9 +30,9 @@ from ..features.model_call import predicts_next
 from ..features.probe import untouched
 from ..recipes.recipe_loss import Distilled
 from ..recipes.term import Recipe, Term
-from ..recipes.token_labels import next_tokens
 from ..teachers.teacher import Teacher
 from .transformers_models import (
+    BatchReader,
     has_loss,
     names_taken,
     predicts,
@@ -120,9 +120,10 @@ class DistillationMixin(Base):
             kind = predicts(
                 self.model, next((batch[k] for k in self.label_names if k in batch), None)
             )
-        output = question_logits if self._answers and asked['output'] is None else asked['output']
+        reader = self.reader
+        output = question_logits if reader.answers and asked['output'] is None else asked['output']
         task: dict[str, Any] = dict(
-            kind=kind or 'softmax', axis=self._axis() if asked['axis'] is None else asked['axis']
+            kind=kind or 'softmax', axis=reader.axis if asked['axis'] is None else asked['axis']
         )
         teacher = teacher_for(self.teacher, self.model, **task, output=output)
         ignore = getattr(getattr(self.model, 'config', None), 'semantic_loss_ignore_index', None)
@@ -144,24 +145,13 @@ class DistillationMixin(Base):
             with read_apart(loader):
                 check_first(self.distiller, self._batches(loader), placed=True, part=part)
         if needs_example(self.distiller):
-            self._complete(self._example() if batch is None else batch)
+            batch = self._example() if batch is None else batch
+            complete(self.distiller, reader.shared_inputs(batch), bool(reader.labels(batch)))
 
     @property
-    def _answers(self) -> bool:
-        return list(self.label_names) == ['start_positions', 'end_positions']
-
-    def _axis(self) -> int:
-        return 1 if self._answers or type(self.model).__name__.endswith('Segmentation') else -1
-
-    def _complete(self, batch: Mapping) -> None:
-        """Choose the recipe and build projectors, using a batch."""
-        complete(
-            self.distiller, self._inputs_of_both(batch), any(k in batch for k in self.label_names)
-        )
-
-    def _inputs_of_both(self, batch: Mapping) -> dict:
-        student, teacher = self._inputs(batch)
-        return {k: v for k, v in student.items() if k in teacher} or teacher
+    def reader(self) -> BatchReader:
+        """Reader of the Trainer's batches."""
+        return BatchReader(self.model, self.teacher, self.label_names)
 
     def _check_loader(self) -> DataLoader:
         """Return a DataLoader with the data in which to look for mistakes.
@@ -183,13 +173,9 @@ class DistillationMixin(Base):
         """Yield (inputs, labels) of the batches of a DataLoader."""
         for batch in loader:
             batch = self._prepare_inputs(batch)
-            x = self._inputs_of_both(batch)
-            y = {k: batch[k] for k in self.label_names if k in batch}
+            x = self.reader.shared_inputs(batch)
             # start and end logits have the length of the input
-            yield (
-                x,
-                self._targets(y, next(iter(x.values()))),
-            )
+            yield x, self.reader.targets(batch, next(iter(x.values())))
 
     def _example(self) -> Any:
         """Return a training batch, without changing any state."""
@@ -203,8 +189,6 @@ class DistillationMixin(Base):
         with read_apart(loader):
             return self._prepare_inputs(next(iter(loader)))
 
-    # inputs of both models
-
     def _set_signature_columns_if_needed(self) -> None:
         """Keep dataset columns that only the teacher uses, such as token_type_ids."""
         new = self._signature_columns is None
@@ -214,37 +198,25 @@ class DistillationMixin(Base):
                 names_taken(self.teacher) - set(self._signature_columns)
             )
 
-    def _inputs(self, batch: Mapping) -> tuple[dict, dict]:
-        """Split a batch into (student inputs and labels, teacher inputs)."""
-        student, teacher = names_taken(self.model), names_taken(self.teacher)
-        plain = {k: v for k, v in batch.items() if k not in self.label_names}
-        of_student = {k: v for k, v in plain.items() if k in student or k not in teacher}
-        if not any(k in student for k in plain):
-            of_student = plain
-        of_teacher = {k: v for k, v in plain.items() if k in teacher} or plain
-        return {
-            **of_student,
-            **{k: v for k, v in batch.items() if k in self.label_names},
-        }, of_teacher
-
     # training step
 
     def compute_loss(
         self, model: nn.Module, inputs: Mapping, return_outputs: bool = False, **kwargs: Any
     ) -> Any:
         """Return the total loss of a training batch, or the task loss of an evaluation batch."""
-        x, x_teacher = self._inputs(inputs)
+        reader = self.reader
+        x, x_teacher = reader.inputs(inputs)
         progress = self.state.global_step / self.state.max_steps if self.state.max_steps else None
         if not model.training or not takes_part(self.distiller, progress):
             return super().compute_loss(model, x, return_outputs=return_outputs, **kwargs)
         d, scale = self.distiller, self._scale(x, **kwargs)
         with Taps(model, d.student_layers(d.active_terms(progress))) as taps:
             task, raw = self._run(model, x, kwargs, progress)
-            s = d.student_outputs(without_loss(raw), taps.pop(), self._tokens(x))
+            s = d.student_outputs(without_loss(raw), taps.pop(), reader.tokens(x))
         with self.accelerator.autocast():
             t = d.teacher_outputs(x_teacher, progress)
-        targets = self._targets(x, s.logits)
-        self._hide_padding(x, s, t)
+        targets = reader.targets(x, s.logits)
+        reader.hide_padding(x, s, t)
         r = d.compute(s, t, None if task is None else task / scale, targets, progress=progress)
         self.part_means.add(r)
         return (r.total * scale, raw) if return_outputs else r.total * scale
@@ -253,7 +225,7 @@ class DistillationMixin(Base):
         """Return the task loss computed by the Trainer, and the student's outputs. The task loss is
         None if the batch has no labels.
         """
-        if any(k in x for k in self.label_names) or x.get('return_loss'):
+        if self.reader.labels(x) or x.get('return_loss'):
             return super().compute_loss(model, dict(x), return_outputs=True, **options)
         raw = model(**x)
         # subtle: a loss in the outputs shows that one of the inputs is a label
@@ -301,36 +273,6 @@ class DistillationMixin(Base):
                     tried.append(super().compute_loss(self.model, dict(x), num_items_in_batch=n))
             self.counts_items = not torch.equal(*tried)
         return self.counts_items
-
-    def _tokens(self, x: Mapping) -> Any:
-        """Return the inputs whose attention mask applies to the logits.
-
-        In an encoder-decoder model, the attention mask of the encoder does not apply to the logits,
-        so the result is empty.
-        """
-        return (
-            () if getattr(getattr(self.model, 'config', None), 'is_encoder_decoder', False) else x
-        )
-
-    def _targets(self, x: Mapping, logits: Any) -> tuple:
-        """Return the labels, with each label at the position that predicts it."""
-        y = tuple(x[k] for k in self.label_names if k in x)
-        if self._answers and y:
-            at = torch.stack([o.reshape(-1).clamp_min(0) for o in y], -1)
-            return (at.where(at < logits.shape[1], -100),)
-        if y and predicts_next(self.model):
-            return next_tokens(y[0], -100), *y[1:]
-        return y
-
-    def _hide_padding(self, x: Mapping, *outputs: Any) -> None:
-        """Set the logits of padded tokens to a large negative number, because an answer can't start
-        or end there.
-        """
-        if not self._answers or 'attention_mask' not in x:
-            return
-        for o in outputs:
-            if o is not None:
-                o.logits = o.logits.masked_fill(x['attention_mask'][..., None] == 0, -1e4)
 
     # training loop
 
@@ -381,8 +323,7 @@ class PartMeans:
         self.sums: dict[str, tuple] = {}
 
     def add(self, r: Distilled) -> None:
-        parts = r.parts if r.task is None else dict(task=r.task.detach(), **r.parts)
-        for k, v in parts.items():
+        for k, v in r.losses.items():
             total, n = self.sums.get(k, (0.0, 0))
             self.sums[k] = total + v, n + 1
 

@@ -2,7 +2,8 @@
 
 import inspect
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,6 +12,8 @@ from torch import Tensor
 from ..base.outputs import DistillError
 from ..checks.class_order import map_classes
 from ..features.layer_names import unwrap
+from ..features.model_call import predicts_next
+from ..recipes.token_labels import next_tokens
 from ..teachers.teacher import Teacher
 
 PROBLEMS = dict(
@@ -29,6 +32,78 @@ def names_taken(model: Any) -> set:
     """
     modules = model.modules if isinstance(model, Teacher) else [model]
     return {n for m in modules for n in inspect.signature(unwrap(m).forward).parameters}
+
+
+@dataclass
+class BatchReader:
+    """Reads the inputs and labels in the batches of a Trainer.
+
+    Attributes:
+        model: The student.
+        teacher: The teacher.
+        label_names: Names of the labels in a batch.
+    """
+
+    model: Any
+    teacher: Teacher
+    label_names: Sequence[str]
+
+    @property
+    def answers(self) -> bool:
+        """True if the labels are the start and the end of an answer."""
+        return list(self.label_names) == ['start_positions', 'end_positions']
+
+    @property
+    def axis(self) -> int:
+        """The class axis."""
+        return 1 if self.answers or type(self.model).__name__.endswith('Segmentation') else -1
+
+    def labels(self, batch: Mapping) -> dict:
+        return {k: batch[k] for k in self.label_names if k in batch}
+
+    def inputs(self, batch: Mapping) -> tuple[dict, dict]:
+        """Split a batch into (student inputs and labels, teacher inputs)."""
+        student, teacher = names_taken(self.model), names_taken(self.teacher)
+        plain = {k: v for k, v in batch.items() if k not in self.label_names}
+        of_student = {k: v for k, v in plain.items() if k in student or k not in teacher}
+        if not any(k in student for k in plain):
+            of_student = plain
+        of_teacher = {k: v for k, v in plain.items() if k in teacher} or plain
+        return of_student | self.labels(batch), of_teacher
+
+    def shared_inputs(self, batch: Mapping) -> dict:
+        """Return the inputs that both models take. If there are none, return the teacher's."""
+        student, teacher = self.inputs(batch)
+        return {k: v for k, v in student.items() if k in teacher} or teacher
+
+    def tokens(self, x: Mapping) -> Any:
+        """Return the inputs whose attention mask applies to the logits.
+
+        In an encoder-decoder model, the attention mask of the encoder does not apply to the logits,
+        so the result is empty.
+        """
+        config = getattr(self.model, 'config', None)
+        return () if getattr(config, 'is_encoder_decoder', False) else x
+
+    def targets(self, batch: Mapping, logits: Any) -> tuple:
+        """Return the labels, with each label at the position that predicts it."""
+        y = tuple(self.labels(batch).values())
+        if self.answers and y:
+            at = torch.stack([o.reshape(-1).clamp_min(0) for o in y], -1)
+            return (at.where(at < logits.shape[1], -100),)
+        if y and predicts_next(self.model):
+            return next_tokens(y[0], -100), *y[1:]
+        return y
+
+    def hide_padding(self, x: Mapping, *outputs: Any) -> None:
+        """Set the logits of padded tokens to a large negative number, because an answer can't start
+        or end there.
+        """
+        if not self.answers or 'attention_mask' not in x:
+            return
+        for o in outputs:
+            if o is not None:
+                o.logits = o.logits.masked_fill(x['attention_mask'][..., None] == 0, -1e4)
 
 
 def has_loss(raw: Any) -> bool:

@@ -48,6 +48,11 @@ class Distilled:
     terms: dict[str, Tensor] = field(default_factory=dict)
 
     @property
+    def losses(self) -> dict[str, Tensor]:
+        """{name: value} of the task loss, if there are labels, and of all terms, detached."""
+        return self.parts if self.task is None else {'task': self.task.detach(), **self.parts}
+
+    @property
     def total(self) -> Any:
         """The loss to call `backward` on."""
         # subtle: labels of weight 0 take no part at all, since 0*nan is nan
