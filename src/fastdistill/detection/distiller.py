@@ -73,7 +73,7 @@ class DetectionHead(Head):
         view, x = DetectorView(self.detector), (pixels, None, self._compares_heads())
         with RandomGuard([pixels.device.index] if pixels.is_cuda else []):
             self.level_pairs = self._paired_levels(view, x)
-            self._link_layers(view, teacher, x)
+            self._link_layers(view, teacher, x, self._levels_of)
 
     def _compares_heads(self) -> bool:
         """Return True if a term compares the outputs of the heads. Raise a DistillError if the
@@ -103,8 +103,9 @@ class DetectionHead(Head):
         (s, t), size = shapes, tuple(x[0].shape[2:])
         return pair_levels(s, t, size, self.teacher.size or size)
 
-    def _named(self, layers: Any) -> Any:
+    def _levels_of(self, term: Any) -> Any:
         """Convert 'auto' and 'last' to pairs of levels. Return other layers unchanged."""
+        layers = term.layers
         word, *others = split_suffixes(layers) if isinstance(layers, str) else ['']
         if word not in ('auto', 'last'):
             return layers

@@ -483,7 +483,7 @@ class Distiller(nn.Module):
         s = self.heads.by_name(self.student_outputs(raw, feats, x))
         for k, h in self.heads.items():
             if h.chooses:
-                h.choose(s[k].logits, x, own[k])
+                h.choose(s[k].logits, partial(h.teacher.probe, *x), own[k])
             elif h.teacher is None:
                 h.choose_from(s[k], None, own[k])
         t = self.heads.by_name(self.teacher_outputs(x, progress))

@@ -1,8 +1,9 @@
 """A head of a `Distiller`: an output of the student with its labels, its teacher and its recipe."""
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -38,6 +39,24 @@ from ..recipes.recipe_text import as_recipe
 from ..recipes.term import Recipe, Term
 from ..recipes.token_labels import labels_to_shift, next_tokens, padding_mask
 from ..teachers.teacher import Teacher
+
+
+def link_of(term: Any, p: Any, s: dict, t: Outputs, modules: Mapping) -> Link:
+    """Build the `Link` for a pair of layers of a term, on the student's device.
+
+    Args:
+        term: The term.
+        p: The pair.
+        s, t: Outputs of the layers of student and teacher.
+        modules: {layer name: module} of the teacher.
+    """
+    a, b = s[p.student], layer_output(t, p.teacher)
+    proj = Projector(a.shape, b.shape, kind=term.projector, match=term.match, picture=p.picture)
+    proj, loss = proj.to(a.device), own_copy(term.loss)
+    if hasattr(loss, 'prepare'):
+        layer = modules.get(p.teacher.split('@')[0])
+        loss.prepare(proj.eval()(a, b), b, layer=layer, **term.channels(b))
+    return Link(loss, (p.student, p.teacher), proj.train()).to(a.device)
 
 
 class Head(RecipeLoss):
@@ -106,16 +125,6 @@ class Head(RecipeLoss):
             recipe = with_full_task(recipe)
         super().take(recipe)
 
-    def choose(self, logits: Any, x: tuple, labels: Sequence | bool) -> None:
-        """Let `auto` choose a recipe from the outputs of a batch.
-
-        Args:
-            logits: Student logits of a batch.
-            x: Inputs of the same batch.
-            labels: Labels of the same batch, or whether the batches have labels.
-        """
-        self._choose(logits, lambda: self.teacher.probe(*x), labels)
-
     def choose_from(
         self, student: Outputs, teacher: Outputs | None, labels: Sequence | bool
     ) -> None:
@@ -131,7 +140,7 @@ class Head(RecipeLoss):
         if not self.waits:
             return
         if teacher is not None:
-            self._choose(student.logits, lambda: teacher, labels)
+            self.choose(student.logits, lambda: teacher, labels)
         elif self.teacher is not None and torch.is_grad_enabled():
             raise DistillError(
                 f"{self.prefix}there is no recipe yet, and it is chosen from the teacher's outputs, "
@@ -144,7 +153,14 @@ class Head(RecipeLoss):
                 'the teacher to compute().'
             )
 
-    def _choose(self, logits: Any, ask: Callable[[], Outputs], labels: Sequence | bool) -> None:
+    def choose(self, logits: Any, ask: Callable[[], Outputs], labels: Sequence | bool) -> None:
+        """Let `auto` choose a recipe from the outputs of a batch.
+
+        Args:
+            logits: Student logits of a batch.
+            ask: fn() -> teacher outputs for the same batch.
+            labels: Labels of the same batch, or whether the batches have labels.
+        """
         ask_logits = lambda: plain_logits(Outputs(logits), ask())[1]
         doubt = 'the teacher is in doubt, see above' if self.doubt else None
         facts = facts_for_auto(logits.shape, self.task, ask_logits, labels)
@@ -287,16 +303,24 @@ class Head(RecipeLoss):
         with RandomGuard(cuda):
             self._link_layers(self.student, self.teacher, x)
 
-    def _link_layers(self, student: nn.Module, teacher: Teacher, x: tuple) -> None:
-        """Pair the layers of these models, and build projectors."""
+    def _link_layers(
+        self,
+        student: nn.Module,
+        teacher: Teacher,
+        x: tuple,
+        layers_of: Callable = attrgetter('layers'),
+    ) -> None:
+        """Pair the layers of these models, and build projectors.
+
+        Args:
+            student: The student.
+            teacher: The teacher.
+            x: Inputs of a batch.
+            layers_of: fn(term) -> layers of a term in the form that `pair` takes.
+        """
         tables = {
             t.name: pair(
-                student,
-                teacher,
-                x,
-                layers=self._named(t.layers),
-                match=t.match,
-                projector=t.projector,
+                student, teacher, x, layers=layers_of(t), match=t.match, projector=t.projector
             )
             for t in self.layered
         }
@@ -307,30 +331,10 @@ class Head(RecipeLoss):
         t = teacher.probe(
             *x, layers=list(dict.fromkeys(p.teacher for p in pairs if not is_output(p.teacher)))
         )
-        for term in self.layered:
-            self.links[term.name] = nn.ModuleList(self._links(term, tables[term.name], s, t))
-
-    def _named(self, layers: Any) -> Any:
-        """Return the layers of a term in the form that `pair` takes."""
-        return layers
-
-    def _links(self, term: Any, pairs: PairTable, s: dict, t: Outputs) -> Iterator[Link]:
-        """Yield a `Link` for each pair of layers of a term, on the student's device."""
         modules = self.teacher.named_modules()
-        for p in pairs:
-            a, b = s[p.student], layer_output(t, p.teacher)
-            proj = Projector(
-                a.shape, b.shape, kind=term.projector, match=term.match, picture=p.picture
-            ).to(a.device)
-            loss = own_copy(term.loss)
-            if hasattr(loss, 'prepare'):
-                loss.prepare(
-                    proj.eval()(a, b),
-                    b,
-                    layer=modules.get(p.teacher.split('@')[0]),
-                    **term.channels(b),
-                )
-            yield Link(loss, (p.student, p.teacher), proj.train()).to(a.device)
+        for term in self.layered:
+            links = (link_of(term, p, s, t, modules) for p in tables[term.name])
+            self.links[term.name] = nn.ModuleList(links)
 
     # computing the loss of a batch
 

@@ -1,6 +1,7 @@
 """Functions that integrations with other trainers use for setup and checkpoints."""
 
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 from torch.optim import Optimizer
@@ -57,7 +58,8 @@ def complete(d: Distiller, x: Any, labels: bool = True) -> None:
     x = inputs(x)
     for h in d.heads.values():
         if h.chooses:
-            h.choose(student_logits(d.student, x, h.output), x, labels)
+            logits = student_logits(d.student, x, h.output)
+            h.choose(logits, partial(h.teacher.probe, *x), labels)
     d.heads.recipe_changed()
     if d.ready:
         return
