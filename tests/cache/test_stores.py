@@ -18,6 +18,7 @@ from fastdistill.base.outputs import (
 )
 from fastdistill.cache import Store, TeacherCache, cache_dataset, store_choice
 from fastdistill.cache.output_layer import OutputLayer, find_output_layer
+from fastdistill import Distiller
 from fastdistill.losses import dist, kl, soft_ce
 from fastdistill.recipes.term import Term
 from fastdistill.recipes.zoo import kd
@@ -547,3 +548,19 @@ def test_auto_stores_numbers_in_float32(tmp_path):
         cache = cache_dataset(Teacher(year, kind=kind), data, tmp_path / kind, **options)
         far = (cache.outputs(range(40)).logits - year(x)).abs().max()
         assert (0 < far if tol else far == 0) and far <= tol
+
+
+@pytest.mark.parametrize('store', [dict(topk=2), 'draws'])
+@pytest.mark.parametrize('kind,says', [('sigmoid', 'separate labels'), ('regression', 'numbers')])
+def test_the_likeliest_classes_are_not_taken_for_labels_or_numbers(store, kind, says, tmp_path):
+    model, x, y = torch.nn.Linear(6, 5), torch.randn(9, 6), torch.rand(9, 5)
+    # the cache does not know what the student will predict
+    cache = cache_dataset(
+        Teacher(model), TensorDataset(x), tmp_path, views=0, store=store, progress=False
+    )
+    distiller = Distiller(torch.nn.Linear(6, 5), None, kd(T=1), kind=kind)
+    out = distiller.student(x)
+    with pytest.raises(DistillError, match=f'classes, but the model predicts {says}'):
+        distiller.compute(
+            Outputs(out), cache.outputs(range(9)), torch.nn.functional.mse_loss(out, y), (y,)
+        )

@@ -11,15 +11,25 @@ LITTLE_LOSS = 0.05  # maximum loss that is never reported, as T^2 times the KL i
 MISSING = 0.25  # maximum fraction of the softened probability in classes that are not stored
 
 
-def check_stored(recipe: Any, teacher: Outputs, axis: int = 1) -> Iterator[Finding]:
+def check_stored(recipe: Any, teacher: Outputs, kind: str) -> Iterator[Finding]:
     """Find terms for which the stored outputs are not suitable.
 
     Args:
         recipe: A recipe.
         teacher: Stored `Outputs` of a batch, decoded by a cache.
-        axis: Class axis.
+        kind: Kind of the student's outputs.
     """
     t = teacher.logits
+    on_logits = any(term.layers is None for term in recipe.terms)
+    if kind != 'softmax' and on_logits and isinstance(t, TopK | Draws):
+        yield Finding(
+            'error',
+            'The stored outputs are probabilities of the likeliest of several classes, but the model '
+            f'predicts {dict(sigmoid="separate labels").get(kind, "numbers")}',
+            "Store the outputs themselves: Teacher(model, kind=...) and store='float16' or 'float32'",
+            about='store',
+        )
+        return
     for term in recipe.terms:
         if term.layers is not None:
             continue

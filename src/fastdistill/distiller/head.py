@@ -253,7 +253,7 @@ class Head(RecipeLoss):
         """Report mistakes in the outputs and labels of one batch, such as incompatible shapes."""
         found = Findings()
         if teacher is not None:
-            found.add('store', check_stored(self.recipe, teacher, self.task.axis))
+            found.add('store', check_stored(self.recipe, teacher, self.task.kind))
         student, t, targets = plain_logits(student, teacher, targets)
         y = as_plain(targets[0]) if len(targets) and isinstance(targets[0], Tensor) else None
         classes = None if teacher is None else teacher.classes
