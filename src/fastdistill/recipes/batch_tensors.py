@@ -101,8 +101,7 @@ class Batch:
         if isinstance(t, Draws) and not term.linear:
             raise DistillError(t.refusal(term.name))
         if isinstance(t, LinearLogits):
-            last = self.task.kind == 'softmax' and self.task.axis % t.dim() == t.dim() - 1
-            return self.teacher if last and term.positionwise else self.dense_teacher
+            return self.teacher if takes_linear(term, t, self.task) else self.dense_teacher
         return self.teacher
 
     def label_errors(self) -> Tensor | None:
@@ -165,6 +164,12 @@ class Batch:
         if term.layers is None:
             context |= dict(axis=self.task.axis, **({} if mask is None else dict(mask=mask)))
         return term.options_at(self.progress, context)
+
+
+def takes_linear(term: Any, logits: LinearLogits, task: Task) -> bool:
+    """Return True if a term on logits can use hidden states and the output layer."""
+    last = task.kind == 'softmax' and task.axis % logits.dim() == logits.dim() - 1
+    return last and term.positionwise
 
 
 def inputs_and_labels(batch: Any) -> tuple[Any, tuple]:

@@ -127,6 +127,30 @@ def norms_at_each(value: Tensor, params: Sequence[Tensor]) -> list[float | Tenso
     return [0.0 if g is None else g.float().norm() / SCALE for g in grads]
 
 
+def gradient_shares(
+    values: Mapping[str, Tensor], weights: Mapping[str, Any], logits: Tensor | None, student: Any
+) -> dict[str, float]:
+    """Return {loss: its fraction of the gradient}, without changing the training.
+
+    The gradient is measured at the logits if all losses reach them, else at the last student
+    parameter that all of them reach. The result is empty if there is no such parameter.
+
+    Args:
+        values: {name: value} of the task loss ('task') and the terms of a batch.
+        weights: {name: weight}.
+        logits: The student's logits. None to measure at its parameters.
+        student: The student. None if unknown.
+    """
+    try:
+        norms = norms_at_logits(values, logits)
+        if norms is None and isinstance(student, Module):
+            norms = norms_at_layer(values, student)
+    except RuntimeError:
+        return {}  # compiled or checkpointed parts may allow only one backward pass
+    weighted = {k: float(weights[k] * n) for k, n in (norms or {}).items()}
+    return {k: n / sum(weighted.values()) for k, n in weighted.items()}
+
+
 def shares_in_words(shares: Mapping[str, float], at_layers: Mapping[str, float]) -> str:
     """Format gradient norms for the line printed at the first batch.
 

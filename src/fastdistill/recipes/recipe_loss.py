@@ -19,9 +19,9 @@ from ..base.outputs import (
 )
 from ..base.task import Task
 from ..features.layer_names import named
-from .batch_tensors import Batch, all_classes, blend, of_all_processes, zero_loss
+from .batch_tensors import Batch, all_classes, blend, of_all_processes, takes_linear, zero_loss
 from .gradient_balance import GradientRatios
-from .gradient_norms import norms_at_layer, norms_at_logits, part_at, swamped
+from .gradient_norms import gradient_shares, part_at, swamped
 from .layer_link import Link, own_copy
 
 
@@ -125,13 +125,6 @@ class RecipeLoss(nn.Module):
             if not torch.is_grad_enabled() or t.weight_at(progress) != 0
         ]
 
-    def takes_factors(self, term: Any, logits: Any) -> bool:
-        """Return False if a term needs all logits of a student that returned `LinearLogits`."""
-        if not isinstance(logits, LinearLogits) or term.layers is not None:
-            return True
-        last = self.task.kind == 'softmax' and self.task.axis % logits.dim() == logits.dim() - 1
-        return last and term.positionwise and not term.has_grad_ratio
-
     def check_first(self, student: Outputs, teacher: Outputs | None, targets: Sequence) -> None:
         """Raise an error for mistakes that are visible in the first batches."""
 
@@ -170,12 +163,17 @@ class RecipeLoss(nn.Module):
                 'Pass what teacher_outputs() returned.'
             )
         self.check_first(student, teacher, targets)
-        if not all(self.takes_factors(t, student.logits) for t in terms):
-            student = replace(student, logits=cast(LinearLogits, student.logits).dense())
+        if isinstance(s := student.logits, LinearLogits) and not all(
+            takes_linear(t, s, self.task) and not t.has_grad_ratio
+            for t in terms
+            if t.layers is None
+        ):
+            student = replace(student, logits=s.dense())
         known: Any = all_classes(teacher, student)
         others, lam = mixed or ((), None)
         b = Batch(student, known, tuple(targets), others, lam, self.task, progress)
-        self._check_gradients(terms, student)
+        if torch.is_grad_enabled() and isinstance(self.student, nn.Module):
+            check_gradients(self.student, terms, self.links, student)
         values = {t.name: self._value(t, b) for t in terms}
         counted = {
             k: v for k, v in dict(task=task, **values).items() if v is not None and weights[k] != 0
@@ -223,38 +221,6 @@ class RecipeLoss(nn.Module):
         weights = self.ratios.weights(self.weights_at(progress, of_heads), values)
         total: Any = sum(weights[k] * v for k, v in values.items())
         return total
-
-    def _check_gradients(self, terms: Sequence, student: Outputs) -> None:
-        """Raise an error if a term compares a layer of the student that is trained, but was read
-        without gradients, so that the term would not train the student.
-
-        A layer is trained if it has parameters that are, or if all parameters of the student are.
-        Outputs that all have no gradients were not computed to train the student.
-        """
-        if not torch.is_grad_enabled() or not isinstance(self.student, nn.Module):
-            return
-        links: Any = self.links
-        logits: Any = student.logits
-        names = ((t, k.layers[0]) for t in terms for k in links[t.name] if k.layers)
-        read = ((t, n, student.feats.get(n)) for t, n in names)
-        constant = [(t, n) for t, n, x in read if x is not None and not x.requires_grad]
-        outputs = [logits.hidden if isinstance(logits, LinearLogits) else logits, student.feats]
-        if not constant or not any(o.requires_grad for o in tensors_in(outputs)):
-            return
-        whole = all(p.requires_grad for p in self.student.parameters())
-        modules = named(self.student)
-        for term, n in constant:
-            module = modules.get(n.split('@')[0])
-            own = module is not None and any(p.requires_grad for p in module.parameters())
-            if own or whole:
-                raise DistillError(
-                    f"{term.name} compares the student's layer {n!r}, whose output has no gradient "
-                    'although its parameters are trained, so the term would not train the student. '
-                    'The layer ran under torch.no_grad(), as it does inside '
-                    'torch.utils.checkpoint.checkpoint(..., use_reentrant=True). Use '
-                    'use_reentrant=False, in Hugging Face models with '
-                    'gradient_checkpointing_kwargs=dict(use_reentrant=False).'
-                )
 
     def _value(self, term: Any, b: Batch) -> Tensor:
         """Compute the value of a term. If it reads labels and the samples have two each, the values
@@ -335,27 +301,17 @@ class RecipeLoss(nn.Module):
             weights = self.ratios.weights(weights, learns)
             base = [k for k in learns if k in fixed]
             if base and faded is not None:
-                own = self._own_task(learns, student) if of_heads else learns
+                own = with_own_task(learns, student) if of_heads else learns
                 rest = faded * sum(weights[k] * own[k] for k in base)
         if self.measures and torch.is_grad_enabled() and not learns.keys() <= self.seen:
+            apart = {t.name for t in self.layered if t.has_grad_ratio}
+            here = {k: v for k, v in learns.items() if k not in apart}
             logits: Any = student.logits
-            self.seen, self.gradient_shares = learns.keys(), self.shares(learns, weights, logits)
+            self.seen = learns.keys()
+            self.gradient_shares = gradient_shares(here, weights, logits, self.student)
             if (says := swamped(self.gradient_shares, fixed)) and rank() == 0:
                 warnings.warn(says, DistillWarning, stacklevel=4)
         return weights, rest
-
-    def _own_task(self, values: Mapping[str, Tensor], student: Outputs) -> Mapping[str, Any]:
-        """Replace the task loss of several heads with the part that reaches the logits of this
-        head, so that the labels of other heads do not make up for a term that faded.
-        """
-        if 'task' not in values:
-            return values
-        if (own := part_at(values['task'], cast(Tensor, student.logits))) is None:
-            raise DistillError(
-                'The task loss of all heads is not computed from the output of this head, but '
-                'fade= has to raise the weight of its labels. Pass recipes without fade=.'
-            )
-        return {**values, 'task': own}
 
     @property
     def faded(self) -> dict[str, float]:
@@ -377,30 +333,49 @@ class RecipeLoss(nn.Module):
         term = next(t for t in self.recipe.terms if t.name == name)
         return self._value(term, b.with_teacher(name, self.ratios[name].of_different_samples))
 
-    def shares(
-        self, values: Mapping[str, Tensor], weights: Mapping[str, Any], logits: Tensor | None = None
-    ) -> dict:
-        """Return {loss: its fraction of the gradient}, without changing the training.
 
-        The gradient is measured at the logits if all losses reach them, else at the last student
-        parameter that all of them reach. The result is empty if there is no such parameter. Terms
-        of layers with a gradient ratio are left out.
+def with_own_task(values: Mapping[str, Tensor], student: Outputs) -> Mapping[str, Any]:
+    """Replace the task loss of several heads with the part that reaches the logits of this head, so
+    that the labels of other heads do not make up for a term that faded.
+    """
+    if 'task' not in values:
+        return values
+    if (own := part_at(values['task'], cast(Tensor, student.logits))) is None:
+        raise DistillError(
+            'The task loss of all heads is not computed from the output of this head, but '
+            'fade= has to raise the weight of its labels. Pass recipes without fade=.'
+        )
+    return {**values, 'task': own}
 
-        Args:
-            values: {name: value} of the task loss ('task') and the terms of a batch.
-            weights: {name: weight}.
-            logits: The student's logits. None to measure at its parameters.
-        """
-        apart = {t.name for t in self.layered if t.has_grad_ratio}
-        values = {k: v for k, v in values.items() if k not in apart}
-        try:
-            norms = norms_at_logits(values, logits)
-            if norms is None and isinstance(self.student, nn.Module):
-                norms = norms_at_layer(values, self.student)
-        except RuntimeError:
-            return {}  # compiled or checkpointed parts may allow only one backward pass
-        weighted = {k: float(weights[k] * n) for k, n in (norms or {}).items()}
-        return {k: n / sum(weighted.values()) for k, n in weighted.items()}
+
+def check_gradients(student: nn.Module, terms: Sequence, links: Any, outputs: Outputs) -> None:
+    """Raise an error if a term compares a layer of the student that is trained, but was read without
+    gradients, so that the term would not train the student.
+
+    A layer is trained if it has parameters that are, or if all parameters of the student are.
+    Outputs that all have no gradients were not computed to train the student.
+    """
+    logits: Any = outputs.logits
+    names = ((t, k.layers[0]) for t in terms for k in links[t.name] if k.layers)
+    read = ((t, n, outputs.feats.get(n)) for t, n in names)
+    constant = [(t, n) for t, n, x in read if x is not None and not x.requires_grad]
+    tensors = [logits.hidden if isinstance(logits, LinearLogits) else logits, outputs.feats]
+    if not constant or not any(o.requires_grad for o in tensors_in(tensors)):
+        return
+    whole = all(p.requires_grad for p in student.parameters())
+    modules = named(student)
+    for term, n in constant:
+        module = modules.get(n.split('@')[0])
+        own = module is not None and any(p.requires_grad for p in module.parameters())
+        if own or whole:
+            raise DistillError(
+                f"{term.name} compares the student's layer {n!r}, whose output has no gradient "
+                'although its parameters are trained, so the term would not train the student. '
+                'The layer ran under torch.no_grad(), as it does inside '
+                'torch.utils.checkpoint.checkpoint(..., use_reentrant=True). Use '
+                'use_reentrant=False, in Hugging Face models with '
+                'gradient_checkpointing_kwargs=dict(use_reentrant=False).'
+            )
 
 
 def check_kind(term: Any, kind: str) -> None:
