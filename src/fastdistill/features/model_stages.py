@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any
 
 from torch import Tensor, nn
@@ -80,10 +81,10 @@ class Stage:
 def stages(model: Any, x: Any) -> list[Stage]:
     """Return the last layer of each stage of a model, in the order in which they run."""
     path = MainPath(model, x)
-    found = path.stages(path.walk())
+    found = ends_of_stages(path.walk(), path.size)
     # in a network with only one resolution, each block is a stage
     if len(found) == 1 and found[0].kind == 'map':
-        found = path.stages(path.walk(split_maps=True))
+        found = ends_of_stages(path.walk(split_maps=True), path.size)
     if not found:
         raise DistillError(
             f"layers='auto' finds no stages in {model_name(model)}. Name the layers: "
@@ -140,7 +141,7 @@ class MainPath:
         ran = probe(model, *x)
         self.ran, self.when = {f.name: f for f in ran}, {f.name: i for i, f in enumerate(ran)}
         self.first = series_layers(ran)
-        self.size, self.picture = image_size(x), is_picture(x)
+        self.size = image_size(x)
         # use the batch size that the model got, because a teacher may split the batch into slices
         ran_on = self.ran[''].shape_in if '' in self.ran else None
         self.batch = ran_on[0] if ran_on else batch_size(x)
@@ -195,7 +196,7 @@ class MainPath:
             return False
         have = {type(m) for m in f.module.modules()}
         of = lambda *kinds: any(issubclass(h, kinds) for h in have)
-        if self.picture:
+        if len(self.size) > 1:
             like = lambda h, w: abs(h - w * self.size[0] / self.size[1]) <= 1
             first, behind = like(*shape[2:]), like(*shape[1:3])
             if first != behind:
@@ -278,86 +279,84 @@ class MainPath:
             yield n
             yield from self._inside(n)
 
-    # find the ends of stages
 
-    def stages(self, units: Sequence[Stage]) -> list[Stage]:
-        """Return the last layer of each stage."""
-        groups = self._groups([u for u in units if u.kind != 'vector'])
-        # if a network has blocks, its single layers are stems or necks and not stages
-        if any(u.deep for g in groups for u in g):
-            groups = [g for g in groups if any(u.deep for u in g)]
-        if not groups:
-            groups = self._layers([u for u in units if u.kind == 'vector'])
-        elif len(groups) == 1 and sum(u.deep for u in groups[0]) > 1:
-            return [u for u in groups[0] if u.deep]
-        if len(groups) > 3 and self._stem(groups[0], units):
-            groups = groups[1:]
-        return [self._end(g) for g in groups]
+# find the ends of stages
 
-    def _groups(self, units: Sequence[Stage]) -> list[list[Stage]]:
-        """Group consecutive layers with the same resolution and dilation. Groups without weights
-        are dropped.
-        """
-        groups: list[list[Stage]] = []
-        place: tuple | None = None
-        dilation: int | None = None
-        for u in units:
-            here = u.kind, self._place(u)
-            if here != place or (u.weights and dilation not in (None, u.dilation)):
-                groups.append([])
-                place, dilation = here, None
-            if u.weights:
-                dilation = u.dilation
-            groups[-1].append(u)
-        return [g for g in groups if any(u.weights for u in g)]
 
-    def _place(self, u: Stage) -> tuple:
-        if u.kind == 'map':
-            return u.place
+def ends_of_stages(units: Sequence[Stage], size: tuple) -> list[Stage]:
+    """Return the last layer of each stage.
+
+    Args:
+        units: Result of `MainPath.walk`.
+        size: Result of `image_size` for the inputs.
+    """
+    groups = groups_of([u for u in units if u.kind != 'vector'], len(size) > 1)
+    # if a network has blocks, its single layers are stems or necks and not stages
+    if any(u.deep for g in groups for u in g):
+        groups = [g for g in groups if any(u.deep for u in g)]
+    if not groups:
+        groups = groups_of_vectors([u for u in units if u.kind == 'vector'])
+    elif len(groups) == 1 and sum(u.deep for u in groups[0]) > 1:
+        return [u for u in groups[0] if u.deep]
+    if len(groups) > 3 and is_stem(groups[0], units, size):
+        groups = groups[1:]
+    return [end_of(g) for g in groups]
+
+
+def groups_of(units: Sequence[Stage], picture: bool) -> list[list[Stage]]:
+    """Group consecutive layers with the same resolution and dilation. Groups without weights are
+    dropped.
+    """
+    groups: list[list[Stage]] = []
+    place: tuple | None = None
+    dilation: int | None = None
+    for u in units:
         # the resolution does not depend on the number of class tokens
-        return (grid(u.shape[1]) or u.shape)[1:] if self.picture else ()
+        tokens = (grid(u.shape[1]) or u.shape)[1:] if picture else ()
+        here = u.kind, u.place if u.kind == 'map' else tokens
+        if here != place or (u.weights and dilation not in (None, u.dilation)):
+            groups.append([])
+            place, dilation = here, None
+        if u.weights:
+            dilation = u.dilation
+        groups[-1].append(u)
+    return [g for g in groups if any(u.weights for u in g)]
 
-    def _layers(self, units: Sequence[Stage]) -> list[list[Stage]]:
-        """Build one group for each layer with weights, including the activations after the layer."""
-        groups: list[list[Stage]] = []
-        for u in units:
-            if u.weights:
-                groups.append([u])
-            elif groups:
-                groups[-1].append(u)
-        return groups
 
-    def _stem(self, group: Sequence[Stage], units: Sequence[Stage]) -> bool:
-        """Return True if this group contains only the first layer, which reduces the resolution of
-        the image.
-        """
-        entry, *more = [u for u in group if u.weights]
-        first = next(u for u in units if u.weights)
-        return (
-            not more
-            and entry is first
-            and entry.kind == 'map'
-            and max(entry.place) < max(self.size, default=0)
-        )
+def groups_of_vectors(units: Sequence[Stage]) -> list[list[Stage]]:
+    """Build one group for each layer with weights, including the activations after the layer."""
+    groups: list[list[Stage]] = []
+    for u in units:
+        if u.weights:
+            groups.append([u])
+        elif groups:
+            groups[-1].append(u)
+    return groups
 
-    def _end(self, group: Sequence[Stage]) -> Stage:
-        """Return the last block of a group. If the group has no blocks, return the last activation
-        after the last layer with weights.
-        """
-        blocks = any(u.deep for u in group)
-        i = max(i for i, u in enumerate(group) if u.weights and (u.deep or not blocks))
-        tail = group[i + 1 :]
-        if group[i].leaf:
-            tail = [u for u in tail if not isinstance(u.module, PASSIVE)]
-        # after a block, include an activation only if it overwrites the output of the block in
-        # place
-        else:
-            n = next(
-                (k for k, u in enumerate(tail) if not getattr(u.module, 'inplace', False)),
-                len(tail),
-            )
-            tail = tail[:n]
-        return tail[-1] if tail else group[i]
+
+def is_stem(group: Sequence[Stage], units: Sequence[Stage], size: tuple) -> bool:
+    """Return True if this group contains only the first layer, which reduces the resolution of the
+    image.
+    """
+    entry, *more = [u for u in group if u.weights]
+    first = next(u for u in units if u.weights)
+    smaller = entry.kind == 'map' and max(entry.place) < max(size, default=0)
+    return not more and entry is first and smaller
+
+
+def end_of(group: Sequence[Stage]) -> Stage:
+    """Return the last block of a group. If the group has no blocks, return the last activation after
+    the last layer with weights.
+    """
+    blocks = any(u.deep for u in group)
+    i = max(i for i, u in enumerate(group) if u.weights and (u.deep or not blocks))
+    tail = group[i + 1 :]
+    if group[i].leaf:
+        tail = [u for u in tail if not isinstance(u.module, PASSIVE)]
+    else:
+        # after a block, include an activation only if it overwrites the output of the block in place
+        tail = [*takewhile(lambda u: getattr(u.module, 'inplace', False), tail)]
+    return tail[-1] if tail else group[i]
 
 
 def is_inside(name: str, above: str) -> bool:
