@@ -247,7 +247,8 @@ def test_the_cells_of_new_data_run_only_with_a_frozen_default(
     quality, blobs, tmp_path, monkeypatch
 ):
     cell = replace(blobs[0], sealed=True)
-    assert quality.protocol.FROZEN == ''
+    assert re.fullmatch('[0-9a-f]{12}', quality.protocol.FROZEN)
+    monkeypatch.setattr(quality.protocol, 'FROZEN', '')
     quality.run.run_cell(cell, tmp_path, math.inf, ['labels'])
     assert not (tmp_path / 'blobs.jsonl').exists()
     monkeypatch.setattr(quality.protocol, 'FROZEN', 'abc')
