@@ -28,6 +28,7 @@ from fastdistill.cache.digests import file_checksum, fingerprint
 from fastdistill.cache.manifest import Manifest
 from fastdistill.cache.reader import is_cache
 from fastdistill.cache.teacher_description import distinct_views
+from fastdistill.cache.write_progress import shown_progress
 from fastdistill.losses import kl
 from fastdistill.base.outputs import DistillError, DistillWarning, Outputs, TopK
 from fastdistill.teachers import Teacher
@@ -1399,3 +1400,15 @@ def test_an_ensemble_is_stored_along_the_class_axis_of_the_cache(tmp_path):
     torch.testing.assert_close(cache.outputs(range(6)).logits.softmax(-1), want)
     with pytest.raises(DistillError, match='axis=1, but the teacher has axis=-1: pass axis=-1'):
         cache_dataset(Teacher(members, axis=-1), data, tmp_path / 'b', views=0, progress=False)
+
+
+def test_a_terminal_shows_speed_and_size(capsys, monkeypatch):
+    monkeypatch.setenv('FORCE_COLOR', '1')
+    monkeypatch.setenv('TERM', 'xterm')
+    monkeypatch.setenv('COLUMNS', '200')
+    with shown_progress(True) as show:
+        show(8, 32, 10**6)
+        show(32, 32, 4 * 10**6)
+    out = capsys.readouterr().out
+    assert '100% of the samples' in out
+    assert re.search(r'32 of 32, 4.0 MB, [\d,]+ samples/s, 0 s left', out)

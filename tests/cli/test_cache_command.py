@@ -90,12 +90,7 @@ def test_write_look_at_it_and_ask_again(script, cache, tmp_path):
         'float32',
         '--valid',
     )
-    assert (
-        '16 samples x 2 view(s) x 8 bytes = 0.0 MB' in out
-        and '8 samples x 1 view(s)' in out
-        and 'samples/s' in out
-        and '32/32' in out
-    )
+    assert '16 samples x 2 view(s) x 8 bytes = 0.0 MB' in out and '8 samples x 1 view(s)' in out
     assert (len(TeacherCache(path)), TeacherCache(path).views, len(TeacherCache(path).valid)) == (
         16,
         2,
@@ -173,7 +168,9 @@ def test_an_interrupt_says_how_to_go_on(script, cache, tmp_path, monkeypatch):
         re.search(r'(\d+) of 8 written, .* in all: `fastdistill cache write` resumes', said)[1]
     )
     assert 0 < done < 8
-    out = cache(
+    written = {p: p.stat().st_mtime_ns for p in (tmp_path / 'c').rglob('0*.bin')}
+    assert len(written) == done
+    cache(
         'write',
         f'{script}:stopped',
         f'{script}:dls',
@@ -183,9 +180,8 @@ def test_an_interrupt_says_how_to_go_on(script, cache, tmp_path, monkeypatch):
         '--store',
         'float32',
     )
-    assert f'{32 - 4 * done}/{32 - 4 * done}' in out and '8 of 8 written' in cache(
-        'info', tmp_path / 'c', '--check'
-    )
+    assert '8 of 8 written' in cache('info', tmp_path / 'c', '--check')
+    assert all(p.stat().st_mtime_ns == time for p, time in written.items())
 
 
 def test_what_does_not_fit_is_refused_and_what_nearly_does_is_asked(
@@ -258,7 +254,7 @@ def test_each_of_two_processes_writes_its_share(script, cache, tmp_path):
         tmp_path / 'log.1'
     )
     out = ''.join((tmp_path / f'log.{i}.out').read_text() for i in (0, 1))
-    assert out.count('16 samples x 2 view(s)') == 1 and '16/16' in out  # of its own share
+    assert out.count('16 samples x 2 view(s)') == 1
     cache(*args, tmp_path / 'one', *more)
     one, two = TeacherCache(tmp_path / 'one'), TeacherCache(tmp_path / 'two').check()
     assert (len(one.manifest.shards), len(two.manifest.shards)) == (3, 9)

@@ -28,8 +28,8 @@ def console_for_bars(**options: Any) -> Any:
 @contextmanager
 def progress_bar(shown: bool, unit: str = '') -> Iterator[Callable]:
     """Context manager that yields fn(text, done). The function moves the bar to `done`, from 0 to
-    1, and shows the text next to the bar. With `done=None`, the function prints the text
-    permanently, even if no bar is shown.
+    1, and shows the text next to the bar, which appears with the first call. With `done=None`, the
+    function prints the text permanently, even if no bar is shown.
 
     Args:
         shown: False to print nothing. In distributed runs, only the first process prints.
@@ -43,17 +43,21 @@ def progress_bar(shown: bool, unit: str = '') -> Iterator[Callable]:
     from rich.markup import escape
     from rich.progress import BarColumn, Progress, TextColumn
 
-    with Progress(
+    bar = Progress(
         BarColumn(20),
         TextColumn(f'{{task.percentage:>3.0f}}% {unit}  {{task.description}}'),
         console=console,
-    ) as bar:
-        task = bar.add_task('', total=1.0)
+    )
+    task = bar.add_task('', total=1.0)
 
-        def update(text: str, done: float | None) -> None:
-            if done is None:
-                console.print(f'fastdistill: {text}', markup=False)
-            else:
-                bar.update(task, completed=done, description=escape(text))
+    def update(text: str, done: float | None) -> None:
+        if done is None:
+            console.print(f'fastdistill: {text}', markup=False)
+        else:
+            bar.start()
+            bar.update(task, completed=done, description=escape(text))
 
+    try:
         yield update
+    finally:
+        bar.stop()

@@ -68,24 +68,21 @@ def write(
     Under torchrun or accelerate launch, each process writes a part of the cache.
     """
     from ...base.distributed import joined_processes
-    from ...cache.write_progress import ProgressBar
     from ...fastai.cache_data import cache_teacher
 
     dls, model = load_object(data, dataloaders), load_teacher(teacher)
-    with (
-        joined_processes() as first,
-        ProgressBar(console := Console(quiet=not first)) as bar,
-    ):
+    with joined_processes() as first:
 
         def forecast(plan: Any) -> None:
             """Print the size of the cache before the teacher runs. Ask for confirmation if the
             cache needs more than half of the free disk space.
             """
-            bar.stop()
-            console.print(str(plan) if plan.bytes else 'Nothing is missing.', highlight=False)
+            if not first:
+                return
+            typer.echo(str(plan) if plan.bytes else 'Nothing is missing.')
             # the writer itself raises an error if the cache needs more than the free disk space
             large = plan.free is not None and plan.free / 2 < plan.bytes <= plan.free
-            if large and first and not yes:
+            if large and not yes:
                 typer.confirm('That is more than half of the free disk. Continue?', abort=True)
 
         try:
@@ -101,16 +98,15 @@ def write(
                 run=dict(bs=bs, num_workers=workers, seed=seed, forecast=forecast),
                 check=check and first,
                 force=force,
-                progress=bar.progress,
             )
         except KeyboardInterrupt:
-            bar.stop()
-            console.print(
-                f'\nInterrupted. Finished files are kept in {path}: the same command resumes.',
-                highlight=False,
-            )
+            if first:
+                typer.echo(
+                    f'\nInterrupted. Finished files are kept in {path}: the same command resumes.'
+                )
             raise typer.Exit(130) from None
-    console.print(str(cache), highlight=False, markup=False)
+    if first:
+        typer.echo(str(cache))
 
 
 def store_from_text(text: str) -> str | dict[str, Any]:
