@@ -3,27 +3,23 @@
 The outputs can be JSON lines, Parquet, Arrow or NumPy files, or Python objects.
 """
 
-import importlib
-import json
-import os
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import partial
 from math import isfinite
 from pathlib import Path, PurePath
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from ..base.outputs import DistillError, Outputs, TopK
-from .digests import file_checksum, fingerprint
-from .file_store import natural_order
-from .json_checks import load_json, shortened
+from .json_checks import shortened
 from .keys import keys_of, ordered_names
 from .other_tools import converted_rows
 from .reader import TeacherCache
+from .row_files import as_array, read_rows
 from .row_layout import COARSE, Store, float16_step
 from .teacher_description import Source, check_vocab, is_whole
 from .write_progress import shown_progress
@@ -188,14 +184,6 @@ class Reading:
         where = self.rows.place(i) if hasattr(self.rows, 'place') else f'Row {i}'
         return where if self.keys is None else f'{where} ({shortened(repr(self.keys[i]), 100)})'
 
-    @contextmanager
-    def naming(self, i: int) -> Iterator[None]:
-        """Add the file and number of row `i` to the errors raised in this context."""
-        try:
-            yield
-        except DistillError as e:
-            raise DistillError(f'{self.place(i)}: {e}') from None
-
     def columns(self, i: int) -> Mapping:
         row = self.rows[i]
         if isinstance(row, Mapping):
@@ -235,7 +223,7 @@ class Reading:
         self.keys = names
         seen: dict[int, int] = {}
         for i, name in enumerate(names):
-            with self.naming(i):
+            with named(partial(self.place, i)):
                 key = key_of_name(name, root)
             if seen.setdefault(key, i) != i:
                 raise DistillError(
@@ -253,6 +241,7 @@ class Reading:
         counts: dict[int, int] = {}
         unnumbered: dict[int, int] = {}
         longest, self.tokens = 0, None
+        check = NumberCheck(self.value, self.given, self.dtype, self.n)
         sums: set[int] = set()
         n_positions = 0
         for i in range(len(self.rows)):
@@ -265,13 +254,14 @@ class Reading:
                     f'{self.place(i)} has outputs {kinds[self.in_rows]}, but the first row has '
                     f'outputs {kinds[self.tokens]}: all rows must have the same form.'
                 )
-            with self.naming(i):
+            with named(partial(self.place, i)):
                 own = {len(v) for _, v in filter(None, positions)}
                 if not own:
                     raise DistillError(f'there are no outputs in {self.value!r}.')
                 for j, p in enumerate(positions):
                     if p is not None:
-                        self.check(p[0], p[1], f'position {j}: ' if self.in_rows else '')
+                        with named(f'position {j}') if self.in_rows else nullcontext():
+                            check(*p)
             for c, v in filter(None, positions):
                 n_positions += 1
                 sums.add(share_of(v))
@@ -314,7 +304,7 @@ class Reading:
         """
         value = self.column(i, self.value)
         o = unwrapped(value)
-        with self.naming(i):
+        with named(partial(self.place, i)):
             columns = self.rows[i]
             ids = next((columns[k] for k in IDS if columns.get(k) is not None), None)
             if not isinstance(o := listed(o), (Mapping, list, np.ndarray)):
@@ -350,88 +340,6 @@ class Reading:
                 )
         return out[1:] + [None] if self.shift else out
 
-    def check(self, c: Any, v: Any, where: str) -> None:
-        """Raise a DistillError unless the numbers are valid logits or (log-)probabilities."""
-
-        def refuse(found: str) -> None:
-            raise DistillError(f'{where}{found}')
-
-        if not len(v):
-            refuse('there are no classes: use null (None) for a position without outputs.')
-        if c is not None:
-            if self.n is None:
-                raise DistillError(
-                    'The rows have only some of the classes: pass n=, the number of all classes '
-                    '(for tokens, the size of the vocabulary).'
-                )
-            if self.given == 'logits':
-                raise DistillError(
-                    'Logits of only some classes have no probabilities: use log-probabilities.'
-                )
-            if min(c) < 0 or max(c) >= self.n or len(set(c)) < len(c):
-                refuse(f'the classes {few_of(c)} must differ, and be from 0 to {self.n - 1}.')
-        if np.isnan(v).any():
-            refuse(f'{self.value!r} has NaN: each class needs a number.')
-        if self.given == 'probs':
-            self._check_probabilities(v, refuse)
-        else:
-            self._check_logarithms(v, refuse)
-        if self.given == 'logits':
-            return
-        with np.errstate(over='ignore'):
-            total = (v if self.given == 'probs' else np.exp(v)).sum()
-        # the row has all classes, not only the most likely ones
-        every = len(v) == self.n or c is None
-        if total <= 1.02 and total >= (0.98 if every else 1e-6):
-            return
-        other = 'logprobs' if self.given == 'probs' else 'probs'
-        rule = 'a few classes must sum to more than 0 and at most 1'
-        refuse(
-            f'the probabilities sum to {total:.3g} if {self.value!r} holds {self.given}, but '
-            f'those of {"all classes must sum to 1" if every else rule}. If it holds something else, '
-            f"pass given='logits' or given={other!r}. If the classes are not mutually exclusive, use "
-            'their logits.'
-        )
-
-    def _check_probabilities(self, v: Any, refuse: Callable) -> None:
-        if v.min() < -1e-5 or v.max() > 1.02:  # allow for rounding errors
-            refuse(
-                f'the probabilities go from {v.min():.3g} to {v.max():.3g}: they must be from 0 '
-                f"to 1. If {self.value!r} holds something else, pass given='logits' or "
-                "given='logprobs'."
-            )
-
-    def _check_logarithms(self, v: Any, refuse: Callable) -> None:
-        """Check logits and log-probabilities. Masked classes have -inf."""
-        known = v[v != -np.inf]
-        if not len(known):
-            refuse(f'{self.value!r} has only -inf: at least one class must have a finite number.')
-        most = 65504 if self.dtype == 'float16' else 3e38
-        if np.abs(known).max() > most:
-            refuse(
-                f'{self.value!r} has {known[np.abs(known).argmax()]:g}: {self.dtype} holds numbers up to {most:g}. '
-                "Use dtype='float32', or -inf for a class that is masked out."
-            )
-        if self.given == 'logprobs' and known.min() < LEAST_LOGPROB:
-            refuse(
-                f'{self.value!r} has {known.min():g}, which marks a missing log-probability: '
-                f'they must be at least {LEAST_LOGPROB}. Leave the class out of a list of the '
-                'most likely classes, or use -inf for probability 0.'
-            )
-        if self.dtype == 'float16' and (step := float16_step(known.max())) > COARSE:
-            refuse(
-                f'the largest number of {self.value!r} is {known.max():g}, where float16 holds numbers '
-                f"in steps of {step:g}: use dtype='float32', or subtract the largest logit from all."
-            )
-        if len(known) < len(v) and self.dtype == 'int8':
-            refuse(f"{self.value!r} has -inf, which int8 can't hold: use dtype='float16'.")
-        low, high = known.min(), known.max()
-        if self.dtype == 'int8' and (high - low) / 254 > COARSE:
-            refuse(
-                f'{self.value!r} goes from {low:g} to {high:g}, which int8 holds in steps of '
-                f"{(high - low) / 254:.3g}: use dtype='float16' or 'float32'."
-            )
-
     def batch(self, tasks: Sequence[int]) -> Outputs:
         """Return the outputs of some rows."""
         rows = zip(*(self.row(int(i)) for i in tasks))
@@ -465,6 +373,126 @@ class Reading:
         return c[order], v[order]
 
 
+@contextmanager
+def named(place: str | Callable[[], str]) -> Iterator[None]:
+    """Name a place, such as a row, in the errors raised in this context."""
+    try:
+        yield
+    except DistillError as e:
+        raise DistillError(f'{place() if callable(place) else place}: {e}') from None
+
+
+@dataclass
+class NumberCheck:
+    """Checks the numbers of one position.
+
+    Attributes:
+        value: Name of the column.
+        given: 'logprobs', 'logits' or 'probs'.
+        dtype: 'float32', 'float16' or 'int8', in which the numbers will be stored.
+        n: Number of classes. None if it is not known.
+    """
+
+    value: str
+    given: str
+    dtype: str
+    n: int | None
+
+    def __call__(self, c: Any, v: Any) -> None:
+        """Raise a DistillError unless the numbers are valid logits or (log-)probabilities.
+
+        Args:
+            c: Class of each number. None if the numbers cover all classes in order.
+            v: The numbers.
+        """
+        if not len(v):
+            raise DistillError(
+                'there are no classes: use null (None) for a position without outputs.'
+            )
+        if c is not None:
+            self.check_classes(c)
+        if np.isnan(v).any():
+            raise DistillError(f'{self.value!r} has NaN: each class needs a number.')
+        if self.given == 'probs':
+            self.check_probabilities(v)
+        else:
+            self.check_logarithms(v)
+        if self.given == 'logits':
+            return
+        with np.errstate(over='ignore'):
+            total = (v if self.given == 'probs' else np.exp(v)).sum()
+        # the row has all classes, not only the most likely ones
+        every = len(v) == self.n or c is None
+        if total <= 1.02 and total >= (0.98 if every else 1e-6):
+            return
+        other = 'logprobs' if self.given == 'probs' else 'probs'
+        rule = 'a few classes must sum to more than 0 and at most 1'
+        raise DistillError(
+            f'the probabilities sum to {total:.3g} if {self.value!r} holds {self.given}, but '
+            f'those of {"all classes must sum to 1" if every else rule}. If it holds something else, '
+            f"pass given='logits' or given={other!r}. If the classes are not mutually exclusive, use "
+            'their logits.'
+        )
+
+    def check_classes(self, c: Any) -> None:
+        if self.n is None:
+            raise DistillError(
+                'The rows have only some of the classes: pass n=, the number of all classes '
+                '(for tokens, the size of the vocabulary).'
+            )
+        if self.given == 'logits':
+            raise DistillError(
+                'Logits of only some classes have no probabilities: use log-probabilities.'
+            )
+        if min(c) < 0 or max(c) >= self.n or len(set(c)) < len(c):
+            few = ', '.join(map(str, c[:8])) + (' ...' if len(c) > 8 else '')
+            raise DistillError(f'the classes {few} must differ, and be from 0 to {self.n - 1}.')
+
+    def check_probabilities(self, v: Any) -> None:
+        if v.min() < -1e-5 or v.max() > 1.02:  # allow for rounding errors
+            raise DistillError(
+                f'the probabilities go from {v.min():.3g} to {v.max():.3g}: they must be from 0 '
+                f"to 1. If {self.value!r} holds something else, pass given='logits' or "
+                "given='logprobs'."
+            )
+
+    def check_logarithms(self, v: Any) -> None:
+        """Check logits and log-probabilities. Masked classes have -inf."""
+        known = v[v != -np.inf]
+        if not len(known):
+            raise DistillError(
+                f'{self.value!r} has only -inf: at least one class must have a finite number.'
+            )
+        low, high, largest = known.min(), known.max(), known[np.abs(known).argmax()]
+        if abs(largest) > (most := 65504 if self.dtype == 'float16' else 3e38):
+            raise DistillError(
+                f'{self.value!r} has {largest:g}: {self.dtype} holds numbers up to {most:g}. '
+                "Use dtype='float32', or -inf for a class that is masked out."
+            )
+        if self.given == 'logprobs' and low < LEAST_LOGPROB:
+            raise DistillError(
+                f'{self.value!r} has {low:g}, which marks a missing log-probability: they must be at '
+                f'least {LEAST_LOGPROB}. Leave the class out of a list of the most likely classes, or '
+                'use -inf for probability 0.'
+            )
+        if self.dtype == 'float16' and (step := float16_step(high)) > COARSE:
+            raise DistillError(
+                f'the largest number of {self.value!r} is {high:g}, where float16 holds numbers in '
+                f"steps of {step:g}: use dtype='float32', or subtract the largest logit from all."
+            )
+        if self.dtype != 'int8':
+            return
+        if len(known) < len(v):
+            raise DistillError(
+                f"{self.value!r} has -inf, which int8 can't hold: use dtype='float16'."
+            )
+        if (step := (high - low) / 254) > COARSE:
+            raise DistillError(
+                f'{self.value!r} goes from {low:g} to {high:g}, which int8 holds in steps of '
+                f"{step:.3g}: use dtype='float16' or 'float32'."
+            )
+
+
 def share_of(v: np.ndarray) -> int:
     """Return 1 for probabilities, 100 for percentages, and 0 for other numbers."""
     total = v.sum()
@@ -491,10 +519,6 @@ def key_of_name(name: Any, root: Any) -> int:
         ) from e
 
 
-def few_of(c: Any) -> str:
-    return ', '.join(map(str, c[:8])) + (' ...' if len(c) > 8 else '')
-
-
 def unwrapped(o: Any) -> Any:
     """Return the list of entries inside an OpenAI response."""
     while isinstance(o, Mapping) and (
@@ -511,12 +535,6 @@ def listed(o: Any) -> Any:
     if isinstance(o, np.ndarray) and not o.ndim:
         return o.item()
     return list(o) if isinstance(o, tuple) else o
-
-
-def as_array(t: Tensor) -> np.ndarray:
-    """Convert a tensor on any device to an array."""
-    t = t.detach().cpu()
-    return (t.float() if t.dtype == torch.bfloat16 else t).numpy()  # NumPy has no bfloat16
 
 
 def is_real(o: Any) -> bool:
@@ -601,271 +619,3 @@ def class_of(k: Any) -> int:
         f'the class {shortened(repr(k), 100)} is not a whole number from 0: ask the server for token '
         'ids (vLLM: return_tokens_as_token_ids=True), or translate names first.'
     )
-
-
-# files
-
-
-def read_rows(o: Any) -> tuple:
-    """Return (sequence of dicts, (name, fingerprint)) for any supported input."""
-    if isinstance(o, (str, Path)):
-        return read_path(Path(o))
-    if hasattr(o, 'column_names'):
-        return of_hub(o)
-    if torch.is_tensor(o):
-        o = as_array(o)
-    if isinstance(o, np.ndarray):
-        return Arrays(dict(logprobs=o)), ('array', fingerprint(o))
-    if isinstance(o, (Mapping, bytes)) or not isinstance(o, Iterable):
-        raise DistillError(
-            f'outputs is of type {type(o).__name__}: it must be a file, a folder of files, an array, '
-            'a Dataset or a list of dicts.'
-        )
-    rows = list(o)
-    return rows, ('rows', fingerprint(f'[{", ".join(row_texts(rows))}]'))
-
-
-def row_texts(rows: Any) -> Iterator[str]:
-    """Yield each row as text, from which the fingerprint is computed."""
-
-    def plain(o: Any) -> Any:
-        o = as_array(o) if torch.is_tensor(o) else o
-        return o.tolist() if hasattr(o, 'tolist') else str(o)
-
-    for i in range(len(rows)):
-        try:
-            yield json.dumps(rows[i], sort_keys=True, default=plain)
-        # column names may have different types, or an object may contain itself
-        except (TypeError, ValueError, RecursionError) as e:
-            raise DistillError(
-                f"Row {i} can't be written as JSON ({e}): its columns must have text names and "
-                'hold numbers, texts, or lists and dicts of these.'
-            ) from e
-
-
-def of_hub(o: Any) -> tuple:
-    """Read a `datasets.Dataset` of Hugging Face, in memory or memory-mapped."""
-    if isinstance(o, Mapping):
-        raise DistillError(
-            f"There are several splits ({', '.join(map(str, o))}): pass one, e.g. dataset['train']."
-        )
-    if not hasattr(o, '__len__'):
-        raise DistillError('A stream of rows has no length: pass a Dataset, or list(dataset).')
-    # return Python objects instead of tensors
-    rows = o.with_format(None) if hasattr(o, 'with_format') else o
-    return rows, ('dataset', fingerprint(' '.join(map(fingerprint, row_texts(rows)))))
-
-
-def read_path(path: Path) -> tuple:
-    if not path.exists():
-        raise DistillError(f'There is no file {str(path)!r}.')
-    if (path / 'dataset_dict.json').is_file():
-        splits = sorted(p.name for p in path.iterdir() if p.is_dir())
-        raise DistillError(
-            f'{path} has several splits ({", ".join(splits)}): pass one, e.g. {path / splits[0]}.'
-        )
-    files = [path]
-    if path.is_dir():
-        names = sorted((f.name for f in path.iterdir()), key=natural_order)
-        files = [path / n for n in names if PurePath(n).suffix in READERS]
-    if not files or files[0].suffix not in READERS:
-        raise DistillError(
-            f'{path}: it must be a file that ends in {", ".join(READERS)}, or a folder of them.'
-        )
-    return Joined(files), (path.name, fingerprint(' '.join(map(file_checksum, files))))
-
-
-@contextmanager
-def reading(path: Path, what: str = '') -> Iterator[None]:
-    """Convert errors of a file library to a one-line `DistillError` that names the file."""
-    try:
-        yield
-    except (DistillError, ImportError):
-        raise
-    # subtle: for damaged files, the libraries raise many kinds of errors, even KeyError and
-    # MemoryError
-    except Exception as e:
-        reason = shortened(' '.join(f'{type(e).__name__}: {e}'.split()))
-        raise DistillError(
-            f"{path}{what} can't be read as {path.suffix} ({reason}). The file is damaged, or its "
-            'name has the wrong ending: write or copy it again.'
-        ) from e
-
-
-def row_in_part(ends: np.ndarray, i: int) -> tuple[int, int]:
-    """Return (index of the part that holds row `i`, index of the row in that part).
-
-    Args:
-        ends: Number of rows up to the end of each part.
-        i: Index of the row.
-    """
-    k = int(np.searchsorted(ends, i, 'right'))
-    if k == len(ends):
-        raise IndexError(i)
-    return k, i - (int(ends[k - 1]) if k else 0)
-
-
-class Joined:
-    """The rows of several files, concatenated."""
-
-    def __init__(self, files: Sequence[Path]):
-        self.files = files
-        self.parts: list[Any] = []
-        for f in files:
-            with reading(f):
-                self.parts.append(READERS[f.suffix](f))
-        self.ends = np.cumsum([len(p) for p in self.parts])
-
-    def __len__(self) -> int:
-        return int(self.ends[-1])
-
-    def place(self, i: int) -> str:
-        k, row = row_in_part(self.ends, i)
-        part = self.parts[k]
-        return f'{self.files[k]}, {part.place(row) if hasattr(part, "place") else f"row {row}"}'
-
-    def __getitem__(self, i: int) -> Any:
-        k, row = row_in_part(self.ends, i)
-        with reading(self.files[k], f', row {row}'):
-            return self.parts[k][row]
-
-
-class Lines:
-    """A file of JSON lines that stores the offset of each line and reads lines on demand."""
-
-    def __init__(self, path: Path):
-        self.path, self.at, self.lines = path, [], []
-        with open(path, 'rb') as f:
-            at = 0
-            for n, line in enumerate(f, 1):
-                if line.strip():
-                    self.at.append(at)
-                    self.lines.append(n)
-                at += len(line)
-
-    def __len__(self) -> int:
-        return len(self.at)
-
-    def place(self, i: int) -> str:
-        return f'line {self.lines[i]}'
-
-    def __getitem__(self, i: int) -> dict:
-        with open(self.path, 'rb') as f:
-            f.seek(self.at[i])
-            line = f.readline()
-        try:
-            row = load_json(line)
-        except (ValueError, RecursionError) as e:
-            raise DistillError(
-                f'{self.path}, {self.place(i)} is not JSON: {shortened(e)}. Each line must be an '
-                'object: remove or repair this one.'
-            ) from e
-        if isinstance(row, dict):
-            return row
-        raise DistillError(
-            f'{self.path}, {self.place(i)} is a {type(row).__name__}: each line must be an object.'
-        )
-
-
-class Groups:
-    """A file of row groups, of which only one is in memory at a time."""
-
-    def __init__(self, sizes: Sequence[int], read: Callable[[int], Any]):
-        self.ends, self.read = np.cumsum(sizes), read
-        self.group: int | None = None
-        self.rows: list[dict] = []
-
-    def __len__(self) -> int:
-        return int(self.ends[-1]) if len(self.ends) else 0
-
-    def __getitem__(self, i: int) -> Any:
-        g, row = row_in_part(self.ends, i)
-        if g != self.group:
-            group = self.read(g)
-            # subtle: without this check, damaged offsets could crash the process
-            group.validate(full=True)
-            self.group, self.rows = g, group.to_pylist()
-        return self.rows[row]
-
-
-def pyarrow_module(name: str) -> Any:
-    try:
-        return importlib.import_module(f'pyarrow.{name}')
-    except ImportError as e:
-        raise ImportError(
-            "Parquet and Arrow files need pyarrow: pip install 'fastdistill[parquet]'"
-        ) from e
-
-
-def check_unique(columns: Sequence, path: Path) -> None:
-    if repeated := [k for k, n in Counter(columns).items() if n > 1]:
-        raise DistillError(f'{path} has the column {repeated[0]!r} twice: rename or remove one.')
-
-
-class Parquet(Groups):
-    """A Parquet file."""
-
-    def __init__(self, path: Path):
-        parquet = pyarrow_module('parquet')
-        file = parquet.ParquetFile(path, page_checksum_verification=True)
-        check_unique(file.schema_arrow.names, path)
-        sizes = [file.metadata.row_group(g).num_rows for g in range(file.num_row_groups)]
-        super().__init__(sizes, file.read_row_group)
-
-
-class Arrow(Groups):
-    """A memory-mapped Arrow file, as written by `Dataset.save_to_disk` of Hugging Face."""
-
-    def __init__(self, path: Path):
-        pa, ipc = pyarrow_module('lib'), pyarrow_module('ipc')
-        file = pa.memory_map(str(path))
-        try:
-            batches = ipc.open_stream(file).read_all().to_batches()
-        except pa.ArrowInvalid:
-            # the file is not a stream but has the Arrow file format, with an index
-            batches = ipc.open_file(path).read_all().to_batches()
-        check_unique(batches[0].schema.names if batches else (), path)
-        super().__init__([b.num_rows for b in batches], batches.__getitem__)
-
-
-class Arrays:
-    """A dict of NumPy arrays of equal length."""
-
-    def __init__(self, arrays: Mapping[str, np.ndarray], name: Any = 'The array'):
-        self.arrays = arrays
-        lengths = {v.shape[:1] for v in arrays.values()}
-        if len(lengths) != 1 or () in lengths:
-            shapes = ', '.join(f'{k} {list(v.shape)}' for k, v in arrays.items())
-            raise DistillError(
-                f'{name} has the shapes {shapes or "of no array"}: each must have one entry for each '
-                'sample.'
-            )
-
-    def __len__(self) -> int:
-        return len(next(iter(self.arrays.values())))
-
-    def __getitem__(self, i: int) -> dict:
-        return {k: v[i] if v[i].ndim else v[i].item() for k, v in self.arrays.items()}
-
-
-def arrays_of(path: Path) -> Arrays:
-    if path.suffix == '.npz':
-        # subtle: NumPy does not close a damaged file that it opened itself
-        with open(path, 'rb') as f, np.load(f, allow_pickle=False) as o:
-            check_unique(o.files, path)
-            return Arrays(dict(o), path)
-    o = np.load(path, mmap_mode='r', allow_pickle=False)
-    if (size := os.stat(path).st_size) != (need := o.offset + o.nbytes):
-        raise DistillError(
-            f'{path} has {size} bytes, but its header describes an array of {need} bytes.'
-        )
-    return Arrays(dict(logprobs=o), path)
-
-
-READERS = {
-    '.jsonl': Lines,
-    '.parquet': Parquet,
-    '.arrow': Arrow,
-    '.npy': arrays_of,
-    '.npz': arrays_of,
-}
