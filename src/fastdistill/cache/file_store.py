@@ -115,7 +115,9 @@ class Folder:
             return np.memmap(self.local(name), dtype, 'r', shape=shape)
 
     def free(self) -> int | None:
-        """Return the free disk space in bytes."""
+        """Return the free disk space in bytes. None for a remote folder."""
+        if self.fetches:
+            return None
         there = next(p for p in (self.path, *self.path.parents) if p.exists())
         return shutil.disk_usage(there).free
 
@@ -198,9 +200,6 @@ class Remote(Folder):
         with file_errors(f"Can't remove {name} from {self}", Exception):
             if self.size(name) is not None:
                 self.fs.rm_file(self.at(name))
-
-    def free(self) -> None:
-        return None
 
     @contextmanager
     def lock(self, name: str = '.lock', what: object = None) -> Iterator[None]:

@@ -6,7 +6,8 @@ Each error names the entry, its value and the allowed values.
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, NoReturn
 
 from ..base.outputs import DistillError
@@ -16,6 +17,15 @@ DEPTH = 20  # maximum nesting of lists and objects. Real manifests have fewer le
 
 def shortened(o: Any, n: int = 200) -> str:
     return s if len(s := str(o)) <= n else s[:n] + ' ...'
+
+
+@contextmanager
+def located(place: str | Callable[[], str]) -> Iterator[None]:
+    """Begin the errors raised in this context with the place, such as a row."""
+    try:
+        yield
+    except DistillError as e:
+        raise DistillError(f'{place() if callable(place) else place}: {e}') from None
 
 
 def load_json(text: str | bytes) -> Any:

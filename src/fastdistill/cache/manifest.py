@@ -152,7 +152,8 @@ class Manifest:
     @property
     def version(self) -> int:
         """Lowest version of the format that supports this cache."""
-        return 2 if self.layout.extended or self.lost or self.parts is not None else 1
+        kinds = self.layout.head, self.layout.draws, self.parts
+        return 1 if kinds == (None, None, None) and not self.lost else 2
 
     @staticmethod
     def read(where: Folder) -> 'Manifest':

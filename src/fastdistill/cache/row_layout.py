@@ -321,11 +321,6 @@ class Layout:
         return self.fields[-1].at + self.fields[-1].bytes if self.fields else 0
 
     @property
-    def extended(self) -> bool:
-        """True if rows have contents that format version 1 does not support."""
-        return self.head is not None or self.draws is not None
-
-    @property
     def shape_of_head(self) -> tuple[Any, int]:
         """Shape of the output layer: (number of classes, width of the hidden state)."""
         return self.n, self.fields[0].shape[-1]

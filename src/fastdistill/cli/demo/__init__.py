@@ -5,6 +5,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from itertools import count
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -12,10 +13,10 @@ from typing import Any
 import torch
 from fastai.basics import Callback, CrossEntropyLossFlat, Learner, noop, set_seed
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import nn
 
 from ...base.outputs import DistillError, DistillWarning
+from ...base.progress_bar import progress_bar
 from ...evaluation.cost import timed_in_turns, wait_for
 from ...fastai import soft_labels
 from .picture import draw_results
@@ -64,8 +65,8 @@ def run(
     if quick:
         task, seeds = task.quick(), 1
     console.print(opening(task, seeds))
-    with one_thread(), progress(console) as bar:
-        teacher, students = train_all(task, seeds, bar)
+    with one_thread(), progress_bar(not console.quiet, 'of the steps') as show:
+        teacher, students = train_all(task, seeds, show)
         ms = latency(
             task, 0.05 if quick else 1.0, teacher=teacher.model, student=students[ALONE][0].model
         )
@@ -90,18 +91,20 @@ def run(
 
 
 def train_all(
-    task: DemoTask, seeds: int, bar: Progress
+    task: DemoTask, seeds: int, show: Callable
 ) -> tuple[Trained, dict[str, list[Trained]]]:
-    """Train the teacher, and students in each way. Return (teacher, {way: students})."""
-    row = lambda name, total: partial(bar.advance, bar.add_task(name, total=total))
+    """Train the teacher, and students in each way. Return (teacher, {way: students}). After each
+    step, show(name of the model, part of all steps) is called.
+    """
+    total, steps = task.steps[0] + seeds * len(WAYS) * task.steps[1], count(1)
+    tick = lambda name: lambda: show(name, next(steps) / total)
     of_teacher, of_student = zip(task.epochs, task.lr)
-    teacher = train(task, task.teacher, *of_teacher, 0, row('teacher', task.steps[0]))
-    ticks = {way: row(way, seeds * task.steps[1]) for way in WAYS}
+    teacher = train(task, task.teacher, *of_teacher, 0, tick('teacher'))
     students: dict[str, list[Trained]] = {way: [] for way in WAYS}
     for seed in range(seeds):
         for way, recipe in WAYS.items():
             students[way].append(
-                train(task, task.student, *of_student, seed, ticks[way], teacher.learn, recipe)
+                train(task, task.student, *of_student, seed, tick(way), teacher.learn, recipe)
             )
     return teacher, students
 
@@ -164,14 +167,3 @@ def one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def progress(console: Any) -> Progress:
-    return Progress(
-        TextColumn('{task.description:16}'),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn('steps'),
-        TimeElapsedColumn(),
-        console=console,
-    )

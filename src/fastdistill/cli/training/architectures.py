@@ -65,7 +65,11 @@ def check_arch(arch: Arch, task: str) -> None:
             raise DistillError(
                 f'{name} needs the sizes of its layers: {arch.option}={LAYERED[task][name]!r}.'
             )
-        if name == 'awd_lstm' and layers is not None and not is_awd_lstm(layers):
+        if (
+            name == 'awd_lstm'
+            and layers
+            and (len(layers) not in range(2, 18) or {*layers[1:]} != {layers[1]})
+        ):
             raise DistillError(
                 f'{arch.option}={arch.layers_in_words!r}: the layers of awd_lstm are the size of the '
                 "embedding and 1 to 16 equal numbers of hidden units, such as '100,200,200'."
@@ -88,13 +92,6 @@ def check_arch(arch: Arch, task: str) -> None:
             f'{arch.option}={arch.layers_in_words!r}: the layers of {name} are fixed. They can be '
             f'chosen for {", ".join(n for o in LAYERED.values() for n in o)}.'
         )
-
-
-def is_awd_lstm(layers: Any) -> bool:
-    """Return True if these layer sizes are valid for an AWD-LSTM, i.e. an embedding size and equal
-    hidden sizes.
-    """
-    return 2 <= len(layers) <= 17 and len(set(layers[1:])) == 1
 
 
 def is_timm(arch: str) -> bool:

@@ -49,7 +49,8 @@ def settings_of(
     if folder is None:
         folder = free_folder(config)
     # subtle: the folder of a run that was killed at the very beginning has no settings yet
-    if folder.exists() and not (folder.is_dir() and all(map(is_beginning, folder.iterdir()))):
+    begins = lambda p: p.name == 'checkpoints' or p.suffix == '.tmp'
+    if folder.exists() and not (folder.is_dir() and all(map(begins, folder.iterdir()))):
         what = 'a run' if (folder / 'config.toml').is_file() else 'something else'
         raise DistillError(
             f'{folder} holds {what} already. Give a different out=, or resume=True to continue a run.'
@@ -68,10 +69,6 @@ def checked(config: TrainConfig) -> TrainConfig:
 
         recipe_from_text(config.recipe)
     return config
-
-
-def is_beginning(path: Path) -> bool:
-    return path.name == 'checkpoints' or path.suffix == '.tmp'
 
 
 def check_unchanged(given: dict, stored: TrainConfig, folder: Path) -> None:
