@@ -30,23 +30,20 @@ from .student_export import (
 from .tables import table_inputs
 
 USE = """```python
-import json, pathlib, onnxruntime        # neither PyTorch nor fastdistill
+import json, pathlib
+{imports}
 
 facts = json.loads(pathlib.Path('config.json').read_text())
 session = onnxruntime.InferenceSession('student.onnx')
-logits, = session.run(['logits'], {{{feed}}})
+{prepare}
+logits, = session.run(['logits'], {feed})
+{answer}
 ```
 
-Inputs are NumPy arrays: {inputs}. {images}
+Inputs are NumPy arrays: {inputs}. {notes}
 """
-USE_PHOTO = """```python
-import json, pathlib
-import numpy as np, onnxruntime          # neither PyTorch nor fastdistill
-from PIL import Image
-
-facts = json.loads(pathlib.Path('config.json').read_text())
-session = onnxruntime.InferenceSession('student.onnx')
-
+ALONE = 'import numpy as np, onnxruntime  # neither PyTorch nor fastdistill'
+PHOTO = """
 
 def prepared(path):
     image = Image.open(path).convert('{mode}')
@@ -56,20 +53,8 @@ def prepared(path):
     pixels = (pixels - np.float32(facts['normalization']['mean'])) / np.float32(facts['normalization']['std'])
     return pixels.transpose(2, 0, 1)[None]
 
-
-logits, = session.run(['logits'], {{'x': prepared('photo.jpg')}})
-{answer}
-```
-
-Inputs are NumPy arrays: {inputs}. {images}
 """
-USE_TABLE = """```python
-import json, pathlib
-import numpy as np, onnxruntime          # neither PyTorch nor fastdistill
-
-facts = json.loads(pathlib.Path('config.json').read_text())
-table = facts['table']
-session = onnxruntime.InferenceSession('student.onnx')
+TABLE = """table = facts['table']
 
 
 def missing(value):
@@ -96,37 +81,20 @@ def encoded(row):
 
 
 row = {row}
-names = [i.name for i in session.get_inputs()]
-logits, = session.run(['logits'], dict(zip(names, encoded(row))))
-print({answer})
-```
-
-Inputs are NumPy arrays: {inputs}. `row` is a dict with the raw values of the columns. A missing
+names = [i.name for i in session.get_inputs()]"""
+TABLE_NOTES = """`row` is a dict with the raw values of the columns. A missing
 value is `None` or `nan`. Whole numbers that are categories may be numbers or text.
 
 The row above is made up of categories and means. For this row, the logits are `{logits}`: compare
-them with those of your own code.
-"""
-USE_TEXT = """```python
-import json, pathlib
-import numpy as np, onnxruntime
-from fastai.text import core             # only for the tokens; needs PyTorch
-
-facts = json.loads(pathlib.Path('config.json').read_text())
-text = facts['text']
-session = onnxruntime.InferenceSession('student.onnx')
+them with those of your own code."""
+TEXT = """text = facts['text']
 rules = [getattr(core, name) for name in text['rules']]
 tokenize = core.Tokenizer(core.{tokenizer}, rules=rules)
 ids = {{token: i for i, token in enumerate(text['vocab'])}}
-x = np.array([[ids.get(token, 0) for token in tokenize('a text')]])  # 0 is xxunk
-logits, = session.run(['logits'], {{'x': x}})
-print({answer})
-```
-
-Inputs are NumPy arrays: {inputs}. In a batch, shorter texts are padded with `ids['xxpad']`. Without
+x = np.array([[ids.get(token, 0) for token in tokenize('a text')]])  # 0 is xxunk"""
+TEXT_NOTES = """In a batch, shorter texts are padded with `ids['xxpad']`. Without
 fastai, the program must apply the same rules and split the texts in the same way: other tokens are
-unknown to the student, or mean something else.
-"""
+unknown to the student, or mean something else."""
 # how fastai's Resize prepares a validation image, for each of its methods
 RESIZE = dict(
     none='    # images keep their size',
@@ -246,43 +214,6 @@ def check_own_files(folder) -> None:
 
 def card(title, facts, checked, report, dls):
     """Format the model card as Markdown."""
-    use = USE_WEIGHTS
-    if checked is not None:
-        inputs = ', '.join(
-            f'`{o["name"]}`, {o["dtype"]} of shape ({", ".join(map(str, o["shape"]))})'
-            for o in facts['inputs']
-        )
-        answer = (facts['classes'] and ANSWERS.get(facts['task'])) or 'logits[0]'
-        how = facts['resize'] or {}
-        channels = facts['inputs'][0]['shape'][1] if how else 0
-        if how.get('method') in RESIZE and channels in MODES:
-            resize = RESIZE[how['method']].format(
-                filter=how['filter'].upper(), pad=PADS.get(how.get('pad_mode'))
-            )
-            answer = f'print({answer})'
-            if len(Onnx(checked.path).session.get_outputs()[0].shape) > 2:
-                is_mask = facts['classes'] and facts['task'] == 'softmax'
-                answer = SAVE_MASK if is_mask else 'print(logits[0])'
-            use = USE_PHOTO.format(
-                mode=MODES[channels],
-                resize=resize,
-                answer=answer,
-                inputs=inputs,
-                images=images_in_words(facts),
-            )
-        elif facts['table'] and not facts['table']['unknown']:
-            row = example_row(facts['table'])
-            # encoded by fastai, so that the logits also check the code of the card
-            x = table_inputs(dls.test_dl(pd.DataFrame([row])).dataset)
-            logits = [float(f'{v:.5g}') for v in Onnx(checked.path)(*x)[0].tolist()]
-            use = USE_TABLE.format(row=row, answer=answer, inputs=inputs, logits=logits)
-        elif facts['text'] and str(facts['text']['tokenizer']).endswith(')'):
-            use = USE_TEXT.format(
-                tokenizer=facts['text']['tokenizer'], answer=answer, inputs=inputs
-            )
-        else:
-            feed = ', '.join(f"'{o['name']}': {o['name']}" for o in facts['inputs'])
-            use = USE.format(feed=feed, inputs=inputs, images=images_in_words(facts))
     lines = [
         f'# {title}',
         '',
@@ -292,7 +223,7 @@ def card(title, facts, checked, report, dls):
         '',
         '## How to use',
         '',
-        use,
+        USE_WEIGHTS if checked is None else how_to_use(facts, Onnx(checked.path), dls),
     ]
     if checked is not None:
         lines += [
@@ -301,6 +232,53 @@ def card(title, facts, checked, report, dls):
             '',
         ]
     return '\n'.join(lines if report is None else [*lines, report.to_markdown()])
+
+
+def how_to_use(facts, network, dls) -> str:
+    """Return code that runs the network on a photo, a row of a table or a text, if it is known how
+    these become inputs.
+    """
+    answer = (facts['classes'] and ANSWERS.get(facts['task'])) or 'logits[0]'
+    own = dict(imports=ALONE, answer=f'print({answer})', notes=images_in_words(facts))
+    how = facts['resize'] or {}
+    channels = facts['inputs'][0]['shape'][1] if how else 0
+    if how.get('method') in RESIZE and channels in MODES:
+        pad = PADS.get(how.get('pad_mode'))
+        resize = RESIZE[how['method']].format(filter=how['filter'].upper(), pad=pad)
+        own['imports'] += '\nfrom PIL import Image'
+        own |= dict(
+            prepare=PHOTO.format(mode=MODES[channels], resize=resize),
+            feed="{'x': prepared('photo.jpg')}",
+        )
+        if len(network.session.get_outputs()[0].shape) > 2:
+            is_mask = facts['classes'] and facts['task'] == 'softmax'
+            own['answer'] = SAVE_MASK if is_mask else 'print(logits[0])'
+    elif facts['table'] and not facts['table']['unknown']:
+        row = example_row(facts['table'])
+        # encoded by fastai, so that the logits also check the code of the card
+        x = table_inputs(dls.test_dl(pd.DataFrame([row])).dataset)
+        logits = [float(f'{v:.5g}') for v in network(*x)[0].tolist()]
+        own |= dict(
+            prepare=TABLE.format(row=row),
+            feed='dict(zip(names, encoded(row)))',
+            notes=TABLE_NOTES.format(logits=logits),
+        )
+    elif facts['text'] and str(facts['text']['tokenizer']).endswith(')'):
+        own |= dict(
+            imports='import numpy as np, onnxruntime\n'
+            'from fastai.text import core  # only for the tokens; needs PyTorch',
+            prepare=TEXT.format(tokenizer=facts['text']['tokenizer']),
+            feed="{'x': x}",
+            notes=TEXT_NOTES,
+        )
+    else:
+        feed = ', '.join(f"'{o['name']}': {o['name']}" for o in facts['inputs'])
+        own |= dict(prepare='', feed=f'{{{feed}}}')
+    inputs = ', '.join(
+        f'`{o["name"]}`, {o["dtype"]} of shape ({", ".join(map(str, o["shape"]))})'
+        for o in facts['inputs']
+    )
+    return USE.format(**own, inputs=inputs)
 
 
 def example_row(table) -> dict:
