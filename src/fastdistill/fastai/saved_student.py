@@ -24,7 +24,6 @@ from .student_export import (
     export_student,
     facts_of,
     plain_temperature,
-    temperature_tensor,
     validation_inputs,
 )
 from .tables import table_inputs
@@ -344,7 +343,7 @@ def load_student(folder: str | Path, model: nn.Module | None = None) -> nn.Modul
             raise DistillError(
                 f'The weights in {str(folder)!r} belong to a different network: {e}'
             ) from e
-        if (T := temperature_tensor(facts.get('temperature'))) is not None:
+        if (T := plain_temperature(facts.get('temperature'))) is not None:
             model = LogitsOnly(model, T, Task(facts['task'], facts['axis']))
         model.eval()
     model.facts = facts

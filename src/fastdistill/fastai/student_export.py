@@ -88,10 +88,11 @@ class LogitsOnly(nn.Module):
         task: What the model predicts.
     """
 
-    def __init__(self, model, temperature: Tensor | None = None, task: Task | None = None):
+    def __init__(self, model, temperature: float | list | None, task: Task):
         super().__init__()
         self.model, self.task = model, task
-        self.register_buffer('temperature', temperature)
+        T = None if temperature is None else torch.tensor(temperature)
+        self.register_buffer('temperature', T)
 
     def forward(self, *x, **kwargs: Any):
         raw = self.model(*x, **kwargs)
@@ -106,9 +107,9 @@ class LogitsOnly(nn.Module):
         return logits if self.temperature is None else tempered(logits, self.temperature, self.task)
 
 
-def tempered(logits: Tensor, temperature: Tensor, task: Task | None) -> Tensor:
+def tempered(logits: Tensor, temperature: Tensor, task: Task) -> Tensor:
     """Divide logits by a temperature, or by one temperature for each class or label."""
-    if temperature.dim() and task is not None:
+    if temperature.dim():
         temperature = temperature.view(
             -1, *[1] * (logits.dim() - 1 - label_axis(logits.shape, task))
         )
@@ -155,7 +156,6 @@ def export_student(
     """
     check_learner(learn, 'export_student')
     temperature = plain_temperature(temperature)
-    T = temperature_tensor(temperature)
     path = Path(path)
     if path.suffix not in WRITERS:
         raise DistillError(
@@ -181,7 +181,7 @@ def export_student(
             if quantized and int8:
                 model = in_int8(model)
             WRITERS[path.suffix](
-                LogitsOnly(model, T, task_of(learn.loss_func)),
+                LogitsOnly(model, temperature, task_of(learn.loss_func)),
                 example(batches[0], facts),
                 tmp,
                 facts,
@@ -190,40 +190,17 @@ def export_student(
             with silent_exporters():
                 quantize(tmp, batches[:calibration], facts, learned=quantized)
         there = Teacher(LOADERS[path.suffix](tmp))
-        difference, count = compared(learn, there, path, batches[:n], None if int8 else CLOSE, T)
+        close = None if int8 else CLOSE
+        difference, count = compared(learn, there, path, batches[:n], close, temperature)
     report = None
     if int8:
         float32, data = learn, {}
-        if T is not None:
-            float32 = LogitsOnly(learn.model, T, task_of(learn.loss_func))
+        if temperature is not None:
+            float32 = LogitsOnly(learn.model, temperature, task_of(learn.loss_func))
             data = dict(dls=learn.dls, loss_func=learn.loss_func, metrics=learn.metrics)
         both = dict(float32=float32, int8=str(path))
         report = compare(both, seconds=0, progress=False, **data)
     return Exported(path, path.stat().st_size, difference, count, facts, report)
-
-
-def temperature_tensor(temperature) -> Tensor | None:
-    """Convert a temperature to a tensor by which logits can be divided.
-
-    Raises:
-        DistillError: The temperature is not positive.
-    """
-    if temperature is None:
-        return None
-    try:
-        T = torch.as_tensor(temperature, dtype=torch.float32)
-    except (TypeError, ValueError, RuntimeError):
-        T = torch.zeros(())
-    if (
-        T.dim() > 1
-        or not len(T.reshape(-1))
-        or not bool((T > 0).all())
-        or not bool(T.isfinite().all())
-    ):
-        raise DistillError(
-            f'temperature={temperature!r}: must be a positive number, or a list with one for each label.'
-        )
-    return T
 
 
 def plain_temperature(temperature) -> float | list[float] | None:
@@ -232,9 +209,17 @@ def plain_temperature(temperature) -> float | list[float] | None:
     Raises:
         DistillError: If it is not positive.
     """
-    if temperature_tensor(temperature) is None or not hasattr(temperature, 'tolist'):
-        return temperature
-    return temperature.tolist()
+    if temperature is None:
+        return None
+    try:
+        T = torch.as_tensor(temperature, dtype=torch.float64)
+    except (TypeError, ValueError, RuntimeError):
+        T = torch.zeros(())
+    if T.dim() > 1 or not T.numel() or not bool((T > 0).all()) or not bool(T.isfinite().all()):
+        raise DistillError(
+            f'temperature={temperature!r}: must be a positive number, or a list with one for each label.'
+        )
+    return T.tolist()
 
 
 def weak_score(learn: Learner, n: int = 8) -> str | None:
@@ -556,7 +541,8 @@ def compared(learn, there, path, batches, close, temperature=None):
         for x in batches:
             here.reset()
             a, b = here(*x).logits.float(), there(*x).logits.float()
-            a = a if temperature is None else tempered(a, temperature, task_of(learn.loss_func))
+            if temperature is not None:
+                a = tempered(a, torch.tensor(temperature), task_of(learn.loss_func))
             # subtle: nan is not close to anything, and the same infinity is no difference
             apart = (a - b).abs().where(a != b, 0.0).nan_to_num(nan=torch.inf)
             most = max(most, apart.max().item())
