@@ -5,7 +5,7 @@ module.
 import functools
 import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -103,9 +103,11 @@ class DistillCallback(Callback):
         trainer.fit_loop.setup_data()
         if self.options.get('check', True):
             with read_apart(*all_loaders(trainer).flattened):
-                check_first(d, self._batches(trainer), part='training')
+                check_first(d, self._read(trainer, spread=True), part='training')
         if needs_example(d):
-            self._complete(trainer)
+            with read_apart(*all_loaders(trainer).flattened):
+                x, y = next(self._read(trainer))
+            complete(d, x, bool(len(y)))
         add_parameters(trainer.optimizers[0], d)
         if self.state is not None:
             load_state(d, self.state)
@@ -129,30 +131,22 @@ class DistillCallback(Callback):
             if self.distiller.several:
                 self.distiller.heads.share_task_loss()
 
-    def _complete(self, trainer: Trainer) -> None:
-        """Choose the recipe and build projectors, using a training batch."""
-        with read_apart(*all_loaders(trainer).flattened):
-            x, y = next(self._read(trainer))
-        complete(self.distiller, x, bool(len(y)))
-
-    def _batches(self, trainer: Trainer) -> Iterable:
+    def _read(self, trainer: Trainer, spread: bool = False) -> Iterator:
         """Yield training batches as (inputs, labels).
 
-        No batches are yielded for an iterable dataset, because it may not be possible to read it
-        twice.
+        Args:
+            trainer: The Trainer.
+            spread: Whether to read batches that represent all samples, for a check. Then no batches
+                are yielded for an iterable dataset, because it may not be possible to read it twice.
         """
         loaders = all_loaders(trainer)
-        sets = (getattr(o, 'dataset', None) for o in loaders.flattened)
-        if any(isinstance(o, IterableDataset) for o in sets):
-            return ()
-        if isinstance(trainer.train_dataloader, DataLoader):
-            # the loader may be sorted by class
-            loaders = CombinedLoader(spread_batches(trainer.train_dataloader, BATCHES), 'min_size')
-        return self._read(trainer, loaders)
-
-    def _read(self, trainer: Trainer, loaders: Any = None) -> Iterator:
-        """Yield training batches as (inputs, labels), by default of the training's own loaders."""
-        for batch, *_ in all_loaders(trainer) if loaders is None else loaders:
+        if spread:
+            sets = (getattr(o, 'dataset', None) for o in loaders.flattened)
+            if any(isinstance(o, IterableDataset) for o in sets):
+                return
+            if isinstance(loader := trainer.train_dataloader, DataLoader):
+                loaders = CombinedLoader(spread_batches(loader, BATCHES), 'min_size')
+        for batch, *_ in loaders:
             yield self._split(trainer, trainer.strategy.batch_to_device(batch))
 
     def _split(self, trainer: Trainer, batch: Any) -> tuple:

@@ -61,8 +61,17 @@ def complete(d: Distiller, x: Any, labels: bool = True) -> None:
             logits = student_logits(d.student, x, h.output)
             h.choose(logits, partial(h.teacher.probe, *x), labels)
     d.heads.recipe_changed()
-    if d.ready:
-        return
+    if not d.ready:
+        build_links(d, x)
+
+
+def build_links(d: Distiller, x: Iterable) -> None:
+    """Pair student and teacher layers, and build projectors. They are identical in all processes.
+
+    Args:
+        d: The `Distiller`.
+        x: Inputs of a batch.
+    """
     d.setup(*x)
     broadcast(d.links.state_dict().values())
 

@@ -5,9 +5,10 @@ from typing import Any
 
 from fastai.basics import Callback, L, Learner
 
-from ..base.outputs import DistillError, Outputs, check_axis, check_output
+from ..base.outputs import DistillError, Outputs, as_plain, check_axis, check_output
 from ..base.task import pseudo_labels
 from ..distiller.distiller import Distiller
+from ..distiller.trainer_integration import build_links
 from ..recipes.batch_tensors import all_classes
 from ..recipes.schedule import ScheduleLike
 from ..recipes.term import Recipe, Term
@@ -175,7 +176,8 @@ class KnowledgeDistillation(DistillationCallback):
 
     def _setup(self, *x: Any) -> None:
         """Pair student and teacher layers, and build projectors. Called once per student."""
-        self.fit_distiller.setup(x, self.training)
+        build_links(self.distiller, map(as_plain, x))
+        self.distiller.links.train(self.training)
         self.state.take(self.learn, self.distiller)
         self.state.train_projectors(self.learn, self.distiller)
         if self.distiller.pairs and not hasattr(self.learn, 'lr_finder'):

@@ -4,8 +4,7 @@ from dataclasses import replace
 
 from fastai.basics import one_param
 
-from ..base.distributed import broadcast, of_first, on_first
-from ..base.outputs import as_plain
+from ..base.distributed import of_first, on_first
 from ..distiller.distiller import Distiller
 from ..distiller.trainer_integration import is_choosing
 from ..features.layer_names import unwrap
@@ -168,14 +167,3 @@ class FitDistiller:
             self.log(f'fastdistill: {h.prefix}recipe {chosen}')
         if self.several:
             self.distiller.heads.share_task_loss()
-
-    def setup(self, x, training: bool):
-        """Pair student and teacher layers, and build projectors. Called once per student.
-
-        Args:
-            x: Inputs of a batch.
-            training: Whether the batch is from training.
-        """
-        self.distiller.setup(*map(as_plain, x))
-        self.distiller.links.train(training)
-        broadcast(self.distiller.links.state_dict().values())
