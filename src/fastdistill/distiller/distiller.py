@@ -117,13 +117,14 @@ class Distiller(nn.Module):
         # current weights
         self.left: list | None = None
         self.running = False
-        self.several = isinstance(teacher, Mapping) and not holds_weights(teacher)
+        named = isinstance(teacher, Mapping) and not holds_weights(teacher)
+        teachers = {str(k): t for k, t in teacher.items()} if named else {'': teacher}
+        self.several = [*teachers] != ['']
         if not self.several and (labels is not None or weights is not None):
             raise DistillError(
                 'labels= and weights= are for several heads: give a dict of teachers, as in '
                 "Distiller(student, {'color': teacher1, 'shape': teacher2})."
             )
-        teachers = {str(k): t for k, t in teacher.items()} if self.several else {'': teacher}
         if not teachers:
             raise DistillError(
                 'The dict of teachers is empty: give one teacher per head, {name: teacher}.'

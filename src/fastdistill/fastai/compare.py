@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from fastai.basics import (
     DataLoaders,
+    GetAttr,
     L,
     Learner,
     TensorImageBase,
@@ -324,17 +325,15 @@ class MetricValues:
         return {k: plain_number(m.value) for k, m in self.metrics.items()}
 
 
-class Step:
+class Step(GetAttr):
     """A substitute for the Learner that is passed to metrics after each batch. The Learner itself
     is not changed.
     """
 
-    def __init__(self, learn, **now: Any):
-        self.__dict__.update(now)
-        self._learn = learn
+    _default = 'learn'
 
-    def __getattr__(self, name):
-        return getattr(self._learn, name)
+    def __init__(self, learn, **now: Any):
+        vars(self).update(now, learn=learn)
 
 
 def metrics_of(models, learn, metrics):

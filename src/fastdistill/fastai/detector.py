@@ -1,17 +1,16 @@
 """Train torchvision detectors with a Learner, with or without a teacher."""
 
-from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any
 
 from fastai.basics import Callback, DataLoaders, L, Learner, Metric
 from fastai.data.transforms import Normalize
-from torch import Tensor, nn
+from torch import nn
 
 from ..base.outputs import DistillError, as_plain
 from ..detection.detection_plots import show_detections
 from ..detection.distiller import DetectionDistiller
-from ..detection.metrics import average_precision, detect
+from ..detection.metrics import average_precision
 from ..detection.torchvision_detectors import checked_detector
 from ..detection.validation_loss import validation_losses
 from ..distiller.trainer_integration import takes_part
@@ -281,11 +280,3 @@ class DetectorLearner(Learner):
         return show_detections(
             models, images[:max_n], targets[:max_n], classes=classes, score=score
         )
-
-    def detections(self, images: Sequence[Tensor]) -> list:
-        """Return the detections for a list of images, on the CPU.
-
-        Args:
-            images: Tensors of shape (3, H, W) with values from 0 to 1.
-        """
-        return detect(self.model, images)

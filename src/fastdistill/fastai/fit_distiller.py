@@ -93,19 +93,19 @@ class FitDistiller:
         return {k: h.task_of(learn, self.kinds[k], self.axis) for k, h in self.heads.items()}
 
     def _distiller(self, model):
-        of_each = lambda fn: {k: fn(k) for k in self.heads} if self.several else fn('')
-        options = dict(
-            kind=of_each(lambda k: self.tasks[k].kind),
-            axis=of_each(lambda k: self.tasks[k].axis),
-            ignore_index=of_each(lambda k: self.tasks[k].ignore_index),
-            output=of_each(lambda k: self.heads[k].output),
-            check=of_each(lambda k: self.check and k in self.stored),
+        d = Distiller(
+            model,
+            dict.fromkeys(self.heads),
+            self.recipes,
+            kind={k: t.kind for k, t in self.tasks.items()},
+            axis={k: t.axis for k, t in self.tasks.items()},
+            ignore_index={k: t.ignore_index for k, t in self.tasks.items()},
+            output={k: h.output for k, h in self.heads.items()},
+            check={k: self.check and k in self.stored for k in self.heads},
+            labels={k: h.labels for k, h in self.heads.items()} if self.several else None,
         )
-        if not self.several:
-            return Distiller(model, None, self.recipes[''], **options)
-        options['labels'] = of_each(lambda k: self.heads[k].labels)
-        d = Distiller(model, dict.fromkeys(self.heads), self.recipes, **options)
-        d.heads.share_task_loss()
+        if self.several:
+            d.heads.share_task_loss()
         return d
 
     def _take_teachers(self, learn):
