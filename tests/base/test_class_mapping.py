@@ -47,6 +47,37 @@ def test_the_probability_of_a_group_is_the_sum():
 def test_labels_get_the_number_of_their_group():
     y = torch.tensor([0, 1, 2, 3, 4, -100])
     assert grouped_labels(y, [[3, 0], 2], 5, -100).tolist() == [0, -100, 1, 0, -100, -100]
+    # group 0 is not class 0
+    assert grouped_labels(y, [[3, 0], 2], 5, 0).tolist() == [-100, -100, 1, 0, -100, -100]
+
+
+@pytest.mark.parametrize('ignored', [0, 1, 3, 4])
+@pytest.mark.parametrize('groups', [[[1, 2], [0, 3]], [3, 4], [4, [1, 0], 2]])
+def test_an_ignored_class_is_not_taken_for_the_group_with_its_number(ignored, groups):
+    sets = [o if isinstance(o, list) else [o] for o in groups]
+    teacher, y = nn.Linear(6, len(groups)), Y.clone()
+    counts = [v != ignored and any(v in o for o in sets) for v in y.tolist()]
+    own = torch.stack([FIVE(X)[:, o].logsumexp(1) for o in sets], 1)[counts]
+    q, p = own.log_softmax(1), teacher(X)[counts].log_softmax(1)
+    r = distilled(Teacher(teacher, classes=groups), kd(T=1, alpha=0.5), ignore_index=ignored, y=y)
+    torch.testing.assert_close(
+        r.parts['kd'], F.kl_div(q, p, log_target=True, reduction='batchmean')
+    )
+    torch.testing.assert_close(r.task, F.cross_entropy(FIVE(X), y, ignore_index=ignored))
+
+
+def test_the_check_counts_no_ignored_class():
+    "A teacher of two groups that is always right, although class 0 is ignored"
+    x = F.one_hot(Y, 5).float() * 9
+    net = nn.Linear(5, 2, bias=False)
+    with torch.no_grad():
+        net.weight.copy_(torch.tensor([[1.0, 1, 1, 0, 0], [0.0, 0, 0, 1, 1]]))
+    distiller = Distiller(
+        nn.Linear(5, 5), Teacher(net, classes=[[0, 1, 2], [3, 4]]), kd(), ignore_index=0
+    )
+    facts = distiller.check([(x, Y)] * 8).facts
+    assert facts.teacher_score == 1
+    assert facts.n == 8 * int((Y != 0).sum())
 
 
 @pytest.mark.parametrize(

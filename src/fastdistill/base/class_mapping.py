@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .errors import DistillError, few_names
 from .outputs import Outputs, as_plain
-from .task import Task, fit_labels
+from .task import IGNORED, Task, fit_labels
 
 
 def class_groups(
@@ -122,23 +122,32 @@ def of_classes(
 
 
 def grouped_labels(y: Tensor, groups: Any, n: int, ignore_index: int) -> Tensor:
-    """Convert each label to the index of its group.
+    """Convert each label to the index of its group. Samples to ignore, and those whose class is not
+    in any group, get the label IGNORED, which is never the index of a group.
 
     Args:
         y: Class indices.
         groups: Disjoint groups of classes.
         n: Number of classes.
-        ignore_index: Label for samples whose class is not in any group.
+        ignore_index: Class index of samples to ignore.
     """
-    table = torch.full((n,), ignore_index, dtype=torch.long)
+    table = torch.full((n,), IGNORED, dtype=torch.long)
     for i, g in enumerate(members(groups)):
         table[g] = i
-    inside = (y >= 0) & (y < n)
-    return torch.where(inside, table.to(y.device)[y.clamp(0, n - 1)], ignore_index)
+    known = (y >= 0) & (y < n) & (y != ignore_index)
+    return torch.where(known, table.to(y.device)[y.clamp(0, n - 1)], IGNORED)
+
+
+def taught_task(task: Task, groups: Any) -> Task:
+    """Return the `Task` that describes what `taught_part` returns."""
+    if groups is None or task.kind != 'softmax':
+        return task
+    return replace(task, ignore_index=IGNORED)
 
 
 def taught_part(logits: Any, y: Any, groups: Any, task: Task) -> tuple:
-    """Restrict the student's logits and the labels to the classes that the teacher knows.
+    """Restrict the student's logits and the labels to the classes that the teacher knows. The
+    function `taught_task` returns the `Task` that describes the result.
 
     Args:
         logits: Student logits. None if unknown.

@@ -16,6 +16,7 @@ from .errors import DistillError, check_choice
 from .outputs import Draws, as_plain, check_axis
 
 # {kind of outputs: loss classes}; integrations for frameworks register further classes
+IGNORED = -100  # label that PyTorch's losses of classes ignore by default
 CLASSES: dict[str, list[type]] = dict(
     softmax=[nn.CrossEntropyLoss],
     sigmoid=[nn.BCEWithLogitsLoss, nn.MultiLabelSoftMarginLoss],
@@ -64,7 +65,7 @@ class Task:
 
     kind: str
     axis: int = 1
-    ignore_index: int = -100
+    ignore_index: int = IGNORED
 
 
 def task_of(loss_func: Any, kind: str | None = None, axis: int | None = None) -> Task:
@@ -84,7 +85,7 @@ def task_of(loss_func: Any, kind: str | None = None, axis: int | None = None) ->
     ignore = getattr(lf, 'ignore_index', None)
     if ignore is None and isinstance(loss_func, partial):
         ignore = loss_func.keywords.get('ignore_index')
-    return Task(kind, axis, -100 if ignore is None else ignore)
+    return Task(kind, axis, IGNORED if ignore is None else ignore)
 
 
 def innermost(loss: Any) -> tuple[Any, int | None]:
@@ -228,6 +229,11 @@ def labels_loss(s: Tensor, y: Tensor, *more: Any, task: Task) -> Tensor:
         return F.cross_entropy(s.movedim(task.axis, 1), y.movedim(task.axis, 1))
     if (fitted := fit_labels(y, s.shape, task)) is None:
         raise DistillError(unfit_labels(y, s.shape, task))
+    if task.kind != 'softmax' and task.ignore_index != IGNORED:
+        raise DistillError(
+            f"ignore_index={task.ignore_index} is for classes, but the model's kind is {task.kind!r}: "
+            'pass task_loss=, a function of the logits and labels that leaves out the ignored ones.'
+        )
     if task.kind == 'sigmoid':
         return F.binary_cross_entropy_with_logits(s, fitted.to(s.dtype))
     if task.kind == 'regression':

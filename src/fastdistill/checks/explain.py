@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn import Module
 
-from ..base.class_mapping import taught_part
+from ..base.class_mapping import taught_part, taught_task
 from ..base.outputs import DistillError
 from ..base.random_state import guarded_random_state
 from ..base.task import Task, fit_labels
@@ -191,6 +191,8 @@ def explain_training(
         lower: fn(term) -> which options of the term to lower (`Recipe.how_to_lower`).
         losses: Validation loss of each epoch.
     """
+    groups = teacher.known_classes
+    own, task = task, taught_task(task, groups)
     tallies = (Tally(task), Tally(task))
     follows = (Follow(task), Follow(task))
     mistakes = [0.0, 0.0]
@@ -199,7 +201,7 @@ def explain_training(
             for xb, yb in batches:
                 y = yb[0] if len(yb) and isinstance(yb[0], Tensor) else None
                 t, s = teacher_logits(teacher, xb), student_logits(student, xb, output)
-                s, y = taught_part(s, y, teacher.known_classes, task)
+                s, y = taught_part(s, y, groups, own)
                 if wrong := Findings(mismatches(s.shape, t.shape, y, task)):
                     return wrong
                 y = None if y is None else fit_labels(y, t.shape, task)

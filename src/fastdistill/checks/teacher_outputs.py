@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import Module
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..base.class_mapping import taught_part
+from ..base.class_mapping import taught_part, taught_task
 from ..base.outputs import map_tensors, tensors_in
 from ..base.random_state import guarded_random_state
 from ..base.task import Task, fit_labels
@@ -67,6 +67,8 @@ def check_outputs(
             predictions. None if the targets are already aligned.
         part: Dataset of `batches`, as in `Facts`.
     """
+    groups = teacher.known_classes
+    own, task = task, taught_task(task, groups)
     found, tally, t = Findings(), Tally(task, part), None
     kept: list[tuple] = []
     normalization = ''
@@ -91,7 +93,7 @@ def check_outputs(
                 return Findings(
                     [*unsteady(teacher, xb, t), *check_recipe(recipe, student, teacher, xb, None)]
                 )
-            s, y = taught_part(s, y, teacher.known_classes, task)
+            s, y = taught_part(s, y, groups, own)
             if mistakes := refused(
                 'shapes', mismatches(None if s is None else s.shape, t.shape, y, task)
             ):
@@ -108,7 +110,7 @@ def check_outputs(
             else:
                 tally.add(t, None if y is None else fit_labels(y, t.shape, task), s)
             if not training and len(kept) < KEPT:
-                kept.append((xb, yb))
+                kept.append((xb, yb if y is None else (y, *yb[1:])))
         if t is None:
             return found
         n_classes = t.shape[task.axis] if task.kind == 'softmax' else None

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..base.class_mapping import taught_part
+from ..base.class_mapping import taught_part, taught_task
 from ..base.distributed import of_first, rank
 from ..base.outputs import (
     DistillError,
@@ -258,7 +258,7 @@ class Head(RecipeLoss):
         y = as_plain(targets[0]) if len(targets) and isinstance(targets[0], Tensor) else None
         classes = None if teacher is None else teacher.classes
         s, y = taught_part(student.logits, y, classes, self.task)
-        return found.join(check_batch(s, t, y, self.task))
+        return found.join(check_batch(s, t, y, taught_task(self.task, classes)))
 
     def check_batches(self, batches: Iterable, placed: bool = False, part: str = '') -> Findings:
         """Find mistakes that training would not report. See `Distiller.check_batches`."""

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..base.class_mapping import grouped, taught_part
+from ..base.class_mapping import grouped, taught_part, taught_task
 from ..base.distributed import gather_rows, world_size
 from ..base.outputs import (
     DistillError,
@@ -57,6 +57,7 @@ class Batch:
             (part(y[0])[1], *y[1:]) if len(y) else y for y in (self.targets, self.others)
         ]
         self.student = replace(self.student, logits=part(None)[0])
+        self.task = taught_task(self.task, known)
 
     @cached_property
     def masks(self) -> list[Tensor | None]:
