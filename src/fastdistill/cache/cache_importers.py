@@ -4,7 +4,7 @@ The outputs can be JSON lines, Parquet or NumPy files, or Python objects.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from math import isfinite
@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from ..base.outputs import DistillError, Outputs, TopK
-from .json_checks import shortened
+from .json_checks import located, shortened
 from .keys import keys_of, ordered_names
 from .other_tools import converted_rows
 from .reader import TeacherCache
@@ -222,7 +222,7 @@ class Reading:
         self.keys = names
         seen: dict[int, int] = {}
         for i, name in enumerate(names):
-            with named(partial(self.place, i)):
+            with located(partial(self.place, i)):
                 key = key_of_name(name, root)
             if seen.setdefault(key, i) != i:
                 raise DistillError(
@@ -253,13 +253,13 @@ class Reading:
                     f'{self.place(i)} has outputs {kinds[self.in_rows]}, but the first row has '
                     f'outputs {kinds[self.tokens]}: all rows must have the same form.'
                 )
-            with named(partial(self.place, i)):
+            with located(partial(self.place, i)):
                 own = {len(v) for _, v in filter(None, positions)}
                 if not own:
                     raise DistillError(f'there are no outputs in {self.value!r}.')
                 for j, p in enumerate(positions):
                     if p is not None:
-                        with named(f'position {j}') if self.in_rows else nullcontext():
+                        with located(f'position {j}') if self.in_rows else nullcontext():
                             check(*p)
             for c, v in filter(None, positions):
                 n_positions += 1
@@ -303,7 +303,7 @@ class Reading:
         """
         value = self.column(i, self.value)
         o = unwrapped(value)
-        with named(partial(self.place, i)):
+        with located(partial(self.place, i)):
             columns = self.rows[i]
             ids = next((columns[k] for k in IDS if columns.get(k) is not None), None)
             if not isinstance(o := listed(o), (Mapping, list, np.ndarray)):
@@ -370,15 +370,6 @@ class Reading:
         if self.k is not None and self.given == 'logits':
             v = v - np.logaddexp.reduce(v)
         return c[order], v[order]
-
-
-@contextmanager
-def named(place: str | Callable[[], str]) -> Iterator[None]:
-    """Name a place, such as a row, in the errors raised in this context."""
-    try:
-        yield
-    except DistillError as e:
-        raise DistillError(f'{place() if callable(place) else place}: {e}') from None
 
 
 @dataclass
@@ -588,8 +579,8 @@ def entries(p: Any, ids: Any) -> tuple:
                 '[number, class, text].'
             )
     # SGLang writes [log-probability, token, text]
-    named = lambda e: next((e[k] for k in ('token_id', 'id', 'token') if k in e), None)
-    pairs = [(named(e), e['logprob']) if isinstance(e, Mapping) else (e[1], e[0]) for e in p]
+    name = lambda e: next((e[k] for k in ('token_id', 'id', 'token') if k in e), None)
+    pairs = [(name(e), e['logprob']) if isinstance(e, Mapping) else (e[1], e[0]) for e in p]
     return [class_of(k) for k, _ in pairs], as_numbers([v for _, v in pairs])
 
 

@@ -41,7 +41,7 @@ logits, = session.run(['logits'], {feed})
 
 Inputs are NumPy arrays: {inputs}. {notes}
 """
-ALONE = 'import numpy as np, onnxruntime  # neither PyTorch nor fastdistill'
+NO_TORCH = 'import numpy as np, onnxruntime  # neither PyTorch nor fastdistill'
 PHOTO = """
 
 def prepared(path):
@@ -86,7 +86,7 @@ value is `None` or `nan`. Whole numbers that are categories may be numbers or te
 
 The row above is made up of categories and means. For this row, the logits are `{logits}`: compare
 them with those of your own code."""
-TEXT = """text = facts['text']
+TEXT_CODE = """text = facts['text']
 rules = [getattr(core, name) for name in text['rules']]
 tokenize = core.Tokenizer(core.{tokenizer}, rules=rules)
 ids = {{token: i for i, token in enumerate(text['vocab'])}}
@@ -238,7 +238,7 @@ def how_to_use(facts, network, dls) -> str:
     these become inputs.
     """
     answer = (facts['classes'] and ANSWERS.get(facts['task'])) or 'logits[0]'
-    own = dict(imports=ALONE, answer=f'print({answer})', notes=images_in_words(facts))
+    own = dict(imports=NO_TORCH, answer=f'print({answer})', notes=images_in_words(facts))
     how = facts['resize'] or {}
     channels = facts['inputs'][0]['shape'][1] if how else 0
     if how.get('method') in RESIZE and channels in MODES:
@@ -266,7 +266,7 @@ def how_to_use(facts, network, dls) -> str:
         own |= dict(
             imports='import numpy as np, onnxruntime\n'
             'from fastai.text import core  # only for the tokens; needs PyTorch',
-            prepare=TEXT.format(tokenizer=facts['text']['tokenizer']),
+            prepare=TEXT_CODE.format(tokenizer=facts['text']['tokenizer']),
             feed="{'x': x}",
             notes=TEXT_NOTES,
         )
