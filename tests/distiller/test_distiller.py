@@ -2330,7 +2330,8 @@ def test_several_labels_or_numbers_are_not_taken_for_probabilities_of_classes(la
     distiller = Distiller(mlp(4), mlp(8), kd(), task_loss=task_loss)
     with pytest.raises(DistillError, match=f'they {found} along axis 1.*kind=.sigmoid'):
         distiller(torch.randn(2, 8), y)
-    Distiller(mlp(4), mlp(8), kd(), task_loss=task_loss, kind='sigmoid')(torch.randn(2, 8), y)
+    kind = 'regression' if y.min() < 0 else 'sigmoid'
+    Distiller(mlp(4), mlp(8), kd(), task_loss=task_loss, kind=kind)(torch.randn(2, 8), y)
 
 
 def test_probabilities_of_classes_are_labels():
@@ -2346,3 +2347,18 @@ def test_points_are_not_taken_for_classes():
     with pytest.raises(DistillError, match='are as many fractional numbers as the outputs'):
         Distiller(student, teacher, kd(), task_loss=task_loss)(x, y)
     Distiller(student, teacher, kd(), task_loss=task_loss, kind='regression')(x, y)
+
+
+def test_labels_beyond_1_are_named_for_a_sigmoid():
+    s, t, x = mlp(4), mlp(8), torch.randn(3, 8)
+    y = torch.tensor([[0.0, 1, 0, 1], [0, 1, 255, 0], [1, 1, 1, 0]])
+    own = lambda s, y: F.binary_cross_entropy_with_logits(s[y <= 1], y[y <= 1])
+    for options in (dict(kind='sigmoid'), dict(kind='sigmoid', task_loss=own)):
+        with pytest.raises(DistillError, match='There is a label 255, but labels for a sigmoid'):
+            Distiller(s, t, kd(), **options)(x, y)
+    # a loss that ignores this label says so
+    got = Distiller(s, t, kd(), kind='sigmoid', task_loss=own, ignore_index=255)(x, y)
+    torch.testing.assert_close(got.task, own(s(x), y))
+    for kind in ('sigmoid', 'regression'):
+        with pytest.raises(DistillError, match='ignore_index=255 is for classes.*task_loss='):
+            Distiller(s, t, kd(), kind=kind, ignore_index=255)(x, y)

@@ -101,6 +101,8 @@ def first_mismatch(
             'classes. A function around the teacher can select or resize: '
             'KnowledgeDistillation(lambda x: ...)',
         )
+    if task.kind == 'sigmoid':
+        return None if y is None else not_labels(y, task)
     if task.kind != 'softmax':
         return None
     # axis 0 is the batch axis, so it can't be the class axis
@@ -145,6 +147,18 @@ def first_mismatch(
             'function to the label that should be ignored',
         )
     return None
+
+
+def not_labels(y: Tensor, task: Task) -> tuple[str, str] | None:
+    """Return (what is wrong, what to do) for labels of a sigmoid that are not from 0 to 1."""
+    wrong = y[((y < -ROUNDED) | (y > 1 + ROUNDED)) & (y != task.ignore_index)]
+    if not len(wrong):
+        return None
+    return (
+        f'There is a label {wrong[0].item():.4g}, but labels for a sigmoid are from 0 to 1',
+        "For classes, use kind='softmax', and for numbers kind='regression'. If it marks labels to "
+        'ignore, use a loss function that leaves them out, and give it the attribute ignore_index',
+    )
 
 
 def not_probabilities(y: Tensor, task: Task) -> tuple[str, str] | None:
