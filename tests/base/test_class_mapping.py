@@ -1,5 +1,6 @@
 "Teachers of more, fewer, other or coarser classes, and one of several teachers for each batch."
 
+import copy
 from math import log
 import numpy as np
 import pytest, torch
@@ -383,3 +384,11 @@ def test_a_drawn_member_has_no_layers_and_no_cache(tmp_path):
             keys=list(range(64)),
         )
     student.distill(Teacher([teacher, teacher], ensemble=dict(combine='sample')), 1, 1e-3)
+
+
+def test_the_default_recipe_fits_the_classes_that_are_compared():
+    "dist needs three, whatever the student has"
+    for groups, net in (([[0, 1], [2, 3, 4]], TWO), ([3, 1], TWO), ([[0, 1], 2, [3, 4]], THREE)):
+        distiller = Distiller(copy.deepcopy(FIVE), Teacher(net, classes=groups))
+        distiller(X, Y)
+        assert [t.name for t in distiller.recipe.terms] == ['kd' if net is TWO else 'dist']

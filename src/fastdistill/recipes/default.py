@@ -149,6 +149,10 @@ def facts_for_auto(
     if not takes_dist(facts['classes']) or (t := ask()) is None or t.dim() != len(shape):
         return facts
     t = t.movedim(task.axis, -1)
+    # a teacher with different classes (`classes=`) may compare fewer than the student has
+    facts['classes'] = t.shape[-1]
+    if not takes_dist(facts['classes']):
+        return facts
     y = as_plain(labels[0])[: len(t)] if isinstance(labels, Sequence) and len(labels) == 1 else None
     if task.kind == 'softmax' and isinstance(y, Tensor) and y.shape == t.shape[:-1]:
         counts = (y != task.ignore_index).to(t.device)
