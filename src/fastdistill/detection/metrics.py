@@ -3,12 +3,10 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-import torch
 from torch import nn
 
-from ..base.model_state import ModelState
 from ..base.outputs import DistillError
-from ..base.random_state import RandomGuard
+from ..features.probe import untouched
 from .stored_detections import StoredDetections
 from .torchvision_detectors import on_device_of
 
@@ -39,13 +37,8 @@ def detect(model: nn.Module | StoredDetections, images: Sequence) -> list:
     """
     if isinstance(model, StoredDetections):
         return model(images)
-    state = ModelState(model.modules())
-    try:
-        model.eval()
-        with torch.no_grad(), RandomGuard():
-            found = model(on_device_of(images, model))
-    finally:
-        state.restore()
+    with untouched(model):
+        found = model(on_device_of(images, model))
     return [{k: v.detach().cpu() for k, v in o.items()} for o in found]
 
 

@@ -7,8 +7,7 @@ from torch import Tensor, nn
 from torchvision.models.detection.roi_heads import RoIHeads
 from torchvision.models.detection.rpn import RegionProposalNetwork
 
-from ..base.model_state import ModelState
-from ..base.random_state import RandomGuard
+from ..features.probe import untouched
 from .torchvision_detectors import DETECTOR_CLASSES, checked_detector, on_device_of
 
 
@@ -30,16 +29,11 @@ def validation_losses(
         seed: Seed for sampling anchors and proposals.
     """
     detector = checked_detector(model, 'model')
-    state = ModelState(detector.modules())
     compute = DETECTOR_CLASSES + (RegionProposalNetwork, RoIHeads)
     device = next(detector.parameters()).device
     targets = [{k: v.to(device) for k, v in t.items()} for t in targets]
-    try:
+    with untouched(detector):
         for m in detector.modules():
             m.training = isinstance(m, compute)
-        with torch.no_grad(), RandomGuard([device.index] if device.type == 'cuda' else []):
-            torch.manual_seed(seed)
-            losses = detector(on_device_of(images, detector), targets)
-    finally:
-        state.restore()
-    return losses
+        torch.manual_seed(seed)
+        return detector(on_device_of(images, detector), targets)
