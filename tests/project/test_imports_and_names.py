@@ -62,7 +62,7 @@ LAW = dict(
 )
 # the same inside a package: a file may import those of its package that stand before it
 ORDER = dict(
-    base='errors docstrings recipe_grammar content atomic_files outputs batch_samples output_source mixup distributed progress_bar task class_mapping transform_random_state random_state model_state sample_seeds',
+    base='errors docstrings text_table recipe_grammar content atomic_files outputs batch_samples output_source mixup distributed progress_bar task class_mapping transform_random_state random_state model_state sample_seeds',
     losses='_base chunks correlations response divergence transformed_teacher decoupled feature relation dense detection',
     features='layer_names model_call probe feature_shapes layer_hooks projectors model_stages layer_pairs',
     teachers='image_normalization probabilities estimator model_loading hidden_state frozen input_aliasing batch_slices batch_norm_folding compiled_module copy_plan fast_copy raw_items teacher_inputs runner ensemble teacher',

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..base.distributed import on_first, rank
 from ..base.outputs import DistillError, DistillWarning, LinearLogits, Outputs
-from ..features.layer_names import text_table
+from ..base.text_table import text_table
 from ..losses.response import dist, kl
 from ..teachers.teacher import Teacher
 from .file_store import Folder

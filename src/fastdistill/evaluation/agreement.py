@@ -10,51 +10,43 @@ from ..losses import binary_kl, kl, reverse_kl
 from .metrics import Rows
 
 
-class Agreement:
-    """Counts of the agreement between a student and a teacher, summed over batches."""
+def agreement_sums(s: Rows, t: Rows, kind: str) -> dict[str, float]:
+    """Return the sums over a batch from which `agreement` is computed.
 
-    def __init__(self, kind: str) -> None:
-        self.kind = kind
-        self.sums: dict[str, float] = {}
+    Args:
+        s: Rows of the student.
+        t: Rows of the teacher.
+        kind: Kind of the outputs.
+    """
+    compare = dict(softmax=compare_classes, sigmoid=compare_labels, regression=compare_numbers)
+    found = compare[kind](s, t)
+    return {k: v[s.counts].double().sum().item() for k, v in found.items()}
 
-    def add(self, s: Rows, t: Rows) -> None:
-        """Add a batch.
 
-        Args:
-            s: Rows of the student.
-            t: Rows of the teacher.
-        """
-        counts = s.counts
-        fn = dict(softmax=compare_classes, sigmoid=compare_labels, regression=compare_numbers)[
-            self.kind
-        ]
-        for k, v in fn(s, t).items():
-            self.sums[k] = self.sums.get(k, 0.0) + v[counts].double().sum().item()
+def agreement(s: Mapping[str, float], kind: str) -> dict[str, float | None]:
+    """Return {name: fraction or mean}. A value is None if there are no positions to compute it from.
 
-    def shares(self) -> dict:
-        """Return {name: fraction or mean}. A value is None if there are no positions to compute it
-        from.
-        """
-        n, s = self.sums.get('n', 0.0), self.sums
-
-        def per(k: str, of: float) -> float | None:
-            return s[k] / of if of else None
-
-        if self.kind == 'regression':
-            return how_far_apart(s, n)
-        right, wrong = s.get('right', 0.0), n - s.get('right', 0.0)
-        out = dict(same=per('same', n))
-        if 'five' in s:
-            out['in_top5'] = per('five', n)
-        return out | dict(
-            kl=per('kl', n),
-            reverse_kl=per('reverse', n),
-            teacher_right=per('right', n),
-            same_where_right=per('same_right', right),
-            same_where_wrong=per('same_wrong', wrong),
-            right_where_right=per('same_right', right),
-            right_where_wrong=per('student_alone', wrong),
-        )
+    Args:
+        s: Sums over all batches, empty if there were none.
+        kind: Kind of the outputs.
+    """
+    if not s:
+        return {}
+    if kind == 'regression':
+        return how_far_apart(s, s['n'])
+    n, right = s['n'], s['right']
+    parts = dict(
+        same=('same', n),
+        in_top5=('five', n),
+        kl=('kl', n),
+        reverse_kl=('reverse', n),
+        teacher_right=('right', n),
+        same_where_right=('same_right', right),
+        same_where_wrong=('same_wrong', n - right),
+        right_where_right=('same_right', right),
+        right_where_wrong=('student_alone', n - right),
+    )
+    return {k: s[o] / of if of else None for k, (o, of) in parts.items() if o in s}
 
 
 def split(a: Tensor, b: Tensor, y: Tensor, one: Tensor) -> dict[str, Tensor]:

@@ -2,6 +2,7 @@
 
 import os
 import platform
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
@@ -14,7 +15,7 @@ from ..base.outputs import tensors_in
 from ..base.random_state import guarded_random_state
 from ..base.task import Task, fit_labels, unusable
 from ..teachers.teacher import Teacher
-from .agreement import Agreement
+from .agreement import agreement, agreement_sums
 from .cost import batch_of, cost_of, latencies
 from .metrics import MAX_PER_CLASS, Rows, auc_sums, measures_of, rows_of, scores_of
 from .paired_tests import PairedScores
@@ -56,11 +57,11 @@ def roles_of(
 class OfModel:
     """Sums over samples for one model, accumulated over batches."""
 
-    def __init__(self, kind: str, loss: Callable | None, metrics: Any, own: bool) -> None:
+    def __init__(self, kind: str, loss: Callable | None, metrics: Any) -> None:
         self.kind, self.loss_func, self.metrics = kind, loss, metrics
         self.scores: dict[str, list[np.ndarray]] = {}
         self.sums: dict[str, Any] = dict(bins=0.0, totals=0.0)  # tensors after the first batch
-        self.agreement = Agreement(kind) if own else None
+        self.agreement: Counter = Counter()  # sums over batches
         self.loss, self.n = 0.0, 0
 
     def add_batch(self, xb: Sequence, out: torch.Tensor, yb: Sequence) -> None:
@@ -78,8 +79,8 @@ class OfModel:
                 self.sums[k] = self.sums[k] + v.cpu()
             else:
                 self.scores.setdefault(k, []).append(v.cpu().numpy())
-        if self.agreement is not None and teacher is not None:
-            self.agreement.add(rows, teacher)
+        if teacher is not None:
+            self.agreement.update(agreement_sums(rows, teacher, self.kind))
 
 
 def measure_models(
@@ -119,12 +120,7 @@ def measure_models(
         tick: fn(), called after each batch and after each time measurement.
     """
     tick = tick or (lambda: None)
-    of = {
-        k: OfModel(
-            task.kind, loss, None if metrics is None else metrics(), teacher not in (None, k)
-        )
-        for k in models
-    }
+    of = {k: OfModel(task.kind, loss, None if metrics is None else metrics()) for k in models}
     with guarded_random_state(), torch.no_grad(), ExitStack() as stack:
         for m in models.values():
             stack.enter_context(m).reset()
@@ -207,7 +203,7 @@ def add_batch(
             and shape[task.axis] <= MAX_PER_CLASS
         )
         for k, r in rows.items():
-            of[k].add_rows(r, None if teacher is None else rows.get(teacher), dense)
+            of[k].add_rows(r, None if teacher in (None, k) else rows.get(teacher), dense)
 
 
 def paired_report(
@@ -244,7 +240,7 @@ def result(o: OfModel, cost: Cost, kind: str) -> ModelResult:
         kind,
         o.loss / o.n if o.loss_func is not None else None,
         metrics={} if o.metrics is None else o.metrics.values(),
-        agreement={} if o.agreement is None else o.agreement.shares(),
+        agreement=agreement(o.agreement, o.kind),
         cost=cost,
     )
     if o.kind == 'regression':

@@ -2,7 +2,7 @@
 
 import difflib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from ..base.outputs import DistillError
+from ..base.text_table import text_table
 
 WRAPPERS = nn.parallel.DistributedDataParallel, nn.DataParallel
 SUFFIXES = {
@@ -146,14 +147,6 @@ class LayerInfo:
     @property
     def depth(self) -> int:
         return self.name.count('.') + 1
-
-
-def text_table(head: Sequence[str], rows: Iterable[Sequence]) -> str:
-    """Format rows as lines of text with aligned columns."""
-    rows = [[str(o) for o in r] for r in [head, *rows]]
-    wide = [max(map(len, c)) for c in zip(*rows)]
-    lines = ['  '.join(o.ljust(w) for o, w in zip(r, wide)).rstrip() for r in rows]
-    return '\n'.join([lines[0], '-' * max(map(len, lines)), *lines[1:]])
 
 
 class LayerTree(list):

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..base.outputs import DistillError, Outputs
+from ..base.text_table import text_table
 from .feature_shapes import grid
 from .layer_hooks import Taps, is_output, layer_output
 from .layer_names import (
@@ -18,7 +19,6 @@ from .layer_names import (
     named,
     resolve,
     split_suffixes,
-    text_table,
 )
 from .model_stages import check_visible, embedding, has_head, image_size, is_picture, stages
 from .probe import Fired, dry_run, probe, series_layers

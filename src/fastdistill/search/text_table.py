@@ -2,29 +2,25 @@
 
 from typing import Any
 
+from ..base.text_table import text_table
+from ..evaluation.number_format import Cell
+from ..evaluation.report_tables import Sheet
+from ..evaluation.text_report import print_sheet
+
 
 class TextTable(list):
     """A list of dicts with the same keys that prints as a table."""
 
     def __repr__(self) -> str:
-        if not self:
-            return 'no runs'
-        cells = [[*self[0]], *([cell_text(v) for v in row.values()] for row in self)]
-        widths = [max(map(len, column)) for column in zip(*cells)]
-        return '\n'.join(
-            '  '.join(c.ljust(w) for c, w in zip(row, widths)).rstrip() for row in cells
-        )
+        rows = ([cell_text(v) for v in row.values()] for row in self)
+        return text_table([*self[0]], rows) if self else 'no runs'
 
     def show(self, caption: str) -> None:
         """Print the table in a terminal or a notebook."""
         from rich.console import Console
-        from rich.markup import escape
-        from rich.table import Table
 
-        table = Table(*map(escape, self[0]), caption=escape(caption))
-        for row in self:
-            table.add_row(*(escape(cell_text(v)) for v in row.values()))
-        Console().print(table)
+        rows: list[list] = [[Cell(cell_text(v)) for v in row.values()] for row in self]
+        print_sheet(Sheet('', '', [*self[0]], rows, caption), Console())
 
 
 def cell_text(v: Any) -> str:
