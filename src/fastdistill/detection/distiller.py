@@ -84,8 +84,12 @@ class DetectionHead(Head):
             for t in self.layered
             if not isinstance(t.layers, str) and runs_head(layers_named(t.layers))
         ]
-        if heads:
-            self._check_anchors()
+        if heads and not same_anchors(self.detector, self.teacher):
+            raise DistillError(
+                'The recipe compares the outputs of the heads, which needs the same anchors and '
+                f'classes in both detectors: {detector_name(self.detector)} and {self.teacher.name} '
+                'differ. Compare feature maps, as in pkd().'
+            )
         return bool(heads)
 
     def _paired_levels(self, view: DetectorView, x: Sequence) -> list[tuple[str, str]]:
@@ -112,14 +116,6 @@ class DetectionHead(Head):
         how = ''.join(f'@{h}' for h in others if h != 'map')
         pairs = self.level_pairs[-1:] if word == 'last' else self.level_pairs
         return [(s + how, t + how) for s, t in pairs]
-
-    def _check_anchors(self) -> None:
-        if not same_anchors(self.detector, self.teacher):
-            raise DistillError(
-                'The recipe compares the outputs of the heads, which needs the same anchors and '
-                f'classes in both detectors: {detector_name(self.detector)} and {self.teacher.name} '
-                'differ. Compare feature maps, as in pkd().'
-            )
 
     def student_outputs(self, raw: Any, feats: dict, x: Any) -> Outputs:
         """Return the outputs of the student's layers. The losses in `raw` are ignored, because

@@ -172,23 +172,16 @@ def _pairs_asked(student: nn.Module, teacher: Any, x_s: Any, x_t: Any, layers: L
         a = _layer_shapes(student, x_s, [s for s, _ in names])
     with in_model('teacher'):
         b = _layer_shapes(teacher, x_t, [t for _, t in names])
-    if not _has_layers(teacher):
-        _refuse_unknown_layout([(s, *a[s], *b[t]) for s, t in names])
-    return [(*a[s], *b[t]) for s, t in names]
-
-
-def _refuse_unknown_layout(pairs: list) -> None:
-    """Raise a DistillError for features with three axes whose channel axis is unknown.
-
-    The axis is unknown if the teacher's outputs contain only tensors, without the layers.
-    """
-    for asked, s, _, t, t_shape in pairs:
-        if s != asked and len(t_shape) == 3 and '@' not in t:
+    for s, t in [] if _has_layers(teacher) else names:
+        # without a layer, the channel axis of a tensor with three axes is unknown
+        name, shape = b[t]
+        if a[s][0] != s and len(shape) == 3 and '@' not in name:
             raise DistillError(
-                f"The student's layer {asked!r} has its channels first, (B, C, L). The teacher's "
-                f'{t!r} of shape {t_shape} comes without its layer, so its channel axis is '
-                f"unknown. Return it as tokens (B, L, C), under the name '{t}@tokens'."
+                f"The student's layer {s!r} has its channels first, (B, C, L). The teacher's "
+                f'{name!r} of shape {shape} comes without its layer, so its channel axis is '
+                f"unknown. Return it as tokens (B, L, C), under the name '{name}@tokens'."
             )
+    return [(*a[s], *b[t]) for s, t in names]
 
 
 def _names_asked(student: nn.Module, teacher: Any, layers: LayersLike) -> list:

@@ -1,7 +1,6 @@
 """Choose the next run of a search with Optuna, from the scores of earlier runs."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,17 +21,6 @@ def import_optuna() -> Any:
     return optuna
 
 
-@contextmanager
-def only_warnings_of(optuna: Any) -> Iterator[None]:
-    """Context manager that hides Optuna's log messages, except for warnings."""
-    was = optuna.logging.get_verbosity()
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    try:
-        yield
-    finally:
-        optuna.logging.set_verbosity(was)
-
-
 def proposed_run(candidates: dict, rates: list, runs: list[Run], left: list[Run]) -> Run:
     """Choose one of the remaining runs.
 
@@ -45,8 +33,10 @@ def proposed_run(candidates: dict, rates: list, runs: list[Run], left: list[Run]
     optuna = import_optuna()
     startup = max(10, 2 * len(candidates))
     sampler = optuna.samplers.TPESampler(seed=len(runs), n_startup_trials=startup)
-    with only_warnings_of(optuna):
-        study = optuna.create_study(direction='maximize', sampler=sampler)
+    verbosity = optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(optuna.logging.WARNING)  # without a message about each study
+    study = optuna.create_study(direction='maximize', sampler=sampler)
+    optuna.logging.set_verbosity(verbosity)
     study.add_trials([as_trial(r, candidates, rates) for r in runs])
     files = {r.file for r in left}
     for _ in range(PROPOSALS):

@@ -5,8 +5,8 @@ folder.
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from time import sleep, time
@@ -138,8 +138,9 @@ class Runs:
             run.stopped = bool(after_epoch(run))
             return run.stopped
 
-        with self._claimed(run) as mine:
-            if not mine:
+        folder = self.folder
+        with ExitStack() as stack:
+            if folder is not None and not on_first(lambda: lock_run(run, folder, stack)):
                 return None
             self.finished()
             if run.file not in self.known:
@@ -149,7 +150,7 @@ class Runs:
                 run.seconds = run.ended - began
                 if run.result is None and not run.stopped:
                     return run
-                if (folder := self.folder) is not None:
+                if folder is not None:
                     run = of_first(run)  # times and results differ between ranks
                     on_first(lambda: write_json(folder / run.file, asdict(run)))
                 self.known[run.file] = run
@@ -177,13 +178,6 @@ class Runs:
                 )
             raise
         return [self.known[r.file] for r in runs]
-
-    @contextmanager
-    def _claimed(self, run: Run) -> Iterator[bool]:
-        """Context manager that yields True if this process may train the run."""
-        folder = self.folder
-        with ExitStack() as stack:
-            yield folder is None or on_first(lambda: lock_run(run, folder, stack))
 
 
 def lock_run(run: Run, folder: Path, stack: ExitStack) -> bool:
