@@ -57,3 +57,31 @@ def test_rounds_have_medians_and_a_clock_counts_steps():
     clock.start()
     clock.mark()
     assert len(clock.steps) == 1 and all(s >= 0 for s in clock.steps[0]) and len(WAYS) == 14
+
+
+RESULTS = Path(__file__).resolve().parents[2] / 'benchmarks' / 'results' / 'first_minutes'
+
+
+@pytest.mark.parametrize(
+    'name, page',
+    [
+        ('photos', 'start.md'),
+        ('scenes', 'start.md'),
+        ('texts', 'guides/text.md'),
+        ('texts_words', 'guides/text.md'),
+    ],
+)
+def test_pages_say_what_their_first_commands_reached(name, page):
+    facts = json.loads((RESULTS / f'{name}.json').read_text())
+    each, d = facts['seeds']['values'], facts['seeds']['difference']
+    spread = lambda o: f'{100 * min(o):.1f} to {100 * max(o):.1f}%'
+    says = (
+        f'{100 * facts["teacher"]["value"]:.1f}%',
+        spread(each['distilled']),
+        f'{100 * d["value"]:+.1f} points (',
+        f'{100 * d["low"]:+.1f} to {100 * d["high"]:+.1f})',
+    )
+    lines = (RESULTS.parents[2] / 'docs' / page).read_text().splitlines()
+    assert any(all(o in line for o in says) for line in lines), says
+    if name != 'texts_words':  # its students alone are those of the other pipeline
+        assert any(spread(each['alone']) in line and says[1] in line for line in lines)
