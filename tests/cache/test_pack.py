@@ -284,7 +284,7 @@ def test_a_compressed_archive_is_refused(method, cache, tmp_path):
 
     refused(
         rewritten(pack_cache(cache, tmp_path / 'a.zip'), change),
-        'its files have [0-9]+ bytes, more than the archive, so they are compressed or overlap',
+        rf'is compressed \(method {method}\): files of a packed cache are not compressed',
         tmp_path / 'to',
     )
 
@@ -296,19 +296,21 @@ def test_a_small_archive_can_not_fill_the_disk(cache, tmp_path):
         o.compress_type = zipfile.ZIP_DEFLATED
         z.writestr(o, bytes(2**25))
     assert packed.stat().st_size < 2**17
-    refused(packed, 'more than the archive, so they are compressed', tmp_path / 'to')
+    refused(packed, "'view002/000000.bin' is compressed", tmp_path / 'to')
 
 
 @pytest.mark.parametrize('mode', [stat.S_IFLNK | 0o777, stat.S_IFDIR | 0o755, stat.S_IFIFO | 0o644])
-def test_a_link_or_a_folder_becomes_a_plain_file(mode, cache, tmp_path):
+def test_a_link_or_a_folder_is_refused(mode, cache, tmp_path):
     def change(o, data):
         if o.filename == SHARD:
             o.external_attr = mode << 16
         return o, data
 
-    unpack_cache(rewritten(pack_cache(cache, tmp_path / 'a.zip'), change), tmp_path / 'to')
-    assert stat.S_ISREG((tmp_path / 'to' / SHARD).lstat().st_mode)
-    assert content(tmp_path / 'to') == content(tmp_path / 'c')
+    refused(
+        rewritten(pack_cache(cache, tmp_path / 'a.zip'), change),
+        f"'{SHARD}' is a link, a folder or a device",
+        tmp_path / 'to',
+    )
 
 
 @pytest.mark.filterwarnings('ignore:Duplicate name')
@@ -331,14 +333,14 @@ def with_field(packed, at, size, value):
 @pytest.mark.parametrize(
     'at,size,value,says',
     [
-        (8, 2, 1, "can't be read as a packed cache: .*is encrypted"),
-        (8, 2, 0x41, "can't be read as a packed cache: .*is encrypted|strong encryption"),
-        (8, 2, 0x20, "can't be read as a packed cache: .*compressed patched data"),
-        (10, 2, 99, "can't be read as a packed cache: .*compression method"),
-        (20, 4, 5, "can't be read as a packed cache"),
-        (24, 4, 2**31, 'more than the archive, so they are compressed or overlap'),
-        (42, 4, 2**31, "can't be read as a packed cache"),
-        (42, 4, 0, "can't be read as a packed cache"),
+        (8, 2, 1, 'is encrypted: decrypt the archive first'),
+        (8, 2, 0x41, 'is encrypted'),
+        (8, 2, 0x20, 'is compressed'),
+        (10, 2, 99, r'is compressed \(method 99\)'),
+        (34, 2, 1, 'is in a different part of a multi-part archive: join the parts first'),
+        (20, 4, 5, 'is compressed'),
+        (42, 4, 2**31, 'overlaps with what follows'),
+        (42, 4, 0, 'overlaps with what follows'),
         (6, 2, 99, "can't be read as a packed cache: zip file version 9.9"),
     ],
 )
@@ -346,6 +348,30 @@ def test_an_unusual_archive_is_refused_in_one_line(at, size, value, says, cache,
     refused(
         with_field(pack_cache(cache, tmp_path / 'a.zip'), at, size, value), says, tmp_path / 'to'
     )
+
+
+def test_a_file_inside_another_one_is_refused_before_anything_is_written(cache, tmp_path):
+    "The first 72 bytes of a shard are also the header and the content of a different file"
+    packed, inner = pack_cache(cache, tmp_path / 'a.zip'), tmp_path / 'inner.zip'
+    with zipfile.ZipFile(inner, 'w') as z:
+        z.writestr(zipfile.ZipInfo('README.md'), b'x')
+    start = inner.read_bytes()[: 30 + len('README.md') + 1]
+    packed = rewritten(
+        packed,
+        lambda o, data: (
+            None
+            if o.filename == 'README.md'
+            else (o, start + data[len(start) :] if o.filename == SHARD else data)
+        ),
+    )
+    with zipfile.ZipFile(packed, 'a') as z, zipfile.ZipFile(inner) as other:
+        shard, o = z.getinfo(SHARD), other.getinfo('README.md')
+        o.header_offset = shard.header_offset + 30 + len(SHARD)
+        z.filelist.append(o)
+        z._didModify = True
+    with zipfile.ZipFile(packed) as z:
+        assert z.read('README.md') == b'x'
+    refused(packed, f"'{SHARD}' overlaps with what follows", tmp_path / 'to')
 
 
 def test_an_unfinished_cache_in_an_archive_is_refused(cache, tmp_path):

@@ -4,6 +4,7 @@ All files are compared with their checksums before packing and after unpacking.
 """
 
 import shutil
+import stat
 import zipfile
 from collections.abc import Iterator, Mapping
 from functools import partial
@@ -19,6 +20,7 @@ from .sample_files import record_size
 from .writer import notes
 
 CARD = 'README.md'
+HEADER = 30  # size of the header before each file in a zip archive, without its name
 
 
 def cache_facts(where: Folder, m: Manifest) -> Iterator[tuple[str, str]]:
@@ -193,7 +195,7 @@ def unpack_cache(path: Path | str, to: Path | str) -> TeacherCache:
             raise
 
 
-def packed_files(z: zipfile.ZipFile, path: Path) -> dict[str, zipfile.ZipInfo]:
+def packed_files(z: zipfile.ZipFile, path: Any) -> dict[str, zipfile.ZipInfo]:
     """Return {name: zip entry} for all files in a packed cache.
 
     Raise a DistillError if names or sizes differ from those in the manifest.
@@ -206,13 +208,16 @@ def packed_files(z: zipfile.ZipFile, path: Path) -> dict[str, zipfile.ZipInfo]:
 
     have: dict[str, zipfile.ZipInfo] = {}
     for o in z.infolist():
+        if why := unusual(o):
+            refuse(f'{o.orig_filename!r} {why}')
         if have.setdefault(o.filename, o) is not o:
             refuse(f'it holds {o.filename!r} twice')
-    # subtle: a small archive of compressed or overlapping files could fill the disk
-    if (n := sum(o.file_size for o in have.values())) > path.stat().st_size:
-        refuse(
-            f'its files have {n} bytes, more than the archive, so they are compressed or overlap'
-        )
+    # subtle: files that overlap would need more disk space than the archive
+    end = z.start_dir
+    for o in sorted(have.values(), key=lambda o: o.header_offset, reverse=True):
+        if o.header_offset + HEADER + o.compress_size > end:
+            refuse(f'{o.filename!r} overlaps with what follows')
+        end = o.header_offset
     if 'manifest.json' not in have:
         refuse('it has no manifest.json')
     # {name: size in bytes}. A size of None allows any size
@@ -237,6 +242,25 @@ def packed_files(z: zipfile.ZipFile, path: Path) -> dict[str, zipfile.ZipInfo]:
     if missing := [n for n in needed if n not in have]:
         refuse(f'it has no {missing[0]}, which its manifest lists')
     return have
+
+
+def unusual(o: zipfile.ZipInfo) -> str:
+    """Return why `pack_cache` can't have written a zip entry, or '' if it can."""
+    kind = stat.S_IFMT(o.external_attr >> 16)
+    if o.orig_filename != o.filename:
+        return 'has a name with special characters'
+    if o.flag_bits & 0x2041:
+        return 'is encrypted: decrypt the archive first'
+    if o.is_dir() or kind not in (0, stat.S_IFREG):
+        return 'is a link, a folder or a device'
+    if o.volume:
+        return 'is in a different part of a multi-part archive: join the parts first'
+    packed = o.compress_type != zipfile.ZIP_STORED or o.compress_size != o.file_size
+    if packed or o.flag_bits & 0x20:
+        return (
+            f'is compressed (method {o.compress_type}): files of a packed cache are not compressed'
+        )
+    return ''
 
 
 def card_of(where: Folder, title: Any, data: Any, note: str, licenses: Any, license: Any) -> str:
