@@ -84,6 +84,22 @@ def files(tmp_path):
     )
 
 
+def arrow(folder, parts):
+    "A folder as `Dataset.save_to_disk` of Hugging Face writes it: files of Arrow's stream format"
+    import pyarrow as pa
+
+    folder.mkdir()
+    (folder / 'state.json').write_text('{}')
+    for i, (names, lp) in enumerate(parts):
+        table = pa.table(dict(id=names, logprobs=lp.tolist()))
+        with (
+            pa.OSFile(str(folder / f'data-{i:05}-of-00002.arrow'), 'wb') as f,
+            pa.ipc.new_stream(f, table.schema) as to,
+        ):
+            to.write_table(table, max_chunksize=2)
+    return folder
+
+
 class Rows(list):
     "What is used of a `datasets.Dataset`"
 
@@ -91,14 +107,16 @@ class Rows(list):
 
 
 def test_a_column_of_a_dataset_of_hugging_face(tmp_path):
+    folder = arrow(tmp_path / 'hub', [(NAMES[:3], LOGP[:3]), (NAMES[3:], LOGP[3:])])
+    torch.testing.assert_close(outputs(opened(folder, tmp_path / 'a')).logits, LOGP)
     rows = Rows(dict(id=k, logprobs=v) for k, v in zip(NAMES, LOGP.tolist()))
     torch.testing.assert_close(outputs(opened(rows, tmp_path / 'b')).logits, LOGP)
     with pytest.raises(DistillError, match='teacher, weights'):
         opened(Rows(rows[:-1] + [dict(rows[-1], logprobs=rows[0]['logprobs'])]), tmp_path / 'b')
-    (tmp_path / 'saved').mkdir()
-    (tmp_path / 'saved' / 'data-00000-of-00001.arrow').write_text('')
-    with pytest.raises(DistillError, match=r'wrote, pass datasets.load_from_disk\(path\)'):
-        opened(tmp_path / 'saved', tmp_path / 'c')
+    (tmp_path / 'both' / 'train').mkdir(parents=True)
+    (tmp_path / 'both' / 'dataset_dict.json').write_text('{}')
+    with pytest.raises(DistillError, match=r'has several splits \(train\): pass one'):
+        opened(tmp_path / 'both', tmp_path / 'c')
 
     class Splits(dict):
         column_names = {}
@@ -563,13 +581,19 @@ def test_a_row_of_a_folder_is_named_by_its_own_file(tmp_path):
         ([-9.0] * 4, 'the probabilities sum to'),
     ],
 )
-def test_a_row_of_a_table_in_groups_is_named_by_its_number_in_the_file(bad, says, tmp_path):
+@pytest.mark.parametrize('form', ['parquet', 'arrow'])
+def test_a_row_of_a_table_in_groups_is_named_by_its_number_in_the_file(form, bad, says, tmp_path):
     import pyarrow as pa, pyarrow.parquet as pq
 
-    file, lp = tmp_path / 'a.parquet', LOGP.tolist()
+    file, lp = tmp_path / f'a.{form}', LOGP.tolist()
     lp[5] = bad
-    pq.write_table(pa.table(dict(id=NAMES, logprobs=lp)), file, row_group_size=3)
-    with pytest.raises(DistillError, match=rf"a.parquet, row 5 \('sample 5'\): .*{says}"):
+    table = pa.table(dict(id=NAMES, logprobs=lp))
+    if form == 'parquet':
+        pq.write_table(table, file, row_group_size=3)
+    else:
+        with pa.OSFile(str(file), 'wb') as f, pa.ipc.new_stream(f, table.schema) as to:
+            to.write_table(table, max_chunksize=2)
+    with pytest.raises(DistillError, match=rf"a.{form}, row 5 \('sample 5'\): .*{says}"):
         opened(file, tmp_path / 'cache')
 
 
@@ -700,20 +724,24 @@ def test_a_name_that_is_twice_in_an_object_is_refused(text, tmp_path):
 
 
 @pytest.mark.filterwarnings('ignore:Duplicate name')
-@pytest.mark.parametrize('form', ['parquet', 'npz'])
+@pytest.mark.parametrize('form', ['parquet', 'arrow', 'arrow file', 'npz'])
 def test_a_column_that_is_there_twice_is_refused(form, tmp_path):
     import zipfile
     import pyarrow as pa, pyarrow.parquet as pq
 
-    file = tmp_path / f'a.{form}'
+    file = tmp_path / f'a.{form.split()[0]}'
     columns = dict(id=NAMES, logprobs=LOGP.tolist(), other=LOGP.flip(1).tolist())
     table = pa.table(columns).rename_columns(['id', 'logprobs', 'logprobs'])
     if form == 'parquet':
         pq.write_table(table, file)
-    else:
+    elif form == 'npz':
         np.savez(file, logprobs=LOGP.numpy())
         with zipfile.ZipFile(file, 'a') as z:
             z.writestr('logprobs.npy', z.read('logprobs.npy'))
+    else:
+        new = pa.ipc.new_stream if form == 'arrow' else pa.ipc.new_file
+        with pa.OSFile(str(file), 'wb') as f, new(f, table.schema) as to:
+            to.write_table(table)
     with pytest.raises(DistillError, match=rf"{file.name} has the column 'logprobs' twice"):
         opened(file, tmp_path / 'cache', keys=NAMES)
 
@@ -860,13 +888,18 @@ def damaged(data, rng):
     return bytes(data)
 
 
-@pytest.mark.parametrize('form', ['jsonl', 'parquet', 'npy', 'npz'])
+@pytest.mark.parametrize('form', ['jsonl', 'parquet', 'arrow', 'npy', 'npz'])
 def test_a_damaged_file_is_refused_by_name_or_harmless(form, tmp_path):
     import random
 
-    rng, refused = random.Random(form), 0
-    kwargs = files(tmp_path)[form]
-    file = kwargs.pop('outputs')
+    rng, kwargs, refused = random.Random(form), {}, 0
+    if form == 'arrow':
+        file = arrow(tmp_path / 'hub', [(NAMES, LOGP)]) / 'data-00000-of-00002.arrow'
+    else:
+        file, kwargs = (
+            (o := files(tmp_path)[form])['outputs'],
+            {k: v for k, v in o.items() if k != 'outputs'},
+        )
     whole = file.read_bytes()
     for i in range(100):
         file.write_bytes(damaged(whole, rng))

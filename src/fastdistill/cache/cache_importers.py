@@ -1,6 +1,6 @@
 """Write caches of outputs that a different program computed.
 
-The outputs can be JSON lines, Parquet or NumPy files, or Python objects.
+The outputs can be JSON lines, Parquet, Arrow or NumPy files, or Python objects.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -74,8 +74,9 @@ def cache_from(
     each position. Responses of vLLM, SGLang and OpenAI's completions API are supported.
 
     Args:
-        outputs: A .jsonl, .parquet, .npy or .npz file, a folder of such files, an array (N, ...), a
-            `datasets.Dataset` of Hugging Face, or a list of dicts.
+        outputs: A .jsonl, .parquet, .arrow, .npy or .npz file, a folder of such files (e.g. written
+            by `Dataset.save_to_disk` of Hugging Face), an array (N, ...), a `datasets.Dataset`, or
+            a list of dicts.
         path: Folder or URL of the cache.
         n: Number of classes, or size of the vocabulary. If None, use the number of values in each
             row.

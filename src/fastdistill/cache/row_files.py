@@ -1,5 +1,6 @@
 """Read rows (dicts) from files, arrays, datasets and lists."""
 
+import importlib
 import json
 import os
 from collections import Counter
@@ -72,14 +73,18 @@ def of_hub(o: Any) -> tuple:
 def read_path(path: Path) -> tuple:
     if not path.exists():
         raise DistillError(f'There is no file {str(path)!r}.')
+    if (path / 'dataset_dict.json').is_file():
+        splits = sorted(p.name for p in path.iterdir() if p.is_dir())
+        raise DistillError(
+            f'{path} has several splits ({", ".join(splits)}): pass one, e.g. {path / splits[0]}.'
+        )
     files = [path]
     if path.is_dir():
         names = sorted((f.name for f in path.iterdir()), key=natural_order)
         files = [path / n for n in names if PurePath(n).suffix in READERS]
     if not files or files[0].suffix not in READERS:
         raise DistillError(
-            f'{path}: it must be a file that ends in {", ".join(READERS)}, or a folder of them. Of a '
-            'folder that `save_to_disk` of Hugging Face wrote, pass datasets.load_from_disk(path).'
+            f'{path}: it must be a file that ends in {", ".join(READERS)}, or a folder of them.'
         )
     return FileRows(files), (path.name, fingerprint(' '.join(map(file_checksum, files))))
 
@@ -186,28 +191,52 @@ class Lines:
         )
 
 
+def pyarrow_module(name: str) -> Any:
+    try:
+        return importlib.import_module(f'pyarrow.{name}')
+    except ImportError as e:
+        raise ImportError(
+            "Parquet and Arrow files need pyarrow: pip install 'fastdistill[parquet]'"
+        ) from e
+
+
 def check_unique(columns: Sequence, path: Path) -> None:
     if repeated := [k for k, n in Counter(columns).items() if n > 1]:
         raise DistillError(f'{path} has the column {repeated[0]!r} twice: rename or remove one.')
 
 
+def table_rows(load: Callable) -> list[dict]:
+    """Load a table of pyarrow, and return its rows."""
+    table = load()
+    # subtle: without this check, damaged offsets could crash the process
+    table.validate(full=True)
+    return table.to_pylist()
+
+
 def parquet_groups(path: Path) -> Iterator[tuple[int, Callable]]:
     """Yield (number of rows, fn() -> rows) of each row group of a Parquet file."""
-    try:
-        from pyarrow.parquet import ParquetFile
-    except ImportError as e:
-        raise ImportError("Parquet files need pyarrow: pip install 'fastdistill[parquet]'") from e
-    file = ParquetFile(path, page_checksum_verification=True)
+    parquet = pyarrow_module('parquet')
+    file = parquet.ParquetFile(path, page_checksum_verification=True)
     check_unique(file.schema_arrow.names, path)
-
-    def rows(g: int) -> list[dict]:
-        table = file.read_row_group(g)
-        # subtle: without this check, damaged offsets could crash the process
-        table.validate(full=True)
-        return table.to_pylist()
-
     for g in range(file.num_row_groups):
-        yield file.metadata.row_group(g).num_rows, partial(rows, g)
+        load = partial(table_rows, partial(file.read_row_group, g))
+        yield file.metadata.row_group(g).num_rows, load
+
+
+def arrow_groups(path: Path) -> Iterator[tuple[int, Callable]]:
+    """Yield (number of rows, fn() -> rows) of each batch of a memory-mapped Arrow file, as
+    `Dataset.save_to_disk` of Hugging Face writes it.
+    """
+    pa, ipc = pyarrow_module('lib'), pyarrow_module('ipc')
+    file = pa.memory_map(str(path))
+    try:
+        batches = ipc.open_stream(file).read_all().to_batches()
+    except pa.ArrowInvalid:
+        # the file is not a stream but has the Arrow file format, with an index
+        batches = ipc.open_file(path).read_all().to_batches()
+    check_unique(batches[0].schema.names if batches else (), path)
+    for b in batches:
+        yield b.num_rows, partial(table_rows, lambda b=b: b)
 
 
 class Arrays:
@@ -258,6 +287,7 @@ def one_group(read: Callable) -> Callable:
 READERS: dict[str, Callable] = {
     '.jsonl': one_group(Lines),
     '.parquet': parquet_groups,
+    '.arrow': arrow_groups,
     '.npy': one_group(arrays_of),
     '.npz': one_group(arrays_of),
 }
