@@ -4,7 +4,6 @@ the models, and write the results to a folder.
 
 import platform
 import shutil
-import warnings
 from collections.abc import Callable
 from contextlib import ExitStack, closing
 from dataclasses import replace
@@ -72,10 +71,7 @@ class TrainRun:
 
     def __call__(self) -> Any:
         """Complete the run. Return the Report in the first process, and None in all others."""
-        with warnings.catch_warnings(), self.locks:
-            # fastai's tables cause this warning with pandas 3, although they do not write to the
-            # arrays
-            warnings.filterwarnings('ignore', message='The given NumPy array is not writable')
+        with self.locks:
             models = self.trained()
             leave_processes()
             report = self.write_results(models) if self.first else None
