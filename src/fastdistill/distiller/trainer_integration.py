@@ -121,7 +121,8 @@ def load_state(d: Distiller, state: dict) -> None:
 
     Args:
         d: A `Distiller` after `complete`.
-        state: What `training_state` returned.
+        state: What `training_state` returned. The state of the `Distiller` may be None.
     """
-    d.set_extra_state(state['distiller'])
+    if state['distiller'] is not None:
+        d.set_extra_state(state['distiller'])
     d.links.load_state_dict(state['links'])

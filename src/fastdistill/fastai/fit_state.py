@@ -8,6 +8,7 @@ import copy
 
 from ..base.model_state import ModelState
 from ..base.outputs import DistillError
+from ..distiller.trainer_integration import load_state, training_state
 from .learner_notes import notes_of
 from .projector_opt import ProjectorOptimizer
 
@@ -66,11 +67,10 @@ class FitState:
             return {k: v for k, v in self.to_load.items() if k != 'file'}
         if d is None:
             return {}
-        return dict(
-            links=d.links.state_dict(),
-            distiller=d.get_extra_state() if has_state(d) else None,
-            opt=None if self.optimizer is None else self.optimizer.state_dict(),
-        )
+        state = training_state(d)
+        if not has_state(d):
+            state['distiller'] = None
+        return state | dict(opt=None if self.optimizer is None else self.optimizer.state_dict())
 
     def take(self, learn, d):
         """Load the state passed to `load_state_dict`, or the state found next to the student's
@@ -95,10 +95,8 @@ class FitState:
             self.log(
                 f'fastdistill: loaded the projectors and their optimizer from {state["file"]}.'
             )
-        d.links.load_state_dict(state['links'])
         before = {k: h.chosen_text for k, h in d.heads.items()}
-        if state['distiller'] is not None:
-            d.set_extra_state(state['distiller'])
+        load_state(d, state)
         for k, h in d.heads.items():
             if h.chosen_text != before[k]:
                 self.log(f'fastdistill: {h.prefix}recipe {h.chosen_text}, as before')

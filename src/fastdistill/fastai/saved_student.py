@@ -41,8 +41,8 @@ logits, = session.run(['logits'], {feed})
 
 Inputs are NumPy arrays: {inputs}. {notes}
 """
-NO_TORCH = 'import numpy as np, onnxruntime  # neither PyTorch nor fastdistill'
-PHOTO = """
+IMPORTS = 'import numpy as np, onnxruntime  # neither PyTorch nor fastdistill'
+USE_PHOTO = """
 
 def prepared(path):
     image = Image.open(path).convert('{mode}')
@@ -53,7 +53,7 @@ def prepared(path):
     return pixels.transpose(2, 0, 1)[None]
 
 """
-TABLE = """table = facts['table']
+USE_TABLE = """table = facts['table']
 
 
 def missing(value):
@@ -81,17 +81,17 @@ def encoded(row):
 
 row = {row}
 names = [i.name for i in session.get_inputs()]"""
-TABLE_NOTES = """`row` is a dict with the raw values of the columns. A missing
+TABLE_IN_WORDS = """`row` is a dict with the raw values of the columns. A missing
 value is `None` or `nan`. Whole numbers that are categories may be numbers or text.
 
 The row above is made up of categories and means. For this row, the logits are `{logits}`: compare
 them with those of your own code."""
-TEXT_CODE = """text = facts['text']
+USE_TEXT = """text = facts['text']
 rules = [getattr(core, name) for name in text['rules']]
 tokenize = core.Tokenizer(core.{tokenizer}, rules=rules)
 ids = {{token: i for i, token in enumerate(text['vocab'])}}
 x = np.array([[ids.get(token, 0) for token in tokenize('a text')]])  # 0 is xxunk"""
-TEXT_NOTES = """In a batch, shorter texts are padded with `ids['xxpad']`. Without
+TEXT_IN_WORDS = """In a batch, shorter texts are padded with `ids['xxpad']`. Without
 fastai, the program must apply the same rules and split the texts in the same way: other tokens are
 unknown to the student, or mean something else."""
 # how fastai's Resize prepares a validation image, for each of its methods
@@ -238,7 +238,7 @@ def how_to_use(facts, network, dls) -> str:
     these become inputs.
     """
     answer = (facts['classes'] and ANSWERS.get(facts['task'])) or 'logits[0]'
-    own = dict(imports=NO_TORCH, answer=f'print({answer})', notes=images_in_words(facts))
+    own = dict(imports=IMPORTS, answer=f'print({answer})', notes=images_in_words(facts))
     how = facts['resize'] or {}
     channels = facts['inputs'][0]['shape'][1] if how else 0
     if how.get('method') in RESIZE and channels in MODES:
@@ -246,7 +246,7 @@ def how_to_use(facts, network, dls) -> str:
         resize = RESIZE[how['method']].format(filter=how['filter'].upper(), pad=pad)
         own['imports'] += '\nfrom PIL import Image'
         own |= dict(
-            prepare=PHOTO.format(mode=MODES[channels], resize=resize),
+            prepare=USE_PHOTO.format(mode=MODES[channels], resize=resize),
             feed="{'x': prepared('photo.jpg')}",
         )
         if len(network.session.get_outputs()[0].shape) > 2:
@@ -258,17 +258,17 @@ def how_to_use(facts, network, dls) -> str:
         x = table_inputs(dls.test_dl(pd.DataFrame([row])).dataset)
         logits = [float(f'{v:.5g}') for v in network(*x)[0].tolist()]
         own |= dict(
-            prepare=TABLE.format(row=row),
+            prepare=USE_TABLE.format(row=row),
             feed='dict(zip(names, encoded(row)))',
-            notes=TABLE_NOTES.format(logits=logits),
+            notes=TABLE_IN_WORDS.format(logits=logits),
         )
     elif facts['text'] and str(facts['text']['tokenizer']).endswith(')'):
         own |= dict(
             imports='import numpy as np, onnxruntime\n'
             'from fastai.text import core  # only for the tokens; needs PyTorch',
-            prepare=TEXT_CODE.format(tokenizer=facts['text']['tokenizer']),
+            prepare=USE_TEXT.format(tokenizer=facts['text']['tokenizer']),
             feed="{'x': x}",
-            notes=TEXT_NOTES,
+            notes=TEXT_IN_WORDS,
         )
     else:
         feed = ', '.join(f"'{o['name']}': {o['name']}" for o in facts['inputs'])
