@@ -564,3 +564,19 @@ def test_the_likeliest_classes_are_not_taken_for_labels_or_numbers(store, kind, 
         distiller.compute(
             Outputs(out), cache.outputs(range(9)), torch.nn.functional.mse_loss(out, y), (y,)
         )
+
+
+@pytest.mark.parametrize('scale,offset', [(1.0, 3000.0), (1e-8, 0.0)])
+def test_features_that_float16_does_not_hold_are_named(scale, offset, tmp_path):
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 3)), torch.randn(40, 6)
+    with torch.no_grad():
+        model[0].weight *= scale
+        model[0].bias.copy_(model[0].bias * scale + offset)
+        model[1].weight *= 1e-4
+    teacher, data = Teacher(model, layers=['0']), TensorDataset(x)
+    options = dict(views=0, progress=False)
+    with pytest.warns(DistillWarning, match=r'features differ .*% \(0\) of their spread'):
+        cache_dataset(teacher, data, tmp_path / 'half', store='float16', **options)
+    exact = cache_dataset(teacher, data, tmp_path / 'full', store='float32', **options)
+    torch.testing.assert_close(exact.outputs(range(40)).feats['0'], model[0](x))

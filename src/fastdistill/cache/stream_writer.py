@@ -30,7 +30,7 @@ from .teacher_description import (
     on_axis,
     outputs_of,
 )
-from .writer import SHARD_BYTES, check_views, encoded, warn_of_rounding
+from .writer import SHARD_BYTES, Rounding, check_views, encoded, warn_of_rounding
 
 UNKNOWN = 10**8  # number of samples assumed for a stream of unknown length
 NUMBERED = re.compile(r'(.+)-(\d{6,})')
@@ -185,7 +185,7 @@ class TeacherRows:
         alike = str(known).startswith(FUNCTION) == str(now).startswith(FUNCTION)
         who = identity_of(teacher) | dict(reads=now if alike else known)
         refuse_others(self.folder, dict(teacher=(m.teacher, who)))
-        self.layer, self._worst = layer, [0.0]
+        self.layer, self._rounding = layer, Rounding()
         self._states: HiddenRun | None = None
         self._head: StoredHead | None = None
         if m.layout.head is not None:
@@ -214,7 +214,7 @@ class TeacherRows:
     def rows(self, batch: Any, keys: np.ndarray, views: np.ndarray) -> np.ndarray:
         """Run the teacher and return its outputs as rows, (B, bytes) uint8."""
         x, m = inputs_in(batch, self.inputs, self.device), self.manifest
-        return encoded(m, self._head, views, self._worst, keys, self._outputs(x))
+        return encoded(m, self._head, views, self._rounding, keys, self._outputs(x))
 
     def _outputs(self, x: Any) -> Outputs:
         if self.manifest.layout.head is None:
@@ -434,7 +434,7 @@ def write_stream(
         keys, got = first_rows_of(waiting, kept)[0]
         out.write(f'{name}-{number:06}', keys, got, view)
     rows.folder.write(end, json.dumps(dict(rows=at)).encode())
-    warn_of_rounding(rows.manifest.layout, rows._worst[0])
+    warn_of_rounding(rows.manifest.layout, rows._rounding)
     if not at:
         warnings.warn(DistillWarning(f'{name} has no samples.'), stacklevel=2)
     return at

@@ -14,7 +14,7 @@ import torch
 
 from ..base.distributed import on_first, rank, world_size
 from ..base.errors import options_of_group
-from ..base.outputs import DistillError, DistillWarning, LinearLogits, TopK
+from ..base.outputs import DistillError, DistillWarning, LinearLogits, Outputs, TopK
 from ..base.sample_seeds import seeds_of
 from .digests import checksum, versions
 from .file_store import Folder, open_folder
@@ -31,6 +31,8 @@ from .verify_rows import row_errors
 SHARD_BYTES = 64 * 2**20
 # maximum error of logits computed from hidden states, relative to the range of the logits
 INACCURATE = 0.02
+# maximum difference of features, relative to their standard deviation
+FEATURES_FAR = 0.1
 # difference of the outputs for the first samples, relative to the largest one, above which the
 # cache belongs to a different teacher. Other batch sizes and devices, and int8, cause smaller ones.
 OTHER_OUTPUTS = 0.05
@@ -333,7 +335,7 @@ def _write_shards(
 ) -> None:
     """Run the teacher on the samples of the missing shards, and write these shards."""
     done, total = 0, sum(m.rows_of(i) for _, i, *_ in todo)
-    worst = [0.0]
+    rounding = Rounding()
     # limit the number of shards per pass of the DataLoader, since the tasks of a pass are in memory
     some = max(2**20 // m.shard_rows, 1)
     positions = lambda i: i * m.shard_rows + np.arange(m.rows_of(i))
@@ -344,22 +346,56 @@ def _write_shards(
         # generator alive, and its changes to the teacher and the random state would remain
         with closing(source.run(np.concatenate(tasks), m.batch_size)) as batches:
             for v, i, name, _ in shards:
-                keys, encode = source.keys[positions(i)], partial(encoded, m, head, v, worst)
+                keys, encode = source.keys[positions(i)], partial(encoded, m, head, v, rounding)
                 for rows in _write_shard(where, m, name, keys, batches, encode):
                     done += rows
                     if progress is not None:
                         progress(done, total, done * m.layout.bytes)
-    warn_of_rounding(m.layout, worst[0])
+    warn_of_rounding(m.layout, rounding)
 
 
-def warn_of_rounding(layout: Layout, worst: float) -> None:
-    """Warn if logits in int8 or float16, or logits computed from hidden states in int8, are too
-    inaccurate.
+@dataclass
+class Rounding:
+    """How much the stored numbers differ from the teacher's. `encoded` updates it.
+
+    Attributes:
+        worst: If hidden states are stored in int8, the largest error of a logit so far, relative to
+            the range of the logits. Otherwise, the largest step between stored numbers.
+        features: {layer: root mean square difference of its stored features in the first batch,
+            relative to their standard deviation}. None before the first batch.
+    """
+
+    worst: float = 0.0
+    features: dict[str, float] | None = None
+
+
+def feature_errors(layout: Layout, rows: np.ndarray, head: Any, out: Outputs) -> dict[str, float]:
+    """Return `Rounding.features` for a batch."""
+    errors: dict[str, float] = {}
+    got = layout.decode(torch.from_numpy(rows), head).feats if out.feats else {}
+    for k, v in got.items():
+        own = out.feats[k].detach().float().cpu()
+        spread = float(own.std(correction=0))
+        errors[k] = float((v - own).square().mean().sqrt()) / spread if spread > 0 else 0.0
+    return errors
+
+
+def warn_of_rounding(layout: Layout, rounding: Rounding) -> None:
+    """Warn if logits in int8 or float16, logits computed from hidden states in int8, or features are
+    too inaccurate.
 
     Args:
         layout: Layout of the rows.
-        worst: The number that `encoded` updates.
+        rounding: What `encoded` updated.
     """
+    worst = rounding.worst
+    if bad := {k: e for k, e in (rounding.features or {}).items() if e > FEATURES_FAR}:
+        far = ', '.join(f'{100 * e:.0f}% ({k})' for k, e in bad.items())
+        text = (
+            f"Stored features differ from the teacher's by {far} of their spread: they are very small, "
+            "or their mean is large compared with their differences. Use store='float32'."
+        )
+        warnings.warn(DistillWarning(text))
     if layout.head is not None and worst > INACCURATE:
         text = (
             f'The logits of the hidden states in int8 differ by up to {100 * worst:.1f}% of their '
@@ -383,16 +419,16 @@ def warn_of_rounding(layout: Layout, worst: float) -> None:
     warnings.warn(DistillWarning(text))
 
 
-def encoded(m: Manifest, head: Any, view: Any, worst: list, keys: Any, out: Any) -> np.ndarray:
+def encoded(
+    m: Manifest, head: Any, view: Any, rounding: Rounding, keys: Any, out: Any
+) -> np.ndarray:
     """Encode the outputs of a batch to rows.
 
     Args:
         m: Manifest of the cache.
         head: `StoredHead` of the cache, if hidden states are stored.
         view: View of the samples.
-        worst: List with one number, which this function updates. If hidden states are stored in
-            int8, the number is the largest error of a logit so far, relative to the range of the
-            logits. Otherwise, it is the largest step between stored numbers.
+        rounding: The `Rounding` that this function updates.
         keys: Keys of the samples in the batch.
         out: Outputs of the batch.
     """
@@ -405,11 +441,13 @@ def encoded(m: Manifest, head: Any, view: Any, worst: list, keys: Any, out: Any)
         seeds = seeds_of(m.seed, keys, view, DRAWS) >> np.uint64(1)
         return layout.encode(out, seeds=seeds.astype(np.int64))
     rows = layout.encode(out, head)
+    if rounding.features is None:
+        rounding.features = feature_errors(layout, rows, head, out)
     if head is None:
-        worst[0] = max(worst[0], layout.largest_step(torch.from_numpy(rows)))
+        rounding.worst = max(rounding.worst, layout.largest_step(torch.from_numpy(rows)))
     elif layout.fields[0].dtype == 'int8':
         got: Any = layout.decode(torch.from_numpy(rows), head).logits
-        worst[0] = max(worst[0], worst_error(t, got))
+        rounding.worst = max(rounding.worst, worst_error(t, got))
     return rows
 
 
