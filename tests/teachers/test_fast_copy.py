@@ -875,3 +875,21 @@ def test_an_output_that_is_read_later_ends_a_copy_that_is_not_close(eager, capsy
     assert torch.equal(numbers(x).logits, net(x)['numbers'])
     assert 'runs as it is from now on: in bfloat16 its outputs' in capsys.readouterr().out
     assert torch.equal(color(x).logits, net(x)['color'])
+
+
+def test_a_layer_that_a_copy_does_not_hold_ends_the_copy(eager, capsys):
+    "The mean of its outputs is large compared with their differences"
+    eager.setattr(speed, 'native_bf16', lambda device: True)
+    net, x = nn.Sequential(nn.Linear(6, 8), nn.LayerNorm(8), nn.Linear(8, 3)), torch.randn(64, 6)
+    with torch.no_grad():
+        net[0].bias += 100.0
+        net[1].weight *= 1e-3  # so that the outputs hardly depend on it
+    teacher = Teacher(net)
+    with teacher:
+        assert far(teacher(x).logits, net(x).detach()) < 0.03
+        assert teacher.runner.half == 'bfloat16'
+        # a layer that the copy holds
+        assert teacher.outputs((x,), layers=['2']).feats and teacher.runner.half == 'bfloat16'
+        got = teacher.outputs((x,), layers=['0']).feats['0']
+    assert torch.equal(got, net[0](x))
+    assert 'from now on: in bfloat16 its layers differ by' in capsys.readouterr().out

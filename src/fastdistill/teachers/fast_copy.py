@@ -34,6 +34,7 @@ PRECISIONS = dict(bf16=torch.bfloat16, fp16=torch.float16)
 # maximum difference from the outputs of the original model, relative to their standard deviation
 # (see `difference`)
 FARTHEST = {torch.float32: 1e-3, torch.bfloat16: 0.03, torch.float16: 0.01}
+LAYERS = 5  # the outputs of layers may differ by this multiple
 NOT_FASTER = 'a copy is not faster'
 # minimum number of operations per batch for 'auto', since smaller models do not become faster
 WORK = 5e9
@@ -157,7 +158,7 @@ class FastCopy:
         """Discard the copy, and choose again on the next batch."""
         self.module, self.bytes = self.model, 0
         self.plan: Any = None  # the `CopyPlan`
-        self.compared: list = []  # outputs that were compared with those of the model
+        self.compared: list = []  # outputs and layers that were compared with those of the model
         self.decided_for: float | None = None  # size of the batch on which the choice was made
         self.marks: ModelMarks | None = None
         self.compiled: CompiledModule | None = None
@@ -172,7 +173,7 @@ class FastCopy:
         device: torch.device,
         layers: Sequence[str],
         outputs: Sequence,
-        run: Callable[[Module], list[Tensor]],
+        run: Callable[..., list[Tensor]],
     ) -> None:
         """Choose the module that runs a batch.
 
@@ -181,8 +182,8 @@ class FastCopy:
             device: Device of the model.
             layers: Names of the layers that are read in this batch.
             outputs: Descriptions of the outputs that are read in this batch.
-            run: fn(module) -> these outputs, as `by_output` returns them. The function must not
-                change any state.
+            run: fn(module) -> these outputs, and fn(module, layers) -> the outputs of these layers,
+                as `by_output` returns them. The function must not change any state.
         """
         if self.is_stale(thorough=False):
             self.restart()
@@ -211,6 +212,8 @@ class FastCopy:
             self._compare_more(outputs, run)
         if layers and self.plan is not None:
             self._keep_apart(layers)
+            if new := [n for n in layers if n not in self.compared]:
+                self._compare_more(new, lambda m: run(m, new), 'layers', LAYERS)
 
     def _try_copies(
         self,
@@ -241,17 +244,31 @@ class FastCopy:
                 self._take(module, plan, far)
                 return
 
-    def _why_too_far(self, plan: CopyPlan, far: float) -> str:
-        """Return why a copy can't be used, or '' if its outputs are close enough."""
-        by_hand = plan.dtype != self.own and 'precision' in self.by_hand
-        if far <= (1.0 if by_hand else FARTHEST[plan.dtype]):
-            return ''
-        return f'in {short_name(plan.dtype)} its outputs differ by {far:.2g} of their spread'
+    def _why_too_far(
+        self, plan: CopyPlan, far: float, what: str = 'outputs', times: float = 1
+    ) -> str:
+        """Return why a copy can't be used, or '' if its outputs are close enough.
 
-    def _compare_more(self, outputs: Sequence, run: Callable[[Module], list[Tensor]]) -> None:
+        Args:
+            far: Difference from the outputs of the model.
+            what: Name of the outputs in the message.
+            times: Multiple of the usual limit.
+        """
+        by_hand = plan.dtype != self.own and 'precision' in self.by_hand
+        if far <= (1.0 if by_hand else times * FARTHEST[plan.dtype]):
+            return ''
+        return f'in {short_name(plan.dtype)} its {what} differ by {far:.2g} of their spread'
+
+    def _compare_more(
+        self,
+        outputs: Sequence,
+        run: Callable[[Module], list[Tensor]],
+        what: str = 'outputs',
+        times: float = 1,
+    ) -> None:
         """Discard the copy if outputs that are read for the first time are not close enough."""
-        why = self._why_too_far(self.plan, difference(run(self.module), run(self.model)))
-        if why:
+        far = difference(run(self.module), run(self.model))
+        if why := self._why_too_far(self.plan, far, what, times):
             self.restart()
             self.decided_for, self.why = float('inf'), why
             self.say(f'runs as it is from now on: {why}')
@@ -487,7 +504,7 @@ def size_of(x: Sequence, kw: Mapping[str, Any]) -> int:
     return max((t.numel() for t in tensors_in((x, kw))), default=0)
 
 
-def by_output(logits: Any, kind: str, axis: int) -> Tensor:
+def by_output(logits: Any, kind: str = '', axis: int = 1) -> Tensor:
     """Return outputs as a table whose rows are compared separately, (rows, values).
 
     Each predicted number is a row, because numbers may have different scales, or a mean that is large

@@ -210,7 +210,7 @@ class ModelRunner(Runner):
         if self.fast_copy is not None:
             x0, kw0 = slices[0]
             outputs = [(t.output, t.kind, t.axis) for t in teachers]
-            run = lambda m: self._trial(m, outputs, x0, kw0, device)
+            run = lambda m, layers=(): self._trial(m, outputs, layers, x0, kw0, device)
             self.fast_copy.choose(x0, kw0, device, layers, outputs, run)
             if self.module is not self.frozen.model:
                 self.frozen = self.stack.enter_context(self._new_frozen())
@@ -227,6 +227,7 @@ class ModelRunner(Runner):
         self,
         module: Module,
         outputs: Sequence,
+        layers: Sequence[str],
         x: Sequence,
         kw: Mapping[str, Any],
         device: torch.device,
@@ -235,10 +236,14 @@ class ModelRunner(Runner):
 
         Args:
             outputs: (output, kind, axis) of each teacher that reads the batch.
+            layers: Names of layers whose outputs to return instead.
         """
         with untouched(module), FrozenModel(module, self.teacher.mode) as frozen:
             x, kw = prepared_inputs(self, x, kw, device, frozen)
-            raw = module(*x, **kw)
+            with Taps(module, layers) as taps:
+                raw = module(*x, **kw)
+            if layers:
+                return [by_output(o) for o in taps.pop().values()]
             read = lambda output: Outputs.of(raw, output=output).logits
             return [by_output(read(output), kind, axis) for output, kind, axis in outputs]
 
