@@ -67,7 +67,8 @@ def cache_dataset(
     If a previous run was interrupted, it is resumed.
 
     Args:
-        teacher: A `Teacher`, or a callable fn(*inputs) -> Outputs or logits.
+        teacher: A `Teacher`, or a callable fn(*inputs) -> Outputs or logits. An ensemble of models
+            that predict labels or numbers needs `Teacher([...], kind=...)`.
         dataset: Map-style dataset. To train a student, pass the same dataset to `Replayed`.
         path: Folder or URL of the cache.
         views: Number of augmented views of each sample. If 0, store one output for each item of the

@@ -60,7 +60,8 @@ def start_stream(
 
     Args:
         path: Folder or URL of the cache.
-        teacher: A `Teacher`, or a callable fn(*inputs) -> Outputs or logits.
+        teacher: A `Teacher`, or a callable fn(*inputs) -> Outputs or logits. An ensemble of models
+            that predict labels or numbers needs `Teacher([...], kind=...)`.
         example: A batch of the stream. For `store='auto'`, use a few hundred samples.
         store: How to store the outputs, see `cache_dataset`.
         views: Number of augmented views of each sample. 0 for a single clean view.
