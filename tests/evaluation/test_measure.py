@@ -189,6 +189,21 @@ def test_a_position_that_does_not_count_may_hold_anything():
     assert value(r, 'nll') == pytest.approx(F.cross_entropy(o, y, ignore_index=9).item(), rel=1e-5)
 
 
+def test_an_ignored_class_has_no_score_even_if_it_is_predicted():
+    o, y = masks()
+    y[y == 11] = 3
+    r = measured(dict(a=o), y, Task('softmax', 1, 3), bs=5)
+    assert (o.argmax(1) == 3).any()
+    assert value(r, 'miou') == pytest.approx(
+        tm.jaccard_index(o, y, 'multiclass', num_classes=4, ignore_index=3).item(), rel=1e-5
+    )
+    there = y != 3
+    assert value(r, 'accuracy') == pytest.approx((o.argmax(1) == y)[there].double().mean().item())
+    scores = r.models['a'].classes
+    assert [scores[k][3] for k in ('iou', 'recall', 'precision')] == [None] * 3
+    assert None not in scores['iou'][:3]
+
+
 def test_a_class_that_is_nowhere_does_not_count():
     o, y = masks()
     o[:, 3] = -torch.inf

@@ -33,12 +33,14 @@ class Rows:
         y: Targets, (B, P).
         counts: True for positions that are not ignored, (B, P).
         labels: Number of labels of a sigmoid. The labels of each pixel or token are adjacent.
+        ignored: The class that is ignored. None if the ignored label is not a class.
     """
 
     out: Tensor
     y: Tensor
     counts: Tensor
     labels: int = 1
+    ignored: int | None = None
 
 
 def rows_of(logits: Tensor, y: Tensor, task: Task) -> Rows:
@@ -53,7 +55,8 @@ def rows_of(logits: Tensor, y: Tensor, task: Task) -> Rows:
     if task.kind == 'softmax':
         o = o.movedim(task.axis, -1)
         o, y = o.reshape(len(o), -1, o.shape[-1]), y.reshape(len(o), -1)
-        return Rows(o, y, y != task.ignore_index)
+        ignored = task.ignore_index if 0 <= task.ignore_index < o.shape[-1] else None
+        return Rows(o, y, y != task.ignore_index, ignored=ignored)
     n = 1
     if task.kind == 'sigmoid' and o.dim() > 1:
         o, y = (v.movedim(label_axis(o.shape, task), -1) for v in (o, y))
@@ -97,13 +100,26 @@ def class_scores(r: Rows, per_class: bool) -> dict[str, Tensor]:
     # use `where`, because the NLL may be infinite at masked positions
     out['nll'] = torch.where(r.counts, -own[..., 0].double(), 0.0).sum(1)
     if per_class:
-        out |= overlaps(best, y, r.counts, r.out.shape[-1])
+        out |= {
+            k: without(v, r.ignored)
+            for k, v in overlaps(best, y, r.counts, r.out.shape[-1]).items()
+        }
     if r.out.shape[1:] == (1, 2):
         margin = r.out[:, 0, 1] - r.out[:, 0, 0]
         out |= dict(margin=margin.double(), positive=(y[:, 0] == 1).double() * out['n'])
-    return out | dict(
-        bins=bins(top, right, r.counts), totals=totals(best, y, r.counts, r.out.shape[-1])
-    )
+    of_classes = without(totals(best, y, r.counts, r.out.shape[-1]), r.ignored)
+    return out | dict(bins=bins(top, right, r.counts), totals=of_classes)
+
+
+def without(counts: Tensor, ignored: int | None) -> Tensor:
+    """Set the counts of the ignored class to 0. It may be predicted, but has no score.
+
+    Args:
+        counts: Counts of each class, (..., C).
+    """
+    if ignored is not None:
+        counts[..., ignored] = 0
+    return counts
 
 
 def overlaps(best: Tensor, y: Tensor, counts: Tensor, c: int) -> dict[str, Tensor]:
@@ -206,7 +222,7 @@ def share(name: str) -> Callable[[Mapping], Any]:
 
 
 def miou(s: Mapping) -> Any:
-    """Compute the mean IoU over all classes that are present or predicted."""
+    """Compute the mean IoU over all classes that are present or predicted, except the ignored one."""
     return np.nanmean(np.where(s['union'] > 0, s['both'] / np.maximum(s['union'], 1), np.nan), -1)
 
 
