@@ -431,6 +431,11 @@ INF, NAN = float('inf'), float('nan')
         ),
         (dict(logprobs=[0.0, NAN, -1.0]), {}, "'logprobs' has NaN: each class needs a number"),
         (
+            dict(logits=np.ma.masked_array([0.5, 2.0, -1.0], [False, True, False])),
+            {},
+            'some numbers of a masked array are masked: give a number for each class',
+        ),
+        (
             dict(logprobs=[-9.0, -9.0, -9.0]),
             {},
             "sum to 0.00037 if 'logprobs' holds logprobs, but those of all classes must sum to 1.*pass given='logits' or given='probs'",

@@ -587,6 +587,10 @@ def entries(p: Any, ids: Any) -> tuple:
 
 def as_numbers(p: Any) -> np.ndarray:
     """Convert numbers to an array, (n,) float64."""
+    if np.ma.is_masked(p):
+        raise DistillError(
+            'some numbers of a masked array are masked: give a number for each class.'
+        )
     if isinstance(p, np.ndarray) and p.dtype.kind in 'fiu' and p.ndim == 1:
         with np.errstate(invalid='ignore'):
             return p.astype(np.float64)  # NumPy warns about some NaN bit patterns
