@@ -265,9 +265,9 @@ class GradientRatios(dict):
             ) from e
         if None in norms:
             raise DistillError(
-                f'The task loss does not depend on what {name} compares, so there is no gradient '
-                'to compare with. Give it weight= instead of grad_ratio=, or compare a different '
-                'output (output=) or layer.'
+                f'The task loss does not depend on what {name} compares, or the student is compiled '
+                'as a whole, so there is no gradient to compare with. Give it weight= instead of '
+                'grad_ratio=, or compare a different output (output=) or layer.'
             )
         far: Any = gradient_norm(apart(name), tensors)
         # `far` is infinite if a class has logit -inf for one sample but not for another
