@@ -100,10 +100,14 @@ class FitState:
         for k, h in d.heads.items():
             if h.chosen_text != before[k]:
                 self.log(f'fastdistill: {h.prefix}recipe {h.chosen_text}, as before')
+        if in_fit := self.optimizer in learn.cbs:
+            learn.remove_cb(self.optimizer)
         self.optimizer = None
         if state['opt'] is not None:
             self.optimizer = ProjectorOptimizer(learn, d.own_parameters())
             self.optimizer.load_state_dict(state['opt'])
+        if in_fit:
+            self.train_projectors(learn, d)
 
 
 def has_state(d) -> bool:
