@@ -52,6 +52,7 @@ MAIN = {
     'losses/_base.py': 'options and reduction of a loss',
     'losses/response.py': 'the loss function',
     'losses/chunks.py': 'its gradient without large temporary tensors',
+    'base/errors.py': 'whether an option is one of the allowed values',
     'base/task.py': 'whether values are finite, for this kind of outputs',
     'fastai/finite_check.py': 'stops if stored outputs are nan',
     'fastai/metrics.py': 'the column of the task loss in training',

