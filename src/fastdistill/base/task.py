@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from .errors import DistillError, check_choice
 from .outputs import Draws, as_plain, check_axis
 
-# {kind of outputs: loss classes}; integrations for frameworks register further classes
 IGNORED = -100  # label that PyTorch's losses of classes ignore by default
+# {kind of outputs: loss classes}; integrations for frameworks register further classes
 CLASSES: dict[str, list[type]] = dict(
     softmax=[nn.CrossEntropyLoss],
     sigmoid=[nn.BCEWithLogitsLoss, nn.MultiLabelSoftMarginLoss],
