@@ -484,6 +484,26 @@ def test_duplicated_rows_are_found_wherever_the_blocks_of_compared_keys_end(tmp_
     refused(tmp_path, '2 samples have several rows')
 
 
+@pytest.mark.parametrize('step', [1, 7, 2**20])
+def test_keys_that_differ_only_in_their_last_bits_are_told_apart(step, tmp_path, monkeypatch):
+    monkeypatch.setattr('fastdistill.cache.sealing.STEP', step)
+    g = np.random.default_rng(0)
+    near = np.repeat(np.array([5, 2**63, 2**64 - 64], np.uint64), N // 3)
+    keys = g.permutation(near + np.tile(g.permutation(N // 3).astype(np.uint64), 3))
+    part = lambda ids: [dict(inputs=X[ids], key=keys[ids])]
+    for name in ('once', 'twice'):
+        rows = start(tmp_path / name)
+        for k in range(SHARDS):
+            write_stream(part(shard(k)), rows, f'shard-{k}')
+    write_stream(part(range(7, 9)), rows, 'zz')
+    cache = seal_stream(tmp_path / 'once', keys=keys)
+    order = cache.files.order
+    assert np.array_equal(keys[order], np.sort(keys))
+    at = cache.find(keys[::-1])
+    torch.testing.assert_close(cache.outputs(at).logits, net()(X.flip(0)).detach())
+    refused(tmp_path / 'twice', '2 samples have several rows: .*row [78] and zz-000000, row [01]')
+
+
 def test_missing_rows_are_named(tmp_path):
     written(tmp_path, shards=[0, 1, 2])
     names = [f'sample {i}' for i in range(N)]

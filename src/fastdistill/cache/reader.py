@@ -4,7 +4,7 @@ Files are memory-mapped, so any number of DataLoader workers can read the same c
 """
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePath
 from typing import Any
@@ -326,13 +326,18 @@ def damages(folder: Folder, m: Manifest, files: Sequence[dict], once: bool = Fal
         files: Entries of `m.shards` to check.
         once: If True, skip files that this process has checked before.
     """
-    look = lambda o: damage_of(folder, m, o, once)
-    if len(files) == 1:
-        found = [look(files[0])]
-    else:
-        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-            found = list(pool.map(look, files))
+    found = in_threads(lambda o: damage_of(folder, m, o, once), files)
     return {o['name']: text for o, text in zip(files, found) if text}
+
+
+def in_threads(fn: Callable, items: Collection) -> list:
+    """Return the results of a function that reads, writes or hashes files, in the order of the
+    items.
+    """
+    if len(items) == 1:
+        return [fn(o) for o in items]
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        return list(pool.map(fn, items))
 
 
 def damage_of(folder: Folder, m: Manifest, o: dict, once: bool) -> str:

@@ -375,7 +375,8 @@ def read_keys(where: Folder, name: str) -> tuple[np.ndarray, str]:
         DistillError: If the key file is damaged.
     """
     data = where.read(keys_file(name))
-    if len(data) < 32 or len(data) % 8 or bytes.fromhex(checksum(data[:-16])) != data[-16:]:
+    own = memoryview(data)[:-16]
+    if len(data) < 32 or len(data) % 8 or bytes.fromhex(checksum(own)) != data[-16:]:
         raise DistillError(f'{keys_file(name)} is damaged')
     return np.frombuffer(data[:-32], '<u8'), data[-32:-16].hex()
 
