@@ -198,7 +198,7 @@ def read_all_keys(where: Folder, m: Manifest, names: Any, problems: Problems) ->
     """
     own, sums = np.empty(m.count, '<u8'), {}
     bad, different = [], []
-    starts = np.cumsum([0, *(n for _, n in m.parts)])
+    starts = np.cumsum([0, *(n for _, n in cast(list, m.parts))])
 
     def read(i: int) -> None:
         mine = own[starts[i] : starts[i + 1]]
