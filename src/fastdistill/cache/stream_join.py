@@ -64,7 +64,9 @@ class StreamJoin(IterableDataset):
                 views = np.array([field_of(o, views) for o in part], np.int64)
             rows = torch.from_numpy(self.cache.rows(where, views))
             number, at = number + len(part), int(where[-1]) + 1
-            for sample, row in zip(part, rows):
+            part.reverse()
+            for row in rows.unbind():
+                sample = part.pop()  # so that its memory can be reused for the next samples
                 if isinstance(sample, dict):
                     yield {**sample, self.name: row}
                 else:
