@@ -437,6 +437,19 @@ def test_pkd_with_a_mask_is_pkd_of_the_positions_that_count():
         pkd(s, t, mask=torch.ones(3, 5, 5))
 
 
+@pytest.mark.parametrize('rows', [1, 2])
+def test_pkd_of_two_values_has_no_gradient_since_their_correlation_is_always_1_or_minus_1(rows):
+    "A gradient ratio would give full weight to rounding errors"
+    g = torch.Generator().manual_seed(0)
+    s, t = torch.randn(rows, 6, generator=g, requires_grad=True), torch.randn(rows, 6, generator=g)
+    (d,) = torch.autograd.grad(pkd(s, t), s)
+    assert not d.any()
+    more = torch.cat([s, torch.randn(3, 6, generator=g)]), torch.cat([t, t.new_zeros(3, 6)])
+    mask = torch.arange(rows + 3) < rows
+    (d,) = torch.autograd.grad(pkd(*more, mask=mask), s)
+    assert not d.any()
+
+
 def test_pkd_takes_a_channel_that_is_constant_but_for_rounding_as_constant():
     s, t = maps((8, 3, 5, 5))(torch.float32)
     for c in (0.1, 1 / 3, 1e3 / 7, -0.7):  # the float32 mean of some is another number

@@ -348,6 +348,28 @@ def test_dist_of_one_sample_has_only_the_relation_between_classes():
     torch.testing.assert_close(g, wg)
 
 
+@pytest.mark.parametrize('mask', [None, [1.0, 0.0, 2.0]])
+def test_dist_of_two_samples_has_no_gradient_of_correlations_that_are_always_1_or_minus_1(mask):
+    "The gradient of `eps` was up to a million times that of the other part"
+    s, t = pair(2 if mask is None else 3, 7)
+    t[-1, 3] = t[0, 3] + 1e-9
+    mask = mask if mask is None else torch.tensor(mask)
+    on = slice(None) if mask is None else mask > 0
+    v, g = value_and_grad(dist, s, t, gamma=3.0, T=2.0, mask=mask)
+    want, wg = value_and_grad(dist, s, t, gamma=0.0, T=2.0, mask=mask)
+    p, q = [(o[on] / 2).softmax(1).diff(dim=0) for o in (s, t)]
+    signs = (p * q / (p.abs() * q.abs() / 2 + 1e-8) / 2).mean().item()
+    assert v == pytest.approx(want + 3 * 2**2 * (1 - signs), rel=1e-3)
+    torch.testing.assert_close(g, wg, rtol=0, atol=0)
+
+
+def test_dist_of_three_samples_compares_them():
+    s, t = pair(3, 7)
+    _, g = value_and_grad(dist, s, t)
+    _, without = value_and_grad(dist, s, t, gamma=0.0)
+    assert (g - without).norm() > 0.1 * without.norm()
+
+
 def test_binary_kl_is_the_difference_of_two_cross_entropies_and_exact_for_sure_models():
     s, t = pair(5, 7)
     bce = F.binary_cross_entropy_with_logits

@@ -13,6 +13,8 @@ from .chunks import blanked, chunk_size, chunks, in_three, rows_at
 # minimum number of positions per chunk, so that the mean of the first chunk is close to the mean of
 # all positions
 FEW_POSITIONS = 8
+# minimum number of positions whose correlation says more than a sign
+FEWEST_POSITIONS = 3
 
 
 def both_correlations(
@@ -20,6 +22,9 @@ def both_correlations(
 ) -> tuple[Tensor, Tensor]:
     """Compute the Pearson correlations between both models' probabilities, over the classes of each
     position and over the positions of each class.
+
+    With fewer than `FEWEST_POSITIONS` positions, the correlations over the positions have no
+    gradient.
 
     Args:
         s: Student logits, any shape.
@@ -32,10 +37,30 @@ def both_correlations(
     """
     mask = None if mask is None else mask.to(s.dtype).unsqueeze(axis)
     if (size := chunk_size(s)) is None:
-        return blanked(at_once, s, t, mask, axis=axis, w=mask, T=T, eps=eps)
-    three = [None if x is None else in_three(x, axis) for x in (s, t, mask)]
-    own, shared = Correlations.apply(*three, T, eps, max(size, FEW_POSITIONS * s.shape[axis]))
-    return own.reshape(s.shape[:axis] + s.shape[axis + 1 :]), shared
+        own, shared = blanked(at_once, s, t, mask, axis=axis, w=mask, T=T, eps=eps)
+    else:
+        three = [None if x is None else in_three(x, axis) for x in (s, t, mask)]
+        own, shared = Correlations.apply(*three, T, eps, max(size, FEW_POSITIONS * s.shape[axis]))
+        own = own.reshape(s.shape[:axis] + s.shape[axis + 1 :])
+    n = s.numel() // s.shape[axis]
+    if mask is not None and n >= FEWEST_POSITIONS:
+        n = (mask > 0).sum()
+    return own, without_noise(shared, n)
+
+
+def without_noise(r: Tensor, n: int | Tensor) -> Tensor:
+    """Return the correlations `r`, without their gradient if they are over too few positions.
+
+    The correlation over two positions is always 1 or -1. Its gradient comes only from rounding
+    errors and from `eps`, and can be huge.
+
+    Args:
+        n: Number of positions, an int or a 0-dim tensor.
+    """
+    enough = n >= FEWEST_POSITIONS
+    if isinstance(enough, Tensor):
+        return r.where(enough, r.detach())
+    return r if enough else r.detach()
 
 
 def at_once(

@@ -15,6 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..base.outputs import DistillError
 from ._base import Loss, _full, cells, channels_first, fit_mask, loss, reduce, unit
+from .correlations import without_noise
 
 __all__ = ['hint', 'at', 'nst', 'fsp', 'ab', 'ofd', 'OFD', 'vid', 'VID', 'pkd', 'cosine']
 
@@ -441,7 +442,7 @@ def pkd(s: Tensor, t: Tensor, *, axis: int = 1, mask: Tensor | None = None) -> T
 
     The authors' code multiplies the loss by (M-1)/M, where M = batch x positions. A channel that is
     constant in only one model contributes 1/2. A channel that is constant in both models
-    contributes 0.
+    contributes 0. The correlation over only two positions is always 1 or -1, and has no gradient.
 
     Args:
         s: Student features, projected to the teacher's shape.
@@ -457,7 +458,7 @@ def pkd(s: Tensor, t: Tensor, *, axis: int = 1, mask: Tensor | None = None) -> T
     ]
     # subtle: half the squared distance between unit vectors equals 1-r, and rounding errors can't
     # make it negative
-    return (s - t).pow(2).sum(1).mean() / 2
+    return without_noise((s - t).pow(2).sum(1).mean() / 2, (w > 0).sum())
 
 
 @loss(kind=None, match='shape')

@@ -515,7 +515,7 @@ def dist(
 
     At s == t, the loss is 0 except for the effect of `eps`. A class whose probability is the same
     at all positions has r_c = 0 and no gradient, as in the authors' code. With a single position,
-    every class has r_c = 0.
+    every class has r_c = 0. With two positions, r_c is always 1 or -1 and has no gradient.
 
     Args:
         s: Student logits, any shape.
