@@ -13,6 +13,7 @@ from ..detection.distiller import DetectionDistiller
 from ..detection.metrics import average_precision
 from ..detection.torchvision_detectors import checked_detector
 from ..detection.validation_loss import validation_losses
+from ..distiller.dataloader import read_apart
 from ..distiller.trainer_integration import takes_part
 from ..recipes.term import Recipe, Term
 from .learner_notes import notes_of
@@ -160,7 +161,9 @@ class DetectorDistillation(DistillationCallback):
             if self.check and self.before_finder is None and len(self.dls.loaders) > 1:
                 batches = ((b[: self.dls.n_inp], b[self.dls.n_inp :]) for b in self.dls.valid)
                 pairs = (images_and_targets(x, y) for x, y in batches)
-                self.distiller.check_batches((x, (y,)) for x, y in pairs).enforce()
+                with read_apart(self.dls.valid):
+                    found = self.distiller.check_batches((x, (y,)) for x, y in pairs)
+                found.enforce()
         self.distiller.links.to(next(self.model.parameters()).device)
         if self.optimizer is None and (own := self.distiller.own_parameters()):
             self.optimizer = ProjectorOptimizer(self.learn, own)
