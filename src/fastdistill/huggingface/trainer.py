@@ -1,7 +1,7 @@
 "A Hugging Face `Trainer` with a teacher."
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -116,7 +116,7 @@ class DistillationMixin(Base):
         kind = asked['kind'] or predicts(self.model)
         batch: Any = None
         if kind is None:
-            batch = self._example()
+            batch = example_batch(self)
             kind = predicts(
                 self.model, next((batch[k] for k in self.label_names if k in batch), None)
             )
@@ -141,53 +141,18 @@ class DistillationMixin(Base):
         # run in only one process
         if asked['check'] and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             part = 'training' if self.eval_dataset is None else 'validation'
-            loader = self._check_loader()
+            loader = loader_to_check(self)
             with read_apart(loader):
-                check_first(self.distiller, self._batches(loader), placed=True, part=part)
+                batches = map(reader.inputs_and_labels, map(self._prepare_inputs, loader))
+                check_first(self.distiller, batches, placed=True, part=part)
         if needs_example(self.distiller):
-            batch = self._example() if batch is None else batch
+            batch = example_batch(self) if batch is None else batch
             complete(self.distiller, reader.shared_inputs(batch), bool(reader.labels(batch)))
 
     @property
     def reader(self) -> BatchReader:
         """Reader of the Trainer's batches."""
         return BatchReader(self.model, self.teacher, self.label_names)
-
-    def _check_loader(self) -> DataLoader:
-        """Return a DataLoader with the data in which to look for mistakes.
-
-        An iterable dataset is replaced by no data, because it may not be possible to read it
-        twice.
-        """
-        data = self.train_dataset if self.eval_dataset is None else self.eval_dataset
-        if isinstance(data, dict):
-            data = next(iter(data.values()))
-        if not hasattr(data, '__len__') or not len(data):
-            return DataLoader(cast(Dataset, []))
-        collate = self._get_collator_with_removed_columns(self.data_collator)
-        order = torch.Generator().manual_seed(0)
-        size = self.args.eval_batch_size
-        return DataLoader(data, size, shuffle=True, generator=order, collate_fn=collate)
-
-    def _batches(self, loader: Any) -> Iterator[tuple]:
-        """Yield (inputs, labels) of the batches of a DataLoader."""
-        for batch in loader:
-            batch = self._prepare_inputs(batch)
-            x = self.reader.shared_inputs(batch)
-            # start and end logits have the length of the input
-            yield x, self.reader.targets(batch, next(iter(x.values())))
-
-    def _example(self) -> Any:
-        """Return a training batch, without changing any state."""
-        collate = self._get_collator_with_removed_columns(self.data_collator)
-        with RandomGuard():
-            loader = (
-                self.get_train_dataloader()
-                if self.train_dataset is None
-                else DataLoader(self.train_dataset, self.args.train_batch_size, collate_fn=collate)
-            )
-        with read_apart(loader):
-            return self._prepare_inputs(next(iter(loader)))
 
     def _set_signature_columns_if_needed(self) -> None:
         """Keep dataset columns that only the teacher uses, such as token_type_ids."""
@@ -332,3 +297,33 @@ class PartMeans:
         self.sums = {}
         mean_over_ranks(means.values())
         return {k: v.item() for k, v in means.items()}
+
+
+def loader_to_check(trainer: Any) -> DataLoader:
+    """Return a DataLoader with the data in which to look for mistakes.
+
+    An iterable dataset is replaced by no data, because it may not be possible to read it twice.
+    """
+    data = trainer.train_dataset if trainer.eval_dataset is None else trainer.eval_dataset
+    if isinstance(data, dict):
+        data = next(iter(data.values()))
+    if not hasattr(data, '__len__') or not len(data):
+        return DataLoader(cast(Dataset, []))
+    collate = trainer._get_collator_with_removed_columns(trainer.data_collator)
+    order = torch.Generator().manual_seed(0)
+    size = trainer.args.eval_batch_size
+    return DataLoader(data, size, shuffle=True, generator=order, collate_fn=collate)
+
+
+def example_batch(trainer: Any) -> Any:
+    """Return a training batch of a Trainer, without changing any state."""
+    collate = trainer._get_collator_with_removed_columns(trainer.data_collator)
+    data, size = trainer.train_dataset, trainer.args.train_batch_size
+    with RandomGuard():
+        loader = (
+            trainer.get_train_dataloader()
+            if data is None
+            else DataLoader(data, size, collate_fn=collate)
+        )
+    with read_apart(loader):
+        return trainer._prepare_inputs(next(iter(loader)))

@@ -95,6 +95,12 @@ class BatchReader:
             return next_tokens(y[0], -100), *y[1:]
         return y
 
+    def inputs_and_labels(self, batch: Mapping) -> tuple[dict, tuple]:
+        """Split a batch into (inputs that both models take, labels)."""
+        x = self.shared_inputs(batch)
+        # start and end logits have the length of the input
+        return x, self.targets(batch, next(iter(x.values())))
+
     def hide_padding(self, x: Mapping, *outputs: Any) -> None:
         """Set the logits of padded tokens to a large negative number, because an answer can't start
         or end there.
