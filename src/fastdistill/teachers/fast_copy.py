@@ -156,13 +156,21 @@ class FastCopy:
 
     def restart(self) -> None:
         """Discard the copy, and choose again on the next batch."""
-        self.module, self.bytes = self.model, 0
-        self.plan: Any = None  # the `CopyPlan`
+        self.copy: ModelCopy | None = None
         self.compared: list = []  # outputs and layers that were compared with those of the model
         self.decided_for: float | None = None  # size of the batch on which the choice was made
-        self.marks: ModelMarks | None = None
-        self.compiled: CompiledModule | None = None
         self.why = ''
+
+    def _give_up(self, why: str) -> None:
+        """Discard the copy, and never choose again."""
+        self.restart()
+        self.decided_for, self.why = float('inf'), why
+        self.say(f'runs as it is from now on: {why}')
+
+    @property
+    def module(self) -> Module:
+        """The module that runs: the copy, or the model itself."""
+        return self.model if self.copy is None else self.copy.module
 
     # choose a module before a batch runs
 
@@ -186,12 +194,10 @@ class FastCopy:
                 as `by_output` returns them. The function must not change any state.
         """
         if self.is_stale(thorough=False):
-            self.restart()
-            self.decided_for, self.why = float('inf'), 'its weights change while it teaches'
-            self.say(f'runs as it is from now on: {self.why}')
+            self._give_up('its weights change while it teaches')
         # subtle: if no copy is used, choose again for a batch that is more than twice as large
         if self.decided_for is None or (
-            self.plan is None
+            self.copy is None
             and self.why in ('', NOT_FASTER)
             and size_of(x, kw) > 2 * self.decided_for
         ):
@@ -208,12 +214,12 @@ class FastCopy:
                 self.compared = [*outputs]
             if self.why and (tried or self.by_hand):
                 self.say(f'runs as it is: {self.why}')
-        if self.plan is not None and any(o not in self.compared for o in outputs):
-            self._compare_more(outputs, run)
-        if layers and self.plan is not None:
-            self._keep_apart(layers)
+        if self.copy is not None and any(o not in self.compared for o in outputs):
+            self._compare_more(self.copy, outputs, run)
+        if layers and self.copy is not None:
+            self.copy = self.copy.with_layers(layers)
             if new := [n for n in layers if n not in self.compared]:
-                self._compare_more(new, lambda m: run(m, new), 'layers', LAYERS)
+                self._compare_more(self.copy, new, lambda m: run(m, new), 'layers', LAYERS)
 
     def _try_copies(
         self,
@@ -223,12 +229,13 @@ class FastCopy:
         run: Callable[[Module], list[Tensor]],
     ) -> None:
         """Use the first copy whose outputs are close enough to those of the model."""
-        dtypes = self._dtypes(large, device)
+        dtypes = dtypes_to_try(self.own, self.options['precision'], large, device)
         if not dtypes:
             return
         out = []
         pairs = foldable(self.model, lambda: out.append(run(self.model)))
-        for plan in self._plans(dtypes, large, without_layers(self.model, pairs, layers), device):
+        left = without_layers(self.model, pairs, layers)
+        for plan in self._plans(dtypes, large, left, device):
             try:
                 module = plan.build(self.model)
                 far = difference(run(module), out[0])
@@ -261,54 +268,39 @@ class FastCopy:
 
     def _compare_more(
         self,
+        copy: 'ModelCopy',
         outputs: Sequence,
         run: Callable[[Module], list[Tensor]],
         what: str = 'outputs',
         times: float = 1,
     ) -> None:
         """Discard the copy if outputs that are read for the first time are not close enough."""
-        far = difference(run(self.module), run(self.model))
-        if why := self._why_too_far(self.plan, far, what, times):
-            self.restart()
-            self.decided_for, self.why = float('inf'), why
-            self.say(f'runs as it is from now on: {why}')
+        far = difference(run(copy.module), run(self.model))
+        if why := self._why_too_far(copy.plan, far, what, times):
+            self._give_up(why)
         else:
             self.compared += [o for o in outputs if o not in self.compared]
-
-    def _dtypes(self, large: bool, device: torch.device) -> list[torch.dtype]:
-        """Return the dtypes to try, fastest first."""
-        dtypes, asked = [self.own] if self.own in FARTHEST else [], self.options['precision']
-        auto = large and self.own == torch.float32 and asked == 'auto' and native_bf16(device)
-        if auto or asked in PRECISIONS:
-            dtypes.insert(0, PRECISIONS.get(asked, torch.bfloat16))
-        return list(dict.fromkeys(dtypes))
 
     def _plans(
         self, dtypes: Sequence[torch.dtype], large: bool, pairs: tuple, device: torch.device
     ) -> Iterator[CopyPlan]:
         """Yield the plans of copies to try. 'auto' changes only large models."""
-        auto = large and is_convolutional(self.model)
-        layout = auto if self.options['memory_format'] == 'auto' else self.options['memory_format']
-        fold = large if self.options['fold_bn'] == 'auto' else self.options['fold_bn']
-        pairs = pairs if fold and self.mode == 'eval' else ()
+        given = lambda k, auto: auto if self.options[k] == 'auto' else self.options[k]
+        layout = given('memory_format', large and is_convolutional(self.model))
+        pairs = pairs if given('fold_bn', large) and self.mode == 'eval' else ()
         plan = CopyPlan(self.own, device, torch.channels_last if layout else None, pairs)
         for dtype in dtypes:
             if dtype != self.own:
                 yield replace(plan, dtype=dtype)
                 yield replace(plan, dtype=dtype, all_floats=True)
-            elif plan.pairs or layout or self.options['device'] or self.options['compile']:
+            elif pairs or layout or self.options['device'] or self.options['compile']:
                 yield plan
 
     def _take(self, module: Module, plan: CopyPlan, far: float) -> None:
-        self.module, self.plan, self.why = module, plan, ''
-        self.marks = ModelMarks(self.model)
-        own = {t.data_ptr() for t in weights_of(self.model)}
-        self.bytes = sum(
-            t.numel() * t.itemsize for t in weights_of(module) if t.data_ptr() not in own
-        )
-        if not self.bytes:
+        self.copy, self.why = ModelCopy(self.model, plan, module, self.options, self.say), ''
+        if not self.copy.bytes:
             return
-        text = f'runs as a copy: {self.choice} (+{self.bytes / 2**20:.3g} MiB)'
+        text = f'runs as a copy: {self.copy} (+{self.copy.bytes / 2**20:.3g} MiB)'
         if plan.dtype != torch.float32:
             text += (
                 f". Its outputs differ by {far:.2g} of their spread; run=dict(precision='fp32') "
@@ -316,20 +308,12 @@ class FastCopy:
             )
         self.say(text)
 
-    def _keep_apart(self, layers: Sequence[str]) -> None:
-        """Rebuild the copy without folding the batch norms of layers that are read."""
-        left = without_layers(self.model, self.plan.pairs, layers)
-        if len(left) == len(self.plan.pairs):
-            return
-        self.plan = replace(self.plan, pairs=left, device=next(self.module.parameters()).device)
-        self.module, self.compiled = self.plan.build(self.model), None
-
     def is_stale(self, thorough: bool) -> bool:
         """Return True if the model's weights changed since it was copied.
 
         If `thorough` is True, compare the hooks too.
         """
-        return self.marks is not None and not self.marks.match(self.model, thorough)
+        return self.copy is not None and not self.copy.marks.match(self.model, thorough)
 
     # run a batch
 
@@ -338,15 +322,69 @@ class FastCopy:
 
         Args:
             x, kw: Positional and keyword inputs.
-            layers: Names of the layers that are read. Compiled code is used only without layers.
+            layers: Names of the layers that are read.
         """
-        if self.plan is None:
-            return self.module(*x, **kw)
+        return self.model(*x, **kw) if self.copy is None else self.copy.run(x, kw, layers)
+
+    @property
+    def cast_back(self) -> torch.dtype | None:
+        """The dtype of the model if the copy has a different dtype, otherwise None."""
+        return self.own if self.copy is not None and self.copy.plan.dtype != self.own else None
+
+    def __str__(self) -> str:
+        if self.decided_for is None:
+            return ', '.join(f'{k}={self.options[k]!r}' for k in self.by_hand)
+        if self.copy is None:
+            return f'as it is{f" ({self.why})" if self.why else ""}'
+        compiled = self.copy.compiled.state if self.copy.compiled else ''
+        parts = ', '.join(filter(None, (str(self.copy), compiled)))
+        return f'{parts}, a copy of {self.copy.bytes / 2**20:.3g} MiB'
+
+
+class ModelCopy:
+    """A faster copy of a model, which runs instead of the model.
+
+    Args:
+        model: Model of the teacher.
+        plan: The `CopyPlan` of the copy.
+        module: What the plan built.
+        options, say: As in `FastCopy`.
+    """
+
+    def __init__(
+        self,
+        model: Module,
+        plan: CopyPlan,
+        module: Module,
+        options: Mapping[str, Any],
+        say: Callable[[str], None],
+    ) -> None:
+        self.model, self.plan, self.module = model, plan, module
+        self.options, self.say, self.marks = options, say, ModelMarks(model)
+        own = {t.data_ptr() for t in weights_of(model)}
+        # size of the weights that are not shared with the model
+        self.bytes = sum(
+            t.numel() * t.itemsize for t in weights_of(module) if t.data_ptr() not in own
+        )
+        self.compiled = CompiledModule(module, self._are_close, say) if options['compile'] else None
+
+    def __str__(self) -> str:
+        device = self.options['device']
+        return f'{self.plan}{f", on {device}" if device else ""}'
+
+    def with_layers(self, layers: Sequence[str]) -> 'ModelCopy':
+        """Return a copy that folds no batch norm of the layers that are read."""
+        left = without_layers(self.model, self.plan.pairs, layers)
+        if len(left) == len(self.plan.pairs):
+            return self
+        plan = replace(self.plan, pairs=left, device=next(self.module.parameters()).device)
+        return ModelCopy(self.model, plan, plan.build(self.model), self.options, self.say)
+
+    def run(self, x: Sequence, kw: Mapping[str, Any], layers: Sequence[str]) -> Any:
+        """Run a batch. Compiled code is used only if no layers are read."""
         with no_autocast(x, kw):
-            if layers or not self.options['compile']:
+            if layers or self.compiled is None:
                 return self.module(*x, **kw)
-            if self.compiled is None:
-                self.compiled = CompiledModule(self.module, self._are_close, self.say)
             return self.compiled(x, kw)
 
     def _are_close(self, a: Any, b: Any) -> bool:
@@ -360,24 +398,21 @@ class FastCopy:
             if x.is_floating_point()
         )
 
-    @property
-    def cast_back(self) -> torch.dtype | None:
-        """The dtype of the model if the copy has a different dtype, otherwise None."""
-        return self.own if self.plan is not None and self.plan.dtype != self.own else None
 
-    @property
-    def choice(self) -> str:
-        """Description of how the copy differs from the model."""
-        device = self.options['device']
-        return f'{self.plan}{f", on {device}" if device else ""}'
+def dtypes_to_try(own: Any, precision: str, large: bool, device: torch.device) -> list[torch.dtype]:
+    """Return the dtypes of the copies to try, fastest first.
 
-    def __str__(self) -> str:
-        if self.decided_for is None:
-            return ', '.join(f'{k}={self.options[k]!r}' for k in self.by_hand)
-        if self.plan is None:
-            return f'as it is{f" ({self.why})" if self.why else ""}'
-        compiled = '' if self.compiled is None else f', {self.compiled.state}'
-        return f'{self.choice}{compiled}, a copy of {self.bytes / 2**20:.3g} MiB'
+    Args:
+        own: Dtype of the model, or None if it has several.
+        precision: Option of `run=`.
+        large: Whether the model is large.
+        device: Device of the copy.
+    """
+    dtypes = [own] if own in FARTHEST else []
+    auto = large and own == torch.float32 and precision == 'auto' and native_bf16(device)
+    if auto or precision in PRECISIONS:
+        dtypes.insert(0, PRECISIONS.get(precision, torch.bfloat16))
+    return list(dict.fromkeys(dtypes))
 
 
 class ModelMarks:

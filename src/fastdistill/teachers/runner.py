@@ -74,12 +74,13 @@ class Runner:
     def half(self) -> str:
         """Name of the dtype of the faster copy if it differs from the model's, otherwise ''."""
         fast = self.fast_copy
-        return '' if fast is None or fast.cast_back is None else short_name(fast.plan.dtype)
+        return '' if fast is None or fast.cast_back is None else short_name(fast.copy.plan.dtype)
 
     @property
     def copy_bytes(self) -> int:
         """Size in bytes of the weights that faster copies do not share with the model."""
-        return 0 if self.fast_copy is None else self.fast_copy.bytes
+        copy = self.fast_copy and self.fast_copy.copy
+        return copy.bytes if copy else 0
 
     def outputs(self, x: Sequence, kw: Mapping[str, Any], layers: Sequence[str]) -> Outputs:
         """Return the outputs for a batch, with the features of exactly these layers.
