@@ -2,6 +2,7 @@
 
 from math import ceil, exp, floor, log, sqrt
 import pytest, torch
+import torch.nn.functional as F
 from torch import nn
 from cases import Golden
 from fastdistill.base.outputs import DistillError
@@ -125,20 +126,34 @@ def test_scored_hint_refuses_weights_of_other_levels():
         scored_hint([torch.rand(1, 2, 3, 3)], [torch.rand(1, 2, 3, 3)], [torch.rand(1, 3, 3)] * 2)
 
 
+def parameters(g, prefix=''):
+    "The stored parameters of the authors' module whose names start so"
+    prefix = f'param.{prefix}'
+    return {k.removeprefix(prefix): v for k, v in g.items() if k.startswith(prefix)}
+
+
+def projected(s, g):
+    "The student's map with the teacher's number of channels"
+    align = parameters(g, 'align.')
+    return F.conv2d(s, **align) if align else s
+
+
 def test_mgd_equals_the_authors_numbers():
     for tag, g, o in Golden('mgd').cases():
-        c = g['student'].shape[1]
+        c = g['teacher'].shape[1]
         convs = nn.Sequential(
             nn.Conv2d(c, c, 3, padding=1), nn.ReLU(), nn.Conv2d(c, c, 3, padding=1)
         )
-        convs.double().load_state_dict({k[6:]: v for k, v in g.items() if k.startswith('param.')})
+        own = {k: v for k, v in parameters(g).items() if not k.startswith('align')}
+        convs.double().load_state_dict(own)
         keep = (g['rand'] <= 1 - o['lambda']).double()
         s = g['student'].clone().requires_grad_()
+        v = mgd(projected(s, g), g['teacher'], generate=convs, keep=keep)
         # the authors sum over channels and positions
-        v = mgd(s, g['teacher'], generate=convs, keep=keep) * s[0].numel() * o['alpha']
+        v = v * g['teacher'][0].numel() * o['alpha']
         assert v.item() == pytest.approx(g['expected'].item(), rel=1e-9), tag
         v.backward()
-        torch.testing.assert_close(s.grad, g['grad_student'], rtol=1e-7, atol=1e-10)
+        torch.testing.assert_close(s.grad, g['grad_student'], rtol=1e-7, atol=1e-13)
 
 
 def test_mgd_hides_the_given_part_of_the_positions():
@@ -211,6 +226,37 @@ def boxed(seed=0):
     for p in (p for m in context for p in m.parameters()):
         nn.init.normal_(p)
     return s, t, boxes, context
+
+
+def authors_context(g, who):
+    m = GlobalContext(g['teacher'].shape[1]).double()
+    m.weights.load_state_dict(parameters(g, f'conv_mask_{who}.'))
+    m.vector.load_state_dict(parameters(g, f'channel_add_conv_{who}.'))
+    return m
+
+
+def test_fgd_equals_the_authors_numbers():
+    for tag, g, o in Golden('fgd').cases():
+        h, w = o['img_shape']
+        fractions = g['boxes'] / torch.tensor([w, h, w, h])
+        boxes = [fractions[g['box_image'] == i] for i in range(len(g['teacher']))]
+        s = g['student'].clone().requires_grad_()
+        v = fgd(
+            projected(s, g),
+            g['teacher'],
+            boxes,
+            context=[authors_context(g, who) for who in 'st'],
+            T=o['temp'],
+            background=o['beta'] / o['alpha'],
+            attention=o['gamma'] / o['alpha'],
+            relation=o['lambda'] / o['alpha'],
+        )
+        v = v * o['alpha']
+        assert v.item() == pytest.approx(g['expected'].item(), rel=1e-9), tag
+        v.backward()
+        torch.testing.assert_close(
+            s.grad, g['grad_student'], rtol=1e-7, atol=1e-13, msg=lambda m: f'{tag}: {m}'
+        )
 
 
 @pytest.mark.parametrize('options', [{}, dict(T=2.0, background=3.0, attention=0.1, relation=1.0)])
