@@ -42,7 +42,7 @@ def both_correlations(
         three = [None if x is None else in_three(x, axis) for x in (s, t, mask)]
         own, shared = Correlations.apply(*three, T, eps, max(size, FEW_POSITIONS * s.shape[axis]))
         own = own.reshape(s.shape[:axis] + s.shape[axis + 1 :])
-    n = s.numel() // s.shape[axis]
+    n: Any = s.numel() // s.shape[axis]
     if mask is not None and n >= FEWEST_POSITIONS:
         n = (mask > 0).sum()
     return own, without_noise(shared, n)
