@@ -908,9 +908,10 @@ def test_other_samples_are_refused(tmp_path):
 
 def test_maps_of_clean_images_are_not_given_to_augmented_ones(tmp_path):
     make = lambda **k: data(MaskBlock(codes=['x', 'y']), mask, **k)
-    cache = cache_teacher(
-        Convs(2, dense=True).eval(), make(item_tfms=Resize(SIZE)), tmp_path, views=0
-    )
+    with pytest.warns(DistillWarning, match='a value for each pixel .* Resize, Flip would move'):
+        cache = cache_teacher(
+            Convs(2, dense=True).eval(), make(item_tfms=Resize(SIZE)), tmp_path, views=0
+        )
     learn = Learner(make(item_tfms=Resize(SIZE)), Convs(2, dense=True))
     with pytest.raises(
         DistillError,
@@ -921,7 +922,8 @@ def test_maps_of_clean_images_are_not_given_to_augmented_ones(tmp_path):
 
 def test_points_of_clean_images_are_not_given_to_flipped_ones(tmp_path):
     dls = data(PointBlock, points, 'usual')
-    cache = cache_teacher(Convs(8).eval(), dls, tmp_path, views=0)
+    with pytest.warns(DistillWarning, match='outputs are points, but FlipItem, .* would move'):
+        cache = cache_teacher(Convs(8).eval(), dls, tmp_path, views=0)
     with pytest.raises(
         DistillError, match='are the points of the clean input, but FlipItem, .* would move'
     ):
@@ -936,7 +938,8 @@ def test_numbers_of_clean_images_are_given_to_flipped_ones(tmp_path):
 
 def test_maps_of_layers_of_clean_images_are_not_compared_with_flipped_ones(tmp_path):
     dls, name = data(augment='usual'), 'a'
-    cache = cache_teacher(Convs(3).eval(), dls, tmp_path, views=0, layers=[name])
+    with pytest.warns(DistillWarning, match='the stored layers have positions'):
+        cache = cache_teacher(Convs(3).eval(), dls, tmp_path, views=0, layers=[name])
     fit = lambda recipe: quiet(
         student(dls), 1, cbs=KnowledgeDistillation(cache, recipe, check=False)
     )

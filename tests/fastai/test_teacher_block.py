@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest, torch
 import apps  # before the rest of fastai: it keeps its warnings quiet
-from fastai.basics import Callback, CrossEntropyLossFlat, DataLoaders
+from fastai.basics import Callback, CrossEntropyLossFlat, DataLoaders, MSELossFlat
 from fastai.callback.mixup import CutMix, MixUp
 from fastai.data.all import (
     CategoryBlock,
@@ -20,11 +20,13 @@ from fastai.data.all import (
 from fastai.learner import Learner
 from fastai.metrics import accuracy
 from fastai.vision.all import (
+    Flip,
     ImageBlock,
     MaskBlock,
     Normalize,
     PILImage,
     PILMask,
+    PointBlock,
     TensorImage,
     aug_transforms,
 )
@@ -324,6 +326,64 @@ def test_a_target_among_the_inputs_is_refused():
     )
     with pytest.raises(DistillError, match='pass n_inp=1'):
         quiet(Learner(dls, Flat()))
+
+
+def rows_with_pixels(i):
+    return np.random.default_rng(i).normal(size=(C, 8, 8)).astype('f4')
+
+
+def pixel_dls(**kwargs):
+    return DataBlock(
+        (ImageBlock, RegressionBlock(C), TeacherBlock),
+        get_x=lambda i: PILImage.create(np.ascontiguousarray(IMAGES[i][:8, :8])),
+        get_y=[lambda i: ROWS[i], rows_with_pixels],
+        splitter=IndexSplitter([0, 1]),
+        **kwargs,
+    ).dataloaders(range(16), bs=7, num_workers=0)
+
+
+def three_arguments(out, y, y_teacher):
+    return F.mse_loss(out, y) + y_teacher.mean()
+
+
+def test_mixup_mixes_each_pixel_of_the_teacher():
+    get_x, get_y = one_hots()
+    dls = DataBlock(
+        (TransformBlock, CategoryBlock, TeacherBlock),
+        get_x=get_x,
+        get_y=[get_y, rows_with_pixels],
+        splitter=IndexSplitter([0, 1]),
+    ).dataloaders(range(16), bs=7, num_workers=0)
+    spy = Spy(GivenOutputs())
+    quiet(Learner(dls, Flat(16 * 64), cbs=[MixUp(0.8)]), cbs=spy)
+    rows = torch.stack([torch.from_numpy(rows_with_pixels(i)) for i in range(16)]).softmax(1)
+    for x, _, t, _ in spy.got:
+        want = torch.einsum('bn,nchw->bchw', torch.Tensor(x).mean((2, 3)), rows)
+        torch.testing.assert_close(t.softmax(1), want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize('loss', [None, three_arguments])
+def test_cutmix_is_refused_if_the_teachers_rows_have_pixels(loss):
+    "Its region is unknown here, and mixing by area would be wrong for every pixel"
+    learn = Learner(pixel_dls(), Flat(3 * 64), loss_func=loss, cbs=[CutMix()])
+    with pytest.raises(DistillError, match='CutMix pastes a region.*a value for each pixel'):
+        quiet(learn, cbs=[] if loss else Spy(GivenOutputs()))
+
+
+@pytest.mark.parametrize('loss', [None, three_arguments])
+def test_flips_are_refused_if_the_teachers_rows_have_pixels(loss):
+    learn = Learner(pixel_dls(batch_tfms=Flip()), Flat(3 * 64), loss_func=loss)
+    with pytest.raises(DistillError, match='rows belong to the raw items.* but Flip would move'):
+        quiet(learn, cbs=[] if loss else Spy(GivenOutputs()))
+
+
+@pytest.mark.parametrize('three', [False, True])
+def test_flips_are_refused_if_the_teachers_rows_are_points(three):
+    dls = block(PointBlock, lambda i: [[1.0, 2.0]], row=lambda i: ROWS[i, :2], batch_tfms=Flip())
+    loss = (lambda out, y, y_teacher: F.mse_loss(out, y_teacher)) if three else MSELossFlat()
+    learn = Learner(dls.dataloaders(range(N), bs=8, num_workers=0), Flat(c=2), loss_func=loss)
+    with pytest.raises(DistillError, match='predicts points, but Flip would move'):
+        quiet(learn, cbs=[] if three else KnowledgeDistillation(check=False))
 
 
 def test_two_mixtures_are_refused():

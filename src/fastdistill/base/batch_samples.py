@@ -26,6 +26,7 @@ class BatchSamples:
         permutations: Permutations used by MixUp or CutMix. Sample i was mixed with sample
             permutation[i].
         lam: Weight of each original sample in the mixed sample.
+        pasted: True if the batch was mixed by pasting a region, as CutMix does.
     """
 
     index: np.ndarray | None = None
@@ -37,6 +38,7 @@ class BatchSamples:
     n_inp: int | None = None
     permutations: list = field(default_factory=list)
     lam: Tensor | None = None
+    pasted: bool = False
 
     def pin_memory(self, device: Any = None) -> 'BatchSamples':
         """Pin the rows. PyTorch's DataLoader calls this method."""
@@ -55,6 +57,21 @@ class BatchSamples:
             raise DistillError(
                 f'{whose}, and its outputs have a value for each pixel or token, but '
                 f"{', '.join(self.moved)} would move the student's input. {instead}"
+            )
+
+    def refuse_pasted(self, values: Any) -> None:
+        """Raise a DistillError if the batch was mixed by pasting a region, and outputs for unmixed
+        inputs have positions. The weights in `lam` are right for whole samples only.
+
+        Args:
+            values: Logits of the unmixed samples.
+        """
+        if self.pasted and any(t.dim() > 2 for t in tensors_in(values)):
+            raise DistillError(
+                "CutMix pastes a region of one image into another, but the teacher's outputs are of "
+                'unmixed images, and have a value for each pixel or token. Use a live teacher of the '
+                "batch, or remove CutMix. (For masks, fastai's CutMix also mixes the losses of both "
+                'masks over all pixels, not by region.)'
             )
 
     @property

@@ -18,6 +18,10 @@ def mixed(out: Outputs, samples: BatchSamples, kind: str, axis: int) -> Outputs:
     Args:
         kind: Kind of the logits: 'softmax', 'sigmoid' or 'regression'.
         axis: Class axis.
+
+    Raises:
+        DistillError: The outputs can't be mixed: features, draws, or outputs with positions in a
+            batch of CutMix.
     """
     if samples is None or (mix_of := samples.mix) is None:
         return out
@@ -31,6 +35,7 @@ def mixed(out: Outputs, samples: BatchSamples, kind: str, axis: int) -> Outputs:
             'MixUp and CutMix mix probabilities, but the cache holds draws of unmixed images. Remove the '
             "callback, or store the outputs in a different way, cache_teacher(..., store='auto')."
         )
+    samples.refuse_pasted(out.logits)
     mix = lambda t: mix_logits(t, *mix_of, kind, axis)
     if isinstance(out.logits, LinearLogits):
         return replace(out, logits=mix(out.logits.dense()))

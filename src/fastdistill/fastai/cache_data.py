@@ -23,6 +23,7 @@ from ..base.outputs import (
     Draws,
     Outputs,
     as_plain,
+    tensors_in,
 )
 from ..base.random_state import RandomGuard
 from ..cache.digests import fingerprint, flat_values
@@ -67,7 +68,7 @@ from .sample_keys import (
 from .task import Task, task_of
 from .teacher_check import check_teacher
 from .teachers import class_names, image_stats, is_heads, teacher_of
-from .transforms import describe_transforms
+from .transforms import describe_transforms, labels_are_points, moves
 
 
 def for_each_head(write):
@@ -405,7 +406,9 @@ def source_of(
         # subtle: run the first whole batch now to determine the precision, which is part of the
         # teacher's identity
         with closing(run(np.arange(len(names))[:rows], rows)) as first:
-            next(first)
+            example = next(first)
+        if not (views or stream or dl is dls.valid):
+            warn_of_moved(example, dls, dl)
     with validation_transforms(dl, not views):
         samples = sample_digests(make, len(names), views)
     who = identity_of(teacher)
@@ -417,6 +420,36 @@ def source_of(
     transforms = describe_transforms(dl) if views or stream else {}
     return Source(
         names[order], run, rows, who, transforms, root, vocab, samples, sample_files(dl, order)
+    )
+
+
+def warn_of_moved(out, dls, dl):
+    """Warn that outputs of samples without augmentation can't be used with the augmentation of a
+    DataLoader, because they have positions, which the augmentation would move.
+
+    Args:
+        out: Outputs of the teacher for a batch.
+        dls: The DataLoaders.
+        dl: The DataLoader whose outputs are about to be stored.
+    """
+    if not (moving := moves(dl)):
+        return
+    have = lambda values: any(t.dim() > 2 for t in tensors_in(values))
+    if have(out.logits):
+        what = 'the outputs have a value for each pixel or token'
+    elif labels_are_points(dls, getattr(dls, 'head', None)):
+        what = 'the outputs are points'
+    elif have(out.feats):
+        what = 'the stored layers have positions'
+    else:
+        return
+    warnings.warn(
+        DistillWarning(
+            f'The cache holds outputs of the inputs without augmentation, and {what}, but '
+            f"{', '.join(moving)} would move the student's input. Training on them with these transforms "
+            'will raise an error: store augmented views (views=1 or more), or remove the transforms.'
+        ),
+        stacklevel=2,
     )
 
 

@@ -32,7 +32,13 @@ from .raw_items import plan_of_items
 from .replay_dl import Plan, attach, detach, refuse_unindexed, sampled
 from .sample_keys import content_keys, item_keys, matching_root, sample_files
 from .teacher_targets import TeacherTargets
-from .transforms import augmented, describe_transforms, labels_are_points, moves
+from .transforms import (
+    augmented,
+    describe_transforms,
+    labels_are_points,
+    moves,
+    refuse_moved_points,
+)
 
 ONE_VIEW = (
     'fastdistill: the cache has one view. Each sample has the same augmentation in every epoch, and students '
@@ -215,9 +221,10 @@ class SampleFeed:
             many = learn.n_epoch > 1 and not hasattr(learn, 'lr_finder')
             if self.plan.views == 1 and many and augmented(dls.train):
                 self.log(ONE_VIEW)
-        if len(held) < len(sources):
-            numbers = [k for k in sources.keys() - held if tasks[k].kind == 'regression']
+        of_items = sources.keys() - stored
+        if numbers := [k for k in of_items if tasks[k].kind == 'regression']:
             refuse_moved_points(dls, [heads.get(k) for k in numbers])
+        if len(held) < len(sources):
             self._feed_items(dls)
 
     def _feed_items(self, dls):
@@ -316,22 +323,6 @@ def plan_of_rows(dls, dl, caches: dict) -> Plan:
             'teacher2}, dls, folder, views=...).'
         )
     return replace(first, at=np.arange(len(first.at)), cache=SideBySide(plans))
-
-
-def refuse_moved_points(dls, heads):
-    """Raise an error if a teacher that reads raw items predicts points, but random transforms move
-    the points of the student's input.
-
-    Args:
-        dls: The DataLoaders.
-        heads: Head of each such teacher that predicts numbers. None for a student with one output.
-    """
-    if (moving := moves(dls.train)) and any(labels_are_points(dls, h) for h in heads):
-        raise DistillError(
-            f'The teacher reads the raw items and predicts points, but {", ".join(moving)} would move '
-            "the student's input. Remove these transforms, or use a teacher of the batch: "
-            'Teacher(model, inputs=fn).'
-        )
 
 
 class SideBySide:

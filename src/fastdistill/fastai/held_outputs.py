@@ -9,7 +9,7 @@ from ..base.output_source import OutputSource
 from ..base.outputs import DistillError, DistillWarning, Outputs, as_plain, tensors_in
 from ..base.random_state import RandomGuard
 from .class_names import stored_order
-from .teacher_targets import TeacherTarget, target_tfms
+from .teacher_targets import TeacherTarget, refuse_unlike_batch, target_tfms
 
 
 class HeldOutputs(OutputSource):
@@ -79,6 +79,11 @@ class GivenOutputs(HeldOutputs):
 
     def example(self, x):
         return Outputs()  # no layers are stored
+
+    def outputs(self, inputs=(), samples=None, layers=()) -> Outputs:
+        out = super().outputs(inputs, samples, layers)
+        refuse_unlike_batch(samples)
+        return out
 
     def decode(self, t, x):
         if not self.is_checked:

@@ -5,12 +5,13 @@ import inspect
 
 import torch
 from fastai.basics import BaseLoss, Callback, Datasets, TensorBase
-from fastai.callback.mixup import MixHandler
+from fastai.callback.mixup import MixHandler, MixUp
 from torch import Tensor
 
 from ..base.batch_samples import BatchSamples
 from ..base.mixup import lerp
-from ..base.outputs import DistillError, as_plain, tensors_in
+from ..base.outputs import DistillError, Outputs, as_plain, tensors_in
+from .transforms import moves, refuse_moved_points
 
 
 class TeacherTarget(TensorBase):
@@ -48,6 +49,10 @@ class TeacherTargets(Callback):
         if not (own or target_tfms(dls)):
             self.learn.remove_cb(self)
 
+    def before_fit(self):
+        if target_tfms(self.learn.dls) and takes_teacher(self.learn.loss_func):
+            refuse_moved_points(self.learn.dls)
+
     def before_batch(self):
         self.samples = None
         if any(isinstance(o, TeacherTarget) for o in self.xb):
@@ -69,6 +74,7 @@ class TeacherTargets(Callback):
             if self.samples is None:
                 self.samples = BatchSamples()
             self.learn.yb, self.samples.target = self.yb[:-1], self.yb[-1]
+            self.samples.moved = moves(self.learn.dl)
         if self.samples is not None and len(self.yb) and self._mix_handlers():
             y, permutations = self.yb[0], self.samples.permutations
             self.learn.yb = (recording(y, permutations), *self.yb[1:])
@@ -81,10 +87,12 @@ class TeacherTargets(Callback):
         if s is None:
             return
         if s.permutations:
-            s.lam = self._mix_handlers()[0].lam
+            handler = self._mix_handlers()[0]
+            s.lam, s.pasted = handler.lam, not isinstance(handler, MixUp)
         if s.target is None or not takes_teacher(self.learn.loss_func):
             return
         t = as_plain(s.target)
+        refuse_unlike_batch(s)
         self.learn.yb = (*self.yb, TeacherTarget(t if s.mix is None else lerp(t, *s.mix)))
 
     def after_loss(self):
@@ -101,6 +109,20 @@ class TeacherTargets(Callback):
     # fastdistill
     def __reduce__(self):
         return Callback, ()
+
+
+def refuse_unlike_batch(samples: BatchSamples):
+    """Raise a DistillError if teacher targets have positions that the batch has not, because the
+    inputs were moved, or mixed by region.
+    """
+    t = as_plain(samples.target)
+    samples.refuse_moved(
+        Outputs(t),
+        "TeacherBlock's rows belong to the raw items",
+        'Remove these transforms, store the outputs of augmented views (cache_teacher), or use a '
+        'live teacher.',
+    )
+    samples.refuse_pasted(t)
 
 
 def without_targets(b):

@@ -268,7 +268,7 @@ def own_code(o):
 
 def augmented(dl):
     """Return the random transforms of the training set."""
-    if getattr(dl.dataset, 'split_idx', 1) != 0:
+    if getattr(getattr(dl, 'dataset', None), 'split_idx', 1) != 0:
         return []
     parts = (getattr(dl, k) for k in ('after_item', 'after_batch'))
     return [f for part in parts for f in getattr(part, 'fs', []) if isinstance(f, RandTransform)]
@@ -298,3 +298,19 @@ def labels_are_points(dls, head=None) -> bool:
     if head is not None:
         found = found[head.at : head.at + 1]
     return any(isinstance(o, TensorPoint) for o in found)
+
+
+def refuse_moved_points(dls, heads=(None,)):
+    """Raise an error if teacher outputs of the raw items are points, but random transforms move the
+    points of the student's input.
+
+    Args:
+        dls: The DataLoaders.
+        heads: Head of each such teacher that predicts numbers. None for a student with one output.
+    """
+    if (moving := moves(dls.train)) and any(labels_are_points(dls, h) for h in heads):
+        raise DistillError(
+            'The outputs are those of a teacher that reads the raw items and predicts points, but '
+            f"{', '.join(moving)} would move the student's input. Remove these transforms, or use a "
+            'teacher of the batch: Teacher(model, inputs=fn).'
+        )
