@@ -25,6 +25,7 @@ from ..base.task import Task, labels_loss, task_for
 from ..checks.findings import Findings
 from ..checks.shared_parameters import none_shared, shared_parameters
 from ..checks.stored_outputs import check_stored
+from ..checks.task_loss import summed_loss
 from ..checks.teacher_outputs import check_batch, check_outputs
 from ..features.layer_hooks import Taps, is_output, layer_output
 from ..features.layer_pairs import PairTable, check_names, inputs, pair
@@ -254,6 +255,9 @@ class Head(RecipeLoss):
         found = Findings()
         if teacher is not None:
             found.add('store', check_stored(self.recipe, teacher, self.task.kind))
+        if targets:
+            example = student.logits, targets
+            found.add('task loss', summed_loss(self.task_loss, self.recipe, lambda: example))
         student, t, targets = plain_logits(student, teacher, targets)
         y = as_plain(targets[0]) if len(targets) and isinstance(targets[0], Tensor) else None
         classes = None if teacher is None else teacher.classes

@@ -154,6 +154,8 @@ class KnowledgeDistillation(DistillationCallback):
         self.feed.attach(self.learn, sources, self.fit_distiller.tasks, self.log, heads)
         found = None if finder else self.fit_distiller.look(self.learn, self.log.is_on)
         self.fit_distiller.choose(self.learn, found)
+        if not finder:
+            self.fit_distiller.check_task_loss(self.learn)
         d = self.distiller
         if d.ready:
             self.state.take(self.learn, d)

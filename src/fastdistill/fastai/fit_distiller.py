@@ -5,13 +5,14 @@ from dataclasses import replace
 from fastai.basics import one_param
 
 from ..base.distributed import of_first, on_first
+from ..checks.findings import Findings
 from ..distiller.distiller import Distiller
 from ..distiller.trainer_integration import is_choosing
 from ..features.layer_names import unwrap
 from .callback_arguments import check_options, feed_of, stored_head
 from .default_recipe import choose_recipe, example_of
 from .learner_heads import comparisons_of, options_of_heads
-from .teacher_check import find_mistakes, weight_shapes
+from .teacher_check import find_mistakes, loss_mistakes, weight_shapes
 from .teachers import is_heads
 
 
@@ -44,7 +45,7 @@ class FitDistiller:
         if self.several:
             self.stored = {k: stored_head(self.heads[k], o) for k, o in self.stored.items()}
         self.tasks, self.distiller, self.built, self.known_dls = {}, None, None, None
-        self.checked = False
+        self.checked = self.loss_checked = False
 
     @property
     def runs(self) -> bool:
@@ -82,7 +83,7 @@ class FitDistiller:
             self.distiller = self._distiller(model)
             self.distiller.links.to(one_param(model).device)
         if self.known_dls is not learn.dls:
-            self.known_dls, self.checked = learn.dls, False
+            self.known_dls, self.checked, self.loss_checked = learn.dls, False, False
             self._take_teachers(learn)
         return is_new
 
@@ -146,6 +147,14 @@ class FitDistiller:
         if logs and found.facts is not None:
             print(f'fastdistill: {k}:', '; '.join(found.facts.lines()))
         return found.enforce(facts=False)
+
+    def check_task_loss(self, learn):
+        """Warn once per set of DataLoaders if the task loss is a sum over the batch."""
+        if not self.check or self.loss_checked:
+            return
+        self.loss_checked = True
+        found = Findings(loss_mistakes(learn, self.distiller.recipe, self.output, self.several))
+        found.enforce()
 
     def choose(self, learn, found: dict | None):
         """Let `auto` choose a recipe for each head that has no recipe yet.

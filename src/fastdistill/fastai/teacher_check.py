@@ -15,6 +15,7 @@ from ..base.task import Task
 from ..checks.class_order import map_classes
 from ..checks.findings import Finding, Findings
 from ..checks.shared_parameters import larger_student, none_shared, shared_parameters
+from ..checks.task_loss import summed_loss
 from ..checks.teacher_outputs import BATCHES, any_outputs, check_outputs, single_teachers
 from ..evaluation.checks_table import checks_as_text, html_of_checks, print_checks
 from ..evaluation.text_report import show
@@ -129,12 +130,31 @@ def check_teacher(
             out.costs, out.cost_lines = costs_of_check(
                 learn, teacher, task, recipe, output, n_epoch
             )
-    # subtle: added last, because this is no reason for a different recipe
+    # subtle: added last, because these are no reasons for a different recipe
     out.add('parameters', larger_student(learn.model, teacher))
+    if learn.model is not None:
+        out.add('task loss', loss_mistakes(learn, recipe, output, head is not one))
     out.title = f'{teacher.name} as a teacher' + (
         '' if learn.model is None else f' of {type(learn.model).__name__}'
     )
     return out
+
+
+def loss_mistakes(learn, recipe, output=None, several=False):
+    """Return findings if the Learner's loss is a sum over the batch.
+
+    Args:
+        learn: The student's Learner.
+        recipe: The recipe. None if unknown.
+        output: Which of the student's outputs is distilled, as in `Distiller`.
+        several: Whether the student has several outputs.
+    """
+
+    def example():
+        found = None if several else example_of(learn, output)
+        return None if found is None else (found.logits, found.labels)
+
+    return summed_loss(learn.loss_func, recipe, example)
 
 
 def costs_of_check(learn, teacher, task, recipe, output, n_epoch):
