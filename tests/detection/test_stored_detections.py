@@ -2,7 +2,7 @@
 
 import pickle
 import numpy as np
-import pytest, torch
+import apps, processes, pytest, torch
 from detectors import batch, detector
 from safetensors.numpy import load_file, save_file
 from fastdistill.base.outputs import DistillError
@@ -114,6 +114,38 @@ def test_numbers_of_a_dataloader_and_images_can_be_names(tmp_path):
     assert_equal(found(images[1:]), detect(teacher, images)[1:])
 
 
+def one_of_two(folder):
+    "What each of two processes does: two images of its own, and one that both have"
+    torch.distributed.init_process_group('gloo')
+    (images, _), rank = batch(4), torch.distributed.get_rank()
+    own = [0, 1, 2] if rank == 0 else [2, 3]
+    batches = [([images[i]], [NAMES[i]]) for i in own]
+    found = store_detections(finder(), batches, folder / 'd')
+    assert len(found) == 4
+    apps.leave_together()
+
+
+def test_two_processes_store_their_images_in_one_file(tmp_path):
+    both = processes.start_two(tmp_path / 'two', one_of_two, tmp_path)
+    assert processes.ended(*both) == [0, 0], processes.said(tmp_path / 'two.0') + processes.said(
+        tmp_path / 'two.1'
+    )
+    teacher, (images, _) = finder(), batch(4)
+    found = StoredDetections(tmp_path / 'd', teacher)
+    assert len(found) == 4
+    assert_equal(found(NAMES), [detect(teacher, [x])[0] for x in images])
+    assert [p.name for p in tmp_path.glob('d*')] == ['d']
+
+
+def test_what_a_process_stored_before_an_interruption_is_added(stored, tmp_path):
+    teacher, images, _, found = stored
+    want = found(NAMES)
+    found.path.rename(tmp_path / 'd.rank1')
+    store_detections(teacher, in_batches(images[:1], NAMES[:1]), found.path)
+    assert_equal(StoredDetections(found.path)(NAMES), want)
+    assert not (tmp_path / 'd.rank1').exists()
+
+
 # mistakes
 
 
@@ -146,6 +178,15 @@ def test_images_of_a_different_size_are_refused(stored):
     smaller = [x[:, :32] for x in images]
     with pytest.raises(DistillError, match='has 32x64 pixels, but its detections .* 64x64 pixels'):
         store_detections(teacher, in_batches(smaller), found.path)
+
+
+def test_two_processes_with_different_images_of_one_name_are_told(stored, tmp_path):
+    teacher, images, _, found = stored
+    found.path.rename(tmp_path / 'd.rank0')
+    store_detections(teacher, [([images[0][:, :32]], NAMES[:1])], tmp_path / 'e')
+    (tmp_path / 'e').rename(tmp_path / 'd.rank1')
+    with pytest.raises(DistillError, match='d.rank1 has an image with the name of an image of a'):
+        store_detections(teacher, in_batches(images), found.path)
 
 
 def test_wrong_names_are_refused(tmp_path):

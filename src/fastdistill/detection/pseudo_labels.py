@@ -1,7 +1,9 @@
 "Use the teacher's boxes as labels for unlabeled images, and store them."
 
+import glob
 import time
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,11 +11,18 @@ import numpy as np
 from torch import nn
 
 from ..base.atomic_files import locked_folder
+from ..base.distributed import on_first, rank, world_size
 from ..base.outputs import DistillError
 from ..cache.json_checks import shortened
 from .box_matches import match_image
 from .metrics import detect
-from .stored_detections import StoredDetections, about_teacher, image_key, write_detections
+from .stored_detections import (
+    PER_IMAGE,
+    StoredDetections,
+    about_teacher,
+    image_key,
+    write_detections,
+)
 
 WRITE_AFTER = 60  # seconds after which new detections are written to the file
 
@@ -100,7 +109,8 @@ def store_detections(model: nn.Module, batches: Iterable, path: Path | str) -> S
 
     Images whose detections are in the file are skipped, so an interrupted call can be repeated, and
     images can be added later. New detections are written about once a minute and at the end, even
-    after an error.
+    after an error. Under torch.distributed, each rank stores the images of its own batches in a
+    file of its own. At the end, the first rank adds these files to `path` and deletes them.
 
     Args:
         model: The teacher, a detector.
@@ -109,12 +119,16 @@ def store_detections(model: nn.Module, batches: Iterable, path: Path | str) -> S
         path: Path of the file (.safetensors).
     """
     path, about = Path(path), about_teacher(model)
-    with locked_folder(path.parent, path, f'.{path.name}.lock'):
-        parts, sizes = [], {}
+    lock = locked_folder(path.parent, path, f'.{path.name}.lock')
+    with lock if rank() == 0 else nullcontext():
+        on_first(lambda: join_parts(path, model))  # those of an interrupted call
+        parts, sizes, own = [], {}, path
         if path.exists():
             old = StoredDetections(path, model)
             parts.append(old.arrays)
             sizes = dict(zip(old.positions, old.arrays['sizes'].tolist()))
+        if world_size() > 1:
+            parts, own = [], path.with_name(f'{path.name}.rank{rank()}')
         written, last = len(parts), time.monotonic()
         seen: set[int] = set()
         try:
@@ -122,23 +136,56 @@ def store_detections(model: nn.Module, batches: Iterable, path: Path | str) -> S
                 new = new_images(images, names, sizes, seen, path)
                 if new:
                     found = detect(model, [images[i] for i in new.values()])
-                    own = {k: list(images[i].shape[-2:]) for k, i in new.items()}
+                    shapes = {k: list(images[i].shape[-2:]) for k, i in new.items()}
                     part = dict(
-                        keys=[*new], sizes=[*own.values()], counts=[len(d['scores']) for d in found]
+                        keys=[*new],
+                        sizes=[*shapes.values()],
+                        counts=[len(d['scores']) for d in found],
                     )
                     for k in ('boxes', 'scores', 'labels'):
                         part[k] = np.concatenate([d[k].double().numpy() for d in found])
                     parts.append(part)
-                    sizes |= own
+                    sizes |= shapes
                 if time.monotonic() - last > WRITE_AFTER and len(parts) > written:
-                    write_detections(path, about, parts)
+                    write_detections(own, about, parts)
                     written, last = len(parts), time.monotonic()
         finally:
             if len(parts) > written:
-                write_detections(path, about, parts)
-    if not parts:
+                write_detections(own, about, parts)
+        on_first(lambda: join_parts(path, model))
+    if not path.exists():
         raise DistillError('There are no images, so there are no detections to store.')
     return StoredDetections(path)
+
+
+def join_parts(path: Path, model: nn.Module) -> None:
+    """Add the files of the ranks to the file of all detections, and delete them. If several ranks
+    stored the same image, as with a `DistributedSampler`, the first of its detections are kept.
+
+    Args:
+        path: Path of the file.
+        model: The teacher.
+    """
+    files = sorted(path.parent.glob(f'{glob.escape(path.name)}.rank*[0-9]'))
+    if not files:
+        return
+    parts: list = []
+    sizes: dict = {}
+    for file in [path, *files] if path.exists() else files:
+        arrays = StoredDetections(file, model).arrays
+        own = dict(zip(arrays['keys'].tolist(), arrays['sizes'].tolist()))
+        if any(sizes.get(k, size) != size for k, size in own.items()):
+            raise DistillError(
+                f'{file} has an image with the name of an image of a different size. Give each '
+                'image a name of its own, such as its whole path, and delete this file.'
+            )
+        new = np.array([k not in sizes for k in own])
+        rows = np.repeat(new, arrays['counts'])
+        parts.append({k: v[new if k in PER_IMAGE else rows] for k, v in arrays.items()})
+        sizes |= own
+    write_detections(path, about_teacher(model), parts)
+    for file in files:
+        file.unlink()
 
 
 def new_images(

@@ -20,7 +20,7 @@ from ..cache.keys import key_of
 from ..features.layer_names import unwrap
 from .torchvision_detectors import detector_name
 
-# {name: (type, shape of a row)} of the arrays in a file. The first three have one row per image
+# {name: (type, shape of a row)} of the arrays in a file
 ARRAYS: dict[str, tuple] = dict(
     keys=('uint64', ()),
     sizes=('int32', (2,)),  # height and width of the image
@@ -29,6 +29,7 @@ ARRAYS: dict[str, tuple] = dict(
     scores=('float32', ()),
     labels=('int32', ()),
 )
+PER_IMAGE = 'keys', 'sizes', 'counts'  # arrays with one row per image; others have one per box
 # attributes of a detector and its parts that change the detections
 DETECTION_OPTIONS = (
     'min_size',
