@@ -16,11 +16,12 @@ import numpy as np
 import timm
 import torch
 import torch.nn.functional as F
+from torch import nn
 from matplotlib.figure import Figure
 from PIL import Image
 from sklearn.datasets import load_sample_images
 from timm.data import ImageNetInfo
-from fastdistill.losses import dense, feature, relation
+from fastdistill.losses import dense, detection, feature, relation
 from fastdistill.losses._base import cells, unit
 from fastdistill.evaluation import show_features
 from fastdistill.features.probe import dry_run as run
@@ -28,6 +29,8 @@ from fastdistill.features import Taps
 
 IMG = Path(__file__).parent / 'img'
 DIVERGING, HEAT, GREY = 'RdBu_r', 'inferno', '.85'
+# of the pavilion and of the flower, as fractions of the width and height of the square photographs
+BOXES = torch.tensor([[0.15, 0.07, 0.85, 0.94], [0.13, 0.19, 0.81, 0.86]])
 
 
 # ---------------------------------------------------------------------------------------------------- models and data
@@ -515,6 +518,87 @@ def kl():
     save(fig, 'kl')
 
 
+def class_maps():
+    """Class logits of student and teacher at each position of the last map, by their classifiers. The heads of detectors predict
+    such logits too"""
+    out = []
+    for m in (student, teacher):
+        (f,) = features(m, x, 'bn2')
+        out.append(F.conv2d(f, m.classifier.weight[:, :, None, None], m.classifier.bias))
+    return out
+
+
+def weighted(name, weight, d, title):
+    "What is compared at each position, and how much it counts there"
+    fig, axs = grid(2, 4)
+    for k in (0, 1):
+        put(axs[k, 0], x[k], 'image' if k == 0 else None)
+        put(axs[k, 1], weight[k], 'teacher: probability' if k == 0 else None, low=0, high=1)
+        differ(axs[k, 2], d[k], title if k == 0 else None)
+        differ(axs[k, 3], weight[k] * d[k], 'weighted' if k == 0 else None)
+    save(fig, name)
+
+
+def scored():
+    s, t = projected(x, 'blocks.6')
+    p = class_maps()[1].softmax(1).amax(1)
+    weighted('scored', p, (s - t).pow(2).mean(1), 'squared difference')
+
+
+def anchors():
+    s, t = class_maps()
+    d = F.kl_div(s.log_softmax(1), t.log_softmax(1), reduction='none', log_target=True).sum(1)
+    weighted('anchors', t.softmax(1).amax(1), d, 'KL of the classes')
+
+
+def fgd():
+    s, t = projected(x, 'blocks.4')
+    boxes = BOXES.split(1)
+    objects, outside = detection.object_masks(boxes, t)
+    mask = objects + 0.5 * outside
+    place, channel = detection.attention_maps(t, 0.5)
+    d = ((s - t).pow(2) * channel[:, :, None, None]).sum(1)
+    fig, axs = grid(2, 5)
+    for k in (0, 1):
+        put(axs[k, 0], x[k], 'image and box' if k == 0 else None)
+        x1, y1, x2, y2 = (BOXES[k] * x.shape[3]).tolist()
+        axs[k, 0].plot([x1, x2, x2, x1, x1], [y1, y1, y2, y2, y1], c='r', lw=1.5)
+        put(axs[k, 1], mask[k], 'weight by boxes' if k == 0 else None, low=0)
+        differ(axs[k, 2], place[k], "teacher's attention" if k == 0 else None)
+        differ(axs[k, 3], d[k], 'squared difference' if k == 0 else None)
+        differ(axs[k, 4], mask[k] * place[k] * d[k], 'weighted' if k == 0 else None)
+    save(fig, 'fgd')
+
+
+def mgd():
+    s, t = projected(x, 'blocks.4')
+    torch.manual_seed(0)
+    c = t.shape[1]
+    generate = nn.Sequential(
+        nn.Conv2d(c, c, 3, padding=1), nn.ReLU(), nn.Conv2d(c, c, 3, padding=1)
+    )
+    hide = lambda: (torch.rand(2, 1, *t.shape[2:]) >= 0.65).float()
+    with torch.enable_grad():
+        opt = torch.optim.Adam(generate.parameters(), 2e-3)
+        for _ in range(150):
+            opt.zero_grad()
+            detection.mgd(s, t, generate=generate, keep=hide()).backward()
+            opt.step()
+    keep = hide()
+    made = generate(s * keep)
+    fig, axs = grid(2, 5, left=0.3)
+    for k, c in enumerate(liveliest(t, 2)):
+        most = t[k, c].abs().max().item()
+        put(axs[k, 0], x[k], 'image' if k == 0 else None)
+        seen = s[k, c].where(keep[k, 0] > 0, torch.nan)
+        signed(axs[k, 1], seen, 'student, partly hidden' if k == 0 else None, most)
+        signed(axs[k, 2], made[k, c], 'generated' if k == 0 else None, most)
+        signed(axs[k, 3], t[k, c], 'teacher' if k == 0 else None, most)
+        differ(axs[k, 4], (made - t)[k, c] ** 2, 'squared difference' if k == 0 else None)
+        label(axs[k, 0], f'channel {c} of {t.shape[1]}')
+    save(fig, 'mgd')
+
+
 def views():
     "What a student is shown of two photographs in four epochs, and what a cache of four views says about it"
     from fastai.vision.all import (
@@ -655,6 +739,10 @@ if __name__ == '__main__':
         pkt,
         rkd,
         kl,
+        scored,
+        anchors,
+        fgd,
+        mgd,
         views,
     ):
         if not wanted or draw.__name__ in wanted:

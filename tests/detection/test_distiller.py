@@ -221,6 +221,12 @@ def test_terms_on_levels_train_the_student(recipe):
     assert student.backbone.stem[0].weight.grad.abs().sum() > 0
 
 
+@pytest.mark.parametrize('recipe', [mgd, scored])
+def test_a_recipe_without_a_published_weight_says_so(recipe):
+    with pytest.raises(DistillError, match="weight='paper': there is no such weight"):
+        recipe(weight='paper')
+
+
 @pytest.mark.parametrize('size', [None, 96])
 def test_terms_read_the_boxes_as_fractions_of_the_padded_images(size):
     seen = []

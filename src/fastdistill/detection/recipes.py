@@ -71,7 +71,7 @@ def scored(
             weighted losses, measured at the levels of the term. 0.1 if neither `weight` nor
             `grad_ratio` is given.
     """
-    return layer_recipe(scored_hint, 1.0, layers, weight, stop_at, grad_ratio, projector=projector)
+    return layer_recipe(scored_hint, None, layers, weight, stop_at, grad_ratio, projector=projector)
 
 
 def mgd(
@@ -94,7 +94,7 @@ def mgd(
             `grad_ratio` is given.
     """
     return layer_recipe(
-        MGD(drop=drop), 1.0, layers, weight, stop_at, grad_ratio, projector=projector
+        MGD(drop=drop), None, layers, weight, stop_at, grad_ratio, projector=projector
     )
 
 

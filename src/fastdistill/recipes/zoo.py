@@ -330,7 +330,7 @@ GRAD_RATIO = 0.1
 
 def layer_recipe(
     loss: Callable,
-    paper: float,
+    paper: float | None,
     layers: LayersLike | None,
     weight: ScheduleLike | None,
     stop_at: float | None,
@@ -340,7 +340,8 @@ def layer_recipe(
     """Build a recipe with one term between layers.
 
     Args:
-        paper: Weight from the paper or the authors' code, for weight='paper'.
+        paper: Weight from the paper or the authors' code, for weight='paper'. None if there is no
+            such weight.
         weight: Number, schedule or 'paper'. None if it was not given.
         grad_ratio: Number or schedule. None if it was not given.
         **options: Further options of `Term`.
@@ -348,6 +349,11 @@ def layer_recipe(
     if weight is None and grad_ratio is None:
         grad_ratio = GRAD_RATIO
     elif isinstance(weight, str) and weight == 'paper':
+        if paper is None:
+            raise DistillError(
+                "weight='paper': there is no such weight for this method. Pass a number, or "
+                'grad_ratio=.'
+            )
         weight = paper
     return Recipe(
         Term(loss, weight, grad_ratio=grad_ratio, layers=layers, stop_at=stop_at, **options)
