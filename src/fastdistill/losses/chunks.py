@@ -16,6 +16,9 @@ from ._base import class_axis
 
 # elements per chunk: small enough for the cache of a CPU, large enough to fill a GPU
 ON_CPU, ON_GPU = 2**16, 2**24
+# least number of positions per chunk if an output layer is applied to each chunk, because the
+# whole weight is read for each
+LINEAR_ROWS = 64
 
 
 def per_position(
@@ -41,15 +44,17 @@ def per_position(
     axis = class_axis(s, axis)
     shape = s.shape[:axis] + s.shape[axis + 1 :]
     plain = isinstance(s, Tensor) and isinstance(t, Tensor)
+    linear = any(isinstance(x, LinearLogits) for x in (s, t))
     if isinstance(s, Tensor) and isinstance(t, Draws):
         s, axis = s.movedim(axis, -1), s.dim() - 1  # as the classes of draws
-    if axis != s.dim() - 1 and any(isinstance(x, LinearLogits) for x in (s, t)):
+    if axis != s.dim() - 1 and linear:
         raise DistillError(
             f'The logits of hidden states have their classes on the last axis, but axis={axis} of '
             f'{s.dim()} dimensions was given.'
         )
     mask = None if mask is None else mask.unsqueeze(axis)
-    if (size := chunk_size(s, 4 if plain else 1)) is None:
+    rows = LINEAR_ROWS if linear else 0
+    if (size := chunk_size(s, 4 if plain else 1, rows * s.shape[axis])) is None:
         s, t = [x.dense() if isinstance(x, LinearLogits) else x for x in (s, t)]
         return blanked(values, s, t, mask, axis=axis)
     s, t = in_three(s, axis), in_three(t, axis)
@@ -59,13 +64,18 @@ def per_position(
     return Chunked.apply(s, t, mask, *fns, size, *parts).reshape(shape)
 
 
-def chunk_size(x: Any, least: int = 4) -> int | None:
+def chunk_size(x: Any, least: int = 4, smallest: int = 0) -> int | None:
     """Return the number of elements per chunk, or None if `x` has fewer than `least` chunks, so that
     it can be processed at once.
+
+    Args:
+        x: Logits.
+        least: Smallest number of chunks.
+        smallest: Smallest number of elements per chunk.
     """
     if torch.compiler.is_compiling() or in_transform() or x.device.type == 'meta':
         return None
-    size = ON_CPU if x.device.type == 'cpu' else ON_GPU
+    size = max(ON_CPU if x.device.type == 'cpu' else ON_GPU, smallest)
     return None if x.shape.numel() < least * size else size
 
 
