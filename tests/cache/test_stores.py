@@ -21,7 +21,7 @@ from fastdistill.cache.output_layer import OutputLayer, find_output_layer
 from fastdistill import Distiller
 from fastdistill.losses import dist, kl, soft_ce
 from fastdistill.recipes.term import Term
-from fastdistill.recipes.zoo import kd
+from fastdistill.recipes.zoo import kd, logit_std
 from fastdistill.teachers import Teacher
 
 
@@ -169,7 +169,8 @@ def test_all_losses_see_the_same_teacher(tmp_path):
     stored = written(tmp_path, dict(kind='hidden', dtype='float32')).outputs(range(200))
     s = torch.randn(200, 300, generator=torch.Generator().manual_seed(2))
     y = torch.arange(200)
-    for recipe in (kd(T=2), Term(dist, T=2), Term(lambda s, t: (s - t).pow(2).mean())):
+    own = Term(lambda s, t: (s - t).pow(2).mean())
+    for recipe in (kd(T=2), Term(dist, T=2), logit_std(kd(T=2)), own):
         values = []
         for t in (stored, Outputs(exact())):
             d = Distiller(None, None, recipe)
@@ -394,8 +395,9 @@ def test_the_loss_of_draws_is_close_to_that_of_all_logits(tmp_path):
         (kd(T=4), 'draws were made at T=1, but kd has T=4'),
         (Term(kl, T=('linear', 1, 4)), 'draws were made at T=1'),
         (Term(lambda s, t: s.sum(), name='own'), 'own is not linear'),
+        (logit_std(kd(T=1)), 'kd is not linear'),
     ],
-    ids=['dist', 'another T', 'a schedule', 'own'],
+    ids=['dist', 'another T', 'a schedule', 'own', 'standardized'],
 )
 def test_draws_are_refused_before_training(recipe, match, tmp_path):
     from fastdistill import Distiller

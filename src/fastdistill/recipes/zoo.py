@@ -317,6 +317,8 @@ def logit_std(recipe: Term | Recipe) -> Recipe:
             return t
         t = copy.copy(t)
         t.loss = losses.standardized(t.loss)
+        # subtle: it needs the logits of all classes, also if its loss can do without
+        t.positionwise = t.linear = False
         return t
 
     recipe = Recipe(recipe)
