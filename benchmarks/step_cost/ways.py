@@ -10,6 +10,7 @@ from fastai.optimizer import OptimWrapper
 from fastdistill.base.outputs import DistillError, as_plain
 from fastdistill.fastai import KnowledgeDistillation, Teacher, cache_teacher, kd
 from fastdistill.teachers.fast_copy import AS_IT_IS
+from fastdistill.teachers.teacher import say_with
 from .pairs import loss_of
 
 __all__ = ['FLOOR', 'WAYS', 'Fit', 'Loop']
@@ -229,7 +230,7 @@ class Forward:
         )
 
     def run(self, clock):
-        self.teacher.say_with(lambda text: None)
+        say_with([self.teacher], lambda text: None)
         with self.teacher:
             clock.start()
             for *x, _ in self.dl:

@@ -21,6 +21,7 @@ from fastdistill.checks import Findings, check_outputs
 from fastdistill.checks.batch_scores import Tally
 from fastdistill.base.task import Task
 from fastdistill.checks.teacher_scores import IF_WEAK, classes_known
+from fastdistill.teachers.members import modules_of
 from fastdistill.recipes.recipe_text import recipe_from_text
 
 SOFTMAX = Task('softmax', 1)
@@ -510,7 +511,7 @@ def test_unknown_ids_are_found_in_any_embedding_that_runs():
     ensemble = Teacher([Reader(40), Reader(30)])
     one(check(ensemble, x, y), 'error', 'embedding 1.emb has 30 rows')
     assert check(Positions(9), x, y) == []
-    assert not [m for o in ensemble.modules for m in o.modules() if m._forward_pre_hooks]
+    assert not [m for o in modules_of(ensemble) for m in o.modules() if m._forward_pre_hooks]
 
     class Images(nn.Module):
         "Whole numbers that are no ids"

@@ -1344,7 +1344,7 @@ def test_a_loaded_random_state_is_used_once():
         teacher(x)
         state = d.state_dict()
         second = teacher(x).logits
-    assert not teacher.random.state_dict()
+    assert not teacher.runner.random.state_dict()
     d.load_state_dict(state)
     with teacher:
         assert torch.equal(teacher(x).logits, second)
@@ -1360,7 +1360,7 @@ def test_the_state_of_a_teacher_without_random_numbers_holds_none():
     d = Distiller(mlp(6), mlp(16), kd(), check=False)
     with d.teacher:
         d(*batch())
-        assert not d.teacher.random.state_dict()
+        assert not d.teacher.runner.random.state_dict()
     assert len(d.get_extra_state()) < 200
 
 

@@ -14,6 +14,7 @@ from fastdistill import Term, kd, losses
 from fastdistill.fastai import cache_teacher
 from fastdistill.fastai.teachers import image_stats, teacher_of
 from fastdistill.base.outputs import DistillError, DistillWarning
+from fastdistill.teachers.image_normalization import image_change
 from fastdistill.teachers import Teacher
 
 pytestmark = pytest.mark.filterwarnings('ignore:The given NumPy array is not writable:UserWarning')
@@ -79,7 +80,7 @@ def test_a_learner_answers_as_itself_in_every_application_and_stays_as_it_was(ap
         and list(learn.cbs) == cbs
         and t.learner is learn
         and t.model is learn.model
-        and t.adapts == ''
+        and image_change(t) == ''
     )
 
 
@@ -115,7 +116,7 @@ def test_images_come_in_the_teachers_own_normalisation(theirs, ours):
     learn, student = learner(theirs), learner(ours, 1)
     t = teacher_of(learn, student)
     close(taught(t, student), says(learn))
-    assert bool(t.adapts) == (theirs != ours)
+    assert bool(image_change(t)) == (theirs != ours)
     close(taught(teacher_of(learn, student.dls), student), says(learn))  # DataLoaders will do
 
 
@@ -125,7 +126,10 @@ def test_the_statistics_are_those_at_the_time():
     assert image_stats(learn.dls) == (0.0, 1.0)
     t = teacher_of(learn, learn.dls)
     learn.dls.add_tfms([Normalize.from_stats(*B, cuda=False)], 'after_batch')
-    assert torch.equal(image_stats(learn.dls)[0].flatten(), torch.tensor(B[0])) and t.adapts == ''
+    assert (
+        torch.equal(image_stats(learn.dls)[0].flatten(), torch.tensor(B[0]))
+        and image_change(t) == ''
+    )
     assert teacher_of(t, learn.dls) is t  # it was told what it gets
     assert image_stats([]) == image_stats(synth_learner().dls) == (0.0, 1.0)
 
@@ -144,10 +148,10 @@ def test_without_a_student_images_are_refused_until_one_is_known():
 
 def test_what_is_said_wins():
     learn, student = learner(A), learner(B, 1)
-    assert teacher_of(learn, student, stats=None).adapts == ''
-    assert teacher_of(Teacher(learn.model), student).adapts == ''
+    assert image_change(teacher_of(learn, student, stats=None)) == ''
+    assert image_change(teacher_of(Teacher(learn.model), student)) == ''
     t = teacher_of(Teacher(learn.model, images=dict(stats=A, input_stats=A)), student)
-    assert t.adapts == ''
+    assert image_change(t) == ''
     t = teacher_of(
         Teacher(learn.model, kind='sigmoid'), student, kind='softmax', axis=-1, size=16, name='mine'
     )
@@ -243,21 +247,21 @@ def test_a_list_is_an_ensemble_of_all_that_teaches(tmp_path):
 def test_timm_modules_tell_and_torchvisions_make_one_ask():
     student = learner(A)
     t = teacher_of(timm.create_model('resnet10t', pretrained=False, num_classes=3), student)
-    assert t.adapts.endswith('mean 0.485 0.456 0.406, std 0.229 0.224 0.225')
+    assert image_change(t).endswith('mean 0.485 0.456 0.406, std 0.229 0.224 0.225')
     resnet = torchvision.models.resnet18(num_classes=3)
     with pytest.warns(
         DistillWarning,
         match=r"torchvision's ResNet does not show .*Teacher\(model, images=dict\(stats='imagenet'\)\)",
     ):
-        assert teacher_of(resnet, student).adapts == ''
+        assert image_change(teacher_of(resnet, student)) == ''
     # none of these warns
-    assert teacher_of(resnet, student, stats='imagenet').adapts
+    assert image_change(teacher_of(resnet, student, stats='imagenet'))
     for t in (
         teacher_of(Teacher(resnet), student),
         teacher_of(resnet, student, stats=None),
         teacher_of(resnet, learner(B)),
     ):
-        assert t.adapts == '' == teacher_of(resnet).adapts
+        assert image_change(t) == '' == image_change(teacher_of(resnet))
 
 
 def test_the_learners_callbacks_stay_out_of_it():

@@ -732,7 +732,7 @@ def test_each_step_begins_without_the_gradients_of_the_step_before(tmp_path):
     for one, again, third in zip(*grads):
         torch.testing.assert_close(again, one)
         torch.testing.assert_close(third, one)
-    assert not trainer.distiller.teacher.started
+    assert not trainer.distiller.teacher.runner.started
 
 
 def test_the_teacher_is_a_guest(tmp_path):

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from fastdistill import DistillError, Distiller, Outputs, Teacher, hint, kd
 from fastdistill.teachers import compiled_module, fast_copy as speed
 from fastdistill.teachers.batch_norm_folding import foldable
+from fastdistill.teachers.teacher import with_defaults
 
 
 def conv_net(width=8):
@@ -618,10 +619,10 @@ def test_a_variation_keeps_what_it_does_not_change():
 
 def test_defaults_change_only_what_was_not_given():
     t = Teacher(conv_net(), kind='sigmoid', run=dict(precision='bf16'))
-    other = t.with_defaults(kind='softmax', axis=-1, run=dict(precision='fp32', batch=2))
+    other = with_defaults(t, kind='softmax', axis=-1, run=dict(precision='fp32', batch=2))
     assert (other.kind, other.axis) == ('sigmoid', -1)
     assert other.run == dict(precision='bf16', batch=2)
-    assert t.with_defaults(kind='softmax', run=dict(precision='fp32')) is t
+    assert with_defaults(t, kind='softmax', run=dict(precision='fp32')) is t
 
 
 def test_a_teacher_that_is_given_as_it_is_gets_no_copy(eager):

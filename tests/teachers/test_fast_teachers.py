@@ -283,7 +283,7 @@ def test_after_an_interrupt_nothing_is_left_on_the_teacher_or_on_its_copy():
     assert {k: v[1:] for k, v in apps.modes(learn.model).items()} == {
         k: v[1:] for k, v in before.items()
     }
-    assert not t.started
+    assert not t.runner.started
 
 
 def test_a_teacher_speaks_after_a_fit_too(capsys):
@@ -492,7 +492,7 @@ def test_every_trainer_learns_from_layers_of_a_copy_as_from_the_model_itself(
         d = FACES[face](s, t, recipe(), tmp_path)
         ends.append(torch.cat([p.detach().flatten() for p in s.parameters()]) - start)
     assert d.teacher.runner.half == 'bfloat16'
-    assert not d.teacher.started
+    assert not d.teacher.runner.started
     assert 0 < far(ends[1], ends[0]) < 0.1
     assert same(was, snapshot(model))
 

@@ -20,8 +20,11 @@ from torch.utils.data import TensorDataset
 from fastdistill.cache import cache_dataset
 from fastdistill.checks.shared_parameters import parameter_ids
 from fastdistill.teachers.model_loading import Onnx
+from fastdistill.base.random_state import RandomStream
 from fastdistill.base.outputs import DistillError, DistillWarning, Outputs
-from fastdistill import Distiller, kd
+from fastdistill import Distiller, kd, with_items
+from fastdistill.teachers.members import modules_of
+from fastdistill.teachers.image_normalization import image_change
 from fastdistill import Teacher  # the public name, whose docstring explains the options
 
 
@@ -283,18 +286,18 @@ def test_start_and_stop_may_come_twice_and_nested():
     model, x = seeded(small).train(), images(4, 3, 8, 8)
     t = Teacher(model)
     t.stop()
-    assert t.start().start() is t and t.started
+    assert t.start().start() is t and t.runner.started
     with t:
         with t:
             t(x)
         assert not model.training
-    assert t.started and not model.training
+    assert t.runner.started and not model.training
     t.stop()
     t.stop()
-    assert not t.started and model.training
+    assert not t.runner.started and model.training
     with pytest.raises(KeyboardInterrupt), t:
         raise KeyboardInterrupt
-    assert not t.started and model.training
+    assert not t.runner.started and model.training
 
 
 def test_a_model_that_teaches_twice_in_one_ensemble_is_put_back():
@@ -320,7 +323,7 @@ def test_a_start_that_fails_leaves_the_other_members_as_they_were():
     t = Teacher([good, bad])
     with pytest.raises(RuntimeError, match='no eval mode'):
         t.start()
-    assert good.training and not t.started and not t.members[0].started
+    assert good.training and not t.runner.started and not t.members[0].runner.started
 
 
 def test_the_teacher_is_no_part_of_what_holds_it():
@@ -349,12 +352,14 @@ def test_a_distributed_model_is_asked_without_its_wrapper(tmp_path):
 def test_its_parameters_are_known():
     a, b = nn.Linear(2, 2), nn.Linear(2, 2)
     t = Teacher([a, [b, Teacher(a)]])
-    assert parameter_ids(t) == {id(p) for m in (a, b) for p in m.parameters()} and t.modules == [
+    assert parameter_ids(t) == {id(p) for m in (a, b) for p in m.parameters()} and modules_of(
+        t
+    ) == [
         a,
         b,
         a,
     ]
-    assert Teacher(lambda x: x).modules == [] and t.named_modules()['1.0.'] is b
+    assert modules_of(Teacher(lambda x: x)) == [] and t.named_modules()['1.0.'] is b
 
 
 def test_losses_can_go_backward_past_the_answer():
@@ -562,9 +567,9 @@ def test_a_reset_of_hidden_states_alone_is_called_whenever_it_is_asked_for():
         state(model) == was
         and torch.equal(torch.get_rng_state(), rng)
         and t.runner.remembers
-        and Teacher([nn.Linear(1, 1), t]).runner.remembers
+        and Teacher([nn.Linear(1, 1), t]).members[1].runner.remembers
     )
-    assert not Teacher([nn.Linear(1, 1), torch.sin]).runner.remembers
+    assert not any(Teacher(m).runner.remembers for m in (nn.Linear(1, 1), torch.sin))
     Teacher(scripted(nn.Linear(2, 2))).reset()
 
 
@@ -775,7 +780,7 @@ def test_images_are_renormalised_exactly(ours, theirs):
     model = seeded(small)
     t = Teacher(model, images=dict(stats=theirs, input_stats=ours))
     same(t(norm(raw, three(ours))).logits, eval_of(model, norm(raw, three(theirs))), 1e-6)
-    assert 'mean ' in t.adapts and '->' in t.adapts
+    assert 'mean ' in image_change(t) and '->' in image_change(t)
     seen = Teacher(nn.Identity(), images=dict(stats=theirs, input_stats=ours))(
         norm(raw, three(ours))
     ).logits
@@ -792,7 +797,7 @@ def test_equal_statistics_change_no_bit():
         ),
     )
     same(t(x).logits, eval_of(model, x))
-    assert t.adapts == '' == Teacher(model).adapts
+    assert image_change(t) == '' == image_change(Teacher(model))
 
 
 def test_statistics_of_published_weights():
@@ -1015,7 +1020,7 @@ def test_onnx_file(tmp_path):
         same(t(x[:n]).logits, x[:n].detach() @ W, 1e-6)
     for v in (x.double(), x.bfloat16()):
         same(t(v).logits, v.detach().float() @ W, 1e-6)
-    assert t.modules == [] and not t(x).logits.requires_grad and repr(t) == 'Teacher(m.onnx)'
+    assert modules_of(t) == [] and not t(x).logits.requires_grad and repr(t) == 'Teacher(m.onnx)'
     with refuses(r"Layers 0 of m.onnx can't be read, only the layers that it returns \(none\)"):
         Teacher(t, layers=['0'])
     with t:
@@ -1154,8 +1159,20 @@ def test_files_pickle_and_copy_by_their_path(tmp_path, monkeypatch):
         with t:
             copies = copy.deepcopy(t), pickle.loads(pickle.dumps(t)), copy.copy(t)
         for c in copies:
-            assert not c.started and c.name == t.name
+            assert not c.runner.started and c.name == t.name
             same(c(v).logits, want)
+
+
+def test_a_teacher_from_a_file_of_an_earlier_version_runs():
+    "Such a file holds more attributes, but not what the teacher reads"
+    x, model = torch.randn(4, 5), nn.Linear(5, 3)
+    state = Teacher(model, items=torch.stack).__getstate__()
+    del state['needs']
+    old = Teacher.__new__(Teacher)
+    old.__setstate__(state | dict(_runner=None, _was_started=[], random=RandomStream()))
+    with old:
+        torch.testing.assert_close(old(with_items(x, [*x + 1])).logits, model(x + 1))
+    assert old.needs == 'items' and not old.runner.started
 
 
 def test_modules_pickle_and_copy_with_the_teacher():
@@ -1274,7 +1291,7 @@ def test_a_method_of_a_module_is_that_module():
     t = Teacher(model.logits, layers=['0'])
     o = t(x)
     same(o.logits, eval_of(model, x) * 2)
-    assert state(model) == was and t.modules == [model] and o.feats['0'].shape == (4, 4, 6, 6)
+    assert state(model) == was and modules_of(t) == [model] and o.feats['0'].shape == (4, 4, 6, 6)
 
 
 # layers
@@ -1412,7 +1429,7 @@ def test_members_keep_what_they_say_and_take_over_the_rest():
         kind='regression',
     )
     same(t(x).logits, (x * 2 + x * 4) / 2, 1e-6)
-    assert t.adapts == 'mean 0, std 1 -> mean 0, std 0.5; mean 0, std 1 -> mean 0, std 0.25'
+    assert image_change(t) == 'mean 0, std 1 -> mean 0, std 0.5; mean 0, std 1 -> mean 0, std 0.25'
     assert mine.input_stats is None
     again = Teacher(t, images=dict(input_stats=(0.0, 0.5)))
     same(again(x).logits, (x + x * 2) / 2, 1e-6)

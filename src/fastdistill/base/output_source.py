@@ -1,6 +1,6 @@
 """The protocol of whatever has a teacher's outputs for batches."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Protocol, runtime_checkable
 
 from .batch_samples import BatchSamples
@@ -20,7 +20,7 @@ class OutputSource(Protocol):
     name: str
     needs: str
 
-    def start(self) -> None:
+    def start(self) -> Any:
         """Prepare the source for many batches. A second call does nothing."""
 
     def outputs(
@@ -38,6 +38,7 @@ class OutputSource(Protocol):
         """Return True if there are outputs for these samples. Stored outputs may cover only the
         training set.
         """
+        return True
 
     def probe(self, *x: Any, layers: Sequence[str] | None = None) -> Outputs:
         """Return outputs with the same shapes as those for a batch, without changing any state.
@@ -50,13 +51,7 @@ class OutputSource(Protocol):
 
     def named_modules(self) -> dict:
         """Return {layer name: module}. The dict is empty if the source has no model."""
-
-    def say_with(self, fn: Callable | None) -> None:
-        """Set the function that shows messages.
-
-        Args:
-            fn: fn(text). None to print.
-        """
+        return {}
 
     def reset(self) -> None:
         """Reset hidden states before the first batch of a training or validation phase."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..base.outputs import DistillError, DistillWarning, LinearLogits, Outputs, map_tensors
-from ..teachers.teacher import Teacher
+from ..teachers.teacher import Teacher, with_defaults
 from .digests import behavior_of, checksum, versions
 from .file_store import Folder, open_folder
 from .json_checks import check_json, json_object, parse_json, shortened, whole_number
@@ -179,7 +179,7 @@ class TeacherRows:
         self.folder = open_folder(path)
         self.manifest = m = stream_manifest(self.folder)
         if isinstance(teacher, Teacher) and m.layout.head is None:
-            teacher = teacher.with_defaults(axis=m.layout.axis)
+            teacher = with_defaults(teacher, axis=m.layout.axis)
         self.teacher, self.inputs, self.key, self.device = teacher, inputs, key, device
         known, now = m.teacher.get('reads'), entry_of_inputs(inputs)
         # subtle: a function may do the same as a column's name

@@ -13,8 +13,10 @@ import numpy as np
 import torch
 
 from ..base.outputs import DistillError, DistillWarning, LinearLogits, Outputs, TopK
+from ..teachers.image_normalization import image_change
+from ..teachers.members import known_classes
 from ..teachers.model_loading import model_files
-from ..teachers.teacher import Teacher
+from ..teachers.teacher import Teacher, with_defaults
 from .digests import fingerprint
 
 
@@ -123,7 +125,7 @@ def on_axis(teacher: Any, axis: int) -> Any:
         raise DistillError(
             f'axis={axis}, but the teacher has axis={teacher.axis}: pass axis={teacher.axis} here, too.'
         )
-    return teacher.with_defaults(axis=axis)
+    return with_defaults(teacher, axis=axis)
 
 
 def check_alone(run: Callable, n: int) -> None:
@@ -223,7 +225,7 @@ def identity_of(teacher: Any) -> dict:
     if (known := getattr(teacher, 'written_identity', None)) is not None:
         return known
     options, parts = options_of(teacher), contents_of(teacher)
-    if getattr(teacher, 'modules', None) and not getattr(teacher, 'members', None):
+    if getattr(teacher, 'module', None) is not None:
         parts.append('None')  # fingerprints of earlier versions contain this text
     return dict(name=name_of_model(teacher), weights=fingerprint(*parts), **options)
 
@@ -234,8 +236,8 @@ def contents_of(teacher: Any) -> list:
     """
     if members := getattr(teacher, 'members', None):
         return [o for m in members for o in contents_of(m)] + [str(teacher.weights)]
-    if modules := getattr(teacher, 'modules', None):
-        return [m.state_dict() for m in modules]
+    if (module := getattr(teacher, 'module', None)) is not None:
+        return [module.state_dict()]
     if path := getattr(teacher, 'path', None):
         return [p.read_bytes() for p in model_files(path)]
     fn = getattr(teacher, 'model', teacher)
@@ -276,13 +278,15 @@ def options_of(teacher: Any) -> dict:
     for k in ('inputs', 'items'):
         if (fn := getattr(teacher, k, None)) is not None:
             out[k] = str(getattr(fn, '__qualname__', type(fn)))
-    if (known := getattr(teacher, 'known_classes', None)) is not None:
-        out['classes'] = known
-    # a different precision gives different numbers
-    if isinstance(teacher, Teacher) and teacher.runner.half:
-        out['precision'] = teacher.runner.half
+    if isinstance(teacher, Teacher):
+        # a different precision gives different numbers
+        own: dict[str, Any] = dict(
+            classes=known_classes(teacher), precision=teacher.runner.half or None
+        )
+        out |= {k: v for k, v in own.items() if v is not None}
     if getattr(teacher, 'returns', 'logits') != 'logits':
         out['outputs'] = teacher.returns
     if members := getattr(teacher, 'members', None):
         return {**out, 'members': [options_of(m) for m in members]}
-    return {**out, 'images': teacher.adapts} if getattr(teacher, 'adapts', '') else out
+    change = image_change(teacher) if isinstance(teacher, Teacher) else ''
+    return {**out, 'images': change} if change else out

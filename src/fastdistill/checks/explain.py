@@ -16,6 +16,7 @@ from ..base.class_mapping import taught_part, taught_task
 from ..base.outputs import DistillError
 from ..base.random_state import guarded_random_state
 from ..base.task import Task, fit_labels
+from ..teachers.members import known_classes
 from ..teachers.teacher import Teacher
 from .batch_scores import FEW, LEADS, METRICS, Tally
 from .findings import Finding, Findings, numbers_in_words
@@ -191,7 +192,7 @@ def explain_training(
         lower: fn(term) -> which options of the term to lower (`Recipe.how_to_lower`).
         losses: Validation loss of each epoch.
     """
-    groups = teacher.known_classes
+    groups = known_classes(teacher)
     own, task = task, taught_task(task, groups)
     tallies = (Tally(task), Tally(task))
     follows = (Follow(task), Follow(task))

@@ -6,6 +6,7 @@ import torch
 from torch.nn import Module
 
 from ..base.errors import few_names
+from ..teachers.members import modules_of
 from ..teachers.teacher import Teacher
 from .findings import Finding
 
@@ -34,7 +35,7 @@ def parameter_ids(teacher: Teacher) -> set[int]:
 
     TorchScript modules are left out, since their parameters are new objects at each access.
     """
-    modules = [m for m in teacher.modules if not isinstance(m, torch.jit.ScriptModule)]
+    modules = [m for m in modules_of(teacher) if not isinstance(m, torch.jit.ScriptModule)]
     return {id(p) for m in modules for p in m.parameters()}
 
 
@@ -42,7 +43,7 @@ def numbers_of_parameters(student: Module | None, teacher: Teacher) -> tuple[int
     """Return the number of parameters of the student and of the teacher. None if one is unknown."""
     if student is None or not parameter_ids(teacher):
         return None
-    n = sum({id(p): p.numel() for m in teacher.modules for p in m.parameters()}.values())
+    n = sum({id(p): p.numel() for m in modules_of(teacher) for p in m.parameters()}.values())
     return sum(p.numel() for p in student.parameters()), n
 
 

@@ -14,6 +14,7 @@ from ..base.class_mapping import taught_part, taught_task
 from ..base.outputs import map_tensors, tensors_in
 from ..base.random_state import guarded_random_state
 from ..base.task import Task, fit_labels
+from ..teachers.members import known_classes, modules_of, single_teachers
 from ..teachers.teacher import Teacher
 from .batch_scores import Tally
 from .class_order import order_in_words
@@ -67,7 +68,7 @@ def check_outputs(
             predictions. None if the targets are already aligned.
         part: Dataset of `batches`, as in `Facts`.
     """
-    groups = teacher.known_classes
+    groups = known_classes(teacher)
     own, task = task, taught_task(task, groups)
     found, tally, t = Findings(), Tally(task, part), None
     kept: list[tuple] = []
@@ -189,14 +190,6 @@ def check_batch(s: Tensor | None, t: Tensor | None, y: Tensor | None, task: Task
     return Findings(probabilities(tally, task))
 
 
-def single_teachers(teacher: Teacher) -> list[Teacher]:
-    """Return the single teachers in a nested ensemble.
-
-    For a single teacher, the list has only the teacher itself.
-    """
-    return [o for m in teacher.members for o in single_teachers(m)] or [teacher]
-
-
 def unsteady(teacher: Teacher, xb: Sequence, t: Tensor) -> Iterator[Finding]:
     """Yield a finding if outputs change between calls, or depend on other samples in the batch."""
     if is_random(teacher):
@@ -244,7 +237,7 @@ def norms_of(teacher: Teacher) -> list[Any]:
     """Return the batch norm layers of a teacher that track running statistics."""
     return [
         m
-        for mod in teacher.modules
+        for mod in modules_of(teacher)
         for m in mod.modules()
         if isinstance(m, _BatchNorm) and m.track_running_stats
     ]

@@ -7,6 +7,7 @@ from torch.nn import Module
 
 from ..base.outputs import tensors_in
 from ..base.task import Task
+from ..teachers.members import modules_of
 from ..teachers.teacher import Teacher
 from .batch_scores import FEW, LEADS, SLIGHT, Tally, p_above
 from .class_order import reordered
@@ -81,7 +82,8 @@ def other_tokens(
 
     The ids of a different tokenizer can be valid, but they have a different meaning.
     """
-    t, s = embedding_rows(teacher.modules), None if student is None else embedding_rows([student])
+    t = embedding_rows(modules_of(teacher))
+    s = None if student is None else embedding_rows([student])
     ids = [o for o in tensors_in(batches[0][0]) if not o.is_floating_point()]
     if None in (t, s) or t == s or not ids or tally.above_constant(least=0.0):
         return

@@ -23,7 +23,7 @@ from ..recipes.batch_tensors import inputs_and_labels
 from ..recipes.recipe_loss import Distilled
 from ..recipes.term import Recipe, Term
 from ..teachers.model_loading import holds_weights
-from ..teachers.teacher import Teacher
+from ..teachers.teacher import Teacher, run_once, with_defaults
 from .dataloader import is_loader, read_apart, spread_batches
 from .head import (
     Head,
@@ -164,7 +164,7 @@ class Distiller(nn.Module):
             o['output'] = HeadOutput(name, at, n)
             output = SharedOutput(name, at, n)
             if isinstance(teacher, Teacher):
-                teacher = teacher.with_defaults(output=output)
+                teacher = with_defaults(teacher, output=output)
         return self.head_class(
             name,
             self.student,
@@ -429,7 +429,7 @@ class Distiller(nn.Module):
                 outs = [first.outputs(x, samples, layers)]
             else:
                 same = [h.teacher for h in group.values()]
-                outs = first.outputs_for(same, x, samples, layers)
+                outs = run_once(same, x, samples, layers)
             out |= dict(zip(group, outs))
         none = len(out) == len(self.heads) and all(o is None for o in out.values())
         return None if none else self.heads.value(out)

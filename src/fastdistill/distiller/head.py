@@ -39,7 +39,7 @@ from ..recipes.recipe_loss import Distilled, RecipeLoss
 from ..recipes.recipe_text import as_recipe
 from ..recipes.term import Recipe, Term
 from ..recipes.token_labels import labels_to_shift, next_tokens, padding_mask
-from ..teachers.teacher import Teacher
+from ..teachers.teacher import Teacher, with_defaults
 
 
 def link_of(term: Any, p: Any, s: dict, t: Outputs, modules: Mapping) -> Link:
@@ -214,12 +214,12 @@ class Head(RecipeLoss):
             shift_labels=self.shift_labels,
             random=self.random_state(),
             # whether the random state is kept when the teacher starts again
-            keeps_random=isinstance(t, Teacher) and (t.started or t.random.keep),
+            keeps_random=isinstance(t, Teacher) and (t.runner.started or t.runner.random.keep),
         )
 
     def random_state(self) -> dict:
         """Return the random state of the teacher. Empty if the teacher uses no random numbers."""
-        return self.teacher.random.state_dict() if isinstance(self.teacher, Teacher) else {}
+        return self.teacher.runner.random.state_dict() if isinstance(self.teacher, Teacher) else {}
 
     def load_state(self, state: dict) -> None:
         """Restore the chosen recipe, the measured gradients and the random state of the teacher.
@@ -236,8 +236,8 @@ class Head(RecipeLoss):
         if self.shift_labels is None:
             self.shift_labels = state['shift_labels']
         if isinstance(self.teacher, Teacher) and state['random']:
-            keep = state['keeps_random'] and not self.teacher.started
-            self.teacher.random = RandomStream(state['random'], keep)
+            keep = state['keeps_random'] and not self.teacher.runner.started
+            self.teacher.runner.random = RandomStream(state['random'], keep)
 
     # checks and setup before the first batch
 
@@ -429,7 +429,7 @@ def teacher_of_task(
     own = dict(kind=task.kind, axis=task.axis)
     if not isinstance(teacher, Teacher):
         return Teacher(teacher, **own, output=output)
-    return teacher.with_defaults(**{k: v for k, v in own.items() if getattr(teacher, k) != v})
+    return with_defaults(teacher, **{k: v for k, v in own.items() if getattr(teacher, k) != v})
 
 
 @dataclass

@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..base.outputs import Outputs, tensors_in
+from ..teachers.members import modules_of, single_teachers
 from ..teachers.raw_items import items_at, items_in, with_items
 from ..teachers.teacher import Teacher
 from .report_data import Cost, Latency
@@ -30,10 +31,11 @@ def cost_of(teacher: Teacher, x: Any) -> Cost:
         teacher: A `Teacher` that was started.
         x: Inputs of a large batch, as a tuple.
     """
-    n_params = sum({id(p): p.numel() for m in teacher.modules for p in m.parameters()}.values())
-    weights = bytes_of(teacher.modules)
+    modules = modules_of(teacher)
+    n_params = sum({id(p): p.numel() for m in modules for p in m.parameters()}.values())
+    weights = bytes_of(modules)
     out = Cost(n_params or None, bytes=file_size(teacher) or weights or None)
-    if not teacher.modules:
+    if not modules:
         return out
     out.macs = macs_of(lambda: fresh_run(teacher, batch_of(x, 1)))
     out.memory = weights + peak_memory(teacher, x)
@@ -74,7 +76,7 @@ def file_size(teacher: Teacher) -> int:
 
     Return 0 if any model was not loaded from a file.
     """
-    paths = [o.path for o in (teacher.members or [teacher])]
+    paths = [o.path for o in single_teachers(teacher)]
     return sum(Path(p).stat().st_size for p in paths) if all(paths) else 0
 
 

@@ -48,6 +48,7 @@ from ..cache.writer import check_views, options_of_run, write_cache
 from ..recipes.default import auto, facts_for_auto
 from ..recipes.recipe_text import as_recipe
 from ..recipes.term import Recipe, Term
+from ..teachers.members import known_classes, single_teachers
 from ..teachers.raw_items import reads_only_items, with_items
 from ..teachers.teacher import Teacher, reading_tokens
 from .class_names import stored_order, vocab_of
@@ -413,7 +414,7 @@ def source_of(
         samples = sample_digests(make, len(names), views)
     who = identity_of(teacher)
     # without `stats`, the student's normalization is part of the teacher's identity
-    if any(t.stats is None and not t.needs for t in teacher.members or [teacher]):
+    if any(t.stats is None and not t.needs for t in single_teachers(teacher)):
         who['input'] = 'mean {}, std {}'.format(
             *(torch.as_tensor(o).flatten().tolist() for o in image_stats(dls))
         )
@@ -643,7 +644,7 @@ def classes_of(teacher, dls):
             )
     else:
         names = class_names(teacher, dls)
-    if names is None or mine is None or teacher.known_classes:
+    if names is None or mine is None or known_classes(teacher):
         return mine
     if any(isinstance(o, list) for o in teacher.select or ()):
         return mine

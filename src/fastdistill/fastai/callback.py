@@ -13,6 +13,7 @@ from ..recipes.batch_tensors import all_classes
 from ..recipes.schedule import ScheduleLike
 from ..recipes.term import Recipe, Term
 from ..teachers.raw_items import with_items
+from ..teachers.teacher import say_with
 from .cache_feed import SampleFeed
 from .callback_arguments import check_options, make_recipe, refuse_options
 from .default_recipe import example_of
@@ -146,8 +147,7 @@ class KnowledgeDistillation(DistillationCallback):
         if self.fit_distiller.build(self.learn):
             self.state.optimizer = None
             self.log.forget()
-        for t in self.distiller.heads.sources:
-            t.say_with(self.log)
+        say_with(self.distiller.heads.sources, self.log)
         # let the batches contain what the teachers need
         sources = {k: h.teacher for k, h in self.distiller.heads.items() if h.teacher is not None}
         heads = self.fit_distiller.heads if self.several else None
@@ -203,8 +203,7 @@ class KnowledgeDistillation(DistillationCallback):
         if self.distiller is None:
             return
         self.distiller.stop()
-        for t in self.distiller.heads.sources:
-            t.say_with(None)
+        say_with(self.distiller.heads.sources, None)
         if not self.state.end_finder(self.distiller):
             notes_of(learn).last_state = self.state_dict()
 

@@ -17,6 +17,7 @@ from ..evaluation.cost import bytes_of, wait_for
 from ..evaluation.number_format import amount, three_digits
 from ..features.probe import dry_run, untouched
 from ..recipes.term import Recipe
+from ..teachers.members import modules_of, single_teachers
 from .probe_batches import number_of_batches, prepared_batches
 
 FEW_BATCHES, ROUNDS = 3, 5  # number of batches, and number of runs per batch
@@ -130,8 +131,8 @@ def training_costs(learn, teacher, task, recipe, output=None) -> TrainingCosts |
         len(last[0].logits),
         steps,
         **seconds,
-        weights=bytes_of(teacher.modules),
-        copy=teacher.runner.copy_bytes,
+        weights=bytes_of(modules_of(teacher)),
+        copy=sum(t.runner.copy_bytes for t in single_teachers(teacher)),
         view=view,
         mixed=any(isinstance(c, MixedPrecision) for c in learn.cbs),
     )

@@ -57,9 +57,6 @@ class HeldOutputs(OutputSource):
     def probe(self, *x, layers=None, **kw):
         return self.example(x)
 
-    def named_modules(self):
-        return {}
-
 
 class GivenOutputs(HeldOutputs):
     """Reads the targets that a `TeacherBlock` added to the labels."""

@@ -14,6 +14,7 @@ from fastai.text.data import LMDataLoader
 from ..base.model_state import restored
 from ..base.outputs import Draws, LinearLogits, Outputs, TopK, as_plain
 from ..base.random_state import RandomGuard
+from ..teachers.members import single_teachers
 
 
 def inner_dl(dl):
@@ -92,7 +93,7 @@ def stream_outputs(teacher, dl, make, tasks: np.ndarray, bs: int):
     """
     firsts, n = tasks[::bs].tolist(), dl.n
     runs = [(t, True) for t in firsts]
-    if teacher.runner.remembers:
+    if any(t.runner.remembers for t in single_teachers(teacher)):
         runs = list(with_lead_in(firsts, bs, n))
     whole = np.concatenate([np.arange(t, t + min(bs, len(tasks))) for t, _ in runs])
     for (t, wanted), b in zip(runs, make(whole)):

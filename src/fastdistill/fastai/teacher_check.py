@@ -22,6 +22,7 @@ from ..evaluation.text_report import show
 from ..recipes.recipe_text import as_recipe
 from ..recipes.term import Recipe, Term
 from ..teachers.hidden_state import has_reset, why_no_reset
+from ..teachers.image_normalization import image_change
 from .class_names import CODES, different_codes, ignored_name, mask_codes, vocab_of, void_class
 from .costs import training_costs
 from .default_recipe import choose_recipe, example_of
@@ -302,7 +303,7 @@ def labels(learn, teacher, task):
         found = None if task.kind == 'regression' else map_classes(vocab_of(learn.dls), names)
         if found is None or found.same:
             continue
-        if found.missing and o.known_classes is None:
+        if found.missing and o.classes is None:
             yield Finding(
                 'error',
                 f"The teacher does not have {len(found.missing)} of the student's classes "
@@ -310,7 +311,7 @@ def labels(learn, teacher, task):
                 "Use a teacher trained on the student's classes, or train the student on the teacher's"
                 + of_shared(found, vocab_of(learn.dls), names),
             )
-        elif o.known_classes is not None:
+        elif o.classes is not None:
             continue  # the user selected the classes
         else:
             extra = f', and {len(found.extra)} more, which are not used' if found.extra else ''
@@ -402,10 +403,10 @@ CODING_FIXES = {
 
 
 def normalization(learn, teacher, task):
-    if teacher.adapts:
+    if change := image_change(teacher):
         yield Finding(
             'note',
-            f'The teacher was trained with a different normalization ({teacher.adapts})',
+            f'The teacher was trained with a different normalization ({change})',
             'Its images are normalized accordingly',
         )
 

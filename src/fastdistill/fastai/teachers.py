@@ -31,7 +31,7 @@ from ..checks.teacher_outputs import single_teachers
 from ..teachers.estimator import Estimator, is_estimator, load_estimator
 from ..teachers.image_normalization import affine, stats_of, timm_cfg
 from ..teachers.model_loading import OF_RUN, holds_weights, warn_of_code
-from ..teachers.teacher import Teacher, given_options, grouped_options
+from ..teachers.teacher import Teacher, given_options, grouped_options, with_defaults
 from .class_names import different_codes, vocab_of
 from .tables import TableEstimator, table_of
 
@@ -90,7 +90,7 @@ def teacher_of(obj, learn=None, task=None, **kwargs) -> Teacher:
         task = None if kwargs.keys() & {'select', 'classes'} else task
         members = [teacher_of(o, learn, task, **of_members) for o in obj]
         same = ensemble is not None and all(map(is_, members, obj))
-        return (ensemble if same else Teacher(members)).with_defaults(**kwargs)
+        return with_defaults(ensemble if same else Teacher(members), **kwargs)
     if isinstance(obj, Learner):
         own = (
             {'stats': image_stats(obj.dls)}
@@ -105,11 +105,11 @@ def teacher_of(obj, learn=None, task=None, **kwargs) -> Teacher:
             # the teacher reads raw items, not the student's normalized batches
             kwargs.pop('input_stats', None)
         kwargs = own_options(obj, dls, task) | kwargs
-        return on_table(with_numbers(obj, dls).with_defaults(**kwargs), dls)
+        return on_table(with_defaults(with_numbers(obj, dls), **kwargs), dls)
     if isinstance(obj, nn.Module) and 'stats' not in kwargs and dls is not None:
         kwargs['stats'] = of_module(obj, kwargs['input_stats'])
     teacher = Teacher(obj, **grouped_options(kwargs))
-    return teacher.with_defaults(**own_options(teacher, dls, task))
+    return with_defaults(teacher, **own_options(teacher, dls, task))
 
 
 def own_options(teacher, dls, task):
@@ -221,7 +221,7 @@ def check_same_codes(teacher, dls, task, name):
     for o in single_teachers(teacher):
         names = class_names(o, dls)
         found = None if task.kind == 'regression' else map_classes(vocab_of(dls), names)
-        if found is not None and found.missing and o.known_classes is None:
+        if found is not None and found.missing and o.classes is None:
             raise DistillError(
                 f'{name} does not have {len(found.missing)} of the classes of these data '
                 f'({few_names(found.missing, 5)}); it has {few_names(names, 8)}. Use data with the '

@@ -14,7 +14,8 @@ from ..checks.class_order import map_classes
 from ..features.layer_names import unwrap
 from ..features.model_call import predicts_next
 from ..recipes.token_labels import next_tokens
-from ..teachers.teacher import Teacher
+from ..teachers.members import modules_of
+from ..teachers.teacher import Teacher, with_defaults
 
 PROBLEMS = dict(
     regression='regression',
@@ -30,7 +31,7 @@ def names_taken(model: Any) -> set:
     Args:
         model: A module or a `Teacher`.
     """
-    modules = model.modules if isinstance(model, Teacher) else [model]
+    modules = modules_of(model) if isinstance(model, Teacher) else [model]
     return {n for m in modules for n in inspect.signature(unwrap(m).forward).parameters}
 
 
@@ -177,7 +178,7 @@ def teacher_for(teacher: Teacher, student: Any, kind: str, axis: int, output: An
     new = dict(kind=kind, axis=axis, output=output)
     if kind != 'regression' and output is not question_logits:
         new |= in_order_of(student, teacher)
-    return teacher.with_defaults(**new)
+    return with_defaults(teacher, **new)
 
 
 def in_order_of(student: Any, teacher: Any) -> dict[str, Any]:

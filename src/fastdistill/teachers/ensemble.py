@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..base.outputs import DistillError, Outputs
-from ..base.random_state import RandomStream
 from .image_normalization import full_precision
 from .runner import Runner, with_classes
 
@@ -22,34 +21,16 @@ class EnsembleRunner(Runner):
         teacher: The `Teacher` with its members.
     """
 
-    fast_copy = module = None
-
-    def __init__(self, teacher: Any) -> None:
-        super().__init__()
-        self.teacher = teacher
-
-    @property
-    def members(self) -> Sequence:
-        return self.teacher.members
-
     def enter(self, stack: ExitStack) -> None:
-        for m in self.members:
+        for m in self.teacher.members:
             stack.enter_context(m)
 
     def generators(self, x: Any = ()) -> dict:
-        return {k: v for m in self.members for k, v in m.runner.generators(x).items()}
+        return {k: v for m in self.teacher.members for k, v in m.runner.generators(x).items()}
 
-    @property
-    def remembers(self) -> bool:
-        return any(m.runner.remembers for m in self.members)
-
-    def reset(self, random: RandomStream) -> None:
-        for m in self.members:
+    def reset(self) -> None:
+        for m in self.teacher.members:
             m.reset()
-
-    @property
-    def copy_bytes(self) -> int:
-        return sum(m.runner.copy_bytes for m in self.members)
 
     def outputs_for(
         self, teachers: Sequence, x: Sequence, kw: Mapping[str, Any], layers: Sequence[str]
@@ -71,8 +52,8 @@ class EnsembleRunner(Runner):
             return self._outputs_of_one(x, kw, layers)
         names = lambda i: [n.partition('.')[2] for n in layers if n.partition('.')[0] == str(i)]
         outs = [
-            m.runner.outputs(x, kw, list(dict.fromkeys(m.layers + names(i))))
-            for i, m in enumerate(self.members)
+            m.runner.outputs_for([m], x, kw, list(dict.fromkeys(m.layers + names(i))))[0]
+            for i, m in enumerate(t.members)
         ]
         feats = {f'{i}.{k}': v for i, o in enumerate(outs) for k, v in o.feats.items()}
         logits = mix([o.logits for o in outs], t.weights, t.combine, t.kind, t.axis)
@@ -90,8 +71,9 @@ class EnsembleRunner(Runner):
                 "combine='sample' runs one member, so layers of all can't be compared: use terms "
                 "on the outputs, or combine='probs'."
             )
-        drawn = torch.multinomial(torch.tensor(self.teacher.weights), 1).item()
-        return self.members[int(drawn)].runner.outputs(x, kw, [])
+        drawn = torch.multinomial(torch.tensor(self.teacher.weights), 1)
+        member = self.teacher.members[int(drawn)]
+        return member.runner.outputs_for([member], x, kw, [])[0]
 
     def bare_call(self, x: tuple) -> Callable[[], Outputs]:
         """Return a function that runs the ensemble on these inputs."""
@@ -99,10 +81,10 @@ class EnsembleRunner(Runner):
 
     def check_layers(self, layers: Sequence[str]) -> None:
         """Raise a DistillError if a layer name does not start with the index of a member."""
-        numbers = [*map(str, range(len(self.members)))]
+        numbers = [*map(str, range(len(self.teacher.members)))]
         if wrong := [n for n in layers if n.partition('.')[0] not in numbers]:
             raise DistillError(
-                f'No layer {wrong[0]!r} in an ensemble of {len(self.members)}: '
+                f'No layer {wrong[0]!r} in an ensemble of {len(numbers)}: '
                 "a layer of its first member is called '0.NAME', of its second '1.NAME', and so on."
             )
 

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from types import FunctionType
 from typing import Any
 
@@ -341,32 +341,30 @@ class FastCopy:
         return f'{parts}, a copy of {self.copy.bytes / 2**20:.3g} MiB'
 
 
+@dataclass(eq=False)
 class ModelCopy:
     """A faster copy of a model, which runs instead of the model.
 
-    Args:
+    Attributes:
         model: Model of the teacher.
         plan: The `CopyPlan` of the copy.
         module: What the plan built.
         options, say: As in `FastCopy`.
     """
 
-    def __init__(
-        self,
-        model: Module,
-        plan: CopyPlan,
-        module: Module,
-        options: Mapping[str, Any],
-        say: Callable[[str], None],
-    ) -> None:
-        self.model, self.plan, self.module = model, plan, module
-        self.options, self.say, self.marks = options, say, ModelMarks(model)
-        own = {t.data_ptr() for t in weights_of(model)}
-        # size of the weights that are not shared with the model
-        self.bytes = sum(
-            t.numel() * t.itemsize for t in weights_of(module) if t.data_ptr() not in own
-        )
-        self.compiled = CompiledModule(module, self._are_close, say) if options['compile'] else None
+    model: Module
+    plan: CopyPlan
+    module: Module
+    options: Mapping[str, Any]
+    say: Callable[[str], None]
+
+    def __post_init__(self) -> None:
+        self.marks = ModelMarks(self.model)
+        own = {t.data_ptr() for t in weights_of(self.model)}
+        new = [t for t in weights_of(self.module) if t.data_ptr() not in own]
+        self.bytes = sum(t.numel() * t.itemsize for t in new)  # not shared with the model
+        compiles = self.options['compile']
+        self.compiled = CompiledModule(self.module, self._are_close, self.say) if compiles else None
 
     def __str__(self) -> str:
         device = self.options['device']
@@ -378,7 +376,7 @@ class ModelCopy:
         if len(left) == len(self.plan.pairs):
             return self
         plan = replace(self.plan, pairs=left, device=next(self.module.parameters()).device)
-        return ModelCopy(self.model, plan, plan.build(self.model), self.options, self.say)
+        return replace(self, plan=plan, module=plan.build(self.model))
 
     def run(self, x: Sequence, kw: Mapping[str, Any], layers: Sequence[str]) -> Any:
         """Run a batch. Compiled code is used only if no layers are read."""

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..base.outputs import DistillError, as_plain
+from .members import single_teachers
 
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 POSSIBLE_STATS = (
@@ -80,67 +81,77 @@ def affine(
     return factor[:, None, None], shift[:, None, None]
 
 
-def check_images(
-    images: Sequence[Tensor], stats: Any, input_stats: Any, scaling: tuple[Tensor, Tensor] | None
-) -> None:
-    """Raise a DistillError if the images of a batch do not fit the normalization.
+class ImageConversion:
+    """Converts the images of a batch to the normalization and size of a teacher's images.
 
     Args:
-        images: Images of a batch.
-        stats, input_stats: As in `Teacher`.
-        scaling: Result of `affine` for `input_stats` and `stats`.
+        stats, input_stats, size: As in `Teacher`. Normalizations are results of `stats_of`.
     """
-    if stats is not None and input_stats is None and images:
-        raise DistillError(
-            "stats is the normalization of the teacher's images, but the normalization of the batch's "
-            'images is missing: give images=dict(input_stats=(mean, std)), or (0, 1) if they are not '
-            'normalized.'
-        )
-    if scaling is None:
-        return
-    if not images:
-        raise DistillError(
-            'stats= is for images, float tensors of shape (B, C, H, W), but this batch has none: '
-            'remove stats.'
-        )
-    n = len(scaling[0])
-    if wrong := [t for t in images if n not in (1, t.shape[1])]:
-        raise DistillError(
-            f'stats= has {n} channels, the images have shape {tuple(wrong[0].shape)}: '
-            'give one mean and std for each channel, or stats=None.'
-        )
+
+    def __init__(self, stats: Any, input_stats: Any, size: tuple[int, int] | None) -> None:
+        self.stats, self.input_stats, self.size = stats, input_stats, size
+        self.scaling = None if None in (stats, input_stats) else affine(input_stats, stats)
+
+    def __str__(self) -> str:
+        """Text that describes how the normalization is changed. '' if it is not changed."""
+        if self.scaling is None:
+            return ''
+        text = lambda stats: ', std '.join(' '.join(f'{v:.4g}' for v in o.tolist()) for o in stats)
+        return f'mean {text(self.input_stats)} -> mean {text(self.stats)}'
+
+    def check(self, images: Sequence[Tensor]) -> None:
+        """Raise a DistillError if the images of a batch do not fit the normalization."""
+        if self.stats is not None and self.input_stats is None and images:
+            raise DistillError(
+                "stats is the normalization of the teacher's images, but the normalization of the batch's "
+                'images is missing: give images=dict(input_stats=(mean, std)), or (0, 1) if they are not '
+                'normalized.'
+            )
+        if self.scaling is None:
+            return
+        if not images:
+            raise DistillError(
+                'stats= is for images, float tensors of shape (B, C, H, W), but this batch has none: '
+                'remove stats.'
+            )
+        n = len(self.scaling[0])
+        if wrong := [t for t in images if n not in (1, t.shape[1])]:
+            raise DistillError(
+                f'stats= has {n} channels, the images have shape {tuple(wrong[0].shape)}: '
+                'give one mean and std for each channel, or stats=None.'
+            )
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Convert images (B, C, H, W)."""
+        if self.scaling is None and self.size is None:
+            return images
+        images = full_precision(images)
+        if self.scaling is not None:
+            images = images * self.scaling[0].to(images) + self.scaling[1].to(images)
+        return images if self.size is None else resized(images, self.size)
+
+    def restored_maps(self, logits: Any, images: Sequence[Tensor]) -> Any:
+        """Resize logit maps (B, C, H, W) to the size of the images in the batch.
+
+        Logits with a different size than the teacher's images are not changed.
+
+        Args:
+            logits: Logits of the teacher.
+            images: Images of the batch.
+        """
+        if not images or logits.dim() != 4 or tuple(logits.shape[2:]) != self.size:
+            return logits
+        return resized(logits, tuple(images[0].shape[2:]))
 
 
-def fit_images(
-    images: Tensor, scaling: tuple[Tensor, Tensor] | None, size: tuple[int, int] | None
-) -> Tensor:
-    """Convert images to the teacher's normalization and size.
-
-    Args:
-        images: Images (B, C, H, W).
-        scaling: Result of `affine`. None to keep the normalization.
-        size: (height, width). None to keep the size.
-    """
-    if scaling is None and size is None:
+def resized(images: Tensor, size: tuple[int, ...]) -> Tensor:
+    """Return images (B, C, H, W) with this height and width."""
+    if size == tuple(images.shape[2:]):
         return images
-    images = full_precision(images)
-    if scaling is not None:
-        images = images * scaling[0].to(images) + scaling[1].to(images)
-    if size in (None, tuple(images.shape[2:])):
-        return images
-    return F.interpolate(images, size, mode='bilinear', antialias=True)
+    return F.interpolate(full_precision(images), size, mode='bilinear', antialias=True)
 
 
-def maps_of_size(logits: Tensor, size: tuple[int, int], wanted: tuple[int, int] | None) -> Tensor:
-    """Resize logit maps (B, C, H, W) to the size of the images in the batch.
-
-    Logits with a different size than the teacher's images are not changed.
-
-    Args:
-        logits: Logits of the teacher.
-        size: (height, width) of the teacher's images.
-        wanted: (height, width) of the images in the batch. None if there are no images.
-    """
-    if wanted in (None, size) or logits.dim() != 4 or tuple(logits.shape[2:]) != size:
-        return logits
-    return F.interpolate(full_precision(logits), wanted, mode='bilinear', antialias=True)
+def image_change(teacher: Any) -> str:
+    """Describe how a teacher changes the normalization of images. '' if it does not change it."""
+    each = (str(ImageConversion(t.stats, t.input_stats, t.size)) for t in single_teachers(teacher))
+    return '; '.join(dict.fromkeys(filter(None, each)))

@@ -7,6 +7,7 @@ from torch import Tensor
 from ..base.batch_samples import BatchSamples
 from ..base.mixup import mixed
 from ..base.outputs import DistillError, Outputs, map_tensors, tensors_in
+from .members import single_teachers
 
 
 def with_items(x: Any, items: Any) -> Any:
@@ -68,7 +69,7 @@ def reads_only_items(teacher: Any) -> bool:
     """Return True if the teacher reads raw items. For an ensemble, all members must read raw
     items.
     """
-    return all(map(reads_only_items, teacher.members)) if teacher.members else teacher.needs
+    return all(t.items is not None for t in single_teachers(teacher))
 
 
 def items_at(items: Any, positions: list) -> Any:

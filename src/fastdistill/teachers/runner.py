@@ -1,8 +1,8 @@
 """Run the frozen model of a teacher, or a faster copy of the model."""
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import Module
 
 from ..base.class_mapping import of_classes
+from ..base.distributed import rank
 from ..base.outputs import (
     DistillError,
     DistillWarning,
@@ -28,7 +29,7 @@ from .copy_plan import short_name
 from .fast_copy import DEFAULTS, FastCopy, by_output
 from .frozen import FrozenModel, cuda_devices
 from .hidden_state import NO_RESET, has_reset, why_no_reset
-from .image_normalization import affine, is_image, maps_of_size
+from .image_normalization import ImageConversion, is_image
 from .input_aliasing import InputAliasing
 from .model_loading import Onnx, explained, is_graph
 from .probabilities import check_probabilities, logits_of
@@ -36,16 +37,24 @@ from .teacher_inputs import own_inputs, prepared_inputs
 
 
 class Runner:
-    """Base class for running a teacher between `start` and `stop`."""
+    """Base class for running a teacher.
 
-    teacher: Any  # the `Teacher`, whose options are used
+    Args:
+        teacher: The `Teacher`, whose options are used.
+
+    Attributes:
+        random: The `RandomStream` of the teacher.
+    """
+
     fast_copy: Any = None
 
-    def __init__(self) -> None:
-        self.stack: Any = None  # an `ExitStack` between `start` and `stop`
+    def __init__(self, teacher: Any) -> None:
+        self.teacher, self.random = teacher, RandomStream()
+        self.stack: Any = None  # an `ExitStack` while the model is prepared
+        self.was_started: list[bool] = []  # for each `with teacher:` that has not ended
 
     def enter(self, stack: ExitStack) -> None:
-        """Prepare the model for many batches.
+        """Prepare the model.
 
         Args:
             stack: `ExitStack` that restores the model when it is closed.
@@ -57,15 +66,37 @@ class Runner:
         return self.stack is not None
 
     def start(self) -> None:
-        """Prepare the model for many batches. Has no effect if the runner is already started."""
+        """Prepare the model for many batches, with a new random state unless `random.keep` is True.
+
+        Has no effect if the runner is already started.
+        """
+        if not self.started:
+            if not self.random.keep:
+                self.random = RandomStream()
+            self.random.keep = False
+            self._prepare()
+
+    def stop(self) -> None:
+        """Restore the model. Has no effect if the runner is not started."""
         if self.started:
-            return
+            self.random = RandomStream()
+            self._restore()
+
+    @contextmanager
+    def ready(self) -> Iterator[None]:
+        """Prepare the model for a single batch, unless the runner is started."""
+        with ExitStack() as stack:
+            if not self.started:
+                self._prepare()
+                stack.callback(self._restore)
+            yield
+
+    def _prepare(self) -> None:
         with ExitStack() as stack:
             self.enter(stack)
             self.stack = stack.pop_all()
 
-    def stop(self) -> None:
-        """Restore the model. Has no effect if the runner is not started."""
+    def _restore(self) -> None:
         stack, self.stack = self.stack, None
         if stack is not None:
             stack.close()
@@ -78,21 +109,18 @@ class Runner:
 
     @property
     def copy_bytes(self) -> int:
-        """Size in bytes of the weights that faster copies do not share with the model."""
+        """Size in bytes of the weights that the faster copy does not share with the model."""
         copy = self.fast_copy and self.fast_copy.copy
         return copy.bytes if copy else 0
-
-    def outputs(self, x: Sequence, kw: Mapping[str, Any], layers: Sequence[str]) -> Outputs:
-        """Return the outputs for a batch, with the features of exactly these layers.
-
-        Random numbers come from the global generators.
-        """
-        return self.outputs_for([self.teacher], x, kw, layers)[0]
 
     def outputs_for(
         self, teachers: Sequence, x: Sequence, kw: Mapping[str, Any], layers: Sequence[str]
     ) -> list[Outputs]:
-        """Run the model once on a batch, and return the outputs of each teacher."""
+        """Run the model once on a batch, and return the outputs of each teacher, with the features
+        of exactly these layers.
+
+        Random numbers come from the global generators.
+        """
         raise NotImplementedError
 
     def generators(self, x: Any = ()) -> dict:
@@ -107,15 +135,14 @@ class ModelRunner(Runner):
         teacher: The `Teacher`, whose options are used.
         facts: Facts about the model that were found while it ran. Variants of a teacher share this
             dict.
-        say: fn(text) that reports whether a faster copy is used.
     """
 
-    def __init__(self, teacher: Any, facts: dict, say: Callable[[str], None]) -> None:
-        super().__init__()
-        self.teacher, self.facts, self.run = teacher, facts, DEFAULTS | teacher.run
-        self.frozen: Any = None  # the `FrozenModel` between `start` and `stop`
-        self.scaling: tuple[Tensor, Tensor] | None = None
-        self.fast_copy: Any = None  # the `FastCopy`
+    images: ImageConversion
+
+    def __init__(self, teacher: Any, facts: dict) -> None:
+        super().__init__(teacher)
+        self.facts, self.run = facts, DEFAULTS | teacher.run
+        self.frozen: Any = None  # the `FrozenModel` while the model is prepared
         self.may_change = not isinstance(teacher.model, nn.Module) or is_graph(teacher.model)
         if not self.may_change:
             # variants of a teacher with the same options share the copy
@@ -123,7 +150,7 @@ class ModelRunner(Runner):
             key = (teacher.mode, *map(str, options.values()))
             copies = facts.setdefault('copies', {})
             if key not in copies:
-                copies[key] = FastCopy(teacher.model, teacher.mode, options, say)
+                copies[key] = FastCopy(teacher.model, teacher.mode, options, self._say)
             self.fast_copy = copies[key]
         keeps = facts.setdefault('keeps inputs', {})
         self.aliasing = InputAliasing(teacher.name, keeps)
@@ -133,6 +160,10 @@ class ModelRunner(Runner):
         """The nn.Module that runs: the teacher's model or a faster copy. None for a function."""
         return self.teacher.module if self.fast_copy is None else self.fast_copy.module
 
+    def _say(self, text: str) -> None:
+        if rank() == 0:
+            (self.facts.get('say') or print)(f'fastdistill: the teacher {self.teacher.name} {text}')
+
     # start and stop
 
     def enter(self, stack: ExitStack) -> None:
@@ -140,12 +171,12 @@ class ModelRunner(Runner):
             self.fast_copy.restart()
         if self.module is not None:
             self.frozen = stack.enter_context(self._new_frozen())
-        if None not in (self.teacher.stats, self.teacher.input_stats):
-            self.scaling = affine(self.teacher.input_stats, self.teacher.stats)
+        t = self.teacher
+        self.images = ImageConversion(t.stats, t.input_stats, t.size)
 
-    def stop(self) -> None:
-        self.frozen = self.scaling = None
-        super().stop()
+    def _restore(self) -> None:
+        self.frozen = None
+        super()._restore()
 
     def _new_frozen(self) -> FrozenModel:
         private = self.module is not self.teacher.module
@@ -179,14 +210,9 @@ class ModelRunner(Runner):
                 warnings.warn(text, DistillWarning, stacklevel=4)
         return self.facts['reset']
 
-    def reset(self, random: RandomStream) -> None:
-        """Reset hidden states.
-
-        Args:
-            random: The `RandomStream` of the teacher.
-        """
+    def reset(self) -> None:
         if self.remembers:
-            with torch.no_grad(), random.own(self.generators()):
+            with torch.no_grad(), self.random.own(self.generators()):
                 self.module.reset()
 
     # run a batch
@@ -203,9 +229,7 @@ class ModelRunner(Runner):
         """
         self.check_layers(layers)
         device = device_of_inputs(x, kw)
-        batch_size: Any = next(
-            (tuple(t.shape[2:]) for t in tensors_in((x, kw)) if is_image(t)), None
-        )
+        images = [t for t in tensors_in((x, kw)) if is_image(t)]
         x, kw = own_inputs(self.teacher, tuple(x), kw)
         slices = in_slices(x, kw, self.run['batch'])
         if self.fast_copy is not None:
@@ -220,8 +244,7 @@ class ModelRunner(Runner):
         parts = [self._slice(teachers, xi, kwi, layers, device) for xi, kwi in slices]
         outs = [joined(o) for o in zip(*parts)]
         if self.teacher.size is not None:
-            resized = lambda o: maps_of_size(o.logits, self.teacher.size, batch_size)
-            outs = [replace(o, logits=resized(o)) for o in outs]
+            outs = [replace(o, logits=self.images.restored_maps(o.logits, images)) for o in outs]
         return [with_classes(t, o) for t, o in zip(teachers, outs)]
 
     def _trial(

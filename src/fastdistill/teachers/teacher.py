@@ -1,88 +1,37 @@
 """The class `Teacher`, which runs a model of any common form without changing it."""
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
-from functools import wraps
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
 from ..base.batch_samples import BatchSamples
-from ..base.class_mapping import class_groups
-from ..base.distributed import rank
-from ..base.errors import check_choice, options_of_group
-from ..base.outputs import DistillError, Outputs, check_axis, check_output, warn_of_first
-from ..base.random_state import RandomStream
+from ..base.output_source import OutputSource
+from ..base.outputs import DistillError, Outputs, warn_of_first
 from ..features.layer_names import named
 from ..features.layer_pairs import names_of_tokens
-from .ensemble import EnsembleRunner, member_weights
+from .ensemble import EnsembleRunner
 from .estimator import Estimator
-from .fast_copy import AS_IT_IS, DEFAULTS, check_run
-from .image_normalization import affine, stats_of
+from .fast_copy import AS_IT_IS, check_run
+from .members import single_teachers
 from .model_loading import FORMS, Onnx, load_model
+from .options import (
+    OWN,
+    UNLESS_GIVEN,
+    checked_options,
+    given_options,
+    grouped_options,
+    option_of,
+    records_given,
+    ungrouped_options,
+)
 from .raw_items import as_in_batch, with_items
 from .runner import ModelRunner
-from .teacher_inputs import check_own_inputs
-
-POSSIBLE = dict(
-    mode=('eval', 'train'),
-    combine=('probs', 'logits', 'sample'),
-    kind=('softmax', 'sigmoid', 'regression'),
-    outputs=('logits', 'probs'),
-)
-
-# {group of options: options that are attributes of a `Teacher`}. The group `run` has more options
-GROUPS = dict(
-    images=('stats', 'input_stats', 'size'), ensemble=('combine', 'weights'), run=('mode',)
-)
-# default values of the options in groups
-UNLESS_GIVEN: dict[str, Any] = dict(
-    stats=None, input_stats=None, size=None, combine='probs', weights=None, mode='eval', run={}
-)
-
-# options of an ensemble that its members do not inherit
-OWN = 'weights', 'select', 'classes', 'layers', 'frame', 'name', 'run'
 
 
-def ungrouped_options(options: dict) -> dict:
-    """Flatten the groups in the arguments of `Teacher`."""
-    out = {k: v for k, v in options.items() if k not in GROUPS}
-    for group, names in GROUPS.items():
-        if options.get(group) is None:
-            continue
-        have = (*DEFAULTS, *names) if group == 'run' else names
-        given = options_of_group(group, options[group], have)
-        out |= {k: v for k, v in given.items() if k in names}
-        if group == 'run':
-            out['run'] = {k: v for k, v in given.items() if k not in names}
-    return out
-
-
-def grouped_options(options: dict) -> dict:
-    """Convert flat options to the grouped arguments of `Teacher`."""
-    out = {k: v for k, v in options.items() if k not in UNLESS_GIVEN}
-    for group, names in GROUPS.items():
-        own = {k: options[k] for k in names if k in options}
-        if group == 'run':
-            own |= options.get('run') or {}
-        if own or group in options:
-            out[group] = own
-    return out
-
-
-def records_given(init: Callable) -> Callable:
-    """Record the names of the options that were passed to `init` in the attribute `given`."""
-
-    @wraps(init)
-    def call(self: Any, *args: Any, **options: Any) -> None:
-        self.given = frozenset(ungrouped_options(options))
-        init(self, *args, **options)
-
-    return call
-
-
-class Teacher:
+class Teacher(OutputSource):
     """A model that runs without gradients and returns `Outputs`.
 
     By default, the model runs in evaluation mode. The inputs are not changed. A `Teacher` is not an
@@ -198,10 +147,6 @@ class Teacher:
         self.path: Any = None
         self.learner = None
         self.sources: list[Teacher] = []
-        self.members: list[Teacher] = []
-        self.random = RandomStream()
-        self._runner: Any = None
-        self._was_started: list[bool] = []
         # facts about the model found while it ran, shared by all variants of this teacher
         self._facts: dict[str, Any] = model._facts if isinstance(model, Teacher) else {}
         if isinstance(model, Teacher):
@@ -218,71 +163,16 @@ class Teacher:
             self.sources = [m if isinstance(m, Teacher) else Teacher(m) for m in model]
         else:
             self.model, self.path = load_model(model)
+        options = checked_options(options, self.given, self.model, len(self.sources))
         self.returns = options.pop('outputs')  # `outputs` is a method
         self.__dict__.update(options)
-        self.layers, self.name = list(self.layers), self.name or self._name()
-        self._check()
-
-    def with_defaults(self, **options: Any) -> 'Teacher':
-        """Return a teacher that uses these values for all options that were not given explicitly.
-
-        Keys of `run` are treated individually. If nothing changes, the teacher itself is returned.
-
-        Args:
-            **options: As in `Teacher`, but without groups: `stats=`, not `images=dict(stats=...)`.
-        """
-        run = {**(options.pop('run', None) or {}), **self.run}
-        new = {k: v for k, v in options.items() if k not in self.given}
-        if run != self.run:
-            new['run'] = run
-        return Teacher(self, **grouped_options(new)) if new else self
-
-    def _check(self) -> None:
-        for o, have in POSSIBLE.items():
-            check_choice(o, option_of(self, o), have)
-        if self.sources:
-            mine = {k: v for k, v in given_options(self).items() if k not in OWN}
-            self.members = [Teacher(m).with_defaults(**mine, run=self.run) for m in self.sources]
-            self.weights = member_weights(self.weights, len(self.members))
-        else:
-            if self.weights is not None:
-                raise DistillError(
-                    'weights= is for the members of an ensemble, but this is one teacher: give a list'
-                )
-            self.stats = stats_of(self.stats, self.model)
-            self.input_stats = stats_of(self.input_stats)
-        check_output(self.output)
-        check_own_inputs(self.inputs, self.items)
-        check_run(self.run, self.model)
-        check_axis(self.axis)
-        self.select = class_groups(self.select, 'select')
-        self.classes = class_groups(self.classes, 'classes', disjoint=True)
-        if isinstance(self.model, Onnx):
-            self.model = self.model.returning(self.output)
-            if self.output is None and 'several' not in self._facts:
-                self._facts['several'] = True
-                if len(alike := self.model.alike()) > 1:
-                    warn_of_first(f'The teacher {self.name}', ', '.join(alike))
-        if isinstance(self.model, Estimator):
-            self.model = self.model.of_kind(self.kind)
-            self.model.frame = self.frame
-            if 'outputs' not in self.given:
-                self.returns = 'logits' if self.kind == 'regression' else 'probs'
-        elif self.frame is not None:
-            raise DistillError(
-                f'frame= is the table of an estimator (scikit-learn, LightGBM ...), but {self.name} is '
-                'not an estimator.'
-            )
-        if self.size is not None:
-            self.size = (self.size, self.size) if isinstance(self.size, int) else tuple(self.size)
+        self.name = self.name or default_name(self.model, self.path, len(self.sources))
+        mine = {k: v for k, v in given_options(self).items() if k not in OWN}
+        self.members = [with_defaults(Teacher(m), **mine, run=self.run) for m in self.sources]
+        self.needs = needs_of(self)
+        self.model = adapted_model(self)
+        self.runner = runner_of(self)
         self.runner.check_layers(self.layers)
-
-    def _name(self) -> str:
-        if self.sources:
-            return f'{len(self.sources)} teachers'
-        if self.path:
-            return self.path.name
-        return getattr(self.model, '__name__', type(self.model).__name__)
 
     def __repr__(self) -> str:
         batch = self.run.get('batch')
@@ -300,12 +190,6 @@ class Teacher:
         own = self.model, getattr(self.model, '__self__', None)
         return next((o for o in own if isinstance(o, nn.Module)), None)
 
-    @property
-    def modules(self) -> list[nn.Module]:
-        """The nn.Module of the teacher, or those of all members of an ensemble, as a list."""
-        own = [] if self.module is None else [self.module]
-        return own + [o for m in self.members for o in m.modules]
-
     def named_modules(self) -> dict[str, nn.Module]:
         """Return {name as in `layers`: submodule}."""
         if self.module is not None:
@@ -313,65 +197,6 @@ class Teacher:
         return {
             f'{i}.{k}': v for i, m in enumerate(self.members) for k, v in m.named_modules().items()
         }
-
-    @property
-    def adapts(self) -> str:
-        """Text that describes how the normalization of images is changed, or '' if it is not
-        changed.
-        """
-        if self.members:
-            return '; '.join(dict.fromkeys(filter(None, (m.adapts for m in self.members))))
-        if None in (self.stats, self.input_stats) or affine(self.input_stats, self.stats) is None:
-            return ''
-        text = lambda stats: ', std '.join(' '.join(f'{v:.4g}' for v in o.tolist()) for o in stats)
-        return f'mean {text(self.input_stats)} -> mean {text(self.stats)}'
-
-    @property
-    def known_classes(self) -> list | None:
-        """The student's class, or list of classes, for each output. None if the classes are the
-        same.
-        """
-        return self.classes or next(
-            (m.known_classes for m in self.members if m.known_classes is not None), None
-        )
-
-    @property
-    def needs(self) -> str:
-        """'items' if the teacher or one of its members reads the raw items of a batch instead of
-        its inputs, otherwise ''. See `OutputSource`.
-        """
-        if self.members:
-            return max(m.needs for m in self.members)
-        return '' if self.items is None else 'items'
-
-    def has_outputs(self, samples: BatchSamples | None) -> bool:
-        """Return True, since a model can compute outputs for any samples."""
-        return True
-
-    # running the model
-
-    @property
-    def runner(self) -> Any:
-        """The runner of the model or of the members of an ensemble."""
-        if self._runner is None:
-            self._runner = (
-                EnsembleRunner(self) if self.members else ModelRunner(self, self._facts, self._say)
-            )
-        return self._runner
-
-    def say_with(self, fn: Callable | None) -> None:
-        """Set the function that prints messages about the faster copy.
-
-        Args:
-            fn: fn(text). None for `print`.
-        """
-        self._facts['say'] = fn
-        for m in self.members:
-            m.say_with(fn)
-
-    def _say(self, text: str) -> None:
-        if rank() == 0:
-            (self._facts.get('say') or print)(f'fastdistill: the teacher {self.name} {text}')
 
     def as_it_is(self) -> 'Teacher':
         """Return a variant of this teacher that never runs a faster copy.
@@ -385,36 +210,26 @@ class Teacher:
 
     # start and stop
 
-    @property
-    def started(self) -> bool:
-        return self.runner.started
-
     def start(self) -> 'Teacher':
-        """Prepare the model for many batches, with a new random state unless `random.keep` is True.
+        """Prepare the model for many batches, with a new random state.
 
         Has no effect if the teacher is already started.
         """
-        if not self.started:
-            if not self.random.keep:
-                self.random = RandomStream()
-            self.random.keep = False
-            self.runner.start()
+        self.runner.start()
         return self
 
     def stop(self) -> None:
         """Restore the model. Has no effect if the teacher is not started."""
-        if self.started:
-            self.random = RandomStream()
-            self.runner.stop()
+        self.runner.stop()
 
     def __enter__(self) -> 'Teacher':
-        was = self.started
+        was = self.runner.started
         self.start()
-        self._was_started.append(was)
+        self.runner.was_started.append(was)
         return self
 
     def __exit__(self, *_: Any) -> None:
-        if not self._was_started.pop():
+        if not self.runner.was_started.pop():
             self.stop()
 
     def reset(self) -> None:
@@ -422,21 +237,23 @@ class Teacher:
 
         Has no effect if the model has no such method, or if the method changes weights.
         """
-        self.runner.reset(self.random)
+        self.runner.reset()
 
     # a model from a file is pickled as its path, since ONNX sessions and programs may not be
     # picklable. Copies and unpickled teachers are not started
     def __getstate__(self) -> dict[str, Any]:
         facts = {k: v for k, v in self._facts.items() if k not in ('copies', 'say')}
-        fresh: dict = dict(_runner=None, _was_started=[], random=RandomStream())
-        return self.__dict__ | fresh | {'_facts': facts} | ({'model': None} if self.path else {})
+        state = self.__dict__ | dict(_facts=facts) | (dict(model=None) if self.path else {})
+        del state['runner']
+        return state
 
     def __setstate__(self, d: Mapping[str, Any]) -> None:
         self.__dict__.update(d)
         if self.path:
             self.model = load_model(self.path)[0]
-        if isinstance(self.model, Onnx):
-            self.model = self.model.returning(self.output)
+            self.model = adapted_model(self)
+        self.needs = needs_of(self)  # files of earlier versions do not hold it
+        self.runner = runner_of(self)
 
     # run a batch
 
@@ -466,36 +283,7 @@ class Teacher:
             layers: Names of layers to read, in addition to those of the teacher.
             kwargs: Keyword inputs.
         """
-        return self.outputs_for([self], inputs, samples, layers, kwargs)[0]
-
-    def outputs_for(
-        self,
-        teachers: Sequence['Teacher'],
-        inputs: Sequence = (),
-        samples: BatchSamples | None = None,
-        layers: Sequence[str] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> list[Outputs]:
-        """Run the model once on a batch, and return the outputs of each teacher.
-
-        Args:
-            teachers: This teacher, and other teachers for which `same_run` is true.
-            inputs, samples, layers, kwargs: As in `outputs`.
-        """
-        if samples is not None and self.needs:
-            inputs = with_items(tuple(inputs), samples.items)
-            outs = self.outputs_for(teachers, inputs, None, layers, kwargs)
-            return [as_in_batch(o, samples, t) for t, o in zip(teachers, outs)]
-        kwargs = kwargs or {}
-        if not self.started:
-            try:
-                self.runner.start()
-                return self.outputs_for(teachers, inputs, None, layers, kwargs)
-            finally:
-                self.runner.stop()
-        layers = list(dict.fromkeys([*self.layers, *layers]))
-        with torch.no_grad(), self.random.own(self.runner.generators((inputs, kwargs))):
-            return self.runner.outputs_for(teachers, inputs, kwargs, layers)
+        return run_once([self], inputs, samples, layers, kwargs)[0]
 
     def probe(self, *x: Any, layers: Sequence[str] | None = None, **kw: Any) -> Outputs:
         """Return the outputs for a batch without changing hidden states or random states.
@@ -510,19 +298,96 @@ class Teacher:
         return Teacher(self, **({} if layers is None else dict(layers=layers)))(*x, **kw)
 
 
-def option_of(teacher: Teacher, name: str) -> Any:
-    """Return the value of an option.
+def default_name(model: Any, path: Any, n_members: int) -> str:
+    """Return the name of a teacher in messages, if no name was given."""
+    if n_members:
+        return f'{n_members} teachers'
+    return path.name if path else getattr(model, '__name__', type(model).__name__)
+
+
+def needs_of(teacher: Teacher) -> str:
+    """Return 'items' if the teacher or one of its members reads the raw items of a batch instead of
+    its inputs, otherwise ''. See `OutputSource`.
+    """
+    return '' if all(t.items is None for t in single_teachers(teacher)) else 'items'
+
+
+def adapted_model(teacher: Teacher) -> Any:
+    """Return the model of a teacher for its options."""
+    model, facts = teacher.model, teacher._facts
+    if isinstance(model, Onnx):
+        model = model.returning(teacher.output)
+        if teacher.output is None and 'several' not in facts:
+            facts['several'] = True
+            if len(alike := model.alike()) > 1:
+                warn_of_first(f'The teacher {teacher.name}', ', '.join(alike))
+    if isinstance(model, Estimator):
+        model = model.of_kind(teacher.kind)
+        model.frame = teacher.frame
+    elif teacher.frame is not None:
+        raise DistillError(
+            f'frame= is the table of an estimator (scikit-learn, LightGBM ...), but {teacher.name} is '
+            'not an estimator.'
+        )
+    return model
+
+
+def runner_of(teacher: Teacher) -> Any:
+    """Return a new runner of the model, or of the members of an ensemble."""
+    return EnsembleRunner(teacher) if teacher.members else ModelRunner(teacher, teacher._facts)
+
+
+def run_once(
+    teachers: Sequence[Teacher],
+    inputs: Sequence = (),
+    samples: BatchSamples | None = None,
+    layers: Sequence[str] = (),
+    kwargs: Mapping[str, Any] | None = None,
+) -> list[Outputs]:
+    """Run the model of teachers once on a batch, and return the outputs of each teacher.
+
+    Args:
+        teachers: Teachers for which `same_run` is true. The first one runs.
+        inputs, samples, layers, kwargs: As in `Teacher.outputs`.
+    """
+    first, kwargs = teachers[0], kwargs or {}
+    runner, layers = first.runner, list(dict.fromkeys([*first.layers, *layers]))
+    samples = samples if first.needs else None
+    if samples is not None:
+        inputs = with_items(tuple(inputs), samples.items)
+    with runner.ready(), torch.no_grad(), runner.random.own(runner.generators((inputs, kwargs))):
+        outs = runner.outputs_for(teachers, inputs, kwargs, layers)
+    if samples is None:
+        return outs
+    return [as_in_batch(o, samples, t) for t, o in zip(teachers, outs)]
+
+
+def with_defaults(teacher: Teacher, **options: Any) -> Teacher:
+    """Return a teacher that uses these values for all options that were not given explicitly.
+
+    Keys of `run` are treated individually. If nothing changes, the teacher itself is returned.
 
     Args:
         teacher: A `Teacher`.
-        name: Name of the option, without its group.
+        **options: As in `Teacher`, but without groups: `stats=`, not `images=dict(stats=...)`.
     """
-    return teacher.returns if name == 'outputs' else getattr(teacher, name)
+    run = {**(options.pop('run', None) or {}), **teacher.run}
+    new = {k: v for k, v in options.items() if k not in teacher.given}
+    if run != teacher.run:
+        new['run'] = run
+    return Teacher(teacher, **grouped_options(new)) if new else teacher
 
 
-def given_options(teacher: Teacher) -> dict:
-    """Return the options that were given explicitly to a teacher, without groups."""
-    return {k: option_of(teacher, k) for k in teacher.given}
+def say_with(sources: Iterable[OutputSource], fn: Callable | None) -> None:
+    """Set the function that prints messages about the faster copies of teachers.
+
+    Args:
+        sources: Teachers, or sources without messages.
+        fn: fn(text). None for `print`.
+    """
+    for source in sources:
+        for t in single_teachers(source) if isinstance(source, Teacher) else ():
+            t._facts['say'] = fn
 
 
 def reading_tokens(teacher: Teacher, *x: Any) -> Teacher:
@@ -567,6 +432,7 @@ def sharing_model(teacher: Teacher, other: Teacher) -> Teacher:
         return teacher
     new = copy.copy(teacher)
     new.model, new._facts = other.model, other._facts
+    new.runner = runner_of(new)
     return new
 
 

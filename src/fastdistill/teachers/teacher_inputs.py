@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..base.outputs import DistillError, as_plain, map_tensors, tensor_of_numbers, tensors_in
 from ..features.model_call import arguments, is_hf
-from .image_normalization import check_images, fit_images, is_image
+from .image_normalization import is_image
 from .model_loading import Onnx, check_second_argument
 from .raw_items import items_beside
 
@@ -96,12 +96,11 @@ def prepared_inputs(
         lend: fn(tensor) -> True if the model may get the tensor itself instead of a copy. None for
             copies of all tensors.
     """
-    teacher, scaling = runner.teacher, runner.scaling
-    x, kw = arguments(teacher.model, x, kw)
-    if len(x) > 1 and is_hf(teacher.model) and not frozen.has_run:
-        check_second_argument(teacher.model, *x[:2])
-    images = [t for t in tensors_in((x, kw)) if is_image(t)]
-    check_images(images, teacher.stats, teacher.input_stats, scaling)
+    model = runner.teacher.model
+    x, kw = arguments(model, x, kw)
+    if len(x) > 1 and is_hf(model) and not frozen.has_run:
+        check_second_argument(model, *x[:2])
+    runner.images.check([t for t in tensors_in((x, kw)) if is_image(t)])
     dtype = None
     if frozen is not None:
         device, dtype, frozen.has_run = frozen.place(device), frozen.dtype, True
@@ -109,7 +108,7 @@ def prepared_inputs(
     def prepare(original: Tensor) -> Tensor:
         t = (plain := as_plain(original)).to(device)
         if is_image(t):
-            t = fit_images(t, scaling, teacher.size)
+            t = runner.images(t)
         if dtype is not None and t.is_floating_point():
             t = t.to(dtype)
         # subtle: make a copy, since a model that changes its input in place would change the batch
