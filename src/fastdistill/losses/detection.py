@@ -16,6 +16,17 @@ from ._base import loss, reduce, same_shape, temperature
 from .feature import Owner, hint
 from .response import binary_kl, kl
 
+__all__ = [
+    'anchor_kl',
+    'box_deltas',
+    'scored_hint',
+    'mgd',
+    'MGD',
+    'fgd',
+    'FGD',
+    'GlobalContext',
+]
+
 
 def object_scores(t: Tensor, background: int | None) -> Tensor:
     """Return the probability that there is an object of any class at each anchor, (B, A).
