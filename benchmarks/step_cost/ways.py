@@ -123,7 +123,7 @@ def free(pair, teacher, dls):
     return [KnowledgeDistillation(answer, KD, check=False)]
 
 
-def stored(pair, teacher, dls):
+def stored(pair, teacher, dls, store='auto'):
     folder = tempfile.mkdtemp(prefix='fastdistill-bench-')
     keys = None if pair.callbacks is not list else partial(numbered_key, {})
     cache = cache_teacher(
@@ -135,6 +135,7 @@ def stored(pair, teacher, dls):
         keys=keys,
         kind='softmax',
         axis=pair.axis,
+        store=store,
     )
     cb = KnowledgeDistillation(cache, KD)
     weakref.finalize(cb, shutil.rmtree, folder, ignore_errors=True)
@@ -246,6 +247,7 @@ WAYS: dict[str, Callable] = {
     'fastdistill, compiled': partial(Fit, callbacks=partial(live, run=dict(compile=True))),
     'fastdistill, model as it is': partial(Fit, callbacks=partial(live, run=AS_IT_IS)),
     'fastdistill, cached': partial(Fit, callbacks=stored),
+    'fastdistill, cached hidden states': partial(Fit, callbacks=partial(stored, store='hidden')),
     'fastdistill, free teacher': partial(Fit, callbacks=free),
     "the forum's callback": partial(Fit, callbacks=forum),
     'fasterai': partial(Fit, callbacks=fasterai),
