@@ -95,6 +95,24 @@ def test_no_tensor_of_all_logits_exists(least, monkeypatch):
     assert sum(rows) == 4 * 120
 
 
+@pytest.mark.parametrize('least', [1, 7, 63])
+def test_the_output_layer_of_the_teacher_is_applied_once_to_many_positions(least, monkeypatch):
+    "Gradients of the student's logits are kept, so that they can be read again"
+    monkeypatch.setattr(chunks, 'ON_CPU', 2000)
+    monkeypatch.setattr(chunks, 'LINEAR_ROWS', least)
+    rows = []
+    dense = LinearLogits.dense
+    monkeypatch.setattr(LinearLogits, 'dense', lambda self: rows.append(len(self)) or dense(self))
+    x, t = torch.randn(3, 40, 400).double().requires_grad_(), linear(1, 9, 3, 40, classes=400)
+    loss = losses.kl(x, t, axis=-1)
+    got = [torch.autograd.grad(2 * loss, x, retain_graph=True)[0] for _ in range(2)]
+    assert sum(rows) == 120
+    assert least <= max(rows) < least + 5  # a chunk has 5 positions
+    want = torch.autograd.grad(losses.kl(x, t.dense(), axis=-1), x)[0]
+    for g in got:
+        torch.testing.assert_close(g, 2 * want, rtol=1e-9, atol=1e-15)
+
+
 def test_classes_on_another_axis_are_refused():
     with pytest.raises(DistillError, match='have their classes on the last axis, but axis=1 of 3'):
         losses.kl(linear(0, 6, 3, 4), linear(1, 6, 3, 4), axis=1)

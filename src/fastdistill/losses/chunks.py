@@ -53,7 +53,7 @@ def per_position(
             f'{s.dim()} dimensions was given.'
         )
     mask = None if mask is None else mask.unsqueeze(axis)
-    rows = LINEAR_ROWS if linear else 0
+    rows = LINEAR_ROWS if isinstance(s, LinearLogits) else 0
     if (size := chunk_size(s, 4 if plain else 1, rows * s.shape[axis])) is None:
         s, t = [x.dense() if isinstance(x, LinearLogits) else x for x in (s, t)]
         return blanked(values, s, t, mask, axis=axis)
@@ -135,7 +135,7 @@ WHOLE = (slice(None),) * 3
 
 class Chunked(torch.autograd.Function):
     """Loss values for logits in the form that `in_three` returns. The backward pass recomputes each
-    chunk.
+    chunk, unless this would apply the teacher's output layer a second time.
 
     The last arguments of `apply` are the student's tensors: either the logits, or the hidden states
     and the weight and bias of the output layer.
@@ -154,20 +154,29 @@ class Chunked(torch.autograd.Function):
     ) -> Tensor:
         a, c, p = s.shape if isinstance(s, Tensor) else (*s.shape, 1)
         saved, kept = (t, None) if isinstance(t, Tensor) else (None, t)
-        ctx.save_for_backward(mask, saved, *parts)
         ctx.rest = kept, values, slope, [*chunks((a, c, p), size)], getattr(s, 'cap', None)
-        out = parts[0].new_empty(a, 1, p)
+        out, t, d = parts[0].new_empty(a, 1, p), in_blocks(t), None
+        if isinstance(s, Tensor) and isinstance(t, Blocks) and ctx.needs_input_grad[6]:
+            # the backward pass would need a tensor of this size too
+            d = None if slope is None else torch.empty_like(s)
         for i in ctx.rest[3]:
-            out[i] = values(*rows_at((s, t, mask), i)).reshape(out[i].shape)
+            rows = rows_at((s, t, mask), i)
+            out[i] = values(*rows).reshape(out[i].shape)
+            if d is not None and slope is not None:
+                d[i] = slope(*rows).reshape(d[i].shape)
+        ctx.save_for_backward(mask, saved, d, *parts)
         return out
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Any:
-        (mask, t, *parts), (kept, values, slope, places, cap) = ctx.saved_tensors, ctx.rest
+        (mask, t, d, *parts), (kept, values, slope, places, cap) = ctx.saved_tensors, ctx.rest
         t, s = t if kept is None else kept, logits_of_parts(parts, cap)
         if torch.is_grad_enabled():  # the gradient can be differentiated again, without chunks
             v = values(*rows_at((s, t, mask), WHOLE)).reshape(g.shape)
             return *[None] * 6, *gradients_of(v, parts, g, create_graph=True)
+        if d is not None:
+            return *[None] * 6, d * g
+        t = in_blocks(t)
         if isinstance(s, Tensor):
             out = torch.empty_like(s)
             for i in places:
@@ -195,12 +204,35 @@ class Chunked(torch.autograd.Function):
         return *[None] * 6, *sums
 
 
+class Blocks:
+    """Rows of `LinearLogits` that are read in order. The output layer is applied to blocks of at
+    least `LINEAR_ROWS` positions, although the chunks may be smaller.
+    """
+
+    def __init__(self, logits: LinearLogits):
+        self.logits, self.start, self.block = logits, 0, torch.empty(0)
+
+    def __getitem__(self, rows: slice) -> Tensor:
+        if min(rows.stop, len(self.logits)) > self.start + len(self.block):
+            step = rows.stop - rows.start
+            size = step * -(-LINEAR_ROWS // step)  # a whole number of chunks
+            hidden = self.logits.hidden[rows.start : rows.start + size]
+            self.start, self.block = rows.start, replace(self.logits, hidden=hidden).dense()
+        return self.block[rows.start - self.start : rows.stop - self.start]
+
+
+def in_blocks(x: Any) -> Any:
+    return Blocks(x) if isinstance(x, LinearLogits) else x
+
+
 def rows_at(logits: Sequence, i: tuple[slice, slice, slice]) -> list:
     """Return chunk `i` of logits in the form that `in_three` returns. Logits are computed from hidden
     states. A last axis of size 1 is removed, because PyTorch's softmax is faster over the last axis.
     """
 
     def rows(x: Any) -> Any:
+        if isinstance(x, Blocks):
+            return x[i[0]]
         if isinstance(x, LinearLogits):
             return replace(x, hidden=x.hidden[i[0]]).dense()
         if isinstance(x, Draws):
