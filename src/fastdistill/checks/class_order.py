@@ -9,14 +9,18 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.distributions import Gamma
 
 from ..base.errors import few_names
+from ..base.random_state import seeded
 from ..teachers.teacher import Teacher
 from .batch_scores import FEW, Tally, item_scores
 from .findings import Finding
 
 # minimum mean correlation of the outputs that have a different order with their labels
 RELATED = 0.2
+# number of orders from randomly weighted items, and the minimum fraction that must be the same
+REPEATS, AGREE = 20, 0.75
 
 
 @dataclass
@@ -99,6 +103,9 @@ def reordered(
         if score < (1 + 1 / k) / 2 or not holds_elsewhere(tally.confusion):
             return
         scores = f"accuracy is {before:.3f} in the student's order and {score:.3f} in this one"
+        if not is_clear(table, order):
+            yield score, unclear_order(before, score, n, len(moved))
+            return
     else:
         if not related_elsewhere(t, y):
             return
@@ -147,6 +154,26 @@ def wrong_order(
     )
 
 
+def unclear_order(before: float, score: float, n: float, moved: int) -> Finding:
+    """Return the finding of a different order that these samples do not show exactly.
+
+    Args:
+        before: Accuracy in the student's order.
+        score: Accuracy in the best order.
+        n: Number of samples.
+        moved: Number of classes that are moved in the best order.
+    """
+    return Finding(
+        'error',
+        f'The teacher has classes in a different order: its accuracy is {before:.3f} in the '
+        f"student's order and {score:.3f} in the best one, which moves {moved} classes. {n:.0f} samples "
+        'are too few to be sure of each of them',
+        "Put its classes into the student's order by their names: Teacher(model, select=[...]). Or pass "
+        'a larger n= to the check, to find the order',
+        about='order of classes',
+    )
+
+
 def order_in_words(tally: Tally) -> str:
     """Describe the teacher's accuracy in the current and in the best order of its outputs."""
     if tally.confusion is None:
@@ -175,6 +202,21 @@ def best_order(table: Tensor, stay: float = 1.0) -> list[int]:
 
 def hits(table: Tensor, order: Sequence[int]) -> Tensor:
     return table[torch.arange(len(order)), torch.tensor(order)]
+
+
+def is_clear(table: Tensor, order: Sequence[int]) -> bool:
+    """Return True if the samples are enough to be sure of this order of the moved classes.
+
+    The order as a whole may be far better than the present one although some classes of a weak
+    teacher, or with few items, got a wrong output. So the order must stay the same if the items are
+    given random weights (a Bayesian bootstrap). Classes without items are not compared.
+    """
+    was = torch.tensor(order)
+    shown = (was != torch.arange(len(order))) & table.any(1)
+    weights = Gamma(table.double().clamp_min(1e-9), torch.ones((), dtype=torch.float64))
+    with seeded(0):
+        found = [torch.tensor(best_order(weights.sample())) for _ in range(REPEATS)]
+    return sum((o == was)[shown].all().item() for o in found) >= AGREE * REPEATS
 
 
 def in_other_half(halves: Tensor, stay: float = 1.0) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
