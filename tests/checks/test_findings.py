@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 from fastdistill import (
     DistillError,
+    Distiller,
     Outputs,
     Teacher,
     Term,
@@ -198,6 +199,36 @@ def test_without_labels_there_are_probabilities():
     )
 
 
+# unusual batches
+
+
+class TwoInputs(nn.Module):
+    def forward(self, a, b):
+        return a + b
+
+
+def test_a_batch_without_samples_is_skipped():
+    x, y = rows()
+    d = Distiller(nn.Linear(10, 10), knowing())
+    full = [(x[:64], y[:64])]
+    assert repr(d.check([*full, (x[:0], y[:0])])) == repr(d.check(full))
+    (note,) = d.check([(x[:0], y[:0])])
+    assert note.level == 'note'
+    assert 'No samples were read' in note.what
+    with pytest.raises(DistillError, match='The list of batches is empty'):
+        d.check([])
+    assert d.check(x[:0], y[:0]) == []
+
+
+@pytest.mark.parametrize('batch', [lambda x, y: (x, y), lambda x, y: dict(image=x, labels=y)])
+def test_inputs_that_the_teacher_does_not_take_are_described(batch):
+    x, y = rows()
+    d = Distiller(TwoInputs(), TwoInputs())
+    with pytest.raises(DistillError, match=r'cannot be called .*\(\(a, b\), labels\).* by name'):
+        d.check([batch(x, y)])
+    assert not d.check([((x, x), y)]).errors
+
+
 # the order of classes
 
 SWAPPED = [1, 0, 3, 2, 5, 4, 6, 7, 8, 9]
@@ -300,6 +331,29 @@ def test_no_order_is_proposed_for_teachers_that_are_right_weak_confused_or_rando
         lambda x: torch.randn(len(x), k, generator=g),
     ):
         assert not swaps(teacher, x, y)
+
+
+def weakly_seen(n, accuracy, seed, k=100):
+    "Inputs that show the class of a row, or a random one"
+    g = torch.Generator().manual_seed(seed)
+    y = torch.randint(k, (n,), generator=g)
+    other = torch.randint(k, (n,), generator=g)
+    shown = y.where(torch.rand(n, generator=g) < accuracy, other)
+    return F.one_hot(shown, k).float(), y
+
+
+@pytest.mark.parametrize('accuracy', [0.7, 0.9])
+def test_an_order_is_given_only_if_the_samples_are_enough_for_each_class(accuracy):
+    "512 samples of 100 classes gave wrong lists for most teachers that are right in 70%"
+    orders = [torch.randperm(100, generator=torch.Generator().manual_seed(i)) for i in range(10)]
+    for seed, order in enumerate(orders):
+        wrong_way = lambda x: 5 * x[:, order]
+        (error,) = check(wrong_way, *weakly_seen(512, accuracy, seed)).errors
+        assert 'The teacher has classes in a different order: its accuracy is 0.0' in error.what
+        assert 'samples are too few to be sure of each' in error.what
+        assert 'select=[...]). Or pass a larger n=' in error.do
+        (error,) = check(wrong_way, *weakly_seen(4096, accuracy, seed)).errors
+        assert f'select={order.argsort().tolist()}' in error.do
 
 
 def several(n=400, k=6, kind='sigmoid', noise=1.0, seed=0, rare=0.3):

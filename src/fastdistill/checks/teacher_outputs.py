@@ -11,7 +11,7 @@ from torch.nn import Module
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..base.class_mapping import taught_part, taught_task
-from ..base.outputs import map_tensors, tensors_in
+from ..base.outputs import DistillError, map_tensors, tensors_in
 from ..base.random_state import guarded_random_state
 from ..base.task import Task, fit_labels
 from ..teachers.members import known_classes, modules_of, single_teachers
@@ -75,12 +75,21 @@ def check_outputs(
     normalization = ''
     with guarded_random_state(), teacher:
         for training, xb, yb in chain(((False, *b) for b in batches), ((True, *b) for b in train)):
+            if is_empty(xb):
+                continue  # a loader may end with a batch without samples
             first = t is None
             try:
                 with checked_ids(teacher):
                     t = teacher_logits(teacher, xb)
             except UnknownId as e:
                 return refused('inputs', [unknown_id(e)])
+            except TypeError as e:
+                have = ', '.join(str(tuple(o.shape)) for o in tensors_in(xb))
+                raise DistillError(
+                    f'The teacher {teacher.name} cannot be called with the inputs of a batch ({have}): '
+                    f'{e}. Several inputs are a tuple: ((a, b), labels), or n_inp=2 in fastai. The items '
+                    'of a dict are passed by name if the model has arguments with all these names.'
+                ) from e
             s = (
                 student_logits(student, xb, output)
                 if student is not None and (first or not training)
@@ -113,6 +122,10 @@ def check_outputs(
             if not training and len(kept) < KEPT:
                 kept.append((xb, yb if y is None else (y, *yb[1:])))
         if t is None:
+            nothing = Finding(
+                'note', 'No samples were read, so nothing was checked', 'Is the dataset empty?'
+            )
+            found.add('score', [nothing])
             return found
         n_classes = t.shape[task.axis] if task.kind == 'softmax' else None
         found.add(
@@ -149,6 +162,12 @@ def check_outputs(
     return found
 
 
+def is_empty(xb: Sequence) -> bool:
+    """Return True if the inputs of a batch have no samples."""
+    sizes = [len(o) for o in tensors_in(xb) if o.dim()]
+    return bool(sizes) and not any(sizes)
+
+
 def refused(about: str, found: Iterable[Finding]) -> Findings:
     """Return findings that end the check early."""
     out = Findings()
@@ -183,7 +202,7 @@ def check_batch(s: Tensor | None, t: Tensor | None, y: Tensor | None, task: Task
         mistakes = Findings(mismatches(s.shape, t.shape, y, task))
     else:
         mistakes = Findings(mismatches(None, s.shape, y, task))
-    if mistakes or t is None:
+    if mistakes or t is None or not len(t):
         return mistakes
     tally = Tally(task)
     tally.add_probabilities(t.float(), 'train')

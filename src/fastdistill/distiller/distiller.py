@@ -332,6 +332,8 @@ class Distiller(nn.Module):
                 f'check needs both models, but there is no {"student" if self.student is None else "teacher"}. '
                 'Check a teacher before its outputs are stored: Distiller(student, teacher).check(loader).'
             )
+        if isinstance(x, list) and not x:
+            raise DistillError('The list of batches is empty: check needs at least one batch.')
         if not targets and is_loader(x):
             with read_apart(x):
                 return self.check_batches(map(inputs_and_labels, spread_batches(x, n)), n)
