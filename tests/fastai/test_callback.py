@@ -481,10 +481,11 @@ def test_looking_for_nan_does_not_wait_for_a_gpu():
             if self.train_iter != 1:
                 return
             check = FiniteCheck(stored=False)
+            check.start_phase(self.learn, {'': Task('softmax')})
             check.found = torch.zeros((), dtype=torch.bool, device='meta')
-            check.add(outputs, self.learn, {'': Task('softmax')})
+            check.add(outputs)
             with pytest.raises(RuntimeError):
-                check.enforce(self.learn)
+                check.enforce()
             self.looked = True
 
     look = Look()

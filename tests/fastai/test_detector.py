@@ -4,7 +4,7 @@ import numpy as np
 import pytest, torch
 import apps  # before the rest of fastai: it keeps its warnings quiet
 from detectors import batch, detector, fastai_loaders
-from fastai.basics import Callback
+from fastai.basics import Callback, load_learner
 from fastai.vision.all import Normalize, aug_transforms, set_seed
 from fastdistill.recipes import pkd
 from fastdistill.base.outputs import DistillError
@@ -78,6 +78,16 @@ def test_an_interrupt_leaves_nothing_behind():
     assert [*learn.cbs] == had
     assert teacher.training
     assert not any(m._forward_hooks for m in learn.model.modules())
+
+
+def test_an_exported_learner_does_not_hold_the_teacher(tmp_path):
+    learn, cb = learner('SSD'), DetectorDistillation(detector('RetinaNet', width=12, seed=1))
+    learn.path = tmp_path
+    learn.add_cb(cb)
+    learn.export()
+    loaded = load_learner(tmp_path / 'export.pkl')
+    assert not any(isinstance(c, DetectorDistillation) for c in loaded.cbs)
+    assert cb in learn.cbs
 
 
 @pytest.mark.filterwarnings(*apps.FASTAI_WARNINGS, 'ignore:numpy.core:DeprecationWarning')

@@ -3,12 +3,11 @@
 from collections.abc import Callable
 from typing import Any
 
-from fastai.basics import Callback, L, Learner
+from fastai.basics import L, Learner
 
-from ..base.outputs import DistillError, Outputs, as_plain, check_axis, check_output
+from ..base.outputs import DistillError, Outputs, check_axis, check_output
 from ..base.task import pseudo_labels
 from ..distiller.distiller import Distiller
-from ..distiller.trainer_integration import build_links
 from ..recipes.batch_tensors import all_classes
 from ..recipes.schedule import ScheduleLike
 from ..recipes.term import Recipe, Term
@@ -16,7 +15,6 @@ from ..teachers.raw_items import with_items
 from ..teachers.teacher import say_with
 from .cache_feed import SampleFeed
 from .callback_arguments import check_options, make_recipe, refuse_options
-from .default_recipe import example_of
 from .finite_check import FiniteCheck
 from .fit_distiller import FitDistiller
 from .fit_log import FitLog
@@ -27,7 +25,7 @@ from .patches import DistillationCallback, claim_epochs
 from .teacher_check import check_optimizer
 from .teacher_targets import samples_of
 from .teachers import is_heads
-from .training_step import StudentTaps, add_distilled, add_loss, has_outputs, mixed_labels
+from .training_step import StudentTaps, add_distilled, has_outputs, mixed_labels
 from .trend_check import TrendCheck
 from .unlabeled import UnlabeledInputs
 
@@ -96,7 +94,7 @@ class KnowledgeDistillation(DistillationCallback):
         check_output(output)
         check_axis(axis)
         self.log = FitLog(self)
-        self.fit_distiller = FitDistiller(
+        self.fit_distiller = fit = FitDistiller(
             teacher,
             recipe,
             lambda r: make_recipe(r, T, alpha, loss),
@@ -106,18 +104,13 @@ class KnowledgeDistillation(DistillationCallback):
             check=check,
             log=self.log,
         )
-        self.source, self.output, self.span = teacher, output, span
-        self.feed = SampleFeed()
-        self.state = FitState(self.log)
+        self.output, self.span = output, span
+        self.feed, self.state = SampleFeed(), FitState(self.log)
         self.in_fit, self.part_metrics, self.parts = False, L(), {}
         self.taps = StudentTaps()
         self.trend = self.teacher_outputs = self.epochs_span = None
-        self.finite_check = FiniteCheck(stored=not self.fit_distiller.runs)
-        self.unlabeled = UnlabeledInputs(
-            unlabeled,
-            runs=not self.fit_distiller.stored,
-            heads=self.fit_distiller.heads,
-        )
+        self.finite_check = FiniteCheck(stored=not fit.runs)
+        self.unlabeled = UnlabeledInputs(unlabeled, runs=not fit.stored, heads=fit.heads)
 
     @property
     def distiller(self) -> Distiller | None:
@@ -147,46 +140,24 @@ class KnowledgeDistillation(DistillationCallback):
         if self.fit_distiller.build(self.learn):
             self.state.optimizer = None
             self.log.forget()
-        say_with(self.distiller.heads.sources, self.log)
+        d = self.distiller
+        say_with(d.heads.sources, self.log)
         # let the batches contain what the teachers need
-        sources = {k: h.teacher for k, h in self.distiller.heads.items() if h.teacher is not None}
+        sources = {k: h.teacher for k, h in d.heads.items() if h.teacher is not None}
         heads = self.fit_distiller.heads if self.several else None
         self.feed.attach(self.learn, sources, self.fit_distiller.tasks, self.log, heads)
         found = None if finder else self.fit_distiller.look(self.learn, self.log.is_on)
         self.fit_distiller.choose(self.learn, found)
         if not finder:
             self.fit_distiller.check_task_loss(self.learn)
-        d = self.distiller
-        if d.ready:
-            self.state.take(self.learn, d)
-        if finder:
-            self.state.begin_finder(d)
-        for h in d.heads.values():
-            h.measures = not finder
-        if not d.ready and (example := example_of(self.learn, self.fit_distiller.output)):
-            self._setup(*example.x)
-        elif d.ready:
-            self.state.train_projectors(self.learn, d)
+        self.state.begin(self.learn, d, self.fit_distiller.output)
         self.epochs_span = None if finder or self.span == 'fit' else claim_epochs(self.learn)
-        self.part_metrics = L(
-            TaskMetric(self), *(PartMetric(self, t.name) for t in self.recipe.terms)
-        )
+        parts = (PartMetric(self, t.name) for t in self.recipe.terms)
+        self.part_metrics = L(TaskMetric(self), *parts)
         self.learn.metrics = self.learn.metrics + self.part_metrics
         if self.unlabeled and not finder:
-            self.unlabeled.start(self.learn, self.distiller)
+            self.unlabeled.start(self.learn, d)
         d.start()
-
-    def _setup(self, *x: Any) -> None:
-        """Pair student and teacher layers, and build projectors. Called once per student."""
-        build_links(self.distiller, map(as_plain, x))
-        self.distiller.links.train(self.training)
-        self.state.take(self.learn, self.distiller)
-        self.state.train_projectors(self.learn, self.distiller)
-        if self.distiller.pairs and not hasattr(self.learn, 'lr_finder'):
-            self.log(self.distiller.pairs)
-
-    def after_fit(self) -> None:
-        self.teardown(self.learn)
 
     def teardown(self, learn: Learner) -> None:
         """Restore everything. This method may be called at any time, and repeatedly."""
@@ -197,27 +168,20 @@ class KnowledgeDistillation(DistillationCallback):
             return
         self.in_fit, self.n_steps = False, learn.train_iter  # saved because `validate` sets it to 0
         notes_of(learn).fitting = None
-        if self.state.optimizer in learn.cbs:
-            learn.remove_cb(self.state.optimizer)
         learn.metrics = learn.metrics.filter(lambda m: m not in self.part_metrics)
         if self.distiller is None:
             return
         self.distiller.stop()
         say_with(self.distiller.heads.sources, None)
-        if not self.state.end_finder(self.distiller):
-            notes_of(learn).last_state = self.state_dict()
-
-    # an exported Learner contains a callback without effect instead, so that it loads without
-    # fastdistill
-    def __reduce__(self) -> tuple:
-        return Callback, ()
+        self.state.end(learn, self.distiller)
 
     # training step
 
-    @property
-    def active(self) -> bool:
-        """True during a fit. False while `get_preds` runs within a fit."""
-        return self.in_fit and not hasattr(self.learn, 'gather_preds')
+    def __call__(self, event_name: str) -> Any:
+        # outside of a fit, and while `get_preds` runs within a fit, only end what was begun
+        in_fit = self.in_fit and 'gather_preds' not in vars(self.learn)
+        if in_fit or event_name in ('before_fit', 'after_batch', 'after_fit'):
+            return super().__call__(event_name)
 
     @property
     def training_progress(self) -> float | None:
@@ -228,16 +192,13 @@ class KnowledgeDistillation(DistillationCallback):
         return (before + self.pct_train * self.n_epoch) / epochs
 
     def before_epoch(self) -> None:
-        if self.active:
-            self.trend.check(self.learn, self.training_progress, self.recipe)
+        self.trend.check(self.learn, self.training_progress, self.recipe)
 
     def before_train(self) -> None:
-        if not self.active:
-            return
         self.distiller.links.train(self.training)
         for t in self.distiller.heads.sources:
             t.reset()
-        self.finite_check.start_phase()
+        self.finite_check.start_phase(self.learn, self.fit_distiller.tasks)
         if self.training:
             self.feed.begin(self.epoch)
             self.part_metrics[0].start_training()
@@ -245,13 +206,12 @@ class KnowledgeDistillation(DistillationCallback):
     before_validate = before_train
 
     def before_batch(self) -> None:
-        if not self.active:
-            return
         self.parts, self.teacher_outputs = {}, None
         if not self.distiller.ready:
             # the projectors are not built yet, because the student could not run on an example
             # batch
-            self._setup(*with_items(self.xb, getattr(samples_of(self.learn), 'items', None)))
+            x = with_items(self.xb, getattr(samples_of(self.learn), 'items', None))
+            self.state.build_projectors(self.learn, self.distiller, x)
         # subtle: hook the model that runs on this batch, since an averaged model may replace it in
         # validation
         terms = self.distiller.active_terms(self.training_progress)
@@ -261,10 +221,8 @@ class KnowledgeDistillation(DistillationCallback):
         self.taps.end_batch()
 
     def after_train(self) -> None:
-        if not self.active:
-            return
         self.taps.detach()
-        self.finite_check.enforce(self.learn)
+        self.finite_check.enforce()
         if self.training:
             self.part_metrics[0].end_training()
             self.log.report_faded(self.distiller)
@@ -272,7 +230,7 @@ class KnowledgeDistillation(DistillationCallback):
     after_validate = after_train
 
     def after_pred(self) -> None:
-        if not self.active or len(self.yb) or not self.training:
+        if len(self.yb) or not self.training:
             return
         if self.several:
             raise DistillError(
@@ -293,7 +251,7 @@ class KnowledgeDistillation(DistillationCallback):
             self.learn.yb = (y,)
 
     def after_loss(self) -> None:
-        if not self.active or not len(self.yb):
+        if not len(self.yb):
             return
         d, progress = self.distiller, self.training_progress
         if not (self.training or has_outputs(d, samples_of(self.learn))):
@@ -310,30 +268,13 @@ class KnowledgeDistillation(DistillationCallback):
         self.part_metrics[0].add_training_batch(self.learn)
         add_distilled(self.learn, r)
         if self.unlabeled and not hasattr(self.learn, 'lr_finder'):
-            self._teach_unlabeled()
-
-    def _teach_unlabeled(self) -> None:
-        """Add the loss of a batch of unlabeled inputs, on which the student learns from the
-        teacher.
-        """
-        d, progress = self.distiller, self.training_progress
-        # subtle: skip these inputs if their weight is 0, so that they don't change batch norm
-        # statistics or random numbers
-        if all(t.n_targets for t in d.active_terms(progress)):
-            return
-        for x, t in self.unlabeled.batches(
-            self.learn, lambda x, samples=None: d.teacher_outputs(x, progress, samples)
-        ):
-            self.finite_check.add(t, self.learn, self.fit_distiller.tasks)
-            raw = self.learn.model(*x)
-            s = d.student_outputs(raw, self.taps.pop(), x)
-            add_loss(self.learn, d.without_labels(s, t, progress=progress))
+            self.unlabeled.add_losses(self.learn, d, progress, self.taps, self.finite_check.add)
 
     def _ask_teacher(self) -> Outputs | dict | None:
         """Return the teacher's outputs for this batch. None if no term needs them."""
         samples = samples_of(self.learn)
         t = self.distiller.teacher_outputs(self.xb, self.training_progress, samples)
-        self.finite_check.add(t, self.learn, self.fit_distiller.tasks)
+        self.finite_check.add(t)
         return t
 
     # checkpoints

@@ -188,9 +188,6 @@ class DetectorDistillation(DistillationCallback):
     def after_cancel_batch(self) -> None:
         self.stack.close()
 
-    def after_fit(self) -> None:
-        self.teardown(self.learn)
-
     def teardown(self, learn: Learner) -> None:
         """Restore everything. It is safe to call this twice."""
         notes_of(learn).fitting = None

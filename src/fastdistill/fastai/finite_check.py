@@ -22,34 +22,39 @@ class FiniteCheck:
     def __init__(self, stored: bool):
         self.stored, self.found = stored, None
 
-    def start_phase(self):
-        self.found = None
+    def start_phase(self, learn, tasks):
+        """Begin a phase of training or validation.
 
-    def add(self, outputs, learn, tasks):
+        Args:
+            learn: The student's Learner.
+            tasks: {head name: `Task`}. The name is '' for a student with one output.
+        """
+        self.learn, self.tasks, self.found = learn, tasks, None
+
+    def add(self, outputs):
         """Check the outputs of a batch. On a GPU, the result of the check may be read later.
 
         Args:
             outputs: What `Distiller.teacher_outputs` returned.
-            learn: The student's Learner.
-            tasks: {head name: `Task`}. The name is '' for a student with one output.
         """
-        each = {'': outputs} if '' in tasks else outputs or {}
+        each = {'': outputs} if '' in self.tasks else outputs or {}
         for k, o in each.items():
             if o is not None:
-                self._add(not_finite(o, tasks[k]), learn)
+                self._add(not_finite(o, self.tasks[k]))
 
-    def _add(self, found, learn):
+    def _add(self, found):
         first = self.found is None
         self.found = found if first else self.found | found
         # this does not wait for the GPU, because the Recorder has already copied the loss to the
         # CPU
-        diverged = not math.isfinite(getattr(learn, 'smooth_loss', 0.0))
+        diverged = not math.isfinite(getattr(self.learn, 'smooth_loss', 0.0))
         if first or diverged or found.device.type == 'cpu':
-            self.enforce(learn)
+            self.enforce()
 
-    def enforce(self, learn):
+    def enforce(self):
         if self.found is None or not self.found:
             return
+        learn = self.learn
         where = f'{"training" if learn.training else "validation"}, epoch {learn.epoch}, up to batch {learn.iter}'
         if self.stored:
             raise DistillError(

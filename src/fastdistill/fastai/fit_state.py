@@ -7,8 +7,9 @@ gradients.
 import copy
 
 from ..base.model_state import ModelState
-from ..base.outputs import DistillError
-from ..distiller.trainer_integration import load_state, training_state
+from ..base.outputs import DistillError, as_plain
+from ..distiller.trainer_integration import build_links, load_state, training_state
+from .default_recipe import example_of
 from .learner_notes import notes_of
 from .projector_opt import ProjectorOptimizer
 
@@ -33,29 +34,52 @@ class FitState:
             self.optimizer = ProjectorOptimizer(learn, own)
         learn.add_cbs(self.optimizer)
 
-    def begin_finder(self, d):
-        """Save the projectors and the measured gradients, since lr_find trains until the loss
-        diverges.
-        """
-        links = ModelState(d.links.modules(), weights=True)
-        self.before_finder = (
-            links,
-            copy.deepcopy({k: h.ratios for k, h in d.heads.items()}),
-            self.optimizer,
-            d.left,
-        )
-        self.optimizer = None
+    def begin(self, learn, d, output):
+        """Load the state, and prepare the projectors for a fit that is about to start.
 
-    def end_finder(self, d) -> bool:
-        """Undo `begin_finder`. Return False if `begin_finder` was not called."""
+        For lr_find, which trains until the loss diverges, the projectors and the measured gradients
+        are saved, and `end` restores them.
+
+        Args:
+            learn: The student's Learner.
+            d: The `Distiller`.
+            output: The option of `Distiller`.
+        """
+        finder = hasattr(learn, 'lr_finder')
+        if d.ready:
+            self.take(learn, d)
+        if finder:
+            links = ModelState(d.links.modules(), weights=True)
+            ratios = copy.deepcopy({k: h.ratios for k, h in d.heads.items()})
+            self.before_finder, self.optimizer = (links, ratios, self.optimizer, d.left), None
+        for h in d.heads.values():
+            h.measures = not finder
+        if d.ready:
+            self.train_projectors(learn, d)
+        elif example := example_of(learn, output):
+            self.build_projectors(learn, d, example.x)
+
+    def build_projectors(self, learn, d, x):
+        """Pair student and teacher layers, and build projectors. Called once per student."""
+        build_links(d, map(as_plain, x))
+        d.links.train(learn.training)
+        self.take(learn, d)
+        self.train_projectors(learn, d)
+        if d.pairs and not hasattr(learn, 'lr_finder'):
+            self.log(d.pairs)
+
+    def end(self, learn, d):
+        """Undo `begin` at the end of a fit. `Learner.save` saves the state that is left."""
+        if self.optimizer in learn.cbs:
+            learn.remove_cb(self.optimizer)
         if self.before_finder is None:
-            return False
+            notes_of(learn).last_state = self.state_dict(d)
+            return
         links, ratios, self.optimizer, d.left = self.before_finder
         links.restore()
         for k, h in d.heads.items():
             h.ratios = ratios[k]
         self.before_finder = None
-        return True
 
     def state_dict(self, d) -> dict:
         """Return the state that a checkpoint needs in addition to the student.

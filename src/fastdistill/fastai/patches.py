@@ -100,6 +100,14 @@ class DistillationCallback(Callback):
         _patch_for_callback()
         super().__init__()
 
+    def after_fit(self):
+        self.teardown(self.learn)
+
+    # an exported Learner contains a callback without effect instead, so that it loads without
+    # fastdistill
+    def __reduce__(self):
+        return Callback, ()
+
     def state_dict(self):
         """Return the state to save next to the student's file. Empty if there is none."""
         return {}

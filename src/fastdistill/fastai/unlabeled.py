@@ -14,6 +14,7 @@ from .cache_feed import SampleFeed, StoredOutputs
 from .probe_batches import loader_of, split_batch
 from .raw_items import items_shown, split_samples
 from .tables import perturbed_rows
+from .training_step import add_loss
 
 
 class UnlabeledInputs:
@@ -86,6 +87,27 @@ class UnlabeledInputs:
                 for k, stored in self.stored.items():
                     stored.bind(learn, heads[k].task.kind, heads[k].task.axis)
                 self.feed.feed_rows(learn, self.loader, self.stored)
+
+    def add_losses(self, learn, d, progress, taps, check):
+        """Add the losses of unlabeled batches to the loss of a training batch.
+
+        Args:
+            learn: The student's Learner.
+            d: The `Distiller` of the fit.
+            progress: Fraction of the training that is done, from 0 to 1.
+            taps: The `StudentTaps` that read the student's layers.
+            check: fn(teacher outputs) that raises an error for outputs that can't be used.
+        """
+        # subtle: skip these inputs if their weight is 0, so that they don't change batch norm
+        # statistics or random numbers
+        if all(t.n_targets for t in d.active_terms(progress)):
+            return
+        ask = lambda x, samples=None: d.teacher_outputs(x, progress, samples)
+        for x, t in self.batches(learn, ask):
+            check(t)
+            raw = learn.model(*x)
+            s = d.student_outputs(raw, taps.pop(), x)
+            add_loss(learn, d.without_labels(s, t, progress=progress))
 
     def batches(self, learn, ask):
         """Yield (inputs, teacher outputs) to use in a training batch. The inputs are a tuple.

@@ -1,8 +1,8 @@
 """Run the frozen model of a teacher, or a faster copy of the model."""
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -82,14 +82,16 @@ class Runner:
             self.random = RandomStream()
             self._restore()
 
-    @contextmanager
-    def ready(self) -> Iterator[None]:
-        """Prepare the model for a single batch, unless the runner is started."""
-        with ExitStack() as stack:
-            if not self.started:
-                self._prepare()
-                stack.callback(self._restore)
-            yield
+    def ready(self) -> AbstractContextManager:
+        """Return a context in which the model is prepared for a single batch, unless the runner is
+        started.
+        """
+        if self.started:
+            return nullcontext()
+        self._prepare()
+        stack = ExitStack()
+        stack.callback(self._restore)
+        return stack
 
     def _prepare(self) -> None:
         with ExitStack() as stack:
