@@ -222,7 +222,7 @@ W = torch.randn(5, 4, generator=torch.Generator().manual_seed(1))
 
 
 class Net:
-    name, modules = 'net', [torch.nn.Identity()]
+    name, module = 'net', torch.nn.Identity()
 
     def __call__(self, x):
         return Outputs(x @ W)

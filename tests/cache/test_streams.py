@@ -350,7 +350,7 @@ def test_keys_of_frequent_names_are_those_of_all_others(name):
 
 
 class Counting:
-    name, modules = 'counting', [nn.Identity()]
+    name, module = 'counting', nn.Identity()
 
     def __init__(self):
         self.seen = []

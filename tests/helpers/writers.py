@@ -24,7 +24,7 @@ def data():
 class Slow:
     "Notes each batch that it is asked about"
 
-    name, modules = 'slow', [torch.nn.Identity()]
+    name, module = 'slow', torch.nn.Identity()
 
     def __init__(self, log, pause):
         self.log, self.pause = log, pause
