@@ -128,7 +128,7 @@ class DistillCallback(Callback):
         if self.distiller is None or self.distiller.student is not student:
             kind = distiller_class(student)
             self.distiller = kind(student, self.teacher, self.recipe, **self.options)
-            if self.distiller.several:
+            if self.distiller.heads.several:
                 self.distiller.heads.share_task_loss()
 
     def _read(self, trainer: Trainer, spread: bool = False) -> Iterator:
@@ -213,7 +213,7 @@ class DistillCallback(Callback):
             feats = taps.pop()
         s = d.student_outputs(call.returned, feats, x)
         task = out['loss'] if isinstance(out, Mapping) else out
-        y = tuple(y) if d.several else d.head.targets_at(x, s.logits, tuple(y))
+        y = tuple(y) if d.heads.several else d.head.task_loss.moved(x, s.logits, tuple(y))
         r = d.compute(s, d.teacher_outputs(x, progress), task, y, progress=progress)
         parts = {f'{k}_loss': v for k, v in r.losses.items()}
         n = len(x if is_detector(d.student) else next(tensors_in(x)))
@@ -306,7 +306,7 @@ class DistillModule(LightningModule):
         self.student, self.lr, self.optimizer = student, lr, optimizer
         self.callback = DistillCallback(teacher, recipe, student='student', split=split, **options)
         self.callback.build(self)
-        if self.callback.distiller.several:
+        if self.callback.distiller.heads.several:
             raise DistillError(
                 'DistillModule has one task loss. For several heads, use DistillCallback with a module '
                 'of your own, whose training_step returns the loss of all heads.'
@@ -338,7 +338,7 @@ class DistillModule(LightningModule):
         d = self.callback.distiller
         logits: Any = Outputs.of(self(x), output=d.head.output).logits
         # without labels, the task loss is 0 and the student learns only from the teacher
-        return d.head.task_and_targets(x, logits, tuple(y))[0] if len(y) else logits.new_zeros(())
+        return d.head.task_loss(x, logits, tuple(y))[0] if len(y) else logits.new_zeros(())
 
     def _log(self, name: str, batch: Any) -> None:
         _, y = self.callback.split(batch)

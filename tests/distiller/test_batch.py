@@ -234,7 +234,7 @@ def test_labels_that_stand_where_their_tokens_stand_are_moved_to_where_they_are_
             by_hand(d, ids, y).item(), rel=1e-5
         )
     assert (
-        d.head.shift_labels
+        d.head.task_loss.shift
         and capsys.readouterr().out.count('labels are the inputs themselves') == 1
     )
 
@@ -247,7 +247,7 @@ def test_labels_that_stand_where_they_are_predicted_stay_there(capsys):
         assert (
             d(x, y).total.item()
             == pytest.approx(by_hand(d, ids, F.pad(y, (1, 0))[:, :-1]).item(), rel=1e-5)
-            and d.head.shift_labels is False
+            and d.head.task_loss.shift is False
         )
     assert capsys.readouterr().out == ''
 
@@ -270,7 +270,7 @@ def test_labels_of_tokens_are_no_next_tokens():
     assert d(ids, tags).total.item() == pytest.approx(
         F.cross_entropy(d.student(ids)['logits'].flatten(0, 1), tags.flatten()).item()
     )
-    assert d.head.shift_labels is False
+    assert d.head.task_loss.shift is False
 
 
 def test_a_causal_model_whose_labels_show_nothing_asks():
@@ -287,10 +287,10 @@ def test_a_causal_model_whose_labels_show_nothing_asks():
         assert Distiller(student, teacher, kd(), axis=-1, shift_labels=shift)(x, y).total.isfinite()
     d = Distiller(student, teacher, kd(), axis=-1)
     assert (
-        d(x, torch.full_like(y, -100)).task.isnan() and d.head.shift_labels is None
+        d(x, torch.full_like(y, -100)).task.isnan() and d.head.task_loss.shift is None
     )  # a batch without labels shows nothing
     d(x, x['input_ids'])
-    assert d.head.shift_labels
+    assert d.head.task_loss.shift
 
 
 # the task loss

@@ -150,7 +150,7 @@ def test_labels_and_padding_of_a_text_make_nothing_wait(no_numbers):
     )
     with NoCopies():
         s = d.student_outputs(net()(x), {}, dict(attention_mask=on))
-        task, y = d.head.task_and_targets(x, s.logits, (y,))
+        task, y = d.head.task_loss(x, s.logits, (y,))
         d.compute(s, Outputs(net()(x)), task, y).total.backward()
     assert s.mask is not None
 

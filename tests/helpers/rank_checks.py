@@ -46,7 +46,7 @@ def in_a_loop(good):
         opt.step()
     del model
     weights = torch.cat([p.detach().flatten() for p in d.parameters()])
-    return bool(found.doubt), d.head.chosen[0], d.faded, weights
+    return bool(found.doubt), d.head.chosen_text, d.faded, weights
 
 
 def on_the_first():

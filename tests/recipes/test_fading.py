@@ -42,7 +42,7 @@ def rows(kind, knows=1.5, n=80, c=6, seed=0):
 def step(recipe, s, t, y, kind='softmax', d=None, **options):
     d = Distiller(None, None, recipe, kind=kind, check=False) if d is None else d
     y = y if isinstance(y, tuple) else (y,)
-    return d, d.compute(Outputs(s), Outputs(t), d.head.task_and_targets((), s, y)[0], y, **options)
+    return d, d.compute(Outputs(s), Outputs(t), d.head.task_loss((), s, y)[0], y, **options)
 
 
 @pytest.mark.parametrize('kind', KINDS)

@@ -18,6 +18,7 @@ from ..checks.teacher_outputs import BATCHES
 from ..distiller.dataloader import read_apart, spread_batches
 from ..distiller.distiller import Distiller
 from ..distiller.head import Head
+from ..distiller.layer_links import link_layers
 from ..distiller.trainer_integration import takes_part
 from ..features.layer_hooks import Taps, returned_by
 from ..features.layer_names import split_suffixes
@@ -73,7 +74,8 @@ class DetectionHead(Head):
         view, x = DetectorView(self.detector), (pixels, None, self._compares_heads())
         with RandomGuard([pixels.device.index] if pixels.is_cuda else []):
             self.level_pairs = self._paired_levels(view, x)
-            self._link_layers(view, teacher, x, self._levels_of)
+            self.pairs, links = link_layers(view, teacher, x, self.layered, self._levels_of)
+        self.links.update(links)
 
     def _compares_heads(self) -> bool:
         """Return True if a term compares the outputs of the heads. Raise a DistillError if the
@@ -123,10 +125,6 @@ class DetectionHead(Head):
         """
         return Outputs(feats=feats)
 
-    def targets_at(self, x: Any, logits: Any, targets: Sequence) -> Sequence:
-        """Return the targets unchanged."""
-        return targets
-
     def _of_labels(self, term: Any, b: Any, targets: Sequence, options: dict[str, Any]) -> Tensor:
         """Compute the value of a term. If it reads labels, it gets the teacher's scores at its
         levels if it compares all levels at once, and the boxes of each image otherwise.
@@ -146,9 +144,6 @@ class DetectionHead(Head):
             for k in self.links[t.name]
         ]
         return list(dict.fromkeys(names))
-
-    def check_first(self, student: Outputs, teacher: Outputs | None, targets: Sequence) -> None:
-        """Do nothing, because `forward` checks the targets before the student runs."""
 
 
 class DetectionDistiller(Distiller):
@@ -187,7 +182,11 @@ class DetectionDistiller(Distiller):
         detector = checked_detector(student, 'student')
         theirs = detector_inside(teacher)
         teacher = detector_teacher(teacher, detector, size)
-        super().__init__(student, teacher, Recipe(), check=check)
+        # the targets are checked in `forward`, before the student runs
+        super().__init__(student, teacher, Recipe(), shift_labels=False, check=False)
+        self.unchecked = check
+        if check:
+            Findings(shared_parameters(student, self.head.teacher)).enforce()
         # subtle: store the teacher in a tuple, because a module stored as an attribute would be
         # trained and saved
         self.detectors = (theirs,)
@@ -232,9 +231,9 @@ class DetectionDistiller(Distiller):
                     'instead of losses: call distiller.train() before training.'
                 )
             return self.student(images, targets)
-        if 'labels' in self.head.unchecked:
+        if self.unchecked:
             check_targets(images, targets, self.detector).enforce()
-            self.head.unchecked = set()
+            self.unchecked = False
         if not takes_part(self, progress):
             return self.student(images, targets)
         with self.reading(progress) as taps:

@@ -1,8 +1,8 @@
 """Compute the distillation loss of one batch, without a training loop."""
 
-import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..base.batch_samples import BatchSamples
 from ..base.model_state import weights_summary
-from ..base.outputs import DistillError, Outputs, map_tensors
+from ..base.outputs import DistillError, LinearLogits, Outputs, map_tensors
 from ..checks.findings import Findings
 from ..checks.forward import student_logits
 from ..checks.teacher_outputs import BATCHES
@@ -22,17 +22,13 @@ from ..features.model_call import arguments
 from ..recipes.batch_tensors import inputs_and_labels
 from ..recipes.recipe_loss import Distilled
 from ..recipes.term import Recipe, Term
-from ..teachers.model_loading import holds_weights
-from ..teachers.teacher import Teacher, run_once, with_defaults
+from ..teachers.teacher import Teacher, run_once
 from .dataloader import is_loader, read_apart, spread_batches
-from .head import (
-    Head,
-    HeadOutput,
-    SharedOutput,
-    options_by_head,
-    renamed,
-)
-from .heads import Heads
+from .head import Head, renamed
+from .head_checks import check_batch_of_head, check_batches_of_head, check_first_batch
+from .head_state import encoded_state, load_encoded_state
+from .heads import Heads, build_heads
+from .recipe_choice import choose
 
 
 class Distiller(nn.Module):
@@ -117,18 +113,6 @@ class Distiller(nn.Module):
         # current weights
         self.left: list | None = None
         self.running = False
-        named = isinstance(teacher, Mapping) and not holds_weights(teacher)
-        teachers = {str(k): t for k, t in teacher.items()} if named else {'': teacher}
-        self.several = [*teachers] != ['']
-        if not self.several and (labels is not None or weights is not None):
-            raise DistillError(
-                'labels= and weights= are for several heads: give a dict of teachers, as in '
-                "Distiller(student, {'color': teacher1, 'shape': teacher2})."
-            )
-        if not teachers:
-            raise DistillError(
-                'The dict of teachers is empty: give one teacher per head, {name: teacher}.'
-            )
         options = dict(
             recipe=recipe,
             task_loss=task_loss,
@@ -141,46 +125,18 @@ class Distiller(nn.Module):
             weights=weights,
             check=check,
         )
-        of_each = {k: options_by_head(o, k, teachers) for k, o in options.items()}
-        self.heads = Heads(
-            (k, self._head(k, t, {n: o[k] for n, o in of_each.items()}, teachers))
-            for k, t in teachers.items()
-        )
+        self.heads = build_heads(self.head_class, student, teacher, options)
         links = {k: h.links for k, h in self.heads.items()}
-        self.links = nn.ModuleDict(links) if self.several else links['']
-        self.heads.share_models()
+        self.links = nn.ModuleDict(links) if self.heads.several else links['']
         if example is not None:
             self.setup(*inputs(example))
-
-    def _head(
-        self, name: str, teacher: Any, o: dict[str, Any], teachers: Mapping[str, Any]
-    ) -> Head:
-        labels, weight, output = o.pop('labels'), o.pop('weights'), o['output']
-        if not self.several:
-            options = dict(labels=given_labels, teacher_output=output, **o)
-            return self.head_class(name, self.student, teacher, **options)
-        at, n = [*teachers].index(name), len(teachers)
-        if output is None:
-            o['output'] = HeadOutput(name, at, n)
-            output = SharedOutput(name, at, n)
-            if isinstance(teacher, Teacher):
-                teacher = with_defaults(teacher, output=output)
-        return self.head_class(
-            name,
-            self.student,
-            teacher,
-            labels=labels or partial(labels_in_order, [*teachers], at),
-            weight=1.0 if weight is None else weight,
-            teacher_output=output,
-            **o,
-        )
 
     # heads
 
     @property
     def head(self) -> Head:
         """The only head of a student with one output."""
-        if self.several:
+        if self.heads.several:
             names = ', '.join(self.heads)
             raise DistillError(
                 f'This Distiller has the heads {names}: use the attribute of one of them, as in '
@@ -220,18 +176,16 @@ class Distiller(nn.Module):
 
         The recipe has no task weight if the heads weight the task loss differently.
         """
-        if not self.several:
+        if not self.heads.several:
             return self.head.recipe
-        whole = lambda k, h: [renamed(t, f'{k}.{t.name}') for t in h.recipe.terms]
+        terms = [renamed(t, f'{k}.{t.name}') for k, h in self.heads.items() for t in h.recipe.terms]
         task, *others = (h.recipe.task for h in self.heads.values())
-        if any(o != task for o in others):
-            task = None
-        return Recipe(*(t for k, h in self.heads.items() for t in whole(k, h)), task=task)
+        return Recipe(*terms, task=None if any(o != task for o in others) else task)
 
     @property
     def pairs(self) -> PairTable | None:
         """The pairs of layers that are compared. None before the pairs are known."""
-        if not self.several:
+        if not self.heads.several:
             return self.head.pairs
         return PairTable([p for h in self.heads.values() for p in h.pairs or []])
 
@@ -265,30 +219,13 @@ class Distiller(nn.Module):
     # checkpoints
 
     def get_extra_state(self) -> Tensor:
-        """Return the state that a checkpoint needs in addition to the weights.
-
-        The state is encoded as a uint8 tensor, so that it can be stored together with the weights.
-        """
-        state = self.heads.value({k: h.state() for k, h in self.heads.items()})
-        return torch.frombuffer(bytearray(json.dumps(state).encode()), dtype=torch.uint8)
+        """Return the state that a checkpoint needs in addition to the weights."""
+        return encoded_state(self.heads)
 
     def set_extra_state(self, state: Tensor) -> None:
-        """Restore the chosen recipe, the measured gradients and the random state of the teacher.
-
-        If a recipe with different terms was already chosen, the current recipe is kept.
-        """
-        saved = json.loads(bytes(state.tolist()))
-        saved_heads = all(isinstance(o, dict) for o in saved.values())
-        if saved_heads != self.several or saved_heads and set(saved) != set(self.heads):
-            have = f'the heads {", ".join(saved)}' if saved_heads else 'one output'
-            mine = f'the heads {", ".join(self.heads)}' if self.several else 'one output'
-            raise DistillError(
-                f'This state was saved from a Distiller with {have}, but this one has {mine}.'
-            )
-        for k, h in self.heads.items():
-            h.load_state(saved[k] if self.several else saved)
+        """Restore what `get_extra_state` returned."""
+        load_encoded_state(self.heads, state)
         self.left = None
-        self.heads.recipe_changed()
 
     # checks and setup before the first batch
 
@@ -327,7 +264,7 @@ class Distiller(nn.Module):
             A `Findings` list, which is empty if there are no mistakes. For several heads, a dict
             {head name: list}.
         """
-        if not self.several and (self.student is None or self.teacher is None):
+        if not self.heads.several and (self.student is None or self.teacher is None):
             raise DistillError(
                 f'check needs both models, but there is no {"student" if self.student is None else "teacher"}. '
                 'Check a teacher before its outputs are stored: Distiller(student, teacher).check(loader).'
@@ -339,7 +276,8 @@ class Distiller(nn.Module):
                 return self.check_batches(map(inputs_and_labels, spread_batches(x, n)), n)
         x = inputs(x)
         found = {
-            k: h.check(
+            k: check_batch_of_head(
+                h,
                 Outputs(student_logits(self.student, x, h.output)),
                 h.teacher.probe(*x),
                 h.labels(targets),
@@ -363,13 +301,13 @@ class Distiller(nn.Module):
         device = next((p.device for p in self.student.parameters()), None)
         here: Iterable = ((inputs(x), y) for x, y in islice(batches, n))
         here = (map_tensors(b, lambda t: t if t.device == device else t.to(device)) for b in here)
-        if self.several:
+        if self.heads.several:
             here = list(here)
         of = lambda h: ((x, h.labels(y)) for x, y in here)
         found = {
-            k: h.check_batches(of(h), placed, part)
+            k: check_batches_of_head(h, of(h), placed, part)
             for k, h in self.heads.items()
-            if h.teacher is not None or not self.several
+            if h.teacher is not None or not self.heads.several
         }
         return self.heads.value(found)
 
@@ -379,7 +317,7 @@ class Distiller(nn.Module):
         Both models run once in evaluation mode. The models and the random state are not changed.
         """
         for h in self.heads.values():
-            if not (self.several and h.ready):
+            if not (self.heads.several and h.ready):
                 h.setup(x)
         return self
 
@@ -396,7 +334,7 @@ class Distiller(nn.Module):
         """
         return [t for h in self.heads.values() for t in h.active_terms(progress)]
 
-    def student_layers(self, terms: Iterable | None = None) -> list:
+    def student_layers(self, terms: Collection | None = None) -> list:
         """Return the student layers that the terms compare.
 
         Args:
@@ -422,7 +360,7 @@ class Distiller(nn.Module):
         needed = lambda k, h: h.teacher is not None and (terms[k] or h.chooses)
         ask = Heads((k, h) for k, h in self.heads.items() if needed(k, h))
         out = {k: None for k in self.heads if k not in ask}
-        if self.several and not torch.is_grad_enabled():
+        if self.heads.several and not torch.is_grad_enabled():
             ask = Heads((k, h) for k, h in ask.items() if h.teacher.has_outputs(samples))
         for group in ask.teacher_groups():
             first = next(iter(group.values())).teacher
@@ -485,15 +423,24 @@ class Distiller(nn.Module):
             feats = taps.pop()
         s = self.heads.by_name(self.student_outputs(raw, feats, x))
         for k, h in self.heads.items():
-            if h.chooses:
-                h.choose(s[k].logits, partial(h.teacher.probe, *x), own[k])
-            elif h.teacher is None:
-                h.choose_from(s[k], None, own[k])
+            ask = None if h.teacher is None else partial(h.teacher.probe, *x)
+            choose(h, s[k], ask, own[k])
         t = self.heads.by_name(self.teacher_outputs(x, progress))
-        each = {k: h.compare(s[k], t.get(k), x, own[k], progress) for k, h in self.heads.items()}
-        if not self.several:
+        each = {}
+        for k, h in self.heads.items():
+            # check this first: an error of the task loss would not say what to do
+            check_first_batch(h, s[k], t.get(k), own[k])
+            if own[k] and isinstance(logits := s[k].logits, LinearLogits):
+                s[k] = replace(s[k], logits=logits.dense())  # the task loss needs them
+            task, own[k] = h.task_loss(x, s[k].logits, own[k])
+            each[k] = h.compute(s[k], t.get(k), task, own[k], progress=progress)
+        if not self.heads.several:
             return each['']
-        return whole_loss(each, {k: h.weight for k, h in self.heads.items()})
+        w = {k: h.weight for k, h in self.heads.items() if h.weight}
+        each = {k: each[k] for k in w}
+        tasks = [w[k] * e.weights['task'] * e.task for k, e in each.items() if e.weights['task']]
+        task = sum(tasks[1:], tasks[0]) if tasks else None
+        return whole_loss(each, w, task, 1.0 if tasks else 0.0, own_tasks=True)
 
     def compute(
         self,
@@ -522,47 +469,34 @@ class Distiller(nn.Module):
         """
         heads: dict = self.heads
         students, teachers = self.heads.by_name(student), self.heads.by_name(teacher)
-        if self.several and teacher is not None and not torch.is_grad_enabled():
+        if self.heads.several and teacher is not None and not torch.is_grad_enabled():
             # a cache may contain only the outputs for the training set
             heads = {k: h for k, h in heads.items() if k in teachers}
-        if self.several and not all(h.shares_task for h in self.heads.values()):
-            self.heads.share_task_loss()
-        recipes = [h.recipe for h in heads.values()]
+        labels = {k: h.labels(targets) for k, h in heads.items()}
+        waiting = any(h.waits for h in heads.values())
         for k, h in heads.items():
-            labels = task is not None and (h.labels(targets) or True)
-            h.choose_from(students[k], teachers.get(k), labels)
-        if any(h.recipe is not r for h, r in zip(heads.values(), recipes)):
-            self.heads.recipe_changed()
+            ask = None if (t := teachers.get(k)) is None else lambda t=t: t
+            choose(h, students[k], ask, task is not None and (labels[k] or True))
+        if self.heads.several and (waiting or not all(h.shares_task for h in self.heads.values())):
+            self.heads.share_task_loss()
+        for k, h in heads.items():
+            check_first_batch(h, students[k], teachers.get(k), labels[k])
         each = {
             k: h.compute(
                 students[k],
                 teachers.get(k),
                 task,
-                h.labels(targets),
+                labels[k],
                 progress=progress,
                 mixed=None if mixed is None else (h.labels(mixed[0]), mixed[1]),
-                of_heads=self.several,
+                of_heads=self.heads.several,
             )
             for k, h in heads.items()
         }
-        if not self.several:
+        if not self.heads.several:
             return each['']
-        scale, longest = self.heads.scales(progress)
-        taught = [scale[k] * e.taught for k, e in each.items() if e.taught is not None]
-        weights = {
-            k: {n: scale[k] * w for n, w in e.weights.items() if n != 'task'}
-            for k, e in each.items()
-        }
-        task_weight = next(iter(self.heads.values())).recipe.weights_at(progress)['task'] / longest
-        return Distilled(
-            task,
-            sum(taught[1:], taught[0]) if taught else None,
-            self.heads.flat({k: e.parts for k, e in each.items()}),
-            {'task': task_weight, **self.heads.flat(weights)},
-            self.heads.flat(
-                {k: {n: scale[k] * v for n, v in e.terms.items()} for k, e in each.items()}
-            ),
-        )
+        scale, task_weight = self.heads.scales(progress)
+        return whole_loss(each, scale, task, task_weight)
 
     def without_labels(
         self,
@@ -593,12 +527,9 @@ class Distiller(nn.Module):
                     'chooses the recipe and measures its gradients. Call the Distiller with a labeled '
                     'batch first, or give a recipe without grad_ratio, such as kd().'
                 )
-        shared = any(h.shares_task for h in self.heads.values())
-        scale = (
-            self.heads.scales(progress)[0]
-            if shared
-            else {k: h.weight for k, h in self.heads.items()}
-        )
+        scale = {k: h.weight for k, h in self.heads.items()}
+        if shared := any(h.shares_task for h in self.heads.values()):
+            scale, _ = self.heads.scales(progress)
         values = [
             scale[k] * h.without_labels(s[k], t.get(k), progress=progress, of_heads=shared)
             for k, h in self.heads.items()
@@ -607,34 +538,31 @@ class Distiller(nn.Module):
         return sum(values[1:], values[0])
 
 
-def given_labels(targets: Sequence) -> tuple:
-    """Return the labels as a tuple, which is empty for distiller(x, None)."""
-    return () if all(y is None for y in targets) else tuple(targets)
+def whole_loss(
+    each: Mapping[str, Distilled],
+    scale: Mapping[str, float],
+    task: Tensor | None,
+    task_weight: float,
+    own_tasks: bool = False,
+) -> Distilled:
+    """Return the weighted sum of the losses of several heads.
 
-
-def labels_in_order(names: Sequence[str], i: int, targets: Sequence) -> tuple:
-    """Return the labels of head `i` as a tuple, if each head has one label."""
-    if targets and len(targets) != len(names):
-        raise DistillError(
-            f'{len(targets)} labels for {len(names)} heads ({", ".join(names)}): give one '
-            'for each, or None.'
-        )
-    return tuple(y for y in targets[i : i + 1] if y is not None)
-
-
-def whole_loss(each: dict, weights: dict) -> Distilled:
-    """Return the weighted sum of the losses of several heads, each with its own task loss."""
-    each = {k: e for k, e in each.items() if weights[k]}
-    task = [weights[k] * e.weights['task'] * e.task for k, e in each.items() if e.weights['task']]
-    taught = [weights[k] * e.taught for k, e in each.items() if e.taught is not None]
-    parts: dict[str, Tensor] = {}
-    counted: dict[str, float | Tensor] = {'task': 1.0 if task else 0.0}
-    for k, e in each.items():
-        parts |= {f'{k}.{n}': v for n, v in e.losses.items()}
-        counted |= {f'{k}.{n}': weights[k] * w for n, w in e.weights.items()}
+    Args:
+        each: {head name: loss}.
+        scale: {head name: weight}.
+        task: Task loss of all heads.
+        task_weight: Weight of `task`.
+        own_tasks: True if `task` is the sum of the task losses of the heads, which are then reported.
+    """
+    taught = [scale[k] * e.taught for k, e in each.items() if e.taught is not None]
+    flat = lambda values: {f'{k}.{n}': v for k, e in each.items() for n, v in values(k, e).items()}
+    weights = lambda k, e: {
+        n: scale[k] * w for n, w in e.weights.items() if own_tasks or n != 'task'
+    }
     return Distilled(
-        sum(task[1:], task[0]) if task else None,
+        task,
         sum(taught[1:], taught[0]) if taught else None,
-        parts,
-        counted,
+        flat(lambda _, e: e.losses if own_tasks else e.parts),
+        {'task': task_weight, **flat(weights)},
+        flat(lambda k, e: {n: scale[k] * v for n, v in e.terms.items()}),
     )

@@ -1,11 +1,16 @@
 """The heads of a `Distiller`, and the values and teachers that they have together."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-from ..base.outputs import DistillError
+from torch import Tensor
+
+from ..base.outputs import DistillError, tensor_of_numbers
 from ..recipes.term import Recipe, weight_text
-from ..teachers.teacher import same_run, sharing_model
+from ..teachers.model_loading import holds_weights
+from ..teachers.teacher import Teacher, same_run, sharing_model, with_defaults
 from .head import with_full_task
 
 
@@ -24,9 +29,7 @@ class Heads(dict):
 
     def by_name(self, value: Any) -> dict:
         """Undo `value`: return {head name: value}."""
-        if self.several:
-            return value or {}
-        return {'': value}
+        return (value or {}) if self.several else {'': value}
 
     def flat(self, each: Mapping[str, Mapping | None]) -> dict:
         """Merge the dicts of all heads, with names such as 'color.kd'."""
@@ -65,14 +68,15 @@ class Heads(dict):
     # weights
 
     def scales(self, progress: float | None) -> tuple[dict, float]:
-        """Return ({head name: factor of the head's loss}, divisor of the shared task loss).
+        """Return ({head name: factor of the head's loss}, weight of the shared task loss).
 
         In each head, weights are divided by 1 plus the sum of the gradient ratios. If heads share a
         task loss, all heads use the largest divisor.
         """
         lengths = {k: h.ratios.length(h.weights_at(progress, True)) for k, h in self.items()}
-        longest = max(lengths.values())
-        return {k: n / longest for k, n in lengths.items()}, longest
+        longest, first = max(lengths.values()), next(iter(self.values()))
+        task = first.recipe.task_at(progress) / longest
+        return {k: n / longest for k, n in lengths.items()}, task
 
     def share_task_loss(self) -> None:
         """Give the task loss the same weight in the recipes of all heads.
@@ -107,3 +111,127 @@ class Heads(dict):
         """
         if any(h.shares_task for h in self.values()):
             self.share_task_loss()
+
+
+def build_heads(head_class: type, student: Any, teacher: Any, options: Mapping[str, Any]) -> Heads:
+    """Build a head for each teacher, or the only head if `teacher` is not a dict.
+
+    Args:
+        head_class: `Head` or a subclass.
+        student, teacher: As in `Distiller`.
+        options: The other options of `Distiller`, each as one value or a dict {head name: value}.
+    """
+    if not isinstance(teacher, Mapping) or holds_weights(teacher):
+        teacher = {'': teacher}
+    if not teacher:
+        raise DistillError(
+            'The dict of teachers is empty: give one teacher per head, {name: teacher}.'
+        )
+    teachers = {str(k): t for k, t in teacher.items()}
+    names, several = [*teachers], [*teachers] != ['']
+    if not several and (options['labels'] is not None or options['weights'] is not None):
+        raise DistillError(
+            'labels= and weights= are for several heads: give a dict of teachers, as in '
+            "Distiller(student, {'color': teacher1, 'shape': teacher2})."
+        )
+    by_head = {k: options_by_head(o, k, names) for k, o in options.items()}
+    heads = Heads()
+    for i, (name, t) in enumerate(teachers.items()):
+        o = {k: values[name] for k, values in by_head.items()}
+        labels, weight, output = o.pop('labels'), o.pop('weights'), o['output']
+        if several and output is None:
+            o['output'] = HeadOutput(name, i, len(names))
+            output = SharedOutput(name, i, len(names))
+            if isinstance(t, Teacher):
+                t = with_defaults(t, output=output)
+        of_head = partial(labels_in_order, names, i) if several else given_labels
+        heads[name] = head_class(
+            name,
+            student,
+            t,
+            labels=labels or of_head,
+            weight=1.0 if weight is None else weight,
+            teacher_output=output,
+            **o,
+        )
+    heads.share_models()
+    return heads
+
+
+@dataclass
+class HeadOutput:
+    """Selects the output of one head from the outputs that the student returned.
+
+    Attributes:
+        name: Name of the head.
+        at: Position of the head among all heads.
+        n: Number of heads.
+    """
+
+    name: str
+    at: int
+    n: int
+
+    def __call__(self, raw: Any) -> Any:
+        if isinstance(raw, Mapping) and self.name in raw:
+            return raw[self.name]
+        if isinstance(raw, (tuple, list)) and len(raw) == self.n:
+            return raw[self.at]
+        if isinstance(raw, Tensor) and self.n == 1:
+            return raw
+        return self.otherwise(raw)
+
+    def otherwise(self, raw: Any) -> Any:
+        """Raise an error if the student has no output with the name or position of the head."""
+        if isinstance(raw, Mapping):
+            have = ', '.join(map(str, raw))
+        else:
+            have = f'{len(raw)} outputs' if isinstance(raw, (tuple, list)) else 'one tensor'
+        raise DistillError(
+            f'The Distiller has {self.n} heads, including {self.name!r}, but the student returns {have}: name '
+            'the outputs of a dict, or give one teacher for each output of a tuple, in their order. '
+            'Pass None for a head without a teacher.'
+        )
+
+
+class SharedOutput(HeadOutput):
+    """Selects the output of one head of a teacher. A teacher may have a single output for all
+    heads.
+    """
+
+    def __call__(self, raw: Any) -> Any:
+        if isinstance(raw, list) and len(raw) and not isinstance(raw[0], Tensor):
+            rows = tensor_of_numbers(raw)
+            if rows is not None and rows.dim() < 3:
+                return rows  # the list is a batch, not a list of outputs
+        return super().__call__(raw)
+
+    def otherwise(self, raw: Any) -> Any:
+        if type(raw) is dict and len(raw) == 1:
+            return next(iter(raw.values()))  # an ONNX network
+        return raw
+
+
+def options_by_head(o: Any, option: str, heads: Iterable[str], who: str = 'the heads are') -> dict:
+    """Convert an option to a dict {head name: value}. A single value is used for all heads."""
+    if not isinstance(o, Mapping):
+        return dict.fromkeys(heads, o)
+    o = {str(k): v for k, v in o.items()}
+    if unknown := set(o) - set(heads):
+        raise DistillError(f'{option}= has {", ".join(sorted(unknown))}, {who} {", ".join(heads)}.')
+    return {k: o.get(k) for k in heads}
+
+
+def given_labels(targets: Sequence) -> tuple:
+    """Return the labels as a tuple, which is empty for distiller(x, None)."""
+    return () if all(y is None for y in targets) else tuple(targets)
+
+
+def labels_in_order(names: Sequence[str], i: int, targets: Sequence) -> tuple:
+    """Return the labels of head `i` as a tuple, if each head has one label."""
+    if targets and len(targets) != len(names):
+        raise DistillError(
+            f'{len(targets)} labels for {len(names)} heads ({", ".join(names)}): give one '
+            'for each, or None.'
+        )
+    return tuple(y for y in targets[i : i + 1] if y is not None)

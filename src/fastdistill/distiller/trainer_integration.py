@@ -7,10 +7,12 @@ from typing import Any
 from torch.optim import Optimizer
 
 from ..base.distributed import broadcast, on_first
+from ..base.outputs import Outputs
 from ..checks.forward import student_logits
 from ..features.layer_names import unwrap
 from ..features.layer_pairs import inputs
 from .distiller import Distiller
+from .recipe_choice import choose
 
 
 def is_detector(model: Any) -> bool:
@@ -58,8 +60,8 @@ def complete(d: Distiller, x: Any, labels: bool = True) -> None:
     x = inputs(x)
     for h in d.heads.values():
         if h.chooses:
-            logits = student_logits(d.student, x, h.output)
-            h.choose(logits, partial(h.teacher.probe, *x), labels)
+            student = Outputs(student_logits(d.student, x, h.output))
+            choose(h, student, partial(h.teacher.probe, *x), labels)
     d.heads.recipe_changed()
     if not d.ready:
         build_links(d, x)

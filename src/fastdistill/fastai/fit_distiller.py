@@ -9,6 +9,7 @@ from ..checks.findings import Findings
 from ..distiller.distiller import Distiller
 from ..distiller.trainer_integration import is_choosing
 from ..features.layer_names import unwrap
+from ..features.layer_pairs import check_names
 from .callback_arguments import check_options, feed_of, stored_head
 from .default_recipe import choose_recipe, example_of
 from .learner_heads import comparisons_of, options_of_heads
@@ -116,7 +117,8 @@ class FitDistiller:
                 continue
             h.teacher = self.heads[k].teacher_of(learn, self.tasks[k])
             if self.several:
-                h.check_names()
+                for t in h.layered:
+                    check_names(h.student, h.teacher, t.layers)
         self.distiller.heads.share_models()
 
     def look(self, learn, logs: bool) -> dict | None:
@@ -170,7 +172,7 @@ class FitDistiller:
             example = example_of(learn, h.output)
             looked = None if found is None else found.get(h.name)
             chosen = of_first(choose_recipe(example, self.tasks[h.name], h.teacher, looked))
-            if h.chosen == [chosen.text, chosen.why, chosen.kind]:
+            if str(h.chosen) == str(chosen):
                 continue
             h.take(chosen)
             self.log(f'fastdistill: {h.prefix}recipe {chosen}')

@@ -8,6 +8,7 @@ import copy
 
 from ..base.model_state import ModelState
 from ..base.outputs import DistillError, as_plain
+from ..distiller.head_state import random_state
 from ..distiller.trainer_integration import build_links, load_state, training_state
 from .default_recipe import example_of
 from .learner_notes import notes_of
@@ -139,7 +140,7 @@ def has_state(d) -> bool:
     random numbers.
     """
     heads = d.heads.values()
-    return bool(d.ratios) or any(h.chosen_text is not None or h.random_state() for h in heads)
+    return bool(d.ratios) or any(h.chosen or random_state(h.teacher) for h in heads)
 
 
 def what_differs(links, own) -> str:

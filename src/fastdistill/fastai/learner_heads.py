@@ -7,7 +7,7 @@ from types import SimpleNamespace
 from ..base.outputs import DistillError
 from ..base.random_state import RandomGuard
 from ..base.task import Task
-from ..distiller.head import HeadOutput, SharedOutput, options_by_head
+from ..distiller.heads import HeadOutput, SharedOutput, options_by_head
 from .probe_batches import PreparationError, prepared_batches
 from .task import task_of
 from .teachers import is_heads, teacher_of

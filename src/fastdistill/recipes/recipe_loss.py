@@ -80,14 +80,17 @@ class RecipeLoss(nn.Module):
 
     Args:
         task: The `Task` that describes the logits.
+        weight: Weight of this loss if it is that of one of several heads.
     """
 
-    def __init__(self, recipe: Any, task: Task) -> None:
+    links: Any  # {term: its `Link`s}
+
+    def __init__(self, recipe: Any, task: Task, weight: float = 1.0) -> None:
         super().__init__()
         # subtle: register the student as the first child, so that its parameters come first in
         # `Distiller.parameters()`
         self.register_module('student', None)
-        self.task, self.links = task, nn.ModuleDict()
+        self.task, self.weight, self.links = task, weight, nn.ModuleDict()
         self.measures = True  # whether gradient norms are measured for the report
         self.seen: Set[str] = set()  # losses whose gradient norms were measured
         # {loss: fraction of the gradient}, the task loss is 'task'. None until the first training batch
@@ -125,9 +128,6 @@ class RecipeLoss(nn.Module):
             if not torch.is_grad_enabled() or t.weight_at(progress) != 0
         ]
 
-    def check_first(self, student: Outputs, teacher: Outputs | None, targets: Sequence) -> None:
-        """Raise an error for mistakes that are visible in the first batches."""
-
     def compute(
         self,
         student: Outputs,
@@ -162,7 +162,6 @@ class RecipeLoss(nn.Module):
                 f"{terms[0].name} needs the teacher's outputs for this batch, but got None. "
                 'Pass what teacher_outputs() returned.'
             )
-        self.check_first(student, teacher, targets)
         if isinstance(s := student.logits, LinearLogits) and not all(
             takes_linear(t, s, self.task) and not t.has_grad_ratio
             for t in terms
@@ -192,8 +191,16 @@ class RecipeLoss(nn.Module):
         )
 
     def weights_at(self, progress: float | None, of_heads: bool = False) -> dict[str, Any]:
-        """Return {name: weight or gradient ratio} of each loss. The task loss is named 'task'."""
-        return self.recipe.weights_at(progress)
+        """Return {name: weight or gradient ratio} of each loss. The task loss is named 'task'.
+
+        If the task loss is that of all heads, it contains the weight of this head already, and so
+        do gradient ratios, which are relative to it. A head of weight 0 has no terms.
+        """
+        weights = self.recipe.weights_at(progress)
+        if not of_heads or self.weight == 1:
+            return weights
+        kept = {'task', *(self.ratios if self.weight else ())}
+        return {k: w if k in kept else self.weight * w for k, w in weights.items()}
 
     def without_labels(
         self,
@@ -254,8 +261,7 @@ class RecipeLoss(nn.Module):
         """Compute the value of a term for one set of labels, summed over its pairs of layers as in
         the papers.
         """
-        links: Any = self.links[term.name]
-        targets = targets[: term.n_targets]
+        links, targets = self.links[term.name], targets[: term.n_targets]
         if term.n_targets and len(targets) < term.n_targets:
             raise DistillError(
                 f'{term.name} needs {term.n_targets} target(s) in addition to the outputs of both '
@@ -323,9 +329,8 @@ class RecipeLoss(nn.Module):
 
     def _compared(self, name: str, student: Outputs) -> list[Tensor]:
         """Return the tensors of the student that a term compares."""
-        links: Any = self.links[name]
         logits: Any = student.logits
-        layers = [k.layers[0] for k in links if k.layers]
+        layers = [k.layers[0] for k in self.links[name] if k.layers]
         return [student.feats[n] for n in dict.fromkeys(layers)] if layers else [logits]
 
     def _apart(self, name: str, b: Batch) -> Tensor:
