@@ -180,8 +180,7 @@ class DetectionDistiller(Distiller):
         check: bool = True,
     ):
         detector = checked_detector(student, 'student')
-        theirs = detector_inside(teacher)
-        teacher = detector_teacher(teacher, detector, size)
+        theirs, teacher = detector_inside(teacher), detector_teacher(teacher, detector, size)
         # the targets are checked in `forward`, before the student runs
         super().__init__(student, teacher, Recipe(), shift_labels=False, check=False)
         self.unchecked = check
@@ -190,14 +189,11 @@ class DetectionDistiller(Distiller):
         # subtle: store the teacher in a tuple, because a module stored as an attribute would be
         # trained and saved
         self.detectors = (theirs,)
-        recipe = as_recipe(recipe)
-        if recipe is None:
-            recipe = automatic()
         self.batch: Any = None  # the last images and targets after the student's transform
         # do not report gradient norms for the first batch, because a new head passes on almost no
         # gradient
         self.head.measures = False
-        self.head.take(recipe)
+        self.head.take(as_recipe(recipe) or automatic())
         self.setup()
 
     @property

@@ -423,13 +423,15 @@ class Distiller(nn.Module):
             feats = taps.pop()
         s = self.heads.by_name(self.student_outputs(raw, feats, x))
         for k, h in self.heads.items():
-            ask = None if h.teacher is None else partial(h.teacher.probe, *x)
-            choose(h, s[k], ask, own[k])
+            if h.waits:
+                ask = None if h.teacher is None else partial(h.teacher.probe, *x)
+                choose(h, s[k], ask, own[k])
         t = self.heads.by_name(self.teacher_outputs(x, progress))
         each = {}
         for k, h in self.heads.items():
             # check this first: an error of the task loss would not say what to do
-            check_first_batch(h, s[k], t.get(k), own[k])
+            if h.unchecked:
+                check_first_batch(h, s[k], t.get(k), own[k])
             if own[k] and isinstance(logits := s[k].logits, LinearLogits):
                 s[k] = replace(s[k], logits=logits.dense())  # the task loss needs them
             task, own[k] = h.task_loss(x, s[k].logits, own[k])
@@ -473,14 +475,15 @@ class Distiller(nn.Module):
             # a cache may contain only the outputs for the training set
             heads = {k: h for k, h in heads.items() if k in teachers}
         labels = {k: h.labels(targets) for k, h in heads.items()}
-        waiting = any(h.waits for h in heads.values())
-        for k, h in heads.items():
+        waiting = {k: h for k, h in heads.items() if h.waits}
+        for k, h in waiting.items():
             ask = None if (t := teachers.get(k)) is None else lambda t=t: t
             choose(h, students[k], ask, task is not None and (labels[k] or True))
         if self.heads.several and (waiting or not all(h.shares_task for h in self.heads.values())):
             self.heads.share_task_loss()
         for k, h in heads.items():
-            check_first_batch(h, students[k], teachers.get(k), labels[k])
+            if h.unchecked:
+                check_first_batch(h, students[k], teachers.get(k), labels[k])
         each = {
             k: h.compute(
                 students[k],

@@ -77,7 +77,7 @@ class Head(RecipeLoss):
             None if teacher is None else teacher_of_task(teacher, task, teacher_output)
         )
         self.pairs: PairTable | None = None  # pairs of layers, set by `setup`
-        self.unchecked = {'labels', 'outputs'} if check else set()  # see `check_first_batch`
+        self.unchecked = {'labels', 'outputs'} if check else set()  # for `check_first_batch`
         if student is not None and self.teacher is not None:
             for t in self.layered:
                 check_names(student, self.teacher, t.layers)

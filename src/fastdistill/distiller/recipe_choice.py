@@ -15,7 +15,7 @@ from .head import Head
 def choose(
     h: Head, student: Outputs, ask: Callable[[], Outputs] | None, labels: Sequence | bool
 ) -> None:
-    """Let `auto` choose the recipe, unless it was given or chosen before.
+    """Let `auto` choose the recipe of a head that waits for it.
 
     Args:
         h: The head.
@@ -23,8 +23,6 @@ def choose(
         ask: fn() -> teacher outputs for the same batch. None if unknown.
         labels: Labels of the same batch, or whether the batches have labels.
     """
-    if not h.waits:
-        return
     if ask is not None:
         logits: Any = student.logits
         doubt = 'the teacher is in doubt, see above' if h.doubt else None
