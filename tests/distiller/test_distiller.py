@@ -1628,6 +1628,12 @@ def test_measuring_gradient_shares_changes_nothing(checkpointed):
     assert all(map(torch.equal, *runs))
 
 
+def test_a_distiller_can_be_copied_after_its_first_batch():
+    d = Distiller(mlp(6), mlp(16), kd())
+    loss = d(*batch()).total
+    assert torch.equal(copy.deepcopy(d)(*batch()).total, loss)
+
+
 class Checkpointed(nn.Module):
     def __init__(self, reentrant):
         super().__init__()

@@ -1,7 +1,7 @@
 "Compute the loss of a recipe from the outputs of student and teacher for one batch."
 
 import warnings
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
@@ -92,7 +92,7 @@ class RecipeLoss(nn.Module):
         self.register_module('student', None)
         self.task, self.weight, self.links = task, weight, nn.ModuleDict()
         self.measures = True  # whether gradient norms are measured for the report
-        self.seen: Set[str] = set()  # losses whose gradient norms were measured
+        self.seen: set[str] = set()  # losses whose gradient norms were measured
         # {loss: fraction of the gradient}, the task loss is 'task'. None until the first training batch
         self.gradient_shares: dict | None = None
         self.take(recipe)
@@ -313,7 +313,7 @@ class RecipeLoss(nn.Module):
             apart = {t.name for t in self.layered if t.has_grad_ratio}
             here = {k: v for k, v in learns.items() if k not in apart}
             logits: Any = student.logits
-            self.seen = learns.keys()
+            self.seen = set(learns)
             self.gradient_shares = gradient_shares(here, weights, logits, self.student)
             if (says := swamped(self.gradient_shares, fixed)) and rank() == 0:
                 warnings.warn(says, DistillWarning, stacklevel=4)
