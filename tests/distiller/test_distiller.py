@@ -930,7 +930,7 @@ def test_a_batch_of_three_does_not_explode_between_two_measurements(seed):
     """The correlation over few samples has an enormous gradient if their probabilities are nearly
     equal, although its value stays the same."""
     longest, _ = longest_gradients(3, seed)
-    assert longest['total'] < 1.5 * longest['task'], longest
+    assert longest['total'] < 0.75 * longest['task'], longest  # 0.85 to 1.2 if not each is measured
 
 
 @pytest.mark.parametrize('seed', range(3))
