@@ -1,6 +1,6 @@
 "Before the first test: one thread, no display, no network, nothing read from or left in the user's home. Before each: the same seed."
 
-import gc, os, random, shutil, sys, tempfile
+import functools, gc, os, random, shutil, sys, tempfile
 
 HOME = tempfile.mkdtemp(prefix='fastdistill-tests-')
 os.environ |= dict(
@@ -38,6 +38,15 @@ def without_workers():
     "fastai's DataLoaders start a process for each core, unless they are told; that takes longer than most tests"
     if fastcore := sys.modules.get('fastcore.basics'):
         fastcore.defaults.cpus = 0
+
+
+@pytest.fixture(autouse=True)
+def sources_parsed_once():
+    "onnxscript parses the source of its hundreds of functions anew in each export, a quarter of the time of a small one"
+    traced = getattr(sys.modules.get('onnxscript'), 'TracedOnnxFunction', None)
+    whole = getattr(traced, 'function_ir', None)
+    if isinstance(whole, property) and not hasattr(whole.fget, 'cache_info'):
+        traced.function_ir = property(functools.cache(whole.fget))
 
 
 @pytest.fixture(autouse=True)
