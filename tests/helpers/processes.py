@@ -1,25 +1,33 @@
 """Processes of their own that begin with everything imported: forks of one server, which the first of them starts, and which ends
 with the tests. A test of what an import does, or of a process without fastdistill, starts a Python of its own instead."""
 
-import multiprocessing, os, socket, sys
+import gc, multiprocessing, os, socket, sys
 from pathlib import Path
 import numpy as np
 import torch
 
 SERVER = multiprocessing.get_context('forkserver')
 SERVER.set_forkserver_preload(
-    [
-        'fastdistill.cli',
-        'fastdistill.cli.training',
+    [  # subtle: nothing of tests/helpers, which the server need not find; it is silent about what it cannot import
+        'fastai.callback.all',
+        'fastai.collab',
         'fastai.distributed',
-        'sklearn.ensemble',
+        'fastai.tabular.all',
+        'fastai.text.all',
+        'fastai.vision.all',
+        'fastdistill.cli.training.train_run',
+        'fastdistill.fastai',
         'pytest',
+        'safetensors.torch',
+        'sklearn.datasets',
+        'sklearn.ensemble',
     ]
 )
 
 
 def begin(log, env, fn, args):
     "What each does first: the environment of whoever started it, one thread, words to LOG.out and LOG.err"
+    gc.freeze()  # what was imported, as in conftest.py
     multiprocessing.set_start_method(
         None, force=True
     )  # subtle: or a DataLoader's workers would start a server of their own
