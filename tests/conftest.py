@@ -1,4 +1,4 @@
-"Before the first test: one thread, no display, no network, nothing read from or left in the user's home. Before each: the same seed."
+"Before the first test: one thread, no display, no network, no fsync, nothing read from or left in the user's home. Before each: the same seed."
 
 import functools, gc, os, random, shutil, sys, tempfile
 
@@ -20,6 +20,8 @@ import torch  # noqa: E402
 from memory_limit import MemoryLimit  # noqa: E402
 
 torch.set_num_threads(1)
+# 10 ms each, and no test can tell whether a file would survive a power failure
+os.fsync = lambda file: None
 
 
 @pytest.hookimpl(wrapper=True)

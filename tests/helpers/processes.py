@@ -26,7 +26,7 @@ SERVER.set_forkserver_preload(
 
 
 def begin(log, env, fn, args):
-    "What each does first: the environment of whoever started it, one thread, words to LOG.out and LOG.err"
+    "What each does first: the environment of whoever started it, one thread, no fsync, words to LOG.out and LOG.err"
     gc.freeze()  # what was imported, as in conftest.py
     multiprocessing.set_start_method(
         None, force=True
@@ -34,6 +34,7 @@ def begin(log, env, fn, args):
     os.environ.clear()
     os.environ.update(env)
     torch.set_num_threads(1)
+    os.fsync = lambda file: None
     np.random.seed()  # as in a new Python: not the server's state
     sys.stdout, sys.stderr = (open(f'{log}.{o}', 'a', buffering=1) for o in ('out', 'err'))
     fn(*args)
