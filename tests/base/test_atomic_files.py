@@ -1,5 +1,7 @@
 "Files are written either completely or not at all."
 
+import os
+from pathlib import Path
 from fastdistill.base.atomic_files import write_atomically
 
 
@@ -13,3 +15,16 @@ def test_whoever_reads_a_file_that_is_replaced_reads_the_whole_old_one(tmp_path)
     assert first + rest == 'old ' * 100_000
     assert path.read_text() == 'new'
     assert [p.name for p in tmp_path.iterdir()] == ['a.txt']
+
+
+def test_the_whole_file_is_on_the_disk_before_it_replaces_the_old_one(tmp_path, monkeypatch):
+    path, synced = tmp_path / 'a.txt', []
+    write_atomically(path, 'old')
+
+    def fsync(file):
+        content = Path(f'/proc/self/fd/{file}').read_text() if os.path.exists('/proc') else 'new'
+        synced.append((content, path.read_text()))
+
+    monkeypatch.setattr(os, 'fsync', fsync)
+    write_atomically(path, 'new')
+    assert synced == [('new', 'old')]
