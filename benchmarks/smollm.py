@@ -20,7 +20,7 @@ from fastdistill.cache import Replayed, TeacherCache, cache_dataset
 
 ROOT = Path(os.environ.get('BENCHMARK_DATA', '../shared/data'))
 FILE = 'SmolLM2-135M-Instruct.Q4_1.gguf'
-LENGTH = 128
+LENGTH, BS = 128, 4
 
 
 def prepare(weights, folder):
@@ -51,7 +51,7 @@ def teacher_of(folder):
 def student_of(vocabulary, seed):
     torch.manual_seed(seed)
     sizes = dict(hidden_size=256, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4)
-    config = LlamaConfig(vocabulary, **sizes, tie_word_embeddings=True, use_cache=False)
+    config = LlamaConfig(vocab_size=vocabulary, **sizes, tie_word_embeddings=True, use_cache=False)
     return LlamaForCausalLM(config)
 
 
@@ -77,7 +77,7 @@ def store(folder, n):
         keys=range(n),
         store='hidden',
         axis=-1,
-        run=dict(bs=4),
+        run=dict(bs=BS),
         progress=False,
     )
     row = dict(part='store', seconds=time.process_time() - start, tokens=n * LENGTH)
@@ -85,12 +85,17 @@ def store(folder, n):
         bytes_per_token=cache.manifest.layout.bytes / LENGTH, head_bytes=cache.manifest.head_bytes
     )
     row |= dict(width=teacher.config.hidden_size)
-    some = range(0, n, max(n // 8, 1))
-    x = torch.stack([train[i][0] for i in some])
-    with torch.no_grad():
-        exact = teacher.model(x).last_hidden_state.float() @ teacher.lm_head.weight.float().T
-        own = teacher(x).logits.float()
-        got = cache.outputs(list(some)).logits.dense()
+    # batches as they were stored: in bfloat16, the numbers depend on the size of the batch
+    exact, own, got = [], [], []
+    for i in range(0, n, max(n // 3 // BS, 1) * BS):
+        some = range(i, i + BS)
+        x = torch.stack([train[j][0] for j in some])
+        with torch.no_grad():
+            hidden = teacher.model(x).last_hidden_state.float()
+            exact.append(hidden @ teacher.lm_head.weight.float().T)
+            own.append(teacher(x).logits.float())
+            got.append(cache.outputs(list(some)).logits.dense())
+    exact, own, got = map(torch.cat, (exact, own, got))
     for name, z in (('stored', got), ("teacher's own bfloat16 logits", own)):
         error = z - exact
         error -= error.mean(-1, keepdim=True)  # which no probability depends on
@@ -116,7 +121,7 @@ def train(folder, part, n, seed, steps, bs, lr, test):
     elif part == 'stored':
         cache = TeacherCache(folder / 'states')
         cache.check()
-        data = Replayed(data, cache)
+        data = Replayed(data, cache, keys=range(n))
     vocabulary = len(
         torch.load(folder / 'teacher.pt', weights_only=False)[1]['model.embed_tokens.weight']
     )
