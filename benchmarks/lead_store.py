@@ -73,7 +73,8 @@ def lead(t, codes, in_4_bits):
     mean = c[:FITTED].mean(0)
     vectors = torch.linalg.svd(c[:FITTED] - mean, full_matrices=False)[2][:codes]
     z, whole = (c - mean) @ vectors.T, codes - in_4_bits
-    z = torch.cat([rounded(z[:, :whole], 127)] + [rounded(z[:, whole:], 7)] * (in_4_bits > 0), 1)
+    weak = [rounded(z[:, whole:], 7)] if in_4_bits else []
+    z = torch.cat([rounded(z[:, :whole], 127), *weak], 1)
     top = c.topk(10, 1)
     r = torch.minimum(z @ vectors + mean, top.values[:, -1:])
     r.scatter_(1, top.indices, top.values)

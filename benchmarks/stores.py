@@ -160,7 +160,7 @@ def student_row(task, name, models, cache, seed, steps=300):
         return None  # photographs without labels of 1,000 classes
     d = Distiller(student, t, recipe, axis=axis, check=False)
     opt, times = torch.optim.Adam(student.parameters(), 3e-3), []
-    data = train if cache is None else Replayed(train, cache)
+    data = train if cache is None else Replayed(train, cache, keys=range(len(train)))
     loader = again(data, 32)
     for _ in range(steps):
         x, y, *rows = next(loader)
