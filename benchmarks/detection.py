@@ -42,7 +42,7 @@ from fastdistill.search.significance import difference_by_seed
 
 app = typer.Typer()
 PROTOCOL = 4
-SIZE, EPOCHS, RATE_SEED = 192, 16, 100
+SIZE, EPOCHS, RATE_SEED = 192, 24, 100
 HERE = Path(__file__).parent
 NAMES = dict(bccd=['RBC', 'WBC', 'Platelets'], nuclei=['nucleus'])
 WAYS = {
@@ -263,12 +263,12 @@ def score(model, items, names):
 
 TEACHERS = 'fcos teacher', 'ssd teacher'
 PLANS = {  # rate and epochs
-    ('bccd', 'fcos teacher'): (1e-3, 12), ('bccd', 'ssd teacher'): (1e-3, 12),
+    ('bccd', 'fcos teacher'): (2e-3, 20), ('bccd', 'ssd teacher'): (3e-3, 20),
     ('nuclei', 'fcos teacher'): (1e-3, 12), ('nuclei', 'ssd teacher'): (3e-3, 24),
 }  # fmt: skip
 STUDENTS = 'ssdlite', 'fcos'
 SINGLE = 'pkd .1', 'pkd 1', 'pkd 3', 'cwd .3', 'scored .3', 'mgd .3', 'fgd .3'
-RATES = 5e-3, 1.25e-2, 3e-2
+RATES = 1e-2, 2.5e-2, 6e-2
 TITLES = {
     'bccd': 'blood cells', 'nuclei': 'nuclei', 'fcos': 'FCOS', 'ssdlite': 'SSDLite',
     'fcos teacher': 'FCOS', 'ssd teacher': 'SSD',
