@@ -10,8 +10,8 @@ had to be better than both students by at least 4 points of mAP on the validatio
   name of it, and is checked. There are two candidates on each data set: an FCOS, and an SSD with dense convolutions in its heads. The one with the higher
   validation mAP teaches. On the blood cells the other one teaches the SSDLite once more, as a teacher of another family.
 - Students are an SSDLite and an FCOS on a backbone of six layers with random weights, because detectors as small as this have no pretrained weights.
-- Learning rate of each (data, student): the best of three on the validation images, with labels alone and a seed that is used for nothing else. All ways use it,
-  so if it favors one of them, it is labels alone.
+- Learning rate of each (data, student): the best of three on the validation images, and of further ones while the best is at an end, with labels alone and a seed that is used for nothing else.
+  All ways use it, so if it favors one of them, it is labels alone.
 - Then, seed by seed (0 to 4), labels alone and the default for both data sets and students. These runs are scored only on the test images. Then single terms with the SSDLite on
   blood cells, seeds 0 to 2, and the other teacher, with the same seeds. All runs count.
 - The question: is the lower end of the 95% interval of each gain in mAP (paired t over seeds) above -0.5 points, and is the mean of the four at least 1?
@@ -330,8 +330,14 @@ class Runs:
         return row
 
     def best_rate(self, model, way='labels'):
-        found = {lr: self.run(model, way, RATE_SEED, lr)['val']['map'] for lr in RATES}
-        return max(found, key=found.get)
+        "The best of `RATES` on the validation images, and of further ones while the best is at an end"
+        found, tries = {}, list(RATES)
+        while tries:
+            found |= {lr: self.run(model, way, RATE_SEED, lr)['val']['map'] for lr in tries}
+            best = max(found, key=found.get)
+            ends = {max(found): 2.5 * best, min(found): best / 2.5}
+            tries = [float(f'{ends[best]:.1g}')] if best in ends else []
+        return best
 
     def best_teacher(self):
         return max(TEACHERS, key=lambda name: self.run(name)['val']['map'])
