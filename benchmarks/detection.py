@@ -336,7 +336,7 @@ class Runs:
             found |= {lr: self.run(model, way, RATE_SEED, lr)['val']['map'] for lr in tries}
             best = max(found, key=found.get)
             ends = {max(found): 2.5 * best, min(found): best / 2.5}
-            tries = [float(f'{ends[best]:.1g}')] if best in ends else []
+            tries = [float(f'{ends[best]:.2g}')] if best in ends else []
         return best
 
     def best_teacher(self):
