@@ -324,8 +324,7 @@ class Runs:
             self.data,
             key,
             times,
-            *[f'val {100 * row["val"]["map"]:.1f}'] * ('val' in row),
-            flush=True,
+            {k: round(100 * v['map'], 1) for k, v in row.items() if k == 'val'},
         )
         return row
 
