@@ -85,3 +85,12 @@ def test_pages_say_what_their_first_commands_reached(name, page):
     assert any(all(o in line for o in says) for line in lines), says
     if name != 'texts_words':  # its students alone are those of the other pipeline
         assert any(spread(each['alone']) in line and says[1] in line for line in lines)
+
+
+def test_the_page_of_detectors_has_the_tables_of_the_runs():
+    pytest.importorskip('torchvision')
+    import detection
+
+    page = (RESULTS.parents[2] / 'docs' / 'detectors.md').read_text()
+    for table in detection.tables().split('\n\n'):
+        assert table in page
