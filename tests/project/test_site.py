@@ -13,7 +13,7 @@ CONFIG = (ROOT / 'mkdocs.yml').read_text()
 MODULES = (
     'fastdistill fastdistill.fastai fastdistill.losses fastdistill.recipes '
     'fastdistill.huggingface fastdistill.lightning fastdistill.detection fastdistill.fastai.detector '
-    'fastdistill.cache fastdistill.evaluation fastdistill.features'
+    'fastdistill.cache fastdistill.evaluation fastdistill.features fastdistill.losses.detection'
 ).split()
 
 
