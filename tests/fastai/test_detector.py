@@ -107,6 +107,23 @@ def test_lr_find_leaves_the_projectors_and_measured_norms_as_they_were():
     assert all(torch.equal(v, before[k]) for k, v in d.links.state_dict().items())
 
 
+@pytest.mark.filterwarnings(*apps.FASTAI_WARNINGS, 'ignore:numpy.core:DeprecationWarning')
+def test_a_reused_callback_forgets_the_norms_of_weights_that_were_replaced(tmp_path):
+    learn, teacher = learner('SSD', path=tmp_path), detector('RetinaNet', width=12, seed=1)
+    learn.save('before')
+    cb = DetectorDistillation(teacher, pkd(grad_ratio=0.5), check=False)
+    measured = []
+    with learn.no_bar(), learn.no_logging(), learn.added_cbs(cb):
+        learn.fit(1, 1e-3)
+        measured.append(cb.distiller.ratios['pkd'].measured)
+        learn.fit(1, 1e-3)  # continues with the same weights
+        measured.append(cb.distiller.ratios['pkd'].measured)
+        learn.load('before', with_opt=False)
+        learn.fit(1, 1e-3)
+        measured.append(cb.distiller.ratios['pkd'].measured)
+    assert measured == [2, 4, 2]
+
+
 @pytest.mark.parametrize('check', [False, True])
 @pytest.mark.filterwarnings(*apps.FASTAI_WARNINGS, 'ignore:.*finds:')
 def test_weight_0_trains_bit_for_bit_as_without_a_teacher(check):

@@ -168,7 +168,7 @@ class DetectorDistillation(DistillationCallback):
         if self.optimizer is None and (own := self.distiller.own_parameters()):
             self.optimizer = ProjectorOptimizer(self.learn, own)
         self.learn.add_cbs(self.optimizer)
-        self.distiller.teacher.start()
+        self.distiller.start()
 
     def before_batch(self) -> None:
         self.reads = self.training and takes_part(self.distiller, self.pct_train)
@@ -195,7 +195,7 @@ class DetectorDistillation(DistillationCallback):
         if self.optimizer in learn.cbs:
             learn.remove_cb(self.optimizer)
         if self.distiller is not None:
-            self.distiller.teacher.stop()
+            self.distiller.stop()
         if self.before_finder is not None:
             (self.distiller, self.optimizer), self.before_finder = self.before_finder, None
 
