@@ -19,7 +19,7 @@ from fastdistill.base.outputs import (
 from fastdistill.cache import Store, TeacherCache, cache_dataset, store_choice
 from fastdistill.cache.output_layer import OutputLayer, find_output_layer
 from fastdistill import Distiller
-from fastdistill.losses import dist, kl, soft_ce
+from fastdistill.losses import cosine, dist, kl, mse, pkt, rkd, soft_ce
 from fastdistill.recipes.term import Term
 from fastdistill.recipes.zoo import kd, logit_std
 from fastdistill.teachers import Teacher
@@ -445,6 +445,17 @@ def test_a_recipe_that_the_store_does_not_suit_is_reported_with_a_number(tmp_pat
         DistillWarning, match=r'\d\d% of its probability at this temperature is in classes'
     ):
         Distiller(None, None, kd(T=8)).compute(Outputs(s), stored, task, (y,))
+
+
+@pytest.mark.parametrize('k', [10, 300])
+@pytest.mark.parametrize('loss', [mse, rkd, cosine, pkt])
+def test_a_loss_that_compares_logits_is_told_that_it_gets_log_probabilities(loss, k, tmp_path):
+    stored = written(tmp_path, dict(topk=k)).outputs(range(64))
+    s, y = torch.randn(64, 300), torch.arange(64)
+    t = exact()[:64]
+    assert not torch.isclose(loss(s, t), loss(s, t.log_softmax(-1)), rtol=1e-3)
+    with pytest.warns(DistillWarning, match=f'so {loss.__name__} gets these instead of logits'):
+        Distiller(None, None, Term(loss)).compute(Outputs(s), stored, loss(s, t), (y,))
 
 
 def test_a_recipe_that_the_store_suits_is_not_reported(tmp_path):

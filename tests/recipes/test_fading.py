@@ -255,11 +255,12 @@ def test_hidden_states_fade_as_their_logits(at_once, mix, monkeypatch):
     torch.testing.assert_close(a.total, b.total)
 
 
-def test_draws_do_not_show_whether_a_teacher_helps():
+@pytest.mark.parametrize('check', [True, False])
+def test_draws_do_not_show_whether_a_teacher_helps(check):
     s, _, y, _ = rows('softmax')
     draws = Draws(y[:, None], torch.ones(80, 1), torch.zeros(80), 6)
     with pytest.raises(DistillError, match='kl has fade=, which needs the probabilities'):
-        Distiller(None, None, KINDS['softmax'][1]).compute(
+        Distiller(None, None, KINDS['softmax'][1], check=check).compute(
             Outputs(s), Outputs(draws), F.cross_entropy(s, y), (y,)
         )
 

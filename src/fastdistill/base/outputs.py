@@ -264,6 +264,13 @@ class Draws:
             f"store=dict(kind='draws', T={T:g})."
         )
 
+    def refusal_to_fade(self, name: str) -> str:
+        """Return an error message that says why a loss with `fade=` can't be computed from draws."""
+        return (
+            f'{name} has fade=, which needs the probabilities of all classes, but the cache holds '
+            'draws. Use grad_ratio= without fade=, or store the outputs in a different way (store=).'
+        )
+
     def reorder(self, order: Tensor) -> 'Draws':
         """Return the same draws with the classes in a different order.
 

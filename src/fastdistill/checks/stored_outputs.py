@@ -35,7 +35,15 @@ def check_stored(recipe: Any, teacher: Outputs, kind: str) -> Iterator[Finding]:
             continue
         if isinstance(t, Draws):
             yield from unsuited_draws(term, t)
-        if isinstance(t, TopK) and t.ids.shape[-1] < t.n:
+        if isinstance(t, TopK) and term.kind is None and term.temperature is None:
+            yield Finding(
+                'warning',
+                f'The cache stores log-probabilities of the likeliest classes, so {term.name} gets these '
+                'instead of logits. They differ from the logits by a different number for each sample',
+                "Store the logits: store='int8' or 'float16', or use a loss of probabilities, such as kd(T=1)",
+                about='store',
+            )
+        elif isinstance(t, TopK) and t.ids.shape[-1] < t.n:
             yield from lossy_classes(term, t, teacher.lost)
 
 
@@ -46,11 +54,7 @@ def unsuited_draws(term: Any, t: Draws) -> Iterator[Finding]:
     elif T != t.T or term.scheduled_temperature:
         text = t.refusal(term.name, T)
     elif term.fade:
-        text = (
-            f'{term.name} has fade=, which needs the probabilities of all classes, but the cache '
-            'holds draws. Use grad_ratio= without fade=, or store the outputs in a different way '
-            '(store=).'
-        )
+        text = t.refusal_to_fade(term.name)
     else:
         return
     what, _, do = text.partition('. Use ')

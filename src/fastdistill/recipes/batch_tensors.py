@@ -101,6 +101,8 @@ class Batch:
             return self.teacher
         if isinstance(t, Draws) and not term.linear:
             raise DistillError(t.refusal(term.name))
+        if isinstance(t, Draws) and term.fade:
+            raise DistillError(t.refusal_to_fade(term.name))
         if isinstance(t, LinearLogits):
             return self.teacher if takes_linear(term, t, self.task) else self.dense_teacher
         return self.teacher
