@@ -454,6 +454,15 @@ def test_a_loss_that_compares_logits_is_told_that_it_gets_log_probabilities(loss
     s, y = torch.randn(64, 300), torch.arange(64)
     t = exact()[:64]
     assert not torch.isclose(loss(s, t), loss(s, t.log_softmax(-1)), rtol=1e-3)
+    chosen = {}
+    for recipe in (Term(kl), Term(loss)):
+        uses, lost = store_choice.uses_of(recipe), [dict(T=1.0, kl=0.0, share=0.0, correlation=0.0)]
+        options = [
+            store_choice.Option(o, n, n * 10**8, lost)
+            for o, n in ((Store('topk', 'int8', k), 36), (Store('logits', 'int8'), 300))
+        ]
+        chosen[recipe.name] = store_choice.choose_option(options, uses).store.kind
+    assert chosen == {'kl': 'topk', loss.__name__: 'logits'}
     with pytest.warns(DistillWarning, match=f'so {loss.__name__} gets these instead of logits'):
         Distiller(None, None, Term(loss)).compute(Outputs(s), stored, loss(s, t), (y,))
 

@@ -41,11 +41,13 @@ class Uses:
         T: Temperatures of the losses.
         relates: True if a loss uses correlations between the outputs of different samples, as
             `dist` does.
+        logits: True if a loss compares logits, not probabilities.
         why: Name of the recipe in messages.
     """
 
     T: tuple = (1.0,)
     relates: bool = False
+    logits: bool = False
     why: str = 'the recipe'
 
 
@@ -57,7 +59,8 @@ def uses_of(recipe: Any) -> Uses:
     """
     terms = [t for t in getattr(recipe, 'terms', [recipe]) if t.layers is None]
     T = tuple(dict.fromkeys(float(t.temperature or 1.0) for t in terms)) or (1.0,)
-    return Uses(T, any(t.relates for t in terms), ' + '.join(t.name for t in terms))
+    why = ' + '.join(t.name for t in terms)
+    return Uses(T, any(t.relates for t in terms), any(t.compares_logits for t in terms), why)
 
 
 @dataclass
@@ -86,7 +89,7 @@ class Option:
         """Return the largest information loss for a recipe, where 1 means that everything is
         lost.
         """
-        if self.lost is None:
+        if self.lost is None or (uses.logits and self.store.kind == 'topk'):
             return float('inf')
         each = [loss_at(self.lost, T) for T in dict.fromkeys((1.0, *uses.T))]
         return max(o['correlation' if uses.relates and o['T'] in uses.T else 'share'] for o in each)

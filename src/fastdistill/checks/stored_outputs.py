@@ -35,7 +35,7 @@ def check_stored(recipe: Any, teacher: Outputs, kind: str) -> Iterator[Finding]:
             continue
         if isinstance(t, Draws):
             yield from unsuited_draws(term, t)
-        if isinstance(t, TopK) and term.kind is None and term.temperature is None:
+        if isinstance(t, TopK) and term.compares_logits:
             yield Finding(
                 'warning',
                 f'The cache stores log-probabilities of the likeliest classes, so {term.name} gets these '

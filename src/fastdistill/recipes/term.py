@@ -154,6 +154,11 @@ class Term:
         return None if T is None else value_at(T, 0.0, 'T')
 
     @property
+    def compares_logits(self) -> bool:
+        """True if the loss compares the logits themselves, not probabilities."""
+        return self.kind is None and self.temperature is None
+
+    @property
     def scheduled_temperature(self) -> bool:
         """True if the temperature changes during the training."""
         return callable(self.options.get('T'))
