@@ -13,9 +13,8 @@ from ..base.random_state import guarded_random_state
 from .findings import Finding
 from .recipe import terms_of
 
-GROWS = (
-    1.5  # maximum loss of a batch in which each sample is twice, relative to the loss of the batch
-)
+# maximum ratio of the loss of a batch in which each sample occurs twice to the loss of the batch
+GROWS = 1.5
 
 
 def summed_loss(loss: Callable | None, recipe: Any, example: Callable) -> Iterator[Finding]:
@@ -33,9 +32,7 @@ def summed_loss(loss: Callable | None, recipe: Any, example: Callable) -> Iterat
     if loss is None or not fixed or getattr(recipe, 'task', None) == 0:
         return
     reduction = getattr(loss, 'reduction', None)
-    if reduction == 'mean' or (reduction is None and not grows(loss, example)):
-        return
-    if reduction not in (None, 'sum'):
+    if not (grows(loss, example) if reduction is None else reduction == 'sum'):
         return
     yield Finding(
         'warning',
@@ -48,7 +45,7 @@ def summed_loss(loss: Callable | None, recipe: Any, example: Callable) -> Iterat
 
 
 def grows(loss: Callable, example: Callable) -> bool:
-    """Return True if the loss is larger for a batch in which each sample is twice."""
+    """Return True if the loss is larger for a batch in which each sample occurs twice."""
     # subtle: any error is possible, because the loss may be the user's own code. Training raises it
     # again.
     try:
@@ -63,5 +60,5 @@ def grows(loss: Callable, example: Callable) -> bool:
 
 
 def doubled(o: Tensor | Sequence) -> Any:
-    """Return batches in which each sample is twice."""
+    """Return batches in which each sample occurs twice."""
     return map_tensors(o, lambda t: torch.cat([t, t]))

@@ -16,8 +16,8 @@ from ._base import class_axis
 
 # elements per chunk: small enough for the cache of a CPU, large enough to fill a GPU
 ON_CPU, ON_GPU = 2**16, 2**24
-# least number of positions per chunk if an output layer is applied to each chunk, because the
-# whole weight is read for each
+# minimum number of positions to which an output layer is applied at once, because its whole weight is
+# read each time
 LINEAR_ROWS = 64
 
 
@@ -156,13 +156,12 @@ class Chunked(torch.autograd.Function):
         saved, kept = (t, None) if isinstance(t, Tensor) else (None, t)
         ctx.rest = kept, values, slope, [*chunks((a, c, p), size)], getattr(s, 'cap', None)
         out, t, d = parts[0].new_empty(a, 1, p), in_blocks(t), None
-        if isinstance(s, Tensor) and isinstance(t, Blocks) and ctx.needs_input_grad[6]:
-            # the backward pass would need a tensor of this size too
-            d = None if slope is None else torch.empty_like(s)
+        if slope and isinstance(s, Tensor) and isinstance(t, Blocks) and ctx.needs_input_grad[6]:
+            d = torch.empty_like(s)  # the gradient, while the teacher's logits are at hand
         for i in ctx.rest[3]:
             rows = rows_at((s, t, mask), i)
             out[i] = values(*rows).reshape(out[i].shape)
-            if d is not None and slope is not None:
+            if slope and d is not None:
                 d[i] = slope(*rows).reshape(d[i].shape)
         ctx.save_for_backward(mask, saved, d, *parts)
         return out
@@ -222,6 +221,7 @@ class Blocks:
 
 
 def in_blocks(x: Any) -> Any:
+    """Return `LinearLogits` as `Blocks`, and other logits as they are."""
     return Blocks(x) if isinstance(x, LinearLogits) else x
 
 
