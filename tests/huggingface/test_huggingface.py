@@ -735,6 +735,37 @@ def test_each_step_begins_without_the_gradients_of_the_step_before(tmp_path):
     assert not trainer.distiller.teacher.runner.started
 
 
+def test_a_second_training_forgets_the_norms_of_weights_that_were_replaced(tmp_path):
+    recipe = kd() + Term(losses.soft_ce, grad_ratio=0.5)
+    data, teacher, student = list(texts()), loud(bert(width=16)), loud(bert(width=8))
+    other = {k: v * 0.3 for k, v in student.state_dict().items()}
+
+    def trainer_of(student):
+        return DistillationTrainer(
+            student,
+            args(tmp_path, optim='sgd', lr_scheduler_type='constant', max_steps=3),
+            train_dataset=data,
+            teacher=teacher,
+            recipe=recipe,
+            check=False,
+        )
+
+    def trained(trainer):
+        torch.manual_seed(1)
+        trainer.train()
+        return trainer.distiller.ratios['soft_ce'].batches
+
+    used = trainer_of(student)
+    assert trained(used) == 3
+    assert trained(used) == 6  # the same weights: continued
+    student.load_state_dict(other)
+    fresh = trainer_of(loud(bert(width=8)))
+    fresh.model.load_state_dict(other)
+    assert trained(used) == trained(fresh) == 3
+    for a, b in zip(used.model.parameters(), fresh.model.parameters()):
+        assert torch.equal(a, b)
+
+
 def test_the_teacher_is_a_guest(tmp_path):
     teacher = bert().train()
     before = {k: v.clone() for k, v in teacher.state_dict().items()}

@@ -106,7 +106,7 @@ class DistillationMixin(Base):
             self._build()
         optimizer = super().create_optimizer(*args, **kwargs)
         add_parameters(optimizer, self.distiller)
-        self.distiller.teacher.start()
+        self.distiller.start()
         self.last_step = None
         return optimizer
 
@@ -247,7 +247,7 @@ class DistillationMixin(Base):
             return super().train(*args, **kwargs)
         finally:
             if self.distiller is not None:
-                self.distiller.teacher.stop()
+                self.distiller.stop()
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         # subtle: after an optimizer step, the Trainer resets the gradients of the model but not
