@@ -551,6 +551,15 @@ def test_different_inputs_of_one_name_are_refused_where_they_are_written_and_whe
         Replayed(torch.utils.data.Subset(data, [0, 1, 5]), cache, keys=['a', 'b', 'a'])
 
 
+def test_samples_without_a_row_say_how_to_name_them(tmp_path):
+    data = torch.utils.data.TensorDataset(Noisy().x[:6])
+    cache = cache_dataset(Net(), data, tmp_path, keys=list('abcdef'), progress=False)
+    with pytest.raises(DistillError, match=r'6 of 6 samples .*: Replayed\(dataset, cache, keys='):
+        Replayed(data, cache)
+    with pytest.raises(DistillError, match='1 of 6 samples .* keys= does not give the samples'):
+        Replayed(data, cache, keys=list('abcdeg'))
+
+
 @pytest.mark.parametrize('views', [0, 2])
 def test_equal_inputs_may_share_a_name(tmp_path, views):
     data, names = torch.utils.data.TensorDataset(Noisy().x[[0, 1, 2, 1, 0, 1]]), list('abcbab')

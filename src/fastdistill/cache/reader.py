@@ -249,11 +249,13 @@ class TeacherCache:
 
     # the methods below find the rows of samples
 
-    def find(self, keys: Any) -> np.ndarray:
+    def find(self, keys: Any, named: bool = False, call: str = 'TeacherCache(path') -> np.ndarray:
         """Return the position in the cache of each sample, (M,).
 
         Args:
             keys: Keys of the samples, (M,) uint64.
+            named: Whether the user gave the names of the samples, for the error.
+            call: Beginning of the call that takes `keys=`, for the error.
 
         Raises:
             DistillError: If a sample has no row.
@@ -264,12 +266,16 @@ class TeacherCache:
         at, there = look_up(mine, self.files.order, keys)
         lost = np.flatnonzero(~there)
         if len(lost):
+            hint = (
+                'keys= does not give the samples the names that they had then'
+                if named
+                else f'it was written with keys=, and needs the same names here: {call}, keys=...)'
+            )
             raise DistillError(
                 f'{len(lost)} of {len(keys)} samples have no row in {self.folder} (the first is '
                 f'number {lost[0]}). This is a different dataset, or its paths are relative to a '
                 f'different root ({self.manifest.data.get("root", "")!r} when the cache was '
-                'written), or the cache was written with keys= and must be opened with '
-                'TeacherCache(path, keys=...).'
+                f'written), or {hint}.'
             )
         return at
 

@@ -277,7 +277,7 @@ def verify_cache(
         source = source_of(teacher, dls, train, m.views, m.seed, keys, check=False)
         at, bs = rows_to_verify(train, len(source.keys), m.stored, n, np.random.default_rng(seed))
         view, row = np.divmod(at, len(source.keys))
-        stored = cache.find(source.keys[row])
+        stored = cache.find(source.keys[row], named=keys is not None)
         errors, sizes = [], []
         for i, live in enumerate(source.run(at, bs)):
             part = slice(i * bs, i * bs + bs)

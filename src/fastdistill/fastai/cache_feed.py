@@ -127,7 +127,7 @@ class StoredOutputs(HeldOutputs):
             cache.views,
             cache.seed,
             cache,
-            cache.find(names),
+            cache.find(names, named=keys is not None),
             moved=[] if is_stream(dl) else moves(dl),
             random=bool(cache.views),
             stream=is_stream(dl),
