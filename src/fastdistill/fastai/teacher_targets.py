@@ -112,8 +112,9 @@ class TeacherTargets(Callback):
 
 
 def refuse_unlike_batch(samples: BatchSamples):
-    """Raise a DistillError if teacher targets have positions that the batch has not, because the
-    inputs were moved, or mixed by region.
+    """Raise a DistillError if the targets have one value per position, as for pixels, and the
+    positions no longer match, because a transform moved the inputs or pasted parts of different
+    inputs.
     """
     t = as_plain(samples.target)
     samples.refuse_moved(
