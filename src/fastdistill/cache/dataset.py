@@ -284,7 +284,7 @@ class Replayed(Dataset):
         check_indexed(dataset)
         self.dataset, self.cache, self.seeds = dataset, cache, seeds
         self.keys, self.own = dataset_keys(dataset, keys), OwnGenerators(dataset)
-        self.at = cache.find(self.keys, keys is not None, 'Replayed(dataset, cache')
+        self.at = cache.find(self.keys, keys is not None, 'Replayed(dataset, cache, keys=...)')
         item = lambda i, view: view_item(dataset, i, int(self.keys[i]), view, cache.seed, self.own)
         digest = lambda i, view: input_digest(item(i, view))
         # subtle: in the order of the cache, `find` gives each sample its own row

@@ -249,13 +249,15 @@ class TeacherCache:
 
     # the methods below find the rows of samples
 
-    def find(self, keys: Any, named: bool = False, call: str = 'TeacherCache(path') -> np.ndarray:
+    def find(
+        self, keys: Any, named: bool = False, call: str = 'TeacherCache(path, keys=...)'
+    ) -> np.ndarray:
         """Return the position in the cache of each sample, (M,).
 
         Args:
             keys: Keys of the samples, (M,) uint64.
             named: Whether the user gave the names of the samples, for the error.
-            call: Beginning of the call that takes `keys=`, for the error.
+            call: Call that takes the names, for the error.
 
         Raises:
             DistillError: If a sample has no row.
@@ -269,7 +271,7 @@ class TeacherCache:
             hint = (
                 'keys= does not give the samples the names that they had then'
                 if named
-                else f'it was written with keys=, and needs the same names here: {call}, keys=...)'
+                else f'it was written with keys=, and needs the same names here: {call}'
             )
             raise DistillError(
                 f'{len(lost)} of {len(keys)} samples have no row in {self.folder} (the first is '
