@@ -101,11 +101,14 @@ class DistillCallback(Callback):
             d.set_extra_state(self.state['distiller'])
         # subtle: Lightning draws a random number here, but not again when it trains
         trainer.fit_loop.setup_data()
+        # hooks of the module and the data module may change a batch before the training step
+        owners = [o for o in (pl_module, trainer.datamodule) if o is not None]
+        apart = lambda: read_apart(*all_loaders(trainer).flattened, owners=owners)
         if self.options.get('check', True):
-            with read_apart(*all_loaders(trainer).flattened):
+            with apart():
                 check_first(d, self._read(trainer, spread=True), part='training')
         if needs_example(d):
-            with read_apart(*all_loaders(trainer).flattened):
+            with apart():
                 x, y = next(self._read(trainer))
             complete(d, x, bool(len(y)))
         add_parameters(trainer.optimizers[0], d)

@@ -2064,6 +2064,45 @@ def test_a_check_of_a_loader_does_not_change_the_training_that_follows(shuffle):
     assert torch.equal(trained(True), trained(False))
 
 
+class Noise:
+    "Random noise from a generator of its own, which may be created when it is first used"
+
+    def __init__(self, lazy):
+        self.rows = [*zip(*batch(24))]
+        self.rng = None if lazy else torch.Generator().manual_seed(3)
+
+    def drawn(self, x):
+        if self.rng is None:
+            self.rng = torch.Generator().manual_seed(3)
+        return x + torch.randn(x.shape, generator=self.rng)
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, i):
+        return self.drawn(self.rows[i][0]), self.rows[i][1]
+
+    def __call__(self, rows):
+        x, y = torch.utils.data.default_collate(rows)
+        return self.drawn(x), y
+
+
+@pytest.mark.parametrize('lazy', [False, True])
+@pytest.mark.parametrize('place', ['dataset', 'subset', 'collate_fn'])
+def test_a_check_draws_nothing_from_the_generator_of_a_loader(place, lazy):
+    def batches(check):
+        noise = Noise(lazy)
+        subset = torch.utils.data.Subset(noise, range(24))
+        data = dict(dataset=noise, subset=subset, collate_fn=noise.rows)[place]
+        collate = noise if place == 'collate_fn' else None
+        loader = torch.utils.data.DataLoader(data, 6, collate_fn=collate)
+        if check:
+            Distiller(mlp(6), knowing(), kd()).check(loader)
+        return torch.cat([x for x, _ in loader])
+
+    assert torch.equal(batches(True), batches(False))
+
+
 def test_a_list_of_batches_and_batches_that_are_dicts_are_loaders_too():
     x, y = batch(64)
     assert Distiller(mlp(6), knowing(), kd()).check([(x, y)]).facts.n == 64

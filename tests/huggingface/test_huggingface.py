@@ -364,28 +364,37 @@ def test_alpha_0_trains_bit_for_bit_as_the_plain_trainer(tmp_path):
 
 
 class Drawn:
-    "A dataset that draws from a generator of its own"
+    "A dataset or a collator that draws from a generator of its own, which it creates at its first use"
 
-    def __init__(self):
-        self.generator = torch.Generator().manual_seed(0)
+    generator = None
 
     def __len__(self):
         return 8
 
     def __getitem__(self, i):
-        ids = torch.randint(VOCAB, (5,), generator=self.generator)
-        return dict(input_ids=ids, labels=i % 3)
+        return dict(input_ids=self.drawn(5), labels=i % 3)
+
+    def __call__(self, rows):
+        batch = collated(rows)
+        return {**batch, 'input_ids': batch['input_ids'] * (self.drawn(9) % 2)}
+
+    def drawn(self, n):
+        if self.generator is None:
+            self.generator = torch.Generator().manual_seed(0)
+        return torch.randint(VOCAB, (n,), generator=self.generator)
 
 
-def test_checks_do_not_change_what_a_dataset_draws(tmp_path):
-    students = []
+@pytest.mark.parametrize('place', ['dataset', 'collator'])
+def test_checks_do_not_change_what_a_dataset_or_a_collator_draws(tmp_path, place):
+    students, rows = [], list(texts())
     layer = 'bert.encoder.layer.1'
     recipe = kd(alpha=0) + Term(losses.hint, weight=0, layers={layer: layer})
     for cls, more in ((Trainer, {}), (DistillationTrainer, dict(teacher=bert(), recipe=recipe))):
         torch.manual_seed(0)
         m = bert()
         training = args(tmp_path, max_steps=3, per_device_train_batch_size=2)
-        cls(m, training, train_dataset=Drawn(), **more).train()
+        data = dict(dataset=(Drawn(), collated), collator=(rows, Drawn()))[place]
+        cls(m, training, data_collator=data[1], train_dataset=data[0], **more).train()
         students.append(m.state_dict())
     for k, v in students[0].items():
         assert torch.equal(v, students[1][k]), k

@@ -198,6 +198,41 @@ def test_looking_at_batches_does_not_change_the_order_of_a_loader_with_its_own_g
         assert torch.equal(v, ends[1][k]), k
 
 
+class Augments:
+    "A module or a data module that changes batches with a generator of its own"
+
+    rng = None
+
+    def on_after_batch_transfer(self, batch, dataloader_idx):
+        if self.rng is None:
+            self.rng = torch.Generator().manual_seed(3)
+        x, y = batch
+        return x + torch.randn(x.shape, generator=self.rng), y
+
+
+class AugmentsItself(Augments, Mine):
+    pass
+
+
+class AugmentedData(Augments, pl.LightningDataModule):
+    def train_dataloader(self):
+        return data()
+
+
+@pytest.mark.parametrize('place', ['module', 'data'])
+def test_looking_at_batches_draws_no_numbers_of_hooks_that_change_batches(tmp_path, place):
+    ends = []
+    term = Term(losses.hint, weight=0, layers={'1': '1'})  # its projector is built from a batch
+    for cbs in ([], [DistillCallback(net(16), kd(alpha=0) + term, student='model')]):
+        torch.manual_seed(0)
+        module = AugmentsItself() if place == 'module' else Mine()
+        source = data() if place == 'module' else AugmentedData()
+        trainer(tmp_path, *cbs, steps=6, max_epochs=9).fit(module, source)
+        ends.append(module.state_dict())
+    for k, v in ends[0].items():
+        assert torch.equal(v, ends[1][k]), k
+
+
 class CallsTwice(Mine):
     "Its step calls the student with other inputs too"
 

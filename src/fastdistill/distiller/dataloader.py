@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset
 
 from ..base.model_state import restored
-from ..base.random_state import RandomGuard
+from ..base.random_state import guarded_random_state
 from ..base.transform_random_state import Generators
 
 
@@ -24,6 +24,7 @@ def is_loader(x: Any) -> bool:
 # attributes of a DataLoader of PyTorch or fastai that may have their own random generators
 PARTS = (
     'dataset',
+    'collate_fn',
     'sampler',
     'batch_sampler',
     'generator',
@@ -34,23 +35,44 @@ PARTS = (
 
 
 @contextmanager
-def restored_loaders(*loaders: Any, seed: int = 0) -> Iterator[None]:
+def restored_loaders(*loaders: Any, owners: Iterable = (), seed: int = 0) -> Iterator[None]:
     """Context in which DataLoaders and their random generators may be used. The generators are
     seeded, and everything is restored at the end.
+
+    Args:
+        *loaders: The DataLoaders.
+        owners: Objects that change the batches after they are loaded, such as a LightningModule.
+        seed: Seed of the generators.
     """
     # subtle: fastai makes an item to count the parts of a batch, once. A fit must do this again, since
     # the item draws random numbers
     parts = (getattr(dl, k, None) for dl in loaders for k in PARTS)
-    with restored(*loaders), Generators(*parts).seeded(seed):
+    # subtle: an object may create its generator when it is first used
+    users = [o for dl in loaders for o in wrapped(dl)]
+    with restored(*users, *owners), Generators(*parts, *owners).seeded(seed):
         yield
 
 
+def wrapped(o: Any) -> Iterator[Any]:
+    """Yield a DataLoader, its datasets and its collate functions."""
+    yield o
+    # a `Subset` and a DataLoader have a dataset, and a collator of the Hugging Face Trainer has one
+    # of the user
+    for k in ('dataset', 'collate_fn', 'data_collator'):
+        if (inner := vars(o).get(k) if hasattr(o, '__dict__') else None) is not None:
+            yield from wrapped(inner)
+
+
 @contextmanager
-def read_apart(*loaders: Any) -> Iterator[None]:
+def read_apart(*loaders: Any, owners: Iterable = ()) -> Iterator[None]:
     """Context in which DataLoaders may be read without changing the batches of the training: the
     global random generators and their own are restored at the end.
+
+    Args:
+        *loaders: The DataLoaders.
+        owners: As in `restored_loaders`.
     """
-    with RandomGuard(), restored_loaders(*loaders):
+    with guarded_random_state(), restored_loaders(*loaders, owners=owners):
         yield
 
 
