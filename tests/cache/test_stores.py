@@ -1,8 +1,10 @@
 "The ways to store outputs: what they cost, what they lose, which one is chosen, and what is refused."
 
+import hashlib
 import json
 import re
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -107,8 +109,128 @@ def test_hidden_states_give_the_logits(dtype, tol, tmp_path):
 def test_int8_costs_eight_bytes_more_than_the_width(tmp_path):
     m = written(tmp_path, 'hidden').manifest
     assert m.layout.bytes == 24 + 8
-    assert m.head_bytes == 4 * (300 * 24 + 300 + 24)
+    # the weight, the bias, the units, the center and the basis
+    assert m.head_bytes == 4 * (300 * 24 + 300 + 24 + 24 + 24 * 24)
     assert m.bytes == 200 * 32 + m.head_bytes
+
+
+def test_logits_are_within_one_percent_of_their_spread(tmp_path):
+    """The numbers of the hidden state are correlated, have means that are not 0, and a few are much
+    larger than the others, as in language models.
+    """
+    rng = torch.Generator().manual_seed(0)
+    model = nn.Linear(64, 500)
+    mix = torch.randn(64, 64, generator=rng) * torch.logspace(0, -2, 64)[:, None]
+    hidden = torch.randn(600, 64, generator=rng) @ mix + 2 * torch.randn(64, generator=rng)
+    hidden[:, 5] *= 30
+    with torch.no_grad():
+        model.weight.copy_(torch.randn(500, 64, generator=rng) @ mix.T)
+        model.weight[:, 5] /= 30
+    cache = cache_dataset(
+        Teacher(model), TensorDataset(hidden), tmp_path, views=0, store='hidden', progress=False
+    )
+    assert cache.manifest.layout.bytes == 64 + 8
+    t = model(hidden).detach().numpy()
+    error = cache.outputs(range(600)).logits.dense().numpy() - t
+    # probabilities do not change if all logits of a position change by the same number
+    share = error.std(1) / t.std(1)
+    assert np.median(share) <= 0.005
+    assert share.max() <= 0.01
+
+
+def read_by_hand(folder, n=300, d=24, rows=200):
+    "The tensors of head.bin, and the stored numbers of each row"
+    head = np.fromfile(folder / 'head.bin', '<f4')
+    shapes = dict(weight=(n, d), bias=(n,), unit=(d,), center=(d,), basis=(d, d))
+    ends = np.cumsum([np.prod(s) for s in shapes.values()])
+    parts = {
+        k: o.reshape(s) for (k, s), o in zip(shapes.items(), np.split(head, ends), strict=False)
+    }
+    raw = np.fromfile(folder / 'view000/000000.bin', np.uint8).reshape(rows, d + 8)
+    step, mid = raw[:, d:].copy().view('<f4').T[..., None]
+    return parts, raw[:, :d].view(np.int8) * step + mid
+
+
+def test_the_files_hold_what_the_page_says(tmp_path):
+    model, x = net(), data().tensors[0]
+    cache = written(tmp_path, 'hidden')
+    head, stored = read_by_hand(tmp_path)
+    numbers = stored + head['center']
+    logits = numbers @ head['weight'].T + head['bias']
+    np.testing.assert_allclose(cache.outputs(range(200)).logits.dense(), logits, atol=1e-4)
+    # the basis is orthogonal, and the output layer is that of the model in this basis
+    basis = head['basis']
+    np.testing.assert_allclose(basis.T @ basis, np.eye(24), atol=1e-5)
+    np.testing.assert_allclose(
+        head['weight'] / head['unit'] @ basis.T, model[2].weight.detach(), atol=1e-4
+    )
+    hidden = model[:2](x).detach().numpy()
+    np.testing.assert_allclose((numbers * head['unit']) @ basis.T, hidden, atol=0.01)
+    # errors of the stored numbers cause uncorrelated errors of the logits
+    of_logits = np.cov(head['weight'].T)
+    rest = of_logits - np.diag(np.diag(of_logits))
+    assert np.abs(rest).max() <= 1e-4 * of_logits.max()
+
+
+def as_earlier_version(folder):
+    """Rewrite a cache of hidden states in int8 as earlier versions wrote it: without a basis, in units
+    that are powers of two.
+
+    Returns:
+        The rows, (200, 32) uint8.
+    """
+    model = net()
+    hidden = model[:2](data().tensors[0]).detach().numpy()
+    unit = np.exp2(np.log2(np.sqrt((hidden**2).mean(0))).round())
+    weight, bias = [o.detach().numpy() for o in model[2].parameters()]
+    head = np.concatenate([(weight * unit).ravel(), bias, unit]).astype('<f4').tobytes()
+    scaled = hidden / unit
+    lo, hi = scaled.min(1, keepdims=True), scaled.max(1, keepdims=True)
+    scale = np.concatenate([(hi - lo) / 254, (hi + lo) / 2], 1).astype('<f4')
+    numbers = ((scaled - scale[:, 1:]) / scale[:, :1]).round().clip(-127, 127).astype(np.int8)
+    rows = np.concatenate([numbers.view(np.uint8), scale.view(np.uint8)], 1)
+    d = json.loads((folder / 'manifest.json').read_text())
+    del d['layout']['basis']
+    for name, content in (('head.bin', head), ('view000/000000.bin', rows.tobytes())):
+        (folder / name).write_bytes(content)
+        entry = next(o for o in d['shards'] if o['name'] == name)
+        entry['bytes'] = len(content)
+        entry['checksum'] = hashlib.blake2b(content, digest_size=16).hexdigest()
+    (folder / 'manifest.json').write_text(json.dumps(d))
+    return rows
+
+
+def test_hidden_states_of_an_earlier_version_are_read(tmp_path):
+    written(tmp_path, 'hidden')
+    rows = as_earlier_version(tmp_path)
+    cache = TeacherCache(tmp_path).check()
+    assert (cache.rows(range(200)) == rows).all()
+    t, got = exact(), cache.outputs(range(200)).logits.dense()
+    assert (got - t).abs().max() <= 0.01 * (t.max() - t.min())
+
+
+def test_hidden_states_of_an_earlier_version_are_continued(tmp_path):
+    "The remaining rows are written as the rows that exist"
+    written(tmp_path, 'hidden')
+    rows = as_earlier_version(tmp_path)
+    assert (written(tmp_path, 'hidden').rows(range(200)) == rows).all()
+    (tmp_path / 'view000/000000.bin').unlink()
+    again = written(tmp_path, 'hidden').rows(range(200))
+    # a number may be rounded differently
+    assert (again[:, :24] == rows[:, :24]).mean() >= 0.999
+    t, got = exact(), TeacherCache(tmp_path).check().outputs(range(200)).logits.dense()
+    assert (got - t).abs().max() <= 0.01 * (t.max() - t.min())
+
+
+def test_an_output_layer_with_nan_is_refused(tmp_path):
+    weight = net()[2].weight.detach().clone()
+    weight[7, 3] = torch.nan
+    teacher = lambda x: Outputs(LinearLogits(x.repeat(1, 3)[:, :24], weight))
+    with (
+        pytest.warns(DistillWarning),
+        pytest.raises(DistillError, match="The teacher's output layer contains nan or inf"),
+    ):
+        written(tmp_path, 'hidden', teacher)
 
 
 def test_a_number_that_is_rarely_used_does_not_take_the_whole_range(tmp_path):
@@ -344,6 +466,8 @@ def test_an_entry_that_does_not_fit_is_refused(tmp_path):
         ),
         (dict(head=dict(bias=True)), 'layout.head has no cap'),
         (dict(draws=dict(number=0, T=1.0)), 'layout.draws.number is 0'),
+        (dict(basis=1), 'layout.basis is 1: it must be true or false'),
+        (dict(head=None, draws=None), 'layout.basis needs layout.head'),
     ):
         file.write_text(json.dumps({**d, 'layout': {**d['layout'], **change}}))
         with pytest.raises(DistillError, match=match):

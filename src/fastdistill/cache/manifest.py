@@ -123,10 +123,7 @@ class Manifest:
     @property
     def head_bytes(self) -> int:
         """Size of the output layer in bytes. 0 if no hidden states are stored."""
-        if self.layout.head is None:
-            return 0
-        n, d = self.layout.shape_of_head
-        return 4 * (n * d + d + n * self.layout.head['bias'])
+        return self.layout.head_bytes
 
     @property
     def bytes(self) -> int:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -81,39 +82,80 @@ class OutputLayer:
 class StoredHead:
     """The stored output layer of a teacher, which all rows of a cache share.
 
+    In int8, the features of a row share one scale. Hidden states are therefore stored in a different
+    basis, in which the errors of the features cause independent errors of the logits, and as the
+    difference from their median.
+
     Attributes:
-        weight: (C, D), adapted to the units of the stored hidden states.
+        weight: (C, D), adapted to the basis and the units of the stored hidden states.
         bias: (C,), or None.
-        unit: Unit of each hidden feature, (D,). The unit is the root mean square of the feature,
-            rounded to a power of two, so that all features of a row have a similar range.
+        unit: Unit of each stored feature, (D,), so that all features of a row have a similar range.
+            With a `basis`, the unit is the standard deviation of the feature. Otherwise, it is the
+            root mean square, rounded to a power of two.
         cap: Soft cap of the logits, or None.
+        center: Median of each stored feature in its unit, (D,). None without a `basis`.
+        basis: Orthogonal matrix by which hidden states are multiplied before they are stored, (D, D).
+            None for no change.
     """
 
     weight: Tensor
     bias: Tensor | None
     unit: Tensor
     cap: float | None = None
+    center: Tensor | None = None
+    basis: Tensor | None = None
 
     @classmethod
-    def of(cls, t: LinearLogits) -> 'StoredHead':
-        """Build the stored output layer from the `LinearLogits` of a few samples."""
-        hidden = t.hidden.reshape(-1, t.hidden.shape[-1]).float()
-        size = hidden.pow(2).mean(0).sqrt()
+    def of(cls, t: LinearLogits, layout: Any) -> 'StoredHead':
+        """Build the stored output layer from the `LinearLogits` of a few samples.
+
+        Args:
+            t: The logits.
+            layout: `Layout` of the rows.
+        """
+        hidden = t.hidden.detach().reshape(-1, t.hidden.shape[-1]).float()
+        weight, basis = t.weight.detach().float(), None
+        center = torch.zeros_like(hidden[0])
+        if layout.basis:
+            basis = basis_of(weight)
+            weight, hidden = weight @ basis, hidden @ basis.to(hidden)
+            # subtle: the mean may be that of a few positions whose numbers are much larger
+            center = hidden.median(0).values
+        size = (hidden - center).pow(2).mean(0).sqrt()
         # subtle: a feature that is nearly 0 in these samples may be large in a later batch. If its
         # unit were tiny, it would use up the range of the whole row
-        size = size.clamp_min(LEAST_UNIT * float(size.pow(2).mean().sqrt()) or 1.0)
-        # subtle: multiplication by powers of two causes no rounding errors
-        unit = torch.exp2(size.log2().round())
+        unit = size.clamp_min(LEAST_UNIT * float(size.pow(2).mean().sqrt()) or 1.0)
+        if basis is None:
+            # subtle: multiplication by powers of two causes no rounding errors
+            unit = torch.exp2(unit.log2().round())
         bias = None if t.bias is None else t.bias.detach().float()
-        return cls(t.weight.detach().float() * unit, bias, unit, t.cap)
+        rotation = {} if basis is None else dict(center=center / unit, basis=basis)
+        return cls(weight * unit.to(weight), bias, unit, t.cap, **rotation)
+
+    def encode(self, hidden: Tensor) -> Tensor:
+        """Convert hidden states to the numbers that are stored, (B, ..., D)."""
+        hidden, unit = hidden.detach().float(), self.unit.to(hidden.device)
+        if self.basis is None or self.center is None:
+            return hidden / unit
+        return hidden @ self.basis.to(hidden) / unit - self.center.to(hidden)
+
+    def decode(self, stored: Tensor) -> LinearLogits:
+        """Return the logits for the numbers that `encode` returned."""
+        hidden = stored if self.center is None else stored + self.center
+        return LinearLogits(hidden, self.weight, self.bias, self.cap)
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors, in the order in which they are stored."""
+        names = 'weight', 'bias', 'unit', 'center', 'basis'
+        return {k: o for k in names if (o := getattr(self, k)) is not None}
 
     def to(self, device: Any) -> 'StoredHead':
-        bias = None if self.bias is None else self.bias.to(device)
-        return replace(self, weight=self.weight.to(device), bias=bias, unit=self.unit.to(device))
+        moved: dict[str, Any] = {k: o.to(device) for k, o in self.tensors.items()}
+        return replace(self, **moved)
 
     def to_bytes(self) -> bytes:
-        tensors = [o for o in (self.weight, self.bias, self.unit) if o is not None]
-        return b''.join(o.detach().cpu().numpy().astype('<f4').tobytes() for o in tensors)
+        return b''.join(o.cpu().numpy().astype('<f4').tobytes() for o in self.tensors.values())
 
     @classmethod
     def from_bytes(cls, data: bytes, layout: Any) -> 'StoredHead':
@@ -123,10 +165,25 @@ class StoredHead:
             data: Content of the file.
             layout: `Layout` of the rows.
         """
-        n, d = layout.shape_of_head
-        sizes = [n * d, n if layout.head['bias'] else 0, d]
-        weight, bias, unit = torch.from_numpy(np.frombuffer(data, '<f4').copy()).split(sizes)
-        return cls(weight.view(n, d), bias if len(bias) else None, unit, layout.head['cap'])
+        shapes = layout.shapes_of_head
+        parts = torch.from_numpy(np.frombuffer(data, '<f4').copy()).split(
+            [*map(prod, shapes.values())]
+        )
+        tensors = {k: o.view(shape) for (k, shape), o in zip(shapes.items(), parts)}
+        return cls(**dict(bias=None) | tensors, cap=layout.head['cap'])
+
+
+def basis_of(weight: Tensor) -> Tensor:
+    """Return an orthogonal matrix `V` for which the columns of `weight @ V`, less their means, are
+    orthogonal.
+
+    The means don't matter, because they change all logits of a position by the same number.
+    """
+    if not weight.isfinite().all():
+        raise DistillError("The teacher's output layer contains nan or inf.")
+    weight = weight - weight.mean(0)
+    # subtle: not all devices support eigh
+    return torch.linalg.eigh((weight.T @ weight).cpu())[1].to(weight)
 
 
 def worst_error(t: LinearLogits, got: LinearLogits) -> float:

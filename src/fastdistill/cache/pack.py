@@ -38,7 +38,7 @@ def facts_of_cache(where: Folder, m: Manifest) -> Iterator[tuple[str, Any]]:
     parts = [f'{f.name} {f.dtype} {"x".join(map(str, f.shape)) or 1}' for f in m.layout.fields]
     yield 'a row', f'{m.layout.bytes} bytes: {", ".join(parts)}'
     if m.layout.head is not None:
-        n, width = m.layout.shape_of_head
+        n, width = m.layout.shapes_of_head['weight']
         yield 'hidden states', f'{width} numbers, from which an output layer gives {n} logits'
     elif m.layout.draws is not None:
         draws = m.layout.draws

@@ -214,6 +214,7 @@ LAYOUT_ENTRIES = {
     'axis': range(-MAX_DIMS, MAX_DIMS + 1),
     'full': (None, [range(1, MAX_BYTES + 1), 2, 2]),
     'head?': (None, dict(bias=bool, cap=(None, float))),
+    'basis?': (None, bool),
     'draws?': (None, dict(number=range(1, 2**16), T=float)),
 }
 
@@ -231,6 +232,8 @@ class Layout:
         head: For hidden states, a dict with `bias` (True if the output layer has a bias) and `cap`
             (soft cap of the logits, or None).
         draws: For draws, a dict with their `number` and temperature `T`.
+        basis: True if hidden states are stored in a different basis, see `StoredHead`. None in caches
+            of earlier versions. They can be continued, so layouts are equal regardless.
     """
 
     fields: list = field(default_factory=list)
@@ -240,6 +243,7 @@ class Layout:
     full: tuple | None = None
     head: dict | None = None
     draws: dict | None = None
+    basis: bool | None = field(default=None, compare=False)
 
     @classmethod
     def of(cls, out: Outputs, store: Store) -> 'Layout':
@@ -261,6 +265,7 @@ class Layout:
                 )
             self.n, self.axis = t.n, -1
             self.head = dict(bias=t.bias is not None, cap=t.cap)
+            self.basis = store.dtype == 'int8' or None
             fields.add_numbers('hidden', t.hidden.shape[1:])
         if isinstance(t, LinearLogits):
             t = torch.empty(t.shape, device='meta')
@@ -321,9 +326,21 @@ class Layout:
         return self.fields[-1].at + self.fields[-1].bytes if self.fields else 0
 
     @property
-    def shape_of_head(self) -> tuple[Any, int]:
-        """Shape of the output layer: (number of classes, width of the hidden state)."""
-        return self.n, self.fields[0].shape[-1]
+    def shapes_of_head(self) -> dict[str, tuple]:
+        """{name: shape} of the tensors of `StoredHead`, in the order in which they are stored."""
+        if self.head is None:
+            return {}
+        n, d = cast(int, self.n), self.fields[0].shape[-1]
+        shapes: dict[str, tuple] = dict(weight=(n, d))
+        if self.head['bias']:
+            shapes['bias'] = (n,)
+        shapes['unit'] = (d,)
+        return shapes | dict(center=(d,), basis=(d, d)) if self.basis else shapes
+
+    @property
+    def head_bytes(self) -> int:
+        """Size of the output layer in bytes. 0 if no hidden states are stored."""
+        return 4 * sum(map(prod, self.shapes_of_head.values()))
 
     def to_json(self) -> dict:
         return {k: v for k, v in asdict(self).items() if v is not None or k in ('n', 'full')}
@@ -341,6 +358,8 @@ class Layout:
             raise DistillError(f'layout.fields take {size} bytes: at most {MAX_BYTES} are allowed.')
         if n is None and (head or draws):
             raise DistillError('layout.head and layout.draws need layout.n.')
+        if d.get('basis') and not head:
+            raise DistillError('layout.basis needs layout.head.')
         if head and head['cap'] is not None and not head['cap'] > 0:
             refuse_entry('layout.head.cap', head['cap'], 'a positive number or null')
         if draws and not draws['T'] > 0:
@@ -353,6 +372,7 @@ class Layout:
                     f'layout.fields[{i}] is {a or "missing"}: with the other entries of layout, it must '
                     f'be {b or "absent"}.'
                 )
+        self.basis = d.get('basis')
         return self
 
     @property
@@ -416,7 +436,7 @@ class Layout:
             d['ids'] = t.ids
             put_tensor(d, 'values', t.values.float(), dtypes)
         elif self.head is not None:
-            put_tensor(d, 'hidden', t.hidden.detach().float() / head.unit.to(t.device), dtypes)
+            put_tensor(d, 'hidden', head.encode(t.hidden), dtypes)
         else:
             t = (t.dense() if isinstance(t, LinearLogits) else t).detach().float()
             refuse_without_classes(t, self.axis, out.mask)
@@ -480,7 +500,7 @@ class Layout:
         feats = {f.name[6:]: full(f.name) for f in self.fields if f.name.startswith('feats:')}
         logits: Any
         if self.head is not None:
-            logits = LinearLogits(full('hidden'), head.weight, head.bias, head.cap)
+            logits = head.decode(full('hidden'))
         elif self.draws is not None:
             counts = got['counts'].float() / self.draws['number']
             T = self.draws['T']

@@ -156,8 +156,8 @@ def measured_options(
     for store in stores:
         try:
             layout = Layout.of(batches[0], store)
-            head = None if layout.head is None else StoredHead.of(batches[0].logits)
-            total = count * layout.bytes + (0 if head is None else 4 * head.weight.numel())
+            head = None if layout.head is None else StoredHead.of(batches[0].logits, layout)
+            total = count * layout.bytes + layout.head_bytes
             if store.kind == 'draws':
                 note = f'unbiased at T={store.T:g}, only for kl and soft_ce'
                 options.append(Option(store, layout.bytes, total, None, note))

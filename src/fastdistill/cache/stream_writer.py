@@ -116,7 +116,8 @@ def _begin_stream(where: Folder, m: Manifest, first: Outputs) -> None:
         refuse_others(where, {k: (getattr(old, k), getattr(m, k)) for k in names})
         return
     if m.layout.head is not None:
-        where.write('head.bin', StoredHead.of(cast(LinearLogits, first.logits)).to_bytes())
+        head = StoredHead.of(cast(LinearLogits, first.logits), m.layout)
+        where.write('head.bin', head.to_bytes())
     where.write('manifest.json', m.to_json())
 
 

@@ -14,7 +14,7 @@ import torch
 
 from ..base.distributed import on_first, rank, world_size
 from ..base.errors import options_of_group
-from ..base.outputs import DistillError, DistillWarning, LinearLogits, Outputs, TopK
+from ..base.outputs import DistillError, DistillWarning, Outputs, TopK
 from ..base.sample_seeds import seeds_of
 from .digests import checksum, versions
 from .file_store import Folder, open_folder
@@ -140,7 +140,7 @@ def write_cache(
         # subtle: the units of hidden states are computed from a whole batch
         first = source.first(source.bs)
     layout = Layout.of(first, store)
-    head = None if layout.head is None else StoredHead.of(cast(LinearLogits, first.logits))
+    head = None if layout.head is None else StoredHead.of(cast(Any, first.logits), layout)
     rows = max(shard_bytes // layout.bytes // source.bs, 1) * source.bs
     data = dict(keys=f'{hash_of(source.keys.tobytes()):016x}', root=source.root)
     m = Manifest(len(source.keys), views, seed, layout, rows, source.bs, source.teacher, data)
@@ -150,7 +150,7 @@ def write_cache(
         # subtle: invalid values raise an error in `as_read`, before files are removed
         m, done = on_first(lambda: _begin(where, source, m.as_read(), first, head, force))
         # subtle: read the stored layer, since an interrupted run may have used different units
-        head = None if head is None else StoredHead.from_bytes(where.read('head.bin'), layout)
+        head = None if head is None else StoredHead.from_bytes(where.read('head.bin'), m.layout)
         todo = [s for s in m.all_shards() if s[2] not in done]
         plan = Forecast(m.count, m.stored, layout.bytes, sum(s[3] for s in todo), where.free())
         if forecast is not None:
