@@ -26,8 +26,10 @@ from fastai.vision.all import (
     DataBlock,
     DiceLoss,
     ImageBlock,
+    IntToFloatTensor,
     MaskBlock,
     Normalize,
+    PILImage,
     RandomResizedCrop,
     RandomResizedCropGPU,
     RandTransform,
@@ -250,6 +252,15 @@ def test_another_normalization_of_images_is_mended_with_a_note(capsys):
     ) in said
 
 
+def test_a_teacher_of_images_from_0_to_255_gets_them():
+    student, _ = pair('image')
+    _, teacher = apps.quiet(*apps.image(batch_tfms=IntToFloatTensor(div=1)))
+    loss, x, _, s = first_loss(student, KD(teacher, T=1.0, alpha=1.0, check=False))
+    assert x.max() <= 1
+    assert teacher.dls.valid.one_batch()[0].max() > 100
+    assert loss == pytest.approx(kl(s, teacher.model.eval()(x * 255)), rel=1e-4)
+
+
 def of_size(size, *item_tfms, **kwargs):
     "A trained teacher of pictures of any size, whose own come in this size"
     return any_size(apps.quiet(*apps.image(item_tfms=[Resize(size), *item_tfms], **kwargs))[1])
@@ -277,6 +288,24 @@ def test_a_teacher_that_was_trained_on_another_image_size_gets_its_size_with_a_n
     ) in capsys.readouterr().out
 
 
+class ShrunkItem(Transform):
+    "A resizing of another package, after that of fastai"
+
+    order = 2
+
+    def encodes(self, x: PILImage):
+        return x.resize((20, 24))
+
+
+class ShrunkBatch(Transform):
+    "The same for batches"
+
+    order = 20
+
+    def encodes(self, x: TensorImage):
+        return F.interpolate(x, (24, 20))
+
+
 @pytest.mark.parametrize(
     'made_by, size',
     [
@@ -284,6 +313,8 @@ def test_a_teacher_that_was_trained_on_another_image_size_gets_its_size_with_a_n
         (dict(item_tfms=[CropPad((20, 12))]), (20, 12)),
         (dict(item_tfms=[Resize(40)], batch_tfms=aug_transforms(size=(24, 20))), (24, 20)),
         (dict(item_tfms=[Resize(40)], batch_tfms=[RandomResizedCropGPU(28)]), (28, 28)),
+        (dict(item_tfms=[Resize(40), ShrunkItem]), (24, 20)),
+        (dict(item_tfms=[Resize(40)], batch_tfms=[ShrunkBatch]), (24, 20)),
     ],
 )
 def test_the_image_size_of_a_teacher_is_what_its_last_resizing_transform_makes(made_by, size):
@@ -297,17 +328,25 @@ def test_the_image_size_of_a_teacher_is_what_its_last_resizing_transform_makes(m
     )
 
 
-def test_an_exported_teacher_shows_its_image_size_too(tmp_path):
+@pytest.mark.parametrize(
+    'made_by, size',
+    [
+        (dict(item_tfms=[Resize(32)]), '32 x 32'),
+        (dict(item_tfms=[Resize(40), ShrunkItem]), '24 x 20'),
+        (dict(item_tfms=[Resize(40)], batch_tfms=[ShrunkBatch]), '24 x 20'),
+    ],
+)
+def test_an_exported_teacher_shows_its_image_size_too(tmp_path, made_by, size):
     student, _ = pair('image')
     teacher = of_size(16)
     teacher.dls = DataBlock(
-        (ImageBlock, CategoryBlock), get_x=picture, get_y=color, item_tfms=[Resize(32)]
+        (ImageBlock, CategoryBlock), get_x=picture, get_y=color, **made_by
     ).dataloaders(list(range(32)), bs=8, num_workers=0)
     teacher.export(tmp_path / 'teacher.pkl')
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
         found = student.check_teacher(tmp_path / 'teacher.pkl', n_epoch=None)
-    assert "The teacher was trained on images of 32 x 32 pixels, the student's have 16 x 16" in [
+    assert f"The teacher was trained on images of {size} pixels, the student's have 16 x 16" in [
         f.what for f in found
     ]
 

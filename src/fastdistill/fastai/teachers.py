@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from operator import is_
 from pathlib import Path
 
-from fastai.basics import L, Learner, load_learner
+from fastai.basics import L, Learner, load_learner, to_device
 from fastai.data.transforms import IntToFloatTensor, Normalize
 from fastai.text.data import SortedDL
 from fastai.vision.augment import (
@@ -17,7 +17,7 @@ from fastai.vision.augment import (
     RatioResize,
     Resize,
 )
-from fastai.vision.core import Image
+from fastai.vision.core import Image, PILImage
 from torch import Tensor, nn
 
 from ..base.class_mapping import class_groups
@@ -319,27 +319,36 @@ def exported(path):
 
 def image_stats(dls) -> tuple:
     """Return (mean, std) of the `Normalize` transform of the batches, or (0, 1) if there is
-    none.
+    none. The numbers are for images from 0 to 1, also if `IntToFloatTensor` makes a different range.
     """
     tfms = getattr(getattr(dls, 'after_batch', None), 'fs', [])
     n = next((t for t in tfms if isinstance(t, Normalize)), None)
-    return (0.0, 1.0) if n is None else (n.mean, n.std)
+    scale = next((t.div / 255 for t in tfms if isinstance(t, IntToFloatTensor)), 1)
+    mean, std = (0.0, 1.0) if n is None else (n.mean, n.std)
+    return (mean, std) if scale == 1 else (mean * scale, std * scale)
 
 
 def size_of_images(dls) -> tuple | None:
     """Return (height, width) of the images in the batches. Return None if unknown.
 
-    The last transform that resizes images determines the size. If no transform resizes images, the
-    size of the items is returned, provided that a few items have the same size.
+    The last of fastai's transforms that resizes images determines the size. If no transform resizes
+    images, or if there are transforms of other packages, which may also resize them, the size of a
+    few images is measured.
     """
-    sizes = [
-        size_after(t)
-        for k in ('after_item', 'after_batch')
-        for t in getattr(getattr(dls, k, None), 'fs', ())
-    ]
-    return next((s for s in reversed(sizes) if s is not None), None) or size_of_items(
-        getattr(dls, 'train', None)
-    )
+    tfms = transforms_of(dls)
+    size = next((s for s in map(size_after, reversed(tfms)) if s is not None), None)
+    return size if size and are_of_fastai(tfms) else measured_size(getattr(dls, 'train', None))
+
+
+def transforms_of(dl) -> list:
+    """Return the transforms of items and batches."""
+    names = ('after_item', 'before_batch', 'after_batch')
+    return [t for k in names for t in getattr(getattr(dl, k, None), 'fs', ())]
+
+
+def are_of_fastai(tfms) -> bool:
+    """Return True if all transforms that run in validation are fastai's own."""
+    return all(type(t).__module__.startswith('fastai.') for t in tfms if t.split_idx != 0)
 
 
 def size_after(tfm):
@@ -363,14 +372,14 @@ def resize_of_images(dls, size) -> dict:
         dls: DataLoaders.
         size: (height, width) of the images in the batches.
     """
-    names = ('after_item', 'before_batch', 'after_batch')
-    tfms = [t for k in names for t in getattr(getattr(dls.valid, k, None), 'fs', ())]
+    tfms = transforms_of(dls.valid)
     out = dict(size=[*size], method='unknown', filter='unknown')
     resizes = [t for t in tfms if isinstance(t, RatioResize) or size_after(t) is not None]
     # only fastai's own transforms are known not to change the size or the pixels in validation
-    own = all(type(t).__module__.startswith('fastai.') for t in tfms if t.split_idx != 0)
     # subtle: images that are not files get no IntToFloatTensor, and may have been resized before
-    if not own or not any(isinstance(t, IntToFloatTensor) and t.div == 255 for t in tfms):
+    if not are_of_fastai(tfms) or not any(
+        isinstance(t, IntToFloatTensor) and t.div == 255 for t in tfms
+    ):
         return out
     if not resizes:
         return out | dict(method='none', filter='none')
@@ -380,30 +389,49 @@ def resize_of_images(dls, size) -> dict:
     return out | dict(pad_mode=tfm.pad_mode) if tfm.method == 'pad' else out
 
 
-def size_of_items(dl):
-    """Return (height, width) of the items of a DataLoader, after looking at a few items.
+def measured_size(dl):
+    """Return (height, width) of the images in the batches of a DataLoader, after looking at a few
+    items. The DataLoader of an exported Learner has no items, so its transforms get black images.
 
     Return None if the items are not images, or have different sizes.
     """
     ds = getattr(dl, 'dataset', None)
-    if not (
-        hasattr(dl, 'do_item') and hasattr(ds, '__getitem__') and hasattr(ds, '__len__') and len(ds)
-    ):
+    if not (hasattr(dl, 'do_item') and hasattr(ds, '__getitem__') and hasattr(ds, '__len__')):
         return None
-    with RandomGuard(), Generators(ds, dl.after_item).seeded(0):
-        # subtle: any error is possible, since datasets may be the user's own code. A fit raises the
-        # error again.
+    with RandomGuard(), Generators(ds, dl.after_item, dl.after_batch).seeded(0):
+        # subtle: any error is possible, since datasets and transforms may be the user's own code. A
+        # fit raises the error again.
         try:
-            sizes = {size_of_item(dl.do_item(i)) for i in (0, len(ds) // 2, len(ds) - 1)}
+            n = len(ds)
+            items = [dl.do_item(i) for i in (0, n // 2, n - 1)] if n else [*black_items(dl)]
+            sizes = {size_of_item(o) for o in items}
+            if None in sizes or len(sizes) > 1:
+                return None
+            return size_of_batch(dl.after_batch(to_device(dl.do_batch(items), dl.device)))
         except Exception:
             return None
-    return sizes.pop() if len(sizes) == 1 else None
+
+
+def black_items(dl):
+    """Yield what the transforms of items make of two black images of different sizes."""
+    for size in ((400, 300), (300, 400)):
+        yield dl.after_item((PILImage.create(Image.new('RGB', size)),))
 
 
 def size_of_item(x):
     """Return (height, width) of an item's first part. None if this part is not an image."""
-    while isinstance(x, (tuple, list)) and len(x):
-        x = x[0]
+    x = leading_part(x)
     if isinstance(x, Tensor):
         return tuple(as_plain(x).shape[-2:]) if x.dim() == 3 else None
     return x.size[::-1] if isinstance(x, Image.Image) else None
+
+
+def size_of_batch(x):
+    """Return (height, width) of the images that a batch begins with."""
+    return tuple(as_plain(leading_part(x)).shape[-2:])
+
+
+def leading_part(x):
+    while isinstance(x, (tuple, list)) and len(x):
+        x = x[0]
+    return x
