@@ -1032,8 +1032,9 @@ def test_single_numbers_are_compared_with_those_of_the_sample_before():
     assert weight == pytest.approx(3 / 4 * sum(base) / (0.7 * sum(apart)), rel=1e-3)
 
 
-def test_single_numbers_continue_from_a_checkpoint_with_the_sample_before():
-    items = [close_student(i) for i in range(12)]
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float64])
+def test_single_numbers_continue_from_a_checkpoint_with_the_sample_before(dtype):
+    items = [[2000 + o.to(dtype) for o in close_student(i)] for i in range(12)]
     whole, again = of_numbers(), of_numbers()
     weights_on(whole, items[:5])
     again.load_state_dict(whole.state_dict())

@@ -154,7 +154,9 @@ class GradientRatio:
         if self.gain is not None and 'gain' in state:
             self.gain.load_state_dict(state['gain'])
         previous = state['previous']
-        self.previous = None if previous is None else [torch.tensor(t) for t in previous]
+        # float64 holds the numbers of any dtype
+        number = lambda t: torch.tensor(t, dtype=torch.float64)
+        self.previous = None if previous is None else [*map(number, previous)]
 
 
 class GradientRatios(dict):
