@@ -12,6 +12,7 @@ from typing import Any
 
 try:
     from lightning.pytorch import Callback, LightningModule, Trainer
+    from lightning.pytorch.callbacks import BaseFinetuning
     from lightning.pytorch.utilities import CombinedLoader
 except ImportError as e:
     raise ImportError(
@@ -102,7 +103,7 @@ class DistillCallback(Callback):
         # subtle: Lightning draws a random number here, but not again when it trains
         trainer.fit_loop.setup_data()
         # hooks of the module and the data module may change a batch before the training step
-        owners = [o for o in (pl_module, trainer.datamodule) if o is not None]
+        owners = [o for o in (pl_module, getattr(trainer, 'datamodule', None)) if o is not None]
         apart = lambda: read_apart(*all_loaders(trainer).flattened, owners=owners)
         if self.options.get('check', True):
             with apart():
@@ -111,6 +112,7 @@ class DistillCallback(Callback):
             with apart():
                 x, y = next(self._read(trainer))
             complete(d, x, bool(len(y)))
+        refuse_finetuning(trainer, d)
         add_parameters(trainer.optimizers[0], d)
         if self.state is not None:
             load_state(d, self.state)
@@ -401,6 +403,20 @@ def calls_of(student: nn.Module, taps: Any) -> Iterator[list[StudentCall]]:
         yield calls
     finally:
         handle.remove()
+
+
+def refuse_finetuning(trainer: Any, d: Distiller) -> None:
+    """Raise an error if a callback stores the optimizer's parameters by their names in the module,
+    where the projectors have none.
+    """
+    names = [type(c).__name__ for c in trainer.callbacks if isinstance(c, BaseFinetuning)]
+    if names and d.own_parameters():
+        raise DistillError(
+            f"{names[0]} needs all parameters of the optimizer to be the module's, and this recipe "
+            'adds projectors. Freeze the layers in your module instead: call requires_grad_(False) '
+            'before the training and requires_grad_(True) in on_train_epoch_start, and give the '
+            'optimizer all parameters. Or use terms without projectors, such as at().'
+        )
 
 
 def all_loaders(trainer: Trainer) -> CombinedLoader:

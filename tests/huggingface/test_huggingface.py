@@ -1129,6 +1129,28 @@ def test_a_teacher_with_its_classes_in_a_different_order_is_refused_before_train
     assert train([0, 1, 2]) == 2
 
 
+def test_training_data_are_checked_if_those_of_the_evaluation_can_only_be_iterated(
+    tmp_path, capsys
+):
+    class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            return iter(texts())
+
+    for data, says in (
+        (list(texts()), 'accuracy on 8 training items'),
+        (Stream(), 'the teacher was not checked'),
+    ):
+        DistillationTrainer(
+            bert(width=8),
+            args(tmp_path),
+            train_dataset=data,
+            eval_dataset=Stream(),
+            teacher=bert(),
+            recipe=kd(),
+        ).train()
+        assert says in capsys.readouterr().out
+
+
 def test_an_untrained_teacher_is_a_warning_and_its_term_can_fade(tmp_path, capsys):
     rows = [dict(input_ids=torch.tensor([i % VOCAB, 1, 2]), labels=i % 3) for i in range(64)]
     args = TrainingArguments(

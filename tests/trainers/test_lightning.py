@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import lightning.pytorch as pl
-from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
+from lightning.pytorch.callbacks import BaseFinetuning, ModelCheckpoint, WeightAveraging
 from lightning.pytorch.utilities import CombinedLoader
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -460,6 +460,47 @@ def test_without_a_recipe_or_labels(tmp_path, capsys):
     )
     t.validate(module, DataLoader(x, 8))
     assert 'val_loss' not in t.callback_metrics
+
+
+class Unfreezes(BaseFinetuning):
+    "Trains the first layer from the second epoch on"
+
+    def freeze_before_training(self, module):
+        self.freeze(module.model[0])
+
+    def finetune_function(self, module, epoch, optimizer):
+        if epoch == 1:
+            self.unfreeze_and_add_param_group(module.model[0], optimizer, lr=0.1)
+
+
+class TrainsAFew(Mine):
+    def configure_optimizers(self):
+        return torch.optim.SGD([p for p in self.parameters() if p.requires_grad], self.lr)
+
+
+def test_a_callback_that_unfreezes_layers_works_without_projectors(tmp_path):
+    def fitted(recipe):
+        module = TrainsAFew()
+        before = module.model[0].weight.clone()
+        cbs = [Unfreezes(), DistillCallback(net(16), recipe, student='model')]
+        trainer(tmp_path, *cbs, steps=6, max_epochs=2).fit(module, data())
+        return not torch.equal(before, module.model[0].weight)
+
+    assert fitted(kd())
+    with refuses('Unfreezes needs all parameters of the optimizer to be the module'):
+        fitted(kd() + Term(losses.hint, layers={'1': '1'}, grad_ratio=0.1))
+
+
+def test_data_that_can_only_be_iterated_are_not_read_and_the_note_says_so(tmp_path, capsys):
+    class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            return iter(data().dataset)
+
+    fit = trainer(tmp_path, DistillCallback(net(16), kd(), student='model'), steps=1).fit
+    fit(Mine(), DataLoader(Stream(), 8))
+    assert 'the teacher was not checked. The dataset is empty, or it can only be iterated' in (
+        capsys.readouterr().out
+    )
 
 
 def test_labels_of_a_language_model_are_shifted(tmp_path, capsys):

@@ -123,7 +123,10 @@ def check_outputs(
                 kept.append((xb, yb if y is None else (y, *yb[1:])))
         if t is None:
             nothing = Finding(
-                'note', 'No samples were read, so nothing was checked', 'Is the dataset empty?'
+                'note',
+                'No samples were read, so the teacher was not checked',
+                'The dataset is empty, or it can only be iterated and is not read before training. '
+                'Then check the teacher yourself: Distiller(student, teacher).check(batches)',
             )
             found.add('score', [nothing])
             return found

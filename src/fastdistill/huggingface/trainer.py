@@ -140,8 +140,7 @@ class DistillationMixin(Base):
         # subtle: skip the check if weights are sharded over processes, because such a model can't
         # run in only one process
         if asked['check'] and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
-            part = 'training' if self.eval_dataset is None else 'validation'
-            loader = loader_to_check(self)
+            loader, part = loader_to_check(self)
             with read_apart(loader):
                 batches = map(reader.inputs_and_labels, map(self._prepare_inputs, loader))
                 check_first(self.distiller, batches, placed=True, part=part)
@@ -299,20 +298,24 @@ class PartMeans:
         return {k: v.item() for k, v in means.items()}
 
 
-def loader_to_check(trainer: Any) -> DataLoader:
-    """Return a DataLoader with the data in which to look for mistakes.
+def loader_to_check(trainer: Any) -> tuple[DataLoader, str]:
+    """Return (DataLoader with the data in which to look for mistakes, name of the part).
 
-    An iterable dataset is replaced by no data, because it may not be possible to read it twice.
+    An iterable dataset is not used, because it may not be possible to read it twice. The DataLoader
+    is empty if there is no other.
     """
-    data = trainer.train_dataset if trainer.eval_dataset is None else trainer.eval_dataset
-    if isinstance(data, dict):
-        data = next(iter(data.values()))
-    if not hasattr(data, '__len__') or not len(data):
-        return DataLoader(cast(Dataset, []))
+    valid = trainer.eval_dataset
+    if isinstance(valid, dict):
+        valid = next(iter(valid.values()))
+    data = dict(validation=valid, training=trainer.train_dataset)
+    part = next((k for k, v in data.items() if hasattr(v, '__len__') and len(v)), '')
+    if not part:
+        return DataLoader(cast(Dataset, [])), part
     collate = trainer._get_collator_with_removed_columns(trainer.data_collator)
     order = torch.Generator().manual_seed(0)
     size = trainer.args.eval_batch_size
-    return DataLoader(data, size, shuffle=True, generator=order, collate_fn=collate)
+    loader = DataLoader(data[part], size, shuffle=True, generator=order, collate_fn=collate)
+    return loader, part
 
 
 def example_batch(trainer: Any) -> Any:
