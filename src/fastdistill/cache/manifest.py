@@ -46,7 +46,7 @@ class Manifest:
         shard_rows: Number of rows of a full shard.
         batch_size: Batch size of the teacher. A full shard holds a whole number of batches.
         teacher: Name of the teacher and fingerprint of its weights.
-        data: Fingerprint of the keys, and root folder of the paths.
+        data: Fingerprint of the keys (not of a stream), and root folder of the paths.
         transforms: {name: description} of the transforms that are replayed.
         vocab: Class names, in the order of the logits.
         samples: Row, view and digest of a few inputs. The optional entry `after` has numbers computed

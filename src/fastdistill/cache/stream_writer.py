@@ -379,7 +379,7 @@ def read_keys(where: Folder, name: str) -> tuple[np.ndarray, str]:
     own = memoryview(data)[:-16]
     if len(data) < 32 or len(data) % 8 or bytes.fromhex(checksum(own)) != data[-16:]:
         raise DistillError(f'{keys_file(name)} is damaged')
-    return np.frombuffer(data[:-32], '<u8'), data[-32:-16].hex()
+    return np.frombuffer(own[:-16], '<u8'), data[-32:-16].hex()
 
 
 def write_stream(
