@@ -77,7 +77,7 @@ def test_the_option_store(given, kind, dtype):
 @pytest.mark.parametrize(
     'given,match',
     [
-        ('logit', "store='logit': must be 'auto', 'logits', 'topk', 'hidden' or 'draws'"),
+        ('logit', "store='logit': must be 'auto', 'logits', 'topk', 'hidden', 'draws' or 'pca'"),
         (7, 'store=7: must be'),
         (dict(k=3), "has an unknown key 'k'"),
         (dict(topk=3, draws=5), "topk, draws can't be combined"),
@@ -605,6 +605,18 @@ def test_a_bad_choice_for_a_named_recipe_warns_when_it_is_written(tmp_path):
         DistillWarning, match=r'top 10, float16 is bad for dist:(.|\n)*bytes per view'
     ):
         written(tmp_path, dict(topk=10), recipe=Term(dist, T=4))
+
+
+def test_the_likeliest_classes_of_one_number_are_refused(tmp_path):
+    with pytest.raises(DistillError, match='topk=3 along axis 1: .* has shape'):
+        cache_dataset(
+            Teacher(nn.Identity()),
+            TensorDataset(torch.randn(9)),
+            tmp_path,
+            views=0,
+            store=dict(topk=3),
+            progress=False,
+        )
 
 
 # the choice

@@ -73,10 +73,10 @@ def cache_dataset(
         path: Folder or URL of the cache.
         views: Number of augmented views of each sample. If 0, store one output for each item of the
             dataset, and don't replay transforms in training.
-        store: How to store the outputs, see docs/stores.md. 'logits', 'topk', 'hidden' and 'draws'
-            select what is stored. 'float32', 'float16' and 'int8' store all logits with this dtype.
-            A dict has more options, such as dict(topk=10, dtype='int8'). 'auto' measures the size
-            and accuracy of each format, and chooses one.
+        store: How to store the outputs, see docs/stores.md. 'logits', 'topk', 'hidden', 'draws' and
+            'pca' select what is stored. 'float32', 'float16' and 'int8' store all logits with this
+            dtype. A dict has more options, such as dict(topk=10, dtype='int8'). 'auto' measures the
+            size and accuracy of each format, and chooses one.
         recipe: Recipe or term for which `store` is chosen or checked. If None, assume KL at T=1.
         keys: Names of the samples: a list, or a function of the index. If None, the names are read
             from the dataset.

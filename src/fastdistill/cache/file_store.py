@@ -172,7 +172,8 @@ class Remote(Folder):
 
     def sizes(self, names: Iterable[str]) -> list[int | None]:
         have = self.listing()
-        return [have.get(n) for n in names]
+        # a web server may not list its files, or not with their sizes
+        return [self.size(n) if have.get(n) is None else have[n] for n in names]
 
     def names(self) -> list[str]:
         return sorted(self.listing())

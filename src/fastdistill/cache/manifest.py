@@ -28,7 +28,7 @@ from .json_checks import (
 )
 from .row_layout import Layout
 
-FORMAT, VERSIONS = 'fastdistill-cache', (1, 2)
+FORMAT, VERSIONS = 'fastdistill-cache', (1, 2, 3)
 # limits, so that a damaged manifest can't fill the memory or disk, or cause an endless loop
 MAX_MANIFEST, MAX_COUNT, MAX_VIEWS = 2**28, 2**40, 2**16
 MAX_BATCH, MAX_FILES, MAX_FILE = 2**20, 2**22, 2**33
@@ -51,7 +51,8 @@ class Manifest:
         vocab: Class names, in the order of the logits.
         samples: Row, view and digest of a few inputs. The optional entry `after` has numbers computed
             from these inputs after the batch transforms.
-        shards: Name, size in bytes and checksum of each file. Empty until all files are written.
+        shards: Name, size in bytes and checksum of each file. Until all files are written, only of
+            `head.bin`.
         doubt: Reason not to trust the teacher, found when the cache was written.
         lost: Information lost by compression at a few temperatures, see
             `fastdistill.cache.store_choice`.
@@ -122,7 +123,7 @@ class Manifest:
 
     @property
     def head_bytes(self) -> int:
-        """Size of the output layer in bytes. 0 if no hidden states are stored."""
+        """Size of the stored linear layer in bytes, see `StoredHead`. 0 if there is none."""
         return self.layout.head_bytes
 
     @property
@@ -149,6 +150,8 @@ class Manifest:
     @property
     def version(self) -> int:
         """Lowest version of the format that supports this cache."""
+        if self.layout.kind == 'pca':
+            return 3
         kinds = self.layout.head, self.layout.draws, self.parts
         return 1 if kinds == (None, None, None) and not self.lost else 2
 
@@ -163,7 +166,7 @@ class Manifest:
 
     @property
     def checksums(self) -> dict[str, str]:
-        """Checksums of all files of a complete cache."""
+        """Checksums of all files of a complete cache. Otherwise, only that of `head.bin`."""
         return {s['name']: s['checksum'] for s in self.shards}
 
 
@@ -220,9 +223,10 @@ def check_entries(m: Manifest) -> None:
     place = dict(row=range(m.count), view=range(m.stored), digest=str)
     check_json('samples', m.samples, [place | {'after?': [[float, 3, 3], 0, 1000]}, 0, 1000])
     own = 1 + bool(m.head_bytes) + (m.parts is not None)
-    n = (own + m.stored * m.per_view) * m.complete
-    json_list('shards', m.shards, n, n)
-    for i, (s, (name, size)) in enumerate(zip(m.shards, m.all_files())):
+    n, head = (own + m.stored * m.per_view) * m.complete, [('head.bin', m.head_bytes)]
+    json_list('shards', m.shards, n, n if m.complete else bool(m.head_bytes))
+    files = m.all_files() if m.complete else head
+    for i, (s, (name, size)) in enumerate(zip(m.shards, files)):
         of_file = dict(name=(name,), bytes=range(size, size + 1), checksum=CHECKSUM)
         check_json(f'shards[{i}]', s, of_file)
 

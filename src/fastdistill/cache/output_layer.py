@@ -1,9 +1,11 @@
-"""Find the linear output layer of a teacher and capture its inputs, the hidden states."""
+"""Linear layers that compute logits from what rows store: the output layer of a teacher, which is
+found and whose inputs, the hidden states, are captured; or the principal components of its logits.
+"""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from math import prod
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -80,7 +82,8 @@ class OutputLayer:
 
 @dataclass
 class StoredHead:
-    """The stored output layer of a teacher, which all rows of a cache share.
+    """The stored linear layer that computes logits from the numbers in a row: the output layer of a
+    teacher for hidden states, or principal components. All rows of a cache share it.
 
     In int8, the features of a row share one scale. Hidden states are therefore stored in a different
     basis, in which the errors of the features cause independent errors of the logits, and as the
@@ -150,6 +153,12 @@ class StoredHead:
         names = 'weight', 'bias', 'unit', 'center', 'basis'
         return {k: o for k in names if (o := getattr(self, k)) is not None}
 
+    def project(self, t: Tensor) -> LinearLogits:
+        """Project logits, (B, C), onto principal components."""
+        refuse_infinite(t)
+        weight, bias, unit = (cast(Tensor, o).to(t) for o in (self.weight, self.bias, self.unit))
+        return LinearLogits((t - bias) @ (weight / unit**2), weight, bias)
+
     def to(self, device: Any) -> 'StoredHead':
         moved: dict[str, Any] = {k: o.to(device) for k, o in self.tensors.items()}
         return replace(self, **moved)
@@ -184,6 +193,46 @@ def basis_of(weight: Tensor) -> Tensor:
     weight = weight - weight.mean(0)
     # subtle: not all devices support eigh
     return torch.linalg.eigh((weight.T @ weight).cpu())[1].to(weight)
+
+
+def head_of(t: Any, layout: Any) -> StoredHead | None:
+    """Build the stored linear layer for a `Layout`. None if its rows hold no inputs of one.
+
+    Args:
+        t: Logits of a few samples. For hidden states, `LinearLogits`.
+        layout: The layout.
+    """
+    if layout.head is None:
+        return None
+    if layout.kind == 'pca':
+        t = principal_components(as_dense(t), layout.shapes_of_head['weight'][1])
+    return StoredHead.of(t, layout).to('cpu')
+
+
+def as_dense(t: Any) -> Tensor:
+    return t.dense() if isinstance(t, LinearLogits) else t
+
+
+def principal_components(t: Tensor, k: int) -> LinearLogits:
+    """Return logits in factored form, projected onto their first `k` principal components.
+
+    Args:
+        t: Logits, (N, C).
+        k: Number of components. With fewer samples, the remaining components are 0.
+    """
+    refuse_infinite(t := t.detach().float())
+    mean = t.mean(0)
+    vectors = torch.linalg.svd(t - mean, full_matrices=False).Vh[:k]
+    vectors = torch.cat([vectors, vectors.new_zeros(k - len(vectors), len(mean))])
+    return LinearLogits((t - mean) @ vectors.T, vectors.T, mean)
+
+
+def refuse_infinite(t: Tensor) -> None:
+    if not t.isfinite().all():
+        raise DistillError(
+            "Principal components can't hold infinite logits (classes that are masked out) or nan: "
+            "use store='float16' or 'float32' for infinite ones."
+        )
 
 
 def worst_error(t: LinearLogits, got: LinearLogits) -> float:

@@ -37,7 +37,10 @@ def facts_of_cache(where: Folder, m: Manifest) -> Iterator[tuple[str, Any]]:
     yield 'views', f'{m.views} of each, augmented' if m.views else 'the clean one of each'
     parts = [f'{f.name} {f.dtype} {"x".join(map(str, f.shape)) or 1}' for f in m.layout.fields]
     yield 'a row', f'{m.layout.bytes} bytes: {", ".join(parts)}'
-    if m.layout.head is not None:
+    if m.layout.kind == 'pca':
+        n, k = m.layout.shapes_of_head['weight']
+        yield 'components', f'{k}, from which the logits of {n} classes are approximated'
+    elif m.layout.head is not None:
         n, width = m.layout.shapes_of_head['weight']
         yield 'hidden states', f'{width} numbers, from which an output layer gives {n} logits'
     elif m.layout.draws is not None:

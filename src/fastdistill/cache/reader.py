@@ -86,7 +86,7 @@ class CacheFiles:
         return self.map(m.shard(view, i), np.uint8, (m.rows_of(i), m.layout.bytes))
 
     def head(self, device: Any) -> StoredHead | None:
-        """Return the output layer for hidden states on a device, or None if rows hold logits."""
+        """Return the stored linear layer on a device, or None if the rows need none."""
         m = self.manifest
         if m.layout.head is None:
             return None

@@ -23,12 +23,17 @@ from .json_checks import check_json, refuse_entry
 DTYPES = 'float32', 'float16', 'int8'
 # step between stored logits above which probabilities would be wrong
 COARSE = 1.0
-STORE_KINDS = 'auto', 'logits', 'topk', 'hidden', 'draws'
+STORE_KINDS = 'auto', 'logits', 'topk', 'hidden', 'draws', 'pca'
 POSSIBLE_STORES = (
-    "must be 'auto', 'logits', 'topk', 'hidden' or 'draws'; 'float32', 'float16' or 'int8' for "
-    "all logits as such numbers; or a dict of options, such as dict(topk=10, dtype='int8'), "
-    "dict(size=56), dict(kind='hidden', layer='lm_head') or dict(draws=50, T=1)."
+    "must be 'auto', 'logits', 'topk', 'hidden', 'draws' or 'pca'; 'float32', 'float16' or 'int8' "
+    "for all logits as such numbers; or a dict of options, such as dict(topk=10, dtype='int8'), "
+    "dict(size=56), dict(kind='hidden', layer='lm_head'), dict(draws=50, T=1) or "
+    'dict(components=64).'
 )
+EXACT = 10  # number of likeliest classes that are stored exactly beside the principal components
+SCALES_OF_LOGITS = 'scale:logits', 'scale:values', 'scale:top'
+# minimum number of classes per principal component. With fewer, int8 logits are hardly larger
+CLASSES_PER_COMPONENT = 3
 # limits, so that a damaged manifest can't fill the memory
 MAX_BYTES, MAX_VALUES, MAX_FIELDS, MAX_DIMS, MAX_CLASSES = 2**31, 2**33, 1000, 8, 2**24
 
@@ -39,10 +44,12 @@ class Store:
 
     Attributes:
         kind: 'logits' stores all logits, 'topk' the most likely classes, 'hidden' the last hidden
-            state, and 'draws' classes drawn from the teacher's probabilities. 'auto' chooses one of
-            these. If None, the kind is inferred from the other options.
+            state, 'draws' classes drawn from the teacher's probabilities, and 'pca' the logits
+            projected onto their principal components, with the exact logits of the ten most likely
+            classes. 'auto' chooses one of these. If None, the kind is inferred from the other
+            options.
         dtype: 'float32', 'float16' or 'int8' (with a scale for each row). If None, use 'int8' for
-            hidden states and 'float16' otherwise.
+            hidden states and principal components, and 'float16' otherwise.
         topk: Number of classes to store.
         tail: Assumption about the classes that are not stored, see `TopK`.
         axis: Class axis.
@@ -51,6 +58,7 @@ class Store:
             found automatically.
         draws: Number of classes drawn for each position.
         T: Temperature of the probabilities from which classes are drawn.
+        components: Number of principal components.
     """
 
     kind: str | None = None
@@ -62,6 +70,7 @@ class Store:
     layer: str | None = None
     draws: int | None = None
     T: float | None = None
+    components: int | None = None
 
     @classmethod
     def of(cls, o: Any = 'auto', axis: int = 1) -> 'Store':
@@ -109,8 +118,12 @@ class Store:
                 raise DistillError(f'draws={self.draws}: must be from 1 to {2**16 - 1}')
             if not self.T > 0:
                 raise DistillError(f'T={self.T}: a temperature is a number above 0')
+        if self.kind == 'pca':
+            self.components = 64 if self.components is None else self.components
+            if self.components < 1:
+                raise DistillError(f'components={self.components}: must be at least 1')
         if self.dtype is None:
-            self.dtype = 'int8' if self.kind == 'hidden' else 'float16'
+            self.dtype = 'int8' if self.kind in ('hidden', 'pca') else 'float16'
         check_choice('dtype', self.dtype, DTYPES)
         check_choice('tail', self.tail, TAILS)
         if self.topk is not None and self.topk < 1:
@@ -126,11 +139,14 @@ class Store:
         if self.kind == 'draws':
             return f'{self.draws} draws at T={self.T:g}'
         names = dict(logits='logits', hidden='hidden states', auto='auto')
+        names['pca'] = f'{self.components} components'
         return f'{names[str(self.kind)]}, {self.dtype}'
 
 
 # {option that only one kind has: this kind}
-KIND_OF_OPTION = dict(topk='topk', size='logits', layer='hidden', draws='draws', T='draws')
+KIND_OF_OPTION = dict(
+    topk='topk', size='logits', layer='hidden', draws='draws', T='draws', components='pca'
+)
 
 
 @dataclass
@@ -229,8 +245,9 @@ class Layout:
         tail: Assumption about the classes that are not stored, see `TopK`.
         axis: Class axis.
         full: Original height and width of logit maps that are stored at a lower resolution.
-        head: For hidden states, a dict with `bias` (True if the output layer has a bias) and `cap`
-            (soft cap of the logits, or None).
+        head: For hidden states and principal components, from which a stored linear layer computes
+            the logits, a dict with `bias` (True if the layer has a bias) and `cap` (soft cap of the
+            logits, or None).
         draws: For draws, a dict with their `number` and temperature `T`.
         basis: True if hidden states are stored in a different basis, see `StoredHead`. None in caches
             of earlier versions. They can be continued, so layouts are equal regardless.
@@ -308,6 +325,13 @@ class Layout:
                 fields.add_numbers('values', (*shape, k))
                 if store.tail == 'mean' and k < self.n:
                     fields.add('rest', 'float16', (*shape, 1))
+        elif store.kind == 'pca':
+            refuse_components(store, t, out.logits)
+            self.n, self.head = t.shape[1], dict(bias=True, cap=None)
+            k = min(EXACT, self.n)
+            fields.add_numbers('codes', (cast(int, store.components),))
+            fields.add('ids', type_of_ids(self.n), (k,))
+            fields.add_numbers('top', (k,))
         elif store.kind != 'hidden':
             fields.add_numbers('logits', t.shape[1:])
         for name, v in out.feats.items():
@@ -326,6 +350,14 @@ class Layout:
         return self.fields[-1].at + self.fields[-1].bytes if self.fields else 0
 
     @property
+    def kind(self) -> str:
+        """Kind of the `Store` that this layout is for."""
+        if self.draws is not None:
+            return 'draws'
+        named = dict(ids='topk', hidden='hidden', codes='pca')
+        return named.get(self.fields[0].name, 'logits')
+
+    @property
     def shapes_of_head(self) -> dict[str, tuple]:
         """{name: shape} of the tensors of `StoredHead`, in the order in which they are stored."""
         if self.head is None:
@@ -339,7 +371,7 @@ class Layout:
 
     @property
     def head_bytes(self) -> int:
-        """Size of the output layer in bytes. 0 if no hidden states are stored."""
+        """Size of the stored linear layer in bytes, see `StoredHead`. 0 if there is none."""
         return 4 * sum(map(prod, self.shapes_of_head.values()))
 
     def to_json(self) -> dict:
@@ -393,11 +425,11 @@ class Layout:
         Args:
             rows: Rows, (M, bytes) uint8.
         """
-        if self.n is None or self.head is not None or not len(rows):
+        ids = next((f for f in self.fields if f.name == 'ids'), None)
+        if ids is None or not len(rows):
             return True
-        ids = self.fields[0]
-        numbers = np.ascontiguousarray(rows[:, : ids.bytes])
-        return int(numbers.view(ids.dtype.replace('int32', 'uint32')).max()) < self.n
+        numbers = np.ascontiguousarray(rows[:, ids.at : ids.at + ids.bytes])
+        return int(numbers.view(ids.dtype.replace('int32', 'uint32')).max()) < cast(int, self.n)
 
     # encoding
 
@@ -406,7 +438,7 @@ class Layout:
 
         Args:
             out: Outputs of a batch of B samples.
-            head: `StoredHead` of the cache, if hidden states are stored.
+            head: `StoredHead` of the cache, for layouts with a `head`.
             seeds: Random seed of each sample, (B,), if classes are drawn.
         """
         parts = self._tensors(out, head, seeds)
@@ -435,12 +467,12 @@ class Layout:
         if isinstance(t, TopK):
             d['ids'] = t.ids
             put_tensor(d, 'values', t.values.float(), dtypes)
-        elif self.head is not None:
+        elif self.kind == 'hidden':
             put_tensor(d, 'hidden', head.encode(t.hidden), dtypes)
         else:
             t = (t.dense() if isinstance(t, LinearLogits) else t).detach().float()
             refuse_without_classes(t, self.axis, out.mask)
-            self._put_logits(d, t, seeds, dtypes)
+            self._put_logits(d, t, head, seeds, dtypes)
         for k, v in out.feats.items():
             put_tensor(d, f'feats:{k}', v.detach().float(), dtypes)
         if out.mask is not None:
@@ -449,7 +481,12 @@ class Layout:
             d['mask'] = out.mask
         return d
 
-    def _put_logits(self, d: dict, t: Tensor, seeds: Any, dtypes: dict) -> None:
+    def _put_logits(self, d: dict, t: Tensor, head: Any, seeds: Any, dtypes: dict) -> None:
+        if self.kind == 'pca':
+            put_tensor(d, 'codes', head.project(t).hidden, dtypes)
+            top, d['ids'] = t.topk(min(EXACT, cast(int, self.n)))
+            put_tensor(d, 'top', top, dtypes)
+            return
         if self.draws is not None:
             d |= draw_classes(t.movedim(self.axis, -1), seeds, **self.draws)
             return
@@ -482,24 +519,29 @@ class Layout:
             t = logits.read(rows)
             top = t.amax(self.axis) if -t.dim() <= self.axis < t.dim() else t
             return float16_step(top.numpy()).max(initial=0).item()
-        scales = [f for f in self.fields if f.name in ('scale:logits', 'scale:values')]
+        scales = [f for f in self.fields if f.name in SCALES_OF_LOGITS]
         return max((f.read(rows)[:, 0].max().item() for f in scales), default=0.0)
 
     def decode(self, rows: Tensor, head: Any = None) -> Outputs:
         """Decode rows to `Outputs` in float32.
 
-        If the rows do not hold all logits, the decoded `logits` are a `TopK`, `LinearLogits` or
-        `Draws`.
+        Of likeliest classes, hidden states and draws, the decoded `logits` are a `TopK`,
+        `LinearLogits` or `Draws`.
 
         Args:
             rows: Rows, (B, bytes) uint8.
-            head: `StoredHead` of the cache, if hidden states are stored.
+            head: `StoredHead` of the cache, for layouts with a `head`.
         """
         got = {f.name: f.read(rows) for f in self.fields}
         full = lambda k: from_int8(got[k], got.get(f'scale:{k}'))
         feats = {f.name[6:]: full(f.name) for f in self.fields if f.name.startswith('feats:')}
         logits: Any
-        if self.head is not None:
+        if self.kind == 'pca':
+            # no other class is likelier than those that are stored exactly
+            top = full('top')
+            logits = self.components(rows, head).dense().minimum(top[:, -1:])
+            logits = logits.scatter(1, got['ids'].long(), top)
+        elif self.head is not None:
             logits = head.decode(full('hidden'))
         elif self.draws is not None:
             counts = got['counts'].float() / self.draws['number']
@@ -515,6 +557,12 @@ class Layout:
         if self.full is not None:
             logits = F.interpolate(logits, self.full, mode='bilinear')
         return Outputs(logits, feats, got['mask'].float() if 'mask' in got else None)
+
+    def components(self, rows: Tensor, head: Any) -> LinearLogits:
+        """Decode only the principal components of rows, without the classes that are exact."""
+        got = {f.name: f.read(rows) for f in self.fields[:2]}
+        codes = from_int8(got['codes'], got.get('scale:codes'))
+        return LinearLogits(codes, head.weight, head.bias)
 
 
 def float16_step(values: Any) -> np.ndarray:
@@ -536,6 +584,9 @@ def outputs_like(layout: Layout) -> tuple[Outputs, Store]:
     if layout.head is not None:
         if not shape:
             raise DistillError('layout.head needs hidden states of shape (..., width).')
+    if layout.head is not None and layout.kind == 'pca':
+        t, store = meta((n,)), Store('pca', dtype, components=shape[-1], **common)
+    elif layout.head is not None:
         bias = meta((n,))[0] if layout.head['bias'] else None
         t = LinearLogits(meta(shape), meta((n, shape[-1]))[0], bias, layout.head['cap'])
         store = Store('hidden', dtype, **common)
@@ -564,6 +615,31 @@ def outputs_like(layout: Layout) -> tuple[Outputs, Store]:
         t, store.size = meta((shape[0], *full)), shape[1:]
     feats = {k[6:]: meta(f.shape) for k, f in named.items() if k.startswith('feats:')}
     return Outputs(t, feats, meta(named['mask'].shape) if 'mask' in named else None), store
+
+
+def refuse_components(store: Store, t: Tensor, logits: Any) -> None:
+    """Raise a DistillError if principal components are not possible or not useful.
+
+    Args:
+        store: The storage format.
+        t: A tensor with the shape of the logits of all classes.
+        logits: The logits of the teacher.
+    """
+    least = CLASSES_PER_COMPONENT * cast(int, store.components)
+    if t.dim() != 2 or store.axis % 2 != 1:
+        what = (
+            "needs one prediction for each sample, (B, classes), but the teacher's output has shape "
+            f'{tuple(t.shape)}'
+        )
+    elif isinstance(logits, TopK):
+        what = 'needs the logits of all classes, but the teacher returns only the likeliest classes'
+    elif t.shape[1] < least:
+        what = f'needs at least {least} classes to save space, but the teacher has {t.shape[1]}'
+    else:
+        return
+    raise DistillError(
+        f"store=dict(components={store.components}) {what}. Use store='int8' instead."
+    )
 
 
 def meta(shape: Sequence[int]) -> Tensor:

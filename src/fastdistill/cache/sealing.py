@@ -18,7 +18,7 @@ from .keys import keys_in_stream, look_up
 from .manifest import Manifest
 from .reader import TeacherCache, damage_of, in_threads
 from .stream_writer import NUMBERED, keys_file, read_keys, rows_at_end, stream_manifest
-from .writer import clear
+from .writer import clear, read_head
 
 STEP = 2**14  # number of keys handled at once, which fit into the processor's cache
 PART = re.compile(r'view(\d{3,})/(.+)\.(rows|keys|end)')
@@ -51,6 +51,7 @@ def seal_stream(path: Path | str, keys: Any = None) -> TeacherCache:
 
 
 def _seal(where: Folder, m: Manifest, expected: np.ndarray | None) -> None:
+    read_head(where, m)
     names, ends, unfinished = part_files(where, m.stored)
     problems = Problems(where)
     problems.add('writers are not done', unfinished)

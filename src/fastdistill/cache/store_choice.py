@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from math import log
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from ..losses.response import dist, kl
 from ..teachers.teacher import Teacher
 from .file_store import Folder
 from .manifest import Manifest
-from .output_layer import OutputLayer, StoredHead, find_output_layer
+from .output_layer import OutputLayer, as_dense, find_output_layer, head_of
 from .row_layout import Layout, Store, outputs_like
 from .teacher_description import Source, spread_positions
 
@@ -147,23 +147,25 @@ def measured_options(
     Returns:
         A list of `Option`s. Formats that the outputs do not allow are left out.
     """
-    linear = isinstance(batches[0].logits, LinearLogits)
-    dense = lambda o: o.logits.dense() if linear else o.logits
-    axis = -1 if linear else stores[0].axis
+    dense = lambda o: as_dense(o.logits)
+    axis = -1 if isinstance(batches[0].logits, LinearLogits) else stores[0].axis
     flat = lambda t: t.detach().float().movedim(axis, -1).reshape(-1, t.shape[axis])
     exact, options = torch.cat([flat(dense(o)) for o in batches]), []
     on = torch.cat([mask_of(o, dense(o), axis) for o in batches])
     for store in stores:
         try:
             layout = Layout.of(batches[0], store)
-            head = None if layout.head is None else StoredHead.of(batches[0].logits, layout)
             total = count * layout.bytes + layout.head_bytes
             if store.kind == 'draws':
                 note = f'unbiased at T={store.T:g}, only for kl and soft_ce'
                 options.append(Option(store, layout.bytes, total, None, note))
                 continue
-            rows = [torch.from_numpy(layout.encode(b, head)) for b in batches]
-            read: list[Any] = [layout.decode(o, head).logits for o in rows]
+            if store.kind == 'pca':
+                read: list[Any] = [read_unseen(exact, store)]
+            else:
+                head = head_of(batches[0].logits, layout)
+                rows = [torch.from_numpy(layout.encode(b, head)) for b in batches]
+                read = [layout.decode(o, head).logits for o in rows]
             # tail='bucket' needs the student's logits, for which the teacher's logits are used here
             own = [dense(b).detach().float().cpu() for b in batches]
             logits = [o if isinstance(o, Tensor) else o.dense(t) for o, t in zip(read, own)]
@@ -173,6 +175,19 @@ def measured_options(
         lost = lost_by(exact[on], got[on], temperatures)
         options.append(Option(store, layout.bytes, total, lost))
     return options
+
+
+def read_unseen(t: Tensor, store: Store, folds: int = 4) -> Tensor:
+    """Store and read logits, (N, C), with the principal components of different samples.
+
+    The components are computed from a few samples, and lose more of the others.
+    """
+    layout, got, fold = Layout.of(Outputs(t), store), torch.empty_like(t), torch.arange(len(t))
+    for own in (fold % folds == i for i in range(min(folds, len(t)))):
+        head = head_of(t[~own] if len(t) > 1 else t, layout)
+        rows = torch.from_numpy(layout.encode(Outputs(t[own]), head))
+        got[own] = cast(Tensor, layout.decode(rows, head).logits).to(t)
+    return got
 
 
 def mask_of(out: Outputs, logits: Tensor, axis: int) -> Tensor:
@@ -232,8 +247,8 @@ def check_kind_of_store(store: Store, kind: str) -> None:
         store: The storage format.
         kind: Kind of the outputs: 'softmax', 'sigmoid' or 'regression'.
     """
-    if kind != 'softmax' and store.kind in ('topk', 'draws'):
-        what = f'topk={store.topk}' if store.kind == 'topk' else "kind='draws'"
+    if kind != 'softmax' and store.kind in ('topk', 'draws', 'pca'):
+        what = f'topk={store.topk}' if store.kind == 'topk' else f'kind={store.kind!r}'
         raise DistillError(
             f'{what} stores the likeliest of several classes, but this model predicts {kind} outputs: '
             "use store='logits'."
@@ -290,7 +305,8 @@ class Choice:
             return self._best(store, source, count)
         if store.kind == 'hidden' and not isinstance(first.logits, LinearLogits):
             return store, self._with_states(source, store.layer), ()
-        if store.kind != 'topk' or old is not None or not isinstance(first.logits, Tensor):
+        lossy = store.kind in ('topk', 'pca') and isinstance(first.logits, Tensor)
+        if not lossy or old is not None:
             return store, source, ()
         return store, source, self._lost(store, source)
 
@@ -302,6 +318,7 @@ class Choice:
     def _lost(self, store: Store, source: Source) -> Sequence:
         """Measure the information loss of the requested format, and warn if it is too large."""
         batches = few_outputs(source, self.tasks)
+        Layout.of(batches[0], store)  # raises an error if the format does not suit the outputs
         uses = self._uses(batches)
         found = measured_options(batches, [store], len(source.keys), (*TEMPERATURES, *uses.T))
         if not found:
@@ -314,7 +331,7 @@ class Choice:
     def _uses(self, batches: Sequence[Any]) -> Uses:
         if self.uses is None:
             return Uses()
-        return self.uses(torch.cat([o.logits for o in batches]))
+        return self.uses(torch.cat([as_dense(o.logits) for o in batches]))
 
     def _best(self, store: Store, source: Source, count: int) -> tuple:
         """Measure all formats for `store='auto'`, print a table, and choose one."""
@@ -323,7 +340,7 @@ class Choice:
         n, temperatures = batches[0].logits.shape[axis], (*TEMPERATURES, *uses.T)
         some = [Store('logits', d, axis=axis) for d in ('float16', 'int8')]
         some += [Store('topk', 'int8', k, axis=axis) for k in (10, 50) if k < n]
-        some += [Store('draws', draws=50, T=uses.T[0], axis=axis)]
+        some += [Store('draws', draws=50, T=uses.T[0], axis=axis), Store('pca', axis=axis)]
         options = measured_options(batches, some, count, temperatures)
         try:
             linear = self._with_states(source)
@@ -346,6 +363,7 @@ def asked_text(option: Any) -> str:
     store = option.store
     options = dict(topk=f'dict(topk={store.topk}, dtype={store.dtype!r})')
     options |= dict(logits=repr(store.dtype), hidden=f"dict(kind='hidden', dtype={store.dtype!r})")
+    options['pca'] = f'dict(components={store.components})'
     return f'{store} (the same as store={options[store.kind]})'
 
 

@@ -19,7 +19,7 @@ from .file_store import Folder, open_folder
 from .json_checks import check_json, json_object, parse_json, shortened, whole_number
 from .keys import hash_of, keys_in_stream
 from .manifest import MAX_COUNT, PART_NAME, Manifest
-from .output_layer import StoredHead, find_output_layer
+from .output_layer import StoredHead, find_output_layer, head_of
 from .row_layout import Layout, Store
 from .store_choice import Choice, HiddenRun, check_kind_of_store, uses_of
 from .teacher_description import (
@@ -30,7 +30,15 @@ from .teacher_description import (
     on_axis,
     outputs_of,
 )
-from .writer import SHARD_BYTES, Rounding, check_views, encoded, warn_of_rounding
+from .writer import (
+    SHARD_BYTES,
+    Rounding,
+    check_views,
+    encoded,
+    entries_of_head,
+    read_head,
+    warn_of_rounding,
+)
 
 UNKNOWN = 10**8  # number of samples assumed for a stream of unknown length
 NUMBERED = re.compile(r'(.+)-(\d{6,})')
@@ -99,14 +107,21 @@ def start_stream(
         store, source, lost = choose(where, store, source, source.first(n), views)
         first = source.first(n)
         layout = Layout.of(first, store)
+        if store.kind == 'pca' and n <= cast(int, store.components):
+            raise DistillError(
+                f'The principal components are computed from example=, which has {n} samples: pass '
+                f'more than {store.components}, preferably a few hundred.'
+            )
         who = source.teacher | dict(reads=entry_of_inputs(inputs))
         m = Manifest(0, views, seed, layout, 1, 1, who, dict(root=root), parts=[])
         m.vocab, m.versions, m.lost = vocab, versions(), list(lost)
-        _begin_stream(where, m.as_read(), first)
+        head = head_of(first.logits, layout)
+        m.shards = entries_of_head(head)
+        _begin_stream(where, m.as_read(), head)
     return TeacherRows(where, teacher, layer=store.layer, **options)
 
 
-def _begin_stream(where: Folder, m: Manifest, first: Outputs) -> None:
+def _begin_stream(where: Folder, m: Manifest, head: StoredHead | None) -> None:
     """Write the settings that all writers share, or compare them with existing settings."""
     if where.size('manifest.json') is not None:
         old = Manifest.read(where)
@@ -115,8 +130,7 @@ def _begin_stream(where: Folder, m: Manifest, first: Outputs) -> None:
         names = 'layout', 'views', 'seed', 'vocab'  # `TeacherRows` compares the teacher
         refuse_others(where, {k: (getattr(old, k), getattr(m, k)) for k in names})
         return
-    if m.layout.head is not None:
-        head = StoredHead.of(cast(LinearLogits, first.logits), m.layout)
+    if head is not None:
         where.write('head.bin', head.to_bytes())
     where.write('manifest.json', m.to_json())
 
@@ -179,7 +193,7 @@ class TeacherRows:
     ):
         self.folder = open_folder(path)
         self.manifest = m = stream_manifest(self.folder)
-        if isinstance(teacher, Teacher) and m.layout.head is None:
+        if isinstance(teacher, Teacher) and m.layout.kind != 'hidden':
             teacher = with_defaults(teacher, axis=m.layout.axis)
         self.teacher, self.inputs, self.key, self.device = teacher, inputs, key, device
         known, now = m.teacher.get('reads'), entry_of_inputs(inputs)
@@ -189,9 +203,7 @@ class TeacherRows:
         refuse_others(self.folder, dict(teacher=(m.teacher, who)))
         self.layer, self._rounding = layer, Rounding()
         self._states: HiddenRun | None = None
-        self._head: StoredHead | None = None
-        if m.layout.head is not None:
-            self._head = StoredHead.from_bytes(self.folder.read('head.bin'), m.layout)
+        self._head = read_head(self.folder, m)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, '_states': None}
@@ -219,7 +231,7 @@ class TeacherRows:
         return encoded(m, self._head, views, self._rounding, keys, self._outputs(x))
 
     def _outputs(self, x: Any) -> Outputs:
-        if self.manifest.layout.head is None:
+        if self.manifest.layout.kind != 'hidden':
             return outputs_of(self.teacher, x)
         if self._states is None:
             out = outputs_of(self.teacher, x)

@@ -3,9 +3,12 @@
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
-from ..base.outputs import Draws, LinearLogits, TopK
+from ..base.outputs import Draws, TopK
+from .output_layer import as_dense
+from .row_layout import Layout
 
 
 def row_errors(stored: Any, live: Any) -> tuple[list, list]:
@@ -20,9 +23,8 @@ def row_errors(stored: Any, live: Any) -> tuple[list, list]:
         live: Current logits of the teacher: (B, ...), `LinearLogits` or, if these are stored,
             `TopK`.
     """
-    dense = lambda o: o.dense() if isinstance(o, LinearLogits) else o
     likeliest = isinstance(live, TopK)
-    t = (live.values if likeliest else dense(live)).detach().float().cpu()
+    t = (live.values if likeliest else as_dense(live)).detach().float().cpu()
     if likeliest:
         # subtle: rounding errors may swap classes that are almost equally likely
         same = stored.ids.shape == live.ids.shape and (stored.ids == live.ids.cpu()).float().mean()
@@ -35,7 +37,7 @@ def row_errors(stored: Any, live: Any) -> tuple[list, list]:
         same = stored.ids.shape[:-1] == logp.shape[:-1] and stored.n == logp.shape[-1]
         old, t = stored.values, logp.gather(-1, stored.ids) if same else logp
     else:
-        old = dense(stored)
+        old = as_dense(stored)
     largest = lambda o: o.abs().reshape(len(o), -1).amax(1)
     sizes = largest(t.where(t.isfinite(), 0)).tolist()
     if old.shape != t.shape:
@@ -43,6 +45,22 @@ def row_errors(stored: Any, live: Any) -> tuple[list, list]:
     # subtle: `old != t` ignores equal infinities, whose difference would be nan
     far = (old.cpu() - t).where(old.cpu() != t, 0).nan_to_num(nan=float('inf'))
     return largest(far).tolist(), sizes
+
+
+def comparable(layout: Layout, rows: np.ndarray, live: Any, head: Any) -> tuple:
+    """Return the stored and the current logits of a batch in a form that can be compared.
+
+    Args:
+        layout: Layout of the rows.
+        rows: Stored rows, (B, bytes) uint8.
+        live: Current logits.
+        head: `StoredHead` of the cache, for layouts with a `head`.
+    """
+    stored = torch.from_numpy(rows)
+    if layout.kind == 'pca':
+        # the classes that are stored exactly may differ after a rounding error
+        return layout.components(stored, head), head.project(as_dense(live).detach().float().cpu())
+    return layout.decode(stored, head).logits, live
 
 
 @dataclass

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,12 +21,13 @@ from .file_store import Folder, open_folder
 from .json_checks import check_json, parse_json
 from .keys import hash_of
 from .manifest import CHECKSUM, MAX_VIEWS, Manifest, differences, refuse
-from .output_layer import StoredHead, worst_error
+from .output_layer import StoredHead, as_dense, head_of, worst_error
 from .reader import TeacherCache, damages
 from .row_layout import COARSE, Layout, Store
 from .sample_files import changed_files, changed_text, record_files, write_record
+from .store_choice import few_outputs
 from .teacher_description import Source, is_whole
-from .verify_rows import row_errors
+from .verify_rows import comparable, row_errors
 
 SHARD_BYTES = 64 * 2**20
 # maximum error of logits computed from hidden states, relative to the range of the logits
@@ -140,17 +141,21 @@ def write_cache(
         # subtle: the units of hidden states are computed from a whole batch
         first = source.first(source.bs)
     layout = Layout.of(first, store)
-    head = None if layout.head is None else StoredHead.of(cast(Any, first.logits), layout)
+    fitted: Any = first.logits
+    if layout.kind == 'pca':
+        fitted = torch.cat([as_dense(o.logits) for o in few_outputs(source)])
+    head = head_of(fitted, layout)
     rows = max(shard_bytes // layout.bytes // source.bs, 1) * source.bs
     data = dict(keys=f'{hash_of(source.keys.tobytes()):016x}', root=source.root)
     m = Manifest(len(source.keys), views, seed, layout, rows, source.bs, source.teacher, data)
     m.transforms, m.vocab, m.samples = source.transforms, source.vocab, source.samples or []
     m.versions, m.doubt, m.lost = versions(), source.doubt, list(lost)
+    m.shards = entries_of_head(head)
     with where.lock() if rank() == 0 else nullcontext():
         # subtle: invalid values raise an error in `as_read`, before files are removed
         m, done = on_first(lambda: _begin(where, source, m.as_read(), first, head, force))
-        # subtle: read the stored layer, since an interrupted run may have used different units
-        head = None if head is None else StoredHead.from_bytes(where.read('head.bin'), m.layout)
+        # subtle: read the stored layer, since an interrupted run may have used a different one
+        head = read_head(where, m)
         todo = [s for s in m.all_shards() if s[2] not in done]
         plan = Forecast(m.count, m.stored, layout.bytes, sum(s[3] for s in todo), where.free())
         if forecast is not None:
@@ -216,18 +221,19 @@ def other_outputs(where: Folder, m: Manifest, first: Any) -> list:
     """
     name, size = m.shard(0, 0), m.layout.bytes
     known = m.checksums.get(name) or note_checksum(where, next(m.all_shards()))
-    if known is None or (m.head_bytes and head_is_lost(where, m)):
+    if known is None or head_is_lost(where, m):
         return []
     if where.size(name) is None or checksum(data := where.read(name)) != known:
         return []  # the file is missing or damaged, and will be written again
-    head = StoredHead.from_bytes(where.read('head.bin'), m.layout) if m.head_bytes else None
-    decode = lambda rows: m.layout.decode(torch.from_numpy(rows), head).logits
+    head = read_head(where, m)
     likeliest = isinstance(first.logits, TopK)
     n = (first.logits.ids if likeliest else first.logits).shape[0]
-    old = decode(np.frombuffer(data, np.uint8)[: n * size].reshape(n, size).copy())
+    rows = np.frombuffer(data, np.uint8)[: n * size].reshape(n, size).copy()
+    old, now = comparable(m.layout, rows, first.logits, head)
     # the errors of the storage format are the same in both, unless the classes are chosen
     whole = m.layout.n is None or m.head_bytes
-    now = decode(m.layout.encode(first, head)) if whole or likeliest else first.logits
+    if m.layout.kind != 'pca' and (whole or likeliest):
+        now = m.layout.decode(torch.from_numpy(m.layout.encode(first, head)), head).logits
     errors, sizes = row_errors(old, now)
     largest = max(sizes) or 1 if whole else max(*sizes, 1)  # log-probabilities may be almost 0
     if (far := max(errors) / largest) <= OTHER_OUTPUTS:
@@ -246,15 +252,16 @@ def _reopen(where: Folder, old: Manifest, m: Manifest, keys: bytes) -> tuple:
     """
     clear(where, '.tmp')
     new = replace(
-        old, views=m.views, samples=m.samples, shards=[], complete=False, doubt=m.doubt or old.doubt
+        old,
+        views=m.views,
+        samples=m.samples,
+        shards=[o for o in old.shards if o['name'] == 'head.bin'],
+        complete=False,
+        doubt=m.doubt or old.doubt,
     )
     if where.size('keys.bin') != len(keys) or where.read('keys.bin') != keys:
         where.write('keys.bin', keys)
-    if old.head_bytes and head_is_lost(where, old):
-        raise DistillError(
-            f'head.bin of {where}, the output layer of the stored hidden states, is missing or damaged, '
-            'and no row can be read without it: restore it, or write the cache again (force=True).'
-        )
+    read_head(where, old)
     if not old.complete:
         if new != old:
             where.write('manifest.json', new.to_json())
@@ -272,11 +279,34 @@ def _reopen(where: Folder, old: Manifest, m: Manifest, keys: bytes) -> tuple:
     return new, {k: v for k, v in own.items() if k not in bad} | notes(where, added)
 
 
+def entries_of_head(head: StoredHead | None) -> list[dict]:
+    """Return the entries of `Manifest.shards` before the rows are written."""
+    if head is None:
+        return []
+    data = head.to_bytes()
+    return [dict(name='head.bin', bytes=len(data), checksum=checksum(data))]
+
+
 def head_is_lost(where: Folder, m: Manifest) -> bool:
-    """Return True if the output layer is missing, has a different size, or was changed."""
-    if where.size('head.bin') != m.head_bytes:
+    """Return True if `head.bin` is needed, but is missing, has a different size, or was changed."""
+    if (where.size('head.bin') if m.head_bytes else 0) != m.head_bytes:
         return True
-    return bool(m.complete and checksum(where.read('head.bin')) != m.checksums['head.bin'])
+    known = m.checksums.get('head.bin')  # unknown while an earlier version writes the cache
+    return known is not None and checksum(where.read('head.bin')) != known
+
+
+def read_head(where: Folder, m: Manifest) -> StoredHead | None:
+    """Read `head.bin`, and compare it with its checksum. None if the rows need none."""
+    if head_is_lost(where, m):
+        what = (
+            'components' if m.layout.kind == 'pca' else 'output layer of the stored hidden states'
+        )
+        again = 'write the cache again (force=True)' if m.parts is None else 'start a new stream'
+        raise DistillError(
+            f'head.bin of {where}, the {what}, is missing or damaged, and no row can be read without '
+            f'it: restore it, or {again}.'
+        )
+    return StoredHead.from_bytes(where.read('head.bin'), m.layout) if m.head_bytes else None
 
 
 CACHE_FILES = re.compile(
@@ -396,19 +426,19 @@ def warn_of_rounding(layout: Layout, rounding: Rounding) -> None:
             "or their mean is large compared with their differences. Use store='float32'."
         )
         warnings.warn(DistillWarning(text))
-    if layout.head is not None and worst > INACCURATE:
+    if layout.kind == 'hidden' and worst > INACCURATE:
         text = (
             f'The logits of the hidden states in int8 differ by up to {100 * worst:.1f}% of their '
             "spread from the teacher's: a few numbers are much larger than the others. Use "
             "store=dict(kind='hidden', dtype='float16')."
         )
-    elif layout.head is None and worst > COARSE and layout.fields[0].dtype == 'float16':
+    elif layout.kind != 'hidden' and worst > COARSE and layout.fields[0].dtype == 'float16':
         text = (
             f'float16 holds the outputs of some samples in steps of {worst:.3g}, because all of them '
             "are very large or very small numbers. Smaller differences are lost. Use dtype='float32', "
             "or subtract the largest logit in the teacher, which doesn't change the probabilities."
         )
-    elif layout.head is None and worst > COARSE:
+    elif layout.kind != 'hidden' and worst > COARSE:
         text = (
             f'int8 holds the outputs of some samples in steps of {worst:.3g}, because they go from '
             'very low to very high numbers (is a class masked out with a low logit?). Smaller '
@@ -426,7 +456,7 @@ def encoded(
 
     Args:
         m: Manifest of the cache.
-        head: `StoredHead` of the cache, if hidden states are stored.
+        head: `StoredHead` of the cache, for layouts with a `head`.
         view: View of the samples.
         rounding: The `Rounding` that this function updates.
         keys: Keys of the samples in the batch.
@@ -443,7 +473,7 @@ def encoded(
     rows = layout.encode(out, head)
     if rounding.features is None:
         rounding.features = feature_errors(layout, rows, head, out)
-    if head is None:
+    if layout.kind != 'hidden':
         rounding.worst = max(rounding.worst, layout.largest_step(torch.from_numpy(rows)))
     elif layout.fields[0].dtype == 'int8':
         got: Any = layout.decode(torch.from_numpy(rows), head).logits
@@ -471,7 +501,8 @@ def _finish(where: Folder, m: Manifest, done: dict[str, str]) -> None:
     if m.complete:
         return
     sums = notes(where, [s for s in m.all_shards() if s[2] not in done]) | done
-    for name in ['keys.bin'] + ['head.bin'] * bool(m.head_bytes):
+    sums |= m.checksums
+    for name in ['keys.bin'] + ['head.bin'] * bool(m.head_bytes and 'head.bin' not in sums):
         sums[name] = checksum(where.read(name))
     if lost := [name for name, _ in m.all_files() if name not in sums]:
         raise DistillError(

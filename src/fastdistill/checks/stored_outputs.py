@@ -43,7 +43,7 @@ def check_stored(recipe: Any, teacher: Outputs, kind: str) -> Iterator[Finding]:
                 "Store the logits: store='int8' or 'float16', or use a loss of probabilities, such as kd(T=1)",
                 about='store',
             )
-        elif isinstance(t, TopK) and t.ids.shape[-1] < t.n:
+        elif teacher.lost is not None or isinstance(t, TopK) and t.ids.shape[-1] < t.n:
             yield from lossy_classes(term, t, teacher.lost)
 
 
@@ -61,10 +61,14 @@ def unsuited_draws(term: Any, t: Draws) -> Iterator[Finding]:
     yield Finding('error', what, f'Use {do}'.removesuffix('.'), about='store')
 
 
-def lossy_classes(term: Any, t: TopK, lost: Any) -> Iterator[Finding]:
-    """Yield a finding if a term loses much information because some classes are not stored."""
-    T, k = term.temperature or 1.0, t.ids.shape[-1]
-    stored = f'The cache stores the {k} likeliest of {t.n:,} classes, and {term.name} uses them at T={T:g}'
+def lossy_classes(term: Any, t: Any, lost: Any) -> Iterator[Finding]:
+    """Yield a finding if a term loses much information because some classes are not stored, or only
+    approximately.
+    """
+    T, what = term.temperature or 1.0, 'approximate logits'
+    if isinstance(t, TopK):
+        what = f'the {t.ids.shape[-1]} likeliest of {t.n:,} classes'
+    stored = f'The cache stores {what}, and {term.name} uses them at T={T:g}'
     if lost is not None:
         found = loss_at(lost, T)
         told = (

@@ -42,7 +42,7 @@ from ..cache.teacher_description import (
     spread_positions,
     unrepeatable,
 )
-from ..cache.verify_rows import Verified, row_errors
+from ..cache.verify_rows import Verified, comparable, row_errors
 from ..cache.write_progress import shown_progress
 from ..cache.writer import check_views, options_of_run, write_cache
 from ..recipes.default import auto, facts_for_auto
@@ -137,10 +137,10 @@ def cache_teacher(
         views: Number of augmented views of each sample. With 0, the teacher sees each sample
             without augmentation, while the student's augmentation stays random. Use 0 for a teacher
             with `items=`, because such a teacher never sees the augmentation.
-        store: How outputs are stored (docs/stores.md): 'logits', 'topk', 'hidden' or 'draws'. Use
-            'float32', 'float16' or 'int8' to store all logits in that number format. Use a dict to
-            set several options, such as dict(topk=10, dtype='int8'). With 'auto', the size and the
-            error of each format are measured, and the best format is chosen.
+        store: How outputs are stored (docs/stores.md): 'logits', 'topk', 'hidden', 'draws' or
+            'pca'. Use 'float32', 'float16' or 'int8' to store all logits in that number format. Use
+            a dict to set several options, such as dict(topk=10, dtype='int8'). With 'auto', the
+            size and the error of each format are measured, and the best format is chosen.
         layers: Names of teacher layers whose outputs are also stored.
         recipe: Recipe for which `store` is chosen or checked. If None, the default recipe is
             assumed.
@@ -281,20 +281,21 @@ def verify_cache(
         errors, sizes = [], []
         for i, live in enumerate(source.run(at, bs)):
             part = slice(i * bs, i * bs + bs)
-            old = cache.outputs(stored[part], view[part]).logits
+            rows, head = cache.rows(stored[part], view[part]), cache.files.head(torch.device('cpu'))
+            old, now = comparable(m.layout, rows, live.logits, head)
             if isinstance(old, Draws):
                 raise DistillError(
                     'These are draws, which differ from the probabilities by chance, so they can not '
                     'be compared with the teacher row by row.'
                 )
-            far, size = row_errors(old, live.logits)
+            far, size = row_errors(old, now)
             errors, sizes = errors + far, sizes + size
     return Verified(
         len(at),
         max(errors),
         float(np.mean(errors)),
         max(e / max(n, 1) for e, n in zip(errors, sizes)),
-        next(f.dtype for f in m.layout.fields if f.name in ('logits', 'values', 'hidden')),
+        next(f.dtype for f in m.layout.fields if f.name in ('logits', 'values', 'hidden', 'codes')),
     )
 
 
