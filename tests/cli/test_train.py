@@ -1595,17 +1595,26 @@ def test_a_run_does_not_continue_with_another_order_of_the_rows_of_one_file(
     resumed(out)
 
 
-def test_a_run_continues_with_data_that_were_moved(finished, stopped, digits, tmp_path):
+@pytest.mark.parametrize('path', ['there', '{folder}/there'])
+def test_a_run_continues_with_data_that_were_moved(
+    path, finished, stopped, digits, tmp_path, monkeypatch
+):
     "Their content counts, not where they are"
+    monkeypatch.chdir(tmp_path)
     shutil.copytree(digits, tmp_path / 'here')
     out = stopped(tmp_path / 'here')
     (tmp_path / 'here').rename(tmp_path / 'there')
     with pytest.raises(DistillError, match='There is no file or folder'):
         resumed(out)
     text = (out / 'config.toml').read_text()
-    (out / 'config.toml').write_text(text.replace(str(tmp_path / 'here'), str(tmp_path / 'there')))
+    there = path.format(folder=tmp_path)
+    (out / 'config.toml').write_text(text.replace(str(tmp_path / 'here'), there))
+    for folder in (out, out / 'student', out / 'checkpoints'):
+        folder.mkdir(exist_ok=True)
+        (folder / 'student.onnx.1234.tmp').touch()  # as a process leaves them that is killed
     resumed(out)
     assert_same(finished, out)
+    assert not [*out.rglob('*.tmp')]
 
 
 def test_a_run_does_not_continue_with_other_rows(stopped, tmp_path):
@@ -1828,6 +1837,43 @@ def test_folders_whose_names_differ_only_in_case_are_refused(tmp_path):
         read(tmp_path)
 
 
+def test_two_folders_of_one_set_are_refused(tmp_path):
+    for part in ('train', 'val', 'validation', 'test'):
+        write_digits(tmp_path / part, 12)
+    with pytest.raises(DistillError, match="a folder 'val' and a folder 'validation': merge them"):
+        read(tmp_path)
+    shutil.rmtree(tmp_path / 'validation')
+    assert len(read(tmp_path)) == 24  # a test set is left for later
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason='root may read everything')
+def test_a_folder_and_a_file_that_must_not_be_read_are_named(digits, tmp_path):
+    shutil.copytree(digits, tmp_path / 'mine')
+    first = tmp_path / 'mine' / 'digit0' / '0.png'
+    shutil.copy(first, first.with_name('copy.png'))
+    first.chmod(0)
+    with pytest.raises(DistillError, match=r"1 of 61 images can't be read: \S*digit0/0.png"):
+        read(tmp_path / 'mine')
+    first.parent.chmod(0)
+    with pytest.raises(DistillError, match=r"folder \S*digit0 can't be read: Permission denied"):
+        read(tmp_path / 'mine')
+    first.parent.chmod(0o700)
+
+
+def test_a_folder_that_is_gone_while_images_are_listed_is_named(digits, tmp_path, monkeypatch):
+    shutil.copytree(digits, tmp_path / 'mine')
+    scandir = os.scandir
+
+    def failing(path):
+        if str(path).endswith('digit1'):
+            raise OSError(5, 'Input/output error', path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, 'scandir', failing)
+    with pytest.raises(DistillError, match=r"folder \S*digit1 can't be read: Input/output error"):
+        read(tmp_path / 'mine')
+
+
 def test_a_folder_without_images_is_named(digits, tmp_path):
     shutil.copytree(digits, tmp_path / 'mine')
     (tmp_path / 'mine' / 'birds').mkdir()
@@ -1870,6 +1916,29 @@ def test_copies_of_an_image_are_in_one_set(digits, tmp_path):
     assert not train & valid
     assert len(valid) == 12
     assert s.valid.sum() == 24
+
+
+@pytest.mark.filterwarnings('error::fastdistill.DistillWarning')
+def test_copies_of_an_image_with_a_mask_are_in_one_set(tmp_path):
+    write_masks(tmp_path)
+    for p in [*tmp_path.rglob('*.*g')]:
+        shutil.copy(p, p.with_name(f'copy {p.name}'))
+    s, _ = loaders(data=tmp_path)
+    train, valid = (
+        {Path(p).name.removeprefix('copy ') for p in s.frame['x'][rows]}
+        for rows in (~s.valid, s.valid)
+    )
+    assert not train & valid
+    assert s.valid.sum() == 4
+
+
+def test_copies_of_an_image_with_several_labels_are_in_one_set(digits, tmp_path):
+    paths = sorted(digits.rglob('*.png'))
+    rows = [(p, f'all {p.parent.name}') for p in (*paths, *paths[:20])]
+    pd.DataFrame(rows, columns=['file', 'label']).to_csv(tmp_path / 'a.csv', index=False)
+    s = read(tmp_path / 'a.csv', delimiter=' ')
+    assert len(s) == 80
+    assert not {*s.frame['file'][s.valid]} & {*s.frame['file'][~s.valid]}
 
 
 def test_copies_of_a_text_in_both_sets_are_named(tmp_path):

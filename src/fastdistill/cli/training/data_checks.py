@@ -146,13 +146,13 @@ def validation_rows(s: Samples, config: TrainConfig) -> np.ndarray:
             f'valid={config.valid!r}: must be a fraction such as 0.2, or for a CSV file another CSV '
             f'file, or a column that marks the rows. It has {columns}'
         )
-    files = content_identities(s) if s.task == 'images' else files
+    files = content_identities(s) if s.task in ('images', 'masks') else files
     order, rows = np.random.default_rng(config.seed).permutation(len(s)), np.zeros(len(s), bool)
     order = order[~files.duplicated()[order]]  # keep only one row per file
     groups = (
         s.frame[s.y].to_numpy()[order]
         if s.task != 'masks' and s.target == 'classes'
-        else np.zeros(len(s))
+        else np.zeros(len(order))
     )
     for _, at in pd.Series(order).groupby(groups):
         if len(at) > 1:
@@ -177,9 +177,9 @@ def content_identities(s: Samples) -> pd.Series:
     if s.task == 'texts':
         return s.frame[s.x[0]].astype(str).reset_index(drop=True)
     files = image_identities(s)
-    sizes = {
-        f: os.path.getsize(f) for f in set(files) if not isinstance(f, bytes) and os.path.isfile(f)
-    }
+    # `checked_files` names those that can't be read
+    readable = lambda f: os.path.isfile(f) and os.access(f, os.R_OK)
+    sizes = {f: os.path.getsize(f) for f in set(files) if not isinstance(f, bytes) and readable(f)}
     number = Counter(sizes.values())
     hashes = {f: file_hash(f) for f, size in sizes.items() if number[size] > 1}
     return pd.Series([hashes.get(f, f) for f in files])

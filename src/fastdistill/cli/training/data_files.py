@@ -109,10 +109,13 @@ DATA_FORMS = dict(
 def split_folders(path: Path) -> tuple[Path, Path] | None:
     """Return (training folder, validation folder), or None unless both exist."""
     inside = folders_in(path, (*TRAIN, *VALID))
-    train, valid = (
-        next((inside[n] for n in names if n in inside), None) for names in (TRAIN, VALID)
-    )
-    return (train, valid) if train and valid else None
+    trains, valids = ([inside[n] for n in names if n in inside] for names in (TRAIN, VALID))
+    if not trains or not valids:
+        return None
+    for first, *others in (trains, valids):
+        if others := [p for p in others if p.name.lower() != 'test']:  # a test set is not used
+            refuse_both(path, first, others[0])
+    return trains[0], valids[0]
 
 
 def folders_in(path: Path, names: Sequence[str]) -> dict[str, Path]:
@@ -121,17 +124,21 @@ def folders_in(path: Path, names: Sequence[str]) -> dict[str, Path]:
     for p in sorted(path.iterdir()):
         name = p.name.lower()
         if p.is_dir() and name in names and found.setdefault(name, p) != p:
-            raise DistillError(
-                f'{path} has both a folder {found[name].name!r} and a folder {p.name!r}: merge them, or '
-                'remove one.'
-            )
+            refuse_both(path, found[name], p)
     return found
+
+
+def refuse_both(path: Path, a: Path, b: Path) -> None:
+    """Raise a DistillError if only one of two folders would be used."""
+    raise DistillError(
+        f'{path} has both a folder {a.name!r} and a folder {b.name!r}: merge them, or remove one.'
+    )
 
 
 def image_files(folder: Path) -> list[Path]:
     """Return all images in a folder and its subfolders. Symbolic links to folders are followed."""
     files, above = [], {str(folder): [os.path.realpath(folder)]}
-    for parent, folders, names in os.walk(folder, followlinks=True):
+    for parent, folders, names in os.walk(folder, onerror=refuse_unreadable, followlinks=True):
         inside = {n: os.path.join(parent, n) for n in folders if not n.startswith('.')}
         # subtle: do not follow a link that leads back to a parent folder, which would never end
         folders[:] = [n for n, p in inside.items() if not leads_back(p, above[parent])]
@@ -145,6 +152,12 @@ def image_files(folder: Path) -> list[Path]:
     if odd := next((p for p in files if not is_utf8(p)), None):
         raise DistillError(f'The name of {str(odd)!r} is not UTF-8: rename the file or its folder.')
     return sorted(files)
+
+
+def refuse_unreadable(error: OSError) -> None:
+    raise DistillError(
+        f"The folder {error.filename} can't be read: {error.strerror}. Its images would be missing."
+    ) from error
 
 
 def is_utf8(path: Any) -> bool:

@@ -28,7 +28,7 @@ def settings_of(
     if resume and folder and (folder / 'config.toml').is_file():
         if config_file is not None:
             raise DistillError(f'{folder} has its own settings: leave config= out.')
-        stored = TrainConfig(**read_config(folder / 'config.toml'))
+        stored = TrainConfig(**read_config(folder / 'config.toml')).absolute()
         check_unchanged(given, stored, folder)
         if (folder / 'report.json').is_file():
             raise DistillError(f'The run in {folder} is finished.')

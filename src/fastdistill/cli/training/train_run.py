@@ -239,7 +239,7 @@ class TrainRun:
         self.locks.enter_context(locked_folder(self.files, self.folder))
         if (self.folder / 'report.json').is_file():
             raise DistillError(f'The run in {self.folder} is finished.')
-        for folder in (self.folder, self.files):
+        for folder in (self.folder, self.folder / 'student', self.files):
             for p in folder.glob('*.tmp'):
                 p.unlink()  # left by a process that was killed
         self.write_settings(read_begun(self.folder).get('found', []))
