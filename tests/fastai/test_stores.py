@@ -43,7 +43,7 @@ def test_a_language_model_learns_from_hidden_states(tmp_path, monkeypatch):
         if name == 'hidden':
             dense, rows = LinearLogits.dense, []
             monkeypatch.setattr(chunks, 'ON_CPU', 200)
-            monkeypatch.setattr(chunks, 'LINEAR_ROWS', 1)
+            monkeypatch.setattr(chunks, 'TEACHER_ROWS', 1)
             monkeypatch.setattr(
                 LinearLogits, 'dense', lambda self: rows.append(len(self.hidden)) or dense(self)
             )

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -36,6 +37,7 @@ def few_rows(request, monkeypatch):
     if request.param == 'in chunks':
         monkeypatch.setattr(chunks, 'ON_CPU', 300)
         monkeypatch.setattr(chunks, 'LINEAR_ROWS', 1)
+        monkeypatch.setattr(chunks, 'TEACHER_ROWS', 1)
 
 
 @pytest.mark.parametrize('cap', [None, 3.0])
@@ -61,6 +63,30 @@ def test_only_the_teacher_may_be_hidden(name, few_rows):
     torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
     a, b = [torch.autograd.grad(v, x)[0] for v in (got, want)]
     torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-15)
+
+
+@pytest.mark.parametrize('T', [1.0, 3.0])
+@pytest.mark.parametrize('masked_out', [False, True])
+def test_kl_to_hidden_states_in_chunks_is_the_formula(T, masked_out, monkeypatch):
+    "Also if a class is masked out, by a bias of -inf or in the student's logits"
+    monkeypatch.setattr(chunks, 'ON_CPU', 300)
+    t, x = linear(1, 9, 40), linear(0, 6, 40).dense()
+    if masked_out:
+        t.bias[3] = -torch.inf
+        x[:, 7] = -torch.inf
+    x.requires_grad_()
+    got = losses.kl(x, t, T=T, axis=-1, reduction='none')
+    z = t.hidden.numpy() @ t.weight.numpy().T + t.bias.numpy()
+    a, b = z / T, x.detach().numpy() / T
+    a[b == -np.inf] = -np.inf
+    with np.errstate(invalid='ignore'):
+        a, b = [o - np.log(np.exp(o).sum(1, keepdims=True)) for o in (a, b)]
+        want = T**2 * np.nansum(np.exp(a) * (a - b), 1)
+    np.testing.assert_allclose(got.detach(), want, rtol=1e-9, atol=1e-12)
+    weights = torch.linspace(1, 2, 40, dtype=torch.double)
+    g = torch.autograd.grad((got * weights).sum(), x)[0]
+    slope = T * (np.exp(b) - np.exp(a)) * weights.numpy()[:, None]
+    np.testing.assert_allclose(g, slope, rtol=1e-9, atol=1e-12)
 
 
 def test_the_second_derivative_in_chunks_is_that_of_the_logits(monkeypatch):
@@ -99,7 +125,7 @@ def test_no_tensor_of_all_logits_exists(least, monkeypatch):
 def test_the_output_layer_of_the_teacher_is_applied_once_to_many_positions(least, monkeypatch):
     "Gradients of the student's logits are kept, so that they can be read again"
     monkeypatch.setattr(chunks, 'ON_CPU', 2000)
-    monkeypatch.setattr(chunks, 'LINEAR_ROWS', least)
+    monkeypatch.setattr(chunks, 'TEACHER_ROWS', least)
     rows = []
     dense = LinearLogits.dense
     monkeypatch.setattr(LinearLogits, 'dense', lambda self: rows.append(len(self)) or dense(self))

@@ -768,7 +768,7 @@ def from_int8(t: Tensor, scale: Tensor | None) -> Tensor:
         return t.float()
     step, mid = scale.float().unbind(-1)
     shape = *step.shape, *[1] * (t.dim() - step.dim())
-    return t.float() * step.view(shape) + mid.view(shape)
+    return t.float().mul_(step.view(shape)).add_(mid.view(shape))
 
 
 def as_bytes(t: Tensor, dtype: str) -> np.ndarray:

@@ -19,6 +19,8 @@ ON_CPU, ON_GPU = 2**16, 2**24
 # minimum number of positions to which an output layer is applied at once, because its whole weight is
 # read each time
 LINEAR_ROWS = 64
+# the same for the teacher's output layer, if the student's logits of all positions exist anyway
+TEACHER_ROWS = 256
 
 
 def per_position(
@@ -28,6 +30,7 @@ def per_position(
     axis: int = 1,
     mask: Tensor | None = None,
     slope: Callable | None = None,
+    both: Callable | None = None,
 ) -> Tensor:
     """Compute `values` for all logits. The result has no class axis.
 
@@ -40,6 +43,7 @@ def per_position(
         mask: Same shape as `s` without the class axis. Logits at masked positions are replaced by
             0.
         slope: fn(s, t, axis=) -> gradient of `values` with respect to `s`. None to use autograd.
+        both: fn(s, t, axis=) -> (values, slope), if this is faster than to compute each.
     """
     axis = class_axis(s, axis)
     shape = s.shape[:axis] + s.shape[axis + 1 :]
@@ -59,9 +63,9 @@ def per_position(
         return blanked(values, s, t, mask, axis=axis)
     s, t = in_three(s, axis), in_three(t, axis)
     mask = None if mask is None else in_three(mask, axis)
-    fns = partial(blanked, values), None if slope is None else partial(blanked, slope)
+    fns = [None if fn is None else partial(blanked, fn) for fn in (values, slope, both)]
     parts = [s] if isinstance(s, Tensor) else [s.hidden, s.weight, s.bias]
-    return Chunked.apply(s, t, mask, *fns, size, *parts).reshape(shape)
+    return Chunked.apply(s, t, mask, fns, size, *parts).reshape(shape)
 
 
 def chunk_size(x: Any, least: int = 4, smallest: int = 0) -> int | None:
@@ -86,13 +90,22 @@ def in_transform() -> bool:
     return getattr(torch._C._functorch, 'peek_interpreter_stack', lambda: None)() is not None
 
 
-def seen_finite(*xs: Tensor) -> bool:
-    """Return True if all numbers are known to be finite. The check runs only on a CPU and without
-    gradients, where it is fast. Otherwise return False.
+def on_cpu_without_gradient(*xs: Tensor) -> bool:
+    """Return True on a CPU and without gradients, where it is fast to check whether numbers are
+    finite.
     """
     if torch.is_grad_enabled() or torch.compiler.is_compiling() or in_transform():
         return False
-    return all(x.is_cpu and isfinite(x.sum()) for x in xs)
+    return all(x.is_cpu for x in xs)
+
+
+def all_finite(x: Tensor) -> bool:
+    return isfinite(x.sum())
+
+
+def seen_finite(*xs: Tensor) -> bool:
+    """Return True if all numbers are known to be finite. They are checked only if this is fast."""
+    return on_cpu_without_gradient(*xs) and all(map(all_finite, xs))
 
 
 def in_three(x: Any, axis: int) -> Any:
@@ -147,22 +160,25 @@ class Chunked(torch.autograd.Function):
         s: Any,
         t: Any,
         mask: Tensor | None,
-        values: Callable,
-        slope: Callable | None,
+        fns: Sequence[Any],
         size: int,
         *parts: Any,
     ) -> Tensor:
+        values, slope, both = fns
         a, c, p = s.shape if isinstance(s, Tensor) else (*s.shape, 1)
         saved, kept = (t, None) if isinstance(t, Tensor) else (None, t)
         ctx.rest = kept, values, slope, [*chunks((a, c, p), size)], getattr(s, 'cap', None)
-        out, t, d = parts[0].new_empty(a, 1, p), in_blocks(t), None
-        if slope and isinstance(s, Tensor) and isinstance(t, Blocks) and ctx.needs_input_grad[6]:
+        out, t, d = parts[0].new_empty(a, 1, p), in_blocks(t, s), None
+        if slope and isinstance(s, Tensor) and isinstance(t, Blocks) and ctx.needs_input_grad[5]:
             d = torch.empty_like(s)  # the gradient, while the teacher's logits are at hand
         for i in ctx.rest[3]:
             rows = rows_at((s, t, mask), i)
-            out[i] = values(*rows).reshape(out[i].shape)
-            if slope and d is not None:
-                d[i] = slope(*rows).reshape(d[i].shape)
+            if d is None:
+                v = values(*rows)
+            else:
+                v, g = both(*rows) if both else (values(*rows), slope(*rows))
+                d[i] = g.reshape(d[i].shape)
+            out[i] = v.reshape(out[i].shape)
         ctx.save_for_backward(mask, saved, d, *parts)
         return out
 
@@ -172,18 +188,18 @@ class Chunked(torch.autograd.Function):
         t, s = t if kept is None else kept, logits_of_parts(parts, cap)
         if torch.is_grad_enabled():  # the gradient can be differentiated again, without chunks
             v = values(*rows_at((s, t, mask), WHOLE)).reshape(g.shape)
-            return *[None] * 6, *gradients_of(v, parts, g, create_graph=True)
+            return *[None] * 5, *gradients_of(v, parts, g, create_graph=True)
         if d is not None:
-            return *[None] * 6, d * g
-        t = in_blocks(t)
+            return *[None] * 5, d * g
+        t = in_blocks(t, s)
         if isinstance(s, Tensor):
             out = torch.empty_like(s)
             for i in places:
                 rows = rows_at((s, t, mask), i)
                 d = slope(*rows) if slope is not None else by_autograd(values, *rows)
                 torch.mul(d.reshape(out[i].shape), g[i], out=out[i])
-            return *[None] * 6, out
-        needs = ctx.needs_input_grad[6:]
+            return *[None] * 5, out
+        needs = ctx.needs_input_grad[5:]
         sums: Any = [torch.zeros_like(p) if need else None for p, need in zip(parts, needs)]
         for i in places:
             own: Any = [p if p is None else p.detach() for p in (parts[0][i[0]], *parts[1:])]
@@ -200,29 +216,31 @@ class Chunked(torch.autograd.Function):
             for total, d in zip(sums[1:], found[1:]):
                 if total is not None:
                     total += d
-        return *[None] * 6, *sums
+        return *[None] * 5, *sums
 
 
 class Blocks:
     """Rows of `LinearLogits` that are read in order. The output layer is applied to blocks of at
-    least `LINEAR_ROWS` positions, although the chunks may be smaller.
+    least `least` positions, although the chunks may be smaller.
     """
 
-    def __init__(self, logits: LinearLogits):
-        self.logits, self.start, self.block = logits, 0, torch.empty(0)
+    def __init__(self, logits: LinearLogits, least: int):
+        self.logits, self.least = logits, least
+        self.start, self.block = 0, torch.empty(0)
 
     def __getitem__(self, rows: slice) -> Tensor:
         if min(rows.stop, len(self.logits)) > self.start + len(self.block):
             step = rows.stop - rows.start
-            size = step * -(-LINEAR_ROWS // step)  # a whole number of chunks
+            size = step * -(-self.least // step)  # a whole number of chunks
             hidden = self.logits.hidden[rows.start : rows.start + size]
             self.start, self.block = rows.start, replace(self.logits, hidden=hidden).dense()
         return self.block[rows.start - self.start : rows.stop - self.start]
 
 
-def in_blocks(x: Any) -> Any:
-    """Return `LinearLogits` as `Blocks`, and other logits as they are."""
-    return Blocks(x) if isinstance(x, LinearLogits) else x
+def in_blocks(t: Any, s: Any) -> Any:
+    """Return the teacher's logits as `Blocks` if they are `LinearLogits`, or else as they are."""
+    least = TEACHER_ROWS if isinstance(s, Tensor) else LINEAR_ROWS
+    return Blocks(t, least) if isinstance(t, LinearLogits) else t
 
 
 def rows_at(logits: Sequence, i: tuple[slice, slice, slice]) -> list:

@@ -28,8 +28,9 @@ from ._base import (
     reduce,
     same_shape,
     temperature,
+    tempered,
 )
-from .chunks import per_position, seen_finite
+from .chunks import all_finite, on_cpu_without_gradient, per_position, seen_finite
 from .correlations import both_correlations
 
 __all__ = [
@@ -95,15 +96,16 @@ def reduce_positions(
     reduction: str,
     slope: Callable | None = None,
     scale: float = 1.0,
+    both: Callable | None = None,
 ) -> Tensor:
     """Compute and reduce a loss whose value at each position depends only on the logits at that
-    position.
+    position. For `values`, `slope` and `both`, see `per_position`.
     """
     check_classes(s, axis)
     same_shape(s, t)
     if mask is not None:
         mask = fit_mask(mask, positions(s, class_axis(s, axis)))
-    return reduce(per_position(values, s, t, axis, mask, slope) * scale, reduction, mask)
+    return reduce(per_position(values, s, t, axis, mask, slope, both) * scale, reduction, mask)
 
 
 def within(x: Tensor, other: Tensor) -> Tensor:
@@ -150,22 +152,40 @@ def kl(
         axis: Class axis.
         mask: Positions to include in the loss. Same shape as `s` without the class axis.
     """
-    values = drawn_kl if isinstance(t, Draws) else kl_values
-    return reduce_positions(
-        partial(values, T=T), s, t, axis, mask, reduction, partial(kl_slope, T=T), T**2
-    )
+    slope = partial(kl_slope, T=T)
+    drawn = isinstance(t, Draws)
+    values = partial(drawn_kl if drawn else kl_values, T=T)
+    both = None if drawn else partial(kl_both, T=T)
+    return reduce_positions(values, s, t, axis, mask, reduction, slope, T**2, both)
 
 
 def kl_values(s: Tensor, t: Tensor, T: float, axis: int) -> Tensor:
-    if not seen_finite(s, t):
-        return kl_from_logs(log_probs(within(t, s), T, axis), log_probs(s, T, axis), axis)
-    # This formula needs half as many exponentials as `kl_from_logs`.
-    # The largest logit becomes 0, so the log of its probability is -logsumexp.
-    s, t = [(x - x.amax(axis, keepdim=True)).div_(temperature(T)) for x in (s, t)]
-    p_s, p_t = s.softmax(axis), t.softmax(axis)
-    return (
-        torch.linalg.vecdot(p_t, t.sub_(s), dim=axis) + p_t.amax(axis).log() - p_s.amax(axis).log()
-    )
+    if on_cpu_without_gradient(s, t):
+        values = kl_of_finite(s, t, T, axis)[0]
+        if all_finite(values):
+            return values
+    return kl_from_logs(log_probs(within(t, s), T, axis), log_probs(s, T, axis), axis)
+
+
+def kl_of_finite(s: Tensor, t: Tensor, T: float, axis: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute the KL of finite logits with few passes over memory. If a logit is infinite, its
+    position gets inf or nan.
+
+    Returns:
+        (KL of each position, log-probabilities of the student, probabilities of the teacher).
+    """
+    ls, lt = log_probs(s, T, axis), log_probs(t, T, axis)
+    p = lt.exp()
+    return torch.linalg.vecdot(p, lt.sub_(ls), dim=axis), ls, p
+
+
+def kl_both(s: Tensor, t: Tensor, T: float, axis: int) -> tuple[Tensor, Tensor]:
+    """Compute `kl_values` and `kl_slope` together."""
+    if on_cpu_without_gradient(s, t):
+        values, ls, p = kl_of_finite(s, t, T, axis)
+        if all_finite(values):
+            return values, tempered(ls.exp_().sub_(p), T)
+    return kl_values(s, t, T, axis), kl_slope(s, t, T, axis)
 
 
 def drawn_ce(s: Tensor, t: Draws, T: float, axis: int) -> Tensor:
@@ -188,10 +208,10 @@ def drawn_kl(s: Tensor, t: Draws, T: float, axis: int) -> Tensor:
 def kl_slope(s: Tensor, t: Any, T: float, axis: int) -> Tensor:
     """Compute the gradient of `kl_values` with respect to `s`."""
     if isinstance(t, Draws):
-        return (s / T).softmax(axis).scatter_add_(axis, t.ids, -t.freqs).div_(T)
+        return tempered(tempered(s, T).softmax(axis).scatter_add_(axis, t.ids, -t.freqs), T)
     if not seen_finite(s):
         t = within(t, s)
-    return (s / T).softmax(axis).sub_((t / T).softmax(axis)).div_(T)
+    return tempered(tempered(s, T).softmax(axis).sub_(tempered(t, T).softmax(axis)), T)
 
 
 @loss(kind='softmax', match='shape', positionwise=True)
