@@ -42,7 +42,7 @@ STORES = {
     '50 draws': dict(draws=50, T=1.0),
     'top 50, float16': dict(topk=50),
 }
-WAYS = 'live teacher', *STORES, 'labels alone'
+WAYS = 'live teacher', 'hidden, int8', 'labels alone', *[k for k in STORES if k != 'hidden, int8']
 
 
 def text_loaders():
@@ -175,10 +175,11 @@ def main(
         folder = folder or Path(tmp)
         rows = json.loads(out.read_text()) if out.exists() else []
         have = {(r['part'], r['seed']) for r in rows}
-        # hidden states in float16 come first, since the others are compared with them
-        stores = sorted(STORES, key=lambda k: k != 'hidden, float16')
-        tasks = [('teacher', -1), *((k, -1) for k in stores)]
-        tasks += [(k, s) for s in range(seeds) for k in WAYS]
+        # the live teacher and the states in int8 come first, then one way after the other
+        tasks = [('teacher', -1), ('hidden, float16', -1), ('hidden, int8', -1)]
+        tasks += [(k, s) for s in range(seeds) for k in WAYS[:2]]
+        tasks += [(k, s) for k in WAYS[2:] for s in (-1 if k in STORES else 0, *range(seeds))]
+        tasks = list(dict.fromkeys(tasks))
         for k, s in tasks:
             made = folder / ('teacher.pt' if k == 'teacher' else f'{k}/manifest.json')
             if (k, s) in have and (s >= 0 or made.exists()):
