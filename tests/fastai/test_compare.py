@@ -7,7 +7,7 @@ import pytest, torch
 import torch.nn.functional as F
 import apps
 from apps import APPS, FASTAI_WARNINGS, answers, mlp, pair, quiet, rows, same, snapshot, toy
-from fastai.basics import Callback, CancelTrainException, DataLoaders, compose
+from fastai.basics import Callback, CancelTrainException, CancelValidException, DataLoaders, compose
 from fastai.metrics import F1Score, RocAuc, accuracy
 from torch import nn
 from fastdistill.fastai import DistillError, DistillInterpretation, Report, Teacher, compare
@@ -438,13 +438,39 @@ def test_training_curves_without_a_validation_have_the_training_loss():
         assert history(student) == {}
 
 
-def test_the_training_curves_have_a_gap_where_an_epoch_was_not_trained():
-    student = trained(cbs=CancelsTraining())
+@pytest.mark.parametrize('metrics', [[accuracy], []], ids=['accuracy', 'no metrics'])
+@pytest.mark.parametrize('train_metrics', [False, True])
+def test_the_training_curves_have_a_gap_where_an_epoch_was_not_trained(metrics, train_metrics):
+    student = trained(0, metrics=metrics)
+    student.recorder.train_metrics = train_metrics
+    with student.no_bar(), student.no_logging():
+        student.fit(3, 0.1, cbs=CancelsTraining())
     h = history(student)
-    first, second = student.recorder.values
-    assert h['train_loss'] == [first[0], None]
-    assert h['valid_loss'] == [first[1], second[0]]
-    assert h['accuracy'] == [first[2], second[1]]
+    first, second, third = student.recorder.values
+    n = 1 + len(metrics) * train_metrics
+    assert h['train_loss'] == [first[0], None, third[0]]
+    assert h['valid_loss'] == [first[n], second[0], third[n]]
+    if metrics:
+        name = 'valid_accuracy' if train_metrics else 'accuracy'
+        assert h[name] == [first[n + 1], second[1], third[n + 1]]
+
+
+class CancelsValidation(Callback):
+    "In the second epoch"
+
+    def before_validate(self):
+        if self.epoch == 1:
+            raise CancelValidException
+
+
+@pytest.mark.parametrize('metrics', [[accuracy], []], ids=['accuracy', 'no metrics'])
+def test_the_training_curves_have_a_gap_where_an_epoch_was_not_validated(metrics):
+    student = trained(3, CancelsValidation(), metrics)
+    h = history(student)
+    first, second, third = student.recorder.values
+    assert h['train_loss'] == [first[0], second[0], third[0]]
+    assert h['valid_loss'] == [first[1], None, third[1]]
+    assert student.explain(toy()[1]) is not None
 
 
 @pytest.mark.parametrize('kind', ['softmax', 'sigmoid', 'regression'])

@@ -2,6 +2,7 @@
 Learner.
 """
 
+import math
 from collections.abc import Callable
 from contextlib import closing
 from typing import Any
@@ -171,6 +172,8 @@ def explain(
     output = None if callback is None else callback.output
     # fine_tune leaves only its last fit here, and validate() adds no row
     losses = history_of(self).get('valid_loss', []) if steps else []
+    # an epoch whose validation was canceled is not the best one
+    losses = [math.inf if v is None else v for v in losses]
     found = {}
     for h, task, t in running_heads(self, teacher, kind, axis, output):
         known = None if trained is None else trained.heads.get(h.name)

@@ -9,23 +9,34 @@ from fastai.basics import Metric, ValueMetric, find_bs, noop
 from ..base.distributed import mean_over_ranks
 
 
-def row_by_column(recorder, row) -> dict:
+def row_by_column(recorder, epoch: int = -1) -> dict:
     """Return {column of the progress table: number in the given epoch}.
 
     The number is None for a phase that did not run or was canceled.
 
     Args:
         recorder: Recorder of fastai.
-        row: Numbers of the epoch, as in `recorder.values`.
+        epoch: Position of the epoch in the last fit.
     """
+    row = recorder.values[epoch]
     names = [n for n in recorder.metric_names if n not in ('epoch', 'time')]
     n_train = 1 if recorder.valid_metrics else len(names)
     if recorder.train_metrics and recorder.valid_metrics:
         n_train = len(names) // 2
+    only_valid = len(row) == len(names) - n_train
     # subtle: without metrics, the rows of both phases have the same length
-    only_valid = len(row) == len(names) - n_train and (len(row) != n_train or not recorder.losses)
+    if only_valid and len(row) == n_train:
+        only_valid = row[0] != training_loss(recorder, epoch)
     row = [*[None] * n_train, *row] if only_valid else [*row, *[None] * (len(names) - len(row))]
     return dict(zip(names, row))
+
+
+def training_loss(recorder, epoch: int) -> float | None:
+    """Return the smoothed training loss at the end of an epoch. Return None if no batch was
+    trained.
+    """
+    n = recorder.iters[epoch] if recorder.losses else 0
+    return float(recorder.losses[n - 1]) if n else None
 
 
 def columns_of(recorder) -> dict:
@@ -33,7 +44,7 @@ def columns_of(recorder) -> dict:
 
     The dict is empty if there was no training, for example after `validate` or `lr_find`.
     """
-    rows = [row_by_column(recorder, row) for row in getattr(recorder, 'values', [])]
+    rows = [row_by_column(recorder, i) for i in range(len(getattr(recorder, 'values', [])))]
     # `validate` has no training, and `lr_find` cancels each validation
     has = lambda part: any(v is not None for r in rows for k, v in r.items() if k.startswith(part))
     if not has('train_'):

@@ -227,7 +227,7 @@ class WatchEpochs(Callback):
         self.report, self.columns = after_epoch, columns
 
     def after_epoch(self) -> None:
-        row = row_by_column(self.recorder, self.recorder.values[-1])
+        row = row_by_column(self.recorder)
         found = (row[n] for n in self.columns if row.get(n) is not None)
         self.report(next(found, math.nan))
 

@@ -143,11 +143,7 @@ class Checkpoints(Callback):
             self.say(self.line(r))
 
     def line(self, r: Any) -> str:
-        shown = [
-            f'{k} {v:.4f}'
-            for k, v in row_by_column(r, r.values[-1]).items()
-            if isinstance(v, float)
-        ]
+        shown = [f'{k} {v:.4f}' for k, v in row_by_column(r).items() if isinstance(v, float)]
         return f'epoch {self.epoch + 1} of {self.n_epoch}: {", ".join(shown)}, {r.log[-1]}'
 
     def restore(self, learn: Any) -> None:
@@ -156,6 +152,7 @@ class Checkpoints(Callback):
         r = learn.recorder
         r.metric_names = L(self.state['names'])
         r.values = L(map(L, self.state['values']))
+        r.iters = self.state['iters']
         r.losses = self.state['losses']
 
     # pickle this callback as a plain Callback, so that an exported Learner can be loaded without
