@@ -1,9 +1,10 @@
 "A student as a file: the same outputs in a process without fastai, any batch size, and everything a user must know inside."
 
-import copy, importlib, json, re, subprocess, sys, warnings, zipfile
+import copy, importlib, json, re, signal, subprocess, sys, warnings, zipfile
 from pathlib import Path
 import numpy as np, pandas as pd
 import pytest, torch
+import processes
 from apps import (
     FASTAI_WARNINGS,
     Normalize,
@@ -951,3 +952,33 @@ def test_a_temperature_of_a_tensor_or_numpy_is_saved_as_a_number(normalized, tmp
 def test_a_temperature_is_positive(normalized, tmp_path, T):
     with pytest.raises(DistillError, match='must be a positive number'):
         export_student(normalized, tmp_path / 's.pt2', temperature=T)
+
+
+def without_space(write, *args):
+    "In a process that can't write a larger file, as if the disk were full"
+    import resource
+
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2_000, resource.RLIM_INFINITY))
+    with pytest.raises(DistillError, match='No space for'):
+        write(*args)
+
+
+def write_program(folder):
+    export_student(pair('image')[0], folder / 'student.pt2')
+
+
+def write_without_report(folder):
+    save_student(pair('image')[0], folder, onnx=False)
+
+
+@pytest.mark.parametrize('write', [write_program, write_without_report])
+def test_a_full_disk_is_an_error_and_leaves_the_files_of_the_student_before(write, tmp_path):
+    student, teacher = pair('image')
+    report = compare({'teacher': teacher, 'student': student}, repeats=10, seconds=0)
+    save_student(student, tmp_path / 'out', report, onnx=False)
+    (tmp_path / 'out' / 'student.pt2').write_bytes(b'before')
+    before = {p.name: p.read_bytes() for p in (tmp_path / 'out').iterdir()}
+    p = processes.start(tmp_path / 'log', without_space, write, tmp_path / 'out')
+    assert processes.ended(p) == [0], processes.said(tmp_path / 'log')
+    assert {p.name: p.read_bytes() for p in (tmp_path / 'out').iterdir()} == before

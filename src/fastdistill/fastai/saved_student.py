@@ -6,6 +6,7 @@ network.
 
 import json
 import warnings
+from contextlib import ExitStack
 from pathlib import Path
 
 from fastai.basics import Learner, pd
@@ -13,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_model, save_model
 from torch import nn
 
-from ..base.atomic_files import file_errors, new_file, write_atomically
+from ..base.atomic_files import file_errors, new_file
 from ..base.outputs import DistillError, DistillWarning
 from ..base.task import Task
 from ..evaluation import Report
@@ -183,15 +184,21 @@ def save_student(
                     folder.rmdir()
                 raise
             warnings.warn(f'no ONNX file: {e}', DistillWarning)
+    text = card(title, facts, checked, report, learn.dls)
+    with ExitStack() as stack:
+        # all files are written before the first one replaces that of a student saved before
+        new = lambda name: stack.enter_context(new_file(folder / name))
+        save_model(learn.model, str(new('model.safetensors')))
+        content = json.dumps(facts, indent=1, ensure_ascii=False) + '\n'
+        new('config.json').write_bytes(content.encode())
+        new('README.md').write_bytes(text.encode())
+        if report is not None:
+            report.to_json(new('report.json'))
     # files of a student that was saved before don't belong to the new weights
-    for name in ('report.json', 'README.md', *(['student.onnx'] if checked is None else [])):
-        (folder / name).unlink(missing_ok=True)
-    with new_file(folder / 'model.safetensors') as tmp:
-        save_model(learn.model, str(tmp))
-    write_atomically(folder / 'config.json', json.dumps(facts, indent=1, ensure_ascii=False) + '\n')
-    write_atomically(folder / 'README.md', card(title, facts, checked, report, learn.dls))
-    if report is not None:
-        report.to_json(folder / 'report.json')
+    if report is None:
+        (folder / 'report.json').unlink(missing_ok=True)
+    if checked is None:
+        (folder / 'student.onnx').unlink(missing_ok=True)
     return folder
 
 

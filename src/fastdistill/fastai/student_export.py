@@ -426,9 +426,12 @@ def program_of(model, x, facts):
 
 
 def write_program(model, x, path, facts) -> None:
-    program = program_of(model, x, facts)
-    with open(path, 'wb') as f:  # subtle: torch.export only accepts paths that end in .pt2
-        torch.export.save(program, f, extra_files={f'{FACTS}.json': json.dumps(facts)})
+    # subtle: if torch.export writes to a disk that is full, it ends the process
+    content = io.BytesIO()
+    torch.export.save(
+        program_of(model, x, facts), content, extra_files={f'{FACTS}.json': json.dumps(facts)}
+    )
+    path.write_bytes(content.getbuffer())
 
 
 def read_program(path):
