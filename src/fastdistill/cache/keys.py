@@ -4,8 +4,8 @@ A key is a 64-bit hash of a path, a number, a text or the content of a sample. T
 the same key on every machine.
 """
 
-import hashlib
 from collections.abc import Callable, Sequence, Set
+from hashlib import blake2b
 from numbers import Integral
 from pathlib import Path, PurePath
 from typing import Any
@@ -19,7 +19,7 @@ from ..base.outputs import DistillError
 
 def hash_of(*parts: bytes) -> int:
     """Compute a 64-bit blake2b hash."""
-    h = hashlib.blake2b(digest_size=8)
+    h = blake2b(digest_size=8)
     for p in parts:
         h.update(len(p).to_bytes(8, 'little'))
         h.update(p)
@@ -33,25 +33,24 @@ def key_of(o: Any, root: str = '') -> int:
         o: Name or content of a sample.
         root: Folder to which paths are relative.
     """
+    return int.from_bytes(digest_of(o, root), 'little')
+
+
+def digest_of(o: Any, root: str = '') -> bytes:
+    """Compute the key of a sample as bytes."""
     # a fast path for strings and integers, since streams compute a key for each sample in each
     # epoch
     if type(o) is str:
-        data = relative(o, root).encode() if root or o.startswith('./') else o.encode()
-        return hash_after(BEFORE_STR, data)
-    if type(o) is int:
-        return hash_after(BEFORE_INT, str(o).encode())
-    return hash_of(*_parts(o, root))
+        data, before = (relative(o, root) if root or o[:2] == './' else o).encode(), BEFORE_STR
+    elif type(o) is int:
+        data, before = str(o).encode(), BEFORE_INT
+    else:
+        return hash_of(*_parts(o, root)).to_bytes(8, 'little')
+    return blake2b(before + len(data).to_bytes(8, 'little') + data, digest_size=8).digest()
 
 
+# what `hash_of` hashes before the length of the second part
 BEFORE_STR, BEFORE_INT = ((3).to_bytes(8, 'little') + kind for kind in (b'str', b'int'))
-
-
-def hash_after(before: bytes, data: bytes) -> int:
-    """Compute `hash_of(kind, data)`, where `before` is the encoded length of `kind` followed by
-    `kind`.
-    """
-    data = before + len(data).to_bytes(8, 'little') + data
-    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), 'little')
 
 
 def _parts(o: Any, root: str) -> tuple:
@@ -102,7 +101,8 @@ def keys_of(items: Any, root: str = '') -> np.ndarray:
     # the items are keys already
     if isinstance(items, np.ndarray) and items.dtype == np.uint64 and items.ndim == 1:
         return items
-    return np.fromiter((key_of(o, root) for o in ordered_names(items)), np.uint64, len(items))
+    digests = (digest_of(o, root) for o in ordered_names(items))
+    return np.fromiter(digests, 'V8', len(items)).view('<u8').astype(np.uint64)
 
 
 def ordered_names(keys: Any) -> Any:
@@ -126,7 +126,8 @@ def keys_in_stream(names: Any, root: str = '') -> np.ndarray:
     if isinstance(names, np.ndarray) and names.dtype == np.uint64:
         return keys_of(names)
     plain = lambda o: o.tolist() if isinstance(o, (np.ndarray, Tensor)) else o
-    return keys_of([*map(plain, plain(names))], root)
+    names = plain(names)
+    return keys_of(names if {*map(type, names)} <= {int, str} else [*map(plain, names)], root)
 
 
 def look_up(keys: np.ndarray, order: np.ndarray, wanted: np.ndarray) -> tuple:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from itertools import islice
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -61,12 +62,14 @@ class StreamJoin(IterableDataset):
             where = self._find(keys, at, part, number)
             views: Any = self.view
             if not isinstance(views, int):
-                views = np.array([field_of(o, views) for o in part], np.int64)
-            rows = torch.from_numpy(self.cache.rows(where, views))
+                views = np.array([*map(field(views), part)], np.int64)
+            rows = self.cache.rows(where, views)
             number, at = number + len(part), int(where[-1]) + 1
             part.reverse()
-            for row in rows.unbind():
-                sample = part.pop()  # so that its memory can be reused for the next samples
+            # each sample is dropped and each tensor is made when it is needed, so that their memory
+            # can be reused
+            for row in map(torch.from_numpy, rows):
+                sample = part.pop()
                 if isinstance(sample, dict):
                     yield {**sample, self.name: row}
                 else:
@@ -75,7 +78,7 @@ class StreamJoin(IterableDataset):
     def _keys(self, part: Any, number: Any) -> np.ndarray:
         root = self.cache.manifest.data.get('root', '')
         try:
-            return keys_in_stream([field_of(o, self.key) for o in part], root)
+            return keys_in_stream([*map(field(self.key), part)], root)
         except (KeyError, IndexError, TypeError) as e:
             raise DistillError(
                 f'One of the samples from number {number} on has no {self.key!r} '
@@ -90,7 +93,7 @@ class StreamJoin(IterableDataset):
         where, there = look_up(self.cache.keys, self.cache.files.order, keys)
         if len(lost := np.flatnonzero(~there)):
             i = int(lost[0])
-            name = shortened(repr(field_of(part[i], self.key)), 100)
+            name = shortened(repr(field(self.key)(part[i])), 100)
             raise DistillError(
                 f'Sample {number + i} of the stream ({name}) has no row in {self.cache.folder}: this '
                 f'is a different dataset, or key= is not what the rows were written with.'
@@ -98,5 +101,6 @@ class StreamJoin(IterableDataset):
         return where
 
 
-def field_of(sample: Any, spec: Any) -> Any:
-    return spec(sample) if callable(spec) else sample[spec]
+def field(spec: Any) -> Callable:
+    """Return a function that reads a part of a sample."""
+    return spec if callable(spec) else itemgetter(spec)
