@@ -33,10 +33,10 @@ def key_of(o: Any, root: str = '') -> int:
         o: Name or content of a sample.
         root: Folder to which paths are relative.
     """
-    return int.from_bytes(digest_of(o, root), 'little')
+    return int.from_bytes(key_bytes(o, root), 'little')
 
 
-def digest_of(o: Any, root: str = '') -> bytes:
+def key_bytes(o: Any, root: str = '') -> bytes:
     """Compute the key of a sample as bytes."""
     # a fast path for strings and integers, since streams compute a key for each sample in each
     # epoch
@@ -101,7 +101,7 @@ def keys_of(items: Any, root: str = '') -> np.ndarray:
     # the items are keys already
     if isinstance(items, np.ndarray) and items.dtype == np.uint64 and items.ndim == 1:
         return items
-    digests = (digest_of(o, root) for o in ordered_names(items))
+    digests = (key_bytes(o, root) for o in ordered_names(items))
     return np.fromiter(digests, 'V8', len(items)).view('<u8').astype(np.uint64)
 
 
