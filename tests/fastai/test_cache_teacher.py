@@ -1121,6 +1121,16 @@ def test_verify_asks_the_teacher_again(tmp_path):
     assert verify_cache(tmp_path, Convs(3, seed=5).eval(), data()).worst > 0.01
 
 
+def test_principal_components_train_a_student_and_are_verified(tmp_path):
+    "Of three classes, all are among the ten that are stored exactly"
+    store, teacher = dict(components=1, dtype='float32'), Convs(3).eval()
+    cache = cache_teacher(teacher, data(), tmp_path, views=2, store=store, valid=True)
+    assert cache.manifest.layout.kind == cache.valid.manifest.layout.kind == 'pca'
+    assert compare(student(data()), cache, Teacher(teacher), 1).error < 1e-5
+    assert verify_cache(tmp_path, teacher, data(), n=20).worst < 1e-5
+    assert verify_cache(tmp_path, Convs(3, seed=5).eval(), data()).worst > 0.01
+
+
 def test_a_teacher_that_says_nan_is_not_verified(tmp_path):
     net = Convs(3).eval()
     cache_teacher(net, data(), tmp_path, views=0, store='float32')

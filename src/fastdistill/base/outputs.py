@@ -198,6 +198,11 @@ class LinearLogits:
         return self.reorder(torch.arange(self.n).roll(shift))
 
 
+def as_dense(t: Any) -> Any:
+    """Compute the logits of `LinearLogits`. Anything else is returned as it is."""
+    return t.dense() if isinstance(t, LinearLogits) else t
+
+
 @dataclass
 class Draws:
     """Classes sampled with replacement from a teacher's probabilities softmax(t/T), called draws

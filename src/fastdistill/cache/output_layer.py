@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..base.outputs import DistillError, LinearLogits, Outputs
+from ..base.outputs import DistillError, LinearLogits, Outputs, as_dense
 from ..features.layer_hooks import Taps
 from ..features.layer_names import no_such_layer
 from ..teachers.teacher import Teacher
@@ -207,10 +207,6 @@ def head_of(t: Any, layout: Any) -> StoredHead | None:
     if layout.kind == 'pca':
         t = principal_components(as_dense(t), layout.shapes_of_head['weight'][1])
     return StoredHead.of(t, layout).to('cpu')
-
-
-def as_dense(t: Any) -> Tensor:
-    return t.dense() if isinstance(t, LinearLogits) else t
 
 
 def principal_components(t: Tensor, k: int) -> LinearLogits:

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..base.errors import DistillError, check_choice
-from ..base.outputs import TAILS, Draws, LinearLogits, Outputs, TopK
+from ..base.outputs import TAILS, Draws, LinearLogits, Outputs, TopK, as_dense
 from .json_checks import check_json, refuse_entry
 
 DTYPES = 'float32', 'float16', 'int8'
@@ -470,7 +470,7 @@ class Layout:
         elif self.kind == 'hidden':
             put_tensor(d, 'hidden', head.encode(t.hidden), dtypes)
         else:
-            t = (t.dense() if isinstance(t, LinearLogits) else t).detach().float()
+            t = as_dense(t).detach().float()
             refuse_without_classes(t, self.axis, out.mask)
             self._put_logits(d, t, head, seeds, dtypes)
         for k, v in out.feats.items():

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from ..base.distributed import on_first, rank
-from ..base.outputs import DistillError, DistillWarning, LinearLogits, Outputs
+from ..base.outputs import DistillError, DistillWarning, LinearLogits, Outputs, as_dense
 from ..base.text_table import text_table
 from ..losses.response import dist, kl
 from ..teachers.teacher import Teacher
 from .file_store import Folder
 from .manifest import Manifest
-from .output_layer import OutputLayer, as_dense, find_output_layer, head_of
+from .output_layer import OutputLayer, find_output_layer, head_of
 from .row_layout import Layout, Store, outputs_like
 from .teacher_description import Source, spread_positions
 

@@ -12,7 +12,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 
-from ..base.outputs import DistillError, DistillWarning, LinearLogits, Outputs, TopK
+from ..base.outputs import DistillError, DistillWarning, Outputs, TopK, as_dense
 from ..teachers.image_normalization import image_change
 from ..teachers.members import known_classes
 from ..teachers.model_loading import model_files
@@ -132,8 +132,7 @@ def check_alone(run: Callable, n: int) -> None:
     """Raise a DistillError if the outputs for a sample depend on the other samples in its batch."""
     tasks = spread_positions(n, 4)
     half = tasks[::2]
-    dense = lambda t: t.dense() if isinstance(t, LinearLogits) else t
-    a, b = [dense(next(run(t, len(t))).logits) for t in (tasks, half)]
+    a, b = [as_dense(next(run(t, len(t))).logits) for t in (tasks, half)]
     tol = 1e-3 if a.dtype.itemsize > 2 else 0.03
     a, b = a[::2].float(), b.float()
     # `Layout` raises an error for different shapes (e.g. texts padded to a different length) and

@@ -6,8 +6,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..base.outputs import Draws, TopK
-from .output_layer import as_dense
+from ..base.outputs import Draws, TopK, as_dense
 from .row_layout import Layout
 
 

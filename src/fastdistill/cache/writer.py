@@ -14,14 +14,14 @@ import torch
 
 from ..base.distributed import on_first, rank, world_size
 from ..base.errors import options_of_group
-from ..base.outputs import DistillError, DistillWarning, Outputs, TopK
+from ..base.outputs import DistillError, DistillWarning, Outputs, TopK, as_dense
 from ..base.sample_seeds import seeds_of
 from .digests import checksum, versions
 from .file_store import Folder, open_folder
 from .json_checks import check_json, parse_json
 from .keys import hash_of
 from .manifest import CHECKSUM, MAX_VIEWS, Manifest, differences, refuse
-from .output_layer import StoredHead, as_dense, head_of, worst_error
+from .output_layer import StoredHead, head_of, worst_error
 from .reader import TeacherCache, damages
 from .row_layout import COARSE, Layout, Store
 from .sample_files import changed_files, changed_text, record_files, write_record

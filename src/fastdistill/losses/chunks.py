@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..base.outputs import DistillError, Draws, LinearLogits
+from ..base.outputs import DistillError, Draws, LinearLogits, as_dense
 from ._base import class_axis
 
 # elements per chunk: small enough for the cache of a CPU, large enough to fill a GPU
@@ -59,7 +59,7 @@ def per_position(
     mask = None if mask is None else mask.unsqueeze(axis)
     rows = LINEAR_ROWS if isinstance(s, LinearLogits) else 0
     if (size := chunk_size(s, 4 if plain else 1, rows * s.shape[axis])) is None:
-        s, t = [x.dense() if isinstance(x, LinearLogits) else x for x in (s, t)]
+        s, t = [as_dense(x) for x in (s, t)]
         return blanked(values, s, t, mask, axis=axis)
     s, t = in_three(s, axis), in_three(t, axis)
     mask = None if mask is None else in_three(mask, axis)
