@@ -39,6 +39,7 @@ STORES = {
     'live teacher': None,
     'labels only': None,
 }
+LOWER = '64 components', 'hidden, int8', 'hidden, float16'  # labels that would overlap others
 
 
 class Photos(nn.Module):
@@ -212,7 +213,7 @@ def draw(rows, path):
             ax.annotate(
                 r['store'],
                 (r['bytes'], kl),
-                xytext=(-6, -3) if r['bytes'] > 400 else (6, -3),
+                xytext=(-6 if r['bytes'] > 400 else 6, -12 if r['store'] in LOWER else -3),
                 ha='right' if r['bytes'] > 400 else 'left',
                 textcoords='offset points',
                 fontsize=8,

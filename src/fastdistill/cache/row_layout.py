@@ -30,6 +30,7 @@ POSSIBLE_STORES = (
     "dict(size=56), dict(kind='hidden', layer='lm_head'), dict(draws=50, T=1) or "
     'dict(components=64).'
 )
+MAX_COMPONENTS = 255  # they are computed on at most 256 samples
 EXACT = 10  # number of likeliest classes that are stored exactly beside the principal components
 SCALES_OF_LOGITS = 'scale:logits', 'scale:values', 'scale:top'
 # minimum number of classes per principal component. With fewer, int8 logits are hardly larger
@@ -120,8 +121,10 @@ class Store:
                 raise DistillError(f'T={self.T}: a temperature is a number above 0')
         if self.kind == 'pca':
             self.components = 64 if self.components is None else self.components
-            if self.components < 1:
-                raise DistillError(f'components={self.components}: must be at least 1')
+            if not 1 <= self.components <= MAX_COMPONENTS:
+                raise DistillError(
+                    f'components={self.components}: must be from 1 to {MAX_COMPONENTS}'
+                )
         if self.dtype is None:
             self.dtype = 'int8' if self.kind in ('hidden', 'pca') else 'float16'
         check_choice('dtype', self.dtype, DTYPES)
