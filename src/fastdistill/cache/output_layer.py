@@ -133,7 +133,8 @@ class StoredHead:
             unit = torch.exp2(unit.log2().round())
         bias = None if t.bias is None else t.bias.detach().float()
         rotation = {} if basis is None else dict(center=center / unit, basis=basis)
-        return cls(weight * unit.to(weight), bias, unit, t.cap, **rotation)
+        # rows are encoded and decoded on the CPU
+        return cls(weight * unit.to(weight), bias, unit, t.cap, **rotation).to('cpu')
 
     def encode(self, hidden: Tensor) -> Tensor:
         """Convert hidden states to the numbers that are stored, (B, ..., D)."""
