@@ -1,6 +1,7 @@
 "A writer in a process of its own, which tests kill, stop, double and limit."
 
 import json, multiprocessing, os, resource, signal, sys, time
+from unittest import mock
 import torch
 from torch.utils.data import TensorDataset
 from fastdistill.cache import cache_dataset, writer
@@ -42,22 +43,23 @@ def write(path, log='/dev/null', pause=0.0, limit=None, rank=0, world=1, meet=No
         torch.distributed.init_process_group(
             'gloo', init_method=f'file://{meet}', rank=rank, world_size=world
         )
-    writer.write_cache.__kwdefaults__['shard_bytes'] = ROWS * 16
 
     def progress(done, total, size):
         if limit and done > total / 2:
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))  # the disk is full
 
+    small = mock.patch.dict(writer.write_cache.__kwdefaults__, shard_bytes=ROWS * 16)
     try:
-        return cache_dataset(
-            Slow(log, pause),
-            data()[0],
-            path,
-            views=2,
-            store=dict(dtype='float32'),
-            run=dict(bs=BS),
-            progress=progress,
-        )
+        with small:
+            return cache_dataset(
+                Slow(log, pause),
+                data()[0],
+                path,
+                views=2,
+                store=dict(dtype='float32'),
+                run=dict(bs=BS),
+                progress=progress,
+            )
     finally:
         if world > 1:
             torch.distributed.destroy_process_group()
