@@ -646,30 +646,27 @@ def print_tables():
 def tables():
     "The tables of docs/detectors.md, as Markdown"
     cells = SHORT[:1] + OTHER, FEW, TINY[:1]
-    return '\n\n'.join([*map(pair_table, ([SHORT, LONG], [TINY])), *map(recipe_table, cells)])
+    return '\n\n'.join([*map(pair_table, (SHORT, TINY)), *map(recipe_table, cells)])
 
 
-def pair_table(groups):
-    "Labels alone and the default for each pair of a group, and the mean of the group"
+def pair_table(cells):
+    "Labels alone and the default for each pair, and the mean"
     lines = [
         '| data | teacher | student | epochs | labels alone | default | gain |',
         '|' + '---|' * 7,
     ]
-    for cells in groups:
-        each = []
-        for data, model, epochs in cells:
-            own, teacher = at_the_rate_of_labels(data, model, epochs)
-            (best,) = points(stored(data), model=teacher).values()
-            b, a, d = gains(own, dict(way='default', teacher=teacher), dict(way='labels'))
-            each.append(np.subtract(b, a))
-            lines.append(
-                f'| {TITLES[data]} | {TITLES[teacher]}, {best:.1f} | {TITLES[model]} | {epochs} | '
-                f'{np.mean(a):.1f} | {np.mean(b):.1f} | {text(d)} |'
-            )
-        if len(cells) > 1:
-            mean = difference_by_seed(np.mean(each, 0), np.zeros(len(each[0])))
-            lines.append(f'| mean of these {len(cells)} | | | | | | {text(mean)} |')
-    return '\n'.join(lines)
+    each = []
+    for data, model, epochs in cells:
+        own, teacher = at_the_rate_of_labels(data, model, epochs)
+        (best,) = points(stored(data), model=teacher).values()
+        b, a, d = gains(own, dict(way='default', teacher=teacher), dict(way='labels'))
+        each.append(np.subtract(b, a))
+        lines.append(
+            f'| {TITLES[data]} | {TITLES[teacher]}, {best:.1f} | {TITLES[model]} | {epochs} | '
+            f'{np.mean(a):.1f} | {np.mean(b):.1f} | {text(d)} |'
+        )
+    mean = difference_by_seed(np.mean(each, 0), np.zeros(len(each[0])))
+    return '\n'.join([*lines, f'| mean | | | | | | {text(mean)} |'])
 
 
 def recipe_table(cells):
