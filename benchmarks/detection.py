@@ -2,6 +2,7 @@
 
     python benchmarks/detection.py                  # train what is missing of protocol 5, in the order below, then print the tables of docs/detectors.md
     python benchmarks/detection.py --protocol 4
+    python benchmarks/detection.py inside           # the gradient and the value of the default's term during the training
     python benchmarks/detection.py tables
 
 Protocol 5, which was written before any of its distillation runs: do students with pretrained weights gain? Its models, rates and epochs were chosen with labels alone on validation images, and by
@@ -20,7 +21,7 @@ the time that runs take (75 minutes of one core in all).
 - Single terms and sums with the first FCOS on blood cells, 6 epochs, seeds 0 to 2.
 - Added after the single terms, before its first run: the two with the highest means there, `cwd` and `fgd` (+1.1 and +0.9 over 3 seeds, not significant), with the SSDLite on both data sets, seeds 0 to 4.
 - Last, the first FCOS on blood cells with 12 epochs, labels alone and the default, seeds 0 to 4. If the time is over before, this group is left out as a whole. (It was to run before the
-  two terms above, and was put last, for lack of time, when its first seed with labels alone was done.)
+  two terms above, and was put last, for lack of time, when its first seed with labels alone was done. Then the time was over.)
 - Each row of a student says how well its detections on test images match the teacher's boxes (`as_teacher`), with the score chosen on the validation images. All runs count.
 
 Protocol 4, which was written before any of its distillation runs. Its models, rates and epochs were chosen with labels alone, on validation images and by the time that runs take. The teacher

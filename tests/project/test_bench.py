@@ -94,3 +94,23 @@ def test_the_page_of_detectors_has_the_tables_of_the_runs():
     page = (RESULTS.parents[2] / 'docs' / 'detectors.md').read_text()
     for table in detection.tables().split('\n\n'):
         assert table in page
+
+
+def test_the_page_of_detectors_says_how_well_the_student_imitates():
+    pytest.importorskip('torchvision')
+    import detection
+
+    page = (RESULTS.parents[2] / 'docs' / 'detectors.md').read_text()
+    own, _ = detection.at_the_rate_of_labels(*detection.SHORT[0])
+    found = detection.gains(own, dict(way='default'), dict(way='labels'), 'as_teacher')
+    default, alone = [sum(o) / len(o) for o in found[:2]]
+    assert f'{default:.1f} with the default and {alone:.1f} on labels alone' in page
+    runs = json.loads((RESULTS.parent / 'detection' / 'inside.json').read_text())['runs']
+    last = {
+        ratio: [1 - r[f'level {i}'][-1] for r in runs if r['grad_ratio'] == ratio for i in range(3)]
+        for ratio in (0.3, 0.001)
+    }
+    assert {round(o, 1) for o in last[0.3]} == {0.7}
+    assert (round(min(last[0.001]), 1), round(max(last[0.001]), 1)) == (0.2, 0.6)
+    cosines = [o for r in runs if r['grad_ratio'] == 0.3 for o in r['cosine']]
+    assert f'mean cosine {sum(cosines) / len(cosines):.2f}' in page
