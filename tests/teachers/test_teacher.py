@@ -597,6 +597,7 @@ def random_state():
     [
         lambda: Teacher(nn.Sequential(nn.Dropout(0.5)), run=dict(mode='train')),
         lambda: Teacher(Draws(), run=dict(mode='train')),
+        lambda: Teacher(Draws()),
         lambda: Teacher(lambda x: Draws()(x)),
         lambda: Teacher(
             [nn.Identity(), Draws().forward], run=dict(mode='train'), kind='regression'
@@ -604,7 +605,15 @@ def random_state():
         lambda: Teacher(lambda x: F.dropout(x, 0.5)),
         lambda: Teacher(nn.Sequential(nn.Identity(), AlwaysDrops())),
     ],
-    ids=['dropout', 'module', 'function', 'ensemble', 'function_dropout', 'dropout_in_eval_mode'],
+    ids=[
+        'dropout',
+        'module',
+        'module_in_eval_mode',
+        'function',
+        'ensemble',
+        'function_dropout',
+        'dropout_in_eval_mode',
+    ],
 )
 def test_what_a_teacher_draws_moves_no_random_state(make):
     t, x, was = make(), torch.ones(4, 50), random_state()

@@ -185,16 +185,11 @@ class ModelRunner(Runner):
         return FrozenModel(self.module, self.teacher.mode, private=private)
 
     def generators(self, x: Any = ()) -> dict:
-        """Return the global random generators that the model may use for these inputs.
-
-        Functions and models in training mode are assumed to use those of Python and NumPy, too.
-        """
-        t = self.teacher
+        """Return the global random generators that the model may use for these inputs."""
         devices = {o.device for o in tensors_in(x) if o.is_cuda}
-        if t.module is None:
-            return global_generators([*devices], t.path is None)
-        devices |= self.frozen.cuda if self.started else cuda_devices(t.module)
-        return global_generators([*devices], t.mode == 'train')
+        if (module := self.teacher.module) is not None:
+            devices |= self.frozen.cuda if self.started else cuda_devices(module)
+        return global_generators([*devices])
 
     @property
     def remembers(self) -> bool:
