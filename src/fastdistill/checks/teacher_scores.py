@@ -105,7 +105,7 @@ IF_SWAPPED = (
 
 IF_WEAK = (
     'train the teacher longer or use a larger one, let its part fade out (grad_ratio with '
-    "fade=1; for classes, 'labels + Term(losses.kl, grad_ratio=1, fade=1)'"
+    "fade=1; for classes, 'labels + Term(losses.kl, grad_ratio=1, fade=1)')"
     ', or train the student on the labels only'
 )
 
