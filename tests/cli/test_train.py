@@ -2068,11 +2068,19 @@ def test_several_labels_are_the_text_in_the_file(cells, labels, tmp_path):
     assert s.classes == sorted({o for v in labels for o in v.split(';') if o})
 
 
-@pytest.mark.parametrize('empty', ['', 'NA'])
+@pytest.mark.parametrize('empty', ['', 'NA', '"  "', '\t', '\xa0', 'nan '])
 @pytest.mark.parametrize('others', ['pq', '12'])
 def test_a_row_without_a_label_is_refused(empty, others, tmp_path):
     with pytest.raises(DistillError, match='6 of 24 rows have no label .*row 2, 6'):
         read_text(tmp_path / 'a.csv', rows_of('label', [*others, empty, others[0]]))
+
+
+@pytest.mark.parametrize('empty', ['', '"  "', '\xa0'])
+def test_a_row_without_a_text_is_refused(empty, tmp_path):
+    texts = ['a good day', 'no good day', empty, 'the good days']
+    text = 'text,label\n' + ''.join(f'{texts[i % 4]},{"pq"[i % 2]}\n' for i in range(24))
+    with pytest.raises(DistillError, match='6 of 24 rows have no text in column .text.'):
+        read_text(tmp_path / 'a.csv', text, task='texts')
 
 
 @pytest.mark.parametrize('line', ['1,p,', '1,p,q', '1,some, p'])

@@ -46,7 +46,7 @@ def checked_samples(s: Samples, config: TrainConfig) -> Samples:
     if s.task in ('images', 'masks'):
         s = checked_files(with_paths(s), config)
         warn_of_copies(s)
-    if s.task == 'texts' and (n := int(s.frame[s.x[0]].isna().sum())):
+    if s.task == 'texts' and (n := int(without_text(s.frame[s.x[0]]).sum())):
         raise DistillError(
             f'{n} of {len(s)} rows have no text in column {s.x[0]!r}. Remove these rows.'
         )
@@ -64,10 +64,11 @@ def with_target(s: Samples, config: TrainConfig) -> Samples:
         parts = lambda v: filter(None, map(str.strip, v.split(s.delimiter)))
         labels = ['' if missing else str(v) for v, missing in zip(y, y.isna())]
         y = pd.Series([s.delimiter.join(parts(v)) for v in labels], index=y.index)
-    if y.isna().any():
-        rows = [str(i) for i in np.flatnonzero(y.isna())[:NAMED]]
+    missing = y.isna() if s.delimiter else without_text(y)
+    if missing.any():
+        rows = [str(i) for i in np.flatnonzero(missing)[:NAMED]]
         raise DistillError(
-            f'{y.isna().sum()} of {len(s)} rows have no label in column {s.y!r} (row {", ".join(rows)}, '
+            f'{missing.sum()} of {len(s)} rows have no label in column {s.y!r} (row {", ".join(rows)}, '
             'counted from 0). Remove these rows.'
         )
     if has_numbers(y):
@@ -92,6 +93,11 @@ def with_target(s: Samples, config: TrainConfig) -> Samples:
             'nothing to learn. Is this the right column or folder?'
         )
     return replace(s, frame=s.frame.assign(**{s.y: y}), target=target, classes=sorted(names))
+
+
+def without_text(column: pd.Series) -> pd.Series:
+    """Return a mask of the cells that are missing, or that hold only spaces."""
+    return column.isna() | (column.astype(str).str.strip() == '')
 
 
 def check_numbers(name: str, y: pd.Series) -> None:

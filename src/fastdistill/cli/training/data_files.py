@@ -401,6 +401,7 @@ def labels_of(text: pd.Series, s: Samples) -> pd.Series:
     """
     if s.delimiter:
         return text
+    text = text.str.strip()
     y = converted(text)
     if has_numbers(y) and (y.isna().any() or predicts_numbers(y, s.task)):
         return y
