@@ -149,7 +149,7 @@ def temperature(T: float) -> float:
     return T
 
 
-def tempered(x: Tensor, T: float) -> Tensor:
+def at_temperature(x: Tensor, T: float) -> Tensor:
     """Return `x/T`. If T is 1, `x` is not copied."""
     return x if temperature(T) == 1 else x / T
 
@@ -163,7 +163,7 @@ def class_axis(x: Tensor, axis: int) -> int:
 
 def log_probs(x: Tensor, T: float = 1.0, axis: int = 1) -> Tensor:
     """Compute the log-softmax of `x/T` over the class axis."""
-    return F.log_softmax(tempered(x, T), class_axis(x, axis))
+    return F.log_softmax(at_temperature(x, T), class_axis(x, axis))
 
 
 def expect(lp: Tensor, v: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from ._base import (
     KINDS,
     Loss,
     _full,
+    at_temperature,
     class_axis,
     expect,
     fit_mask,
@@ -28,7 +29,6 @@ from ._base import (
     reduce,
     same_shape,
     temperature,
-    tempered,
 )
 from .chunks import all_finite, on_cpu_without_gradient, per_position, seen_finite
 from .correlations import both_correlations
@@ -184,7 +184,7 @@ def kl_both(s: Tensor, t: Tensor, T: float, axis: int) -> tuple[Tensor, Tensor]:
     if on_cpu_without_gradient(s, t):
         values, ls, p = kl_of_finite(s, t, T, axis)
         if all_finite(values):
-            return values, tempered(ls.exp_().sub_(p), T)
+            return values, at_temperature(ls.exp_().sub_(p), T)
     return kl_values(s, t, T, axis), kl_slope(s, t, T, axis)
 
 
@@ -208,10 +208,14 @@ def drawn_kl(s: Tensor, t: Draws, T: float, axis: int) -> Tensor:
 def kl_slope(s: Tensor, t: Any, T: float, axis: int) -> Tensor:
     """Compute the gradient of `kl_values` with respect to `s`."""
     if isinstance(t, Draws):
-        return tempered(tempered(s, T).softmax(axis).scatter_add_(axis, t.ids, -t.freqs), T)
+        return at_temperature(
+            at_temperature(s, T).softmax(axis).scatter_add_(axis, t.ids, -t.freqs), T
+        )
     if not seen_finite(s):
         t = within(t, s)
-    return tempered(tempered(s, T).softmax(axis).sub_(tempered(t, T).softmax(axis)), T)
+    return at_temperature(
+        at_temperature(s, T).softmax(axis).sub_(at_temperature(t, T).softmax(axis)), T
+    )
 
 
 @loss(kind='softmax', match='shape', positionwise=True)
