@@ -53,6 +53,23 @@ def body():
     )
 
 
+class Overwrites(nn.Module):
+    "As in VGG and MobileNetV3, an activation overwrites the embedding"
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Conv2d(3, 6, 3)
+        self.head = nn.Sequential(
+            nn.Linear(6, 8), nn.Dropout(0.1), nn.Hardswish(inplace=True), nn.Linear(8, 3)
+        )
+
+    def embed(self, x):
+        return self.head[0](self.body(x).mean((2, 3)))
+
+    def forward(self, x):
+        return self.head[1:](self.embed(x))
+
+
 def images(n=8):
     return torch.randn(n, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 
@@ -70,6 +87,7 @@ TEACHERS = {
     'timm ViT': (lambda: vit(0), lambda m, x: m(x)),
     'timm ViT with a head': (lambda: vit(7), timm_embedding),
     'timm CNN with a head': (lambda: timm.create_model('resnet10t', num_classes=7), timm_embedding),
+    'CNN that overwrites it': (Overwrites, lambda m, x: m.embed(x)),
     'body': (body, lambda m, x: m(x).mean((2, 3))),
     'pooled body': (
         lambda: nn.Sequential(body(), nn.AdaptiveAvgPool2d(1), nn.Flatten()),
@@ -80,6 +98,7 @@ STUDENTS = {
     'CNN': (small, lambda m, x: m[:-1](x)),
     'timm CNN': (lambda: timm.create_model('resnet10t', num_classes=3), timm_embedding),
     'ViT': (lambda: vit(3), timm_embedding),
+    'CNN that overwrites it': (Overwrites, lambda m, x: m.embed(x)),
     'vision_learner': (
         lambda: create_vision_model(resnet18, 3, pretrained=False),
         lambda m, x: m[1][:2](m[0](x)),

@@ -107,7 +107,11 @@ def embedding(model: Any, x: Any) -> Any:
         (i for i, u in reversed([*enumerate(units)]) if u.kind != 'vector'), len(units) - 2
     )
     if after + 1 < len(units):
-        return units[after + 1].name
+        vector, *later = units[after + 1 :]
+        # subtle: an activation may overwrite the vector in place, e.g. in VGG
+        until = takewhile(lambda u: not u.weights, later)
+        overwritten = any(getattr(u.module, 'inplace', False) for u in until)
+        return f'{vector.name}@pre' if overwritten else vector.name
     return f'{units[after].name}{units[after].turn}@mean'
 
 
