@@ -1098,6 +1098,35 @@ def test_frozen_layers_that_are_unfrozen_are_measured_at_once():
     )
 
 
+@pytest.mark.parametrize('term', [losses.hint, losses.at], ids=['projector', 'none'])
+def test_layers_that_are_frozen_again_leave_the_task_loss_its_weight(term):
+    "With hint, the projector still learns; with at, nothing of the term does"
+    student, teacher, (x, y) = conv_net(4), conv_net(16), (torch.randn(8, 3, 8, 8), torch.arange(8))
+    recipe = Recipe(Term(term, grad_ratio=3.0, layers={'1': '1'}))
+    d = Distiller(student, teacher, recipe, example=x)
+    assert d(x, y).weights['task'] == 1 / 4
+    student[0].requires_grad_(False)
+    for _ in range(2):
+        with torch.no_grad():  # as in validation
+            d(x, y)
+        d(x, y).total.backward()
+        got = [p.grad.clone() for p in student[-1].parameters()]
+        student.zero_grad()
+        F.cross_entropy(student(x), y).backward()
+        assert all(map(torch.equal, got, [p.grad for p in student[-1].parameters()]))
+        student.zero_grad()
+    student[0].requires_grad_(True)
+    out, new = d(x, y), Distiller(student, teacher, recipe, example=x)
+    new.links.load_state_dict(d.links.state_dict())
+    for k, w in new(x, y).weights.items():
+        assert float(out.weights[k]) == pytest.approx(float(w), rel=1e-5)
+
+
+def conv_net(c):
+    layers = nn.Conv2d(3, c, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(c, 8)
+    return nn.Sequential(*layers)
+
+
 def test_layers_of_which_more_are_unfrozen_are_measured_anew():
     "With one of two layers frozen, the gradient at the other alone was measured"
     student = mlp(6)

@@ -54,6 +54,10 @@ class GradientRatio:
         # the teacher's outputs for the last measured batch, if it had only one sample
         self.previous: list[Tensor] | None = None
 
+    def forget(self) -> None:
+        """Forget the measured norms. The next batch is then measured as if it were the first."""
+        self.means, self.parts = None, ()
+
     def due(self, parts: tuple, few: bool) -> bool:
         """Advance the batch counter and return True if this batch should be measured.
 
@@ -188,6 +192,9 @@ class GradientRatios(dict):
         base = sum(fixed.values()) if fixed else None
         for k, ratio in self.items():
             if k not in values:
+                # a term with a weight has no gradient if its layers are frozen, or in validation
+                if weights[k] and torch.is_grad_enabled():
+                    ratio.forget()
                 continue
             if base is None:  # a batch without a task loss uses earlier measurements
                 if ratio.means is not None:
@@ -196,11 +203,14 @@ class GradientRatios(dict):
                     f'grad_ratio= of {k} is relative to the task loss and the terms with a '
                     f'weight, and this batch has neither. Give {k} a weight= instead.'
                 )
-            # frozen layers have no gradient; the term then trains only its projector
             at = [(i, x) for i, x in enumerate(tensors(k)) if x.requires_grad]
+            if not at:
+                # frozen layers have no gradient; the term then trains only its projector
+                ratio.forget()
+                continue
             # subtle: in several processes, all must agree on the batches that they measure
             few = world_size() == 1 and any(is_below(ratio.FEW, x) for _, x in at)
-            if at and ratio.due((*fixed, *(i for i, _ in at)), few):
+            if ratio.due((*fixed, *(i for i, _ in at)), few):
                 self._measure(k, base, values[k], apart, [x for _, x in at])
                 if ratio.gain is not None and errors and (new := errors()) is not None:
                     ratio.gain.add(new)
