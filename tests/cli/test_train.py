@@ -1647,6 +1647,25 @@ def test_a_run_does_not_continue_with_other_rows(stopped, tmp_path):
     assert resumed(out).n == 16
 
 
+def test_a_run_does_not_continue_with_other_rows_of_a_column_called_held(stopped, tmp_path):
+    frame = people().drop(columns='wage').rename(columns=dict(age='held'))
+    frame['set'] = ['train' if i % 4 else 'valid' for i in range(len(frame))]
+    frame.to_csv(tmp_path / 'a.csv', index=False)
+    out = stopped(
+        tmp_path / 'a.csv',
+        teacher='tabular',
+        teacher_layers='16',
+        student='tabular',
+        student_layers='8',
+        valid='set',
+        y='rich',
+    )
+    frame['held'] = frame['held'] + 1
+    frame.to_csv(tmp_path / 'a.csv', index=False)
+    with pytest.raises(DistillError, match='began: 80 rows added'):
+        resumed(out)
+
+
 def test_a_run_does_not_continue_with_another_teacher(finished, stopped, digits, tmp_path):
     shutil.copy(finished / 'student.pkl', tmp_path / 'teacher.pkl')
     out = stopped(digits, teacher=str(tmp_path / 'teacher.pkl'))
@@ -2081,6 +2100,33 @@ def test_a_row_without_a_text_is_refused(empty, tmp_path):
     text = 'text,label\n' + ''.join(f'{texts[i % 4]},{"pq"[i % 2]}\n' for i in range(24))
     with pytest.raises(DistillError, match='6 of 24 rows have no text in column .text.'):
         read_text(tmp_path / 'a.csv', text, task='texts')
+
+
+@pytest.mark.parametrize('delimiter', ['', ';'])
+@pytest.mark.parametrize('inputs', ['file', 'is_valid'])
+@pytest.mark.parametrize('task', ['images', 'texts'])
+def test_a_column_may_be_called_is_valid(task, inputs, delimiter, digits, tmp_path):
+    "As fastai calls the column that marks the validation set"
+    files = sorted(digits.rglob('*.png'))
+    labels = ['yes' if i % 3 else 'no' for i in range(len(files))]
+    x = files if task == 'images' else [f'a text of number {i}' for i in range(len(files))]
+    label = 'label' if inputs == 'is_valid' else 'is_valid'
+    pd.DataFrame({inputs: x, label: labels}).to_csv(tmp_path / 'a.csv', index=False)
+    arch = 'cnn' if task == 'images' else 'embedding_bag'
+    s, dls = loaders(
+        data=tmp_path / 'a.csv', y=label, delimiter=delimiter, teacher=arch, student=arch
+    )
+    assert s.task == task and s.x == [inputs]
+    for ds, rows in ((dls.train_ds, ~s.valid), (dls.valid_ds, s.valid)):
+        got = [s.classes[int(y.float().argmax()) if delimiter else int(y)] for _, y in ds]
+        assert sorted(got) == sorted(k for k, held in zip(labels, rows) if held)
+
+
+@pytest.mark.parametrize('label', ['label', 'age_na'])
+def test_a_column_with_the_name_that_fastai_gives_to_missing_values_is_refused(label, tmp_path):
+    columns = dict(age=['1.5', '', '2.5'], age_na=['p', 'q']) | {label: ['p', 'q']}
+    with pytest.raises(DistillError, match="'age' has missing values, .*a column 'age_na', but"):
+        read_text(tmp_path / 'a.csv', rows_of(','.join(columns), *columns.values()), y=label)
 
 
 @pytest.mark.parametrize('line', ['1,p,', '1,p,q', '1,some, p'])

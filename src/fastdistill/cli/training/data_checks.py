@@ -46,7 +46,7 @@ def checked_samples(s: Samples, config: TrainConfig) -> Samples:
     if s.task in ('images', 'masks'):
         s = checked_files(with_paths(s), config)
         warn_of_copies(s)
-    if s.task == 'texts' and (n := int(without_text(s.frame[s.x[0]]).sum())):
+    if s.task == 'texts' and (n := int(blank_cells(s.frame[s.x[0]]).sum())):
         raise DistillError(
             f'{n} of {len(s)} rows have no text in column {s.x[0]!r}. Remove these rows.'
         )
@@ -64,7 +64,7 @@ def with_target(s: Samples, config: TrainConfig) -> Samples:
         parts = lambda v: filter(None, map(str.strip, v.split(s.delimiter)))
         labels = ['' if missing else str(v) for v, missing in zip(y, y.isna())]
         y = pd.Series([s.delimiter.join(parts(v)) for v in labels], index=y.index)
-    missing = y.isna() if s.delimiter else without_text(y)
+    missing = y.isna() if s.delimiter else blank_cells(y)
     if missing.any():
         rows = [str(i) for i in np.flatnonzero(missing)[:NAMED]]
         raise DistillError(
@@ -95,7 +95,7 @@ def with_target(s: Samples, config: TrainConfig) -> Samples:
     return replace(s, frame=s.frame.assign(**{s.y: y}), target=target, classes=sorted(names))
 
 
-def without_text(column: pd.Series) -> pd.Series:
+def blank_cells(column: pd.Series) -> pd.Series:
     """Return a mask of the cells that are missing, or that hold only spaces."""
     return column.isna() | (column.astype(str).str.strip() == '')
 
@@ -436,6 +436,11 @@ def checked_columns(s: Samples) -> Samples:
         # set
         if gaps.any() and not gaps[~s.valid].any():
             frame[c] = frame[c].fillna(frame[c][~s.valid].median())
+        if gaps[~s.valid].any() and f'{c}_na' in frame:
+            raise DistillError(
+                f'Column {c!r} has missing values, for which fastai adds a column {f"{c}_na"!r}, but the '
+                f'data have a column of this name: rename it.'
+            )
         if np.isinf(frame[c]).any():
             raise DistillError(f'Column {c!r} has numbers that are not finite.')
     return replace(s, frame=frame)

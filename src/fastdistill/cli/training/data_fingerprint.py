@@ -30,10 +30,11 @@ def data_fingerprint(s: Samples, held: np.ndarray | None, config: TrainConfig) -
             is chosen at random.
         config: A TrainConfig.
     """
-    frame = s.frame[[*s.x, s.y]] if held is None else s.frame[[*s.x, s.y]].assign(held=held)
-    rows = zip(*(frame[c] for c in frame))
+    names = [*s.x, s.y]
+    columns = [*(s.frame[c] for c in names), *([] if held is None else [held])]
+    rows = zip(*columns)
     facts = dict(
-        columns=[*map(str, frame)],
+        columns=[*map(str, names), *([] if held is None else ['held'])],
         classes=s.classes,
         teacher={k: file_hash(*model_files(p)) for k, p in config.teacher_files.items()},
     )

@@ -6,12 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import torch
 from fastai.basics import (
     CategoryBlock,
     ColReader,
-    ColSplitter,
     DataBlock,
     DataLoaders,
     IndexSplitter,
@@ -97,23 +95,24 @@ def image_transforms(s: Samples, config: TrainConfig) -> dict[str, Any]:
 def image_loaders(s: Samples, config: TrainConfig, teacher: Any, **options: Any) -> DataLoaders:
     tfms = image_transforms(s, config)
     x, y = s.x[0], s.y
+    splitter = IndexSplitter(np.flatnonzero(s.valid).tolist())
     if s.y == 'y' and not isinstance(s.frame[x].iloc[0], bytes) and folder_names(s):
         # use paths as items, so that the exported Learner can predict from a path
         block = DataBlock(
             (ImageBlock, label_block(s)),
             get_y=parent_label,
-            splitter=IndexSplitter(np.flatnonzero(s.valid).tolist()),
+            splitter=splitter,
             **tfms,
         )
         return block.dataloaders([*map(Path, s.frame[x])], **options)
     block = DataBlock(
         (ImageBlock, label_block(s)),
         get_x=ColReader(x),
-        splitter=ColSplitter('is_valid'),
+        splitter=splitter,
         get_y=ColReader(y, label_delim=s.delimiter or None),
         **tfms,
     )
-    return block.dataloaders(marked_frame(s), **options)
+    return block.dataloaders(s.frame[[*s.x, s.y]], **options)
 
 
 def folder_names(s: Samples) -> bool:
@@ -123,24 +122,22 @@ def folder_names(s: Samples) -> bool:
     )
 
 
-def marked_frame(s: Samples) -> pd.DataFrame:
-    return s.frame[[*s.x, s.y]].assign(is_valid=s.valid)
-
-
 def mask_loaders(s: Samples, config: TrainConfig, teacher: Any, **options: Any) -> DataLoaders:
     block = DataBlock(
         (ImageBlock, MaskBlock(codes=s.classes)),
         get_x=ColReader('x'),
         # subtle: keep the mode of the file, because fastai would convert a palette to grey levels
         get_y=Pipeline([ColReader('y'), load_image]),
-        splitter=ColSplitter('is_valid'),
+        splitter=IndexSplitter(np.flatnonzero(s.valid).tolist()),
         **image_transforms(s, config),
     )
-    return block.dataloaders(marked_frame(s), **options)
+    return block.dataloaders(s.frame[[*s.x, s.y]], **options)
 
 
 def text_loaders(s: Samples, config: TrainConfig, teacher: Any, **options: Any) -> DataLoaders:
-    frame = marked_frame(s).rename(columns={s.x[0]: TEXT, s.y: 'label'})
+    # subtle: rename the columns first, because one of them may be called is_valid
+    frame = s.frame[[*s.x, s.y]].rename(columns={s.x[0]: TEXT, s.y: 'label'})
+    frame['is_valid'] = s.valid
     vocab = None if teacher is None else known(teacher, 'texts', lambda dls: dls.vocab[0])
     return TextDataLoaders.from_df(
         frame,
