@@ -2102,6 +2102,27 @@ def test_a_row_without_a_text_is_refused(empty, tmp_path):
         read_text(tmp_path / 'a.csv', text, task='texts')
 
 
+@pytest.mark.parametrize('encoding', ['latin-1', 'utf-16'])
+def test_another_encoding_is_named(encoding, tmp_path):
+    (tmp_path / 'a.csv').write_bytes(rows_of('label', ['café', 'thé']).encode(encoding))
+    with pytest.raises(
+        DistillError, match='is not text in UTF-8 .* Save it again with the encoding'
+    ):
+        read(tmp_path / 'a.csv')
+
+
+@pytest.mark.parametrize('sep', [';', '\t', '|'])
+def test_another_separator_is_named(sep, tmp_path):
+    text = rows_of('b,label', ['1', '2'], ['p', 'q']).replace(',', sep)
+    with pytest.raises(DistillError, match='has one column, with .* in each line: .*with commas'):
+        read_text(tmp_path / 'a.csv', text)
+    with pytest.raises(DistillError, match='Expected 1 fields .* Separate the cells .* commas'):
+        read_text(tmp_path / 'a.csv', text.replace('.5', ',5'))
+    (tmp_path / 'a.tsv').write_text(text.replace(sep, ','))
+    with pytest.raises(DistillError, match="has one column, with ',' in each line: .*with tabs"):
+        read(tmp_path / 'a.tsv')
+
+
 @pytest.mark.parametrize('delimiter', ['', ';'])
 @pytest.mark.parametrize('inputs', ['file', 'is_valid'])
 @pytest.mark.parametrize('task', ['images', 'texts'])

@@ -3,6 +3,7 @@ files or Hugging Face datasets.
 """
 
 import os
+import re
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -313,7 +314,7 @@ def read_csv(path: Path, header: bool) -> pd.DataFrame:
         # would shift rows that are longer than the header
         frame = pd.read_csv(
             path,
-            sep='\t' if '.tsv' in path.suffixes else ',',
+            sep=separator(path),
             header=None,
             dtype=str,
             na_filter=False,
@@ -321,10 +322,24 @@ def read_csv(path: Path, header: bool) -> pd.DataFrame:
         )
     except ImportError:
         raise
+    except UnicodeDecodeError as e:
+        raise DistillError(
+            f"{path} can't be read as CSV: it is not text in UTF-8 ({e}). Save it again with the encoding "
+            'UTF-8.'
+        ) from e
     # subtle: each kind of compressed file has errors of its own
     except Exception as e:
         hint = ' A cell that holds the separator must be in quotes.' if 'Expected' in str(e) else ''
+        if 'Expected 1 fields' in str(e):
+            hint = (
+                ' Separate the cells of a .csv file with commas, or those of a .tsv file with tabs.'
+            )
         raise DistillError(f"{path} can't be read as CSV: {str(e).strip()}.{hint}") from e
+    if frame.shape[1] == 1 and (sep := other_separator(frame, path)):
+        raise DistillError(
+            f'{path} has one column, with {sep!r} in each line: is this the separator? Separate the cells '
+            'of a .csv file with commas, or those of a .tsv file with tabs.'
+        )
     names = [str(c) for c in frame.columns]
     if header:
         names = [c.strip() or f'Unnamed: {i}' for i, c in enumerate(frame.iloc[0])]
@@ -337,6 +352,17 @@ def read_csv(path: Path, header: bool) -> pd.DataFrame:
             'add --no-header.'
         )
     return frame
+
+
+def separator(path: Path) -> str:
+    return '\t' if '.tsv' in path.suffixes else ','
+
+
+def other_separator(frame: pd.DataFrame, path: Path) -> str | None:
+    """Return a different separator that each row of a single column has equally often, or None."""
+    others = [o for o in (';', '\t', '|', ',') if o != separator(path)]
+    n = {sep: frame[0].str.count(re.escape(sep)) for sep in others}
+    return next((sep for sep, o in n.items() if o.min() == o.max() > 0), None)
 
 
 def from_csv(path: Path, config: TrainConfig) -> Samples:
@@ -364,7 +390,7 @@ def check_quotes(text: pd.DataFrame, y: str, path: Path) -> None:
     closed.
     """
     at, labels, n = text.columns.get_loc(y), set(text[y]), text.shape[1]
-    sep = '\t' if '.tsv' in path.suffixes else ','
+    sep = separator(path)
     for k, c in enumerate(text.columns):
         for i in np.flatnonzero(text[c].str.contains('\n', regex=False)):
             *lines, _ = text[c].iloc[i].split('\n')
