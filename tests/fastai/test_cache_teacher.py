@@ -93,6 +93,16 @@ def points(i):
     return np.random.default_rng(i).uniform(2, 28, (4, 2)).tolist()
 
 
+def test_a_module_and_data_without_a_loss_function_need_a_kind(tmp_path):
+    items = [(torch.zeros(4), torch.tensor(0)), (torch.ones(4), torch.tensor(1))]
+    dls = DataLoaders.from_dsets(items, items, bs=2, device='cpu')
+    with pytest.raises(
+        DistillError, match=r"no loss function .*: pass kind='softmax' .*\(numbers\)\.$"
+    ):
+        checked_first(nn.Linear(4, 2), dls, tmp_path / 'targets')
+    checked_first(nn.Linear(4, 2), dls, tmp_path / 'targets', kind='softmax', check=False)
+
+
 def test_a_cache_records_the_image_size_of_its_teacher(tmp_path):
     dls, theirs = (
         data(augment='light', item_tfms=[Resize(16)]),

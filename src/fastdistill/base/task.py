@@ -284,9 +284,13 @@ def unknown_loss(lf: Any) -> str:
             f"The student's loss {name} takes log-probabilities, which are also logits: pass "
             "kind='softmax' and axis=..."
         )
+    wanted = (
+        "pass kind='softmax' (classes, along axis=), 'sigmoid' (labels) or 'regression' (numbers)."
+    )
+    if lf is None:
+        return f'There is no loss function that shows what the model predicts: {wanted}'
     return (
-        f"The student's loss {name} does not show what the student predicts: pass kind='softmax' (classes, along "
-        "axis=), 'sigmoid' (labels) or 'regression' (numbers) to KnowledgeDistillation. "
+        f"The student's loss {name} does not show what the student predicts: {wanted} "
         'If the loss ignores a label, give it the attribute ignore_index, so that distillation ignores this label too.'
     )
 
