@@ -104,14 +104,10 @@ class LogitsOnly(nn.Module):
             if isinstance(raw, tuple)
             else Outputs.of(raw).logits
         )
-        return (
-            logits
-            if self.temperature is None
-            else at_temperature(logits, self.temperature, self.task)
-        )
+        return logits if self.temperature is None else tempered(logits, self.temperature, self.task)
 
 
-def at_temperature(logits: Tensor, temperature: Tensor, task: Task) -> Tensor:
+def tempered(logits: Tensor, temperature: Tensor, task: Task) -> Tensor:
     """Divide logits by a temperature, or by one temperature for each class or label."""
     if temperature.dim():
         temperature = temperature.view(
@@ -549,7 +545,7 @@ def compared(learn, there, path, batches, close, temperature=None):
             here.reset()
             a, b = here(*x).logits.float(), there(*x).logits.float()
             if temperature is not None:
-                a = at_temperature(a, torch.tensor(temperature), task_of(learn.loss_func))
+                a = tempered(a, torch.tensor(temperature), task_of(learn.loss_func))
             # subtle: nan is not close to anything, and the same infinity is no difference
             apart = (a - b).abs().where(a != b, 0.0).nan_to_num(nan=torch.inf)
             most = max(most, apart.max().item())
