@@ -542,7 +542,7 @@ class Layout:
         if self.kind == 'pca':
             # no other class is likelier than those that are stored exactly
             top = full('top')
-            logits = self.components(rows, head).dense().minimum(top[:, -1:])
+            logits = decoded_components(self, rows, head).dense().minimum(top[:, -1:])
             logits = logits.scatter(1, got['ids'].long(), top)
         elif self.head is not None:
             logits = head.decode(full('hidden'))
@@ -561,11 +561,12 @@ class Layout:
             logits = F.interpolate(logits, self.full, mode='bilinear')
         return Outputs(logits, feats, got['mask'].float() if 'mask' in got else None)
 
-    def components(self, rows: Tensor, head: Any) -> LinearLogits:
-        """Decode only the principal components of rows, without the classes that are exact."""
-        got = {f.name: f.read(rows) for f in self.fields[:2]}
-        codes = from_int8(got['codes'], got.get('scale:codes'))
-        return LinearLogits(codes, head.weight, head.bias)
+
+def decoded_components(layout: Layout, rows: Tensor, head: Any) -> LinearLogits:
+    """Decode only the principal components of rows, without the classes that are exact."""
+    got = {f.name: f.read(rows) for f in layout.fields[:2]}
+    codes = from_int8(got['codes'], got.get('scale:codes'))
+    return LinearLogits(codes, head.weight, head.bias)
 
 
 def float16_step(values: Any) -> np.ndarray:

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from ..base.outputs import Draws, TopK, as_dense
-from .row_layout import Layout
+from .row_layout import Layout, decoded_components
 
 
 def row_errors(stored: Any, live: Any) -> tuple[list, list]:
@@ -58,7 +58,9 @@ def comparable(layout: Layout, rows: np.ndarray, live: Any, head: Any) -> tuple:
     stored = torch.from_numpy(rows)
     if layout.kind == 'pca':
         # the classes that are stored exactly may differ after a rounding error
-        return layout.components(stored, head), head.project(as_dense(live).detach().float().cpu())
+        return decoded_components(layout, stored, head), head.project(
+            as_dense(live).detach().float().cpu()
+        )
     return layout.decode(stored, head).logits, live
 
 
