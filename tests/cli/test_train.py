@@ -2150,6 +2150,30 @@ def test_a_column_with_the_name_that_fastai_gives_to_missing_values_is_refused(l
         read_text(tmp_path / 'a.csv', rows_of(','.join(columns), *columns.values()), y=label)
 
 
+@pytest.mark.parametrize('empty', ['', 'NA', '"  "'])
+def test_a_row_without_an_image_is_refused(empty, digits, tmp_path):
+    rows = [f'{f},{f.parent.name}' for f in sorted(digits.rglob('*.png'))]
+    (tmp_path / 'a.csv').write_text('\n'.join(['file,label', *rows, f'{empty},digit0', '']))
+    with pytest.raises(DistillError, match='1 of 61 rows have no image in column .file.'):
+        read(tmp_path / 'a.csv')
+
+
+@pytest.mark.parametrize('given', [dict(x='file'), dict(y='label'), dict(delimiter=';')])
+def test_columns_of_a_folder_of_images_are_refused(given, digits, tmp_path):
+    (name,) = given
+    for data in (digits, masks_of_three_classes(tmp_path)):
+        with pytest.raises(
+            DistillError, match=f'{name}=.*is a folder without one. Leave out {name}'
+        ):
+            read(data, **given)
+
+
+def test_two_masks_of_one_image_are_refused(tmp_path):
+    Image.new('L', (8, 8)).save(masks_of_three_classes(tmp_path) / 'masks' / '3.bmp')
+    with pytest.raises(DistillError, match='3.bmp and .*3.png are masks of one image: remove one'):
+        read(tmp_path)
+
+
 @pytest.mark.parametrize('line', ['1,p,', '1,p,q', '1,some, p'])
 def test_a_row_that_is_longer_than_the_header_is_refused(line, tmp_path):
     with pytest.raises(DistillError, match="can't be read as CSV: .*2 fields in line 3, saw 3"):

@@ -37,6 +37,11 @@ def checked_samples(s: Samples, config: TrainConfig) -> Samples:
             )
     if config.y_range:
         check_range(s, config)
+    thing = dict(images='image', texts='text').get(s.task)
+    if thing and (n := int(blank_cells(s.frame[s.x[0]]).sum())):
+        raise DistillError(
+            f'{n} of {len(s)} rows have no {thing} in column {s.x[0]!r}. Remove these rows.'
+        )
     s = replace(s, valid=validation_rows(s, config))
     for rows, name in ((~s.valid, 'training'), (s.valid, 'validation')):
         if rows.sum() < 2:
@@ -46,10 +51,6 @@ def checked_samples(s: Samples, config: TrainConfig) -> Samples:
     if s.task in ('images', 'masks'):
         s = checked_files(with_paths(s), config)
         warn_of_copies(s)
-    if s.task == 'texts' and (n := int(blank_cells(s.frame[s.x[0]]).sum())):
-        raise DistillError(
-            f'{n} of {len(s)} rows have no text in column {s.x[0]!r}. Remove these rows.'
-        )
     if s.task == 'texts':
         warn_of_copies(s)
     if s.task == 'table':
@@ -97,7 +98,7 @@ def with_target(s: Samples, config: TrainConfig) -> Samples:
 
 def blank_cells(column: pd.Series) -> pd.Series:
     """Return a mask of the cells that are missing, or that hold only spaces."""
-    return column.isna() | (column.astype(str).str.strip() == '')
+    return column.isna() | column.map(lambda v: isinstance(v, str) and not v.strip())
 
 
 def check_numbers(name: str, y: pd.Series) -> None:

@@ -85,10 +85,12 @@ def read_samples(config: TrainConfig) -> Samples:
     elif is_dataset(path):
         s = from_dataset(path, config)
     elif mask_folders(path) and config.task in ('auto', 'masks'):
+        refuse_columns(config)
         s = from_masks(path)
     elif csv := table_in(path, config):
         s = from_csv(csv, config)
     else:
+        refuse_columns(config)
         s = from_folders(path, config)
     if config.task not in ('auto', s.task):
         raise DistillError(
@@ -97,6 +99,16 @@ def read_samples(config: TrainConfig) -> Samples:
     if not len(s):
         raise DistillError(f'{config.data} holds no samples.')
     return s
+
+
+def refuse_columns(config: TrainConfig) -> None:
+    """Raise a DistillError if settings name columns, but the data are folders of images."""
+    for k in ('x', 'y', 'delimiter'):
+        if v := getattr(config, k):
+            raise DistillError(
+                f'{k}={v!r}: this is for a table, such as a CSV file, but {config.data} is a folder without '
+                f'one. Leave out {k}, or give the table as data.'
+            )
 
 
 DATA_FORMS = dict(
@@ -257,7 +269,10 @@ def mask_folders(path: Path) -> list[tuple[Path, Path]] | None:
 def from_masks(path: Path) -> Samples:
     rows = []
     for i, (images, masks) in enumerate(mask_folders(path) or ()):
-        of = {p.relative_to(masks).with_suffix(''): p for p in image_files(masks)}
+        of: dict[Path, Path] = {}
+        for p in image_files(masks):
+            if (other := of.setdefault(p.relative_to(masks).with_suffix(''), p)) != p:
+                raise DistillError(f'{other} and {p} are masks of one image: remove one of them.')
         for p in image_files(images):
             if (stem := p.relative_to(images).with_suffix('')) not in of:
                 raise DistillError(f'{p} has no mask: {masks / stem}.png is missing.')
