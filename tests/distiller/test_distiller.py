@@ -1209,9 +1209,10 @@ def test_a_share_where_the_labels_do_not_reach_is_refused():
         d(x, y)
 
 
-def test_a_share_at_frozen_layers_trains_the_projector_alone():
+@pytest.mark.parametrize('frozen', [4, 5], ids=['some layers', 'the whole student'])
+def test_a_share_at_frozen_layers_trains_the_projector_alone(frozen):
     student = mlp(6)
-    for p in student[:4].parameters():
+    for p in student[:frozen].parameters():
         p.requires_grad_(False)
     d = Distiller(
         student,

@@ -196,6 +196,11 @@ class GradientRatios(dict):
                 if weights[k] and torch.is_grad_enabled():
                     ratio.forget()
                 continue
+            at = [(i, x) for i, x in enumerate(tensors(k)) if x.requires_grad]
+            if not at:
+                # frozen layers have no gradient; the term then trains only its projector
+                ratio.forget()
+                continue
             if base is None:  # a batch without a task loss uses earlier measurements
                 if ratio.means is not None:
                     continue
@@ -203,11 +208,6 @@ class GradientRatios(dict):
                     f'grad_ratio= of {k} is relative to the task loss and the terms with a '
                     f'weight, and this batch has neither. Give {k} a weight= instead.'
                 )
-            at = [(i, x) for i, x in enumerate(tensors(k)) if x.requires_grad]
-            if not at:
-                # frozen layers have no gradient; the term then trains only its projector
-                ratio.forget()
-                continue
             # subtle: in several processes, all must agree on the batches that they measure
             few = world_size() == 1 and any(is_below(ratio.FEW, x) for _, x in at)
             if ratio.due((*fixed, *(i for i, _ in at)), few):
