@@ -18,6 +18,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import OrdinalEncoder
 from sklearn.tree import DecisionTreeClassifier
 from pathlib import Path
+from types import SimpleNamespace
 from fastai.data.core import DataLoaders
 from fastai.learner import Learner, load_learner
 from fastai.losses import CrossEntropyLossFlat
@@ -877,6 +878,20 @@ def test_a_table_and_its_exported_teacher(tmp_path):
                 ),
             ),
         )
+
+
+@pytest.mark.parametrize('order', [['gap', 'age', 'job', 'rich'], ['rich', 'job', 'gap', 'age']])
+def test_the_columns_of_a_table_may_have_a_different_order_than_the_teacher(order, tmp_path):
+    frame = people().drop(columns='wage')
+    both = {}
+    for name, columns in (('a', ['age', 'gap', 'job', 'rich']), ('b', order)):
+        frame[columns].to_csv(tmp_path / f'{name}.csv', index=False)
+        c = TrainConfig(**settings(tmp_path / f'{name}.csv', y='rich'))
+        s = checked_samples(read_samples(c), c)
+        teacher = SimpleNamespace(dls=both['a']) if both else None
+        both[name] = loaders_of(s, c, teacher)
+    for x, y in zip(*(both[k].valid.one_batch() for k in 'ab')):
+        torch.testing.assert_close(x, y)
 
 
 def test_trees_in_a_file_teach_a_table(tmp_path, command):

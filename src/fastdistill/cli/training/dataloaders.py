@@ -164,7 +164,9 @@ def table_loaders(s: Samples, config: TrainConfig, teacher: Any, **options: Any)
                 f"The teacher's table has the column(s) {', '.join(map(str, missing[:5]))}, which these "
                 'data do not have.'
             )
-        to = to.new(frame)
+        # subtle: fastai can't read columns whose order in the table is reversed
+        names = dict.fromkeys([*to.x_names, *to.y_names, *frame])
+        to = to.new(frame[[c for c in names if c in frame]])
         to.process()
         to.split = n
     else:
