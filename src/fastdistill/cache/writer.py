@@ -183,6 +183,7 @@ def _begin(
                 raise
             warnings.warn(DistillWarning(f'{e} It is overwritten (force=True).'))
         else:
+            restore_head(where, old, head)
             found = differences(old, m, lambda: changed_now(where, source.files))
             if not (found := found or other_outputs(where, old, first)):
                 return _reopen(where, old, m, keys)
@@ -293,6 +294,14 @@ def head_is_lost(where: Folder, m: Manifest) -> bool:
         return True
     known = m.checksums.get('head.bin')  # unknown while an earlier version writes the cache
     return known is not None and checksum(where.read('head.bin')) != known
+
+
+def restore_head(where: Folder, m: Manifest, head: StoredHead | None) -> None:
+    """Rewrite `head.bin` if it is missing or damaged and `head` is the layer that it held."""
+    if head is not None and head_is_lost(where, m):
+        data = head.to_bytes()
+        if checksum(data) == m.checksums.get('head.bin'):
+            where.write('head.bin', data)
 
 
 def read_head(where: Folder, m: Manifest) -> StoredHead | None:
