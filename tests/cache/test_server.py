@@ -433,8 +433,9 @@ def test_a_key_is_in_no_frame_of_a_traceback(tmp_path, monkeypatch):
     monkeypatch.setenv('MY_KEY', 'very-secret')
     long = b'x' * 495 + b'very-secret'  # the end of what is shown is in the middle of it
     with raw_server(lambda i: whole(long, '400 Bad')) as (host, _):
+        url = f'http://{host}/v1?api_key=very-secret'
         with pytest.raises(DistillError) as caught:
-            ask_server(f'http://{host}/v1', dict(a=1), tmp_path / 'a.jsonl', key='MY_KEY')
+            ask_server(url, dict(a=1), tmp_path / 'a.jsonl', key='MY_KEY')
     error = caught.value
     assert 'very' not in str(error)
     while error is not None:

@@ -81,6 +81,7 @@ def ask_server(
             raise DistillError(
                 f'{k}={number!r}: it must be a number from 0.000001 to 1,000,000, or None.'
             )
+    url = Secret(url)  # its query may contain a key
     server = Server(url, secret(key), per_second, retries, timeout)
     given = dict(request=request, answer=answer)
     functions = {k: None if f is None else behavior_of(f) for k, f in given.items()}
