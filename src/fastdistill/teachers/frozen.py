@@ -40,6 +40,7 @@ class FrozenModel:
         dtypes = (p.dtype for p in self.model.parameters())
         self.dtype = next((d for d in dtypes if d.is_floating_point and d.itemsize > 1), None)
         self.cuda = cuda_devices(self.model)
+        self.known_layers = has_known_layers(self.model)
         self.params: list[tuple] = []  # original parameters, if the model was moved
         # device of the last batch, and device on which the model runs it
         self.batch_device: torch.device | None = None
@@ -106,6 +107,14 @@ class FrozenModel:
 
 def cuda_devices(model: Module) -> set[torch.device]:
     return {t.device for t in [*model.parameters(), *model.buffers()] if t.is_cuda}
+
+
+def has_known_layers(model: Module) -> bool:
+    """Return True if all layers are of PyTorch, torchvision or fastai. In evaluation mode, they draw
+    no random numbers from Python or NumPy.
+    """
+    names = {type(m).__module__ for m in model.modules()}
+    return all(n.startswith(('torch.nn.', 'torchvision.', 'fastai.')) for n in names)
 
 
 def may_be_hidden_state(name: str) -> bool:
