@@ -23,7 +23,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
 from .base.distributed import average_gradients
+from .base.model_state import restored
 from .base.outputs import DistillError, DistillWarning, Outputs, tensors_in
+from .base.transform_random_state import Generators
 from .checks.teacher_outputs import BATCHES
 from .distiller.dataloader import read_apart, spread_batches
 from .distiller.distiller import Distiller
@@ -102,14 +104,11 @@ class DistillCallback(Callback):
             d.set_extra_state(self.state['distiller'])
         # subtle: Lightning draws a random number here, but not again when it trains
         trainer.fit_loop.setup_data()
-        # hooks of the module and the data module may change a batch before the training step
-        owners = [o for o in (pl_module, getattr(trainer, 'datamodule', None)) if o is not None]
-        apart = lambda: read_apart(*all_loaders(trainer).flattened, owners=owners)
         if self.options.get('check', True):
-            with apart():
+            with batches_apart(trainer, pl_module):
                 check_first(d, self._read(trainer, spread=True), part='training')
         if needs_example(d):
-            with apart():
+            with batches_apart(trainer, pl_module):
                 x, y = next(self._read(trainer))
             complete(d, x, bool(len(y)))
         refuse_finetuning(trainer, d)
@@ -403,6 +402,16 @@ def calls_of(student: nn.Module, taps: Any) -> Iterator[list[StudentCall]]:
         yield calls
     finally:
         handle.remove()
+
+
+@contextmanager
+def batches_apart(trainer: Trainer, module: LightningModule) -> Iterator[None]:
+    """Context in which batches may be read without changing those of the training."""
+    # hooks of the module and the data module may change a batch before the training step
+    owners = module, getattr(trainer, 'datamodule', None)
+    generators = Generators(*owners, outside=[trainer])
+    with read_apart(*all_loaders(trainer).flattened), restored(*owners), generators.seeded(0):
+        yield
 
 
 def refuse_finetuning(trainer: Any, d: Distiller) -> None:

@@ -6,7 +6,7 @@ import hashlib
 import inspect
 import random
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache, partial
 from numbers import Number
@@ -78,12 +78,16 @@ class Generators:
 
     Objects with a method `set_random_state(random_generator, py_random)`, such as albumentations
     transforms, get new generators.
+
+    Args:
+        *roots: Transforms, datasets or other objects.
+        outside: Objects that are not searched, such as a trainer to which one of the roots refers.
     """
 
-    def __init__(self, *roots: Any) -> None:
+    def __init__(self, *roots: Any, outside: Sequence = ()) -> None:
         found = [
             (place, owned)
-            for place, o, owned in reachable(roots)
+            for place, o, owned in reachable(roots, outside)
             if access_of(o) or hands_out_generators(o)
         ]
         self.places, self.owned = [p for p, _ in found], [owned for _, owned in found]
@@ -155,15 +159,16 @@ def hands_out_generators(o: Any) -> bool:
     return takes_generators(type(o)) and hasattr(o, '__dict__')  # type: ignore[arg-type]
 
 
-def reachable(roots: Any) -> Iterator[tuple]:
-    """Yield (place, object, owned) for all objects that can be reached from `roots`.
+def reachable(roots: Any, outside: Sequence = ()) -> Iterator[tuple]:
+    """Yield (place, object, owned) for all objects that can be reached from `roots` without passing
+    through the objects in `outside`.
 
     A place is (get, holder, key), and get(holder, key) returns the object. Places are returned
     because an object may be replaced later. An object is `owned` if it is inside an object with
     `set_random_state`, which sets the generators of all its parts.
     """
     todo = deque(((getitem, roots, i), o, False) for i, o in enumerate(roots))
-    seen: dict[int, Any] = {}
+    seen: dict[int, Any] = {id(o): o for o in outside}
     while todo and len(seen) < MAX_OBJECTS:
         place, o, owned = todo.popleft()
         if id(o) in seen or id(o) in GLOBAL_GENERATORS or isinstance(o, PLAIN_TYPES):

@@ -35,21 +35,16 @@ PARTS = (
 
 
 @contextmanager
-def restored_loaders(*loaders: Any, owners: Iterable = (), seed: int = 0) -> Iterator[None]:
+def restored_loaders(*loaders: Any, seed: int = 0) -> Iterator[None]:
     """Context in which DataLoaders and their random generators may be used. The generators are
     seeded, and everything is restored at the end.
-
-    Args:
-        *loaders: The DataLoaders.
-        owners: Objects that change the batches after they are loaded, such as a LightningModule.
-        seed: Seed of the generators.
     """
     # subtle: fastai makes an item to count the parts of a batch, once. A fit must do this again, since
     # the item draws random numbers
     parts = (getattr(dl, k, None) for dl in loaders for k in PARTS)
     # subtle: an object may create its generator when it is first used
     users = [o for dl in loaders for o in wrapped(dl)]
-    with restored(*users, *owners), Generators(*parts, *owners).seeded(seed):
+    with restored(*users), Generators(*parts).seeded(seed):
         yield
 
 
@@ -64,15 +59,11 @@ def wrapped(o: Any) -> Iterator[Any]:
 
 
 @contextmanager
-def read_apart(*loaders: Any, owners: Iterable = ()) -> Iterator[None]:
+def read_apart(*loaders: Any) -> Iterator[None]:
     """Context in which DataLoaders may be read without changing the batches of the training: the
     global random generators and their own are restored at the end.
-
-    Args:
-        *loaders: The DataLoaders.
-        owners: As in `restored_loaders`.
     """
-    with guarded_random_state(), restored_loaders(*loaders, owners=owners):
+    with guarded_random_state(), restored_loaders(*loaders):
         yield
 
 
