@@ -451,11 +451,17 @@ def test_a_cache_may_be_packed(tmp_path):
     )
 
 
+@pytest.mark.parametrize('dtype, version', [('int8', 3), ('float16', 2)])
+def test_only_hidden_states_in_a_different_basis_need_a_newer_version(dtype, version, tmp_path):
+    written(tmp_path, dict(kind='hidden', dtype=dtype))
+    assert json.loads((tmp_path / 'manifest.json').read_text())['version'] == version
+
+
 def test_an_entry_that_does_not_fit_is_refused(tmp_path):
     written(tmp_path, 'hidden')
     file = tmp_path / 'manifest.json'
     d = json.loads(file.read_text())
-    assert d['version'] == 2
+    assert d['version'] == 3
     for change, match in (
         (dict(head=dict(bias=1, cap=None)), 'layout.head.bias is 1: it must be true or false'),
         (

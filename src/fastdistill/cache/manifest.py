@@ -150,7 +150,7 @@ class Manifest:
     @property
     def version(self) -> int:
         """Lowest version of the format that supports this cache."""
-        if self.layout.kind == 'pca':
+        if self.layout.kind == 'pca' or self.layout.basis:
             return 3
         kinds = self.layout.head, self.layout.draws, self.parts
         return 1 if kinds == (None, None, None) and not self.lost else 2

@@ -542,7 +542,7 @@ class Layout:
         if self.kind == 'pca':
             # no other class is likelier than those that are stored exactly
             top = full('top')
-            logits = decoded_components(self, rows, head).dense().minimum(top[:, -1:])
+            logits = head.decode(full('codes')).dense().minimum(top[:, -1:])
             logits = logits.scatter(1, got['ids'].long(), top)
         elif self.head is not None:
             logits = head.decode(full('hidden'))
@@ -565,8 +565,7 @@ class Layout:
 def decoded_components(layout: Layout, rows: Tensor, head: Any) -> LinearLogits:
     """Decode only the principal components of rows, without the classes that are exact."""
     got = {f.name: f.read(rows) for f in layout.fields[:2]}
-    codes = from_int8(got['codes'], got.get('scale:codes'))
-    return LinearLogits(codes, head.weight, head.bias)
+    return head.decode(from_int8(got['codes'], got.get('scale:codes')))
 
 
 def float16_step(values: Any) -> np.ndarray:
