@@ -3,5 +3,6 @@
 import lazy_loader
 
 __version__ = '0.1.0'
-# the names are in __init__.pyi: each is loaded when it is first used, for `fastdistill --help` needs no torch
+# names are listed in __init__.pyi and loaded on first use, so `fastdistill --help` does not import
+# torch
 __getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

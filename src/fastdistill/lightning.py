@@ -60,11 +60,11 @@ class DistillCallback(Callback):
             label per head.
         recipe: A recipe such as `kd() + at()`, or a `Term`. None to let `auto` choose from the
             student's outputs.
-        student: Attribute of the LightningModule that holds the student, e.g. 'model'. None if the
-            LightningModule itself is the student.
+        student: Attribute of the LightningModule that contains the student, e.g. 'model'. None if
+            the LightningModule itself is the student.
         split: fn(batch) -> (inputs, labels) of the student. By default, the first item of a tuple
-            is the input and the others are labels. In a dict, 'labels' holds the labels. Required
-            if the training data are a list or dict of DataLoaders.
+            is the input and the others are labels. In a dict, 'labels' contains the labels.
+            Required if the training data are a list or dict of DataLoaders.
         **options: Options of the `Distiller`: kind, axis, ignore_index, shift_labels, output,
             check. With check=False, the scores of both models on a few batches are not checked
             either.
@@ -162,9 +162,9 @@ class DistillCallback(Callback):
                 first = f'batch[{next(iter(of_each))!r}]'
                 raise DistillError(
                     f'The training data are a {type(loaders).__name__} of {len(loaders)} '
-                    'DataLoaders, and each batch holds a batch of every one. Pass split=, a function of '
-                    "the batch that returns the student's inputs and a tuple of labels, as in "
-                    f'split=lambda batch: ({first}[0], {first}[1:]).'
+                    'DataLoaders, and each batch contains one batch from each of them. Pass '
+                    "split=, a function of the batch that returns the student's inputs and a tuple "
+                    f'of labels, as in split=lambda batch: ({first}[0], {first}[1:]).'
                 )
         return self.split(batch)
 
@@ -225,8 +225,8 @@ class DistillCallback(Callback):
         return {**out, 'loss': r.total} if isinstance(out, Mapping) else r.total
 
     def _compared(self, calls: Sequence['StudentCall'], x: Any) -> 'StudentCall':
-        """Return the call of the student that is compared with the teacher: the one that got the
-        inputs of the batch.
+        """Return the call of the student to compare with the teacher, which is the call that got
+        the inputs of the batch.
 
         Args:
             calls: All calls in the training step.
@@ -254,9 +254,9 @@ class DistillCallback(Callback):
             )
         if not max(got):
             warnings.warn(
-                f'training_step gives the student, {name}, different inputs than the batch has, '
-                'and the teacher gets those of the batch, so its outputs may not fit. Change the '
-                'inputs before the step, in on_after_batch_transfer.',
+                'training_step changes the inputs of the batch before it calls the student, '
+                f'{name}, but the teacher gets the unchanged inputs, so its outputs may not '
+                'match. Change the inputs before the step, in on_after_batch_transfer.',
                 DistillWarning,
                 stacklevel=2,
             )
@@ -312,8 +312,8 @@ class DistillModule(LightningModule):
         self.callback.build(self)
         if self.callback.distiller.heads.several:
             raise DistillError(
-                'DistillModule has one task loss. For several heads, use DistillCallback with a module '
-                'of your own, whose training_step returns the loss of all heads.'
+                'DistillModule has one task loss. For several heads, use DistillCallback with your '
+                'own module, whose training_step returns the loss of all heads.'
             )
 
     def forward(self, x: Any) -> Any:
@@ -367,7 +367,7 @@ class StudentCall:
     Attributes:
         inputs: Its arguments.
         returned: What it returned.
-        seen: What the taps on its layers read.
+        seen: Layer outputs that the taps recorded.
     """
 
     inputs: tuple
@@ -391,7 +391,7 @@ def is_same(a: Tensor, b: Tensor) -> bool:
 
 @contextmanager
 def calls_of(student: nn.Module, taps: Any) -> Iterator[list[StudentCall]]:
-    """Context that yields a list of the student's calls inside it."""
+    """Context manager that yields a list, to which the student's calls are added."""
     calls: list[StudentCall] = []
 
     def add(module: nn.Module, args: tuple, kwargs: dict, out: Any) -> None:
@@ -406,7 +406,7 @@ def calls_of(student: nn.Module, taps: Any) -> Iterator[list[StudentCall]]:
 
 @contextmanager
 def batches_apart(trainer: Trainer, module: LightningModule) -> Iterator[None]:
-    """Context in which batches may be read without changing those of the training."""
+    """Context manager in which batches can be read without changing the training."""
     # hooks of the module and the data module may change a batch before the training step
     owners = module, getattr(trainer, 'datamodule', None)
     generators = Generators(*owners, outside=[trainer])
@@ -416,15 +416,16 @@ def batches_apart(trainer: Trainer, module: LightningModule) -> Iterator[None]:
 
 def refuse_finetuning(trainer: Any, d: Distiller) -> None:
     """Raise an error if a callback stores the optimizer's parameters by their names in the module,
-    where the projectors have none.
+    because projectors have no such names.
     """
     names = [type(c).__name__ for c in trainer.callbacks if isinstance(c, BaseFinetuning)]
     if names and d.own_parameters():
         raise DistillError(
-            f"{names[0]} needs all parameters of the optimizer to be the module's, and this recipe "
-            'adds projectors. Freeze the layers in your module instead: call requires_grad_(False) '
-            'before the training and requires_grad_(True) in on_train_epoch_start, and give the '
-            'optimizer all parameters. Or use terms without projectors, such as at().'
+            f"{names[0]} needs all of the optimizer's parameters to belong to the module, but this "
+            'recipe adds projectors. Freeze the layers in your module instead: call '
+            'requires_grad_(False) before the training and requires_grad_(True) in '
+            'on_train_epoch_start, and give the optimizer all parameters. Or use terms without '
+            'projectors, such as at().'
         )
 
 

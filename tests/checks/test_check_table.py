@@ -151,16 +151,16 @@ def test_costs_in_words():
     assert lines['step'].startswith(
         '100 ms alone, 300 ms with the teacher (3.00 times): batches of 50'
     )
-    assert lines['step'].endswith('without its mixed precision')
+    assert lines['step'].endswith('measured without mixed precision')
     assert lines['memory'] == "the teacher's weights take 1.00 MB, its faster copy 500 kB more"
     assert (
         lines['cache']
-        == '5000 samples x 1 view(s) x 20 bytes = 0.1 MB; to write a view takes 15.0 s'
+        == '5000 samples x 1 view(s) x 20 bytes = 0.1 MB; writing a view takes 15.0 s'
     )
     # 10 epochs of 100 steps of .3 s; the teacher's 15 s of an epoch are saved nine times, and ten times
     assert (
         lines['10 epochs']
-        == '5.00 min with the teacher. One stored view saves 2.25 min, and 2.50 min for each further student'
+        == '5.00 min with the teacher. One stored view saves 2.25 min, and 2.50 min for each additional student'
     )
     assert [duration(o) for o in (7200, 119, 1.99)] == ['2.00 h', '119 s', '1990 ms']
 

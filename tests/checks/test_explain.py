@@ -361,7 +361,7 @@ def test_stored_outputs_are_refused_where_the_teacher_has_to_run(tmp_path):
     for stored in (cache, tmp_path / 'c', [str(tmp_path / 'c')]):
         for ask in (student.explain, student.check_teacher):
             with pytest.raises(
-                DistillError, match="c holds a teacher's outputs .* pass the model itself"
+                DistillError, match="c contains a teacher's outputs .* pass the model itself"
             ):
                 ask(stored)
 

@@ -142,7 +142,7 @@ def test_export_says_that_a_network_is_untrained(command, there):  # noqa: F811
     said = ' '.join(err.split())
     assert code == 0
     assert (
-        'mine.py:make_student is hardly better than a constant prediction: accuracy 0.000 on 64 validation samples, where a constant'
+        'mine.py:make_student is hardly better than a constant prediction: accuracy 0.000 on 64 validation samples, and a constant'
         in said
     )
     assert 'Is it trained? mine.py:make_student is run anew' in said

@@ -430,7 +430,9 @@ class OwnBatches(TfmdDL):
 def test_what_is_made_of_whole_batches_is_refused(tmp_path):
     dls = data()
     dls.train.before_batch.add(Together())
-    with pytest.raises(DistillError, match='before_batch draws random numbers for a whole batch'):
+    with pytest.raises(
+        DistillError, match='before_batch transform draws random numbers for a whole batch'
+    ):
         cache_teacher(Convs(3).eval(), dls, tmp_path)
     dls = data(dl_type=OwnBatches)
     with pytest.raises(
@@ -502,7 +504,7 @@ def test_a_teacher_that_takes_padding_for_words_is_noticed(tmp_path):
         get_y=lambda i: 'ab'[i % 2],
         splitter=IndexSplitter([0]),
     ).dataloaders(list(range(12)), bs=4, num_workers=0)
-    with pytest.warns(DistillWarning, match='outputs for a text depend on its padding'):
+    with pytest.warns(DistillWarning, match='outputs for a text depend on padding'):
         cache_teacher(Teacher(Mean()), dls, tmp_path, views=0)
 
 
@@ -659,7 +661,8 @@ def test_a_stream_that_is_cut_otherwise_is_refused(tmp_path):
     learn, teacher = apps.pair('language_model')
     cache = cache_teacher(teacher, learn.dls, tmp_path, views=1, store=dict(topk=3))
     with pytest.raises(
-        DistillError, match='bs=4, but the text of a language model is cut into as many rows'
+        DistillError,
+        match='bs=4 cannot be used for a language model, whose text is cut into one row',
     ):
         cache_teacher(teacher, learn.dls, tmp_path / 'b', run=dict(bs=4))
     for kw in (dict(bs=4), dict(seq_len=6)):
@@ -1355,9 +1358,7 @@ def test_a_teacher_learner_with_its_classes_in_another_order(tmp_path):
     live = Teacher([Teacher(teacher.model, select=[2, 0, 1]), both[1].model])
     assert compare(student(data()), cache, live, 1).error < 1e-5
     chosen = Teacher(teacher_of(both, mine), select=[1, 0, 2])  # classes of which member?
-    with pytest.raises(
-        DistillError, match='members of the ensemble have their classes in different orders'
-    ):
+    with pytest.raises(DistillError, match='members of the ensemble have different class orders'):
         cache_teacher(chosen, mine, tmp_path / 'd')
 
 

@@ -1257,9 +1257,18 @@ def test_a_model_that_ends_in_a_sigmoid_is_explained():
 @pytest.mark.parametrize(
     'kwargs,says',
     [
-        (dict(recipe=kd(), T=2), r'A recipe and T=: set these in the recipe'),
-        (dict(recipe=kd(), loss=F.mse_loss), r'A recipe and loss=: set these in the recipe'),
-        (dict(loss=F.mse_loss, T=2), 'T= with loss=: your loss gets the logits unchanged'),
+        (
+            dict(recipe=kd(), T=2),
+            r'A recipe and T= cannot be combined: set the options in the recipe',
+        ),
+        (
+            dict(recipe=kd(), loss=F.mse_loss),
+            r'A recipe and loss= cannot be combined: set the options in the recipe',
+        ),
+        (
+            dict(loss=F.mse_loss, T=2),
+            'T= has no effect with loss=, because your loss gets the unscaled logits',
+        ),
         (dict(recipe=dict(T=2)), 'A recipe is made of terms and recipes'),
         (dict(alpha=2), 'between 0 .labels only. and 1 .teacher only.'),
         (dict(T='cosin'), "T='cosin': must be a number, a function"),

@@ -466,7 +466,7 @@ def test_a_teacher_that_ignores_another_label_is_a_warning(ignored, says):
     assert f.level == 'warning' and re.search(says, f.what)
     report = compare(dict(teacher=teacher, distilled=student), seconds=0, repeats=20)
     assert any('The loss function of teacher ignores' in n for n in report.notes)
-    left_out = 'Labels that are left out of the scores of all models: Void (label 3).'
+    left_out = 'Ignored in the scores of all models: Void (label 3).'
     assert (left_out in report.notes) is (ignored[0] == 3)
 
 
@@ -544,7 +544,7 @@ def test_shared_parameters_are_an_error():
 
 def test_a_state_dict_is_not_taken_for_teachers_of_heads():
     student, teacher = toy()
-    says = r'This dict holds weights \(a state_dict or a checkpoint\), not teachers: build the model, load them into it'
+    says = r'This dict contains weights \(a state_dict or a checkpoint\), not teachers: build the model, load the weights'
     for weights in (teacher.state_dict(), dict(model=teacher.state_dict(), opt=None)):
         for take in (
             lambda w: student.distill(w, 1, 0.01),

@@ -480,7 +480,7 @@ def test_a_folder_holds_no_pickle_and_loads_again(normalized, saved):
 @pytest.mark.parametrize('name', ['README.md', 'config.json'])
 def test_files_of_something_else_are_not_overwritten(name, normalized, tmp_path):
     (tmp_path / name).write_text('{"mine": 1}')
-    with pytest.raises(DistillError, match=f'has a {name} that is not of a saved student'):
+    with pytest.raises(DistillError, match=f'has a {name} that does not belong to a saved student'):
         save_student(normalized, tmp_path, onnx=False)
     assert [p.name for p in tmp_path.iterdir()] == [name]
     assert (tmp_path / name).read_text() == '{"mine": 1}'

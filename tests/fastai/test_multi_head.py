@@ -374,9 +374,9 @@ def test_mistakes_are_named():
         check=False,
     )
     refused(r'2 column\(s\) of labels for 3 heads', t | dict(size=nn.Linear(6, 1)), 1, 0.01, kd())
-    refused('loss= with several heads', t, 1, 0.01, loss=lambda s, t, y: 0.0)
+    refused('loss= is not possible with several heads', t, 1, 0.01, loss=lambda s, t, y: 0.0)
     refused(
-        "The head 'color': give each head a teacher that runs, or a cache",
+        "The head 'color' needs a teacher that runs, or a cache",
         dict(color=GivenOutputs(), shape=t['shape']),
         1,
         0.01,
@@ -391,14 +391,14 @@ def test_mistakes_are_named():
         of=numbers,
     )
     refused(
-        r'targets in unlabeled= with several heads: give a dict with the cache of each \(color, shape\)',
+        r'targets in unlabeled= with several heads: pass a dict with a cache for each head \(color, shape\)',
         t,
         1,
         0.01,
         unlabeled=dict(items=[(x,) for x in X], targets='more'),
     )
     refused(
-        "output= with several heads: each head's output is selected by its name",
+        "output= is not possible with several heads: each head's output is selected by its name",
         t,
         1,
         0.01,
@@ -412,10 +412,10 @@ def test_where_one_teacher_is_needed_a_dict_of_heads_is_refused():
     learn, t = learner(), teachers()
     with pytest.raises(
         DistillError,
-        match='A dict has a teacher for each head of a student, .* Give one teacher here',
+        match='A dict contains one teacher for each head of a student. Pass a single teacher here',
     ):
         learn.distill([t, t], 1, 0.01, kd(), kind='softmax')
-    with pytest.raises(DistillError, match='A dict has a cache for each head'):
+    with pytest.raises(DistillError, match='verify_cache checks one head at a time'):
         verify_cache(t, t, learn.dls)
 
 
@@ -718,7 +718,7 @@ def test_mistakes_with_stored_heads_are_named(tmp_path):
         'does not have the class.es. red, green, blue: it has disc',
         dict(color=two['shape'], shape=two['color']),
     )
-    refused('loss= with several heads', two, loss=lambda s, t, y: 0.0)
+    refused('loss= is not possible with several heads', two, loss=lambda s, t, y: 0.0)
     with pytest.raises(
         DistillError,
         match=r'shape: Mistakes [\s\S]*The teacher has the classes in a different order',

@@ -459,7 +459,9 @@ def test_a_list_of_names_does_not_fit_another_split_of_the_same_size(tmp_path):
     cache = write(dls(0), tmp_path, views=0, keys=names)
     quiet(Learner(dls(0), Flat(1)), cache)
     other = [f'number {i}' for i in range(24) if not 2 <= i < 6]
-    with pytest.raises(DistillError, match='has different ones, or a different order .* is at 0'):
+    with pytest.raises(
+        DistillError, match='has different samples or a different order .* at position 0'
+    ):
         quiet(Learner(dls(2), Flat(1)), cache)
     with pytest.raises(DistillError, match='2 of 20 samples have no row'):
         quiet(Learner(dls(2), Flat(1)), TeacherCache(tmp_path, keys=other))

@@ -277,7 +277,9 @@ def test_T_or_alpha_alone_mean_kd(capsys):
     )
     with pytest.raises(DistillError, match=r"recipe='kd': write kd\(\), with parentheses"):
         KnowledgeDistillation(teacher, 'kd')
-    with pytest.raises(DistillError, match='A recipe and T=: set these in the recipe'):
+    with pytest.raises(
+        DistillError, match='A recipe and T= cannot be combined: set the options in the recipe'
+    ):
         KnowledgeDistillation(teacher, 'auto', T=2)
 
 
@@ -334,7 +336,7 @@ def test_a_doubt_is_stored_with_the_outputs(scale, small, tmp_path):
         for p in teacher.model[2].parameters():
             p *= scale
     with pytest.raises(
-        DistillError, match='DataLoader is not a fastai loader whose batches can be replayed'
+        DistillError, match='DataLoader is not a fastai DataLoader whose batches can be replayed'
     ):
         cache_teacher(teacher.model, student.dls, tmp_path / 'c', kind='softmax', check=False)
     student.dls = DataLoaders.from_dsets(data(2), data(2), bs=16, num_workers=0)

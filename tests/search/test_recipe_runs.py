@@ -703,6 +703,6 @@ def test_what_cant_be_compared():
 def test_a_learner_in_place_of_a_function_that_makes_one_is_refused():
     with pytest.raises(
         DistillError,
-        match=r'make_student is a Learner: compare_recipes trains a new student .* Give a function without arguments',
+        match=r'make_student is a Learner: compare_recipes trains a new student .* Pass a function without arguments',
     ):
         compare_recipes(make_student(), TEACHER)

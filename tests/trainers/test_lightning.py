@@ -145,7 +145,9 @@ def test_several_loaders_need_a_function_that_splits_their_batch(tmp_path, loade
 
     advice = re.escape(f'split=lambda batch: (batch[{first!r}][0], batch[{first!r}][1:])')
     for check in (True, False):
-        with refuses(f'of 2 DataLoaders, and each batch holds a batch of every one.*{advice}'):
+        with refuses(
+            f'of 2 DataLoaders, and each batch contains one batch from each of them.*{advice}'
+        ):
             fit(check=check)
     module, teacher = fit(split=lambda batch: (batch[first][0], batch[first][1:]))
     if recipe is not None:
@@ -487,7 +489,7 @@ def test_a_callback_that_unfreezes_layers_works_without_projectors(tmp_path):
         return not torch.equal(before, module.model[0].weight)
 
     assert fitted(kd())
-    with refuses('Unfreezes needs all parameters of the optimizer to be the module'):
+    with refuses("Unfreezes needs all of the optimizer's parameters to belong to the module"):
         fitted(kd() + Term(losses.hint, layers={'1': '1'}, grad_ratio=0.1))
 
 

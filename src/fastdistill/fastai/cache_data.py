@@ -128,11 +128,12 @@ def cache_teacher(
     An interrupted run is resumed.
 
     Args:
-        teacher: A Learner, an exported .pkl, a module, a `Teacher`, or a list of these. For several
-            heads, a dict {head name: teacher} (docs/classes.md). In that case, one cache is written
-            for each head, in a folder named after the head, and a dict of caches is returned.
+        teacher: A Learner, an exported .pkl, a module, a `Teacher`, or a list of these. For a
+            student with several heads, pass a dict {head name: teacher} (docs/classes.md). Then one
+            cache is written for each head, in a folder named after the head, and a dict of caches
+            is returned.
         dls: DataLoaders whose training set (with its augmentation) is cached, or the student's
-            Learner, which has them.
+            Learner.
         path: Folder or URL of the cache.
         views: Number of augmented views of each sample. With 0, the teacher sees each sample
             without augmentation, while the student's augmentation stays random. Use 0 for a teacher
@@ -159,7 +160,7 @@ def cache_teacher(
             a different way, pass a function fn(rows done, total rows, bytes done).
         run: Rarely used options, as a dict.
 
-            - 'bs', 'num_workers': options of the DataLoader. The default is those of `dls`.
+            - 'bs', 'num_workers': options of the DataLoader. By default, those of `dls` are used.
             - 'seed': seed of the random numbers, 0 by default.
             - 'forecast': fn(Forecast), called before the teacher runs.
     """
@@ -171,8 +172,8 @@ def cache_teacher(
     asked = {} if layers is None else dict(layers=layers)
     if valid and unlabeled is not None:
         raise DistillError(
-            'valid=True caches the labeled validation set beside the training set. With unlabeled=, '
-            'omit it.'
+            'valid=True caches the labeled validation set along with the training set. Omit it '
+            'with unlabeled=.'
         )
     train = dls.train if unlabeled is None else loader_of(unlabeled, dls)
     teacher = stored_teacher(teacher, dls, task, **asked)
@@ -213,9 +214,7 @@ def cache_teacher(
 
 
 def only_items(teacher, views):
-    """Return True if the teacher reads only raw items, so that its outputs are the same in each
-    view.
-    """
+    """Return True if the teacher reads only raw items, so its outputs are the same for every view."""
     if not reads_only_items(teacher):
         return False
     if views > 1:
@@ -261,7 +260,7 @@ def verify_cache(
     """
     if isinstance(cache, Mapping):
         raise DistillError(
-            'A dict has a cache for each head. Give one, its teacher and its kind: '
+            'verify_cache checks one head at a time. Pass its cache, its teacher and its kind: '
             "verify_cache(caches['color'], teachers['color'], dls, kind='softmax')."
         )
     cache = cache if isinstance(cache, TeacherCache) else TeacherCache(cache)
@@ -285,8 +284,8 @@ def verify_cache(
             old, now = comparable(m.layout, rows, live.logits, head)
             if isinstance(old, Draws):
                 raise DistillError(
-                    'These are draws, which differ from the probabilities by chance, so they can not '
-                    'be compared with the teacher row by row.'
+                    'The cache contains draws, which differ from the probabilities by chance, so '
+                    'they cannot be compared with the teacher row by row.'
                 )
             far, size = row_errors(old, now)
             errors, sizes = errors + far, sizes + size
@@ -329,7 +328,7 @@ def task_of_data(dls, teacher, kind, axis):
 
 
 def data_of(dls):
-    """Return DataLoaders with the loss function of the student, if a Learner is given."""
+    """Return the DataLoaders. If `dls` is a Learner, they get its loss function."""
     if isinstance(dls, Learner):
         dls, loss_func = copy.copy(dls.dls), dls.loss_func
         dls.loss_func = loss_func
@@ -337,16 +336,16 @@ def data_of(dls):
 
 
 def stored_teacher(teacher, dls, task, **options):
-    """Convert `teacher` to a `Teacher` whose classes have the order in which they are stored: that
-    of its own for a single teacher, and that of the labels for an ensemble.
+    """Convert `teacher` to a `Teacher` whose classes have the order in which they are stored: the
+    teacher's own order for a single teacher, and the order of the labels for an ensemble.
     """
     teacher = teacher_of(teacher, dls, kind=task.kind, axis=task.axis, **options)
     return teacher_of(teacher, dls, task) if teacher.members else teacher
 
 
 def with_ignored_label(task, teacher):
-    """Return the task with the label that the loss function of a teacher's Learner ignores, unless
-    the task has one.
+    """Return the task with the ignored label of a teacher Learner's loss function, unless the task
+    already has one.
     """
     if task.ignore_index != Task.ignore_index:
         return task
@@ -364,8 +363,8 @@ def source_of(
     stream = is_stream(dl)
     if stream and bs not in (None, dl.bs):
         raise DistillError(
-            f'bs={bs}, but the text of a language model is cut into as many rows as its batches have '
-            f'samples, {dl.bs}: omit bs.'
+            f'bs={bs} cannot be used for a language model, whose text is cut into one row for each '
+            f'of the {dl.bs} samples of a batch: omit bs.'
         )
     check_batch_size(rows := dl.bs if bs is None else bs)
     root = key_root(dls)
@@ -426,8 +425,8 @@ def source_of(
 
 
 def warn_of_moved(out, dls, dl):
-    """Warn that outputs of samples without augmentation can't be used with the augmentation of a
-    DataLoader, because they have positions, which the augmentation would move.
+    """Warn if outputs for samples without augmentation have positions that the DataLoader's
+    augmentation would move, so that a student can't be trained on them.
 
     Args:
         out: Outputs of the teacher for a batch.
@@ -447,9 +446,10 @@ def warn_of_moved(out, dls, dl):
         return
     warnings.warn(
         DistillWarning(
-            f'The cache holds outputs of the inputs without augmentation, and {what}, but '
-            f"{', '.join(moving)} would move the student's input. Training on them with these transforms "
-            'will raise an error: store augmented views (views=1 or more), or remove the transforms.'
+            f'The cache contains outputs for inputs without augmentation, and {what}, but '
+            f"{', '.join(moving)} would move the student's input. Training with these transforms "
+            'will raise an error: store augmented views (views=1 or more), or remove the '
+            'transforms.'
         ),
         stacklevel=2,
     )
@@ -503,8 +503,8 @@ def check_views_repeat(make, n) -> None:
         d.before_batch(again())
     if guard.moved:
         raise DistillError(
-            'A transform of before_batch draws random numbers for a whole batch, but batches are not '
-            'repeated: make it a transform of the items or of after_batch.'
+            'A before_batch transform draws random numbers for a whole batch, but training uses '
+            'different batches: make it an item transform or an after_batch transform.'
         )
 
 
@@ -567,9 +567,9 @@ def check_padding(run, n) -> None:
     ):
         warnings.warn(
             DistillWarning(
-                f"The teacher's outputs for a text depend on its padding (by {far:.3g} for the "
-                'shortest one). The cache stores its outputs among texts of the same length. Does '
-                'it mask padding tokens?'
+                f"The teacher's outputs for a text depend on padding (they change by {far:.3g} for "
+                'the shortest one). The cache stores outputs from batches of texts of similar '
+                'length. Does the teacher mask padding tokens?'
             )
         )
 
@@ -640,8 +640,8 @@ def classes_of(teacher, dls):
         names, *others = [classes_of(m, dls) for m in teacher.members]
         if any(v != names for v in others):
             raise DistillError(
-                'The members of the ensemble have their classes in different orders: give each, as '
-                f"Teacher(model, select=...), the labels' order: {', '.join(mine[:10])}."
+                'The members of the ensemble have different class orders. Put each in the order of '
+                f'the labels with Teacher(model, select=...): {", ".join(mine[:10])}.'
             )
     else:
         names = class_names(teacher, dls)

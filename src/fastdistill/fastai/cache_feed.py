@@ -41,9 +41,9 @@ from .transforms import (
 )
 
 ONE_VIEW = (
-    'fastdistill: the cache has one view. Each sample has the same augmentation in every epoch, and students '
-    'overfit. Write more views (views=8). If outputs have no positions (classes, labels, numbers), views=0 '
-    'is possible too: augmentation stays random.'
+    'fastdistill: the cache has one view, so each sample has the same augmentation in every epoch, '
+    'and students overfit. Write more views (views=8). If outputs have no positions (classes, '
+    'labels, numbers), views=0 also works: augmentation stays random.'
 )
 
 
@@ -63,7 +63,7 @@ class StoredOutputs(HeldOutputs):
     head: object = None
     needs = 'rows'
     missing = (
-        "This batch has no stored teacher's output: the cache holds the training set only "
+        'This batch has no stored teacher outputs: the cache contains only the training set '
         '(cache_teacher(..., valid=True) adds the validation set).'
     )
 
@@ -89,8 +89,8 @@ class StoredOutputs(HeldOutputs):
         if stored:
             return f'It stores {", ".join(map(repr, stored))}: {named}, or store different ones.'
         return (
-            f'Store the layers too, cache_teacher(..., layers=[{name!r}]), and {named}. Or give the teacher itself '
-            'instead of the cache.'
+            f'Store the layers too, cache_teacher(..., layers=[{name!r}]), and {named}. Or pass '
+            'the teacher itself instead of the cache.'
         )
 
     def bind(self, learn, kind, axis):
@@ -348,17 +348,17 @@ def same_views(a, b):
 
 
 def refuse_other_items(cache, dl):
-    """Raise an error if the list of names in a cache belongs to other items than the DataLoader's,
-    or to the same items in a different order.
+    """Raise an error if a cache was written with a list of names, but the DataLoader has different
+    items, or the same items in a different order.
     """
     was, now = cache.named_items, content_keys(dl.dataset)
     if was is None or now is None or np.array_equal(was, now):
         return
     raise DistillError(
-        f'keys= was a list of names for the samples with which {cache.folder} was written, but this '
-        f'training set has different ones, or a different order (the first difference is at '
-        f'{np.flatnonzero(was != now)[0]}). Open the cache with their names, '
-        'TeacherCache(path, keys=[...]), or with a function that names an item.'
+        f'{cache.folder} was written with a list of sample names (keys=), but this training set '
+        'has different samples or a different order (first difference at position '
+        f'{np.flatnonzero(was != now)[0]}). Open the cache with the names of these samples, '
+        'TeacherCache(path, keys=[...]), or with a function that returns the name of an item.'
     )
 
 

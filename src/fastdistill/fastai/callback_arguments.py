@@ -32,7 +32,7 @@ def refuse_options(several, **options):
     """Raise an error for options that need a single output if there are several heads."""
     for k, v in options.items():
         if several and v is not None:
-            raise DistillError(f'{k}= with several heads: {INSTEAD[k]}.')
+            raise DistillError(f'{k}= is not possible with several heads: {INSTEAD[k]}.')
 
 
 def feed_of(source):
@@ -52,8 +52,7 @@ def stored_head(head, feed):
     if isinstance(feed, StoredOutputs):
         return StoredOutputs(feed.cache, feed.keys, head)
     raise DistillError(
-        f'The head {head.name!r}: give each head a teacher that runs, or a cache that cache_teacher '
-        'wrote.'
+        f'The head {head.name!r} needs a teacher that runs, or a cache written by cache_teacher.'
     )
 
 
@@ -64,7 +63,8 @@ def make_recipe(recipe, T, alpha, loss):
     given = [k for k, v in dict(T=T, alpha=alpha, loss=loss).items() if v is not None]
     if recipe is not None and given:
         raise DistillError(
-            f'A recipe and {", ".join(given)}=: set these in the recipe, as in kd(T=2, alpha=.5).'
+            f'A recipe and {", ".join(given)}= cannot be combined: set the options in the recipe, '
+            'as in kd(T=2, alpha=.5).'
         )
     if recipe is not None or not given:
         return as_recipe(recipe)
@@ -72,8 +72,8 @@ def make_recipe(recipe, T, alpha, loss):
         return kd(4.0 if T is None else T, 0.9 if alpha is None else alpha)
     if T is not None:
         raise DistillError(
-            'T= with loss=: your loss gets the logits unchanged and must soften them itself, or write '
-            'Term(fn, T=...).'
+            'T= has no effect with loss=, because your loss gets the unscaled logits: apply the '
+            'temperature in your loss, or use Term(fn, T=...).'
         )
     alpha = 1.0 if alpha is None else alpha
     return Recipe(Term(loss, weight=alpha, name='kd'), task=kd(alpha=alpha).task)

@@ -78,9 +78,10 @@ def stored_order(teacher, student) -> Tensor | None:
         )
     if found.extra:
         raise DistillError(
-            f'The teacher has {len(teacher)} classes, the labels {len(teacher) - len(found.extra)}: their '
-            f"probabilities would not sum to 1. Remove {', '.join(found.extra[:5])} from the teacher's "
-            'outputs with Teacher(model, select=...).'
+            f'The teacher has {len(teacher)} classes, but the labels have '
+            f'{len(teacher) - len(found.extra)}, whose probabilities would not sum to 1. Remove '
+            f"{', '.join(found.extra[:5])} from the teacher's outputs with Teacher(model, "
+            'select=...).'
         )
     return None if found.order is None else torch.tensor(found.order)
 
@@ -97,9 +98,9 @@ def tokens(dls):
 def encoding_of_text(dls) -> dict | None:
     """Return how texts become token ids, as plain data. None if the data are not texts.
 
-    The id of a token is its position in `vocab`. Unknown tokens have the id 0. `tokenizer` is a
-    call of a class of fastai.text.core, or only the name of a class. `rules` has the names of the
-    functions that change a text before it is split.
+    The id of a token is its position in `vocab`. Unknown tokens have the id 0. `tokenizer` is the
+    name of a class of fastai.text.core, or a call of this class as source code. `rules` lists the
+    names of the functions that change a text before it is split.
     """
     if (vocab := tokens(dls)) is None:
         return None
@@ -150,7 +151,7 @@ def check_same_data(dls, other, who):
     Args:
         dls: The Learner's DataLoaders.
         other: Other DataLoaders, or a single DataLoader.
-        who: What has the Learner's classes, in messages.
+        who: Name of the Learner in messages.
     """
     if isinstance(other, TfmdDL):
         other = DataLoaders(other)
@@ -163,8 +164,8 @@ def check_same_data(dls, other, who):
     for what, difference in found:
         raise DistillError(
             f'{who} and these data encode their {what} differently ({difference}), so the same '
-            'numbers mean something else. Make the data with the coding of the training, e.g. with '
-            'dls.test_dl(items, with_labels=True).'
+            'numbers have different meanings. Create the data with the encoding used in training, '
+            'e.g. with dls.test_dl(items, with_labels=True).'
         )
 
 

@@ -68,8 +68,8 @@ def compare(
     teacher, calibration, results per class, cost and time.
 
     Differences are paired by sample, with 95% bootstrap intervals and exact tests. The intervals
-    reflect the random choice of validation samples. The intervals do not reflect the variation
-    between trainings with different seeds.
+    account for the random choice of validation samples, but not for the variation between training
+    runs with different seeds.
 
     A model can be a dict {head name: model}. In that case, the result is a dict {head name:
     report}. The other models must have all heads: `compare({'teacher': {'color': teacher1, 'shape':
@@ -90,7 +90,7 @@ def compare(
             the baseline. If no model has this name, the first of several students is the baseline.
         metrics: Metrics of fastai. If None, the metrics of the Learners are used.
         loss_func: Task loss. If None, the loss function of the Learner or the DataLoaders is used.
-            Without these, it is the default task loss of `kind`.
+            Without either, the default task loss of `kind` is used.
         kind: 'softmax', 'sigmoid' or 'regression'. If None, the kind is derived from the loss
             function. Without a loss function, labels that are integers mean 'softmax'.
         axis: Class axis. If None, the axis is derived from the loss function.
@@ -98,7 +98,7 @@ def compare(
         large: Batch size for measuring time and memory of a large batch. If None, the batch size of
             the DataLoader is used.
         seconds: Time limit of each time measurement, in seconds. With 0, time is not measured.
-        repeats: Number of bootstrap draws.
+        repeats: Number of bootstrap samples.
         seed: Seed of the bootstrap.
         title: Title of the report.
         progress: Whether to show a progress bar in a terminal or notebook.
@@ -119,7 +119,7 @@ def compare(
             learn.loss_func = partial(labels_loss, task=task_for(None, kind, axis))
         loss_func = learn.loss_func
     view = learn
-    if isinstance(dl, TfmdDL):  # it may have other classes and codes than the Learner
+    if isinstance(dl, TfmdDL):  # its classes and encodings may differ from the Learner's
         view = SimpleNamespace(dls=DataLoaders(dl), model=learn.model, loss_func=learn.loss_func)
     heads = several or {'': WholeModel(None)}
     options = dict(kind=kind, loss_func=loss_func, metrics=metrics, headline=headline)
@@ -236,7 +236,7 @@ def measure_head(
     report.notes += notes_on_ignored_labels(task, report.classes, learners)
     for k, o in teachers.items():
         if isinstance(o.model, TableEstimator) and options['seconds']:
-            only = 'include' if o.model.frame is None else 'are not those of predictions, but of'
+            only = 'include' if o.model.frame is None else 'do not include predictions, only'
             report.notes.append(f'The times of {k} {only} finding the raw row of each encoded row.')
     for k, o in learners.items():
         of = report.models[k]
@@ -246,18 +246,18 @@ def measure_head(
 
 
 def notes_on_ignored_labels(task, classes, learners):
-    """Yield sentences on the label that is ignored, and on Learners that ignore another one."""
+    """Yield notes about the ignored label, and about Learners that ignore a different one."""
     if task.kind != 'softmax':
         return
     mine = ignored_name(task, classes)
     if task.ignore_index != Task.ignore_index:
-        yield f'Labels that are left out of the scores of all models: {mine}.'
+        yield f'Ignored in the scores of all models: {mine}.'
     for k, o in learners.items():
         theirs = ignored_name(task_of(o.loss_func, task.kind), vocab_of(o.dls))
         if theirs != mine:
             yield (
-                f'The loss function of {k} ignores {theirs}, but all models are measured with '
-                f'one rule, which ignores {mine}.'
+                f'The loss function of {k} ignores {theirs}, but the scores of all models ignore '
+                f'{mine}.'
             )
 
 
@@ -300,7 +300,7 @@ def kind_of_labels(learn, data) -> str:
 
 
 class MetricValues:
-    """Computes metrics of fastai for one model. It uses copies of the metrics."""
+    """Computes fastai metrics for one model, using copies of the metrics."""
 
     def __init__(self, learn, metrics):
         self.learn, self.metrics = learn, copy.deepcopy(metrics)
@@ -345,7 +345,7 @@ def metrics_of(models, learn, metrics):
     named = {}
     for ms in found:
         names = [m.name for m in ms]
-        # e.g. two averages of the F1 score have one name
+        # e.g. F1 scores with different averages have the same name
         again = [names[:i].count(n) for i, n in enumerate(names)]
         named |= {f'{n} ({i + 1})' if i else n: m for n, i, m in zip(names, again, ms)}
     return lambda: MetricValues(learn, named)

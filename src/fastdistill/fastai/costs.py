@@ -56,13 +56,13 @@ class TrainingCosts:
         Args:
             n_epoch: Number of epochs of the training.
         """
-        apart = ', and without its mixed precision' if self.mixed else ''
+        apart = ', measured without mixed precision' if self.mixed else ''
         yield (
             'step',
             (
                 f'{duration(self.alone)} alone, {duration(self.live)} with the teacher '
-                f'({self.live / self.alone:.2f} times): batches of {self.batch}, without loading them and without '
-                f'the optimizer{apart}'
+                f'({self.live / self.alone:.2f} times): batches of {self.batch}, not including '
+                f'data loading and the optimizer{apart}'
             ),
         )
         copy = f', its faster copy {amount(self.copy, "B")} more' if self.copy else ''
@@ -70,13 +70,14 @@ class TrainingCosts:
         if None in (self.steps, self.view):
             return
         epoch = self.steps * self.teacher
-        yield 'cache', f'{self.view}; to write a view takes {duration(epoch)}'
+        yield 'cache', f'{self.view}; writing a view takes {duration(epoch)}'
         saved = (n_epoch - 1) * epoch
         yield (
             f'{n_epoch} epochs',
             (
-                f'{duration(n_epoch * self.steps * self.live)} with the teacher. One stored view saves '
-                f'{duration(saved)}, and {duration(n_epoch * epoch)} for each further student'
+                f'{duration(n_epoch * self.steps * self.live)} with the teacher. One stored view '
+                f'saves {duration(saved)}, and {duration(n_epoch * epoch)} for each additional '
+                'student'
             ),
         )
 

@@ -59,7 +59,7 @@ class FiniteCheck:
         if self.stored:
             raise DistillError(
                 f'Stored teacher outputs are nan or infinite ({where}). Is a file damaged? '
-                'cache.check() names it.'
+                'cache.check() finds it.'
             )
         raise DistillError(
             f"The teacher's outputs are nan or infinite ({where}). The student's weights would become "

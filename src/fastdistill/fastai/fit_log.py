@@ -70,9 +70,9 @@ class FitLog:
         self.faded |= low.keys()
         for k, v in low.items():
             self(
-                f"fastdistill: the teacher adds little to the student's predictions on training "
-                f'batches, so {v:.0%} of the gradient ratio of {printed_name(k)} is left. The labels '
-                'get the rest'
+                "fastdistill: the teacher adds little to the student's predictions on training "
+                f'batches, so the gradient ratio of {printed_name(k)} was reduced to {v:.0%}, in '
+                'favor of the labels'
             )
 
 

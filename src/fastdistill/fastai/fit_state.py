@@ -70,7 +70,9 @@ class FitState:
             self.log(d.pairs)
 
     def end(self, learn, d):
-        """Undo `begin` at the end of a fit. `Learner.save` saves the state that is left."""
+        """Undo `begin` at the end of a fit. After a regular fit, `Learner.save` saves the resulting
+        state.
+        """
         if self.optimizer in learn.cbs:
             learn.remove_cb(self.optimizer)
         if self.before_finder is None:

@@ -62,7 +62,7 @@ class GivenOutputs(HeldOutputs):
     """Reads the targets that a `TeacherBlock` added to the labels."""
 
     needs, name = 'target', 'stored outputs'
-    layers_advice = 'Outputs stored in the data have no layers: pass the teacher itself, or a cache of its layers.'
+    layers_advice = 'Outputs stored in the data have no layers: pass the teacher itself, or a cache with its layers.'
     missing = (
         'These batches have no teacher targets. Give KnowledgeDistillation a teacher, or build the data with a '
         'third block: DataBlock((ImageBlock, CategoryBlock, TeacherBlock), get_y=[label, teacher_row]).'

@@ -33,7 +33,7 @@ class DistillInterpretation(Interpretation):
     """
 
     # Set by `from_learner`. `student` and `teacher` are `Teacher` objects for both models. `head`
-    # is the head to show. `differ` is True for items for which both predict different classes.
+    # is the head to show. `differ` is True for items whose predicted classes differ.
     student = teacher = head = differ = None
 
     @classmethod
@@ -48,9 +48,9 @@ class DistillInterpretation(Interpretation):
     ) -> Any:
         """Run both models on all items and measure the distance between their predictions.
 
-        The distance is KL(teacher || student) at T=1, averaged over the pixels of a mask, without
-        those that the loss function ignores. For regression, it is the MSE. If `teacher` is a dict
-        {head name: teacher}, return a dict with an interpretation for each head.
+        The distance is KL(teacher || student) at T=1, averaged over the pixels of a mask that the
+        loss function does not ignore. For regression, it is the MSE. If `teacher` is a dict {head
+        name: teacher}, return a dict with an interpretation for each head.
 
         Args:
             learn: Learner of the student.
@@ -60,7 +60,8 @@ class DistillInterpretation(Interpretation):
             act: Activation for the student's predictions. If None, the activation of the student's
                 loss function is used.
             kind: 'softmax', 'sigmoid' or 'regression'. If None, the kind is derived from the loss
-                function. For several heads, one value for all heads or a dict.
+                function. For several heads, pass one value for all heads, or a dict {head name:
+                kind}.
         """
         dl = learn.dls[ds_idx].new(shuffle=False, drop_last=False) if dl is None else dl
         check_same_data(learn.dls, dl, 'The Learner')
@@ -89,17 +90,17 @@ class DistillInterpretation(Interpretation):
         return out
 
     def show_disagreements(self, k: int = 9, largest: bool = True, **kwargs: Any) -> None:
-        """Show items with fastai's `show_results`. The teacher's prediction replaces the label. Items
-        for which both models predict different classes come first, those with the largest distance
-        before the others.
+        """Show items with fastai's `show_results`. The teacher's prediction replaces the label.
+        Items for which the models predict different classes come first. Items are then sorted by
+        distance.
 
         With several heads, a plain grid or table shows the items with the predictions of both
         models.
 
         Args:
             k: Number of items.
-            largest: If True, show the items with the largest distances. If False, show the items on
-                which both models agree most.
+            largest: If True, show the items with the largest distances. If False, show the items
+                with the smallest distances.
             **kwargs: Options of fastai's `show_results`.
         """
         idxs = self.losses.argsort(descending=largest, stable=True)
@@ -175,7 +176,9 @@ def disagreements(learn, dl, student, teacher, task, head):
 
 
 def different(s, t, task):
-    """Return True for each item, (B,), for which both models predict different classes."""
+    """Return a bool tensor (B,) that is True for items for which the models predict different
+    classes.
+    """
     if task.kind == 'regression':
         return torch.zeros(len(s), dtype=torch.bool, device=s.device)
     a, b = (

@@ -18,7 +18,7 @@ from ..teachers.members import single_teachers
 
 
 def inner_dl(dl):
-    """Return the DataLoader that fastai's distributed DataLoader wraps. Return others unchanged."""
+    """Return the DataLoader inside fastai's distributed DataLoader. Return other DataLoaders as is."""
     return getattr(dl, 'dl', dl) if isinstance(getattr(dl, 'dl', None), TfmdDL) else dl
 
 

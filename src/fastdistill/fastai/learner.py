@@ -170,7 +170,7 @@ def explain(
     steps = getattr(callback, 'n_steps', None) or getattr(self, 'train_iter', None) or None
     trained = None if callback is None else callback.distiller
     output = None if callback is None else callback.output
-    # fine_tune leaves only its last fit here, and validate() adds no row
+    # after `fine_tune`, only its last fit is recorded, and `validate` adds no row
     losses = history_of(self).get('valid_loss', []) if steps else []
     # an epoch whose validation was canceled is not the best one
     losses = [math.inf if v is None else v for v in losses]

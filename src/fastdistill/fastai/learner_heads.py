@@ -32,8 +32,8 @@ class LearnerHead(HeadOutput):
         """Return the labels of this head from the labels of a batch, as a tuple."""
         if len(y) != self.n:
             raise DistillError(
-                f'{len(y)} column(s) of labels for {self.n} heads: the DataLoaders need one for each '
-                'head, in the same order (a head without a teacher is None).'
+                f'{len(y)} column(s) of labels for {self.n} heads: the DataLoaders need one for '
+                'each head, in the same order. For a head without a teacher, pass None.'
             )
         return tuple(y)[self.at : self.at + 1]
 

@@ -32,8 +32,8 @@ def row_by_column(recorder, epoch: int = -1) -> dict:
 
 
 def training_loss(recorder, epoch: int) -> float | None:
-    """Return the smoothed training loss at the end of an epoch. Return None if no batch was
-    trained.
+    """Return the smoothed training loss at the end of an epoch. Return None if there was no
+    training batch.
     """
     n = recorder.iters[epoch] if recorder.losses else 0
     return float(recorder.losses[n - 1]) if n else None
@@ -49,7 +49,8 @@ def columns_of(recorder) -> dict:
     has = lambda part: any(v is not None for r in rows for k, v in r.items() if k.startswith(part))
     if not has('train_'):
         return {}
-    # subtle: without validation metrics, `lr_find` differs from a fit in that it stops in an epoch
+    # subtle: without validation metrics, `lr_find` differs from a fit in that it stops in the
+    # middle of an epoch
     whole = not recorder.valid_metrics and recorder.iters[-1] == len(recorder.losses)
     return {k: [row[k] for row in rows] for k in rows[0]} if has('valid_') or whole else {}
 

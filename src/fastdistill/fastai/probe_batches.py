@@ -65,7 +65,7 @@ def some_batches(dl, n=None, **options):
     Args:
         dl: The DataLoader.
         n: Number of batches. None for all.
-        **options: What a fastai DataLoader is copied with before it is read.
+        **options: Options with which a fastai DataLoader is copied before it is read.
     """
     with restored_loaders(dl):
         if options and hasattr(dl, 'shuffle_fn'):
@@ -129,8 +129,8 @@ def number_of_batches(dl):
 def changing_callbacks(learn, training):
     """Return the callbacks that may change a batch.
 
-    The result contains the user's own callbacks and, in training, MixUp and similar callbacks. All
-    other callbacks of fastai don't change inputs.
+    The result contains the user's own callbacks and, in training, MixUp and similar callbacks.
+    fastai's other callbacks don't change inputs.
     """
 
     def is_users(cb):

@@ -73,7 +73,7 @@ class ProjectorOptimizer(Callback):
             state = map_tensors(state, lambda t: t.to(self.params[0].device))
         self.optimizer.load_state_dict(state)
 
-    # an exported Learner contains a callback without effect instead, so that it loads without
+    # an exported Learner contains a callback that does nothing instead, so that it loads without
     # fastdistill
     def __reduce__(self):
         return Callback, ()

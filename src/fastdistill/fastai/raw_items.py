@@ -38,9 +38,9 @@ def raw_items(dl):
     if why is None:
         return given_items(ds)
     raise DistillError(
-        'items= of the teacher needs the items of each batch, which are unknown here: '
-        f"{why} Teacher(model, inputs=fn) makes the teacher's inputs from the batch; for tables, an "
-        'estimator takes frame=.'
+        f"The teacher's option items= needs the items of each batch, which are unknown here: {why} "
+        "To compute the teacher's inputs from the batch, use Teacher(model, inputs=fn); for an "
+        'estimator on tables, use frame=.'
     )
 
 

@@ -81,8 +81,8 @@ def distill_find(
         teacher: Anything that `distill` accepts. The teacher is run only once, and all runs use the
             stored outputs. For several heads, a dict {head name: teacher}. Some runs use the same
             recipe for all heads, others use the recipe that was chosen for each head.
-        n_epoch: Number of epochs of the training for which a recipe is searched.
-        minutes: Time limit of the search. When the time is over, the search returns the best result
+        n_epoch: Number of epochs of each run, and of the training in which you will use the recipe.
+        minutes: Time limit of the search. When the time is up, the search returns the best result
             so far.
         rates: Learning rates to try. If None, the search tries the Learner's learning rate and four
             others, from 10 times lower to 10 times higher.
@@ -105,7 +105,7 @@ def distill_find(
         check: Whether to look for mistakes before the search.
         fine_tune: Whether to train with `Learner.fine_tune` instead of `fit_one_cycle`.
         show: Whether to show progress and a table. Notebooks also show a plot.
-        **kwargs: More options of the training, as in `distill`.
+        **kwargs: More training options, as in `distill`.
     """
     begin = time()
     import_optuna()
@@ -250,8 +250,8 @@ def how_to_score(heads, tasks, score):
     if len(kinds) > 1:
         raise DistillError(
             'The heads have different kinds of predictions, so their scores cannot be averaged: '
-            'pass score=, a function of the logits (a dict by head) and the targets, with a score '
-            'for each item.'
+            'pass score=, a function of the logits (a dict {{head name: logits}}) and the targets '
+            'that returns a score for each item.'
         )
     kind = kinds.pop()
     metric = '-squared error' if kind == 'regression' else METRICS[kind]

@@ -61,18 +61,18 @@ def compare_recipes(
             first metric is used, or 'valid_loss' if the Learner has no metrics.
         higher: Whether higher values of the metric are better. If None, the direction is derived
             from the name of the metric.
-        folder: Folder in which finished trainings are stored. The same call resumes from this
-            folder. Several processes can share the folder. An error is raised if the recipes, the
-            teacher, the samples, their labels or files, the batch sizes, the optimizer or the task
-            loss have changed. If None, nothing is stored.
+        folder: Folder in which finished runs are stored. The same call resumes from this folder.
+            Several processes can share the folder. An error is raised if the recipes, the teacher,
+            the samples, their labels or files, the batch sizes, the optimizer or the task loss have
+            changed. If None, nothing is stored.
         progress: Whether to show a progress bar.
-        **kwargs: More options of the training, as in `distill`.
+        **kwargs: More training options, as in `distill`.
     """
     if isinstance(make_student, Learner) or not callable(make_student):
         raise DistillError(
-            f'make_student is a {type(make_student).__name__}: compare_recipes trains a new student '
-            'with each recipe and seed. Give a function without arguments that makes one: '
-            'compare_recipes(lambda: vision_learner(dls, resnet18), teacher).'
+            f'make_student is a {type(make_student).__name__}: compare_recipes trains a new '
+            'student with each recipe and seed. Pass a function without arguments that creates '
+            'one: compare_recipes(lambda: vision_learner(dls, resnet18), teacher).'
         )
     if recipes is None:
         recipes = dict(alone=None, default='auto')
@@ -233,7 +233,7 @@ class WatchEpochs(Callback):
 
 
 def progress_of(run, wanted, n_epoch):
-    """Return (text, fraction of all trainings that is done) for a run that is in progress."""
+    """Return (text, finished fraction of all training) for a run that is in progress."""
     done = [(r.name, r.seed) for r in wanted].index((run.name, run.seed))
     epochs = len(run.scores)
     share = (done + min(epochs / n_epoch, 1)) / len(wanted)

@@ -69,7 +69,7 @@ class SampledBatches:
     Args:
         dl: The DataLoader.
         plan: What is added to the batches.
-        maker: DataLoader that creates the items. If None, this is `dl`.
+        maker: DataLoader that creates the items. If None, `dl` creates them.
     """
 
     def __init__(self, dl, plan, maker=None):
@@ -215,8 +215,8 @@ def refuse_unindexed(dl):
         )
     if (base := next((c for c in type(dl).__mro__ if c in KNOWN_LOADERS), None)) is None:
         raise DistillError(
-            f'{what} is not a fastai loader whose batches can be replayed: create them with '
-            'DataLoaders.from_dsets, or from TfmdDL.'
+            f'{what} is not a fastai DataLoader whose batches can be replayed: create it with '
+            'DataLoaders.from_dsets, or as a TfmdDL.'
         )
     if own := [
         m

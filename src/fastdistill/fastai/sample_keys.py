@@ -51,15 +51,15 @@ def keys_of_samples(dataset, keys, root):
         return keys_of(names, root)
     if items is None:
         raise DistillError(
-            f'A {type(dataset).__name__} does not show which samples it holds: pass keys=, one for each '
-            'sample.'
+            f'A {type(dataset).__name__} does not show which samples it contains: pass keys=, one '
+            'for each sample.'
         )
     if not hasattr(items, 'columns'):
         return keys_of(items, root)
     if (columns := input_columns(dataset, items)) is not None:
         return keys_of_table(columns)
-    # functions of rows may read the label of a row, such as the name of its file. Whole numbers are
-    # usually positions, which change when the table is shuffled
+    # functions of rows may read a row's index label, such as a file name. Index labels that are
+    # integers are usually positions, which change when the table is shuffled
     return keys_of_table(items, index=items.index.dtype.kind not in 'iu')
 
 

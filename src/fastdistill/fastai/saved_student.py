@@ -85,8 +85,9 @@ names = [i.name for i in session.get_inputs()]"""
 TABLE_IN_WORDS = """`row` is a dict with the raw values of the columns. A missing
 value is `None` or `nan`. Whole numbers that are categories may be numbers or text.
 
-The row above is made up of categories and means. For this row, the logits are `{logits}`: compare
-them with those of your own code."""
+The row above consists of sample categories and column means. For this row, the logits are
+`{logits}`: compare them with the output of your own code.
+"""
 USE_TEXT = """text = facts['text']
 rules = [getattr(core, name) for name in text['rules']]
 tokenize = core.Tokenizer(core.{tokenizer}, rules=rules)
@@ -158,7 +159,7 @@ def save_student(
             weights by it.
     """
     check_learner(learn, 'save_student')
-    # raises an error for a wrong one before anything is written
+    # raise an error for an invalid temperature before anything is written
     temperature = plain_temperature(temperature)
     if report is not None and not isinstance(report, Report):
         raise DistillError(
@@ -186,7 +187,7 @@ def save_student(
             warnings.warn(f'no ONNX file: {e}', DistillWarning)
     text = card(title, facts, checked, report, learn.dls)
     with ExitStack() as stack:
-        # all files are written before the first one replaces that of a student saved before
+        # write all files before any of them replaces a file of a previously saved student
         new = lambda name: stack.enter_context(new_file(folder / name))
         save_model(learn.model, str(new('model.safetensors')))
         content = json.dumps(facts, indent=1, ensure_ascii=False) + '\n'
@@ -194,7 +195,7 @@ def save_student(
         new('README.md').write_bytes(text.encode())
         if report is not None:
             report.to_json(new('report.json'))
-    # files of a student that was saved before don't belong to the new weights
+    # files of a previously saved student don't belong to the new weights
     if report is None:
         (folder / 'report.json').unlink(missing_ok=True)
     if checked is None:
@@ -213,8 +214,8 @@ def check_own_files(folder) -> None:
         return
     if found := [n for n in ('config.json', 'README.md') if (folder / n).exists()]:
         raise DistillError(
-            f'{folder} has a {found[0]} that is not of a saved student, and would be overwritten: '
-            'choose a different folder.'
+            f'{folder} has a {found[0]} that does not belong to a saved student, and would be '
+            'overwritten: choose a different folder.'
         )
 
 
@@ -225,7 +226,8 @@ def card(title, facts, checked, report, dls):
         '',
         f'{facts["network"]} with {facts["parameters"]:,} parameters. Outputs: '
         f'{dict(softmax="logits of classes", sigmoid="logits of labels", regression="numbers")[facts["task"]]}. '
-        'Class names, input shapes, and how images, texts or rows of tables are prepared are in `config.json`.',
+        '`config.json` contains class names, input shapes, and how images, texts or rows of '
+        'tables are prepared.',
         '',
         '## How to use',
         '',
@@ -233,8 +235,8 @@ def card(title, facts, checked, report, dls):
     ]
     if checked is not None:
         lines += [
-            f'`student.onnx` was compared with the trained model on {checked.samples} validation samples: the '
-            f'largest difference of an output is {checked.difference:.2g}.',
+            f'`student.onnx` was compared with the trained model on {checked.samples} validation '
+            f'samples: the largest difference between their outputs is {checked.difference:.2g}.',
             '',
         ]
     return '\n'.join(lines if report is None else [*lines, report.to_markdown()])
@@ -338,7 +340,8 @@ def load_student(folder: str | Path, model: nn.Module | None = None) -> nn.Modul
     if model is None:
         if not (folder / 'student.onnx').is_file():
             raise DistillError(
-                f'{str(folder)!r} holds weights, but no network: build it, and pass it as model=.'
+                f'{str(folder)!r} contains weights, but no network: build the network, and pass it '
+                'as model=.'
             )
         model = Onnx(folder / 'student.onnx')
     else:

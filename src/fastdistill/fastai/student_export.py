@@ -51,7 +51,7 @@ class Exported:
     Attributes:
         path: Path of the file.
         bytes: Size of the file.
-        difference: Largest difference between an output of the file and that of the Learner.
+        difference: Largest difference between the outputs of the file and of the Learner.
         samples: Number of samples on which the difference was measured.
         facts: Metadata stored in the file.
         report: For int8, a comparison of the Learner and the file on the validation set.
@@ -204,10 +204,10 @@ def export_student(
 
 
 def plain_temperature(temperature) -> float | list[float] | None:
-    """Return a temperature as JSON can store it, e.g. of a tensor or a number of NumPy.
+    """Convert a temperature, such as a tensor or a NumPy number, to a type that JSON can store.
 
     Raises:
-        DistillError: If it is not positive.
+        DistillError: The temperature is not positive.
     """
     if temperature is None:
         return None
@@ -248,8 +248,8 @@ def weak_score(learn: Learner, n: int = 8) -> str | None:
         return None
     f = tally.facts()
     return (
-        f'{f.metric} {f.teacher_score:.3f} on {f.n} validation samples, where a constant prediction has '
-        f'{f.constant_score:.3f}'
+        f'{f.metric} {f.teacher_score:.3f} on {f.n} validation samples, and a constant prediction '
+        f'scores {f.constant_score:.3f}'
     )
 
 
@@ -318,7 +318,7 @@ def bag_of_tokens(bag: nn.EmbeddingBag, x: Tensor, *args: Any, **kwargs: Any) ->
 @contextmanager
 def silent_exporters():
     """Hide warnings and log messages of PyTorch's exporters and of onnxruntime's quantization.
-    Their errors are raised.
+    Errors are still raised.
     """
     was = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
@@ -388,8 +388,8 @@ def facts_of(learn, x) -> dict:
 
 
 def takes_any_length(model, x) -> bool:
-    """Return True if the inputs are token ids (batch, length), and a shorter text can be their
-    input.
+    """Return True if the inputs are token ids (batch, length), and the model also accepts a shorter
+    text.
     """
     if not all(o.dim() == 2 and not o.is_floating_point() for o in x):
         return False
@@ -397,7 +397,7 @@ def takes_any_length(model, x) -> bool:
     with guarded_random_state(), Teacher(model, run=AS_IT_IS) as teacher, torch.no_grad():
         try:
             teacher(*(o[:2, : max(1, o.shape[1] - 1)].to(device) for o in x))
-        except Exception:  # a model of a fixed length may raise any error
+        except Exception:  # a model for a fixed length may raise any error
             return False
     return True
 
@@ -529,7 +529,7 @@ def compared(learn, there, path, batches, close, temperature=None):
     Args:
         learn: The Learner.
         there: The exported network as a `Teacher`.
-        path: Path that messages name.
+        path: Path to show in messages.
         batches: Inputs.
         close: Largest allowed difference, as a fraction of the largest output. None to allow any
             finite difference.
@@ -546,7 +546,7 @@ def compared(learn, there, path, batches, close, temperature=None):
             a, b = here(*x).logits.float(), there(*x).logits.float()
             if temperature is not None:
                 a = tempered(a, torch.tensor(temperature), task_of(learn.loss_func))
-            # subtle: nan is not close to anything, and the same infinity is no difference
+            # subtle: nan counts as an infinite difference, and equal infinities do not differ
             apart = (a - b).abs().where(a != b, 0.0).nan_to_num(nan=torch.inf)
             most = max(most, apart.max().item())
             largest = max(largest, a.where(a.isfinite(), 0.0).abs().max().item())

@@ -28,11 +28,12 @@ def table_of(dls) -> Tabular | None:
 
 
 def encoding_of_table(dls) -> dict | None:
-    """Return how raw rows of a table become inputs, as plain data. None if the data are no table.
+    """Return how raw rows of a table become inputs, as plain data. None if the data are not a
+    table.
 
     The code of a category is its position in `classes`. Missing values and unknown categories have
-    the code 0. `fill` has the numbers that replace missing ones; the category NAME_na says which
-    were missing. `unknown` has the transforms that are not described in this way.
+    the code 0. `fill` contains the numbers that replace missing values; the category NAME_na shows
+    which values were missing. `unknown` lists the transforms that can't be described in this way.
     """
     if (table := table_of(dls)) is None:
         return None
@@ -55,7 +56,7 @@ def encoding_of_table(dls) -> dict | None:
 
 
 def plain_value(v):
-    """Return a category as JSON can store it."""
+    """Convert a category to a type that JSON can store."""
     v = v.item() if isinstance(v, np.generic) else v
     return v if isinstance(v, (str, int, float)) else str(v)
 
@@ -103,8 +104,8 @@ class TableEstimator(Estimator):
     def _predict_all(self):
         """Predict all rows of the DataLoaders.
 
-        The student's inputs can be equal for rows that differ for the teacher. The predictions for
-        such rows are averaged.
+        Rows that differ for the teacher can have equal student inputs. The predictions for such
+        rows are averaged.
         """
         tables = [dl.dataset for dl in self.dls.loaders if len(dl.dataset)]
         keys = np.concatenate([keys_of_rows(table_inputs(o)) for o in tables])

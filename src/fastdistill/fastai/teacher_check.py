@@ -131,7 +131,7 @@ def check_teacher(
             out.costs, out.cost_lines = costs_of_check(
                 learn, teacher, task, recipe, output, n_epoch
             )
-    # subtle: added last, because these are no reasons for a different recipe
+    # subtle: added last, because this finding must not change the recipe
     out.add('parameters', larger_student(learn.model, teacher))
     if learn.model is not None:
         out.add('task loss', loss_mistakes(learn, recipe, output, head is not one))
@@ -281,7 +281,7 @@ def kinds(learn, teacher, task):
                 'error',
                 f'The teacher was trained to predict {KIND_IN_WORDS[theirs]}, the student predicts '
                 f'{KIND_IN_WORDS[task.kind]}',
-                "Use a teacher of the student's task, or give both the same kind of loss function",
+                "Use a teacher for the student's task, or give both the same kind of loss function",
             )
 
 
@@ -380,10 +380,10 @@ def codings(learn, teacher, task):
         for name, difference in different_codes(learn.dls, o.learner.dls):
             yield Finding(
                 'error',
-                f'Student and teacher encode their {name} differently '
-                f'({difference}), so the same numbers mean something else to the '
-                'teacher',
-                f"Make the student's DataLoaders with the teacher's coding: {CODING_FIXES[name]}",
+                f'Student and teacher encode their {name} differently ({difference}), so the same '
+                'numbers have different meanings for the teacher',
+                "Create the student's DataLoaders with the teacher's encoding: "
+                f'{CODING_FIXES[name]}',
             )
 
 

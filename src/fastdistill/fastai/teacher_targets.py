@@ -105,7 +105,7 @@ class TeacherTargets(Callback):
         new.learn = copy.deepcopy(self.learn, memo)
         return new
 
-    # an exported Learner contains a callback without effect instead, so that it loads without
+    # an exported Learner contains a callback that does nothing instead, so that it loads without
     # fastdistill
     def __reduce__(self):
         return Callback, ()

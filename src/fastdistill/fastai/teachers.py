@@ -86,7 +86,7 @@ def teacher_of(obj, learn=None, task=None, **kwargs) -> Teacher:
         obj = ensemble.members
     if isinstance(obj, (list, tuple, L)):
         of_members = {k: v for k, v in kwargs.items() if k in ('stats', 'input_stats')}
-        # classes that are chosen for the ensemble are those of its members, in their own order
+        # `select` and `classes` of an ensemble refer to the members' classes in their own order
         task = None if kwargs.keys() & {'select', 'classes'} else task
         members = [teacher_of(o, learn, task, **of_members) for o in obj]
         same = ensemble is not None and all(map(is_, members, obj))
@@ -113,7 +113,7 @@ def teacher_of(obj, learn=None, task=None, **kwargs) -> Teacher:
 
 
 def own_options(teacher, dls, task):
-    """Return the order of a teacher's classes, and the normalization that its file states."""
+    """Return the order of a teacher's classes, and the normalization stored in its file."""
     own = {}
     if dls is not None and not teacher.given & {'select', 'classes'}:
         own = in_order(dls, class_names(teacher, dls), task)
@@ -124,7 +124,7 @@ def own_options(teacher, dls, task):
 
 
 def facts_of_model(teacher):
-    """Return what the file of an exported student says, or an empty dict."""
+    """Return the facts stored in the file of an exported student, or an empty dict."""
     return getattr(teacher.model, 'facts', None) or {}
 
 
@@ -133,8 +133,8 @@ def refuse_stored(teacher):
     if isinstance(teacher, TeacherCache) or is_cache(teacher):
         folder = teacher.folder if isinstance(teacher, TeacherCache) else teacher
         raise DistillError(
-            f"{folder} holds a teacher's outputs for the training set, but here the teacher has to run: "
-            'pass the model itself.'
+            f"{folder} contains a teacher's outputs for the training set, but here the teacher has "
+            'to run: pass the model itself.'
         )
 
 
@@ -148,8 +148,9 @@ def is_heads(teacher):
         return False
     if holds_weights(teacher):
         raise DistillError(
-            'This dict holds weights (a state_dict or a checkpoint), not teachers: build the model, '
-            'load them into it with model.load_state_dict(...), and pass the model as the teacher.'
+            'This dict contains weights (a state_dict or a checkpoint), not teachers: build the '
+            'model, load the weights with model.load_state_dict(...), and pass the model as the '
+            'teacher.'
         )
     return True
 
@@ -158,8 +159,8 @@ def refuse_heads(teacher):
     """Raise a DistillError if a dict of teachers is given, but a single teacher is needed."""
     if is_heads(teacher):
         raise DistillError(
-            'A dict has a teacher for each head of a student, which can be a list (an ensemble). Give '
-            'one teacher here.'
+            'A dict contains one teacher for each head of a student. Pass a single teacher here, '
+            'or a list (an ensemble).'
         )
 
 
@@ -176,13 +177,14 @@ def on_table(teacher, dls):
 
 
 def refuse_tokens(estimator, dls):
-    """Raise a DistillError if the batches hold the tokens of texts."""
+    """Raise a DistillError if the batches contain the tokens of texts."""
     if not isinstance(getattr(dls, 'train', None), SortedDL):
         return
     raise DistillError(
-        f'The batches hold the numbers of tokens, which {estimator.__name__} can not read. If it reads '
-        'texts, such as a pipeline with a TfidfVectorizer, give it the texts of the items: '
-        "Teacher(pipeline, items=lambda rows: rows['text']), where 'text' is their column."
+        f'The batches contain token ids, which {estimator.__name__} cannot read. If it reads '
+        'texts, such as a pipeline with a TfidfVectorizer, pass the texts of the items: '
+        "Teacher(pipeline, items=lambda rows: rows['text']), where 'text' is the column of the "
+        'texts.'
     )
 
 
@@ -231,9 +233,9 @@ def check_same_codes(teacher, dls, task, name):
             continue
         for what, difference in different_codes(dls, o.learner.dls):
             raise DistillError(
-                f'{name} was trained on data that encode their {what} differently ({difference}), so '
-                'the same numbers mean something else to it. Use data with its own coding, such as '
-                'dls.test_dl(..., with_labels=True) of its DataLoaders.'
+                f'{name} was trained on data that encode their {what} differently ({difference}), '
+                'so the same numbers have different meanings for it. Use data with its own '
+                'encoding, such as dls.test_dl(..., with_labels=True) of its DataLoaders.'
             )
 
 
@@ -311,15 +313,15 @@ def exported(path):
     except Exception as e:
         reason = ' '.join(f'{type(e).__name__}: {e}'.split())
         raise DistillError(
-            f'{path} could not be loaded as an exported Learner ({reason}). Did learn.export write it? '
-            'Can everything in it be imported here: packages, your own functions and classes? An '
-            'estimator that joblib.dump wrote has a name that ends in .joblib.'
+            f'{path} could not be loaded as an exported Learner ({reason}). Did learn.export write '
+            'it? Can everything in it be imported here: packages, your own functions and classes? '
+            'The name of an estimator file written by joblib.dump must end in .joblib.'
         ) from e
 
 
 def image_stats(dls) -> tuple:
-    """Return (mean, std) of the `Normalize` transform of the batches, or (0, 1) if there is
-    none. The numbers are for images from 0 to 1, also if `IntToFloatTensor` makes a different range.
+    """Return (mean, std) of the `Normalize` transform of the batches, or (0, 1) if there is none.
+    The numbers are for pixels from 0 to 1, even if `IntToFloatTensor` produces a different range.
     """
     tfms = getattr(getattr(dls, 'after_batch', None), 'fs', [])
     n = next((t for t in tfms if isinstance(t, Normalize)), None)
@@ -363,10 +365,10 @@ def size_after(tfm):
 
 
 def resize_of_images(dls, size) -> dict:
-    """Return how validation images are resized: {'size', 'method', 'filter'}, as JSON can store it.
+    """Return how validation images are resized, as a dict for JSON: {'size', 'method', 'filter'}.
 
     The method is 'crop', 'squish' or 'pad' as in fastai's `Resize`, 'none' if images keep the size
-    of their files, or 'unknown'. With 'pad', 'pad_mode' names how the border is filled.
+    of their files, or 'unknown'. With 'pad', 'pad_mode' says how the border is filled.
 
     Args:
         dls: DataLoaders.
@@ -413,7 +415,7 @@ def measured_size(dl):
 
 
 def black_items(dl):
-    """Yield what the transforms of items make of two black images of different sizes."""
+    """Yield two black images of different sizes, after the item transforms."""
     for size in ((400, 300), (300, 400)):
         yield dl.after_item((PILImage.create(Image.new('RGB', size)),))
 

@@ -1,5 +1,5 @@
-"""Describe what a training depends on besides its recipe, so that a folder of finished trainings is
-not continued with different ones.
+"""Describe what a training run depends on besides its recipe, so that a folder of finished runs is
+not resumed with a different student, teacher or dataset.
 """
 
 import warnings
@@ -23,7 +23,7 @@ from .teachers import is_heads, teacher_of
 def teacher_text(teacher) -> str:
     """Return a fingerprint of the teacher's weights or of the cache.
 
-    For several heads, it has a fingerprint for each teacher.
+    For several heads, the text contains a fingerprint for each teacher.
     """
     if is_heads(teacher):
         each = {k: '' if t is None else teacher_text(t) for k, t in teacher.items()}
@@ -55,7 +55,7 @@ def setup_of(learn: Learner) -> dict:
 
 
 def samples_text(dls) -> str:
-    """Describe the samples: how many there are, and a fingerprint of which ones."""
+    """Describe the samples by their number and a fingerprint of their keys."""
     root, parts = key_root(dls), []
     for dl, name in zip(dls.loaders, ('training', 'validation')):
         try:
@@ -68,7 +68,7 @@ def samples_text(dls) -> str:
 
 def labels_text(dl) -> str:
     """Return a fingerprint of the labels of all samples, or of a few whole samples of a dataset
-    that does not show its labels. Empty if samples have no numbers.
+    that does not show its labels. Empty if this is not possible.
     """
     dataset = dl.dataset
     try:
@@ -84,8 +84,8 @@ def labels_text(dl) -> str:
 
 
 def raw_values(part) -> np.ndarray:
-    """Return keys of what the first transform of a `TfmdLists` returns for each item. Files count
-    with their contents.
+    """Return a key of what the first transform of a `TfmdLists` returns for each item. If it
+    returns files, the keys are computed from their contents.
     """
     values = [part.tfms.fs[0](o) for o in part.items] if len(part.tfms.fs) else list(part.items)
     if (files := files_of(values)) is not None:

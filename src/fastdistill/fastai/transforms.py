@@ -286,7 +286,7 @@ def labels_are_points(dls, head=None) -> bool:
 
     Args:
         dls: The DataLoaders.
-        head: The student's head whose labels are meant. None for all labels.
+        head: The student's head whose labels are checked. None to check all labels.
     """
     ds, n_inp = dls.train.dataset, dls.n_inp
     with RandomGuard():  # a transform of the labels may be random
@@ -306,11 +306,12 @@ def refuse_moved_points(dls, heads=(None,)):
 
     Args:
         dls: The DataLoaders.
-        heads: Head of each such teacher that predicts numbers. None for a student with one output.
+        heads: Heads whose teachers read raw items and predict numbers. None stands for the whole
+            student.
     """
     if (moving := moves(dls.train)) and any(labels_are_points(dls, h) for h in heads):
         raise DistillError(
-            'The outputs are those of a teacher that reads the raw items and predicts points, but '
-            f"{', '.join(moving)} would move the student's input. Remove these transforms, or use a "
-            'teacher of the batch: Teacher(model, inputs=fn).'
+            f'The teacher reads the raw items and predicts points, but {", ".join(moving)} would '
+            "move the student's input. Remove these transforms, or use a teacher that reads the "
+            'batch: Teacher(model, inputs=fn).'
         )

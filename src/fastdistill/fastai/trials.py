@@ -89,7 +89,7 @@ def matters(cb):
 
 @contextmanager
 def repeatable(dls, seed: int):
-    """Make a training depend only on its seed.
+    """Make a training run depend only on its seed.
 
     The DataLoaders and all random states are restored at the end.
 
@@ -110,7 +110,7 @@ def repeatable(dls, seed: int):
 
 @contextmanager
 def unchanged(learn, seed: int):
-    """Seed all random generators for a training, and restore everything at the end.
+    """Seed all random generators for a training run, and restore everything at the end.
 
     The student's weights, gradients and modes, its DataLoaders and all random states are restored.
     """
@@ -123,7 +123,7 @@ def unchanged(learn, seed: int):
 
 @contextmanager
 def same_weights(model):
-    """Clear the gradients for a training. Restore the model at the end, including its weights."""
+    """Clear the gradients for a training run. Restore the model at the end, including its weights."""
     inner = unwrap(model)
     state = ModelState(inner.modules(), weights=True)
     for p in inner.parameters():

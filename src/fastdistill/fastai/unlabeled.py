@@ -154,8 +154,9 @@ def stored_outputs(targets, heads) -> dict:
         return {'': StoredOutputs(targets)}
     if not isinstance(targets, Mapping) or {*map(str, targets)} != {*heads}:
         raise DistillError(
-            'targets in unlabeled= with several heads: give a dict with the cache of each '
-            f'({", ".join(heads)}), as cache_teacher({{...}}, dls, folder, unlabeled=items) returns it.'
+            'targets in unlabeled= with several heads: pass a dict with a cache for each head '
+            f'({", ".join(heads)}), which cache_teacher({{...}}, dls, folder, unlabeled=items) '
+            'returns.'
         )
     return {str(k): StoredOutputs(o, head=heads[str(k)]) for k, o in targets.items()}
 
