@@ -412,7 +412,9 @@ def test_what_is_no_set_of_heads():
     with pytest.raises(DistillError, match=r'1 labels for 2 heads \(color, shape\)'):
         heads(X, COLOR)
     for option in ('weights', 'recipe', 'kind', 'output'):
-        with pytest.raises(DistillError, match=f'{option}= has colour, the heads are color, shape'):
+        with pytest.raises(
+            DistillError, match=f'{option}= has colour, but the heads are color, shape'
+        ):
             two_heads(student, color, shape, **{option: dict(colour=1)})
     with pytest.raises(
         DistillError, match=r"use the attribute of one of them, as in distiller.heads\['color'\]"
@@ -548,7 +550,7 @@ def test_outputs_that_are_computed_elsewhere_get_the_default_recipe_of_each_head
     with pytest.raises(DistillError, match="dist needs the teacher's outputs .* but got None"):
         heads.compute(s, {'shape': t['shape']}, task, (COLOR, SHAPE))
     again = two_heads(student, color, shape)
-    with pytest.raises(DistillError, match='color: there is no recipe yet, .* teacher_outputs'):
+    with pytest.raises(DistillError, match='color: there is no recipe yet. .* teacher_outputs'):
         again.compute(s, {'shape': t['shape']}, task, (COLOR, SHAPE))
 
 

@@ -356,7 +356,11 @@ def test_mistakes_are_named():
             of.distill(*args, **kwargs)
 
     refused(
-        'recipe= has size, the heads with a teacher are color, shape', t, 1, 0.01, dict(size=kd())
+        'recipe= has size, but the heads with a teacher are color, shape',
+        t,
+        1,
+        0.01,
+        dict(size=kd()),
     )
     refused(
         'give the task loss different weights',

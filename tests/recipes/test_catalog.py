@@ -100,7 +100,7 @@ def test_searching():
     assert {m.name for m in find_methods(needs=['relations', 'classes'])} == {'dist'}
     with pytest.raises(DistillError, match="needs='color': must be one of 'logits'"):
         find_methods(needs=['color'])
-    with pytest.raises(DistillError, match="no method 'dk'. Nearest are dkd"):
+    with pytest.raises(DistillError, match="no method 'dk'. Similar methods: dkd"):
         method('dk')
 
 

@@ -173,7 +173,7 @@ def test_auto_refuses_other_kinds():
         DistillError, match="kind='soft': must be 'softmax', 'sigmoid' or 'regression'"
     ):
         auto('soft')
-    with pytest.raises(DistillError, match='teacher=Linear: must be its logits'):
+    with pytest.raises(DistillError, match="teacher=Linear: must be the teacher's logits"):
         auto(classes=5, teacher=nn.Linear(2, 5))
 
 

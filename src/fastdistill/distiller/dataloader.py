@@ -36,11 +36,11 @@ PARTS = (
 
 @contextmanager
 def restored_loaders(*loaders: Any, seed: int = 0) -> Iterator[None]:
-    """Context in which DataLoaders and their random generators may be used. The generators are
-    seeded, and everything is restored at the end.
+    """Context manager in which DataLoaders and their random generators can be used. The generators
+    are seeded, and everything is restored at the end.
     """
-    # subtle: fastai makes an item to count the parts of a batch, once. A fit must do this again, since
-    # the item draws random numbers
+    # subtle: on first use, fastai creates an item to count the parts of a batch, and stores the
+    # count. Restoring makes a fit count again, since creating the item draws random numbers
     parts = (getattr(dl, k, None) for dl in loaders for k in PARTS)
     # subtle: an object may create its generator when it is first used
     users = [o for dl in loaders for o in wrapped(dl)]
@@ -51,8 +51,8 @@ def restored_loaders(*loaders: Any, seed: int = 0) -> Iterator[None]:
 def wrapped(o: Any) -> Iterator[Any]:
     """Yield a DataLoader, its datasets and its collate functions."""
     yield o
-    # a `Subset` and a DataLoader have a dataset, and a collator of the Hugging Face Trainer has one
-    # of the user
+    # a `Subset` and a DataLoader have a dataset, and a collator of the Hugging Face Trainer wraps
+    # the user's collator
     for k in ('dataset', 'collate_fn', 'data_collator'):
         if (inner := vars(o).get(k) if hasattr(o, '__dict__') else None) is not None:
             yield from wrapped(inner)
@@ -60,18 +60,20 @@ def wrapped(o: Any) -> Iterator[Any]:
 
 @contextmanager
 def read_apart(*loaders: Any) -> Iterator[None]:
-    """Context in which DataLoaders may be read without changing the batches of the training: the
-    global random generators and their own are restored at the end.
+    """Context manager in which DataLoaders can be read without changing the training batches: the
+    global random generators and those of the DataLoaders are restored at the end.
     """
     with guarded_random_state(), restored_loaders(*loaders):
         yield
 
 
 def spread_batches(loader: Any, n: int) -> Iterable:
-    """Return at least `n` batches that represent all samples, even if these are sorted by class.
+    """Return at least `n` batches that represent all samples, even if the samples are sorted by
+    class.
 
-    A PyTorch DataLoader of a map-style dataset is replaced by one of random samples. Of a list, the
-    batches are spread evenly. All other loaders are returned, so their first batches are read.
+    A PyTorch DataLoader of a map-style dataset is replaced with one that loads random samples. From
+    a list, evenly spaced batches are taken. Any other loader is returned as is, so its first
+    batches are read.
 
     Args:
         loader: A DataLoader or a list of batches.

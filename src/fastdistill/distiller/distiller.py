@@ -79,9 +79,9 @@ class Distiller(nn.Module):
             this head}. If None, each head has one label, in the order of the heads.
         weights: For several heads, a dict {head name: weight of the head's loss}. The default is 1.
             If a trainer computes one task loss for all heads, these weights multiply only the terms
-            with a weight, because that loss has the weights of the heads already.
-        check: Whether to look for mistakes. If True, shared parameters of both models are reported,
-            and `Distiller.check` runs on the first batch.
+            with `weight`, because that loss already includes the weights of the heads.
+        check: Whether to look for mistakes. If True, parameters that both models share are
+            reported, and `Distiller.check` runs on the first batch.
         example: Batch of inputs from which the projectors are built immediately. Pass an example if
             an optimizer is created before the first batch.
     """
@@ -353,8 +353,8 @@ class Distiller(nn.Module):
             samples: The `BatchSamples` of the batch. None if the samples are unknown.
 
         Returns:
-            The outputs, or None if no term needs the teacher. For several heads, a dict with the
-            heads that have outputs.
+            The outputs, or None if no term needs the teacher. For several heads, a dict {head name:
+            outputs} with the heads for which outputs exist.
         """
         x, terms = inputs(x), {k: h.active_terms(progress) for k, h in self.heads.items()}
         needed = lambda k, h: h.teacher is not None and (terms[k] or h.chooses)
@@ -405,8 +405,8 @@ class Distiller(nn.Module):
             x: The inputs: a tensor, a tuple of tensors, or a dict. The items of a dict are passed
                 as keyword arguments if the model has arguments with these names.
             *targets: Labels. Labels can be omitted, or None, if the recipe gives the task loss no
-                weight. For several heads, pass one label per head, in the order of the heads. Use None for a
-                head without labels.
+                weight. For several heads, pass one label per head, in the order of the heads, or
+                None for a head without labels.
             progress: Fraction of the training that is done, from 0 to 1, for schedules.
 
         Returns:

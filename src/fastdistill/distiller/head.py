@@ -143,10 +143,10 @@ class Head(RecipeLoss):
 def teacher_of_task(
     teacher: Any, task: Task, output: str | int | Callable | None = None
 ) -> Teacher:
-    """Return a teacher whose outputs are read as those of the student.
+    """Return a teacher whose outputs are interpreted like those of the student.
 
-    A `Teacher` keeps the options that it was given. If nothing changes, it is returned itself, since
-    it may have been started.
+    A `Teacher` keeps the options that it was given. If nothing changes, the same object is
+    returned, since it may have been started.
 
     Args:
         teacher: A `Teacher`, or anything that `Teacher` accepts.

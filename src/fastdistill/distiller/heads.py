@@ -1,4 +1,4 @@
-"""The heads of a `Distiller`, and the values and teachers that they have together."""
+"""The heads of a `Distiller`, and the values and teachers that they share."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +16,8 @@ from .head import with_full_task
 
 class Heads(dict):
     """{name: `Head`} of a `Distiller`. A student with one output has a single head, whose name is
-    ''. Callers pass and get a value of this head as it is, and values of several heads as a dict.
+    ''. A value for this single head is passed and returned as is. Values for several heads are
+    passed and returned as a dict.
     """
 
     @property
@@ -81,10 +82,10 @@ class Heads(dict):
     def share_task_loss(self) -> None:
         """Give the task loss the same weight in the recipes of all heads.
 
-        This is for a single task loss of all heads. Raise an error if the heads weight it
-        differently. A recipe that has no weight for it gives it the weight 1. If such a recipe has
-        only gradient ratios, which are relative to the task loss, it gets the weight of the other
-        heads.
+        This is used if one task loss is computed for all heads. Raise an error if the recipes give
+        it different weights. In a recipe that sets no weight for the task loss, its weight is 1.
+        But if all terms of such a recipe have gradient ratios, which are relative to the task loss,
+        the recipe gets the weight of the other heads.
         """
         for h in self.values():
             if h.chosen is not None and not h.shares_task:
@@ -188,9 +189,9 @@ class HeadOutput:
         else:
             have = f'{len(raw)} outputs' if isinstance(raw, (tuple, list)) else 'one tensor'
         raise DistillError(
-            f'The Distiller has {self.n} heads, including {self.name!r}, but the student returns {have}: name '
-            'the outputs of a dict, or give one teacher for each output of a tuple, in their order. '
-            'Pass None for a head without a teacher.'
+            f'The Distiller has {self.n} heads, including {self.name!r}, but the student returns '
+            f'{have}: use the keys of a returned dict as head names, or pass one teacher for each '
+            'output of a tuple, in the same order. Pass None for a head without a teacher.'
         )
 
 
@@ -218,7 +219,9 @@ def options_by_head(o: Any, option: str, heads: Iterable[str], who: str = 'the h
         return dict.fromkeys(heads, o)
     o = {str(k): v for k, v in o.items()}
     if unknown := set(o) - set(heads):
-        raise DistillError(f'{option}= has {", ".join(sorted(unknown))}, {who} {", ".join(heads)}.')
+        raise DistillError(
+            f'{option}= has {", ".join(sorted(unknown))}, but {who} {", ".join(heads)}.'
+        )
     return {k: o.get(k) for k in heads}
 
 

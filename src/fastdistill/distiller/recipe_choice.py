@@ -35,8 +35,8 @@ def choose(
             print(f'fastdistill: {h.prefix}recipe {chosen}')
     elif h.teacher is not None and torch.is_grad_enabled():
         raise DistillError(
-            f"{h.prefix}there is no recipe yet, and it is chosen from the teacher's outputs, "
-            'but got None for this batch. Pass what teacher_outputs() returned.'
+            f"{h.prefix}there is no recipe yet. It is chosen from the teacher's outputs, but they "
+            'are None for this batch. Pass what teacher_outputs() returned.'
         )
     elif h.teacher is None and not h.name:
         raise DistillError(

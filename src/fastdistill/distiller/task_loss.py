@@ -42,8 +42,9 @@ class TaskLoss:
             self.shift = labels_to_shift(x, targets[0], logits.shape, self.task, self.causal)
             if self.shift and rank() == 0:
                 print(
-                    'fastdistill: the labels are the inputs themselves, so each is moved to where it is predicted, '
-                    'one position earlier. Pass shift_labels=True to confirm this, or shift_labels=False to leave them'
+                    'fastdistill: the labels are the inputs themselves, so each label is moved one '
+                    'position earlier, where it is predicted. Pass shift_labels=True to confirm '
+                    'this, or shift_labels=False to leave them'
                 )
         if not self.shift:
             return targets

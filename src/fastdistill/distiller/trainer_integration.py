@@ -68,7 +68,8 @@ def complete(d: Distiller, x: Any, labels: bool = True) -> None:
 
 
 def build_links(d: Distiller, x: Iterable) -> None:
-    """Pair student and teacher layers, and build projectors. They are identical in all processes.
+    """Pair student and teacher layers, and build projectors. The result is identical in all
+    processes.
 
     Args:
         d: The `Distiller`.

@@ -1,21 +1,24 @@
 """All changes that fastdistill makes to fastai.
 
-| what | why | when | |---|---|---| | `DataBlock.__init__` | fastai counts a `TeacherBlock` and the
-label before it as inputs | import | | `Datasets.decode` | `predict` and `show_results` have no
-teacher's column to decode | first target | | `Datasets.new_empty` | `export` would keep the
-teacher's column | first target | | `TfmdDL._one_pass` | `export` would keep the type of the
-teacher's targets | first target | | `TfmdDL._pre_show_batch` | fastai can't show a label together
-with a teacher target | first target | | `defaults.callbacks` | labels, MixUp and metrics must not
-see the targets | first target | | `Learner.fit` | cleans up, because fastai has no event after an
-error | first callback | | `Learner.fine_tune` | schedules span both phases, see
-`KnowledgeDistillation(span=)` | import | | `Learner.save` | the projectors are saved in a file next
-to the student's file | first callback | | `Learner.load` | the projectors are loaded from that file
-| import | | `Recorder.plot_loss` | `train_loss` has a different scale than the task losses | first
-callback | | `Learner.distill` | a new method, in `learner.py` | import | | `Learner.check_teacher`
-| a new method, in `learner.py` | import | | `Learner.distill_find` | a new method, in
-`recipe_find.py` | import | | `Learner.explain` | a new method, in `learner.py` | import | |
-`Learner.calibrate` | a new method, in `learner.py` | import | | `Learner.show_features` | a new
-method, in `learner.py` | import |
+| what | why | when |
+|---|---|---|
+| `DataBlock.__init__` | fastai counts a `TeacherBlock` and the label before it as inputs | import |
+| `Datasets.decode` | `predict` etc. have no prediction for the teacher's column | first target |
+| `Datasets.new_empty` | `export` would keep the teacher's column | first target |
+| `TfmdDL._one_pass` | `export` would keep the type of the teacher's targets | first target |
+| `TfmdDL._pre_show_batch` | fastai can't show a label together with a teacher target | first target |
+| `defaults.callbacks` | labels, MixUp and metrics must not see the targets | first target |
+| `Learner.fit` | cleans up, because fastai has no event after an error | first callback |
+| `Learner.fine_tune` | schedules span both phases, see `KnowledgeDistillation(span=)` | import |
+| `Learner.save` | the projectors are saved in a file next to the student's file | first callback |
+| `Learner.load` | the projectors are loaded from that file | import |
+| `Recorder.plot_loss` | `train_loss` has a different scale than the task losses | first callback |
+| `Learner.distill` | a new method, in `learner.py` | import |
+| `Learner.check_teacher` | a new method, in `learner.py` | import |
+| `Learner.distill_find` | a new method, in `recipe_find.py` | import |
+| `Learner.explain` | a new method, in `learner.py` | import |
+| `Learner.calibrate` | a new method, in `learner.py` | import |
+| `Learner.show_features` | a new method, in `learner.py` | import |
 
 "First target" means: when the first `TeacherBlock` is created or unpickled, or when the first fit
 begins that adds information about samples to its batches. "First callback" means: when the first

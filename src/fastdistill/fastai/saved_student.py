@@ -323,10 +323,8 @@ def load_student(folder: str | Path, model: nn.Module | None = None) -> nn.Modul
             exported network is run with onnxruntime.
 
     Returns:
-        A callable that takes tensors. The attribute `facts` has the content of config.json.
-
-    Returns:
-        The exported network, or `model` with the weights. If the student was saved with a
+        The exported network or `model` with the weights, as a callable that takes tensors. The
+        attribute `facts` has the content of config.json. If the student was saved with a
         temperature, `model` is wrapped, so that its logits are divided too.
     """
     folder = Path(folder)

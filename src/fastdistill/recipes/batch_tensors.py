@@ -109,7 +109,7 @@ class Batch:
 
     def label_errors(self) -> Tensor | None:
         """Return `label_errors` of both models. Return None if there are no labels, or if they do
-        not fit.
+        not fit the logits.
         """
         s, t = self.student.logits, self.teacher.logits
         labels: list = [y[0] for y in (self.targets, self.others) if len(y)]
@@ -177,8 +177,8 @@ def takes_linear(term: Any, logits: LinearLogits, task: Task) -> bool:
 
 def inputs_and_labels(batch: Any) -> tuple[Any, tuple]:
     """Split a batch into inputs and labels. In a tuple or list, the first item is the input and the
-    others are labels. In a dict, the keys 'labels' and 'label' hold labels. Any other batch has no
-    labels.
+    others are labels. In a dict, the keys 'labels' and 'label' contain labels. Any other batch has
+    no labels.
     """
     if isinstance(batch, (tuple, list)):
         return batch[0], tuple(batch[1:])
@@ -280,7 +280,7 @@ def plain_logits(
 
 
 def all_classes(teacher: Outputs | None, student: Outputs) -> Outputs | None:
-    """Expand stored outputs that hold only the most likely classes to all classes."""
+    """Expand stored outputs that contain only the most likely classes to all classes."""
     if teacher is None or not isinstance(teacher.logits, TopK):
         # hidden states and draws are not expanded, because some losses use them directly
         return teacher

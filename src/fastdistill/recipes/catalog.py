@@ -102,8 +102,8 @@ def method(name: str) -> Method:
         return have[name]
     near = [m.name for m in find_methods(name)] or list(have)
     raise DistillError(
-        f'There is no method {name!r}. {"Nearest" if len(near) < len(have) else "Possible"} are '
-        f'{", ".join(near)}.'
+        f'There is no method {name!r}. {"Similar" if len(near) < len(have) else "Available"} '
+        f'methods: {", ".join(near)}.'
     )
 
 

@@ -72,8 +72,9 @@ def auto(
         raise DistillError(f"kind={kind!r}: must be 'softmax', 'sigmoid' or 'regression'")
     if not isinstance(teacher, Tensor | None):
         raise DistillError(
-            f'teacher={type(teacher).__name__}: must be its logits for some training samples, a '
-            'tensor (..., C). KnowledgeDistillation and Distiller query the teacher themselves.'
+            f"teacher={type(teacher).__name__}: must be the teacher's logits for some training "
+            'samples, a tensor (..., C). KnowledgeDistillation and Distiller run the teacher '
+            'themselves.'
         )
     if not labels:
         return Automatic('soft_labels(T=1)', 'the batches have no labels', kind)
@@ -142,14 +143,14 @@ def facts_for_auto(
         task: The `Task` that describes the logits.
         ask: fn() -> teacher logits for some training samples, with the same axes as the student's.
             None if the logits are not available.
-        labels: Labels of the same samples, whose ignored positions do not count. Other values have
-            no effect.
+        labels: Labels of the same samples, used to leave out ignored positions. Labels of a
+            different form have no effect.
     """
     facts = facts_of_outputs(shape, task)
     if not takes_dist(facts['classes']) or (t := ask()) is None or t.dim() != len(shape):
         return facts
     t = t.movedim(task.axis, -1)
-    # a teacher with different classes (`classes=`) may compare fewer than the student has
+    # with `classes=`, fewer classes may be compared than the student has
     facts['classes'] = t.shape[-1]
     if not takes_dist(facts['classes']):
         return facts

@@ -31,7 +31,7 @@ class GradientRatio:
         fade: Gain of the teacher below which the weight falls (see `TeacherGain`). 0 for never.
     """
 
-    # FIRST: all batches before twice this number are measured
+    # FIRST: all batches before number 2 * FIRST are measured
     # EVERY: final interval between measured batches
     # NEW: minimum weight of a new measurement in the running mean
     FIRST, EVERY, NEW = 16, 32, 0.2
@@ -217,13 +217,13 @@ class GradientRatios(dict):
 
     def weights(self, weights: dict[str, Any], values: Mapping[str, Tensor]) -> dict[str, Any]:
         """Return the weights of a batch. A gradient ratio becomes the weight at which the gradient
-        norm of its term has that ratio. All weights are then divided by 1 plus the sum of the ratios,
-        so that the gradient of the total is at most as long as without these terms, and a learning
-        rate that suits the other losses still does.
+        norm of its term has that ratio. All weights are then divided by 1 plus the sum of the
+        ratios, so that the norm of the total gradient is at most as large as without these terms,
+        and a learning rate that suits the other losses still works.
 
         Args:
             weights: {name: weight or gradient ratio}.
-            values: {name: value} of the losses that count and have a gradient.
+            values: {name: value} of the losses with a nonzero weight and a gradient.
         """
         measured = {
             k: weights[k] * r.factor_at(values.get(k))
@@ -234,7 +234,8 @@ class GradientRatios(dict):
         return {k: w / length for k, w in (weights | measured).items()}
 
     def length(self, weights: Mapping[str, Any]) -> float:
-        """Return 1 plus the sum of the gradient ratios that are measured, by which `weights` divides.
+        """Return the number by which `weights` divides: 1 plus the sum of the measured gradient
+        ratios.
 
         Args:
             weights: {name: weight or gradient ratio}.
@@ -244,8 +245,9 @@ class GradientRatios(dict):
     def faded(
         self, weights: Mapping[str, Any], values: Mapping[str, Tensor]
     ) -> Tensor | float | None:
-        """Return the multiple of the other losses to add for the gradient lost to `fade`. Their
-        weights then are those of the lower ratios. Return None if no term has `fade`.
+        """Return the multiple of the other losses to add to make up for the gradient lost to
+        `fade`. The weights of these losses are then the same as with the lower ratios. Return None
+        if no term has `fade`.
 
         Args:
             weights: {name: weight or gradient ratio}.

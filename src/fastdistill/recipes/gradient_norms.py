@@ -32,7 +32,8 @@ ARRANGES = {
         'View',
     )
 }
-COPIES = {f'{n}Backward0' for n in ('Alias', 'Clone', 'ToCopy')}  # the elements keep their places
+# operations that keep the position of each element
+COPIES = {f'{n}Backward0' for n in ('Alias', 'Clone', 'ToCopy')}
 
 
 def find_origin(x: Tensor, operations: Collection[str] = ARRANGES) -> Tensor | GradientEdge:
@@ -72,8 +73,8 @@ def gradient_norm(value: Tensor, at: Sequence[Tensor]) -> Tensor | None:
 
 
 def part_at(value: Tensor, x: Tensor) -> Tensor | None:
-    """Return 0 with the gradient of `value` with respect to `x`, for the part of a loss that reaches
-    one of several outputs.
+    """Return a zero that has the gradient of `value` with respect to `x`. This is the part of a
+    loss that depends on one of several outputs.
 
     Args:
         value: A loss, 0-dim.
@@ -132,8 +133,8 @@ def gradient_shares(
 ) -> dict[str, float]:
     """Return {loss: its fraction of the gradient}, without changing the training.
 
-    The gradient is measured at the logits if all losses reach them, else at the last student
-    parameter that all of them reach. The result is empty if there is no such parameter.
+    The gradient is measured at the logits if all losses depend on them, otherwise at the last
+    student parameter on which all losses depend. The result is empty if there is no such parameter.
 
     Args:
         values: {name: value} of the task loss ('task') and the terms of a batch.

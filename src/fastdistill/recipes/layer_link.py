@@ -33,8 +33,9 @@ class Link(nn.Module):
             if y is None:
                 raise DistillError(
                     f"The {who}'s outputs have no layer {n!r} (they have: "
-                    f"{', '.join(o.feats) or 'none'}). distiller.teacher_outputs(x) reads the teacher's "
-                    "layers, Taps(student, distiller.student_layers()) the student's."
+                    f"{', '.join(o.feats) or 'none'}). To read the teacher's layers, use "
+                    "distiller.teacher_outputs(x). To read the student's layers, use Taps(student, "
+                    'distiller.student_layers()).'
                 )
         a, b = found
         return (a if self.projector is None else self.projector(a, b)), b

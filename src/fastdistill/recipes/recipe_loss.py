@@ -31,14 +31,14 @@ class Distilled:
 
     Attributes:
         task: Task loss, without its weight. None if there are no labels.
-        taught: Weighted sum of all terms. None if no term has a weight.
+        taught: Weighted sum of all terms. None if no term has a nonzero weight.
         parts: {name: value of a term}, unweighted and detached. In training, only terms with a
-            weight.
+            nonzero weight are included.
         weights: {name: weight of each value}, including 'task'. A 0-dim tensor for a term with a
-            gradient ratio. All are divided by 1 plus the sum of the gradient ratios. The task
-            loss has a larger weight than this if a term faded.
-        terms: {name: weighted term}, with its gradient. They make up `taught`, together with what
-            the labels get instead of faded terms.
+            gradient ratio. All weights are divided by 1 plus the sum of the gradient ratios. If a
+            term faded, the actual weight of the task loss is larger.
+        terms: {name: weighted term}, with its gradient. `taught` is the sum of these terms and of
+            the losses that replace what terms lost to `fade`.
     """
 
     task: Tensor | None
@@ -55,7 +55,7 @@ class Distilled:
     @property
     def total(self) -> Any:
         """The loss to call `backward` on."""
-        # subtle: labels of weight 0 take no part at all, since 0*nan is nan
+        # subtle: leave out a task loss with weight 0, since 0*nan is nan
         if not self.weights['task']:
             return self.taught
         own: Any = self.task
@@ -80,7 +80,7 @@ class RecipeLoss(nn.Module):
 
     Args:
         task: The `Task` that describes the logits.
-        weight: Weight of this loss if it is that of one of several heads.
+        weight: Weight of this loss if it belongs to one of several heads.
     """
 
     links: Any  # {term: its `Link`s}
@@ -116,8 +116,8 @@ class RecipeLoss(nn.Module):
         return [t for t in self.recipe.terms if t.layers is not None]
 
     def active_terms(self, progress: float | None = None) -> list:
-        """Return the terms that a batch needs: those with a weight, or all of them if gradients are
-        off, as in validation.
+        """Return the terms that a batch needs: those with a nonzero weight, or all of them if
+        gradients are off, as in validation.
 
         Args:
             progress: Fraction of the training that is done, for schedules.
@@ -193,8 +193,8 @@ class RecipeLoss(nn.Module):
     def weights_at(self, progress: float | None, of_heads: bool = False) -> dict[str, Any]:
         """Return {name: weight or gradient ratio} of each loss. The task loss is named 'task'.
 
-        If the task loss is that of all heads, it contains the weight of this head already, and so
-        do gradient ratios, which are relative to it. A head of weight 0 has no terms.
+        If one task loss is computed for all heads, it already includes the weight of this head. So
+        do gradient ratios, which are relative to the task loss. A head with weight 0 has no terms.
         """
         weights = self.recipe.weights_at(progress)
         if not of_heads or self.weight == 1:
@@ -210,12 +210,13 @@ class RecipeLoss(nn.Module):
         progress: float | None = None,
         of_heads: bool = False,
     ) -> Tensor:
-        """Compute the weighted sum of the terms that read no labels, for unlabeled inputs next to
-        labeled batches. Gradient ratios use the norms that were measured in the labeled batches.
+        """Compute the weighted sum of the terms that read no labels, for unlabeled inputs used in
+        addition to labeled batches. Gradient ratios use the norms that were measured in the labeled
+        batches.
 
         Args:
             student: The student's outputs for the unlabeled inputs.
-            teacher: The teacher's outputs for them.
+            teacher: The teacher's outputs for the same inputs.
             progress: Fraction of the training that is done, for schedules.
             of_heads: As in `compute`.
         """
@@ -230,8 +231,8 @@ class RecipeLoss(nn.Module):
         return total
 
     def _value(self, term: Any, b: Batch) -> Tensor:
-        """Compute the value of a term. If it reads labels and the samples have two each, the values
-        for both are mixed, as in the task loss.
+        """Compute the value of a term. If the term reads labels and each sample has two labels, the
+        values for both labels are mixed, as in the task loss.
         """
         if b.lam is None or term.n_targets == 0:
             return self._of_labels(term, b, b.targets, b.options(term, b.mask))
@@ -347,18 +348,19 @@ def with_own_task(values: Mapping[str, Tensor], student: Outputs) -> Mapping[str
         return values
     if (own := part_at(values['task'], cast(Tensor, student.logits))) is None:
         raise DistillError(
-            'The task loss of all heads is not computed from the output of this head, but '
-            'fade= has to raise the weight of its labels. Pass recipes without fade=.'
+            "fade= has to raise the weight of this head's labels, but the task loss of all heads "
+            'does not depend on the output of this head. Pass recipes without fade=.'
         )
     return {**values, 'task': own}
 
 
 def check_gradients(student: nn.Module, terms: Sequence, links: Any, outputs: Outputs) -> None:
-    """Raise an error if a term compares a layer of the student that is trained, but was read without
+    """Raise an error if a term compares a trained student layer whose output was computed without
     gradients, so that the term would not train the student.
 
-    A layer is trained if it has parameters that are, or if all parameters of the student are.
-    Outputs that all have no gradients were not computed to train the student.
+    A layer is trained if at least one of its parameters requires gradients, or if all parameters of
+    the student do. If no output has a gradient, the outputs are not for training, and no error is
+    raised.
     """
     logits: Any = outputs.logits
     names = ((t, k.layers[0]) for t in terms for k in links[t.name] if k.layers)
@@ -375,24 +377,24 @@ def check_gradients(student: nn.Module, terms: Sequence, links: Any, outputs: Ou
         if own or whole:
             raise DistillError(
                 f"{term.name} compares the student's layer {n!r}, whose output has no gradient "
-                'although its parameters are trained, so the term would not train the student. '
-                'The layer ran under torch.no_grad(), as it does inside '
+                'although its parameters are trained, so the term would not train the student. The '
+                'layer ran under torch.no_grad(), as it does inside '
                 'torch.utils.checkpoint.checkpoint(..., use_reentrant=True). Use '
-                'use_reentrant=False, in Hugging Face models with '
+                'use_reentrant=False. For Hugging Face models, pass '
                 'gradient_checkpointing_kwargs=dict(use_reentrant=False).'
             )
 
 
 def check_kind(term: Any, kind: str) -> None:
-    """Raise an error if a term compares a different kind of logits than the model has. Terms of
-    layers fit any model.
+    """Raise an error if a term compares a different kind of logits than the model has. Terms that
+    compare layers fit any model.
     """
     if term.layers is None and term.kind not in (None, kind):
         says = dict(
             softmax='a softmax over classes', sigmoid='a sigmoid per label', regression='numbers'
         )
         raise DistillError(
-            f'{term.name} compares {says[term.kind]}, but this model predicts {says[kind]}. '
-            'Use kd(), which takes the loss that fits (binary_kl for labels, regression for numbers), '
-            'or your own loss.'
+            f'{term.name} compares {says[term.kind]}, but this model predicts {says[kind]}. Use '
+            'kd(), which chooses the loss that fits (binary_kl for labels, regression for '
+            'numbers), or your own loss.'
         )

@@ -69,7 +69,7 @@ def schedule(v: ScheduleLike, what: str = 'value') -> Scheduled:
     ):
         raise DistillError(
             f'{what}={v!r}: must be a number, a function of progress from 0 to 1, a name '
-            f"({', '.join(NAMES)}), or a name with its ends, such as ('cosine', 1., 0.) or "
+            f"({', '.join(NAMES)}), or a name with start and end, such as ('cosine', 1., 0.) or "
             "('warmup', 100.)"
         )
     if name == 'warmup':

@@ -61,7 +61,7 @@ class TeacherGain:
         """
         if self.sums is None:
             return torch.ones(())
-        error, agreement, distance = self.sums.clamp_min(0)  # a gain of 0 has no sign
+        error, agreement, distance = self.sums.clamp_min(0)  # avoid a gain of -0
         m = (agreement / distance.clamp_min(1e-30)).clamp(0, 1)
         explained = (2 * m * agreement - m * m * distance) / error.clamp_min(1e-30)
         return explained.where((distance > 0) & (error > 0), 1.0)
@@ -113,7 +113,7 @@ def label_errors(
         weights = [
             w if m is None else w * at_positions(m, error, task) for w, m in zip(weights, masks)
         ]
-        # subtle: if only one of two labels is included, it is the whole label of the position
+        # subtle: if only one of the two labels of a position is included, that label has weight 1
         mask = sum(weights)
         weights = [w / mask.clamp_min(1e-30) for w in weights]
     for y, w in zip(labels, weights):

@@ -45,7 +45,7 @@ class Term:
             loss declares no value.
         projector: Projector that maps the student's features to the teacher's shape, if the loss
             requires equal shapes. One of 'auto', 'linear', 'conv', 'conv_bn', 'mlp', or a module.
-        stop_at: Training progress (0 to 1) from which on the term has weight 0.
+        stop_at: Training progress (0 to 1) at which the weight of the term becomes 0.
         name: Name of the term and of its column in the training log. None for the name of the loss.
         **options: Options of the loss. `T` and `lam` may follow a schedule, e.g. T=('linear', 8,
             1). `temperature` is an alias of `T`.
@@ -115,8 +115,8 @@ class Term:
         self.options = {k: option_schedule(k, v) for k, v in options.items()}
         if match not in (None, 'shape', 'grid', 'none'):
             raise DistillError(
-                f"match={match!r}: must be 'shape', 'grid' or 'none' (what {self.name} needs of "
-                "the teacher's layers)"
+                f"match={match!r}: must be 'shape', 'grid' or 'none' (what must be equal in the "
+                f'layers that {self.name} compares)'
             )
         self.kind = getattr(fn, 'kind', None)
         self.lists = getattr(fn, 'lists', False)
@@ -179,8 +179,9 @@ class Term:
         return {'axis': -1} if tokens and 'axis' in self.accepts - own.keys() else {}
 
     def options_at(self, progress: float | None, context: dict) -> dict:
-        """Return the options with which the loss is called. `context` holds options that depend on
-        the batch, such as class axis and mask. Options that the loss does not accept are left out.
+        """Return the options with which the loss is called. `context` contains options that depend
+        on the batch, such as class axis and mask. Options that the loss does not accept are left
+        out.
         """
         own = {
             k: value_at(v, progress, k) if k in SCHEDULED else v for k, v in self.options.items()
@@ -343,7 +344,7 @@ class Recipe:
         return Recipe(self, other)
 
     def how_to_lower(self, name: str) -> str:
-        """Name the options of a term to lower, so that the labels have more effect.
+        """Describe which option of a term to lower, so that the labels have more effect.
 
         Args:
             name: Name of the term.

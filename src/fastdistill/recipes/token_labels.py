@@ -1,4 +1,4 @@
-"""Labels of tokens: whether those of a language model must be shifted, and which are padding."""
+"""Find out whether the labels of a language model must be shifted, and which tokens are padding."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any

@@ -317,7 +317,7 @@ def logit_std(recipe: Term | Recipe) -> Recipe:
             return t
         t = copy.copy(t)
         t.loss = losses.standardized(t.loss)
-        # subtle: it needs the logits of all classes, also if its loss can do without
+        # subtle: standardization needs the logits of all classes, even if the loss does not
         t.positionwise = t.linear = False
         return t
 
@@ -415,7 +415,7 @@ def nst(
     arXiv:1707.01219).
 
     Args:
-        layers: As in `Term`. The default is that of the paper.
+        layers: As in `Term`. The default is the paper's choice.
         weight: 'paper' is 50, the authors' weight.
         grad_ratio: Use instead of `weight`: ratio of this term's gradient norm to that of all
             weighted losses, measured at the layers of the term. 0.1 if neither `weight` nor
