@@ -348,10 +348,10 @@ def test_each_seed_is_the_run_with_this_seed(finished, tmp_path):
         assert found.difference.p == pytest.approx(test.pvalue)
         assert found.difference.low == pytest.approx(test.confidence_interval(0.95).low)
     page = (tmp_path / 'several' / 'report.html').read_text()
-    assert 'Seeds: accuracy of each training' in page
+    assert 'Seeds: accuracy of each training run' in page
     assert 'Over 3 seeds, ' in page
     assert 'These are the models of seed 0.' in page
-    assert 'This is one training of each' not in page
+    assert 'Each was trained once' not in page
     assert any(line.startswith('distilled, seed 2: epoch 2 of 2') for line in said)
 
 
@@ -383,7 +383,8 @@ def test_one_seed_is_called_one_training_and_several_end_with_their_mean(
     command, finished, tmp_path
 ):
     assert (
-        'This is one training of each. A different seed' in (finished / 'report.html').read_text()
+        'Each was trained once. Results vary with the seed'
+        in (finished / 'report.html').read_text()
     )
     config = '--config', finished / 'config.toml', '--epochs', 1
     code, out, err = command(*config, '--seeds', 2, '--out', tmp_path / 'two')

@@ -107,7 +107,7 @@ def test_a_difference_over_seeds_comes_first():
     page = r.to_markdown()
     assert '| seed 4 | 50.0% | 52.0% | +2.0 points |' in page
     assert '| mean | 50.0% | 52.0% | +2.0 points (+0.8 to +3.2) |' in page
-    assert 'covers the variation between trainings' in page
+    assert 'accounts for the variation between training runs' in page
     assert Report.from_json(r.to_json()) == r
     old = json.loads(r.to_json())
     del old['seeds']
@@ -131,7 +131,7 @@ def test_one_seed_says_so_and_has_no_table():
     r = with_seeds([0.5], [0.6], Difference(0.1))
     ((verdict, text),) = verdicts(r)
     assert verdict == 'better'
-    assert 'This is one training of each. A different seed may come out differently' in text
+    assert 'Each was trained once. Results vary with the seed' in text
     assert 'Seeds' not in r.to_markdown()
     assert 'This is one training' not in verdicts(a_report())[0][1]
 
@@ -218,7 +218,7 @@ def test_all_views_show_the_same_numbers():
             'Agreement with teacher',
             'Calibration',
             'Cost',
-            'but not the variation between trainings',
+            'but not for the variation between training',
         ):
             assert part in text, part
 
@@ -237,6 +237,9 @@ def test_the_page_is_accessible_and_loads_nothing(make):
     assert page.elements[0][0] == 'html' and page.all('html') == [dict(lang='en')]
     assert page.all('title') and page.all('main') and len(page.all('h1')) == 1
     assert page.all('table') and len(page.all('table')) == len(page.all('caption'))
+    regions = [a for a in page.all('div') if a.get('role') == 'region']
+    captions = {a['id'] for a in page.all('caption')}
+    assert regions and {a.get('aria-labelledby') for a in regions} == captions
     assert (
         all(a.get('scope') in ('row', 'col') for a in page.all('th')) and len(page.all('th')) > 20
     )
@@ -391,8 +394,8 @@ def test_print_names_each_model_with_its_score_and_the_verdict():
         ]
     assert verdict == verdicts(r)[0][1]
     assert covered == (
-        'Intervals and tests cover the choice of these 300 samples, but not the variation between '
-        'trainings with different seeds.'
+        'Intervals and tests account for the choice of these 300 samples, but not for the variation '
+        'between training runs with different seeds.'
     )
 
 

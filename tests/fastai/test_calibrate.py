@@ -55,6 +55,6 @@ def test_an_exported_learner_is_calibrated_on_given_data(tmp_path):
     learn = apps.image()[0]
     learn.export(tmp_path / 's.pkl')
     exported = load_learner(tmp_path / 's.pkl')
-    with pytest.raises(DistillError, match=r'An exported Learner holds no data: give .* dl='):
+    with pytest.raises(DistillError, match=r'An exported Learner contains no data: pass .*dl='):
         exported.calibrate()
     assert exported.calibrate(dl=learn.dls.valid).n == len(learn.dls.valid_ds)

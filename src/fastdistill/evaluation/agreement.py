@@ -1,4 +1,4 @@
-"""Measure how often a student's predictions agree with those of the teacher."""
+"""Measure how often a student's predictions agree with the teacher's."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -99,8 +99,8 @@ def compare_numbers(s: Rows, t: Rows) -> dict[str, Tensor]:
 
 
 def how_far_apart(s: Mapping[str, float], n: float) -> dict[str, float | None]:
-    """Return the mean distances between the predictions of both models, and the correlation of
-    their errors.
+    """Return the mean distances between the predictions of the two models, and the correlation
+    between their errors.
     """
     if not n:
         return {}

@@ -22,7 +22,7 @@ from .report_data import calibration_error
 
 LOWEST_T, HIGHEST_T = 0.05, 20.0
 MOST_LOGITS = 2**23  # approximate maximum number of logits to keep in memory
-LARGEST_CHANGE = 1e-3  # largest change of the folded model's outputs, relative to the largest logit
+LARGEST_CHANGE = 1e-3  # maximum error of the folded model's outputs, relative to the largest logit
 
 
 @dataclass
@@ -71,7 +71,7 @@ def fit_temperature(
     axis: int = 1,
     ignore_index: int = -100,
 ) -> Tensor:
-    """Find the temperature T for which the logits divided by T have the lowest NLL.
+    """Find the temperature T that minimizes the NLL of the logits divided by T.
 
     Args:
         logits: Logits for samples that were not used for training, with classes or labels along
@@ -84,8 +84,8 @@ def fit_temperature(
 
     Returns:
         The temperature as a scalar tensor, or one per label, (L,), for a sigmoid. The temperature
-        is 1 if the best value is outside the range from 0.05 to 20. The best value is outside this
-        range if, for example, all predictions are correct, or a label is always or never present.
+        is 1 if the best value is outside the range from 0.05 to 20, for example because all
+        predictions are correct, or because a label is always or never present.
 
     Raises:
         DistillError: If the labels do not fit the logits, or if the kind is 'regression'.
@@ -138,8 +138,8 @@ def calibrate_model(
                 tick()
     if first is None:
         raise DistillError(
-            'There is no batch to calibrate on: the validation set is empty. An exported Learner holds '
-            'no data: give labeled samples that it was not trained on as dl=, such as '
+            'There is no batch to calibrate on: the validation set is empty. An exported Learner '
+            'contains no data: pass labeled samples that it was not trained on, e.g. '
             'learn.calibrate(dl=dls.valid).'
         )
     z, y = (torch.from_numpy(np.concatenate(o)) for o in zip(*kept))
@@ -152,7 +152,7 @@ def calibrate_model(
         reason='fold=False',
     )
     if (T == 1).all():
-        out.reason = f'no temperature between {LOWEST_T:g} and {HIGHEST_T:g} has the lowest NLL on these labels.'
+        out.reason = f'no temperature between {LOWEST_T:g} and {HIGHEST_T:g} minimizes the NLL on these labels.'
     elif fold:
         out.layer, out.reason = fold_temperature(model, T, first, task)
     return out

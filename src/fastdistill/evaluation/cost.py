@@ -85,7 +85,7 @@ def batch_of(x: Any, n: int) -> tuple:
 
     Args:
         x: Tuple of inputs.
-        n: Number of samples. The samples of a smaller batch are repeated.
+        n: Number of samples. If the batch has fewer, its samples are repeated.
     """
     items = items_in(x)
     if items is not None:

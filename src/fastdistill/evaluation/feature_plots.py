@@ -99,9 +99,9 @@ def show_features(
         student: A module.
         teacher: A module, or a `Teacher`. A `Teacher` can have its own normalization and image
             size.
-        x: Images as the student gets them, (B, 3, H, W). If the student takes further inputs, a
-            tuple or dict of all inputs.
-        layers: Layers with maps or tokens, named as in `Term`.
+        x: The student's input images, (B, 3, H, W). If the student takes further inputs, a tuple
+            or dict of all inputs.
+        layers: Layers whose outputs are maps or tokens, specified as in `Term`.
         images: Images to show, (B, 3, H, W) with values from 0 to 1. None to show the images in
             `x`, which are rescaled to that range if necessary.
         n: Number of images.

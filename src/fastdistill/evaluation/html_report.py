@@ -78,7 +78,7 @@ def last_losses(r: ReportData) -> str:
         for n, m in r.models.items()
         if m.history
     }
-    return 'The last ones: ' + '; '.join(
+    return 'Last values: ' + '; '.join(
         f'{n}, {", ".join(f"{k} {v:.3g}" for k, v in o.items())}' for n, o in last.items()
     )
 
@@ -91,7 +91,7 @@ PICTURES: dict[str, list[tuple[Callable, str]]] = dict(
     ],
     differences=[(plots.plot_recovered, "Fraction of the teacher's lead that was recovered")],
     calibration=[(plots.plot_reliability, 'Reliability: accuracy against confidence')],
-    classes=[(plots.plot_classes, 'Gains and losses of classes')],
+    classes=[(plots.plot_classes, 'Gains and losses per class')],
 )
 
 
@@ -103,7 +103,7 @@ def pictures(r: ReportData, name: str) -> list[Picture]:
             continue
         text = svg(fig)
         light, dark = (uri('image/svg+xml', o.encode()) for o in (text, on_dark(text)))
-        numbers = last_losses(r) if draw is plots.plot_history else 'The tables have the numbers.'
+        numbers = last_losses(r) if draw is plots.plot_history else 'See the tables for numbers.'
         out.append(Picture(title, f'{title}. {numbers}', light, dark, *pixels(fig)))
     return out
 

@@ -21,8 +21,8 @@ def plot_masks(
     teacher: str | None = None,
     ignored: int | None = None,
 ) -> Any:
-    """Plot images with their labels and the masks of each model. Below each mask, plot the wrong
-    pixels. For a student, they are compared with those of the teacher.
+    """Plot images with their labels and the masks that each model predicts. Below each mask, show
+    which pixels are right and wrong, and for a student, also whether the teacher is right.
 
     Args:
         images: Images, (N, H, W, 3).
@@ -101,7 +101,7 @@ def painted_errors(
     Args:
         mask, labels: Predicted and correct classes, (H, W).
         counts: True for the pixels to compare.
-        other: Classes that the teacher predicts. None if `mask` is that of the teacher.
+        other: Classes that the teacher predicts. None if `mask` is the teacher's.
     """
     from matplotlib.colors import to_rgb
 

@@ -19,7 +19,7 @@ from .report_data import MeasureInfo
 BINS = 15  # number of confidence bins, for the calibration error
 # with more classes, intersections and unions of masks are not stored for each image
 MAX_PER_CLASS = 256
-TOP_5_CLASSES = 20  # with at most so many classes, top-5 accuracy says little
+TOP_5_CLASSES = 20  # with this many classes or fewer, top-5 accuracy is not informative
 MAX_OUTPUTS = 64  # with more outputs, R2 uses one common mean instead of one mean per output
 
 
@@ -32,7 +32,8 @@ class Rows:
         out: Logits of classes (B, P, C), logits of labels (B, P), or predicted numbers (B, P).
         y: Targets, (B, P).
         counts: True for positions that are not ignored, (B, P).
-        labels: Number of labels of a sigmoid. The labels of each pixel or token are adjacent.
+        labels: Number of labels for a sigmoid, or else 1. The labels of each pixel or token are
+            adjacent.
         ignored: The class that is ignored. None if the ignored label is not a class.
     """
 
@@ -69,7 +70,7 @@ def rows_of(logits: Tensor, y: Tensor, task: Task) -> Rows:
 
 
 def scores_of(r: Rows, kind: str, per_class: bool = False) -> dict:
-    """Compute the sums of each sample that all measures and the confidence bins need.
+    """Compute the per-sample sums from which all measures and the confidence bins are computed.
 
     Args:
         r: Rows of a batch.
@@ -84,7 +85,7 @@ def scores_of(r: Rows, kind: str, per_class: bool = False) -> dict:
 def class_scores(r: Rows, per_class: bool) -> dict[str, Tensor]:
     lp, y = r.out.log_softmax(-1), r.y.where(r.counts, 0)
     own, p = lp.gather(-1, y[..., None]), lp.exp()
-    # subtle: as in argmax, the first of several classes with equal logits comes first
+    # subtle: classes with equal logits are ranked by their index, as in argmax
     tied = (lp == own) & (torch.arange(lp.shape[-1], device=lp.device) < y[..., None])
     top, best = p.max(-1)
     right = best == y
@@ -112,7 +113,7 @@ def class_scores(r: Rows, per_class: bool) -> dict[str, Tensor]:
 
 
 def without(counts: Tensor, ignored: int | None) -> Tensor:
-    """Set the counts of the ignored class to 0. It may be predicted, but has no score.
+    """Set the counts of the ignored class to 0. It may be predicted, but is not scored.
 
     Args:
         counts: Counts of each class, (..., C).
@@ -176,11 +177,12 @@ def totals(best: Tensor, y: Tensor, counts: Tensor, c: int) -> Tensor:
 
 
 def auc_sums(margin: np.ndarray, positive: np.ndarray, n: np.ndarray) -> dict[str, np.ndarray]:
-    """Compute the sums of each sample for the area under the ROC curve of two classes.
+    """Compute the per-sample sums for the area under the ROC curve of two classes.
 
-    The area is the mean, over the positive samples, of the fraction of negative samples with a lower
-    score, and also the mean of the same fractions over the negative samples. With both, sums over
-    drawn samples vary as much as the area itself (DeLong et al., Biometrics 44, 1988).
+    The area is the mean over positive samples of the fraction of negative samples with a lower
+    score. It is also the mean over negative samples of the fraction of positive samples with a
+    higher score. If both are used, sums over resampled data vary as much as the area itself
+    (DeLong et al., Biometrics 44, 1988).
 
     Args:
         margin: Score of each sample for the positive class.

@@ -177,9 +177,9 @@ def add_batch(
     for k, o in outs.items():
         if o.numel() != shape.numel() or task.kind == 'softmax' and o.shape != shape:
             raise DistillError(
-                f'The outputs of {k!r} have shape {tuple(o.shape)}, those of {next(iter(outs))!r} '
-                f'{tuple(shape)}: compared models must predict the same. Teacher(model, '
-                'select=[...]) selects classes.'
+                f'The outputs of {k!r} have shape {tuple(o.shape)}, but the outputs of '
+                f'{next(iter(outs))!r} have shape {tuple(shape)}: compared models must predict the '
+                'same classes or values. Teacher(model, select=[...]) selects classes.'
             )
         if unusable(o, task):
             raise DistillError(

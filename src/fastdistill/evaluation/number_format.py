@@ -135,8 +135,8 @@ def sentences(c: Comparison, report: ReportData) -> str:
 
 
 def one_training(c: Comparison, report: ReportData) -> str:
-    """Return a sentence if the models were trained with one seed, or are those of one of several
-    seeds. Otherwise return ''.
+    """Return a sentence if each model was trained with only one seed, or if these are the models of
+    the first of several seeds. Otherwise return ''.
     """
     seeds = report.seeds.seeds
     if not {c.model, c.against} <= {*report.seeds.values}:
@@ -144,8 +144,8 @@ def one_training(c: Comparison, report: ReportData) -> str:
     if len(seeds) > 1:
         return f' These are the models of seed {seeds[0]}.'
     return (
-        ' This is one training of each. A different seed may come out differently: fastdistill train '
-        '--seeds 3 shows how much.'
+        ' Each was trained once. Results vary with the seed: fastdistill train --seeds 3 shows by '
+        'how much.'
     )
 
 
@@ -219,7 +219,7 @@ def constant_score(report: ReportData) -> tuple[str, float, str] | None:
 
 
 def uselessness(c: Comparison, report: ReportData) -> str:
-    """Return a sentence if a constant prediction is as good as one or both of the models."""
+    """Return a sentence if a constant prediction is at least as good as one or both models."""
     if (found := constant_score(report)) is None:
         return ''
     k, least, what = found
@@ -235,8 +235,8 @@ def uselessness(c: Comparison, report: ReportData) -> str:
 
 
 def lead(c: Comparison, report: ReportData) -> str:
-    """Describe how much of the teacher's lead the student recovers. Return '' if this is unknown,
-    because the student is not significantly different.
+    """Describe how much of the teacher's lead over the baseline the student recovers. Return '' if
+    the student is not significantly different from the baseline.
     """
     if report.teacher is None or c.against != report.baseline:
         return ''
@@ -253,19 +253,19 @@ def lead(c: Comparison, report: ReportData) -> str:
 
 
 def coverage(report: ReportData) -> str:
-    """Describe which kinds of variation the intervals cover."""
+    """Describe which kinds of variation the intervals account for."""
     choice = f'the choice of these {report.n:,} {report.unit}'
     if len(report.seeds.seeds) > 2:
         return (
-            'The interval of the mean over the seeds covers the variation between trainings. All '
-            f'other intervals and tests cover only {choice}.'
+            'The interval of the mean over the seeds accounts for the variation between training '
+            f'runs. All other intervals and tests account only for {choice}.'
         )
     return (
-        f'Intervals and tests cover {choice}, but not the variation between trainings with '
-        'different seeds.'
+        f'Intervals and tests account for {choice}, but not for the variation between training '
+        'runs with different seeds.'
     )
 
 
 def caveat(report: ReportData) -> str:
-    """Describe what the intervals and tests do not cover."""
+    """Describe what the intervals and tests do not account for."""
     return f'{coverage(report)} Each comparison is tested separately.'

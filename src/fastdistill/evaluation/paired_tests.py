@@ -29,8 +29,7 @@ def mcnemar(only_a: int, only_b: int) -> float:
 
 
 class PairedScores:
-    """Computes bootstrap intervals and paired tests for several models, from the sums of each
-    sample.
+    """Bootstrap intervals and paired tests for several models, computed from per-sample sums.
 
     All models use the same bootstrap samples, so that differences are paired. Intervals are
     percentiles over `repeats` bootstrap samples.
@@ -76,7 +75,7 @@ class PairedScores:
 
     def _values(self, sums: Mapping) -> dict[str, Any]:
         with np.errstate(divide='ignore', invalid='ignore'), warnings.catch_warnings():
-            # NumPy warns about means over no classes
+            # NumPy warns about means over zero classes
             warnings.simplefilter('ignore', RuntimeWarning)
             return {k: m.of(sums) for k, m in self.measures.items()}
 
@@ -95,7 +94,7 @@ class PairedScores:
         return tuple(map(float, np.percentile(drawn, (2.5, 97.5))))
 
     def compare(self, model: str, against: str, teacher: str | None = None) -> Comparison:
-        """Compare two models by all measures.
+        """Compare two models with all measures.
 
         Args:
             model: Name of a model.

@@ -48,7 +48,7 @@ def styled_figure(width: float, height: float) -> Iterator[Any]:
 
 
 def on_dark(svg: str) -> str:
-    """Replace the colors of an SVG picture by those for a dark background.
+    """Replace the colors of an SVG picture with colors for a dark background.
 
     Args:
         svg: SVG text of a picture in this style.

@@ -104,11 +104,10 @@ class Comparison:
 
 @dataclass
 class SeedResults:
-    """Scores of two students, each trained with several seeds. They are empty if there is no second
-    student.
+    """Scores of two students, each trained with several seeds. Empty if there is only one student.
 
     Attributes:
-        values: {model: headline measure with each seed}. The first model is the baseline. With the
+        values: {model: headline measure for each seed}. The first model is the baseline. With the
             same seed, both models have the same initial weights and batches.
         difference: Mean difference over the seeds.
     """
@@ -208,8 +207,8 @@ def calibration_error(
 
 
 class JsonReport:
-    """Base class for dataclasses that can be written as JSON and read back. They must have a field
-    `format`.
+    """Base class for dataclasses that can be written as JSON and read back. Subclasses must have a
+    field `format`.
     """
 
     called = 'report'  # name in messages
@@ -265,7 +264,7 @@ class ReportData(JsonReport):
 
     Attributes:
         task: 'softmax', 'sigmoid', 'regression' or 'detection'.
-        headline: Main measure, by which the verdicts compare the models.
+        headline: Main measure, on which the verdicts are based.
         n: Number of samples.
         unit: What to call the samples in texts, e.g. images or rows.
         info: {measure: `MeasureInfo`}.
@@ -274,8 +273,8 @@ class ReportData(JsonReport):
         classes: Names of the classes.
         counts: Number of samples, or positions, of each class.
         machine: Machine and package versions with which the times were measured.
-        seeds: Scores of the students with each seed, if the report is of trainings. All other
-            results are about the students of the first seed.
+        seeds: Scores of the students for each seed, if the report is about training runs. All
+            other results are about the students trained with the first seed.
     """
 
     task: str
@@ -311,7 +310,7 @@ class ReportData(JsonReport):
 
     @property
     def class_measure(self) -> str:
-        """Measure by which classes are compared: 'ap' for boxes, 'iou' for masks, or else 'recall'."""
+        """Measure used to compare classes: 'ap' for boxes, 'iou' for masks, or else 'recall'."""
         has = lambda k: any(k in m.classes for m in self.models.values())
         return next((k for k in CLASS_MEASURES if has(k)), 'recall')
 
@@ -348,7 +347,7 @@ def write_text(text: str, path: str | Path | None) -> str | Path:
 
 
 def finite(o: Any) -> Any:
-    """Replace nan and infinity by None, because JSON does not support them."""
+    """Replace nan and infinity with None, because JSON does not support them."""
     if isinstance(o, float):
         return o if math.isfinite(o) else None
     if isinstance(o, dict):
@@ -357,7 +356,7 @@ def finite(o: Any) -> Any:
 
 
 def built(of: Any, data: Any) -> Any:
-    """Build a value of type `of` from plain data. Dataclasses in it may be nested."""
+    """Build a value of type `of`, which may contain nested dataclasses, from plain data."""
     args = get_args(of)
     if get_origin(of) is dict:
         return {k: built(args[1], v) for k, v in data.items()}
@@ -368,9 +367,9 @@ def built(of: Any, data: Any) -> Any:
         return data
     if not isinstance(data, dict) or (wrong := set(data) - set(types)):
         what = (
-            f'the field(s) {", ".join(sorted(wrong))}'
+            f'has the unknown field(s) {", ".join(sorted(wrong))}'
             if isinstance(data, dict)
-            else f'a {type(data).__name__}'
+            else f'is a {type(data).__name__}'
         )
-        raise TypeError(f'its {of.__name__} has {what}')
+        raise TypeError(f'its {of.__name__} {what}')
     return of(**{k: built(types[k], v) for k, v in data.items()})

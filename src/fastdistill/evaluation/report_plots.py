@@ -180,7 +180,7 @@ def plot_reliability(report: ReportData) -> Any:
 
 
 def plot_history(report: ReportData) -> Any:
-    """Plot the losses of each training over the epochs, i.e. the task loss and the loss of each
+    """Plot the losses of each training run over the epochs, i.e. the task loss and the loss of each
     term.
 
     Args:

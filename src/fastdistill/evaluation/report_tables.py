@@ -19,8 +19,8 @@ from .number_format import (
 )
 from .report_data import CLASS_MEASURES, Latency, ReportData
 
-BUSY = 3  # ratio of p95 to the median from which on a report says that the machine was busy
-SHOWN = 10  # number of classes to show with the largest gains, and with the largest losses
+BUSY = 3  # if p95 exceeds the median by this factor, a report notes that the machine was busy
+SHOWN = 10  # maximum number of classes with the largest gains, and with the largest losses
 
 
 @dataclass
@@ -130,11 +130,11 @@ def sheet_of_differences(r: ReportData, brief: bool) -> Sheet:
 
 
 def sheet_of_seeds(r: ReportData) -> Sheet:
-    """Build the table with the headline measure of each training, if there are several seeds."""
+    """Build the table with the headline measure of each training run, if there are several seeds."""
     info, names = r.info[r.headline], [*r.seeds.values]
     s = Sheet(
         'seeds',
-        f'Seeds: {info.label} of each training',
+        f'Seeds: {info.label} of each training run',
         ['', *names, ' – '.join(names[::-1])],
     )
     if len(r.seeds.seeds) < 2:

@@ -10,7 +10,7 @@ from .text_report import print_sheet
 
 
 def sheet_of_runs(k: str, reports: Mapping[str, ReportData]) -> Sheet:
-    """Build the table of the students of the runs with the headline measure `k`, best first."""
+    """Build the table of students from all runs whose headline measure is `k`, best first."""
     info = next(r.info[k] for r in reports.values() if r.headline == k)
     rows: list[Any] = [
         (m.measures[k].value, run, r, n, m)
@@ -26,7 +26,7 @@ def sheet_of_runs(k: str, reports: Mapping[str, ReportData]) -> Sheet:
             '',
             'student',
             info.label,
-            'to the baseline',
+            'vs. baseline',
             'verdict',
             "teacher's lead recovered",
             'parameters',
