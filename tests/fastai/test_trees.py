@@ -632,7 +632,7 @@ def test_recipes_are_compared_with_trees_as_teacher(tmp_path):
         shutil.rmtree(tmp_path / 'runs')
         assert values(Teacher(forest)) == whole
         assert whole[0] != whole[1]
-        with pytest.raises(DistillError, match='holds an experiment with teacher='):
+        with pytest.raises(DistillError, match='contains an experiment with teacher='):
             values(trees(raw(1)))
         shutil.rmtree(tmp_path / 'runs')
         assert values(tmp_path / 'forest.joblib') == whole

@@ -202,7 +202,8 @@ def test_what_it_does_not_know_it_says():
     assert found({LABELS.name: 0.5}).verdict == 'no recipe was tried yet'
     assert 'no recipe was better' in found({LABELS.name: 0.5, 'a': 0.4}).verdict
     assert (
-        'more than luck: there was no time to repeat' in found({LABELS.name: 0.5, 'a': 0.9}).verdict
+        'more than luck, because there was no time to repeat'
+        in found({LABELS.name: 0.5, 'a': 0.9}).verdict
     )
     # one repeated run alone decides nothing
     assert found({LABELS.name: 0.5, 'a': 0.9}, {LABELS.name: [0.5]}).winner.name == 'a'
@@ -356,7 +357,7 @@ def test_a_search_resumes_from_its_folder(tmp_path):
     c = Formula(2)
     assert repr(search(c, folder=path).run()) == repr(f) and not c.calls
     with pytest.raises(
-        DistillError, match='find holds an experiment with n_epoch=2, but now it is 3'
+        DistillError, match='find contains an experiment with n_epoch=2, but now it is 3'
     ):
         search(Formula(3), folder=path)
     search(Formula(3), folder=tmp_path / 'other')
@@ -511,7 +512,7 @@ def test_a_folder_of_a_search_with_a_different_teacher_or_optimizer_is_refused(t
 
     found = find(teacher)
     assert find(teacher).table == found.table
-    with pytest.raises(DistillError, match='holds an experiment with teacher='):
+    with pytest.raises(DistillError, match='contains an experiment with teacher='):
         find(nn.Linear(2, 4))
     learn.opt_func = partial(learn.opt_func, eps=0.1)
     with pytest.raises(DistillError, match='with optimizer.opt_func=.*, but now it is partial'):

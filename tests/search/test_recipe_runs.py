@@ -339,7 +339,9 @@ def test_the_table_says_what_is_chance(capsys, tmp_path):
         'worse',
     ] and r.best == 'kd'
     text = str(r)
-    assert 'accuracy after 2 epochs, more is better; 4 seed(s)' in text and 'paired t test' in text
+    assert (
+        'accuracy after 2 epochs, higher is better; 4 seed(s)' in text and 'paired t test' in text
+    )
     row = next(l for l in text.splitlines() if l.startswith('noise'))
     assert (
         '0.5050' in row
@@ -388,7 +390,7 @@ def test_an_interrupted_experiment_continues(tmp_path, capsys):
         run(seeds=3, folder=tmp_path, make=make)
     STOP = None
     assert (
-        'fastdistill: 4 of 9 trainings are finished. The same call continues from'
+        'fastdistill: 4 of 9 training runs are finished. To continue from'
         in capsys.readouterr().out
     )
     assert [p.name[:4] for p in sorted(tmp_path.iterdir())] == ['run_'] * 4 + ['sett']
@@ -491,7 +493,7 @@ def test_a_folder_of_another_experiment_is_refused(tmp_path):
         make=fewer,
     )
     next(tmp_path.glob('run_*.json')).write_text('{"runs')
-    refused(r'run_\w+.json is damaged .* Delete it: its run is trained again')
+    refused(r'run_\w+.json is damaged .* Delete it to train its run again')
 
 
 def test_a_different_batch_size_optimizer_or_task_loss_is_refused(tmp_path):

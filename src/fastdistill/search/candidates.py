@@ -68,15 +68,15 @@ def candidates_for(
 ) -> list[Candidate]:
     """Return the recipes that fit a task, with the choice of `auto` first.
 
-    Training on labels only is not included. All recipes are compared with it.
+    Training on labels only is not included, because all recipes are compared with it.
 
     Args:
         kind: Kind of the outputs: 'softmax', 'sigmoid' or 'regression'.
         classes: Number of classes of a softmax. None if unknown.
         dense: True if each sample has many predictions, e.g. for pixels or tokens.
         maps: True if the predictions form a map (B, C, H, W).
-        layers: If True, include recipes that compare layers. Such recipes need a teacher that runs
-            during the training.
+        layers: If True, include recipes that compare layers. Such recipes need the teacher to run
+            during training.
         teacher: Teacher logits, as in `auto`.
         doubt: As in `auto`.
     """
@@ -133,7 +133,7 @@ def between_outputs(kind: str, classes: int | None, dense: bool) -> list[Candida
         term('kl', losses.kl, dict(T=(1, 2, 4, 10), grad_ratio=GRAD_RATIOS)),
         Candidate('ttm', ttm, dict(T=(2, 4), grad_ratio=GRAD_RATIOS), 'recipes.ttm({})'),
     ]
-    # with two classes, the correlation between the probabilities is always 1 or -1
+    # with two classes, the correlation between the models' probabilities is always 1 or -1
     if (classes or 2) > 2:
         found.append(
             Candidate(
@@ -170,8 +170,7 @@ def between_layers() -> list[Candidate]:
 
 
 def given_candidates(recipes: dict) -> list[Candidate]:
-    """Return the user's recipes as candidates. For these candidates, only the learning rate is
-    searched.
+    """Return the user's recipes as candidates, for which only the learning rate is searched.
 
     Args:
         recipes: {name: recipe}. A recipe can also be a term, a text, a dict {head name: recipe}, or
@@ -179,7 +178,7 @@ def given_candidates(recipes: dict) -> list[Candidate]:
     """
     if not isinstance(recipes, dict) or not recipes:
         raise DistillError(
-            f'recipes={recipes!r}: must be a dict of names and recipes, as in dict(mild=kd(T=1, alpha=.3), '
+            f'recipes={recipes!r}: must be a dict {{name: recipe}}, as in dict(mild=kd(T=1, alpha=.3), '
             'dist=recipes.dist(grad_ratio=1)).'
         )
 

@@ -12,7 +12,7 @@ RECIPES_FORMAT = 1  # version of the JSON file
 
 @dataclass
 class RecipeRun:
-    """Training of one student with a recipe and a seed.
+    """Training run of one student with a recipe and a seed.
 
     Attributes:
         recipe: Name of the recipe.
@@ -33,8 +33,8 @@ class RecipeReport(JsonReport):
     baseline. The report contains only plain data.
 
     Attributes:
-        baseline: Name of the recipe with which the others are compared.
-        metric: Column by which recipes are compared.
+        baseline: Name of the recipe with which all others are compared.
+        metric: Column of the training table in which recipes are compared.
         higher: True if higher values are better.
         recipes: {name: recipe as text}.
         differences: {recipe name: metric minus the baseline's metric}.
@@ -105,8 +105,8 @@ class RecipeReport(JsonReport):
     def caption(self) -> str:
         test = next((f'; {d.test}' for d in self.differences.values() if d.test), '')
         return (
-            f'{self.metric} after {self.n_epoch} epochs, {"more" if self.higher else "less"} is better; '
-            f'{len(self.seeds)} seed(s), the same starts and batches for all recipes{test}'
+            f'{self.metric} after {self.n_epoch} epochs, {"higher" if self.higher else "lower"} is better; '
+            f'{len(self.seeds)} seed(s), the same initial weights and batches for all recipes{test}'
         )
 
     def __str__(self) -> str:

@@ -22,16 +22,15 @@ class Search:
     """Search over recipes and learning rates. Training on labels only, without a teacher, is always
     included.
 
-    After one third of the epochs, a run is stopped if its score is in the lower half of all
-    recipes. The same is done after two thirds. At the end, the best runs are repeated with
-    different seeds.
+    After one third and after two thirds of the epochs, a run is stopped if its score is in the
+    lower half of all runs with recipes. At the end, the best runs are repeated with different
+    seeds.
 
     Args:
         candidates: List of `Candidate`.
         rates: Learning rates to try, with the default first.
-        train: fn(recipe, lr, seed, after_epoch, late) -> scores of the test items, or None if the
-            training ended early. after_epoch(score) and late() return True if the training has to
-            stop.
+        train: fn(recipe, lr, seed, after_epoch, late) -> scores of the test items, or None if
+            training ended early. after_epoch(score) and late() return True if training has to stop.
         metric: Name of the score. Higher values are better.
         n_epoch: Number of epochs of a complete run.
         begin, end: Start and end time of the search.
@@ -126,7 +125,7 @@ class Search:
             )
         return (
             f'No run finished an epoch in {(self.end - self.begin) / 60:.3g} minutes. Increase '
-            'minutes=, or use a part of the training set.'
+            'minutes=, or use only part of the training set.'
         )
 
     @property
@@ -149,9 +148,9 @@ class Search:
         During the first third of the time, runs on labels only come first. After that, every second
         run is on labels only, as long as there are learning rates left to try.
 
-        Runs on labels only are never stopped early. Early scores say little about the final result,
-        because the learning rate is still warming up, and stopping a good learning rate would make
-        the comparison unfair.
+        Runs on labels only are never stopped early. Early scores do not predict the final result
+        well, because the learning rate is still warming up, and stopping a run with a good learning
+        rate would make the comparison unfair.
         """
         if self.n_trials is not None and self.n_runs >= self.n_trials:
             return None
@@ -209,7 +208,7 @@ class Search:
             self.busy.add(run.file)
             self.n_runs -= 1
             return
-        # another process may have ended without finishing its run, so try these runs again
+        # another process may have ended without finishing its run, so try its runs again
         self.busy.clear()
         if done.result is None and not done.stopped:
             self._cut_off(run)
@@ -233,9 +232,10 @@ class Search:
         return run.name != LABELS.name and not run.seed and self._is_weak(run)
 
     def _is_weak(self, run: Run) -> bool:
-        """Return True if the score of a run is in the lower half of all recipes at the same epoch.
+        """Return True if the score of a run is in the lower half of the scores of all runs with
+        recipes at the same epoch.
 
-        The comparison is made only after one third and after two thirds of the epochs.
+        Scores are compared only after one third and after two thirds of the epochs.
         """
         n, third = len(run.scores), -(-self.n_epoch // 3)
         if n not in (third, 2 * third) or n >= self.n_epoch:

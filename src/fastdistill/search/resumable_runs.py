@@ -1,5 +1,5 @@
-"""Run each training once, and store the results in a folder. The same call resumes from that
-folder.
+"""Execute each training run once, and store the results in a folder from which the same call
+resumes.
 """
 
 import hashlib
@@ -24,14 +24,15 @@ from .run_folder import read_json, read_settings, write_settings
 
 @dataclass
 class Run:
-    """A training with a recipe.
+    """A training run with a recipe.
 
     Attributes:
         name: Name of the recipe.
         options: Options of the recipe.
         scores: Score after each epoch.
         stopped: True if the run was stopped early because of its scores.
-        result: Return value of the training, as plain data. None if the training did not finish.
+        result: Return value of the training function, as plain data. None if the training did not
+            finish.
         ended: End time, in seconds since 1970.
     """
 
@@ -63,7 +64,7 @@ class Run:
 
     @property
     def items(self) -> Tensor:
-        """Scores of the single test items, (N,), if the training returned them."""
+        """Scores of the individual test items, (N,), if the training function returned them."""
         return torch.tensor(self.result)
 
     @property
@@ -76,15 +77,15 @@ class Run:
 
 
 class Runs:
-    """Executes each `Run` once. Several processes can share a folder. No two processes train the
-    same run.
+    """Executes each `Run` once. Several processes can share a folder without training the same run
+    twice.
 
-    In a distributed training with a folder, all ranks must call the same methods in the same order.
+    In distributed training with a folder, all ranks must call the same methods in the same order.
     Only the first rank reads and writes files.
 
     Args:
-        train: fn(run, after_epoch, late) -> result as plain data, or None if the training ended
-            early. after_epoch(score) and late() return True if the training has to stop.
+        train: fn(run, after_epoch, late) -> result as plain data, or None if training ended early.
+            after_epoch(score) and late() return True if training has to stop.
         folder: Folder with one JSON file per finished run, and one for the settings. None to store
             nothing.
         settings: {name: value} of plain data that must be the same when the runs are resumed. None
@@ -110,7 +111,7 @@ class Runs:
 
     def _new(self, folder: Path) -> dict[str, Run]:
         """Read the finished runs in the folder that are not known yet. Return {file name: run}."""
-        again = 'Delete it: its run is trained again.'
+        again = 'Delete it to train its run again.'
         return {
             p.name: read_json(p, lambda data: Run(**data), again)
             for p in folder.glob('run_*.json')
@@ -129,7 +130,7 @@ class Runs:
 
         Args:
             run: The run.
-            after_epoch: fn(run), called when the run has a new score. Returns True to stop the run.
+            after_epoch: fn(run) -> True to stop the run. It is called for each new score.
             late: fn() -> True if there is not enough time to finish the run.
         """
 
@@ -173,15 +174,15 @@ class Runs:
             if self.folder is not None:
                 done = sum(r.file in self.known for r in runs)
                 print(
-                    f'fastdistill: {done} of {len(runs)} trainings are finished. The same call continues '
-                    f'from {self.folder}'
+                    f'fastdistill: {done} of {len(runs)} training runs are finished. To continue from '
+                    f'{self.folder}, make the same call again'
                 )
             raise
         return [self.known[r.file] for r in runs]
 
 
 def lock_run(run: Run, folder: Path, stack: ExitStack) -> bool:
-    """Lock a run until the stack is closed. Return False if another process trains the run."""
+    """Lock a run until the stack is closed. Return False if another process is training the run."""
     lock = f'{run.file}.lock'
     try:
         stack.enter_context(locked_folder(folder, file=lock))
@@ -215,6 +216,6 @@ def open_experiment(folder: Path, settings: dict[str, Any]) -> None:
     elif (found := first_difference(before, settings)) is not None:
         name, there, here = found
         raise DistillError(
-            f'{folder} holds an experiment with {name}={there}, but now it is {here}. Use a '
+            f'{folder} contains an experiment with {name}={there}, but now it is {here}. Use a '
             'different folder.'
         )

@@ -1,4 +1,4 @@
-"""Settings with which the runs in a folder began. PyTorch is not imported."""
+"""Read and write the settings for the runs in a folder. PyTorch is not imported."""
 
 import json
 from collections.abc import Callable
@@ -13,7 +13,8 @@ SETTINGS = 'settings.json'
 
 
 def read_settings(folder: Path, results: str = 'run_*.json') -> dict[str, Any] | None:
-    """Return the settings with which the runs in a folder began. Return None for a new folder.
+    """Return the settings with which the runs in a folder were started. Return None for a new
+    folder.
 
     Args:
         folder: Folder of the runs.
@@ -27,18 +28,18 @@ def read_settings(folder: Path, results: str = 'run_*.json') -> dict[str, Any] |
                 'folder. Use a different folder.'
             )
         return None
-    unknown = 'Whether the settings changed is unknown. Use a different folder.'
+    unknown = "It can't be checked whether the settings changed. Use a different folder."
     settings = read_json(path, dict, unknown)
     if (there := settings.pop('format', 1)) != RUNS_FORMAT:
         raise DistillError(
-            f'{folder} holds an experiment in the format of a different version of fastdistill '
+            f'{folder} contains an experiment in the format of a different version of fastdistill '
             f'({there} there, {RUNS_FORMAT} here). Use a different folder.'
         )
     return settings
 
 
 def write_settings(folder: Path, settings: dict[str, Any]) -> None:
-    """Write the settings with which the runs in a folder begin."""
+    """Write the settings for the runs in a folder."""
     write_json(folder / SETTINGS, dict(settings, format=RUNS_FORMAT))
 
 

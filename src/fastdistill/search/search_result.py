@@ -26,7 +26,7 @@ class Found:
         finals: Repetitions of the best runs with different seeds.
         metric: Name of the score. Higher values are better.
         n_epoch: Number of epochs of a complete run.
-        rates: Learning rates that must be tried on labels only before a verdict is possible.
+        rates: Learning rates that must be tried with labels only before there can be a verdict.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class Found:
         self.lead = self._lead()
 
     def _winner(self) -> Run:
-        """Return the run with the best mean score over the seeds, on the items used to choose.
+        """Return the run with the best mean score over the seeds, on the items used for choosing.
 
         If no runs were repeated, return the best run of the search.
         """
@@ -119,13 +119,13 @@ class Found:
         tried = {r.lr for r in self.runs if r.name == self.labels and len(r.scores) >= self.n_epoch}
         if left := set(self.rates) - tried:
             return (
-                'it is unknown whether it is better than labels alone, for which there was no '
-                f'time to try {len(left)} of {len(self.rates)} learning rates'
+                'it is unknown whether it is better than labels alone, because there was no time to '
+                f'try {len(left)} of {len(self.rates)} learning rates with labels alone'
             )
         if self.lead is None:
             return (
-                'it is unknown whether its lead over labels alone is more than luck: there was '
-                'no time to repeat both with different seeds'
+                'it is unknown whether its lead over labels alone is more than luck, because there '
+                'was no time to repeat both with different seeds'
             )
         return f'{"" if self.lead.beyond_luck else "not "}more than luck: lead over labels alone {self.lead}'
 

@@ -81,7 +81,7 @@ class Lead:
 
     def __str__(self) -> str:
         return (
-            f'{self.mean:+.4g} ({self.n} validation items that took no part in the choice, {self.seeds} seeds; '
+            f'{self.mean:+.4g} ({self.n} validation items that were not used for choosing, {self.seeds} seeds; '
             f'95% interval {self.low:+.4g} to {self.high:+.4g}, p = {self.p:.2g})'
         )
 
@@ -92,12 +92,12 @@ def lead_of(a: Tensor, b: Tensor) -> Lead | None:
     Return None if there are fewer than two seeds or two items, because the variation can't be
     estimated then.
 
-    Items and seeds are both random samples. The variance of the mean difference is at most the sum
-    of two variances: that of the mean over items and that of the mean over seeds. The test
-    therefore uses the formula for two independent samples (Welch's t test).
+    Items and seeds are both random samples. The variance of the mean difference is at most the
+    variance of the mean over items plus the variance of the mean over seeds. The test therefore
+    uses the formula for two independent samples (Welch's t test).
 
     Args:
-        a, b: (seeds, items) scores of the same items. Row i of both has the same seed.
+        a, b: (seeds, items) scores of the same items. Row i has the same seed in both.
     """
     from scipy.stats import ttest_ind
 
