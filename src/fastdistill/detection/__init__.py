@@ -4,6 +4,7 @@ from ..losses.detection import anchor_kl, box_deltas, scored_hint
 from .compare import compare_detectors
 from .detection_plots import show_detections
 from .distiller import DetectionDistiller
+from .inherited_head import inherit_head
 from .metrics import DetectionScores, average_precision, detect
 from .pseudo_labels import ScoreThreshold, best_threshold, store_detections, teacher_labels
 from .recipes import anchors, fgd, mgd, scored
@@ -23,6 +24,7 @@ __all__ = [
     'compare_detectors',
     'detect',
     'fgd',
+    'inherit_head',
     'mgd',
     'scored',
     'scored_hint',
