@@ -61,7 +61,7 @@ from fastdistill import Teacher
 from fastdistill.losses import pkd as correlation
 from fastdistill.recipes import cwd, pkd
 from fastdistill.detection import (
-    DetectionDistiller, anchors, best_threshold, fgd, inherit_head, mgd, scored, teacher_labels,
+    DetectionDistiller, anchors, best_threshold, crosskd, fgd, inherit_head, mgd, scored, teacher_labels,
 )  # fmt: skip
 from fastdistill.detection.metrics import average_precision, detect
 from fastdistill.search.significance import difference_by_seed
@@ -86,6 +86,8 @@ WAYS = {
     'scored + pkd': lambda: scored(grad_ratio=0.3) + pkd(grad_ratio=0.3),
     'anchors': anchors,
     'pkd + anchors': lambda: pkd(grad_ratio=0.3) + anchors(),
+    'crosskd .3': lambda: crosskd(grad_ratio=0.3),
+    'crosskd 1': lambda: crosskd(grad_ratio=1.0),
     'boxes': None,  # the teacher's boxes are the labels of the images that have none
 }
 INHERITED, FROZEN = 'inherited', 'frozen'  # first words of ways that begin with the teacher's head
@@ -367,7 +369,7 @@ TINY = [(data, model, 24) for data in (CELLS, NUCLEI) for model in ('ssdlite', '
 SHORT = [(CELLS, model, 6) for model in ('fcos 7', 'ssdlite 7', 'fcos 14')]
 SHORT += [(NUCLEI, 'ssdlite 7', 4)]
 LONG, OTHER = [(CELLS, 'fcos 7', 12)], SHORT[1::2]
-WIDE = [(CELLS, 'fcos 7 wide', 6), (CELLS, 'ssd 7 wide', 6), (NUCLEI, 'ssd 7 wide', 4)]
+WIDE = [(CELLS, 'ssd 7 wide', 4), (NUCLEI, 'ssd 7 wide', 4), (CELLS, 'fcos 7 wide', 3)]
 FEW = [(QUARTER, 'fcos 7', 24)]
 SINGLE = {  # of the first student
     4: ('pkd .1', 'pkd 1', 'pkd 3', 'cwd .3', 'scored .3', 'mgd .3', 'fgd .3'),

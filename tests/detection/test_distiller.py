@@ -4,10 +4,11 @@ import copy
 import pytest, torch
 from detectors import KINDS, batch, detector
 from torch import nn
+from torchvision.models.detection.ssdlite import SSDLiteHead
 from fastdistill import Recipe, Teacher, Term, kd, losses
 from fastdistill.recipes import cwd, pkd
 from fastdistill.base.outputs import DistillError
-from fastdistill.detection import DetectionDistiller, anchors, fgd, mgd, scored
+from fastdistill.detection import DetectionDistiller, anchors, crosskd, fgd, mgd, scored
 
 
 def hooks(model):
@@ -206,11 +207,12 @@ def test_last_is_the_coarsest_pair_and_names_are_possible():
         scored(),
         mgd(),
         fgd(),
+        crosskd(),
         fgd(weight='paper') + scored(),
         Term(losses.hint, layers='auto'),
         'pkd() + at()',
     ],
-    ids=['cwd', 'scored', 'mgd', 'fgd', 'both', 'hint', 'text'],
+    ids=['cwd', 'scored', 'mgd', 'fgd', 'crosskd', 'both', 'hint', 'text'],
 )
 def test_terms_on_levels_train_the_student(recipe):
     student = detector('SSD').train()
@@ -221,7 +223,7 @@ def test_terms_on_levels_train_the_student(recipe):
     assert student.backbone.stem[0].weight.grad.abs().sum() > 0
 
 
-@pytest.mark.parametrize('recipe', [mgd, scored])
+@pytest.mark.parametrize('recipe', [crosskd, mgd, scored])
 def test_a_recipe_without_a_published_weight_says_so(recipe):
     with pytest.raises(DistillError, match="weight='paper': there is no such weight"):
         recipe(weight='paper')
@@ -268,13 +270,65 @@ def test_equal_heads_compare_their_outputs(kind, background):
     assert found['anchor_boxes'].item() == pytest.approx(want[1], rel=1e-4)
 
 
-def losses_of(a, b, background):
+@pytest.mark.parametrize('student', ['FasterRCNN', 'SSD'])
+@pytest.mark.parametrize('kind, background', [('RetinaNet', None), ('FCOS', None), ('SSD', 0)])
+def test_crosskd_compares_predictions_of_the_teachers_head(student, kind, background):
+    options = {} if student == 'SSD' else dict(min_size=64, max_size=64)
+    student = detector(student, **options).train()
+    teacher = detector(kind, width=12, classes=6, seed=1).train()
+    before = copy.deepcopy(teacher.state_dict())
+    recipe = crosskd(weight=1.0, boxes=0.5, sure=0.1, projector='conv')
+    distiller = DetectionDistiller(student, teacher, recipe)
+    images, targets = batch()
+    with distiller.teacher:
+        found = distiller(images, targets)
+    with torch.no_grad():
+        teacher.eval()
+        x, y = [o.eval().transform(images)[0].tensors for o in (student, teacher)]
+        own, t = [[*o.backbone(p).values()] for o, p in ((student.train(), x), (teacher, y))]
+        links = distiller.head.links['crosskd']
+        s = [link.projector(a, b) for link, a, b in zip(links, own, t)]
+        a, b = [teacher.head(maps) for maps in (s, t)]
+        teacher.train()
+    kl, boxes = losses_of(a, b, background, sure=0.1)
+    assert found['crosskd'].item() == pytest.approx(kl + 0.5 * boxes, rel=1e-4)
+    sum(found.values()).backward()
+    assert all(p.grad is None for p in teacher.parameters())
+    assert all(m.training for m in teacher.modules())
+    assert all(torch.equal(v, before[k]) for k, v in teacher.state_dict().items())
+
+
+def test_crosskd_leaves_batch_norms_of_the_teachers_head_alone():
+    teacher = detector('SSD', seed=1).train()
+    anchors_ = teacher.anchor_generator.num_anchors_per_location()
+    teacher.head = SSDLiteHead([8] * 3, anchors_, 4, nn.BatchNorm2d)
+    before = copy.deepcopy(teacher.state_dict())
+    distiller = DetectionDistiller(detector('RetinaNet').train(), teacher, crosskd(weight=1.0))
+    sum(distiller(*batch()).values()).backward()
+    assert all(torch.equal(v, before[k]) for k, v in teacher.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    'teacher, recipe, message',
+    [
+        (dict(kind='FasterRCNN'), crosskd(), 'must be a RetinaNet, FCOS or SSD'),
+        (dict(kind='SSD', names='0123'), crosskd(), 'the head of an SSD has layers of its own'),
+        (dict(kind='SSD'), crosskd(layers='last'), 'the head of an SSD has layers of its own'),
+        (dict(kind='FCOS'), crosskd({'backbone.stem': 'backbone.stem'}), 'is not a level of the'),
+    ],
+)
+def test_crosskd_refuses_heads_that_cannot_run_on_the_maps(teacher, recipe, message):
+    with pytest.raises(DistillError, match=message):
+        DetectionDistiller(detector('RetinaNet'), detector(**teacher), recipe)
+
+
+def losses_of(a, b, background, sure=0.0):
     from fastdistill.detection import anchor_kl, box_deltas
 
     both = lambda o: [o['cls_logits'], o['bbox_regression']]
     return (
         anchor_kl(a['cls_logits'], b['cls_logits'], background=background).item(),
-        box_deltas(both(a), both(b), sure=0.0, background=background).item(),
+        box_deltas(both(a), both(b), sure=sure, background=background).item(),
     )
 
 

@@ -13,6 +13,7 @@ from fastdistill.losses.detection import (
     GlobalContext,
     anchor_kl,
     box_deltas,
+    crosskd,
     fgd,
     mgd,
     scored_hint,
@@ -98,6 +99,76 @@ def test_box_deltas_of_an_unsure_teacher_give_a_zero_gradient():
     v.backward()
     assert v.item() == 0
     assert s[1].grad.abs().sum() == 0
+
+
+def linear_head(classes=3, channels=2, seed=3):
+    "Weights of a head with one anchor per position, and the head as a function of maps"
+    g = torch.Generator().manual_seed(seed)
+    w = torch.randn(classes + 4, channels, generator=g, dtype=torch.float64)
+
+    def run(maps):
+        out = torch.cat([(m.flatten(2).mT @ w.T) for m in maps], 1)
+        return dict(cls_logits=out[..., :classes], bbox_regression=out[..., classes:])
+
+    return w.tolist(), run
+
+
+def predictions_loop(w, maps):
+    "Class logits and box deltas (B, A, K) of the linear head, from lists of numbers"
+    found = []
+    for i in range(len(maps[0])):
+        rows = []
+        for m in maps:
+            places = [[c[y][x] for c in m[i].tolist()] for y, x in grid(m)]
+            rows += [[sum(a * b for a, b in zip(row, p)) for row in w] for p in places]
+        found.append(rows)
+    found = torch.tensor(found, dtype=torch.float64)
+    return [found[..., :-4], found[..., -4:]]
+
+
+def grid(m):
+    return [(y, x) for y in range(m.shape[2]) for x in range(m.shape[3])]
+
+
+def two_levels(seed=0):
+    "Maps of student and teacher on two levels"
+    g = torch.Generator().manual_seed(seed)
+    new = lambda n: torch.randn(2, 2, n, n, generator=g, dtype=torch.float64)
+    return [[new(3), new(2)] for _ in range(2)]
+
+
+@pytest.mark.parametrize('boxes', [0, 1, 2.5])
+@pytest.mark.parametrize('background', [None, 0])
+def test_crosskd_equals_a_plain_loop(boxes, background):
+    (s, t), (w, head) = two_levels(), linear_head()
+    a, b = [predictions_loop(w, maps) for maps in (s, t)]
+    want = anchor_kl_loop(a[0], b[0], 2.0, background)
+    if background is None:
+        want += boxes * box_deltas_loop(a, b, 0.6, 1 / 9)
+    else:
+        sure = [[1 - softmax(o)[0] > 0.6 for o in rows] for rows in b[0].tolist()]
+        # a sigmoid of 1 or 0 stands for the teacher's probability
+        logits = torch.tensor(sure)[..., None] * 200.0 - 100
+        want += boxes * box_deltas_loop(a, [logits, b[1]], 0.6, 1 / 9)
+    options = dict(head=head, boxes=boxes, T=2.0, sure=0.6, background=background)
+    assert crosskd(s, t, **options).item() == pytest.approx(want)
+    assert Loss(crosskd, **options)(s, t).item() == pytest.approx(want)
+
+
+def test_crosskd_is_zero_for_equal_maps_and_for_what_the_head_does_not_see():
+    (s, t), (_, head) = two_levels(), linear_head()
+    assert crosskd(t, t, head=head).item() == pytest.approx(0, abs=1e-12)
+    assert crosskd(s, t, head=head).item() > 0.1
+    # a head that sees only the first channel
+    first = lambda maps: head([torch.cat([m[:, :1], 0 * m[:, 1:]], 1) for m in maps])
+    mixed = [torch.cat([b[:, :1], a[:, 1:]], 1) for a, b in zip(s, t)]
+    assert crosskd(mixed, t, head=first).item() == pytest.approx(0, abs=1e-12)
+
+
+def test_crosskd_refuses_different_numbers_of_levels():
+    (s, t), (_, head) = two_levels(), linear_head()
+    with pytest.raises(DistillError, match='1 student maps and 2 teacher maps'):
+        crosskd(s[:1], t, head=head)
 
 
 def test_scored_hint_equals_a_plain_loop():

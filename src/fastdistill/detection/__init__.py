@@ -7,7 +7,7 @@ from .distiller import DetectionDistiller
 from .inherited_head import inherit_head
 from .metrics import DetectionScores, average_precision, detect
 from .pseudo_labels import ScoreThreshold, best_threshold, store_detections, teacher_labels
-from .recipes import anchors, fgd, mgd, scored
+from .recipes import anchors, crosskd, fgd, mgd, scored
 from .stored_detections import StoredDetections
 from .validation_loss import validation_losses
 
@@ -22,6 +22,7 @@ __all__ = [
     'best_threshold',
     'box_deltas',
     'compare_detectors',
+    'crosskd',
     'detect',
     'fgd',
     'inherit_head',

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from inspect import Parameter
 from itertools import islice
 from typing import Any, cast
 
@@ -31,6 +32,7 @@ from .recipes import automatic
 from .target_checks import check_targets
 from .torchvision_detectors import (
     DetectorView,
+    FrozenHead,
     as_levels,
     checked_detector,
     detector_inside,
@@ -76,6 +78,8 @@ class DetectionHead(Head):
             self.level_pairs = self._paired_levels(view, x)
             self.pairs, links = link_layers(view, teacher, x, self.layered, self._levels_of)
         self.links.update(links)
+        for t in filter(runs_teacher_head, self.layered):
+            self._check_teacher_head(t.name, [k.layers[1] for k in self.links[t.name]])
 
     def _compares_heads(self) -> bool:
         """Return True if a term compares the outputs of the heads. Raise a DistillError if the
@@ -94,6 +98,29 @@ class DetectionHead(Head):
             )
         return bool(heads)
 
+    def _check_teacher_head(self, name: str, layers: list) -> None:
+        """Raise a DistillError if the teacher's head cannot run on these layers.
+
+        Args:
+            name: Name of the term.
+            layers: The layers of the teacher that the term compares.
+        """
+        view = self.teacher.module
+        if not view.dense:
+            raise DistillError(
+                f"{name} runs the teacher's head on the student's feature maps, so the teacher must "
+                f'be a RetinaNet, FCOS or SSD, but it is a {self.teacher.name}. Compare feature maps, '
+                'as in pkd().'
+            )
+        for n in layers:
+            level_scores(n)  # raises an error if this is not a level
+        if view.scores.softmax and layers != self.teacher_levels:
+            raise DistillError(
+                f'{name} compares the levels {", ".join(layers)} of the teacher, but the head of an '
+                f'SSD has layers of its own for each of {", ".join(self.teacher_levels)}: use a '
+                'student with a level for each of them, or compare feature maps, as in pkd().'
+            )
+
     def _paired_levels(self, view: DetectorView, x: Sequence) -> list[tuple[str, str]]:
         """Return a list of (student level, teacher level), as names of layers."""
         shapes: list[dict] = []
@@ -107,6 +134,7 @@ class DetectionHead(Head):
             names = level_names(seen[-1])
             shapes.append({n: tuple(o.shape) for n, o in zip(names, as_levels(seen[-1]).values())})
         (s, t), size = shapes, tuple(x[0].shape[2:])
+        self.teacher_levels = list(t)
         return pair_levels(s, t, size, self.teacher.size or size)
 
     def _levels_of(self, term: Any) -> Any:
@@ -127,8 +155,14 @@ class DetectionHead(Head):
 
     def _of_labels(self, term: Any, b: Any, targets: Sequence, options: dict[str, Any]) -> Tensor:
         """Compute the value of a term. If it reads labels, it gets the teacher's scores at its
-        levels if it compares all levels at once, and the boxes of each image otherwise.
+        levels if it compares all levels at once, and the boxes of each image otherwise. If it has a
+        required option `head`, it gets the teacher's head.
         """
+        if runs_teacher_head(term):
+            view = self.teacher.module
+            own = dict(head=FrozenHead(view.head), background=0 if view.scores.softmax else None)
+            given = {**term.options, **term.held}
+            options |= {k: v for k, v in own.items() if k in term.accepts - given.keys()}
         if term.n_targets:
             names = self.read_by([term])
             found = [b.teacher.feats[n] for n in names]
@@ -353,6 +387,12 @@ def layers_named(layers: Any) -> list:
     """Return all layer names in the `layers` of a term, given as a dict, pairs or names."""
     items = layers.items() if isinstance(layers, Mapping) else layers
     return [n for o in items for n in ([o] if isinstance(o, str) else layers_named(o))]
+
+
+def runs_teacher_head(term: Any) -> bool:
+    """Return True if the loss of a term takes the teacher's head, as `crosskd` does."""
+    given = {**term.options, **term.held}
+    return term.defaults.get('head') is Parameter.empty and 'head' not in given
 
 
 def runs_head(names: Iterable[str]) -> bool:

@@ -3,6 +3,7 @@
 from ..features.layer_pairs import LayersLike
 from ..features.projectors import ProjectorLike
 from ..losses.detection import FGD, MGD, anchor_kl, box_deltas, scored_hint
+from ..losses.detection import crosskd as crosskd_loss
 from ..recipes.schedule import ScheduleLike
 from ..recipes.term import Recipe, Term
 from ..recipes.zoo import layer_recipe, pkd
@@ -52,6 +53,35 @@ def anchors(
             )
         )
     return Recipe(*terms)
+
+
+def crosskd(
+    layers: LayersLike = 'auto',
+    weight: ScheduleLike | None = None,
+    boxes: float = 1.0,
+    *,
+    T: float = 1.0,
+    sure: float = 0.5,
+    projector: ProjectorLike = 'auto',
+    stop_at: float | None = None,
+    grad_ratio: ScheduleLike | None = None,
+) -> Recipe:
+    """Match the predictions of the teacher's head for the student's feature maps with those for the
+    teacher's own maps (CrossKD, arXiv:2306.11369). The teacher must have a dense head (RetinaNet,
+    FCOS, SSD). The student can be any detector.
+
+    Args:
+        layers: As in `DetectionDistiller`. 'auto' compares all levels.
+        weight: Number or schedule.
+        boxes: Weight of the boxes relative to the classes. 0 to leave them out.
+        T: Temperature of the class probabilities.
+        sure: Probability of an object above which the box of an anchor is included.
+        grad_ratio: Use instead of `weight`: ratio of this term's gradient norm to that of all
+            weighted losses, measured at the levels of the term. 0.1 if neither `weight` nor
+            `grad_ratio` is given.
+    """
+    options = dict(boxes=boxes, T=T, sure=sure, projector=projector)
+    return layer_recipe(crosskd_loss, None, layers, weight, stop_at, grad_ratio, **options)
 
 
 def scored(

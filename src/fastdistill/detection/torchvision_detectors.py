@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torchvision.models.detection.fcos import FCOS
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 from torchvision.models.detection.retinanet import RetinaNet
@@ -14,6 +15,7 @@ from torchvision.models.detection.ssd import SSD
 
 from ..base.outputs import DistillError
 from ..features.layer_names import unwrap
+from ..teachers.frozen import FrozenModel
 from ..teachers.teacher import Teacher, given_options, grouped_options
 
 DETECTOR_CLASSES = RetinaNet, FCOS, SSD, GeneralizedRCNN
@@ -139,6 +141,24 @@ class DetectorView(nn.Module):
             maps = list(levels.values())
             self.scores(levels, self.head(maps) if self.dense else self.rpn.head(maps))
         return [*levels.values()][-1]
+
+
+class FrozenHead:
+    """Runs a dense head in evaluation mode. Gradients reach the feature maps, but not the parameters
+    of the head, and the head is not changed.
+
+    Args:
+        head: Head of a detector.
+    """
+
+    def __init__(self, head: nn.Module) -> None:
+        self.head = head
+
+    def __call__(self, maps: list) -> dict[str, Tensor]:
+        x, tensors = maps[0], [*self.head.named_parameters(), *self.head.named_buffers()]
+        state = {k: v.detach().to(x if v.is_floating_point() else x.device) for k, v in tensors}
+        with FrozenModel(self.head, 'eval', private=True):
+            return functional_call(self.head, state, (maps,))
 
 
 def without_padding(images: Tensor, sizes: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from .response import binary_kl, kl
 __all__ = [
     'anchor_kl',
     'box_deltas',
+    'crosskd',
     'scored_hint',
     'mgd',
     'MGD',
@@ -98,6 +99,45 @@ def box_deltas(
     same_shape(s[1], deltas)
     v = F.smooth_l1_loss(s[1], deltas, beta=beta, reduction='none').sum(-1)
     return reduce(v, reduction, object_scores(logits, background) > sure)
+
+
+@loss(kind=None, match='shape', lists=True)
+def crosskd(
+    s: list,
+    t: list,
+    *,
+    head: Callable,
+    boxes: float = 1.0,
+    T: float = 1.0,
+    sure: float = 0.5,
+    background: int | None = None,
+) -> Tensor:
+    """Run the teacher's head on the student's feature maps, and compare these predictions with those
+    for the teacher's own maps (CrossKD, arXiv:2306.11369).
+
+    The loss is `anchor_kl` of the classes plus `box_deltas` of the boxes. It is zero if the maps are
+    equal, and differences of the maps that do not change the predictions cost nothing.
+
+    Args:
+        s: Student feature maps, (B, C, H, W), each projected to the shape of the teacher's map.
+        t: Teacher feature maps, for all levels of the head.
+        head: fn(feature maps) -> dict with class logits 'cls_logits' (B, A, K) and box deltas
+            'bbox_regression' (B, A, 4), such as the head of a RetinaNet. It should be in evaluation
+            mode. In a `DetectionDistiller`, this is the teacher's head.
+        boxes: Weight of the boxes. 0 to leave them out.
+        T, sure, background: As in `anchor_kl` and `box_deltas`. In a `DetectionDistiller`, the
+            teacher determines `background`.
+    """
+    if len(s) != len(t):
+        raise DistillError(
+            f'{len(s)} student maps and {len(t)} teacher maps: give one of each for every level.'
+        )
+    with torch.no_grad():
+        theirs = head(t)
+    names = 'cls_logits', 'bbox_regression'
+    a, b = [[o[k] for k in names] for o in (head(s), theirs)]
+    v = anchor_kl(a[0], b[0], T=T, background=background)
+    return v + boxes * box_deltas(a, b, sure=sure, background=background) if boxes else v
 
 
 @loss(kind=None, match='shape', lists=True)
