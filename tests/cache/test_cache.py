@@ -11,6 +11,7 @@ from PIL import Image
 from torch.utils.data import Subset, TensorDataset
 import torch.nn.functional as F
 import writers
+from manifests import write_manifest
 from fastdistill.cache import (
     Layout,
     Replayed,
@@ -581,7 +582,7 @@ def test_what_is_no_cache_says_so(tmp_path):
         (dict(format='x'), 'does not belong to a fastdistill cache'),
         (dict(complete=False, shards=[]), 'is not finished'),
     ]:
-        (tmp_path / 'manifest.json').write_text(json.dumps({**text, **change}))
+        write_manifest(tmp_path, {**text, **change})
         with pytest.raises(DistillError, match=match):
             TeacherCache(tmp_path)
     (tmp_path / 'manifest.json').write_text('{"format"')

@@ -7,6 +7,7 @@ import pytest, torch
 from fastdistill.cache import Source, TeacherCache, Store, write_cache
 from fastdistill.cache.file_store import open_folder
 from fastdistill.base.outputs import DistillError, Outputs
+from manifests import signed, write_manifest
 
 N = 26
 
@@ -63,7 +64,7 @@ def test_a_crafted_name_makes_the_writer_touch_nothing_outside_its_folder(tmp_pa
     ):
         m = json.loads((cache / 'manifest.json').read_text())
         m['shards'][1]['name'] = name
-        (cache / 'manifest.json').write_text(json.dumps(m))
+        write_manifest(cache, m)
         before = tree(tmp_path)
         for act in (
             lambda: write(cache),
@@ -218,7 +219,7 @@ def test_every_entry_is_checked_and_named_at_once(tmp_path):
         'scale:feats:layer',
     ]
     for path, value, match in CRAFTED:
-        (tmp_path / 'manifest.json').write_text(json.dumps(changed(m, path, value)))
+        write_manifest(tmp_path, changed(m, path, value))
         with (
             pytest.raises(DistillError, match=f'manifest.json is damaged: .*(?:{match})'),
             calls_below(5000, path),
@@ -226,6 +227,75 @@ def test_every_entry_is_checked_and_named_at_once(tmp_path):
             TeacherCache(tmp_path)
         with pytest.raises(DistillError):
             write(tmp_path)
+
+
+# plausible values: each of them is allowed
+PLAUSIBLE = [
+    ('seed', 1),
+    ('transforms.crop', '25'),
+    ('vocab.2', 'd'),
+    ('teacher.weights', 'v'),
+    ('samples.0.row', 1),
+    ('samples.0.digest', '1' * 32),
+    ('shards.2.checksum', '0' * 32),
+    ('layout.n', 7),
+    ('data.root', 'elsewhere'),
+    ('versions.torch', '1.0'),
+    ('doubt', 'It guesses.'),
+]
+
+
+def test_a_plausible_value_that_was_changed_by_hand_is_noticed(tmp_path):
+    write(tmp_path)
+    m = json.loads((tmp_path / 'manifest.json').read_text())
+    assert signed(m) == m
+    for path, value in PLAUSIBLE:
+        (tmp_path / 'manifest.json').write_text(json.dumps(changed(m, path, value), indent=1))
+        for act in (lambda: TeacherCache(tmp_path), lambda: write(tmp_path)):
+            with pytest.raises(
+                DistillError,
+                match='manifest.json is damaged: its entries do not match its checksum, so it was '
+                r'changed after it was written. Restore the file, or write the cache again \(force=True\)',
+            ):
+                act()
+    with pytest.warns(match='do not match its checksum.* It is overwritten'):
+        assert write(tmp_path, force=True).check()
+    assert json.loads((tmp_path / 'manifest.json').read_text()) == m
+
+
+@pytest.mark.parametrize('value', [None, '', 0, 'x' * 32])
+def test_a_checksum_that_is_not_one_is_refused(tmp_path, value):
+    write(tmp_path)
+    m = json.loads((tmp_path / 'manifest.json').read_text())
+    (tmp_path / 'manifest.json').write_text(json.dumps({**m, 'checksum': value}))
+    with pytest.raises(DistillError, match='do not match its checksum'):
+        TeacherCache(tmp_path)
+
+
+def test_a_manifest_may_be_indented_differently(tmp_path):
+    write(tmp_path)
+    m = json.loads((tmp_path / 'manifest.json').read_text())
+    (tmp_path / 'manifest.json').write_text(json.dumps(m, indent=4) + '\n')
+    assert TeacherCache(tmp_path).check()
+
+
+def test_a_manifest_of_an_earlier_version_has_no_checksum(tmp_path):
+    want = all_rows(write(tmp_path))
+    m = json.loads((tmp_path / 'manifest.json').read_text())
+    del m['checksum']
+    (tmp_path / 'manifest.json').write_text(json.dumps(m))
+    assert all(map(np.array_equal, all_rows(TeacherCache(tmp_path)), want))
+    assert all(map(np.array_equal, all_rows(write(tmp_path, views=3)), want))
+    assert 'checksum' in json.loads((tmp_path / 'manifest.json').read_text())
+
+
+@pytest.mark.parametrize('value', [True, None, 24, ['24'], {'size': 24}])
+def test_a_transform_that_is_not_described_by_a_string_is_named(tmp_path, value):
+    write(tmp_path)
+    m = json.loads((tmp_path / 'manifest.json').read_text())
+    write_manifest(tmp_path, changed(m, 'transforms.crop', value))
+    with pytest.raises(DistillError, match='transform crop: .* in the cache, 24 now'):
+        write(tmp_path)
 
 
 def test_maps_that_are_stored_smaller_are_checked_too(tmp_path):
@@ -246,7 +316,7 @@ def test_maps_that_are_stored_smaller_are_checked_too(tmp_path):
         (8, 'layout.full is 8'),
         ([8, 0], r'layout.full\[1\] is 0'),
     ]:
-        (tmp_path / 'manifest.json').write_text(json.dumps(changed(m, 'layout.full', value)))
+        write_manifest(tmp_path, changed(m, 'layout.full', value))
         with pytest.raises(DistillError, match=f'is damaged: .*{match}'):
             TeacherCache(tmp_path)
 
@@ -325,7 +395,10 @@ def places(o):
 
 
 def mutate(m, g):
-    "One to three random changes: another value, one from elsewhere, one less, one more, one twice; or of the text's bytes"
+    """One to three random changes: another value, one from elsewhere, one less, one more, one twice; or of the text's bytes
+
+    The checksum is right afterwards, so that each entry is tested, except if bytes changed
+    """
     m = copy.deepcopy(m)
     for _ in range(g.choice([1, 1, 2, 3])):
         everywhere = list(places(m))
@@ -346,7 +419,7 @@ def mutate(m, g):
             o[g.choice(['x', 'at', 'n', '__class__'])] = g.choice(ODD)
         if way == 'twice' and isinstance(o, list):
             o.append(copy.deepcopy(o[k]))
-    text = bytearray(json.dumps(m).encode())
+    text = bytearray(json.dumps(signed(m)).encode())
     for _ in range(g.choice([0, 0, 0, 1, 5])):
         text[g.randrange(len(text))] = g.randrange(32, 127)
     return bytes(text)

@@ -25,6 +25,7 @@ from fastdistill.losses import cosine, dist, kl, mse, pkt, rkd, soft_ce
 from fastdistill.recipes.term import Term
 from fastdistill.recipes.zoo import kd, logit_std
 from fastdistill.teachers import Teacher
+from manifests import write_manifest
 
 
 def net(classes=300, width=24, scale=6.0):
@@ -190,7 +191,7 @@ def as_earlier_version(folder):
     numbers = ((scaled - scale[:, 1:]) / scale[:, :1]).round().clip(-127, 127).astype(np.int8)
     rows = np.concatenate([numbers.view(np.uint8), scale.view(np.uint8)], 1)
     d = json.loads((folder / 'manifest.json').read_text())
-    del d['layout']['basis']
+    del d['layout']['basis'], d['checksum']
     for name, content in (('head.bin', head), ('view000/000000.bin', rows.tobytes())):
         (folder / name).write_bytes(content)
         entry = next(o for o in d['shards'] if o['name'] == name)
@@ -473,7 +474,7 @@ def test_an_entry_that_does_not_fit_is_refused(tmp_path):
         (dict(basis=1), 'layout.basis is 1: it must be true or false'),
         (dict(head=None, draws=None), 'layout.basis needs layout.head'),
     ):
-        file.write_text(json.dumps({**d, 'layout': {**d['layout'], **change}}))
+        write_manifest(tmp_path, {**d, 'layout': {**d['layout'], **change}})
         with pytest.raises(DistillError, match=match):
             TeacherCache(tmp_path)
 

@@ -28,6 +28,7 @@ from fastdistill.cache import (
 )
 from fastdistill.cache.keys import hash_of, key_of, keys_of
 import processes
+from manifests import write_manifest
 
 N, C, BS = 60, 5, 8
 SHARDS = 4
@@ -700,7 +701,7 @@ def test_a_damaged_manifest_is_refused(change, match, tmp_path):
     seal_stream(tmp_path)
     m = json.loads((tmp_path / 'manifest.json').read_text())
     change(m)
-    (tmp_path / 'manifest.json').write_text(json.dumps(m))
+    write_manifest(tmp_path, m)
     with pytest.raises(DistillError, match=match):
         TeacherCache(tmp_path)
 

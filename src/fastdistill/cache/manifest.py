@@ -1,6 +1,7 @@
 """Read, check and compare the manifests of caches.
 
-A manifest describes the teacher, samples, transforms and layout, and has the checksum of each file.
+A manifest describes the teacher, samples, transforms and layout, and has the checksum of each file
+and of itself.
 """
 
 import builtins
@@ -16,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from ..base.outputs import DistillError, DistillWarning
-from .digests import versions
+from .digests import checksum, versions
 from .file_store import Folder
 from .json_checks import (
     check_json,
@@ -131,6 +132,15 @@ class Manifest:
         return self.count * self.stored * self.layout.bytes + self.head_bytes
 
     def to_json(self) -> builtins.bytes:
+        d = {**self._entries(), 'checksum': self.digest}
+        return json.dumps(d, indent=1, default=as_python).encode()
+
+    @property
+    def digest(self) -> str:
+        """Checksum of all entries."""
+        return manifest_digest(self._entries())
+
+    def _entries(self) -> dict:
         d = dict(format=FORMAT, version=self.version, **asdict(self))
         d['layout'] = self.layout.to_json()
         for k in ('doubt', 'lost'):
@@ -138,7 +148,7 @@ class Manifest:
                 del d[k]
         if self.parts is None:
             del d['parts']
-        return json.dumps(d, indent=1, default=as_python).encode()
+        return d
 
     def as_read(self) -> 'Manifest':
         """Return the manifest as if read from its file: checked, and without tuples and NumPy
@@ -245,15 +255,24 @@ def check_parts(parts: list, count: int) -> None:
 def parse_manifest(text: bytes, where: Any) -> Manifest:
     """Parse the content of `manifest.json`, and check all entries."""
     try:
-        if not isinstance(d := parse_json(text), dict) or d.pop('format', None) != FORMAT:
+        if not isinstance(d := parse_json(text), dict) or d.get('format') != FORMAT:
             raise NotACache(f'{where}/manifest.json does not belong to a fastdistill cache.')
-        if type(v := d.pop('version', None)) is not int or v not in VERSIONS:
+        if type(v := d.get('version')) is not int or v not in VERSIONS:
             raise NotACache(
                 f'{where} is a cache of version {shortened(v)}, but this fastdistill reads versions '
                 f'{VERSIONS[0]} to {VERSIONS[-1]}: install the version that wrote it, or write the cache '
                 'again (force=True).'
             )
-        return manifest_of(d)
+        # caches of earlier versions have no checksum
+        intact = 'checksum' not in d or d.pop('checksum') == manifest_digest(d)
+        del d['format'], d['version']
+        m = manifest_of(d)
+        # subtle: compared last, because the errors of `manifest_of` say more
+        if not intact:
+            raise DistillError(
+                'its entries do not match its checksum, so it was changed after it was written.'
+            )
+        return m
     except NotACache as e:
         raise DistillError(str(e)) from None
     except DistillError as e:
@@ -271,6 +290,11 @@ def manifest_of(d: Any) -> Manifest:
     m = Manifest(**{**d, 'layout': Layout.from_json(d['layout'])})
     check_entries(m)
     return m
+
+
+def manifest_digest(entries: dict) -> str:
+    """Compute the checksum of the entries of a manifest, which does not depend on indentation."""
+    return checksum(json.dumps(entries, default=as_python).encode())
 
 
 class NotACache(DistillError):
@@ -332,7 +356,7 @@ def transform_differences(found: Mapping, now: Mapping) -> list[str]:
     ]
 
 
-def option_differences(a: str, b: str) -> list:
+def option_differences(a: Any, b: Any) -> list:
     """Compare the descriptions of two transforms.
 
     Returns:
@@ -340,7 +364,7 @@ def option_differences(a: str, b: str) -> list:
     """
     if a == b:
         return []
-    if not all(o.endswith((')', ']')) for o in (a, b)):
+    if not all(isinstance(o, str) and o.endswith((')', ']')) for o in (a, b)):
         return [(a, b)]  # at least one description has no options
     x, y = options_in(a), options_in(b)
     found = [
