@@ -1,6 +1,6 @@
 "A student as a file: the same outputs in a process without fastai, any batch size, and everything a user must know inside."
 
-import copy, importlib, json, re, signal, subprocess, sys, warnings, zipfile
+import contextlib, copy, importlib, json, os, re, signal, subprocess, sys, warnings, zipfile
 from pathlib import Path
 import numpy as np, pandas as pd
 import pytest, torch
@@ -510,11 +510,22 @@ def test_a_student_without_data_is_refused_and_leaves_no_folder(normalized, tmp_
     assert not (tmp_path / 'a').exists()
 
 
-def test_a_student_may_be_saved_again_after_an_interrupt_too(normalized, tmp_path):
-    for missing in ('README.md', 'config.json'):
-        save_student(normalized, tmp_path, onnx=False)
-        (tmp_path / missing).unlink()
-        (tmp_path / 'README.md').unlink(missing_ok=True)  # it is written last
+@pytest.mark.parametrize('n', range(1, 5))
+def test_a_student_may_be_saved_again_after_an_interrupt_at_any_file(
+    n, normalized, saved, tmp_path, monkeypatch
+):
+    renamed, rename = [], os.replace
+
+    def interrupted(*args):
+        if len(renamed) == n:
+            raise KeyboardInterrupt
+        renamed.append(args)
+        rename(*args)
+
+    with monkeypatch.context() as m, contextlib.suppress(KeyboardInterrupt):
+        m.setattr(os, 'replace', interrupted)
+        save_student(normalized, tmp_path, saved[1], onnx=False)
+    assert len(renamed) == n
     save_student(normalized, tmp_path, onnx=False)
     assert load_student(tmp_path, normalized.model) is normalized.model
 

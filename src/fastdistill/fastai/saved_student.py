@@ -189,12 +189,13 @@ def save_student(
     with ExitStack() as stack:
         # write all files before any of them replaces a file of a previously saved student
         new = lambda name: stack.enter_context(new_file(folder / name))
-        save_model(learn.model, str(new('model.safetensors')))
-        content = json.dumps(facts, indent=1, ensure_ascii=False) + '\n'
-        new('config.json').write_bytes(content.encode())
-        new('README.md').write_bytes(text.encode())
         if report is not None:
             report.to_json(new('report.json'))
+        new('README.md').write_bytes(text.encode())
+        save_model(learn.model, str(new('model.safetensors')))
+        # subtle: the file that is written last is renamed first. `check_own_files` relies on this.
+        content = json.dumps(facts, indent=1, ensure_ascii=False) + '\n'
+        new('config.json').write_bytes(content.encode())
     # files of a previously saved student don't belong to the new weights
     if report is None:
         (folder / 'report.json').unlink(missing_ok=True)
