@@ -448,6 +448,18 @@ def test_a_key_is_in_no_frame_of_a_traceback(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
+    'said',
+    [r'very\/secret+=&quot', r'very/secret\u002B=&quot', 'very/secret+=&amp;quot'],
+    ids=['PHP', '.NET', 'HTML'],
+)
+def test_a_key_that_an_error_page_escapes_is_not_shown(said, tmp_path, monkeypatch):
+    monkeypatch.setenv('MY_KEY', 'very/secret+=&quot')
+    with raw_server(lambda i: whole(f'wrong key {said}.'.encode(), '401 No')) as (host, _):
+        with pytest.raises(DistillError, match=r'401: wrong key \*\*\*\.'):
+            ask_server(f'http://{host}/v1', dict(a=1), tmp_path / 'a.jsonl', key='MY_KEY')
+
+
+@pytest.mark.parametrize(
     'key,says',
     [
         ('', "'MY_KEY' is empty"),

@@ -3,6 +3,7 @@
 `cache_from` converts the responses to a cache.
 """
 
+import html
 import http.client
 import json
 import os
@@ -508,7 +509,9 @@ def secrets_of(key: str | None, query: str) -> list[str]:
     raw = [query, *(o.partition('=')[2] for o in query.split('&'))]
     found = [key or '', *raw, *map(unquote, raw), *map(unquote_plus, raw)]
     found += [encode(o) for o in found for encode in (quote, quote_plus, partial(quote, safe=''))]
-    found += [json.dumps(o)[1:-1] for o in found]
+    found += [encode(o) for o in found for encode in (html.escape, lambda o: json.dumps(o)[1:-1])]
+    for c, escaped in ('/', r'\/'), ('+', r'\u002B'):  # as PHP and .NET write JSON
+        found += [o.replace(c, escaped) for o in found]
     # a shorter text, such as 'EMPTY', is not a secret, and may occur in other words
     return sorted({Secret(o) for o in found if len(o) >= 8}, key=len, reverse=True)
 
