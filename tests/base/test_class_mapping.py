@@ -261,7 +261,7 @@ def test_what_does_not_fit_is_refused():
         distilled(Teacher(TWO, classes=['cat', 'dog']), kd())
     with pytest.raises(DistillError, match='two outputs have the class 0'):
         Teacher(TWO, classes=[0, [0, 1]])
-    with pytest.raises(DistillError, match='members of the ensemble are about different classes'):
+    with pytest.raises(DistillError, match='members of the ensemble predict different classes'):
         distilled(Teacher([Teacher(TWO, classes=[0, 1]), Teacher(TWO, classes=[0, 2])]), kd())
 
 

@@ -370,7 +370,7 @@ def test_a_loss_function_that_is_known_says_the_kind(task_loss, kind):
         ),
         (
             lambda s, t: kd()(s, t, torch.zeros(5, 3, 2), kind='regression'),
-            r'labels have shape \(5, 3, 2\), .* \(3, 5, 2\): .* the same number of values, sample by sample',
+            r'labels have shape \(5, 3, 2\), .* \(3, 5, 2\): .* the same number of values per sample',
         ),
         (
             lambda s, t: kd()(s[:, :, 0], t[:, :, 0], torch.zeros(5, 3), kind='sigmoid'),

@@ -2332,7 +2332,7 @@ def test_a_teacher_with_a_smaller_vocabulary_says_so():
     ids, y = torch.tensor([[1, 2], [30, 4]]), torch.tensor([0, 1])
     with pytest.raises(
         DistillError,
-        match='The ids go up to 30, and its largest embedding has 20 rows: it has a smaller vocabulary.*inputs=fn',
+        match='The token ids go up to 30, but its largest embedding has only 20 rows, so its vocabulary is smaller.*inputs=fn',
     ):
         Distiller(reads(40), reads(20), kd())(ids, y)
 

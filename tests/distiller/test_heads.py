@@ -402,9 +402,13 @@ def test_what_is_no_set_of_heads():
     student, color, shape, _ = nets()
     with pytest.raises(DistillError, match='The dict of teachers is empty'):
         Distiller(student, {})
-    with pytest.raises(DistillError, match='A dict .a state_dict.. holds weights, but no network'):
+    with pytest.raises(
+        DistillError, match='A dict .a state_dict.. contains weights, but no network'
+    ):
         Distiller(student, color.state_dict())
-    with pytest.raises(DistillError, match='A dict of teachers is for the heads of a student'):
+    with pytest.raises(
+        DistillError, match='A dict of teachers is for a student with several heads'
+    ):
         Teacher(dict(color=color))
     with pytest.raises(DistillError, match='labels= and weights= are for several heads'):
         Distiller(student, color, weights=dict(color=1))

@@ -242,7 +242,7 @@ def test_layers_come_from_the_cache_too(tmp_path):
     assert watch.worst < 1e-3
     with pytest.raises(DistillError, match='outputs have no layer .b.. They have: a'):
         quiet(learn, 1, cbs=KnowledgeDistillation(cache, at(layers={'b': 'b'})))
-    with pytest.raises(DistillError, match='stored layers are of unmixed images'):
+    with pytest.raises(DistillError, match='stored layers are for unmixed images'):
         quiet(
             learn,
             1,

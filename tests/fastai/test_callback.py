@@ -1276,7 +1276,7 @@ def test_a_model_that_ends_in_a_sigmoid_is_explained():
             dict(axis=1.0),
             r'axis=1.0: the class axis must be a whole number from 1 to 8, or, counted from the end, from -1 to -8',
         ),
-        (dict(axis=0), r'axis=0: .*\(axis 0 is that of the samples\)'),
+        (dict(axis=0), r'axis=0: .*\(axis 0 is the batch axis\)'),
         (dict(T=0), 'T=0: a temperature is a number above 0'),
         (dict(recipe=dkd(), kind='soft'), "kind='soft': must be None or 'softmax' or"),
         (

@@ -147,7 +147,7 @@ print({{'torch', 'fastai', 'fastdistill'}} & set(sys.modules))
 
 
 @pytest.mark.parametrize('form', ['s.onnx', 's.pt2', 'folder'])
-@pytest.mark.filterwarnings('ignore:.*holds pickles')
+@pytest.mark.filterwarnings('ignore:.*contains pickles')
 def test_a_file_is_compared_with_its_own_normalization_and_classes(normalized, tmp_path, form):
     "On data with a different normalization and order of the classes; other classes are refused"
     if form == 'folder':
@@ -170,7 +170,7 @@ def test_a_file_is_compared_with_its_own_normalization_and_classes(normalized, t
         compare(dict(a=student), dls, seconds=0, progress=False)
 
 
-@pytest.mark.filterwarnings('ignore:.*holds pickles')
+@pytest.mark.filterwarnings('ignore:.*contains pickles')
 def test_members_of_an_ensemble_keep_their_own_normalization_and_order_of_classes(
     normalized, tmp_path
 ):
@@ -419,7 +419,7 @@ def test_a_file_that_predicts_nan_is_refused(normalized, tmp_path, monkeypatch, 
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.filterwarnings('ignore:.*holds pickles')
+@pytest.mark.filterwarnings('ignore:.*contains pickles')
 def test_outputs_that_exclude_a_class_are_equal(normalized, tmp_path):
     "Both the Learner and the file predict -inf"
 
@@ -851,7 +851,7 @@ class Halved(ItemTransform):
     ],
     ids=['random', 'twice', 'own'],
 )
-@pytest.mark.filterwarnings('ignore:.*holds pickles')
+@pytest.mark.filterwarnings('ignore:.*contains pickles')
 def test_an_unknown_way_of_resizing_is_called_unknown(tmp_path, item_tfms, batch_tfms):
     learn, _ = photo_student(tmp_path, item_tfms, batch_tfms=batch_tfms)
     resize = export_student(learn, tmp_path / 's.pt2').facts['resize']
@@ -866,7 +866,7 @@ def test_a_student_that_can_not_be_exported_is_saved_as_weights(tmp_path):
     ):
         folder = save_student(student, tmp_path / 'out')
     assert not (folder / 'student.onnx').exists()
-    with pytest.raises(DistillError, match='no network: build it'):
+    with pytest.raises(DistillError, match='no network: build the network'):
         load_student(folder)
     other, _ = pair('text_classifier', seed=4)
     load_student(folder, other.model)

@@ -735,12 +735,12 @@ def test_standardized_takes_a_function_of_ones_own():
 
 def test_standardizing_labels_or_numbers_is_refused():
     for fn in (binary_kl, regression):
-        with pytest.raises(DistillError, match='needs a loss of softmax logits'):
+        with pytest.raises(DistillError, match='needs a loss on softmax logits'):
             standardized(fn)
     s, t = pair(5, 7)
     for kind in ('sigmoid', 'regression'):
         with pytest.raises(DistillError, match=f'standardized soft_targets for {kind}: '):
             standardized(soft_targets)(s, t, kind=kind)
-        with pytest.raises(DistillError, match='needs a loss of softmax logits'):
+        with pytest.raises(DistillError, match='needs a loss on softmax logits'):
             standardized(Loss(losses.soft_targets, kind=kind))(s, t)
     assert standardized(soft_targets)(s, t, kind='softmax').item() == standardized(kl)(s, t).item()

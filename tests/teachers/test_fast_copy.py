@@ -263,7 +263,7 @@ def test_a_hook_of_yours_still_sees_the_model():
     net[0].register_forward_hook(sees.hook)
     t = Teacher(net, run=dict(precision='bf16'))
     t(images())
-    assert len(sees.seen) == 1 and 'it has hooks of yours' in repr(t)
+    assert len(sees.seen) == 1 and 'it has custom hooks' in repr(t)
 
 
 def test_a_hook_that_is_an_object_still_sees_the_model():
@@ -675,8 +675,8 @@ def test_slices_of_rows_give_the_same_outputs():
             "run={'half': True}: must be a dict with any of 'precision', 'memory_format', 'fold_bn', "
             "'compile', 'device', 'batch'",
         ),
-        (dict(batch=0), 'give a whole number of rows from 1'),
-        (dict(batch=True), 'give a whole number'),
+        (dict(batch=0), 'must be a positive whole number of rows'),
+        (dict(batch=True), 'must be a positive whole number'),
         (
             dict(model=torch.sin, precision='bf16'),
             "precision='bf16' is for an nn.Module, but this teacher is a builtin",
@@ -753,7 +753,7 @@ def test_compiled_outputs_that_differ_are_not_used(compiles, monkeypatch):
             return torch.zeros(len(x), 3, dtype=x.dtype)
 
     monkeypatch.setattr(torch, 'compile', lambda m, **kw: Wrong())
-    assert 'its outputs differ too much' in runs(2, compile=True)
+    assert 'the outputs of the compiled module differ too much' in runs(2, compile=True)
 
 
 def test_a_compiled_teacher_predicts_the_same():

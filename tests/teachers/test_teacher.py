@@ -831,7 +831,7 @@ def test_timm_models_tell_their_statistics():
         eval_of(model, norm(raw, cfg)),
         1e-5,
     )
-    with refuses("ResNet does not hold .* torchvision's don't. Give images="):
+    with refuses("ResNet does not store .* torchvision don't. Pass images="):
         Teacher(torchvision.models.resnet18(), images=dict(stats='auto'))
 
 
@@ -876,7 +876,7 @@ def test_other_inputs_are_not_renormalised():
             (1, 3, 4, 4),
             'input_stats have 2 channels, stats 3',
         ),
-        (dict(stats='auto'), None, 'Identity does not hold the normalization of its images'),
+        (dict(stats='auto'), None, 'Identity does not store the normalization of its images'),
         (dict(stats='cifar'), None, "stats='cifar': must be .mean, std., 'imagenet'"),
         (dict(stats=3.0), None, 'stats=3.0: must be'),
         (dict(stats=([0, 0], [1])), None, 'one mean, and one std above 0'),
@@ -1464,10 +1464,10 @@ def test_layers_of_an_ensemble_have_their_members_number():
 @pytest.mark.parametrize(
     'kw,match',
     [
-        (dict(ensemble=dict(weights=[1])), r'weights=\[1\] of 2 teachers'),
-        (dict(ensemble=dict(weights=[1, -1])), 'none below 0'),
+        (dict(ensemble=dict(weights=[1])), r'weights=\[1\] for 2 teachers'),
+        (dict(ensemble=dict(weights=[1, -1])), 'none negative'),
         (dict(ensemble=dict(weights=[0, 0])), 'not all 0'),
-        (dict(ensemble=dict(weights=[1, math.nan])), 'give each one number'),
+        (dict(ensemble=dict(weights=[1, math.nan])), 'must be one number per teacher'),
         (dict(ensemble=dict(combine='mean')), "combine='mean': must be one of 'probs', 'logits'"),
         (dict(kind='softmin'), "kind='softmin': must be one of 'softmax', 'sigmoid', 'regression'"),
         (dict(run=dict(mode='test')), "mode='test': must be one of 'eval', 'train'"),
@@ -1486,7 +1486,7 @@ def test_weights_of_one_teacher_are_refused():
 def test_members_of_other_shapes_are_refused():
     t = Teacher([lambda x: x, lambda x: x[:, :2]])
     with refuses(
-        r'Logits of member 1 of the ensemble have shape \(2, 2\), those of member 0 \(2, 3\)'
+        r'Logits of member 1 of the ensemble have shape \(2, 2\), but logits of member 0 have shape \(2, 3\)'
     ):
         t(images(2, 3))
 
@@ -1603,7 +1603,7 @@ class Fastai:
         (None, 'None is not a teacher. It must be an nn.Module'),
         ('resnet50', "There is no file 'resnet50'.*A model's name is not enough"),
         ('missing.onnx', "There is no file 'missing.onnx'"),
-        (small().state_dict(), 'holds weights, but no network: build the model'),
+        (small().state_dict(), 'contains weights, but no network: build the model'),
         (nn.Linear, 'Linear is a class, not a model'),
         (3, 'A int is not a teacher. It must be'),
         (torch.zeros(2), 'A Tensor is not a teacher. It must be'),
@@ -1631,7 +1631,7 @@ def test_files_that_hold_no_network(tmp_path):
     (tmp_path / 'text.pt').write_text('no')
     (tmp_path / 'learner.pkl').write_bytes(b'no')
     for f in ('weights.pt', 'text.pt', 'learner.pkl'):
-        with refuses(r'holds no TorchScript.*\(a state_dict\), build the model'):
+        with refuses(r'contains no TorchScript.*\(a state_dict\), build the model'):
             Teacher(tmp_path / f)
     script(lambda: scripted(small()).save(tmp_path / 'cut.pt'))
     import zipfile
@@ -1651,7 +1651,7 @@ def test_programs_of_pytorch_are_warned_of_as_pickles_and_onnx_files_are_not(tmp
     torch.export.save(torch.export.export(model, (x,)), tmp_path / 'm.pt2')
     for name in ('m.pt', 'm.pt2'):
         with pytest.warns(
-            DistillWarning, match=f'{name} holds pickles, and loading it runs the code in it'
+            DistillWarning, match=f'{name} contains pickles, and loading it runs the code in it'
         ):
             Teacher(tmp_path / name)
     with warnings.catch_warnings():
@@ -1711,7 +1711,7 @@ def test_the_first_of_several_outputs_is_taken_and_said_once():
     with pytest.warns(
         DistillWarning,
         match=r'The teacher Heads returns several tensors that could be distilled: 0 \(2, 4\), 1 \(2, 4\)\. '
-        'The first is used. Name one with output=.*output=0 confirms',
+        'The first is used. Select one with output=.*output=0 confirms',
     ):
         o = t(x)
     same(o.logits, t.model.a(x).detach())

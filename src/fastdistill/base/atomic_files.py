@@ -23,7 +23,7 @@ class BusyError(DistillError):
 
 @contextmanager
 def enough_space(path: str | Path) -> Iterator[None]:
-    """Context manager that replaces the error for a full disk by a DistillError that names the
+    """Context manager that replaces the error for a full disk with a DistillError that names the
     file.
 
     Args:
@@ -163,7 +163,7 @@ def acquire(f: Any) -> Any:
 def file_errors(
     what: str, errors: type[Exception] | tuple[type[Exception], ...] = (OSError, ValueError)
 ) -> Iterator[None]:
-    """Context manager that replaces errors of the file system by a DistillError with a clear
+    """Context manager that replaces errors of the file system with a DistillError that has a clear
     message.
     """
     try:

@@ -1,4 +1,6 @@
-"""The samples of a batch: which they are, and how they were mixed."""
+"""Information about the samples of a batch: their positions in the dataset, and how they were
+mixed.
+"""
 
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -50,7 +52,7 @@ class BatchSamples:
 
         Args:
             out: Outputs for the raw items or the clean view of the samples.
-            whose: Says what the teacher saw, for the error message.
+            whose: What the teacher saw, for the error message.
             instead: What to do, for the error message.
         """
         if self.moved and any(t.dim() > 2 for t in tensors_in((out.logits, out.feats))):
@@ -61,17 +63,17 @@ class BatchSamples:
 
     def refuse_pasted(self, values: Any) -> None:
         """Raise a DistillError if the batch was mixed by pasting a region, and outputs for unmixed
-        inputs have positions. The weights in `lam` are right for whole samples only.
+        inputs have positions. The weights in `lam` are correct only for whole samples.
 
         Args:
             values: Logits of the unmixed samples.
         """
         if self.pasted and any(t.dim() > 2 for t in tensors_in(values)):
             raise DistillError(
-                "CutMix pastes a region of one image into another, but the teacher's outputs are of "
-                'unmixed images, and have a value for each pixel or token. Use a live teacher of the '
-                "batch, or remove CutMix. (For masks, fastai's CutMix also mixes the losses of both "
-                'masks over all pixels, not by region.)'
+                "CutMix pastes a region of one image into another, but the teacher's outputs are "
+                'for unmixed images, and have a value for each pixel or token. Use a live teacher '
+                "that reads the batch, or remove CutMix. (For masks, fastai's CutMix also mixes "
+                'the losses of both masks over all pixels, not by region.)'
             )
 
     @property

@@ -22,12 +22,13 @@ INSTALLED_IN = tuple(sysconfig.get_path(k) for k in ('stdlib', 'platstdlib', 'pu
 
 
 def describe_content(o: Any, inside: tuple = ()) -> Any:
-    """Return an object's content as dicts, lists and texts, which are equal in different processes.
+    """Return an object's content as dicts, lists and texts that are equal in different processes.
 
-    Objects count with their type and attributes, tensors with their values, and functions with
-    their name, defaults and closure. The code of functions and classes counts too, and the numbers
-    and functions that it reads from its module, unless they are from an installed package. Of
-    trainable parameters, only the shape counts, because training changes them.
+    Objects are described by their type and attributes, tensors by their values, and functions by
+    their name, defaults and closure. The description also includes the code of functions and
+    classes, and the numbers and functions that this code reads from its module, unless they are
+    from an installed package. Trainable parameters are described only by their shape, because
+    training changes their values.
 
     Args:
         o: Any object.
@@ -107,7 +108,7 @@ def with_code(o: Any, code: Any) -> str:
 
 
 def is_installed(o: Any) -> bool:
-    """Return True for functions and classes of Python, of installed packages and of this one."""
+    """Return True for functions and classes of Python, installed packages and this package."""
     module = sys.modules.get(o.__module__)
     if module is None or o.__module__ == '__main__':
         return False
@@ -158,7 +159,7 @@ def first_difference(before: Any, now: Any, name: str = '') -> tuple[str, str, s
 
     Args:
         before, now: What `describe_content` returned.
-        name: Name of the whole.
+        name: Path of the whole content.
     """
     if before == now:
         return None

@@ -36,7 +36,7 @@ def broadcast(tensors: Iterable[Tensor]) -> None:
 
 
 def mean_over_ranks(tensors: Iterable[Any]) -> None:
-    """Replace tensors by their mean over all ranks.
+    """Replace tensors with their mean over all ranks.
 
     Args:
         tensors: Tensors to overwrite.
@@ -46,7 +46,7 @@ def mean_over_ranks(tensors: Iterable[Any]) -> None:
 
 
 def sum_over_ranks(tensors: Iterable[Tensor]) -> None:
-    """Replace tensors by their sum over all ranks.
+    """Replace tensors with their sum over all ranks.
 
     Args:
         tensors: Tensors to overwrite.
@@ -121,10 +121,10 @@ def gather_rows(x: Tensor) -> Tensor:
 
 
 def previous_rows(x: Tensor) -> Tensor:
-    """Replace each row by the previous row. The rows of all ranks form one sequence, in the order
-    of the ranks. The first row of this sequence is replaced by the last row. If the shapes of rows
-    differ between ranks, as with tokens padded to different lengths, each rank uses only its own
-    rows.
+    """Replace each row with the previous row. The rows of all ranks form one sequence, in the order
+    of the ranks. The first row of this sequence is replaced with the last row. If the shapes of
+    rows differ between ranks, as with tokens padded to different lengths, each rank uses only its
+    own rows.
 
     Args:
         x: At least one row, (B, ...).

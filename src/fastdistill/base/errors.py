@@ -43,7 +43,8 @@ def check_choice(name: str, value: object, allowed: Collection) -> None:
 
 
 def options_of_group(group: str, given: Mapping | None, have: Iterable[str]) -> dict:
-    """Return the options in a group, an argument that is a dict. Empty for None.
+    """Return the options in a group, which is an argument that is a dict. Return an empty dict for
+    None.
 
     Args:
         group: Name of the argument.
@@ -59,6 +60,6 @@ def options_of_group(group: str, given: Mapping | None, have: Iterable[str]) -> 
     return dict(given)
 
 
-# Show equal warnings again, because a process may run several trainings.
+# Show equal warnings again, because a process may train several models.
 # Filters set by the user take precedence.
 warnings.filterwarnings('always', category=DistillWarning, append=True)

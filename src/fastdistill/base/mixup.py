@@ -1,4 +1,4 @@
-"""Mix teacher outputs for unmixed samples as MixUp or CutMix mixed the batch."""
+"""Mix teacher outputs for unmixed samples in the same way as MixUp or CutMix mixed the batch."""
 
 from dataclasses import dataclass, replace
 from typing import Any
@@ -27,13 +27,14 @@ def mixed(out: Outputs, samples: BatchSamples, kind: str, axis: int) -> Outputs:
         return out
     if out.feats:
         raise DistillError(
-            'MixUp and CutMix mix images, but the stored layers are of unmixed images. '
-            'Remove the terms with layers, or use a live teacher.'
+            'MixUp and CutMix mix images, but the stored layers are for unmixed images. Remove the '
+            'terms with layers, or use a live teacher.'
         )
     if isinstance(out.logits, Draws):
         raise DistillError(
-            'MixUp and CutMix mix probabilities, but the cache holds draws of unmixed images. Remove the '
-            "callback, or store the outputs in a different way, cache_teacher(..., store='auto')."
+            'MixUp and CutMix mix probabilities, but the cache contains draws for unmixed images. '
+            'Remove the callback, or store the outputs in a different way, cache_teacher(..., '
+            "store='auto')."
         )
     samples.refuse_pasted(out.logits)
     mix = lambda t: mix_logits(t, *mix_of, kind, axis)

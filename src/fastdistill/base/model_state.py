@@ -156,9 +156,9 @@ def read_state(path: str | Path, advice: str) -> dict:
     """
     try:
         state = torch.load(path, map_location='cpu', weights_only=True)
-    # subtle: a damaged file is an error of zip, of pickle or of PyTorch
+    # subtle: a damaged file raises an error of zip, pickle or PyTorch
     except Exception as e:
         raise DistillError(f'{path} is damaged ({type(e).__name__}). {advice}') from e
     if not isinstance(state, dict):
-        raise DistillError(f'{path} is damaged (it holds a {type(state).__name__}). {advice}')
+        raise DistillError(f'{path} is damaged (it contains a {type(state).__name__}). {advice}')
     return state

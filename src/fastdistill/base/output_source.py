@@ -1,4 +1,4 @@
-"""The protocol of whatever has a teacher's outputs for batches."""
+"""Protocol for sources of teacher outputs."""
 
 from collections.abc import Sequence
 from typing import Any, Protocol, runtime_checkable

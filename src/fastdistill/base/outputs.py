@@ -79,7 +79,7 @@ class TopK:
         return out.movedim(-1, self.axis)
 
     def _rest(self, rest: Tensor, student: Tensor | None, v: Tensor) -> Tensor:
-        """Compute a tensor with all `n` classes that holds the log-probabilities of the classes
+        """Compute a tensor with all `n` classes that contains the log-probabilities of the classes
         that are not stored.
         """
         shape = *v.shape[:-1], self.n
@@ -95,8 +95,8 @@ class TopK:
         s = as_plain(student.detach()).float().movedim(self.axis, -1)
         if s.shape != shape:
             raise DistillError(
-                f"The student's logits have shape {tuple(student.shape)}, the stored ones {self.n} "
-                f'classes along axis {self.axis}.'
+                f"The student's logits have shape {tuple(student.shape)}, but the stored logits "
+                f'have {self.n} classes along axis {self.axis}.'
             )
         return rest + s.scatter(-1, self.ids, -torch.inf).log_softmax(-1)
 
@@ -272,8 +272,9 @@ class Draws:
     def refusal_to_fade(self, name: str) -> str:
         """Return an error message that says why a loss with `fade=` can't be computed from draws."""
         return (
-            f'{name} has fade=, which needs the probabilities of all classes, but the cache holds '
-            'draws. Use grad_ratio= without fade=, or store the outputs in a different way (store=).'
+            f'{name} has fade=, which needs the probabilities of all classes, but the cache '
+            'contains draws. Use grad_ratio= without fade=, or store the outputs in a different '
+            'way (store=).'
         )
 
     def reorder(self, order: Tensor) -> 'Draws':
@@ -408,7 +409,7 @@ def check_axis(axis: Any) -> None:
     whole = isinstance(axis, Integral) and not isinstance(axis, bool)
     if axis is None or whole and 1 <= abs(axis) <= MAX_AXIS:
         return
-    batch = ' (axis 0 is that of the samples)' if whole and axis == 0 else ''
+    batch = ' (axis 0 is the batch axis)' if whole and axis == 0 else ''
     raise DistillError(
         f'axis={axis!r}: the class axis must be a whole number from 1 to {MAX_AXIS}, or, counted '
         f'from the end, from -1 to -{MAX_AXIS}{batch}'
@@ -460,8 +461,9 @@ def warn_of_several(raw: Any, model: Any, who: str, found: dict) -> None:
 
 def warn_of_first(who: str, several: str) -> None:
     warnings.warn(
-        f'{who} returns several tensors that could be distilled: {several}. The first is used. Name one with '
-        'output=, an index or a function of what the model returns: output=0 confirms the first.',
+        f'{who} returns several tensors that could be distilled: {several}. The first is used. '
+        'Select one with output=, an index or a function of what the model returns: output=0 '
+        'confirms the first.',
         DistillWarning,
         stacklevel=4,
     )

@@ -159,7 +159,7 @@ class RandomStream:
 
     Args:
         state: What `state_dict` of a stream returned. None for a stream without a state.
-        keep: True if a teacher that starts uses this stream instead of a new one.
+        keep: True if a teacher continues this stream when it starts, instead of using a new one.
     """
 
     # subtle: if the state were only restored, a teacher with dropout would use the same random

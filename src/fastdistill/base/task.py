@@ -150,8 +150,8 @@ def shape_of_labels(shape: Sequence[int], axis: int) -> tuple:
 def label_axis(shape: Sequence[int], task: Task) -> int:
     """Return the axis of the classes, or of the labels of a sigmoid.
 
-    The flat losses of fastai state axis -1 for any shape, but the labels of masks (B, L, H, W) are
-    on axis 1.
+    fastai's flat losses report axis -1 for any shape, but the labels of masks (B, L, H, W) are on
+    axis 1.
 
     Args:
         shape: Shape of the logits.
@@ -179,8 +179,9 @@ def fit_labels(y: Tensor, shape: Sequence[int], task: Task) -> Tensor | None:
     """Convert labels to the shape of the predictions, as class indices for a softmax. Return None
     if the labels do not fit.
 
-    Labels of numbers may lack axes of length 1, or be flat: all in one axis, or, as points
-    (B, N, 2) for outputs (B, 2N), all of a sample in one axis.
+    For numbers and for sigmoid labels, the shapes of labels and logits may differ if they have the
+    same number of values. They may differ in axes of length 1. The values of the batch, or of each
+    sample, may also be flat: points (B, N, 2) fit outputs (B, 2N).
 
     Args:
         y: Labels of a batch.
@@ -245,8 +246,8 @@ def unfit_labels(y: Any, shape: Sequence[int], task: Task) -> str:
     """Describe why the labels do not fit, and how to fix it."""
     if task.kind != 'softmax':
         return (
-            f"The labels have shape {tuple(y.shape)}, the student's outputs {tuple(shape)}: "
-            'both need the same number of values, sample by sample'
+            f"The labels have shape {tuple(y.shape)}, the student's outputs {tuple(shape)}: both "
+            'need the same number of values per sample'
         )
     if y.is_floating_point():
         return f'{float_labels(y)} {CLASS_NUMBERS}'

@@ -178,7 +178,7 @@ def _pairs_asked(student: nn.Module, teacher: Any, x_s: Any, x_t: Any, layers: L
         if a[s][0] != s and len(shape) == 3 and '@' not in name:
             raise DistillError(
                 f"The student's layer {s!r} has its channels first, (B, C, L). The teacher's "
-                f'{name!r} of shape {shape} comes without its layer, so its channel axis is '
+                f'{name!r} of shape {shape} is passed without its layer, so its channel axis is '
                 f"unknown. Return it as tokens (B, L, C), under the name '{name}@tokens'."
             )
     return [(*a[s], *b[t]) for s, t in names]
@@ -191,7 +191,7 @@ def _names_asked(student: nn.Module, teacher: Any, layers: LayersLike) -> list:
 def _name_pairs(layers: LayersLike) -> list:
     """Return a list of (student pattern, teacher pattern), in the given order."""
     if isinstance(layers, Tensor):
-        raise DistillError('layers= got a tensor. Pass inputs for only the teacher as x_teacher=.')
+        raise DistillError("layers= got a tensor. Pass the teacher's own inputs as x_teacher=.")
     if isinstance(layers, str):
         layers = [layers]
     if isinstance(layers, Mapping):

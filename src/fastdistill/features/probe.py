@@ -111,10 +111,10 @@ def series_layers(ran: Iterable[Fired]) -> set:
     convolution. Other outputs with three axes are tokens, (B, L, D).
 
     Some classes of layers always have their channels first, and some always have them last. For any
-    other layer, such as an activation or a block, the channel axis is inferred from the last layer
-    with a known channel axis that finished before. The channel axis is the axis that has the same
-    size as the channel axis of that layer. If both axes or neither axis has this size, the position
-    of the channel axis is the same as in that layer.
+    other layer, such as an activation or a block, the channel axis is inferred from the previous
+    layer with a known channel axis. It is the axis that has the same size as the channel axis of
+    that layer. If both axes or neither axis has this size, the position of the channel axis is the
+    same as in that layer.
 
     Args:
         ran: Result of `probe`.

@@ -117,8 +117,8 @@ def reduce(v: Tensor, reduction: str = 'mean', mask: Tensor | None = None) -> Te
     check_choice('reduction', reduction, ('mean', 'sum', 'none'))
     if mask is not None:
         mask = fit_mask(mask, v.shape).to(v.dtype)
-        # subtle: use `where` instead of a product, because a masked position may hold inf, and 0 *
-        # inf is nan
+        # subtle: use `where` instead of a product, because a masked position may contain inf, and 0
+        # * inf is nan
         v = torch.where(mask > 0, v, 0.0) * mask
     if reduction == 'none':
         return v
@@ -200,7 +200,7 @@ def unit(x: Tensor, axis: int = 1, least: Tensor | float = 0.0) -> Tensor:
 
 
 class Loss(nn.Module):
-    """Module form of a loss function. The module holds only the function and its options.
+    """Module form of a loss function. The module contains only the function and its options.
 
     Args:
         fn: A function of `fastdistill.losses`, or your own function with keyword-only options.

@@ -43,18 +43,18 @@ def per_position(
         mask: Same shape as `s` without the class axis. Logits at masked positions are replaced by
             0.
         slope: fn(s, t, axis=) -> gradient of `values` with respect to `s`. None to use autograd.
-        both: fn(s, t, axis=) -> (values, slope), if this is faster than to compute each.
+        both: fn(s, t, axis=) -> (values, slope), if this is faster than computing each separately.
     """
     axis = class_axis(s, axis)
     shape = s.shape[:axis] + s.shape[axis + 1 :]
     plain = isinstance(s, Tensor) and isinstance(t, Tensor)
     linear = any(isinstance(x, LinearLogits) for x in (s, t))
     if isinstance(s, Tensor) and isinstance(t, Draws):
-        s, axis = s.movedim(axis, -1), s.dim() - 1  # as the classes of draws
+        s, axis = s.movedim(axis, -1), s.dim() - 1  # draws have their classes on the last axis
     if axis != s.dim() - 1 and linear:
         raise DistillError(
-            f'The logits of hidden states have their classes on the last axis, but axis={axis} of '
-            f'{s.dim()} dimensions was given.'
+            'Logits computed from hidden states have their classes on the last axis, but '
+            f'axis={axis} of {s.dim()} dimensions was given.'
         )
     mask = None if mask is None else mask.unsqueeze(axis)
     rows = LINEAR_ROWS if isinstance(s, LinearLogits) else 0
@@ -170,7 +170,7 @@ class Chunked(torch.autograd.Function):
         ctx.rest = kept, values, slope, [*chunks((a, c, p), size)], getattr(s, 'cap', None)
         out, t, d = parts[0].new_empty(a, 1, p), in_blocks(t, s), None
         if slope and isinstance(s, Tensor) and isinstance(t, Blocks) and ctx.needs_input_grad[5]:
-            d = torch.empty_like(s)  # the gradient, while the teacher's logits are at hand
+            d = torch.empty_like(s)  # compute the gradient while the teacher's logits are available
         for i in ctx.rest[3]:
             rows = rows_at((s, t, mask), i)
             if d is None:

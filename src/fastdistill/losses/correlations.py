@@ -13,7 +13,7 @@ from .chunks import blanked, chunk_size, chunks, in_three, rows_at
 # minimum number of positions per chunk, so that the mean of the first chunk is close to the mean of
 # all positions
 FEW_POSITIONS = 8
-# minimum number of positions whose correlation says more than a sign
+# minimum number of positions for which the correlation is not always 1 or -1
 FEWEST_POSITIONS = 3
 
 

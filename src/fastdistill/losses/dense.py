@@ -67,7 +67,8 @@ def affinity(x: Tensor, pool: float, axis: int) -> Tensor:
     grid = x.shape[2:]
     if len(grid) not in MAX_POOL:
         raise DistillError(
-            f'pairwise compares positions, and features of shape {tuple(x.shape)} have no grid of them'
+            f'pairwise compares positions, but features of shape {tuple(x.shape)} have no grid of '
+            'positions'
         )
     size = [min(pool, n) if isinstance(pool, int) else max(int(n * pool), 1) for n in grid]
     x = unit(MAX_POOL[len(grid)](x, size, size, ceil_mode=True).flatten(2))
@@ -174,8 +175,8 @@ def ifvd(
     s, t = channels_first(s, axis), channels_first(t, axis)
     if s.shape[2:] != t.shape[2:] or len(s) != len(t) or y.dim() != s.dim() - 1 or len(y) != len(s):
         raise DistillError(
-            'ifvd needs student and teacher maps with one grid, and labels of as many axes: got '
-            f'{tuple(s.shape)}, {tuple(t.shape)} and labels {tuple(y.shape)}'
+            'ifvd needs student and teacher maps with the same grid, and labels with the axes of '
+            f'this grid: got {tuple(s.shape)}, {tuple(t.shape)} and labels {tuple(y.shape)}'
         )
     y = F.interpolate(as_plain(y)[:, None].float(), s.shape[2:], mode='nearest')[:, 0].long()
     on = y != ignore_index

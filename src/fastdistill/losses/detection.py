@@ -225,7 +225,7 @@ class MGD(ModuleOwner):
 
 def attention_maps(x: Tensor, T: float) -> tuple[Tensor, Tensor]:
     """Return the spatial attention (B, H, W) and the channel attention (B, C) of a feature map,
-    each with the mean 1.
+    each with mean 1.
     """
     v = x.abs()
     place, channel = v.mean(1).flatten(1), v.mean((2, 3))
@@ -235,8 +235,8 @@ def attention_maps(x: Tensor, T: float) -> tuple[Tensor, Tensor]:
 
 def object_masks(boxes: list, x: Tensor) -> tuple[Tensor, Tensor]:
     """Return the weights of the positions inside and outside of objects, (B, H, W). The weights
-    inside of a box have the sum 1, and where boxes overlap, the smallest counts. The weights
-    outside of all boxes of an image have the sum 1.
+    inside a box sum to 1. Where boxes overlap, the smallest box counts. The weights outside all
+    boxes of an image sum to 1.
 
     Args:
         boxes: For each image, corners (N, 4) as fractions of the width and height.
@@ -272,9 +272,10 @@ def fgd(
     """Compare feature maps separately inside and outside of the labeled boxes, weighted by the
     teacher's attention (FGD, arXiv:2111.11837).
 
-    The loss is the sum of the squared differences inside of the boxes, those outside of them, the
-    differences of the attention maps, and the squared differences after a global context was added
-    to each position. As in the authors' code, it is summed over channels and positions.
+    The loss is the sum of four parts: the squared differences inside the boxes, the squared
+    differences outside the boxes, the differences of the attention maps, and the squared
+    differences after a global context was added to each position. As in the authors' code, it is
+    summed over channels and positions.
 
     Args:
         s: Student feature map, projected to the teacher's shape (B, C, H, W).

@@ -75,9 +75,9 @@ def check_classes(s: Tensor, axis: int) -> None:
     """Raise a DistillError if there are fewer than two classes."""
     if s.shape[class_axis(s, axis)] < 2:
         raise DistillError(
-            f'Outputs of shape {tuple(s.shape)} have 1 class on axis {axis}. Its softmax is always 1, '
-            'so there is nothing to learn. Is it one label, or a number? Use binary_kl or regression. '
-            'Does another axis hold the classes? Pass axis.'
+            f'Outputs of shape {tuple(s.shape)} have 1 class on axis {axis}. Its softmax is always '
+            '1, so there is nothing to learn. Is it one label, or a number? Use binary_kl or '
+            'regression. Is a different axis the class axis? Pass axis.'
         )
 
 
@@ -168,8 +168,8 @@ def kl_values(s: Tensor, t: Tensor, T: float, axis: int) -> Tensor:
 
 
 def kl_of_finite(s: Tensor, t: Tensor, T: float, axis: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute the KL of finite logits with few passes over memory. If a logit is infinite, its
-    position gets inf or nan.
+    """Compute the KL of finite logits with few passes over memory. If a logit is infinite, the
+    result at its position is inf or nan.
 
     Returns:
         (KL of each position, log-probabilities of the student, probabilities of the teacher).
@@ -482,8 +482,8 @@ def regression(
     check_choice('distance', distance, DISTANCES)
     if s.shape[:1] != t.shape[:1] or s.numel() != t.numel():
         raise DistillError(
-            f"The student's output has shape {tuple(s.shape)}, the teacher's {tuple(t.shape)}: both "
-            'need the same number of samples, and of values per sample'
+            f"The student's output has shape {tuple(s.shape)}, the teacher's {tuple(t.shape)}: "
+            'both need the same number of samples and the same number of values per sample'
         )
     s, t = s.reshape(len(s), -1), t.reshape(len(t), -1)
     if mask is not None:
@@ -605,7 +605,7 @@ class Standardized:
         if kind in ('sigmoid', 'regression'):
             raise DistillError(
                 f'standardized {self.__name__} for {kind}: standardizing compares the classes of a '
-                'position, so it needs a loss of softmax logits, such as kl, dkd or dist'
+                'position, so it needs a loss on softmax logits, such as kl, dkd or dist'
             )
 
     def __call__(self, s: Tensor, t: Tensor, *args: Any, **kwargs: Any) -> Tensor:

@@ -39,8 +39,9 @@ class FoldablePair(NamedTuple):
     """A batch norm that can be folded into a convolution.
 
     Attributes:
-        seen_by: Modules that receive or return the output of the convolution: these two, and
-            containers. Their inputs or outputs change if the batch norm is folded.
+        seen_by: Modules that receive or return the output of the convolution: the convolution, the
+            batch norm and their containers. Their inputs or outputs change if the batch norm is
+            folded.
     """
 
     conv: Module
@@ -100,7 +101,7 @@ def watched_pairs(model: Module) -> Iterator[list[FoldablePair]]:
     """Watch the model while it runs.
 
     Yields:
-        A list, which holds the foldable pairs after the context ends.
+        A list, which contains the foldable pairs after the context ends.
     """
     found: list[tuple[_Watched, Module]] = []
     pairs: list[FoldablePair] = []
@@ -121,7 +122,7 @@ def watched_pairs(model: Module) -> Iterator[list[FoldablePair]]:
             w.seen_by.add(m)
 
     def at_end(m: nn.Module, args: tuple, y: Any) -> None:
-        # whatever the model still holds or returns, in any container, may be read
+        # anything that the model still stores or returns, in any container, may be read
         for w in readers.watched.values():
             w.reads += w.tensor() is not None
 

@@ -54,7 +54,7 @@ class CompiledModule:
             text = (str(e).splitlines() or [''])[0][:100]
             return f'not compiled ({type(e).__name__}: {text})'
         if not close:
-            return 'not compiled (compiled, its outputs differ too much)'
+            return 'not compiled (the outputs of the compiled module differ too much)'
         self.fast, self.shapes = fast, shapes_of(x, kw)
         return f'compiled in {time.perf_counter() - start:.0f} s'
 

@@ -1,4 +1,4 @@
-"""Combine several teachers into one: the mean of their predictions, or one drawn member."""
+"""Combine several teachers: the mean of their predictions, or one randomly drawn member."""
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -59,7 +59,8 @@ class EnsembleRunner(Runner):
         logits = mix([o.logits for o in outs], t.weights, t.combine, t.kind, t.axis)
         if any(o.classes != outs[0].classes for o in outs):
             raise DistillError(
-                'The members of the ensemble are about different classes: classes= must be equal.'
+                'The members of the ensemble predict different classes: classes= must be the same '
+                'for all.'
             )
         mask = next((o.mask for o in outs if o.mask is not None), None)
         return Outputs(logits, feats, mask, outs[0].classes)
@@ -94,7 +95,8 @@ def member_weights(weights: Sequence[float] | None, n: int) -> list[float]:
     w = [1.0] * n if weights is None else [float(o) for o in weights]
     if len(w) != n or min(w) < 0 or not 0 < sum(w) < float('inf'):
         raise DistillError(
-            f'weights={weights} of {n} teachers: give each one number, none below 0, not all 0'
+            f'weights={weights} for {n} teachers: must be one number per teacher, none negative '
+            'and not all 0'
         )
     return [o / sum(w) for o in w]
 
@@ -112,9 +114,10 @@ def mix(
     for i, o in enumerate(logits):
         if o.shape != logits[0].shape:
             raise DistillError(
-                f'Logits of member {i} of the ensemble have shape {tuple(o.shape)}, those of member 0 '
-                f'{tuple(logits[0].shape)}: they must be equal. Teacher(member, select=...) selects '
-                'classes of a member; a function can resize its outputs.'
+                f'Logits of member {i} of the ensemble have shape {tuple(o.shape)}, but logits of '
+                f'member 0 have shape {tuple(logits[0].shape)}: the shapes must be equal. '
+                'Teacher(member, select=...) selects classes of a member; a function can resize '
+                'its outputs.'
             )
     weights, logits = zip(*[(w, full_precision(o)) for w, o in zip(weights, logits) if w > 0])
     if combine == 'logits' or kind == 'regression':

@@ -45,8 +45,9 @@ def load_estimator(path: Any) -> Any:
     if is_estimator(model):
         return model
     raise DistillError(
-        f'{path} holds an object of type {type(model).__name__}, which has neither predict_proba nor '
-        "predict: joblib.dump(pipeline, 'trees.joblib') writes a fitted estimator."
+        f'{path} contains an object of type {type(model).__name__}, which has neither '
+        "predict_proba nor predict: joblib.dump(pipeline, 'trees.joblib') writes a fitted "
+        'estimator.'
     )
 
 
@@ -131,9 +132,9 @@ class Estimator:
         if hasattr(self.model, 'predict_proba'):
             if isinstance(p := self.model.predict_proba(rows), list):
                 raise DistillError(
-                    f'{self.__name__} predicts {len(p)} outputs, but the student predicts one of several '
-                    'classes. Give a function that returns the probabilities of one of them: '
-                    "Teacher(fn, outputs='probs')."
+                    f'{self.__name__} predicts {len(p)} outputs, but the student predicts one of '
+                    'several classes. Pass a function that returns the probabilities of one '
+                    "output: Teacher(fn, outputs='probs')."
                 )
             return p
         v, classes = np.asarray(self.model.predict(rows)), self.classes
@@ -169,8 +170,8 @@ class Estimator:
     def _table(self, x: Any, named: Any) -> Any:
         if self.frame is not None:
             raise DistillError(
-                "frame= is for fastai's tables. In a loop of your own, the batch has the rows that "
-                f'{self.__name__} takes: Teacher(model).'
+                "frame= is for fastai's tables. In your own training loop, the batch contains the "
+                f'rows that {self.__name__} takes: use Teacher(model).'
             )
         if len(x) == 1 and not named and not isinstance(x[0], (Tensor, Mapping)):
             return x[0]
@@ -200,7 +201,7 @@ class Estimator:
             table: A DataFrame.
 
         Raises:
-            DistillError: If columns are missing. The error names them.
+            DistillError: Columns are missing. The message lists them.
         """
         names = self.columns
         if names is None:

@@ -1,4 +1,4 @@
-"""Replace a teacher's model by a faster copy with similar outputs, chosen on the first batch."""
+"""Replace a teacher's model with a faster copy with similar outputs, chosen on the first batch."""
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -34,12 +34,12 @@ PRECISIONS = dict(bf16=torch.bfloat16, fp16=torch.float16)
 # maximum difference from the outputs of the original model, relative to their standard deviation
 # (see `difference`)
 FARTHEST = {torch.float32: 1e-3, torch.bfloat16: 0.03, torch.float16: 0.01}
-LAYERS = 5  # the outputs of layers may differ by this multiple
+LAYERS = 5  # limit for the outputs of layers, as a multiple of `FARTHEST`
 NOT_FASTER = 'a copy is not faster'
 # minimum number of operations per batch for 'auto', since smaller models do not become faster
 WORK = 5e9
-# {type of device: number of batches from one comparison of weights to the next}. On a GPU, each one
-# waits for the work of the batches before
+# {type of device: number of batches from one comparison of weights to the next}. On a GPU, each
+# comparison waits until earlier batches are finished
 EVERY = dict(cuda=50)
 BLOCK = 16  # pixels along each axis of an image that count as one position
 
@@ -57,7 +57,8 @@ def check_run(given: dict[str, Any], model: Any) -> None:
     batch = options['batch']
     if batch is not None and (isinstance(batch, bool) or not isinstance(batch, int) or batch < 1):
         raise DistillError(
-            f'batch={batch!r}: give a whole number of rows from 1, or None for all rows at once'
+            f'batch={batch!r}: must be a positive whole number of rows, or None for all rows at '
+            'once'
         )
     check_device(options['device'])
     if model is None or isinstance(model, nn.Module) and not is_graph(model):
@@ -114,7 +115,7 @@ def why_no_copy(model: Module) -> str:
         for o in (v, *(v if type(v) is list else ()))
     }
     if any(id(o) not in inside for h in hooks_of(model) if (o := owner_of(h)) is not None):
-        return 'it has hooks of yours'
+        return 'it has custom hooks'
     return ''
 
 
@@ -371,7 +372,7 @@ class ModelCopy:
         return f'{self.plan}{f", on {device}" if device else ""}'
 
     def with_layers(self, layers: Sequence[str]) -> 'ModelCopy':
-        """Return a copy that folds no batch norm of the layers that are read."""
+        """Return a copy with only those batch norms folded that allow these layers to be read."""
         left = without_layers(self.model, self.plan.pairs, layers)
         if len(left) == len(self.plan.pairs):
             return self
@@ -414,9 +415,9 @@ def dtypes_to_try(own: Any, precision: str, large: bool, device: torch.device) -
 
 
 class ModelMarks:
-    """Record of a model's state, with which later changes of weights or hooks are detected.
+    """Record of a model's state, used to detect later changes of weights or hooks.
 
-    The record holds the hooks, and the tensors with their versions and a few of their values.
+    The record contains the hooks, and the tensors with their versions and a few of their values.
     """
 
     def __init__(self, model: Module) -> None:
@@ -526,7 +527,7 @@ def is_faster(a: Module, b: Module, run: Callable[[Module], list[Tensor]]) -> bo
 
 
 def no_autocast(x: Sequence, kw: Mapping[str, Any]) -> torch.autocast:
-    """Return a context without autocast.
+    """Return a context manager that disables autocast.
 
     A copy has its own precision, which the student's autocast must not change.
     """
@@ -550,8 +551,8 @@ def by_output(logits: Any, kind: str = '', axis: int = 1) -> Tensor:
 
 
 def difference(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:
-    """Compute the root mean square difference of outputs, relative to the standard deviation of
-    those in `b`. Return the largest one of all outputs.
+    """Compute the root mean square difference of outputs, relative to the standard deviation of the
+    outputs in `b`. Return the largest value over all outputs.
 
     Args:
         a, b: Outputs, as `by_output` returns them.

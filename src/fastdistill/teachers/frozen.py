@@ -12,7 +12,7 @@ from .hidden_state import has_reset
 
 
 class FrozenModel:
-    """Context that freezes a model in evaluation or training mode.
+    """Context manager that freezes a model in evaluation or training mode.
 
     When the context ends, the modes, buffers, device and hidden states of the model are restored.
 
@@ -110,15 +110,15 @@ def cuda_devices(model: Module) -> set[torch.device]:
 
 
 def has_known_layers(model: Module) -> bool:
-    """Return True if all layers are of PyTorch, torchvision or fastai. In evaluation mode, they draw
-    no random numbers from Python or NumPy.
+    """Return True if all layers are from PyTorch, torchvision or fastai. In evaluation mode, such
+    layers draw no random numbers from Python or NumPy.
     """
     names = {type(m).__module__ for m in model.modules()}
     return all(n.startswith(('torch.nn.', 'torchvision.', 'fastai.')) for n in names)
 
 
 def may_be_hidden_state(name: str) -> bool:
-    """Return True if an attribute of a recurrent layer may hold a hidden state.
+    """Return True if an attribute of a recurrent layer may contain a hidden state.
 
     The result is also True for `_flat_weights`, an attribute of PyTorch's recurrent layers.
     """

@@ -36,7 +36,7 @@ def why_no_reset(model: Any) -> str | None:
             now = saved_tensors(model)
             names = dict.fromkeys([*was, *now])
             changed = [n for n in names if is_changed(was.get(n), now.get(n))]
-    except Exception as e:  # the method of a user may raise any error
+    except Exception as e:  # a user's method may raise any error
         return f'fails without arguments ({type(e).__name__}: {e})'
     finally:
         state.restore()

@@ -52,9 +52,9 @@ def named_stats(name: str, model: Any) -> tuple:
     if cfg := timm_cfg(model):
         return cfg['mean'], cfg['std']
     raise DistillError(
-        f"stats='auto': {type(model).__name__} does not hold the normalization of its images, as "
-        "timm's models do and torchvision's don't. Give images=dict(stats=(mean, std)), its torchvision "
-        "weights, or 'imagenet'."
+        f"stats='auto': {type(model).__name__} does not store the normalization of its images. "
+        "Models of timm do, models of torchvision don't. Pass images=dict(stats=(mean, std)), its "
+        "torchvision weights, or 'imagenet'."
     )
 
 
@@ -73,7 +73,8 @@ def affine(
     (gm, gs), (wm, ws) = given, wanted
     if 1 < len(gm) != len(wm) > 1:
         raise DistillError(
-            f'input_stats have {len(gm)} channels, stats {len(wm)}: both must be of the same images'
+            f'input_stats have {len(gm)} channels, stats {len(wm)}: both must be for the same '
+            'images'
         )
     factor, shift = torch.broadcast_tensors(gs / ws, (gm - wm) / ws)
     if (factor - 1).abs().max() < 1e-6 and shift.abs().max() < 1e-6:

@@ -31,7 +31,7 @@ FACTS = 'fastdistill'  # name of the metadata in a file written by `export_stude
 
 
 def read_facts(text: str | None) -> dict:
-    """Return what a file says about a student, such as its classes and normalization."""
+    """Return the facts about a student that a file contains, such as classes and normalization."""
     try:
         facts = json.loads(text or '{}')
     except ValueError:
@@ -69,11 +69,14 @@ def why_no_teacher(o: Any) -> str | None:
         return f'{o.__name__} is a class, not a model.'
     if isinstance(o, Mapping) and o and not holds_weights(o):
         return (
-            'A dict of teachers is for the heads of a student: Distiller, fastdistill.fastai and '
-            'DistillCallback take it. Here, give one teacher.'
+            'A dict of teachers is for a student with several heads: pass it to Distiller, '
+            'fastdistill.fastai or DistillCallback. Pass a single teacher here.'
         )
     if isinstance(o, Mapping):
-        return 'A dict (a state_dict?) holds weights, but no network: build the model and load them into it.'
+        return (
+            'A dict (a state_dict?) contains weights, but no network: build the model and load '
+            'the weights into it.'
+        )
     if hasattr(o, 'dls') and hasattr(o, 'model'):
         return 'This is a fastai Learner: pass it to fastdistill.fastai, or pass its `.model` here.'
     if not callable(o):
@@ -117,7 +120,7 @@ def from_file(path: Path) -> tuple[Any, Path]:
             return torch_script(path), path
         if has('archive_format', 'serialized_exported_program.json'):
             # torch.export.load unpickles objects that are not plain weights
-            warn_of_code(path, 'holds pickles')
+            warn_of_code(path, 'contains pickles')
             extra = {n: '' for n in [f'{FACTS}.json'] if has(n)}
             model: Any = exported_program(torch.export.load(path, extra_files=extra))
             model.facts = read_facts(next(iter(extra.values()), None))
@@ -125,9 +128,10 @@ def from_file(path: Path) -> tuple[Any, Path]:
     except RuntimeError as e:
         raise DistillError(f'{path} could not be loaded: {e}') from e
     raise DistillError(
-        f'{path} holds no TorchScript, torch.export program or ONNX network. If it holds only weights '
-        '(a state_dict), build the model and load them into it. If it is an exported Learner or an '
-        'estimator that joblib wrote, pass it to fastdistill.fastai, or load it: joblib.load(path).'
+        f'{path} contains no TorchScript, torch.export program or ONNX network. If it contains '
+        'only weights (a state_dict), build the model and load the weights into it. If it is an '
+        'exported Learner or an estimator that joblib wrote, pass it to fastdistill.fastai, or '
+        'load it: joblib.load(path).'
     )
 
 
@@ -136,7 +140,7 @@ def warn_of_code(path: str | Path, what: str = 'is a pickle') -> None:
 
     Args:
         path: Path of the file.
-        what: 'is a pickle', or 'holds pickles' for an archive of PyTorch.
+        what: 'is a pickle', or 'contains pickles' for an archive of PyTorch.
     """
     warnings.warn(
         f'{path} {what}, and loading it runs the code in it. Load only files that you trust. ONNX files, and '
@@ -147,7 +151,7 @@ def warn_of_code(path: str | Path, what: str = 'is a pickle') -> None:
 
 
 def torch_script(path: Path) -> Any:
-    warn_of_code(path, 'holds pickles')  # the PyTorch documentation warns of such files, too
+    warn_of_code(path, 'contains pickles')  # the PyTorch documentation warns of such files, too
     with warnings.catch_warnings():
         warnings.filterwarnings('ignore', '.*torch.jit.load')
         return torch.jit.load(path, map_location='cpu')
@@ -155,7 +159,7 @@ def torch_script(path: Path) -> Any:
 
 def exported_program(exported: torch.export.ExportedProgram) -> Module:
     """Return the module of an exported program. The mode of such a module can't be changed."""
-    # {operation: index of the argument that holds the mode}
+    # {operation: index of the argument that contains the mode}
     training = {'aten.batch_norm.default': 5, 'aten.dropout.default': 2}
     if any(
         n.args[training[str(n.target)]] for n in exported.graph.nodes if str(n.target) in training
@@ -208,8 +212,9 @@ def hint_for(tensors: Sequence[torch.Tensor], module: Module) -> str:
     ids = [t for t in tensors if not t.is_floating_point() and t.dtype != torch.bool and t.numel()]
     if rows and ids and (largest := max(t.max().item() for t in ids)) >= max(rows):
         return (
-            f'The ids go up to {largest}, and its largest embedding has {max(rows)} rows: it has a smaller '
-            'vocabulary. Make the data with its tokenizer, or translate: Teacher(model, inputs=fn).'
+            f'The token ids go up to {largest}, but its largest embedding has only {max(rows)} '
+            'rows, so its vocabulary is smaller. Create the data with its tokenizer, or convert '
+            'the inputs: Teacher(model, inputs=fn).'
         )
     if any(t.dim() == 4 and t.is_floating_point() for t in tensors):
         return (
@@ -239,7 +244,8 @@ def check_second_argument(model: Module, ids: torch.Tensor, second: Any) -> None
 
 
 def model_files(path: Path) -> list[Path]:
-    """Return the files that hold a model: the file itself and, for ONNX, the files of its weights.
+    """Return the files that contain a model: the file itself and, for ONNX, the files of its
+    weights.
 
     Args:
         path: File of the model.

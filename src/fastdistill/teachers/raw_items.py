@@ -26,8 +26,8 @@ def with_items(x: Any, items: Any) -> Any:
     sizes = [len(t) for t in tensors_in(x) if t.dim()]
     if len(items) not in sizes:
         raise DistillError(
-            f'{len(items)} items for a batch of {sizes[0] if sizes else "no"} samples: give one for '
-            "each, in the batch's order, and the inputs as tensors."
+            f'{len(items)} items for a batch of {sizes[0] if sizes else "no"} samples: pass one '
+            'item for each sample, in the order of the batch, and pass the inputs as tensors.'
         )
     # subtle: create views, since the tensors of the batch must not change. Indexing is needed,
     # because `as_subclass` may return the same object
@@ -46,12 +46,12 @@ def items_beside(x: Any, name: str) -> Any:
     """
     if (items := items_in(x)) is None:
         raise DistillError(
-            f'items= of the teacher {name}: the raw items of these inputs are not known here. They are '
-            "known for the batches of fastai's DataLoaders, in distill, KnowledgeDistillation, "
-            'check_teacher, compare and cache_teacher. In a loop of your own, pass them with the '
-            "batch: distiller(with_items(x, items), y). Elsewhere, store the teacher's outputs with "
-            'cache_teacher or cache_dataset and train from these, or make its inputs from the batch: '
-            'Teacher(model, inputs=fn).'
+            f'items= of the teacher {name}: the raw items of these inputs are not known here. They '
+            "are known for the batches of fastai's DataLoaders, in distill, KnowledgeDistillation, "
+            'check_teacher, compare and cache_teacher. In your own training loop, pass them with '
+            "the batch: distiller(with_items(x, items), y). Otherwise, store the teacher's outputs "
+            'with cache_teacher or cache_dataset and train from the cache, or compute the '
+            "teacher's inputs from the batch: Teacher(model, inputs=fn)."
         )
     return items
 
@@ -93,7 +93,8 @@ def as_in_batch(out: Outputs, samples: BatchSamples, teacher: Any) -> Outputs:
     samples.refuse_moved(
         out,
         'The teacher reads the raw items',
-        'Remove these transforms, or use a teacher of the batch: Teacher(model, inputs=fn).',
+        'Remove these transforms, or use a teacher that reads the batch: Teacher(model, '
+        'inputs=fn).',
     )
     if samples.mix is not None and not reads_only_items(teacher):
         raise DistillError(

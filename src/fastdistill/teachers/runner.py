@@ -83,7 +83,7 @@ class Runner:
             self._restore()
 
     def ready(self) -> AbstractContextManager:
-        """Return a context in which the model is prepared for a single batch, unless the runner is
+        """Return a context manager that prepares the model for a single batch, unless the runner is
         started.
         """
         if self.started:

@@ -58,7 +58,7 @@ class Teacher(OutputSource):
             each output (see docs/classes.md). None if the classes are the same.
         layers: Dotted names of the layers to read. In an ensemble, '0.NAME' is a layer of the first
             member.
-        output: Which output holds the logits: a name, an index or a function. If None, use
+        output: Which output contains the logits: a name, an index or a function. If None, use
             'logits', 'out', or the first element of a tuple.
         outputs: Type of the output: 'logits', or 'probs' for probabilities of classes or labels, as
             estimators return.
@@ -252,7 +252,7 @@ class Teacher(OutputSource):
         if self.path:
             self.model = load_model(self.path)[0]
             self.model = adapted_model(self)
-        self.needs = needs_of(self)  # files of earlier versions do not hold it
+        self.needs = needs_of(self)  # files of earlier versions do not contain it
         self.runner = runner_of(self)
 
     # run a batch
@@ -313,7 +313,7 @@ def needs_of(teacher: Teacher) -> str:
 
 
 def adapted_model(teacher: Teacher) -> Any:
-    """Return the model of a teacher for its options."""
+    """Return the model of a teacher, adapted to the teacher's options."""
     model, facts = teacher.model, teacher._facts
     if isinstance(model, Onnx):
         model = model.returning(teacher.output)
@@ -394,7 +394,7 @@ def reading_tokens(teacher: Teacher, *x: Any) -> Teacher:
     """Return a variant of the teacher whose features can be stored.
 
     Layers that return a series (B, C, L), such as a 1d convolution, are read as tokens (B, L, C),
-    since stored features do not show which axis holds the channels.
+    since stored features do not show which axis is the channel axis.
 
     Args:
         teacher: A `Teacher`.
@@ -409,7 +409,7 @@ OF_A_RUN = 'mode', 'size', 'inputs', 'items', 'layers', 'run'
 
 
 def same_run(a: Any, b: Any) -> bool:
-    """Return True if a single run of the model can give the outputs of both teachers.
+    """Return True if a single run of the model can produce the outputs of both teachers.
 
     Such teachers differ at most in `output`, `kind` and their classes.
     """

@@ -21,8 +21,8 @@ def check_own_inputs(inputs: Callable | None, items: Callable | None) -> None:
     given = {k: fn for k, fn in dict(inputs=inputs, items=items).items() if fn is not None}
     if len(given) > 1:
         raise DistillError(
-            "inputs= makes the teacher's inputs from the batch, items= from the raw items: give one "
-            'of them.'
+            "inputs= computes the teacher's inputs from the batch, items= computes them from the "
+            'raw items: pass only one of them.'
         )
     for k, fn in given.items():
         if not callable(fn):
@@ -60,10 +60,10 @@ def own_inputs(teacher: Any, x: tuple, kw: Mapping[str, Any]) -> tuple:
         return (rows,), {}
     option = 'inputs' if teacher.items is None else 'items'
     raise DistillError(
-        f'{option}= of the teacher {teacher.name} returned a {type(own).__name__}'
-        f'{" of lists" if isinstance(own, Mapping) else ""}: must be a tensor or array with a row for '
-        'each sample, a tuple of several, or a dict of tensors by name (of a tokenizer of Hugging Face: '
-        "return_tensors='pt', padding=True)."
+        f'{option}= of the teacher {teacher.name} returned a '
+        f'{type(own).__name__}{" of lists" if isinstance(own, Mapping) else ""}: must be a tensor '
+        'or array with a row for each sample, a tuple of several, or a dict of tensors by name '
+        "(for a Hugging Face tokenizer, pass return_tensors='pt', padding=True)."
     )
 
 
