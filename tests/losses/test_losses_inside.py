@@ -572,7 +572,7 @@ WRONG = [
         'pool=2.0: the size of a cell must be a whole number of pixels, or a fraction',
     ),
     (lambda: ifvd(A, A, torch.ones(2, 4)), r'labels with the axes of this grid.*labels \(2, 4\)'),
-    (lambda: ifvd(A, A[..., :2], torch.ones(2, 4, 4)), 'one grid'),
+    (lambda: ifvd(A, A[..., :2], torch.ones(2, 4, 4)), 'maps with the same grid'),
     (lambda: fsp(A, A), 'but got a Tensor and a Tensor'),
     (lambda: fsp([A, B], [A]), 'a list of 2 and a list of 1'),
     (
