@@ -223,7 +223,7 @@ def step_costs():
         out.append(f'| {way} | {cells} |')
     out += [
         '',
-        'Most memory of the process, in MiB, where it was measured:',
+        'Peak memory of the process in MiB, where it was measured:',
         '',
         f'| way | {" | ".join(n for n, o in pairs.items() if measured_memory(o))} |',
         '|---|' + '---|' * sum(map(measured_memory, pairs.values())),
@@ -286,7 +286,7 @@ def text(found):
             '',
             '## Failures',
             '',
-            f'The {len(lost)} results that are significantly worse than labels alone, the worst first:',
+            f'The {len(lost)} results that are significantly worse than labels alone, worst first:',
             '',
             '| method | cell | gain | 95% interval |',
             '|---|---|---|---|',
