@@ -222,7 +222,7 @@ def test_the_command(tmp_path, monkeypatch, capsys):
         code == 0
         and '✓  recipe' in out
         and '3 epochs' in out
-        and 'No mistake was found. Is this score of the teacher the one that you know?' in out
+        and 'No mistakes were found. Is this the score that you expect from the teacher?' in out
     )
     code, out, _ = call('work.py:student', 'work.py:probs', '--no-cost')
     assert code == 1 and '✗  outputs' in out and 'step' not in out.split()

@@ -121,7 +121,7 @@ REASONS = [
         blurred(0.8),
         right,
         {},
-        r'warning: The student is better than the teacher \(accuracy 0.\d+ and 1.000, on 256',
+        r'warning: The student is better than the teacher \(accuracy on 256 validation items: teacher 0.\d+, student 1.000\)',
     ),
     (
         'as good',
@@ -156,7 +156,7 @@ REASONS = [
         right,
         blurred(0.3),
         dict(faded=dict(dist=0.04)),
-        "note: At the end of the training, 4% of dist's gradient ratio was left",
+        "note: At the end of training, 4% of dist's gradient ratio was left",
     ),
     ('few steps', right, blurred(0.3), dict(steps=240), 'note: The training had 240 steps'),
 ]
@@ -172,7 +172,8 @@ def test_a_handful_of_items_says_nothing_of_the_teacher():
     found = why(right, constant, n=5)
     assert not any('not significantly better than the student' in str(f) for f in found)
     assert any(
-        'Too few items to compare the models' in str(f) and 'on 5 validation items' in str(f)
+        'There are too few items to compare the models' in str(f)
+        and 'on 5 validation items' in str(f)
         for f in found
     )
 
@@ -181,7 +182,8 @@ def test_training_items_learned_by_heart():
     x, y = labeled(256, 1)
     by_heart = lambda o: right(o) if torch.equal(o, x) else constant(o)
     assert any(
-        'on training items (100%), but less on others (0%)' in str(f) for f in why(right, by_heart)
+        'on training items (100%), but less on validation items (0%)' in str(f)
+        for f in why(right, by_heart)
     )
 
 
@@ -244,7 +246,7 @@ def test_a_student_follows_if_it_took_over_half(taught):
 @pytest.mark.parametrize('taught', [0.78, 0.82])
 def test_a_fifth_less_on_other_items_is_learned_by_heart(taught):
     found = why_of(answers(taught=taught), answers())
-    assert says(found, 'but less on others') is (taught < 0.8)
+    assert says(found, 'but less on validation items') is (taught < 0.8)
 
 
 @pytest.mark.parametrize('wrong', [18, 22])
@@ -288,7 +290,7 @@ def test_nearly_certain_begins_at_99_percent(p):
 def test_less_than_a_tenth_of_the_gradient_is_little(share):
     assert says(
         why_of(answers(), answers(), shares=dict(task=share, kd=1 - share)),
-        'of the gradient at the first batch',
+        'of the gradient on the first batch',
     ) is (share < 0.1)
 
 

@@ -100,7 +100,7 @@ def test_the_facts_stand_above_the_findings():
     assert repr(found).splitlines() == [
         f'accuracy on 200 validation items: teacher {score}, constant {found.facts.constant_score:.3f}',
         f"teacher's mean top probability: validation {top}",
-        'No mistake was found. Is this score of the teacher the one that you know?',
+        'No mistakes were found. Is this the score that you expect from the teacher?',
     ]
 
 
@@ -815,7 +815,7 @@ def test_labels_that_only_the_users_loss_function_can_read_are_a_note():
         check(knowing(), x, torch.ones(32, 4), Task('sigmoid')),
         'note',
         'cannot be measured',
-        'The labels have shape (32, 4), the outputs (32, 10)',
+        'The labels have shape (32, 4), but the outputs have shape (32, 10)',
     )
     assert (
         check(knowing(), x, torch.ones(32, 4), Task('sigmoid')).facts.n == 0

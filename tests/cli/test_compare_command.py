@@ -99,7 +99,10 @@ def test_compare_prints_and_writes_a_report(command, there):  # noqa: F811
         (['a=mine.py:net'], 'None of the models is a Learner'),
         (['a=mine.py:alone', '--headline', 'x'], '--headline'),
         (['a=mine.py:nothing'], "mine.py has no 'nothing'"),
-        (['a=mine.py:student', 'b=mine.py:student', 'a=mine.py:alone'], "'a' is there twice"),
+        (
+            ['a=mine.py:student', 'b=mine.py:student', 'a=mine.py:alone'],
+            "The name 'a' is used twice",
+        ),
     ],
 )
 def test_mistakes_of_compare_are_one_line(command, there, args, why):  # noqa: F811
@@ -130,7 +133,7 @@ def test_reports_of_several_runs_are_one_table_the_best_first(command, there):  
         (['runs/none'], 'no file'),
         (['runs/good', 'runs/dull', '--html', 'x.html'], 'page of one report'),
         (['mine.py'], 'not JSON'),
-        (['runs/good', 'runs/good'], 'is there twice'),
+        (['runs/good', 'runs/good'], 'is used twice'),
     ):
         code, _, err = command('report', *args)
         assert code == 2 and why in ' '.join(err.split())
@@ -145,7 +148,7 @@ def test_export_says_that_a_network_is_untrained(command, there):  # noqa: F811
         'mine.py:make_student is hardly better than a constant prediction: accuracy 0.000 on 64 validation samples, and a constant'
         in said
     )
-    assert 'Is it trained? mine.py:make_student is run anew' in said
+    assert 'Has it been trained? mine.py:make_student is run again' in said
 
 
 def test_a_recipe_is_text_or_an_object_of_a_script(command, there):  # noqa: F811
@@ -155,7 +158,7 @@ def test_a_recipe_is_text_or_an_object_of_a_script(command, there):  # noqa: F81
         code, out, err = command(
             'check', 'mine.py:student', 'mine.py:teacher', '--recipe', recipe, '--no-cost'
         )
-        assert 'kd: each is meaningful' in ' '.join(out.split()), err
+        assert 'kd: meaningful for these outputs' in ' '.join(out.split()), err
     code, _, err = command('check', 'mine.py:student', 'mine.py:teacher', '--recipe', 'kdd()')
     assert code == 2
     assert "there is no recipe 'kdd'" in ' '.join(err.split())

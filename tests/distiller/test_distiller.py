@@ -1907,7 +1907,7 @@ MISTAKES = [
             ),
             *batch(),
         ),
-        r"student's output has shape \(16, 1\), the teacher's \(16, 6\)",
+        r"student's output has shape \(16, 1\), but the teacher's has shape \(16, 6\)",
     ),
 ]
 mistakes = pytest.mark.parametrize(
@@ -2239,7 +2239,7 @@ def test_the_check_says_that_an_unknown_normalization_was_not_checked():
     teacher[1].weight.data = torch.eye(3)
     student[1].weight.data = -torch.eye(3)
     text = lambda t: repr(Distiller(student, t, kd()).check([(x, y)]))
-    assert 'No mistake was found. Is this score of the teacher' in text(teacher)
+    assert 'No mistakes were found. Is this the score that you expect' in text(teacher)
     assert 'The normalization of the images was not checked' in text(teacher)
     given = text(Teacher(teacher, images=dict(input_stats=(0, 1))))
     assert 'not checked' not in given
@@ -2434,7 +2434,9 @@ def test_points_are_not_taken_for_classes():
     student, teacher = mlp(4), mlp(8)
     task_loss = lambda s, y: F.mse_loss(s, y.flatten(1))
     x, y = torch.randn(3, 8), torch.randn(3, 2, 2)
-    with pytest.raises(DistillError, match='are as many fractional numbers as the outputs'):
+    with pytest.raises(
+        DistillError, match='are floating-point numbers .*, one for each number in the outputs'
+    ):
         Distiller(student, teacher, kd(), task_loss=task_loss)(x, y)
     Distiller(student, teacher, kd(), task_loss=task_loss, kind='regression')(x, y)
 

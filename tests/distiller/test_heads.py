@@ -320,7 +320,10 @@ def test_a_loader_is_checked_for_each_head():
         assert found[k].facts.student_score == pytest.approx(right(student(X)[k], y))
     same = two_heads(student, color, color)
     wrong = same.check([(X, COLOR, SHAPE)])
-    assert "The student's output has shape (8, 2), the teacher's (8, 3)" in wrong['shape'][0].what
+    assert (
+        "The student's output has shape (8, 2), but the teacher's has shape (8, 3)"
+        in wrong['shape'][0].what
+    )
     assert not same.check(X, COLOR, SHAPE)['color']
     other = same.check(X, COLOR + 3, SHAPE)['color']
     assert 'There is a label 5, but the outputs have 3 classes' in other[0].what

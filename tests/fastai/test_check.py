@@ -111,7 +111,7 @@ def test_a_teacher_that_fits_gives_no_finding(app):
         assert f.level == 'note' and 'hardly better than chance' in f.what
         return
     assert findings == [] and repr(findings).endswith(
-        '\nNo mistake was found. Is this score of the teacher the one that you know?'
+        '\nNo mistakes were found. Is this the score that you expect from the teacher?'
     )
 
 
@@ -475,7 +475,7 @@ def test_another_shape_of_output_is_an_error():
     refuses(
         student,
         nn.Linear(8, 5),
-        r"student's output has shape \(16, 4\), the teacher's \(16, 5\).*same classes.*Teacher\(model, select=",
+        r"student's output has shape \(16, 4\), but the teacher's has shape \(16, 5\).*same classes.*Teacher\(model, select=",
     )
     student, _ = pair('unet')
     refuses(
@@ -592,7 +592,7 @@ def test_an_untrained_teacher_is_no_better_than_chance():
         student,
         lambda x: torch.zeros(len(x), 4),
         'no better than chance: on average it recognizes 25.0% of the samples of a class '
-        r'\(32 validation labels, 4 classes\), a constant prediction 25.0%',
+        r'\(32 validation labels, 4 classes\), and a constant prediction 25.0%',
     )
     student, _ = pair('multi_label')
     warns(
@@ -606,7 +606,7 @@ def test_an_untrained_teacher_is_no_better_than_chance():
         student,
         lambda x: torch.full((len(x), 1), 9.0),
         'no better than chance: its squared error on 32 validation items is '
-        r'\S+, the best constant prediction has',
+        r'\S+, and the best constant prediction has',
     )
 
 
@@ -617,7 +617,8 @@ def test_a_teacher_with_a_new_models_batchnorm_seems_untrained():
     with pytest.warns(DistillWarning) as w:
         student.fit(1, 0.01, cbs=KD(teacher))
     assert any(
-        'batch-norm statistics are the initial ones: it seems to be untrained' in str(o.message)
+        'batch norm statistics have their initial values: it seems to be untrained'
+        in str(o.message)
         for o in w
     )
 

@@ -343,7 +343,7 @@ def test_the_check_is_for_each_head():
         learn.distill(dict(color=t['color'], shape=swapped), 1, 0.01, kd())
     with pytest.raises(
         DistillError,
-        match=r"shape: The student's output has shape \(16, 4\), the teacher's \(16, 3\)",
+        match=r"shape: The student's output has shape \(16, 4\), but the teacher's has shape \(16, 3\)",
     ):
         learn.distill(dict(color=t['color'], shape=t['color']), 1, 0.01, kd())
 

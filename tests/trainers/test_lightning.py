@@ -500,7 +500,7 @@ def test_data_that_can_only_be_iterated_are_not_read_and_the_note_says_so(tmp_pa
 
     fit = trainer(tmp_path, DistillCallback(net(16), kd(), student='model'), steps=1).fit
     fit(Mine(), DataLoader(Stream(), 8))
-    assert 'the teacher was not checked. The dataset is empty, or it can only be iterated' in (
+    assert 'the teacher was not checked. The dataset is empty, or it is an iterable dataset' in (
         capsys.readouterr().out
     )
 

@@ -11,7 +11,7 @@ from .findings import Facts
 MOST_CLASSES = 1000  # maximum number of classes for a confusion table
 FEW = 16  # minimum number of items for a significance test
 SURE = 0.001  # maximum one-sided p-value of a significant difference
-LEADS = 0.05  # maximum p-value with which a model is considered better than the other model
+LEADS = 0.05  # maximum p-value at which one model is considered better than the other
 # minimum relevant difference, relative to the difference between a constant and a perfect
 # prediction
 SLIGHT = 0.05
@@ -183,7 +183,7 @@ def counts_of(y: Tensor, task: Task) -> Tensor:
 
 
 def has_labels(y: Tensor, task: Task) -> Tensor:
-    """Return a mask of the items that have labels that are not ignored, (B,)."""
+    """Return a mask of the items with at least one label that is not ignored, (B,)."""
     return counts_of(y, task).any(1).cpu()
 
 
@@ -202,7 +202,8 @@ def item_scores(o: Tensor, y: Tensor, task: Task) -> Tensor:
 
 
 def p_above(a: Tensor, b: Tensor | float) -> float:
-    """Return the one-sided p-value of the hypothesis that the mean of `a` is not above that of `b`.
+    """Return the one-sided p-value for the null hypothesis that the mean of `a` is not higher than
+    the mean of `b`.
 
     Scores that are all 0 or 1 are compared with an exact binomial test. Other scores are compared
     with a t-test.

@@ -17,9 +17,9 @@ from ..teachers.teacher import Teacher
 from .batch_scores import FEW, Tally, item_scores
 from .findings import Finding
 
-# minimum mean correlation of the outputs that have a different order with their labels
+# minimum mean correlation between the reordered outputs and their labels
 RELATED = 0.2
-# number of orders from randomly weighted items, and the minimum fraction that must be the same
+# number of orders computed with random item weights, and the minimum fraction that must agree
 REPEATS, AGREE = 20, 0.75
 
 
@@ -73,9 +73,9 @@ def reordered(
 ) -> Iterator[tuple[float, Finding]]:
     """Yield a finding if the teacher is far better with its outputs in a different order.
 
-    The order of classes follows from a confusion table. The order of outputs for several labels or
-    numbers follows from their correlations, which do not depend on the scale and the calibration of
-    the outputs.
+    The order of classes is inferred from a confusion table. The order of outputs for several labels
+    or numbers is inferred from their correlations, which do not depend on the scale and calibration
+    of the outputs.
 
     Args:
         tally: `Tally` of the teacher's predictions.
@@ -126,13 +126,13 @@ def moved_outputs(order: Sequence[int]) -> list[int]:
 def wrong_order(
     teacher: Teacher, order: list, unseen: int, scores: str, one: str, names: Sequence | None
 ) -> Finding:
-    """Return the finding of a different order.
+    """Return the finding that the classes have a different order.
 
     Args:
         teacher: The teacher.
         order: Index of each of the student's classes in the teacher's outputs.
-        unseen: Number of moved classes that no sample has.
-        scores: Text that compares both orders.
+        unseen: Number of moved classes without samples.
+        scores: Text that compares the two orders.
         one: Word for an output, such as 'class'.
         names: Names of the student's classes. None if unknown.
     """
@@ -155,7 +155,8 @@ def wrong_order(
 
 
 def unclear_order(before: float, score: float, n: float, moved: int) -> Finding:
-    """Return the finding of a different order that these samples do not show exactly.
+    """Return the finding that the classes have a different order, which can't be determined exactly
+    from these samples.
 
     Args:
         before: Accuracy in the student's order.
@@ -205,11 +206,12 @@ def hits(table: Tensor, order: Sequence[int]) -> Tensor:
 
 
 def is_clear(table: Tensor, order: Sequence[int]) -> bool:
-    """Return True if the samples are enough to be sure of this order of the moved classes.
+    """Return True if there are enough samples to be sure of this order of the moved classes.
 
-    The order as a whole may be far better than the present one although some classes of a weak
-    teacher, or with few items, got a wrong output. So the order must stay the same if the items are
-    given random weights (a Bayesian bootstrap). Classes without items are not compared.
+    An order can be far better than the present one although some of its classes have the wrong
+    output, if the teacher is weak or there are few items of a class. The order must therefore stay
+    the same if the items are given random weights (a Bayesian bootstrap). Classes without items are
+    not compared.
     """
     was = torch.tensor(order)
     shown = (was != torch.arange(len(order))) & table.any(1)
@@ -220,8 +222,8 @@ def is_clear(table: Tensor, order: Sequence[int]) -> bool:
 
 
 def in_other_half(halves: Tensor, stay: float = 1.0) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """For each half of the items, yield the scores of the moved outputs in the other half: in the
-    present order, and in the order that fits this half best. Also yield all scores of these classes.
+    """Find the best order on each half of the items, and yield the scores of the moved classes on
+    the other half: in the present order, in the best order, and with all outputs.
 
     Args:
         halves: Tables of both halves, as for `best_order`, (2, C, C).
@@ -241,7 +243,7 @@ def holds_elsewhere(halves: Tensor) -> bool:
     for right_now, right_then, rows in in_other_half(halves):
         have = rows.sum(1).clamp_min(1)
         now, then = now + right_now.sum().item(), then + right_then.sum().item()
-        # subtle: a teacher that takes a frequent class for a rare one is not in a different order
+        # subtle: mistaking a frequent class for a rare one does not mean a different order
         recall_now += (right_now / have).sum().item()
         recall_then += (right_then / have).sum().item()
     far = then > 2 * now and recall_then > 2 * recall_now

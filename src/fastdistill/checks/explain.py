@@ -26,10 +26,10 @@ from .teacher_scores import saturated
 
 # a student that reproduces a smaller fraction of the teacher's predictions does not follow it
 FOLLOWS = 0.5
-# maximum difference between training and validation items in how well the student follows
+# maximum difference between these fractions for training and for validation items
 GAP = 0.2
 FEW_STEPS = 1000  # a training run with fewer steps is short
-LITTLE_LEFT = 0.1  # a term with less than this of its gradient ratio is reported
+LITTLE_LEFT = 0.1  # a term is reported if less than this fraction of its gradient ratio is left
 LITTLE = 0.1  # minimum fraction of the gradient that the task loss should have
 
 
@@ -38,9 +38,9 @@ class Follow:
 
     In this formula, d is the distance between the predictions of student and teacher: the KL divergence at
     T=1, or the squared error for regression. d0 is the distance between the teacher's predictions
-    and their mean. The fraction is 1 if the predictions are equal, and 0 if the student is no
-    closer to the teacher than the mean is. The fraction is negative for a student that is even farther away,
-    e.g. one with confident wrong predictions.
+    and their mean. The fraction is 1 if the predictions are equal, and 0 if the student is as far
+    from the teacher as the mean is. The fraction is negative for a student that is even farther
+    away, e.g. one with confident wrong predictions.
 
     `same` is the fraction of predictions with the same class as the teacher's.
     """
@@ -104,7 +104,8 @@ class Explanation:
         follows_valid: Fraction of the teacher's predictions that the student reproduces on validation
             items.
         repeats: Fraction of the teacher's mistakes on validation items that the student repeats.
-            Compare it with that of a student without a teacher, which repeats many of them too.
+            Compare it with the value for a student trained without a teacher, which also makes many
+            of these mistakes.
         top_prob_train: Mean top probability of the teacher on training items.
         steps: Number of training steps.
         shares: {loss: fraction of the gradient on the first batch}.
@@ -112,7 +113,7 @@ class Explanation:
             for regression.
         same_valid: Fraction of validation predictions that have the same class as the teacher's. None
             for regression.
-        faded: {term: fraction of its gradient ratio that is left at the end of the training}.
+        faded: {term: fraction of its gradient ratio that is left at the end of training}.
         best_epoch: Epoch with the lowest validation loss, and the number of epochs. None if unknown.
     """
 
@@ -134,7 +135,7 @@ class Explanation:
 
     @property
     def converged(self) -> bool:
-        """True if the validation loss was lowest clearly before the end of the training."""
+        """True if the validation loss reached its minimum clearly before the end of training."""
         return self.best_epoch is not None and self.best_epoch[0] <= 0.9 * (self.best_epoch[1] - 1)
 
     def lines(self) -> Iterator[str]:
@@ -256,7 +257,8 @@ def reasons(f: Explanation, valid: Tally, lower: Callable | None = None) -> Iter
         lower: fn(term) -> which options of the term to lower (`Recipe.how_to_lower`).
     """
     score = (
-        f'{f.metric} {f.teacher_score:.3f} and {f.student_score:.3f}, on {f.n} validation items'
+        f'{f.metric} on {f.n} validation items: teacher {f.teacher_score:.3f}, '
+        f'student {f.student_score:.3f}'
         if f.n
         else ''
     )
@@ -269,14 +271,14 @@ def reasons(f: Explanation, valid: Tally, lower: Callable | None = None) -> Iter
         largest = max(f.shares, key=lambda k: f.shares[k])
         yield Finding(
             'note',
-            f'The task loss had {as_percent(f.shares["task"])} of the gradient at the first batch',
-            'Give the labels more weight' if lower is None else lower(largest),
+            f'The task loss had {as_percent(f.shares["task"])} of the gradient on the first batch',
+            'Give the task loss more weight' if lower is None else lower(largest),
         )
     for name, left in f.faded.items():
         if left < LITTLE_LEFT:
             yield Finding(
                 'note',
-                f"At the end of the training, {left:.0%} of {name}'s gradient ratio was left: the "
+                f"At the end of training, {left:.0%} of {name}'s gradient ratio was left: the "
                 "teacher's predictions added little to the student's on training batches",
                 'Use a better teacher. To follow this one anyway, pass the recipe without fade=',
             )
@@ -294,21 +296,20 @@ def no_better(score: str, teacher: Tensor, student: Tensor, valid: Tally) -> Ite
     if len(teacher) < FEW:
         yield Finding(
             'note',
-            f'Too few items to compare the models ({score}: teacher and student)',
+            f'There are too few items to compare the models ({score})',
             'Use a larger validation set to see whether the teacher is better',
         )
     elif valid.above(student, teacher, least=0.0):
         yield Finding(
             'warning',
-            f'The student is better than the teacher ({score}: teacher and student): the student '
-            'learns more from the labels than from it',
+            f'The student is better than the teacher ({score}), so it learns more from the labels '
+            'than from the teacher',
             'Use a better teacher, or train on the labels only',
         )
     elif not valid.above(teacher, student, least=0.0, sure=LEADS):
         yield Finding(
             'warning',
-            f'The teacher is not significantly better than the student ({score}: teacher and '
-            'student)',
+            f'The teacher is not significantly better than the student ({score})',
             'Use a better teacher, or a smaller student, which may become just as good',
         )
 
@@ -344,8 +345,8 @@ def does_not_follow(f: Explanation) -> Iterator[Finding]:
         yield Finding(
             'warning',
             f'The student follows the teacher on training items ({as_percent(f.follows_train)}), '
-            f'but less on others ({as_percent(f.follows_valid)})',
-            'Use more inputs: items without labels, stronger augmentation, MixUp',
+            f'but less on validation items ({as_percent(f.follows_valid)})',
+            'Train on more inputs: unlabeled items, stronger augmentation, or MixUp',
         )
 
 
@@ -363,6 +364,6 @@ def other_view(f: Explanation) -> Iterator[Finding]:
             'warning',
             f'The teacher predicts worse on augmented training items ({f.metric} '
             f'{f.teacher_score_train:.3f}) than on validation items ({f.teacher_score:.3f})',
-            "Augment less, or as in the teacher's training. Does the teacher get its own image "
-            'size?',
+            "Augment less, or as in the teacher's training. Does the teacher get images of the size "
+            'that it was trained on?',
         )

@@ -106,7 +106,7 @@ class Findings(list):
 
     facts: Any = None
     passed: tuple = ()
-    none = 'No mistake was found.'
+    none = 'No mistakes were found.'
 
     def __repr__(self) -> str:
         facts = [] if self.facts is None else self.facts.lines()

@@ -22,15 +22,15 @@ USUAL = {
     "ImageNet's mean and std": ('imagenet', "'imagenet'"),
     'numbers from 0 to 255': ((0.0, 1 / 255), '(0, 1/255)'),
 }
-# minimum score of a teacher whose normalization is not questioned. On this scale, 0 is a constant
-# prediction and 1 is a perfect prediction
+# the normalization of a teacher with at least this score is not questioned. On this scale, 0 is a
+# constant prediction and 1 is a perfect prediction
 ENOUGH = 0.9
-# minimum difference in score on this scale with which a size is clearly better. Images that are a
-# little larger than in training are often slightly better
+# minimum difference in score on this scale for a size to be clearly better. Images that are a
+# little larger than in training often score slightly better
 CLEARLY = 0.15
 # largest height or width that is tried, and largest number of pixels relative to the present one
 LARGEST_SIZE, LARGEST_AREA = 256, 16
-MOST_WORK = 4  # maximum time of trying a size, relative to the time of a batch
+MOST_WORK = 4  # maximum time for trying a size, relative to the time of a batch
 
 
 def renormalized_images(
@@ -139,8 +139,8 @@ def clearly_better(
 
 
 def can_resize(teacher: Teacher, batches: Sequence) -> bool:
-    """Return True if different sizes can be tried: for a single model that gets color or gray images
-    as they are, and predicts no maps.
+    """Return True if different sizes can be tried. The teacher must be a single model that gets
+    unmodified color or gray images, and it must not predict maps.
     """
     if teacher.members or teacher.size is not None or teacher.inputs is not None:
         return False
@@ -150,8 +150,8 @@ def can_resize(teacher: Teacher, batches: Sequence) -> bool:
 
 
 def other_sizes(h: int, w: int) -> list[tuple[int, int]]:
-    """Return common sizes of images, and some relative to height and width, which have at most
-    LARGEST_AREA times as many pixels.
+    """Return common image sizes, and sizes relative to `h` and `w`, that have at most LARGEST_AREA
+    times as many pixels.
     """
     scaled = [(round(h * f), round(w * f)) for f in (1 / 2, 2 / 3, 3 / 2, 2)]
     shapes = [(2 * h, w), (h, 2 * w), (h, h), (w, w)]
@@ -184,8 +184,8 @@ def can_renormalize(teacher: Teacher, batches: Sequence) -> bool:
 
 
 def normalization_result(tally: Tally, teacher: Teacher, batches: Sequence) -> str:
-    """Describe the normalization check of a teacher for which it found no mistake, or return '' if
-    the normalization could not be checked.
+    """Describe a normalization check that found no mistake. Return '' if the normalization could not
+    be checked.
     """
     if not tally.n_labels or not can_renormalize(teacher, batches):
         return ''

@@ -41,7 +41,7 @@ def check_recipe(
 
 def recipe_in_words(recipe: Any) -> str:
     names = ', '.join(t.name for t in terms_of(recipe))
-    return f'{names}: each is meaningful for these outputs and trains something' if names else ''
+    return f'{names}: meaningful for these outputs, with trainable parameters' if names else ''
 
 
 def terms_of(recipe: Any) -> list:

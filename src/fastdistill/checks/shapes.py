@@ -20,7 +20,7 @@ OTHER_KINDS = (
 
 
 class UnknownId(Exception):
-    """Raised if a batch has an id for which an embedding has no row. The message names the id."""
+    """Raised if a batch has an id for which an embedding has no row."""
 
 
 @contextmanager
@@ -95,7 +95,7 @@ def first_mismatch(
     """Return (what does not fit, what to do). Return None if everything fits."""
     if s is not None and (prod(s) != prod(t) if task.kind == 'regression' else s != t):
         return (
-            f"The student's output has shape {tuple(s)}, the teacher's {tuple(t)}",
+            f"The student's output has shape {tuple(s)}, but the teacher's has shape {tuple(t)}",
             'Both need the same outputs: the same classes (or number of targets) and, in dense '
             "tasks, the same resolution. Teacher(model, select=[...]) selects some of the teacher's "
             'classes. A function around the teacher can select or resize: '
@@ -127,9 +127,9 @@ def first_mismatch(
         return not_probabilities(y, task)
     if y.is_floating_point() and y.numel() == prod(t):
         return (
-            f'The labels, of shape {tuple(y.shape)}, are as many fractional numbers as the outputs, of '
-            f'shape {tuple(t)}, but the model predicts classes',
-            f'{OTHER_KINDS}. Probabilities of classes need the shape of the outputs',
+            f'The labels are floating-point numbers of shape {tuple(y.shape)}, one for each number in '
+            f'the outputs, of shape {tuple(t)}, but the model predicts classes',
+            f'{OTHER_KINDS}. Class probabilities must have the shape of the outputs',
         )
     if fit_labels(y, t, task) is None:
         if fits := [-1 if i == len(t) - 1 else i for i in fitting_axes(y, t)]:
@@ -162,7 +162,7 @@ def not_labels(y: Tensor, task: Task) -> tuple[str, str] | None:
 
 
 def not_probabilities(y: Tensor, task: Task) -> tuple[str, str] | None:
-    """Return (what is wrong, what to do) for labels with a number for each class that are no
+    """Return (what is wrong, what to do) for labels with a number for each class that are not
     probabilities. A row of zeros is allowed, since cross-entropy ignores it.
     """
     total, least = y.float().sum(task.axis), y.min()
@@ -209,7 +209,7 @@ def unscored(t: Sequence[int], y: Tensor | None, task: Task) -> Iterator[Finding
     if y is not None and fit_labels(y, t, task) is None:
         yield Finding(
             'note',
-            f"The labels have shape {tuple(y.shape)}, the outputs {tuple(t)}, so the teacher's score "
-            'cannot be measured',
+            f'The labels have shape {tuple(y.shape)}, but the outputs have shape {tuple(t)}, so the '
+            "teacher's score cannot be measured",
             'If that is a mistake, training will stop with an error from the loss function',
         )

@@ -1,4 +1,4 @@
-"""Check that the student and the teacher do not share parameters, and compare their numbers."""
+"""Check that student and teacher do not share parameters, and compare how many they have."""
 
 from collections.abc import Iterator
 
@@ -48,7 +48,7 @@ def numbers_of_parameters(student: Module | None, teacher: Teacher) -> tuple[int
 
 
 def none_shared(student: Module | None, teacher: Teacher) -> str:
-    """Describe a check that found no shared parameters. Empty if no parameters were compared."""
+    """Describe a check that found no shared parameters. Return '' if none were compared."""
     if (found := numbers_of_parameters(student, teacher)) is None:
         return ''
     return f'{found[0]:,} of the student, {found[1]:,} of the teacher, none shared'

@@ -7,7 +7,7 @@ from ..base.outputs import Draws, Outputs, TopK
 from ..cache.store_choice import BAD, loss_at
 from .findings import Finding
 
-LITTLE_LOSS = 0.05  # maximum loss that is never reported, as T^2 times the KL in nats
+LITTLE_LOSS = 0.05  # losses of T^2 times the KL, in nats, are not reported up to this value
 MISSING = 0.25  # maximum fraction of the softened probability in classes that are not stored
 
 
@@ -39,8 +39,8 @@ def check_stored(recipe: Any, teacher: Outputs, kind: str) -> Iterator[Finding]:
             yield Finding(
                 'warning',
                 f'The cache stores log-probabilities of the likeliest classes, so {term.name} gets these '
-                'instead of logits. They differ from the logits by a different number for each sample',
-                "Store the logits: store='int8' or 'float16', or use a loss of probabilities, such as kd(T=1)",
+                'instead of logits. They differ from the logits by a number that varies between samples',
+                "Store the logits: store='int8' or 'float16', or compare probabilities, e.g. with kd(T=1)",
                 about='store',
             )
         elif teacher.lost is not None or isinstance(t, TopK) and t.ids.shape[-1] < t.n:

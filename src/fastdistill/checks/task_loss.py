@@ -1,4 +1,4 @@
-"""Check that the task loss is a mean over the batch, as the terms are."""
+"""Check that the task loss is a mean over the batch, like the terms of a recipe."""
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
@@ -13,7 +13,7 @@ from ..base.random_state import guarded_random_state
 from .findings import Finding
 from .recipe import terms_of
 
-# maximum ratio of the loss of a batch in which each sample occurs twice to the loss of the batch
+# a loss is a sum if repeating each sample of a batch increases it by more than this factor
 GROWS = 1.5
 
 
@@ -26,7 +26,7 @@ def summed_loss(loss: Callable | None, recipe: Any, example: Callable) -> Iterat
         loss: fn(outputs of the student, *targets) -> task loss. None if unknown.
         recipe: A recipe. None if unknown.
         example: fn() -> (outputs of the student, targets) of a batch, or None. It is called only if
-            the loss does not say how it is reduced.
+            the loss has no attribute `reduction`.
     """
     fixed = [t.name for t in terms_of(recipe) if not t.has_grad_ratio and t.weight != 0]
     if loss is None or not fixed or getattr(recipe, 'task', None) == 0:
@@ -45,7 +45,7 @@ def summed_loss(loss: Callable | None, recipe: Any, example: Callable) -> Iterat
 
 
 def grows(loss: Callable, example: Callable) -> bool:
-    """Return True if the loss is larger for a batch in which each sample occurs twice."""
+    """Return True if the loss grows when each sample of a batch is repeated."""
     # subtle: any error is possible, because the loss may be the user's own code. Training raises it
     # again.
     try:

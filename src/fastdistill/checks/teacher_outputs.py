@@ -87,7 +87,7 @@ def check_outputs(
                 have = ', '.join(str(tuple(o.shape)) for o in tensors_in(xb))
                 raise DistillError(
                     f'The teacher {teacher.name} cannot be called with the inputs of a batch ({have}): '
-                    f'{e}. Several inputs are a tuple: ((a, b), labels), or n_inp=2 in fastai. The items '
+                    f'{e}. Pass several inputs as a tuple: ((a, b), labels), or n_inp=2 in fastai. The items '
                     'of a dict are passed by name if the model has arguments with all these names.'
                 ) from e
             s = (
@@ -125,8 +125,8 @@ def check_outputs(
             nothing = Finding(
                 'note',
                 'No samples were read, so the teacher was not checked',
-                'The dataset is empty, or it can only be iterated and is not read before training. '
-                'Then check the teacher yourself: Distiller(student, teacher).check(batches)',
+                'The dataset is empty, or it is an iterable dataset, which is not read before '
+                'training. To check the teacher, call Distiller(student, teacher).check(batches)',
             )
             found.add('score', [nothing])
             return found
@@ -148,10 +148,10 @@ def check_outputs(
                 found.add('normalization', (), normalization)
     found.facts = facts = tally.facts()
     if facts.teacher_score is not None:
-        found.none += ' Is this score of the teacher the one that you know?'
+        found.none += ' Is this the score that you expect from the teacher?'
     if teacher.input_stats is None and any(images_in(xb) for xb, _ in kept):
         found.none += (
-            ' The normalization of the images was not checked: give it, as in '
+            ' The normalization of the images was not checked. To check it, pass '
             'Teacher(model, images=dict(input_stats=(mean, std))).'
         )
     elif normalization and teacher.stats is None:
@@ -270,7 +270,7 @@ def untrained(teacher: Teacher) -> Iterator[Finding]:
     if norms and all((m.running_mean == 0).all() and (m.running_var == 1).all() for m in norms):
         yield Finding(
             'warning',
-            "The teacher's batch-norm statistics are the initial ones: it seems to be untrained",
+            "The teacher's batch norm statistics have their initial values: it seems to be untrained",
             'Load its weights before distilling',
         )
 
@@ -280,8 +280,7 @@ def probabilities(tally: Tally, task: Task) -> Iterator[Finding]:
     if not tally.finite:
         yield Finding(
             'error',
-            "The teacher's outputs are nan or infinite, and the student's weights would become "
-            'so too',
+            "The teacher's outputs are nan or infinite, and the student's weights would become nan",
             'Are its inputs finite? Does it overflow in half precision?',
         )
     if not tally.between:

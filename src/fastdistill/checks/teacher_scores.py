@@ -17,8 +17,8 @@ from .normalization import renormalized_images, resized_images
 CERTAIN = 0.99  # minimum mean top probability of nearly one-hot soft labels
 HESITANT = 0.2  # maximum difference between the accuracy and the mean top probability
 NOT_APART = 0.25  # minimum difference between the mean probabilities of present and absent labels
-KNOWS = 0.005  # maximum p-value of a teacher that is better than chance
-LUCK = 2.576  # minimum number of standard deviations by which it is better
+KNOWS = 0.005  # maximum p-value for a teacher to count as better than chance
+LUCK = 2.576  # minimum number of standard deviations by which its score must exceed chance
 FEWEST = 64  # minimum number of items for these checks
 
 
@@ -104,7 +104,7 @@ IF_SWAPPED = (
 
 
 IF_WEAK = (
-    'train the teacher longer or use a larger one, let its part fade out (grad_ratio with '
+    'train the teacher longer or use a larger one, let its influence fade out (grad_ratio with '
     "fade=1; for classes, 'labels + Term(losses.kl, grad_ratio=1, fade=1)')"
     ', or train the student on the labels only'
 )
@@ -183,7 +183,9 @@ def hesitant(tally: Tally) -> Iterator[Finding]:
         do = 'Train it longer. If it is already as good as possible for these labels, pass a recipe'
     else:
         return
-    yield Finding('note', f'The teacher {why}. Its soft labels may mislead', do, doubt=True)
+    yield Finding(
+        'note', f'The teacher {why}. Its soft labels may mislead the student', do, doubt=True
+    )
 
 
 def label_probs(tally: Tally) -> tuple[float, float]:
@@ -240,7 +242,7 @@ def classes_known(tally: Tally) -> tuple[float, str] | None:
             return None
     return lead / (1 - 1 / k), (
         f'on average it recognizes {recall:.1%} of the samples of a class '
-        f'({count_in_words(tally.n_labels, tally.part, "labels")}, {k} classes), a constant prediction {1 / k:.1%}'
+        f'({count_in_words(tally.n_labels, tally.part, "labels")}, {k} classes), and a constant prediction {1 / k:.1%}'
     )
 
 
@@ -271,5 +273,5 @@ def numbers_known(tally: Tally) -> tuple[float, str] | None:
         return None
     return 1 - error / var, (
         f'its squared error on {count_in_words(tally.n_labels, tally.part)} is {error:.4g}, '
-        f'the best constant prediction has {var:.4g}'
+        f'and the best constant prediction has an error of {var:.4g}'
     )
