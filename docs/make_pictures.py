@@ -551,6 +551,26 @@ def anchors():
     weighted('anchors', t.softmax(1).amax(1), d, 'KL of the classes')
 
 
+def crosskd():
+    "The last layers of the teacher, on the maps of both models"
+    s, t = projected(x, 'blocks.6')
+
+    def head(maps):
+        f = teacher.bn2(teacher.conv_head(maps))
+        return F.conv2d(f, teacher.classifier.weight[:, :, None, None], teacher.classifier.bias)
+
+    a, b = [head(o).log_softmax(1) for o in (s, t)]
+    p, d = b.exp().amax(1), F.kl_div(a, b, reduction='none', log_target=True).sum(1)
+    fig, axs = grid(2, 5)
+    for k in (0, 1):
+        put(axs[k, 0], x[k], 'image' if k == 0 else None)
+        differ(axs[k, 1], (s - t)[k].pow(2).mean(0), 'difference of maps' if k == 0 else None)
+        differ(axs[k, 2], d[k], 'KL of the predictions' if k == 0 else None)
+        put(axs[k, 3], p[k], 'teacher: probability' if k == 0 else None, low=0, high=1)
+        differ(axs[k, 4], p[k] * d[k], 'weighted' if k == 0 else None)
+    save(fig, 'crosskd')
+
+
 def fgd():
     s, t = projected(x, 'blocks.4')
     boxes = BOXES.split(1)
@@ -741,6 +761,7 @@ if __name__ == '__main__':
         kl,
         scored,
         anchors,
+        crosskd,
         fgd,
         mgd,
         views,

@@ -230,6 +230,7 @@ def detectors():
         baseline=detector('SSD'),
         teacher=detector('RetinaNet', width=12, seed=1, score_thresh=0.0),
         twin=detector('SSD', width=12, seed=2),
+        same_kind=detector('RetinaNet', width=12, seed=3),
         train_loader=loader(8, 0),
         valid_loader=loader(8, 1),
         unlabeled=batch(4, seed=2)[0],
