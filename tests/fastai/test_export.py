@@ -477,8 +477,10 @@ def test_a_folder_holds_no_pickle_and_loads_again(normalized, saved):
     assert Report.from_json(folder / 'report.json') == r
 
 
-@pytest.mark.parametrize('name', ['README.md', 'config.json'])
-def test_files_of_something_else_are_not_overwritten(name, normalized, tmp_path):
+@pytest.mark.parametrize(
+    'name', ['README.md', 'config.json', 'model.safetensors', 'report.json', 'student.onnx']
+)
+def test_files_of_something_else_are_not_overwritten_or_removed(name, normalized, tmp_path):
     (tmp_path / name).write_text('{"mine": 1}')
     with pytest.raises(DistillError, match=f'has a {name} that does not belong to a saved student'):
         save_student(normalized, tmp_path, onnx=False)

@@ -166,7 +166,7 @@ def save_student(
             f'report is of type {type(report).__name__}: it must be a Report from compare.'
         )
     folder = Path(folder)
-    check_own_files(folder)
+    check_own_files(folder, onnx)
     facts = facts_of(learn, validation_inputs(learn, 1)[0]) | dict(
         network=type(learn.model).__name__,
         temperature=temperature,
@@ -193,7 +193,7 @@ def save_student(
             report.to_json(new('report.json'))
         new('README.md').write_bytes(text.encode())
         save_model(learn.model, str(new('model.safetensors')))
-        # subtle: the file that is written last is renamed first. `check_own_files` relies on this.
+        # subtle: the file that is opened last is renamed first, see `check_own_files`
         content = json.dumps(facts, indent=1, ensure_ascii=False) + '\n'
         new('config.json').write_bytes(content.encode())
     # files of a previously saved student don't belong to the new weights
@@ -204,19 +204,28 @@ def save_student(
     return folder
 
 
-def check_own_files(folder) -> None:
-    """Raise a DistillError instead of overwriting files of something else."""
+def check_own_files(folder: Path, onnx: bool | None) -> None:
+    """Raise a DistillError instead of overwriting or removing files of something else.
+
+    Args:
+        folder: Folder for the student.
+        onnx: Whether the network is saved too, see `save_student`.
+    """
     try:
         facts = json.loads((folder / 'config.json').read_text(encoding='utf-8'))
     except (OSError, ValueError):
         facts = None
-    # subtle: config.json comes first, so an interrupted `save_student` leaves no README.md without it
+    # subtle: config.json is renamed first, so an interrupted `save_student` leaves none of these
+    # files without it, except for the network
     if isinstance(facts, dict) and {'network', 'normalization'} <= set(facts):
         return
-    if found := [n for n in ('config.json', 'README.md') if (folder / n).exists()]:
+    names = ['config.json', 'README.md', 'model.safetensors', 'report.json']
+    if onnx is False:
+        names.append('student.onnx')  # it would be removed
+    if found := [n for n in names if (folder / n).exists()]:
         raise DistillError(
             f'{folder} has a {found[0]} that does not belong to a saved student, and would be '
-            'overwritten: choose a different folder.'
+            'overwritten or removed: choose a different folder.'
         )
 
 
