@@ -110,6 +110,16 @@ def test_mistakes_of_compare_are_one_line(command, there, args, why):  # noqa: F
     assert code == 2 and why in ' '.join(err.split()) and 'Traceback' not in err
 
 
+def test_the_report_of_a_run_is_not_overwritten(command, there):  # noqa: F811
+    (there / 'runs/w').mkdir(parents=True)
+    for name in 'config.toml', 'report.json':
+        (there / 'runs/w' / name).write_text('of the run')
+    code, _, err = command('compare', 'a=mine.py:student', '--out', 'runs/w')
+    assert code == 2
+    assert "--out 'runs/w' is the folder of a run" in ' '.join(err.split())
+    assert (there / 'runs/w/report.json').read_text() == 'of the run'
+
+
 def test_reports_of_several_runs_are_one_table_the_best_first(command, there):  # noqa: F811
     for name, better in (('runs/dull', False), ('runs/good', True)):
         (there / name).mkdir(parents=True)

@@ -79,6 +79,11 @@ def compare_command(
     runs/a.
     """
     named = named_once(map(split_name, models))
+    if out is not None and (out / 'config.toml').is_file():
+        raise DistillError(
+            f'out={str(out)!r} is the folder of a run, whose own report would be overwritten: choose a '
+            'different folder.'
+        )
     if data is None:
         check_splits(v for v in named.values() if of_run(v))
     from ...fastai import compare as compare_models
