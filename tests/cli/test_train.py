@@ -402,12 +402,12 @@ def test_one_seed_is_called_one_training_and_several_end_with_their_mean(
     assert not (tmp_path / 'none').exists()
 
 
-def child(digits, out, recipe):
+def child(digits, out, recipe, pause):
     "A process of its own, which may be killed at any moment"
 
     def say(text):
         print(text)
-        time.sleep(0.15)  # so that it does not end before it is killed
+        time.sleep(pause)
 
     opened_run(settings(digits, recipe=recipe, epochs=4), out=out, resume=True, say=say)()
 
@@ -418,13 +418,17 @@ RECIPE = "labels + dist(grad_ratio=1) + hint(layers={'0': '0'}, grad_ratio=.2)"
 def test_a_run_that_is_killed_continues_to_the_same_result(digits, tmp_path):
     "SIGKILL at random moments; the recipe has a projector and shares, whose state must be restored too"
 
-    def start(out):
-        return processes.start(out, child, digits, out, RECIPE)
+    def start(out, pause=0.0):
+        return processes.start(out, child, digits, out, RECIPE, pause)
 
     luck = random.Random()
     assert processes.ended(start(tmp_path / 'whole')) == [0], processes.said(tmp_path / 'whole')
     for name in ('teacher', 'distilled'):
-        p, file = start(tmp_path / 'killed'), tmp_path / 'killed' / 'checkpoints' / f'{name}_0.pt'
+        # the pause: so that it does not end before it is killed
+        p, file = (
+            start(tmp_path / 'killed', 0.15),
+            tmp_path / 'killed' / 'checkpoints' / f'{name}_0.pt',
+        )
         while p.is_alive() and not file.exists():
             time.sleep(0.01)
         time.sleep(luck.uniform(0, 0.3))
@@ -1535,18 +1539,31 @@ def test_lr_auto_says_if_no_rate_has_a_finite_loss(tmp_path):
     ), said
 
 
+def stop_run(out, data, **kwargs):
+    "A run that is interrupted while its student is trained"
+
+    def say(text):
+        if text.startswith('distilled: epoch 1'):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        opened_run(settings(data, **kwargs), out=out, say=say)()
+    return out
+
+
+@pytest.fixture(scope='module')
+def stopped_run(digits, tmp_path_factory):
+    return stop_run(tmp_path_factory.mktemp('runs') / 'stopped', digits)
+
+
 @pytest.fixture
-def stopped(tmp_path):
-    "fn(data) -> folder of a run that was interrupted while its student was trained"
+def stopped(tmp_path, digits, stopped_run):
+    "fn(data) -> folder of a run that was interrupted; of one on the digits with the usual settings, a copy"
 
     def make(data, **kwargs):
-        def say(text):
-            if text.startswith('distilled: epoch 1'):
-                raise KeyboardInterrupt
-
-        with pytest.raises(KeyboardInterrupt):
-            opened_run(settings(data, **kwargs), out=tmp_path / 'stopped', say=say)()
-        return tmp_path / 'stopped'
+        if data == digits and not kwargs:
+            return shutil.copytree(stopped_run, tmp_path / 'stopped')
+        return stop_run(tmp_path / 'stopped', data, **kwargs)
 
     return make
 
@@ -1685,8 +1702,10 @@ def test_a_run_does_not_continue_with_other_rows_of_a_column_called_held(stopped
 def test_a_run_does_not_continue_with_another_teacher(finished, stopped, digits, tmp_path):
     shutil.copy(finished / 'student.pkl', tmp_path / 'teacher.pkl')
     out = stopped(digits, teacher=str(tmp_path / 'teacher.pkl'))
-    run(tmp_path / 'other', data=digits, epochs=1, seed=3)
-    shutil.copy(tmp_path / 'other' / 'student.pkl', tmp_path / 'teacher.pkl')
+    other = learner_in_file(finished / 'student.pkl')
+    for p in other.model.parameters():
+        p.data += 0.1
+    other.export(tmp_path / 'teacher.pkl')
     with pytest.raises(DistillError, match='changed since it began: teacher is a different file'):
         resumed(out)
 
