@@ -1,6 +1,4 @@
-"""Distillation with Lightning, by a callback for your own `LightningModule` or by a complete
-module.
-"""
+"""Distillation with Lightning: a callback for your own `LightningModule`, and a complete module."""
 
 import functools
 import math
@@ -140,8 +138,9 @@ class DistillCallback(Callback):
 
         Args:
             trainer: The Trainer.
-            spread: Whether to read batches that represent all samples, for a check. Then no batches
-                are yielded for an iterable dataset, because it may not be possible to read it twice.
+            spread: Whether to read batches that represent all samples, for a check. If True, no
+                batches are yielded for an iterable dataset, because it may not be possible to read
+                it twice.
         """
         loaders = all_loaders(trainer)
         if spread:
@@ -379,7 +378,7 @@ class StudentCall:
         return any(t.requires_grad for t in tensors_in(self.returned))
 
     def number_of(self, given: list) -> int:
-        """Return how many of these tensors are among its inputs."""
+        """Return how many of these tensors are among the inputs of this call."""
         mine = list(tensors_in(self.inputs))
         return sum(any(is_same(t, o) for o in mine) for t in given)
 

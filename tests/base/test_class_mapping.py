@@ -367,7 +367,7 @@ def test_the_draw_is_the_teachers_own():
 
 def test_a_drawn_member_has_no_layers_and_no_cache(tmp_path):
     with pytest.raises(
-        DistillError, match="combine='sample' runs one member, so layers of all can't be compared"
+        DistillError, match="combine='sample' runs only one member, so layers can't be compared"
     ):
         Teacher([TWO, TWO], ensemble=dict(combine='sample'), layers=['0.weight'])(X)
     student, teacher = apps.toy()

@@ -280,7 +280,7 @@ def test_a_causal_model_whose_labels_show_nothing_asks():
     x, y = dict(input_ids=tokens()), tokens(seed=1)
     with pytest.raises(
         DistillError,
-        match='do not show at which position they are.*shift_labels=True to the Distiller.*shift_labels=False',
+        match='the alignment of these labels cannot be detected.*shift_labels=True to the Distiller.*shift_labels=False',
     ):
         Distiller(student, teacher, kd(), axis=-1)(x, y)
     for shift in (True, False):

@@ -574,8 +574,7 @@ def test_the_first_rank_alone_speaks_of_a_cache_and_not_without_logging(
             learn.fit(2, cbs=KnowledgeDistillation(cache))
         out = capsys.readouterr().out
         return [
-            'the terms have no losses on the validation set, because the cache has a different one'
-            in out,
+            'because the cache was written for a different one' in out,
             'the cache has one view' in out,
         ]
 

@@ -307,7 +307,7 @@ def test_damaged_projectors_are_named(content, tmp_path):
     else:
         torch.save(content, file)
     with pytest.raises(
-        DistillError, match='half.distill.pth is damaged .*: remove it to load the student'
+        DistillError, match='half.distill.pth is damaged .*: remove it to load only the student'
     ):
         student.load('half', weights_only=False)
 

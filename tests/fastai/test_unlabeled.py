@@ -191,7 +191,7 @@ def test_what_goes_wrong_is_said_before_the_first_batch(tmp_path):
     ):
         KD(None, unlabeled=dict(perturbed=2))
     with pytest.raises(
-        DistillError, match='targets in unlabeled= are stored outputs for its items'
+        DistillError, match='targets in unlabeled= are stored outputs for the items'
     ):
         KD(teacher, unlabeled=dict(targets=tmp_path))
     with pytest.raises(

@@ -118,7 +118,7 @@ def is_installed(o: Any) -> bool:
 
 
 def code_parts(code: CodeType) -> tuple:
-    """Return what a function computes, without the file and the lines in which it is written."""
+    """Return what a function computes, without its file name and line numbers."""
     consts = [
         code_parts(o) if isinstance(o, CodeType) else describe_content(o) for o in code.co_consts
     ]

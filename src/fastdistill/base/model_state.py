@@ -152,7 +152,7 @@ def read_state(path: str | Path, advice: str) -> dict:
 
     Args:
         path: Path of the file.
-        advice: What to do if the file is damaged, for the error.
+        advice: What to do if the file is damaged, for the error message.
     """
     try:
         state = torch.load(path, map_location='cpu', weights_only=True)

@@ -57,6 +57,6 @@ class OutputSource(Protocol):
         """Reset hidden states before the first batch of a training or validation phase."""
 
     def stop(self) -> None:
-        """Restore the state from before `start`. This method may be called at any time and more
-        than once.
+        """Restore the state from before `start`. It is safe to call this at any time, and more than
+        once.
         """

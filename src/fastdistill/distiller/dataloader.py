@@ -40,7 +40,8 @@ def restored_loaders(*loaders: Any, seed: int = 0) -> Iterator[None]:
     are seeded, and everything is restored at the end.
     """
     # subtle: on first use, fastai creates an item to count the parts of a batch, and stores the
-    # count. Restoring makes a fit count again, since creating the item draws random numbers
+    # count. The count is removed at the end, so that a fit also creates the item, which draws
+    # random numbers
     parts = (getattr(dl, k, None) for dl in loaders for k in PARTS)
     # subtle: an object may create its generator when it is first used
     users = [o for dl in loaders for o in wrapped(dl)]

@@ -109,7 +109,7 @@ class Distiller(nn.Module):
         super().__init__()
         # subtle: register the student first, so that its parameters come first in parameters()
         self.student = student
-        # the student's weights when `stop` was called. None if the measured gradients are of the
+        # the student's weights when `stop` was called. None if the gradients were measured with the
         # current weights
         self.left: list | None = None
         self.running = False
@@ -163,7 +163,7 @@ class Distiller(nn.Module):
             t.start()
 
     def stop(self) -> None:
-        """Restore the teachers. This method may be called at any time, and repeatedly."""
+        """Restore the teachers. It is safe to call this at any time, and more than once."""
         if self.running:
             self.left, self.running = weights_summary(self.student), False
         for t in self.heads.sources:

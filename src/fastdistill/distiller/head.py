@@ -29,7 +29,7 @@ from .task_loss import TaskLoss
 class Head(RecipeLoss):
     """An output of the student with its labels, its teacher and its recipe.
 
-    The options that are not listed here are those of `Distiller`.
+    The options that are not listed here are the same as in `Distiller`.
 
     Args:
         name: Name used in messages. '' if the student has one output.

@@ -15,7 +15,7 @@ from .head import Head
 def choose(
     h: Head, student: Outputs, ask: Callable[[], Outputs] | None, labels: Sequence | bool
 ) -> None:
-    """Let `auto` choose the recipe of a head that waits for it.
+    """Let `auto` choose the recipe of a head that has none yet.
 
     Args:
         h: The head.

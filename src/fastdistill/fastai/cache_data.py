@@ -160,7 +160,7 @@ def cache_teacher(
             a different way, pass a function fn(rows done, total rows, bytes done).
         run: Rarely used options, as a dict.
 
-            - 'bs', 'num_workers': options of the DataLoader. By default, those of `dls` are used.
+            - 'bs', 'num_workers': options of the DataLoader, by default the same as in `dls`.
             - 'seed': seed of the random numbers, 0 by default.
             - 'forecast': fn(Forecast), called before the teacher runs.
     """
@@ -328,7 +328,9 @@ def task_of_data(dls, teacher, kind, axis):
 
 
 def data_of(dls):
-    """Return the DataLoaders. If `dls` is a Learner, they get its loss function."""
+    """Return the DataLoaders. If `dls` is a Learner, add its loss function to a copy of its
+    DataLoaders.
+    """
     if isinstance(dls, Learner):
         dls, loss_func = copy.copy(dls.dls), dls.loss_func
         dls.loss_func = loss_func

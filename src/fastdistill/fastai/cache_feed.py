@@ -268,8 +268,8 @@ class SampleFeed:
             self._feed(dls.valid, plan_of_rows(dls, dls.valid, caches))
         except DistillError as e:
             self.log(
-                'fastdistill: the terms have no losses on the validation set, because the cache has '
-                f'a different one. {e}'
+                'fastdistill: the terms have no losses on the validation set, because the cache '
+                f'was written for a different one. {e}'
             )
 
     def _feed(self, dl, plan):

@@ -142,7 +142,7 @@ class KnowledgeDistillation(DistillationCallback):
             self.log.forget()
         d = self.distiller
         say_with(d.heads.sources, self.log)
-        # let the batches contain what the teachers need
+        # add to the batches what the teachers need
         sources = {k: h.teacher for k, h in d.heads.items() if h.teacher is not None}
         heads = self.fit_distiller.heads if self.several else None
         self.feed.attach(self.learn, sources, self.fit_distiller.tasks, self.log, heads)
@@ -160,7 +160,7 @@ class KnowledgeDistillation(DistillationCallback):
         d.start()
 
     def teardown(self, learn: Learner) -> None:
-        """Restore everything. This method may be called at any time, and repeatedly."""
+        """Restore everything. It is safe to call this at any time, and more than once."""
         self.taps.detach()
         self.feed.detach()
         self.unlabeled.stop()
@@ -178,7 +178,8 @@ class KnowledgeDistillation(DistillationCallback):
     # training step
 
     def __call__(self, event_name: str) -> Any:
-        # outside of a fit, and while `get_preds` runs within a fit, only end what was begun
+        # outside of a fit, and while `get_preds` runs within a fit, handle only the events that
+        # prepare a fit or clean up
         in_fit = self.in_fit and 'gather_preds' not in vars(self.learn)
         if in_fit or event_name in ('before_fit', 'after_batch', 'after_fit'):
             return super().__call__(event_name)

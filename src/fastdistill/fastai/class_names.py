@@ -96,7 +96,8 @@ def tokens(dls):
 
 
 def encoding_of_text(dls) -> dict | None:
-    """Return how texts become token ids, as plain data. None if the data are not texts.
+    """Return a plain-data description of how texts become token ids. None if the data are not
+    texts.
 
     The id of a token is its position in `vocab`. Unknown tokens have the id 0. `tokenizer` is the
     name of a class of fastai.text.core, or a call of this class as source code. `rules` lists the

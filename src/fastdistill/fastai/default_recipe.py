@@ -70,7 +70,7 @@ def choose_recipe(example: Example | None, task, teacher, found: Findings | None
 
 
 def facts_for_choice(example, task, teacher, found=None) -> dict:
-    """Return the facts that `auto` needs, as a dict of its arguments."""
+    """Return the arguments of `auto`, as a dict."""
     low, stored = found is not None and found.doubt, getattr(teacher, 'doubt', '')
     before = f'when its outputs were stored: {stored}' if stored else None
     doubt = dict(doubt='the teacher is in doubt, see above' if low else before)

@@ -27,7 +27,7 @@ from .teachers import check_same_codes, is_heads, teacher_of
 class DistillInterpretation(Interpretation):
     """An `Interpretation` of fastai that ranks items by the disagreement of student and teacher.
 
-    The attribute `losses` contains the distance between both predictions for each item.
+    The attribute `losses` contains the distance between the two predictions for each item.
     `plot_top_losses` and `top_losses` work as usual. `show_disagreements` shows the predictions of
     both models.
     """

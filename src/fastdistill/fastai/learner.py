@@ -157,7 +157,7 @@ def explain(
         kind: 'softmax', 'sigmoid' or 'regression'. If None, the kind is derived from the loss
             function.
         axis: Class axis. If None, the axis is derived from the loss function.
-        n: Number of batches to read from each of the validation set and the training set.
+        n: Number of batches to read from the validation set, and from the training set.
 
     Returns:
         A list of reasons. Each reason has a measured number and a suggestion of what to try. The
@@ -172,7 +172,7 @@ def explain(
     output = None if callback is None else callback.output
     # after `fine_tune`, only its last fit is recorded, and `validate` adds no row
     losses = history_of(self).get('valid_loss', []) if steps else []
-    # an epoch whose validation was canceled is not the best one
+    # an epoch whose validation was canceled can't be the best one
     losses = [math.inf if v is None else v for v in losses]
     found = {}
     for h, task, t in running_heads(self, teacher, kind, axis, output):

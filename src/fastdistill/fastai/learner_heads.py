@@ -93,7 +93,7 @@ class WholeModel:
 class HeadData:
     """DataLoaders with the `vocab` of a single column of labels."""
 
-    loss_func = None  # the loss function of the DataLoaders is for all columns of labels
+    loss_func = None  # the loss function of the DataLoaders applies to all columns of labels
 
     def __init__(self, dls, head):
         tls = getattr(dls.train_ds, 'tls', ())

@@ -63,7 +63,7 @@ def column_of(part: str) -> str:
 class PartMetric(Metric):
     """Mean of one loss over the validation set.
 
-    With `train_metrics` of the Recorder, there is another column for the training set.
+    With the Recorder's option `train_metrics`, there is another column for the training set.
 
     Args:
         kd: The `KnowledgeDistillation` callback.

@@ -297,7 +297,8 @@ def _with_its_projectors(load):
         if not beside.is_file():
             return out
         state = read_state(
-            beside, 'It holds the projectors of this student: remove it to load the student only.'
+            beside,
+            'It contains the projectors of this student: remove it to load only the student.',
         )
         # subtle: keep the state even with a callback, since the callback may be removed before the
         # next `save`

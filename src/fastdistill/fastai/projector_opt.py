@@ -68,7 +68,7 @@ class ProjectorOptimizer(Callback):
 
     def load_state_dict(self, state):
         state = copy.deepcopy(state)
-        # the optimizers of PyTorch move their state to the device of the parameters themselves
+        # PyTorch's optimizers already move their state to the device of the parameters
         if not isinstance(self.optimizer, OptimWrapper):
             state = map_tensors(state, lambda t: t.to(self.params[0].device))
         self.optimizer.load_state_dict(state)

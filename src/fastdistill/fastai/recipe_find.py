@@ -177,7 +177,7 @@ def distill_find(
 OTHERS = {
     'lr_max': 'give rates=[...]',
     'cbs': 'add callbacks to the Learner',
-    'storage': "give folder='find', to which each finished run is written",
+    'storage': "pass folder='find', in which each finished run is stored",
 } | dict.fromkeys(
     ('recipe', 'T', 'alpha', 'loss'),
     'give recipes=dict(mine=kd(T=2, alpha=.5), ...)',

@@ -205,8 +205,8 @@ def refuse_unindexed(dl):
         )
     if dl.bs is None:
         raise DistillError(
-            f'{what} loads whole batches (bs=None), but a stored output belongs to a sample. Give it a '
-            'batch size.'
+            f'{what} loads whole batches (bs=None), but outputs are stored for each sample. Give '
+            'it a batch size.'
         )
     if not dl.indexed:
         raise DistillError(

@@ -100,7 +100,7 @@ def keys_of_table(table, index: bool = False):
 
     Args:
         table: A DataFrame.
-        index: Whether the labels of the index belong to the contents.
+        index: Whether the contents include the index labels.
     """
     import pandas as pd
 
@@ -166,7 +166,7 @@ def common_folder(items):
 
 
 def matching_root(cache, dls, dl) -> str:
-    """Return the root folder of relative paths for which the cache contains the first sample.
+    """Return the root folder of relative paths with which the cache contains the first sample.
 
     This root differs from `key_root` if the folder was moved, or if `dls` contains only part of the
     data.

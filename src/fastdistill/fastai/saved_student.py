@@ -122,7 +122,7 @@ ANSWERS = dict(
 )
 SAVE_MASK = """if facts['ignored'] in range(len(facts['classes'])):
     logits[:, facts['ignored']] = -np.inf  # a class that was not learned is never predicted
-mask = logits[0].argmax(0).astype('uint8')  # the number of the class of each pixel
+mask = logits[0].argmax(0).astype('uint8')  # the class index of each pixel
 Image.fromarray(mask).save('mask.png')"""
 USE_WEIGHTS = """```python
 from fastdistill.fastai import load_student
@@ -155,8 +155,7 @@ def save_student(
             otherwise, a warning says why not.
         title: Title of the model card.
         temperature: Number by which the logits are divided, as in `export_student`. student.onnx
-            divides by the temperature itself. `load_student` divides the logits of the saved
-            weights by it.
+            divides by the temperature itself. `load_student` makes the loaded model divide by it.
     """
     check_learner(learn, 'save_student')
     # raise an error for an invalid temperature before anything is written
@@ -175,7 +174,7 @@ def save_student(
     checked, is_new = None, not folder.exists()
     with file_errors(f"{folder} can't be the folder of a student"):
         folder.mkdir(parents=True, exist_ok=True)
-    # the network comes first, since an export that fails must not change the folder
+    # the network comes first, since a failed export must not change the folder
     if onnx is not False:
         try:
             checked = export_student(learn, folder / 'student.onnx', temperature=temperature)
@@ -205,7 +204,8 @@ def save_student(
 
 
 def check_own_files(folder: Path, onnx: bool | None) -> None:
-    """Raise a DistillError instead of overwriting or removing files of something else.
+    """Raise a DistillError if files in the folder are not from a saved student and would be
+    overwritten or removed.
 
     Args:
         folder: Folder for the student.
@@ -254,7 +254,7 @@ def card(title, facts, checked, report, dls):
 
 def how_to_use(facts, network, dls) -> str:
     """Return code that runs the network on a photo, a row of a table or a text, if it is known how
-    these become inputs.
+    to convert these to inputs.
     """
     answer = (facts['classes'] and ANSWERS.get(facts['task'])) or 'logits[0]'
     own = dict(imports=IMPORTS, answer=f'print({answer})', notes=images_in_words(facts))
@@ -273,7 +273,7 @@ def how_to_use(facts, network, dls) -> str:
             own['answer'] = SAVE_MASK if is_mask else 'print(logits[0])'
     elif facts['table'] and not facts['table']['unknown']:
         row = example_row(facts['table'])
-        # encoded by fastai, so that the logits also check the code of the card
+        # encode with fastai, so that the logits also test the code in the card
         x = table_inputs(dls.test_dl(pd.DataFrame([row])).dataset)
         logits = [float(f'{v:.5g}') for v in network(*x)[0].tolist()]
         own |= dict(
@@ -314,8 +314,8 @@ def images_in_words(facts) -> str:
     h, w = how['size']
     resized = {
         'none': f'Images have {h} x {w} pixels (height, width) and are not resized.',
-        'unknown': f'How images are resized to {h} x {w} pixels (height, width) is unknown: prepare them as '
-        'the validation images were.',
+        'unknown': f'How images are resized to {h} x {w} pixels (height, width) is unknown: '
+        'prepare them like the validation images.',
     }
     known = f'Images are resized to {h} x {w} pixels (height, width): method {how["method"]}, filter {how["filter"]}.'
     return (

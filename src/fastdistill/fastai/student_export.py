@@ -135,8 +135,8 @@ def export_student(
     n: int = 8,
     temperature: float | list[float] | None = None,
 ) -> Exported:
-    """Export the student's network with a variable batch size, for texts also with a variable
-    length, and check the file.
+    """Export the student's network with a variable batch size and, for texts, a variable length.
+    Then check the file.
 
     The outputs of the file are compared with those of the Learner on real inputs. The input shape,
     the class names, how images are resized and normalized, and how rows of tables are encoded are
@@ -306,7 +306,7 @@ def on_cpu(model):
 
 def bag_of_tokens(bag: nn.EmbeddingBag, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """Compute an EmbeddingBag of token ids (batch, length) with operations that torch.export can
-    trace for any length, and that ONNX has.
+    trace for any length, and that exist in ONNX.
     """
     if x.dim() != 2 or args or kwargs:
         return type(bag).forward(bag, x, *args, **kwargs)

@@ -28,8 +28,8 @@ def table_of(dls) -> Tabular | None:
 
 
 def encoding_of_table(dls) -> dict | None:
-    """Return how raw rows of a table become inputs, as plain data. None if the data are not a
-    table.
+    """Return a plain-data description of how raw rows of a table become inputs. None if the data
+    are not a table.
 
     The code of a category is its position in `classes`. Missing values and unknown categories have
     the code 0. `fill` contains the numbers that replace missing values; the category NAME_na shows

@@ -308,8 +308,8 @@ def labels(learn, teacher, task):
                 'error',
                 f"The teacher does not have {len(found.missing)} of the student's classes "
                 f'({few_names(found.missing, 5)}); it has {few_names(names, 8)}',
-                "Use a teacher trained on the student's classes, or train the student on the teacher's"
-                + of_shared(found, vocab_of(learn.dls), names),
+                "Use a teacher trained on the student's classes, or train the student on the "
+                "teacher's classes" + of_shared(found, vocab_of(learn.dls), names),
             )
         elif o.classes is not None:
             continue  # the user selected the classes
@@ -352,7 +352,7 @@ def ignored_labels(learn, teacher, task):
             yield Finding(
                 'warning',
                 f"The teacher's loss function ignores {theirs}, the student's ignores {mine}",
-                'Set the same ignore_index in both. A loss function of your own needs the attribute '
+                'Set the same ignore_index in both. Your own loss function needs the attribute '
                 'ignore_index',
             )
             return
@@ -362,7 +362,7 @@ def ignored_labels(learn, teacher, task):
             'warning',
             f'The masks have the class {vocab_of(learn.dls)[void]}, but the loss function ignores no '
             'label, so these pixels are learned and scored',
-            f'Pass ignore_index={void} to the loss function. A loss function of your own needs the '
+            f'Pass ignore_index={void} to the loss function. Your own loss function needs the '
             f'attribute ignore_index={void}',
         )
 

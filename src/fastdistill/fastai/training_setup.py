@@ -84,8 +84,8 @@ def labels_text(dl) -> str:
 
 
 def raw_values(part) -> np.ndarray:
-    """Return a key of what the first transform of a `TfmdLists` returns for each item. If it
-    returns files, the keys are computed from their contents.
+    """Return a key for each value that the first transform of a `TfmdLists` returns. If the values
+    are files, the keys are computed from their contents.
     """
     values = [part.tfms.fs[0](o) for o in part.items] if len(part.tfms.fs) else list(part.items)
     if (files := files_of(values)) is not None:

@@ -44,7 +44,8 @@ class UnlabeledInputs:
             )
         if targets is not None and items is None:
             raise DistillError(
-                'targets in unlabeled= are stored outputs for its items, which are missing: pass both.'
+                'targets in unlabeled= are stored outputs for the items, but items are missing: '
+                'pass both.'
             )
         if items is not None and targets is None and not runs:
             raise DistillError(

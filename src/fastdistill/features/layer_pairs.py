@@ -79,8 +79,8 @@ def pair(
     'auto' pairs these layers:
 
     - Convolutional networks and U-Nets: the last layer of each stage. A stage is a group of layers
-      with one resolution. Stages of equal resolution are paired if that pairs the last stages of
-      both models. Otherwise, stages are paired by relative depth.
+      with the same resolution. Stages of equal resolution are paired if that pairs the last stages
+      of both models. Otherwise, stages are paired by relative depth.
     - A U-Net and a different network: the network's stages and the stages of equal resolution in
       the U-Net's encoder.
     - Transformers, LSTM stacks and MLPs: blocks at equal relative depth. If the shorter model has

@@ -19,7 +19,8 @@ ON_CPU, ON_GPU = 2**16, 2**24
 # minimum number of positions to which an output layer is applied at once, because its whole weight is
 # read each time
 LINEAR_ROWS = 64
-# the same for the teacher's output layer, if the student's logits of all positions exist anyway
+# the same for the teacher's output layer, if the student's logits of all positions are in memory
+# anyway
 TEACHER_ROWS = 256
 
 
@@ -40,7 +41,7 @@ def per_position(
         s: Student logits, any shape: a tensor or `LinearLogits`.
         t: Teacher logits, the same shape: a tensor, `LinearLogits` or `Draws`.
         axis: Class axis.
-        mask: Same shape as `s` without the class axis. Logits at masked positions are replaced by
+        mask: Same shape as `s` without the class axis. Logits at masked positions are replaced with
             0.
         slope: fn(s, t, axis=) -> gradient of `values` with respect to `s`. None to use autograd.
         both: fn(s, t, axis=) -> (values, slope), if this is faster than computing each separately.

@@ -46,7 +46,7 @@ def cwd(
     grid = channels_first(s, axis)[:, 0].shape
     if len(grid) < 2:
         raise DistillError(
-            'cwd compares where in the image a channel is active, and outputs of shape '
+            'cwd compares where in the image a channel is active, but outputs of shape '
             f'{tuple(s.shape)} have no positions: use kl, as kd() does'
         )
     s, t = cells(s, axis), cells(t, axis)

@@ -58,7 +58,7 @@ def anchor_kl(
 
     Args:
         s: Student class logits, (B, A, K).
-        t: Teacher class logits, (B, A, K), of the same anchors.
+        t: Teacher class logits, (B, A, K), for the same anchors.
         T: Temperature.
         background: Index of the background class, for a softmax over classes (0 in torchvision's
             SSD). None for a sigmoid per class (RetinaNet, FCOS).
@@ -88,7 +88,7 @@ def box_deltas(
 
     Args:
         s: Student class logits (B, A, K) and box deltas (B, A, 4).
-        t: Teacher class logits and box deltas, of the same anchors.
+        t: Teacher class logits and box deltas, for the same anchors.
         sure: Probability of an object above which an anchor is included. If no anchor is included,
             the loss is 0.
         beta: Distance at which the loss changes from quadratic to linear.

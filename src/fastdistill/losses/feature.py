@@ -324,8 +324,8 @@ def vid(
 
 
 class Owner(Loss):
-    """Loss that owns a tensor or modules whose size depends on the teacher. They are given as an
-    option or created by `prepare`.
+    """Loss that owns a tensor or modules whose size depends on the teacher. The tensor or the
+    modules are passed as an option or created by `prepare`.
     """
 
     own: str  # name of the option and of the attribute

@@ -37,8 +37,8 @@ def distances(x: Tensor) -> tuple[Tensor, Tensor]:
     Args:
         x: Features, (B, D).
     """
-    # subtle: the gradient of cdist is 0 at equal rows, while that of a square root is infinite. Do
-    # not use matrix multiplication, which loses half of the digits.
+    # subtle: the gradient of cdist is 0 at equal rows, while the gradient of a square root is
+    # infinite. Do not use matrix multiplication, which loses half of the digits.
     d = torch.cdist(x, x, compute_mode='donot_use_mm_for_euclid_dist')
     d = d / (d.sum() / (d > 0).sum().clamp_min(1)).clamp_min(torch.finfo(d.dtype).tiny)
     return d, d <= torch.finfo(d.dtype).eps ** 0.5

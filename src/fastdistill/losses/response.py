@@ -56,14 +56,14 @@ def positions(x: Tensor, axis: int) -> torch.Size:
 
 
 def blank(mask: Tensor, *xs: Tensor) -> list[Tensor]:
-    """Replace masked values of `xs` by 0, so that a nan at a masked position affects neither the
+    """Replace masked values of `xs` with 0, so that a nan at a masked position affects neither the
     loss nor the gradient.
     """
     return [x.where(mask > 0, 0.0) for x in xs]
 
 
 def checked_pair(s: Tensor, t: Tensor, axis: int, mask: Tensor | None) -> Sequence[Tensor]:
-    """Check the logits of both models and replace masked positions by 0."""
+    """Check the logits of both models and replace masked positions with 0."""
     same_shape(s, t)
     axis = class_axis(s, axis)
     return (

@@ -22,10 +22,11 @@ class GradientRatio:
 
     If the student already agrees with the teacher, the gradient of the term is close to zero, and
     the weight would become huge. Two more quantities prevent this. `apart` is the term's gradient
-    norm with the teacher's outputs of different samples, and estimates the norm for a student that
-    disagrees with the teacher. The measured norm is clamped to at least `FLOOR` times `apart`. The
-    value of the term shows whether the gradient may have grown since the last measurement. All
-    numbers stay on the GPU, so training steps do not wait for a transfer to the CPU.
+    norm if each sample gets the teacher's outputs for a different sample. It estimates the norm for
+    a student that disagrees with the teacher. The measured norm is clamped to at least `FLOOR`
+    times `apart`. The value of the term shows whether the gradient may have grown since the last
+    measurement. All numbers stay on the GPU, so training steps do not wait for a transfer to the
+    CPU.
 
     Args:
         fade: Gain of the teacher below which the weight falls (see `TeacherGain`). 0 for never.
@@ -38,11 +39,12 @@ class GradientRatio:
     ENOUGH = 16  # a measurement of fewer samples has a lower minimum weight
     FEW = 4  # batches of fewer samples are always measured, because their gradients vary widely
     # Minimum norm relative to `apart`.
-    # On average, two samples are sqrt(2) times as far apart as a sample and the mean of all.
-    # So 0.7 is about the relative norm for a student that always predicts the mean.
+    # On average, two samples are sqrt(2) times as far apart as a sample is from the mean. So 0.7 is
+    # about the relative norm for a student that always predicts the mean.
     FLOOR = 0.7
-    # If the term's norm grows by more than this factor, the new norm replaces the mean. A norm of the
-    # other losses counts as at most this multiple of the mean, because one wrong label can make it huge
+    # If the term's norm grows by more than this factor, the new norm replaces the mean. A norm of
+    # the other losses is clamped to this multiple of the mean, because one wrong label can make it
+    # huge
     JUMP = 4.0
 
     def __init__(self, fade: float = 0.0) -> None:
@@ -208,7 +210,7 @@ class GradientRatios(dict):
                     f'grad_ratio= of {k} is relative to the task loss and the terms with a '
                     f'weight, and this batch has neither. Give {k} a weight= instead.'
                 )
-            # subtle: in several processes, all must agree on the batches that they measure
+            # subtle: in distributed training, all processes must measure the same batches
             few = world_size() == 1 and any(is_below(ratio.FEW, x) for _, x in at)
             if ratio.due((*fixed, *(i for i, _ in at)), few):
                 self._measure(k, base, values[k], apart, [x for _, x in at])
@@ -216,10 +218,10 @@ class GradientRatios(dict):
                     ratio.gain.add(new)
 
     def weights(self, weights: dict[str, Any], values: Mapping[str, Tensor]) -> dict[str, Any]:
-        """Return the weights of a batch. A gradient ratio becomes the weight at which the gradient
-        norm of its term has that ratio. All weights are then divided by 1 plus the sum of the
-        ratios, so that the norm of the total gradient is at most as large as without these terms,
-        and a learning rate that suits the other losses still works.
+        """Return the weights of a batch. A gradient ratio is replaced with the weight at which the
+        gradient norm of its term has that ratio. All weights are then divided by 1 plus the sum of
+        the ratios, so that the norm of the total gradient is at most as large as without these
+        terms, and a learning rate that suits the other losses still works.
 
         Args:
             weights: {name: weight or gradient ratio}.
@@ -302,7 +304,7 @@ class GradientRatios(dict):
 
 
 def is_below(n: int, x: Tensor) -> bool:
-    """Return True if a batch has fewer than `n` samples. A map or sequence is never below, because it
-    has many positions.
+    """Return True if a batch has fewer than `n` samples. The result is always False for maps and
+    sequences, because they have many positions.
     """
     return x.dim() < 3 and len(x) < n

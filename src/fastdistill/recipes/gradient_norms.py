@@ -37,7 +37,7 @@ COPIES = {f'{n}Backward0' for n in ('Alias', 'Clone', 'ToCopy')}
 
 
 def find_origin(x: Tensor, operations: Collection[str] = ARRANGES) -> Tensor | GradientEdge:
-    """Find the tensor in the autograd graph from which `x` was rearranged, copied or averaged. The
+    """Find the tensor in the autograd graph that was rearranged, copied or averaged to get `x`. The
     task loss may have been computed from that tensor instead of from `x`.
 
     Args:
@@ -73,8 +73,8 @@ def gradient_norm(value: Tensor, at: Sequence[Tensor]) -> Tensor | None:
 
 
 def part_at(value: Tensor, x: Tensor) -> Tensor | None:
-    """Return a zero that has the gradient of `value` with respect to `x`. This is the part of a
-    loss that depends on one of several outputs.
+    """Return a tensor with the value 0 that has the same gradient with respect to `x` as `value`.
+    It stands for the part of a loss that depends on one of several outputs.
 
     Args:
         value: A loss, 0-dim.

@@ -1,5 +1,5 @@
-"""Estimate how much the teacher's predictions would improve the student's, from the labels of the
-training batches.
+"""Estimate from the labels of training batches how much the teacher's predictions would improve the
+student's predictions.
 """
 
 from collections.abc import Sequence
@@ -149,7 +149,7 @@ def add_labels(out: Tensor, y: Tensor, weight: Tensor | float, task: Task) -> bo
     False if the shapes of the labels and of `out` do not fit.
 
     Args:
-        weight: A number, or a tensor that multiplies `out`, with one class.
+        weight: A number, or a tensor with one class that broadcasts to `out`.
     """
     classes = task.kind == 'softmax'
     if classes and y.is_floating_point() and y.shape == out.shape:

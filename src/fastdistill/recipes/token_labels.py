@@ -67,8 +67,8 @@ def labels_to_shift(
     if here != ahead or not causal:
         return here and not ahead
     raise DistillError(
-        'The student predicts the next token, but these labels do not show at which position '
-        'they are. If each label is at the position of its own token, as Hugging Face models '
-        'expect, pass shift_labels=True to the Distiller. If it is one position earlier, where '
-        'the token is predicted, pass shift_labels=False'
+        'The student predicts the next token, but the alignment of these labels cannot be '
+        'detected. If each label is at the position of its own token, as Hugging Face models '
+        'expect, pass shift_labels=True to the Distiller. If it is one position earlier, where the '
+        'token is predicted, pass shift_labels=False'
     )

@@ -1,7 +1,7 @@
 """Find the batch norms that can be folded into the preceding convolution.
 
 The model runs once. Each function that reads the output of a convolution is counted, and each
-module that receives or returns it is noted.
+module that receives or returns it is recorded.
 """
 
 import weakref

@@ -69,8 +69,8 @@ class EnsembleRunner(Runner):
         """Return the outputs of a randomly drawn member."""
         if layers:
             raise DistillError(
-                "combine='sample' runs one member, so layers of all can't be compared: use terms "
-                "on the outputs, or combine='probs'."
+                "combine='sample' runs only one member, so layers can't be compared: use terms on "
+                "the outputs, or combine='probs'."
             )
         drawn = torch.multinomial(torch.tensor(self.teacher.weights), 1)
         member = self.teacher.members[int(drawn)]

@@ -372,7 +372,7 @@ class ModelCopy:
         return f'{self.plan}{f", on {device}" if device else ""}'
 
     def with_layers(self, layers: Sequence[str]) -> 'ModelCopy':
-        """Return a copy with only those batch norms folded that allow these layers to be read."""
+        """Return a copy in which a batch norm is folded only if these layers can still be read."""
         left = without_layers(self.model, self.plan.pairs, layers)
         if len(left) == len(self.plan.pairs):
             return self

@@ -14,7 +14,9 @@ def single_teachers(teacher: Any) -> list:
 
 
 def modules_of(teacher: Any) -> list[nn.Module]:
-    """Return the nn.Module of a teacher, or those of all members of an ensemble, as a list."""
+    """Return a list with the nn.Module of a teacher, or with the modules of all members of an
+    ensemble.
+    """
     return [t.module for t in single_teachers(teacher) if t.module is not None]
 
 

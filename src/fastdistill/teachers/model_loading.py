@@ -143,8 +143,8 @@ def warn_of_code(path: str | Path, what: str = 'is a pickle') -> None:
         what: 'is a pickle', or 'contains pickles' for an archive of PyTorch.
     """
     warnings.warn(
-        f'{path} {what}, and loading it runs the code in it. Load only files that you trust. ONNX files, and '
-        'weights in a .safetensors file, run nothing.',
+        f'{path} {what}, and loading it runs the code in it. Load only files that you trust. ONNX '
+        'files, and weights in a .safetensors file, contain no code.',
         DistillWarning,
         stacklevel=4,
     )
