@@ -1,6 +1,6 @@
-"""A small SSD learns to find shapes from a larger FCOS, both detectors of torchvision. The last line compares the mean average
-precisions. For your own images, replace `shapes` by a list of (image, target): a tensor (3, H, W) from 0 to 1, and a dict with
-'boxes' (N, 4) in pixels (x1, y1, x2, y2) and 'labels' (N,), which start at 1.
+"""A small SSD learns to find shapes from a larger FCOS, both detectors of torchvision. The last line compares the mean average precisions. For your own images,
+replace `shapes` with a list of (image, target): a tensor (3, H, W) from 0 to 1, and a dict with 'boxes' (N, 4) in pixels (x1, y1, x2, y2) and 'labels' (N,),
+which start at 1.
 
 Data: boxes. Teacher: a larger detector. Trainer: a plain loop.
 """

@@ -1,6 +1,6 @@
-"""Trees teach a network: a forest of 200 trees has learned a table of amounts from 8,000 rows. A small network has 500 of
-them, and learns alone and with the forest, which also labels new rows that are made from the old ones. The last line
-compares the accuracies on new rows.
+"""Trees teach a network: a forest of 200 trees has learned a table of amounts from 8,000 rows. A small network
+learns from 500 of these rows, alone and with the forest as its teacher, which also labels new rows that are made from
+the 500. The last line compares the accuracies on new rows.
 
 Data: tables. Teacher: trees. Trainer: fastai.
 """

@@ -1,5 +1,5 @@
-"""Unlabeled images: a small network has the labels of 60 digits, and 1,140 more pictures without labels, on which the
-teacher says what it sees. The last line compares the accuracies on digits by different writers.
+"""Unlabeled images: a small network has 60 labeled digits, and 1,140 more pictures without labels, which the teacher
+classifies. The last line compares the accuracies on digits by different writers.
 
 Data: images. Teacher: a larger network. Trainer: fastai.
 """

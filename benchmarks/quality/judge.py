@@ -340,7 +340,7 @@ def of_best(j):
                 ]
             )
     if not rows:
-        return f'In no cell are {protocol.ENOUGH_RECIPES} recipes finished.\n'
+        return f'No cell has {protocol.ENOUGH_RECIPES} finished recipes.\n'
     median = ', '.join(f'{m} {np.median(v):.0%} ({len(v)} cells)' for m, v in shares.items())
     return f"Median share of the best recipe's gain: {median}.\n\n" + table(
         [
@@ -373,9 +373,9 @@ def of_rest(j):
     lines = [
         f'- {sum(commits.values()):,} runs in {len(j.cells)} cells, of the commits {", ".join(f"{k} ({v:,})" for k, v in commits.items())}.',
         f'- Started, but not finished: {", ".join(started) or "none"}.',
-        f'- Recipes of the protocol that have not run in a cell that is here: {sum(map(len, waiting.values()))}, in {sum(map(bool, waiting.values()))} cells.',
+        f'- Recipes of the protocol that have not run in one of these cells: {sum(map(len, waiting.values()))}, in {sum(map(bool, waiting.values()))} cells.',
         f'- Runs that diverged: {", ".join(diverged) or "none"}.',
-        f'- Runs that fit no plan any more: {stale}.',
+        f'- Runs that no longer match a plan: {stale}.',
     ]
     return '\n'.join(lines) + '\n'
 
@@ -421,22 +421,22 @@ def picture(j, path):
 PARTS = [
     (
         'How often the default is better or safe',
-        'Against labels alone. Safe, worse, too noisy to tell: see the margins in [PROTOCOL.md](PROTOCOL.md). Significant: after the correction for all finished cells.',
+        'Compared with labels alone. [PROTOCOL.md](PROTOCOL.md) defines the margins for safe, worse and too noisy to tell. Significant: after the correction for all finished cells.',
         of_counts,
     ),
     (
         'The default against labels alone',
-        'Mean difference on the test split and its 95% interval, which includes how uncertain the choice of the rates is; the main measure in points or bits. More is better in all columns of gains.',
+        'Mean difference on the test split with its 95% interval, which includes the uncertainty from choosing the rates. The main measure is in points or bits. Higher is better in all columns of gains.',
         of_default,
     ),
     (
         'The effect over data sets',
-        'A mixed model with the data set as the group. More is better for the default.',
+        'A mixed model with the data set as the group. Higher values favor the default.',
         of_overall,
     ),
     (
         'The default against other recipes',
-        'Main measure; bold: significant after the correction for the cells of the column. More is better for the default.',
+        'Main measure; bold: significant after the correction for the cells of the column. Higher values favor the default.',
         of_peers,
     ),
     ('The default and the best recipe', '', of_best),

@@ -99,7 +99,7 @@ def of_repository(r):
     seeds = [g.seeds for g in own.values()]
     new = [n for n, f in r.facts.items() if f['task'] in tables.NEW]
     probabilities = re.search(
-        r'in (\d+) of (\d+) cells\. Its median expected calibration error is (\S+), that of labels alone (\S+)\.\n',
+        r'in (\d+) of (\d+) cells\. Its median expected calibration error is (\S+), compared with (\S+) for labels alone\.\n',
         tables.of_calibration(r),
     ).groups()
     gains = gains_said(gains, r)

@@ -332,7 +332,7 @@ def of_calibration(r):
     }
     (alone, ours), (a, b) = both['nll'].T, np.median(both['ece'], axis=0)
     return (
-        f'The NLL of the default is below that of labels alone in {(ours < alone).sum()} of {len(ours)} cells. Its median expected calibration error is {b:.3f}, that of labels alone {a:.3f}.\n\n'
+        f'The default has a lower NLL than labels alone in {(ours < alone).sum()} of {len(ours)} cells. Its median expected calibration error is {b:.3f}, compared with {a:.3f} for labels alone.\n\n'
         + table(['cell', 'labels alone', 'default', *map(shown, ('kd(4,.9)', 'fasterai'))], rows)
     )
 
@@ -487,13 +487,13 @@ PARTS = [
     ),
     (
         'The default in each cell',
-        'Gain over labels alone in points of the test split, each at its own best rate. Bold: p, corrected for the 48 cells, is below 5% with only the planned seeds, and if the rates differ, '
-        'at least half of the gain is left when both train at either rate (one seed). The p in the table uses all seeds.',
+        'Gain over labels alone in points on the test split, each recipe at its own best rate. Bold: p, corrected for the 48 cells, is below 5% with only the planned seeds, and if the rates differ, '
+        'at least half of the gain remains when both are trained at either rate (one seed). The p in the table uses all seeds.',
         of_default,
     ),
     (
         'The default and the best recipe',
-        'The best of all is chosen by its test score, so its gain is too large, and more so the more recipes ran. The last column is the recipe that is best on average on the *other tasks* of the same kind.',
+        'The best of all is chosen by its test score, so its gain is overestimated, especially if many recipes ran. The last column is the recipe that is best on average on the *other tasks* of the same kind.',
         of_best,
     ),
     (
@@ -503,12 +503,12 @@ PARTS = [
     ),
     (
         'Each recipe over the cells of a kind',
-        'Better, worse: the number of cells in which it is bold above. Only recipes that ran in most of these cells.',
+        'Better, worse: the number of cells in which the recipe is bold above. Only recipes that ran in most of these cells.',
         of_groups,
     ),
     (
         'Probabilities',
-        'NLL / expected calibration error on the test split, of the same runs.',
+        'NLL / expected calibration error on the test split, for the same runs.',
         of_calibration,
     ),
     (
@@ -518,7 +518,7 @@ PARTS = [
     ),
     (
         'Runs that are not in the tables above',
-        'Not counting the runs that chose the rates.',
+        'The runs that chose the rates are not included.',
         of_dropped,
     ),
 ]

@@ -1137,8 +1137,8 @@ def test_the_tables_of_the_protocol_say_what_the_runs_say(quality, blobs, tmp_pa
     rest = quality.judge.of_rest(j)
     assert 'Started, but not finished: blobs (`kd(4,.9)`).' in rest
     assert 'Runs that diverged: the default in blobs (1).' in rest
-    assert 'Runs that fit no plan any more: 1.' in rest
-    assert quality.judge.of_best(j) == 'In no cell are 10 recipes finished.\n'
+    assert 'Runs that no longer match a plan: 1.' in rest
+    assert quality.judge.of_best(j) == 'No cell has 10 finished recipes.\n'
     quality.judge.picture(j, tmp_path / 'p.png')
     assert (tmp_path / 'p.png').read_bytes().startswith(b'\x89PNG')
 
