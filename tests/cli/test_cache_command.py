@@ -162,7 +162,7 @@ def test_an_interrupt_says_how_to_go_on(script, cache, tmp_path, monkeypatch):
         'float32',
         code=130,
     )
-    assert 'Finished files are kept' in out and 'the same command resumes' in out
+    assert 'Finished files are kept' in out and 'To resume, run the same command' in out
     said = cache('info', tmp_path / 'c')
     done = int(
         re.search(r'(\d+) of 8 written, .* in all: `fastdistill cache write` resumes', said)[1]
@@ -198,7 +198,7 @@ def test_what_does_not_fit_is_refused_and_what_nearly_does_is_asked(
     r = cache(*args, code=None, input='n\n')
     assert (
         r.exit_code == 1
-        and 'more than half of the free disk. Continue?' in r.output
+        and 'more than half of the free disk space. Continue?' in r.output
         and '0 of 1 written' in cache('info', tmp_path / 'c')
     )
     cache(*args, input='y\n')

@@ -170,7 +170,7 @@ def test_find_trains_the_student_of_a_run_anew(command, finished, tmp_path, monk
         main()
     out, err = capsys.readouterr()
     assert not e.value.code, err
-    assert 'start of each training are those with which fastdistill train begins' in out
+    assert 'Each training run starts from the weights with which fastdistill train begins' in out
     student = new_student(folder / 'student.pkl')
     for k, v in student.model.named_parameters():
         assert torch.allclose(v.cpu(), begun[k], atol=1e-6), k
@@ -389,7 +389,7 @@ def test_one_seed_is_called_one_training_and_several_end_with_their_mean(
     config = '--config', finished / 'config.toml', '--epochs', 1
     code, out, err = command(*config, '--seeds', 2, '--out', tmp_path / 'two')
     assert not code, err
-    last = ' '.join(out.split('report.html, and the student beside it')[1].split())
+    last = ' '.join(out.split('report.html, and the student in the same folder')[1].split())
     assert re.fullmatch(
         'Over 2 seeds, the difference between distilled and alone is not tested: accuracy '
         r'[+-][\d.]+ points on average \(two seeds are too few for a test\). distilled was better '

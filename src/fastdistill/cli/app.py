@@ -106,9 +106,9 @@ def wait_for_launcher(seconds: float) -> None:
 
 
 def in_flags(text: str) -> str:
-    """Replace Python arguments in a message by command-line flags. For example, `views=8` becomes
-    `--views 8`, and `force=True` becomes `--force`. The first argument of a call in Python, as in
-    `dict(size=8)`, stays as it is.
+    """Replace Python arguments in a message with command-line flags. For example, `views=8` becomes
+    `--views 8`, and `force=True` becomes `--force`. The first argument of a Python call, as in
+    `dict(size=8)`, is not replaced.
 
     Args:
         text: A message of the library.

@@ -1,4 +1,4 @@
-"""Command-line arguments used by several commands, for models, data and recipes. This module does
+"""Command-line arguments for models, data and recipes that several commands share. This module does
 not import PyTorch.
 """
 
@@ -44,8 +44,8 @@ def python_name(name: str) -> str:
 
 
 def named_model(name: str) -> str:
-    """Check an argument that names a model. The folder of a run is replaced by the exported student
-    inside.
+    """Check an argument that specifies a model. Replace the folder of a run with the exported
+    student inside.
     """
     if in_python(name):
         return python_name(name)
@@ -105,7 +105,7 @@ DataArg = Annotated[
     str,
     typer.Argument(
         callback=python_name,
-        help="'file.py:name' of DataLoaders, or of a function that makes them.",
+        help="'file.py:name' of DataLoaders, or of a function that returns them.",
     ),
 ]
 DataOption = Annotated[
@@ -113,7 +113,7 @@ DataOption = Annotated[
     typer.Option(
         '--data',
         callback=python_name,
-        help="'file.py:name' of DataLoaders; default: those of the Learner or of the run that wrote the model.",
+        help="'file.py:name' of DataLoaders; default: from the Learner, or from the run that wrote the model.",
     ),
 ]
 RecipeText = "Such as 'kd(T=4, alpha=.9) + at()', or 'file.py:name'"

@@ -1,4 +1,4 @@
-"Load objects that are named on the command line as 'file.py:name'."
+"Load objects that are given on the command line as 'file.py:name'."
 
 import ast
 import importlib.util
@@ -17,8 +17,8 @@ from .arguments import in_file, in_python
 
 def load_teacher(name: str, run: Any = None) -> Any:
     """Load the object named 'file.py:name'. Return any other name unchanged, because `Teacher` can
-    load it. If it is an estimator in a file and the data are the texts of a run, the estimator reads
-    the texts, as in `fastdistill train`.
+    load it. If the file contains an estimator and the data of the run are texts, let the estimator
+    read the texts, as in `fastdistill train`.
 
     Args:
         name: 'file.py:name', or a file that `Teacher` accepts.
@@ -40,8 +40,7 @@ def load_named_learner(name: str, data: str | None = None) -> Any:
 
     Args:
         name: 'file.py:name', or the file of an exported Learner.
-        data: 'file.py:name' of DataLoaders. None for the Learner's own DataLoaders, or those of its
-            run.
+        data: 'file.py:name' of DataLoaders. None for the DataLoaders of the Learner or of its run.
     """
     from .training.exported_student import learner_in_file
 
@@ -123,7 +122,7 @@ def module_of(file: Path) -> Any:
 
 @contextmanager
 def own_mistakes(file: Path) -> Iterator[None]:
-    """Context manager that replaces an error in the user's file by a DistillError that names the
+    """Context manager that replaces an error in the user's file with a DistillError that gives the
     failing line.
     """
     try:

@@ -1,5 +1,5 @@
-"""Find mistakes in recipes written as text without importing PyTorch, which takes seconds. The names
-come from the source of `fastdistill.recipes` and `fastdistill.losses`.
+"""Find mistakes in recipes written as text without importing PyTorch, which takes seconds. The valid
+names are read from the source of `fastdistill.recipes` and `fastdistill.losses`.
 """
 
 import ast

@@ -38,7 +38,8 @@ def write(
         ),
     ] = 'auto',
     layers: Annotated[
-        list[str] | None, typer.Option(help='A layer whose output is also stored; may be repeated.')
+        list[str] | None,
+        typer.Option(help='Layer whose output is also stored; may be given several times.'),
     ] = None,
     recipe: Annotated[
         str | None,
@@ -50,22 +51,22 @@ def write(
         bool, typer.Option('--valid', help='Also store outputs for the validation set.')
     ] = False,
     bs: Annotated[
-        int | None, typer.Option(help='Batch size; default: that of the DataLoaders.')
+        int | None, typer.Option(help='Batch size; default: same as the DataLoaders.')
     ] = None,
     workers: Annotated[
-        int | None, typer.Option(help='Workers; default: that of the DataLoaders.')
+        int | None, typer.Option(help='Number of workers; default: same as the DataLoaders.')
     ] = None,
     seed: Annotated[int, typer.Option(help='Seed of all random numbers.')] = 0,
     check: NoCheck = True,
     force: Annotated[
-        bool, typer.Option('--force', help="Overwrite a cache that doesn't fit.")
+        bool, typer.Option('--force', help="Overwrite a cache that doesn't match.")
     ] = False,
     yes: Annotated[bool, typer.Option('--yes', '-y', help='Do not ask for confirmation.')] = False,
 ) -> None:
     """Run the teacher on the data and store its outputs. An interrupted run is resumed by the same
     command.
 
-    Under torchrun or accelerate launch, each process writes a part of the cache.
+    Under torchrun or accelerate launch, each process writes part of the cache.
     """
     from ...base.distributed import joined_processes
     from ...fastai.cache_data import cache_teacher
@@ -83,7 +84,9 @@ def write(
             # the writer itself raises an error if the cache needs more than the free disk space
             large = plan.free is not None and plan.free / 2 < plan.bytes <= plan.free
             if large and not yes:
-                typer.confirm('That is more than half of the free disk. Continue?', abort=True)
+                typer.confirm(
+                    'That is more than half of the free disk space. Continue?', abort=True
+                )
 
         try:
             cache = cache_teacher(
@@ -102,7 +105,7 @@ def write(
         except KeyboardInterrupt:
             if first:
                 typer.echo(
-                    f'\nInterrupted. Finished files are kept in {path}: the same command resumes.'
+                    f'\nInterrupted. Finished files are kept in {path}. To resume, run the same command.'
                 )
             raise typer.Exit(130) from None
     if first:
@@ -159,7 +162,7 @@ def info(
         bool, typer.Option('--check', help='Compare every file with its checksum.')
     ] = False,
 ) -> None:
-    "Show the content of a cache and information about the teacher."
+    "Show the contents of a cache and information about the teacher."
     from ...cache.file_store import open_folder
     from ...cache.manifest import Manifest
     from ...cache.pack import cache_facts
@@ -191,7 +194,7 @@ def pack_command(
     ],
     title: Annotated[
         str | None,
-        typer.Option(help='Title of the card; default: made from the name of the teacher.'),
+        typer.Option(help='Title of the card; default: derived from the name of the teacher.'),
     ] = None,
     data: Annotated[
         str | None, typer.Option(help='What the samples are, and where to get them.')

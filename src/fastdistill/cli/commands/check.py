@@ -1,5 +1,5 @@
-"""`fastdistill check`: find mistakes that would go unnoticed in a training with a teacher, and
-estimate the cost of the training.
+"""`fastdistill check`: find mistakes that would go unnoticed when training with a teacher, and
+estimate the cost of training.
 """
 
 from pathlib import Path
@@ -17,10 +17,12 @@ def check_command(
     data: DataOption = None,
     recipe: Annotated[
         str | None,
-        typer.Option(callback=recipe_names, help=f'{RecipeText}; default: chosen by the outputs.'),
+        typer.Option(
+            callback=recipe_names, help=f'{RecipeText}; default: chosen to fit the outputs.'
+        ),
     ] = None,
     n_epoch: Annotated[
-        int, typer.Option(help='Epochs of the training for which costs are estimated.', min=1)
+        int, typer.Option(help='Number of epochs for which costs are estimated.', min=1)
     ] = 10,
     n: Annotated[
         int,
@@ -30,10 +32,11 @@ def check_command(
     ] = 8,
     cost: Annotated[bool, typer.Option(help='Measure times and memory.')] = True,
 ) -> None:
-    """Check a teacher for a student before training: a table of mistakes, measurements and costs.
+    """Check a teacher for a student before training. Print a table of mistakes, measurements and
+    costs.
 
-    The exit code is 1 if a mistake was found that would stop a training, and 2 if the check could
-    not run. Example: fastdistill check train.py:student teacher.pkl.
+    The exit code is 1 if a mistake was found that would stop training, and 2 if the check could not
+    run. Example: fastdistill check train.py:student teacher.pkl.
     """
     from ...fastai.teachers import PICKLES
 

@@ -28,7 +28,7 @@ def named_once(pairs: Iterable) -> dict:
     out = {}
     for name, what in pairs:
         if name in out:
-            raise DistillError(f'{name!r} is there twice: each one needs a name of its own.')
+            raise DistillError(f'The name {name!r} is used twice: all names must be different.')
         out[name] = what
     return out
 
@@ -43,14 +43,15 @@ def check_splits(runs: Iterable[str]) -> None:
     for run in runs:
         if (file := Path(run).parent / 'split.csv').is_file():
             (name, *_), *rows = csv.reader(file.read_text(encoding='utf-8').splitlines())
-            data = len(rows) if name == 'row' else ''  # numbers of rows are of the same data
+            # row numbers are comparable only if the number of rows is the same
+            data = len(rows) if name == 'row' else ''
             sets[run] = [{(data, r[0]) for r in rows if r[-1] == k} for k in ('train', 'valid')]
     for a, b in permutations(sets, 2):
         if known := sets[a][0] & sets[b][1]:
             raise DistillError(
                 f'{a} was trained on {len(known)} of the {len(sets[b][1])} validation samples of {b}, '
-                'so their scores there would not be comparable. Pass --data with samples on which '
-                'neither was trained, or train both with the same --valid and --seed.'
+                'so their scores would not be comparable. Pass --data with samples that neither was '
+                'trained on, or train both with the same --valid and --seed.'
             )
 
 
@@ -111,8 +112,8 @@ def compare_command(
 
 
 def report_files(paths: list[Path]) -> list[Path]:
-    """Check arguments that name reports. A folder is replaced by the report inside. Of several
-    folders, runs that are not finished are left out.
+    """Check arguments that specify reports. Replace a folder with the report inside. If there are
+    several folders, leave out runs that are not finished.
     """
     files = [p / 'report.json' if p.is_dir() else p for p in paths]
     begun = [p for p in files if not p.is_file() and (p.parent / 'config.toml').is_file()]
@@ -139,7 +140,7 @@ def report_command(
     Example: fastdistill report runs/* --plot runs.png.
     """
     if html is not None and len(runs) > 1:
-        raise DistillError(f'html= is the page of one report, but there are {len(runs)}.')
+        raise DistillError(f'html= writes the page of one report, but there are {len(runs)}.')
     from ...evaluation import Report, plot_runs, print_runs
 
     folders = [p.parent for p in runs]
@@ -168,7 +169,7 @@ def export_command(
     int8: Annotated[
         bool,
         typer.Option(
-            '--int8', help='For an .onnx file: quantize, and measure the loss of quality.'
+            '--int8', help='For an .onnx file: quantize, and measure the loss in quality.'
         ),
     ] = False,
     calibrate: Annotated[
@@ -185,9 +186,9 @@ def export_command(
         raise DistillError('int8=True needs an .onnx file.')
     if path.suffix and path.suffix not in ('.onnx', '.pt2'):
         raise DistillError(
-            f'{str(path)!r}: the file must end in .onnx or .pt2; a name without an ending is a folder. '
-            'For other formats, such as TFLite or Core ML, export one of these and convert it with the '
-            'tool of that format.'
+            f'{str(path)!r}: the file must end in .onnx or .pt2; a name without a suffix is a folder. '
+            'For other formats, such as TFLite or Core ML, export one of these and convert it with '
+            "that format's tools."
         )
     from ...fastai import export_student, save_student
     from ...fastai.student_export import weak_score
@@ -195,13 +196,13 @@ def export_command(
     learn = load_named_learner(student, data)
     if why := weak_score(learn):
         hint = (
-            f' {student} is run anew, so its Learner has new weights unless it loads some: export a trained one '
-            "with learn.export('student.pkl'), and give that file."
+            f' {student} is run again, so its Learner has new weights unless it loads trained ones: export a '
+            "trained Learner with learn.export('student.pkl'), and pass that file."
             if in_python(student)
             else ''
         )
         warnings.warn(
-            f'{student} is hardly better than a constant prediction: {why}. Is it trained?{hint}',
+            f'{student} is hardly better than a constant prediction: {why}. Has it been trained?{hint}',
             DistillWarning,
         )
     if calibrate:

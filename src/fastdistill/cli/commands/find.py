@@ -26,14 +26,16 @@ def find(
     student: StudentArg,
     teacher: TeacherArg,
     n_epoch: Annotated[
-        int, typer.Option(help='Epochs of the training that the recipe is for.', min=1)
+        int, typer.Option(help='Number of epochs for which the recipe should be best.', min=1)
     ],
     data: DataOption = None,
     minutes: Annotated[float, typer.Option(help='Time limit of the search.')] = 10,
     rates: Annotated[
-        list[float] | None, typer.Option(help='A learning rate to try; may be given several times.')
+        list[float] | None, typer.Option(help='Learning rate to try; may be given several times.')
     ] = None,
-    seeds: Annotated[int, typer.Option(help='Seeds with which the best runs are repeated.')] = 5,
+    seeds: Annotated[
+        int, typer.Option(help='Number of seeds with which the best runs are repeated.')
+    ] = 5,
     trials: Annotated[int | None, typer.Option(help='Maximum number of runs.')] = None,
     folder: Annotated[
         Path | None, typer.Option(help='Folder for finished runs, from which the search resumes.')
@@ -56,10 +58,10 @@ def find(
     ] = None,
     plot: Annotated[Path | None, typer.Option(help='File for the plot.')] = None,
 ) -> None:
-    """Try recipes and learning rates on short runs, repeat the best, and print a table.
+    """Try recipes and learning rates in short runs, repeat the best, and print a table.
 
-    The student of a run is trained anew, as fastdistill train does. Any other student starts with
-    its own weights.
+    The student of a run is trained from the beginning, as fastdistill train does. Any other student
+    starts with its own weights.
 
     Several processes can search together if they use the same folder. After Ctrl-C, the best result
     so far is shown. With a folder, the same command resumes the search. The last line of the output
@@ -74,8 +76,8 @@ def find(
         learn = new_student(student)
     else:
         learn = load_named_learner(student, data)
-    start = 'those with which fastdistill train begins' if anew else f'those of {student}'
-    typer.echo(f'The weights at the start of each training are {start}.')
+    start = 'from the weights with which fastdistill train begins' if anew else f'from {student}'
+    typer.echo(f'Each training run starts {start}.')
     try:
         found = learn.distill_find(
             load_teacher(teacher, learn if of_run(student) and data is None else None),
@@ -96,11 +98,11 @@ def find(
         found.plot().savefig(plot)
         typer.echo(f'Plot: {plot}')
     command = training_command(student, teacher, data, n_epoch, fine_tune, found)
-    typer.echo(f'In a shell, this trains with it:\n{command}')
+    typer.echo(f'To train with it, run:\n{command}')
 
 
 def starts_anew(student: str, data: str | None) -> bool:
-    """Return True for the student of a run, which is not trained further, but anew."""
+    """Return True for the student of a run, which is trained from the beginning again."""
     return of_run(student) and data is None
 
 

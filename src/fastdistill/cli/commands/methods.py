@@ -24,7 +24,7 @@ def methods_command(
         list[str] | None,
         typer.Option(
             help='Only methods that need this: logits, features, relations, '
-            'classes, labels ...; may be repeated.'
+            'classes, labels ...; may be given several times.'
         ),
     ] = None,
 ) -> None:
@@ -44,7 +44,7 @@ def methods_command(
         method(' '.join(words))  # raises an error that lists similar names
     else:
         raise DistillError(
-            f'No method needs {" and ".join(needs)} and has the words {" ".join(words)!r}.'
+            f'No method needs {" and ".join(needs)} and matches {" ".join(words)!r}.'
         )
 
 
@@ -65,7 +65,7 @@ def list_methods(found: Sequence, console: Any) -> None:
             table.add_row(f'[bold]{m.name}[/]', f'{escape(m.line)}\n[dim]{escape(more)}[/]')
         console.print(f'\n[bold]{family}[/]', highlight=False)
         console.print(table, highlight=False)
-    console.print('\nfastdistill methods NAME shows one with its parameters.', highlight=False)
+    console.print('\nfastdistill methods NAME shows a method with its parameters.', highlight=False)
 
 
 def show_method(m: Any, console: Any) -> None:

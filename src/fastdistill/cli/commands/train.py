@@ -19,7 +19,9 @@ def option(text: str, *names: str) -> Any:
 
 
 def flag_of(f: Field) -> Parameter:
-    """Return a flag for a setting of a run. Its default is None, for a setting that is not given."""
+    """Return a flag for a setting of a run. The default of the flag is None, which means that the
+    setting is not given.
+    """
     kind: Any = f.type if isinstance(f.type, type) else str
     text = parameter_texts(TrainConfig, 'Attributes').get(f.name, '')
     if f.default not in (MISSING, ''):
@@ -40,9 +42,9 @@ def train_command(
     ] = False,
     **settings: Any,
 ) -> None:
-    """Train a student with a teacher, from files on disk, and show what was gained.
+    """Train a student with a teacher, from files on disk, and show the gain.
 
-    The command trains the teacher (unless it is given), the student without the teacher, and the
+    The command trains the teacher (unless it is a file), the student without the teacher, and the
     student with the teacher. Then it compares the models.
 
     
@@ -58,9 +60,9 @@ def train_command(
         --student embedding_bag --student-layers 16
       fastdistill train --data people.csv --y income --teacher tabular --student tabular
         --student-layers 20
-    Your own teacher, which learn.export wrote:
+    Your own teacher, written by learn.export:
       fastdistill train --data photos --teacher teacher.pkl --student resnet18 --epochs 20
-    After Ctrl-C or a crash; and a finished run once more:
+    To resume after Ctrl-C or a crash, and to repeat a finished run:
       fastdistill train --resume --out runs/photos-resnet18
       fastdistill train --config runs/photos-resnet18/config.toml
 
@@ -69,8 +71,8 @@ def train_command(
     (weights as safetensors, a card, ONNX if possible) and teacher.safetensors.
     """
     given = {k: v for k, v in settings.items() if v is not None}
-    # report mistakes in the settings before PyTorch is imported, or, by the first of several
-    # processes, before fastai is imported
+    # report mistakes in the settings before PyTorch is imported. If there are several processes, the
+    # first one reports them before fastai is imported
     if os.environ.get('WORLD_SIZE', '1') == '1':
         settings_of(given, config, out, resume)
     from ...base.distributed import joined_processes, on_first
@@ -86,12 +88,12 @@ def train_command(
         except KeyboardInterrupt:
             again = f'fastdistill train --resume --out {run.folder}'
             if first:
-                typer.echo(f'\nInterrupted. Finished epochs are kept: {again}')
+                typer.echo(f'\nInterrupted. Finished epochs are kept. To resume, run: {again}')
             raise typer.Exit(130) from None
     if not first:
         return
     report.show()
-    typer.echo(f'Written: {Path(run.folder) / "report.html"}, and the student beside it')
+    typer.echo(f'Written: {Path(run.folder) / "report.html"}, and the student in the same folder')
     if len(report.seeds.seeds) > 1:
         typer.echo(over_seeds(report)[1])
 

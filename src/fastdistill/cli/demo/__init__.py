@@ -58,7 +58,7 @@ def run(
     """
     if seeds < 1:
         raise DistillError(
-            f'seeds={seeds}: at least 1 student of each kind is needed, 2 for a spread'
+            f'seeds={seeds}: at least 1 student of each kind is needed, or 2 for a standard deviation'
         )
     console, start, out = console or Console(), time.perf_counter(), Path(out)
     task = digits()
@@ -94,7 +94,7 @@ def train_all(
     task: DemoTask, seeds: int, show: Callable
 ) -> tuple[Trained, dict[str, list[Trained]]]:
     """Train the teacher, and students in each way. Return (teacher, {way: students}). After each
-    step, show(name of the model, part of all steps) is called.
+    step, show(name of the model, fraction of all steps) is called.
     """
     total, steps = task.steps[0] + seeds * len(WAYS) * task.steps[1], count(1)
     tick = lambda name: lambda: show(name, next(steps) / total)
@@ -158,8 +158,8 @@ def latency(task: DemoTask, seconds: float, **models: nn.Module) -> dict[str, di
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Context manager that limits PyTorch to one thread. On two cores, small models are faster with
-    one.
+    """Context manager that limits PyTorch to one thread. On two cores, small models run faster with
+    one thread.
     """
     before = torch.get_num_threads()
     torch.set_num_threads(1)

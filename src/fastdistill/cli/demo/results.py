@@ -112,11 +112,11 @@ def machine() -> dict[str, Any]:
 
 def opening(task: Any, seeds: int) -> str:
     return (
-        f'[bold]{task.title}[/]: {len(task.train[0]):,} for training, {len(task.test[0]):,} for the test\n\n'
-        f'A teacher of {n_params(task.teacher()):,} parameters is trained, then students of '
-        f"{n_params(task.student()):,}: alone, distilled by the default recipe, and from the teacher's soft labels "
-        'only. All have the same starts, batches and learning rate. '
-        f'Students of each kind: {seeds}; steps: {task.steps[1]:,}.\n'
+        f'[bold]{task.title}[/]: {len(task.train[0]):,} for training, {len(task.test[0]):,} for testing\n\n'
+        f'A teacher with {n_params(task.teacher()):,} parameters is trained, then students with '
+        f'{n_params(task.student()):,}: alone, distilled with the default recipe, and with only the '
+        "teacher's soft labels. All students of a seed have the same initial weights, batches and "
+        f'learning rate. Students of each kind: {seeds}; steps: {task.steps[1]:,}.\n'
     )
 
 
@@ -148,7 +148,7 @@ def results_table(r: Results) -> Table:
 
 
 def closing(r: Results, picture: Path, numbers: Path) -> str:
-    """Return the last lines of the output, with the gains, the files written, and what to do next."""
+    """Return the last lines of the output: the gains, the written files, and what to do next."""
     over = f'mean ± standard deviation over {r.seeds} seeds' if r.seeds > 1 else 'one seed'
     chosen = '\n'.join(f'{way}: {recipe}' for way, recipe in r.recipes.items())
     gains = ', '.join(f'{way} {100 * r.gain(way):+.1f}' for way in r.scores if way != ALONE)

@@ -59,7 +59,7 @@ def digits(train: tuple[int, int] = (0, 1200), test: tuple[int, int] = (1200, 17
 
     Args:
         train: (first, last + 1) of the digits in the numbers for training.
-        test: The same for the test.
+        test: (first, last + 1) of the digits in the numbers for testing.
     """
     from sklearn.datasets import load_digits
 
