@@ -398,7 +398,7 @@ def test_one_seed_is_called_one_training_and_several_end_with_their_mean(
     ), last
     code, _, err = command(*config, '--no-baseline', '--seeds', 2, '--out', tmp_path / 'none')
     assert code == 2
-    assert 'Leave one of the two out' in ' '.join(err.split())
+    assert 'Omit one of the two options' in ' '.join(err.split())
     assert not (tmp_path / 'none').exists()
 
 
@@ -494,9 +494,11 @@ def test_times_have_the_unit_of_their_sum(seconds, says):
 def test_resume_of_a_finished_or_another_run(finished, digits, command):
     assert 'is finished' in command('--resume', '--out', finished)[2]
     code, _, err = command('--resume', '--out', finished, '--data', digits, '--epochs', 3)
-    assert code == 2 and 'holds a run with --epochs 2, now --epochs 3' in ' '.join(err.split())
+    assert code == 2 and 'contains a run with --epochs 2, but now --epochs 3' in ' '.join(
+        err.split()
+    )
     assert (
-        'holds a run already'
+        'already contains a run'
         in command(
             '--data',
             digits,
@@ -674,10 +676,10 @@ def test_a_value_of_masks_that_is_not_a_class_is_ignored(palette, tmp_path, comm
     options += ('--teacher-lr', 0.01, '--device', 'cpu', '--no-onnx', '--recipe', 'kd()')
     code, _, err = command(*options, '--out', tmp_path / 'none')
     assert code == 2
-    assert 'If 255 marks pixels to ignore, give --ignore 255.' in ' '.join(err.split())
+    assert 'If 255 marks pixels to ignore, pass --ignore 255.' in ' '.join(err.split())
     code, _, err = command(*options, '--ignore', 7, '--out', tmp_path / 'none')
     assert code == 2
-    assert 'The masks hold the values 0, 1, 2, 255.' in ' '.join(err.split())
+    assert 'The masks contain the values 0, 1, 2, 255.' in ' '.join(err.split())
     code, out, err = command(*options, '--ignore', 255, '--out', tmp_path / 'run')
     assert code == 0, err
     assert (
@@ -977,7 +979,7 @@ def test_files_that_hold_no_trees_for_these_data(tmp_path, digits):
     refused('There is no file', 'gone')
     with pytest.raises(
         DistillError,
-        match='holds an estimator .DummyClassifier., which reads the rows of a table or texts, but .*digits holds images',
+        match='contains an estimator .DummyClassifier., which reads the rows of a table or texts, but .*digits contains images',
     ):
         run(tmp_path / 'run', data=digits, teacher=str(tmp_path / 'other.joblib'))
     assert not (tmp_path / 'run').exists()
@@ -1227,11 +1229,11 @@ def spoiled(digits, tmp_path):
     'name,flags,says',
     [
         ('nowhere', {}, "There is no file or folder '.*nowhere'"),
-        ('empty', {}, 'holds no images, and no data in a different form'),
+        ('empty', {}, 'contains no images, and no other data that can be read'),
         ('one class', {}, 'All samples have one class'),
         ('unreadable', {}, "1 of 12 images can't be read: .*png"),
         ('missing class', {}, r'1 class\(es\) are missing from the validation set: digit1'),
-        ('loose', {}, 'a.png is in no class folder'),
+        ('loose', {}, 'a.png is not in a class folder'),
         ('gaps.csv', {}, "1 of 80 rows have no label in column 'rich' \\(row 3"),
         ('same.csv', {}, 'All samples have one class .yes.'),
         ('lone.csv', {}, r'1 class\(es\) are missing from the validation set: perhaps'),
@@ -1244,7 +1246,7 @@ def spoiled(digits, tmp_path):
         (
             'a.csv',
             dict(valid='held'),
-            "--valid 'held': must be a fraction such as 0.2, or for a CSV .* It has age",
+            "--valid 'held': must be a fraction such as 0.2. For a CSV file, .* The columns are age",
         ),
         ('a.csv', dict(valid='job'), "this column has 'a'"),
         ('a.csv', dict(task='images'), 'columns of images'),
@@ -1454,7 +1456,7 @@ def test_an_empty_settings_file_is_named(tmp_path):
 def test_nothing_is_trained_on_the_device_meta(digits, tmp_path):
     with pytest.raises(
         DistillError,
-        match="device='meta' holds shapes and no values, so nothing can be trained on it",
+        match="device='meta' stores shapes without values, so nothing can be trained on it",
     ):
         run(tmp_path / 'run', data=digits, device='meta')
 
@@ -1755,7 +1757,7 @@ def test_a_run_does_not_continue_with_a_setting_that_is_now_auto(stopped, digits
     for k, was in dict(recipe="'kd(T=2)'", size="'16'", lr='0.01', teacher_lr='0.01').items():
         with pytest.raises(DistillError) as e:
             opened_run({k: 'auto'}, out=out, resume=True)
-        assert f"holds a run with {k}={was}, now {k}='auto'. Give the" in str(e.value)
+        assert f"contains a run with {k}={was}, but now {k}='auto'. Pass a" in str(e.value)
     text = (out / 'config.toml').read_text()
     (out / 'config.toml').write_text(text.replace('\nlr = 0.01', '\nlr = "auto"'))
     with pytest.raises(DistillError, match="has lr='auto', but the run began with lr=0.01"):
@@ -1861,7 +1863,7 @@ def test_an_image_that_links_show_twice_is_refused(linked, tmp_path):
         (tmp_path / 'valid' / 'digit0' / 'again.png').symlink_to(to / '0.png')
     with pytest.raises(
         DistillError,
-        match='images are there twice, through links: .*train/digit0/0.png and .*valid/digit0/.* are the same file. .* remove the link',
+        match='images appear twice because of links: .*train/digit0/0.png and .*valid/digit0/.* are the same file, .* Remove the link',
     ):
         loaders(data=tmp_path)
 
@@ -1949,7 +1951,7 @@ def test_copies_of_an_image_in_both_sets_or_in_two_classes_are_named(copy, tmp_p
         read(tmp_path)
     assert [str(w.message) for w in found] == [
         '1 image(s) in the training and the validation set are copies of the same image, e.g. '
-        f'{first} and {tmp_path}/valid/digit0/x.png. The validation score is too good: remove the '
+        f'{first} and {tmp_path}/valid/digit0/x.png. The validation score is too optimistic: remove the '
         'copies.',
         '1 image(s) in different classes are copies of the same image, e.g. '
         f'{first} and {tmp_path}/train/digit1/y.png. At least one of the labels is wrong: remove '
@@ -2007,7 +2009,7 @@ def test_copies_of_a_text_in_both_sets_are_named(tmp_path):
         checked_samples(read_samples(c), c)
     assert [str(w.message) for w in found] == [
         '15 text(s) in the training and the validation set are copies of the same text, e.g. row 0 and '
-        "row 30 ('text 0'). The validation score is too good: remove the copies."
+        "row 30 ('text 0'). The validation score is too optimistic: remove the copies."
     ]
 
 
@@ -2141,7 +2143,7 @@ def test_a_row_without_a_text_is_refused(empty, tmp_path):
 def test_another_encoding_is_named(encoding, tmp_path):
     (tmp_path / 'a.csv').write_bytes(rows_of('label', ['café', 'thé']).encode(encoding))
     with pytest.raises(
-        DistillError, match='is not text in UTF-8 .* Save it again with the encoding'
+        DistillError, match='is not UTF-8 text .* Save it again with UTF-8 encoding'
     ):
         read(tmp_path / 'a.csv')
 
@@ -2197,15 +2199,15 @@ def test_a_row_without_an_image_is_refused(empty, digits, tmp_path):
 def test_columns_of_a_folder_of_images_are_refused(given, digits, tmp_path):
     (name,) = given
     for data in (digits, masks_of_three_classes(tmp_path)):
-        with pytest.raises(
-            DistillError, match=f'{name}=.*is a folder without one. Leave out {name}'
-        ):
+        with pytest.raises(DistillError, match=f'{name}=.*is a folder without one. Omit {name}'):
             read(data, **given)
 
 
 def test_two_masks_of_one_image_are_refused(tmp_path):
     Image.new('L', (8, 8)).save(masks_of_three_classes(tmp_path) / 'masks' / '3.bmp')
-    with pytest.raises(DistillError, match='3.bmp and .*3.png are masks of one image: remove one'):
+    with pytest.raises(
+        DistillError, match='3.bmp and .*3.png are masks of the same image: remove one'
+    ):
         read(tmp_path)
 
 
@@ -2256,7 +2258,7 @@ NUMBERS = [f'{i * 0.37:.2f}' for i in range(200)]
         ([f'{o}%' for o in NUMBERS], 'most of its 200 cells differ, such as .0.00%.'),
         (
             [f'2026-01-01 {i}:00' for i in range(200)],
-            'differ, .* plain numbers .*name the other col',
+            'differ, .* plain numbers .*list the other col',
         ),
     ],
 )
@@ -2296,7 +2298,9 @@ def test_a_quote_that_is_not_closed_and_swallows_rows_is_named(order, last, end,
     ]
     cells[10]['text'], (cells[last]['text'], _) = '"great, that one', end.split(',')
     rows = [','.join(o[c] for c in order.split(',')) for o in cells]
-    says = rf'in row 10, .* column .text. holds whole rows: {last - 10} line break.*close it in the'
+    says = (
+        rf'in row 10, .* column .text. contains whole rows: {last - 10} line break.*close it in the'
+    )
     with pytest.raises(DistillError, match=says.replace('close', '[Cc]lose')):
         read_text(tmp_path / 'a.csv', '\n'.join([order, *rows, '']), y='label')
 
@@ -2358,7 +2362,7 @@ def test_images_of_more_than_8_bits_are_refused_instead_of_clipped_to_white(kind
     deep = tmp_path / 'mine' / 'digit0' / f'deep.{"png" if kind == "uint16" else "tiff"}'
     Image.fromarray(pixels.astype(kind)).save(deep)
     with pytest.raises(
-        DistillError, match=f'{deep} has more than 8 bits per pixel .*divided by 257'
+        DistillError, match=f'{deep} has more than 8 bits per pixel .*divide 16-bit values by 257'
     ):
         read(tmp_path / 'mine')
 
@@ -2527,7 +2531,7 @@ def dls(): return ImageDataLoaders.from_folder({str(digits)!r}, valid_pct=.2, se
     code, _, err = call()
     assert code == 2
     assert (
-        's.pkl is an exported Learner, which holds no data, and it is not in the folder of a run. Give the data: --data'
+        's.pkl is an exported Learner, which contains no data, and it is not in the folder of a run. Pass the data: --data'
         in err
     )
     code, out, err = call('--data', 'script_of_data.py:dls')

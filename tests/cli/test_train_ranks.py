@@ -188,7 +188,7 @@ def test_one_device_for_all_processes_is_refused(reviews, tmp_path):
             device='cpu:0',
         )
     )
-    assert codes == [2, 2] and "--device 'cpu:0' is one device, for 2 processes" in said(
+    assert codes == [2, 2] and "--device 'cpu:0' is one device, but there are 2 processes" in said(
         tmp_path / 'two'
     ).replace('\n', ' ')
     assert said(tmp_path / 'two', 1) == ''

@@ -42,9 +42,9 @@ LAYERED = dict(
 # architectures in LAYERED that have default layers in fastai
 HAVE_DEFAULTS = 'awd_lstm', 'tabular'
 ARCHS_IN_WORDS = dict(
-    images='a name of torchvision (resnet18, mobilenet_v3_small), timm (resnet10t, '
+    images='an architecture of torchvision (resnet18, mobilenet_v3_small), timm (resnet10t, '
     "vit_tiny_patch16_224) or fastai (xresnet18), or 'cnn' with the channels of its layers",
-    masks='a name of torchvision or fastai, which becomes the encoder of a U-Net (resnet18, '
+    masks='an architecture of torchvision or fastai, which becomes the encoder of a U-Net (resnet18, '
     "mobilenet_v3_small), or 'cnn' with the channels of its layers",
     texts="'awd_lstm', or 'embedding_bag' with the sizes of its layers",
     table="'tabular'",
@@ -71,8 +71,8 @@ def check_arch(arch: Arch, task: str) -> None:
             and (len(layers) not in range(2, 18) or {*layers[1:]} != {layers[1]})
         ):
             raise DistillError(
-                f'{arch.option}={arch.layers_in_words!r}: the layers of awd_lstm are the size of the '
-                "embedding and 1 to 16 equal numbers of hidden units, such as '100,200,200'."
+                f'{arch.option}={arch.layers_in_words!r}: for awd_lstm, these must be the size of the '
+                "embedding, and 1 to 16 equal numbers of hidden units, such as '100,200,200'."
             )
         return
     if name not in own_names(task) and not (task == 'images' and is_timm(name)):
@@ -135,7 +135,7 @@ def learner_of(
     except Exception as e:
         reason = ' '.join(f'{type(e).__name__}: {e}'.split())[:300]
         hint = (
-            'Its published weights may be unreachable. Without pretrained=True, it is trained '
+            'Its published weights may not be available. Without pretrained=True, it is trained '
             'from scratch.'
             if pretrained
             else 'Choose a different architecture, or a different size=.'
@@ -241,7 +241,7 @@ def encoder_of(name: str, s: Samples, pretrained: bool) -> nn.Sequential:
 
 
 def unfolded(layers: Any, size: tuple[int, int]) -> nn.Sequential:
-    """Replace each nn.Sequential that reduces the size of an image several times by its layers.
+    """Replace each nn.Sequential that reduces the size of an image several times with its layers.
 
     fastai's U-Net has skip connections only between the outermost layers.
     """

@@ -20,8 +20,8 @@ LOGGERS = 'csv', 'tensorboard'  # in addition to history.csv, which is always wr
 
 @dataclass(frozen=True)
 class Arch:
-    """An architecture, given by its name and the sizes of its layers. The default sizes are used if
-    `layers` is None.
+    """An architecture, specified by its name and the sizes of its layers. If `layers` is None, the
+    default sizes are used.
     """
 
     name: str
@@ -38,13 +38,13 @@ class Arch:
 
 @dataclass
 class TrainConfig:
-    """Settings of `fastdistill train`. The command has a flag for each setting, whose help is the text
-    below.
+    """Settings of `fastdistill train`. The command has a flag for each setting, with the text below as
+    its help.
 
     Attributes:
         data: Folder or CSV file.
-        teacher: Architecture to train first, a file (Learner .pkl, trees .joblib ...), or a run,
-            whose student becomes the teacher.
+        teacher: Architecture to train first, a file (Learner .pkl, trees .joblib ...), or the folder
+            of a run, whose student becomes the teacher.
         student: Architecture: resnet18, mobilenet_v3_small, cnn, awd_lstm, tabular ...
         teacher_layers: Layer sizes of a cnn, awd_lstm, embedding_bag or tabular teacher, such as
             '64,32'.
@@ -53,14 +53,14 @@ class TrainConfig:
             then not trained.
         task: images, masks, texts or table. auto infers it from the data.
         recipe: Such as 'kd(T=4, alpha=.9) + at()'.
-        epochs: Epochs of each training.
-        teacher_epochs: Epochs of the teacher. 0 for as many as those of the student.
-        lr: Learning rate of the students. auto finds one by short trainings.
+        epochs: Number of epochs to train each model.
+        teacher_epochs: Number of epochs to train the teacher. 0 for the same number as the student.
+        lr: Learning rate of the students. auto finds one with short training runs.
         teacher_lr: Learning rate of the teacher, in the same form.
-        x: Column of the input; columns of a table, with commas.
-        y: Column of the label.
+        x: Column with the input. For a table, several columns separated by commas.
+        y: Column with the label.
         delimiter: Delimiter between the labels of a sample, if it has several.
-        header: Whether the CSV begins with the names of its columns.
+        header: Whether the CSV file begins with the names of its columns.
         valid: Validation set: a fraction, a column that marks it, or a CSV file.
         ignore: Class or value of masks to ignore, such as 255. If empty, a class named void, ignore
             or unlabeled is ignored.
@@ -131,7 +131,7 @@ class TrainConfig:
         if self.seeds > 1 and not self.baseline:
             raise DistillError(
                 f'seeds={self.seeds}, baseline=False: several seeds show how much the difference between '
-                'the students with and without the teacher varies. Leave one of the two out.'
+                'the students with and without the teacher varies. Omit one of the two options.'
             )
         for k in ('lr', 'teacher_lr'):
             self.check_rate(k)
@@ -158,7 +158,7 @@ class TrainConfig:
             )
         if text and role == 'teacher' and self.teacher_file:
             raise DistillError(
-                f'{option}={text!r}: the teacher is a file, so its layers are fixed. Leave it out.'
+                f'{option}={text!r}: the teacher is a file, so its layers are fixed. Omit this option.'
             )
         return Arch(getattr(self, role), [int(o) for o in sizes] or None, option)
 
@@ -209,8 +209,8 @@ class TrainConfig:
             )
         if '.py:' in self.teacher:
             raise DistillError(
-                f'teacher={self.teacher!r}: a run needs a file that can be read again when it resumes. '
-                "Write one with learn.export('teacher.pkl')."
+                f'teacher={self.teacher!r}: the teacher must be a file that can be loaded again when the '
+                "run resumes. Write one with learn.export('teacher.pkl')."
             )
         if self.teacher_weights and not Path(self.teacher_weights).is_file():
             raise DistillError(f'There is no file {self.teacher_weights!r}.')
@@ -222,8 +222,8 @@ class TrainConfig:
             )
         if Path(self.teacher).suffix == '.safetensors':
             raise DistillError(
-                f"{self.teacher} holds weights, but no architecture: teacher='resnet34', "
-                f'teacher_weights={self.teacher!r}.'
+                f'{self.teacher} contains weights, but no architecture. Pass both, as in '
+                f"teacher='resnet34', teacher_weights={self.teacher!r}."
             )
 
     def absolute(self) -> 'TrainConfig':
@@ -242,7 +242,7 @@ class TrainConfig:
         )
 
     def parts_of_size(self) -> tuple[int, int] | None:
-        """Return (height, width). Return None if the size should be determined from the images."""
+        """Return (height, width), or None if the size is to be determined from the images."""
         if self.size == 'auto':
             return None
         h, _, w = self.size.partition('x')
@@ -316,9 +316,7 @@ def checked_type(name: str, v: Any, of: Any) -> Any:
         raise DistillError(f'{name}={v!r}: this text has a null byte')
     if isinstance(of, type) and type(v) is of:
         return v
-    raise DistillError(
-        f'{name}={v!r}: a value of type {getattr(of, "__name__", "number or text")} is needed'
-    )
+    raise DistillError(f'{name}={v!r}: must be of type {getattr(of, "__name__", "number or text")}')
 
 
 def read_config(path: Path | str) -> dict:
@@ -331,7 +329,7 @@ def read_config(path: Path | str) -> dict:
         text = Path(path).read_text(encoding='utf-8-sig')
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as e:
         raise DistillError(
-            f'There is no settings file {str(path)!r}. A run writes its own: config.toml.'
+            f'There is no settings file {str(path)!r}. Each run writes one: config.toml.'
         ) from e
     except UnicodeDecodeError as e:
         raise DistillError(f'{path} is not a text file: {e}') from e

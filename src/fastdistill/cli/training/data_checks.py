@@ -1,4 +1,4 @@
-"Check the samples before the training: the labels, the validation set and every file."
+"Check the samples before training: the labels, the validation set and every file."
 
 import io
 import os
@@ -33,7 +33,7 @@ def checked_samples(s: Samples, config: TrainConfig) -> Samples:
         s = with_target(s, config)
         if config.ignore:
             raise DistillError(
-                f'ignore={config.ignore!r}: this is for masks, but {config.data} holds {s.task}.'
+                f'ignore={config.ignore!r}: this is for masks, but {config.data} contains {s.task}.'
             )
     if config.y_range:
         check_range(s, config)
@@ -97,12 +97,14 @@ def with_target(s: Samples, config: TrainConfig) -> Samples:
 
 
 def blank_cells(column: pd.Series) -> pd.Series:
-    """Return a mask of the cells that are missing, or that hold only spaces."""
+    """Return a mask of the cells that are missing, or that contain only spaces."""
     return column.isna() | column.map(lambda v: isinstance(v, str) and not v.strip())
 
 
 def check_numbers(name: str, y: pd.Series) -> None:
-    """Raise a DistillError if labels are numbers to predict, except for a few cells or for commas."""
+    """Raise a DistillError if labels look like numbers to predict, except that a few cells are not
+    numbers, or that the decimal points are commas.
+    """
     y = y.astype(str)
     odd, points = not_numbers(y), y.str.replace(',', '.')
     numbers = pd.to_numeric(points, errors='coerce').dropna()
@@ -140,7 +142,7 @@ def validation_rows(s: Samples, config: TrainConfig) -> np.ndarray:
             raise DistillError(
                 f'{len(both)} image(s) are in the training set and in the validation set, e.g. '
                 f'{f"{len(name)} bytes" if isinstance(name, bytes) else name}. Remove them from one of '
-                'the two.'
+                'the sets.'
             )
         return s.valid
     try:
@@ -150,8 +152,8 @@ def validation_rows(s: Samples, config: TrainConfig) -> np.ndarray:
     if not 0 < share < 1:
         columns = ', '.join(map(str, s.frame.columns[:20]))
         raise DistillError(
-            f'valid={config.valid!r}: must be a fraction such as 0.2, or for a CSV file another CSV '
-            f'file, or a column that marks the rows. It has {columns}'
+            f'valid={config.valid!r}: must be a fraction such as 0.2. For a CSV file, it can also be '
+            f'another CSV file, or a column that marks the rows. The columns are {columns}'
         )
     files = content_identities(s) if s.task in ('images', 'masks') else files
     order, rows = np.random.default_rng(config.seed).permutation(len(s)), np.zeros(len(s), bool)
@@ -184,7 +186,7 @@ def content_identities(s: Samples) -> pd.Series:
     if s.task == 'texts':
         return s.frame[s.x[0]].astype(str).reset_index(drop=True)
     files = image_identities(s)
-    # `checked_files` names those that can't be read
+    # `checked_files` reports the files that can't be read
     readable = lambda f: os.path.isfile(f) and os.access(f, os.R_OK)
     sizes = {f: os.path.getsize(f) for f in set(files) if not isinstance(f, bytes) and readable(f)}
     number = Counter(sizes.values())
@@ -199,7 +201,7 @@ def warn_of_copies(s: Samples) -> None:
         (
             pd.Series(s.valid),
             'the training and the validation set',
-            'The validation score is too good',
+            'The validation score is too optimistic',
         )
     ]
     if s.task != 'masks' and s.target == 'classes':
@@ -232,12 +234,12 @@ def check_both_sets(s: Samples) -> None:
     if missing := valid - train:
         raise DistillError(
             f'{len(missing)} {what}(es) of the validation set are not in the training set: '
-            f'{few(missing)}. Training has {few(train)}.'
+            f'{few(missing)}. The training set has {few(train)}.'
         )
     if not s.delimiter and (missing := train - valid):
         raise DistillError(
             f'{len(missing)} class(es) are missing from the validation set: {few(missing)}. Each '
-            'class needs at least 2 samples, one of them there.'
+            'class needs at least 2 samples, one of them in the validation set.'
         )
 
 
@@ -298,8 +300,8 @@ def size_of_file(x: Any) -> tuple[int, int]:
             name = f'An image of {len(x)} bytes' if isinstance(x, bytes) else x
             raise DistillError(
                 f'{name} has more than 8 bits per pixel (mode {im.mode} of Pillow, with values up to '
-                f'{high:g}), and would be clipped to 255. Convert the images to 8 bits: '
-                '16-bit values divided by 257.'
+                f'{high:g}), and would be clipped to 255. Convert the images to 8 bits: divide 16-bit '
+                'values by 257.'
             )
         # read the complete JPEG file, but decode it at one eighth of its size for speed
         im.draft(im.mode, (1, 1))
@@ -314,12 +316,12 @@ def mask_values(path: Any, size: Any, image: Any) -> set[int]:
     with Image.open(path) as im:
         if len(im.getbands()) > 1:
             raise DistillError(
-                f'{path} has {len(im.getbands())} channels. A mask has one: the class number of each '
-                'pixel.'
+                f'{path} has {len(im.getbands())} channels. A mask must have one channel, with the class '
+                'number of each pixel.'
             )
         y = np.asarray(im)  # `mask_loaders` reads masks in the same way
     if y.shape != size:
-        raise DistillError(f'{path} has the size {y.shape}, but {image} has {size}.')
+        raise DistillError(f'{path} has size {y.shape}, but {image} has size {size}.')
     return set(np.unique(y).tolist())
 
 
@@ -335,24 +337,24 @@ def with_mask_classes(s: Samples, values: set[int], ignore: str) -> Samples:
     codes = Path(s.folder) / 'codes.txt'
     ignored = ignored_value(s, values, ignore)
     if not (numbers := values - {ignored}):
-        raise DistillError(f'ignore={ignore!r}: the masks hold no other value.')
+        raise DistillError(f'ignore={ignore!r}: the masks contain no other value.')
     if s.classes is None and not {*range(max(numbers))} <= values:
         first = ', '.join(map(str, sorted(numbers)[:NAMED]))
         raise DistillError(
-            f'The masks hold the numbers {first} ... {max(numbers)}. Classes are numbered 0, 1, 2 ... '
-            f'without gaps, or named, one a line, in {codes}. If {max(numbers)} marks pixels to '
-            f'ignore, give ignore={max(numbers)}.'
+            f'The masks contain the numbers {first} ... {max(numbers)}. Classes must be numbered 0, 1, 2 '
+            f'... without gaps, or be named in {codes}, one per line. If {max(numbers)} marks pixels to '
+            f'ignore, pass ignore={max(numbers)}.'
         )
     classes = s.classes or [str(i) for i in range(max(numbers) + 1)]
     if max(numbers) >= len(classes):
         raise DistillError(
-            f'The masks hold the class number {max(numbers)}, but {codes} names {len(classes)} classes, '
-            f'0 to {len(classes) - 1}. If {max(numbers)} marks pixels to ignore, give '
+            f'The masks contain the class number {max(numbers)}, but {codes} lists {len(classes)} classes, '
+            f'0 to {len(classes) - 1}. If {max(numbers)} marks pixels to ignore, pass '
             f'ignore={max(numbers)}.'
         )
     if len(numbers) < 2:
         raise DistillError(
-            f'All masks hold one class ({classes[numbers.pop()]}): there is nothing to learn.'
+            f'All masks contain only one class ({classes[numbers.pop()]}): there is nothing to learn.'
         )
     return replace(s, classes=classes, ignored=ignored)
 
@@ -368,7 +370,7 @@ def ignored_value(s: Samples, values: set[int], ignore: str) -> int | None:
         return int(ignore)
     names = f'The classes are {", ".join(classes[:30])}. ' if classes else ''
     raise DistillError(
-        f'ignore={ignore!r}: must be a class or a value in the masks. {names}The masks hold the values '
+        f'ignore={ignore!r}: must be a class or a value in the masks. {names}The masks contain the values '
         f'{", ".join(map(str, sorted(values)[:30]))}.'
     )
 
@@ -387,8 +389,8 @@ def natural_size(sizes: Any, task: str) -> tuple[int, int]:
 
 
 def warn_of_categories(name: str, column: pd.Series) -> None:
-    """Warn about a column that is read as categories, but holds numbers, or a different category in
-    most rows.
+    """Warn about a column that is read as categories, but seems to contain numbers, or has a
+    different value in most rows.
     """
     given = column.dropna().astype(str)
     if not len(given) or has_numbers(column):
@@ -408,7 +410,7 @@ def warn_of_categories(name: str, column: pd.Series) -> None:
             DistillWarning(
                 f'Column {name!r} is read as categories, but most of its {len(given)} cells differ, such '
                 f'as {given.iloc[0]!r} and {given.iloc[1]!r}, so the models learn little from it. Write '
-                "numbers and dates as plain numbers (1234.5), or name the other columns: x='COLUMN,COLUMN'."
+                "numbers and dates as plain numbers (1234.5), or list the other columns: x='COLUMN,COLUMN'."
             )
         )
 
@@ -426,7 +428,9 @@ def checked_columns(s: Samples) -> Samples:
     for c in s.x:
         warn_of_categories(c, frame[c])
     if empty := [c for c in s.x if frame[c][~s.valid].isna().all()]:
-        raise DistillError(f"Column {empty[0]!r} is empty. Name the others: x='COLUMN,COLUMN'.")
+        raise DistillError(
+            f"Column {empty[0]!r} is empty. List the other columns: x='COLUMN,COLUMN'."
+        )
     for c in s.x:
         if pd.api.types.is_bool_dtype(frame[c]):
             frame[c] = frame[c].astype(str)

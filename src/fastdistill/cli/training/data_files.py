@@ -94,20 +94,21 @@ def read_samples(config: TrainConfig) -> Samples:
         s = from_folders(path, config)
     if config.task not in ('auto', s.task):
         raise DistillError(
-            f'task={config.task!r}, but {config.data} holds {s.task}: {DATA_FORMS[config.task]}'
+            f'task={config.task!r}, but {config.data} contains {s.task}. This task needs '
+            f'{DATA_FORMS[config.task]}.'
         )
     if not len(s):
-        raise DistillError(f'{config.data} holds no samples.')
+        raise DistillError(f'{config.data} contains no samples.')
     return s
 
 
 def refuse_columns(config: TrainConfig) -> None:
-    """Raise a DistillError if settings name columns, but the data are folders of images."""
+    """Raise a DistillError if settings specify columns, but the data are folders of images."""
     for k in ('x', 'y', 'delimiter'):
         if v := getattr(config, k):
             raise DistillError(
                 f'{k}={v!r}: this is for a table, such as a CSV file, but {config.data} is a folder without '
-                f'one. Leave out {k}, or give the table as data.'
+                f'one. Omit {k}, or pass the table as data.'
             )
 
 
@@ -161,7 +162,7 @@ def image_files(folder: Path) -> list[Path]:
             for n in names
             if not n.startswith('.') and Path(n).suffix.lower() in image_extensions
         ]
-    # subtle: a table of pandas can't hold other names
+    # subtle: a pandas table can't contain other names
     if odd := next((p for p in files if not is_utf8(p)), None):
         raise DistillError(f'The name of {str(odd)!r} is not UTF-8: rename the file or its folder.')
     return sorted(files)
@@ -204,8 +205,8 @@ def check_each_once(files: Sequence) -> None:
     if again:
         a, b = again[0]
         raise DistillError(
-            f'{len(again)} of {len(files)} images are there twice, through links: {a} and {b} are the '
-            'same file. One of them could be trained on and the other validated on: remove the link.'
+            f'{len(again)} of {len(files)} images appear twice because of links: {a} and {b} are the '
+            'same file, which could be in both the training and the validation set. Remove the link.'
         )
 
 
@@ -219,19 +220,19 @@ def from_folders(path: Path, config: TrainConfig) -> Samples:
     if not files:
         layouts = '; '.join(DATA_FORMS.values())
         raise DistillError(
-            f'{path} holds no images, and no data in a different form. Supported layouts: {layouts}.'
+            f'{path} contains no images, and no other data that can be read. Supported layouts: {layouts}.'
         )
     roots = split or [path]
     if loose := next((p for p, i in files if p.parent == roots[i]), None):
         raise DistillError(
-            f'{loose} is in no class folder. Images must be in a folder of their class: '
+            f'{loose} is not in a class folder. Images must be in a folder of their class: '
             f'{roots[0] / "CLASS" / loose.name}.'
         )
     if deep := [p for p, i in files if p.parent.parent != roots[i]]:
         raise DistillError(
             f'{len(deep)} of {len(files)} images are in folders inside a class folder, e.g. {deep[0]}: '
             f'each image must be directly in the folder of its class, as in '
-            f'{roots[0] / "CLASS" / deep[0].name}. Move the images, pass the folder that holds the '
+            f'{roots[0] / "CLASS" / deep[0].name}. Move the images, pass the folder that contains the '
             'class folders, or use a CSV file of paths and labels.'
         )
     used = {p.parent for p, _ in files}
@@ -239,7 +240,7 @@ def from_folders(path: Path, config: TrainConfig) -> Samples:
     if empty := [p for p in folders if p not in used and not p.name.startswith('.')]:
         warnings.warn(
             DistillWarning(
-                f'{len(empty)} folder(s) hold no images, so they are not classes: '
+                f'{len(empty)} folder(s) contain no images, so they are not classes: '
                 f'{", ".join(map(str, empty[:5]))}{" ..." if len(empty) > 5 else ""}.'
             )
         )
@@ -272,7 +273,9 @@ def from_masks(path: Path) -> Samples:
         of: dict[Path, Path] = {}
         for p in image_files(masks):
             if (other := of.setdefault(p.relative_to(masks).with_suffix(''), p)) != p:
-                raise DistillError(f'{other} and {p} are masks of one image: remove one of them.')
+                raise DistillError(
+                    f'{other} and {p} are masks of the same image: remove one of them.'
+                )
         for p in image_files(images):
             if (stem := p.relative_to(images).with_suffix('')) not in of:
                 raise DistillError(f'{p} has no mask: {masks / stem}.png is missing.')
@@ -286,7 +289,9 @@ def from_masks(path: Path) -> Samples:
 
 
 def class_names_in(file: Path) -> list[str] | None:
-    """Return the names of the classes, one a line. None if there is no file, or no name in it."""
+    """Read class names from a file, one per line. Return None if there is no file, or no name in
+    it.
+    """
     if not file.is_file():
         return None
     with file_errors(f"{file} can't be read as text in UTF-8"):
@@ -309,8 +314,8 @@ def table_in(path: Path, config: TrainConfig) -> Path | None:
         found = named
     if len(found) > 1:
         raise DistillError(
-            f'{path} holds {len(found)} CSV files ({", ".join(p.name for p in found[:5])}). Give one of '
-            "them: data='...'."
+            f'{path} contains {len(found)} CSV files ({", ".join(p.name for p in found[:5])}). Pass one '
+            "of them: data='...'."
         )
     if split_folders(path) and image_files(path)[:1] and not config.x:
         return None
@@ -318,7 +323,9 @@ def table_in(path: Path, config: TrainConfig) -> Path | None:
 
 
 def read_csv(path: Path, header: bool) -> pd.DataFrame:
-    """Read all columns of a CSV file, or of a .tsv file, which is separated by tabs, as text."""
+    """Read all columns of a CSV file (separated by commas) or .tsv file (separated by tabs) as
+    text.
+    """
     if not is_csv(path):
         raise DistillError(
             f'{path} is neither a folder nor a CSV file (.csv, .tsv; also .gz). Convert other files '
@@ -339,21 +346,20 @@ def read_csv(path: Path, header: bool) -> pd.DataFrame:
         raise
     except UnicodeDecodeError as e:
         raise DistillError(
-            f"{path} can't be read as CSV: it is not text in UTF-8 ({e}). Save it again with the encoding "
-            'UTF-8.'
+            f"{path} can't be read as CSV: it is not UTF-8 text ({e}). Save it again with UTF-8 encoding."
         ) from e
-    # subtle: each kind of compressed file has errors of its own
+    # subtle: each kind of compressed file raises different errors
     except Exception as e:
-        hint = ' A cell that holds the separator must be in quotes.' if 'Expected' in str(e) else ''
+        hint = (
+            ' A cell that contains the separator must be in quotes.' if 'Expected' in str(e) else ''
+        )
         if 'Expected 1 fields' in str(e):
-            hint = (
-                ' Separate the cells of a .csv file with commas, or those of a .tsv file with tabs.'
-            )
+            hint = ' Separate the cells of a .csv file with commas, and the cells of a .tsv file with tabs.'
         raise DistillError(f"{path} can't be read as CSV: {str(e).strip()}.{hint}") from e
     if frame.shape[1] == 1 and (sep := other_separator(frame, path)):
         raise DistillError(
             f'{path} has one column, with {sep!r} in each line: is this the separator? Separate the cells '
-            'of a .csv file with commas, or those of a .tsv file with tabs.'
+            'of a .csv file with commas, and the cells of a .tsv file with tabs.'
         )
     names = [str(c) for c in frame.columns]
     if header:
@@ -374,7 +380,9 @@ def separator(path: Path) -> str:
 
 
 def other_separator(frame: pd.DataFrame, path: Path) -> str | None:
-    """Return a different separator that each row of a single column has equally often, or None."""
+    """Return a different separator that occurs equally often in each row of a single column, or
+    None.
+    """
     others = [o for o in (';', '\t', '|', ',') if o != separator(path)]
     n = {sep: frame[0].str.count(re.escape(sep)) for sep in others}
     return next((sep for sep, o in n.items() if o.min() == o.max() > 0), None)
@@ -401,9 +409,7 @@ def from_csv(path: Path, config: TrainConfig) -> Samples:
 
 
 def check_quotes(text: pd.DataFrame, y: str, path: Path) -> None:
-    """Raise a DistillError if a cell holds whole rows, because a quote in front of them is not
-    closed.
-    """
+    """Raise a DistillError if a cell contains whole rows, because a quote before them is not closed."""
     at, labels, n = text.columns.get_loc(y), set(text[y]), text.shape[1]
     sep = separator(path)
     for k, c in enumerate(text.columns):
@@ -412,19 +418,21 @@ def check_quotes(text: pd.DataFrame, y: str, path: Path) -> None:
             first, *rows = (o.split(sep) for o in lines)  # these rows have no quotes
             if len(first) < n - k:
                 continue
-            # subtle: the open quote may be followed by separators, and columns in front of it were read
+            # subtle: the open quote may be followed by separators, and columns before it were read
             rows = [[text.at[i, y]] * (k + 1) + first[len(first) - (n - k - 1) :], *rows]
             if all(len(o) == n and o[at].strip() in labels for o in rows):
                 raise DistillError(
-                    f'{path}: in row {i}, counted from 0, column {c!r} holds whole rows: '
+                    f'{path}: in row {i}, counted from 0, column {c!r} contains whole rows: '
                     f'{len(rows)} line break(s), the first after {lines[0][-80:]!r}. A quote (") is '
                     'closed in a later row. Close it in the same cell, or write "" for a quote inside '
-                    'of quotes.'
+                    'quotes.'
                 )
 
 
 def converted(column: pd.Series) -> pd.Series:
-    """Convert a column of text to numbers or booleans if all its cells are, as pandas does."""
+    """Convert a column of text to numbers or booleans if all of its cells can be converted, as pandas
+    does.
+    """
     known = column.copy()
     known[column.isin(MISSING_CELLS)] = np.nan
     given = known.dropna()
@@ -437,8 +445,8 @@ def converted(column: pd.Series) -> pd.Series:
 
 
 def labels_of(text: pd.Series, s: Samples) -> pd.Series:
-    """Return the labels in a column of text: numbers if numbers are predicted, otherwise the text,
-    where 01 and 1 are different classes.
+    """Return the labels in a column of text. They are numbers if numbers are predicted. Otherwise,
+    they are text, so that 01 and 1 are different classes.
     """
     if s.delimiter:
         return text
@@ -457,7 +465,7 @@ def has_numbers(column: pd.Series) -> bool:
 
 
 def predicts_numbers(y: pd.Series, task: str) -> bool:
-    """Return True if a column of numbers does not hold classes."""
+    """Return True if a column of numbers does not contain classes."""
     return bool((y % 1 != 0).any()) or task == 'table' and y.nunique() > MANY_NUMBERS
 
 
@@ -468,8 +476,8 @@ def marked(column: pd.Series) -> np.ndarray:
     known = dict.fromkeys(yes, True) | dict.fromkeys(no, False)
     if wrong := sorted(set(text) - set(known)):
         raise DistillError(
-            f'valid={column.name!r}: this column has {wrong[0]!r}. It must hold True and False, 1 and '
-            "0, or 'train' and 'valid'."
+            f'valid={column.name!r}: this column has {wrong[0]!r}. It must contain True and False, 1 '
+            "and 0, or 'train' and 'valid'."
         )
     if len(held := set(text) & {*VALID}) > 1 and 'test' in held:
         warnings.warn(
@@ -494,7 +502,9 @@ def from_frame(
                 f'{name} has no column {k!r}{close_name(k, columns)}. It has {", ".join(columns[:30])}'
             )
     if len(columns) < 2:
-        raise DistillError(f'{name} has one column ({columns[0]}): inputs and a label are needed.')
+        raise DistillError(
+            f'{name} has only one column ({columns[0]}): inputs and a label are needed.'
+        )
     y = config.y or next((c for c in columns if c.lower() in LABEL_NAMES), columns[-1])
     x = [o.strip() for o in config.x.split(',') if o.strip()] or [c for c in columns if c != y]
     task = config.task
@@ -507,11 +517,11 @@ def from_frame(
         found = [c for c in x if test(frame[c])]
         if len(found) != 1:
             raise DistillError(
-                f"{name} has {len(found)} columns of {task}: x='...' names one of {', '.join(x[:20])}."
+                f"{name} has {len(found)} columns of {task}: select one of {', '.join(x[:20])} with x='...'."
             )
         x = found
     if y in x:
-        raise DistillError(f'{y!r} is both the input and the label: name them with x= and y=.')
+        raise DistillError(f'{y!r} is both the input and the label: specify them with x= and y=.')
     return Samples(task, frame, x, y, valid, folder, config.delimiter)
 
 
@@ -576,7 +586,9 @@ def from_dataset(path: Path, config: TrainConfig) -> Samples:
 
 
 def frame_of(split: Any, datasets: Any) -> pd.DataFrame:
-    """Convert a split to a DataFrame with class names as labels, and with images as bytes or paths."""
+    """Convert a split to a DataFrame whose labels are class names, and whose images are bytes or
+    paths.
+    """
     for k, f in split.features.items():
         if isinstance(f, datasets.Image):
             split = split.cast_column(k, datasets.Image(decode=False))

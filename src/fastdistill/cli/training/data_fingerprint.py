@@ -1,5 +1,5 @@
 """Compute a fingerprint of the data of a run, with a hash of each file or row, and list which
-samples are for training. A resumed run uses the fingerprint to detect changes.
+samples are used for training. A resumed run uses the fingerprint to detect changes.
 """
 
 import hashlib
@@ -52,8 +52,8 @@ def data_fingerprint(s: Samples, held: np.ndarray | None, config: TrainConfig) -
 
 
 def sample_names(s: Samples) -> dict[str, Any]:
-    """Return {column: values} that says which sample is which: its file, or the number of its row
-    in the data.
+    """Return a column that identifies the samples, as {name: values}. The values are their files, or
+    their row numbers in the data.
 
     Args:
         s: Samples, from `checked_samples`.
@@ -65,8 +65,8 @@ def sample_names(s: Samples) -> dict[str, Any]:
 
 
 def split_table(s: Samples) -> str:
-    """Return a CSV file with one line per sample: its file and label, or the number of its row in
-    the data, and whether it is in the set 'train' or 'valid'.
+    """Return the text of a CSV file with one line per sample: its file and label, or its row number
+    in the data, and whether it is in the set 'train' or 'valid'.
 
     Args:
         s: Samples, from `checked_samples`.
@@ -97,7 +97,7 @@ def values_hash(values: Iterable) -> str:
 
 
 def check_data_unchanged(folder: Path, data: dict) -> None:
-    """Raise a DistillError if the data differ from those with which the run in a folder began.
+    """Raise a DistillError if the data have changed since the run in a folder began.
 
     Args:
         folder: Folder of the run.
@@ -108,7 +108,7 @@ def check_data_unchanged(folder: Path, data: dict) -> None:
         return
     raise DistillError(
         f'The data of the run in {folder} changed since it began: {"; ".join(changes)}. Continuing '
-        'would train on different samples, and perhaps validate on samples that were trained on. '
+        'would train on different samples, and possibly validate on samples that were trained on. '
         'Restore the data to resume, or start a new run with config= and a different out=.'
     )
 
@@ -154,7 +154,7 @@ def data_changes(before: dict, now: dict) -> list:
 
 
 def rows_beyond(a: Sequence, b: Sequence) -> list[int]:
-    """Return the positions of rows in `a` that do not occur in `b`, or that occur there less often."""
+    """Return the positions of rows in `a` that do not occur in `b`, or that occur less often in `b`."""
     left, out = Counter(b), []
     for i, h in enumerate(a):
         if left[h]:

@@ -68,7 +68,7 @@ def device_of(config: TrainConfig) -> Any:
         raise DistillError(f'device={config.device!r}: {str(e).splitlines()[0]}') from e
     if device.type == 'meta':
         raise DistillError(
-            "device='meta' holds shapes and no values, so nothing can be trained on it: use cpu, cuda "
+            "device='meta' stores shapes without values, so nothing can be trained on it: use cpu, cuda "
             'or mps.'
         )
     return device
@@ -161,8 +161,8 @@ def table_loaders(s: Samples, config: TrainConfig, teacher: Any, **options: Any)
             c for c in (*to.x_names, *to.y_names) if c not in frame and not str(c).endswith('_na')
         ]:
             raise DistillError(
-                f"The teacher's table has the column(s) {', '.join(map(str, missing[:5]))}, which these "
-                'data do not have.'
+                f"The teacher's table has the column(s) {', '.join(map(str, missing[:5]))}, which are "
+                'missing from this data.'
             )
         # subtle: fastai can't read columns whose order in the table is reversed
         names = dict.fromkeys([*to.x_names, *to.y_names, *frame])

@@ -1,4 +1,4 @@
-"Load the exported student of a run together with the data of the run, or build it anew."
+"Load the exported student of a run together with the data of the run, or build the student again."
 
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +15,7 @@ from .dataloaders import TEXT, loaders_of
 from .resumable_fit import seed_everything
 from .teachers import file_teacher
 
-# numbers for seeding; all students of a run use the same number, so that they have the same initial
+# numbers for seeding. All students of a run use the same number, so that they have the same initial
 # weights and batches
 FOR_TEACHER, FOR_STUDENT = 1, 2
 
@@ -25,11 +25,11 @@ def learner_in_file(path: Path | str, dls: Any = None) -> Any:
 
     Args:
         path: Path of an exported Learner (.pkl).
-        dls: DataLoaders for the Learner. None for those of the run that wrote the file.
+        dls: DataLoaders for the Learner. None for the DataLoaders of the run that wrote the file.
     """
     learn = file_teacher(str(path))
     if not hasattr(learn, 'dls'):
-        raise DistillError(f'{path} holds a {type(learn).__name__}, not an exported Learner.')
+        raise DistillError(f'{path} contains a {type(learn).__name__}, not an exported Learner.')
     if dls is not None:
         check_same_data(learn.dls, dls, str(path))
     learn.dls = run_of(Path(path), learn)[-1] if dls is None else dls
@@ -38,7 +38,7 @@ def learner_in_file(path: Path | str, dls: Any = None) -> Any:
 
 
 def new_student(path: Path | str) -> Any:
-    """Build the student of a run anew, with the weights with which `fastdistill train` begins.
+    """Build the student of a run again, with the initial weights that `fastdistill train` uses.
 
     Args:
         path: Path of the exported Learner in the folder of the run.
@@ -56,15 +56,15 @@ def run_of(path: Path, learn: Any) -> tuple[Samples, TrainConfig, Any]:
     settings = path.parent / 'config.toml'
     if not settings.is_file():
         raise DistillError(
-            f'{path} is an exported Learner, which holds no data, and it is not in the folder of a run. '
-            "Give the data: data='train.py:dls'."
+            f'{path} is an exported Learner, which contains no data, and it is not in the folder of a run. '
+            "Pass the data: data='train.py:dls'."
         )
     config = replace(TrainConfig(**read_config(settings)), device='auto')
     s = checked_samples(read_samples(config), config)
     dls = loaders_of(s, config, learn if s.task in ('texts', 'table') else None)
     if (now := vocab_of(dls)) != (own := vocab_of(learn.dls)):
         raise DistillError(
-            f'{config.data} changed since {path} was trained: its classes are {first_classes(now)}, but '
+            f'{config.data} has changed since {path} was trained: its classes are {first_classes(now)}, but '
             f'the model predicts {first_classes(own)}.'
         )
     return s, config, dls

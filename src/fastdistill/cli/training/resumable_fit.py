@@ -33,7 +33,7 @@ from ...fastai.compare import history_of
 from ...fastai.metrics import row_by_column
 
 BEFORE_FIT = 2**32  # used instead of the epoch number
-DAMAGED = 'Delete it to start this training again.'
+DAMAGED = 'Delete it to train this model again.'
 RATES = 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1  # learning rates that find_rate may try
 FIRST = RATES.index(1e-2)
 IF_NONE_IS_FOUND = 1e-3
@@ -69,8 +69,8 @@ def seed_epoch(learn: Any, *numbers: Any) -> None:
 
 class Checkpoints(Callback):
     """Callback that writes a checkpoint after each epoch. A new fit with this callback continues
-    after the last epoch in the checkpoint. The order and augmentation of the data are not stored,
-    because each epoch seeds the generators from `seed` and the epoch number.
+    after the last epoch in the checkpoint. The random states are not stored, because each epoch
+    seeds the generators from `seed` and the epoch number.
 
     Args:
         file: Path of the checkpoint.
@@ -216,7 +216,8 @@ def fit_stage(
 
 class ShortTraining(ParamScheduler):
     """Callback that trains for a few steps with the schedule of fit_one_cycle, and then ends the
-    fit. `losses` has the training loss of each step. The fit also ends if the loss is not finite.
+    fit. `losses` contains the training loss of each step. The fit also ends if the loss is not
+    finite.
 
     Args:
         lr: Maximum learning rate.
@@ -255,7 +256,7 @@ def find_rate(learn: Any, *seed: int) -> float | None:
 
     Args:
         learn: A Learner. Its weights are restored at the end.
-        *seed: Numbers from which the seeds are computed. All rates have the same batches.
+        *seed: Numbers from which the seeds are computed. All rates are tried on the same batches.
     """
     start = deepcopy(learn.model.state_dict())
     scores: dict[int, float] = {}

@@ -14,10 +14,10 @@ from .data_checks import checked_samples
 from .data_files import Samples, read_samples
 from .data_fingerprint import check_data_unchanged, data_fingerprint, first_few, split_table
 
-SPLIT = 'split.csv'  # which samples were trained on, in the folder of the run
+SPLIT = 'split.csv'  # file in the folder of a run that lists which samples were trained on
 MAY_KNOW = (
-    'The teacher may have been trained on some of these validation samples, which were chosen at random; its '
-    'score may be too high. --valid can name the samples that it was not trained on.'
+    'The teacher may have been trained on some of these validation samples, which were chosen at random, so '
+    'its score may be too high. --valid can specify the samples that it was not trained on.'
 )
 
 
@@ -50,8 +50,8 @@ def data_of_run(config: TrainConfig, folder: Path, loaded: Any) -> RunData:
     s = read_samples(config)
     if is_estimator(loaded) and s.task not in ('table', 'texts'):
         raise DistillError(
-            f'{config.teacher} holds an estimator ({type(loaded).__name__}), which reads the rows of a '
-            f'table or texts, but {config.data} holds {s.task}.'
+            f'{config.teacher} contains an estimator ({type(loaded).__name__}), which reads the rows of a '
+            f'table or texts, but {config.data} contains {s.task}.'
         )
     check_arch(config.arch('student'), s.task)
     if loaded is None:

@@ -25,7 +25,7 @@ from .valid_predictions import changed_table, changes_in_words
 EXAMPLES = 'Validation images on which the models differ most'
 CHANGED = 'changed.csv'  # validation samples that both students predict differently
 NO_SEEDS = (
-    'The seeds are not compared, because the main measure of a training is not a finite number.'
+    'The seeds are not compared, because the main measure of a training run is not a finite number.'
 )
 
 
@@ -67,21 +67,23 @@ def lead_in_words(models: Mapping[str, Any], dls: Any, trained: bool) -> str:
         if better
         else 'so there is little to learn from it'
     )
-    longer = 'train it longer (--teacher-epochs), try other rates (--teacher-lr), or ' * trained
+    longer = (
+        'train it longer (--teacher-epochs), try other learning rates (--teacher-lr), or ' * trained
+    )
     return (
         f'The teacher has no significant lead over the student alone in {info.label} ({scores[0]} '
         f'and {scores[1]}), {so}. If it should be better, {longer}use a better teacher. The run '
-        'goes on.'
+        'continues.'
     )
 
 
 def seed_results(report: Any, config: TrainConfig, runs: Iterable[Run]) -> SeedResults:
-    """Return the main measure of the students with each seed.
+    """Return the main measure of the students for each seed.
 
     Args:
         report: Report on the models of the first seed.
         config: Settings of the run.
-        runs: The finished trainings.
+        runs: The finished training runs.
     """
     k, scores = report.headline, {(r.name, r.seed): r.result['scores'] for r in runs}
     values = {
@@ -94,12 +96,12 @@ def seed_results(report: Any, config: TrainConfig, runs: Iterable[Run]) -> SeedR
     if len(values) < 2 or not all(map(math.isfinite, numbers)):
         return SeedResults()
     d = difference_by_seed(values['distilled'], values['alone'])
-    # the interval of two seeds is too wide to tell anything
+    # with two seeds, the interval is too wide to be informative
     return SeedResults(config.all_seeds, values, d if config.seeds > 2 else Difference(d.value))
 
 
 def write_history(folder: Path, runs: Iterable[Run]) -> None:
-    """Write history.csv, with one row per training and epoch."""
+    """Write history.csv, with one row per training run and epoch."""
     order = lambda r: (r.name != 'teacher', r.seed, r.name)
     tables = {(r.name, r.seed): r.result['history'] for r in sorted(runs, key=order)}
     columns = list(dict.fromkeys(k for t in tables.values() for k in t))
@@ -133,7 +135,7 @@ def write_results(
         models: {name: model}.
         dls: DataLoaders of the run.
         s: The `Samples` from which `dls` was built.
-        runs: The finished trainings.
+        runs: The finished training runs.
         notes: Notes for the report.
         few_steps: Note for the report if the teacher did not help.
         bar: True to show progress bars.

@@ -1,6 +1,4 @@
-"""Find out the settings and the folder of a run. Nothing is written, and PyTorch is imported only
-to read a recipe.
-"""
+"""Determine the settings and the folder of a run. PyTorch is imported only to read a recipe."""
 
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -27,7 +25,7 @@ def settings_of(
         raise DistillError("resume=True needs the folder of the run: out='runs/NAME'.")
     if resume and folder and (folder / 'config.toml').is_file():
         if config_file is not None:
-            raise DistillError(f'{folder} has its own settings: leave config= out.')
+            raise DistillError(f'{folder} has its own settings: omit config=.')
         stored = TrainConfig(**read_config(folder / 'config.toml')).absolute()
         check_unchanged(given, stored, folder)
         if (folder / 'report.json').is_file():
@@ -42,18 +40,18 @@ def settings_of(
     settings |= given
     if missing := [k for k in ('data', 'teacher', 'student') if k not in settings]:
         raise DistillError(
-            f'{"=, ".join(missing)}= is missing. An example: fastdistill train --data photos --teacher '
+            f'{"=, ".join(missing)}= is missing. Example: fastdistill train --data photos --teacher '
             'resnet34 --student resnet18'
         )
     config = checked(TrainConfig(**settings).absolute())
     if folder is None:
         folder = free_folder(config)
-    # subtle: the folder of a run that was killed at the very beginning has no settings yet
+    # subtle: the folder of a run that was killed right after it started has no settings yet
     begins = lambda p: p.name == 'checkpoints' or p.suffix == '.tmp'
     if folder.exists() and not (folder.is_dir() and all(map(begins, folder.iterdir()))):
         what = 'a run' if (folder / 'config.toml').is_file() else 'something else'
         raise DistillError(
-            f'{folder} holds {what} already. Give a different out=, or resume=True to continue a run.'
+            f'{folder} already contains {what}. Pass a different out=, or resume=True to continue a run.'
         )
     return settings_at_begin(config, folder), folder
 
@@ -77,8 +75,8 @@ def check_unchanged(given: dict, stored: TrainConfig, folder: Path) -> None:
     for k in given:
         if asked[k] != getattr(stored, k) and not (asked[k] == 'auto' and k in found):
             raise DistillError(
-                f'{folder} holds a run with {k}={getattr(stored, k)!r}, now {k}={asked[k]!r}. Give the '
-                'new one a different out=.'
+                f'{folder} contains a run with {k}={getattr(stored, k)!r}, but now {k}={asked[k]!r}. Pass '
+                'a different out= for the new run.'
             )
 
 
@@ -110,12 +108,12 @@ def settings_at_begin(config: TrainConfig, folder: Path) -> TrainConfig:
 
 
 def runs_folder(folder: Path) -> Path:
-    """Return the folder of the trainings of a run, with their settings, results and checkpoints."""
+    """Return the folder with the settings, results and checkpoints of the training runs."""
     return folder / 'checkpoints'
 
 
 def read_begun(folder: Path) -> dict:
-    """Read what a run wrote at its beginning. Return an empty dict for a new run.
+    """Read what `write_begun` wrote. Return an empty dict for a new run.
 
     Args:
         folder: Folder of the run.
@@ -128,7 +126,7 @@ def read_begun(folder: Path) -> dict:
 
 
 def write_begun(folder: Path, config: TrainConfig, data: dict, found: list[str]) -> None:
-    """Write what `read_begun` reads."""
+    """Write the settings and the data fingerprint of a run at its beginning."""
     write_settings(runs_folder(folder), dict(settings=asdict(config), data=data, found=found))
 
 

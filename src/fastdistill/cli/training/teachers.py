@@ -62,8 +62,8 @@ def with_weights(config: TrainConfig, dls: Any, s: Samples) -> Any:
     need = wants(learn.model)
     odd: Any = next((k for k in need if need[k] != have.get(k)), None)
     raise DistillError(
-        f'The weights in {path} are not those of {config.arch("teacher")} for these {len(s.classes or [0])} '
-        f'class(es): {odd} has {need.get(odd)} numbers, in the file {have.get(odd, "none")}.'
+        f'The weights in {path} do not fit {config.arch("teacher")} with {len(s.classes or [0])} '
+        f'class(es): {odd} has shape {need.get(odd)}, but {have.get(odd, "is missing")} in the file.'
     )
 
 
@@ -76,7 +76,7 @@ def fits(have: Mapping, need: Mapping) -> bool:
 
 
 def plain_model(name: str, classes: Any) -> nn.Module | None:
-    """Build a model of torchvision, timm or fastai with its original head instead of that of
+    """Build a model of torchvision, timm or fastai with its original head instead of the head of
     `vision_learner`. Return None if there is no such model.
     """
     arch = vision_arch(name)

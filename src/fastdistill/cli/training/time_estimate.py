@@ -1,4 +1,4 @@
-"Estimate how long the trainings of a run take, from a few steps of each model."
+"Estimate how long a run takes, from a few training steps of each model."
 
 import warnings
 from collections.abc import Callable, Sequence
@@ -14,11 +14,11 @@ from ...evaluation.cost import wait_for
 from ...fastai.probe_batches import restored_loaders
 from .config import TrainConfig
 
-MOST_STEPS, ENOUGH_TIME = 6, 1.5  # most steps of a model, and seconds after which no step begins
-SLOW_STEP = 8  # no second step after a first one of this many seconds
-MEASURED_STEPS = 20  # a training of fewer steps is not measured
-RATE_STEPS = 100  # most steps of a search for a learning rate
-SHORT, LONG = 20, 600  # seconds below which nothing is said, and above which there is advice
+MOST_STEPS, ENOUGH_TIME = 6, 1.5  # maximum steps of a model, and seconds after which no step begins
+SLOW_STEP = 8  # if the first step takes this many seconds, there is no second step
+MEASURED_STEPS = 20  # training runs with fewer steps are not measured
+RATE_STEPS = 100  # maximum steps of a search for a learning rate
+SHORT, LONG = 20, 600  # seconds below which nothing is printed, and above which there is advice
 TIME_UNITS = (3600, 'hours'), (60, 'minutes'), (1, 'seconds')
 
 
@@ -51,7 +51,7 @@ class StepClock(Callback):
 
 
 def measure_steps(learn: Any, *cbs: Any) -> tuple[float, float]:
-    """Train a Learner for a few steps. Return (seconds per step, seconds of loading a batch)."""
+    """Train a Learner for a few steps. Return (seconds per step, seconds to load a batch)."""
     clock = StepClock()
     with restored_loaders(*learn.dls.loaders), learn.no_bar(), learn.no_logging():
         learn.fit(1, 1e-4, cbs=[*cbs, clock])
@@ -62,8 +62,8 @@ def measure_steps(learn: Any, *cbs: Any) -> tuple[float, float]:
 def time_in_words(
     c: TrainConfig, dls: Any, make: Callable, kd: Callable | None, size: Sequence[int] | None
 ) -> str:
-    """Return a line that says how long the trainings will take, or '' if this is unknown. The
-    random state and the DataLoaders are not changed.
+    """Return a line that says how long training will take, or '' if this is unknown. The random
+    state and the DataLoaders are not changed.
 
     Args:
         c: Settings of the run.
@@ -86,7 +86,8 @@ def time_in_words(
                 measured['distilled'] = measure_steps(student, kd(student))
             except DistillError:
                 return ''  # a teacher that is not trained yet may have infinite outputs
-    epoch = len(dls.train) + len(dls.valid) / 2  # a step without gradients takes half the time
+    # a validation step takes about half the time, because it computes no gradients
+    epoch = len(dls.train) + len(dls.valid) / 2
     steps = dict(
         teacher=(c.teacher_epochs or c.epochs) * epoch + RATE_STEPS * (c.teacher_lr == 'auto'),
         alone=c.seeds * c.epochs * epoch * c.baseline + RATE_STEPS * (c.lr == 'auto'),
@@ -114,7 +115,7 @@ def advice(seconds: dict[str, float], loading: float, size: Sequence[int] | None
 
     Args:
         seconds: {model: seconds of its training}.
-        loading: Seconds of all trainings in which batches are loaded.
+        loading: Total seconds in which batches are loaded.
         size: Height and width of images. None for other data.
     """
     total = sum(seconds.values())

@@ -40,7 +40,7 @@ from .teachers import file_teacher, teacher_of_texts, with_weights
 from .time_estimate import time_in_words
 from .trainings import Trainings
 
-MANY_STEPS = 2000  # with fewer, many recipes show no gain
+MANY_STEPS = 2000  # with fewer steps, many recipes show no gain
 PACKAGES = 'fastdistill', 'fastai', 'torch', 'torchvision', 'timm', 'numpy', 'pandas', 'safetensors'
 
 
@@ -141,8 +141,8 @@ class TrainRun:
             )
         if ':' in self.config.device:
             raise DistillError(
-                f'device={self.config.device!r} is one device, for {self.processes} processes. Each '
-                "takes its own with device='auto'."
+                f'device={self.config.device!r} is one device, but there are {self.processes} processes. '
+                "With device='auto', each process uses its own device."
             )
 
     def make_models(self, loaded: Any) -> tuple:
@@ -190,7 +190,7 @@ class TrainRun:
         )
 
     def stored(self, teacher: Any, student: Any) -> Any:
-        """Run the teacher once. Return its outputs, which are stored among the checkpoints."""
+        """Run the teacher once. Return its outputs, which are stored next to the checkpoints."""
         return cache_teacher(
             teacher,
             student,
@@ -209,7 +209,7 @@ class TrainRun:
             student: Learner of the student.
             teacher: The teacher.
             trained: True if the teacher is trained already.
-            stores: True if its outputs will be stored. A fit checks only a teacher that runs.
+            stores: True if its outputs will be stored. A fit does not check stored outputs.
         """
         task = task_of(student.loss_func)
         if trained and self.config.check:
@@ -274,8 +274,8 @@ class TrainRun:
         self.say(time_in_words(self.config, self.dls, make, None if stores else kd, size))
 
     def find_rates(self, make: Callable) -> TrainConfig:
-        """Return the settings, with learning rates for those that are 'auto'. They are also written
-        to config.toml.
+        """Return the settings, with found learning rates instead of 'auto'. The learning rates are
+        also written to config.toml.
         """
         c = self.config
         found: dict[str, Any] = {}
@@ -294,8 +294,8 @@ class TrainRun:
             lr = find_rate(learn, c.seed, number)
             limits = {
                 None: 'a guess, because no rate had a finite loss',
-                RATES[0]: 'the lowest that is tried',
-                RATES[-1]: 'the highest that is tried',
+                RATES[0]: 'the lowest rate that is tried',
+                RATES[-1]: 'the highest rate that is tried',
             }
             how = limits.get(lr, 'which had the lowest loss')
             found[k] = lr or IF_NONE_IS_FOUND
@@ -322,7 +322,7 @@ class TrainRun:
 
 
 def loggers_of(config: TrainConfig, folder: Path) -> list[Callable]:
-    """Return a function fn(label of a training) -> callback for each logger."""
+    """Return a function fn(label of a training run) -> callback for each logger."""
     if 'tensorboard' not in config.loggers:
         return []
     try:

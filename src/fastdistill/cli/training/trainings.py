@@ -1,4 +1,4 @@
-"The trainings of a run, each of which is done once."
+"Train each model of a run once."
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,7 +14,7 @@ from .run_settings import runs_folder
 
 
 class Trainings:
-    """Trains the models of a run, or restores those whose training is finished.
+    """Trains the models of a run, or restores the models whose training is finished.
 
     Args:
         config: Settings of the run.
@@ -23,7 +23,7 @@ class Trainings:
         new_student: fn(seed) -> a new Learner.
         kd: fn() -> callback that adds the trained teacher.
         scores: fn(name, Learner) -> measures on the validation set.
-        loggers: fn(label of a training) -> callback, for each logger.
+        loggers: fn(label of a training run) -> callback, for each logger.
         say: fn(text) that prints a line.
         bar: True to show fastai's progress bars.
     """
@@ -63,7 +63,8 @@ class Trainings:
             state = self.checkpoints(run)
             if not state.done:
                 raise DistillError(
-                    f'{state.file} is missing. To train this model again, also delete {run.file} beside it.'
+                    f'{state.file} is missing. To train this model again, also delete {run.file} in the '
+                    'same folder.'
                 )
             state.restore(self.models[name])
 

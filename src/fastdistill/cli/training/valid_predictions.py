@@ -45,9 +45,9 @@ def valid_predictions(models: Mapping, dls: Any) -> Iterator[tuple]:
 
 
 def changed_table(models: Mapping, dls: Any, s: Samples) -> pd.DataFrame:
-    """Return a table of the samples of the validation set for which the students with and without
-    the teacher predict different classes: the file or the number of the row, the label, which of
-    the two students is right, and the class that each model predicts, with its probability.
+    """Return a table of the validation samples for which the students with and without the teacher
+    predict different classes. The columns are the file or row number, the label, which of the two
+    students is right, and the class that each model predicts, with its probability.
 
     Args:
         models: {name: model}, with the models 'alone' and 'distilled'.
@@ -75,11 +75,11 @@ def changed_table(models: Mapping, dls: Any, s: Samples) -> pd.DataFrame:
 
 
 def changes_in_words(changed: pd.DataFrame, n: int) -> str:
-    """Describe how many of the `n` samples of the validation set the table lists."""
+    """Describe how many of the `n` validation samples the table lists."""
     right = changed['right'].value_counts()
     only = ', '.join(f'only {k} is right for {right.get(k, 0):,}' for k in STUDENTS)
     return (
         f'The students predict different classes for {len(changed):,} of {n:,} validation samples: {only}, '
         f'and neither for {right.get("neither", 0):,}. They are listed in changed.csv. With a different '
-        'seed, the list would be partly different.'
+        'seed, the list would differ in part.'
     )
