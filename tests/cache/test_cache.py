@@ -90,7 +90,7 @@ def test_a_masked_class_that_makes_int8_useless_is_reported(tmp_path, store):
     options = dict(views=0, store=store, progress=False)
     cache_dataset(Teacher(torch.nn.Identity()), TensorDataset(x), tmp_path / 'fine', **options)
     x[5, 2] = -1e4
-    with pytest.warns(DistillWarning, match="int8 holds .* in steps of 39.*dtype='float16'"):
+    with pytest.warns(DistillWarning, match="int8 stores .* in steps of 39.*dtype='float16'"):
         cache_dataset(Teacher(torch.nn.Identity()), TensorDataset(x), tmp_path / 'bad', **options)
 
 
@@ -104,7 +104,7 @@ def test_a_large_number_that_all_logits_share_is_reported(tmp_path, store, shape
     options = dict(views=0, store=store, progress=False)
     cache_dataset(Teacher(torch.nn.Identity()), TensorDataset(x), tmp_path / 'fine', **options)
     x[5] += offset
-    with pytest.warns(DistillWarning, match="float16 holds .* in steps of 16.*dtype='float32'"):
+    with pytest.warns(DistillWarning, match="float16 stores .* in steps of 16.*dtype='float32'"):
         cache_dataset(Teacher(torch.nn.Identity()), TensorDataset(x), tmp_path / 'bad', **options)
     options['store'] = 'float32'
     cache_dataset(Teacher(torch.nn.Identity()), TensorDataset(x), tmp_path / 'exact', **options)
@@ -172,9 +172,9 @@ def test_maps_can_be_stored_smaller():
         (
             Outputs(torch.tensor([[1.0, -float('inf')]])),
             dict(dtype='int8'),
-            "int8 can't hold infinite",
+            "int8 can't store infinite",
         ),
-        (Outputs(torch.tensor([[1.0, 1e5]])), {}, 'exceed 65504, the largest number of float16'),
+        (Outputs(torch.tensor([[1.0, 1e5]])), {}, 'exceed 65504, the largest float16 number'),
         *[
             (Outputs(torch.full((1, 2), -float('inf'))), store, 'are -inf for all classes')
             for store in (dict(dtype='float32'), dict(topk=1), dict(draws=5))
@@ -461,7 +461,7 @@ def test_plain_datasets_tell_their_keys_or_are_asked():
             return 2
 
     with pytest.raises(
-        DistillError, match='A Unknown does not show which samples it holds: pass keys='
+        DistillError, match='The samples of a Unknown have no known names: pass keys='
     ):
         dataset_keys(Unknown())
     with pytest.raises(DistillError, match='3 keys for 2 samples'):
@@ -718,7 +718,7 @@ def test_a_damaged_manifest_says_so_and_force_overwrites_it(tmp_path):
             TeacherCache(tmp_path)
         with pytest.raises(DistillError):
             write()
-        with pytest.warns(DistillWarning, match='It is overwritten'):
+        with pytest.warns(DistillWarning, match='The cache is overwritten'):
             assert write(force=True).check()
 
 
@@ -783,7 +783,7 @@ def test_paths_are_where_they_were_when_they_were_named(tmp_path, monkeypatch):
 
 def test_numbers_that_a_type_cannot_hold_are_refused_or_cut_to_what_it_can():
     far = torch.tensor([[2e5, 1e5, 0.0, -1e5]])
-    with pytest.raises(DistillError, match="int8 can't hold logits"):
+    with pytest.raises(DistillError, match="int8 can't store logits"):
         through(Outputs(far), topk=3, dtype='int8')
     top = through(Outputs(far), topk=2, dtype='float32')[0].logits
     assert top.rest.isfinite().all() and not top.dense().softmax(1).isnan().any()
@@ -1014,10 +1014,10 @@ def test_a_damaged_record_of_files_is_named(tmp_path, harm):
         lambda: write_images(tmp_path / 'data', tmp_path / 'c'),
     ):
         with pytest.raises(
-            DistillError, match="files.bin of .* is damaged, so changed files can't be found"
+            DistillError, match="files.bin in .* is damaged, so changed files can't be detected"
         ):
             look()
-    with pytest.warns(DistillWarning, match='files.bin of .* is damaged'):
+    with pytest.warns(DistillWarning, match='files.bin in .* is damaged'):
         assert write_images(tmp_path / 'data', tmp_path / 'c', force=True).check()
 
 
@@ -1329,7 +1329,7 @@ def test_what_will_not_fit_is_refused_before_the_teacher_runs(tmp_path, monkeypa
     )
     with pytest.raises(
         DistillError,
-        match=r'23 samples x 2 view\(s\) x 16 bytes = 0.0 MB.* The disk is too small: use fewer views',
+        match=r'23 samples x 2 view\(s\) x 16 bytes = 0.0 MB.* There is not enough disk space: use fewer views',
     ):
         make(tmp_path / 'c', forecast=seen.append)
     assert seen[0].bytes == 23 * 2 * 16 and seen[0].bytes_per_view == 16 and seen[0].free == 700

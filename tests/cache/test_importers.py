@@ -220,7 +220,7 @@ def test_probabilities_that_are_called_logits_are_refused(scale, says, tmp_path)
     probabilities = LOGP.exp().repeat(9, 1)[:9] * scale
     for column in (dict(value=None), dict(value='logits')):
         rows = [dict(key=i, logits=p.tolist()) for i, p in enumerate(probabilities)]
-        with pytest.raises(DistillError, match=f"'logits' holds {says}.*given='probs'"):
+        with pytest.raises(DistillError, match=f"'logits' contains {says}.*given='probs'"):
             opened(rows, tmp_path / 'cache', **column)
 
 
@@ -367,7 +367,7 @@ def test_a_loss_of_tokens_counts_those_that_are_there(tmp_path):
         (
             [dict(key='a', logprobs=[-0.1, -2.3]), dict(key='b', logprobs=[0.0])],
             {},
-            r"Row 1 \('b'\) has 1 numbers without class numbers, but Row 0 \('a'\) has 2",
+            r"Row 1 \('b'\) has 1 values without class numbers, but Row 0 \('a'\) has 2",
         ),
         (
             [dict(key='a', logprobs={'1': -0.1, '2': -3})],
@@ -433,18 +433,18 @@ INF, NAN = float('inf'), float('nan')
         (
             dict(logits=np.ma.masked_array([0.5, 2.0, -1.0], [False, True, False])),
             {},
-            'some numbers of a masked array are masked: give a number for each class',
+            'some numbers of a masked array are masked: each class needs a number',
         ),
         (
             dict(logprobs=[-9.0, -9.0, -9.0]),
             {},
-            "sum to 0.00037 if 'logprobs' holds logprobs, but those of all classes must sum to 1.*pass given='logits' or given='probs'",
+            "if 'logprobs' contains logprobs, the probabilities sum to 0.00037, but all classes must sum to 1.*pass given='logits' or given='probs'",
         ),
         (dict(probs=[0.0, 0.0, 0.0]), {}, 'the probabilities sum to 0 '),
         (
             dict(probs=[1.2, -0.2, 0.0]),
             {},
-            'the probabilities go from -0.2 to 1.2: they must be from 0 to 1',
+            'the probabilities range from -0.2 to 1.2: they must be from 0 to 1',
         ),
         (
             dict(probs=[1.0, 1.0, 1.0]),
@@ -459,27 +459,27 @@ INF, NAN = float('inf'), float('nan')
         (
             dict(logits=[0.0, 1e5, 0.0]),
             {},
-            "has 100000: float16 holds numbers up to 65504. Use dtype='float32', or -inf",
+            "has 100000: float16 can store numbers up to 65504. Use dtype='float32', or -inf",
         ),
         (
             dict(logits=[30001.0, 30002.0, 30003.0]),
             {},
-            "'logits' is 30003, where float16 holds numbers in steps of 16: use dtype='float32'",
+            "'logits' is 30003, where the spacing of float16 is 16: use dtype='float32'",
         ),
         (
             dict(logits=[0.0, -INF, 0.0]),
             dict(dtype='int8'),
-            "has -inf, which int8 can't hold: use dtype='float16'",
+            "has -inf, which int8 can't store: use dtype='float16'",
         ),
         (
             dict(logits=[1.0, -1e4, 2.0]),
             dict(dtype='int8'),
-            "goes from -10000 to 2, which int8 holds in steps of 39.4: use dtype='float16'",
+            "ranges from -10000 to 2, which int8 stores in steps of 39.4: use dtype='float16'",
         ),
         (
             dict(logprobs=[-0.7, -900.0, -0.7]),
             dict(dtype='int8'),
-            "goes from -900 to -0.7, which int8 holds in steps of 3.54: use dtype='float16'",
+            "ranges from -900 to -0.7, which int8 stores in steps of 3.54: use dtype='float16'",
         ),
         (dict(logprobs=[-0.1, 'x', -3.0]), {}, "'x' is not a number"),
         (dict(logprobs=[-0.1, True, -3.0]), {}, 'True is not a number'),
@@ -489,7 +489,7 @@ INF, NAN = float('inf'), float('nan')
         (
             dict(logprobs=[-0.1, -3.0], ids=[1]),
             dict(n=5),
-            r'2 numbers and the ids \[1\]: give one class for each',
+            r'2 numbers, but the ids \[1\]: each number needs one class',
         ),
         (
             dict(logprobs=[-0.1, -3.0], ids=[1, 1.5]),
@@ -503,7 +503,7 @@ INF, NAN = float('inf'), float('nan')
         (
             dict(logprobs=dict(content=[dict(token=1, logprob=-0.9), dict(token=2, logprob=-1.1)])),
             dict(n=5),
-            "the position .*'token': 1.* has no 'top_logprobs': ask the server for them",
+            "the position .*'token': 1.* has no 'top_logprobs': request them from the server",
         ),
     ],
 )
@@ -659,7 +659,7 @@ def test_a_row_without_class_numbers_among_rows_with_them_needs_all_classes(
             pytest.skip('a column has one type')
         source = tmp_path / 'a.parquet'
         pq.write_table(pa.Table.from_pylist(rows, pa.schema(schema_of(first))), source)
-    says = r"\('[ab]'\) has [23] numbers without class numbers, but n=10: each position must have"
+    says = r"\('[ab]'\) has [23] values without class numbers, but n=10: each position must have"
     with pytest.raises(DistillError, match=says):
         opened(source, tmp_path / 'cache', 10)
     assert not (tmp_path / 'cache').exists()
@@ -693,9 +693,9 @@ def test_class_numbers_may_be_in_either_column(tmp_path):
 @pytest.mark.parametrize(
     'vocab,says',
     [
-        (['a', 'b'], 'vocab= has 2 names for 4 classes: give one for each'),
+        (['a', 'b'], 'vocab= has 2 names for 4 classes: pass one for each'),
         ([*'abcde'], 'vocab= has 5 names for 4 classes'),
-        ([*'abca'], "vocab= has the name 'a' 2 times: each class needs its own"),
+        ([*'abca'], "vocab= has the name 'a' 2 times: each class needs a unique name"),
     ],
 )
 @pytest.mark.parametrize('form', ['rows', 'few', 'dataset', 'stream'])
@@ -772,7 +772,7 @@ def test_what_can_not_be_rows_is_named(outputs, tmp_path):
 
 
 def test_too_few_classes_are_named(tmp_path):
-    says = r"Row 0 \('a'\) has 3 numbers without class numbers, but n=2: each position must have"
+    says = r"Row 0 \('a'\) has 3 values without class numbers, but n=2: each position must have"
     with pytest.raises(DistillError, match=says):
         opened([dict(key='a', logits=[0.0, 1.0, 2.0])], tmp_path / 'cache', 2)
 

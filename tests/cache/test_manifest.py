@@ -77,7 +77,7 @@ def test_a_crafted_name_makes_the_writer_touch_nothing_outside_its_folder(tmp_pa
             ):
                 act()
         assert tree(tmp_path) == before
-    with pytest.warns(match='is damaged: .* It is overwritten'):
+    with pytest.warns(match='is damaged: .* The cache is overwritten'):
         assert write(cache, force=True).check()
     assert (tmp_path / 'victim.txt').read_text() == 'precious' and {
         p.name for p in tmp_path.iterdir()
@@ -146,7 +146,7 @@ CRAFTED = [
     ('layout.axis', 0, 'topk=3 along axis 0'),
     ('layout.tail', 'x', "layout.tail is 'x': it must be 'mean' or"),
     ('layout.tail', 'zero', r"layout.fields\[3\] is 'rest' .* it must be 'feats:layer'"),
-    ('layout.full', [4, 4], 'it is for maps'),
+    ('layout.full', [4, 4], 'this is only for maps'),
     ('layout.full', [1, True], r'layout.full\[1\] is True'),
     ('layout', None, 'layout is None: it must be an object'),
     ('layout.x', 1, "layout has an entry 'x'"),
@@ -532,7 +532,7 @@ def test_the_writer_follows_no_link_out_of_its_folder(tmp_path):
     ):
         write(tmp_path / 'c')
     with (
-        pytest.warns(match='It is overwritten'),
+        pytest.warns(match='The cache is overwritten'),
         pytest.raises(DistillError, match='view001 is a link'),
     ):
         write(tmp_path / 'c', force=True, source=source(vocab=None))

@@ -87,10 +87,7 @@ def test_the_card_names_teacher_data_and_licenses(cache, tmp_path):
         and cells['views'] == '2 of each, augmented'
         and 'logits float16 3' in cells['a row']
     )
-    assert (
-        cells['teacher'].startswith('name big \\| one')
-        and cells['validation set'] == 'is there too'
-    )
+    assert cells['teacher'].startswith('name big \\| one') and cells['validation set'] == 'included'
 
 
 def test_the_same_cache_makes_the_same_file_without_compression(cache, tmp_path):
@@ -147,7 +144,7 @@ def test_a_file_that_the_manifest_does_not_list_is_refused(name, cache, tmp_path
         z.writestr(name, 'x')
     with pytest.raises(
         DistillError,
-        match=f"is not a packed cache: it holds '{name}', which its manifest does not list",
+        match=f"is not a packed cache: it contains '{name}', which its manifest does not list",
     ):
         unpack_cache(tmp_path / 'a.zip', tmp_path / 'to')
     assert not (tmp_path / 'to').exists()
@@ -155,12 +152,12 @@ def test_a_file_that_the_manifest_does_not_list_is_refused(name, cache, tmp_path
 
 def test_nothing_is_overwritten(cache, tmp_path):
     packed = pack_cache(cache, tmp_path / 'a.zip')
-    with pytest.raises(DistillError, match='There is a file .*a.zip already'):
+    with pytest.raises(DistillError, match='There is already a file .*a.zip'):
         pack_cache(cache, packed)
     assert pack_cache(cache, packed, force=True) == packed
-    with pytest.raises(DistillError, match='is not empty: choose another folder'):
+    with pytest.raises(DistillError, match='is not empty: choose a different folder'):
         unpack_cache(packed, tmp_path / 'c')
-    with pytest.raises(DistillError, match='is not empty: choose another folder'):
+    with pytest.raises(DistillError, match='is not empty: choose a different folder'):
         pack_cache(cache, tmp_path / 'c')
     (tmp_path / 'no.zip').write_text('no zip')
     with pytest.raises(DistillError, match="can't be read as a packed cache"):
@@ -225,9 +222,7 @@ def test_a_place_where_no_cache_can_be_packed_is_named(cache, tmp_path):
         lambda: unpack_cache(packed, 'memory://a'),
         lambda: unpack_cache('memory://a.zip', tmp_path / 'b'),
     ):
-        with pytest.raises(
-            DistillError, match='memory://a.* is a URL: give a path on this machine'
-        ):
+        with pytest.raises(DistillError, match='memory://a.* is a URL: pass a local path'):
             use()
 
 
@@ -319,7 +314,7 @@ def test_a_name_that_is_there_twice_is_refused(cache, tmp_path):
     packed = pack_cache(cache, tmp_path / 'a.zip')
     with zipfile.ZipFile(packed, 'a') as z:
         z.writestr(SHARD, z.read(SHARD))
-    refused(packed, f"it holds '{SHARD}' twice", tmp_path / 'to')
+    refused(packed, f"it contains '{SHARD}' twice", tmp_path / 'to')
 
 
 def with_field(packed, at, size, value):

@@ -166,7 +166,10 @@ def test_a_wrong_option_says_what_is_possible(given, match):
         (torch.randn(4, 9, 50), r'needs one prediction for each sample, .* shape \(4, 9, 50\)'),
         (torch.randn(4, 50, 5, 5), r'needs one prediction for each sample, .* shape \(4, 50, 5, 5'),
         (torch.randn(4), r'needs one prediction for each sample, .* shape \(4,\)'),
-        (torch.randn(4, 50).index_fill(1, torch.tensor(3), -torch.inf), 'hold infinite logits'),
+        (
+            torch.randn(4, 50).index_fill(1, torch.tensor(3), -torch.inf),
+            'represent infinite logits',
+        ),
         (torch.randn(4, 50) * torch.nan, 'nan'),
     ],
     ids=['few classes', 'tokens', 'map', 'a number', 'infinite', 'nan'],

@@ -497,7 +497,7 @@ def test_what_cannot_be_repeated_is_refused(tmp_path):
     with pytest.raises(DistillError, match='batch_tfm gave two different results for sample'):
         cache_dataset(Net(), Noisy(), tmp_path, keys=range(23), batch_tfm=unrepeatable)
     with pytest.raises(
-        DistillError, match="batch_tfm= takes tensors, and the teacher's inputs are dict"
+        DistillError, match="batch_tfm= takes tensors, but the teacher's inputs are dict"
     ):
         cache_dataset(
             Net(),
@@ -510,7 +510,7 @@ def test_what_cannot_be_repeated_is_refused(tmp_path):
     drops = Teacher(
         torch.nn.Sequential(torch.nn.Linear(5, 4), torch.nn.Dropout(0.5)), run=dict(mode='train')
     )
-    with pytest.raises(DistillError, match='with other samples in its batch'):
+    with pytest.raises(DistillError, match='if other samples are in its batch'):
         cache_dataset(drops, Noisy(), tmp_path, keys=range(23))
     with pytest.raises(DistillError, match='Stream can only be iterated'):
         cache_dataset(Net(), Stream(), tmp_path)
@@ -642,7 +642,7 @@ def test_a_cache_is_not_continued_with_other_outputs(tmp_path, change, store):
         DistillError, match="teacher's outputs for the first samples: they differ by"
     ):
         write(*CHANGES[change])
-    with pytest.warns(DistillWarning, match='It is overwritten'):
+    with pytest.warns(DistillWarning, match='The cache is overwritten'):
         after = write(*CHANGES[change], force=True).rows(range(23))
     assert not np.array_equal(before, after)
 

@@ -128,7 +128,7 @@ def test_an_interrupted_run_resumes(tmp_path):
 def test_answers_to_other_requests_are_not_mixed(tmp_path):
     with server() as (url, _):
         ask_server(url, SAMPLES, tmp_path / 'a.jsonl', body=dict(model='big'))
-        with pytest.raises(DistillError, match='has answers to other requests'):
+        with pytest.raises(DistillError, match='contains answers to different requests'):
             ask_server(url, SAMPLES, tmp_path / 'a.jsonl', body=dict(model='small'))
 
 
@@ -143,17 +143,17 @@ def rows_of_request(model='big', scale=1.0):
 @pytest.mark.parametrize(
     'change,says',
     [
-        (rows_of_request('small'), 'request= did something different'),
-        (rows_of_request(scale=0.5), 'answer= did something different'),
-        (dict(answer=None), 'request= and answer= did something different'),
-        (dict(rows_of_request(), answer=lambda r: r['rows']), 'answer= did something different'),
+        (rows_of_request('small'), 'request= has changed'),
+        (rows_of_request(scale=0.5), 'answer= has changed'),
+        (dict(answer=None), 'request= and answer= has changed'),
+        (dict(rows_of_request(), answer=lambda r: r['rows']), 'answer= has changed'),
     ],
 )
 def test_answers_of_other_functions_are_not_mixed(change, says, tmp_path):
     path, samples = tmp_path / 'a.jsonl', {k: [0.2, 0.8] for k in SAMPLES}
     with server() as (url, seen):
         ask_server(url, dict([*samples.items()][:3]), path, **rows_of_request())
-        with pytest.raises(DistillError, match=f'has answers to other requests: {says}'):
+        with pytest.raises(DistillError, match=f'contains answers to different requests: {says}'):
             ask_server(url, samples, path, **change)
         assert len(seen) == 3
         ask_server(
@@ -187,7 +187,7 @@ def test_what_can_not_be_asked(tmp_path, monkeypatch):
     monkeypatch.setenv('MY_KEY', 'very-secret')
     with pytest.raises(DistillError, match='there is no such variable'):
         ask_server('http://127.0.0.1:1', SAMPLES, tmp_path / 'a.jsonl', key='NO_KEY')
-    with pytest.raises(DistillError, match='ends in .jsonl'):
+    with pytest.raises(DistillError, match='must end in .jsonl'):
         ask_server('http://127.0.0.1:1', SAMPLES, tmp_path / 'a.json')
     with pytest.raises(DistillError, match='gave no answer .* after 1 tries'):
         ask_server('http://127.0.0.1:1', SAMPLES, tmp_path / 'a.jsonl', retries=0)
@@ -266,7 +266,7 @@ def test_a_key_is_not_sent_to_the_server_that_a_redirect_names(status, tmp_path,
         ) as (first, _):
             with pytest.raises(
                 DistillError,
-                match=rf"for sample 'a' \({status}: it redirects to http://{other}/v1. No redirect is followed",
+                match=rf"for sample 'a' \({status}: it redirects to http://{other}/v1. Redirects are not followed",
             ):
                 ask_server(f'http://{first}/v1', dict(a=1), tmp_path / 'a.jsonl', key='MY_KEY')
     assert stolen == []
@@ -315,7 +315,7 @@ def test_an_answer_that_would_fill_the_memory_is_not_read_to_its_end(tmp_path, m
     monkeypatch.setattr(http_teacher, 'MAX_MANIFEST', 100)
     with (
         server() as (url, seen),
-        pytest.raises(DistillError, match="'a' .the answer has more than 100 bytes: ask for fewer"),
+        pytest.raises(DistillError, match="'a' .the answer has more than 100 bytes: request fewer"),
     ):
         ask_server(url, dict(a=[1, 2, 3, 4]), tmp_path / 'a.jsonl', body={})
     assert len(seen) == 1
@@ -594,7 +594,7 @@ def test_a_password_in_a_url_is_refused_without_being_shown(tmp_path):
         (
             dict(choices=[dict(index=0, text='Paris')]),
             {},
-            "The answer for sample 'a': a choice has neither 'prompt_logprobs' nor 'logprobs': ask for them in body=",
+            "The answer for sample 'a': a choice has neither 'prompt_logprobs' nor 'logprobs': request them in body=",
         ),
         (
             dict(choices=[dict(index=3, logprobs=[0])]),
@@ -715,10 +715,10 @@ def test_a_different_sample_of_the_same_name_does_not_get_the_old_answer(tmp_pat
         ask_server(url, {'a': 'one', 'b': 'two'}, path)  # more samples
         kept = path.read_bytes()
         with pytest.raises(
-            DistillError, match="has the answer for sample 'a', to which something d"
+            DistillError, match="contains the answer for sample 'a', but something d"
         ):
             ask_server(url, {'a': 'changed', 'b': 'two'}, path)
-        with pytest.raises(DistillError, match='has the answer for sample 1, to which something d'):
+        with pytest.raises(DistillError, match='contains the answer for sample 1, but something d'):
             ask_server(url, {1: 'y', '1': 'x'}, path)
     assert path.read_bytes() == kept
 

@@ -260,7 +260,9 @@ def test_hidden_states_that_int8_cannot_hold_are_reported(tmp_path):
     x[20:, 0] *= 1e3
     with torch.no_grad():
         model.weight[:, 0] *= 1e-3
-    with pytest.warns(DistillWarning, match=r'int8 differ by up to \d+.\d% of their spread'):
+    with pytest.warns(
+        DistillWarning, match=r'int8 differ from the teacher.s by up to \d+.\d% of their range'
+    ):
         cache_dataset(
             Teacher(model),
             TensorDataset(x),
@@ -358,7 +360,7 @@ def test_scaled_and_capped_logits(model, tmp_path):
         (Teacher(nn.Tanh()), 'Tanh has no linear layer'),
         (
             Teacher(net(), select=[[0, 1], 2]),
-            'sums probabilities of classes, which no linear layer does',
+            'sums probabilities of classes, which a linear layer can.t do',
         ),
         (Teacher(net(), outputs='probs'), 'is not a module that returns logits'),
     ],

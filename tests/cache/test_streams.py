@@ -511,7 +511,7 @@ def test_missing_rows_are_named(tmp_path):
     refused(
         tmp_path, r"15 samples have no row: number 45 \('sample 45'\).* and 10 more", keys=names
     )
-    refused(tmp_path, '5 rows belong to no sample of keys=: shard-2-', keys=names[:40])
+    refused(tmp_path, '5 rows belong to samples that are not in keys=: shard-2-', keys=names[:40])
     assert len(seal_stream(tmp_path, keys=names[:45])) == 45
 
 
@@ -531,7 +531,7 @@ def test_a_writer_that_lost_rows_after_it_was_done_is_named_and_writes_them_agai
     there = len(shard(2)) - n
     refused(
         tmp_path,
-        f"1 writers' rows are not all there: shard-2 of view 0 .{there} of {len(shard(2))} rows",
+        f'1 writers have missing rows: shard-2 of view 0 .{there} of {len(shard(2))} rows',
     )
     assert write_stream(batches(shard(2)), rows, 'shard-2', part_bytes=5 * 20) == len(shard(2))
     seal_stream(tmp_path)
@@ -552,7 +552,7 @@ def test_torn_rows_are_written_again_by_their_writer(tmp_path):
 def test_a_damaged_note_of_a_writer_is_named(tmp_path):
     rows = written(tmp_path)
     (tmp_path / 'view000' / 'shard-1.end').write_text('{"rows"')
-    refused(tmp_path, 'view000/shard-1.end in .* is damaged: .* Remove it, and start its writer')
+    refused(tmp_path, 'view000/shard-1.end in .* is damaged: .* Remove it, and run its writer')
     with pytest.raises(DistillError, match='view000/shard-1.end in .* is damaged'):
         write_stream(batches(shard(1)), rows, 'shard-1')
 
@@ -572,21 +572,24 @@ def test_a_missing_view_is_named(tmp_path):
     rows = start(tmp_path, views=2)
     for k, view in [(0, 0), (1, 0), (0, 1)]:
         write_stream(batches(shard(k)), rows, f'shard-{k}', view=view)
-    refused(tmp_path, '1 files are not in both view 0 and view 1: shard-1-000000')
+    refused(tmp_path, '1 files are in only one of view 0 and view 1: shard-1-000000')
 
 
 def test_views_in_another_order_are_named(tmp_path):
     rows = start(tmp_path, views=2)
     for view in (0, 1):
         write_stream(batches(range(N)[:: 1 - 2 * view]), rows, 'all', view=view)
-    refused(tmp_path, 'differ from those of view 0, or their order: view001/all-000000.rows')
+    refused(
+        tmp_path,
+        'files have different samples than in view 0, or a different order: view001/all-000000.rows',
+    )
 
 
 def test_torn_rows_are_named(tmp_path):
     written(tmp_path)
     file = tmp_path / 'view000' / 'shard-1-000001.rows'
     file.write_bytes(file.read_bytes()[:-7])
-    refused(tmp_path, r'1 files are torn: view000/shard-1-000001.rows \(4.65 rows, 5 keys\)')
+    refused(tmp_path, r'1 files are incomplete: view000/shard-1-000001.rows \(4.65 rows, 5 keys\)')
     file.unlink()
     refused(tmp_path, r'shard-1-000001.rows \(no rows, 5 keys\)')
 

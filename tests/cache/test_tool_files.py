@@ -184,7 +184,10 @@ def test_a_configuration_that_does_not_fit(tmp_path):
     config = dict(d=V, k=K, residual_bins=[], **CONFIGS['exact'])
     opened(folder, tmp_path / 'b', tool='distillkit', config=config)
     for change, match in [
-        (dict(k=9, exact_k=9), 'data_0.parquet, row 0: a position has .* bytes, fewer than'),
+        (
+            dict(k=9, exact_k=9),
+            'data_0.parquet, row 0: a position has .* bytes, which is fewer than',
+        ),
         (dict(exact_dtype='int8'), "exact_dtype is 'int8': it must be float16 or bfloat16"),
         (dict(exact_k=99), 'exact_k is 99: it must be a whole number from 0 to 8'),
         (dict(bits=3), "has an entry 'bits'"),
@@ -269,16 +272,16 @@ PROMPT = [None, {'1': dict(logprob=-0.1)}]
     'tool,row,says',
     [
         ('vllm', [1], 'the row is .1.: it must be an object'),
-        ('vllm', dict(choices=3), "can't be read as the tool writes its rows .TypeError"),
-        ('vllm', dict(choices=[None]), "can't be read as the tool writes its rows"),
+        ('vllm', dict(choices=3), "can't be read in the format of the tool .TypeError"),
+        ('vllm', dict(choices=[None]), "can't be read in the format of the tool"),
         (
             'vllm',
             dict(choices=[dict(prompt_logprobs=PROMPT), dict(prompt_logprobs=PROMPT * 2)]),
-            'the response is to several prompts: send one in each request',
+            'the response is to several prompts: send one prompt in each request',
         ),
         ('axolotl', dict(input_ids=[1.5], logprobs=[]), 'input_ids is 1.5: it must be a list of'),
         ('axolotl', dict(input_ids=['x'], logprobs=[]), "input_ids is 'x': it must be a list of"),
-        ('axolotl', dict(input_ids=[1], logprobs=[2]), "can't be read as the tool writes its rows"),
+        ('axolotl', dict(input_ids=[1], logprobs=[2]), "can't be read in the format of the tool"),
         (
             'distillkit',
             dict(input_ids=[1.5], compressed_logprobs=[], bytepacked_indices=[]),
@@ -287,7 +290,7 @@ PROMPT = [None, {'1': dict(logprob=-0.1)}]
         (
             'distillkit',
             dict(input_ids=[1], compressed_logprobs=3, bytepacked_indices=[[1]]),
-            "can't be read as the tool writes its rows",
+            "can't be read in the format of the tool",
         ),
     ],
 )

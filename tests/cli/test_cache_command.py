@@ -106,7 +106,7 @@ def test_write_look_at_it_and_ask_again(script, cache, tmp_path):
         'classes',
         'a, b',
         'FlipItem',
-        'is there too',
+        'included',
         'Every file matches its checksum',
     ):
         assert say in out, say
@@ -192,7 +192,7 @@ def test_what_does_not_fit_is_refused_and_what_nearly_does_is_asked(
     monkeypatch.setattr('fastdistill.cache.file_store.Folder.free', lambda self: free[0])
     fails(
         cache(*args, code=None),
-        r'16 samples x 1 view\(s\) x 4 bytes = 0.0 MB, 0.00 GB free. The disk is too small: use fewer views',
+        r'16 samples x 1 view\(s\) x 4 bytes = 0.0 MB, 0.00 GB free. There is not enough disk space: use fewer views',
     )
     free[0] = 100
     r = cache(*args, code=None, input='n\n')

@@ -541,7 +541,7 @@ def test_teachers_that_exist_already(finished, digits, tmp_path):
         tmp_path / 'pkl', 'teacher'
     ) == score(finished, 'distilled')
     assert not (out / 'teacher.safetensors').exists()
-    with pytest.raises(DistillError, match='The weights in .* are not those of cnn 16,16'):
+    with pytest.raises(DistillError, match='The weights in .* do not fit cnn 16,16'):
         run(
             tmp_path / 'c',
             data=digits,
@@ -549,7 +549,7 @@ def test_teachers_that_exist_already(finished, digits, tmp_path):
             teacher_layers='16,16',
             teacher_weights=str(finished / 'teacher.safetensors'),
         )
-    with pytest.raises(DistillError, match='holds weights, but no architecture'):
+    with pytest.raises(DistillError, match='contains weights, but no architecture'):
         run(tmp_path / 'c', data=digits, teacher=str(finished / 'teacher.safetensors'))
 
 
@@ -712,7 +712,9 @@ def test_a_value_of_masks_that_is_not_a_class_is_ignored(palette, tmp_path, comm
     assert float(rows[-1]['foreground_acc']) == pytest.approx(right)
     loss = torch.nn.functional.nll_loss(probs.log(), torch.tensor(y).long(), ignore_index=255)
     assert float(rows[-1]['valid_loss']) == pytest.approx(loss.item(), rel=1e-4)
-    with pytest.raises(DistillError, match="ignore='255': this is for masks, but .* holds images"):
+    with pytest.raises(
+        DistillError, match="ignore='255': this is for masks, but .* contains images"
+    ):
         write_digits(tmp_path / 'digits', 30)
         loaders(data=tmp_path / 'digits', ignore='255')
 
@@ -1286,7 +1288,7 @@ def spoiled(digits, tmp_path):
         ('digits', dict(task='sound'), '--task'),
         ('digits', dict(log='paper'), '--log'),
         ('digits', dict(config='gone.toml'), 'no settings file'),
-        ('digits', dict(ignore='x', task='masks'), 'holds images: folders'),
+        ('digits', dict(ignore='x', task='masks'), 'contains images. This task needs folders'),
     ],
 )
 def test_a_mistake_in_data_or_flags_is_one_message(

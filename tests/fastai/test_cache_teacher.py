@@ -1058,7 +1058,7 @@ def test_what_cannot_be_repeated_is_refused_before_anything_is_written(tmp_path)
         def forward(self, x):
             return self.net(x) + x.mean()
 
-    no('differ by .* with other samples in its batch', data(), Moody())
+    no('change by .* if other samples are in its batch', data(), Moody())
     no(
         'stores the likeliest of several classes, but this model predicts sigmoid',
         data(MultiCategoryBlock, labels),
@@ -1110,7 +1110,7 @@ def test_another_teacher_is_refused_and_the_same_writes_nothing(tmp_path):
 def test_force_takes_the_old_teachers_validation_set_away(tmp_path):
     cache_teacher(Convs(3).eval(), data(), tmp_path, valid=True)
     other = Convs(3, seed=5).eval()
-    with pytest.warns(DistillWarning, match='It is overwritten'):
+    with pytest.warns(DistillWarning, match='The cache is overwritten'):
         cache = cache_teacher(other, data(), tmp_path, force=True)
     assert cache.valid is None
 

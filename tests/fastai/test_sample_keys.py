@@ -253,7 +253,7 @@ def test_keys_that_were_given_are_remembered_by_the_cache_that_comes_back(folder
     quiet(Learner(images(folder), Flat(1)), cache)
     with pytest.raises(
         DistillError,
-        match=r'or it was written with keys=, and needs the same names here: TeacherCache\(path, keys=',
+        match=r'or it was written with keys=, so the same names are needed here: TeacherCache\(path, keys=',
     ):
         quiet(Learner(images(folder), Flat(1)), tmp_path / 'c')
     learn = Learner(images(folder), Flat(1))

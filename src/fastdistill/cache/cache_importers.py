@@ -38,7 +38,7 @@ VALUES = dict(
 )
 IDS = 'ids', 'token_ids'
 KEYS = 'key', 'id', 'custom_id', 'index', 'path'
-# a table of logits in which so many positions sum to 1 or 100 holds probabilities
+# a table of logits contains probabilities if all of at least this many positions sum to 1 or 100
 LIKE_PROBABILITIES = 8
 LEAST_LOGPROB = -1000  # vLLM and OpenAI write -9999 for missing values
 
@@ -87,17 +87,17 @@ def cache_from(
             'logprobs'.
         given: Type of the numbers: 'logprobs', 'logits' or 'probs'. If None, infer the type from
             the column name.
-        topk: Number of most likely classes to store. If None, store as many classes as every
-            position has.
+        topk: Number of most likely classes to store. If None, store the number of classes that all
+            positions have.
         tail: Assumption about the classes that are not stored: 'uniform', 'zero' or 'bucket', see
             `TopK`. If None, use the assumption of `tool`, or 'uniform' without a tool.
         shift: For tokens, True if each entry is stored at the position of the token it predicts, as
-            vLLM and SGLang do. If None, the column name decides.
+            in vLLM and SGLang. If None, it depends on the column name.
         length: For tokens, the number of positions to store. If None, use the length of the longest
             row. Missing positions are masked out.
         dtype: 'float32', 'float16' or 'int8'.
         teacher: Name of the teacher. If None, use the name of the file.
-        vocab: Class names, in the order of the numbers.
+        vocab: Class names, in the order of the class numbers.
         bs: Number of rows written at once.
         force: If True, overwrite an existing cache that was written from different outputs.
         progress: True for a progress bar in terminals and notebooks, False for none, or fn(rows
@@ -198,14 +198,14 @@ class Reading:
             if len(keys) != len(self.rows):
                 raise DistillError(
                     f'{len(keys)} keys for {len(self.rows)} rows (the first is {self.place(0)}): '
-                    'give one for each.'
+                    'pass one for each row.'
                 )
             return list(ordered_names(keys))
         column = keys or next((k for k in KEYS if k in self.columns(0)), '')
         if column not in self.columns(0):
             raise DistillError(
                 f"No column {keys or 'key'!r} with the samples' names; the first row "
-                f'({self.place(0)}) has {", ".join(map(str, self.columns(0)))}. Give keys=, a column or '
+                f'({self.place(0)}) has {", ".join(map(str, self.columns(0)))}. Pass keys=, a column or '
                 'a list.'
             )
         return [self.column(i, column) for i in range(len(self.rows))]
@@ -233,11 +233,11 @@ class Reading:
         return np.fromiter(seen, np.uint64, len(seen))
 
     def measure(self, topk: int | None, length: int | None) -> None:
-        """Check all rows in one pass, and find how many classes and positions every row has."""
+        """Check all rows in one pass, and determine the numbers of classes and positions to store."""
         for name, o in dict(n=self.n, topk=topk, length=length).items():
             if o is not None and (not is_whole(o) or o < 1):
                 raise DistillError(f'{name}={o!r}: it must be a whole number from 1, or None.')
-        # {number of classes: row}, of all positions and of those without class numbers
+        # {number of classes: row}, for all positions, and for the positions without class numbers
         counts: dict[int, int] = {}
         unnumbered: dict[int, int] = {}
         longest, self.tokens = 0, None
@@ -271,7 +271,7 @@ class Reading:
             longest = max(longest, len(positions))
         if self.given == 'logits' and n_positions >= LIKE_PROBABILITIES and sums in ({1}, {100}):
             raise DistillError(
-                f'{self.value!r} holds {"percentages" if sums == {100} else "probabilities"}, not logits: no '
+                f'{self.value!r} contains {"percentages" if sums == {100} else "probabilities"}, not logits: no '
                 f"number is negative, and all positions sum to {sums.pop()}. Pass given='probs', with "
                 'numbers from 0 to 1.'
             )
@@ -286,8 +286,8 @@ class Reading:
         if wrong := next((o for o in unnumbered if o != n), None):
             other = f'n={n}' if self.n else f'{self.place(unnumbered[n])} has {n}'
             raise DistillError(
-                f'{self.place(unnumbered[wrong])} has {wrong} numbers without class numbers, but '
-                f'{other}: each position must have one number for each class, or class numbers in '
+                f'{self.place(unnumbered[wrong])} has {wrong} values without class numbers, but '
+                f'{other}: each position must have one value for each class, or class numbers in '
                 "a column 'ids'."
             )
         if topk and topk > k:
@@ -312,12 +312,12 @@ class Reading:
                     f'{self.value!r} is {shortened(repr(o), 100)}: it must be a list of numbers, '
                     'a dict of classes and their numbers, or, for tokens, a list of these.'
                 )
-            # subtle: the items of `content` are positions, and would look like pairs of one position
+            # subtle: the items of `content` are positions, but look like the entries of one position
             if isinstance(value, Mapping) and 'content' in value:
                 if lone := [e for e in o if isinstance(e, Mapping) and is_entry(e)]:
                     raise DistillError(
-                        f"the position {shortened(repr(lone[0]), 100)} has no 'top_logprobs': ask the "
-                        'server for them, such as top_logprobs=20.'
+                        f"the position {shortened(repr(lone[0]), 100)} has no 'top_logprobs': request them "
+                        'from the server, e.g. with top_logprobs=20.'
                     )
             # a list of (number, class) pairs is a single position, not a list of positions
             pairs = ids is None and all(map(is_entry, o))
@@ -419,8 +419,8 @@ class NumberCheck:
         other = 'logprobs' if self.given == 'probs' else 'probs'
         rule = 'a few classes must sum to more than 0 and at most 1'
         raise DistillError(
-            f'the probabilities sum to {total:.3g} if {self.value!r} holds {self.given}, but '
-            f'those of {"all classes must sum to 1" if every else rule}. If it holds something else, '
+            f'if {self.value!r} contains {self.given}, the probabilities sum to {total:.3g}, but '
+            f'{"all classes must sum to 1" if every else rule}. If it contains something else, '
             f"pass given='logits' or given={other!r}. If the classes are not mutually exclusive, use "
             'their logits.'
         )
@@ -442,8 +442,8 @@ class NumberCheck:
     def check_probabilities(self, v: Any) -> None:
         if v.min() < -1e-5 or v.max() > 1.02:  # allow for rounding errors
             raise DistillError(
-                f'the probabilities go from {v.min():.3g} to {v.max():.3g}: they must be from 0 '
-                f"to 1. If {self.value!r} holds something else, pass given='logits' or "
+                f'the probabilities range from {v.min():.3g} to {v.max():.3g}: they must be from 0 '
+                f"to 1. If {self.value!r} contains something else, pass given='logits' or "
                 "given='logprobs'."
             )
 
@@ -457,7 +457,7 @@ class NumberCheck:
         low, high, largest = known.min(), known.max(), known[np.abs(known).argmax()]
         if abs(largest) > (most := 65504 if self.dtype == 'float16' else 3e38):
             raise DistillError(
-                f'{self.value!r} has {largest:g}: {self.dtype} holds numbers up to {most:g}. '
+                f'{self.value!r} has {largest:g}: {self.dtype} can store numbers up to {most:g}. '
                 "Use dtype='float32', or -inf for a class that is masked out."
             )
         if self.given == 'logprobs' and low < LEAST_LOGPROB:
@@ -468,18 +468,18 @@ class NumberCheck:
             )
         if self.dtype == 'float16' and (step := float16_step(high)) > COARSE:
             raise DistillError(
-                f'the largest number of {self.value!r} is {high:g}, where float16 holds numbers in '
-                f"steps of {step:g}: use dtype='float32', or subtract the largest logit from all."
+                f'the largest number in {self.value!r} is {high:g}, where the spacing of float16 is '
+                f"{step:g}: use dtype='float32', or subtract the largest logit from all logits."
             )
         if self.dtype != 'int8':
             return
         if len(known) < len(v):
             raise DistillError(
-                f"{self.value!r} has -inf, which int8 can't hold: use dtype='float16'."
+                f"{self.value!r} has -inf, which int8 can't store: use dtype='float16'."
             )
         if (step := (high - low) / 254) > COARSE:
             raise DistillError(
-                f'{self.value!r} goes from {low:g} to {high:g}, which int8 holds in steps of '
+                f'{self.value!r} ranges from {low:g} to {high:g}, which int8 stores in steps of '
                 f"{step:.3g}: use dtype='float16' or 'float32'."
             )
 
@@ -568,7 +568,7 @@ def entries(p: Any, ids: Any) -> tuple:
     if ids is not None:
         if not isinstance(ids := listed(ids), (list, np.ndarray)) or len(ids) != len(p):
             raise DistillError(
-                f'{len(p)} numbers and the ids {shortened(repr(ids), 100)}: give one class for each.'
+                f'{len(p)} numbers, but the ids {shortened(repr(ids), 100)}: each number needs one class.'
             )
         return [class_of(k) for k in ids], as_numbers(p)
     if isinstance(p, np.ndarray) or not any(isinstance(e, (Mapping, list, tuple)) for e in p):
@@ -588,9 +588,7 @@ def entries(p: Any, ids: Any) -> tuple:
 def as_numbers(p: Any) -> np.ndarray:
     """Convert numbers to an array, (n,) float64."""
     if np.ma.is_masked(p):
-        raise DistillError(
-            'some numbers of a masked array are masked: give a number for each class.'
-        )
+        raise DistillError('some numbers of a masked array are masked: each class needs a number.')
     if isinstance(p, np.ndarray) and p.dtype.kind in 'fiu' and p.ndim == 1:
         with np.errstate(invalid='ignore'):
             return p.astype(np.float64)  # NumPy warns about some NaN bit patterns
@@ -611,6 +609,6 @@ def class_of(k: Any) -> int:
     if text.isascii() and text.isdigit() and len(text) < 20:
         return int(text)
     raise DistillError(
-        f'the class {shortened(repr(k), 100)} is not a whole number from 0: ask the server for token '
-        'ids (vLLM: return_tokens_as_token_ids=True), or translate names first.'
+        f'the class {shortened(repr(k), 100)} is not a whole number from 0: request token ids from the '
+        'server (vLLM: return_tokens_as_token_ids=True), or convert names to numbers first.'
     )

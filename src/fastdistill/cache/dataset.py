@@ -82,8 +82,8 @@ def cache_dataset(
             from the dataset.
         inputs: fn(batch) -> inputs of the teacher. If None, use the first element of a batch that
             is a tuple, and the whole batch otherwise.
-        batch_tfm: Random transform fn(x) -> x. The transform is applied to one sample at a time,
-            see `per_sample`.
+        batch_tfm: Random transform fn(x) -> x, which is applied to one sample at a time, see
+            `per_sample`.
         axis: Class axis.
         force: If True, overwrite an existing cache that was written with different data, transforms
             or a different teacher.
@@ -182,7 +182,7 @@ def shaken(fn: Callable, seeds: Any, x: Any) -> Any:
     xs = x if isinstance(x, tuple) else (x,)
     if not all(isinstance(o, Tensor) for o in xs):
         raise DistillError(
-            "batch_tfm= takes tensors, and the teacher's inputs are "
+            "batch_tfm= takes tensors, but the teacher's inputs are "
             f'{", ".join(type(o).__name__ for o in xs)}: use a transform of the dataset.'
         )
     return per_sample(fn, seeds, *xs)
@@ -255,7 +255,7 @@ def check_items_repeat(items: Any, asked: Any) -> None:
 
 NOT_CLEAN = (
     "views=0 stores one output for each item of the dataset, but this dataset's items differ "
-    'each time: pass the dataset without its random transforms here and the one with them to '
+    'each time. Pass the dataset without random transforms here, and the dataset with them to '
     'Replayed, or use views=1 or more.'
 )
 
@@ -263,7 +263,7 @@ NOT_CLEAN = (
 class Replayed(Dataset):
     """A dataset whose random transforms reproduce the views in a cache.
 
-    Each item is that of the original dataset plus the bytes of its row in the cache, `(*item, row)`.
+    Each item is the item of the original dataset plus the bytes of its row, `(*item, row)`.
     `cache.decode(rows)` turns a batch of these bytes into the teacher's `Outputs`. Call `set_epoch`
     before each epoch.
 

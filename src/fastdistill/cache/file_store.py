@@ -172,7 +172,7 @@ class Remote(Folder):
 
     def sizes(self, names: Iterable[str]) -> list[int | None]:
         have = self.listing()
-        # a web server may not list its files, or not with their sizes
+        # a web server may not list its files, or may not give their sizes
         return [self.size(n) if have.get(n) is None else have[n] for n in names]
 
     def names(self) -> list[str]:

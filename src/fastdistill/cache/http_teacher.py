@@ -49,14 +49,14 @@ def ask_server(
 ) -> Path:
     """Query a server for each sample and write the responses to a file.
 
-    The function `cache_from(path, 'cache', n=...)` converts the file to a cache.
+    `cache_from(path, 'cache', n=...)` converts the file to a cache.
 
     Args:
         url: URL of the endpoint, e.g. 'http://localhost:8000/v1/completions'.
         samples: {name of a sample: prompt or any JSON value to send}.
         path: .jsonl file for the responses. If the file exists, only missing responses are
             requested.
-        body: Other entries of each request body, e.g. dict(model='big', max_tokens=1,
+        body: Other entries of the request body, e.g. dict(model='big', max_tokens=1,
             prompt_logprobs=20).
         request: fn(list of samples) -> JSON body. If None, send `body` with the samples as
             'prompt'.
@@ -71,7 +71,7 @@ def ask_server(
     """
     path = Path(path).expanduser()
     if path.suffix != '.jsonl':
-        raise DistillError(f"path={str(path)!r}: the name of the answers' file ends in .jsonl.")
+        raise DistillError(f'path={str(path)!r}: the name of the file must end in .jsonl.')
     check_samples(samples)
     for k, v, least in ('bs', bs, 1), ('at_once', at_once, 1), ('retries', retries, 0):
         if not is_whole(v) or v < least:
@@ -152,14 +152,14 @@ def naming(
     server: 'Server',
     errors: Any = (KeyError, TypeError, ValueError, IndexError, AttributeError),
 ) -> Iterator[None]:
-    """Replace errors in this context by a `DistillError` that starts with `what`."""
+    """Replace errors in this context with a `DistillError` that starts with `what`."""
     failed = None
     try:
         yield
     except errors as e:
         text = str(e) if isinstance(e, DistillError) else f'{type(e).__name__}: {e}'
         failed, cause = f'{what}: {server.shown_text(text)}', e
-        # subtle: an error that shows what the server repeated may show the key
+        # subtle: if the server repeats the key in its response, the original error may show it
         if isinstance(e, DistillError) or server.hide(text) != text:
             cause = None
     if failed is not None:
@@ -176,7 +176,7 @@ def lines_of(rows: Iterable[Mapping], names: Sequence) -> str:
     if len(rows) != len(names):
         raise DistillError(
             f'the server gave {len(rows)} answers for {len(names)} samples: answer= must return one for '
-            'each, in their order.'
+            'each sample, in the same order.'
         )
     return ''.join(json.dumps({**r, 'key': k}) + '\n' for k, r in zip(names, rows))
 
@@ -184,7 +184,7 @@ def lines_of(rows: Iterable[Mapping], names: Sequence) -> str:
 def secret(key: str | None) -> Any:
     if key is None:
         return None
-    # subtle: without the name, which may be the key itself by mistake
+    # subtle: the error does not show the name, because the user may have passed the key itself
     if not isinstance(key, str) or key not in os.environ:
         raise DistillError(
             "key= is the name of an environment variable with the server's key, but there is no such "
@@ -223,19 +223,19 @@ def digests_before(path: Path, now: Any) -> dict:
         known = dict(was.pop('samples', {}))
     except (ValueError, TypeError, AttributeError) as e:
         raise DistillError(
-            f"{beside(path)} is damaged ({e}), so the requests can't be compared: remove it if the "
-            f'answers in {path} are to the same requests.'
+            f"{beside(path)} is damaged ({e}), so the requests can't be compared. If the answers in "
+            f'{path} are to the same requests, remove this file.'
         ) from e
     other = [k for k in now if was.get(k) != now[k]]
     if changed := [f'{k}=' for k in other if k in ('request', 'answer')]:
         raise DistillError(
-            f'{path} has answers to other requests: {" and ".join(changed)} did something different. '
-            'Use another file, or the function with which the answers were requested.'
+            f'{path} contains answers to different requests: {" and ".join(changed)} has changed. Use '
+            'a different file, or the function with which the answers were requested.'
         )
     if other:
         was, now = ({k: o.get(k) for k in other} for o in (was, now))
         raise DistillError(
-            f'{path} has answers to other requests ({was}, now {now}): use another file.'
+            f'{path} contains answers to different requests ({was}, now {now}): use a different file.'
         )
     return known
 
@@ -252,15 +252,15 @@ def note_samples(path: Path, now: Any, known: dict, samples: Mapping, done: Iter
     others = {k for k, digest in found.items() if known.get(k, digest) != digest}
     if different := [k for k in samples if k in done and json.dumps(k) in others]:
         raise DistillError(
-            f'{path} has the answer for {texts_of(different)}, to which something different was sent: '
-            'use another file, or remove these lines to ask again.'
+            f'{path} contains the answer for {texts_of(different)}, but something different was sent '
+            'for it: use a different file, or remove these lines to request them again.'
         )
     if not known or not found.items() <= known.items():
         write_atomically(beside(path), json.dumps(now | dict(samples=known | found)))
 
 
 def digest_of(sample: Any) -> str | None:
-    """Return a digest of what is sent. None if it is not a JSON value."""
+    """Return a digest of what is sent for a sample. Return None if it is not a JSON value."""
     try:
         return checksum(json.dumps(sample, sort_keys=True).encode())
     except (TypeError, ValueError, RecursionError):
@@ -277,7 +277,7 @@ def names_in(path: Path) -> set:
     text = path.read_bytes()
     whole, end = text[: text.rfind(b'\n') + 1], text[text.rfind(b'\n') + 1 :]
     names = {name_in(path, i, line) for i, line in enumerate(whole.split(b'\n'), 1) if line.strip()}
-    # subtle: only now, since a file with different lines is not ours
+    # subtle: change the file only after its lines were checked, since it may be a different file
     try:
         json.loads(end)
     except ValueError:
@@ -290,7 +290,7 @@ def names_in(path: Path) -> set:
 
 
 def name_in(path: Path, i: int, line: Any) -> str:
-    """Return the name of the sample of a line."""
+    """Return the name of the sample that a line is about."""
     try:
         name = json.loads(line)['key']
         hash(name)
@@ -298,7 +298,7 @@ def name_in(path: Path, i: int, line: Any) -> str:
     except (ValueError, KeyError, TypeError) as e:
         raise DistillError(
             f"{path}, line {i} is not an answer with a 'key' ({type(e).__name__}: {e}): remove the "
-            'line to ask again, or use another file.'
+            'line to request it again, or use a different file.'
         ) from e
 
 
@@ -307,7 +307,7 @@ def choices_of(response: Any) -> list:
     if not isinstance(response, dict) or not isinstance(response.get('choices'), list):
         has = ', '.join(response) if isinstance(response, dict) else type(response).__name__
         raise DistillError(
-            f"there is no list 'choices' (it has: {has}). Give answer=, a function that returns a list "
+            f"there is no list 'choices' (it has: {has}). Pass answer=, a function that returns a list "
             'with a dict for each sample.'
         )
     choices = sorted(response['choices'], key=lambda c: c.get('index', 0))
@@ -320,7 +320,7 @@ def choices_of(response: Any) -> list:
     rows = [{n: c[n] for n in names if c.get(n) is not None} for c in choices]
     if not all(rows):
         raise DistillError(
-            "a choice has neither 'prompt_logprobs' nor 'logprobs': ask for them in body=, as in "
+            "a choice has neither 'prompt_logprobs' nor 'logprobs': request them in body=, as in "
             'body=dict(max_tokens=1, prompt_logprobs=20).'
         )
     return rows
@@ -380,8 +380,8 @@ class Server:
                 why, wait = self.hide(e.args[0]), e.args[1]
             except DistillError as e:
                 failed = self.hide(str(e))
-            # subtle: raised outside the except block, so that the traceback has no frames that hold
-            # the key
+            # subtle: raised outside the except block, so that no frame of the traceback contains the
+            # key
             if failed is not None:
                 raise self._failed(failed, of)
             if i == self.retries:
@@ -425,7 +425,7 @@ class Server:
         try:
             with self.opener.open(asked, timeout=self.timeout) as r:
                 text = r.read(MAX_MANIFEST + 1)
-                # subtle: unlike a read without a limit, this one does not notice a missing rest
+                # subtle: a read with a limit does not notice that the end of the response is missing
                 if r.length and len(text) <= MAX_MANIFEST:
                     raise http.client.IncompleteRead(text, r.length)
         except urllib.error.HTTPError as e:
@@ -436,8 +436,8 @@ class Server:
             raise Passing(f'{type(e).__name__}: {e}', None) from None
         if len(text) > MAX_MANIFEST:
             raise DistillError(
-                f'the answer has more than {MAX_MANIFEST:,} bytes: ask for fewer samples (bs=) or fewer '
-                'classes in each request'
+                f'the answer has more than {MAX_MANIFEST:,} bytes: request fewer samples (bs=) or fewer '
+                'classes at once'
             )
         try:
             return load_json(text)
@@ -455,8 +455,8 @@ class Server:
         if e.code in (301, 302, 303, 307, 308):
             to = without_query(str(e.headers.get('Location')))
             raise DistillError(
-                f'{e.code}: it redirects to {to}. No redirect is followed, since the other server would '
-                'get the key and the samples: give that URL if you trust it'
+                f'{e.code}: it redirects to {to}. Redirects are not followed, since the other server would '
+                'get the key and the samples: pass that URL if you trust it'
             ) from None
         try:
             text = e.read(10_000).decode(errors='replace')
@@ -478,7 +478,7 @@ class Server:
         return text
 
     def hidden(self, o: Any) -> Any:
-        """Hide the secrets in all strings of a JSON value. Numbers do not change."""
+        """Hide the secrets in all strings of a JSON value. Numbers are unchanged."""
         if isinstance(o, str):
             return self.hide(o)
         if isinstance(o, list):
@@ -486,15 +486,15 @@ class Server:
         return {self.hide(k): self.hidden(v) for k, v in o.items()} if isinstance(o, dict) else o
 
     def shown_text(self, text: Any, n: int = 500) -> str:
-        """Prepare a text of the server for a message: without the key, without characters that
-        control a terminal, and short.
+        """Prepare a text from the server for a message: hide the key, replace control characters, and
+        shorten the text.
         """
         return shortened(''.join(c if c.isprintable() else ' ' for c in self.hide(text)), n)
 
     def _failed(self, why: Any, of: str) -> DistillError:
         return DistillError(
-            f'{self.shown} gave no answer for {of} ({self.shown_text(why)}). The answers so far are kept: run it again '
-            'to resume.'
+            f'{self.shown} gave no answer for {of} ({self.shown_text(why)}). The answers so far are kept: make the '
+            'same call again to resume.'
         )
 
 
@@ -512,7 +512,7 @@ def secrets_of(key: str | None, query: str) -> list[str]:
     found += [encode(o) for o in found for encode in (html.escape, lambda o: json.dumps(o)[1:-1])]
     for c, escaped in ('/', r'\/'), ('+', r'\u002B'):  # as PHP and .NET write JSON
         found += [o.replace(c, escaped) for o in found]
-    # a shorter text, such as 'EMPTY', is not a secret, and may occur in other words
+    # shorter texts, such as 'EMPTY', are not secret, and may occur in other words
     return sorted({Secret(o) for o in found if len(o) >= 8}, key=len, reverse=True)
 
 
@@ -531,7 +531,7 @@ def check_url(url: str) -> None:
         )
     if '@' in o.netloc:
         raise DistillError(
-            'url= has a user name or a password, which would be stored with the answers: give key=, the '
+            'url= has a user name or a password, which would be stored with the answers: pass key=, the '
             'name of an environment variable.'
         )
 

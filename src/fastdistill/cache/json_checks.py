@@ -1,6 +1,6 @@
 """Check the types and ranges of the entries of a JSON file.
 
-Each error names the entry, its value and the allowed values.
+Each error states the entry, its value and the allowed values.
 """
 
 import json
@@ -21,7 +21,7 @@ def shortened(o: Any, n: int = 200) -> str:
 
 @contextmanager
 def located(place: str | Callable[[], str]) -> Iterator[None]:
-    """Begin the errors raised in this context with the place, such as a row."""
+    """Prepend the place, such as a row, to the errors raised in this context."""
     try:
         yield
     except DistillError as e:
@@ -29,7 +29,7 @@ def located(place: str | Callable[[], str]) -> Iterator[None]:
 
 
 def load_json(text: str | bytes) -> Any:
-    """Parse JSON. Raise a DistillError if a name occurs twice in an object, of which `json.loads`
+    """Parse JSON. Raise a DistillError if an object has the same name twice, because `json.loads`
     would keep only the last value.
     """
     return json.loads(text, object_pairs_hook=as_object)
@@ -121,9 +121,9 @@ def check_json(name: str, o: Any, spec: Any) -> None:
             - `str`, `float`, `bool` or `dict`: a value of this type,
             - texts: one of these,
             - (pattern, description): a text that matches the pattern,
-            - [spec, least, most]: a list of values, with so many entries,
+            - [spec, least, most]: a list of at least `least` and at most `most` such values,
             - {key: spec}: an object with these keys. A key that ends in '?' is optional,
-            - (None, spec): None, or a value of this kind,
+            - (None, spec): None, or a value for `spec`,
             - None: any value.
     """
     match spec:

@@ -81,7 +81,7 @@ def _parts(o: Any, root: str) -> tuple:
         return b'list', str(len(o)).encode(), *(p for v in o for p in _parts(v, root))
     raise DistillError(
         f'A {type(o).__name__} does not identify a sample: pass keys=, a list with one name for each '
-        'sample (file names, ids), or a function that names the sample at a position.'
+        'sample (file names, ids), or a function that returns the name of the sample at a position.'
     )
 
 
@@ -106,9 +106,7 @@ def keys_of(items: Any, root: str = '') -> np.ndarray:
 
 
 def ordered_names(keys: Any) -> Any:
-    """Return the names of samples. Raise a DistillError for a set, whose order is not that of the
-    samples.
-    """
+    """Return the names of samples. Raise a DistillError for a set, which has no order."""
     if isinstance(keys, Set):
         raise DistillError(
             f'keys= is a {type(keys).__name__}, which has no order: pass a list with the name of each '
@@ -120,8 +118,8 @@ def ordered_names(keys: Any) -> Any:
 def keys_in_stream(names: Any, root: str = '') -> np.ndarray:
     """Compute the keys of samples of a stream, (N,) uint64.
 
-    A sample has the same key whether its name is a number, a list, or a tensor or an array of these,
-    since a DataLoader joins the names of a batch to one tensor.
+    Tensors and arrays have the same key as the equal numbers or lists, since a DataLoader joins the
+    names of a batch in one tensor.
     """
     if isinstance(names, np.ndarray) and names.dtype == np.uint64:
         return keys_of(names)
@@ -139,7 +137,7 @@ def look_up(keys: np.ndarray, order: np.ndarray, wanted: np.ndarray) -> tuple:
         wanted: Keys to find, (M,).
 
     Returns:
-        (position in `keys` of each wanted key, (M,), mask of those that are there).
+        (position in `keys` of each wanted key, (M,), mask of the wanted keys that were found, (M,)).
     """
     at = order[np.searchsorted(keys, wanted, sorter=order).clip(max=len(keys) - 1)]
     return at, keys[at] == wanted
@@ -161,7 +159,9 @@ def dataset_keys(
     if names is None:
         names = names_of_samples(dataset)
     if len(names) != len(dataset):
-        raise DistillError(f'{len(names)} keys for {len(dataset)} samples: give one for each.')
+        raise DistillError(
+            f'{len(names)} keys for {len(dataset)} samples: pass one for each sample.'
+        )
     return keys_of(names, root)
 
 
@@ -197,7 +197,7 @@ def names_of_samples(dataset: Any) -> Any:
     if hasattr(dataset, 'data') and hasattr(dataset, 'targets'):
         return dataset.data
     raise DistillError(
-        f'A {type(dataset).__name__} does not show which samples it holds: pass keys=, a list with one '
-        'name for each sample (file names, ids), or a function that names the sample at a position. '
-        'keys=range(len(dataset)) is correct only if the dataset never changes.'
+        f'The samples of a {type(dataset).__name__} have no known names: pass keys=, a list with one name '
+        'for each sample (file names, ids), or a function that returns the name of the sample at a '
+        'position. keys=range(len(dataset)) is correct only if the dataset never changes.'
     )

@@ -1,7 +1,7 @@
 """Read, check and compare the manifests of caches.
 
-A manifest describes the teacher, samples, transforms and layout, and has the checksum of each file
-and of itself.
+A manifest describes the teacher, samples, transforms and layout, and contains the checksum of each
+file and of itself.
 """
 
 import builtins
@@ -45,20 +45,20 @@ class Manifest:
         seed: Random seed of the cache.
         layout: Layout of a row.
         shard_rows: Number of rows of a full shard.
-        batch_size: Batch size of the teacher. A full shard holds a whole number of batches.
+        batch_size: Batch size of the teacher. A full shard contains a whole number of batches.
         teacher: Name of the teacher and fingerprint of its weights.
-        data: Fingerprint of the keys (not of a stream), and root folder of the paths.
+        data: Fingerprint of the keys (except for a stream), and root folder of the paths.
         transforms: {name: description} of the transforms that are replayed.
         vocab: Class names, in the order of the logits.
         samples: Row, view and digest of a few inputs. The optional entry `after` has numbers computed
             from these inputs after the batch transforms.
-        shards: Name, size in bytes and checksum of each file. Until all files are written, only of
-            `head.bin`.
+        shards: Name, size in bytes and checksum of each file. Until all files are written, only
+            `head.bin` is included.
         doubt: Reason not to trust the teacher, found when the cache was written.
         lost: Information lost by compression at a few temperatures, see
             `fastdistill.cache.store_choice`.
         parts: Name and number of rows of each file of a view, if the cache was written as a stream.
-            None for all other caches. An empty list until the stream is sealed.
+            An empty list until the stream is sealed. None for all other caches.
     """
 
     count: int
@@ -176,7 +176,7 @@ class Manifest:
 
     @property
     def checksums(self) -> dict[str, str]:
-        """Checksums of all files of a complete cache. Otherwise, only that of `head.bin`."""
+        """{file name: checksum} of all files of a complete cache, or else only of `head.bin`."""
         return {s['name']: s['checksum'] for s in self.shards}
 
 
@@ -187,7 +187,7 @@ PART_NAME = (
 )
 
 
-# entries of a manifest that do not depend on others, for `check_json`
+# entries of a manifest that do not depend on other entries, for `check_json`
 MANIFEST_ENTRIES = dict(
     views=range(MAX_VIEWS + 1),
     seed=range(-(2**63), 2**64),
@@ -206,8 +206,8 @@ MANIFEST_ENTRIES = dict(
 
 
 def check_entries(m: Manifest) -> None:
-    """Check all entries but the layout. Raise a DistillError for a wrong type or number, or if entries
-    do not fit together.
+    """Check all entries except the layout. Raise a DistillError for a wrong type or number, or if
+    entries do not fit together.
     """
     check_json('count', m.count, range(0 if m.parts == [] else 1, MAX_COUNT + 1))
     for k, spec in MANIFEST_ENTRIES.items():
@@ -242,7 +242,7 @@ def check_entries(m: Manifest) -> None:
 
 
 def check_parts(parts: list, count: int) -> None:
-    """Check the names and numbers of rows of the files of a stream."""
+    """Check the file names of a stream, and their numbers of rows."""
     for i, (name, n) in enumerate(parts):
         check_json(f'parts[{i}]', name, PART_NAME)
         whole_number(f'parts[{i}]', n, 1, MAX_COUNT)
@@ -418,9 +418,9 @@ def sample_differences(m: Manifest, at: Any, look: Callable) -> list:
 def moved_samples(m: Manifest, at: np.ndarray, look: Callable[[int, int], str]) -> list:
     """Look for inputs of a cache without views that have a different name now.
 
-    The student's transforms may differ from those that the teacher saw. So an input that differs
-    proves nothing, but an input that belonged to a different sample does. Names that are positions,
-    for example, belong to different samples after the data were shuffled.
+    The student's transforms may differ from the teacher's. Therefore, an input that differs is not
+    an error, but an input that belonged to a different sample is. For example, if the names are
+    positions, they belong to different samples after the data were shuffled.
 
     Args:
         m: The manifest.
@@ -446,7 +446,7 @@ def moved_samples(m: Manifest, at: np.ndarray, look: Callable[[int, int], str]) 
         if (here := places.get(look(i, 0))) is not None and i not in here:
             return [
                 f'sample {i} has the input that sample {here[0]} had when the cache was written: keys= '
-                'must name the samples themselves, not their positions, which change when samples '
+                'must identify the samples themselves, not their positions, which change when samples '
                 'are shuffled, added or removed'
             ]
     return []

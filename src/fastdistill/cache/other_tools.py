@@ -27,7 +27,7 @@ class Tool:
         convert: fn(row, config) -> row with columns that `cache_from` reads.
         tail: Assumption of the tool about the classes that are not stored.
         shift: True if each entry is stored at the position of the token it predicts.
-        keys: Column that identifies the samples, if the user names no column.
+        keys: Column that identifies the samples, if the user does not specify one.
         compressed: True if the rows can be read only with the configuration of the tool.
     """
 
@@ -61,7 +61,7 @@ class ConvertedRows:
         except (TypeError, ValueError, AttributeError, LookupError, OverflowError) as e:
             why = shortened(f'{type(e).__name__}: {e}')
             raise DistillError(
-                f"{self.place(i)} can't be read as the tool writes its rows ({why})."
+                f"{self.place(i)} can't be read in the format of the tool ({why})."
             ) from e
 
 
@@ -139,7 +139,7 @@ def compression_of(config: Any, path: Any) -> dict:
 def read_yaml(path: Path) -> Any:
     if not path.is_file():
         raise DistillError(
-            f'There is no {path}, which the tool writes next to its rows: pass config=.'
+            f'There is no file {path}, which the tool writes next to its rows: pass config=.'
         )
     if path.suffix == '.json':
         with file_errors(f"{path} can't be read as JSON"):
@@ -167,7 +167,7 @@ class Bytes:
     def take(self, n: int) -> np.ndarray:
         if self.at + n > self.data.shape[1]:
             raise DistillError(
-                f'a position has {self.data.shape[1]} bytes, fewer than its configuration says.'
+                f'a position has {self.data.shape[1]} bytes, which is fewer than its configuration requires.'
             )
         self.at += n
         return np.ascontiguousarray(self.data[:, self.at - n : self.at])
@@ -190,8 +190,8 @@ class Bytes:
 def from_distillkit(row: Any, c: Any) -> dict:
     """Decompress a row of DistillKit.
 
-    The row has `input_ids`, and the bytes `compressed_logprobs` and `bytepacked_indices` for each
-    position except the last.
+    The row has the columns `input_ids`, and, with bytes for each position except the last,
+    `compressed_logprobs` and `bytepacked_indices`.
     """
     if 'packed_indices' in row or 'coeffs' in row:
         raise DistillError(
@@ -227,7 +227,8 @@ def byte_table(o: Any, name: str, n: int) -> np.ndarray:
         raise DistillError(f'{name} must have the same number of bytes for each position.')
     if len(a) not in (n, n - 1):
         raise DistillError(
-            f'{name} has {len(a)} positions for {n} tokens: it must have one for each but the last.'
+            f'{name} has {len(a)} positions for {n} tokens: it must have one for each token except the '
+            'last.'
         )
     return a.astype(np.uint8)
 
@@ -269,9 +270,8 @@ def from_axolotl(row: Any, _: Any) -> dict:
     name = next((k for k in row if k == 'logprobs' or str(k).endswith('_logprobs')), None)
     if name is None or 'input_ids' not in row:
         raise DistillError(
-            f'the columns are {", ".join(map(str, row))}: it needs logprobs (or a name that ends in '
-            '_logprobs), and input_ids, all tokens of the text, since logprobs are those of the last '
-            'tokens.'
+            f'the columns are {", ".join(map(str, row))}. They must include logprobs (or a name that ends '
+            'in _logprobs), which is for the last tokens of a text, and input_ids, with all tokens.'
         )
     tokens, found = tokens_of(row), list(row[name])
     ids = None if row.get('target_token_ids') is None else list(row['target_token_ids'])
@@ -279,8 +279,8 @@ def from_axolotl(row: Any, _: Any) -> dict:
     if len(found) > len(tokens) or ids is not None and len(ids) != len(found):
         raise DistillError(
             f'{len(found)} positions in {name!r}, {len(tokens)} tokens'
-            f'{"" if ids is None else f", {len(ids)} positions in target_token_ids"}: it must be one '
-            'for each of the last tokens.'
+            f'{"" if ids is None else f", {len(ids)} positions in target_token_ids"}: there must be '
+            'one position for each of the last tokens.'
         )
     found = [p if p is not None and len(p) else None for p in found]
     out = {k: v for k, v in row.items() if k not in (name, 'target_token_ids')}
@@ -299,11 +299,15 @@ def from_vllm(row: Any, _: Any) -> dict:
         out |= {k: v for k, v in first.items() if k.startswith('prompt_')}
         own = None, first.get('prompt_logprobs')
         if any(o.get('prompt_logprobs') not in own for o in others):
-            raise DistillError('the response is to several prompts: send one in each request.')
+            raise DistillError(
+                'the response is to several prompts: send one prompt in each request.'
+            )
     if str(out.get('id', '')).startswith(('cmpl-', 'chatcmpl-')):
         del out['id']  # this id identifies the request, not the sample
     if out.get('prompt_logprobs') is None:
-        raise DistillError('there are no prompt_logprobs: ask the server with prompt_logprobs=k.')
+        raise DistillError(
+            'there are no prompt_logprobs: request them from the server with prompt_logprobs=k.'
+        )
     return {k: v for k, v in out.items() if k != 'choices'}
 
 

@@ -1,5 +1,5 @@
-"""Linear layers that compute logits from what rows store: the output layer of a teacher, which is
-found and whose inputs, the hidden states, are captured; or the principal components of its logits.
+"""Linear layers that compute logits from the numbers in a row. This is either the output layer of a
+teacher, which is applied to stored hidden states, or the principal components of its logits.
 """
 
 from collections.abc import Callable, Iterator
@@ -19,7 +19,7 @@ from ..teachers.teacher import Teacher
 CHECKED = 16  # number of positions in each batch on which the output layer is verified
 # minimum unit of a hidden feature, relative to the root mean square of all features
 LEAST_UNIT = 0.25
-NOT_FOUND = "Name it, store=dict(kind='hidden', layer='NAME'), or store something else."
+NOT_FOUND = "Specify it, store=dict(kind='hidden', layer='NAME'), or store something else."
 
 
 @dataclass
@@ -44,7 +44,7 @@ class OutputLayer:
         return f'{self.name}@in'
 
     def outputs(self, out: Outputs, half: bool = False) -> Outputs:
-        """Replace the logits by hidden states, after checking that they give the same logits.
+        """Replace the logits with hidden states, after checking that they give the same logits.
 
         Args:
             out: Outputs of the teacher, with the input of the layer among the features.
@@ -74,9 +74,9 @@ class OutputLayer:
         got = replace(t, hidden=hidden[some.to(hidden.device)]).dense()[on]
         if on.any() and (far := relative_difference(got, z[on])) > tol:
             raise DistillError(
-                f'The layer {self.name!r} of the stored hidden states gives logits that differ by '
-                f"{far:.2g} of the largest logit from the teacher's: these are hidden states of a "
-                'different model, or its output is more than this layer.'
+                f'The layer {self.name!r} of the stored hidden states gives logits that differ from the '
+                f"teacher's by {far:.2g} of the largest logit: these are hidden states of a different "
+                'model, or the model changes the output of this layer.'
             )
 
 
@@ -122,7 +122,8 @@ class StoredHead:
         if layout.basis:
             basis = basis_of(weight)
             weight, hidden = weight @ basis, hidden @ basis.to(hidden)
-            # subtle: the mean may be that of a few positions whose numbers are much larger
+            # subtle: use the median, because a few positions with much larger numbers may dominate the
+            # mean
             center = hidden.median(0).values
         size = (hidden - center).pow(2).mean(0).sqrt()
         # subtle: a feature that is nearly 0 in these samples may be large in a later batch. If its
@@ -197,7 +198,7 @@ def basis_of(weight: Tensor) -> Tensor:
 
 
 def head_of(t: Any, layout: Any) -> StoredHead | None:
-    """Build the stored linear layer for a `Layout`. None if its rows hold no inputs of one.
+    """Build the stored linear layer for a `Layout`. Return None if its rows do not need one.
 
     Args:
         t: Logits of a few samples. For hidden states, `LinearLogits`.
@@ -227,8 +228,8 @@ def principal_components(t: Tensor, k: int) -> LinearLogits:
 def refuse_infinite(t: Tensor) -> None:
     if not t.isfinite().all():
         raise DistillError(
-            "Principal components can't hold infinite logits (classes that are masked out) or nan: "
-            "use store='float16' or 'float32' for infinite ones."
+            "Principal components can't represent infinite logits (classes that are masked out) or nan: "
+            "use store='float16' or 'float32' for infinite logits."
         )
 
 
@@ -264,8 +265,8 @@ def find_output_layer(teacher: Any, run: Callable, layer: str | None = None) -> 
     """
     if not isinstance(teacher, Teacher):
         raise DistillError(
-            f"store='hidden' needs a Teacher of a module, not a {type(teacher).__name__}. A function "
-            'can return Outputs(LinearLogits(hidden, weight, bias)) itself.'
+            f"store='hidden' needs a Teacher made from a module, not a {type(teacher).__name__}. A "
+            'function can itself return Outputs(LinearLogits(hidden, weight, bias)).'
         )
     if teacher.members:
         raise DistillError(
@@ -296,7 +297,7 @@ def find_output_layer(teacher: Any, run: Callable, layer: str | None = None) -> 
             which = f'the layer {linear[0]!r} of {teacher.name} does not have'
         raise DistillError(
             f"store='hidden': {which} an output of shape {tuple(logits.shape)}, "
-            f"which the teacher's logits have. {NOT_FOUND}"
+            f"like the teacher's logits. {NOT_FOUND}"
         )
     each = (as_output(k, have[k], outputs[k], logits, teacher) for k in reversed(alike))
     if not (found := [o for o in each if o]):
@@ -345,8 +346,8 @@ def selected(layer: OutputLayer, teacher: Any) -> OutputLayer:
         return layer
     if any(isinstance(g, list) and len(g) > 1 for g in teacher.select):
         raise DistillError(
-            f"store='hidden': select={teacher.select} sums probabilities of classes, which no linear "
-            'layer does. Store the logits.'
+            f"store='hidden': select={teacher.select} sums probabilities of classes, which a linear "
+            "layer can't do. Store the logits."
         )
     rows = torch.tensor([g[0] if isinstance(g, list) else g for g in teacher.select])
     rows = rows.to(layer.weight.device)

@@ -34,7 +34,7 @@ def cache_facts(where: Folder, m: Manifest) -> Iterator[tuple[str, str]]:
 
 def facts_of_cache(where: Folder, m: Manifest) -> Iterator[tuple[str, Any]]:
     yield 'samples', f'{m.count:,}'
-    yield 'views', f'{m.views} of each, augmented' if m.views else 'the clean one of each'
+    yield 'views', f'{m.views} of each, augmented' if m.views else 'one of each, not augmented'
     parts = [f'{f.name} {f.dtype} {"x".join(map(str, f.shape)) or 1}' for f in m.layout.fields]
     yield 'a row', f'{m.layout.bytes} bytes: {", ".join(parts)}'
     if m.layout.kind == 'pca':
@@ -54,7 +54,7 @@ def facts_of_cache(where: Folder, m: Manifest) -> Iterator[tuple[str, Any]]:
         yield f'lost at T={o["T"]:g}', text
     shards = list(m.all_shards())
     done = len(shards) if m.complete else len(notes(where, shards))
-    resume = '' if m.complete else ' in all: `fastdistill cache write` resumes'
+    resume = '' if m.complete else ' in total: `fastdistill cache write` resumes'
     yield 'files', f'{done} of {len(shards)} written, {m.bytes / 1e6:.1f} MB{resume}'
     yield 'teacher', ', '.join(f'{k} {v}' for k, v in m.teacher.items() if v not in (None, [], ''))
     if m.vocab:
@@ -63,7 +63,7 @@ def facts_of_cache(where: Folder, m: Manifest) -> Iterator[tuple[str, Any]]:
     yield from m.transforms.items()
     yield 'written with', ', '.join(f'{k} {v}' for k, v in m.versions.items())
     if where.sub('valid').size('manifest.json') is not None:
-        yield 'validation set', 'is there too'
+        yield 'validation set', 'included'
 
 
 def pack_cache(
@@ -110,7 +110,7 @@ def pack_cache(
         return write_zip(path, files, card, force)
     to = Folder(path)
     if path.exists() and any(path.iterdir()):
-        raise DistillError(f'{path} is not empty: choose another folder.')
+        raise DistillError(f'{path} is not empty: choose a different folder.')
     to.write(CARD, card.encode())
     for name, (p, n) in manifest_last(files):
         to.write(name, p.read(n))
@@ -119,7 +119,7 @@ def pack_cache(
 
 def local_path(path: Any) -> Path:
     if '://' in str(path):
-        raise DistillError(f'{path} is a URL: give a path on this machine, and copy it from there.')
+        raise DistillError(f'{path} is a URL: pass a local path, and copy the files from there.')
     return Path(path).expanduser()
 
 
@@ -142,7 +142,7 @@ def manifest_last(files: Mapping) -> list:
 def write_zip(path: Path, files: Mapping, card: str, force: bool) -> Path:
     if path.exists() and not force:
         raise DistillError(
-            f'There is a file {path} already: choose another name, or pass force=True.'
+            f'There is already a file {path}: choose a different name, or pass force=True.'
         )
     with file_errors(f"Can't write {path}"):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -169,7 +169,7 @@ def unpack_cache(path: Path | str, to: Path | str) -> TeacherCache:
     """
     where, path = Folder(local_path(to)), local_path(path)
     if where.names():
-        raise DistillError(f'{where} is not empty: choose another folder.')
+        raise DistillError(f'{where} is not empty: choose a different folder.')
     if not path.is_file():
         raise DistillError(f'There is no file {str(path)!r}.')
     # subtle: for damaged files, zipfile raises many kinds of errors
@@ -214,7 +214,7 @@ def packed_files(z: zipfile.ZipFile, path: Any) -> dict[str, zipfile.ZipInfo]:
         if why := unusual(o):
             refuse(f'{o.orig_filename!r} {why}')
         if have.setdefault(o.filename, o) is not o:
-            refuse(f'it holds {o.filename!r} twice')
+            refuse(f'it contains {o.filename!r} twice')
     # subtle: files that overlap would need more disk space than the archive
     end = z.start_dir
     for o in sorted(have.values(), key=lambda o: o.header_offset, reverse=True):
@@ -238,7 +238,7 @@ def packed_files(z: zipfile.ZipFile, path: Any) -> dict[str, zipfile.ZipInfo]:
         optional[at + 'files.bin'] = record_size(m.count)
     for name, o in have.items():
         if name not in needed and name not in optional:
-            refuse(f'it holds {name!r}, which its manifest does not list')
+            refuse(f'it contains {name!r}, which its manifest does not list')
         size = needed.get(name, optional.get(name))
         if size not in (None, o.file_size):
             refuse(f'{name} has {o.file_size} bytes, but {size} in the manifest')
@@ -283,8 +283,8 @@ def card_of(where: Folder, title: Any, data: Any, note: str, licenses: Any, lice
     return '\n'.join([*head, '', *text, '', *table, '', HOW_TO_USE])
 
 
-INTRO = """The outputs of a teacher for each sample of a training set, to train students from them by knowledge
-distillation without running the teacher. The samples themselves are not part of it: you need the same data."""
+INTRO = """The outputs of a teacher for each sample of a training set. Students can be trained from them by knowledge
+distillation, without running the teacher. The samples themselves are not included: you need the same data."""
 
 HOW_TO_USE = """## How to use
 
@@ -295,7 +295,7 @@ student.distill('targets', 10, 1e-3)    # a fastai Learner on the same data; 'ta
 ```
 
 Data, transforms and files are compared before the first batch. In a plain PyTorch loop, use
-`fastdistill.cache.TeacherCache` and `Replayed`. A zip file becomes this folder by
-`fastdistill cache unpack targets.zip targets`, and `fastdistill cache info targets --check` compares every file with
-its checksum.
+`fastdistill.cache.TeacherCache` and `Replayed`. To unpack a zip file, run
+`fastdistill cache unpack targets.zip targets`. To compare every file with its checksum, run
+`fastdistill cache info targets --check`.
 """

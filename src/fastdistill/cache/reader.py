@@ -39,7 +39,7 @@ def is_cache(path: Any) -> bool:
 class CacheFiles:
     """The files of a complete cache, which are checked and memory-mapped when they are first read.
 
-    A pickled object holds the path of the folder, not the data.
+    A pickled object contains the path of the folder, not the data.
 
     Args:
         folder: Folder of the cache.
@@ -66,7 +66,7 @@ class CacheFiles:
         self.refuse({o['name']: text for o, size in sizes if (text := wrong_size(o, size))})
 
     def __getstate__(self) -> dict[str, Any]:
-        # leave out memory maps, which would be pickled as a copy of all data
+        # omit the memory maps, which would be pickled as a copy of all data
         checked = [o for o in INTACT_FILES if o[0] == str(self.folder)]
         return self.__dict__ | dict(maps={}, heads={}, checked=checked)
 
@@ -87,7 +87,7 @@ class CacheFiles:
         return self.map(m.shard(view, i), np.uint8, (m.rows_of(i), m.layout.bytes))
 
     def head(self, device: Any) -> StoredHead | None:
-        """Return the stored linear layer on a device, or None if the rows need none."""
+        """Return the stored linear layer on a device, or None if the rows do not need one."""
         m = self.manifest
         if m.layout.head is None:
             return None
@@ -135,14 +135,14 @@ class CacheFiles:
 
 
 class TeacherCache:
-    """Teacher outputs on disk, which `cache.decode(cache.rows(positions, views))` reads.
+    """Teacher outputs on disk. Read them with `cache.decode(cache.rows(positions, views))`.
 
-    A pickled cache holds the path of the folder, not the data.
+    A pickled cache contains the path of the folder, not the data.
 
     Args:
         path: Folder or URL that `cache_teacher` or `cache_dataset` wrote.
-        force: If True, warn instead of raising an error if the data, transforms or classes differ
-            from those of the cache.
+        force: If True, warn instead of raising an error if the data, transforms or classes are
+            different from when the cache was written.
         keys: The argument `keys` with which the cache was written: a list, or a function of the
             item.
     """
@@ -226,8 +226,8 @@ class TeacherCache:
         """Decode stored rows to the teacher's `Outputs`.
 
         Args:
-            rows: Rows as `rows` returns them or a batch of `Replayed` holds them, (B, bytes) uint8:
-                an array, or a tensor on any device. For positions in the cache, call `outputs`.
+            rows: Rows from `rows` or from a batch of `Replayed`, (B, bytes) uint8, as an array or as
+                a tensor on any device. For positions in the cache, call `outputs`.
         """
         rows = rows if isinstance(rows, Tensor) else torch.from_numpy(np.asarray(rows))
         width = self.manifest.layout.bytes
@@ -246,8 +246,8 @@ class TeacherCache:
         """Read rows and decode them to `Outputs`.
 
         Args:
-            at: Positions in the cache, (B,). In a cache of `cache_dataset`, these are the indices of
-                the samples in the dataset.
+            at: Positions in the cache, (B,). If `cache_dataset` wrote the cache, these are the
+                indices of the samples in the dataset.
             views: View of each position, (B,), or one view for all positions.
         """
         return self.decode(self.rows(at, views))
@@ -261,8 +261,8 @@ class TeacherCache:
 
         Args:
             keys: Keys of the samples, (M,) uint64.
-            named: Whether the user gave the names of the samples, for the error.
-            call: Call that takes the names, for the error.
+            named: True if the user passed the names of the samples, for the error.
+            call: Call to which the names are passed, for the error.
 
         Raises:
             DistillError: If a sample has no row.
@@ -276,7 +276,7 @@ class TeacherCache:
             hint = (
                 'keys= does not give the samples the names that they had then'
                 if named
-                else f'it was written with keys=, and needs the same names here: {call}'
+                else f'it was written with keys=, so the same names are needed here: {call}'
             )
             raise DistillError(
                 f'{len(lost)} of {len(keys)} samples have no row in {self.folder} (the first is '
@@ -304,11 +304,11 @@ class TeacherCache:
             refuse(self.folder, [changed_text(names, len(files or ()))], self.force)
 
     def check(self, once: bool = False) -> 'TeacherCache':
-        """Compare every file with its checksum. The error names the damaged files.
+        """Compare every file with its checksum. The error lists the damaged files.
 
         Args:
             once: If True, skip files that this process has checked before. Pass True before
-                DataLoader workers start, since otherwise each worker would check the files.
+                DataLoader workers start. Otherwise, each worker would check the files.
         """
         self.files.check(once)
         if not once:
@@ -381,7 +381,7 @@ def damage_inside(path: Any, m: Manifest, o: dict) -> str:
 
     if file_checksum(path, max(2**20 // size, 1) * size, look) != o['checksum']:
         return OTHER_BYTES
-    return '' if all(known) else f'has numbers of classes beyond layout.n={m.layout.n}'
+    return '' if all(known) else f'has class numbers that are not below layout.n={m.layout.n}'
 
 
 OTHER_BYTES = 'differs from what was written'

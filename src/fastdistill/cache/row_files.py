@@ -52,8 +52,8 @@ def row_texts(rows: Any) -> Iterator[str]:
         # column names may have different types, or an object may contain itself
         except (TypeError, ValueError, RecursionError) as e:
             raise DistillError(
-                f"Row {i} can't be written as JSON ({e}): its columns must have text names and "
-                'hold numbers, texts, or lists and dicts of these.'
+                f"Row {i} can't be written as JSON ({e}): column names must be strings, and values "
+                'must be numbers, strings, or lists and dicts of them.'
             ) from e
 
 
@@ -84,14 +84,14 @@ def read_path(path: Path) -> tuple:
         files = [path / n for n in names if PurePath(n).suffix in READERS]
     if not files or files[0].suffix not in READERS:
         raise DistillError(
-            f'{path}: it must be a file that ends in {", ".join(READERS)}, or a folder of them.'
+            f'{path}: must be a file that ends in {", ".join(READERS)}, or a folder of such files.'
         )
     return FileRows(files), (path.name, fingerprint(' '.join(map(file_checksum, files))))
 
 
 @contextmanager
 def reading(path: Path, what: str = '') -> Iterator[None]:
-    """Convert errors of a file library to a one-line `DistillError` that names the file."""
+    """Convert errors of a file library to a one-line `DistillError` with the path of the file."""
     try:
         yield
     except (DistillError, ImportError):
@@ -101,14 +101,14 @@ def reading(path: Path, what: str = '') -> Iterator[None]:
     except Exception as e:
         reason = shortened(' '.join(f'{type(e).__name__}: {e}'.split()))
         raise DistillError(
-            f"{path}{what} can't be read as {path.suffix} ({reason}). The file is damaged, or its "
-            'name has the wrong ending: write or copy it again.'
+            f"{path}{what} can't be read as {path.suffix} ({reason}). The file is damaged or has the "
+            'wrong suffix: write or copy it again.'
         ) from e
 
 
 class FileRows:
-    """The rows of several files, of which only one group is in memory at a time. All rows of a JSON
-    lines or NumPy file are one group, which reads them on access.
+    """The rows of several files. They are divided into groups, and only one group is in memory at a
+    time. All rows of a JSON lines or NumPy file are one group, which reads them on access.
 
     Attributes:
         groups: (file, index in the file of the first row, fn() -> sequence of rows) of each group.
@@ -132,7 +132,7 @@ class FileRows:
         return int(self.ends[-1]) if len(self.ends) else 0
 
     def find(self, i: int) -> tuple[int, int]:
-        """Return (index of the group that holds row `i`, index of the row in that group)."""
+        """Return (index of the group that contains row `i`, index of the row in that group)."""
         g = int(np.searchsorted(self.ends, i, 'right'))
         if g == len(self.ends):
             raise IndexError(i)
@@ -274,7 +274,7 @@ def arrays_of(path: Path) -> Arrays:
 
 
 def one_group(read: Callable) -> Callable:
-    """Return a reader of files whose rows are one group."""
+    """Return a reader for files whose rows form a single group."""
 
     def groups(path: Path) -> list[tuple[int, Callable]]:
         rows = read(path)
@@ -283,7 +283,7 @@ def one_group(read: Callable) -> Callable:
     return groups
 
 
-# {ending: fn(path) -> (number of rows, fn() -> rows) of each group}
+# {suffix: fn(path) -> (number of rows, fn() -> rows) of each group}
 READERS: dict[str, Callable] = {
     '.jsonl': one_group(Lines),
     '.parquet': parquet_groups,

@@ -1,6 +1,6 @@
 """Layout of a row in a cache.
 
-A row holds the teacher's outputs for one view of one sample. All rows have the same number of
+A row contains the teacher's outputs for one view of one sample. All rows have the same number of
 bytes.
 """
 
@@ -21,19 +21,20 @@ from ..base.outputs import TAILS, Draws, LinearLogits, Outputs, TopK, as_dense
 from .json_checks import check_json, refuse_entry
 
 DTYPES = 'float32', 'float16', 'int8'
-# step between stored logits above which probabilities would be wrong
+# maximum step between stored logits. With larger steps, probabilities would be wrong
 COARSE = 1.0
 STORE_KINDS = 'auto', 'logits', 'topk', 'hidden', 'draws', 'pca'
 POSSIBLE_STORES = (
     "must be 'auto', 'logits', 'topk', 'hidden', 'draws' or 'pca'; 'float32', 'float16' or 'int8' "
-    "for all logits as such numbers; or a dict of options, such as dict(topk=10, dtype='int8'), "
+    "to store all logits with this dtype; or a dict of options, such as dict(topk=10, dtype='int8'), "
     "dict(size=56), dict(kind='hidden', layer='lm_head'), dict(draws=50, T=1) or "
     'dict(components=64).'
 )
 MAX_COMPONENTS = 255  # they are computed on at most 256 samples
-EXACT = 10  # number of likeliest classes that are stored exactly beside the principal components
+EXACT = 10  # number of likeliest classes that are stored exactly in addition to the components
 SCALES_OF_LOGITS = 'scale:logits', 'scale:values', 'scale:top'
-# minimum number of classes per principal component. With fewer, int8 logits are hardly larger
+# minimum number of classes per principal component. With fewer classes, int8 logits are hardly
+# larger than the components
 CLASSES_PER_COMPONENT = 3
 # limits, so that a damaged manifest can't fill the memory
 MAX_BYTES, MAX_VALUES, MAX_FIELDS, MAX_DIMS, MAX_CLASSES = 2**31, 2**33, 1000, 8, 2**24
@@ -102,8 +103,8 @@ class Store:
         if len(own) > 1 or own and self.kind not in (None, *own):
             if {'topk', 'size'} <= {*given}:
                 raise DistillError(
-                    "size= and topk= can't be combined: maps are stored either smaller or with "
-                    'few classes.'
+                    "size= and topk= can't be combined: maps are stored either at a smaller size or "
+                    'with fewer classes.'
                 )
             kind = '' if self.kind is None else f'kind={self.kind!r} and '
             raise DistillError(
@@ -118,7 +119,7 @@ class Store:
             if not 1 <= self.draws < 2**16:
                 raise DistillError(f'draws={self.draws}: must be from 1 to {2**16 - 1}')
             if not self.T > 0:
-                raise DistillError(f'T={self.T}: a temperature is a number above 0')
+                raise DistillError(f'T={self.T}: a temperature must be a number above 0')
         if self.kind == 'pca':
             self.components = 64 if self.components is None else self.components
             if not 1 <= self.components <= MAX_COMPONENTS:
@@ -146,7 +147,7 @@ class Store:
         return f'{names[str(self.kind)]}, {self.dtype}'
 
 
-# {option that only one kind has: this kind}
+# {option: the only kind that has this option}
 KIND_OF_OPTION = dict(
     topk='topk', size='logits', layer='hidden', draws='draws', T='draws', components='pca'
 )
@@ -214,7 +215,7 @@ class FieldList:
         if self.dtype == 'int8' and name == 'hidden':
             # one scale and offset for each position
             self.add(f'scale:{name}', 'float32', (*shape[:-1], 2))
-        # the scale of log-probabilities fits in float16, other scales may not
+        # the scale of log-probabilities fits in float16, but other scales may not
         elif self.dtype == 'int8':
             self.add(f'scale:{name}', 'float16' if name == 'values' else 'float32', (2,))
 
@@ -248,12 +249,12 @@ class Layout:
         tail: Assumption about the classes that are not stored, see `TopK`.
         axis: Class axis.
         full: Original height and width of logit maps that are stored at a lower resolution.
-        head: For hidden states and principal components, from which a stored linear layer computes
-            the logits, a dict with `bias` (True if the layer has a bias) and `cap` (soft cap of the
-            logits, or None).
+        head: Description of the stored linear layer that computes the logits from hidden states or
+            principal components: a dict with `bias` (True if the layer has a bias) and `cap` (soft
+            cap of the logits, or None). None if there is no such layer.
         draws: For draws, a dict with their `number` and temperature `T`.
         basis: True if hidden states are stored in a different basis, see `StoredHead`. None in caches
-            of earlier versions. They can be continued, so layouts are equal regardless.
+            of earlier versions. Since these caches can be continued, comparisons ignore `basis`.
     """
 
     fields: list = field(default_factory=list)
@@ -281,7 +282,7 @@ class Layout:
             if not isinstance(t, LinearLogits):
                 raise DistillError(
                     "store='hidden' needs the teacher's last hidden state and its output layer, but the "
-                    'teacher returned logits. A teacher of your own returns Outputs(LinearLogits(...)).'
+                    'teacher returned logits. A custom teacher must return Outputs(LinearLogits(...)).'
                 )
             self.n, self.axis = t.n, -1
             self.head = dict(bias=t.bias is not None, cap=t.cap)
@@ -340,8 +341,8 @@ class Layout:
         for name, v in out.feats.items():
             if not isinstance(v, Tensor):
                 raise DistillError(
-                    f"Layer {name} returns a {type(v).__name__} instead of a tensor, which can't be "
-                    'stored.'
+                    f"Layer {name} returns a {type(v).__name__}, which can't be stored: only tensors "
+                    'can.'
                 )
             fields.add_numbers(f'feats:{name}', v.shape[1:])
         if out.mask is not None:
@@ -451,14 +452,14 @@ class Layout:
             what = f'no {", ".join(missing)}' if missing else ', '.join(more)
             raise DistillError(
                 f"The teacher's outputs have {what} in this batch, unlike in the first batch: all "
-                'rows of a cache need the same parts.'
+                'rows of a cache must have the same parts.'
             )
         for k, s in want.items():
             if tuple(parts[k].shape[1:]) != s:
                 raise DistillError(
                     f'{k} has shape {tuple(parts[k].shape[1:])} in this batch, but {s} in the first '
-                    'one: all rows of a cache need the same shape. Resize the inputs (or pad texts) '
-                    'to one size first.'
+                    'batch: all rows of a cache must have the same shape. Resize the inputs (or pad '
+                    'texts) to one size first.'
                 )
         return np.concatenate([as_bytes(parts[f.name], f.dtype) for f in self.fields], 1)
 
@@ -512,8 +513,9 @@ class Layout:
     # decoding
 
     def largest_step(self, rows: Tensor) -> float:
-        """Return the largest step between neighboring numbers that the rows can hold: in int8 that
-        of any row, and in float16 that at the largest logit of any position. Return 0 for float32.
+        """Return the largest step between neighboring numbers in the stored format: in int8, the
+        largest step of any row, and in float16, the step at the largest logit of any position. Return
+        0 for float32.
 
         Args:
             rows: Rows, (B, bytes) uint8.
@@ -528,8 +530,8 @@ class Layout:
     def decode(self, rows: Tensor, head: Any = None) -> Outputs:
         """Decode rows to `Outputs` in float32.
 
-        Of likeliest classes, hidden states and draws, the decoded `logits` are a `TopK`,
-        `LinearLogits` or `Draws`.
+        For stored likeliest classes, hidden states and draws, the decoded `logits` are a `TopK`,
+        `LinearLogits` and `Draws`.
 
         Args:
             rows: Rows, (B, bytes) uint8.
@@ -563,7 +565,7 @@ class Layout:
 
 
 def decoded_components(layout: Layout, rows: Tensor, head: Any) -> LinearLogits:
-    """Decode only the principal components of rows, without the classes that are exact."""
+    """Decode only the principal components of rows, without the exact logits."""
     got = {f.name: f.read(rows) for f in layout.fields[:2]}
     return head.decode(from_int8(got['codes'], got.get('scale:codes')))
 
@@ -613,7 +615,7 @@ def outputs_like(layout: Layout) -> tuple[Outputs, Store]:
     if full is not None:
         if n is not None or len(shape) != 3:
             raise DistillError(
-                f'layout.full is {[*full]}: it is for maps (C, H, W) of all classes.'
+                f'layout.full is {[*full]}: this is only for maps (C, H, W) of all classes.'
             )
         t, store.size = meta((shape[0], *full)), shape[1:]
     feats = {k[6:]: meta(f.shape) for k, f in named.items() if k.startswith('feats:')}
@@ -621,7 +623,7 @@ def outputs_like(layout: Layout) -> tuple[Outputs, Store]:
 
 
 def refuse_components(store: Store, t: Tensor, logits: Any) -> None:
-    """Raise a DistillError if principal components are not possible or not useful.
+    """Raise a DistillError if principal components can't be used, or would not save space.
 
     Args:
         store: The storage format.
@@ -676,7 +678,7 @@ def put_tensor(d: dict, name: str, t: Tensor, dtypes: Any) -> None:
         )
     if dtype == 'float16' and (t.isfinite() & (t.abs() > 65504)).any():
         raise DistillError(
-            f"The teacher's {name} exceed 65504, the largest number of float16: use dtype='float32'."
+            f"The teacher's {name} exceed 65504, the largest float16 number: use dtype='float32'."
         )
     if dtype == 'int8' and name == 'hidden':
         # each position has its own scale
@@ -689,7 +691,7 @@ def put_tensor(d: dict, name: str, t: Tensor, dtypes: Any) -> None:
 
 
 def refuse_without_classes(t: Tensor, axis: int, mask: Tensor | None) -> None:
-    """Raise a DistillError if all classes of a position have -inf, so that the position has no
+    """Raise a DistillError if the logits of all classes at a position are -inf, which gives no
     probabilities. Positions that the mask excludes are ignored.
     """
     lost = (t.amax(axis) if -t.dim() <= axis < t.dim() else t) == -torch.inf
@@ -752,14 +754,14 @@ def to_int8(t: Tensor, dtype: str) -> tuple[Tensor, Tensor]:
     """
     if not t.isfinite().all():
         raise DistillError(
-            "int8 can't hold infinite logits (classes that are masked out): use float16 or float32."
+            "int8 can't store infinite logits (classes that are masked out): use float16 or float32."
         )
     flat = t.reshape(len(t), -1)
     lo, hi = flat.amin(1), flat.amax(1)
     kept = torch.stack([hi / 254 - lo / 254, hi / 2 + lo / 2], 1).to(TORCH_DTYPES[dtype])
     if not kept.isfinite().all():
         raise DistillError(
-            f"int8 can't hold logits from {lo.min():g} to {hi.max():g}: use dtype='float32'."
+            f"int8 can't store logits from {lo.min():g} to {hi.max():g}: use dtype='float32'."
         )
     step, mid = kept.float().unbind(1)
     q = (flat - mid[:, None]) / step.clamp_min(1e-30)[:, None]

@@ -1,7 +1,7 @@
 """Detect changed sample files with the record `files.bin`.
 
-The record holds the size, modification time and content hash of each sample's file, or of all its
-files together. A file is read again only if its modification time changed.
+The record contains the size, modification time and content hash of each sample's file, or of all of
+its files together. A file is read again only if its modification time changed.
 """
 
 import hashlib
@@ -87,7 +87,7 @@ def stat_of(sample: Any) -> tuple[int, int]:
     except OSError:
         return NO_FILE, 0
     times = sum(i * s.st_mtime_ns for i, s in enumerate(stats, 1)) % 2**63
-    return sum(s.st_size for s in stats), times  # other times if two files change places
+    return sum(s.st_size for s in stats), times  # `times` changes if two files change places
 
 
 def content_of(sample: Any) -> tuple[int]:
@@ -139,7 +139,7 @@ def read_record(folder: Folder, n: int) -> np.ndarray | None:
     data = folder.read('files.bin') if size == record_size(n) else b''
     if not data or bytes.fromhex(checksum(data[:-16])) != data[-16:]:
         raise DistillError(
-            f"files.bin of {folder} is damaged, so changed files can't be found. Write the cache again "
+            f"files.bin in {folder} is damaged, so changed files can't be detected. Write the cache again "
             '(force=True), or remove files.bin to use the cache without this check.'
         )
     return np.frombuffer(data[:-16], '<i8').reshape(n, 3).astype(np.int64)
@@ -169,6 +169,6 @@ def changed_files(
 
 
 def changed_text(names: Sequence, n: int) -> str:
-    """Return a message that names some of the changed files."""
+    """Return a message that lists some of the changed files."""
     more = f' and {len(names) - 5} more' if len(names) > 5 else ''
     return f'{len(names)} of {n} files changed since the cache was written: {", ".join(names[:5])}{more}'

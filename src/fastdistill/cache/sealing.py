@@ -28,7 +28,7 @@ def seal_stream(path: Path | str, keys: Any = None) -> TeacherCache:
     """Check the rows from all writers of a stream, complete the cache, and open it.
 
     Each file is read once and is not moved. About 8 bytes of memory are needed for each sample, or
-    16 if `keys` is passed or the folder is remote. If there is a problem, an error names the writers
+    16 if `keys` is passed or the folder is remote. If there is a problem, an error lists the writers
     that must run again, and no file is changed.
 
     Args:
@@ -56,11 +56,11 @@ def _seal(where: Folder, m: Manifest, expected: np.ndarray | None) -> None:
     problems = Problems(where)
     problems.add('writers are not done', unfinished)
     if not names[0]:
-        problems.add("writers' rows are not all there", lost_rows({}, ends))
+        problems.add('writers have missing rows', lost_rows({}, ends))
         problems.add('files with rows', ['none'])
         problems.enforce()
     counts = count_rows(where, m, names, problems)
-    problems.add("writers' rows are not all there", lost_rows(counts, ends))
+    problems.add('writers have missing rows', lost_rows(counts, ends))
     problems.enforce()
     m.parts = [[part_name(n), counts[n]] for n in names[0]]
     m.count = sum(n for _, n in m.parts)
@@ -131,7 +131,7 @@ class Problems:
             raise DistillError(
                 f"{self.where} can't be sealed:\n"
                 + '\n'.join(self.found)
-                + '\nNothing was changed. Start the writers of these rows again, or remove the surplus '
+                + '\nNothing was changed. Run the writers of these rows again, or remove the extra '
                 'files (.rows and .keys). Then seal the cache again.'
             )
 
@@ -141,7 +141,7 @@ def part_name(name: str) -> str:
 
 
 def name_parts(name: str) -> tuple:
-    """Return (view, writer and number, ending) of the name of a file."""
+    """Split a file name into (view, writer and number, suffix)."""
     return cast(re.Match, PART.fullmatch(name)).groups()
 
 
@@ -149,8 +149,8 @@ def part_files(where: Folder, views: Any) -> tuple:
     """List the row files of a stream.
 
     Returns:
-        (file names of each view in their natural order, {(view, writer): number of rows that the writer noted}, texts
-        about writers that have not finished).
+        (file names of each view in their natural order, {(view, writer): number of rows that the
+        writer recorded}, texts about writers that have not finished).
     """
     found: list[list[str]] = [[] for _ in range(views)]
     ends = {}
@@ -177,7 +177,7 @@ def part_files(where: Folder, views: Any) -> tuple:
 
 
 def lost_rows(counts: Any, ends: Mapping) -> list[str]:
-    """Return texts about writers with a different number of rows than they noted at their end."""
+    """Return texts about writers with a different number of rows than they recorded at their end."""
     there: dict[tuple, int] = defaultdict(int)
     for name, n in counts.items():
         view, part, _ = name_parts(name)
@@ -200,10 +200,10 @@ def count_rows(where: Folder, m: Manifest, names: Sequence, problems: Problems) 
             if a < 40 or (a - 32) % 8 or b != counts[n] * size:
                 rows = 'no rows' if b is None else f'{b / size:.10g} rows'
                 torn.append(f'{n} ({rows}, {max(counts[n], 0)} keys)')
-    problems.add('files are torn', torn)
+    problems.add('files are incomplete', torn)
     for v, view in enumerate(names[1:], 1):
         lacking = sorted({*map(part_name, names[0])} ^ {*map(part_name, view)})
-        problems.add(f'files are not in both view 0 and view {v}', lacking)
+        problems.add(f'files are in only one of view 0 and view {v}', lacking)
     return counts
 
 
@@ -234,7 +234,7 @@ def read_all_keys(where: Folder, m: Manifest, names: Any, problems: Problems) ->
     bad.sort()
     different.sort(key=natural_order)
     problems.add('files are damaged', bad)
-    problems.add('files have samples that differ from those of view 0, or their order', different)
+    problems.add('files have different samples than in view 0, or a different order', different)
     problems.enforce()
     return own, sums
 
@@ -250,7 +250,7 @@ def sorted_positions(keys: np.ndarray, out: np.ndarray) -> tuple[np.ndarray, np.
         (positions sorted by their keys, (N,) int64, indices into these positions at which the next
         key is the same).
     """
-    # Sort integers that hold the leading bits of a key and, in place of the other bits, the
+    # Sort integers that contain the leading bits of a key and, instead of the other bits, the
     # position. Sorting plain integers in place is several times faster than an argsort, and needs
     # no more memory than the result
     bits = np.uint64(len(keys).bit_length())
@@ -315,4 +315,4 @@ def compare_expected(
     problems.add('samples have no row', (missing, some))
     extra = np.flatnonzero(~known)
     places = [place_of(m, i) for i in extra[:5]]
-    problems.add('rows belong to no sample of keys=', (len(extra), places))
+    problems.add('rows belong to samples that are not in keys=', (len(extra), places))

@@ -76,7 +76,7 @@ class Option:
             the KL divergence between the teacher and its mean prediction, at most 1. `correlation`
             is the larger decrease of the two correlations in `dist`. None if a loss can't be
             measured, as for draws.
-        note: Remark in the table.
+        note: Remark for the table.
     """
 
     store: Store
@@ -117,7 +117,8 @@ def lost_by(t: Tensor, got: Tensor, temperatures: Iterable[float]) -> list:
     found = []
     for T in dict.fromkeys(map(float, temperatures)):
         p = (t / T).log_softmax(1)
-        # subtle: probabilities are at least 1e-6 here, since the KL is infinite with tail='zero'
+        # subtle: limit probabilities to at least 1e-6, since the KL would be infinite with
+        # tail='zero'
         q = torch.maximum((got / T).log_softmax(1), p.clamp_max(LEAST_LOG))
         lost = float((p.exp() * (p - q).where(p > -torch.inf, 0.0)).sum(1).mean())
         mean = p.exp().mean(0, keepdim=True).log().expand_as(p)
@@ -180,7 +181,7 @@ def measured_options(
 def read_unseen(t: Tensor, store: Store, folds: int = 4) -> Tensor:
     """Store and read logits, (N, C), with the principal components of different samples.
 
-    The components are computed from a few samples, and lose more of the others.
+    The components are computed from a few samples, and lose more information about other samples.
     """
     layout, got, fold = Layout.of(Outputs(t), store), torch.empty_like(t), torch.arange(len(t))
     for own in (fold % folds == i for i in range(min(folds, len(t)))):
@@ -191,7 +192,7 @@ def read_unseen(t: Tensor, store: Store, folds: int = 4) -> Tensor:
 
 
 def mask_of(out: Outputs, logits: Tensor, axis: int) -> Tensor:
-    """Return a mask of the positions to compare. Padding is left out."""
+    """Return a mask of the positions to compare, which excludes padding."""
     on = (logits.movedim(axis, -1) != 0).any(-1)
     return (on if out.mask is None else on & (out.mask > 0)).reshape(-1)
 
@@ -216,8 +217,8 @@ def table_of_options(options: list, uses: Uses, notes: Sequence[str] = ()) -> st
         loss = [f'{d["kl"]:.2g} ({100 * d["share"]:.2g}%)' for d in (cold, warm)]
         rows.append([*size, *loss, f'{1 - warm["correlation"]:.4f}'])
     below = (
-        'KL in nats, and as a part of the KL between the teacher and its mean prediction; the '
-        f'correlations of dist at T={warmest:g}, relative to those of all logits'
+        'KL in nats, and as a percentage of the KL between the teacher and its mean prediction; '
+        f'correlations as in dist at T={warmest:g}, relative to storing all logits'
     )
     return '\n'.join([text_table(head, rows), below, *notes])
 
@@ -241,7 +242,7 @@ def choose_option(options: list, uses: Uses) -> Option:
 
 
 def check_kind_of_store(store: Store, kind: str) -> None:
-    """Raise a DistillError if classes are to be stored for a model that does not predict classes.
+    """Raise a DistillError if classes would be stored for a model that does not predict classes.
 
     Args:
         store: The storage format.
@@ -263,7 +264,7 @@ class Choice:
         teacher: The teacher.
         kind: Kind of the outputs: 'softmax', 'sigmoid' or 'regression'.
         uses: fn(teacher logits of a few samples) -> `Uses`. None if the recipe is unknown.
-        explicit: True if the user named a recipe, so that an unsuitable `store=` causes a warning.
+        explicit: True if the user passed a recipe, so that an unsuitable `store=` causes a warning.
         tasks: Views of samples to measure, as the integers that `Source.run` takes. None for samples
             spread over the dataset.
     """
@@ -295,7 +296,7 @@ class Choice:
         old = existing_store(where)
         if store.kind == 'auto' and old is not None:
             store = old
-        # numbers may have any scale, such as 2000 ± 10, which float16 holds in steps of 1
+        # numbers may have any scale, such as 2000 ± 10, where the steps of float16 are 1
         dtype = 'float32' if self.kind == 'regression' else 'float16'
         logits = Store('logits', dtype, axis=store.axis)
         if store.kind == 'auto':
@@ -324,7 +325,7 @@ class Choice:
         if not found:
             return ()
         if self.explicit and found[0].worst(uses) > BAD and rank() == 0:
-            text = f'{store} is bad for {uses.why}:\n{table_of_options(found, uses)}'
+            text = f'{store} is not suitable for {uses.why}:\n{table_of_options(found, uses)}'
             warnings.warn(DistillWarning(text), stacklevel=5)
         return found[0].lost
 

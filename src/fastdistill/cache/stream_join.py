@@ -66,8 +66,8 @@ class StreamJoin(IterableDataset):
             rows = self.cache.rows(where, views)
             number, at = number + len(part), int(where[-1]) + 1
             part.reverse()
-            # each sample is dropped and each tensor is made when it is needed, so that their memory
-            # can be reused
+            # each sample is released, and each tensor is created, only when it is needed, so that
+            # memory can be reused
             for row in map(torch.from_numpy, rows):
                 sample = part.pop()
                 if isinstance(sample, dict):
@@ -82,7 +82,7 @@ class StreamJoin(IterableDataset):
         except (KeyError, IndexError, TypeError) as e:
             raise DistillError(
                 f'One of the samples from number {number} on has no {self.key!r} '
-                f'({shortened(repr(part[0]), 100)}): key= is a column, a position, or fn(sample).'
+                f'({shortened(repr(part[0]), 100)}): key= must be a column, a position, or fn(sample).'
             ) from e
 
     def _find(self, keys: Any, at: Any, part: Any, number: Any) -> np.ndarray:
@@ -96,7 +96,7 @@ class StreamJoin(IterableDataset):
             name = shortened(repr(field(self.key)(part[i])), 100)
             raise DistillError(
                 f'Sample {number + i} of the stream ({name}) has no row in {self.cache.folder}: this '
-                f'is a different dataset, or key= is not what the rows were written with.'
+                f'is a different dataset, or the rows were written with a different key=.'
             )
         return where
 

@@ -167,11 +167,11 @@ class TeacherRows:
 
     Call it in a loop, in `map` of `datasets` (with batched=True), in `map_batches` of Ray Data, or
     in `mapInPandas` of Spark. A batch is a DataFrame or a dict of lists, arrays or tensors. An
-    optional column `view` holds the view of each sample. For an iterator of batches, the result is
-    an iterator.
+    optional column `view` contains the view of each sample. For an iterator of batches, the result
+    is an iterator.
 
     The result has the same type as the batch, with three columns. `key` is the 64-bit key of a
-    sample as a signed integer, `view` is its view, and `row` holds the bytes of the row.
+    sample as a signed integer, `view` is its view, and `row` contains the bytes of the row.
 
     Args:
         path: Folder or URL of the stream, created by `start_stream`.
@@ -197,7 +197,7 @@ class TeacherRows:
             teacher = with_defaults(teacher, axis=m.layout.axis)
         self.teacher, self.inputs, self.key, self.device = teacher, inputs, key, device
         known, now = m.teacher.get('reads'), entry_of_inputs(inputs)
-        # subtle: a function may do the same as a column's name
+        # subtle: a function may read the same inputs as a column name
         alike = str(known).startswith(FUNCTION) == str(now).startswith(FUNCTION)
         who = identity_of(teacher) | dict(reads=now if alike else known)
         refuse_others(self.folder, dict(teacher=(m.teacher, who)))
@@ -247,8 +247,8 @@ class TeacherRows:
 def check_view(where: Folder, m: Manifest, view: int) -> None:
     if not 0 <= view < m.stored:
         raise DistillError(
-            f'view={view}: {where} has {m.stored} view(s), numbered from 0. Their number is set by '
-            'start_stream(views=).'
+            f'view={view}: {where} has {m.stored} view(s), numbered from 0. start_stream(views=) sets '
+            'their number.'
         )
 
 
@@ -276,8 +276,8 @@ def inputs_in(batch: Any, spec: Any, device: Any = None) -> Any:
 def column(batch: Any, name: str) -> Any:
     if hasattr(batch, 'keys') and name not in batch.keys():
         raise DistillError(
-            f'The batch has no column {name!r}, but {", ".join(map(str, batch.keys()))}. Name the '
-            'inputs of the teacher with inputs=, and the names of the samples with key=.'
+            f'The batch has no column {name!r}, but {", ".join(map(str, batch.keys()))}. Specify the '
+            "columns of the teacher's inputs with inputs=, and of the samples' names with key=."
         )
     return batch[name]
 
@@ -312,7 +312,7 @@ class RowWriter:
         self.folder = open_folder(path)
         self.manifest = stream_manifest(self.folder)
         if self.manifest.complete:
-            raise DistillError(f'{self.folder} is sealed already: rows can no longer be added.')
+            raise DistillError(f'{self.folder} is already sealed: rows can no longer be added.')
 
     def __call__(self, batch: Any) -> Any:
         if hasattr(batch, '__next__'):
@@ -354,7 +354,7 @@ class RowWriter:
         return to
 
     def check_place(self, name: str, view: int) -> None:
-        """Raise a DistillError if the folder has no such view, or no file may have this name."""
+        """Raise a DistillError if the folder has no such view, or if the file name is not allowed."""
         check_json('The name of a file', name, PART_NAME)
         check_view(self.folder, self.manifest, view)
 
@@ -376,7 +376,7 @@ def keys_file(name: str) -> str:
 
 
 def rows_in(where: Folder, name: str) -> int | None:
-    """Return how many keys a file of rows has. None if its keys are not there."""
+    """Return the number of keys of a file of rows, or None if its key file is missing."""
     size = where.size(keys_file(name))
     return None if size is None else (size - 32) // 8
 
@@ -402,7 +402,8 @@ def write_stream(
     If a previous run was interrupted, the teacher runs only on the remaining samples.
 
     Each writer needs its own part of the data and its own name. The order of the samples within a
-    part must not change. In the cache, the parts are sorted by name, with numbers as numbers.
+    part must not change. In the cache, the parts are sorted by name, and numbers in names are
+    compared as numbers.
 
     Args:
         batches: Iterable of batches.
@@ -464,7 +465,7 @@ def rows_at_end(where: Folder, name: str) -> int | None:
         return whole_number('rows', o['rows'], 0, MAX_COUNT)
     except DistillError as e:
         raise DistillError(
-            f'{name} in {where} is damaged: {e} Remove it, and start its writer again.'
+            f'{name} in {where} is damaged: {e} Remove it, and run its writer again.'
         ) from e
 
 

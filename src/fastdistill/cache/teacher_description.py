@@ -30,9 +30,11 @@ def check_vocab(vocab: Sequence | None, n: int) -> None:
     if vocab is None:
         return
     if len(vocab) != n:
-        raise DistillError(f'vocab= has {len(vocab)} names for {n} classes: give one for each.')
+        raise DistillError(f'vocab= has {len(vocab)} names for {n} classes: pass one for each.')
     if (o := Counter(map(str, vocab)).most_common(1)[0])[1] > 1:
-        raise DistillError(f'vocab= has the name {o[0]!r} {o[1]} times: each class needs its own.')
+        raise DistillError(
+            f'vocab= has the name {o[0]!r} {o[1]} times: each class needs a unique name.'
+        )
 
 
 def check_vocab_of_outputs(vocab: Sequence | None, run: Callable, axis: int, kind: str) -> None:
@@ -81,7 +83,7 @@ class Source:
         check_batch_size(self.bs)
         if self.files is not None and len(self.files) != len(self.keys):
             raise DistillError(
-                f'{len(self.files)} files for {len(self.keys)} samples: give one for each.'
+                f'{len(self.files)} files for {len(self.keys)} samples: pass one for each.'
             )
 
     def first(self, n: int, **options: Any) -> Outputs:
@@ -117,7 +119,7 @@ def on_axis(teacher: Any, axis: int) -> Any:
     """Return the teacher with this class axis, along which an ensemble averages probabilities.
 
     Raises:
-        DistillError: The teacher was given a different class axis.
+        DistillError: If the teacher was created with a different class axis.
     """
     if not isinstance(teacher, Teacher) or teacher.axis == axis:
         return teacher
@@ -143,7 +145,7 @@ def check_alone(run: Callable, n: int) -> None:
         1 + a[a.isfinite()].abs().max().item()
     ):
         raise DistillError(
-            f"The teacher's outputs for a sample differ by {far:.3g} with other samples in its "
+            f"The teacher's outputs for a sample change by {far:.3g} if other samples are in its "
             'batch: the teacher is in training mode or has a hidden state, or a batch transform '
             "uses the whole batch. Such outputs do not belong to a single sample and can't be "
             'stored. Use a live teacher.'
@@ -163,7 +165,7 @@ def check_shared_keys(
     Args:
         keys: Key of each sample, (N,) uint64.
         digests: fn(positions) -> digest of the input at each of these positions.
-        place: fn(position) -> text that names the sample.
+        place: fn(position) -> text that identifies the sample.
         most: Maximum number of samples to compare. If None, compare all that share a key.
     """
     order = np.argsort(keys, kind='stable')
@@ -179,8 +181,8 @@ def check_shared_keys(
                 return
             raise DistillError(
                 f'Samples {place(before[0])} and {place(i)} have the same key, but different '
-                'inputs, so they would share one stored output. Give each sample a name of its '
-                'own with keys=, such as its whole path.'
+                'inputs, so they would share one stored output. Give each sample a unique name '
+                'with keys=, such as its whole path.'
             )
         before = i, digest
 
@@ -213,9 +215,9 @@ def distinct_views(views: int, n: int, look: Callable) -> int:
 
 def unrepeatable(what: str, i: Any) -> str:
     return (
-        f'{what} gave two different results for sample {i} from the same random seed: something in them draws from '
-        "a generator that can't be found (a new one for each sample, or inside a library), reads the clock or "
-        'os.urandom, or counts its calls. Make it draw from random, numpy.random or torch, or use views=0.'
+        f'{what} gave two different results for sample {i} with the same random seed: something in them uses '
+        "a generator that can't be found (a new one for each sample, or inside a library), the clock or "
+        'os.urandom, or counts its calls. Make it use random, numpy.random or torch, or use views=0.'
     )
 
 
@@ -230,8 +232,8 @@ def identity_of(teacher: Any) -> dict:
 
 
 def contents_of(teacher: Any) -> list:
-    """Return what identifies the model, for `fingerprint`: its weights, its files or its code. For
-    an ensemble, return those of all members, and the weights of the members.
+    """Return what identifies the model, for `fingerprint`: its parameters, its files or its code. For
+    an ensemble, return the contents of all members, and the weights of the average.
     """
     if members := getattr(teacher, 'members', None):
         return [o for m in members for o in contents_of(m)] + [str(teacher.weights)]

@@ -14,13 +14,13 @@ def row_errors(stored: Any, live: Any) -> tuple[list, list]:
     """Return, for each row, the largest difference between stored and current logits, and the
     largest absolute value of the current logits.
 
-    With top-k, log-probabilities are compared. Of draws, which differ from the probabilities by
-    chance, only the entropy is compared. NaN differs infinitely from everything.
+    For top-k, log-probabilities are compared. For draws, which differ from the probabilities by
+    chance, only the entropy is compared. The difference from NaN is infinite.
 
     Args:
         stored: Stored logits in any form.
-        live: Current logits of the teacher: (B, ...), `LinearLogits` or, if these are stored,
-            `TopK`.
+        live: Current logits of the teacher: (B, ...), `LinearLogits`, or if the likeliest classes
+            are stored, `TopK`.
     """
     likeliest = isinstance(live, TopK)
     t = (live.values if likeliest else as_dense(live)).detach().float().cpu()
@@ -57,7 +57,7 @@ def comparable(layout: Layout, rows: np.ndarray, live: Any, head: Any) -> tuple:
     """
     stored = torch.from_numpy(rows)
     if layout.kind == 'pca':
-        # the classes that are stored exactly may differ after a rounding error
+        # compare only the components, because rounding errors may change which classes are exact
         return decoded_components(layout, stored, head), head.project(
             as_dense(live).detach().float().cpu()
         )
@@ -85,6 +85,6 @@ class Verified:
 
     def __str__(self) -> str:
         return (
-            f'{self.rows} rows compared: stored logits ({self.dtype}) differ by {self.worst:.2g} at most, '
-            f'{self.mean:.2g} on average'
+            f'{self.rows} rows compared: stored logits ({self.dtype}) differ by at most {self.worst:.2g}, '
+            f'and by {self.mean:.2g} on average'
         )

@@ -34,8 +34,8 @@ SHARD_BYTES = 64 * 2**20
 INACCURATE = 0.02
 # maximum difference of features, relative to their standard deviation
 FEATURES_FAR = 0.1
-# difference of the outputs for the first samples, relative to the largest one, above which the
-# cache belongs to a different teacher. Other batch sizes and devices, and int8, cause smaller ones.
+# if the outputs for the first samples differ by more than this fraction of the largest output, the
+# cache belongs to a different teacher. A different batch size or device, or int8, changes them less
 OTHER_OUTPUTS = 0.05
 DRAWS = 2  # random stream for drawing classes. Item and batch transforms use the streams 0 and 1
 
@@ -68,8 +68,8 @@ class Forecast:
     def check(self, where: Folder) -> None:
         if self.free is not None and self.bytes > self.free:
             raise DistillError(
-                f"{where}: {self}. The disk is too small: use fewer views, store less (store='auto' "
-                'compares the formats), or use a different disk.'
+                f'{where}: {self}. There is not enough disk space: use fewer views, store less '
+                "(store='auto' compares the formats), or use a different disk."
             )
 
 
@@ -112,7 +112,7 @@ def write_cache(
     """Write the missing shards of a cache, and open it.
 
     If the cache has fewer views than requested, the missing views are added. Under
-    torch.distributed, each rank writes a part of the shards.
+    torch.distributed, each rank writes some of the shards.
 
     Args:
         path: Folder or URL of the cache.
@@ -120,7 +120,7 @@ def write_cache(
         store: How to store the outputs.
         views: Number of augmented views of each sample. 0 for a single clean view.
         seed: Random seed.
-        force: If True, overwrite an existing cache of different data or a different teacher,
+        force: If True, overwrite an existing cache with different data or a different teacher,
             instead of raising an error.
         progress: fn(rows done, total rows, bytes done), called after each batch.
         forecast: fn(Forecast), called before the teacher runs.
@@ -181,13 +181,13 @@ def _begin(
         except DistillError as e:
             if not force:
                 raise
-            warnings.warn(DistillWarning(f'{e} It is overwritten (force=True).'))
+            warnings.warn(DistillWarning(f'{e} The cache is overwritten (force=True).'))
         else:
             restore_head(where, old, head)
             found = differences(old, m, lambda: changed_now(where, source.files))
             if not (found := found or other_outputs(where, old, first)):
                 return _reopen(where, old, m, keys)
-            refuse(where, found, force, 'It is overwritten')
+            refuse(where, found, force, 'The cache is overwritten')
     clear(where)
     clear(where.sub('valid'))  # the validation cache belongs to the overwritten cache
     where.write('keys.bin', keys)
@@ -200,7 +200,7 @@ def _begin(
 
 
 def changed_now(where: Folder, paths: Sequence | None) -> str:
-    """Return a text that names changed sample files, or '' if none changed."""
+    """Return a text that lists changed sample files, or '' if none changed."""
     try:
         names = changed_files(where, len(paths or ()), paths, update=True)
     except DistillError as e:
@@ -209,16 +209,18 @@ def changed_now(where: Folder, paths: Sequence | None) -> str:
 
 
 def other_outputs(where: Folder, m: Manifest, first: Any) -> list:
-    """Return a text if the teacher's outputs for the first samples differ from the stored ones, in
-    a list that is otherwise empty.
+    """Check whether the teacher's outputs for the first samples differ from the stored outputs.
 
-    This finds changes that the description of a teacher does not show, such as a changed function
-    that makes its inputs.
+    This detects changes that the description of a teacher does not show, such as a different
+    function that prepares its inputs.
 
     Args:
         where: Folder of the cache.
         m: Manifest of the cache.
         first: Current outputs for the first samples.
+
+    Returns:
+        List with a text about the difference, or an empty list.
     """
     name, size = m.shard(0, 0), m.layout.bytes
     known = m.checksums.get(name) or note_checksum(where, next(m.all_shards()))
@@ -231,7 +233,7 @@ def other_outputs(where: Folder, m: Manifest, first: Any) -> list:
     n = (first.logits.ids if likeliest else first.logits).shape[0]
     rows = np.frombuffer(data, np.uint8)[: n * size].reshape(n, size).copy()
     old, now = comparable(m.layout, rows, first.logits, head)
-    # the errors of the storage format are the same in both, unless the classes are chosen
+    # both then have the errors of the storage format, unless it selects the classes
     whole = m.layout.n is None or m.head_bytes
     if m.layout.kind != 'pca' and (whole or likeliest):
         now = m.layout.decode(torch.from_numpy(m.layout.encode(first, head)), head).logits
@@ -240,8 +242,8 @@ def other_outputs(where: Folder, m: Manifest, first: Any) -> list:
     if (far := max(errors) / largest) <= OTHER_OUTPUTS:
         return []
     return [
-        f"the teacher's outputs for the first samples: they differ by {far:.2g} of the largest one, so "
-        'the teacher, or a function that makes its inputs, has changed'
+        f"the teacher's outputs for the first samples: they differ by {far:.2g} of the largest output, "
+        'so the teacher, or a function that prepares its inputs, has changed'
     ]
 
 
@@ -268,14 +270,15 @@ def _reopen(where: Folder, old: Manifest, m: Manifest, keys: bytes) -> tuple:
             where.write('manifest.json', new.to_json())
         return new, notes(where, new.all_shards())
     bad, own = damages(where, old, old.shards), old.checksums
-    # a writer that was killed just before its end may have left these files
+    # a writer that was killed just before it finished may have left these files
     clear(where, '.json', {note_of(n) for n in own})
     if new.views == old.views and not bad:
         return old, own
     for n in bad:
         if n != 'keys.bin':
             where.remove(n)
-    # subtle: the old manifest stays until all shards are written, so the old views stay readable
+    # subtle: the old manifest is kept until all shards are written, so that the old views stay
+    # readable
     added = [s for s in new.all_shards() if s[2] not in own]
     return new, {k: v for k, v in own.items() if k not in bad} | notes(where, added)
 
@@ -292,12 +295,12 @@ def head_is_lost(where: Folder, m: Manifest) -> bool:
     """Return True if `head.bin` is needed, but is missing, has a different size, or was changed."""
     if (where.size('head.bin') if m.head_bytes else 0) != m.head_bytes:
         return True
-    known = m.checksums.get('head.bin')  # unknown while an earlier version writes the cache
+    known = m.checksums.get('head.bin')  # unknown if an earlier version began to write the cache
     return known is not None and checksum(where.read('head.bin')) != known
 
 
 def restore_head(where: Folder, m: Manifest, head: StoredHead | None) -> None:
-    """Rewrite `head.bin` if it is missing or damaged and `head` is the layer that it held."""
+    """Rewrite `head.bin` if it is missing or damaged and `head` is the layer that it contained."""
     if head is not None and head_is_lost(where, m):
         data = head.to_bytes()
         if checksum(data) == m.checksums.get('head.bin'):
@@ -305,15 +308,15 @@ def restore_head(where: Folder, m: Manifest, head: StoredHead | None) -> None:
 
 
 def read_head(where: Folder, m: Manifest) -> StoredHead | None:
-    """Read `head.bin`, and compare it with its checksum. None if the rows need none."""
+    """Read `head.bin`, and compare it with its checksum. Return None if the rows do not need it."""
     if head_is_lost(where, m):
         what = (
             'components' if m.layout.kind == 'pca' else 'output layer of the stored hidden states'
         )
         again = 'write the cache again (force=True)' if m.parts is None else 'start a new stream'
         raise DistillError(
-            f'head.bin of {where}, the {what}, is missing or damaged, and no row can be read without '
-            f'it: restore it, or {again}.'
+            f'head.bin of {where}, the {what}, is missing or damaged, but the rows are unreadable '
+            f'without it: restore it, or {again}.'
         )
     return StoredHead.from_bytes(where.read('head.bin'), m.layout) if m.head_bytes else None
 
@@ -395,7 +398,7 @@ def _write_shards(
 
 @dataclass
 class Rounding:
-    """How much the stored numbers differ from the teacher's. `encoded` updates it.
+    """Errors of the stored numbers, which `encoded` updates.
 
     Attributes:
         worst: If hidden states are stored in int8, the largest error of a logit so far, relative to
@@ -431,25 +434,26 @@ def warn_of_rounding(layout: Layout, rounding: Rounding) -> None:
     if bad := {k: e for k, e in (rounding.features or {}).items() if e > FEATURES_FAR}:
         far = ', '.join(f'{100 * e:.0f}% ({k})' for k, e in bad.items())
         text = (
-            f"Stored features differ from the teacher's by {far} of their spread: they are very small, "
-            "or their mean is large compared with their differences. Use store='float32'."
+            f"Stored features differ from the teacher's by {far} of their standard deviation: they are "
+            "very small, or their mean is large compared with their differences. Use store='float32'."
         )
         warnings.warn(DistillWarning(text))
     if layout.kind == 'hidden' and worst > INACCURATE:
         text = (
-            f'The logits of the hidden states in int8 differ by up to {100 * worst:.1f}% of their '
-            "spread from the teacher's: a few numbers are much larger than the others. Use "
+            f"Logits computed from hidden states in int8 differ from the teacher's by up to "
+            f'{100 * worst:.1f}% of their range: a few numbers are much larger than all others. Use '
             "store=dict(kind='hidden', dtype='float16')."
         )
     elif layout.kind != 'hidden' and worst > COARSE and layout.fields[0].dtype == 'float16':
         text = (
-            f'float16 holds the outputs of some samples in steps of {worst:.3g}, because all of them '
-            "are very large or very small numbers. Smaller differences are lost. Use dtype='float32', "
-            "or subtract the largest logit in the teacher, which doesn't change the probabilities."
+            f'float16 stores the outputs of some samples in steps of {worst:.3g}, because all of them '
+            'are very high or very low numbers. Smaller differences are lost. Use '
+            "dtype='float32', or subtract the largest logit in the teacher, which doesn't change the "
+            'probabilities.'
         )
     elif layout.kind != 'hidden' and worst > COARSE:
         text = (
-            f'int8 holds the outputs of some samples in steps of {worst:.3g}, because they go from '
+            f'int8 stores the outputs of some samples in steps of {worst:.3g}, because they range from '
             'very low to very high numbers (is a class masked out with a low logit?). Smaller '
             "differences are lost. Use dtype='float16', or 'float32' for numbers beyond 65504."
         )
@@ -474,7 +478,8 @@ def encoded(
     layout, t = m.layout, out.logits
     if (n := len(t.ids if isinstance(t, TopK) else t)) != len(keys):
         raise DistillError(
-            f'The teacher returned {n} outputs for {len(keys)} samples: it must return one for each.'
+            f'The teacher returned {n} outputs for {len(keys)} samples: it must return one for each '
+            'sample.'
         )
     if layout.draws is not None:
         seeds = seeds_of(m.seed, keys, view, DRAWS) >> np.uint64(1)
@@ -515,7 +520,7 @@ def _finish(where: Folder, m: Manifest, done: dict[str, str]) -> None:
         sums[name] = checksum(where.read(name))
     if lost := [name for name, _ in m.all_files() if name not in sums]:
         raise DistillError(
-            f'{lost[0]} of {where} disappeared while the cache was written: write the cache again.'
+            f'{lost[0]} of {where} disappeared while the cache was being written: write the cache again.'
         )
     m.shards = [dict(name=k, bytes=size, checksum=sums[k]) for k, size in m.all_files()]
     m.complete = True
