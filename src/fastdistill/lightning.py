@@ -64,7 +64,7 @@ class DistillCallback(Callback):
             is the input and the others are labels. In a dict, 'labels' contains the labels.
             Required if the training data are a list or dict of DataLoaders.
         **options: Options of the `Distiller`: kind, axis, ignore_index, shift_labels, output,
-            check. With check=False, the scores of both models on a few batches are not checked
+            check. With check=False, the models are not scored on a few batches before training,
             either.
     """
 
@@ -100,7 +100,7 @@ class DistillCallback(Callback):
         # subtle: restore the recipe from the checkpoint instead of choosing a new one
         if self.state is not None:
             d.set_extra_state(self.state['distiller'])
-        # subtle: Lightning draws a random number here, but not again when it trains
+        # subtle: Lightning draws a random number here, and does not repeat this when training starts
         trainer.fit_loop.setup_data()
         if self.options.get('check', True):
             with batches_apart(trainer, pl_module):
@@ -234,7 +234,7 @@ class DistillCallback(Callback):
         name = type(self.distiller.student).__name__
         if not calls:
             raise DistillError(
-                f'training_step did not call the student, {name}. Name the module that it calls: '
+                f'training_step did not call the student, {name}. Specify the module that it calls: '
                 "DistillCallback(..., student='model')"
             )
         # a call under `no_grad` trains nothing

@@ -50,7 +50,7 @@ def test_a_teacher_that_finds_nothing_is_in_doubt():
 def test_a_shifted_background_is_named():
     (found,) = findings(Knows(TARGETS, lambda y: y - 1))
     assert found.startswith('error: For boxes that it finds, the teacher predicts label 1 as 0')
-    assert 'shifted by one, as if one of the two counted the background as a class' in found
+    assert 'shifted by one, as if only one of the models counted the background as a class' in found
 
 
 def test_a_different_class_order_is_named():
@@ -77,7 +77,7 @@ def test_a_teacher_that_needs_larger_images_is_named():
     small = detector('RetinaNet', min_size=32).transform
     (found,) = findings(Knows(TARGETS, least=64), transform=small)
     assert (
-        'At the size of the student, the teacher finds 0% of the boxes, at its own size 100%'
+        "At the student's image size, the teacher finds 0% of the boxes, but 100% at its own size"
         in found
     )
     assert 'Pass size=' in found

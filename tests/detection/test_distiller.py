@@ -334,7 +334,7 @@ def losses_of(a, b, background, sure=0.0):
 
 @pytest.mark.parametrize('teacher', [dict(kind='SSD'), dict(kind='RetinaNet', classes=5)])
 def test_different_heads_are_refused(teacher):
-    with pytest.raises(DistillError, match='needs the same anchors and classes in both detectors'):
+    with pytest.raises(DistillError, match='both detectors must have the same anchors and classes'):
         DetectionDistiller(detector('RetinaNet'), detector(**teacher), anchors())
 
 

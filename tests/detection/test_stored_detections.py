@@ -158,7 +158,7 @@ def test_an_image_that_is_not_stored_is_named(stored):
 @pytest.mark.parametrize(
     'changes, message',
     [
-        (dict(seed=2), 'a teacher with other weights'),
+        (dict(seed=2), 'a teacher with different weights'),
         (dict(score_thresh=0.5), 'a teacher with score_thresh 0.0, not 0.5'),
         (dict(min_size=80), 'a teacher with transform.min_size.0 64, not 80'),
     ],
@@ -185,7 +185,9 @@ def test_two_processes_with_different_images_of_one_name_are_told(stored, tmp_pa
     found.path.rename(tmp_path / 'd.rank0')
     store_detections(teacher, [([images[0][:, :32]], NAMES[:1])], tmp_path / 'e')
     (tmp_path / 'e').rename(tmp_path / 'd.rank1')
-    with pytest.raises(DistillError, match='d.rank1 has an image with the name of an image of a'):
+    with pytest.raises(
+        DistillError, match='In .*d.rank1, an image has the same name as an image of a'
+    ):
         store_detections(teacher, in_batches(images), found.path)
 
 

@@ -1068,7 +1068,7 @@ def test_a_student_of_a_language_model_generates_as_without_a_cache():
 
 def test_a_student_that_cannot_be_made_is_refused():
     with refuses(
-        'BertForSequenceClassification has 2 blocks in bert.encoder.layer, 0 to 1, and no 2'
+        'BertForSequenceClassification has 2 blocks in bert.encoder.layer, 0 to 1, but no block 2'
     ):
         student_from(bert(), [0, 2])
     with refuses('needs a model of transformers, not Linear'):

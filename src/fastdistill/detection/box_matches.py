@@ -43,7 +43,7 @@ def match_image(detected: dict, target: dict, thresholds: Sequence[float] = THRE
     """
     order = detected['scores'].cpu().argsort(descending=True, stable=True)
     labels = detected['labels'].cpu()[order]
-    # rank of each detection among those of its class
+    # rank of each detection within its class
     rank = (labels[:, None] == labels).tril(-1).sum(1)
     order = order[rank < MOST_DETECTIONS]
     boxes, scores, labels = [detected[k].cpu()[order] for k in ('boxes', 'scores', 'labels')]

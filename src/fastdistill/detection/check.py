@@ -54,10 +54,10 @@ def check_detections(
         small = top_matches(all_of(seeing_size(teacher, transform)), targets)
         drop = Finding(
             'warning',
-            f'At the size of the student, the teacher finds {len(small) / n:.0%} of the boxes, at '
-            f'its own size {share:.0%}',
-            'Pass size=, the height and width at which the teacher sees the images, or train it '
-            "at the student's size",
+            f"At the student's image size, the teacher finds {len(small) / n:.0%} of the boxes, "
+            f'but {share:.0%} at its own size',
+            'Pass size=, the height and width of the images for the teacher, or train it at the '
+            "student's size",
         )
         fine = f"the teacher finds {len(small) / n:.0%} of the boxes at the student's size"
         found.add('size', [drop] if share - len(small) / n > LARGE_DROP else [], fine)
@@ -87,7 +87,7 @@ def seeing_size(teacher: nn.Module, transform: Any) -> nn.Module:
 
 
 def top_matches(detections: Iterable[dict], targets: Iterable[dict]) -> list:
-    """Match the labeled boxes of each image with an equal number of detections, those with the
+    """Match the labeled boxes of each image with the same number of detections, which have the
     highest scores. A match needs an IoU of at least 0.5. Each detection is used at most once.
     Return (label, predicted label) for each match.
 
@@ -134,8 +134,8 @@ def class_findings(matches: Sequence[tuple[int, int]], heads: bool) -> list:
         do = 'Does it have the same classes, and was it trained on them?'
     elif len(steps) == 1:
         do = (
-            'Its classes are shifted by one, as if one of the two counted the background as a '
-            'class: torchvision counts it as class 0, so labels start at 1'
+            'Its classes are shifted by one, as if only one of the models counted the background as '
+            'a class: in torchvision, the background is class 0, so labels start at 1'
             if abs(next(iter(steps))) == 1
             else 'Its classes are shifted'
         )

@@ -1,4 +1,4 @@
-"Compare detectors on the same images by mean average precision, cost and paired tests."
+"Compare the mean average precision and cost of detectors on the same images, with paired tests."
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
@@ -40,8 +40,8 @@ def compare_detectors(
 
     Intervals and tests resample whole images. For speed, the detections of each class are sorted by
     score into 100 bins of equal size, which changes the average precision by less than one
-    percentage point. As in COCO, the 100 detections of each class with the highest scores count in
-    each image.
+    percentage point. As in COCO, only the 100 detections of each class with the highest scores are
+    used in each image.
 
     Args:
         models: {name: detector}, such as dict(teacher=..., alone=..., distilled=...).
@@ -102,7 +102,7 @@ def compare_detectors(
 
 
 def check_names_of_labels(classes: Sequence | None, numbers: Sequence[int]) -> None:
-    """Raise a DistillError if the names of the classes do not begin with class 1."""
+    """Raise a DistillError if there are too few class names, or if they include the background."""
     if classes is None:
         return
     if str(classes[0]).strip('_') in ('#na#', 'background') or len(classes) < numbers[-1]:

@@ -24,7 +24,7 @@ def show_detections(
         models: {name: detector}.
         images: Tensors (C, H, W) with values from 0 to 1.
         targets: One dict per image, with 'boxes' and 'labels'. The labeled boxes are drawn in the
-            first column. None to leave out this column.
+            first column. None to omit this column.
         classes: Names of the classes, starting with class 1. None to use the class indices.
         score: Minimum score of detections to draw.
     """

@@ -92,8 +92,8 @@ class DetectionHead(Head):
         ]
         if heads and not same_anchors(self.detector, self.teacher):
             raise DistillError(
-                'The recipe compares the outputs of the heads, which needs the same anchors and '
-                f'classes in both detectors: {detector_name(self.detector)} and {self.teacher.name} '
+                'The recipe compares the outputs of the heads, so both detectors must have the same '
+                f'anchors and classes, but {detector_name(self.detector)} and {self.teacher.name} '
                 'differ. Compare feature maps, as in pkd().'
             )
         return bool(heads)
@@ -328,8 +328,8 @@ class DetectionDistiller(Distiller):
     # checks
 
     def check(self, x: Any, *targets: Any, n: int = BATCHES) -> Findings:
-        """Check for mistakes that would otherwise go unnoticed. The checks find targets in a wrong
-        form, a teacher that finds hardly any boxes, a different order of classes (such as a shift
+        """Check for mistakes that would otherwise go unnoticed. The checks find targets in the wrong
+        format, a teacher that finds hardly any boxes, a different order of classes (such as a shift
         by the background class), and images that are too small for the teacher. Neither model is
         changed.
 

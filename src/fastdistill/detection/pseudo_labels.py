@@ -57,7 +57,7 @@ def best_threshold(
 
     Args:
         model: The teacher, a detector, or its `StoredDetections`.
-        batches: Iterable of (images, targets). For `StoredDetections`, of (names, targets).
+        batches: Iterable of (images, targets), or of (names, targets) for `StoredDetections`.
         iou: Minimum IoU between a detection and a labeled box of the same class.
     """
     matches = [
@@ -74,7 +74,7 @@ def best_threshold(
     scores = scores[order]
     right = np.concatenate([m.right[0] for m in matches])[order].cumsum()
     found = np.arange(1, len(scores) + 1)
-    # detections with equal scores are either all kept or all left out
+    # detections with equal scores are either all kept or all dropped
     last = np.append(scores[1:] != scores[:-1], True)
     f1 = np.where(last, 2 * right / (found + boxes), -1)
     i = int(f1.argmax())
@@ -89,8 +89,8 @@ def teacher_labels(
 
     Args:
         model: The teacher, a detector, or its `StoredDetections`.
-        images: Tensors (C, H, W). For `StoredDetections`, the names of the images, and the targets
-            are on the CPU.
+        images: Tensors (C, H, W), or the names of the images for `StoredDetections`, for which the
+            targets are on the CPU.
         score: Minimum score, such as the result of `best_threshold`.
     """
     least = score.score if isinstance(score, ScoreThreshold) else score
@@ -110,7 +110,7 @@ def store_detections(model: nn.Module, batches: Iterable, path: Path | str) -> S
     Images whose detections are in the file are skipped, so an interrupted call can be repeated, and
     images can be added later. New detections are written about once a minute and at the end, even
     after an error. Under torch.distributed, each rank stores the images of its own batches in a
-    file of its own. At the end, the first rank adds these files to `path` and deletes them.
+    separate file. At the end, the first rank adds these files to `path` and deletes them.
 
     Args:
         model: The teacher, a detector.
@@ -121,7 +121,7 @@ def store_detections(model: nn.Module, batches: Iterable, path: Path | str) -> S
     path, about = Path(path), about_teacher(model)
     lock = locked_folder(path.parent, path, f'.{path.name}.lock')
     with lock if rank() == 0 else nullcontext():
-        on_first(lambda: join_parts(path, model))  # those of an interrupted call
+        on_first(lambda: join_parts(path, model))  # files of an interrupted call
         parts, sizes, own = [], {}, path
         if path.exists():
             old = StoredDetections(path, model)
@@ -160,7 +160,8 @@ def store_detections(model: nn.Module, batches: Iterable, path: Path | str) -> S
 
 def join_parts(path: Path, model: nn.Module) -> None:
     """Add the files of the ranks to the file of all detections, and delete them. If several ranks
-    stored the same image, as with a `DistributedSampler`, the first of its detections are kept.
+    stored the same image, as with a `DistributedSampler`, only the detections of the first of these
+    ranks are kept.
 
     Args:
         path: Path of the file.
@@ -176,8 +177,8 @@ def join_parts(path: Path, model: nn.Module) -> None:
         own = dict(zip(arrays['keys'].tolist(), arrays['sizes'].tolist()))
         if any(sizes.get(k, size) != size for k, size in own.items()):
             raise DistillError(
-                f'{file} has an image with the name of an image of a different size. Give each '
-                'image a name of its own, such as its whole path, and delete this file.'
+                f'In {file}, an image has the same name as an image of a different size. Give each '
+                'image a unique name, such as its whole path, and delete this file.'
             )
         new = np.array([k not in sizes for k in own])
         rows = np.repeat(new, arrays['counts'])
@@ -196,18 +197,18 @@ def new_images(
     Args:
         images, names: A batch of `store_detections`.
         sizes: {key: [height, width]} of the stored images.
-        seen: Keys of the earlier batches, to which those of this batch are added.
+        seen: Keys of the earlier batches. The keys of this batch are added.
         path: Path of the file, for the errors.
     """
     if len(images) != len(names):
-        raise DistillError(f'{len(images)} images have {len(names)} names: give one for each.')
+        raise DistillError(f'{len(images)} images have {len(names)} names: pass one for each.')
     new = {}
     for i, (x, name) in enumerate(zip(images, names)):
         key, size, shown = image_key(name), list(x.shape[-2:]), shortened(repr(name), 100)
         if key in seen:
             raise DistillError(
                 f'Two images have the name {shown}, so they would share their detections. Give '
-                'each image a name of its own, such as its whole path.'
+                'each image a unique name, such as its whole path.'
             )
         seen.add(key)
         if key not in sizes:
@@ -215,7 +216,7 @@ def new_images(
         elif sizes[key] != size:
             raise DistillError(
                 f'The image {shown} has {size[0]}x{size[1]} pixels, but its detections in {path} '
-                f'are for {sizes[key][0]}x{sizes[key][1]} pixels. Pass the images as they were, or '
-                'a different path.'
+                f'are for {sizes[key][0]}x{sizes[key][1]} pixels. Pass the original images, or a '
+                'different path.'
             )
     return new

@@ -25,7 +25,7 @@ def anchors(
 
     Args:
         weight: Weight of the loss for class probabilities.
-        boxes: Weight of the loss for boxes. 0 to leave out this loss.
+        boxes: Weight of the loss for boxes. 0 to omit this loss.
         T: Temperature of the class probabilities.
         sure: Probability of an object above which the box of an anchor is included.
         background: Index of the background class, for a softmax over classes (0 for an SSD). None

@@ -29,7 +29,7 @@ ARRAYS: dict[str, tuple] = dict(
     scores=('float32', ()),
     labels=('int32', ()),
 )
-PER_IMAGE = 'keys', 'sizes', 'counts'  # arrays with one row per image; others have one per box
+PER_IMAGE = 'keys', 'sizes', 'counts'  # arrays with one row per image. The others have one per box
 # attributes of a detector and its parts that change the detections
 DETECTION_OPTIONS = (
     'min_size',
@@ -48,12 +48,12 @@ DETECTION_OPTIONS = (
 
 class StoredDetections:
     """The detections of a teacher, stored by `store_detections`. `best_threshold` and
-    `teacher_labels` take this object instead of the teacher, and the names of images instead of the
-    images.
+    `teacher_labels` accept this object instead of the teacher, with the names of images instead of
+    the images.
 
     Args:
         path: Path of the file.
-        model: The teacher. If it is not the one whose detections are stored, an error is raised.
+        model: The teacher. If the detections of a different teacher are stored, an error is raised.
             None to skip this check.
 
     Attributes:
@@ -88,26 +88,26 @@ class StoredDetections:
         if (found := first_difference(self.teacher, about_teacher(model))) is None:
             return
         what = (
-            'other weights' if found[0] == 'weights' else '{} {}, not {}'.format(*found)
+            'different weights' if found[0] == 'weights' else '{} {}, not {}'.format(*found)
         ).removeprefix('options.')
         raise DistillError(
             f'{self.path} has the detections of a teacher with {what}. Pass the same teacher, or '
-            'store the detections of this one in a different file.'
+            'store the detections of this teacher in a different file.'
         )
 
     def __call__(self, names: Sequence) -> list:
         """Return the detections for images, as a detector in evaluation mode does.
 
         Args:
-            names: The names of the images with which they were stored.
+            names: Names under which the images were stored.
         """
         out = []
         for name in names:
             if (i := self.positions.get(image_key(name))) is None:
                 raise DistillError(
                     f'{self.path} has no detections for the image {shortened(repr(name), 100)}. '
-                    f'It has those of {len(self)} images: pass the names with which they were '
-                    'stored, or store this image too.'
+                    f'It has detections for {len(self)} images: pass the names under which they were '
+                    'stored, or store this image, too.'
                 )
             rows = slice(self.ends[i] - self.arrays['counts'][i], self.ends[i])
             boxes, scores, labels = [
@@ -124,7 +124,7 @@ def check_arrays(arrays: dict) -> None:
             raise ValueError(f'{k} are {arrays[k].dtype} {list(arrays[k].shape)}')
     images, counts = len(arrays['keys']), arrays['counts']
     if not images == len(arrays['sizes']) == len(counts) == len(np.unique(arrays['keys'])):
-        raise ValueError('the images have no separate keys')
+        raise ValueError('the images do not have unique keys')
     total = counts.sum(dtype=np.int64)
     if (counts < 0).any() or any(len(arrays[k]) != total for k in ('boxes', 'scores', 'labels')):
         raise ValueError('the number of boxes differs from the sum over the images')
@@ -158,12 +158,14 @@ def image_key(name: Any) -> int:
             'batches of images and names (file names or numbers).'
         )
     if isinstance(name, Tensor) and name.numel() == 1:
-        name = name.item()  # a DataLoader makes a tensor of numbers
+        name = name.item()  # a DataLoader converts numbers to a tensor
     return key_of(name)
 
 
 def about_teacher(model: nn.Module) -> dict:
-    """Return what determines the detections of a model, to compare it with the model in a file."""
+    """Return what determines the detections of a model, for a comparison with the teacher of a
+    file.
+    """
     model = unwrap(model)
     options = {
         f'{name}.{k}'.lstrip('.'): vars(m)[k]

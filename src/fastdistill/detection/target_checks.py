@@ -26,7 +26,7 @@ def check_targets(
         have = 'none' if targets is None else len(targets)
         error(
             f'{len(images)} images have {have} targets',
-            "Give a dict with 'boxes' and 'labels' for each image",
+            "Pass a dict with 'boxes' and 'labels' for each image",
         )
         return found
     for i, (x, t) in enumerate(zip(images, targets)):
@@ -35,7 +35,7 @@ def check_targets(
             break
     boxes = [t['boxes'] for t in targets if isinstance(t.get('boxes'), Tensor)]
     if not found and sum(map(len, boxes)) == 0:
-        do = 'This is fine for some images. If it is the case for all, check the labels'
+        do = 'Some images may have no boxes. If this is true for all images, check the labels'
         found.add('targets', [Finding('note', 'No image of the first batch has a box', do)])
     return found
 
@@ -51,10 +51,10 @@ def problem_of_one(image: Tensor, target: dict, classes: int) -> tuple[str, str]
     if boxes.dim() != 2 or boxes.shape[-1] != 4:
         return (
             f'the boxes have shape {tuple(boxes.shape)}',
-            'They must be (N, 4). For an image without objects, torch.zeros(0, 4)',
+            'They must have shape (N, 4). For an image without objects, use torch.zeros(0, 4)',
         )
     if len(labels) != len(boxes):
-        return f'{len(boxes)} boxes have {len(labels)} labels', 'Give one label for each box'
+        return f'{len(boxes)} boxes have {len(labels)} labels', 'Pass one label for each box'
     if not len(boxes):
         return None
     height, width = image.shape[-2:]
@@ -70,8 +70,8 @@ def problem_of_one(image: Tensor, target: dict, classes: int) -> tuple[str, str]
         return (
             f'the box {boxes[(boxes[:, 2:] <= boxes[:, :2]).any(1)][0].tolist()} ends before it '
             'begins',
-            'Boxes must be (x1, y1, x2, y2) in pixels. Boxes (x, y, width, height) can be '
-            "converted by torchvision.ops.box_convert(boxes, 'xywh', 'xyxy')",
+            'Boxes must be (x1, y1, x2, y2) in pixels. Convert boxes (x, y, width, height) with '
+            "torchvision.ops.box_convert(boxes, 'xywh', 'xyxy')",
         )
     if float(boxes.max()) <= 1 and max(height, width) > 8:
         return (
@@ -85,6 +85,6 @@ def problem_of_one(image: Tensor, target: dict, classes: int) -> tuple[str, str]
         return (
             f'the box {outside.tolist()} is outside of the image of {width}x{height} pixels',
             'Boxes must be (x1, y1, x2, y2) in pixels of the image that is passed. If they are '
-            '(x, y, width, height), convert them; if the image was resized, resize them too',
+            '(x, y, width, height), convert them. If the image was resized, resize them, too',
         )
     return None

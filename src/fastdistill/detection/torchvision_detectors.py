@@ -1,5 +1,5 @@
-"""Access the parts that all torchvision detectors have: a backbone with several levels, a head, and
-a transform that resizes images.
+"""Access the parts of torchvision's detectors: a backbone with several levels, a head, and a
+transform that resizes images.
 """
 
 from collections.abc import Mapping, Sequence
@@ -217,7 +217,7 @@ def detector_inside(teacher: Any) -> nn.Module:
     """Return the detector inside a teacher.
 
     Args:
-        teacher: A detector, or a `Teacher` of one.
+        teacher: A detector, or a `Teacher` of a detector.
     """
     return checked_detector(teacher.module if isinstance(teacher, Teacher) else teacher, 'teacher')
 
@@ -227,7 +227,7 @@ def detector_teacher(teacher: Any, student: nn.Module, size: int | tuple | None 
     normalization.
 
     Args:
-        teacher: A detector, or a `Teacher` of one.
+        teacher: A detector, or a `Teacher` of a detector.
         student: The detector to train.
         size: Height and width of the images for the teacher. None for the teacher's fixed size, if
             it has one, or else the student's size.

@@ -19,8 +19,8 @@ def validation_losses(
 
     Batch norm, dropout and the transform run in evaluation mode. Only the modules that compute
     losses are switched to training mode. The random sampling of anchors and proposals is seeded, so
-    repeated calls return the same losses. No gradients are computed. The model and the random state
-    are restored.
+    repeated calls return the same losses. No gradients are computed. The model's state and the
+    random state are restored.
 
     Args:
         model: A detector.

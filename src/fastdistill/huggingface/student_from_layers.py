@@ -28,7 +28,7 @@ def student_from(teacher: Any, layers: Sequence[int]) -> nn.Module:
     if wrong := [i for i in layers if not -n <= i < n]:
         raise DistillError(
             f'layers={list(layers)}: {type(teacher).__name__} has {n} blocks in {name}, 0 to {n - 1}, '
-            f'and no {wrong[0]}'
+            f'but no block {wrong[0]}'
         )
     layers = [i % n for i in layers]
     student = type(teacher)(shorter(teacher.config, layers, n)).to(teacher.device, teacher.dtype)
@@ -49,8 +49,8 @@ def blocks_of(model: Any) -> tuple[str, int]:
         return outer[0], n
     raise DistillError(
         f'{type(model).__name__} has {len(outer)} lists of num_hidden_layers={n} blocks '
-        f'({", ".join(outer) or "none"}); student_from needs exactly one. Make the student from a '
-        'config.'
+        f'({", ".join(outer) or "none"}), but student_from needs exactly one. Build the student from '
+        'a config.'
     )
 
 

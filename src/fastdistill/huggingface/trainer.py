@@ -59,7 +59,7 @@ class DistillationMixin(Base):
 
     Args:
         *args: Arguments of the Trainer.
-        teacher: A model, a `Teacher`, or a list of these (an ensemble).
+        teacher: A model, a `Teacher`, or a list of models or `Teacher`s (an ensemble).
         recipe: A recipe such as `kd() + at()`, or a `Term`. None to let `auto` choose a recipe for
             the student's kind of outputs.
         kind: 'softmax', 'sigmoid' or 'regression'. None to infer the kind from the student's config
@@ -93,9 +93,9 @@ class DistillationMixin(Base):
         super().__init__(*args, **kwargs)
         if self.args.n_gpu > 1:
             raise DistillError(
-                f'This process has {self.args.n_gpu} GPUs, which the Trainer would use through '
-                "DataParallel, in which layers can't be read. Start one process for each with "
-                'torchrun or accelerate launch, or choose one with CUDA_VISIBLE_DEVICES=0.'
+                f'This process has {self.args.n_gpu} GPUs, which the Trainer would use with '
+                "DataParallel, but then layers can't be read. Start one process for each GPU with "
+                'torchrun or accelerate launch, or select one with CUDA_VISIBLE_DEVICES=0.'
             )
 
     # setup before the first batch
@@ -196,8 +196,8 @@ class DistillationMixin(Base):
         if self.distiller.recipe.task_at(progress) or self.recipe is None and has_loss(raw):
             raise DistillError(
                 f'The batches have no labels: label_names={self.label_names}, but a batch has '
-                f'{", ".join(x)}. Name the labels, as in TrainingArguments(label_names=[...]), or use '
-                'alpha=1 or soft_labels() to train only from the teacher.'
+                f'{", ".join(x)}. Specify the labels, as in TrainingArguments(label_names=[...]), or '
+                'use alpha=1 or soft_labels() to learn only from the teacher.'
             )
         return None, raw
 
@@ -259,7 +259,7 @@ class DistillationMixin(Base):
         return loss
 
     def log(self, logs: dict, *args: Any, **kwargs: Any) -> None:
-        """Log the values. Whenever the training loss is logged, also log the mean of each loss."""
+        """Log the values. If they include the training loss, also log the mean of each loss."""
         super().log({**logs, **self.part_means.pop()} if 'loss' in logs else logs, *args, **kwargs)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
@@ -299,10 +299,10 @@ class PartMeans:
 
 
 def loader_to_check(trainer: Any) -> tuple[DataLoader, str]:
-    """Return (DataLoader with the data in which to look for mistakes, name of the part).
+    """Return (DataLoader for the check before training, name of the dataset).
 
-    An iterable dataset is not used, because it may not be possible to read it twice. The DataLoader
-    is empty if there is no other.
+    An iterable dataset is not used, because it may not be possible to read it twice. If there is no
+    other dataset, the DataLoader is empty.
     """
     valid = trainer.eval_dataset
     if isinstance(valid, dict):

@@ -78,7 +78,7 @@ class BatchReader:
         return {k: v for k, v in student.items() if k in teacher} or teacher
 
     def tokens(self, x: Mapping) -> Any:
-        """Return the inputs whose attention mask applies to the logits.
+        """Return the inputs, whose attention mask applies to the logits.
 
         In an encoder-decoder model, the attention mask of the encoder does not apply to the logits,
         so the result is empty.
@@ -195,10 +195,10 @@ def in_order_of(student: Any, teacher: Any) -> dict[str, Any]:
     if found.missing:
         theirs = ', '.join(found.extra[:5]) or 'none'
         raise DistillError(
-            "By id2label, the teacher does not have the student's classes "
+            "According to id2label, the teacher does not have the student's classes "
             f'{", ".join(found.missing[:5])}. Classes that only the teacher has: {theirs}. Give '
-            "both models the same names, or list the teacher's class for each student class: "
-            'Teacher(model, select=[...]).'
+            "the classes of both models the same names, or list the teacher's class for each student "
+            'class: Teacher(model, select=[...]).'
         )
     return dict(select=found.order)
 
@@ -206,6 +206,6 @@ def in_order_of(student: Any, teacher: Any) -> dict[str, Any]:
 def refuse_other_order(student: Any, member: Any) -> None:
     if option := in_order_of(student, member):
         raise DistillError(
-            f'By id2label, {member.name} of the ensemble has its classes in a different order: '
-            f"Teacher(model, select={option['select']}) puts them into the student's order."
+            f'According to id2label, {member.name} in the ensemble has its classes in a different '
+            f"order: Teacher(model, select={option['select']}) puts them into the student's order."
         )
