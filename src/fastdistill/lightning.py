@@ -100,7 +100,7 @@ class DistillCallback(Callback):
         # subtle: restore the recipe from the checkpoint instead of choosing a new one
         if self.state is not None:
             d.set_extra_state(self.state['distiller'])
-        # subtle: Lightning draws a random number here, and does not repeat this when training starts
+        # subtle: Lightning draws a random number in this call, but not again when training starts
         trainer.fit_loop.setup_data()
         if self.options.get('check', True):
             with batches_apart(trainer, pl_module):

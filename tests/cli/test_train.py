@@ -1746,7 +1746,7 @@ def test_a_run_does_not_continue_with_settings_that_were_edited(finished, stoppe
     )
     with pytest.raises(
         DistillError,
-        match=r'config.toml has epochs=3, lr=0.02, but the run began with epochs=2, lr=0.01. Restore that',
+        match=r'config.toml has epochs=3, lr=0.02, but the run began with epochs=2, lr=0.01. Restore this',
     ):
         resumed(out)
     (out / 'config.toml').write_text(text)

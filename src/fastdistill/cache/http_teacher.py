@@ -210,8 +210,8 @@ def beside(path: Path) -> Path:
 
 
 def digests_before(path: Path, now: Any) -> dict:
-    """Return the digests of the samples that the file's requests sent, by name. Raise a DistillError
-    instead of mixing the responses to different requests in one file.
+    """Return {name as JSON: digest} of the samples that were sent for the responses in a file. Raise a
+    DistillError if the file contains responses to different requests.
 
     Args:
         now: URL and body of the requests, and fingerprints of the functions `request` and `answer`.

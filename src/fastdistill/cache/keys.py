@@ -118,8 +118,8 @@ def ordered_names(keys: Any) -> Any:
 def keys_in_stream(names: Any, root: str = '') -> np.ndarray:
     """Compute the keys of samples of a stream, (N,) uint64.
 
-    Tensors and arrays have the same key as the equal numbers or lists, since a DataLoader joins the
-    names of a batch in one tensor.
+    Tensors and arrays have the same key as equal numbers or lists, since a DataLoader joins the names
+    of a batch in one tensor.
     """
     if isinstance(names, np.ndarray) and names.dtype == np.uint64:
         return keys_of(names)

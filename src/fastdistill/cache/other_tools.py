@@ -190,8 +190,8 @@ class Bytes:
 def from_distillkit(row: Any, c: Any) -> dict:
     """Decompress a row of DistillKit.
 
-    The row has the columns `input_ids`, and, with bytes for each position except the last,
-    `compressed_logprobs` and `bytepacked_indices`.
+    The row has a column `input_ids`, and columns `compressed_logprobs` and `bytepacked_indices` with
+    the bytes of each position except the last.
     """
     if 'packed_indices' in row or 'coeffs' in row:
         raise DistillError(

@@ -344,8 +344,8 @@ def damages(folder: Folder, m: Manifest, files: Sequence[dict], once: bool = Fal
 
 
 def in_threads(fn: Callable, items: Collection) -> list:
-    """Return the results of a function that reads, writes or hashes files, in the order of the
-    items.
+    """Apply a function that reads, writes or hashes files to all items in several threads. Return the
+    results in the order of the items.
     """
     if len(items) == 1:
         return [fn(o) for o in items]

@@ -81,7 +81,7 @@ def _seal(where: Folder, m: Manifest, expected: np.ndarray | None) -> None:
 
     def write_keys_and_index() -> list[dict]:
         first = written('keys.bin', own)
-        # read the keys from the new file, so that their memory can hold the index
+        # read the keys from the new file, so that their memory can be reused for the index
         keys = own.copy() if where.fetches else where.map('keys.bin', '<u8', own.shape)
         order, same = sorted_positions(keys, out=own)
         problems.add('samples have several rows', duplicates(m, keys, order, same))

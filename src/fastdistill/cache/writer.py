@@ -233,7 +233,8 @@ def other_outputs(where: Folder, m: Manifest, first: Any) -> list:
     n = (first.logits.ids if likeliest else first.logits).shape[0]
     rows = np.frombuffer(data, np.uint8)[: n * size].reshape(n, size).copy()
     old, now = comparable(m.layout, rows, first.logits, head)
-    # both then have the errors of the storage format, unless it selects the classes
+    # encode the current outputs, too, so that both have the errors of the storage format. This does
+    # not work for formats that select classes
     whole = m.layout.n is None or m.head_bytes
     if m.layout.kind != 'pca' and (whole or likeliest):
         now = m.layout.decode(torch.from_numpy(m.layout.encode(first, head)), head).logits

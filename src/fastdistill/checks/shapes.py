@@ -194,7 +194,7 @@ def axis_to_pass(*fits: int) -> str:
     axis = f', axis={fits[0]},' if len(fits) == 1 else ''
     return (
         f'Pass the class axis to KnowledgeDistillation, distill, check_teacher or Distiller{axis} '
-        'or use a loss function that has it, such as CrossEntropyLossFlat(axis=...)'
+        'or use a loss function with this axis, such as CrossEntropyLossFlat(axis=...)'
     )
 
 

@@ -202,7 +202,9 @@ def chance(tally: Tally) -> Iterator[Finding]:
     ](tally):
         way, text = why
         f = tally.facts()
-        do = 'is it trained for these labels, in this order, and does it get its own preprocessing?'
+        do = (
+            'was it trained for these labels, in this order, and does it get its own preprocessing?'
+        )
         if student_is_better(tally, least=0.0, sure=LEADS):
             text = f'{text}. The student has {f.metric} {f.student_score:.3f} before training'
             do = IF_SWAPPED + do

@@ -50,8 +50,8 @@ def agreement(s: Mapping[str, float], kind: str) -> dict[str, float | None]:
 
 
 def split(a: Tensor, b: Tensor, y: Tensor, one: Tensor) -> dict[str, Tensor]:
-    """Compare predictions at all positions, and separately where the teacher is right and where the
-    teacher is wrong.
+    """Compare predictions at all positions, and separately at the positions where the teacher is
+    right or wrong.
     """
     same, right = a == b, b == y
     return dict(

@@ -79,7 +79,7 @@ def fit_temperature(
         labels: For 'softmax', class indices with the shape of the logits without `axis`. For
             'sigmoid', 0 and 1 with the shape of the logits.
         kind: 'softmax' for one temperature, 'sigmoid' for one per label.
-        axis: Axis of classes or labels. For 'sigmoid', -1 is axis 1 for logits of masks.
+        axis: Axis of classes or labels. For 'sigmoid' and logits of masks, -1 means axis 1.
         ignore_index: Label to ignore.
 
     Returns:

@@ -52,7 +52,7 @@ def term(name: str, loss: Callable, options: dict, written: str | None = None) -
     )
 
 
-# training on labels only; with alpha=0, the training is the same as without a teacher
+# training on labels only. With alpha=0, training is the same as without a teacher
 LABELS = Candidate('labels alone', lambda: kd(alpha=0.0), {}, 'kd(alpha=0)')
 
 

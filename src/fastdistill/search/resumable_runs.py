@@ -203,8 +203,8 @@ def open_experiment(folder: Path, settings: dict[str, Any]) -> None:
     """
     if world_size() > 1:
         raise DistillError(
-            'folder= is for independent processes, not for the ranks of a distributed '
-            'training (torchrun). Start them one by one, with the same folder.'
+            'folder= is for independent processes, not for the ranks of distributed training '
+            '(torchrun). Start the processes separately, with the same folder.'
         )
     if ':/' in str(folder):
         raise DistillError(f'folder={str(folder)!r}: must be a local or shared folder.')

@@ -56,7 +56,7 @@ def draw_scores(fig: Any, r: Any) -> None:
     ax.set_xticks(range(len(ways)), ways, fontsize=11)
     ax.set(xlim=(-0.5, len(ways) - 0.3), ylabel='accuracy on the test set, %')
     ax.set_title(
-        'a dot is one student; students of one seed are joined; the bar is the mean', loc='left'
+        'each dot is a student; students of a seed are connected; bars are means', loc='left'
     )
     ax.spines[['top', 'right']].set_visible(False)
     ax.tick_params(length=0)

@@ -160,7 +160,7 @@ def image_learner(arch: Arch, dls: Any, s: Samples, pretrained: bool, **options:
         return Learner(dls, net, **options)
     make = vision_arch(arch.name)
     with warnings.catch_warnings():
-        # fastai calls torchvision's functions with their old arguments
+        # fastai calls torchvision's functions with deprecated arguments
         warnings.filterwarnings(
             'ignore', "(The parameter 'pretrained'|Arguments other than a weight)"
         )

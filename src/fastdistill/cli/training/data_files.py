@@ -113,7 +113,7 @@ def refuse_columns(config: TrainConfig) -> None:
 
 
 DATA_FORMS = dict(
-    images='classes as folders of images, or a CSV file with a column of image paths (x=) and one of labels (y=)',
+    images='a folder of images for each class, or a CSV file with a column of image paths (x=) and one of labels (y=)',
     masks="folders 'images' and 'masks' with files of the same names",
     texts='a CSV file with a column of texts (x=) and one of labels (y=)',
     table='a CSV file with a column to predict (y=)',
@@ -566,7 +566,7 @@ def from_dataset(path: Path, config: TrainConfig) -> Samples:
         import datasets
     except ImportError as e:
         raise ImportError(
-            f"{path} is a data set of Hugging Face's datasets: pip install datasets"
+            f'{path} is a Hugging Face dataset, which needs datasets: pip install datasets'
         ) from e
     try:
         found = datasets.load_from_disk(str(path))

@@ -101,7 +101,7 @@ def settings_at_begin(config: TrainConfig, folder: Path) -> TrainConfig:
         was = ', '.join(f'{k}={before[k]!r}' for k in wrong)
         raise DistillError(
             f'{folder / "config.toml"} has {", ".join(f"{k}={now[k]!r}" for k in wrong)}, but the run '
-            f'began with {was}. Restore that to resume, or start a new run with config= and a '
+            f'began with {was}. Restore this to resume, or start a new run with config= and a '
             'different out=.'
         )
     return replace(config, **found)

@@ -166,7 +166,7 @@ class TrainRun:
         self.say(self.data.note)
         if not c.pretrained:
             self.say(
-                'All models begin with random weights; --pretrained begins with published ones.'
+                'All models start from random weights; --pretrained starts from published weights.'
             )
         steps = c.epochs * len(self.dls.train) // self.processes
         self.few_steps = (
