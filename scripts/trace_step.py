@@ -59,7 +59,7 @@ MAIN = {
     'fastai/unlabeled.py': 'whether there are unlabeled inputs too',
 }
 WORKER = {
-    'fastai/replay_dl.py': 'makes the items of a batch, and brings their samples and rows',
+    'fastai/sampled_batches.py': 'makes the items of a batch, and brings their samples and rows',
     'base/random_state.py': 'seeds the global generators for each item, and restores them',
     'base/sample_seeds.py': 'the view of each sample in this epoch, and its seed',
     'base/transform_random_state.py': 'seeds generators inside transforms',

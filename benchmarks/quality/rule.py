@@ -3,7 +3,7 @@
 import numpy as np
 from candidates import CANDIDATES
 from fastdistill import auto
-from fastdistill.checks.teacher_scores import HESITANT, NOT_APART
+from fastdistill.checks.teacher_confidence import HESITANT, NOT_APART
 from loop import KINDS
 from stats import at_best_rate, by_seed, paired
 from stored import OUT, read

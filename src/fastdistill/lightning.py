@@ -25,8 +25,8 @@ from .base.model_state import restored
 from .base.outputs import DistillError, DistillWarning, Outputs, tensors_in
 from .base.transform_random_state import Generators
 from .checks.teacher_outputs import BATCHES
-from .distiller.dataloader import read_apart, spread_batches
 from .distiller.distiller import Distiller
+from .distiller.loader_batches import read_apart, spread_batches
 from .distiller.trainer_integration import (
     add_parameters,
     check_first,

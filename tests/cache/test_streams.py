@@ -480,14 +480,14 @@ def test_duplicated_rows_are_named(tmp_path):
 
 
 def test_duplicated_rows_are_found_wherever_the_blocks_of_compared_keys_end(tmp_path, monkeypatch):
-    monkeypatch.setattr('fastdistill.cache.sealing.STEP', 1)
+    monkeypatch.setattr('fastdistill.cache.stream_sealing.STEP', 1)
     write_stream(batches(range(3, 5)), written(tmp_path), 'zz')
     refused(tmp_path, '2 samples have several rows')
 
 
 @pytest.mark.parametrize('step', [1, 7, 2**20])
 def test_keys_that_differ_only_in_their_last_bits_are_told_apart(step, tmp_path, monkeypatch):
-    monkeypatch.setattr('fastdistill.cache.sealing.STEP', step)
+    monkeypatch.setattr('fastdistill.cache.stream_sealing.STEP', step)
     g = np.random.default_rng(0)
     near = np.repeat(np.array([5, 2**63, 2**64 - 64], np.uint64), N // 3)
     keys = g.permutation(near + np.tile(g.permutation(N // 3).astype(np.uint64), 3))

@@ -13,7 +13,7 @@ from fastdistill.base.distributed import first_then_others, leave_processes, on_
 from fastdistill.evaluation import Report
 from fastdistill.cli.training import TrainRun
 from fastdistill.cli.training.run_results import write_history
-from fastdistill.cli.training.run_settings import settings_of
+from fastdistill.cli.training.start_or_resume import settings_of
 
 pytest.importorskip('accelerate')
 pytestmark = [

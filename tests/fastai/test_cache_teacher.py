@@ -51,7 +51,7 @@ from fastdistill.fastai.cache_data import cache_teacher as checked_first, verify
 from fastdistill.fastai import KnowledgeDistillation, kd, recipes
 from fastdistill.fastai.cache_feed import StoredOutputs
 from fastdistill.fastai.learner_notes import notes_of
-from fastdistill.fastai.replay_dl import sampled
+from fastdistill.fastai.sampled_batches import sampled
 from fastdistill.fastai.teacher_targets import samples_of
 from fastdistill.fastai.transforms import Replay
 from fastdistill.base.outputs import DistillError, DistillWarning, Outputs

@@ -28,7 +28,7 @@ from fastdistill.cache import TeacherCache, cache_dataset
 from fastdistill.fastai import KnowledgeDistillation, TeacherBlock
 from fastdistill.fastai.cache_feed import StoredOutputs
 from fastdistill.fastai.learner_notes import notes_of
-from fastdistill.fastai.replay_dl import sampled
+from fastdistill.fastai.sampled_batches import sampled
 from fastdistill.fastai.transforms import Replay
 from fastdistill.base.outputs import DistillError, Outputs, TopK
 from fastdistill.cache import Replayed

@@ -23,7 +23,7 @@ from fastdistill import Distiller, Teacher, hint, kd
 from fastdistill.base.outputs import DistillError
 from fastdistill.features.layer_names import LayerInfo, resolve, unwrap
 from fastdistill.features import layers
-from fastdistill.features.feature_shapes import as_map, as_tokens, grid
+from fastdistill.features.maps_and_tokens import as_map, as_tokens, grid
 from fastdistill.features import Taps
 
 

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 from fastdistill.base.outputs import DistillError
 from fastdistill.features.projectors import PROJECTORS, Projector, describe_projector
-from fastdistill.features.feature_shapes import resize, to_grid
+from fastdistill.features.maps_and_tokens import resize, to_grid
 
 
 def rand(*shape, dtype=torch.float32, seed=0):

@@ -9,8 +9,8 @@ from .http_teacher import ask_server
 from .pack import pack_cache, unpack_cache
 from .reader import TeacherCache
 from .row_layout import Layout, Store
-from .sealing import seal_stream
 from .stream_join import StreamJoin
+from .stream_sealing import seal_stream
 from .stream_writer import RowWriter, TeacherRows, start_stream, write_stream
 from .teacher_description import Source
 from .writer import Forecast, write_cache

@@ -15,11 +15,11 @@ import numpy as np
 import torch
 
 from ..base.outputs import DistillError, Outputs, TopK
+from .imported_files import as_array, read_rows
 from .json_checks import located, shortened
 from .keys import keys_of, ordered_names
 from .other_tools import converted_rows
 from .reader import TeacherCache
-from .row_files import as_array, read_rows
 from .row_layout import COARSE, Store, float16_step
 from .teacher_description import Source, check_vocab, is_whole
 from .write_progress import shown_progress

@@ -16,7 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from ..base.atomic_files import file_errors, locked_folder, write_atomically
+from ..base.atomic_files import file_errors, write_atomically
+from ..base.folder_lock import locked_folder
 from ..base.outputs import DistillError
 from .digests import checksum, file_checksum
 

@@ -22,7 +22,7 @@ from .batch_scores import FEW, LEADS, METRICS, Tally
 from .findings import Finding, Findings, numbers_in_words
 from .forward import student_logits, teacher_logits
 from .shapes import mismatches
-from .teacher_scores import saturated
+from .teacher_confidence import saturated
 
 # a student that reproduces a smaller fraction of the teacher's predictions does not follow it
 FOLLOWS = 0.5

@@ -31,7 +31,8 @@ from .shapes import (
     unknown_id,
     unscored,
 )
-from .teacher_scores import hesitant, low_score, saturated
+from .teacher_confidence import hesitant, saturated
+from .teacher_scores import low_score
 
 BATCHES = 8  # number of validation batches on which the teacher is scored
 KEPT = 4  # number of batches kept for running the teacher again

@@ -16,10 +16,10 @@ from ..base.random_state import RandomGuard
 from ..checks.findings import Findings
 from ..checks.shared_parameters import none_shared, shared_parameters
 from ..checks.teacher_outputs import BATCHES
-from ..distiller.dataloader import read_apart, spread_batches
 from ..distiller.distiller import Distiller
 from ..distiller.head import Head
 from ..distiller.layer_links import link_layers
+from ..distiller.loader_batches import read_apart, spread_batches
 from ..distiller.trainer_integration import takes_part
 from ..features.layer_hooks import Taps, returned_by
 from ..features.layer_names import split_suffixes

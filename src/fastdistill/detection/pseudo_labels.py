@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 from torch import nn
 
-from ..base.atomic_files import locked_folder
 from ..base.distributed import on_first, rank, world_size
+from ..base.folder_lock import locked_folder
 from ..base.outputs import DistillError
 from ..cache.json_checks import shortened
 from .box_matches import match_image

@@ -23,11 +23,11 @@ from ..recipes.batch_tensors import inputs_and_labels
 from ..recipes.recipe_loss import Distilled
 from ..recipes.term import Recipe, Term
 from ..teachers.teacher import Teacher, run_once
-from .dataloader import is_loader, read_apart, spread_batches
 from .head import Head, renamed
 from .head_checks import check_batch_of_head, check_batches_of_head, check_first_batch
 from .head_state import encoded_state, load_encoded_state
 from .heads import Heads, build_heads
+from .loader_batches import is_loader, read_apart, spread_batches
 from .recipe_choice import choose
 
 

@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..base.outputs import DistillError, as_plain, map_tensors, tensors_in
-from ..features.feature_shapes import as_map
 from ..features.layer_hooks import Taps
 from ..features.layer_pairs import inputs, pair
+from ..features.maps_and_tokens import as_map
 from ..features.probe import dry_run
 from .plot_style import new_figure
 

@@ -56,7 +56,6 @@ from .language_model import inputs_of, is_stream, share_n_inp, stream_outputs
 from .learner_heads import HeadData, heads_of, options_of_heads
 from .probe_batches import loader_of
 from .raw_items import raw_items
-from .replay_dl import Plan, attach, refuse_unindexed, sampled
 from .sample_keys import (
     are_contents,
     content_keys,
@@ -66,6 +65,7 @@ from .sample_keys import (
     sample_files,
     storage_order,
 )
+from .sampled_batches import Plan, attach, refuse_unindexed, sampled
 from .task import Task, task_of
 from .teacher_check import check_teacher
 from .teachers import class_names, image_stats, is_heads, teacher_of

@@ -29,8 +29,8 @@ from .learner_heads import HeadData
 from .learner_notes import notes_of
 from .patches import patch_for_targets
 from .raw_items import plan_of_items
-from .replay_dl import Plan, attach, detach, refuse_unindexed, sampled
 from .sample_keys import content_keys, item_keys, matching_root, sample_files
+from .sampled_batches import Plan, attach, detach, refuse_unindexed, sampled
 from .teacher_targets import TeacherTargets
 from .transforms import (
     augmented,

@@ -13,7 +13,7 @@ from ..detection.distiller import DetectionDistiller
 from ..detection.metrics import average_precision
 from ..detection.torchvision_detectors import checked_detector
 from ..detection.validation_loss import validation_losses
-from ..distiller.dataloader import read_apart
+from ..distiller.loader_batches import read_apart
 from ..distiller.trainer_integration import takes_part
 from ..recipes.term import Recipe, Term
 from .learner_notes import notes_of

@@ -4,7 +4,7 @@ from fastai.basics import noop
 
 from ..base.distributed import rank
 from ..checks.explain import LITTLE_LEFT
-from ..recipes.gradient_norms import shares_in_words
+from ..recipes.gradient_shares import shares_in_words
 
 
 class FitLog:

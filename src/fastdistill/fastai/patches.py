@@ -59,7 +59,7 @@ Private names of fastai that are used without a patch, since there is no public 
 Tested with fastai 2.8.10 and 2.8.12. For each patch, `tests/fastai/test_patches.py` tests that the
 patch fixes the problem, and that fastai has the problem without the patch.
 
-Some fits add information about the samples to their batches. To do so, `replay_dl.attach` sets
+Some fits add information about the samples to their batches. To do so, `sampled_batches.attach` sets
 `create_batches` and `after_batch` of the Learner's DataLoaders, which are also arguments of
 fastai's DataLoader. The DataLoaders are changed in place, since callbacks and users refer to the
 same objects.

@@ -25,7 +25,7 @@ from torch.utils.data import IterableDataset
 
 from ..base.model_state import restored
 from ..base.outputs import DistillError, as_plain, map_tensors
-from ..distiller.dataloader import restored_loaders
+from ..distiller.loader_batches import restored_loaders
 from ..teachers.raw_items import with_items
 from .raw_items import renewed, without_samples
 

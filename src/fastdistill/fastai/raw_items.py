@@ -8,8 +8,8 @@ from fastai.tabular.core import Tabular
 from ..base.batch_samples import BatchSamples
 from ..base.outputs import DistillError
 from .language_model import is_stream
-from .replay_dl import Plan, attach, detach, refuse_unindexed, sampled
 from .sample_keys import items_of
+from .sampled_batches import Plan, attach, detach, refuse_unindexed, sampled
 from .transforms import moves
 
 

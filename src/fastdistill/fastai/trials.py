@@ -13,7 +13,7 @@ from fastai.basics import L, Learner, Recorder, noop
 from ..base.model_state import ModelState
 from ..base.outputs import DistillError, DistillWarning
 from ..base.random_state import guarded_random_state
-from ..distiller.dataloader import restored_loaders
+from ..distiller.loader_batches import restored_loaders
 from ..features.layer_names import unwrap
 from ..features.probe import run_eagerly
 from .callback import KnowledgeDistillation

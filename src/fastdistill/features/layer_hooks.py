@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from ..base.outputs import DistillError, Outputs
-from .feature_shapes import as_map, as_tokens, as_vector
 from .layer_names import item_key, model_name, named, no_such_layer, resolve_among, unwrap
+from .maps_and_tokens import as_map, as_tokens, as_vector
 from .probe import is_compiled, main_tensor
 
 

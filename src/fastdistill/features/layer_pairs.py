@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from ..base.outputs import DistillError, Outputs
 from ..base.text_table import text_table
-from .feature_shapes import grid
 from .layer_hooks import Taps, is_output, layer_output
 from .layer_names import (
     how_to_name_layers,
@@ -20,6 +19,7 @@ from .layer_names import (
     resolve,
     split_suffixes,
 )
+from .maps_and_tokens import grid
 from .model_stages import check_visible, embedding, has_head, image_size, is_picture, stages
 from .probe import Fired, dry_run, probe, series_layers
 from .projectors import ProjectorLike, describe_projector

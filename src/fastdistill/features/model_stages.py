@@ -9,8 +9,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..base.outputs import DistillError
-from .feature_shapes import grid
 from .layer_names import how_to_name_layers, layer_tree, model_name, named
+from .maps_and_tokens import grid
 from .probe import Fired, probe, series_layers
 
 CONVS = nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..base.errors import DistillError, check_choice
-from .feature_shapes import to_grid
+from .maps_and_tokens import to_grid
 
 ProjectorLike = str | Callable[..., Tensor]  # a name in `PROJECTORS`, a module or a function
 PROJECTORS = 'auto', 'linear', 'conv', 'conv_bn', 'mlp'

@@ -13,8 +13,8 @@ from ..base.distributed import average_gradients, mean_over_ranks
 from ..base.model_state import read_state, write_state
 from ..base.outputs import DistillError
 from ..base.random_state import RandomGuard
-from ..distiller.dataloader import read_apart
 from ..distiller.distiller import Distiller
+from ..distiller.loader_batches import read_apart
 from ..distiller.trainer_integration import (
     add_parameters,
     check_first,

@@ -21,7 +21,8 @@ from ..base.task import Task
 from ..features.layer_names import named
 from .batch_tensors import Batch, all_classes, blend, of_all_processes, takes_linear, zero_loss
 from .gradient_balance import GradientRatios
-from .gradient_norms import gradient_shares, part_at, swamped
+from .gradient_norms import part_at
+from .gradient_shares import gradient_shares, swamped
 from .layer_link import Link, own_copy
 
 

@@ -15,10 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..base.atomic_files import BusyError, file_errors, locked_folder, write_json
+from ..base.atomic_files import file_errors, write_json
 from ..base.content import first_difference
 from ..base.distributed import of_first, on_first, world_size
 from ..base.errors import DistillError
+from ..base.folder_lock import BusyError, locked_folder
 from .run_folder import read_json, read_settings, write_settings
 
 

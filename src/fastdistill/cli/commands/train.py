@@ -11,7 +11,7 @@ import typer
 
 from ...base.docstrings import parameter_texts
 from ..training.config import TrainConfig
-from ..training.run_settings import settings_of
+from ..training.start_or_resume import settings_of
 
 
 def option(text: str, *names: str) -> Any:

@@ -16,7 +16,7 @@ from ...base.errors import DistillError
 from ...teachers.model_loading import model_files
 from .config import TrainConfig
 from .data_files import Samples
-from .run_settings import read_begun
+from .start_or_resume import read_begun
 
 NAMED = 5  # maximum number of files, rows or classes named in a message
 

@@ -17,9 +17,10 @@ import torch
 from fastai.basics import Learner
 from safetensors.torch import save_model
 
-from ...base.atomic_files import enough_space, locked_folder, new_file, write_atomically, write_json
+from ...base.atomic_files import enough_space, new_file, write_atomically, write_json
 from ...base.distributed import first_then_others, leave_processes, on_first, rank, world_size
 from ...base.errors import DistillError
+from ...base.folder_lock import locked_folder
 from ...fastai import Distiller, KnowledgeDistillation, cache_teacher
 from ...fastai.probe_batches import prepared_batches
 from ...fastai.raw_items import items_shown
@@ -35,7 +36,7 @@ from .exported_student import FOR_STUDENT, FOR_TEACHER
 from .resumable_fit import IF_NONE_IS_FOUND, RATES, STEPS, find_rate, seed_everything, silent
 from .run_data import SPLIT, data_of_run, samples_in_words
 from .run_results import lead_in_words, validation_scores, write_results
-from .run_settings import read_begun, runs_folder, write_begun
+from .start_or_resume import read_begun, runs_folder, write_begun
 from .teachers import file_teacher, teacher_of_texts, with_weights
 from .time_estimate import time_in_words
 from .trainings import Trainings

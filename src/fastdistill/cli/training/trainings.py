@@ -10,7 +10,7 @@ from ...search.resumable_runs import Run, Runs
 from .config import TrainConfig
 from .exported_student import FOR_STUDENT, FOR_TEACHER
 from .resumable_fit import Checkpoints, fit_stage
-from .run_settings import runs_folder
+from .start_or_resume import runs_folder
 
 
 class Trainings:
