@@ -955,7 +955,7 @@ def test_maps_of_layers_of_clean_images_are_not_compared_with_flipped_ones(tmp_p
     fit = lambda recipe: quiet(
         student(dls), 1, cbs=KnowledgeDistillation(cache, recipe, check=False)
     )
-    with pytest.raises(DistillError, match='holds layers of the clean inputs.* would move'):
+    with pytest.raises(DistillError, match='contains layers of the clean inputs.* would move'):
         fit(recipes.hint(layers={name: name}))
     fit(kd())
 

@@ -747,7 +747,7 @@ def test_a_kind_that_contradicts_the_students_loss_is_an_error():
     refuses(
         student,
         teacher,
-        "asked for kind='softmax', but the student's loss is for each label by itself "
+        "asked for kind='softmax', but the student's loss is for each label separately "
         r"\(sigmoid\).*kind='sigmoid'",
         kind='softmax',
         axis=1,
@@ -760,7 +760,7 @@ def test_a_teacher_of_another_kind_is_an_error():
     refuses(
         student,
         teacher,
-        r'trained to predict each label by itself \(sigmoid\), the student predicts one class of several',
+        r'trained to predict each label separately \(sigmoid\), the student predicts one class of several',
     )
 
 

@@ -201,14 +201,15 @@ def test_projectors_of_another_recipe_are_not_used(tmp_path, capsys):
     cb = KD(teacher, Term(losses.hint, layers={'2': '2'}))
     student.fit(1, 0.01, cbs=cb)
     assert (
-        'model.distill.pth holds projectors of different terms or layers' in capsys.readouterr().out
+        'model.distill.pth contains projectors of different terms or layers'
+        in capsys.readouterr().out
     )
     state = cb.state_dict()
     other = KD(teacher)
     other.load_state_dict(state)
     with pytest.raises(
         DistillError,
-        match='This state holds projectors of different terms or layers .hint.*with the recipe it was saved with',
+        match='This state contains projectors of different terms or layers .hint.*with the recipe it was saved with',
     ):
         student.fit(1, 0.01, cbs=other)
 

@@ -34,11 +34,11 @@ from .recipe_choice import choose
 class Distiller(nn.Module):
     """A student, its teacher and a recipe. `distiller(x, y)` computes the loss of one batch.
 
-    The parameters of this module are those of the student and the projectors. The parameters of the
-    teacher are not included. Put `with distiller.teacher:` around a training loop to prepare the
-    teacher once instead of for each batch. `state_dict()` contains everything needed to resume
-    training except for the state of the optimizer, including the random state of a teacher that
-    makes random predictions (`mode='train'` or `combine='sample'`).
+    This module has the parameters of the student and the projectors, but not the parameters of the
+    teacher. Put `with distiller.teacher:` around a training loop to prepare the teacher once
+    instead of for each batch. `state_dict()` contains everything needed to resume training except
+    for the state of the optimizer, including the random state of a teacher that makes random
+    predictions (`mode='train'` or `combine='sample'`).
 
     If the student has several outputs, each output can have its own teacher: `Distiller(student,
     {'color': teacher1, 'shape': teacher2})`. An output with its labels, teacher and recipe is

@@ -178,7 +178,7 @@ def cache_teacher(
     train = dls.train if unlabeled is None else loader_of(unlabeled, dls)
     teacher = stored_teacher(teacher, dls, task, **asked)
     task = with_ignored_label(task, teacher)
-    # outputs stored in float32 must be exactly those of the model
+    # outputs stored in float32 must be exactly the outputs of the model
     if store.dtype == 'float32' and 'precision' not in teacher.run:
         teacher = Teacher(teacher, run=dict(precision='fp32'))
     found = check_teacher(dls, teacher, task, n_epoch=None).enforce() if check else None

@@ -154,7 +154,7 @@ class StoredOutputs(HeldOutputs):
         if not self.cache.views:
             samples.refuse_moved(
                 Outputs(feats={k: v for k, v in out.feats.items() if k in layers}),
-                f'{self.cache.folder} holds layers of the clean inputs',
+                f'{self.cache.folder} contains layers of the clean inputs',
                 'Remove these transforms, or cache views=1 or more.',
             )
         return out
@@ -318,9 +318,9 @@ def plan_of_rows(dls, dl, caches: dict) -> Plan:
     if any(p.views and not same_views(p, first) for p in plans):
         have = '; '.join(f'{k}: {p.views} view(s), seed {p.seed}' for k, p in zip(caches, plans))
         raise DistillError(
-            f'The caches of these heads hold different views of the samples ({have}), but a batch '
-            "has one view of each sample. Write them in one call: cache_teacher({'color': teacher1, 'shape': "
-            'teacher2}, dls, folder, views=...).'
+            f'The caches of these heads contain different views of the samples ({have}), but a '
+            "batch has one view of each sample. Write them in one call: cache_teacher({'color': "
+            "teacher1, 'shape': teacher2}, dls, folder, views=...)."
         )
     return replace(first, at=np.arange(len(first.at)), cache=SideBySide(plans))
 

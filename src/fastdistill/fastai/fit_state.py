@@ -114,10 +114,10 @@ class FitState:
         if differs := what_differs(state['links'], d.links.state_dict()):
             if 'file' not in state:
                 raise DistillError(
-                    f'This state holds {differs}: load it into a callback with the recipe it was '
-                    'saved with.'
+                    f'This state contains {differs}: load it into a callback with the recipe it '
+                    'was saved with.'
                 )
-            return self.log(f'fastdistill: {state["file"]} holds {differs}, and was not loaded.')
+            return self.log(f'fastdistill: {state["file"]} contains {differs}, and was not loaded.')
         if 'file' in state:
             self.log(
                 f'fastdistill: loaded the projectors and their optimizer from {state["file"]}.'

@@ -200,15 +200,15 @@ class Students:
             learn = student_of(self.make_student, run.seed)
             if fingerprint(learn.model.state_dict()) != self.starts[run.seed]:
                 raise DistillError(
-                    f'{runs.folder} holds an experiment with a different student: make_student() '
-                    f'now returns different initial weights for seed {run.seed}. Use a different '
-                    'folder.'
+                    f'{runs.folder} contains an experiment with a different student: '
+                    f'make_student() now returns different initial weights for seed {run.seed}. '
+                    'Use a different folder.'
                 )
             if (found := first_difference(run.result['setup'], setup_of(learn))) is not None:
                 name, there, here = found
                 raise DistillError(
-                    f'{runs.folder} holds an experiment with different {name}: {there} there, {here} '
-                    'now. Use a different folder.'
+                    f'{runs.folder} contains an experiment with different {name}: {there} there, '
+                    f'{here} now. Use a different folder.'
                 )
 
 

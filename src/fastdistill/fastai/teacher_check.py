@@ -34,7 +34,7 @@ from .teachers import class_names, image_stats, size_of_images, teacher_of
 
 KIND_IN_WORDS = dict(
     softmax='one class of several (softmax)',
-    sigmoid='each label by itself (sigmoid)',
+    sigmoid='each label separately (sigmoid)',
     regression='numbers (regression)',
 )
 

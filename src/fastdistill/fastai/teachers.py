@@ -45,8 +45,8 @@ PICKLES = {
 def teacher_of(obj, learn=None, task=None, **kwargs) -> Teacher:
     """Convert `obj` to a `Teacher` for the batches of `learn`.
 
-    Images are converted from the student's normalization to that of the teacher. Images are also
-    resized to the size on which the teacher's Learner was trained.
+    Images are converted from the student's normalization to the teacher's normalization. Images are
+    also resized to the size on which the teacher's Learner was trained.
 
     The normalization and image size of a teacher's Learner are read from its DataLoaders when this
     function is called. A pretrained `vision_learner` adds `Normalize` to its DataLoaders. So if the

@@ -88,7 +88,7 @@ def resolve(model: nn.Module, pattern: str) -> list:
     pattern.
 
     Args:
-        model: A model, which may be wrapped. Names are those of the model inside the wrappers.
+        model: A model, which may be wrapped. Names refer to the model inside the wrappers.
         pattern: A dotted name or a glob ('layer?', '0.*', 'blocks.**.attn'), with or without a
             suffix (see `SUFFIXES`).
     """

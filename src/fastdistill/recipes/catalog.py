@@ -26,8 +26,7 @@ FAMILIES = dict(
 KINDS_IN_WORDS = dict(
     softmax='classes', sigmoid='several labels', regression='numbers'
 )  # names of the kinds of logits in messages
-# cards of recipes whose name differs from that of the loss; any other card is named after its
-# method
+# {recipe: card}, for recipes whose card has a different name
 CARDS = dict(
     kd='kl', soft_labels='kl', hard_labels='hard', logit_std='standardize', pretrain='cosine'
 )

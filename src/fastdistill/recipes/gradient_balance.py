@@ -1,5 +1,5 @@
 """Set the weight of a term with a gradient ratio, so that the term's gradient norm is a given
-multiple of that of the other losses.
+multiple of the gradient norm of the other losses.
 """
 
 from collections.abc import Callable, Mapping, Sequence

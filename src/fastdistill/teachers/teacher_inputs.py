@@ -1,6 +1,6 @@
 """Prepare the inputs of a teacher's model.
 
-The inputs are those of the batch, or the result of `inputs=` or `items=`.
+These are the inputs of the batch, or the result of `inputs=` or `items=`.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -32,7 +32,7 @@ def check_own_inputs(inputs: Callable | None, items: Callable | None) -> None:
 def own_inputs(teacher: Any, x: tuple, kw: Mapping[str, Any]) -> tuple:
     """Return the positional and keyword inputs of the model.
 
-    The inputs are those of the batch, or the result of `inputs=` or `items=`.
+    These are the inputs of the batch, or the result of `inputs=` or `items=`.
 
     Args:
         teacher: A `Teacher` with a single model.
