@@ -417,10 +417,10 @@ class NumberCheck:
         if total <= 1.02 and total >= (0.98 if every else 1e-6):
             return
         other = 'logprobs' if self.given == 'probs' else 'probs'
-        rule = 'a few classes must sum to more than 0 and at most 1'
+        most = '1' if every else 'more than 0 and at most 1, because some classes are missing'
         raise DistillError(
             f'if {self.value!r} contains {self.given}, the probabilities sum to {total:.3g}, but '
-            f'{"all classes must sum to 1" if every else rule}. If it contains something else, '
+            f'they must sum to {most}. If it contains something else, '
             f"pass given='logits' or given={other!r}. If the classes are not mutually exclusive, use "
             'their logits.'
         )
