@@ -115,7 +115,12 @@ def pixels(fig: Any) -> tuple[int, int]:
 
 def svg(fig: Any) -> str:
     import matplotlib
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
 
+    FigureCanvasSVG(fig)  # the layout uses the text sizes of this canvas
+    # savefig would draw everything twice, the first time only for the layout
+    fig.get_layout_engine().execute(fig)
+    fig.set_layout_engine(None)
     out = io.StringIO()
     with matplotlib.rc_context({'svg.fonttype': 'path', 'svg.hashsalt': 'fastdistill'}):
         fig.savefig(out, format='svg', metadata={'Date': None, 'Creator': None}, transparent=True)

@@ -9,7 +9,7 @@ def shown_text(o: Any) -> Any:
     """Replace control characters in a text, which could move or color the surrounding text. Return
     other objects unchanged.
     """
-    if not isinstance(o, str):
+    if not isinstance(o, str) or o.isprintable():
         return o
     return ''.join(c if c.isprintable() else ' ' if c.isspace() else '�' for c in o)
 
