@@ -76,8 +76,8 @@ def train(step, data, epochs, lr):
 
 def main(quick=False, seed=42):
     torch.manual_seed(seed)
-    n, epochs = (32, 1) if quick else (400, 12)
-    data, test = [*shapes(n, 0)], DataLoader([*shapes(200, 1)], 50, collate_fn=collate)
+    n, n_test, epochs = (32, 50, 1) if quick else (400, 200, 12)
+    data, test = [*shapes(n, 0)], DataLoader([*shapes(n_test, 1)], 50, collate_fn=collate)
     models = dict(teacher=large(), alone=small(seed), distilled=small(seed))
     train(models['teacher'].train(), data, epochs, 3e-3)
     train(models['alone'].train(), data, epochs, 1e-2)
