@@ -564,7 +564,7 @@ OF_RESNET50 = dict(
 @pytest.mark.parametrize('given', ['Learner', 'Teacher', 'used Teacher'])
 def test_a_resnet50_teaches_its_layers(given):
     torch.manual_seed(0)
-    model = resnet50(num_classes=3, width_per_group=4)  # layers and maps of the usual sizes
+    model = resnet50(num_classes=3)
     was = snapshot(model)
     t = (
         learner(model)
