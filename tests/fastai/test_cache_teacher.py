@@ -54,7 +54,8 @@ from fastdistill.fastai.learner_notes import notes_of
 from fastdistill.fastai.sampled_batches import sampled
 from fastdistill.fastai.teacher_targets import samples_of
 from fastdistill.fastai.transforms import Replay
-from fastdistill.base.outputs import DistillError, DistillWarning, Outputs
+from fastdistill.base.outputs import DistillError, DistillWarning, Outputs, as_dense
+from fastdistill.base.task import Task
 from fastdistill.recipes.batch_tensors import all_classes
 from fastdistill.features import Taps
 from fastdistill.fastai.teachers import teacher_of
@@ -1359,6 +1360,46 @@ def test_a_teacher_learner_with_its_classes_in_another_order(tmp_path):
     chosen = Teacher(teacher_of(both, mine), select=[1, 0, 2])  # classes of which member?
     with pytest.raises(DistillError, match='members of the ensemble have different class orders'):
         cache_teacher(chosen, mine, tmp_path / 'd')
+
+
+@pytest.mark.parametrize('names', ['dbca', 'abcd', 'dabc'])
+@pytest.mark.parametrize('store', ['float32', 'hidden', dict(topk=2, dtype='float32')])
+def test_a_class_that_only_a_teacher_learner_has_is_ignored_as_without_a_cache(
+    store, names, tmp_path
+):
+    mine, theirs = data(), data(block=CategoryBlock(vocab=[*names], sort=False))
+    torch.manual_seed(0)
+    net = Convs(4)
+    if store == 'hidden':
+        net = nn.Sequential(Convs(5), nn.ReLU(), nn.Linear(5, 4))
+    teacher = Learner(theirs, net)
+    cache = cache_teacher(teacher, mine, tmp_path, views=1, store=store)
+    live = teacher_of(teacher, mine, Task('softmax', 1))
+    c = compare(student(data()), cache, live, 1)
+    assert c.seen
+    for _, _, got, of_live, x in c.seen:
+        want = Teacher(net)(x.as_subclass(torch.Tensor)).logits[:, [names.index(k) for k in 'abc']]
+        torch.testing.assert_close(of_live, want)
+        if isinstance(store, dict):
+            top = want.log_softmax(1).topk(2)
+            torch.testing.assert_close(got.gather(1, top.indices), top.values)
+        else:
+            close = dict(rtol=0.02, atol=0.02) if store == 'hidden' else {}
+            torch.testing.assert_close(as_dense(got), want, **close)
+    assert verify_cache(cache, teacher, data(), n=4).worst < 0.02
+
+
+def test_stored_classes_that_the_labels_do_not_have_are_ignored(tmp_path):
+    "Of the likeliest classes, some may be missing, so these are refused"
+    theirs = data(block=CategoryBlock(vocab=[*'dbca'], sort=False))
+    teacher = Learner(theirs, Convs(4))
+    cache = cache_teacher(teacher, theirs, tmp_path / 'a', store='float32')
+    c = compare(student(data()), cache, Teacher(teacher.model, select=[3, 1, 2]), 1)
+    assert c.seen
+    assert c.error < 1e-5
+    few = cache_teacher(teacher, theirs, tmp_path / 'b', store=dict(topk=2))
+    with pytest.raises(DistillError, match='The teacher has 4 classes, the labels 3: .* Remove d'):
+        cached.feed(StoredOutputs(few), student(data()))
 
 
 def test_the_doctor_sees_the_teacher_first(tmp_path):

@@ -45,6 +45,7 @@ from ..cache.teacher_description import (
 from ..cache.verify_rows import Verified, comparable, row_errors
 from ..cache.write_progress import shown_progress
 from ..cache.writer import check_views, options_of_run, write_cache
+from ..checks.class_order import map_classes
 from ..recipes.default import auto, facts_for_auto
 from ..recipes.recipe_text import as_recipe
 from ..recipes.term import Recipe, Term
@@ -339,10 +340,13 @@ def data_of(dls):
 
 def stored_teacher(teacher, dls, task, **options):
     """Convert `teacher` to a `Teacher` whose classes have the order in which they are stored: the
-    teacher's own order for a single teacher, and the order of the labels for an ensemble.
+    teacher's own order for a single teacher, and the order of the labels for an ensemble, or if the
+    teacher has classes that the labels do not have.
     """
     teacher = teacher_of(teacher, dls, kind=task.kind, axis=task.axis, **options)
-    return teacher_of(teacher, dls, task) if teacher.members else teacher
+    found = None if teacher.members else map_classes(vocab_of(dls), class_names(teacher, dls))
+    of_labels = teacher.members or (found is not None and found.extra)
+    return teacher_of(teacher, dls, task) if of_labels else teacher
 
 
 def with_ignored_label(task, teacher):

@@ -97,7 +97,9 @@ class StoredOutputs(HeldOutputs):
         super().bind(learn, kind, axis)
         own = learn.dls if self.head is None else HeadData(learn.dls, self.head)
         names, vocab = self.cache.manifest.vocab, vocab_of(own)
-        self.order = None if names is None or vocab is None else stored_order(names, vocab)
+        whole = self.cache.manifest.layout.kind not in ('topk', 'draws')
+        known = names is not None and vocab is not None
+        self.order = stored_order(names, vocab, whole) if known else None
         self.stream = is_stream(learn.dls.train)
 
     def plan(self, dls, dl, cache, keys) -> Plan:

@@ -50,18 +50,20 @@ def ignored_name(task, names) -> str:
     return f'{names[i]} (label {i})' if names is not None and 0 <= i < len(names) else f'label {i}'
 
 
-def stored_order(teacher, student) -> Tensor | None:
+def stored_order(teacher, student, whole=False) -> Tensor | None:
     """Return the index of the stored column for each class of the labels.
 
     Args:
         teacher: Class names of the stored outputs, in the order of the columns.
         student: Vocab of the labels.
+        whole: True if a row has the logits of all classes. Classes that the labels do not have are
+            then ignored, as those of a running teacher are.
 
     Returns:
         An index tensor, or None if both orders are the same.
 
     Raises:
-        DistillError: The class names are not the same.
+        DistillError: Classes are missing, or can't be ignored.
     """
     if student is None:
         raise DistillError(
@@ -76,7 +78,7 @@ def stored_order(teacher, student) -> Tensor | None:
             f'The teacher does not have the class(es) {", ".join(found.missing[:5])}: '
             f'it has {", ".join(teacher[:10])}{" ..." if len(teacher) > 10 else ""}.'
         )
-    if found.extra:
+    if found.extra and not whole:
         raise DistillError(
             f'The teacher has {len(teacher)} classes, but the labels have '
             f'{len(teacher) - len(found.extra)}, whose probabilities would not sum to 1. Remove '
