@@ -2454,3 +2454,59 @@ def test_labels_beyond_1_are_named_for_a_sigmoid():
     for kind in ('sigmoid', 'regression'):
         with pytest.raises(DistillError, match='ignore_index=255 is for classes.*task_loss='):
             Distiller(s, t, kd(), kind=kind, ignore_index=255)(x, y)
+
+
+# a second `with distiller.teacher:`
+
+
+def steps(distiller, batches, lr=0.05):
+    "Train, and return the weights of the losses in each step"
+    opt, seen = torch.optim.SGD(distiller.student.parameters(), lr), []
+    for x, y in batches:
+        loss = distiller(x, y)
+        seen.append({k: float(w) for k, w in loss.weights.items()})
+        opt.zero_grad()
+        loss.total.backward()
+        opt.step()
+    return seen
+
+
+def two_models_and_batches(n=70):
+    torch.manual_seed(0)
+    student, teacher = nn.Linear(6, 3), nn.Linear(6, 3)
+    return student, teacher, [(torch.randn(8, 6), torch.randint(3, (8,))) for _ in range(n)]
+
+
+@pytest.mark.parametrize('ensemble', [False, True])
+@pytest.mark.parametrize('which', ['student', 'teacher'])
+def test_gradient_norms_of_other_weights_are_forgotten_in_a_second_with_block(which, ensemble):
+    student, teacher, batches = two_models_and_batches()
+    source = Teacher([teacher, copy.deepcopy(teacher)]) if ensemble else Teacher(teacher)
+    recipe = Term(losses.kl, T=2.0, grad_ratio=1.0, fade=0.2)
+    distiller = Distiller(student, source, recipe, check=False)
+    with distiller.teacher:
+        steps(distiller, batches)
+    changed = student if which == 'student' else teacher
+    changed.load_state_dict({k: 20 * v for k, v in changed.state_dict().items()})
+    again = copy.deepcopy((student, source))
+    with distiller.teacher:
+        got = steps(distiller, batches[:40])
+    new = Distiller(*again, recipe, check=False)
+    with new.teacher:
+        want = steps(new, batches[:40])
+    assert got == want
+
+
+def test_gradient_norms_of_the_same_weights_are_kept_in_a_second_with_block():
+    student, teacher, batches = two_models_and_batches()
+    whole = Distiller(
+        copy.deepcopy(student), teacher, Term(losses.kl, T=2.0, grad_ratio=1.0), check=False
+    )
+    with whole.teacher:
+        want = steps(whole, batches)
+    parts = Distiller(student, teacher, Term(losses.kl, T=2.0, grad_ratio=1.0), check=False)
+    got = []
+    for part in (batches[:50], batches[50:]):
+        with parts.teacher:
+            got += steps(parts, part)
+    assert got == want

@@ -22,6 +22,7 @@ from ..features.model_call import arguments
 from ..recipes.batch_tensors import inputs_and_labels
 from ..recipes.recipe_loss import Distilled
 from ..recipes.term import Recipe, Term
+from ..teachers.members import modules_of
 from ..teachers.teacher import Teacher, run_once
 from .head import Head, renamed
 from .head_checks import check_batch_of_head, check_batches_of_head, check_first_batch
@@ -109,7 +110,7 @@ class Distiller(nn.Module):
         super().__init__()
         # subtle: register the student first, so that its parameters come first in parameters()
         self.student = student
-        # the student's weights when `stop` was called. None if the gradients were measured with the
+        # the models' weights when `stop` was called. None if the gradients were measured with the
         # current weights
         self.left: list | None = None
         self.running = False
@@ -152,22 +153,46 @@ class Distiller(nn.Module):
     def start(self) -> None:
         """Prepare the teachers for many batches.
 
-        If the student's weights changed after `stop`, for example because different weights were
+        If the weights of a model changed after `stop`, for example because different weights were
         loaded, the gradients that were measured before are forgotten.
         """
-        if self.left not in (None, weights_summary(self.student)):
-            for h in self.heads.values():
-                h.forget()
-        self.left, self.running = None, True
+        self._begin()
         for t in self.heads.sources:
             t.start()
 
     def stop(self) -> None:
         """Restore the teachers. It is safe to call this at any time, and more than once."""
-        if self.running:
-            self.left, self.running = weights_summary(self.student), False
+        self._end()
         for t in self.heads.sources:
             t.stop()
+
+    def _begin(self) -> None:
+        if self.left not in (None, self._weights()):
+            for h in self.heads.values():
+                h.forget()
+        self.left, self.running = None, True
+
+    def _end(self) -> None:
+        if self.running:
+            self.left, self.running = self._weights(), False
+
+    def _follow_teachers(self) -> None:
+        """Begin if a teacher was started by itself, as in `with distiller.teacher:`."""
+        if self.running:
+            return
+        for t in self.heads.sources:
+            if isinstance(t, Teacher) and t.runner.started:
+                self._begin()
+                t.runner.stack.callback(self._end)
+                return
+
+    def _weights(self) -> list:
+        """Return numbers that change if the weights of a model change."""
+        sources = [t for t in self.heads.sources if isinstance(t, Teacher)]
+        weights = [p for t in sources for m in modules_of(t) for p in m.parameters()]
+        # subtle: a teacher may be much larger, so its weights are not read
+        versions = [(id(p), None if p.is_inference() else p._version) for p in weights]
+        return [*weights_summary(self.student), *versions]
 
     @property
     def recipe(self) -> Recipe:
@@ -356,6 +381,7 @@ class Distiller(nn.Module):
             The outputs, or None if no term needs the teacher. For several heads, a dict {head name:
             outputs} with the heads for which outputs exist.
         """
+        self._follow_teachers()
         x, terms = inputs(x), {k: h.active_terms(progress) for k, h in self.heads.items()}
         needed = lambda k, h: h.teacher is not None and (terms[k] or h.chooses)
         ask = Heads((k, h) for k, h in self.heads.items() if needed(k, h))
