@@ -86,6 +86,13 @@ def test_the_option_store(given, kind, dtype):
         (dict(draws=0), 'draws=0: must be from 1 to 65535'),
         (dict(draws=5, T=0.0), 'T=0.0: a temperature is a number above 0'),
         (dict(kind='all'), "kind='all': must be one of 'auto'"),
+        (dict(topk='abc'), "topk='abc': must be a whole number"),
+        (dict(topk=2.5), 'topk=2.5: must be a whole number'),
+        (dict(draws='abc'), "draws='abc': must be a whole number"),
+        (dict(draws=5, T='abc'), "T='abc': a temperature is a number above 0"),
+        (dict(components=True), 'components=True: must be a whole number'),
+        (dict(size='abc'), "size='abc': must be a whole number, or (height, width)"),
+        (dict(size=(8,)), 'size=(8,): must be a whole number, or (height, width)'),
     ],
     ids=str,
 )

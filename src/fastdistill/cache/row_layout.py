@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field, replace
 from dataclasses import fields as dataclass_fields
 from itertools import zip_longest
 from math import prod
+from numbers import Integral, Real
 from typing import Any, cast
 
 import numpy as np
@@ -111,6 +112,11 @@ class Store:
                 f"{kind}{', '.join(given)} can't be combined. store= {POSSIBLE_STORES}"
             )
         self.kind = self.kind or (own[0] if own else 'logits')
+        for n in ('topk', 'draws', 'components'):
+            if not isinstance(o := getattr(self, n), Integral | None) or isinstance(o, bool):
+                raise DistillError(f'{n}={o!r}: must be a whole number')
+        if not isinstance(self.T, Real | None):
+            raise DistillError(f'T={self.T!r}: a temperature is a number above 0')
         if self.kind == 'topk' and self.topk is None:
             self.topk = 10
         if self.kind == 'draws':
@@ -134,7 +140,12 @@ class Store:
             raise DistillError(f'topk={self.topk}: must be at least 1, or None for all classes')
         if isinstance(self.size, int):
             self.size = self.size, self.size
-        self.size = None if self.size is None else tuple(self.size)
+        if self.size is None:
+            return
+        pair = isinstance(self.size, (tuple, list)) and len(self.size) == 2
+        if not pair or not all(isinstance(o, Integral) for o in self.size):
+            raise DistillError(f'size={self.size!r}: must be a whole number, or (height, width)')
+        self.size = tuple(self.size)
 
     def __str__(self) -> str:
         """Return a short description for tables and messages."""
