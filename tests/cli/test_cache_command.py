@@ -299,6 +299,16 @@ def test_a_mistake_on_the_command_line_is_one_line_and_no_traceback(
     assert re.search(match, err), err
 
 
+@pytest.mark.skipif(sys.platform == 'darwin', reason='its file names are always UTF-8')
+def test_a_name_that_is_not_utf8_is_shown_with_escapes(script, cache, tmp_path):
+    name = os.fsdecode(b'c\xff')
+    cache('write', f'{script}:teacher', f'{script}:dls', tmp_path / 'c')
+    (tmp_path / 'c').rename(tmp_path / name)
+    code, err = fastdistill(tmp_path, 'cache', 'pack', tmp_path / name, tmp_path / f'{name}.zip')
+    assert code == 0, err
+    assert r'c\udcff.zip' in (tmp_path / 'log.out').read_text()
+
+
 def test_a_damaged_manifest_is_one_line(tmp_path):
     (tmp_path / 'c').mkdir()
     (tmp_path / 'c' / 'manifest.json').write_text(

@@ -1,5 +1,6 @@
 "Define the `fastdistill` command. Errors are printed as one line instead of a traceback."
 
+import io
 import os
 import re
 import sys
@@ -64,6 +65,9 @@ def main() -> None:
     """Run the command. Errors and warnings are printed as one line each. After an error, the exit
     code is 2.
     """
+    # the names of files may have characters that the terminal's encoding lacks, or no characters at all
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors='backslashreplace')
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     show_other = warnings.showwarning
 
