@@ -74,7 +74,7 @@ def test_a_callback_that_stays_on_the_learner_puts_everything_back_whatever_ends
     sources, source, tmp_path
 ):
     "Every event with each error and in each order, and every error in each order"
-    learn = student(data(bs=4), metrics=apps.accuracy, path=tmp_path)
+    learn = student(data(bs=11), metrics=apps.accuracy, path=tmp_path)
     learn.add_cb(KnowledgeDistillation(sources[source], RECIPE(), check=False))
     metrics, teacher = list(learn.metrics), sources['live']
     for i, name in enumerate(EVENTS):

@@ -12,8 +12,8 @@ from functools import lru_cache, partial
 from numbers import Number
 from operator import getitem
 from pathlib import PurePath
-from types import CodeType, FunctionType, MethodType, ModuleType
-from typing import Any
+from types import CodeType, FunctionType, MemberDescriptorType, MethodType, ModuleType
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -142,21 +142,44 @@ def access_of(o: Any) -> Any:
     """Return the functions that read, set and seed the state of a generator. Return None for other
     objects.
     """
-    if isinstance(o, random.SystemRandom):
-        return None
-    return next((v for k, v in ACCESS.items() if isinstance(o, k)), None)
-
-
-@lru_cache
-def takes_generators(cls: Any) -> bool:
-    fn = getattr(cls, 'set_random_state', None)
-    return callable(fn) and {'random_generator', 'py_random'} <= set(
-        inspect.signature(fn).parameters
-    )
+    return facts_of(o).access
 
 
 def hands_out_generators(o: Any) -> bool:
-    return takes_generators(type(o)) and hasattr(o, '__dict__')  # type: ignore[arg-type]
+    return facts_of(o).takes_generators and hasattr(o, '__dict__')
+
+
+class TypeFacts(NamedTuple):
+    """What the search for generators needs to know about a class.
+
+    Attributes:
+        plain: True if its objects contain no generators.
+        access: See `access_of`.
+        takes_generators: True if it has the method `set_random_state` of albumentations.
+        searched: The class and its bases whose attributes are searched.
+    """
+
+    plain: bool
+    access: Any
+    takes_generators: bool
+    searched: tuple[type, ...]
+
+
+def facts_of(o: Any) -> TypeFacts:
+    return facts_of_class(type(o))  # type: ignore[arg-type]
+
+
+@lru_cache(1000)
+def facts_of_class(cls: type) -> TypeFacts:
+    access = next((v for k, v in ACCESS.items() if issubclass(cls, k)), None)
+    fn = getattr(cls, 'set_random_state', None)
+    return TypeFacts(
+        plain=issubclass(cls, PLAIN_TYPES),
+        access=None if issubclass(cls, random.SystemRandom) else access,
+        takes_generators=callable(fn)
+        and {'random_generator', 'py_random'} <= set(inspect.signature(fn).parameters),
+        searched=tuple(c for c in cls.__mro__ if not is_of_library(c)),
+    )
 
 
 def reachable(roots: Any, outside: Sequence = ()) -> Iterator[tuple]:
@@ -167,16 +190,19 @@ def reachable(roots: Any, outside: Sequence = ()) -> Iterator[tuple]:
     because an object may be replaced later. An object is `owned` if it is inside an object with
     `set_random_state`, which sets the generators of all its parts.
     """
-    todo = deque(((getitem, roots, i), o, False) for i, o in enumerate(roots))
+    todo = deque(
+        ((getitem, roots, i), o, False) for i, o in enumerate(roots) if not facts_of(o).plain
+    )
     seen: dict[int, Any] = {id(o): o for o in outside}
     while todo and len(seen) < MAX_OBJECTS:
         place, o, owned = todo.popleft()
-        if id(o) in seen or id(o) in GLOBAL_GENERATORS or isinstance(o, PLAIN_TYPES):
+        if id(o) in seen or id(o) in GLOBAL_GENERATORS:
             continue
         # keep a reference, because after the object is freed, a new object could get the same id
         seen[id(o)] = o
         yield place, o, owned
-        todo.extend((p, v, owned or hands_out_generators(o)) for p, v in contents(o))
+        owns = owned or hands_out_generators(o)
+        todo.extend((p, v, owns) for p, v in contents(o) if not facts_of(v).plain)
 
 
 def contents(o: Any) -> Iterator[tuple]:
@@ -199,11 +225,11 @@ def contents(o: Any) -> Iterator[tuple]:
         if not is_of_library(o):
             for k in sorted(names_in_code(o.__code__) & set(o.__globals__)):
                 yield (in_globals, o, k), in_globals(o, k)
-    for c in (o, *type(o).__mro__):
-        if not hasattr(c, '__dict__') or (isinstance(c, type) and is_of_library(c)):
+    for c in (o, *facts_of(o).searched):
+        if not hasattr(c, '__dict__'):
             continue
         for k, v in list(vars(c).items()):
-            if not inspect.ismemberdescriptor(v):
+            if not isinstance(v, MemberDescriptorType):
                 yield (in_dict, c, k), v
             elif hasattr(o, k):
                 yield (getattr, o, k), getattr(o, k)  # attributes of a class with __slots__

@@ -36,6 +36,7 @@ class Plan:
         random: True if random transforms are seeded.
         stream: True if the samples are consecutive pieces of one text, so that all samples have the
             same view.
+        transforms: What `Replay` knows about each batch transform. Copies of a plan share it.
     """
 
     keys: np.ndarray
@@ -48,6 +49,7 @@ class Plan:
     epoch: int = 0
     random: bool = True
     stream: bool = False
+    transforms: dict = field(default_factory=dict)
 
     def sample(self, i) -> tuple:
         """Return the position in the dataset and the view of a sample, given an index from the

@@ -42,7 +42,7 @@ class Replay(Pipeline):
 
     def __init__(self, pipe, plan):
         super().__init__(pipe, split_idx=pipe.split_idx)
-        self.own, self.plan, self.found = pipe, plan, {}
+        self.own, self.plan = pipe, plan
 
     def __call__(self, o):
         if not (isinstance(o, (tuple, list)) and len(o) and isinstance(o[-1], BatchSamples)):
@@ -57,14 +57,15 @@ class Replay(Pipeline):
         return (*(b if isinstance(b, tuple) else (b,)), samples)
 
     def replay(self, b, samples):
-        seen, keys = {}, self.plan.keys[samples.index]
+        seen, keys, known = {}, self.plan.keys[samples.index], self.plan.transforms
         for f in self.fs:
             # subtle: seeds depend on the transform's name, not its position, since a model may add
             # a Normalize
             n = seen[type(f)] = seen.get(type(f), 0) + 1
-            if id(f) not in self.found:
-                self.found[id(f)] = hash_of(type(f).__name__.encode()), draws_alone(f)
-            name, alone = self.found[id(f)]
+            # the transform is kept too, so that no other one gets its id
+            if id(f) not in known:
+                known[id(f)] = f, hash_of(type(f).__name__.encode()), draws_alone(f)
+            _, name, alone = known[id(f)]
             seeds = seeds_of(self.plan.seed, keys, samples.view, name, n)
             b = replay_one(f, b, seeds, self.split_idx, alone)
         return b
