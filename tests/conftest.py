@@ -32,6 +32,7 @@ def pytest_collection():
         return (yield)
     finally:
         gc.freeze()
+        gc.set_threshold(10_000, 10, 10)  # what tests make lives long enough to be searched in vain
         gc.enable()
 
 
@@ -43,12 +44,26 @@ def without_workers():
 
 
 @pytest.fixture(autouse=True)
-def sources_parsed_once():
-    "onnxscript parses the source of its hundreds of functions anew in each export, a quarter of the time of a small one"
-    traced = getattr(sys.modules.get('onnxscript'), 'TracedOnnxFunction', None)
-    whole = getattr(traced, 'function_ir', None)
-    if isinstance(whole, property) and not hasattr(whole.fget, 'cache_info'):
-        traced.function_ir = property(functools.cache(whole.fget))
+def tables_of_exports_made_once():
+    """An export of a small network spends half of its time on tables that are the same in the next one: onnxscript parses its
+    hundreds of functions, torch.onnx lists them with their signatures, and torch.export lists PyTorch's operators 60 times"""
+    for module, cls, name, kept in (
+        ('onnxscript', 'TracedOnnxFunction', 'function_ir', property),
+        (
+            'torch.onnx._internal.exporter._registration',
+            'ONNXRegistry',
+            'from_torchlib',
+            staticmethod,
+        ),
+        ('torch._export.utils', None, '_materialize_cpp_cia_ops', None),
+    ):
+        owner = sys.modules.get(module)
+        owner = owner if cls is None else getattr(owner, cls, None)
+        found = getattr(owner, name, None)
+        make = getattr(found, 'fget', found)
+        if callable(make) and not hasattr(make, 'cache_info'):
+            once = functools.cache(make)
+            setattr(owner, name, once if kept is None else kept(once))
 
 
 @pytest.fixture(autouse=True)
