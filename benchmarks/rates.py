@@ -25,14 +25,8 @@ from fastdistill.cli.training.data_checks import checked_samples
 from fastdistill.cli.training.data_files import read_samples
 from fastdistill.cli.training.dataloaders import loaders_of
 from fastdistill.cli.training.exported_student import FOR_STUDENT
-from fastdistill.cli.training.resumable_fit import (
-    BEFORE_FIT,
-    IF_NONE_IS_FOUND,
-    RATES,
-    find_rate,
-    seed_epoch,
-    seed_everything,
-)
+from fastdistill.cli.training.resumable_fit import BEFORE_FIT, seed_epoch, seed_everything
+from fastdistill.cli.training.rate_finder import IF_NONE_IS_FOUND, RATES, find_rate
 
 ROOT = Path(__file__).resolve().parents[1]
 OUT = ROOT / 'benchmarks' / 'results' / 'rates.jsonl'

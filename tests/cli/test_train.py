@@ -32,7 +32,7 @@ from fastdistill.cli.training.data_checks import checked_samples
 from fastdistill.cli.training.config import Arch, read_config, write_config
 from fastdistill.cli.training.data_files import read_samples
 from fastdistill.cli.training.dataloaders import loaders_of
-from fastdistill.cli.training.resumable_fit import find_rate
+from fastdistill.cli.training.rate_finder import find_rate
 from fastdistill.cli.training.start_or_resume import settings_of
 from fastdistill.cli.training.teachers import file_teacher
 

@@ -17,7 +17,8 @@ from fastdistill.evaluation import (
     plot_runs,
 )
 from fastdistill.evaluation.report_data import Difference, Latency, MeasureInfo, SeedResults
-from fastdistill.evaluation.number_format import amount, p_text, shown_text, verdicts
+from fastdistill.evaluation.number_format import amount, p_text, shown_text
+from fastdistill.evaluation.verdicts import verdicts
 from fastdistill.base.task import Task
 from reports import a_report
 

@@ -70,16 +70,16 @@ ORDER = dict(
     recipes='schedule teacher_gain batch_tensors token_labels gradient_norms gradient_shares gradient_balance layer_link recipe_loss term zoo recipe_text default catalog',
     checks='findings shared_parameters stored_outputs batch_scores class_order shapes forward normalization recipe task_loss teacher_confidence teacher_scores teacher_outputs explain',
     distiller='loader_batches layer_links task_loss head head_checks recipe_choice heads head_state distiller trainer_integration',
-    evaluation='report_data number_format report_tables text_report plot_style feature_plots report_plots mask_plots html_report checks_table report run_table metrics calibration agreement paired_tests cost model_comparison',
+    evaluation='report_data number_format verdicts report_tables text_report plot_style feature_plots report_plots mask_plots html_report checks_table report run_table metrics calibration agreement paired_tests cost model_comparison',
     search='candidates text_table significance run_folder resumable_runs optuna_proposals search_result recipe_search recipe_report',
-    fastai='task language_model learner_notes transforms teacher_targets patches teacher_block class_names held_outputs sampled_batches sample_keys raw_items tables teachers probe_batches learner_heads metrics compare interpret student_export saved_student default_recipe costs teacher_check cache_data cache_feed finite_check trend_check training_step unlabeled projector_opt detector callback_arguments multi_head fit_distiller fit_log fit_state callback learner trial_clock trials training_setup recipe_find recipe_runs',
+    fastai='task language_model learner_notes transforms teacher_targets patches teacher_block class_names held_outputs sampled_batches sample_keys raw_items tables teachers probe_batches learner_heads metrics compare interpret student_export saved_student default_recipe costs teacher_check cache_data cache_feed finite_check trend_check training_step unlabeled projector_opt detector callback_arguments multi_head fit_distiller fit_log fit_state callback learner trial_scores trial_clock trials training_setup recipe_find recipe_runs',
     detection='torchvision_detectors inherited_head stored_detections pyramid_levels recipes target_checks validation_loss metrics box_matches pseudo_labels detection_plots compare check distiller',
     huggingface='student_from_layers transformers_models trainer',
     cli='recipe_names training arguments named_objects demo commands app',
 )
 ORDER |= {
     'cli.demo': 'tasks results picture',
-    'cli.training': 'config start_or_resume data_files data_fingerprint data_checks dataloaders architectures teachers distributed_fit resumable_fit exported_student valid_predictions mask_examples time_estimate run_data trainings run_results train_run',
+    'cli.training': 'config start_or_resume data_files data_fingerprint validation_split data_checks dataloaders architectures teachers distributed_fit resumable_fit rate_finder exported_student valid_predictions mask_examples time_estimate run_data trainings run_results train_run',
     'cli.commands': 'cache demo find check compare methods train',
 }
 

@@ -23,7 +23,7 @@ from fastdistill import DistillError, Recipe, Term, losses, recipes
 from fastdistill.recipes.default import auto
 from fastdistill.search.candidates import LABELS, Candidate, candidates_for, given_candidates
 from fastdistill.fastai import kd, soft_labels
-from fastdistill.fastai.trial_clock import chosen_half
+from fastdistill.fastai.trial_scores import chosen_half
 from fastdistill.search.search_result import Found
 from fastdistill.search.resumable_runs import Run
 from fastdistill.search.significance import lead_of

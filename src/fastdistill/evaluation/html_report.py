@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from . import report_plots as plots
-from .number_format import caveat, shown_text, verdicts
+from .number_format import shown_text
 from .plot_style import on_dark
 from .report_data import ReportData
 from .report_tables import sheets_of
 from .text_report import title_of
+from .verdicts import caveat, verdicts
 
 MARKS = {'better': 'good', 'mixed': 'even', 'worse': 'bad', 'not significant': 'even'}
 DPI = 72  # SVG units per inch

@@ -15,9 +15,9 @@ from .number_format import (
     percent_text,
     recovered_text,
     three_digits,
-    verdict_of,
 )
 from .report_data import CLASS_MEASURES, Latency, ReportData
+from .verdicts import verdict_of
 
 BUSY = 3  # if p95 exceeds the median by this factor, a report notes that the machine was busy
 SHOWN = 10  # maximum number of classes with the largest gains, and with the largest losses

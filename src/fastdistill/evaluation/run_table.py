@@ -3,10 +3,11 @@
 from collections.abc import Mapping
 from typing import Any
 
-from .number_format import amount, estimate_text, recovered_text, verdict_of
+from .number_format import amount, estimate_text, recovered_text
 from .report_data import ReportData
 from .report_tables import Sheet
 from .text_report import print_sheet
+from .verdicts import verdict_of
 
 
 def sheet_of_runs(k: str, reports: Mapping[str, ReportData]) -> Sheet:

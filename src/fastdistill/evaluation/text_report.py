@@ -4,9 +4,10 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from .number_format import caveat, coverage, estimate_text, shown_text, verdicts
+from .number_format import estimate_text, shown_text
 from .report_data import ReportData
 from .report_tables import Sheet, sheets_of
+from .verdicts import caveat, coverage, verdicts
 
 COLORS_OF_VERDICTS = {
     'better': 'green',

@@ -36,7 +36,7 @@ from .teacher_check import check_teacher
 from .teachers import is_heads
 from .training_setup import setup_of, teacher_text
 from .transforms import moves
-from .trial_clock import scorer, scorer_of_heads
+from .trial_scores import scorer, scorer_of_heads
 from .trials import run_trial
 
 FACTORS = 1, 0.32, 3.2, 0.1, 10  # multiples of the Learner's learning rate

@@ -18,7 +18,8 @@ from ..features.layer_names import unwrap
 from ..features.probe import run_eagerly
 from .callback import KnowledgeDistillation
 from .language_model import in_first_order
-from .trial_clock import Clock, chosen_half
+from .trial_clock import Clock
+from .trial_scores import chosen_half
 
 # modules of fastai with callbacks that write files, show something, or stop a fit
 LEFT_OUT = 'azureml', 'captum', 'comet', 'neptune', 'progress', 'tensorboard', 'tracker', 'wandb'

@@ -79,7 +79,7 @@ def train_command(
 
     with joined_processes() as first:
         run_settings = on_first(lambda: settings_of(given, config, out, resume))
-        from ...evaluation.number_format import over_seeds
+        from ...evaluation.verdicts import over_seeds
         from ..training import TrainRun
 
         run = TrainRun(*run_settings, say=typer.echo, bar=sys.stdout.isatty())

@@ -10,8 +10,8 @@ from typing import Any
 
 from ...base.atomic_files import new_file, write_atomically
 from ...base.errors import DistillWarning
-from ...evaluation.number_format import verdict_of
 from ...evaluation.report_data import Difference, SeedResults
+from ...evaluation.verdicts import verdict_of
 from ...fastai import compare, save_student
 from ...search.resumable_runs import Run
 from ...search.significance import difference_by_seed

@@ -33,7 +33,8 @@ from .architectures import learner_of
 from .config import TrainConfig, write_config
 from .dataloaders import loaders_of
 from .exported_student import FOR_STUDENT, FOR_TEACHER
-from .resumable_fit import IF_NONE_IS_FOUND, RATES, STEPS, find_rate, seed_everything, silent
+from .rate_finder import IF_NONE_IS_FOUND, RATES, STEPS, find_rate
+from .resumable_fit import seed_everything, silent
 from .run_data import SPLIT, data_of_run, samples_in_words
 from .run_results import lead_in_words, validation_scores, write_results
 from .start_or_resume import read_begun, runs_folder, write_begun
