@@ -142,11 +142,11 @@ def access_of(o: Any) -> Any:
     """Return the functions that read, set and seed the state of a generator. Return None for other
     objects.
     """
-    return facts_of(o).access
+    return type_facts(o).access
 
 
 def hands_out_generators(o: Any) -> bool:
-    return facts_of(o).takes_generators and hasattr(o, '__dict__')
+    return type_facts(o).takes_generators and hasattr(o, '__dict__')
 
 
 class TypeFacts(NamedTuple):
@@ -165,12 +165,12 @@ class TypeFacts(NamedTuple):
     searched: tuple[type, ...]
 
 
-def facts_of(o: Any) -> TypeFacts:
-    return facts_of_class(type(o))  # type: ignore[arg-type]
+def type_facts(o: Any) -> TypeFacts:
+    return facts_of_type(type(o))  # type: ignore[arg-type]
 
 
 @lru_cache(1000)
-def facts_of_class(cls: type) -> TypeFacts:
+def facts_of_type(cls: type) -> TypeFacts:
     access = next((v for k, v in ACCESS.items() if issubclass(cls, k)), None)
     fn = getattr(cls, 'set_random_state', None)
     return TypeFacts(
@@ -191,7 +191,7 @@ def reachable(roots: Any, outside: Sequence = ()) -> Iterator[tuple]:
     `set_random_state`, which sets the generators of all its parts.
     """
     todo = deque(
-        ((getitem, roots, i), o, False) for i, o in enumerate(roots) if not facts_of(o).plain
+        ((getitem, roots, i), o, False) for i, o in enumerate(roots) if not type_facts(o).plain
     )
     seen: dict[int, Any] = {id(o): o for o in outside}
     while todo and len(seen) < MAX_OBJECTS:
@@ -202,7 +202,7 @@ def reachable(roots: Any, outside: Sequence = ()) -> Iterator[tuple]:
         seen[id(o)] = o
         yield place, o, owned
         owns = owned or hands_out_generators(o)
-        todo.extend((p, v, owns) for p, v in contents(o) if not facts_of(v).plain)
+        todo.extend((p, v, owns) for p, v in contents(o) if not type_facts(v).plain)
 
 
 def contents(o: Any) -> Iterator[tuple]:
@@ -225,7 +225,7 @@ def contents(o: Any) -> Iterator[tuple]:
         if not is_of_library(o):
             for k in sorted(names_in_code(o.__code__) & set(o.__globals__)):
                 yield (in_globals, o, k), in_globals(o, k)
-    for c in (o, *facts_of(o).searched):
+    for c in (o, *type_facts(o).searched):
         if not hasattr(c, '__dict__'):
             continue
         for k, v in list(vars(c).items()):
