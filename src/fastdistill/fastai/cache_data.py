@@ -236,8 +236,7 @@ def views_of(dl, views, seed):
     refuse_unindexed(dl)
     n = len(dl.dataset)
     plan = Plan(np.arange(n, dtype=np.uint64), views, seed)
-    look = lambda i, view: inspect_views(writer_dl(dl, plan, [(i, view)], 1, 0))
-    return distinct_views(views, n, look)
+    return distinct_views(views, n, view_inspector(dl, plan))
 
 
 def verify_cache(
@@ -614,6 +613,19 @@ def inspect_views(d):
     d.before_iter()
     items = (sampled(d).item(*pair) for pair in d.get_idxs())
     return [dict(digest=item_digest(o, d.n_inp), after=a) for o, a in zip(items, after)]
+
+
+def view_inspector(dl, plan):
+    """Return a function fn(position, view) that inspects one view, see `inspect_views`. One
+    DataLoader is used for all of them.
+    """
+    d = writer_dl(dl, plan, [], 1, 0)
+
+    def look(i, view):
+        d.get_idxs = lambda: [(i, view)]
+        return inspect_views(d)
+
+    return look
 
 
 def summary(x):

@@ -17,9 +17,9 @@ from ..cache.manifest import (
 from ..cache.reader import TeacherCache
 from .cache_data import (
     check_shared_inputs,
-    inspect_views,
     item_digest,
     validation_transforms,
+    view_inspector,
     writer_dl,
 )
 from .class_names import stored_order, vocab_of
@@ -376,12 +376,8 @@ def misfits(dl, plan, cache, named: bool, points=None):
     """
     m = cache.manifest
     if m.views:
-        again = Plan(plan.keys, m.views, m.seed, stream=plan.stream)
-
-        def look(i, view):
-            return inspect_views(writer_dl(dl, again, [(i, view)], 1, 0))[0]
-
-        return sample_differences(m, plan.at, look)
+        inspect = view_inspector(dl, Plan(plan.keys, m.views, m.seed, stream=plan.stream))
+        return sample_differences(m, plan.at, lambda i, view: inspect(i, view)[0])
     if plan.moved and (m.layout.dense or (points and points())):
         what = 'have a value for each pixel or token' if m.layout.dense else 'are the points'
         return [
