@@ -308,8 +308,8 @@ class Outputs:
         feats: {dotted layer name: output of the layer}.
         mask: True, or a positive weight, for positions to include in the loss. Same shape as the
             logits without the class axis.
-        classes: For each of a teacher's logits, the corresponding class of the student, or a list
-            of classes. None if both models have the same classes.
+        classes: For each logit of a teacher, the corresponding class of the student, or a list of
+            classes. None if both models have the same classes.
         lost: Measured loss of precision due to storing, as a list of dicts (see
             `fastdistill.cache.store_choice`). None if unknown.
     """

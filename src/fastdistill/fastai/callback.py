@@ -51,7 +51,7 @@ class KnowledgeDistillation(DistillationCallback):
         kind: 'softmax', 'sigmoid' or 'regression'. If None, the kind is derived from the Learner's
             loss function.
         axis: Class axis. If None, the axis is derived from the Learner's loss function.
-        span: How often schedules, warmup and stop_at run in a `fine_tune`, which consists of two
+        span: Whether schedules, warmup and stop_at span a whole `fine_tune`, which consists of two
             fits. With 'fine_tune', schedules run once over both fits. With 'fit', schedules run
             once in each fit.
         output: Which of the student's outputs is distilled: a name, an index or a function. If

@@ -39,7 +39,7 @@ def run_trial(
     """
     clock = Clock(score, output, after_epoch, late)
     with unchanged(learn, seed), warnings.catch_warnings():
-        # warnings about recipes that are only tried are not useful
+        # warnings about recipes are not useful while they are only being tried
         warnings.simplefilter('ignore', DistillWarning)
         copy_of(learn).distill(
             teacher,

@@ -196,7 +196,7 @@ def of_all_processes(
     Args:
         term: A term whose loss compares samples with each other.
         pairs: (student tensor, teacher tensor) for each pair of layers.
-        targets, options: Targets and options that the loss is called with.
+        targets, options: Targets and options with which the loss is called.
     """
     # subtle: do not gather in validation, which may run in only one process
     if world_size() == 1 or not torch.is_grad_enabled():

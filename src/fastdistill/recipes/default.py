@@ -115,12 +115,13 @@ def softening_temperature(logits: Tensor, even: float = EVEN) -> float:
 
     Args:
         logits: Logits of a teacher, (..., C).
-        even: Fraction of the maximum entropy, instead of 90%.
+        even: Target entropy, as a fraction of the maximum entropy.
     """
     logits = logits.detach().reshape(-1, logits.shape[-1])
     rows = min(ENOUGH_NUMBERS // logits.shape[-1] + 1, ENOUGH_ROWS)
     if len(logits) > rows:
-        # subtle: every nth pixel may be in the same few columns of each image
+        # subtle: choose at random, because every nth pixel may be in the same few columns of each
+        # image
         kept = torch.randperm(len(logits), generator=torch.Generator().manual_seed(0))[:rows]
         logits = logits[kept.to(logits.device)]
     logits = logits.float()

@@ -180,7 +180,7 @@ class GradientRatios(dict):
         apart: Callable[[str], Tensor],
         errors: Callable[[], Tensor | None] | None = None,
     ) -> None:
-        """Measure those terms with a gradient ratio that are due for a measurement in this batch.
+        """Measure the terms with a gradient ratio for which a measurement is due in this batch.
 
         Args:
             weights: {name: weight or gradient ratio}. The task loss is named 'task'.

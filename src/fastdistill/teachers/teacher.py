@@ -299,7 +299,7 @@ class Teacher(OutputSource):
 
 
 def default_name(model: Any, path: Any, n_members: int) -> str:
-    """Return the name of a teacher in messages, if no name was given."""
+    """Return the default name of a teacher for messages."""
     if n_members:
         return f'{n_members} teachers'
     return path.name if path else getattr(model, '__name__', type(model).__name__)
