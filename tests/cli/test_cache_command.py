@@ -165,7 +165,7 @@ def test_an_interrupt_says_how_to_go_on(script, cache, tmp_path, monkeypatch):
     assert 'Finished files are kept' in out and 'To resume, run the same command' in out
     said = cache('info', tmp_path / 'c')
     done = int(
-        re.search(r'(\d+) of 8 written, .* in all: `fastdistill cache write` resumes', said)[1]
+        re.search(r'(\d+) of 8 written, .* in total: `fastdistill cache write` resumes', said)[1]
     )
     assert 0 < done < 8
     written = {p: p.stat().st_mtime_ns for p in (tmp_path / 'c').rglob('0*.bin')}
