@@ -4,7 +4,8 @@ import copy, json, os, random, shutil, sys
 from contextlib import contextmanager
 import numpy as np
 import pytest, torch
-from fastdistill.cache import Source, TeacherCache, Store, write_cache
+from fastdistill import Teacher
+from fastdistill.cache import Source, TeacherCache, Store, ask_server, cache_from, write_cache
 from fastdistill.cache.file_store import open_folder
 from fastdistill.base.outputs import DistillError, Outputs
 from manifests import signed, write_manifest
@@ -601,3 +602,47 @@ def test_places_where_nothing_can_be_written_are_named(tmp_path):
         TeacherCache(tmp_path / 'd')
     with pytest.raises(DistillError, match='Protocol not known: nowhere'):
         write('nowhere://bucket/c')
+
+
+# pipes and devices
+
+
+def pipe(path):
+    path.parent.mkdir(exist_ok=True)
+    path.unlink(missing_ok=True)
+    os.mkfifo(path)
+    return path
+
+
+@pytest.mark.parametrize('name', ['manifest.json', 'keys.bin', 'view000/000001.bin'])
+def test_a_pipe_in_a_cache_is_named_instead_of_waiting_for_it(tmp_path, name):
+    write(tmp_path)
+    pipe(tmp_path / name)
+    for act in (lambda: TeacherCache(tmp_path).check(), lambda: write(tmp_path)):
+        with pytest.raises(
+            DistillError, match=f'{name}. is a pipe, a socket or a device, but a regul'
+        ):
+            act()
+
+
+@pytest.mark.parametrize('ending', ['jsonl', 'npy'])
+@pytest.mark.parametrize('in_folder', [False, True])
+def test_a_pipe_with_outputs_is_named_instead_of_waiting_for_it(tmp_path, ending, in_folder):
+    file = pipe(tmp_path / 'rows' / f'a.{ending}')
+    with pytest.raises(DistillError, match=f'a.{ending}. is a pipe, a socket or a device'):
+        cache_from(file.parent if in_folder else file, tmp_path / 'c', n=3)
+
+
+def test_a_pipe_with_answers_is_named_instead_of_waiting_for_it(tmp_path):
+    file = pipe(tmp_path / 'a.jsonl')
+    with pytest.raises(DistillError, match='a.jsonl. is a pipe, a socket or a device'):
+        ask_server('http://localhost:1', {'a': 'text'}, file, body={})
+
+
+@pytest.mark.parametrize('ending', ['pt', 'pt2', 'onnx', 'joblib', 'pkl'])
+def test_a_pipe_as_a_teacher_is_named_instead_of_waiting_for_it(tmp_path, ending):
+    with pytest.raises(DistillError, match='is a pipe, a socket or a device'):
+        Teacher(pipe(tmp_path / f'a.{ending}'))
+    (tmp_path / f'b.{ending}').symlink_to('/dev/zero')
+    with pytest.raises(DistillError, match='is a pipe, a socket or a device'):
+        Teacher(tmp_path / f'b.{ending}')

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shutil
+import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -94,6 +95,21 @@ def write_atomically(path: str | Path, content: bytes | str | Callable) -> None:
 
 def write_json(path: str | Path, data: Any) -> None:
     write_atomically(path, json.dumps(data, indent=1) + '\n')
+
+
+def check_regular_file(path: str | Path) -> None:
+    """Raise a DistillError for a pipe, a socket or a device, whose reading may never end. Other
+    paths, also those that do not exist, are accepted.
+    """
+    try:
+        mode = os.stat(path).st_mode
+    except (OSError, ValueError):
+        return
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        raise DistillError(
+            f'{str(path)!r} is a pipe, a socket or a device, but a regular file is needed: write its '
+            'content to a file first.'
+        )
 
 
 @contextmanager

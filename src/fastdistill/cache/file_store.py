@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from ..base.atomic_files import file_errors, write_atomically
+from ..base.atomic_files import check_regular_file, file_errors, write_atomically
 from ..base.folder_lock import locked_folder
 from ..base.outputs import DistillError
 from .digests import checksum, file_checksum
@@ -58,6 +58,7 @@ class Folder:
         """Return the size of a file in bytes, or None if the file does not exist."""
         with file_errors(f"Can't read {name} in {self}"):
             try:
+                check_regular_file(self.path / name)
                 return (self.path / name).stat().st_size
             except (FileNotFoundError, NotADirectoryError):
                 return None
@@ -72,6 +73,7 @@ class Folder:
         return sorted(p.relative_to(self.path).as_posix() for p in files)
 
     def read(self, name: str) -> bytes:
+        check_regular_file(self.path / name)
         with file_errors(f"Can't read {name} in {self}"):
             return (self.path / name).read_bytes()
 

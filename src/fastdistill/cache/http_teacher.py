@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote, quote_plus, unquote, unquote_plus, urlsplit
 
-from ..base.atomic_files import file_errors, write_atomically
+from ..base.atomic_files import check_regular_file, file_errors, write_atomically
 from ..base.outputs import DistillError
 from .digests import behavior_of, checksum
 from .file_store import Folder
@@ -216,6 +216,8 @@ def digests_before(path: Path, now: Any) -> dict:
     Args:
         now: URL and body of the requests, and fingerprints of the functions `request` and `answer`.
     """
+    check_regular_file(path)
+    check_regular_file(beside(path))
     if not path.exists() or not beside(path).exists():
         return {}
     try:

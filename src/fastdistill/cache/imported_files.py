@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..base.atomic_files import check_regular_file
 from ..base.outputs import DistillError
 from .digests import file_checksum, fingerprint
 from .file_store import natural_order
@@ -86,6 +87,8 @@ def read_path(path: Path) -> tuple:
         raise DistillError(
             f'{path}: must be a file that ends in {", ".join(READERS)}, or a folder of such files.'
         )
+    for file in files:
+        check_regular_file(file)
     return FileRows(files), (path.name, fingerprint(' '.join(map(file_checksum, files))))
 
 

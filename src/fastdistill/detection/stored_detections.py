@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from torch import Tensor, nn
 
-from ..base.atomic_files import file_errors, new_file
+from ..base.atomic_files import check_regular_file, file_errors, new_file
 from ..base.content import first_difference
 from ..base.outputs import DistillError
 from ..cache.digests import fingerprint
@@ -62,6 +62,7 @@ class StoredDetections:
 
     def __init__(self, path: Path | str, model: nn.Module | None = None) -> None:
         self.path = Path(path)
+        check_regular_file(path)
         with file_errors(
             f"Can't read the detections in {path}",
             (OSError, ValueError, TypeError, SafetensorError),

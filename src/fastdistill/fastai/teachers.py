@@ -20,6 +20,7 @@ from fastai.vision.augment import (
 from fastai.vision.core import Image, PILImage
 from torch import Tensor, nn
 
+from ..base.atomic_files import check_regular_file
 from ..base.class_mapping import class_groups
 from ..base.errors import DistillError, DistillWarning, few_names
 from ..base.outputs import as_plain
@@ -297,6 +298,7 @@ def of_module(model, given):
 
 def exported(path):
     """Load a Learner or an estimator from a pickle."""
+    check_regular_file(path)
     if not path.is_file():
         raise DistillError(
             f'There is no file {str(path)!r}. {PICKLES[path.suffix].format(path.name)}'

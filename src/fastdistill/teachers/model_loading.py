@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from torch.nn import Module
 
+from ..base.atomic_files import check_regular_file
 from ..base.outputs import DistillError, DistillWarning, tensors_in
 from .estimator import Estimator, is_estimator
 
@@ -105,6 +106,7 @@ def from_file(path: Path) -> tuple[Any, Path]:
             f'{str(path)!r} is a folder. {FORMS} In fastai, the folder of a finished cache can be the '
             'teacher, but not part of a list.'
         )
+    check_regular_file(path)
     if not path.is_file():
         raise DistillError(
             f"There is no file {str(path)!r}. {FORMS} A model's name is not enough: build the model, "

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from ...base.atomic_files import write_atomically
+from ...base.atomic_files import check_regular_file, write_atomically
 from ...base.errors import DistillError, close_name
 
 TRAIN_TASKS = 'images', 'masks', 'texts', 'table'
@@ -212,6 +212,8 @@ class TrainConfig:
                 f'teacher={self.teacher!r}: the teacher must be a file that can be loaded again when the '
                 "run resumes. Write one with learn.export('teacher.pkl')."
             )
+        for file in self.teacher_files.values():
+            check_regular_file(file)
         if self.teacher_weights and not Path(self.teacher_weights).is_file():
             raise DistillError(f'There is no file {self.teacher_weights!r}.')
         if not self.teacher_file:
@@ -276,6 +278,7 @@ class TrainConfig:
 
 
 def check_data_path(path: str) -> None:
+    check_regular_file(path)
     if not Path(path).exists():
         raise DistillError(f'There is no file or folder {str(path)!r}.')
 
