@@ -516,6 +516,35 @@ def test_resume_of_a_finished_or_another_run(finished, digits, command):
     )
 
 
+@pytest.mark.parametrize('key', ['data', 'teacher', 'student'])
+def test_a_setting_that_is_missing_in_config_toml_is_named(key, finished, command, tmp_path):
+    shutil.copytree(finished, folder := tmp_path / 'w')
+    config = folder / 'config.toml'
+    lines = config.read_text().splitlines()
+    config.write_text('\n'.join(o for o in lines if not o.startswith(f'{key} =')))
+    code, _, err = command('--resume', '--out', folder)
+    assert code == 2
+    assert f"has no setting '{key}'" in ' '.join(err.split())
+
+
+@pytest.mark.filterwarnings('ignore:.* is a pickle')
+def test_a_student_is_not_scored_on_samples_that_it_was_trained_on(finished, digits, tmp_path):
+    shutil.copytree(finished, folder := tmp_path / 'w')
+    shutil.copytree(digits, data := tmp_path / 'data')
+    config = folder / 'config.toml'
+    config.write_text(config.read_text().replace(str(digits), str(data)))
+    learn = learner_in_file(folder / 'student.pkl')  # the same data in a different place
+    assert len(learn.dls.valid_ds) == len(learner_in_file(finished / 'student.pkl').dls.valid_ds)
+    split = pd.read_csv(folder / 'split.csv')
+    trained = split.file[split.set == 'train'].tolist()
+    for i, file in enumerate(trained[:5]):
+        (data / Path(file).relative_to(digits)).rename(
+            data / Path(file).parent.name / f'new{i}.png'
+        )
+    with pytest.raises(DistillError, match='validation samples were training samples of the run'):
+        learner_in_file(folder / 'student.pkl')
+
+
 def test_teachers_that_exist_already(finished, digits, tmp_path):
     "Exported, or as weights. It is not trained, and both forms score the same"
     out = tmp_path / 'weights'

@@ -4,7 +4,7 @@ import json
 import math
 import os
 import tomllib
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -352,6 +352,21 @@ def read_config(path: Path | str) -> dict:
             f'{", ".join(have)}'
         )
     return got
+
+
+def config_of_run(folder: Path) -> TrainConfig:
+    """Return the settings of a run.
+
+    Args:
+        folder: Folder of the run.
+    """
+    path = folder / 'config.toml'
+    settings = read_config(path)
+    if missing := [
+        f.name for f in fields(TrainConfig) if f.default is MISSING and f.name not in settings
+    ]:
+        raise DistillError(f'{path} has no setting {missing[0]!r}: restore it to use this run.')
+    return TrainConfig(**settings)
 
 
 def write_config(config: TrainConfig, path: Path | str) -> None:

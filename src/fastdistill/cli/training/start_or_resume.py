@@ -6,7 +6,7 @@ from pathlib import Path
 from ...base.errors import DistillError
 from ...search.run_folder import read_settings, write_settings
 from ..recipe_names import check_recipe_text
-from .config import TrainConfig, read_config
+from .config import TrainConfig, config_of_run, read_config
 
 
 def settings_of(
@@ -26,7 +26,7 @@ def settings_of(
     if resume and folder and (folder / 'config.toml').is_file():
         if config_file is not None:
             raise DistillError(f'{folder} has its own settings: omit config=.')
-        stored = TrainConfig(**read_config(folder / 'config.toml')).absolute()
+        stored = config_of_run(folder).absolute()
         check_unchanged(given, stored, folder)
         if (folder / 'report.json').is_file():
             raise DistillError(f'The run in {folder} is finished.')
