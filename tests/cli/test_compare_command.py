@@ -103,6 +103,7 @@ def test_compare_prints_and_writes_a_report(command, there):  # noqa: F811
             ['a=mine.py:student', 'b=mine.py:student', 'a=mine.py:alone'],
             "The name 'a' is used twice",
         ),
+        (['a=mine.py:student', '--out', 'mine.py'], "'mine.py' is a file"),
     ],
 )
 def test_mistakes_of_compare_are_one_line(command, there, args, why):  # noqa: F811
@@ -118,6 +119,24 @@ def test_the_report_of_a_run_is_not_overwritten(command, there):  # noqa: F811
     assert code == 2
     assert "--out 'runs/w' is the folder of a run" in ' '.join(err.split())
     assert (there / 'runs/w/report.json').read_text() == 'of the run'
+
+
+@pytest.mark.parametrize(
+    'args,why',
+    [
+        (['r.json', '--plot', 'a.foo'], "'a.foo': a picture ends in .png"),
+        (['r.json', '--plot', 'none/a.png'], "'none/a.png': there is no folder 'none'"),
+        (['bytes.json'], 'This is not JSON'),
+        (['deep.json'], 'This is not JSON'),
+    ],
+)
+def test_mistakes_of_report_are_one_line(command, there, args, why):  # noqa: F811
+    a_report().to_json(there / 'r.json')
+    (there / 'bytes.json').write_bytes(b'\xff')
+    (there / 'deep.json').write_text('[' * 100_000)
+    code, out, err = command('report', *args)
+    assert code == 2 and why in ' '.join(err.split()), err
+    assert not out
 
 
 def test_reports_of_several_runs_are_one_table_the_best_first(command, there):  # noqa: F811

@@ -11,6 +11,7 @@ from ..base.errors import DistillError
 from .recipe_names import check_recipe_text
 from .training.config import exported_student
 
+PICTURES = '.png', '.jpg', '.jpeg', '.webp', '.tif', '.tiff', '.pdf', '.svg', '.eps', '.ps'
 MODEL = "an exported Learner (.pkl), the folder of a run, or 'file.py:name'"
 
 
@@ -76,6 +77,17 @@ def recipe_names(texts: Any) -> Any:
         else:
             check_recipe_text(o)
     return texts
+
+
+def picture_file(path: Path | None) -> Path | None:
+    """Check that a picture can be saved as this file."""
+    if path is None:
+        return None
+    if path.suffix and path.suffix.lower() not in PICTURES:
+        raise DistillError(f'{str(path)!r}: a picture ends in {", ".join(PICTURES)}.')
+    if not path.absolute().parent.is_dir():
+        raise DistillError(f'{str(path)!r}: there is no folder {str(path.parent)!r}.')
+    return path
 
 
 def existing_cache(path: str) -> str:

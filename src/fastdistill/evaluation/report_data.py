@@ -235,15 +235,15 @@ class JsonReport:
         Args:
             source: Path of a file, or the JSON text itself.
         """
-        if not isinstance(source, str) or not source.lstrip().startswith('{'):
-            if not Path(source).is_file():
-                raise DistillError(
-                    f'There is no file {str(source)!r}. {cls.__name__}.to_json(path) writes one.'
-                )
-            source = Path(source).read_text(encoding='utf-8')
+        is_text = isinstance(source, str) and source.lstrip().startswith('{')
+        path = None if is_text else Path(source)
+        if path is not None and not path.is_file():
+            raise DistillError(
+                f'There is no file {str(source)!r}. {cls.__name__}.to_json(path) writes one.'
+            )
         try:
-            data = json.loads(source)
-        except ValueError as e:
+            data = json.loads(str(source) if path is None else path.read_text(encoding='utf-8'))
+        except (ValueError, RecursionError) as e:
             raise DistillError(
                 f'This is not JSON: {e}. {cls.__name__}.to_json writes a {cls.called}.'
             ) from e

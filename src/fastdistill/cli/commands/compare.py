@@ -13,7 +13,14 @@ import typer
 
 from ...base.atomic_files import write_atomically
 from ...base.errors import DistillError, DistillWarning
-from ..arguments import DataOption, ModelsArg, StudentArg, in_python, split_name
+from ..arguments import (
+    DataOption,
+    ModelsArg,
+    StudentArg,
+    in_python,
+    picture_file,
+    split_name,
+)
 from ..named_objects import (
     dataloaders,
     load_named_learner,
@@ -59,7 +66,8 @@ def compare_command(
     models: ModelsArg,
     data: DataOption = None,
     out: Annotated[
-        Path | None, typer.Option(help='Folder for report.html, report.json and report.md.')
+        Path | None,
+        typer.Option(file_okay=False, help='Folder for report.html, report.json and report.md.'),
     ] = None,
     teacher: Annotated[
         str | None, typer.Option(help="Name of the teacher; default: 'teacher'.")
@@ -132,7 +140,9 @@ def report_command(
         typer.Argument(callback=report_files, help='report.json files, or folders with one.'),
     ],
     html: Annotated[Path | None, typer.Option(help='Write the page of a single report.')] = None,
-    plot: Annotated[Path | None, typer.Option(help='Write a picture of all runs.')] = None,
+    plot: Annotated[
+        Path | None, typer.Option(callback=picture_file, help='Write a picture of all runs.')
+    ] = None,
 ) -> None:
     """Show saved reports. A single report is shown in full. Several reports are shown as a table of
     all students, sorted by score.

@@ -17,6 +17,7 @@ from ..arguments import (
     TeacherArg,
     in_file,
     in_python,
+    picture_file,
     recipe_names,
 )
 from ..named_objects import load_named_learner, load_object, load_recipe, load_teacher, of_run
@@ -56,7 +57,9 @@ def find(
             help=f'{RecipeText}; replaces the default candidates. May be given several times.',
         ),
     ] = None,
-    plot: Annotated[Path | None, typer.Option(help='File for the plot.')] = None,
+    plot: Annotated[
+        Path | None, typer.Option(callback=picture_file, help='File for the plot.')
+    ] = None,
 ) -> None:
     """Try recipes and learning rates in short runs, repeat the best, and print a table.
 
