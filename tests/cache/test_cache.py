@@ -230,7 +230,7 @@ def test_a_teacher_that_returns_another_number_of_outputs_is_refused(tmp_path, a
 def test_rows_of_one_cache_are_alike():
     lay = Layout.of(Outputs(logits(2, 5)), Store())
     with pytest.raises(
-        DistillError, match=r'shape \(6,\) in this batch, but \(5,\) in the first one'
+        DistillError, match=r'shape \(6,\) in this batch, but \(5,\) in the first batch'
     ):
         lay.encode(Outputs(logits(2, 6)))
     with pytest.raises(DistillError, match='have no feats:a in this batch'):

@@ -484,7 +484,11 @@ def test_another_shape_of_output_is_an_error():
         r"\(16, 4, 16, 16\), but the teacher's has shape \(16, 4, 8, 8\).*same resolution",
     )
     student, _ = pair('points')
-    refuses(student, lambda x: torch.randn(len(x), 1), r"\(16, 4\), but the teacher's has shape \(16, 1\)")
+    refuses(
+        student,
+        lambda x: torch.randn(len(x), 1),
+        r"\(16, 4\), but the teacher's has shape \(16, 1\)",
+    )
 
 
 def test_a_label_without_an_output_is_an_error_before_training():

@@ -24,7 +24,7 @@ from fastdistill.fastai import (
 from fastdistill.fastai import cache_teacher, verify_cache
 from fastdistill.fastai.probe_batches import loader_of
 from fastdistill.fastai.learner_notes import notes_of
-from fastdistill.fastai.tables import perturbed_rows
+from fastdistill.fastai.perturbed_rows import perturbed_rows
 from cached import N, TRAIN, Convs, data, student
 
 pytestmark = pytest.mark.filterwarnings(*apps.FASTAI_WARNINGS)

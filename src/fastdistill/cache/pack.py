@@ -17,7 +17,7 @@ from .file_store import Folder, open_folder
 from .manifest import MAX_MANIFEST, Manifest, parse_manifest
 from .reader import TeacherCache
 from .sample_files import record_size
-from .writer import notes
+from .shard_notes import notes
 
 CARD = 'README.md'
 HEADER = 30  # size of the header before each file in a zip archive, without its name

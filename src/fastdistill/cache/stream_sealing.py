@@ -14,11 +14,12 @@ import numpy as np
 from ..base.outputs import DistillError
 from .digests import checksum
 from .file_store import Folder, natural_order, open_folder
+from .head_file import read_head
 from .keys import keys_in_stream, look_up
 from .manifest import Manifest
 from .reader import TeacherCache, damage_of, in_threads
+from .shard_notes import clear
 from .stream_writer import NUMBERED, keys_file, read_keys, rows_at_end, stream_manifest
-from .writer import clear, read_head
 
 STEP = 2**14  # number of keys handled at once, which fit into the processor's cache
 PART = re.compile(r'view(\d{3,})/(.+)\.(rows|keys|end)')

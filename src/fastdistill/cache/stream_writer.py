@@ -16,10 +16,12 @@ from ..base.outputs import DistillError, DistillWarning, LinearLogits, Outputs, 
 from ..teachers.teacher import Teacher, with_defaults
 from .digests import behavior_of, checksum, versions
 from .file_store import Folder, open_folder
+from .head_file import entries_of_head, read_head
 from .json_checks import check_json, json_object, parse_json, shortened, whole_number
 from .keys import hash_of, keys_in_stream
 from .manifest import MAX_COUNT, PART_NAME, Manifest
 from .output_layer import StoredHead, find_output_layer, head_of
+from .rounding import Rounding, warn_of_rounding
 from .row_layout import Layout, Store
 from .store_choice import Choice, HiddenRun, check_kind_of_store, uses_of
 from .teacher_description import (
@@ -30,15 +32,7 @@ from .teacher_description import (
     on_axis,
     outputs_of,
 )
-from .writer import (
-    SHARD_BYTES,
-    Rounding,
-    check_views,
-    encoded,
-    entries_of_head,
-    read_head,
-    warn_of_rounding,
-)
+from .writer import SHARD_BYTES, check_views, encoded
 
 UNKNOWN = 10**8  # number of samples assumed for a stream of unknown length
 NUMBERED = re.compile(r'(.+)-(\d{6,})')

@@ -7,7 +7,12 @@ import numpy as np
 import torch
 
 from ..base.outputs import Draws, TopK, as_dense
+from .digests import checksum
+from .file_store import Folder
+from .head_file import head_is_lost, read_head
+from .manifest import Manifest
 from .row_layout import Layout, decoded_components
+from .shard_notes import note_checksum
 
 
 def row_errors(stored: Any, live: Any) -> tuple[list, list]:
@@ -88,3 +93,48 @@ class Verified:
             f'{self.rows} rows compared: stored logits ({self.dtype}) differ by at most {self.worst:.2g}, '
             f'and by {self.mean:.2g} on average'
         )
+
+
+# if the outputs for the first samples differ by more than this fraction of the largest output, the
+# cache belongs to a different teacher. A different batch size or device, or int8, changes them less
+OTHER_OUTPUTS = 0.05
+
+
+def other_outputs(where: Folder, m: Manifest, first: Any) -> list:
+    """Check whether the teacher's outputs for the first samples differ from the stored outputs.
+
+    This detects changes that the description of a teacher does not show, such as a different
+    function that prepares its inputs.
+
+    Args:
+        where: Folder of the cache.
+        m: Manifest of the cache.
+        first: Current outputs for the first samples.
+
+    Returns:
+        List with a text about the difference, or an empty list.
+    """
+    name, size = m.shard(0, 0), m.layout.bytes
+    known = m.checksums.get(name) or note_checksum(where, next(m.all_shards()))
+    if known is None or head_is_lost(where, m):
+        return []
+    if where.size(name) is None or checksum(data := where.read(name)) != known:
+        return []  # the file is missing or damaged, and will be written again
+    head = read_head(where, m)
+    likeliest = isinstance(first.logits, TopK)
+    n = (first.logits.ids if likeliest else first.logits).shape[0]
+    rows = np.frombuffer(data, np.uint8)[: n * size].reshape(n, size).copy()
+    old, now = comparable(m.layout, rows, first.logits, head)
+    # encode the current outputs, too, so that both have the errors of the storage format. This does
+    # not work for formats that select classes
+    whole = m.layout.n is None or m.head_bytes
+    if m.layout.kind != 'pca' and (whole or likeliest):
+        now = m.layout.decode(torch.from_numpy(m.layout.encode(first, head)), head).logits
+    errors, sizes = row_errors(old, now)
+    largest = max(sizes) or 1 if whole else max(*sizes, 1)  # log-probabilities may be almost 0
+    if (far := max(errors) / largest) <= OTHER_OUTPUTS:
+        return []
+    return [
+        f"the teacher's outputs for the first samples: they differ by {far:.2g} of the largest output, "
+        'so the teacher, or a function that prepares its inputs, has changed'
+    ]

@@ -1,9 +1,8 @@
 """Write a cache shard by shard, and resume interrupted runs."""
 
 import json
-import re
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -14,29 +13,24 @@ import torch
 
 from ..base.distributed import on_first, rank, world_size
 from ..base.errors import options_of_group
-from ..base.outputs import DistillError, DistillWarning, Outputs, TopK, as_dense
+from ..base.outputs import DistillError, DistillWarning, TopK, as_dense
 from ..base.sample_seeds import seeds_of
 from .digests import checksum, versions
 from .file_store import Folder, open_folder
-from .json_checks import check_json, parse_json
+from .head_file import entries_of_head, read_head, restore_head
 from .keys import hash_of
-from .manifest import CHECKSUM, MAX_VIEWS, Manifest, differences, refuse
+from .manifest import MAX_VIEWS, Manifest, differences, refuse
 from .output_layer import StoredHead, head_of, worst_error
 from .reader import TeacherCache, damages
-from .row_layout import COARSE, Layout, Store
+from .rounding import Rounding, feature_errors, warn_of_rounding
+from .row_layout import Layout, Store
 from .sample_files import changed_files, changed_text, record_files, write_record
+from .shard_notes import clear, note_of, notes
 from .store_choice import few_outputs
 from .teacher_description import Source, is_whole
-from .verify_rows import comparable, row_errors
+from .verify_rows import other_outputs
 
 SHARD_BYTES = 64 * 2**20
-# maximum error of logits computed from hidden states, relative to the range of the logits
-INACCURATE = 0.02
-# maximum difference of features, relative to their standard deviation
-FEATURES_FAR = 0.1
-# if the outputs for the first samples differ by more than this fraction of the largest output, the
-# cache belongs to a different teacher. A different batch size or device, or int8, changes them less
-OTHER_OUTPUTS = 0.05
 DRAWS = 2  # random stream for drawing classes. Item and batch transforms use the streams 0 and 1
 
 
@@ -208,46 +202,6 @@ def changed_now(where: Folder, paths: Sequence | None) -> str:
     return changed_text(names, len(paths or ())) if names else ''
 
 
-def other_outputs(where: Folder, m: Manifest, first: Any) -> list:
-    """Check whether the teacher's outputs for the first samples differ from the stored outputs.
-
-    This detects changes that the description of a teacher does not show, such as a different
-    function that prepares its inputs.
-
-    Args:
-        where: Folder of the cache.
-        m: Manifest of the cache.
-        first: Current outputs for the first samples.
-
-    Returns:
-        List with a text about the difference, or an empty list.
-    """
-    name, size = m.shard(0, 0), m.layout.bytes
-    known = m.checksums.get(name) or note_checksum(where, next(m.all_shards()))
-    if known is None or head_is_lost(where, m):
-        return []
-    if where.size(name) is None or checksum(data := where.read(name)) != known:
-        return []  # the file is missing or damaged, and will be written again
-    head = read_head(where, m)
-    likeliest = isinstance(first.logits, TopK)
-    n = (first.logits.ids if likeliest else first.logits).shape[0]
-    rows = np.frombuffer(data, np.uint8)[: n * size].reshape(n, size).copy()
-    old, now = comparable(m.layout, rows, first.logits, head)
-    # encode the current outputs, too, so that both have the errors of the storage format. This does
-    # not work for formats that select classes
-    whole = m.layout.n is None or m.head_bytes
-    if m.layout.kind != 'pca' and (whole or likeliest):
-        now = m.layout.decode(torch.from_numpy(m.layout.encode(first, head)), head).logits
-    errors, sizes = row_errors(old, now)
-    largest = max(sizes) or 1 if whole else max(*sizes, 1)  # log-probabilities may be almost 0
-    if (far := max(errors) / largest) <= OTHER_OUTPUTS:
-        return []
-    return [
-        f"the teacher's outputs for the first samples: they differ by {far:.2g} of the largest output, "
-        'so the teacher, or a function that prepares its inputs, has changed'
-    ]
-
-
 def _reopen(where: Folder, old: Manifest, m: Manifest, keys: bytes) -> tuple:
     """Reopen an existing cache.
 
@@ -284,90 +238,6 @@ def _reopen(where: Folder, old: Manifest, m: Manifest, keys: bytes) -> tuple:
     return new, {k: v for k, v in own.items() if k not in bad} | notes(where, added)
 
 
-def entries_of_head(head: StoredHead | None) -> list[dict]:
-    """Return the entries of `Manifest.shards` before the rows are written."""
-    if head is None:
-        return []
-    data = head.to_bytes()
-    return [dict(name='head.bin', bytes=len(data), checksum=checksum(data))]
-
-
-def head_is_lost(where: Folder, m: Manifest) -> bool:
-    """Return True if `head.bin` is needed, but is missing, has a different size, or was changed."""
-    if (where.size('head.bin') if m.head_bytes else 0) != m.head_bytes:
-        return True
-    known = m.checksums.get('head.bin')  # unknown if an earlier version began to write the cache
-    return known is not None and checksum(where.read('head.bin')) != known
-
-
-def restore_head(where: Folder, m: Manifest, head: StoredHead | None) -> None:
-    """Rewrite `head.bin` if it is missing or damaged and `head` is the layer that it contained."""
-    if head is not None and head_is_lost(where, m):
-        data = head.to_bytes()
-        if checksum(data) == m.checksums.get('head.bin'):
-            where.write('head.bin', data)
-
-
-def read_head(where: Folder, m: Manifest) -> StoredHead | None:
-    """Read `head.bin`, and compare it with its checksum. Return None if the rows do not need it."""
-    if head_is_lost(where, m):
-        what = (
-            'components' if m.layout.kind == 'pca' else 'output layer of the stored hidden states'
-        )
-        again = 'write the cache again (force=True)' if m.parts is None else 'start a new stream'
-        raise DistillError(
-            f'head.bin of {where}, the {what}, is missing or damaged, but the rows are unreadable '
-            f'without it: restore it, or {again}.'
-        )
-    return StoredHead.from_bytes(where.read('head.bin'), m.layout) if m.head_bytes else None
-
-
-CACHE_FILES = re.compile(
-    r'(manifest\.json|keys\.bin|index\.bin|head\.bin|files\.bin|view\d{3,}/\d{6,}\.(bin|json)'
-    r'|view\d{3,}/[A-Za-z0-9_][A-Za-z0-9_.-]*\.(rows|keys|end))(\.\d+\.tmp)?'
-)
-
-
-def clear(where: Folder, ending: str = '', only: Any = None) -> None:
-    """Remove only files that belong to a cache.
-
-    The manifest is removed first, since a folder without a manifest is not a cache.
-    """
-    for n in sorted(where.names(), key=lambda n: n != 'manifest.json'):
-        wanted = n.endswith(ending) and (only is None or n in only)
-        if wanted and CACHE_FILES.fullmatch(n) and not (ending and n == 'manifest.json'):
-            where.remove(n)
-
-
-def note_of(name: str) -> str:
-    return name.replace('.bin', '.json')
-
-
-def note_checksum(where: Folder, shard: Sequence) -> str | None:
-    """Return the checksum of a shard from its '.json' file.
-
-    The result is None if the shard is missing or has the wrong size.
-    """
-    *_, name, size = shard
-    note = note_of(name)
-    if where.size(name) != size or not 0 < (where.size(note) or 0) < 1000:
-        return None
-    try:
-        check_json(
-            note,
-            o := parse_json(where.read(note)),
-            dict(name=(name,), checksum=CHECKSUM, bytes=None),
-        )
-    except DistillError:
-        return None
-    return o['checksum']
-
-
-def notes(where: Folder, shards: Iterable[tuple]) -> dict[str, str]:
-    """Return {shard: checksum} of the shards that have been written."""
-    return {s[2]: o for s in shards if (o := note_checksum(where, s)) is not None}
-
-
 def _write_shards(
     where: Folder,
     source: Source,
@@ -395,72 +265,6 @@ def _write_shards(
                     if progress is not None:
                         progress(done, total, done * m.layout.bytes)
     warn_of_rounding(m.layout, rounding)
-
-
-@dataclass
-class Rounding:
-    """Errors of the stored numbers, which `encoded` updates.
-
-    Attributes:
-        worst: If hidden states are stored in int8, the largest error of a logit so far, relative to
-            the range of the logits. Otherwise, the largest step between stored numbers.
-        features: {layer: root mean square difference of its stored features in the first batch,
-            relative to their standard deviation}. None before the first batch.
-    """
-
-    worst: float = 0.0
-    features: dict[str, float] | None = None
-
-
-def feature_errors(layout: Layout, rows: np.ndarray, head: Any, out: Outputs) -> dict[str, float]:
-    """Return `Rounding.features` for a batch."""
-    errors: dict[str, float] = {}
-    got = layout.decode(torch.from_numpy(rows), head).feats if out.feats else {}
-    for k, v in got.items():
-        own = out.feats[k].detach().float().cpu()
-        spread = float(own.std(correction=0))
-        errors[k] = float((v - own).square().mean().sqrt()) / spread if spread > 0 else 0.0
-    return errors
-
-
-def warn_of_rounding(layout: Layout, rounding: Rounding) -> None:
-    """Warn if logits in int8 or float16, logits computed from hidden states in int8, or features are
-    too inaccurate.
-
-    Args:
-        layout: Layout of the rows.
-        rounding: What `encoded` updated.
-    """
-    worst = rounding.worst
-    if bad := {k: e for k, e in (rounding.features or {}).items() if e > FEATURES_FAR}:
-        far = ', '.join(f'{100 * e:.0f}% ({k})' for k, e in bad.items())
-        text = (
-            f"Stored features differ from the teacher's by {far} of their standard deviation: they are "
-            "very small, or their mean is large compared with their differences. Use store='float32'."
-        )
-        warnings.warn(DistillWarning(text))
-    if layout.kind == 'hidden' and worst > INACCURATE:
-        text = (
-            f"Logits computed from hidden states in int8 differ from the teacher's by up to "
-            f'{100 * worst:.1f}% of their range: a few numbers are much larger than all others. Use '
-            "store=dict(kind='hidden', dtype='float16')."
-        )
-    elif layout.kind != 'hidden' and worst > COARSE and layout.fields[0].dtype == 'float16':
-        text = (
-            f'float16 stores the outputs of some samples in steps of {worst:.3g}, because all of them '
-            'are very high or very low numbers. Smaller differences are lost. Use '
-            "dtype='float32', or subtract the largest logit in the teacher, which doesn't change the "
-            'probabilities.'
-        )
-    elif layout.kind != 'hidden' and worst > COARSE:
-        text = (
-            f'int8 stores the outputs of some samples in steps of {worst:.3g}, because they range from '
-            'very low to very high numbers (is a class masked out with a low logit?). Smaller '
-            "differences are lost. Use dtype='float16', or 'float32' for numbers beyond 65504."
-        )
-    else:
-        return
-    warnings.warn(DistillWarning(text))
 
 
 def encoded(

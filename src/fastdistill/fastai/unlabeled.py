@@ -11,9 +11,9 @@ from ..base.random_state import RandomGuard
 from ..cache.manifest import refuse
 from ..cache.teacher_description import identity_of, is_whole
 from .cache_feed import SampleFeed, StoredOutputs
+from .perturbed_rows import perturbed_rows
 from .probe_batches import loader_of, split_batch
 from .raw_items import items_shown, split_samples
-from .tables import perturbed_rows
 from .training_step import add_loss
 
 

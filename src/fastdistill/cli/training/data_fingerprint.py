@@ -18,6 +18,7 @@ from .config import TrainConfig
 from .data_files import Samples
 from .start_or_resume import read_begun
 
+SPLIT = 'split.csv'  # file in the folder of a run that lists which samples were trained on
 NAMED = 5  # maximum number of files, rows or classes named in a message
 
 

@@ -15,10 +15,9 @@ from .architectures import learner_of
 from .config import TrainConfig, config_of_run
 from .data_checks import checked_samples
 from .data_files import Samples, read_samples
-from .data_fingerprint import first_few, split_table
+from .data_fingerprint import SPLIT, first_few, split_table
 from .dataloaders import TEXT, loaders_of
 from .resumable_fit import seed_everything
-from .run_data import SPLIT
 from .teachers import file_teacher
 
 # numbers for seeding. All students of a run use the same number, so that they have the same initial

@@ -12,9 +12,8 @@ from .architectures import check_arch
 from .config import TrainConfig
 from .data_checks import checked_samples
 from .data_files import Samples, read_samples
-from .data_fingerprint import check_data_unchanged, data_fingerprint, first_few, split_table
+from .data_fingerprint import SPLIT, check_data_unchanged, data_fingerprint, first_few, split_table
 
-SPLIT = 'split.csv'  # file in the folder of a run that lists which samples were trained on
 MAY_KNOW = (
     'The teacher may have been trained on some of these validation samples, which were chosen at random, so '
     'its score may be too high. --valid can specify the samples that it was not trained on.'

@@ -31,11 +31,12 @@ from ...teachers.estimator import is_estimator
 from ...teachers.fast_copy import AS_IT_IS
 from .architectures import learner_of
 from .config import TrainConfig, write_config
+from .data_fingerprint import SPLIT
 from .dataloaders import loaders_of
 from .exported_student import FOR_STUDENT, FOR_TEACHER
 from .rate_finder import IF_NONE_IS_FOUND, RATES, STEPS, find_rate
 from .resumable_fit import seed_everything, silent
-from .run_data import SPLIT, data_of_run, samples_in_words
+from .run_data import data_of_run, samples_in_words
 from .run_results import lead_in_words, validation_scores, write_results
 from .start_or_resume import read_begun, runs_folder, write_begun
 from .teachers import file_teacher, teacher_of_texts, with_weights
