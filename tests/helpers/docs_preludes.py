@@ -61,18 +61,19 @@ def vision_dls():
 
 
 class Narrow(ResNet):
-    "A ResNet of torchvision with its layers and their names, and a quarter of their channels: a page runs in half the time"
+    """A ResNet of torchvision with its stages and their names, and a quarter of their channels. Only the last stage has all of
+    its blocks, which pages name: a page runs in less than half of the time"""
 
     def _make_layer(self, block, planes, *args, **kwargs):
         return super()._make_layer(block, planes // 4, *args, **kwargs)
 
 
 def narrow18(pretrained=False):
-    return Narrow(BasicBlock, [2, 2, 2, 2])
+    return Narrow(BasicBlock, [1, 1, 1, 2])
 
 
 def narrow34(pretrained=False):
-    return Narrow(BasicBlock, [3, 4, 6, 3])
+    return Narrow(BasicBlock, [1, 1, 1, 3])
 
 
 RESNET = fastai_vision.model_meta[fastai_vision.resnet18]
