@@ -120,7 +120,7 @@ def test_with_other_classes_only_the_boxes_are_inherited():
         ('RetinaNet', dict(width=12), "No part of the teacher's head fits the student"),
         ('RetinaNet', dict(width=12), r'the shape \(8, 8, 3, 3\), in the teacher \(12, 12, 3, 3\)'),
         ('RetinaNet', dict(names='01'), 'the sizes .*: build the student with the same anchors'),
-        ('FCOS', {}, 'The student is a RetinaNet, the teacher a FCOS: a head can only be'),
+        ('FCOS', {}, 'different kinds of detectors, RetinaNet and FCOS: a head can only be'),
     ],
 )
 def test_a_head_that_does_not_fit_is_an_error_and_changes_nothing(kind, options, message):

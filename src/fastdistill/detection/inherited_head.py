@@ -80,9 +80,9 @@ def check_same_kind(student: Any, teacher: Any) -> None:
     a, b = [next(c for c in DETECTOR_CLASSES if isinstance(o, c)) for o in (student, teacher)]
     if a is not b:
         raise DistillError(
-            f'The student is a {detector_name(student)}, the teacher a {detector_name(teacher)}: a '
-            'head can only be inherited from a detector of the same kind. Terms such as pkd() '
-            'compare the feature maps of any two detectors.'
+            f'Student and teacher are different kinds of detectors, {detector_name(student)} and '
+            f'{detector_name(teacher)}: a head can only be inherited from a detector of the same '
+            'kind. Terms such as pkd() compare the feature maps of any two detectors.'
         )
     for option in ANCHOR_OPTIONS:
         s, t = [anchor_option(o, option) for o in (student, teacher)]
