@@ -349,8 +349,8 @@ def stored_teacher(teacher, dls, task, **options):
 
 
 def with_ignored_label(task, teacher):
-    """Return the task with the ignored label of a teacher Learner's loss function, unless the task
-    already has one.
+    """Return the task. If it ignores no label, add the label that the loss function of a teacher's
+    Learner ignores.
     """
     if task.ignore_index != Task.ignore_index:
         return task

@@ -38,8 +38,8 @@ class Distilled:
         weights: {name: weight of each value}, including 'task'. A 0-dim tensor for a term with a
             gradient ratio. All weights are divided by 1 plus the sum of the gradient ratios. If a
             term faded, the actual weight of the task loss is larger.
-        terms: {name: weighted term}, with its gradient. `taught` is the sum of these terms and of
-            the losses that replace what terms lost to `fade`.
+        terms: {name: weighted term}, with its gradient. `taught` is the sum of these terms. If a
+            term faded, it also includes the loss to which the gradient ratio was given instead.
     """
 
     task: Tensor | None
