@@ -62,8 +62,8 @@ class Replay(Pipeline):
             # subtle: seeds depend on the transform's name, not its position, since a model may add
             # a Normalize
             n = seen[type(f)] = seen.get(type(f), 0) + 1
-            # the transform is kept too, so that no other one gets its id
-            if id(f) not in known:
+            # subtle: ids are unique only within a process, and a plan may be sent to another one
+            if id(f) not in known or known[id(f)][0] is not f:
                 known[id(f)] = f, hash_of(type(f).__name__.encode()), draws_alone(f)
             _, name, alone = known[id(f)]
             seeds = seeds_of(self.plan.seed, keys, samples.view, name, n)
