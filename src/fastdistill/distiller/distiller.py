@@ -112,7 +112,7 @@ class Distiller(nn.Module):
         self.student = student
         # the models' weights when `stop` was called. None if the gradients were measured with the
         # current weights
-        self.left: list | None = None
+        self.left: tuple[list, dict] | None = None
         self.running = False
         options = dict(
             recipe=recipe,
@@ -167,9 +167,12 @@ class Distiller(nn.Module):
             t.stop()
 
     def _begin(self) -> None:
-        if self.left not in (None, self._weights()):
-            for h in self.heads.values():
-                h.forget()
+        if self.left is not None:
+            (was, versions), (now, current) = self.left, self._weights()
+            # the parameters of a copied or unpickled Distiller are different objects
+            if was != now or any(current[i] != versions.get(i, current[i]) for i in current):
+                for h in self.heads.values():
+                    h.forget()
         self.left, self.running = None, True
 
     def _end(self) -> None:
@@ -186,13 +189,15 @@ class Distiller(nn.Module):
                 t.runner.stack.callback(self._end)
                 return
 
-    def _weights(self) -> list:
-        """Return numbers that change if the weights of a model change."""
+    def _weights(self) -> tuple[list, dict]:
+        """Return numbers that change if the student's weights change, and {id of a parameter of a
+        teacher: its version}.
+        """
         sources = [t for t in self.heads.sources if isinstance(t, Teacher)]
-        weights = [p for t in sources for m in modules_of(t) for p in m.parameters()]
         # subtle: a teacher may be much larger, so its weights are not read
-        versions = [(id(p), None if p.is_inference() else p._version) for p in weights]
-        return [*weights_summary(self.student), *versions]
+        weights = [p for t in sources for m in modules_of(t) for p in m.parameters()]
+        versions = {id(p): None if p.is_inference() else p._version for p in weights}
+        return weights_summary(self.student), versions
 
     @property
     def recipe(self) -> Recipe:
