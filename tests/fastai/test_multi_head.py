@@ -848,6 +848,52 @@ def test_heads_are_compared_one_by_one():
     assert reports['color'].teacher == 'teacher'
 
 
+class Masks(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.body = nn.Conv2d(3, width, 3, padding=1)
+        self.kind, self.edge = nn.Conv2d(width, 3, 1), nn.Conv2d(width, 3, 1)
+
+    def forward(self, x):
+        h = self.body(x).relu()
+        return dict(kind=self.kind(h), edge=self.edge(h))
+
+
+@pytest.mark.parametrize('ignored', [2, 255])
+def test_pixels_that_the_loss_of_all_heads_ignores_are_ignored_in_each_head(ignored):
+    def whole(pred, kind, edge):
+        each = (pred['kind'], kind), (pred['edge'], edge)
+        return sum(F.cross_entropy(s, y, ignore_index=ignored) for s, y in each)
+
+    whole.ignore_index = ignored
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(32, 3, 6, 6, generator=g)
+    kind, edge = torch.randint(2, (2, 32, 6, 6), generator=g)
+    kind[:, :2], edge[:, 3:] = ignored, ignored
+    items = list(zip(x, kind, edge))
+    set_seed(0)
+    dls = DataLoaders.from_dsets(items[:24], items[24:], bs=8)
+    dls.n_inp = 1
+    learn, teacher, first = Learner(dls, Masks(4), loss_func=whole), Masks(8), First()
+    heads = dict(kind=teacher, edge=teacher)
+    found = learn.check_teacher(heads)
+    assert not [f for head in found.values() for f in head.errors]
+    learn.distill(heads, 1, 0.01, kd(T=1.0, alpha=0.5), cbs=first, check=False)
+    loss, x, ys, net = first.seen
+    s, t = net(x), teacher(x)
+    want = 0.5 * whole(s, *ys)
+    for head, y in zip(heads, ys):
+        p, q = [o[head].movedim(1, -1)[y != ignored].softmax(1) for o in (t, s)]
+        want += 0.5 * (p * (p / q).log()).sum(1).mean()
+    assert loss == pytest.approx(want.item(), rel=1e-5)
+    report = compare(dict(teacher=heads, student=learn), seconds=0, progress=False)
+    x, *ys = [torch.stack(o) for o in zip(*learn.dls.valid_ds)]
+    for head, y in zip(heads, ys):
+        right = (teacher(x)[head].argmax(1) == y)[y != ignored].float().mean().item()
+        got = report[head].models['teacher'].measures['accuracy'].value
+        assert got == pytest.approx(right)
+
+
 def test_only_models_with_the_same_heads_are_compared():
     learn, t = learner(), teachers()
     with pytest.raises(DistillError, match='different heads .color, shape and shape, color.'):

@@ -82,10 +82,18 @@ def task_of(loss_func: Any, kind: str | None = None, axis: int | None = None) ->
         raise DistillError(unknown_loss(lf))
     if axis is None:
         axis = getattr(lf, 'axis', 1) if own_axis is None else own_axis
+    return Task(kind, axis, ignored_label(loss_func))
+
+
+def ignored_label(loss_func: Any) -> int:
+    """Return the label that a loss function ignores, according to its attribute or argument
+    `ignore_index`.
+    """
+    lf, _ = innermost(loss_func)
     ignore = getattr(lf, 'ignore_index', None)
     if ignore is None and isinstance(loss_func, partial):
         ignore = loss_func.keywords.get('ignore_index')
-    return Task(kind, axis, IGNORED if ignore is None else ignore)
+    return IGNORED if ignore is None else ignore
 
 
 def innermost(loss: Any) -> tuple[Any, int | None]:

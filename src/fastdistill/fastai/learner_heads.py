@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 from ..base.outputs import DistillError
 from ..base.random_state import RandomGuard
-from ..base.task import Task
+from ..base.task import Task, ignored_label
 from ..distiller.heads import HeadOutput, SharedOutput, options_by_head
 from .probe_batches import PreparationError, prepared_batches
 from .task import task_of
@@ -52,13 +52,18 @@ class LearnerHead(HeadOutput):
         return teacher_of(self.source, self.of(learn), task, **options)
 
     def task_of(self, learn, kind, axis=None):
-        """Return this head's `Task`, derived from the option `kind` or from its labels."""
+        """Return this head's `Task`, derived from the option `kind` or from its labels. Classes that
+        the loss function of all heads ignores are ignored by each head.
+        """
         if kind is None and labels_are_floats(learn, self):
             raise DistillError(
                 f"The labels of the head {self.name!r} are not class indices: pass kind={{'{self.name}': "
                 "'regression'} for numbers, or 'sigmoid' for several labels."
             )
-        return Task(kind or 'softmax', 1 if axis is None else axis)
+        task = Task(kind or 'softmax', 1 if axis is None else axis)
+        if task.kind == 'softmax':
+            task.ignore_index = ignored_label(learn.loss_func)
+        return task
 
 
 @dataclass
