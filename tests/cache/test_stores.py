@@ -84,7 +84,7 @@ def test_the_option_store(given, kind, dtype):
         (dict(topk=3, draws=5), "topk, draws can't be combined"),
         (dict(kind='draws', topk=3), "kind='draws' and topk can't be combined"),
         (dict(draws=0), 'draws=0: must be from 1 to 65535'),
-        (dict(draws=5, T=0.0), 'T=0.0: a temperature is a number above 0'),
+        (dict(draws=5, T=0.0), 'T=0.0: a temperature must be a number above 0'),
         (dict(kind='all'), "kind='all': must be one of 'auto'"),
         (dict(topk='abc'), "topk='abc': must be a whole number"),
         (dict(topk=2.5), 'topk=2.5: must be a whole number'),
