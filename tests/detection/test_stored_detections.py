@@ -151,7 +151,7 @@ def test_what_a_process_stored_before_an_interruption_is_added(stored, tmp_path)
 
 def test_an_image_that_is_not_stored_is_named(stored):
     *_, found = stored
-    with pytest.raises(DistillError, match="no detections for the image 'c.jpg'. It has .* of 4"):
+    with pytest.raises(DistillError, match="no detections for the image 'c.jpg'. It has .* for 4"):
         found(['a/1.jpg', 'c.jpg'])
 
 
@@ -219,7 +219,7 @@ def test_other_and_damaged_files_are_refused(stored, tmp_path):
     assert 'did not write this file' in message(dict(weight=np.zeros(3)))
     assert 'did not write this file' in message(good, {})
     assert 'number of boxes differs' in message(good | dict(counts=good['counts'] + 1))
-    assert 'no separate keys' in message(good | dict(keys=good['keys'] * 0))
+    assert 'do not have unique keys' in message(good | dict(keys=good['keys'] * 0))
     assert 'labels are float32' in message(good | dict(labels=good['scores']))
     path.write_bytes(found.path.read_bytes()[:200])
     with pytest.raises(DistillError, match="Can't read the detections in"):

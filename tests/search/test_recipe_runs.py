@@ -310,6 +310,23 @@ def test_two_students_of_one_recipe_do_not_differ_significantly():
     assert sum(difference_by_seed(*p).significant for p in pairs) <= 2
 
 
+@pytest.mark.parametrize('value', [float('nan'), float('inf')])
+@pytest.mark.parametrize('names', [('wild', 'kd', 'alone'), ('alone', 'wild', 'kd')])
+def test_a_recipe_that_diverges_is_last_and_does_not_change_the_tests_of_the_others(names, value):
+    def wild(s, t):
+        return s.sum() * value
+
+    recipes = dict(alone=None, wild=Term(wild, weight=1.0), kd=kd(alpha=0.5))
+    options = dict(metric='valid_loss', seeds=3)
+    report = run({k: recipes[k] for k in names}, **options)
+    others = run({k: recipes[k] for k in names if k != 'wild'}, **options)
+    assert not np.isfinite(report.values('wild')).any()
+    assert report.verdict('wild') == 'a training diverged: no test'
+    assert report.differences['kd'] == others.differences['kd']
+    assert report.best == others.best
+    assert 'a training diverged' in str(report)
+
+
 def report_of(values, **kwargs):
     runs = [
         RecipeRun(k, s, dict(accuracy=[0.0, v]))

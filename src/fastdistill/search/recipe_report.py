@@ -1,10 +1,12 @@
 """Results of recipes trained with the same seeds, as plain data and as a table."""
 
+import math
 from dataclasses import dataclass, field
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any
 
 from ..evaluation.report_data import Difference, JsonReport
+from .significance import spread
 from .text_table import TextTable
 
 RECIPES_FORMAT = 1  # version of the JSON file
@@ -67,9 +69,14 @@ class RecipeReport(JsonReport):
     @property
     def best(self) -> str:
         """Name of the recipe with the best mean. The difference from the baseline may be due to
-        chance (see `verdict`).
+        chance (see `verdict`). A recipe whose trainings diverged comes last.
         """
-        return (max if self.higher else min)(self.recipes, key=lambda n: fmean(self.values(n)))
+
+        def rank(name: str) -> float:
+            mean = fmean(self.values(name))
+            return -math.inf if not math.isfinite(mean) else mean if self.higher else -mean
+
+        return max(self.recipes, key=rank)
 
     def verdict(self, recipe: str) -> str:
         """Return 'better' or 'worse' (than the baseline), 'not significant', or the reason why
@@ -78,6 +85,8 @@ class RecipeReport(JsonReport):
         d: Any = self.differences.get(recipe)
         if d is None:
             return ''
+        if not math.isfinite(d.value):
+            return 'a training diverged: no test'
         if d.p is None:
             return 'one seed: no test' if len(self.seeds) < 2 else 'the same in each seed: no test'
         return d.verdict(self.higher)
@@ -88,10 +97,11 @@ class RecipeReport(JsonReport):
 
     def _row(self, name: str) -> dict[str, str]:
         v, d = self.values(name), self.differences.get(name)
+        deviation = spread(v)
         out = {
             'recipe': name,
             'mean': f'{fmean(v):.4f}',
-            'spread': f'{stdev(v):.4f}' if len(v) > 1 else '',
+            'spread': '' if deviation is None else f'{deviation:.4f}',
             'each seed': ' '.join(f'{o:.4f}' for o in v),
         }
         between = '' if d is None or d.low is None else f' ({d.low:+.4f} to {d.high:+.4f})'

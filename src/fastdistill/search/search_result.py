@@ -4,7 +4,7 @@ test.
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ import torch
 from ..evaluation.plot_style import new_figure
 from ..recipes.term import Recipe
 from .resumable_runs import Run
-from .significance import Lead, lead_of
+from .significance import Lead, lead_of, spread
 from .text_table import TextTable
 
 
@@ -150,7 +150,7 @@ class Found:
             self.metric: run.score,
             'seeds': len(again),
             'judged': mean(again) if again else None,
-            '+-': stdev(again) if len(again) > 1 else None,
+            '+-': spread(again),
         }
 
     def __repr__(self) -> str:

@@ -18,7 +18,7 @@ def difference_by_seed(a: Sequence[float], b: Sequence[float]) -> Difference:
     Student's paired t test.
 
     The p-value is None if all differences are equal (and not 0), because the variation between
-    seeds is then unknown.
+    seeds is then unknown, and if a result is not finite, because a training diverged.
 
     Args:
         a: Results of one recipe, one number per seed.
@@ -26,15 +26,23 @@ def difference_by_seed(a: Sequence[float], b: Sequence[float]) -> Difference:
     """
     from scipy.stats import ttest_rel
 
-    d = np.subtract(a, b, dtype=float)
+    with np.errstate(invalid='ignore'):  # infinity minus infinity is nan
+        d = np.subtract(a, b, dtype=float)
     mean = float(d.mean())
-    if len(d) < 2:
+    if len(d) < 2 or not np.isfinite(d).all():
         return Difference(mean)
     if np.ptp(d) <= 1e-12 * max(1.0, np.abs(d).max()):
         return Difference(mean, p=1.0 if np.abs(d).max() < 1e-12 else None, test=TEST)
     test = ttest_rel(a, b)
     low, high = map(float, test.confidence_interval(0.95))
     return Difference(mean, low, high, float(test.pvalue), TEST)
+
+
+def spread(values: Sequence[float]) -> float | None:
+    """Return the standard deviation of the results of a recipe. Return None for a single result, or
+    if a result is not finite.
+    """
+    return float(np.std(values, ddof=1)) if len(values) > 1 and np.isfinite(values).all() else None
 
 
 def adjusted(differences: dict) -> dict:
