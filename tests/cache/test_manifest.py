@@ -259,7 +259,7 @@ def test_a_plausible_value_that_was_changed_by_hand_is_noticed(tmp_path):
                 r'changed after it was written. Restore the file, or write the cache again \(force=True\)',
             ):
                 act()
-    with pytest.warns(match='do not match its checksum.* It is overwritten'):
+    with pytest.warns(match='do not match its checksum.* The cache is overwritten'):
         assert write(tmp_path, force=True).check()
     assert json.loads((tmp_path / 'manifest.json').read_text()) == m
 

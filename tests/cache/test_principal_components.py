@@ -219,7 +219,7 @@ def test_training_says_how_much_is_lost(tmp_path):
 
 
 def test_a_bad_choice_for_a_named_recipe_warns_when_it_is_written(tmp_path):
-    with pytest.warns(DistillWarning, match=r'2 components, int8 is bad for dist:'):
+    with pytest.warns(DistillWarning, match=r'2 components, int8 is not suitable for dist:'):
         written(tmp_path, dict(components=2), recipe=Term(losses.dist, T=4))
 
 
@@ -430,7 +430,7 @@ def test_classes_that_do_not_exist_are_refused(tmp_path):
     own = next(o for o in d['shards'] if o['name'] == 'view000/000000.bin')
     own['checksum'] = checksum(bytes(rows))
     write_manifest(tmp_path, d)
-    with pytest.raises(DistillError, match=f'numbers of classes beyond layout.n={C}'):
+    with pytest.raises(DistillError, match=f'class numbers that are not below layout.n={C}'):
         TeacherCache(tmp_path).check()
 
 

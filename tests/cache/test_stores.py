@@ -616,7 +616,7 @@ def test_a_recipe_that_the_store_suits_is_not_reported(tmp_path):
 
 def test_a_bad_choice_for_a_named_recipe_warns_when_it_is_written(tmp_path):
     with pytest.warns(
-        DistillWarning, match=r'top 10, float16 is bad for dist:(.|\n)*bytes per view'
+        DistillWarning, match=r'top 10, float16 is not suitable for dist:(.|\n)*bytes per view'
     ):
         written(tmp_path, dict(topk=10), recipe=Term(dist, T=4))
 
@@ -748,7 +748,7 @@ def test_features_that_float16_does_not_hold_are_named(scale, offset, tmp_path):
         model[1].weight *= 1e-4
     teacher, data = Teacher(model, layers=['0']), TensorDataset(x)
     options = dict(views=0, progress=False)
-    with pytest.warns(DistillWarning, match=r'features differ .*% \(0\) of their spread'):
+    with pytest.warns(DistillWarning, match=r'features differ .*% \(0\) of their standard deviation'):
         cache_dataset(teacher, data, tmp_path / 'half', store='float16', **options)
     exact = cache_dataset(teacher, data, tmp_path / 'full', store='float32', **options)
     torch.testing.assert_close(exact.outputs(range(40)).feats['0'], model[0](x))

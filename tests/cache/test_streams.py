@@ -653,7 +653,7 @@ def test_a_sealed_folder_stays_as_it_is(tmp_path):
     rows = written(tmp_path)
     a, b = seal_stream(tmp_path), seal_stream(tmp_path)
     assert a.identity == b.identity
-    with pytest.raises(DistillError, match='is sealed already'):
+    with pytest.raises(DistillError, match='is already sealed'):
         write_stream(batches(range(3)), rows, 'more')
     with pytest.raises(DistillError, match='written as a stream: True in the cache, False now'):
         cache_dataset(

@@ -227,7 +227,7 @@ def test_axolotl(form, tmp_path):
         assert out.logits.ids[r, j].tolist() == ids
         torch.testing.assert_close(out.logits.values[r, j], torch.tensor(v))
     for row, match in [
-        (dict(messages='a', logprobs=[]), 'the columns are messages, logprobs: it needs'),
+        (dict(messages='a', logprobs=[]), 'the columns are messages, logprobs. They must include'),
         (dict(input_ids=[1], logprobs=[[], []]), "2 positions in 'logprobs', 1 tokens"),
     ]:
         with pytest.raises(DistillError, match=match):
