@@ -748,7 +748,9 @@ def test_features_that_float16_does_not_hold_are_named(scale, offset, tmp_path):
         model[1].weight *= 1e-4
     teacher, data = Teacher(model, layers=['0']), TensorDataset(x)
     options = dict(views=0, progress=False)
-    with pytest.warns(DistillWarning, match=r'features differ .*% \(0\) of their standard deviation'):
+    with pytest.warns(
+        DistillWarning, match=r'features differ .*% \(0\) of their standard deviation'
+    ):
         cache_dataset(teacher, data, tmp_path / 'half', store='float16', **options)
     exact = cache_dataset(teacher, data, tmp_path / 'full', store='float32', **options)
     torch.testing.assert_close(exact.outputs(range(40)).feats['0'], model[0](x))

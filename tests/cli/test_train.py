@@ -686,11 +686,11 @@ def test_masks(tmp_path):
     assert s.ignored == 2
     (tmp_path / 'codes.txt').write_text('road\nsky\n')
     with pytest.raises(
-        DistillError, match='hold the class number 2, but .*codes.txt names 2 classes'
+        DistillError, match='contain the class number 2, but .*codes.txt lists 2 classes'
     ):
         loaders(data=tmp_path)
     Image.fromarray(np.zeros((24, 32, 3), np.uint8)).save(tmp_path / 'masks' / '3.png')
-    with pytest.raises(DistillError, match='3.png has 3 channels. A mask has one'):
+    with pytest.raises(DistillError, match='3.png has 3 channels. A mask must have one'):
         loaders(data=tmp_path)
     (tmp_path / 'masks' / '3.png').unlink()
     with pytest.raises(DistillError, match='3.jpg has no mask'):
@@ -719,7 +719,7 @@ def test_a_value_of_masks_that_is_not_a_class_is_ignored(palette, tmp_path, comm
     report = Report.from_json(tmp_path / 'run' / 'report.json')
     page = (tmp_path / 'run' / 'report.html').read_text()
     assert 'Validation images on which the models differ most' in page
-    left_out = 'left out of the scores of all models: label 255.'
+    left_out = 'Ignored in the scores of all models: label 255.'
     assert left_out in page
     assert left_out in (tmp_path / 'run' / 'student' / 'README.md').read_text()
     assert json.loads((tmp_path / 'run' / 'student' / 'config.json').read_text())['ignored'] == 255
@@ -903,7 +903,7 @@ def test_a_table_and_its_exported_teacher(tmp_path):
     people().rename(columns=dict(job='work')).to_csv(tmp_path / 'b.csv', index=False)
     with pytest.raises(
         DistillError,
-        match="The teacher's table has the column.s. job, which these data do not have",
+        match="The teacher's table has the column.s. job, which are missing from this data",
     ):
         run(
             tmp_path / 'third',
@@ -1965,7 +1965,7 @@ def test_a_folder_without_images_is_named(digits, tmp_path):
     shutil.copytree(digits, tmp_path / 'mine')
     (tmp_path / 'mine' / 'birds').mkdir()
     (tmp_path / 'mine' / '.git').mkdir()
-    with pytest.warns(DistillWarning, match=r'1 folder\(s\) hold no images.*: \S*mine/birds\.$'):
+    with pytest.warns(DistillWarning, match=r'1 folder\(s\) contain no images.*: \S*mine/birds\.$'):
         s = read(tmp_path / 'mine')
     assert s.classes == ['digit0', 'digit1', 'digit2']
 

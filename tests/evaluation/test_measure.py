@@ -548,7 +548,8 @@ def test_roles_are_found_by_name():
 def test_models_of_other_classes_nan_and_labels_that_do_not_fit_are_named():
     o, y = classes()
     with pytest.raises(
-        DistillError, match=r"outputs of 'b' have shape \(7, 5\), those of 'a' \(7, 8\).*select="
+        DistillError,
+        match=r"outputs of 'b' have shape \(7, 5\), but the outputs of 'a' have shape \(7, 8\).*select=",
     ):
         measured(dict(a=o, b=o[:, :5]), y, Task('softmax'))
     with pytest.raises(DistillError, match="outputs of 'b' are nan"):

@@ -1398,7 +1398,9 @@ def test_stored_classes_that_the_labels_do_not_have_are_ignored(tmp_path):
     assert c.seen
     assert c.error < 1e-5
     few = cache_teacher(teacher, theirs, tmp_path / 'b', store=dict(topk=2))
-    with pytest.raises(DistillError, match='The teacher has 4 classes, the labels 3: .* Remove d'):
+    with pytest.raises(
+        DistillError, match='The teacher has 4 classes, but the labels have 3, .* Remove d'
+    ):
         cached.feed(StoredOutputs(few), student(data()))
 
 

@@ -335,7 +335,7 @@ def test_the_same_call_gives_the_same_report():
         (lambda s, t: compare(dict(teacher='none.pkl', s=s)), 'no file'),
         (
             lambda s, t: compare(dict(teacher=nn.Linear(8, 5), s=s), **QUICK),
-            r"'s' have shape \(16, 4\), those of 'teacher' \(16, 5\)",
+            r"'s' have shape \(16, 4\), but the outputs of 'teacher' have shape \(16, 5\)",
         ),
     ],
 )

@@ -13,7 +13,7 @@ from fastdistill.huggingface import DistillationMixin, DistillationTrainer, stud
 
 pytestmark = pytest.mark.filterwarnings(
     'ignore:The teacher is (no|hardly) better than chance',
-    "ignore:The teacher's batch-norm statistics",
+    "ignore:The teacher's batch norm statistics",
 )  # untrained ones
 VOCAB, T, ALPHA = 40, 2.0, 0.7
 NO_DROPOUT = dict(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)

@@ -803,7 +803,7 @@ def test_what_cannot_be_searched_is_refused():
                 learn.distill_find(teacher, 1, **{k: o})
     with refused('takes no lr_max=: give rates='):
         learn.distill_find(teacher, 1, lr_max=0.1)
-    with refused("takes no storage=: give folder='find'"):
+    with refused("takes no storage=: pass folder='find'"):
         learn.distill_find(teacher, 1, storage='sqlite:///find.db')
     with refused('takes no alpha=: give recipes='):
         learn.distill_find(teacher, 1, alpha=0.5)

@@ -85,9 +85,8 @@ names = [i.name for i in session.get_inputs()]"""
 TABLE_IN_WORDS = """`row` is a dict with the raw values of the columns. A missing
 value is `None` or `nan`. Whole numbers that are categories may be numbers or text.
 
-The row above consists of sample categories and column means. For this row, the logits are
-`{logits}`: compare them with the output of your own code.
-"""
+The row above consists of sample categories and column means.
+For this row, the logits are `{logits}`: compare them with the output of your own code."""
 USE_TEXT = """text = facts['text']
 rules = [getattr(core, name) for name in text['rules']]
 tokenize = core.Tokenizer(core.{tokenizer}, rules=rules)
