@@ -91,11 +91,11 @@ def other_units(tally: Tally, names: Sequence | None) -> Iterator[tuple[float, F
     wrong &= after.mean(0) < variance / 2
     if not wrong.any():
         return
-    a, b = (o.tolist() for o in best_units(t, y))
-    name = lambda i: names[i] if names is not None and len(names) == len(a) else f'number {i}'
-    units = lambda i: f'{a[i]:.4g} * output {"-" if b[i] < 0 else "+"} {abs(b[i]):.4g}'
+    scale, shift = (o.tolist() for o in best_units(t, y))
+    name = lambda i: names[i] if names is not None and len(names) == len(scale) else f'number {i}'
+    units = lambda i: f'{scale[i]:.4g} * output {"-" if shift[i] < 0 else "+"} {abs(shift[i]):.4g}'
     found = [i for i, is_wrong in enumerate(wrong.tolist()) if is_wrong]
-    each = units(0) if len(a) == 1 else few_names([f'{name(i)}: {units(i)}' for i in found], 5)
+    each = units(0) if len(scale) == 1 else few_names([f'{name(i)}: {units(i)}' for i in found], 5)
     now, then = before[:, wrong].mean().item(), after[:, wrong].mean().item()
     yield (
         -after.where(wrong, before).mean().item(),
