@@ -1,7 +1,6 @@
 "The doctor without a framework: what it measures and finds in a few batches of tensors, a healthy case beside each."
 
 import math, re
-import numpy as np
 import pytest, torch
 import torch.nn.functional as F
 from torch import nn
@@ -1009,61 +1008,3 @@ def test_images_of_the_teachers_size_are_not_doubted(size, noise, fixed):
     x, y = blocks(size=size, noise=noise)
     found = check(of_size(*size, fixed), x, y)
     assert not [f for f in found if f.about == 'image size']
-
-
-# numbers in different units
-
-
-def numbers(n=128, k=1, noise=0.3, seed=0):
-    "Inputs that a teacher knows, and the numbers to predict, of variance 1"
-    g = torch.Generator().manual_seed(seed)
-    x = torch.randn(n, k, generator=g)
-    return x, x + noise * torch.randn(n, k, generator=g)
-
-
-@pytest.mark.parametrize(
-    'scale,shift', [(2.0, 0.0), (0.5, 0.0), (1000.0, 0.0), (0.001, 0.0), (1.0, 3.0), (1.8, 32.0)]
-)
-def test_numbers_in_different_units_are_named_with_the_units(scale, shift):
-    x, y = numbers()
-    f = one(
-        check(lambda x: (x - shift) / scale, x, y, Task('regression')),
-        'warning',
-        'seem to have different units than the labels: on 128 validation items',
-    )
-    fitted = np.polyfit((x[:, 0].double().numpy() - shift) / scale, y[:, 0].double().numpy(), 1)
-    a, sign, b = re.search(r'with (\S+) \* output ([+-]) (\S+)$', f.what).groups()
-    assert float(a) == pytest.approx(fitted[0], rel=1e-3)
-    assert float(sign + b) == pytest.approx(fitted[1], rel=1e-2, abs=1e-3)
-    now, then = map(
-        float, re.search(r'error is (\S+), and it would be (\S+) with', f.what).groups()
-    )
-    assert now == pytest.approx((((x - shift) / scale) - y).pow(2).mean().item(), rel=1e-3)
-    assert then == pytest.approx((y - x).var().item(), rel=0.1)
-    assert f.doubt
-
-
-def test_only_the_numbers_in_different_units_are_named():
-    x, y = numbers(k=3)
-    teacher = lambda x: x * torch.tensor([1.0, 0.01, 1.0])
-    f = one(check(teacher, x, y, Task('regression')), 'warning', 'seem to have different units')
-    assert re.search('with number 1: (9|10)', f.what)
-    assert 'number 0' not in f.what
-
-
-@pytest.mark.parametrize('seed', range(8))
-@pytest.mark.parametrize('noise,k', [(0.01, 1), (0.3, 1), (0.9, 1), (0.5, 20)])
-@pytest.mark.parametrize('n', [16, 40, 200])
-def test_a_teacher_with_the_units_of_the_labels_is_not_accused(n, noise, k, seed):
-    x, y = numbers(n, k, noise, seed)
-    for teacher in (lambda x: x, lambda x: 0.9 * x + 0.05, lambda x: x + torch.randn_like(x)):
-        torch.manual_seed(seed + 100)  # different numbers than those of the inputs
-        assert 'units' not in str(check(teacher, x, y, Task('regression')))
-
-
-def test_a_teacher_that_knows_nothing_is_not_said_to_have_different_units():
-    x, y = numbers()
-    torch.manual_seed(100)
-    found = check(lambda x: 1000 * torch.randn_like(x), x, y, Task('regression'))
-    assert 'no better than chance' in str(found)
-    assert 'units' not in str(found)

@@ -33,7 +33,7 @@ class Tally:
         self.task, self.n_labels = task, 0
         self.sums: Any = 0.0  # a tensor after the first batch
         self.confusion: Tensor | None = None
-        # (outputs, labels) of each batch with several labels, or with numbers, for each item
+        # (outputs, labels) of each batch with several labels or numbers for each item
         self.several: list[tuple[Tensor, Tensor]] = []
         # one number for each item
         self.scores: dict[str, list[Tensor]] = dict(teacher=[], student=[])
@@ -57,8 +57,7 @@ class Tally:
         for who, o in dict(teacher=t, student=s).items():
             if o is not None:
                 self.scores[who].append(item_scores(o, y, self.task)[has_labels(y, self.task)])
-        least = dict(softmax=torch.inf, sigmoid=2, regression=1)[self.task.kind]
-        if t.dim() == 2 and least <= t.shape[1] <= MOST_CLASSES:
+        if self.task.kind != 'softmax' and t.dim() == 2 and 1 < t.shape[1] <= MOST_CLASSES:
             self.several.append((t.cpu(), y.cpu().float()))
         dict(softmax=self.add_classes, sigmoid=self.add_labels, regression=self.add_numbers)[
             self.task.kind

@@ -2,11 +2,9 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import Module
 
-from ..base.errors import few_names
 from ..base.outputs import tensors_in
 from ..base.task import Task
 from ..teachers.members import modules_of
@@ -18,8 +16,6 @@ from .normalization import renormalized_images, resized_images
 
 KNOWS = 0.005  # maximum p-value for a teacher to count as better than chance
 LUCK = 2.576  # minimum number of standard deviations by which its score must exceed chance
-# minimum fraction of the variance, and of the teacher's error, that different units must explain
-OF_VARIANCE, OF_ERROR = 0.2, 0.75
 
 
 def low_score(
@@ -49,7 +45,6 @@ def low_score(
     if trained:
         cures = [
             *reordered(tally, teacher, names),
-            *other_units(tally, names),
             *renormalized_images(tally, teacher, task, batches),
             *resized_images(tally, teacher, task, batches),
         ]
@@ -63,58 +58,6 @@ def low_score(
             *no_better_than_student(tally),
         ]
         yield from why[:1]
-
-
-def other_units(tally: Tally, names: Sequence | None) -> Iterator[tuple[float, Finding]]:
-    """Yield a finding if the teacher's numbers are far better after a multiplication and an addition,
-    so that they seem to have different units than the labels.
-
-    Args:
-        tally: `Tally` of the teacher's predictions.
-        names: Names of the numbers. None if unknown.
-
-    Yields:
-        (score with the best units, finding).
-    """
-    if tally.task.kind != 'regression' or sum(len(y) for _, y in tally.several) < 2 * FEW:
-        return
-    t, y = (torch.cat(o).double() for o in zip(*tally.several))
-    variance = y.var(0, correction=0)
-    before, after = (t - y).pow(2), torch.empty_like(t)
-    # subtle: score each half of the items in the units that suit the other half
-    for i in (0, 1):
-        scale, shift = best_units(t[i::2], y[i::2])
-        after[1 - i :: 2] = (scale * t[1 - i :: 2] + shift - y[1 - i :: 2]).pow(2)
-    gain = before.mean(0) - after.mean(0)
-    wrong = (gain > OF_VARIANCE * variance) & (gain > OF_ERROR * before.mean(0))
-    # the numbers must be good in these units
-    wrong &= after.mean(0) < variance / 2
-    if not wrong.any():
-        return
-    scale, shift = (o.tolist() for o in best_units(t, y))
-    name = lambda i: names[i] if names is not None and len(names) == len(scale) else f'number {i}'
-    units = lambda i: f'{scale[i]:.4g} * output {"-" if shift[i] < 0 else "+"} {abs(shift[i]):.4g}'
-    found = [i for i, is_wrong in enumerate(wrong.tolist()) if is_wrong]
-    each = units(0) if len(scale) == 1 else few_names([f'{name(i)}: {units(i)}' for i in found], 5)
-    now, then = before[:, wrong].mean().item(), after[:, wrong].mean().item()
-    yield (
-        -after.where(wrong, before).mean().item(),
-        Finding(
-            'warning',
-            "The teacher's numbers seem to have different units than the labels: on "
-            f'{count_in_words(len(t), tally.part)}, their squared error is {now:.4g}, and it would be '
-            f'{then:.4g} with {each}',
-            'Are they standardized, or in thousands? Return them in the units of the labels, as in '
-            'Teacher(lambda x: 1000 * model(x)). If the units are the same, the teacher is undertrained',
-        ),
-    )
-
-
-def best_units(t: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """Return (scale, shift) of each number with the smallest squared error, by least squares."""
-    centered = t - t.mean(0)
-    scale = (centered * (y - y.mean(0))).sum(0) / centered.pow(2).sum(0).clamp_min(1e-30)
-    return scale, y.mean(0) - scale * t.mean(0)
 
 
 def embedding_rows(modules: Iterable[Module]) -> int | None:
