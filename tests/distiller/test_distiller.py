@@ -9,6 +9,7 @@ import torch.nn.functional as F
 import torch.utils.checkpoint
 from torch import nn
 from cases import Golden
+from fastai.layers import Lambda
 from fastdistill import (
     DistillError,
     DistillWarning,
@@ -1317,12 +1318,20 @@ def noisy(x):
     return mlp(16, 1)(x) + noise
 
 
+def hooked(model):
+    "A model of known layers with a hook that uses all random generators"
+    model.register_forward_hook(lambda m, x, y: y + random.random() + np.random.rand())
+    return model
+
+
 DRAWING = dict(
     sample=lambda: Teacher([mlp(16, 1), mlp(16, 2)], ensemble=dict(combine='sample')),
     dropout=lambda: Teacher(
         nn.Sequential(nn.Dropout(0.5), mlp(16, 1)), run=dict(mode='train', device='cpu')
     ),
     function=lambda: Teacher(noisy),
+    layer=lambda: Teacher(Lambda(noisy)),
+    hook=lambda: Teacher(hooked(mlp(16, 1))),
 )
 
 

@@ -110,11 +110,16 @@ def cuda_devices(model: Module) -> set[torch.device]:
 
 
 def has_known_layers(model: Module) -> bool:
-    """Return True if all layers are from PyTorch, torchvision or fastai. In evaluation mode, such
-    layers draw no random numbers from Python or NumPy.
+    """Return True if all layers are from PyTorch, torchvision or fastai, and none of them calls a
+    function of the user. In evaluation mode, such layers draw no random numbers from Python or NumPy.
     """
-    names = {type(m).__module__ for m in model.modules()}
-    return all(n.startswith(('torch.nn.', 'torchvision.', 'fastai.')) for n in names)
+    known = 'torch.nn.', 'torchvision.', 'fastai.'
+    return all(
+        type(m).__module__.startswith(known)
+        and not hasattr(m, 'func')  # as in fastai's Lambda
+        and not (m._forward_hooks or m._forward_pre_hooks or 'forward' in vars(m))
+        for m in model.modules()
+    )
 
 
 def may_be_hidden_state(name: str) -> bool:
