@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from ..base.batch_samples import BatchSamples
-from ..base.model_state import weights_summary
 from ..base.outputs import DistillError, LinearLogits, Outputs, map_tensors
 from ..checks.findings import Findings
 from ..checks.forward import student_logits
@@ -22,7 +21,6 @@ from ..features.model_call import arguments
 from ..recipes.batch_tensors import inputs_and_labels
 from ..recipes.recipe_loss import Distilled
 from ..recipes.term import Recipe, Term
-from ..teachers.members import modules_of
 from ..teachers.teacher import Teacher, run_once
 from .head import Head, renamed
 from .head_checks import check_batch_of_head, check_batches_of_head, check_first_batch
@@ -30,6 +28,7 @@ from .head_state import encoded_state, load_encoded_state
 from .heads import Heads, build_heads
 from .loader_batches import is_loader, read_apart, spread_batches
 from .recipe_choice import choose
+from .weight_changes import WeightChanges
 
 
 class Distiller(nn.Module):
@@ -110,10 +109,6 @@ class Distiller(nn.Module):
         super().__init__()
         # subtle: register the student first, so that its parameters come first in parameters()
         self.student = student
-        # the models' weights when `stop` was called. None if the gradients were measured with the
-        # current weights
-        self.left: tuple[list, dict] | None = None
-        self.running = False
         options = dict(
             recipe=recipe,
             task_loss=task_loss,
@@ -127,6 +122,7 @@ class Distiller(nn.Module):
             check=check,
         )
         self.heads = build_heads(self.head_class, student, teacher, options)
+        self.changes = WeightChanges(student, self.heads)
         links = {k: h.links for k, h in self.heads.items()}
         self.links = nn.ModuleDict(links) if self.heads.several else links['']
         if example is not None:
@@ -156,48 +152,15 @@ class Distiller(nn.Module):
         If the weights of a model changed after `stop`, for example because different weights were
         loaded, the gradients that were measured before are forgotten.
         """
-        self._begin()
+        self.changes.begin()
         for t in self.heads.sources:
             t.start()
 
     def stop(self) -> None:
         """Restore the teachers. It is safe to call this at any time, and more than once."""
-        self._end()
+        self.changes.end()
         for t in self.heads.sources:
             t.stop()
-
-    def _begin(self) -> None:
-        if self.left is not None:
-            (was, versions), (now, current) = self.left, self._weights()
-            # the parameters of a copied or unpickled Distiller are different objects
-            if was != now or any(current[i] != versions.get(i, current[i]) for i in current):
-                for h in self.heads.values():
-                    h.forget()
-        self.left, self.running = None, True
-
-    def _end(self) -> None:
-        if self.running:
-            self.left, self.running = self._weights(), False
-
-    def _follow_teachers(self) -> None:
-        """Begin if a teacher was started by itself, as in `with distiller.teacher:`."""
-        if self.running:
-            return
-        for t in self.heads.sources:
-            if isinstance(t, Teacher) and t.runner.started:
-                self._begin()
-                t.runner.stack.callback(self._end)
-                return
-
-    def _weights(self) -> tuple[list, dict]:
-        """Return numbers that change if the student's weights change, and {id of a parameter of a
-        teacher: its version}.
-        """
-        sources = [t for t in self.heads.sources if isinstance(t, Teacher)]
-        # subtle: a teacher may be much larger, so its weights are not read
-        weights = [p for t in sources for m in modules_of(t) for p in m.parameters()]
-        versions = {id(p): None if p.is_inference() else p._version for p in weights}
-        return weights_summary(self.student), versions
 
     @property
     def recipe(self) -> Recipe:
@@ -255,7 +218,7 @@ class Distiller(nn.Module):
     def set_extra_state(self, state: Tensor) -> None:
         """Restore what `get_extra_state` returned."""
         load_encoded_state(self.heads, state)
-        self.left = None
+        self.changes.left = None
 
     # checks and setup before the first batch
 
@@ -386,7 +349,7 @@ class Distiller(nn.Module):
             The outputs, or None if no term needs the teacher. For several heads, a dict {head name:
             outputs} with the heads for which outputs exist.
         """
-        self._follow_teachers()
+        self.changes.follow_teachers()
         x, terms = inputs(x), {k: h.active_terms(progress) for k, h in self.heads.items()}
         needed = lambda k, h: h.teacher is not None and (terms[k] or h.chooses)
         ask = Heads((k, h) for k, h in self.heads.items() if needed(k, h))

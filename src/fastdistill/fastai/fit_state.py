@@ -52,7 +52,10 @@ class FitState:
         if finder:
             links = ModelState(d.links.modules(), weights=True)
             ratios = copy.deepcopy({k: h.ratios for k, h in d.heads.items()})
-            self.before_finder, self.optimizer = (links, ratios, self.optimizer, d.left), None
+            self.before_finder, self.optimizer = (
+                (links, ratios, self.optimizer, d.changes.left),
+                None,
+            )
         for h in d.heads.values():
             h.measures = not finder
         if d.ready:
@@ -78,7 +81,7 @@ class FitState:
         if self.before_finder is None:
             notes_of(learn).last_state = self.state_dict(d)
             return
-        links, ratios, self.optimizer, d.left = self.before_finder
+        links, ratios, self.optimizer, d.changes.left = self.before_finder
         links.restore()
         for k, h in d.heads.items():
             h.ratios = ratios[k]
