@@ -132,15 +132,6 @@ class Manifest:
         return self.count * self.stored * self.layout.bytes + self.head_bytes
 
     def to_json(self) -> builtins.bytes:
-        d = {**self._entries(), 'checksum': self.digest}
-        return json.dumps(d, indent=1, default=as_python).encode()
-
-    @property
-    def digest(self) -> str:
-        """Checksum of all entries."""
-        return manifest_digest(self._entries())
-
-    def _entries(self) -> dict:
         d = dict(format=FORMAT, version=self.version, **asdict(self))
         d['layout'] = self.layout.to_json()
         for k in ('doubt', 'lost'):
@@ -148,7 +139,8 @@ class Manifest:
                 del d[k]
         if self.parts is None:
             del d['parts']
-        return d
+        d['checksum'] = entries_checksum(d)
+        return json.dumps(d, indent=1, default=as_python).encode()
 
     def as_read(self) -> 'Manifest':
         """Return the manifest as if read from its file: checked, and without tuples and NumPy
@@ -264,7 +256,7 @@ def parse_manifest(text: bytes, where: Any) -> Manifest:
                 'again (force=True).'
             )
         # caches of earlier versions have no checksum
-        intact = 'checksum' not in d or d.pop('checksum') == manifest_digest(d)
+        intact = 'checksum' not in d or d.pop('checksum') == entries_checksum(d)
         del d['format'], d['version']
         m = manifest_of(d)
         # subtle: compared last, because the errors of `manifest_of` say more
@@ -292,8 +284,8 @@ def manifest_of(d: Any) -> Manifest:
     return m
 
 
-def manifest_digest(entries: dict) -> str:
-    """Compute the checksum of the entries of a manifest, which does not depend on indentation."""
+def entries_checksum(entries: dict) -> str:
+    """Compute the checksum of the entries of a manifest. It does not depend on the indentation."""
     return checksum(json.dumps(entries, default=as_python).encode())
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..base.atomic_files import file_errors
 from ..base.outputs import DistillError, Outputs
-from .digests import file_checksum
+from .digests import checksum, file_checksum
 from .file_store import Folder, open_folder
 from .keys import look_up
 from .manifest import Manifest, refuse
@@ -60,7 +60,7 @@ class CacheFiles:
             raise DistillError(f'{folder} is not {why}')
         self.maps: dict[str, np.ndarray] = {}
         self.heads: dict[Any, StoredHead] = {}
-        self.opened = m.digest
+        self.opened = checksum(m.to_json())
         self.entries = {o['name']: o for o in m.shards}
         sizes = zip(m.shards, folder.sizes(self.entries))
         self.refuse({o['name']: text for o, size in sizes if (text := wrong_size(o, size))})
@@ -122,7 +122,7 @@ class CacheFiles:
         if not found:
             return
         there = self.folder.size('manifest.json') is not None
-        if not there or Manifest.read(self.folder).digest != self.opened:
+        if not there or checksum(Manifest.read(self.folder).to_json()) != self.opened:
             raise DistillError(
                 f'{self.folder} was overwritten or removed after it was opened: open it again.'
             )

@@ -115,8 +115,8 @@ class Store:
         for n in ('topk', 'draws', 'components'):
             if not isinstance(o := getattr(self, n), Integral | None) or isinstance(o, bool):
                 raise DistillError(f'{n}={o!r}: must be a whole number')
-        if not isinstance(self.T, Real | None):
-            raise DistillError(f'T={self.T!r}: a temperature is a number above 0')
+        if not (self.T is None or isinstance(self.T, Real) and self.T > 0):
+            raise DistillError(f'T={self.T!r}: a temperature must be a number above 0')
         if self.kind == 'topk' and self.topk is None:
             self.topk = 10
         if self.kind == 'draws':
@@ -124,8 +124,6 @@ class Store:
             self.T = 1.0 if self.T is None else self.T
             if not 1 <= self.draws < 2**16:
                 raise DistillError(f'draws={self.draws}: must be from 1 to {2**16 - 1}')
-            if not self.T > 0:
-                raise DistillError(f'T={self.T}: a temperature must be a number above 0')
         if self.kind == 'pca':
             self.components = 64 if self.components is None else self.components
             if not 1 <= self.components <= MAX_COMPONENTS:
