@@ -312,8 +312,8 @@ def test_crosskd_leaves_batch_norms_of_the_teachers_head_alone():
     'teacher, recipe, message',
     [
         (dict(kind='FasterRCNN'), crosskd(), 'must be a RetinaNet, FCOS or SSD'),
-        (dict(kind='SSD', names='0123'), crosskd(), 'the head of an SSD has layers of its own'),
-        (dict(kind='SSD'), crosskd(layers='last'), 'the head of an SSD has layers of its own'),
+        (dict(kind='SSD', names='0123'), crosskd(), 'the head of an SSD has separate layers'),
+        (dict(kind='SSD'), crosskd(layers='last'), 'the head of an SSD has separate layers'),
         (dict(kind='FCOS'), crosskd({'backbone.stem': 'backbone.stem'}), 'is not a level of the'),
     ],
 )

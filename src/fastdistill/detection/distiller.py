@@ -117,8 +117,8 @@ class DetectionHead(Head):
         if view.scores.softmax and layers != self.teacher_levels:
             raise DistillError(
                 f'{name} compares the levels {", ".join(layers)} of the teacher, but the head of an '
-                f'SSD has layers of its own for each of {", ".join(self.teacher_levels)}: use a '
-                'student with a level for each of them, or compare feature maps, as in pkd().'
+                f'SSD has separate layers for each of {", ".join(self.teacher_levels)}: use a student '
+                'with as many levels, or compare feature maps, as in pkd().'
             )
 
     def _paired_levels(self, view: DetectorView, x: Sequence) -> list[tuple[str, str]]:

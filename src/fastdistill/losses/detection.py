@@ -115,8 +115,8 @@ def crosskd(
     """Run the teacher's head on the student's feature maps, and compare these predictions with those
     for the teacher's own maps (CrossKD, arXiv:2306.11369).
 
-    The loss is `anchor_kl` of the classes plus `box_deltas` of the boxes. It is zero if the maps are
-    equal, and differences of the maps that do not change the predictions cost nothing.
+    The loss is `anchor_kl` of the classes plus `box_deltas` of the boxes. Differences between the
+    maps that do not change the predictions of the head have no effect on the loss.
 
     Args:
         s: Student feature maps, (B, C, H, W), each projected to the shape of the teacher's map.

@@ -153,7 +153,8 @@ def closing(r: Results, picture: Path, numbers: Path) -> str:
     chosen = '\n'.join(f'{way}: {recipe}' for way, recipe in r.recipes.items())
     gains = ', '.join(f'{way} {100 * r.gain(way):+.1f}' for way in r.scores if way != ALONE)
     return (
-        f'{chosen}\n\nTest set after the last epoch; students: {over}.\nPoints more than alone: {gains}.\n'
+        f'{chosen}\n\nTest set after the last epoch; students: {over}.\n'
+        f'Gain over the student alone, in points: {gains}.\n'
         f'{r.seconds:.0f} s on {r.machine["cores"]} cores. Picture: {picture}\nNumbers: {numbers}\n\n'
         '[bold]Next, with your own data[/]: two Learners with the same classes, one trained, and\n'
         '    from fastdistill.fastai import *; student.distill(teacher, 5, 1e-3)'
