@@ -210,7 +210,7 @@ def vid():
     var = (s - t).pow(2).mean((0, 2, 3))  # where the trained variance settles
     order = [c for c in var.argsort().tolist() if c in liveliest(t, 40)]
     fig, axs = grid(2, 5, left=0.3)
-    for k, (c, word) in enumerate(((order[0], 'foreseen well'), (order[-1], 'foreseen badly'))):
+    for k, (c, word) in enumerate(((order[0], 'predicted well'), (order[-1], 'predicted badly'))):
         most, d = t[0, c].abs().max().item(), (s - t)[0, c] ** 2
         top = (s - t)[0, order[-1]].pow(2).max().item()
         put(axs[k, 0], x[0], 'image' if k == 0 else None)

@@ -89,7 +89,7 @@ def test_the_option_store(given, kind, dtype):
         (dict(topk='abc'), "topk='abc': must be a whole number"),
         (dict(topk=2.5), 'topk=2.5: must be a whole number'),
         (dict(draws='abc'), "draws='abc': must be a whole number"),
-        (dict(draws=5, T='abc'), "T='abc': a temperature is a number above 0"),
+        (dict(draws=5, T='abc'), "T='abc': a temperature must be a number above 0"),
         (dict(components=True), 'components=True: must be a whole number'),
         (dict(size='abc'), "size='abc': must be a whole number, or (height, width)"),
         (dict(size=(8,)), 'size=(8,): must be a whole number, or (height, width)'),

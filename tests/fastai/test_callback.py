@@ -1277,11 +1277,11 @@ def test_a_model_that_ends_in_a_sigmoid_is_explained():
             r'axis=1.0: the class axis must be a whole number from 1 to 8, or, counted from the end, from -1 to -8',
         ),
         (dict(axis=0), r'axis=0: .*\(axis 0 is the batch axis\)'),
-        (dict(T=0), 'T=0: a temperature is a number above 0'),
+        (dict(T=0), 'T=0: a temperature must be a number above 0'),
         (dict(recipe=dkd(), kind='soft'), "kind='soft': must be None or 'softmax' or"),
         (
             dict(T=('linear', 4, 0)),
-            'T=0 at the end of the training: a temperature is a number above 0',
+            'T=0 at the end of the training: a temperature must be a number above 0',
         ),
         (dict(output=1.5), 'output=1.5: must be the name or the index'),
         (dict(span='epoch'), "span='epoch': must be 'fine_tune' or 'fit'"),

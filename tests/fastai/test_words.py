@@ -42,7 +42,7 @@ def test_a_term_takes_temperature_too():
         DistillError, match='T=4 and temperature=2: these are two names for the same option'
     ):
         Term(losses.kl, T=4, temperature=2)
-    with pytest.raises(DistillError, match='T=0: a temperature is a number above 0'):
+    with pytest.raises(DistillError, match='T=0: a temperature must be a number above 0'):
         Term(losses.kl, temperature=0)
     with pytest.raises(DistillError, match='hint has no option temperature'):
         Term(losses.hint, temperature=2)

@@ -41,7 +41,7 @@ BAD = [
     ('kd', r'write kd\(\), with parentheses'),
     ('kdd()', "no recipe 'kdd' \\(did you mean 'kd'\\?\\). It must be one of ab, abkd, at"),
     ('kd(Temp=4)', "kd has no option 'Temp'. It has T, alpha, class_mean, temperature"),
-    ('kd(T=-1)', 'a temperature is a number above 0'),
+    ('kd(T=-1)', 'a temperature must be a number above 0'),
     ('kd(T=4, T=5)', 'T is given twice'),
     ('kd() + at(weight=1, grad_ratio=1)', r"at 'at\(weight=1, grad_ratio=1\)'"),
     ('kd(*[1])', 'an argument must be a number'),

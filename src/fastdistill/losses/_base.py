@@ -143,7 +143,7 @@ def temperature(T: float) -> float:
     """Return `T` if it is a valid temperature."""
     if not T > 0:
         raise DistillError(
-            f'T={T}: a temperature is a number above 0. T=1 does not change the logits, 2 to 8 soften '
+            f'T={T}: a temperature must be a number above 0. T=1 does not change the logits, 2 to 8 soften '
             'them'
         )
     return T

@@ -280,7 +280,7 @@ def temperature_schedule(T: ScheduleLike) -> Scheduled:
             continue
         at = f' at the {when} of the training' if callable(T) else ''
         raise DistillError(
-            f'T={v:g}{at}: a temperature is a number above 0 (1 leaves the logits as they are, 2 to 8 '
+            f'T={v:g}{at}: a temperature must be a number above 0 (1 leaves the logits as they are, 2 to 8 '
             'soften them)'
         )
     return T

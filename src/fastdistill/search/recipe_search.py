@@ -1,4 +1,4 @@
-"""Search for a recipe by training short runs until the time is over.
+"""Search for a recipe by training short runs until the time limit is reached.
 
 Optuna proposes the runs. Weak runs are stopped early (successive halving, arXiv:1810.05934).
 """
@@ -92,7 +92,7 @@ class Search:
         return items.tolist() if run.seed else []
 
     def run(self) -> Found:
-        """Search until the time is over, or until Ctrl-C."""
+        """Search until the time limit is reached, or until Ctrl-C."""
         try:
             while time() < self.search_end and (run := self._next()):
                 self._try(run)

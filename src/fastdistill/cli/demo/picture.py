@@ -79,7 +79,7 @@ def draw_items(fig: Any, task: Any, teacher: Any, students: Any, n: int = 4) -> 
     best = torch.stack([order.where(y == c, -torch.inf).max(0).indices for c in y.unique()])
     best = best[order[best].topk(min(n, len(best))).indices]
     axs, widest = fig.subplots(n, 3, width_ratios=(1, 1.9, 1.5)), soft[best].max().item()
-    heads = '', f'right, of {len(students[ALONE])} students', f'teacher, T={T:g}'
+    heads = '', f'correct, out of {len(students[ALONE])} students', f'teacher, T={T:g}'
     for ax, head in zip(axs[0], heads):
         ax.set_title(head, loc='left')
     for (im, text, bars), i in zip(axs, best.tolist()):
