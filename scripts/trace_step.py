@@ -33,6 +33,7 @@ MAIN = {
     'distiller/distiller.py': "asks the sources of all heads with their terms' layers",
     'distiller/heads.py': 'groups the heads whose teachers run at once',
     'distiller/head.py': 'compares the outputs of one head',
+    'distiller/weight_changes.py': 'whether a teacher was started outside of a training',
     'fastai/training_step.py': 'adds the terms to the loss of the Learner',
     'fastai/fit_log.py': 'prints the gradient norms once they are measured',
     'fastai/held_outputs.py': 'the source: outputs that the batch brought',
