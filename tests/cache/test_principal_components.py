@@ -77,6 +77,31 @@ def test_the_logits_are_those_of_an_independent_computation(tmp_path):
     torch.testing.assert_close(got, by_numpy(T, measured()), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize('store', [dict(components=K), 'auto'], ids=str)
+def test_the_teacher_runs_once_on_the_samples_from_which_components_are_computed(
+    store, tmp_path, monkeypatch
+):
+    "The same outputs are measured, and give the components"
+    seen, t = [], logits(1000)
+
+    def teacher(x):
+        seen.append(len(x))
+        return x
+
+    teacher.identity = 'x'
+    monkeypatch.setattr(store_choice, 'TINY', 0)
+    monkeypatch.setattr(store_choice, 'SMALL', 0)
+    written(tmp_path / 'a', 'float32', t, teacher)
+    checks_and_rows = sum(seen)
+    seen.clear()
+    got = written(tmp_path / 'b', store, t, teacher)
+    layout = got.manifest.layout
+    assert layout.kind == 'pca'
+    assert sum(seen) - checks_and_rows == 256
+    want = by_numpy(t, measured(t), layout.fields[0].shape[0])
+    assert (got.outputs(range(1000)).logits - want).abs().max() < 0.02 * (t.max() - t.min())
+
+
 @pytest.mark.parametrize('dtype,tol', [('int8', 0.02), ('float16', 0.003)])
 def test_smaller_numbers_are_rounded(dtype, tol, tmp_path):
     got = written(tmp_path, dict(components=K, dtype=dtype)).outputs(range(N)).logits

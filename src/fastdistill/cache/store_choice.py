@@ -291,7 +291,9 @@ class Choice:
             views: Number of views of each sample.
 
         Returns:
-            (`Store`, `Source` of the outputs to store, information loss as in `Option.lost`).
+            (`Store`, `Source` of the outputs to store, information loss as in `Option.lost`, the
+            measured outputs). The outputs are those of `few_outputs(source)`, or None if nothing was
+            measured, or if other samples were.
         """
         old = existing_store(where)
         if store.kind == 'auto' and old is not None:
@@ -302,32 +304,37 @@ class Choice:
         if store.kind == 'auto':
             count = len(source.keys) * max(views, 1)
             if self.kind != 'softmax' or count * Layout.of(first, logits).bytes <= TINY:
-                return logits, source, ()
+                return logits, source, (), None
             return self._best(store, source, count)
         if store.kind == 'hidden' and not isinstance(first.logits, LinearLogits):
-            return store, self._with_states(source, store.layer), ()
+            return store, self._with_states(source, store.layer), (), None
         lossy = store.kind in ('topk', 'pca') and isinstance(first.logits, Tensor)
         if not lossy or old is not None:
-            return store, source, ()
-        return store, source, self._lost(store, source)
+            return store, source, (), None
+        return store, source, *self._lost(store, source)
 
     def _with_states(self, source: Source, layer: str | None = None) -> Source:
         run = lambda teacher: source.first(source.bs, teacher=teacher)
         found = find_output_layer(self.teacher, run, layer)
         return replace(source, run=HiddenRun(source.run, self.teacher, found))
 
-    def _lost(self, store: Store, source: Source) -> Sequence:
-        """Measure the information loss of the requested format, and warn if it is too large."""
+    def _lost(self, store: Store, source: Source) -> tuple:
+        """Measure the information loss of the requested format, and warn if it is too large.
+
+        Returns:
+            (information loss, measured outputs).
+        """
         batches = few_outputs(source, self.tasks)
+        spread = batches if self.tasks is None else None
         Layout.of(batches[0], store)  # raises an error if the format does not suit the outputs
         uses = self._uses(batches)
         found = measured_options(batches, [store], len(source.keys), (*TEMPERATURES, *uses.T))
         if not found:
-            return ()
+            return (), spread
         if self.explicit and found[0].worst(uses) > BAD and rank() == 0:
             text = f'{store} is not suitable for {uses.why}:\n{table_of_options(found, uses)}'
             warnings.warn(DistillWarning(text), stacklevel=5)
-        return found[0].lost
+        return found[0].lost, spread
 
     def _uses(self, batches: Sequence[Any]) -> Uses:
         if self.uses is None:
@@ -349,14 +356,16 @@ class Choice:
             notes = [f'Hidden states are not possible. {str(e).removeprefix(CALLED)}']
         else:
             states = [Store('hidden', d, axis=axis) for d in ('float16', 'int8')]
-            batches = few_outputs(linear, self.tasks)
-            options += measured_options(batches, states, count, temperatures)
+            hidden = few_outputs(linear, self.tasks)
+            options += measured_options(hidden, states, count, temperatures)
         options.sort(key=lambda o: o.total)
         best = options[on_first(lambda: options.index(choose_option(options, uses)))]
         if rank() == 0:
             print(table_of_options(options, uses, notes))
             print(f'fastdistill: {asked_text(best)}')
-        return best.store, linear if best.store.kind == 'hidden' else source, best.lost
+        if best.store.kind == 'hidden':
+            return best.store, linear, best.lost, None
+        return best.store, source, best.lost, batches if self.tasks is None else None
 
 
 def asked_text(option: Any) -> str:

@@ -98,7 +98,7 @@ def start_stream(
     count = np.broadcast_to(np.uint64(0), (samples or UNKNOWN,))
     source = Source(count, run, n, identity_of(teacher), {}, root, vocab)
     with where.lock():
-        store, source, lost = choose(where, store, source, source.first(n), views)
+        store, source, lost, _ = choose(where, store, source, source.first(n), views)
         first = source.first(n)
         layout = Layout.of(first, store)
         if store.kind == 'pca' and n <= cast(int, store.components):

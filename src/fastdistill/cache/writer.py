@@ -126,9 +126,9 @@ def write_cache(
     if not len(source.keys):
         raise DistillError('There are no samples: there is nothing to write.')
     where = open_folder(path)
-    first, lost = source.first(1), ()
+    first, lost, measured = source.first(1), (), None
     if choose is not None:
-        store, source, lost = choose(where, store, source, first, views)
+        store, source, lost, measured = choose(where, store, source, first, views)
     elif store.kind == 'auto':
         store = Store('logits', axis=store.axis)
     if store.kind == 'hidden':
@@ -137,8 +137,9 @@ def write_cache(
     layout = Layout.of(first, store)
     fitted: Any = first.logits
     if layout.kind == 'pca':
-        fitted = torch.cat([as_dense(o.logits) for o in few_outputs(source)])
+        fitted = torch.cat([as_dense(o.logits) for o in measured or few_outputs(source)])
     head = head_of(fitted, layout)
+    del fitted, measured  # release the memory while the teacher runs
     rows = max(shard_bytes // layout.bytes // source.bs, 1) * source.bs
     data = dict(keys=f'{hash_of(source.keys.tobytes()):016x}', root=source.root)
     m = Manifest(len(source.keys), views, seed, layout, rows, source.bs, source.teacher, data)
