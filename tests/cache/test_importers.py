@@ -225,12 +225,55 @@ def test_probabilities_that_are_called_logits_are_refused(scale, says, tmp_path)
 
 
 def test_names_of_samples_have_an_order(tmp_path):
-    with pytest.raises(DistillError, match='keys= is a set, which has no order: pass a list'):
+    with pytest.raises(DistillError, match='keys= is of type set, which has no order: pass a list'):
         opened(LOGP, tmp_path / 'cache', keys=set(NAMES))
     data = TensorDataset(torch.zeros(N, 6))
     for keys in (set(NAMES), dict.fromkeys(NAMES).keys()):
         with pytest.raises(DistillError, match='which has no order'):
             Replayed(data, opened(LOGP, tmp_path / 'cache', keys=NAMES), keys=keys)
+
+
+def test_names_that_can_be_read_only_once_are_refused_unread(tmp_path):
+    "The same generator could not name the samples of the student later"
+    data = TensorDataset(torch.zeros(N, 6))
+    cache = opened(LOGP, tmp_path / 'cache', keys=NAMES)
+    match = 'keys= is of type generator, which has no length: pass a list'
+    for use in (
+        lambda keys: opened(LOGP, tmp_path / 'new', keys=keys),
+        lambda keys: cache_dataset(lambda x: x, data, tmp_path / 'new', keys=keys),
+        lambda keys: Replayed(data, cache, keys=keys),
+    ):
+        keys = (o for o in NAMES)
+        with pytest.raises(DistillError, match=match):
+            use(keys)
+        assert list(keys) == NAMES
+    for keys in (7, np.array(7), str):
+        with pytest.raises(DistillError, match=r'keys= is of type \w+, which has no length'):
+            opened(LOGP, tmp_path / 'new', keys=keys)
+
+
+def test_sparse_tensors_are_refused(tmp_path):
+    "Missing log-probabilities are not 0"
+    sparse = torch.eye(N).to_sparse()
+    match = r"A tensor can't be converted to an array.*If it is sparse, pass tensor.to_dense\(\)"
+    for outputs in (sparse, [dict(key=k, probs=o) for k, o in zip(NAMES, sparse)]):
+        with pytest.raises(DistillError, match=match):
+            opened(outputs, tmp_path / 'cache', keys=NAMES)
+    with pytest.raises(DistillError, match=match):
+        opened(LOGP, tmp_path / 'cache', keys=[o for o in sparse])
+    opened(sparse.to_dense(), tmp_path / 'cache', keys=NAMES, given='probs')
+
+
+def test_a_teacher_with_sparse_weights_is_identified(tmp_path):
+    data = TensorDataset(torch.randn(N, 6, generator=g))
+    m = nn.Linear(6, C)
+    m.register_buffer('graph', torch.eye(6).to_sparse())
+    cached = lambda: cache_dataset(Teacher(m), data, tmp_path / 'cache', progress=False)
+    rows = cached().rows(range(N))
+    assert np.array_equal(cached().rows(range(N)), rows)
+    m.graph = 2 * torch.eye(6).to_sparse()
+    with pytest.raises(DistillError, match='weights'):
+        cached()
 
 
 def test_a_student_trains_from_them(tmp_path):

@@ -509,6 +509,13 @@ def test_a_function_cannot_name_samples_that_do_not_show_their_items(tmp_path):
         write(dls, tmp_path, keys=lambda o: 'a', kind='softmax')
 
 
+def test_names_that_can_be_read_only_once_are_refused(folder, tmp_path):
+    keys = (str(i) for i in range(8))
+    with pytest.raises(DistillError, match='keys= is of type generator, which has no length'):
+        write(images(folder), tmp_path, keys=keys)
+    assert len(list(keys)) == 8
+
+
 class Loader:
     "What `item_keys` reads of a DataLoader"
 

@@ -15,9 +15,9 @@ import numpy as np
 import torch
 
 from ..base.outputs import DistillError, Outputs, TopK
-from .imported_files import as_array, read_rows
+from .imported_files import read_rows
 from .json_checks import located, shortened
-from .keys import keys_of, ordered_names
+from .keys import as_array, keys_of, ordered_names
 from .other_tools import converted_rows
 from .reader import TeacherCache
 from .row_layout import COARSE, Store, float16_step
@@ -195,12 +195,12 @@ class Reading:
 
     def names(self, keys: Sequence | str | None) -> list:
         if keys is not None and not isinstance(keys, str):
-            if len(keys) != len(self.rows):
+            if len(ordered_names(keys)) != len(self.rows):
                 raise DistillError(
                     f'{len(keys)} keys for {len(self.rows)} rows (the first is {self.place(0)}): '
                     'pass one for each row.'
                 )
-            return list(ordered_names(keys))
+            return list(keys)
         column = keys or next((k for k in KEYS if k in self.columns(0)), '')
         if column not in self.columns(0):
             raise DistillError(

@@ -52,7 +52,7 @@ def _feed(h: Any, o: Any) -> None:
             h.update(f'{k}='.encode())
             _feed(h, v)
     elif isinstance(o, Tensor):
-        t = o.detach().cpu().contiguous()
+        t = o.detach().cpu().to_dense().contiguous()
         h.update(f'{t.dtype} {tuple(t.shape)} '.encode())
         h.update(t.reshape(-1).view(torch.uint8).numpy().data if t.numel() else b'')
     elif isinstance(o, np.ndarray):

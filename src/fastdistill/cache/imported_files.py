@@ -12,13 +12,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from ..base.atomic_files import check_regular_file
 from ..base.outputs import DistillError
 from .digests import file_checksum, fingerprint
 from .file_store import natural_order
 from .json_checks import load_json, shortened
+from .keys import as_array
 
 
 def read_rows(o: Any) -> tuple:
@@ -50,6 +50,8 @@ def row_texts(rows: Any) -> Iterator[str]:
     for i in range(len(rows)):
         try:
             yield json.dumps(rows[i], sort_keys=True, default=plain)
+        except DistillError as e:
+            raise DistillError(f'Row {i}: {e}') from None
         # column names may have different types, or an object may contain itself
         except (TypeError, ValueError, RecursionError) as e:
             raise DistillError(
@@ -294,9 +296,3 @@ READERS: dict[str, Callable] = {
     '.npy': one_group(arrays_of),
     '.npz': one_group(arrays_of),
 }
-
-
-def as_array(t: Tensor) -> np.ndarray:
-    """Convert a tensor on any device to an array."""
-    t = t.detach().cpu()
-    return (t.float() if t.dtype == torch.bfloat16 else t).numpy()  # NumPy has no bfloat16

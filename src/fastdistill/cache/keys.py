@@ -67,9 +67,7 @@ def _parts(o: Any, root: str) -> tuple:
     if isinstance(o, (float, np.floating)):
         return b'float', repr(float(o)).encode()
     if isinstance(o, Tensor):
-        o = o.detach().cpu()
-    if isinstance(o, Tensor):
-        o = (o.float() if o.dtype == torch.bfloat16 else o).numpy()  # NumPy has no bfloat16
+        o = as_array(o)
     if isinstance(o, np.ndarray) and o.dtype != object:
         return b'array', f'{o.dtype.str} {o.shape}'.encode(), o.tobytes()
     if isinstance(o, dict):
@@ -83,6 +81,20 @@ def _parts(o: Any, root: str) -> tuple:
         f'A {type(o).__name__} does not identify a sample: pass keys=, a list with one name for each '
         'sample (file names, ids), or a function that returns the name of the sample at a position.'
     )
+
+
+def as_array(t: Tensor) -> np.ndarray:
+    """Convert a tensor on any device to an array. Raise a DistillError for a sparse tensor, or a
+    different tensor that NumPy can't represent.
+    """
+    try:
+        t = t.detach().cpu()
+        return (t.float() if t.dtype == torch.bfloat16 else t).numpy()  # NumPy has no bfloat16
+    except (TypeError, RuntimeError) as e:
+        raise DistillError(
+            f"A tensor can't be converted to an array ({str(e).splitlines()[0].rstrip('.!')}). If it is "
+            'sparse, pass tensor.to_dense().'
+        ) from e
 
 
 def relative(path: str, root: str) -> str:
@@ -106,11 +118,18 @@ def keys_of(items: Any, root: str = '') -> np.ndarray:
 
 
 def ordered_names(keys: Any) -> Any:
-    """Return the names of samples. Raise a DistillError for a set, which has no order."""
-    if isinstance(keys, Set):
+    """Return the names of samples. Raise a DistillError for a set, which has no order, and for a
+    generator, which can be read only once.
+    """
+    try:
+        len(keys)
+        missing = 'order' if isinstance(keys, Set) else ''
+    except TypeError:
+        missing = 'length'
+    if missing:
         raise DistillError(
-            f'keys= is a {type(keys).__name__}, which has no order: pass a list with the name of each '
-            'sample, in the order of the samples.'
+            f'keys= is of type {type(keys).__name__}, which has no {missing}: pass a list with the name of '
+            'each sample, in the order of the samples.'
         )
     return keys
 
@@ -156,8 +175,7 @@ def dataset_keys(
     """
     names: Any = [keys(i) for i in range(len(dataset))] if callable(keys) else keys
     root = root_of(folder_of(dataset) if root is None else root)
-    if names is None:
-        names = names_of_samples(dataset)
+    names = names_of_samples(dataset) if names is None else ordered_names(names)
     if len(names) != len(dataset):
         raise DistillError(
             f'{len(names)} keys for {len(dataset)} samples: pass one for each sample.'

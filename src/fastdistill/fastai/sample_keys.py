@@ -14,7 +14,7 @@ from fastai.text.data import SortedDL
 from ..base.outputs import DistillError
 from ..base.random_state import RandomGuard
 from ..base.sample_seeds import seeds_of
-from ..cache.keys import hash_of, key_of, keys_of, name_of, root_of
+from ..cache.keys import hash_of, key_of, keys_of, name_of, ordered_names, root_of
 from ..cache.sample_files import files_of
 from .language_model import is_stream
 
@@ -45,7 +45,7 @@ def keys_of_samples(dataset, keys, root):
                 f'keys= is a function of an item, but a {type(dataset).__name__} does not show its '
                 'items: pass a list with one name for each sample.'
             )
-        names = [keys(o) for o in each_item(items)] if callable(keys) else keys
+        names = [keys(o) for o in each_item(items)] if callable(keys) else ordered_names(keys)
         if len(names) != len(dataset):
             raise DistillError(f'{len(names)} keys for {len(dataset)} samples: give one for each.')
         return keys_of(names, root)
