@@ -147,6 +147,28 @@ def test_samples_of_any_form(tmp_path):
     assert np.array_equal(row.numpy(), cache.row(1))
 
 
+def test_an_entry_of_the_samples_is_not_replaced(tmp_path):
+    "A column of the user may be called as the new entry"
+    written(tmp_path)
+    cache = seal_stream(tmp_path)
+    stream = samples(range(N))
+    stream[1]['teacher'] = 'Ms. Miller'
+    match = r"already have an entry 'teacher'.*pass StreamJoin\(..., name=...\) with a new name"
+    with pytest.raises(DistillError, match=match):
+        next(iter(StreamJoin(stream, cache, 'key')))
+
+    class Columns(Stream):
+        column_names = ['key', 'teacher']
+
+    with pytest.raises(DistillError, match=match):
+        StreamJoin(Columns(range(N)), cache, 'key')
+    # a stream that is joined with two teachers
+    twice = StreamJoin(StreamJoin(samples(range(N)), cache, 'key'), cache, 'key', name='second')
+    assert {*next(iter(twice))} == {'key', 'inputs', 'label', 'teacher', 'second'}
+    joined = StreamJoin(stream, cache, 'key', name='row')
+    assert [o.get('teacher') for o in joined][:2] == [None, 'Ms. Miller']
+
+
 @pytest.mark.parametrize('name', ['numbers', 'arrays', 'tokens of equal length', 'tokens'])
 def test_names_that_are_tensors_in_the_stream_and_in_the_batches(name, tmp_path):
     "As in a stream of `datasets` with_format('torch'), whose batches a DataLoader joins to tensors"

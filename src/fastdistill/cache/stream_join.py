@@ -33,7 +33,7 @@ class StreamJoin(IterableDataset):
         cache: A `TeacherCache`, or the folder or URL of a cache.
         key: Where to find the name of a sample: a column, an index in a tuple, or fn(sample).
         view: The view to read: a number, a column, or fn(sample).
-        name: Name of the new entry in a dict.
+        name: Name of the new entry in a dict. The samples must not have an entry with this name.
         at_once: Number of samples that are looked up together.
     """
 
@@ -48,6 +48,8 @@ class StreamJoin(IterableDataset):
         at_once: int = 256,
     ):
         self.stream, self.key, self.view, self.name, self.at_once = stream, key, view, name, at_once
+        # a stream of `datasets` knows its columns, or has None
+        self._refuse_taken(getattr(stream, 'column_names', None) or ())
         self.cache = cache if isinstance(cache, TeacherCache) else TeacherCache(cache)
         self.cache.check(once=True)
 
@@ -58,6 +60,8 @@ class StreamJoin(IterableDataset):
     def __iter__(self) -> Iterator:
         samples, number, at = iter(self.stream), 0, 0
         while part := list(islice(samples, self.at_once)):
+            for sample in part:
+                self._refuse_taken(sample if isinstance(sample, dict) else ())
             keys = self._keys(part, number)
             where = self._find(keys, at, part, number)
             views: Any = self.view
@@ -74,6 +78,14 @@ class StreamJoin(IterableDataset):
                     yield {**sample, self.name: row}
                 else:
                     yield (*sample, row) if isinstance(sample, (tuple, list)) else (sample, row)
+
+    def _refuse_taken(self, entries: Any) -> None:
+        """Raise a DistillError if the samples already have an entry with the name of the new one."""
+        if self.name in entries:
+            raise DistillError(
+                f'The samples already have an entry {self.name!r}, which the stored outputs would '
+                'replace: pass StreamJoin(..., name=...) with a new name.'
+            )
 
     def _keys(self, part: Any, number: Any) -> np.ndarray:
         root = self.cache.manifest.data.get('root', '')
