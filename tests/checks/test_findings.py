@@ -586,6 +586,47 @@ def test_unknown_ids_are_found_in_any_embedding_that_runs():
         check(broken, x, y)
 
 
+class FromTheThird(nn.Embedding):
+    "Position embeddings like those of BART: they get the token ids, but look up the positions"
+
+    def __init__(self, rows, width):
+        super().__init__(rows + 2, width)
+
+    def forward(self, input_ids):
+        return super().forward(torch.arange(2, 2 + input_ids.shape[1]).expand_as(input_ids))
+
+
+class Scaled(nn.Embedding):
+    "Word embeddings like those of BART"
+
+    def forward(self, input_ids):
+        return 2 * super().forward(input_ids)
+
+
+@pytest.mark.parametrize('rows,unknown', [(9, False), (8, True)])
+@pytest.mark.parametrize('words,too_few', [(40, False), (39, True)])
+def test_an_embedding_that_computes_its_ids_is_no_other_vocabulary(rows, unknown, words, too_few):
+    "There are fewer positions than tokens, as in every BART"
+    x, y = texts()
+
+    class Bart(Reader):
+        def __init__(self):
+            super().__init__(40)
+            self.words, self.pos = Scaled(words, 4), FromTheThird(rows, 4)
+
+        def forward(self, input_ids):
+            pos = self.pos(input_ids=input_ids) + self.words(input_ids)
+            return super().forward(input_ids) + 0 * pos.sum(1)
+
+    teacher = Bart()
+    found = check(teacher, x, y)
+    if unknown or too_few:
+        one(found, 'error', 'ids that an embedding of the teacher does not have')
+    else:
+        assert found == []
+    assert not [m for m in teacher.modules() if m._forward_pre_hooks]
+
+
 def test_a_teacher_near_chance_with_another_vocabulary_may_have_another_tokenizer():
     x, y = texts()
 

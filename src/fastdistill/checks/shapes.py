@@ -1,5 +1,6 @@
 """Find mismatches in a batch: shapes, class axes, labels and token ids."""
 
+import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from math import prod
@@ -8,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..base.errors import DistillError
+from ..base.outputs import map_tensors, tensors_in
 from ..base.task import CLASS_NUMBERS, Task, fit_labels, fitting_axes, float_labels, shape_of_labels
 from ..teachers.teacher import Teacher
 from .findings import Finding
@@ -42,6 +44,8 @@ def checked_ids(teacher: Teacher) -> Iterator[None]:
     }
 
     def check(m: Any, args: tuple, kwargs: dict) -> None:
+        if type(m).forward not in (nn.Embedding.forward, nn.EmbeddingBag.forward):
+            return try_on_cpu(m, args, kwargs)
         ids, n = args[0] if args else kwargs['input'], m.num_embeddings
         if ids.numel() and not 0 <= (largest := ids.max().item()) < n:
             raise UnknownId(
@@ -60,6 +64,20 @@ def checked_ids(teacher: Teacher) -> Iterator[None]:
     finally:
         for h in handles:
             h.remove()
+
+
+def try_on_cpu(embedding: Any, args: tuple, kwargs: dict) -> None:
+    """Run an embedding that has its own `forward` on the CPU, where an unknown id raises an
+    IndexError.
+
+    The inputs of such an embedding are not always ids: BART's position embeddings get the token ids
+    and compute the ids of the positions.
+    """
+    whole = (t for t in tensors_in((args, kwargs)) if not t.is_floating_point() and t.numel())
+    if any(t.max() >= embedding.num_embeddings for t in whole):
+        args, kwargs = map_tensors((args, kwargs), Tensor.cpu)
+        # subtle: call `forward` directly, because the copy has the hook that called this function
+        type(embedding).forward(copy.deepcopy(embedding).cpu(), *args, **kwargs)
 
 
 def unknown_id(error: UnknownId) -> Finding:
