@@ -107,6 +107,63 @@ def segformer(width=8):
     )
 
 
+def t5(width=16, layers=1):
+    return hf.T5ForConditionalGeneration(
+        hf.T5Config(
+            vocab_size=VOCAB,
+            d_model=width,
+            d_kv=8,
+            d_ff=width,
+            num_layers=layers,
+            num_heads=2,
+            dropout_rate=0.0,
+            decoder_start_token_id=0,
+        )
+    )
+
+
+def bart(width=16, layers=1):
+    return hf.BartForConditionalGeneration(
+        hf.BartConfig(
+            vocab_size=VOCAB,
+            d_model=width,
+            encoder_layers=layers,
+            decoder_layers=layers,
+            encoder_attention_heads=2,
+            decoder_attention_heads=2,
+            encoder_ffn_dim=width,
+            decoder_ffn_dim=width,
+            max_position_embeddings=16,
+            dropout=0.0,
+            decoder_start_token_id=2,
+            forced_eos_token_id=None,
+        )
+    )
+
+
+def whisper(width=16, layers=1):
+    return hf.WhisperForConditionalGeneration(
+        hf.WhisperConfig(
+            vocab_size=VOCAB,
+            d_model=width,
+            encoder_layers=layers,
+            decoder_layers=layers,
+            encoder_attention_heads=2,
+            decoder_attention_heads=2,
+            encoder_ffn_dim=width,
+            decoder_ffn_dim=width,
+            num_mel_bins=4,
+            max_source_positions=8,
+            max_target_positions=16,
+            dropout=0.0,
+            pad_token_id=1,
+            bos_token_id=2,
+            eos_token_id=2,
+            decoder_start_token_id=2,
+        )
+    )
+
+
 def loud(model):
     "Weights large enough that predictions differ"
     for p in model.parameters():
@@ -256,6 +313,13 @@ def pixels(s, t, x):
     ).sum(1).mean()
 
 
+def sounds(n=8):
+    return [
+        dict(input_features=torch.randn(4, 16), labels=row['labels'])
+        for row in texts(n, label=words)
+    ]
+
+
 def masks(n=8):
     return [
         dict(pixel_values=torch.randn(3, 32, 32), labels=torch.randint(3, (32, 32)))
@@ -282,6 +346,9 @@ TASKS = dict(
     ),
     masked_words=(lambda **k: bert('MaskedLM', **k), lambda: texts(label=words), sequences),
     next_words=(gpt2, lambda: texts(label=causal), shifted),
+    translations=(t5, lambda: texts(label=words), sequences),
+    summaries=(bart, lambda: texts(label=words), sequences),
+    transcripts=(whisper, sounds, sequences),
     images=(vit, pictures, sequences),
     numbers=(
         lambda **k: bert(num_labels=1, **k),
@@ -448,6 +515,41 @@ def test_gradient_accumulation_changes_nothing(task, tmp_path):
         )
         trainer.train()
         ends.append((m.state_dict(), [h['loss'] for h in trainer.state.log_history[:3]]))
+    (whole, before), (parts, after) = ends
+    assert after == pytest.approx(before, rel=1e-5)
+    for k, v in whole.items():
+        torch.testing.assert_close(parts[k], v, rtol=1e-5, atol=1e-6, msg=k)
+
+
+def test_a_first_batch_without_labels_does_not_decide_how_the_others_are_scaled(tmp_path):
+    "As with masked words, of which a short text may have none"
+    data, teacher, ends = list(texts(label=causal)), loud(gpt2(16)), []
+    for row in data[:2]:
+        row['labels'] = torch.full_like(row['labels'], -100)
+
+    class InOrder(DistillationTrainer):
+        def _get_train_sampler(self, *args):
+            return torch.utils.data.SequentialSampler(self.train_dataset)
+
+    for size, steps in ((8, 1), (2, 4)):
+        torch.manual_seed(0)
+        trainer = InOrder(
+            loud(gpt2(8)),
+            args(
+                tmp_path,
+                optim='sgd',
+                max_steps=2,
+                per_device_train_batch_size=size,
+                gradient_accumulation_steps=steps,
+            ),
+            train_dataset=data,
+            teacher=teacher,
+            recipe=kd(T=T, alpha=ALPHA),
+        )
+        trainer.train()
+        ends.append(
+            (trainer.model.state_dict(), [h['loss'] for h in trainer.state.log_history[:2]])
+        )
     (whole, before), (parts, after) = ends
     assert after == pytest.approx(before, rel=1e-5)
     for k, v in whole.items():

@@ -222,8 +222,12 @@ class DistillationMixin(Base):
         )
         if not self._counts_items(x):
             return ranks
+        return self._items(x).clamp_min(1) * ranks / num_items_in_batch
+
+    def _items(self, x: Mapping) -> Tensor:
+        """Return the number of labels that the Trainer counts in this batch."""
         y = x['labels'][..., 1:] if predicts_next(self.model) else x['labels']
-        return y.ne(-100).sum().clamp_min(1) * ranks / num_items_in_batch
+        return y.ne(-100).sum()
 
     def _counts_items(self, x: Mapping) -> bool:
         """Return True if the task loss of this model depends on `num_items_in_batch`.
@@ -231,6 +235,9 @@ class DistillationMixin(Base):
         Some models ignore this argument, so this method tests the model once.
         """
         if self.counts_items is None:
+            # subtle: without labels, the loss is 0 for any number
+            if not self._items(x):
+                return True
             tried = []
             with untouched(self.model):
                 for n in (torch.tensor(1), torch.tensor(2)):

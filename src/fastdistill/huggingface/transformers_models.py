@@ -4,9 +4,10 @@ import inspect
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..base.outputs import DistillError
@@ -66,11 +67,29 @@ class BatchReader:
         """Split a batch into (student inputs and labels, teacher inputs)."""
         student, teacher = names_taken(self.model), names_taken(self.teacher)
         plain = {k: v for k, v in batch.items() if k not in self.label_names}
+        plain |= self.decoder_inputs(batch)
         of_student = {k: v for k, v in plain.items() if k in student or k not in teacher}
         if not any(k in student for k in plain):
             of_student = plain
         of_teacher = {k: v for k, v in plain.items() if k in teacher} or plain
         return of_student | self.labels(batch), of_teacher
+
+    def decoder_inputs(self, batch: Mapping) -> dict:
+        """Return the decoder's inputs that an encoder-decoder student computes from the labels, if
+        the batch has none. The teacher gets no labels, so it can't compute them.
+        """
+        given = 'decoder_input_ids' in batch or 'decoder_inputs_embeds' in batch
+        if given or 'labels' not in self.labels(batch):
+            return {}
+        y, config = batch['labels'], cast(Any, getattr(self.model, 'config', None))
+        if shift := getattr(self.model, 'prepare_decoder_input_ids_from_labels', None):
+            return dict(decoder_input_ids=shift(labels=y))
+        generates = type(self.model).__name__.endswith('ForConditionalGeneration')
+        if not (generates and getattr(config, 'is_encoder_decoder', False)):
+            return {}
+        # Whisper and others shift the labels inside of `forward`
+        ids = F.pad(y[:, :-1], (1, 0), value=config.decoder_start_token_id)
+        return dict(decoder_input_ids=ids.masked_fill(ids == -100, config.pad_token_id))
 
     def shared_inputs(self, batch: Mapping) -> dict:
         """Return the inputs that both models take. If there are none, return the teacher's."""
