@@ -248,6 +248,10 @@ WAYS: dict[str, Callable] = {
     'fastdistill, model as it is': partial(Fit, callbacks=partial(live, run=AS_IT_IS)),
     'fastdistill, cached': partial(Fit, callbacks=stored),
     'fastdistill, cached hidden states': partial(Fit, callbacks=partial(stored, store='hidden')),
+    'fastdistill, cached draws': partial(
+        Fit, callbacks=partial(stored, store=dict(draws=50, T=TEMPERATURE))
+    ),
+    'fastdistill, cached top 50': partial(Fit, callbacks=partial(stored, store=dict(topk=50))),
     'fastdistill, free teacher': partial(Fit, callbacks=free),
     "the forum's callback": partial(Fit, callbacks=forum),
     'fasterai': partial(Fit, callbacks=fasterai),

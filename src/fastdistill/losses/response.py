@@ -194,8 +194,8 @@ def drawn_ce(s: Tensor, t: Draws, T: float, axis: int) -> Tensor:
     """
     if temperature(T) != t.T:
         raise DistillError(t.refusal('the loss', T))
-    drawn = (s / T).gather(axis, t.ids)
-    return (s / T).logsumexp(axis) - torch.linalg.vecdot(t.freqs, drawn, dim=axis)
+    # the frequencies of a position add up to 1
+    return -torch.linalg.vecdot(t.freqs, log_probs(s, T, axis).gather(axis, t.ids), dim=axis)
 
 
 def drawn_kl(s: Tensor, t: Draws, T: float, axis: int) -> Tensor:
@@ -207,15 +207,14 @@ def drawn_kl(s: Tensor, t: Draws, T: float, axis: int) -> Tensor:
 
 def kl_slope(s: Tensor, t: Any, T: float, axis: int) -> Tensor:
     """Compute the gradient of `kl_values` with respect to `s`."""
-    if isinstance(t, Draws):
-        return at_temperature(
-            at_temperature(s, T).softmax(axis).scatter_add_(axis, t.ids, -t.freqs), T
-        )
-    if not seen_finite(s):
+    if not (drawn := isinstance(t, Draws)) and not seen_finite(s):
         t = within(t, s)
-    return at_temperature(
-        at_temperature(s, T).softmax(axis).sub_(at_temperature(t, T).softmax(axis)), T
-    )
+    slope = at_temperature(s, T).softmax(axis)
+    if drawn:
+        slope.scatter_add_(axis, t.ids, -t.freqs)
+    else:
+        slope.sub_(at_temperature(t, T).softmax(axis))
+    return slope if T == 1 else slope.div_(T)
 
 
 @loss(kind='softmax', match='shape', positionwise=True)
