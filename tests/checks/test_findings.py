@@ -484,6 +484,30 @@ def test_a_weak_teacher_with_the_right_normalization_is_not_suspected():
     assert check(Teacher(Brightness([0.0], [1.0]), images=dict(input_stats=(0, 1))), x, y) == []
 
 
+@pytest.mark.parametrize('n', [15, 16])
+def test_other_images_are_tried_only_if_there_are_enough_items_for_a_test(n):
+    "With 15 items, the check runs the teacher twice; no difference would be significant"
+    (x, y), sizes = photos(64), []
+    x, y = (
+        x[y < 2][:n],
+        1 - y[y < 2][:n],
+    )  # of two classes, the teacher always predicts the wrong one
+
+    def teacher(x):
+        sizes.append(tuple(x.shape))
+        return Brightness([0.0], [1.0])(x)
+
+    found = check(Teacher(teacher, images=dict(input_stats=(0, 1))), x, y)
+    assert found.facts.n == n
+    if n < 16:
+        assert set(sizes) == {(n, 3, 8, 8), (n - 1, 3, 8, 8)}  # the second without a sample
+        assert len(sizes) <= 3
+        assert 'ormalization' not in found.none
+        assert 'normalization' not in {f.about for f in found.in_order}
+    else:
+        assert (n, 3, 16, 16) in sizes
+
+
 def test_the_normalization_of_a_regression_is_found():
     x, y = photos()
 

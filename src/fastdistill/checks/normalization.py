@@ -47,7 +47,7 @@ def renormalized_images(
     Yields:
         (score with the new normalization, finding).
     """
-    if not can_renormalize(teacher, batches) or tally.above_constant(least=ENOUGH):
+    if not (can_renormalize(teacher, batches) and may_be_improved(tally)):
         return
     others = {
         k: t
@@ -87,7 +87,7 @@ def resized_images(
     Yields:
         (score with the new size, finding).
     """
-    if not can_resize(teacher, batches) or tally.above_constant(least=ENOUGH):
+    if not (can_resize(teacher, batches) and may_be_improved(tally)):
         return
     n, _, h, w = images_in(batches[0][0])[0].shape
     few = {}
@@ -136,6 +136,14 @@ def clearly_better(
     then = run(best)
     now = now[: len(then)]
     return (best, now, then) if tally.above(then, now, least=least) else None
+
+
+def may_be_improved(tally: Tally) -> bool:
+    """Return True if a variant of the teacher could be clearly better than the teacher.
+
+    With few items, no difference would be significant, so nothing needs to be tried.
+    """
+    return len(tally.items('teacher')) >= FEW and not tally.above_constant(least=ENOUGH)
 
 
 def can_resize(teacher: Teacher, batches: Sequence) -> bool:
@@ -187,7 +195,7 @@ def normalization_result(tally: Tally, teacher: Teacher, batches: Sequence) -> s
     """Describe a normalization check that found no mistake. Return '' if the normalization could not
     be checked.
     """
-    if not tally.n_labels or not can_renormalize(teacher, batches):
+    if len(tally.items('teacher')) < FEW or not can_renormalize(teacher, batches):
         return ''
     if tally.above_constant(least=ENOUGH):
         return 'not in doubt, because the teacher scores well'
