@@ -395,9 +395,10 @@ def source_of(
             else:
                 yield from (Outputs.of(teacher(*inputs(b))) for b in make(tasks, bs, workers))
 
+    samples = []
     if check:
         with validation_transforms(dl, not views):
-            check_views_repeat(make, len(names) * max(views, 1))
+            samples = sample_digests(make, len(names), views)
             check_shared_inputs(dl, plan, keys)
             if not (views or stream or reads_only_items(teacher) or dl is dls.valid):
                 check_no_views(lambda tasks: map(inputs, make(tasks, 1, 0)), len(names))
@@ -415,8 +416,6 @@ def source_of(
             example = next(first)
         if not (views or stream or dl is dls.valid):
             warn_of_moved(example, dls, dl)
-    with validation_transforms(dl, not views):
-        samples = sample_digests(make, len(names), views)
     who = identity_of(teacher)
     # without `stats`, the student's normalization is part of the teacher's identity
     if any(t.stats is None and not t.needs for t in single_teachers(teacher)):
@@ -489,28 +488,6 @@ def validation_transforms(dl, on):
         for o in pipes:
             o.split_idx = 1
         yield
-
-
-def check_views_repeat(make, n) -> None:
-    """Raise an error if random transforms can't be repeated.
-
-    A few views are computed twice and compared before anything is written.
-    """
-    tasks = spread_positions(n, 8)
-    d = make(tasks, 1, 0)
-    d.before_iter()
-    again = lambda: [sampled(d).item(*pair) for pair in d.get_idxs()]
-    for t, a, b in zip(tasks, again(), again()):
-        check_equal(a, b, 'The item transforms', t)
-    for t, a, b in zip(tasks, make(tasks, 1, 0), make(tasks, 1, 0)):
-        check_equal(a[:-1], b[:-1], 'The batch transforms', t)
-    with RandomGuard() as guard:
-        d.before_batch(again())
-    if guard.moved:
-        raise DistillError(
-            'A before_batch transform draws random numbers for a whole batch, but training uses '
-            'different batches: make it an item transform or an after_batch transform.'
-        )
 
 
 def check_shared_inputs(dl, plan, keys, most=None):
@@ -587,43 +564,60 @@ def plain_item(o):
 def sample_digests(make, n, views):
     """Return digests of the inputs of a few samples, before and after the batch transforms.
 
-    When a cache is used, the digests show whether the views are replayed correctly.
+    When a cache is used, the digests show whether the views are replayed correctly. Each view is
+    computed twice, before anything is written.
+
+    Raises:
+        DistillError: If random transforms can't be repeated.
     """
     tasks = [i % max(views, 1) * n + int(r) for i, r in enumerate(spread_positions(n, 8))]
-    return [
-        dict(row=t % n, view=t // n, **o) for t, o in zip(tasks, inspect_views(make(tasks, 1, 0)))
-    ]
+    out, items, d = [], [], make(tasks, 1, 0)
+    # subtle: alternate between the two, since a transform may depend on the samples before
+    for t, (item, b), (again, b_again) in zip(tasks, views_in(make(tasks, 1, 0)), views_in(d)):
+        check_equal(item, again, 'The item transforms', t)
+        check_equal(b[:-1], b_again[:-1], 'The batch transforms', t)
+        out.append(dict(row=t % n, view=t // n, **digest_of_view(item, b, d.n_inp)))
+        items.append(again)
+    with RandomGuard() as guard:
+        d.before_batch(items)
+    if guard.moved:
+        raise DistillError(
+            'A before_batch transform draws random numbers for a whole batch, but training uses '
+            'different batches: make it an item transform or an after_batch transform.'
+        )
+    return out
 
 
-def inspect_views(d):
-    """Return a digest of each sample's input, and statistics of the input after the batch
-    transforms.
-
-    The statistics of a tensor are computed by `summary`.
+def views_in(d):
+    """Yield (item, batch of this item after the batch transforms) for each sample.
 
     Args:
         d: A DataLoader with batches of one sample.
     """
     # subtle: leave out Normalize, since each model may have its own
     d.after_batch.fs = [f for f in d.after_batch.fs if not isinstance(f, Normalize)]
+    return sampled(d).views(d.get_idxs())
+
+
+def digest_of_view(item, b, n_inp):
+    """Return a digest of a sample's input, and statistics of the input after the batch transforms.
+
+    The statistics of a tensor are computed by `summary`.
+    """
     has_floats = lambda o: isinstance(o, torch.Tensor) and o.is_floating_point() and o.numel()
-    after = [
-        [summary(o) for o in flat_values(plain_item(b[: d.n_inp])) if has_floats(o)] for b in d
-    ]
-    d.before_iter()
-    items = (sampled(d).item(*pair) for pair in d.get_idxs())
-    return [dict(digest=item_digest(o, d.n_inp), after=a) for o, a in zip(items, after)]
+    after = [summary(o) for o in flat_values(plain_item(b[:n_inp])) if has_floats(o)]
+    return dict(digest=item_digest(item, n_inp), after=after)
 
 
 def view_inspector(dl, plan):
-    """Return a function fn(position, view) that inspects one view, see `inspect_views`. One
+    """Return a function fn(position, view) that computes `digest_of_view` for one view. One
     DataLoader is used for all of them.
     """
     d = writer_dl(dl, plan, [], 1, 0)
 
     def look(i, view):
         d.get_idxs = lambda: [(i, view)]
-        return inspect_views(d)
+        return digest_of_view(*next(views_in(d)), d.n_inp)
 
     return look
 

@@ -377,7 +377,7 @@ def misfits(dl, plan, cache, named: bool, points=None):
     m = cache.manifest
     if m.views:
         inspect = view_inspector(dl, Plan(plan.keys, m.views, m.seed, stream=plan.stream))
-        return sample_differences(m, plan.at, lambda i, view: inspect(i, view)[0])
+        return sample_differences(m, plan.at, inspect)
     if plan.moved and (m.layout.dense or (points and points())):
         what = 'have a value for each pixel or token' if m.layout.dense else 'are the points'
         return [

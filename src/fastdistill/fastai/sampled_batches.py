@@ -6,7 +6,7 @@ from functools import partial
 
 import numpy as np
 import torch
-from fastai.basics import TfmdDL
+from fastai.basics import TfmdDL, to_device
 from fastai.tabular.core import TabDataLoader
 from fastai.text.data import LMDataLoader, SortedDL
 
@@ -89,15 +89,29 @@ class SampledBatches:
         """Create the batches for these indices. The DataLoader calls this method, possibly in a
         worker process.
         """
+        return ((b, samples) for _, b, samples in self._batches(indices))
+
+    def views(self, pairs):
+        """Yield (item, batch of this item after the batch transforms) for each pair (position,
+        view). The batch size must be 1.
+        """
+        self.dl.before_iter()
+        for (item,), *b in self._batches(pairs):
+            if self.dl.device is not None:
+                b = to_device(tuple(b), self.dl.device)
+            yield item, self.dl.after_batch(b)
+
+    def _batches(self, indices):
         chunks = self.dl.chunkify(self._items(indices))
         while True:
             # the global generators are restored once per batch
             with restored_once() if self.plan.random else nullcontext():
                 chunk = next(chunks, None)
-                b = chunk and self.dl.do_batch([item for *_, item in chunk])
+                items = chunk and [item for *_, item in chunk]
+                b = chunk and self.dl.do_batch(items)
             if chunk is None:
                 return
-            yield b, self._samples(*np.array([o[:2] for o in chunk]).T)
+            yield items, b, self._samples(*np.array([o[:2] for o in chunk]).T)
 
     def _items(self, indices):
         for i in indices:
