@@ -1,6 +1,7 @@
 "The teacher runs once: what is stored is what it would say, live, about the very batch that the student sees."
 
 import json, random, warnings
+from functools import partial
 import numpy as np
 import pytest, torch
 import apps  # before the rest of fastai: it keeps its warnings quiet
@@ -132,7 +133,7 @@ def bordered_mask(i):
 @pytest.mark.parametrize('said_by', ['teacher', 'ensemble', 'file', 'student'])
 def test_the_ignored_label_is_that_of_a_learner(said_by, tmp_path):
     loss = CrossEntropyLossFlat(axis=1, ignore_index=255)
-    dls = data(MaskBlock(codes=['x', 'y']), bordered_mask, item_tfms=CROPS())
+    dls = data(MaskBlock(codes=['x', 'y']), bordered_mask, 'none', item_tfms=CROPS())
     learn = student(dls, 2, dense=True, loss_func=loss)
     teacher = quiet(Learner(dls, Convs(2, dense=True), loss_func=loss))
     given, where = dict(
@@ -708,8 +709,7 @@ def test_each_view_comes_once_in_as_many_epochs_as_there_are_views_and_each_samp
     assert len({tuple(r) for r in d.T.tolist()}) > 6 and len({tuple(r) for r in d.tolist()}) == 6
 
 
-def test_views_of_random_item_transforms_differ(tmp_path, monkeypatch):
-    monkeypatch.setitem(AUGMENT, 'none', list)  # nothing random in the batch transforms
+def test_views_of_random_item_transforms_differ(tmp_path):
     cache = cache_teacher(
         Teacher(Convs(3)), data(augment='none'), tmp_path, views=2, store=dict(dtype='float32')
     )
@@ -819,7 +819,7 @@ def test_layers_are_stored_too(tmp_path):
 @pytest.mark.parametrize('tail', ['mean', 'uniform', 'zero', 'bucket'])
 def test_few_classes_of_many(tmp_path, tail):
     teacher = Teacher(Convs(12))
-    make = lambda: data(get_y=lambda i: 'abcdefghijkl'[i % 12])
+    make = lambda: data(get_y=lambda i: 'abcdefghijkl'[i % 12], augment='none')
     cache = cache_teacher(teacher, make(), tmp_path, views=2, store=dict(topk=3, tail=tail))
     seen = []
 
@@ -920,15 +920,17 @@ def test_other_samples_are_refused(tmp_path):
 
 
 def test_maps_of_clean_images_are_not_given_to_augmented_ones(tmp_path):
-    make = lambda **k: data(MaskBlock(codes=['x', 'y']), mask, **k)
-    with pytest.warns(DistillWarning, match='a value for each pixel .* Resize, Flip would move'):
+    make = lambda **k: data(MaskBlock(codes=['x', 'y']), mask, 'usual', **k)
+    with pytest.warns(
+        DistillWarning, match='a value for each pixel .* Resize, Dihedral would move'
+    ):
         cache = cache_teacher(
             Convs(2, dense=True).eval(), make(item_tfms=Resize(SIZE)), tmp_path, views=0
         )
     learn = Learner(make(item_tfms=Resize(SIZE)), Convs(2, dense=True))
     with pytest.raises(
         DistillError,
-        match="a value for each pixel or token of the clean input, but Resize, Flip would move the student's input: cache views=1",
+        match="a value for each pixel or token of the clean input, but Resize, Dihedral would move the student's input: cache views=1",
     ):
         cached.feed(StoredOutputs(cache), learn)
 
@@ -1367,7 +1369,8 @@ def test_a_teacher_learner_with_its_classes_in_another_order(tmp_path):
 def test_a_class_that_only_a_teacher_learner_has_is_ignored_as_without_a_cache(
     store, names, tmp_path
 ):
-    mine, theirs = data(), data(block=CategoryBlock(vocab=[*names], sort=False))
+    plain = partial(data, augment='none', item_tfms=Resize(SIZE))  # it is not about views
+    mine, theirs = plain(), plain(block=CategoryBlock(vocab=[*names], sort=False))
     torch.manual_seed(0)
     net = Convs(4)
     if store == 'hidden':
@@ -1375,7 +1378,7 @@ def test_a_class_that_only_a_teacher_learner_has_is_ignored_as_without_a_cache(
     teacher = Learner(theirs, net)
     cache = cache_teacher(teacher, mine, tmp_path, views=1, store=store)
     live = teacher_of(teacher, mine, Task('softmax', 1))
-    c = compare(student(data()), cache, live, 1)
+    c = compare(student(plain()), cache, live, 1)
     assert c.seen
     for _, _, got, of_live, x in c.seen:
         want = Teacher(net)(x.as_subclass(torch.Tensor)).logits[:, [names.index(k) for k in 'abc']]
@@ -1386,7 +1389,7 @@ def test_a_class_that_only_a_teacher_learner_has_is_ignored_as_without_a_cache(
         else:
             close = dict(rtol=0.02, atol=0.02) if store == 'hidden' else {}
             torch.testing.assert_close(as_dense(got), want, **close)
-    assert verify_cache(cache, teacher, data(), n=4).worst < 0.02
+    assert verify_cache(cache, teacher, plain(), n=4).worst < 0.02
 
 
 def test_stored_classes_that_the_labels_do_not_have_are_ignored(tmp_path):

@@ -69,7 +69,7 @@ class Jitter(Transform):
 
 AUGMENT = dict(
     light=lambda: [
-        *aug_transforms(max_warp=0.0, max_rotate=0.0, max_zoom=1.0),
+        *aug_transforms(do_flip=False, max_warp=0.0, max_rotate=0.0, max_zoom=1.0),
         Normalize.from_stats(*imagenet_stats),
     ],
     usual=lambda: [
@@ -112,7 +112,7 @@ def data(
         get_y=get_y,
         splitter=IndexSplitter(valid),
         item_tfms=item_tfms,
-        batch_tfms=AUGMENT[augment](),
+        batch_tfms=[] if augment == 'none' else AUGMENT[augment](),
         **kwargs,
     ).dataloaders(list(items), bs=bs, num_workers=num_workers)
 
