@@ -36,6 +36,20 @@ class Flat(nn.Module):
 teacher = Flat(0).eval()
 def another(): return Flat(1).eval()
 def learner(): return Learner(dls(), Flat(0))
+def numbers():
+    "Data that does not know its loss function"
+    from fastai.vision.all import DataLoaders, TfmdDL
+    data = [(torch.full((3, 8, 8), i / 16), i % 2) for i in range(16)]
+    return DataLoaders.from_dsets(data, data, bs=4, dl_type=TfmdDL, device='cpu')
+def of_numbers(): return Learner(numbers(), Flat(0), loss_func=nn.CrossEntropyLoss())
+def lossless():
+    learn = of_numbers()
+    learn.loss_func = None
+    return learn
+def without_its_own():
+    learn = learner()
+    learn.loss_func = None
+    return learn
 class Stopped(Flat):
     "Interrupted by the user at its last batches"
     asked = 0
@@ -75,6 +89,21 @@ def cache(tmp_path, monkeypatch):
 def fails(r, match):
     assert isinstance(r.exception, DistillError), f'{r.output}\n{r.exception!r}'
     assert re.search(match, str(r.exception)), str(r.exception)
+
+
+def test_the_loss_function_comes_from_the_learner_in_the_place_of_the_data(script, cache, tmp_path):
+    path = tmp_path / 'c'
+    cache('write', f'{script}:teacher', f'{script}:of_numbers', path, '--store', 'float32')
+    assert len(TeacherCache(path)) == 16
+    cache('verify', path, f'{script}:teacher', f'{script}:of_numbers')
+    cache('write', f'{script}:teacher', f'{script}:without_its_own', tmp_path / 'd')
+    for name in 'numbers', 'lossless':
+        r = cache('write', f'{script}:teacher', f'{script}:{name}', tmp_path / 'e', code=None)
+        fails(
+            r,
+            'no loss function that shows .* Set loss_func of the Learner or of its DataLoaders, or',
+        )
+    assert not (tmp_path / 'e').exists()
 
 
 def test_write_look_at_it_and_ask_again(script, cache, tmp_path):

@@ -297,7 +297,10 @@ def unknown_loss(lf: Any) -> str:
         "pass kind='softmax' (classes, along axis=), 'sigmoid' (labels) or 'regression' (numbers)."
     )
     if lf is None:
-        return f'There is no loss function that shows what the model predicts: {wanted}'
+        return (
+            'There is no loss function that shows what the model predicts. Set loss_func of the '
+            f'Learner or of its DataLoaders, or in Python: {wanted}'
+        )
     return (
         f"The student's loss {name} does not show what the student predicts: {wanted} "
         'If the loss ignores a label, give it the attribute ignore_index, so that distillation ignores this label too.'

@@ -149,9 +149,11 @@ def called(o: Any) -> Any:
 
 def dataloaders(o: Any) -> Any:
     """Convert an object to fastai DataLoaders. The object may be DataLoaders, a function that
-    returns them, or a Learner.
+    returns them, or a Learner, whose loss function is then added.
     """
-    o = called(o)
+    from ..fastai.cache_data import data_of
+
+    o = data_of(called(o))
     o = getattr(o, 'dls', o)
     if not hasattr(o, 'loaders'):
         raise DistillError(

@@ -328,12 +328,13 @@ def task_of_data(dls, teacher, kind, axis):
 
 
 def data_of(dls):
-    """Return the DataLoaders. If `dls` is a Learner, add its loss function to a copy of its
-    DataLoaders.
+    """Return the DataLoaders. If `dls` is a Learner, add its loss function, if it has one, to a copy
+    of its DataLoaders.
     """
     if isinstance(dls, Learner):
         dls, loss_func = copy.copy(dls.dls), dls.loss_func
-        dls.loss_func = loss_func
+        if loss_func is not None:
+            dls.loss_func = loss_func
     return dls
 
 
