@@ -1,7 +1,7 @@
 "KnowledgeDistillation beside everything else that happens in a fastai training."
 
 import copy, csv, importlib, inspect, math, random, re, subprocess, sys, warnings
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -863,6 +863,70 @@ def test_fetching_predictions_in_mid_fit_changes_nothing():
             (weights(student), student.recorder.metric_names, *map(list, student.recorder.values))
         )
     assert torch.equal(runs[0][0], runs[1][0]) and runs[0][1:] == runs[1][1:]
+
+
+class TotalLosses(Callback):
+    "The total loss of each training batch"
+
+    order = 5.5  # after distillation
+
+    def __init__(self):
+        self.seen = []
+
+    def after_loss(self):
+        if self.training:
+            self.seen.append(self.learn.loss_grad.item())
+
+
+class Predicts(Callback):
+    "Validates or predicts after each epoch"
+
+    def __init__(self, call, order=0):
+        self.call, self.order, self.busy = call, order, False
+
+    def after_epoch(self):
+        if not self.busy:
+            self.busy = True
+            self.call(self.learn)
+            self.busy = False
+
+
+class Rows(list):
+    "A dataset with the method that `tta` calls"
+
+    @contextmanager
+    def set_split_idx(self, i):
+        yield self
+
+
+INNER_CALLS = dict(
+    validate=lambda learn: learn.validate(),
+    train=lambda learn: learn.validate(0),
+    get_preds=lambda learn: learn.get_preds(),
+    tta=lambda learn: learn.tta(n=1),
+)
+
+
+@pytest.mark.parametrize('order', [0, 55], ids=['before the Recorder', 'after it'])
+@pytest.mark.parametrize('call', INNER_CALLS.values(), ids=INNER_CALLS)
+def test_a_callback_that_validates_or_predicts_in_mid_fit_does_not_end_the_distillation(
+    call, order
+):
+    ends = []
+    for cbs in ([], [Predicts(call, order)]):
+        student, teacher = toy()
+        student.dls.valid.dataset = Rows(student.dls.valid.dataset)
+        cb = KD(teacher, kd() + hint())
+        totals = TotalLosses()
+        student.fit(3, 0.1, cbs=[cb, totals, *cbs])
+        ends.append((weights(student), totals.seen, projectors(cb)))
+        assert not cb.in_fit
+        assert not any(m.name.startswith('kd') for m in student.metrics)
+        assert not any(m._forward_hooks for m in student.model.modules())
+    (wa, la, pa), (wb, lb, pb) = ends
+    assert la == lb
+    assert torch.equal(wa, wb)
+    assert all(map(torch.equal, pa, pb))
 
 
 OTHERS = dict(

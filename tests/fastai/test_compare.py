@@ -402,6 +402,29 @@ def trained(n_epoch=2, cbs=(), metrics=accuracy):
     return student
 
 
+class ValidatesInside(Callback):
+    "Calls the Learner's own methods in the middle of a fit, before the Recorder sees the event"
+
+    def __init__(self, event, call):
+        self.event, self.call, self.busy = event, call, False
+
+    def __call__(self, event_name):
+        if event_name == self.event and not self.busy:
+            self.busy = True
+            self.call(self.learn)
+            self.busy = False
+
+
+@pytest.mark.parametrize('event', ['after_epoch', 'after_train', 'before_validate'])
+@pytest.mark.parametrize('call', ['validate', 'get_preds'])
+@pytest.mark.parametrize('metrics', [accuracy, []], ids=['accuracy', 'no metrics'])
+def test_a_validation_in_the_middle_of_an_epoch_is_not_taken_for_a_training_curve(
+    metrics, call, event
+):
+    student = trained(cbs=[ValidatesInside(event, lambda o: getattr(o, call)())], metrics=metrics)
+    assert history(student) == {}
+
+
 class CancelsTraining(Callback):
     "In the second epoch"
 

@@ -178,10 +178,8 @@ class KnowledgeDistillation(DistillationCallback):
     # training step
 
     def __call__(self, event_name: str) -> Any:
-        # outside of a fit, and while `get_preds` runs within a fit, handle only the events that
-        # prepare a fit or clean up
-        in_fit = self.in_fit and 'gather_preds' not in vars(self.learn)
-        if in_fit or event_name in ('before_fit', 'after_batch', 'after_fit'):
+        # outside of a fit, handle only the events that prepare a fit or clean up
+        if self.in_fit or event_name in ('before_fit', 'after_batch', 'after_fit'):
             return super().__call__(event_name)
 
     @property

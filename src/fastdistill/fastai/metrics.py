@@ -42,9 +42,15 @@ def training_loss(recorder, epoch: int) -> float | None:
 def columns_of(recorder) -> dict:
     """Return {column of the progress table: number in each epoch}.
 
-    The dict is empty if there was no training, for example after `validate` or `lr_find`.
+    The dict is empty if there was no training, for example after `validate` or `lr_find`. It is also
+    empty if a callback called `validate` or `get_preds` during an epoch, because fastai then mixes the
+    numbers of both.
     """
-    rows = [row_by_column(recorder, i) for i in range(len(getattr(recorder, 'values', [])))]
+    values = getattr(recorder, 'values', [])
+    # subtle: such a row contains the time of the inner call, which fastai otherwise adds later
+    if any(isinstance(v, str) for row in values for v in row):
+        return {}
+    rows = [row_by_column(recorder, i) for i in range(len(values))]
     # `validate` has no training, and `lr_find` cancels each validation
     has = lambda part: any(v is not None for r in rows for k, v in r.items() if k.startswith(part))
     if not has('train_'):
@@ -78,7 +84,8 @@ class PartMetric(Metric):
         self.total, self.count = 0.0, 0
 
     def accumulate(self, learn):
-        if (v := self.kd.parts.get(self.key)) is None:
+        # subtle: if a callback validates during a fit, there are no losses of these batches
+        if (v := self.kd.parts.get(self.key)) is None or learn.lock.locked():
             return
         n = find_bs(learn.yb)
         self.total += learn.to_detach(v) * n

@@ -94,11 +94,31 @@ class DistillationCallback(Callback):
 
     When the first `DistillationCallback` is created, `fit`, `save` and `plot_loss` are wrapped. The
     wrapped methods call `teardown(learn)`, `state_dict()` and `load_state_dict(state)`.
+
+    During a fit, other callbacks may call `validate`, `get_preds`, `tta` etc. These calls have events
+    of their own, which are not part of the fit, so they only clean up after a batch.
     """
+
+    n_inner = 0  # number of such calls that have begun but not ended
 
     def __init__(self):
         _patch_for_callback()
         super().__init__()
+
+    def __call__(self, event_name):
+        if not self._is_inner(event_name) or event_name in ('after_batch', 'after_cancel_batch'):
+            return super().__call__(event_name)
+
+    def _is_inner(self, event_name):
+        """Return True if an event belongs to a validation or prediction during the fit."""
+        if notes_of(self.learn).fitting is not self:
+            self.n_inner = 0
+            return False
+        # subtle: `tta` does not lock the Learner, and some calls have neither of these two events
+        self.n_inner += event_name == 'before_fit'
+        inner = self.n_inner > 0 or self.learn.lock.locked()
+        self.n_inner -= self.n_inner > 0 and event_name == 'after_fit'
+        return inner
 
     def after_fit(self):
         self.teardown(self.learn)
