@@ -36,6 +36,13 @@ def pytest_collection():
         gc.enable()
 
 
+@pytest.fixture(scope='module')
+def old_objects_frozen():
+    "For trainers that collect garbage in each training: 0.4 s each, late in the tests, for what earlier ones imported"
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(autouse=True)
 def without_workers():
     "fastai's DataLoaders start a process for each core, unless they are told; that takes longer than most tests"

@@ -55,7 +55,7 @@ def server(fails=lambda i: None):
             pass
 
     s = ThreadingHTTPServer(('127.0.0.1', 0), Handler)
-    thread = threading.Thread(target=s.serve_forever)
+    thread = threading.Thread(target=s.serve_forever, kwargs=dict(poll_interval=0.01))
     thread.start()
     try:
         yield f'http://127.0.0.1:{s.server_port}/v1/completions', seen
@@ -68,6 +68,12 @@ def server(fails=lambda i: None):
 @pytest.fixture(autouse=True)
 def no_proxy(monkeypatch):
     monkeypatch.setenv('no_proxy', '127.0.0.1')
+
+
+@pytest.fixture
+def short_waits(monkeypatch):
+    "Before another try"
+    monkeypatch.setattr(http_teacher, 'LONGEST_WAIT', 0.01)
 
 
 SAMPLES = {f'text {i}': torch.randint(20, (3 + i % 3,), generator=g).tolist() for i in range(7)}
@@ -101,7 +107,7 @@ def test_answers_become_a_cache(tmp_path, monkeypatch):
     assert not [f for f in tmp_path.rglob('*') if f.is_file() and b'very-secret' in f.read_bytes()]
 
 
-def test_errors_that_pass_are_retried(tmp_path):
+def test_errors_that_pass_are_retried(tmp_path, short_waits):
     with server(lambda i: [429, 503, None][i % 3]) as (url, seen):
         path = ask_server(url, SAMPLES, tmp_path / 'a.jsonl', at_once=1, bs=7)
     assert len(seen) == 3 and len(path.read_text().splitlines()) == 7
@@ -304,7 +310,7 @@ def test_no_redirect_is_followed_without_a_key_either(tmp_path):
         'half an error',
     ],
 )
-def test_an_answer_that_was_cut_off_is_asked_for_again(cut, tmp_path):
+def test_an_answer_that_was_cut_off_is_asked_for_again(cut, tmp_path, short_waits):
     with raw_server(lambda i: whole(GOOD) if i else cut) as (host, seen):
         path = ask_server(f'http://{host}/v1', dict(a=1), tmp_path / 'a.jsonl')
     assert len(seen) == 2
@@ -348,7 +354,7 @@ def test_a_wait_has_a_limit_and_is_shown(after, tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize('after', ['soon', '-5', '²', ''])
-def test_a_wait_that_makes_no_sense_is_not_waited_for(after, tmp_path):
+def test_a_wait_that_makes_no_sense_is_not_waited_for(after, tmp_path, short_waits):
     bad = f'HTTP/1.0 429 Too Many\r\nRetry-After: {after}\r\n\r\n'.encode('latin-1')
     with raw_server(lambda i: whole(GOOD) if i else bad) as (host, seen):
         ask_server(f'http://{host}/v1', dict(a=1), tmp_path / 'a.jsonl')
@@ -649,7 +655,9 @@ def test_arguments_are_checked_before_anything_is_asked(samples, kwargs, says, t
         (b'Transfer-Encoding: chunked', b'-5\r\n{}'),
     ],
 )
-def test_a_length_that_no_answer_can_have_is_an_error_that_passes(head, body, tmp_path):
+def test_a_length_that_no_answer_can_have_is_an_error_that_passes(
+    head, body, tmp_path, short_waits
+):
     reply = b'HTTP/1.1 200 OK\r\n' + head + b'\r\n\r\n' + body
     with raw_server(lambda i: whole(GOOD) if i else reply) as (host, _):
         path = ask_server(f'http://{host}/v1', dict(a=1), tmp_path / 'a.jsonl', retries=1)

@@ -8,6 +8,9 @@ import torch.nn.functional as F
 from fastdistill import Distiller, Outputs, Teacher, at, kd
 
 
+pytestmark = pytest.mark.usefixtures('old_objects_frozen')
+
+
 def net(width):
     return nn.Sequential(
         nn.Conv2d(3, width, 3, 2, 1),

@@ -10,7 +10,7 @@ from fastai.basics import Callback, CancelFitException, Learner
 from fastai.callback.mixup import CutMix, MixUp
 from fastai.data.all import CategoryBlock, DataBlock, IndexSplitter, TransformBlock
 from torch import nn
-import cached
+import cached, processes
 from fastdistill import Teacher
 from fastdistill.base.batch_samples import BatchSamples
 from fastdistill.base.output_source import OutputSource
@@ -271,9 +271,10 @@ def by_sample(cache, workers):
     return found
 
 
-@pytest.mark.parametrize('method', ['fork', 'spawn'])
+@pytest.mark.parametrize('method', ['fork', 'forkserver'])
 def test_workers_bring_the_same_views_and_rows(tmp_path, monkeypatch, method):
-    context = multiprocessing.get_context(method)
+    "A forkserver gets pickled data, as a spawned process does"
+    context = processes.SERVER if method == 'forkserver' else multiprocessing.get_context(method)
     dls = cached.data(augment='colours')
     cache = cached.cache_teacher(cached.Convs(3).eval(), dls, tmp_path, views=3)
     monkeypatch.setattr(

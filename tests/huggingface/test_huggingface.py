@@ -11,10 +11,13 @@ from transformers import Trainer, TrainingArguments
 from fastdistill import DistillError, Teacher, Term, at, kd, losses, soft_labels
 from fastdistill.huggingface import DistillationMixin, DistillationTrainer, student_from
 
-pytestmark = pytest.mark.filterwarnings(
-    'ignore:The teacher is (no|hardly) better than chance',
-    "ignore:The teacher's batch norm statistics",
-)  # untrained ones
+pytestmark = [
+    pytest.mark.usefixtures('old_objects_frozen'),
+    pytest.mark.filterwarnings(
+        'ignore:The teacher is (no|hardly) better than chance',
+        "ignore:The teacher's batch norm statistics",
+    ),  # untrained ones
+]
 VOCAB, T, ALPHA = 40, 2.0, 0.7
 NO_DROPOUT = dict(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
 refuses = lambda text: pytest.raises(DistillError, match=text)
