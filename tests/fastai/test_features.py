@@ -2,7 +2,19 @@
 
 import io
 import pytest, torch
-from apps import APPS, FASTAI_WARNINGS, Callback, pair, same, set_seed, snapshot, toy
+from apps import (
+    APPS,
+    FASTAI_WARNINGS,
+    Callback,
+    pair,
+    quiet,
+    same,
+    set_seed,
+    snapshot,
+    text_classifier,
+    toy,
+)
+from fastdistill import DistillError
 from fastdistill.fastai import KnowledgeDistillation, Term, at, hint, kd, losses, rkd, vid
 
 pytestmark = [pytest.mark.filterwarnings(w) for w in FASTAI_WARNINGS]
@@ -182,3 +194,16 @@ def test_layers_are_read_only_while_a_batch_runs():
         ],
     )
     assert set(Count.during) == {2} and set(Count.between) == {0}
+
+
+@pytest.mark.parametrize('lengths', [(3, 5), (5, 3)])
+def test_rnn_layers_that_read_texts_in_pieces_of_different_lengths_are_refused(lengths):
+    "The outputs of the last pieces belong to different tokens"
+    student, teacher = quiet(*text_classifier())
+    student.model[0].bptt, teacher.model[0].bptt = lengths
+    recipe = Term(losses.hint, layers={'0.module.rnns.1': '0.module.rnns.1'})
+    match = f'in pieces of bptt={lengths[0]} tokens and the teacher in pieces of bptt={lengths[1]}'
+    with pytest.raises(DistillError, match=match):
+        student.distill(teacher, 1, 1e-3, recipe, check=False)
+    student.model[0].bptt = teacher.model[0].bptt
+    student.distill(teacher, 1, 1e-3, recipe, check=False)
