@@ -12,6 +12,7 @@ try:
     from lightning.pytorch import Callback, LightningModule, Trainer
     from lightning.pytorch.callbacks import BaseFinetuning
     from lightning.pytorch.utilities import CombinedLoader
+    from lightning.pytorch.utilities.model_helpers import is_overridden
 except ImportError as e:
     raise ImportError(
         "fastdistill.lightning needs lightning: pip install 'fastdistill[lightning]'"
@@ -149,8 +150,13 @@ class DistillCallback(Callback):
                 return
             if isinstance(loader := trainer.train_dataloader, DataLoader):
                 loaders = CombinedLoader(spread_batches(loader, BATCHES), 'min_size')
+        # subtle: `batch_to_device` calls the other hooks that change a batch, but not this one
+        hook, data = 'on_before_batch_transfer', getattr(trainer, 'datamodule', None)
+        owner = data if is_overridden(hook, data) else trainer.lightning_module
         for batch, *_ in loaders:
-            yield self._split(trainer, trainer.strategy.batch_to_device(batch))
+            batch = trainer.precision_plugin.convert_input(batch)
+            batch = trainer.strategy.batch_to_device(getattr(owner, hook)(batch, 0))
+            yield self._split(trainer, batch)
 
     def _split(self, trainer: Trainer, batch: Any) -> tuple:
         """Split a training batch into (inputs, labels)."""

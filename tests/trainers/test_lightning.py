@@ -235,6 +235,44 @@ def test_looking_at_batches_draws_no_numbers_of_hooks_that_change_batches(tmp_pa
         assert torch.equal(v, ends[1][k]), k
 
 
+class Doubles:
+    "A module or a data module whose batches have half of the student's inputs until it is asked"
+
+    def on_before_batch_transfer(self, batch, dataloader_idx):
+        x, y = batch
+        return torch.cat([x, -x], 1), y
+
+
+class DoublesItself(Doubles, Mine):
+    pass
+
+
+def halves():
+    x = torch.randn(24, 3, generator=torch.Generator().manual_seed(0))
+    return DataLoader(TensorDataset(x, x.argmin(1)), 8)
+
+
+class DoubledData(Doubles, pl.LightningDataModule):
+    def train_dataloader(self):
+        return halves()
+
+
+@pytest.mark.parametrize('precision', ['32-true', '64-true', 'bf16-true'])
+@pytest.mark.parametrize('place', ['module', 'data'])
+def test_batches_are_looked_at_as_the_training_step_gets_them(tmp_path, capsys, place, precision):
+    "The check scores them, and projectors are built from them"
+    teacher = nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 3))
+    teacher[0].weight.data, teacher[0].bias.data = torch.eye(8, 6), torch.zeros(8)
+    teacher[1].weight.data, teacher[1].bias.data = 9 * torch.eye(3, 8).roll(3, 1), torch.zeros(3)
+    term = Term(losses.hint, grad_ratio=0.1, layers={'0': '0'}, projector='linear')
+    callback = DistillCallback(teacher, kd(T=T, alpha=ALPHA) + term, student='model')
+    module = DoublesItself() if place == 'module' else Mine()
+    source = halves() if place == 'module' else DoubledData()
+    trainer(tmp_path, callback, precision=precision).fit(module, source)
+    assert 'teacher 1.000' in capsys.readouterr().out
+    assert len(module.seen) == 3
+
+
 class CallsTwice(Mine):
     "Its step calls the student with other inputs too"
 
