@@ -1645,6 +1645,33 @@ def test_checks_do_not_change_the_augmentation_of_the_training(own):
     assert ends[0][1] == ends[1][1]
 
 
+class OwnAutocast(Callback):
+    "Half precision on the CPU, where fastai has none; it begins and ends as in fastai's MixedPrecision"
+
+    order = 10
+
+    def before_batch(self):
+        self.autocast = torch.autocast('cpu', dtype=torch.bfloat16)
+        self.autocast.__enter__()
+
+    def after_loss(self):
+        self.autocast.__exit__(None, None, None)
+
+
+def test_a_callback_that_enters_autocast_leaves_it_although_checks_prepare_batches():
+    ends = []
+    for distils in (False, True):
+        learn, teacher = toy()
+        own = [KD(teacher, kd(alpha=0))] if distils else []
+        learn.fit(2, 0.1, cbs=[OwnAutocast(), *own])
+        assert not torch.is_autocast_enabled('cpu')
+        # otherwise autocast would train with old copies of the weights
+        assert torch.autocast_increment_nesting() == 1
+        assert torch.autocast_decrement_nesting() == 0
+        ends.append(weights(learn))
+    assert torch.equal(*ends)
+
+
 def test_alpha_0_is_bit_identical_whatever_the_teacher_does():
     runs = []
     for recipe in (None, kd(alpha=0.0), kd(alpha=0.0) + hint(0.0), kd(alpha=lambda p: 0.0)):

@@ -5,10 +5,11 @@ The Learner, its DataLoaders and the random state are not changed.
 
 import inspect
 import random
-from contextlib import closing
+from contextlib import closing, contextmanager
 from itertools import islice
 from pathlib import PurePath
 
+import torch
 from fastai.basics import (
     CancelBatchException,
     CancelEpochException,
@@ -146,12 +147,34 @@ def changing_callbacks(learn, training):
     ]
 
 
+@contextmanager
+def restored_autocast():
+    """Context manager that restores the state of autocast. A callback may enter `torch.autocast` in
+    `before_batch` and leave it in `after_loss`, which does not run here.
+    """
+    states = [
+        (d, torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in ('cpu', 'cuda')
+    ]
+    level = torch.autocast_increment_nesting()
+    try:
+        yield
+    finally:
+        for device, enabled, dtype in states:
+            torch.set_autocast_enabled(device, enabled)
+            torch.set_autocast_dtype(device, dtype)
+        # subtle: inside of a context, autocast would keep the copies of weights from earlier steps
+        while torch.autocast_decrement_nesting() >= level:
+            pass
+        if level == 1:
+            torch.clear_autocast_cache()
+
+
 def with_callbacks(learn, b, i, ds_idx, training):
     """Run `before_batch` of the callbacks on a batch, and return (inputs, targets).
 
     The Learner and its callbacks are restored.
     """
-    with restored(learn, *learn.cbs):
+    with restored(learn, *learn.cbs), restored_autocast():
         now, dl = vars(learn), learn.dls[ds_idx]
         now.update(training=training, iter=i, dl=dl, n_iter=number_of_batches(dl))
         for k, v in dict(epoch=0, n_epoch=1, pct_train=0.0, train_iter=0).items():
