@@ -8,7 +8,7 @@
 | `TfmdDL._one_pass` | `export` would keep the type of the teacher's targets | first target |
 | `TfmdDL._pre_show_batch` | fastai can't show a label together with a teacher target | first target |
 | `defaults.callbacks` | labels, MixUp and metrics must not see the targets | first target |
-| `Learner.fit` | cleans up, because fastai has no event after an error | first callback |
+| `Learner.fit` | cleans up, because fastai has no event after an error | import |
 | `Learner.fine_tune` | schedules span both phases, see `KnowledgeDistillation(span=)` | import |
 | `Learner.save` | the projectors are saved in a file next to the student's file | first callback |
 | `Learner.load` | the projectors are loaded from that file | import |
@@ -39,8 +39,8 @@ Why some methods are wrapped at import:
 
 - `DataBlock.__init__`: a `TeacherBlock` may be passed as a class. fastai creates the instance only
   right before it counts the inputs.
-- `Learner.fine_tune`: in `learn.fine_tune(1, cbs=KnowledgeDistillation(teacher))`, Python looks up
-  the method before it creates the callback.
+- `Learner.fit` and `Learner.fine_tune`: in `learn.fit(1, cbs=KnowledgeDistillation(teacher))`,
+  Python looks up the method before it creates the callback.
 - `Learner.load`: a student may be loaded before its callback is created.
 
 Private names of fastai that are used without a patch, since there is no public alternative:
@@ -92,8 +92,8 @@ from .teacher_targets import TeacherTarget, TeacherTargets, makes_target, withou
 class DistillationCallback(Callback):
     """Base class of the callbacks that the wrapped methods of `Learner` look for.
 
-    When the first `DistillationCallback` is created, `fit`, `save` and `plot_loss` are wrapped. The
-    wrapped methods call `teardown(learn)`, `state_dict()` and `load_state_dict(state)`.
+    When the first `DistillationCallback` is created, `save` and `plot_loss` are wrapped. The wrapped
+    methods call `teardown(learn)`, `state_dict()` and `load_state_dict(state)`.
 
     During a fit, other callbacks may call `validate`, `get_preds`, `tta` etc. These calls have events
     of their own, which are not part of the fit, so they only clean up after a batch.
@@ -382,11 +382,11 @@ def patch_for_targets():
 
 
 def _patch_for_callback():
-    _once(Learner, 'fit', _put_back_after)
     _once(Learner, 'save', _with_projectors)
     _once(Recorder, 'plot_loss', _plot_labels_apart)
 
 
 _once(DataBlock, '__init__', _n_inp_without_teacher)
+_once(Learner, 'fit', _put_back_after)
 _once(Learner, 'fine_tune', _as_one_training)
 _once(Learner, 'load', _with_its_projectors)
