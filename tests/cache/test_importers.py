@@ -361,6 +361,39 @@ def test_tokens_of_texts_of_any_length(value, tmp_path):
         torch.testing.assert_close(out.logits.values[i, :n], v[i, :n])
 
 
+@pytest.mark.parametrize('wrapped', [True, False], ids=['as answered', 'its list'])
+def test_completions_that_echo_the_prompt_are_moved_to_where_a_token_is_predicted(
+    wrapped, tmp_path
+):
+    "OpenAI's completions with echo=True have no entry for the first token, like the prompt_logprobs of vLLM"
+    answers = [[None, *plain(t, 3)] for t in TOKENS]
+    echo = lambda entries: dict(tokens=['x'] * len(entries), top_logprobs=entries)
+    rows = [
+        dict(id=k, **(dict(logprobs=echo(o)) if wrapped else dict(top_logprobs=o)))
+        for k, o in zip(NAMES, answers)
+    ]
+    out = outputs(opened(lines(tmp_path / 'a.jsonl', rows), tmp_path / 'cache', V))
+    v, ids = TOKENS.topk(3)
+    assert out.mask.tolist() == [[1.0] * L + [0.0]] * N
+    assert torch.equal(out.logits.ids[:, :L], ids)
+    torch.testing.assert_close(out.logits.values[:, :L], v)
+    as_given = opened(rows, tmp_path / 'unmoved', V, shift=False)
+    assert outputs(as_given).mask.tolist() == [[0.0] + [1.0] * L] * N
+
+
+def test_a_column_of_lists(tmp_path):
+    "As `frame['logprobs'].to_numpy()` makes it: an array of objects, each a list"
+    rows = np.empty(N, object)
+    rows[:] = LOGP.tolist()
+    cache = opened(rows, tmp_path / 'cache', keys=NAMES)
+    torch.testing.assert_close(outputs(cache).logits, LOGP)
+    same = LOGP.numpy().astype(object)
+    assert opened(same, tmp_path / 'cache', keys=NAMES).manifest.teacher == cache.manifest.teacher
+    rows[0] = rows[1]
+    with pytest.raises(DistillError, match='teacher'):
+        opened(rows, tmp_path / 'cache', keys=NAMES)
+
+
 def test_a_loss_of_tokens_counts_those_that_are_there(tmp_path):
     lengths = [1 + i % L for i in range(N)]
     rows = [dict(id=k, logprobs=t[:n].tolist()) for k, t, n in zip(NAMES, TOKENS, lengths)]

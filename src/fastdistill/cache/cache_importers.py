@@ -92,7 +92,8 @@ def cache_from(
         tail: Assumption about the classes that are not stored: 'uniform', 'zero' or 'bucket', see
             `TopK`. If None, use the assumption of `tool`, or 'uniform' without a tool.
         shift: For tokens, True if each entry is stored at the position of the token it predicts, as
-            in vLLM and SGLang. If None, it depends on the column name.
+            in vLLM, SGLang, and OpenAI's completions with echo=True. If None, it is detected from
+            the column name and the first row.
         length: For tokens, the number of positions to store. If None, use the length of the longest
             row. Missing positions are masked out.
         dtype: 'float32', 'float16' or 'int8'.
@@ -175,7 +176,8 @@ class Reading:
         self.given = given or dict(logits='logits', probs='probs').get(self.value, 'logprobs')
         if self.given not in ('logits', 'probs', 'logprobs'):
             raise DistillError(f"given={given!r}: it must be 'logprobs', 'logits' or 'probs'.")
-        self.shift = VALUES.get(self.value, False) if shift is None else shift
+        at_token = VALUES.get(self.value, False) or is_echo(self.value, first[self.value])
+        self.shift = at_token if shift is None else shift
         self.k: int | None = None
         self.length: Any = None
 
@@ -517,6 +519,15 @@ def unwrapped(o: Any) -> Any:
     ):
         o = o[k]
     return o
+
+
+def is_echo(column: str, value: Any) -> bool:
+    """Return True for the answer of OpenAI's completions with echo=True. It has an entry for each token
+    of the prompt, which is null for the first token.
+    """
+    if isinstance(value, Mapping):
+        column, value = 'top_logprobs', value.get('top_logprobs')
+    return column == 'top_logprobs' and isinstance(value, list) and value[:1] == [None]
 
 
 def listed(o: Any) -> Any:

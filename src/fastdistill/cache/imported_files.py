@@ -30,7 +30,10 @@ def read_rows(o: Any) -> tuple:
     if torch.is_tensor(o):
         o = as_array(o)
     if isinstance(o, np.ndarray):
-        return Arrays(dict(logprobs=o)), ('array', fingerprint(o))
+        arrays = Arrays(dict(logprobs=o))
+        # subtle: an array of objects contains their addresses, so their content is hashed
+        content = ' '.join(row_texts(arrays)) if o.dtype.hasobject else o
+        return arrays, ('array', fingerprint(content))
     if isinstance(o, (Mapping, bytes)) or not isinstance(o, Iterable):
         raise DistillError(
             f'outputs is of type {type(o).__name__}: it must be a file, a folder of files, an array, '
@@ -261,7 +264,9 @@ class Arrays:
         return len(next(iter(self.arrays.values())))
 
     def __getitem__(self, i: int) -> dict:
-        return {k: v[i] if v[i].ndim else v[i].item() for k, v in self.arrays.items()}
+        # subtle: an item of an array of objects may be a list or text
+        number = lambda o: o.item() if isinstance(o, (np.ndarray, np.generic)) and not o.ndim else o
+        return {k: number(v[i]) for k, v in self.arrays.items()}
 
 
 def arrays_of(path: Path) -> Arrays:
