@@ -526,6 +526,33 @@ def test_a_teacher_whose_weights_change_is_not_an_old_copy(change):
     assert far(a, net(x).detach()) < 0.03 and t.runner.half == 'bfloat16'
 
 
+@pytest.mark.parametrize('run', [None, dict(precision='bf16')], ids=['as it is', 'copy'])
+@pytest.mark.parametrize('data', [False, True], ids=['copy_', 'data'])
+def test_an_averaged_teacher_keeps_its_average_of_the_batch_norms(data, run):
+    "A mean teacher: the student's moving average, of weights and of batch norm statistics"
+
+    def average(m, student):
+        for a, b in zip(m.state_dict().values(), student.state_dict().values()):
+            new = (a.double() * 0.5 + b.double() * 0.5).to(a)
+            with torch.no_grad():
+                (a.data if data else a).copy_(new)
+
+    student, x = conv_net(4), images()
+    teacher = copy.deepcopy(student)
+    alone = copy.deepcopy(teacher)
+    d = Distiller(student, Teacher(teacher, run=run), kd(alpha=1.0), check=False)
+    opt = torch.optim.SGD(student.parameters(), 0.1)
+    with d.teacher:
+        for _ in range(3):
+            d(x).total.backward()
+            opt.step()
+            opt.zero_grad()
+            average(teacher, student)
+            average(alone, student)
+    for k, v in alone.state_dict().items():
+        torch.testing.assert_close(teacher.state_dict()[k], v, rtol=0, atol=0, msg=k)
+
+
 def test_weights_that_are_rarely_compared_are_compared_in_the_end(monkeypatch):
     "As on a GPU, where a comparison waits for the batches before"
     monkeypatch.setitem(speed.EVERY, 'cpu', 4)
