@@ -545,6 +545,34 @@ def test_a_student_is_not_scored_on_samples_that_it_was_trained_on(finished, dig
         learner_in_file(folder / 'student.pkl')
 
 
+def test_a_student_is_not_scored_on_rows_that_moved_into_the_validation_set(tmp_path):
+    "A table that was exported again in a different order: its validation rows have the same numbers"
+    g = np.random.default_rng(0)
+    df = pd.DataFrame(dict(a=g.normal(size=40).round(4), b=g.normal(size=40).round(4)))
+    df['price'] = (2 * df.a + df.b).round(4)
+    df.to_csv(data := tmp_path / 'a.csv', index=False)
+    own = dict(teacher='tabular', student='tabular', teacher_layers='8', student_layers='4')
+    run(
+        out := tmp_path / 'run',
+        data=data,
+        y='price',
+        epochs=1,
+        augment='none',
+        baseline=False,
+        **own,
+    )
+    with pytest.warns(DistillWarning, match='is a pickle'):
+        assert len(learner_in_file(out / 'student.pkl').dls.valid_ds) == 8
+    df.sort_values('price').to_csv(data, index=False)
+    says = 'of 8 validation samples were training samples of the run .row [0-9]'
+    with pytest.raises(DistillError, match=says):
+        learner_in_file(out / 'student.pkl')
+    split = pd.read_csv(out / 'split.csv')
+    assert [*split] == ['row', 'content', 'set']
+    split.drop(columns='content').to_csv(out / 'split.csv', index=False)  # of an earlier version
+    learner_in_file(out / 'student.pkl')
+
+
 def test_teachers_that_exist_already(finished, digits, tmp_path):
     "Exported, or as weights. It is not trained, and both forms score the same"
     out = tmp_path / 'weights'

@@ -67,7 +67,7 @@ def sample_names(s: Samples) -> dict[str, Any]:
 
 def split_table(s: Samples) -> str:
     """Return the text of a CSV file with one line per sample: its file and label, or its row number
-    in the data, and whether it is in the set 'train' or 'valid'.
+    in the data and a hash of its content, and whether it is in the set 'train' or 'valid'.
 
     Args:
         s: Samples, from `checked_samples`.
@@ -75,6 +75,9 @@ def split_table(s: Samples) -> str:
     out = sample_names(s)
     if 'file' in out:
         out['label'] = [*s.frame[s.y]]
+    else:
+        rows = zip(*(s.frame[c] for c in (*s.x, s.y)))
+        out['content'] = [values_hash(row) for row in rows]
     return csv_text(out | dict(set=np.where(s.valid, 'valid', 'train')))
 
 

@@ -91,15 +91,19 @@ def check_not_trained_on(path: Path, s: Samples, config: TrainConfig) -> None:
     texts = (path.parent / SPLIT).read_text(encoding='utf-8'), split_table(s)
     then, now = (pd.read_csv(StringIO(o), dtype=str, na_filter=False) for o in texts)
     name = then.columns[0]
+    if 'content' in then and {*then['content']} & {*now['content']}:
+        name = 'content'  # the rows may have a different order
     names = lambda t, k: {*t[name][t['set'] == k]}
     if name == 'file' and not {*then[name]} & {*now[name]}:  # the data are in a different place
         for t in (then, now):
             t[name] = [os.path.relpath(o, os.path.commonpath([*t[name]])) for o in t[name]]
     held = names(now, 'valid')
-    if known := sorted(held & names(then, 'train') - names(then, 'valid')):
+    if known := held & names(then, 'train') - names(then, 'valid'):
+        rows = now[now[name].isin(known) & (now['set'] == 'valid')]
+        first, column = [*rows[now.columns[0]]], now.columns[0]
         raise DistillError(
             f'{config.data} changed since {path} was trained: {len(known):,} of {len(held):,} validation '
-            f'samples were training samples of the run ({name} {first_few(known)}), so its score would be '
+            f'samples were training samples of the run ({column} {first_few(first)}), so its score would be '
             "too high. Restore the data, or give samples on which it was not trained: data='train.py:dls'."
         )
 
