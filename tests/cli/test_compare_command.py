@@ -59,6 +59,26 @@ def test_runs_that_know_each_others_validation_samples_are_not_compared(command,
         assert 'was trained on' not in ' '.join(err.split())
 
 
+def test_rows_of_runs_are_compared_by_their_content(command, tmp_path):
+    "The file of the second run has the same rows in the opposite order"
+
+    def run(k, valid, order, n=10):
+        (folder := tmp_path / k).mkdir()
+        (folder / 'config.toml').touch()
+        (folder / 'student.pkl').touch()
+        rows = [f'{i},h{c},{"valid" if i in valid else "train"}' for i, c in zip(range(n), order)]
+        (folder / 'split.csv').write_text('\n'.join(['row,content,set', *rows]))
+        return f'{k}={folder}'
+
+    a, b = run('a', [1, 2, 3], range(10)), run('b', [1, 2, 3], range(9, -1, -1))
+    code, _, err = command('compare', a, b)
+    assert code
+    assert 'was trained on 3 of the 3 validation samples of' in ' '.join(err.split())
+    code, _, err = command('compare', a, run('c', [6, 7, 8], range(9, -1, -1)))
+    assert code  # the files are empty
+    assert 'was trained on' not in ' '.join(err.split())
+
+
 def test_compare_prints_and_writes_a_report(command, there):  # noqa: F811
     code, out, err = command(
         'compare',

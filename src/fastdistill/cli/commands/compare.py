@@ -49,14 +49,23 @@ def check_splits(runs: Iterable[str]) -> None:
     sets = {}
     for run in runs:
         if (file := Path(run).parent / 'split.csv').is_file():
-            (name, *_), *rows = csv.reader(file.read_text(encoding='utf-8').splitlines())
+            header, *rows = csv.reader(file.read_text(encoding='utf-8').splitlines())
             # row numbers are comparable only if the number of rows is the same
-            data = len(rows) if name == 'row' else ''
-            sets[run] = [{(data, r[0]) for r in rows if r[-1] == k} for k in ('train', 'valid')]
+            data = len(rows) if header[0] == 'row' else ''
+            part = lambda k, i, data='', rows=rows: {(data, r[i]) for r in rows if r[-1] == k}
+            sets[run] = [[part(k, 0, data) for k in ('train', 'valid')]]
+            if 'content' in header:
+                at = header.index('content')
+                train, valid = (part(k, at) for k in ('train', 'valid'))
+                sets[run].append([train - valid, valid])  # equal rows may be in both sets
     for a, b in permutations(sets, 2):
-        if known := sets[a][0] & sets[b][1]:
+        # subtle: equal rows may have different numbers, if the data were written again
+        both = [*zip(sets[a], sets[b])]
+        same = len(both) > 1 and set.union(*sets[a][1]) & set.union(*sets[b][1])
+        (train, _), (_, valid) = both[1 if same else 0]
+        if known := train & valid:
             raise DistillError(
-                f'{a} was trained on {len(known)} of the {len(sets[b][1])} validation samples of {b}, '
+                f'{a} was trained on {len(known)} of the {len(valid)} validation samples of {b}, '
                 'so their scores would not be comparable. Pass --data with samples that neither was '
                 'trained on, or train both with the same --valid and --seed.'
             )
