@@ -60,9 +60,11 @@ def check_splits(runs: Iterable[str]) -> None:
                 sets[run].append([train - valid, valid])  # equal rows may be in both sets
     for a, b in permutations(sets, 2):
         # subtle: equal rows may have different numbers, if the data were written again
-        both = [*zip(sets[a], sets[b])]
-        same = len(both) > 1 and set.union(*sets[a][1]) & set.union(*sets[b][1])
-        (train, _), (_, valid) = both[1 if same else 0]
+        last = sets[a][-1], sets[b][-1]
+        same = len(sets[a]) == len(sets[b]) and (last[0][0] | last[0][1]) & (
+            last[1][0] | last[1][1]
+        )
+        (train, _), (_, valid) = last if same else (sets[a][0], sets[b][0])
         if known := train & valid:
             raise DistillError(
                 f'{a} was trained on {len(known)} of the {len(valid)} validation samples of {b}, '
