@@ -61,19 +61,24 @@ def vision_dls():
 
 
 class Narrow(ResNet):
-    """A ResNet of torchvision with its stages and their names, and a quarter of their channels. Only the last stage has all of
-    its blocks, which pages name: a page runs in less than half of the time"""
+    """A ResNet of torchvision with its stages and their names, and an eighth of their channels. Only the last stage has all of
+    its blocks, which pages name: a page runs in a third of the time"""
+
+    def __init__(self, *blocks):
+        super().__init__(BasicBlock, blocks)
+        self.conv1, self.bn1 = nn.Conv2d(3, 8, 7, 2, 3, bias=False), nn.BatchNorm2d(8)
 
     def _make_layer(self, block, planes, *args, **kwargs):
-        return super()._make_layer(block, planes // 4, *args, **kwargs)
+        self.inplanes = min(self.inplanes, planes // 8)  # the stem had 64 channels
+        return super()._make_layer(block, planes // 8, *args, **kwargs)
 
 
 def narrow18(pretrained=False):
-    return Narrow(BasicBlock, [1, 1, 1, 2])
+    return Narrow(1, 1, 1, 2)
 
 
 def narrow34(pretrained=False):
-    return Narrow(BasicBlock, [1, 1, 1, 3])
+    return Narrow(1, 1, 1, 3)
 
 
 RESNET = fastai_vision.model_meta[fastai_vision.resnet18]

@@ -94,6 +94,10 @@ def lone_blocks():
     ]
 
 
+# as in conftest.py: starting them, 40 times, takes a third of the time of the block
+WITHOUT_WORKERS = 'import fastcore.basics; fastcore.basics.defaults.cpus = 0\n'
+
+
 def numbers(text):
     return [float(o) for o in re.findall(r'\d*\.\d+|\d+', text)]
 
@@ -129,7 +133,8 @@ def test_a_readme_block_runs_alone_and_prints_what_the_page_says(m, tmp_path, mo
             dict(getattr(docs_preludes, m['prelude'])(), __name__='__page__'),
         )
     else:  # subtle: in a process of its own, because fastdistill.fastai, once imported, has given `distill` to every Learner
-        done = subprocess.run([sys.executable, '-c', m['code']], capture_output=True, text=True)
+        code = WITHOUT_WORKERS + m['code']
+        done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
         assert not done.returncode and not done.stderr, done.stderr
         if 'print(' in m['code']:
             check_what_it_prints(done.stdout, START.read_text())
