@@ -4,7 +4,7 @@ import pickle, random
 from functools import partial
 import numpy as np
 import pytest, torch
-from fastdistill.base.transform_random_state import Generators
+from fastdistill.base.transform_random_state import Generators, reachable
 
 RNG = np.random.default_rng(3)
 
@@ -182,6 +182,15 @@ def test_data_are_not_searched():
             self.items, self.rng = [random.Random(i) for i in range(1000)], random.Random(0)
 
     assert len(Generators(Data()).places) == 1
+
+
+def test_the_search_does_not_pass_through_spacy_to_all_that_it_imports():
+    "But a generator that a tokenizer keeps is found"
+    text = pytest.importorskip('fastai.text.core')
+    tokenizer = text.SpacyTokenizer('en')
+    tokenizer.rng = random.Random(0)
+    assert len([*reachable([tokenizer])]) < 500
+    assert len(Generators(tokenizer).places) == 1
 
 
 def test_albumentations():

@@ -43,6 +43,7 @@ LIBRARIES = {
     'numpy',
     'pandas',
     'plum',
+    'spacy',
     'torch',
     'torchvision',
 }
