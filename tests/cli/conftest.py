@@ -1,8 +1,10 @@
-"Fixtures: one runs the command line; with the others, no test waits for a model to be timed a thousand times, or for a drawing that it does not look at."
+"Fixtures: one runs the command line; with the others, no test waits for a model to be timed a thousand times, for the options of all commands, or for a drawing that it does not look at."
 
-import sys
-import pytest
+import functools, sys
+import pytest, typer
 from fastdistill.cli import main
+
+COMMAND_OF = functools.cache(typer.main.get_command)
 
 
 @pytest.fixture
@@ -21,7 +23,13 @@ def command(monkeypatch, capsys):
 @pytest.fixture(autouse=True)
 def few_times(monkeypatch):
     "A report measures for half a second, or a thousand runs, for each model and batch size"
-    monkeypatch.setattr('fastdistill.evaluation.cost.MOST_RUNS', 20)
+    monkeypatch.setattr('fastdistill.evaluation.cost.MOST_RUNS', 5)
+
+
+@pytest.fixture(autouse=True)
+def command_made_once(monkeypatch):
+    "Typer reads the signatures of all commands whenever one is called"
+    monkeypatch.setattr('typer.main.get_command', COMMAND_OF)
 
 
 @pytest.fixture(autouse=True)

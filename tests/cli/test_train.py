@@ -25,7 +25,7 @@ from fastai.losses import CrossEntropyLossFlat
 from fastdistill import DistillError, DistillWarning
 from fastdistill.cli import main
 from fastdistill.evaluation import Report
-from fastdistill.cli.training import TrainConfig, TrainRun, time_estimate
+from fastdistill.cli.training import TrainConfig, TrainRun, rate_finder, time_estimate
 from fastdistill.cli.training.exported_student import learner_in_file, new_student
 from fastdistill.cli.training.architectures import check_arch, learner_of
 from fastdistill.cli.training.data_checks import checked_samples
@@ -217,7 +217,7 @@ def test_what_a_run_leaves(finished, digits):
 def test_the_samples_that_the_students_predict_differently_are_listed(digits, tmp_path):
     "Compared with predictions of the exported student, one file at a time"
     out = tmp_path / 'run'
-    run(out, data=digits, epochs=12, lr=0.03, student_layers='2', batch_size=4, valid='0.5')
+    run(out, data=digits, epochs=3, lr=0.03, student_layers='2', batch_size=4, valid='0.5')
     learn = load_learner(out / 'student.pkl')
     table = pd.read_csv(out / 'changed.csv')
     assert [*table] == [
@@ -261,7 +261,8 @@ def test_changed_texts_have_the_numbers_of_their_rows(tmp_path):
     pd.DataFrame(dict(text=texts, label=labels)).to_csv(file, index=False)
     layers = dict(teacher='embedding_bag', student='embedding_bag', teacher_layers='16,8')
     out = tmp_path / 'run'
-    run(out, data=file, **layers, student_layers='2', epochs=12, lr=0.03, valid='0.5')
+    options = dict(student_layers='2', epochs=3, lr=0.03, batch_size=4, valid='0.5')
+    run(out, data=file, **layers, **options)
     learn = load_learner(out / 'student.pkl')
     table = pd.read_csv(out / 'changed.csv', keep_default_na=False)
     assert [*table][:3] == ['row', 'right', 'label']
@@ -444,8 +445,9 @@ def test_a_run_that_is_killed_continues_to_the_same_result(digits, tmp_path):
 def test_a_run_says_how_long_it_takes_and_trains_as_if_it_had_not_measured(
     recipe, digits, tmp_path, monkeypatch
 ):
-    given = dict(data=digits, recipe=recipe, epochs=4, augment='full')
+    given = dict(data=digits, recipe=recipe, epochs=2, augment='full')
     monkeypatch.setattr(time_estimate, 'SHORT', 0)
+    monkeypatch.setattr(time_estimate, 'MEASURED_STEPS', 1)
     run(tmp_path / 'a', said := [], **given, batch_size=8)
     (line,) = [o for o in said if o.startswith('time: ')]
     number = r'(\d+(?:\.\d)?)'
@@ -827,7 +829,8 @@ import sys, numpy as np
 sys.modules['fastdistill'] = None
 from fastai.vision.all import load_learner
 learn = load_learner({str(tmp_path / 'learn.pkl')!r})
-print(learn.get_preds(dl=learn.dls.test_dl([{str(tmp_path / 'images' / '1.png')!r}]))[0].shape)
+dl = learn.dls.test_dl([{str(tmp_path / 'images' / '1.png')!r}], num_workers=0)
+print(learn.get_preds(dl=dl)[0].shape)
 """
     done = subprocess.run(
         [sys.executable, '-W', 'ignore', '-c', code], capture_output=True, text=True
@@ -855,13 +858,13 @@ def test_texts(tmp_path, command):
         '--student-layers',
         '4',
         '--epochs',
-        20,
+        10,
         '--lr',
         0.1,
         '--teacher-lr',
         0.1,
         '--batch-size',
-        8,
+        4,
         '--no-onnx',
         '--out',
         tmp_path / 'run',
@@ -1108,7 +1111,7 @@ def test_a_teacher_whose_inputs_do_not_change_runs_once_whatever_the_epochs(
     options = dict(data=tmp_path / 'a.csv', teacher=str(tmp_path / 'model.joblib'))
     options |= dict(student=student, student_layers='4', lr=0.01, check=False, recipe='kd()')
     counts = []
-    for epochs in (1, 4):
+    for epochs in (1, 2):
         rows.clear()
         # the report would time the teacher until it is sure of the time
         opened_run(settings(epochs=epochs, **options), out=tmp_path / str(epochs)).trained()
@@ -1126,7 +1129,8 @@ def test_a_teacher_without_a_lead_is_named_before_its_student_is_distilled(
         tmp_path / 'run',
         said := [],
         data=digits,
-        teacher_epochs=30,
+        teacher_epochs=8,
+        batch_size=4,
         valid='0.4',
         augment='none',
         **rates,
@@ -1520,8 +1524,9 @@ def test_nothing_is_trained_on_the_device_meta(digits, tmp_path):
         run(tmp_path / 'run', data=digits, device='meta')
 
 
-def test_a_run_with_lr_auto_repeats_its_rates_and_its_weights(digits, tmp_path):
+def test_a_run_with_lr_auto_repeats_its_rates_and_its_weights(digits, tmp_path, monkeypatch):
     "Also where other random numbers were drawn before"
+    monkeypatch.setattr(rate_finder, 'STEPS', 6)
     for i, name in enumerate('ab'):
         random.seed(i)
         np.random.seed(i)
@@ -1554,17 +1559,26 @@ def test_a_run_with_lr_auto_repeats_its_rates_and_its_weights(digits, tmp_path):
     assert_same(tmp_path / 'a', tmp_path / 'b')
 
 
-def test_lr_auto_finds_a_rate_near_the_best_for_a_small_network(digits, tmp_path):
+def test_lr_auto_finds_a_rate_near_the_best_for_a_small_network(tmp_path):
+    x, y = load_digits(n_class=FEW_CLASSES, return_X_y=True)
+    frame = (
+        pd.DataFrame(x[:60] / 16).add_prefix('pixel').assign(label=[f'digit{i}' for i in y[:60]])
+    )
+    frame.to_csv(tmp_path / 'digits.csv', index=False)
+    layers = dict(teacher='tabular', teacher_layers='8', student='tabular', student_layers='8')
+
     def loss(lr):
         "Training loss of the student alone"
 
         def say(text):
-            if text.startswith('alone: epoch 8 of 8'):
+            if text.startswith('alone: epoch 4 of 4'):
                 losses.append(float(re.search('train_loss ([0-9.]+)', text)[1]))
                 raise KeyboardInterrupt
 
         losses = []
-        given = settings(digits, epochs=8, teacher_epochs=1, batch_size=4, lr=lr)
+        given = settings(
+            tmp_path / 'digits.csv', epochs=4, teacher_epochs=1, batch_size=4, lr=lr, **layers
+        )
         with pytest.raises(KeyboardInterrupt):
             opened_run(given, out=tmp_path / str(lr), say=say)()
         return losses[0]
@@ -1823,7 +1837,8 @@ def test_a_run_does_not_continue_with_a_setting_that_is_now_auto(stopped, digits
         resumed(out)
 
 
-def test_a_run_that_began_with_auto_continues_with_auto(stopped, digits):
+def test_a_run_that_began_with_auto_continues_with_auto(stopped, digits, monkeypatch):
+    monkeypatch.setattr(rate_finder, 'STEPS', 6)
     out = stopped(digits, lr='auto')
     given = dict(lr='auto', size='auto', recipe='auto', epochs=2)
     lr = tomllib.loads((out / 'config.toml').read_text())['lr']
