@@ -171,12 +171,14 @@ def test_draws_are_unbiased(name, T):
     x = s[None].requires_grad_()
     want = fn(x, t[None], T=T)
     exact = torch.autograd.grad(want, x)[0][0]
-    values, grads = [], []
-    for i in range(rounds):
-        v = fn(x, drawn(t, each, T, seed=i), T=T)
-        grads.append(torch.autograd.grad(v, x)[0][0])
-        values.append(v.detach())
-    values, grads = torch.stack(values), torch.stack(grads)
+    # draws depend only on the seed of their row, so all rounds are one batch
+    parts = draw_classes(t.expand(rounds, -1), torch.arange(rounds), each, T)
+    freqs = parts['counts'].to(t.dtype) / each
+    draws = Draws(parts['ids'], freqs, parts['entropy'].squeeze(-1), len(t), T)
+    x = s.expand(rounds, -1).detach().requires_grad_()
+    values = fn(x, draws, T=T, reduction='none')
+    grads = torch.autograd.grad(values.sum(), x)[0]
+    values = values.detach()
     coordinates = 1 + len(t)
     # a coordinate is farther away than this with a probability of 1e-3 / coordinates
     z = math.sqrt(2) * float(torch.erfinv(torch.tensor(1 - 1e-3 / coordinates, dtype=torch.double)))
