@@ -30,6 +30,8 @@ MAIN = {
     'cache/per_sample.py': 'draws the numbers of all samples at once, each from its own seed',
     'fastai/teacher_targets.py': 'takes the samples out of the batch, before labels are used',
     'fastai/callback.py': 'the events: asks the source, adds the loss',
+    'fastai/patches.py': 'whether a different callback validates in the middle of the fit',
+    'fastai/learner_notes.py': 'which callback distills in this fit',
     'distiller/distiller.py': "asks the sources of all heads with their terms' layers",
     'distiller/heads.py': 'groups the heads whose teachers run at once',
     'distiller/head.py': 'compares the outputs of one head',

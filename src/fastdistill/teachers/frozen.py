@@ -1,7 +1,5 @@
 """Freeze a module while it is used as a teacher, and restore its state afterwards."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, Self
 
 import torch
@@ -16,9 +14,9 @@ from .hidden_state import has_reset
 class FrozenModel:
     """Context manager that freezes a model in evaluation or training mode.
 
-    When the context ends, the modes, buffers, device and hidden states of the model are restored. In
-    evaluation mode, buffers that only other code has changed keep their new values, because the model
-    may be a moving average of the student.
+    When the context ends, the modes, buffers, device and hidden states of the model are restored. The
+    statistics of batch norms in evaluation mode are not restored: the model only reads them, so if
+    they changed, other code updated them, because the model is a moving average of the student.
 
     Args:
         model: An nn.Module.
@@ -35,9 +33,8 @@ class FrozenModel:
         self.buffers = [
             (m._buffers, k, b) for m in modules for k, b in m.named_buffers(recurse=False)
         ]
-        self.values = TensorValues([] if self.private else [b for *_, b in self.buffers])
-        # subtle: in training mode, batch norms change their buffers without a new version
-        self.changed = self.mode == 'train'  # True if the model changed its buffers while it ran
+        kept = [] if self.private else [m for m in modules if not self._only_reads_buffers(m)]
+        self.values = TensorValues([b for m in kept for b in m.buffers(recurse=False)])
         self.hidden = [
             Attributes(m, may_be_hidden_state)
             for m in modules
@@ -55,6 +52,12 @@ class FrozenModel:
         self.settle()
         return self
 
+    def _only_reads_buffers(self, m: Module) -> bool:
+        # subtle: a subclass may have its own `forward`, which updates the statistics
+        known = nn.BatchNorm2d.forward, nn.SyncBatchNorm.forward
+        norm = isinstance(m, nn.modules.batchnorm._BatchNorm) and type(m).forward in known
+        return norm and self.mode == 'eval'
+
     def settle(self) -> None:
         """Set every submodule to the mode of the teacher.
 
@@ -65,18 +68,6 @@ class FrozenModel:
         for m, _ in self.modes:
             if m.training != (self.mode == 'train'):
                 m.training = self.mode == 'train'
-
-    @contextmanager
-    def running(self) -> Iterator[None]:
-        """Context manager in which the model runs. It notices changes of buffers."""
-        before = self._versions()
-        try:
-            yield
-        finally:
-            self.changed = self.changed or self._versions() != before
-
-    def _versions(self) -> list[int | None]:
-        return [None if b.is_inference() else b._version for *_, b in self.buffers]
 
     def place(self, device: torch.device) -> torch.device:
         """Return the device on which a batch from `device` runs.
@@ -118,8 +109,7 @@ class FrozenModel:
         for buffers, k, b in self.buffers:
             if buffers[k] is not b:
                 buffers[k] = b
-        if self.changed:
-            self.values.restore()
+        self.values.restore()
         for h in self.hidden:
             h.restore()
 

@@ -184,9 +184,6 @@ class ModelRunner(Runner):
         private = self.module is not self.teacher.module
         return FrozenModel(self.module, self.teacher.mode, private=private)
 
-    def _running(self) -> AbstractContextManager:
-        return nullcontext() if self.frozen is None else self.frozen.running()
-
     def generators(self, x: Any = ()) -> dict:
         """Return the global random generators that the model may use for these inputs."""
         devices = {o.device for o in tensors_in(x) if o.is_cuda}
@@ -215,7 +212,7 @@ class ModelRunner(Runner):
 
     def reset(self) -> None:
         if self.remembers:
-            with torch.no_grad(), self.random.own(self.generators()), self._running():
+            with torch.no_grad(), self.random.own(self.generators()):
                 self.module.reset()
 
     # run a batch
@@ -267,7 +264,7 @@ class ModelRunner(Runner):
         """
         with untouched(module), FrozenModel(module, self.teacher.mode) as frozen:
             x, kw = prepared_inputs(self, x, kw, device, frozen)
-            with Taps(module, layers) as taps, frozen.running():
+            with Taps(module, layers) as taps:
                 raw = module(*x, **kw)
             if layers:
                 return [by_output(o) for o in taps.pop().values()]
@@ -306,10 +303,9 @@ class ModelRunner(Runner):
 
     def call(self, x: Sequence, kw: Mapping[str, Any], layers: Sequence[str] = ()) -> Any:
         """Run the model on prepared inputs, and return its raw output."""
-        with self._running():
-            if self.fast_copy is None:
-                return self.teacher.model(*x, **kw)
-            return self.fast_copy.run(x, kw, layers)
+        if self.fast_copy is None:
+            return self.teacher.model(*x, **kw)
+        return self.fast_copy.run(x, kw, layers)
 
     def bare_call(self, x: tuple) -> Callable[[], Any]:
         """Return a function that runs the model on inputs that are prepared once and not checked
