@@ -1,11 +1,12 @@
 "A packed cache: one file or a folder with a card, and back."
 
-import json, random, re, stat, tracemalloc, zipfile
+import errno, json, random, re, stat, tracemalloc, zipfile
 import numpy as np
 import pytest, torch
 from torch.utils.data import TensorDataset
 from fastdistill import DistillError, Teacher
 from fastdistill.cache import TeacherCache, cache_dataset, pack_cache, unpack_cache
+from fastdistill.cache.file_store import Folder
 from fastdistill.cli import app
 from manifests import signed, write_manifest
 from typer.testing import CliRunner
@@ -54,6 +55,24 @@ def test_what_comes_back_is_what_was_packed(out, cache, tmp_path):
         and torch.equal(rows(got), rows(cache))
     )
     assert (where / 'README.md').is_file()
+
+
+def test_a_folder_that_could_not_be_filled_is_empty_again(cache, tmp_path, monkeypatch):
+    "So the same call can be repeated, for example after a full disk"
+    write, names = Folder.write, []
+
+    def full(self, name, *args):
+        names.append(name)
+        if len(names) == 4:
+            raise OSError(errno.ENOSPC, 'No space left on device')
+        write(self, name, *args)
+
+    with monkeypatch.context() as m, pytest.raises(OSError, match='No space left'):
+        m.setattr(Folder, 'write', full)
+        pack_cache(cache, tmp_path / 'out')
+    assert not content(tmp_path / 'out') and not (tmp_path / 'out' / 'README.md').exists()
+    got = TeacherCache(pack_cache(cache, tmp_path / 'out'))
+    assert torch.equal(rows(got), rows(cache))
 
 
 def test_the_card_names_teacher_data_and_licenses(cache, tmp_path):

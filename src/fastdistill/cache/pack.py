@@ -7,6 +7,7 @@ import shutil
 import stat
 import zipfile
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
@@ -109,12 +110,29 @@ def pack_cache(
     if path.suffix == '.zip':
         return write_zip(path, files, card, force)
     to = Folder(path)
-    if path.exists() and any(path.iterdir()):
+    if to.names():
         raise DistillError(f'{path} is not empty: choose a different folder.')
-    to.write(CARD, card.encode())
-    for name, (p, n) in manifest_last(files):
-        to.write(name, p.read(n))
+    with removed_after_error(to) as written:
+        to.write(CARD, card.encode())
+        written.append(CARD)
+        for name, (p, n) in manifest_last(files):
+            to.write(name, p.read(n))
+            written.append(name)
     return path
+
+
+@contextmanager
+def removed_after_error(where: Folder) -> Iterator[list[str]]:
+    """Context manager that yields a list for the names of files that were written. After an error,
+    these files are removed, so that the same call can be repeated.
+    """
+    written: list[str] = []
+    try:
+        yield written
+    except BaseException:
+        for name in reversed(written):
+            where.remove(name)
+        raise
 
 
 def local_path(path: Any) -> Path:
@@ -183,8 +201,7 @@ def unpack_cache(path: Path | str, to: Path | str) -> TeacherCache:
             raise DistillError(
                 f'{path} needs {size / 1e9:.2f} GB, but only {free / 1e9:.2f} GB are free.'
             )
-        written = []
-        try:
+        with removed_after_error(where) as written:
             for name, o in manifest_last(files):
                 with z.open(o) as source:
                     where.write(name, partial(shutil.copyfileobj, source, length=2**20))
@@ -192,10 +209,6 @@ def unpack_cache(path: Path | str, to: Path | str) -> TeacherCache:
             if 'valid/manifest.json' in files:
                 TeacherCache(where.sub('valid')).check()
             return TeacherCache(where).check()
-        except BaseException:
-            for name in reversed(written):
-                where.remove(name)
-            raise
 
 
 def packed_files(z: zipfile.ZipFile, path: Any) -> dict[str, zipfile.ZipInfo]:
