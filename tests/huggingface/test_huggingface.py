@@ -125,45 +125,32 @@ def t5(width=16, layers=1):
     )
 
 
-def bart(width=16, layers=1):
-    return hf.BartForConditionalGeneration(
-        hf.BartConfig(
-            vocab_size=VOCAB,
-            d_model=width,
-            encoder_layers=layers,
-            decoder_layers=layers,
-            encoder_attention_heads=2,
-            decoder_attention_heads=2,
-            encoder_ffn_dim=width,
-            decoder_ffn_dim=width,
-            max_position_embeddings=16,
-            dropout=0.0,
-            decoder_start_token_id=2,
-            forced_eos_token_id=None,
-        )
+def encoder_decoder(config, width, layers, **options):
+    return config(
+        vocab_size=VOCAB,
+        d_model=width,
+        encoder_layers=layers,
+        decoder_layers=layers,
+        encoder_attention_heads=2,
+        decoder_attention_heads=2,
+        encoder_ffn_dim=width,
+        decoder_ffn_dim=width,
+        dropout=0.0,
+        decoder_start_token_id=2,
+        **options,
     )
 
 
+def bart(width=16, layers=1):
+    options = dict(max_position_embeddings=16, forced_eos_token_id=None)
+    return hf.BartForConditionalGeneration(encoder_decoder(hf.BartConfig, width, layers, **options))
+
+
 def whisper(width=16, layers=1):
+    options = dict(num_mel_bins=4, max_source_positions=8, max_target_positions=16)
+    tokens = dict(pad_token_id=1, bos_token_id=2, eos_token_id=2)
     return hf.WhisperForConditionalGeneration(
-        hf.WhisperConfig(
-            vocab_size=VOCAB,
-            d_model=width,
-            encoder_layers=layers,
-            decoder_layers=layers,
-            encoder_attention_heads=2,
-            decoder_attention_heads=2,
-            encoder_ffn_dim=width,
-            decoder_ffn_dim=width,
-            num_mel_bins=4,
-            max_source_positions=8,
-            max_target_positions=16,
-            dropout=0.0,
-            pad_token_id=1,
-            bos_token_id=2,
-            eos_token_id=2,
-            decoder_start_token_id=2,
-        )
+        encoder_decoder(hf.WhisperConfig, width, layers, **options, **tokens)
     )
 
 
