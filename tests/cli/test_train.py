@@ -1516,6 +1516,18 @@ def test_an_empty_settings_file_is_named(tmp_path):
         opened_run({}, out=tmp_path, resume=True)
 
 
+def test_settings_are_read_from_a_pipe(digits, command, tmp_path):
+    "As in --config <(cat config.toml). The device, which does not exist, is asked for last"
+    write_config(TrainConfig(**settings(digits, device='cuda:99')), tmp_path / 'c.toml')
+    end, start = os.pipe()
+    with os.fdopen(start, 'wb') as f:
+        f.write((tmp_path / 'c.toml').read_bytes())
+    code, _, err = command('--config', f'/dev/fd/{end}', '--out', tmp_path / 'run')
+    os.close(end)
+    assert code == 2
+    assert 'cuda:99' in err
+
+
 def test_nothing_is_trained_on_the_device_meta(digits, tmp_path):
     with pytest.raises(
         DistillError,

@@ -3,6 +3,7 @@
 import os
 import sys
 from dataclasses import MISSING, Field, fields
+from functools import cache
 from inspect import Parameter, Signature, signature
 from pathlib import Path
 from typing import Annotated, Any
@@ -71,14 +72,16 @@ def train_command(
     (weights as safetensors, a card, ONNX if possible) and teacher.safetensors.
     """
     given = {k: v for k, v in settings.items() if v is not None}
+    # subtle: cached, because a pipe can be read only once
+    read = cache(lambda: settings_of(given, config, out, resume))
     # report mistakes in the settings before PyTorch is imported. If there are several processes, the
     # first one reports them before fastai is imported
     if os.environ.get('WORLD_SIZE', '1') == '1':
-        settings_of(given, config, out, resume)
+        read()
     from ...base.distributed import joined_processes, on_first
 
     with joined_processes() as first:
-        run_settings = on_first(lambda: settings_of(given, config, out, resume))
+        run_settings = on_first(read)
         from ...evaluation.verdicts import over_seeds
         from ..training import TrainRun
 
