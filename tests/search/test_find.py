@@ -704,6 +704,24 @@ def test_callbacks_that_matter_are_copied_and_those_that_write_are_not(tmp_path)
     assert not list(tmp_path.iterdir())
 
 
+class Validates(Callback):
+    def after_train(self):
+        with torch.random.fork_rng():
+            self.learn.validate()
+
+
+def test_a_validation_in_mid_epoch_is_not_an_epoch():
+    found = []
+    for cbs in ([], [Validates()]):
+        learn, teacher = planted()
+        learn.add_cbs(cbs)
+        options = dict(minutes=2, recipes=dict(kd=kd()), trials=2, rates=[0.1], seeds=1)
+        found.append(learn.distill_find(teacher, 3, check=False, show=False, **options))
+    a, b = ([(r.name, r.scores) for r in f.runs + f.finals] for f in found)
+    assert all(len(scores) == 3 for _, scores in a)
+    assert a == b
+
+
 def test_a_frozen_student_and_fine_tune():
     learn, teacher = planted()
     learn.splitter = lambda m: [list(m[0].parameters()), list(m[3].parameters())]

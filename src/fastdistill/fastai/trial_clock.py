@@ -31,6 +31,11 @@ class Clock(Callback):
         self.score, self.output, self.after_score, self.late = score, output, after_epoch, late
         self.over, self.items = False, None
 
+    def __call__(self, event_name):
+        # other callbacks may validate in the middle of a fit, which locks the Learner
+        if not self.learn.lock.locked():
+            return super().__call__(event_name)
+
     def before_fit(self):
         if self.over:
             raise CancelFitException  # also cancels the second fit of `fine_tune`
