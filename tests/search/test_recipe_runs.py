@@ -719,6 +719,25 @@ def test_what_cant_be_compared():
     )
 
 
+class Validates(Callback):
+    def after_train(self):
+        self.learn.validate()
+
+
+def test_a_callback_that_validates_in_mid_fit_is_refused_in_the_first_epoch():
+    "Because fastai then mixes the numbers of both in its table"
+    made = []
+
+    def make():
+        made.append(make_student(Validates()))
+        return made[-1]
+
+    with pytest.raises(DistillError, match='A callback of the students calls learn.validate'):
+        run(make=make)
+    assert len(made) == 1
+    assert made[0].epoch == 0
+
+
 def test_a_learner_in_place_of_a_function_that_makes_one_is_refused():
     with pytest.raises(
         DistillError,

@@ -227,6 +227,11 @@ class WatchEpochs(Callback):
         self.report, self.columns = after_epoch, columns
 
     def after_epoch(self) -> None:
+        if self.learn.lock.locked():
+            raise DistillError(
+                'A callback of the students calls learn.validate during the fit, and fastai then mixes '
+                'the numbers of both in its table. Make the students without this callback.'
+            )
         row = row_by_column(self.recorder)
         found = (row[n] for n in self.columns if row.get(n) is not None)
         self.report(next(found, math.nan))
