@@ -90,6 +90,17 @@ def test_an_exported_learner_does_not_hold_the_teacher(tmp_path):
     assert cb in learn.cbs
 
 
+def test_a_callback_that_stays_distills_after_a_validation():
+    learn, teacher = learner('SSD'), detector('RetinaNet', width=12, seed=1).train()
+    cb = DetectorDistillation(teacher, pkd(grad_ratio=0.5), check=False)
+    with learn.no_bar(), learn.no_logging(), learn.added_cbs(cb):
+        learn.validate()
+        assert cb.distiller is None
+        assert teacher.training
+        learn.fit(1, 1e-3)
+    assert cb.distiller.ratios['pkd'].measured == 2
+
+
 @pytest.mark.filterwarnings(*apps.FASTAI_WARNINGS, 'ignore:numpy.core:DeprecationWarning')
 def test_lr_find_leaves_the_projectors_and_measured_norms_as_they_were():
     learn, teacher = learner('SSD'), detector('RetinaNet', width=12, seed=1)

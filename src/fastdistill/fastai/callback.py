@@ -126,9 +126,6 @@ class KnowledgeDistillation(DistillationCallback):
 
     def before_fit(self) -> None:
         self.teardown(self.learn)
-        # validate, get_preds, show_results and similar calls are not fits
-        if self.learn.lock.locked() or hasattr(self.learn, 'gather_preds'):
-            return
         if any(isinstance(c, KnowledgeDistillation) and c is not self for c in self.learn.cbs):
             raise DistillError(
                 'Two KnowledgeDistillation callbacks in one Learner. Give one of them a list of '

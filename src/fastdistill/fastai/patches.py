@@ -95,8 +95,8 @@ class DistillationCallback(Callback):
     When the first `DistillationCallback` is created, `save` and `plot_loss` are wrapped. The wrapped
     methods call `teardown(learn)`, `state_dict()` and `load_state_dict(state)`.
 
-    During a fit, other callbacks may call `validate`, `get_preds`, `tta` etc. These calls have events
-    of their own, which are not part of the fit, so they only clean up after a batch.
+    `validate`, `get_preds`, `tta` etc., which other callbacks may call during a fit, have events of
+    their own. These are not part of a fit, so they only clean up after a batch.
     """
 
     n_inner = 0  # number of such calls that have begun but not ended
@@ -110,10 +110,10 @@ class DistillationCallback(Callback):
             return super().__call__(event_name)
 
     def _is_inner(self, event_name):
-        """Return True if an event belongs to a validation or prediction during the fit."""
+        """Return True if an event belongs to a validation or prediction, also one during the fit."""
         if notes_of(self.learn).fitting is not self:
             self.n_inner = 0
-            return False
+            return self.learn.lock.locked()
         # subtle: `tta` does not lock the Learner, and some calls have neither of these two events
         self.n_inner += event_name == 'before_fit'
         inner = self.n_inner > 0 or self.learn.lock.locked()
