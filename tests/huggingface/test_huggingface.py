@@ -619,6 +619,31 @@ def test_the_logs_show_each_part(tmp_path):
     assert first['kd_loss'] != second['kd_loss']
 
 
+class InterruptOnce(hf.TrainerCallback):
+    done = False
+
+    def on_step_end(self, *_, **kwargs):
+        if not self.done:
+            self.done = True
+            raise KeyboardInterrupt
+
+
+def test_the_logs_begin_anew_after_an_interrupt(tmp_path):
+    trainer = DistillationTrainer(
+        bert(width=8),
+        args(tmp_path, max_steps=2, logging_steps=2),
+        train_dataset=list(texts()),
+        teacher=bert(),
+        recipe=kd(T=T, alpha=ALPHA),
+        callbacks=[InterruptOnce()],
+    )
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    trainer.train()
+    h = trainer.state.log_history[0]
+    assert h['loss'] == pytest.approx((1 - ALPHA) * h['task_loss'] + ALPHA * h['kd_loss'], rel=1e-5)
+
+
 class SaveAfter(hf.TrainerCallback):
     def __init__(self, step):
         self.step = step

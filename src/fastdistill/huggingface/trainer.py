@@ -107,7 +107,7 @@ class DistillationMixin(Base):
         optimizer = super().create_optimizer(*args, **kwargs)
         add_parameters(optimizer, self.distiller)
         self.distiller.start()
-        self.last_step = None
+        self.last_step, self.part_means = None, PartMeans()
         return optimizer
 
     def _build(self) -> None:
