@@ -1,8 +1,10 @@
 "Files are written either completely or not at all."
 
-import os
+import os, resource
 from pathlib import Path
-from fastdistill.base.atomic_files import write_atomically
+import pytest, torch
+from fastdistill import DistillError
+from fastdistill.base.atomic_files import new_file, write_atomically
 
 
 def test_whoever_reads_a_file_that_is_replaced_reads_the_whole_old_one(tmp_path):
@@ -28,3 +30,16 @@ def test_the_whole_file_is_on_the_disk_before_it_replaces_the_old_one(tmp_path, 
     monkeypatch.setattr(os, 'fsync', fsync)
     write_atomically(path, 'new')
     assert synced == [('new', 'old')]
+
+
+def test_a_full_disk_is_named_where_pytorch_opens_the_file(tmp_path):
+    "As in Learner.export. The error of PyTorch has no number"
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2_000, limits[1]))
+    try:
+        with pytest.raises(DistillError, match='No space for .*a.pt'):
+            with new_file(tmp_path / 'a.pt') as tmp:
+                torch.save(torch.zeros(9_000), tmp)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not [*tmp_path.iterdir()]

@@ -75,6 +75,9 @@ def disk_full(error: BaseException | None) -> str | None:
         )
         if code in DISK_FULL:
             return os.strerror(code)
+        # subtle: if PyTorch opens the file itself, as in `Learner.export`, its error has no number
+        if isinstance(error, RuntimeError) and 'iostream' in str(error):
+            return 'PyTorch could not write the file'
         error = error.__cause__ or error.__context__
     return None
 
