@@ -526,6 +526,28 @@ def test_a_teacher_whose_weights_change_is_not_an_old_copy(change):
     assert far(a, net(x).detach()) < 0.03 and t.runner.half == 'bfloat16'
 
 
+REPLACE = dict(
+    loaded=lambda net: net.load_state_dict(conv_net().state_dict(), assign=True),
+    parameter=lambda net: setattr(net[8], 'weight', nn.Parameter(torch.randn(5, 8))),
+    buffer=lambda net: setattr(net[1], 'running_mean', torch.randn(8)),
+    layer=lambda net: net.__setitem__(8, nn.Linear(8, 5)),
+    another=lambda net: net.append(nn.Linear(5, 5)),
+)
+
+
+@pytest.mark.parametrize('replace', REPLACE.values(), ids=REPLACE)
+@pytest.mark.parametrize(
+    'run', [dict(precision='bf16'), dict(fold_bn=True)], ids=['bf16', 'folded']
+)
+def test_a_teacher_whose_weights_are_replaced_is_not_an_old_copy(run, replace):
+    net, x = conv_net(), images()
+    with Teacher(net, run=run) as t:
+        t(x)
+        replace(net)
+        got = t(x).logits
+        assert torch.equal(got, net.eval()(x))
+
+
 @pytest.mark.parametrize('run', [None, dict(precision='bf16')], ids=['as it is', 'copy'])
 @pytest.mark.parametrize('data', [False, True], ids=['copy_', 'data'])
 def test_an_averaged_teacher_keeps_its_average_of_the_batch_norms(data, run):

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from operator import is_
 from types import FunctionType
 from typing import Any
 
@@ -417,11 +418,14 @@ def dtypes_to_try(own: Any, precision: str, large: bool, device: torch.device) -
 class ModelMarks:
     """Record of a model's state, used to detect later changes of weights or hooks.
 
-    The record contains the hooks, and the tensors with their versions and a few of their values.
+    The record contains the hooks, the submodules, and the tensors with their versions and a few of
+    their values.
     """
 
     def __init__(self, model: Module) -> None:
         self.tensors, self.hooks = weights_of(model), hooks_of(model)
+        dicts = (d for m in model.modules() for d in (m._parameters, m._buffers, m._modules))
+        self.parts: list[tuple[dict, list]] = [(d, [*d.values()]) for d in dicts if d]
         self.places, self.values = places_of(self.tensors), first_values(self.tensors)
         self.every, self.batches = EVERY.get(self.tensors[0].device.type, 1), 0
 
@@ -430,21 +434,25 @@ class ModelMarks:
 
         If `thorough` is False, compare the values of only a few tensors, and ignore the hooks.
         """
-        if places_of(self.tensors) != self.places:
+        if places_of(self.tensors) != self.places or not self._has_same_parts():
             return False
-        # subtle: changes through .data do not increase the version, so values are compared
+        # subtle: changes through .data or by a fused optimizer do not increase the version, so values
+        # are compared
         self.batches += 1
         if not thorough and self.batches % self.every:
             return True
-        if thorough and (
-            [*map(id, weights_of(model))] != [*map(id, self.tensors)]
-            or hooks_of(model) != self.hooks
-        ):
+        if thorough and hooks_of(model) != self.hooks:
             return False
         n = len(self.tensors)
         some = range(n) if thorough else sorted({0, n // 2, n - 1})
         now = first_values([self.tensors[i] for i in some])
         return all(torch.equal(v, self.values[i]) for v, i in zip(now, some))
+
+    def _has_same_parts(self) -> bool:
+        """Return True if no tensor and no submodule was replaced, added or removed."""
+        return all(
+            len(d) == len(parts) and all(map(is_, d.values(), parts)) for d, parts in self.parts
+        )
 
 
 def given_by_hand(options: Mapping[str, Any]) -> list:
