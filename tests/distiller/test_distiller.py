@@ -2037,6 +2037,20 @@ def test_a_teacher_that_shares_parameters_with_the_student_is_refused():
     Distiller(student, teacher, kd(), check=False)
 
 
+def assigned(student):
+    teacher = mlp(6)
+    teacher.load_state_dict(student.state_dict(), assign=True)
+    return teacher
+
+
+@pytest.mark.filterwarnings('ignore:.*torch.jit.*deprecated')
+@pytest.mark.parametrize('make', [assigned, lambda m: torch.jit.trace(m, batch()[0])])
+def test_a_teacher_whose_parameters_share_the_memory_of_the_students_is_refused(make):
+    student = mlp(6)
+    with pytest.raises(DistillError, match='share 6 parameters .*would change with the student'):
+        Distiller(student, make(student), kd())
+
+
 @pytest.mark.parametrize('alpha', [0.0, 0.1, 0.3, 0.7, 0.9, 1.0])
 def test_a_recipe_shows_the_weight_of_the_labels_as_one_would_type_it(alpha):
     assert repr(kd(alpha=alpha)).endswith(f', task={round(1 - alpha, 2)})')

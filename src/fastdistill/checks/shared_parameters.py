@@ -3,7 +3,8 @@
 from collections.abc import Iterator
 
 import torch
-from torch.nn import Module
+from torch.nn import Module, Parameter
+from torch.nn.parameter import is_lazy
 
 from ..base.errors import few_names
 from ..teachers.members import modules_of
@@ -12,7 +13,7 @@ from .findings import Finding
 
 
 def shared_parameters(student: Module | None, teacher: Teacher) -> Iterator[Finding]:
-    """Yield a finding if some parameters belong to both the student and the teacher.
+    """Yield a finding if some parameters of the student and the teacher are in the same memory.
 
     Args:
         student: A module. None if unknown.
@@ -20,14 +21,22 @@ def shared_parameters(student: Module | None, teacher: Teacher) -> Iterator[Find
     """
     if student is None:
         return
-    ids = parameter_ids(teacher)
-    if both := [n for n, p in student.named_parameters() if id(p) in ids]:
+    places = {place(p) for m in modules_of(teacher) for p in m.parameters()}
+    if both := [n for n, p in student.named_parameters() if place(p) in places]:
         yield Finding(
             'error',
             f'Student and teacher share {len(both)} parameters ({few_names(both, 3)}), so the '
             'teacher would change with the student',
             'Build the student from a copy: copy.deepcopy(teacher)',
         )
+
+
+def place(p: Parameter) -> int:
+    """Return the address of a parameter's values, or the id of a parameter that has none."""
+    # subtle: different parameters share their values after `load_state_dict(..., assign=True)`, and
+    # if one of the models was traced from the other
+    has_values = p.layout == torch.strided and not is_lazy(p)
+    return has_values and p.data_ptr() or id(p)
 
 
 def parameter_ids(teacher: Teacher) -> set[int]:
