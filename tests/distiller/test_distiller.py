@@ -2371,6 +2371,23 @@ def test_a_teacher_of_a_fixed_image_size_says_so():
     Distiller(fixed(8), Teacher(fixed(16), images=dict(size=16)), kd())(x, y)
 
 
+@pytest.mark.parametrize(
+    'have,wants,says',
+    [
+        (
+            1,
+            3,
+            r'3 channels, but .* 1: .*Teacher\(model, inputs=lambda x: x.expand\(-1, 3, -1, -1\)',
+        ),
+        (3, 1, r'takes 1 channels, but .* 3: .*Teacher\(model, inputs=fn\)'),
+    ],
+)
+def test_a_teacher_of_images_with_other_channels_says_so(have, wants, says):
+    net = lambda n: nn.Sequential(nn.Conv2d(n, 4, 8), nn.Flatten())
+    with pytest.raises(DistillError, match=says):
+        Distiller(net(have), net(wants), kd())(torch.randn(2, have, 8, 8), torch.tensor([0, 1]))
+
+
 @pytest.mark.parametrize('device', ['cuda:99', 'meta', 'gpu'])
 def test_a_teacher_on_a_device_that_is_not_there_is_an_error(device):
     with pytest.raises(DistillError, match=f"device='{device}': this device can't be used here"):

@@ -881,16 +881,24 @@ def test_other_inputs_are_not_renormalised():
         (dict(stats=3.0), None, 'stats=3.0: must be'),
         (dict(stats=([0, 0], [1])), None, 'one mean, and one std above 0'),
         (dict(stats=(0, 0)), None, 'one mean, and one std above 0'),
+        (dict(stats=(float('nan'), 1)), None, 'one mean, and one std above 0'),
+        (dict(input_stats=(0, 0)), None, '^input_stats=.0, 0.: give one mean'),
+        (dict(input_stats='auto'), None, "^input_stats='auto': must be .mean, std., 'imagenet', t"),
+        (dict(size=0), None, 'size=0: must be the height and width of the images of the teacher'),
+        (dict(size=(32, None)), None, r'size=\(32, None\): must be the height and width'),
+        (dict(size=[4, 4, 4]), None, r'size=\[4, 4, 4\]: must be the height and width'),
+        (dict(size='32'), None, "size='32': must be the height and width"),
+        (dict(size=1.5), None, 'size=1.5: must be the height and width'),
     ],
 )
-def test_statistics_that_cannot_be_meant(kw, x, match):
+def test_a_normalization_or_size_that_cannot_be_meant(kw, x, match):
     with refuses(match):
         Teacher(nn.Identity(), images=kw)(torch.zeros(x))
 
 
 def test_images_are_resized_for_the_teacher():
     x, n = images(2, 3, 8, 8), images(2, 5)
-    for size, want in ((4, (4, 4)), ((6, 12), (6, 12))):
+    for size, want in ((4, (4, 4)), (np.int64(4), (4, 4)), ((6, 12), (6, 12))):
         o = Teacher(nn.Flatten(), images=dict(size=size))(x)
         same(
             o.logits,

@@ -1,6 +1,7 @@
 """Convert images to the normalization and size of the teacher's training images."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from operator import index
 from typing import Any
 
 import torch
@@ -11,10 +12,14 @@ from ..base.outputs import DistillError, as_plain
 from .members import single_teachers
 
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-POSSIBLE_STATS = (
-    "must be (mean, std), 'imagenet', 'auto', torchvision's weights (as in "
-    'ResNet18_Weights.DEFAULT), or None'
-)
+
+
+def possible_stats(option: str) -> str:
+    auto = " 'auto'," if option == 'stats' else ''
+    return (
+        f"must be (mean, std), 'imagenet',{auto} torchvision's weights (as in "
+        'ResNet18_Weights.DEFAULT), or None'
+    )
 
 
 def is_image(t: Tensor) -> bool:
@@ -25,12 +30,18 @@ def full_precision(t: Tensor) -> Tensor:
     return t.float() if t.dtype.itemsize < 4 else t
 
 
-def stats_of(stats: Any, model: Any = None) -> tuple[Tensor, Tensor] | None:
-    """Convert the `stats` argument of `Teacher` to (mean, std), each a tensor (C,) or (1,)."""
+def stats_of(stats: Any, model: Any = None, option: str = 'stats') -> tuple[Tensor, Tensor] | None:
+    """Convert a normalization to (mean, std), each a tensor (C,) or (1,).
+
+    Args:
+        stats: The option `stats` or `input_stats` of `Teacher`.
+        model: Model of the teacher, for 'auto'.
+        option: Name of the option, for messages.
+    """
     if stats is None:
         return None
     if isinstance(stats, str):
-        stats = named_stats(stats, model)
+        stats = named_stats(stats, model, option)
     elif hasattr(stats, 'transforms'):
         stats = stats.transforms().mean, stats.transforms().std  # torchvision's weights
     try:
@@ -38,17 +49,36 @@ def stats_of(stats: Any, model: Any = None) -> tuple[Tensor, Tensor] | None:
             torch.as_tensor(as_plain(o), dtype=torch.float64).flatten().cpu() for o in stats
         ]
     except (TypeError, ValueError, RuntimeError) as e:
-        raise DistillError(f'stats={stats!r}: {POSSIBLE_STATS}') from e
-    if len(mean) != len(std) or not (std > 0).all():
-        raise DistillError(f'stats={stats!r}: give one mean, and one std above 0, for each channel')
+        raise DistillError(f'{option}={stats!r}: {possible_stats(option)}') from e
+    finite = torch.cat([mean, std]).isfinite().all()
+    if len(mean) != len(std) or not finite or not (std > 0).all():
+        raise DistillError(
+            f'{option}={stats!r}: give one mean, and one std above 0, for each channel'
+        )
     return mean, std
 
 
-def named_stats(name: str, model: Any) -> tuple:
+def height_and_width(size: Any) -> tuple[int, int] | None:
+    """Convert the option `size` of `Teacher` to (height, width)."""
+    if size is None:
+        return None
+    try:
+        height, width = map(index, size if isinstance(size, Iterable) else (size, size))
+    except (TypeError, ValueError):
+        height = width = 0
+    if isinstance(size, bool) or min(height, width) < 1:
+        raise DistillError(
+            f'size={size!r}: must be the height and width of the images of the teacher, as in '
+            'images=dict(size=(224, 320)), or one number for a square'
+        )
+    return height, width
+
+
+def named_stats(name: str, model: Any, option: str) -> tuple:
     if name == 'imagenet':
         return IMAGENET
-    if name != 'auto':
-        raise DistillError(f'stats={name!r}: {POSSIBLE_STATS}')
+    if name != 'auto' or option != 'stats':
+        raise DistillError(f'{option}={name!r}: {possible_stats(option)}')
     if cfg := timm_cfg(model):
         return cfg['mean'], cfg['std']
     raise DistillError(

@@ -18,6 +18,7 @@ from torch.nn import Module
 from ..base.atomic_files import check_regular_file
 from ..base.outputs import DistillError, DistillWarning, tensors_in
 from .estimator import Estimator, is_estimator
+from .image_normalization import is_image
 
 OF_RUN = 'student.pkl'  # the student in the folder of a run of `fastdistill train`
 FORMS = (
@@ -209,7 +210,7 @@ def explained(name: str, inputs: Any, module: Module | None) -> Iterator[None]:
 
 
 def hint_for(tensors: Sequence[torch.Tensor], module: Module) -> str:
-    """Return a hint about token ids or image sizes, or '' if neither explains the error."""
+    """Return a hint about token ids, channels or image sizes, or '' if nothing explains the error."""
     rows = [m.num_embeddings for m in module.modules() if isinstance(m, nn.Embedding)]
     ids = [t for t in tensors if not t.is_floating_point() and t.dtype != torch.bool and t.numel()]
     if rows and ids and (largest := max(t.max().item() for t in ids)) >= max(rows):
@@ -218,7 +219,15 @@ def hint_for(tensors: Sequence[torch.Tensor], module: Module) -> str:
             'rows, so its vocabulary is smaller. Create the data with its tokenizer, or convert '
             'the inputs: Teacher(model, inputs=fn).'
         )
-    if any(t.dim() == 4 and t.is_floating_point() for t in tensors):
+    if images := [t for t in tensors if is_image(t)]:
+        have = images[0].shape[1]
+        wants = next((m.in_channels for m in module.modules() if isinstance(m, nn.Conv2d)), have)
+        if wants != have:
+            fn = f'lambda x: x.expand(-1, {wants}, -1, -1)' if have == 1 else 'fn'
+            return (
+                f'Its first convolution takes {wants} channels, but these images have {have}: '
+                f'convert them, as in Teacher(model, inputs={fn}).'
+            )
         return (
             'If it was made for images of a different size, Teacher(model, images=dict(size=...)) '
             'resizes them.'

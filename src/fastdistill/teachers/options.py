@@ -10,7 +10,7 @@ from ..base.outputs import DistillError, check_axis, check_output
 from .ensemble import member_weights
 from .estimator import Estimator
 from .fast_copy import DEFAULTS, check_run
-from .image_normalization import stats_of
+from .image_normalization import height_and_width, stats_of
 from .teacher_inputs import check_own_inputs
 
 POSSIBLE = dict(
@@ -104,7 +104,8 @@ def checked_options(options: Mapping, given: frozenset, model: Any, n_members: i
             'weights= is for the members of an ensemble, but this is one teacher: give a list'
         )
     else:
-        o['stats'], o['input_stats'] = stats_of(o['stats'], model), stats_of(o['input_stats'])
+        o['stats'] = stats_of(o['stats'], model)
+        o['input_stats'] = stats_of(o['input_stats'], option='input_stats')
     check_output(o['output'])
     check_own_inputs(o['inputs'], o['items'])
     check_run(o['run'], model)
@@ -113,6 +114,5 @@ def checked_options(options: Mapping, given: frozenset, model: Any, n_members: i
     o['classes'] = class_groups(o['classes'], 'classes', disjoint=True)
     if isinstance(model, Estimator) and 'outputs' not in given:
         o['outputs'] = 'logits' if o['kind'] == 'regression' else 'probs'
-    if (size := o['size']) is not None:
-        o['size'] = (size, size) if isinstance(size, int) else tuple(size)
+    o['size'] = height_and_width(o['size'])
     return o | dict(layers=list(o['layers']))
