@@ -56,7 +56,7 @@ Private names of fastai that are used without a patch, since there is no public 
 - `DistributedDL._broadcast` and `DistributedTrainer._wrap_dl` in `cli/training/distributed_fit.py`:
   fastai broadcasts only on GPUs, and its trainer can't use a different DataLoader.
 
-Tested with fastai 2.8.10 and 2.8.12. For each patch, `tests/fastai/test_patches.py` tests that the
+Tested with fastai 2.8.12. For each patch, `tests/fastai/test_patches.py` tests that the
 patch fixes the problem, and that fastai has the problem without the patch.
 
 Some fits add information about the samples to their batches. To do so, `sampled_batches.attach` sets
