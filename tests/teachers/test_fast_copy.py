@@ -575,6 +575,17 @@ def test_an_averaged_teacher_keeps_its_average_of_the_batch_norms(data, run):
         torch.testing.assert_close(teacher.state_dict()[k], v, rtol=0, atol=0, msg=k)
 
 
+@pytest.mark.parametrize('run', [None, dict(precision='bf16')], ids=['as it is', 'copy'])
+def test_a_model_that_is_loaded_while_it_teaches_keeps_all_that_was_loaded(run):
+    net, loaded, x = conv_net(), conv_net().state_dict(), images()
+    with Teacher(net, run=run) as t:
+        t(x)
+        net.load_state_dict(loaded, assign=True)
+        t(x)
+    for k, v in net.state_dict().items():
+        assert torch.equal(v, loaded[k]), k
+
+
 def test_weights_that_are_rarely_compared_are_compared_in_the_end(monkeypatch):
     "As on a GPU, where a comparison waits for the batches before"
     monkeypatch.setitem(speed.EVERY, 'cpu', 4)

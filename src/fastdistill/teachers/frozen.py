@@ -1,9 +1,10 @@
 """Freeze a module while it is used as a teacher, and restore its state afterwards."""
 
+from collections.abc import Iterable
 from typing import Any, Self
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import Module
 
 from ..base.model_state import Attributes, TensorValues
@@ -30,11 +31,9 @@ class FrozenModel:
     def __enter__(self) -> Self:
         modules = list(self.model.modules())
         self.modes = [(m, m.training) for m in modules if hasattr(m, 'training')]
-        self.buffers = [
-            (m._buffers, k, b) for m in modules for k, b in m.named_buffers(recurse=False)
-        ]
         kept = [] if self.private else [m for m in modules if not self._only_reads_buffers(m)]
-        self.values = TensorValues([b for m in kept for b in m.buffers(recurse=False)])
+        self.buffers = buffers_of(kept)
+        self.values = TensorValues([b for *_, b in self.buffers])
         self.hidden = [
             Attributes(m, may_be_hidden_state)
             for m in modules
@@ -90,6 +89,7 @@ class FrozenModel:
             for m in self.model.modules()
             for k, p in m.named_parameters(recurse=False)
         ]
+        self.buffers = buffers_of(self.model.modules()) + self.buffers
         for _, _, p, _, _ in self.params:
             p.grad = None
         self.model.to(device)
@@ -112,6 +112,11 @@ class FrozenModel:
         self.values.restore()
         for h in self.hidden:
             h.restore()
+
+
+def buffers_of(modules: Iterable[Module]) -> list[tuple[dict, str, Tensor]]:
+    """Return (dict of a module's buffers, name, buffer) for each buffer."""
+    return [(m._buffers, k, b) for m in modules for k, b in m.named_buffers(recurse=False)]
 
 
 def cuda_devices(model: Module) -> set[torch.device]:
