@@ -929,6 +929,25 @@ def test_a_callback_that_validates_or_predicts_in_mid_fit_does_not_end_the_disti
     assert all(map(torch.equal, pa, pb))
 
 
+def test_a_teacher_that_can_not_be_loaded_is_named_in_each_fit():
+    student, _ = toy()
+    student.add_cb(KD('nowhere.pkl', kd(), check=False))
+    for _ in range(2):
+        with pytest.raises(DistillError, match="There is no file 'nowhere.pkl'"):
+            student.fit(1, 0.1)
+
+
+def test_data_without_a_class_of_the_teacher_are_refused_in_each_fit():
+    (student, teacher), (other, _) = toy(), toy()
+    student.dls.vocab, other.dls.vocab = [*'abcd'], [*'abcx']
+    student.add_cb(KD(Teacher(teacher, classes=[*'abcd']), kd(), check=False))
+    student.fit(1, 0.1)
+    student.dls = other.dls
+    for _ in range(2):
+        with pytest.raises(DistillError, match="'d'"):
+            student.fit(1, 0.1)
+
+
 OTHERS = dict(
     short=[ShortEpochCallback(0.5)],
     plateau=[ReduceLROnPlateau(monitor='kd_loss', patience=1)],

@@ -80,12 +80,14 @@ class FitDistiller:
         built = tasks, model, weight_shapes(model)
         is_new = self.built != built
         if is_new:
-            self.tasks, self.built, self.known_dls = tasks, built, None
+            self.tasks, self.built, self.known_dls = tasks, None, None
             self.distiller = self._distiller(model)
             self.distiller.links.to(one_param(model).device)
         if self.known_dls is not learn.dls:
-            self.known_dls, self.checked, self.loss_checked = learn.dls, False, False
+            self.known_dls, self.checked, self.loss_checked = None, False, False
             self._take_teachers(learn)
+        # subtle: set only now, so that the next fit begins again after an error
+        self.built, self.known_dls = built, learn.dls
         return is_new
 
     def _tasks(self, learn, model):
