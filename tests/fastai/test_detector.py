@@ -4,7 +4,7 @@ import numpy as np
 import pytest, torch
 import apps  # before the rest of fastai: it keeps its warnings quiet
 from detectors import batch, detector, fastai_loaders
-from fastai.basics import Callback, load_learner
+from fastai.basics import Callback, CancelFitException, load_learner
 from fastai.vision.all import Normalize, aug_transforms, set_seed
 from fastdistill.recipes import pkd
 from fastdistill.base.outputs import DistillError
@@ -99,6 +99,34 @@ def test_a_callback_that_stays_distills_after_a_validation():
         assert teacher.training
         learn.fit(1, 1e-3)
     assert cb.distiller.ratios['pkd'].measured == 2
+
+
+class Begins(Callback):
+    def __init__(self, events):
+        self.events = events
+
+    def before_train(self):
+        self.events.append('train')
+        raise CancelFitException
+
+
+@pytest.mark.filterwarnings('ignore:.*finds:')
+def test_a_check_that_was_interrupted_runs_in_the_next_fit():
+    learn, teacher, events = learner('SSD'), detector('RetinaNet', width=12, seed=1), []
+
+    def interrupt(*_):
+        events.append('check')
+        if len(events) == 1:
+            raise KeyboardInterrupt
+
+    teacher.register_forward_pre_hook(interrupt)
+    cbs = [DetectorDistillation(teacher, pkd()), Begins(events)]
+    with learn.no_bar(), learn.no_logging(), learn.added_cbs(cbs):
+        with pytest.raises(KeyboardInterrupt):
+            learn.fit(1, 1e-3)
+        learn.fit(1, 1e-3)
+    assert events[:2] == ['check', 'check']
+    assert events[-1] == 'train'
 
 
 @pytest.mark.filterwarnings(*apps.FASTAI_WARNINGS, 'ignore:numpy.core:DeprecationWarning')

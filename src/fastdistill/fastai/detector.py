@@ -154,16 +154,17 @@ class DetectorDistillation(DistillationCallback):
             self.before_finder = self.distiller, self.optimizer
             self.distiller = None
         if self.distiller is None or self.distiller.student is not self.model:
-            self.distiller = DetectionDistiller(
+            d = DetectionDistiller(
                 self.model, self.teacher, self.recipe, size=self.size, check=self.check
             )
-            self.optimizer = None
             if self.check and self.before_finder is None and len(self.dls.loaders) > 1:
                 batches = ((b[: self.dls.n_inp], b[self.dls.n_inp :]) for b in self.dls.valid)
                 pairs = (images_and_targets(x, y) for x, y in batches)
                 with read_apart(self.dls.valid):
-                    found = self.distiller.check_batches((x, (y,)) for x, y in pairs)
+                    found = d.check_batches((x, (y,)) for x, y in pairs)
                 found.enforce()
+            # subtle: set only now, so that the next fit checks again after an error
+            self.distiller, self.optimizer = d, None
         self.distiller.links.to(next(self.model.parameters()).device)
         if self.optimizer is None and (own := self.distiller.own_parameters()):
             self.optimizer = ProjectorOptimizer(self.learn, own)
