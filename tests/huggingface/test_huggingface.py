@@ -1255,6 +1255,18 @@ def test_a_teacher_with_its_classes_in_a_different_order_is_refused_before_train
     assert train([0, 1, 2]) == 2
 
 
+def test_a_check_that_failed_runs_again_in_the_next_training(tmp_path):
+    rows = [
+        dict(input_ids=torch.tensor([i % VOCAB, 1, 2]), labels=i % VOCAB % 3) for i in range(64)
+    ]
+    trainer = DistillationTrainer(
+        bert(), args(tmp_path), train_dataset=rows, teacher=Shows([1, 0, 2]), recipe=kd()
+    )
+    for _ in range(2):
+        with refuses('class 0 and class 1 are swapped'):
+            trainer.train()
+
+
 def test_training_data_are_checked_if_those_of_the_evaluation_can_only_be_iterated(
     tmp_path, capsys
 ):

@@ -127,7 +127,7 @@ class DistillationMixin(Base):
         )
         teacher = teacher_for(self.teacher, self.model, **task, output=output)
         ignore = getattr(getattr(self.model, 'config', None), 'semantic_loss_ignore_index', None)
-        self.distiller = Distiller(
+        d = Distiller(
             self.model,
             teacher,
             self.recipe,
@@ -136,17 +136,19 @@ class DistillationMixin(Base):
             output=output,
             check=asked['check'],
         )
-        self.distiller.links.to(self.args.device)
+        d.links.to(self.args.device)
         # subtle: skip the check if weights are sharded over processes, because such a model can't
         # run in only one process
         if asked['check'] and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             loader, part = loader_to_check(self)
             with read_apart(loader):
                 batches = map(reader.inputs_and_labels, map(self._prepare_inputs, loader))
-                check_first(self.distiller, batches, placed=True, part=part)
-        if needs_example(self.distiller):
+                check_first(d, batches, placed=True, part=part)
+        if needs_example(d):
             batch = example_batch(self) if batch is None else batch
-            complete(self.distiller, reader.shared_inputs(batch), bool(reader.labels(batch)))
+            complete(d, reader.shared_inputs(batch), bool(reader.labels(batch)))
+        # subtle: set only now, so that the next training checks again after an error
+        self.distiller = d
 
     @property
     def reader(self) -> BatchReader:
