@@ -10,7 +10,7 @@ from typing import Any
 
 try:
     from lightning.pytorch import Callback, LightningModule, Trainer
-    from lightning.pytorch.callbacks import BaseFinetuning
+    from lightning.pytorch.callbacks import BaseFinetuning, BatchSizeFinder, LearningRateFinder
     from lightning.pytorch.utilities import CombinedLoader
     from lightning.pytorch.utilities.model_helpers import is_overridden
 except ImportError as e:
@@ -86,6 +86,12 @@ class DistillCallback(Callback):
         self.compared_inputs = False
 
     # before and after a fit
+
+    def setup(self, trainer: Any, pl_module: LightningModule, stage: str) -> None:
+        # subtle: Lightning moves callbacks that search for a learning rate or a batch size to the
+        # front, where they would search without the teacher
+        if any(isinstance(c, (LearningRateFinder, BatchSizeFinder)) for c in trainer.callbacks):
+            trainer.callbacks = [self, *(c for c in trainer.callbacks if c is not self)]
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._stop(pl_module)
@@ -277,7 +283,11 @@ class DistillCallback(Callback):
         return {} if self.distiller is None else training_state(self.distiller)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.state = state or None  # empty if saved before the first fit
+        # subtle: a search for a learning rate restores its checkpoint during the fit
+        if self.replaced is not None and state:
+            load_state(self.distiller, state)
+        else:
+            self.state = state or None  # empty if saved before the first fit
 
     # subtle: an averaged copy of the module (`WeightAveraging`) does not need a second teacher
     def __deepcopy__(self, memo: dict) -> 'DistillCallback':

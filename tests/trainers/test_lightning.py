@@ -6,7 +6,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 import lightning.pytorch as pl
-from lightning.pytorch.callbacks import BaseFinetuning, ModelCheckpoint, WeightAveraging
+from lightning.pytorch.callbacks import (
+    BaseFinetuning,
+    LearningRateFinder,
+    ModelCheckpoint,
+    WeightAveraging,
+)
 from lightning.pytorch.utilities import CombinedLoader
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -529,6 +534,51 @@ def test_a_callback_that_unfreezes_layers_works_without_projectors(tmp_path):
     assert fitted(kd())
     with refuses("Unfreezes needs all of the optimizer's parameters to belong to the module"):
         fitted(kd() + Term(losses.hint, layers={'1': '1'}, grad_ratio=0.1))
+
+
+class Searches(LearningRateFinder):
+    "Searches at the start of the fit, and again in the second epoch"
+
+    def __init__(self):
+        super().__init__(1e-4, 0.1, num_training_steps=4, update_attr=False)
+        self.losses = []
+
+    def on_train_epoch_start(self, trainer, module):
+        if trainer.current_epoch == 1:
+            self.lr_find(trainer, module)
+
+    def lr_find(self, trainer, module):
+        super().lr_find(trainer, module)
+        self.losses.append(self.optimal_lr.results['loss'])
+
+
+class OwnTeacher(Mine):
+    "Computes the total loss itself"
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        return by_hand(self.model, self.teacher, x, y)
+
+
+def test_a_search_for_a_learning_rate_has_the_teacher_and_changes_nothing(tmp_path):
+    def fitted(*cbs, module=Mine, recipe=None):
+        torch.manual_seed(0)
+        module, big = module(), net(16)
+        vars(module)['teacher'] = big
+        if recipe is not None:
+            cbs = [*cbs, DistillCallback(big, recipe, student='model')]
+        trainer(tmp_path, *cbs, steps=9, max_epochs=3).fit(module, data())
+        return module
+
+    recipe, by_itself, found = kd(T=T, alpha=ALPHA), Searches(), Searches()
+    fitted(by_itself, module=OwnTeacher)
+    fitted(found, recipe=recipe)
+    for a, b in zip(by_itself.losses, found.losses, strict=True):
+        assert a == pytest.approx(b)
+    recipe += Term(losses.hint, layers={'1': '1'}, grad_ratio=0.1)
+    plain, searched = fitted(recipe=recipe), fitted(Searches(), recipe=recipe)
+    for a, b in zip(plain.parameters(), searched.parameters(), strict=True):
+        assert torch.equal(a, b)
 
 
 def test_data_that_can_only_be_iterated_are_not_read_and_the_note_says_so(tmp_path, capsys):
