@@ -1,13 +1,14 @@
 "Fits from a cache, through the callback that users call: the loss, its gradient and its column are the live teacher's."
 
 import random
+from contextlib import nullcontext
 import numpy as np
 import pytest, torch
 import apps  # before the rest of fastai: it keeps its warnings quiet
 from fastai.basics import Callback, CrossEntropyLossFlat, DataLoaders, Learner, TfmdDL
 from fastai.callback.mixup import MixUp
 from fastai.data.all import CategoryBlock, DataBlock, IndexSplitter
-from fastai.vision.all import ImageBlock, MaskBlock, RandomErasing, Resize, unet_learner
+from fastai.vision.all import Flip, ImageBlock, MaskBlock, RandomErasing, Resize, unet_learner
 from cached import (
     CROPS,
     N,
@@ -611,6 +612,31 @@ def test_other_data_and_other_transforms_are_refused_before_the_first_batch(tmp_
     refused(data(get_y=lambda i: 'abcd'[i % 4]), r'does not have the class\(es\) d')
     with pytest.raises(DistillError, match='There is no cache at .*nowhere'):
         KnowledgeDistillation(TeacherCache(tmp_path / 'nowhere'))
+
+
+class AddFlip(Callback):
+    def before_epoch(self):
+        if self.epoch == 1:
+            self.dls.train.after_batch.add(Flip())
+
+
+@pytest.mark.parametrize(
+    'views, y, match',
+    [
+        (1, CategoryBlock, 'after_batch: Flip.* none in the cache'),
+        (0, CategoryBlock, None),
+        (0, MaskBlock(codes=['x', 'y']), 'Flip would move'),
+    ],
+)
+def test_transforms_that_are_added_during_a_fit_are_refused_too(tmp_path, views, y, match):
+    dense = y is not CategoryBlock
+    make = lambda: data(y, mask if dense else label, 'none', item_tfms=Resize(8, method='squish'))
+    model = lambda: nn.Conv2d(3, 2, 1) if dense else nn.Sequential(nn.Flatten(), nn.Linear(192, 3))
+    cache = cache_teacher(model(), make(), tmp_path, views=views)
+    learn = Learner(make(), model(), CrossEntropyLossFlat(axis=1 if dense else -1))
+    with nullcontext() if match is None else pytest.raises(DistillError, match=match):
+        quiet(learn, 2, cbs=[KnowledgeDistillation(cache, kd()), AddFlip()])
+    assert len(learn.recorder.values) == (2 if match is None else 1)
 
 
 # together with the rest of fastai

@@ -1,7 +1,6 @@
 """Train from a cache: add the stored teacher outputs of each sample to the batches of a fit."""
 
 from dataclasses import dataclass, replace
-from functools import partial
 
 import numpy as np
 import torch
@@ -115,12 +114,7 @@ class StoredOutputs(HeldOutputs):
             DistillError: The cache was written from different data.
         """
         refuse_unindexed(dl)
-        if cache.views or is_stream(dl):
-            refuse(
-                cache.folder,
-                transform_differences(cache.manifest.transforms, describe_transforms(dl)),
-                cache.force,
-            )
+        self.check_transforms(dls, dl, cache)
         names = item_keys(dl, keys, matching_root(cache, dls, dl))
         if keys is not None and not callable(keys) and keys is cache.sample_names:
             refuse_other_items(cache, dl)
@@ -140,9 +134,24 @@ class StoredOutputs(HeldOutputs):
         cache.check_files(files := sample_files(dl), plan.at)
         cache.check(once=True)
         named = keys is not None and files is None
-        points = partial(labels_are_points, dls, self.head) if self.kind == 'regression' else None
-        refuse(cache.folder, misfits(dl, plan, cache, named, points), cache.force)
+        refuse(cache.folder, misfits(dl, plan, cache, named), cache.force)
         return plan
+
+    def check_transforms(self, dls, dl, cache):
+        """Raise an error if the transforms of a DataLoader don't fit the stored outputs.
+
+        Args:
+            dls: The DataLoaders of the Learner.
+            dl: The DataLoader.
+            cache: The cache of the training set or of the validation set.
+        """
+        m = cache.manifest
+        if m.views or is_stream(dl):
+            found = transform_differences(m.transforms, describe_transforms(dl))
+        else:
+            points = lambda: self.kind == 'regression' and labels_are_points(dls, self.head)
+            found = moved_positions(m.layout.dense, moves(dl), points)
+        refuse(cache.folder, found, cache.force)
 
     def example(self, x):
         """Return some stored outputs, which show the shapes and the stored layers."""
@@ -180,7 +189,7 @@ class SampleFeed:
     """
 
     def __init__(self):
-        self.learn = self.plan = None
+        self.learn = self.plan = self.fed_rows = None
         self.fed, self.targets, self.before, self.passed = [], None, 0, 0
 
     def attach(self, learn, sources: dict, tasks: dict, log=print, heads=None):
@@ -258,6 +267,7 @@ class SampleFeed:
         self.identity = identity if len(identity) > 1 else identity[0]
         self.trained = notes_of(learn).passed_epochs
         self.before = self.trained.get(self.identity, 0)
+        self.fed_rows = learn.dls, dl, stored
         self._feed(dl, self.plan)
 
     def _feed_valid(self, dls, stored):
@@ -278,15 +288,21 @@ class SampleFeed:
         self.fed.append(attach(dl, plan))
 
     def begin(self, epoch):
-        """Begin an epoch of the current fit, if the batches contain rows of caches.
+        """Begin an epoch of the current fit.
 
         Args:
             epoch: Number of the epoch.
         """
+        # subtle: callbacks may change the transforms between epochs
+        for plan, dl in ((sampled(dl).plan, dl) for dl in self.fed):
+            plan.moved = [] if plan.stream else moves(dl)
         if self.plan is None:
             return
         for dl in self.fed:
             sampled(dl).look()
+        dls, dl, stored = self.fed_rows
+        for s in stored.values():
+            s.check_transforms(dls, dl, s.cache)
         self.plan.epoch, self.passed = self.before + epoch, epoch + 1
 
     def detach(self):
@@ -364,7 +380,24 @@ def refuse_other_items(cache, dl):
     )
 
 
-def misfits(dl, plan, cache, named: bool, points=None):
+def moved_positions(dense: bool, moved: list, points) -> list:
+    """Describe why outputs for the clean inputs don't fit inputs that random transforms move.
+
+    Args:
+        dense: True if the outputs have a value for each position.
+        moved: Names of these transforms.
+        points: fn() -> True if the outputs are coordinates of points.
+    """
+    if not moved or not (dense or points()):
+        return []
+    what = 'have a value for each pixel or token' if dense else 'are the points'
+    return [
+        f'these outputs {what} of the clean input, but {", ".join(moved)} would move the '
+        "student's input: cache views=1 or more"
+    ]
+
+
+def misfits(dl, plan, cache, named: bool):
     """Describe how the data differ from the data from which the cache was written.
 
     Args:
@@ -372,18 +405,11 @@ def misfits(dl, plan, cache, named: bool, points=None):
         plan: Its `Plan`.
         cache: The cache.
         named: True if only names given by the user identify the samples.
-        points: fn() -> True if the outputs are coordinates of points. None if they are not.
     """
     m = cache.manifest
     if m.views:
         inspect = view_inspector(dl, Plan(plan.keys, m.views, m.seed, stream=plan.stream))
         return sample_differences(m, plan.at, inspect)
-    if plan.moved and (m.layout.dense or (points and points())):
-        what = 'have a value for each pixel or token' if m.layout.dense else 'are the points'
-        return [
-            f'these outputs {what} of the clean input, but {", ".join(plan.moved)} would move the '
-            "student's input: cache views=1 or more"
-        ]
     if not named or plan.stream:
         return []
     with validation_transforms(dl, True):
