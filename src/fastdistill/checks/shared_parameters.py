@@ -21,8 +21,8 @@ def shared_parameters(student: Module | None, teacher: Teacher) -> Iterator[Find
     """
     if student is None:
         return
-    places = {place(p) for m in modules_of(teacher) for p in m.parameters()}
-    if both := [n for n, p in student.named_parameters() if place(p) in places]:
+    known = parameters_of(teacher)
+    if both := [n for n, p in student.named_parameters() if place(p) in known]:
         yield Finding(
             'error',
             f'Student and teacher share {len(both)} parameters ({few_names(both, 3)}), so the '
@@ -32,28 +32,24 @@ def shared_parameters(student: Module | None, teacher: Teacher) -> Iterator[Find
 
 
 def place(p: Parameter) -> int:
-    """Return the address of a parameter's values, or the id of a parameter that has none."""
-    # subtle: different parameters share their values after `load_state_dict(..., assign=True)`, and
-    # if one of the models was traced from the other
+    """Return the address of a parameter's values, or the id of a parameter without an address."""
+    # subtle: different objects have the same values after `load_state_dict(..., assign=True)`, and in
+    # TorchScript, whose parameters are new objects at each access
     has_values = p.layout == torch.strided and not is_lazy(p)
-    return has_values and p.data_ptr() or id(p)
+    return (p.data_ptr() if has_values else 0) or id(p)
 
 
-def parameter_ids(teacher: Teacher) -> set[int]:
-    """Return the ids of a teacher's parameters.
-
-    TorchScript modules are left out, since their parameters are new objects at each access.
-    """
-    modules = [m for m in modules_of(teacher) if not isinstance(m, torch.jit.ScriptModule)]
-    return {id(p) for m in modules for p in m.parameters()}
+def parameters_of(teacher: Teacher) -> dict[int, Parameter]:
+    """Return {place: parameter} for the parameters of a teacher."""
+    return {place(p): p for m in modules_of(teacher) for p in m.parameters()}
 
 
 def numbers_of_parameters(student: Module | None, teacher: Teacher) -> tuple[int, int] | None:
     """Return the number of parameters of the student and of the teacher. None if one is unknown."""
-    if student is None or not parameter_ids(teacher):
+    known = parameters_of(teacher)
+    if student is None or not known:
         return None
-    n = sum({id(p): p.numel() for m in modules_of(teacher) for p in m.parameters()}.values())
-    return sum(p.numel() for p in student.parameters()), n
+    return sum(p.numel() for p in student.parameters()), sum(p.numel() for p in known.values())
 
 
 def none_shared(student: Module | None, teacher: Teacher) -> str:
