@@ -94,7 +94,7 @@ class DistillCallback(Callback):
             trainer.callbacks = [self, *(c for c in trainer.callbacks if c is not self)]
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._stop(pl_module)
+        self.teardown(trainer, pl_module, 'fit')
         self.compared_inputs = False
         if not pl_module.automatic_optimization:
             raise DistillError(
@@ -179,15 +179,12 @@ class DistillCallback(Callback):
                 )
         return self.split(batch)
 
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._stop(pl_module)
-
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
-        self._stop(pl_module)
+        self.teardown(trainer, pl_module, 'fit')
 
-    def _stop(self, pl_module: LightningModule) -> None:
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Restore the module and stop the teacher. A second call does nothing."""
         if self.replaced is None:
             return
