@@ -95,8 +95,8 @@ class DistillationCallback(Callback):
     When the first `DistillationCallback` is created, `save` and `plot_loss` are wrapped. The wrapped
     methods call `teardown(learn)`, `state_dict()` and `load_state_dict(state)`.
 
-    `validate`, `get_preds`, `tta` etc., which other callbacks may call during a fit, have events of
-    their own. These are not part of a fit, so they only clean up after a batch.
+    Calls of `validate`, `get_preds`, `tta` etc., including those by other callbacks during a fit, have
+    events of their own. These events are not part of a fit, so they only clean up after a batch.
     """
 
     n_inner = 0  # number of such calls that have begun but not ended
@@ -110,7 +110,7 @@ class DistillationCallback(Callback):
             return super().__call__(event_name)
 
     def _is_inner(self, event_name):
-        """Return True if an event belongs to a validation or prediction, also one during the fit."""
+        """Return True if an event belongs to a validation or prediction, inside or outside a fit."""
         if notes_of(self.learn).fitting is not self:
             self.n_inner = 0
             return self.learn.lock.locked()

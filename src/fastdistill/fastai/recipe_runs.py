@@ -229,8 +229,8 @@ class WatchEpochs(Callback):
     def after_epoch(self) -> None:
         if self.learn.lock.locked():
             raise DistillError(
-                'A callback of the students calls learn.validate during the fit, and fastai then mixes '
-                'the numbers of both in its table. Make the students without this callback.'
+                'A callback of the students calls learn.validate during the fit, and fastai adds that '
+                "call's numbers to the table of the fit. Create the students without this callback."
             )
         row = row_by_column(self.recorder)
         found = (row[n] for n in self.columns if row.get(n) is not None)

@@ -89,6 +89,7 @@ class FrozenModel:
             for m in self.model.modules()
             for k, p in m.named_parameters(recurse=False)
         ]
+        # subtle: the buffers from before the run are restored last, if they were replaced since
         self.buffers = buffers_of(self.model.modules()) + self.buffers
         for _, _, p, _, _ in self.params:
             p.grad = None
