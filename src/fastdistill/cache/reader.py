@@ -349,7 +349,8 @@ def in_threads(fn: Callable, items: Collection) -> list:
     """
     if len(items) == 1:
         return [fn(o) for o in items]
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+    # more threads than cores: while some wait for the disk, others compute
+    with ThreadPoolExecutor(8) as pool:
         return list(pool.map(fn, items))
 
 
