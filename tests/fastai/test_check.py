@@ -208,6 +208,16 @@ def test_another_vocabulary_is_an_error(make):
     refuses(student, teacher, r'code their tokens differently \(12 and 13 of them\)')
 
 
+@pytest.mark.parametrize(
+    'make', [apps.text_classifier, apps.language_model], ids=lambda f: f.__name__
+)
+def test_a_teacher_that_reads_backward_is_an_error(make):
+    student, _ = apps.quiet(*make())
+    back, teacher = apps.quiet(*make(backwards=True))
+    refuses(student, teacher, r'texts differently \(forward and backward\).*backwards=True to both')
+    assert not [f for f in found(back, teacher) if f[0] == 'error']
+
+
 def test_other_categories_are_an_error():
     student, _ = pair('tabular')
     df = apps.table(96)

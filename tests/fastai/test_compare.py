@@ -190,6 +190,10 @@ OTHER_CODES = dict(
         lambda: apps.text_classifier(vocab=apps.WORDS[:2] + apps.WORDS[:1:-1])[0],
         r"their tokens differently \(first 'good' and 'is'\)",
     ),
+    direction=(
+        lambda: apps.text_classifier(backwards=True)[0],
+        r'their texts differently \(forward and backward\)',
+    ),
     classes=(
         lambda: quiet(*apps.vision(of_letters(), 3))[0],
         r'does not have 3 of the classes of these data \(red, green, blue\)',
@@ -201,7 +205,7 @@ OTHER_CODES = dict(
 def test_a_model_of_other_classes_or_codes_is_refused(name, tmp_path):
     make, why = OTHER_CODES[name]
     other = make()
-    apps_of = dict(words=apps.text_classifier, classes=apps.image)
+    apps_of = dict(words=apps.text_classifier, direction=apps.text_classifier, classes=apps.image)
     student = quiet(*apps_of.get(name, apps.tabular)())[0]
     with pytest.raises(DistillError, match=why):
         compare(dict(other=other, student=student), **QUICK)

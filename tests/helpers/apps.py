@@ -163,11 +163,14 @@ def awd(config, n_hid):
     }
 
 
-def text_classifier(vocab=WORDS, classes=('no', 'yes')):
+def text_classifier(vocab=WORDS, classes=('no', 'yes'), **options):
     x, y = sentences(N * 3 // 2)
     items = list(range(len(x)))
     dls = DataBlock(
-        (TextBlock(words, vocab=vocab, seq_len=16), CategoryBlock(vocab=list(classes), sort=False)),
+        (
+            TextBlock(words, vocab=vocab, seq_len=16, **options),
+            CategoryBlock(vocab=list(classes), sort=False),
+        ),
         get_x=of(x),
         get_y=of(y),
         splitter=IndexSplitter(items[N:]),
@@ -188,12 +191,12 @@ def text_classifier(vocab=WORDS, classes=('no', 'yes')):
     ]
 
 
-def language_model(vocab=WORDS):
+def language_model(vocab=WORDS, **options):
     "Sentences in which each word tells the next one"
     x = [[WORDS[2 + (i * j) % 10] for j in range(24)] for i in range(1, 13)] * 3
     items = list(range(len(x)))
     dls = DataBlock(
-        TextBlock(words, vocab=vocab, is_lm=True, seq_len=8),
+        TextBlock(words, vocab=vocab, is_lm=True, seq_len=8, **options),
         get_x=of(x),
         splitter=IndexSplitter(items[24:]),
     ).dataloaders(items, bs=8, seq_len=8, num_workers=0)

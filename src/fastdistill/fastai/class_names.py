@@ -2,6 +2,7 @@
 
 import torch
 from fastai.basics import DataLoaders, TfmdDL, is_listy, nested_attr
+from fastai.text.data import reverse_text
 from torch import Tensor
 
 from ..base.outputs import DistillError
@@ -136,10 +137,22 @@ def scales(dls):
 CODES = {'tokens': tokens, 'categories': categories, 'columns of numbers': scales}
 
 
+def direction(dls) -> str | None:
+    """Return in which direction texts are read. None if the data are not texts, or if it is unknown."""
+    tls = getattr(getattr(dls.train, 'dataset', None), 'tls', None)
+    if not tls or tokens(dls) is None:
+        return None
+    names = [getattr(t, 'name', None) for t in tls[0].tfms.fs]
+    return 'backward' if reverse_text.__name__ in names else 'forward'
+
+
 def different_codes(dls, other):
     """Yield (what, difference in words) for each kind of input that two DataLoaders encode
     differently.
     """
+    s, t = direction(dls), direction(other)
+    if None not in (s, t) and s != t:
+        yield 'texts', f'{s} and {t}'
     for name, read in CODES.items():
         s, t = read(dls), read(other)
         # subtle: dicts are equal in any order, but the order of the columns matters

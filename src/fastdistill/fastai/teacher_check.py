@@ -397,6 +397,7 @@ def codings_in_words(learn, teacher, task):
 SAME_TABLE = "the teacher's own dls, or teacher.dls.train_ds.new(df) for another table"
 CODING_FIXES = {
     'tokens': 'TextDataLoaders(..., text_vocab=...) or TextBlock(vocab=...) with its token vocab',
+    'texts': 'pass backwards=True to both TextBlocks or TextDataLoaders, or to neither',
     'categories': SAME_TABLE,
     'columns of numbers': SAME_TABLE,
 }
