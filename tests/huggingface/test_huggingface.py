@@ -369,6 +369,36 @@ def test_the_loss_of_each_kind_of_model_is_that_by_hand(task, tmp_path):
         assert h['loss'] == pytest.approx(expected, rel=1e-5)
 
 
+def test_a_gradient_ratio_in_question_answering_is_measured_at_the_start_and_end_logits(tmp_path):
+    make, data, _ = TASKS['questions']
+    student, teacher, data, ratio = loud(make(width=8)), loud(make(width=16)), list(data()), 0.5
+    x = collated(data)
+    s = student.train()(**x)
+    with torch.no_grad():
+        t = teacher.eval()(**x)
+    at = s.start_logits, s.end_logits
+    hide = lambda o: o.masked_fill(x['attention_mask'] == 0, -1e4)
+
+    def kl(rolled):
+        pairs = zip(at, (t.start_logits, t.end_logits))
+        rows = [(hide(a).log_softmax(1), hide(b).log_softmax(1).roll(rolled, 0)) for a, b in pairs]
+        return sum((q.exp() * (q - p)).sum(1).mean() for p, q in rows) / 2
+
+    norm = lambda v: torch.cat(torch.autograd.grad(v, at, retain_graph=True)).norm()
+    task, term, far = norm(s.loss), norm(kl(0)), norm(kl(1))
+    weight = ratio * task / max(term, 0.7 * far)
+    expected = (s.loss + weight * kl(0)) / (1 + ratio)
+    recipes = Term(losses.kl, grad_ratio=ratio, T=1), None
+    trainers = [
+        DistillationTrainer(student, args(tmp_path), train_dataset=data, teacher=teacher, recipe=r)
+        for r in recipes
+    ]
+    for trainer in trainers:
+        trainer.train()
+    assert trainers[0].state.log_history[0]['loss'] == pytest.approx(expected.item(), rel=1e-5)
+    assert trainers[1].distiller.ratios  # of the default recipe
+
+
 def test_the_loss_is_on_the_scale_that_the_trainer_gives_the_labels(tmp_path):
     "The Trainer divides GPT-2's loss by all labels, the first of each text included, which no model predicts"
     data = list(texts(label=causal))

@@ -3,11 +3,11 @@ depend.
 """
 
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.nn import Module
 
 from ..base.model_state import TensorValues
@@ -15,17 +15,19 @@ from ..base.outputs import as_plain
 
 # Gradients are scaled by this factor while they are measured, to avoid underflow in half precision
 SCALE = 2.0**10
-# operations that only rearrange, copy or average the output of a layer
+# operations that only rearrange, copy, average, stack or mask the outputs of layers
 ARRANGES = {
     f'{n}Backward{i}'
     for i in (0, 1)
     for n in (
         'Alias',
         'Clone',
+        'MaskedFill',
         'Mean',
         'Permute',
         'ReshapeAlias',
         'Slice',
+        'Stack',
         'ToCopy',
         'Transpose',
         'UnsafeView',
@@ -36,21 +38,27 @@ ARRANGES = {
 COPIES = {f'{n}Backward0' for n in ('Alias', 'Clone', 'ToCopy')}
 
 
-def find_origin(x: Tensor, operations: Collection[str] = ARRANGES) -> Tensor | GradientEdge:
-    """Find the tensor in the autograd graph that was rearranged, copied or averaged to get `x`. The
-    task loss may have been computed from that tensor instead of from `x`.
+def find_origins(
+    x: Tensor, operations: Collection[str] = ARRANGES
+) -> list[Tensor] | list[GradientEdge]:
+    """Find the tensors in the autograd graph that were rearranged, copied, averaged, stacked or
+    masked to get `x`. The task loss may have been computed from these tensors instead of from `x`.
 
     Args:
         x: Logits or features that a term compares.
         operations: Names of the operations that may lie between the two.
     """
     if x.grad_fn is None:
-        return x
-    edge = get_gradient_edge(x)
-    while edge.node.name() in operations:
-        node, output = edge.node.next_functions[0]
-        edge = GradientEdge(cast(Node, node), output)
-    return edge
+        return [x]
+    edges = [get_gradient_edge(x)]
+    origins: dict[GradientEdge, None] = {}
+    while edges:
+        edge = edges.pop()
+        if edge.node.name() not in operations:
+            origins[edge] = None
+            continue
+        edges += [GradientEdge(n, i) for n, i in edge.node.next_functions if n is not None]
+    return [*origins]
 
 
 def gradient_norm(value: Tensor, at: Sequence[Tensor]) -> Tensor | None:
@@ -64,7 +72,7 @@ def gradient_norm(value: Tensor, at: Sequence[Tensor]) -> Tensor | None:
         The norm as a 0-dim tensor on the device of `value`. None if `value` does not depend on any
         of the tensors.
     """
-    places: Any = [find_origin(x) for x in at]
+    places: Any = [o for x in at for o in find_origins(x)]
     grads = torch.autograd.grad(
         value, places, torch.full_like(value, SCALE), retain_graph=True, allow_unused=True
     )
@@ -84,7 +92,7 @@ def part_at(value: Tensor, x: Tensor) -> Tensor | None:
         None if `value` does not depend on `x`.
     """
     scale = torch.full_like(value, SCALE)
-    places: Any = [find_origin(x, COPIES)]
+    places: Any = find_origins(x, COPIES)
     (g,) = torch.autograd.grad(value, places, scale, retain_graph=True, allow_unused=True)
     if g is None:
         return None
