@@ -1110,6 +1110,21 @@ def test_classes_follow_the_students_order(tmp_path):
     given.train()
 
 
+def test_classes_with_the_same_name_are_not_put_into_an_order(tmp_path):
+    named = lambda names: bert(id2label=dict(enumerate(names)))
+    cranes = ['crane', 'heron', 'crane']  # as in ImageNet: a bird and a machine
+
+    def train(student, teacher):
+        options = dict(train_dataset=list(texts()), teacher=teacher, recipe=kd())
+        DistillationTrainer(student, args(tmp_path), **options).train()
+
+    train(named(cranes), named(cranes))
+    for student, teacher in ((cranes, sorted(cranes)), (cranes, ['heron', 'crane', 'gull'])):
+        with refuses(r'Several classes are named crane, .* Teacher\(model, select='):
+            train(named(student), named(teacher))
+    train(named(cranes), Teacher(named(sorted(cranes)), select=[0, 2, 1]))
+
+
 def test_a_teacher_gets_the_columns_that_its_student_has_no_argument_for(tmp_path):
     data, student, teacher = list(texts(types=True)), loud(distilbert()), loud(bert())
     x = collated(data)

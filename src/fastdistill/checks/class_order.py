@@ -4,6 +4,7 @@ The order is inferred from class names, from a confusion table, or from the corr
 and labels.
 """
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Gamma
 
-from ..base.errors import few_names
+from ..base.errors import DistillError, few_names
 from ..base.random_state import seeded
 from ..teachers.teacher import Teacher
 from .batch_scores import FEW, Tally, item_scores
@@ -28,19 +29,51 @@ class ClassMap:
     """Mapping from the student's classes to the teacher's classes.
 
     Attributes:
-        same: True if both models have the same classes in the same order.
-        order: Index of each student class in the teacher's classes. None if `same`, or if classes
-            are missing.
-        missing: Classes that only the student has.
-        extra: Classes that only the teacher has.
-        shared: Classes that both models have, in the student's order.
+        student: Class names of the student, in the order of its outputs.
+        teacher: Class names of the teacher, in the order of its outputs.
     """
 
-    same: bool
-    order: list | None
-    missing: list
-    extra: list
-    shared: list
+    student: list[str]
+    teacher: list[str]
+
+    @property
+    def same(self) -> bool:
+        """True if both models have the same classes in the same order."""
+        return self.student == self.teacher
+
+    @property
+    def missing(self) -> list[str]:
+        """Classes that only the student has."""
+        return [c for c in self.student if c not in self.teacher]
+
+    @property
+    def extra(self) -> list[str]:
+        """Classes that only the teacher has."""
+        return [c for c in self.teacher if c not in self.student]
+
+    @property
+    def shared(self) -> list[str]:
+        """Classes that both models have, in the student's order."""
+        return [c for c in self.student if c in self.teacher]
+
+    @property
+    def order(self) -> list[int] | None:
+        """Index of each student class in the teacher's classes. None if `same`, or if classes are
+        missing.
+
+        Raises:
+            DistillError: If several classes have the same name.
+        """
+        if self.same or self.missing:
+            return None
+        count = Counter(self.student) | Counter(self.teacher)
+        if several := [c for c in dict.fromkeys(self.student) if count[c] > 1]:
+            raise DistillError(
+                f'Several classes are named {few_names(several, 5)}, so the names do not show which '
+                "class of the teacher belongs to each class of the student. List the teacher's "
+                'class for each student class: Teacher(model, select=[...]).'
+            )
+        return [self.teacher.index(c) for c in self.student]
 
 
 def map_classes(student: Sequence | None, teacher: Sequence | None) -> ClassMap | None:
@@ -55,17 +88,7 @@ def map_classes(student: Sequence | None, teacher: Sequence | None) -> ClassMap 
     """
     if student is None or teacher is None:
         return None
-    student, teacher = list(map(str, student)), list(map(str, teacher))
-    missing = [c for c in student if c not in teacher]
-    extra = [c for c in teacher if c not in student]
-    same = student == teacher
-    return ClassMap(
-        same,
-        None if same or missing else [teacher.index(c) for c in student],
-        missing,
-        extra,
-        [c for c in student if c in teacher],
-    )
+    return ClassMap([*map(str, student)], [*map(str, teacher)])
 
 
 def reordered(
