@@ -3,7 +3,7 @@ not import PyTorch.
 """
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -69,14 +69,22 @@ def split_name(text: str) -> tuple[str, str]:
     return name, what
 
 
-def recipe_names(texts: Any) -> Any:
-    """Check recipes given as text or as 'file.py:name'."""
-    for o in [texts] if isinstance(texts, str) else texts or []:
-        if in_python(o):
-            in_file(o)
+def recipe_name(text: str | None) -> str | None:
+    """Check a recipe given as text or as 'file.py:name'."""
+    if text is not None:
+        if in_python(text):
+            in_file(text)
         else:
-            check_recipe_text(o)
-    return texts
+            check_recipe_text(text)
+    return text
+
+
+def recipe_names(texts: list[str] | None) -> list[str]:
+    """Check several recipes. Return an empty list for None."""
+    # subtle: typer 0.16 takes the length of what the callback of a list returns
+    for text in texts or []:
+        recipe_name(text)
+    return texts or []
 
 
 def picture_file(path: Path | None) -> Path | None:

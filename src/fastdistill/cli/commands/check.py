@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from ..arguments import DataOption, RecipeText, StudentArg, TeacherArg, recipe_names
+from ..arguments import DataOption, RecipeText, StudentArg, TeacherArg, recipe_name
 from ..named_objects import load_named_learner, load_recipe, load_teacher, of_run
 
 
@@ -18,7 +18,7 @@ def check_command(
     recipe: Annotated[
         str | None,
         typer.Option(
-            callback=recipe_names, help=f'{RecipeText}; default: chosen to fit the outputs.'
+            callback=recipe_name, help=f'{RecipeText}; default: chosen to fit the outputs.'
         ),
     ] = None,
     n_epoch: Annotated[
