@@ -44,7 +44,7 @@ from .time_estimate import time_in_words
 from .trainings import Trainings
 
 MANY_STEPS = 2000  # with fewer steps, many recipes show no gain
-PACKAGES = 'fastdistill', 'fastai', 'torch', 'torchvision', 'timm', 'numpy', 'pandas', 'safetensors'
+PACKAGES = 'fastdistill', 'fastai', 'torchvision', 'timm', 'numpy', 'pandas', 'safetensors'
 
 
 class TrainRun:
@@ -252,6 +252,7 @@ class TrainRun:
             platform=platform.platform(),
             threads=torch.get_num_threads(),
             processes=self.processes,
+            torch=str(torch.__version__),
             **{n: v for n in PACKAGES if (v := installed(n))},
         )
         write_json(self.folder / 'environment.json', facts)
