@@ -14,6 +14,7 @@ from typing import Any
 from .errors import DistillError
 
 DISK_FULL = errno.ENOSPC, errno.EFBIG, errno.EDQUOT
+NOT_WRITTEN = 'iostream|PytorchStreamWriter failed writing'  # PyTorch before 2.10 says the latter
 
 
 @contextmanager
@@ -71,12 +72,12 @@ def disk_full(error: BaseException | None) -> str | None:
         # subtle: the system's error may be the cause of a PyTorch error.
         # Rust libraries give the error number only in the text of the error.
         code = getattr(error, 'errno', None) or int(
-            (re.search(r'\(os error (\d+)\)', str(error)) or [0, 0])[1]
+            (re.search(r'(?:\(os error |Os { code: )(\d+)', str(error)) or [0, 0])[1]
         )
         if code in DISK_FULL:
             return os.strerror(code)
         # subtle: if PyTorch opens the file itself, as in `Learner.export`, its error has no number
-        if isinstance(error, RuntimeError) and 'iostream' in str(error):
+        if isinstance(error, RuntimeError) and re.search(NOT_WRITTEN, str(error)):
             return 'PyTorch could not write the file'
         error = error.__cause__ or error.__context__
     return None
