@@ -694,6 +694,33 @@ def test_a_teacher_goes_to_the_batch_and_comes_back(case):
     same(Teacher(model)(*x).logits, want)
 
 
+@pytest.mark.parametrize('assign', [False, True])
+def test_weights_that_change_while_a_teacher_is_moved_keep_their_values(assign):
+    class Moved(nn.Module):
+        "Its tensors are copied as if to an accelerator, but remain readable"
+
+        def __init__(self):
+            super().__init__()
+            self.norm = nn.BatchNorm1d(2)
+
+        def to(self, device):
+            return self._apply(torch.clone)
+
+        def forward(self, x):
+            return x + 0
+
+    model = Moved()
+    own = dict(model.state_dict(keep_vars=True))
+    with Teacher(model) as t:
+        t(images(3, 2).to('meta'))
+        new = {k: v + 1 for k, v in model.state_dict().items()}
+        model.load_state_dict(new, assign=assign)
+    now = model.state_dict(keep_vars=True)
+    assert all(now[k] is v for k, v in own.items())
+    for k, v in nn.BatchNorm1d(2).state_dict().items():
+        same(now[f'norm.{k}'], v + 1)
+
+
 def test_a_teacher_elsewhere_stays_and_the_batch_goes_there():
     class Elsewhere(nn.Linear):
         "As accelerate lays out models that do not fit one device"

@@ -16,8 +16,9 @@ class FrozenModel:
     """Context manager that freezes a model in evaluation or training mode.
 
     When the context ends, the modes, buffers, device and hidden states of the model are restored. The
-    statistics of batch norms in evaluation mode are not restored: the model only reads them, so if
-    they changed, other code updated them, because the model is a moving average of the student.
+    weights, and the statistics of batch norms in evaluation mode, keep their values: the model only
+    reads them, so if they changed, other code updated them, because the model is a moving average of
+    the student.
 
     Args:
         model: An nn.Module.
@@ -104,15 +105,26 @@ class FrozenModel:
             m.training = training
         # restore the original tensors instead of moving copies back
         for parameters, k, p, data, grad in self.params:
+            keep_changes(parameters[k], data)
             p.data, p.grad = data, grad
             if parameters[k] is not p:
                 parameters[k] = p
         for buffers, k, b in self.buffers:
             if buffers[k] is not b:
+                keep_changes(buffers[k], b)
                 buffers[k] = b
         self.values.restore()
         for h in self.hidden:
             h.restore()
+
+
+@torch.no_grad()
+def keep_changes(now: Tensor, original: Tensor) -> None:
+    """Copy the values of a moved tensor to the original tensor if they differ."""
+    alike = now.shape == original.shape and now.layout == original.layout == torch.strided
+    # the meta device has no values
+    if alike and not now.is_meta and not torch.equal(now := now.to(original), original):
+        original.copy_(now)
 
 
 def buffers_of(modules: Iterable[Module]) -> list[tuple[dict, str, Tensor]]:
