@@ -214,6 +214,42 @@ def test_projectors_of_another_recipe_are_not_used(tmp_path, capsys):
         student.fit(1, 0.01, cbs=other)
 
 
+@pytest.mark.parametrize('wrong', ['recipe', 'optimizer'])
+def test_a_fit_that_fails_at_its_start_leaves_the_saved_projectors(tmp_path, wrong):
+    student, teacher = toy(path=tmp_path, opt_func=Adam)
+    cb = student.distill(teacher, 1, 0.01, recipe(), check=False)
+    student.save('half')
+    want, state = projectors(cb), copy.deepcopy(cb.state_dict())
+    if wrong == 'recipe':
+        del state['links']['vid.0.projector.map.weight']
+    else:
+        state['opt'] = 3
+        state['links'] = {k: v + 1 for k, v in state['links'].items()}
+    cb.load_state_dict(state)
+    with pytest.raises((DistillError, TypeError)):
+        student.fit(1, 0.0, cbs=cb)
+    assert same(projectors(cb), want)
+
+    again, teacher = toy(path=tmp_path, opt_func=Adam)
+    again.create_opt()
+    again.load('half', weights_only=False)
+    cb = KD(teacher)
+    cb.load_state_dict(state)
+    with pytest.raises((DistillError, TypeError)):
+        again.fit(1, 0.0, cbs=cb)
+    again.save('half')
+    file = torch.load(tmp_path / 'models' / 'half.distill.pth', weights_only=True)
+    assert same(list(file['links'].values()), want)
+    again.fit(1, 0.0, cbs=cb)
+    assert same(projectors(cb), want)
+
+
+def test_a_state_of_something_else_is_refused_at_once():
+    _, teacher = toy()
+    with pytest.raises(DistillError, match='has no distiller, links, opt, but 0.weight, 0.bias'):
+        KD(teacher).load_state_dict(teacher.state_dict())
+
+
 def test_the_students_file_is_the_same_as_without_distillation(tmp_path):
     files = []
     for layers in (False, True):

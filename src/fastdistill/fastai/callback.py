@@ -5,6 +5,7 @@ from typing import Any
 
 from fastai.basics import L, Learner
 
+from ..base.errors import few_names
 from ..base.outputs import DistillError, Outputs, check_axis, check_output
 from ..base.task import pseudo_labels
 from ..distiller.distiller import Distiller
@@ -288,6 +289,12 @@ class KnowledgeDistillation(DistillationCallback):
 
         If no fit is running, the state is restored when the next fit begins.
         """
+        if state and (missing := {'links', 'distiller', 'opt'} - set(state)):
+            raise DistillError(
+                f'This state has no {", ".join(sorted(missing))}, but {few_names(list(state))}: load what '
+                '`state_dict` of a KnowledgeDistillation returned. Load the weights of the student with '
+                'learn.load.'
+            )
         self.state.to_load = state
         if self.in_fit and self.distiller.ready:
             self.state.take(self.learn, self.distiller)

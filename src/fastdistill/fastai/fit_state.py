@@ -28,12 +28,14 @@ class FitState:
 
     def __init__(self, log):
         self.log, self.to_load, self.optimizer, self.before_finder = log, None, None, None
+        self.begun = False
 
     def train_projectors(self, learn, d):
         """Add a callback to the Learner that trains the projectors of the `Distiller` in this fit."""
         if self.optimizer is None and (own := d.own_parameters()):
             self.optimizer = ProjectorOptimizer(learn, own)
         learn.add_cbs(self.optimizer)
+        self.begun = True
 
     def begin(self, learn, d, output):
         """Load the state, and prepare the projectors for a fit that is about to start.
@@ -78,8 +80,11 @@ class FitState:
         """
         if self.optimizer in learn.cbs:
             learn.remove_cb(self.optimizer)
+        begun, self.begun = self.begun, False
         if self.before_finder is None:
-            notes_of(learn).last_state = self.state_dict(d)
+            # subtle: an error at the start of the fit must not replace the state of an earlier fit
+            if begun:
+                notes_of(learn).last_state = self.state_dict(d)
             return
         links, ratios, self.optimizer, d.changes.left = self.before_finder
         links.restore()
@@ -109,11 +114,16 @@ class FitState:
         state = self.to_load
         if state is None and self.optimizer is None:
             state = notes_of(learn).loaded_state
-        if not hasattr(learn, 'lr_finder'):
+        finder = hasattr(learn, 'lr_finder')
+        if not finder:
             self.to_load = None
+        if state:
+            self._load(learn, d, state)
+        # subtle: after an error, the next fit loads the state of the file
+        if not finder:
             notes_of(learn).loaded_state = None
-        if not state:
-            return
+
+    def _load(self, learn, d, state):
         if differs := what_differs(state['links'], d.links.state_dict()):
             if 'file' not in state:
                 raise DistillError(
@@ -125,6 +135,10 @@ class FitState:
             self.log(
                 f'fastdistill: loaded the projectors and their optimizer from {state["file"]}.'
             )
+        optimizer = None
+        if state['opt'] is not None:
+            optimizer = ProjectorOptimizer(learn, d.own_parameters())
+            optimizer.load_state_dict(state['opt'])
         before = {k: h.chosen_text for k, h in d.heads.items()}
         load_state(d, state)
         for k, h in d.heads.items():
@@ -132,10 +146,7 @@ class FitState:
                 self.log(f'fastdistill: {h.prefix}recipe {h.chosen_text}, as before')
         if in_fit := self.optimizer in learn.cbs:
             learn.remove_cb(self.optimizer)
-        self.optimizer = None
-        if state['opt'] is not None:
-            self.optimizer = ProjectorOptimizer(learn, d.own_parameters())
-            self.optimizer.load_state_dict(state['opt'])
+        self.optimizer = optimizer
         if in_fit:
             self.train_projectors(learn, d)
 
