@@ -2518,7 +2518,7 @@ def two_models_and_batches(n=70):
 
 
 @pytest.mark.parametrize('ensemble', [False, True])
-@pytest.mark.parametrize('which', ['student', 'teacher'])
+@pytest.mark.parametrize('which', ['student', 'teacher', 'new tensors'])
 def test_gradient_norms_of_other_weights_are_forgotten_in_a_second_with_block(which, ensemble):
     student, teacher, batches = two_models_and_batches()
     source = Teacher([teacher, copy.deepcopy(teacher)]) if ensemble else Teacher(teacher)
@@ -2527,7 +2527,8 @@ def test_gradient_norms_of_other_weights_are_forgotten_in_a_second_with_block(wh
     with distiller.teacher:
         steps(distiller, batches)
     changed = student if which == 'student' else teacher
-    changed.load_state_dict({k: 20 * v for k, v in changed.state_dict().items()})
+    new = {k: 20 * v for k, v in changed.state_dict().items()}
+    changed.load_state_dict(new, assign=which == 'new tensors')
     again = copy.deepcopy((student, source))
     with distiller.teacher:
         got = steps(distiller, batches[:40])
@@ -2537,7 +2538,8 @@ def test_gradient_norms_of_other_weights_are_forgotten_in_a_second_with_block(wh
     assert got == want
 
 
-def test_gradient_norms_of_the_same_weights_are_kept_in_a_second_with_block():
+@pytest.mark.parametrize('copied', [False, True])
+def test_gradient_norms_of_the_same_weights_are_kept_in_a_second_with_block(copied):
     student, teacher, batches = two_models_and_batches()
     whole = Distiller(
         copy.deepcopy(student), teacher, Term(losses.kl, T=2.0, grad_ratio=1.0), check=False
@@ -2547,6 +2549,7 @@ def test_gradient_norms_of_the_same_weights_are_kept_in_a_second_with_block():
     parts = Distiller(student, teacher, Term(losses.kl, T=2.0, grad_ratio=1.0), check=False)
     got = []
     for part in (batches[:50], batches[50:]):
+        parts = copy.deepcopy(parts) if copied else parts
         with parts.teacher:
             got += steps(parts, part)
     assert got == want

@@ -26,7 +26,7 @@ class WeightChanges:
 
     def __init__(self, student: Module | None, heads: Any) -> None:
         self.student, self.heads = student, heads
-        self.left: tuple[list, dict] | None = None
+        self.left: tuple[list, dict | None] | None = None
         self.running = False
 
     @property
@@ -36,8 +36,7 @@ class WeightChanges:
     def begin(self) -> None:
         if self.left is not None:
             (was, versions), (now, current) = self.left, self._weights()
-            # the parameters of a copied or unpickled Distiller are different objects
-            if was != now or any(v != versions.get(i, v) for i, v in current.items()):
+            if was != now or versions not in (None, current):
                 for h in self.heads.values():
                     h.forget()
         self.left, self.running = None, True
@@ -45,6 +44,10 @@ class WeightChanges:
     def end(self) -> None:
         if self.running:
             self.left, self.running = self._weights(), False
+
+    def __getstate__(self) -> dict:
+        # the parameters of a copied or unpickled teacher are different objects
+        return vars(self) | dict(left=self.left and (self.left[0], None))
 
     def follow_teachers(self) -> None:
         """Begin if a teacher was started by itself, as in `with distiller.teacher:`, and end when it
