@@ -224,14 +224,26 @@ class WatchEpochs(Callback):
 
     def __init__(self, after_epoch, columns):
         super().__init__()
-        self.report, self.columns = after_epoch, columns
+        self.report, self.columns, self.in_fit = after_epoch, columns, False
+
+    def before_fit(self) -> None:
+        # subtle: `tta` does not lock the Learner, and has no `after_epoch`
+        self._refuse(self.in_fit)
+        self.in_fit = True
+
+    def after_fit(self) -> None:
+        self.in_fit = False
+
+    def _refuse(self, inner: bool) -> None:
+        if inner:
+            raise DistillError(
+                'A callback of the students calls learn.validate, get_preds or tta during the fit, and '
+                'fastai changes the table of the fit in that call. Create the students without this '
+                'callback.'
+            )
 
     def after_epoch(self) -> None:
-        if self.learn.lock.locked():
-            raise DistillError(
-                'A callback of the students calls learn.validate during the fit, and fastai adds that '
-                "call's numbers to the table of the fit. Create the students without this callback."
-            )
+        self._refuse(self.learn.lock.locked())
         row = row_by_column(self.recorder)
         found = (row[n] for n in self.columns if row.get(n) is not None)
         self.report(next(found, math.nan))
