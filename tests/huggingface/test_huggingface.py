@@ -1,5 +1,6 @@
 "Hugging Face: each kind of model against a loss written out by hand; the Trainer's own features; students from their teachers."
 
+import copy
 import re
 from contextlib import nullcontext
 import pytest
@@ -1146,6 +1147,46 @@ def test_a_teacher_gets_the_columns_that_its_student_has_no_argument_for(tmp_pat
         by_classes(s, t, x).item(), rel=1e-5
     )
     assert abs(by_classes(s, t, x) - by_classes(s, without, x)) > 1e-3
+
+
+class Adapted(nn.Module):
+    "With the interface of PEFT's models, whose `forward` does not name all inputs of the model inside"
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner, self.config = inner, inner.config
+
+    def get_base_model(self):
+        return self.inner
+
+    def forward(self, input_ids=None, labels=None, **x):
+        if input_ids is not None:
+            x['input_ids'] = input_ids
+        return self.inner(labels=labels, **x)
+
+
+@pytest.mark.parametrize(
+    'task', ['sequences', 'numbers', 'several', 'next_words', 'transcripts', 'pixels']
+)
+def test_a_model_of_peft_is_trained_like_the_model_inside(task, tmp_path):
+    make, data, _ = TASKS[task]
+    data, teacher, logs = list(data()), loud(make(width=16)), []
+    if task == 'sequences':
+        data = list(texts(types=True))
+    student = loud(make(width=8))
+    for model in (copy.deepcopy(student), Adapted(student)):
+        trainer = DistillationTrainer(
+            model,
+            args(tmp_path, learning_rate=0.0, remove_unused_columns=False, label_names=['labels']),
+            train_dataset=data,
+            eval_dataset=data,
+            teacher=teacher,
+            recipe=kd(T=T, alpha=ALPHA),
+        )
+        trainer.train()
+        h = trainer.state.log_history[0]
+        logs.append([h['task_loss'], h['kd_loss'], trainer.evaluate()['eval_loss']])
+    assert logs[1] == pytest.approx(logs[0], rel=1e-5)
 
 
 AUTO = dict(

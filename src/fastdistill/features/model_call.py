@@ -13,9 +13,15 @@ def is_hf(model: Any) -> bool:
     return hasattr(model, 'config') and hasattr(model, 'main_input_name')
 
 
+def base_model(model: Any) -> Any:
+    """Return the model inside wrappers by PyTorch and PEFT."""
+    model = unwrap(model)
+    return model.get_base_model() if hasattr(model, 'get_base_model') else model
+
+
 def predicts_next(model: Any) -> bool:
     "Return True if the model is a Hugging Face causal language model."
-    model = unwrap(model)
+    model = base_model(model)
     return is_hf(model) and type(model).__name__.endswith(('ForCausalLM', 'LMHeadModel'))
 
 

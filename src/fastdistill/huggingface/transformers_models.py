@@ -12,8 +12,7 @@ from torch import Tensor
 
 from ..base.outputs import DistillError
 from ..checks.class_order import map_classes
-from ..features.layer_names import unwrap
-from ..features.model_call import predicts_next
+from ..features.model_call import base_model, predicts_next
 from ..recipes.token_labels import next_tokens
 from ..teachers.members import modules_of
 from ..teachers.teacher import Teacher, with_defaults
@@ -33,7 +32,7 @@ def names_taken(model: Any) -> set:
         model: A module or a `Teacher`.
     """
     modules = modules_of(model) if isinstance(model, Teacher) else [model]
-    return {n for m in modules for n in inspect.signature(unwrap(m).forward).parameters}
+    return {n for m in modules for n in inspect.signature(base_model(m).forward).parameters}
 
 
 @dataclass
@@ -58,7 +57,7 @@ class BatchReader:
     @property
     def axis(self) -> int:
         """The class axis."""
-        return 1 if self.answers or type(self.model).__name__.endswith('Segmentation') else -1
+        return 1 if self.answers or architecture(self.model).endswith('Segmentation') else -1
 
     def labels(self, batch: Mapping) -> dict:
         return {k: batch[k] for k in self.label_names if k in batch}
@@ -84,7 +83,7 @@ class BatchReader:
         y, config = batch['labels'], cast(Any, getattr(self.model, 'config', None))
         if shift := getattr(self.model, 'prepare_decoder_input_ids_from_labels', None):
             return dict(decoder_input_ids=shift(labels=y))
-        generates = type(self.model).__name__.endswith('ForConditionalGeneration')
+        generates = architecture(self.model).endswith('ForConditionalGeneration')
         if not (generates and getattr(config, 'is_encoder_decoder', False)):
             return {}
         # Whisper and others shift the labels inside of `forward`
@@ -132,6 +131,11 @@ class BatchReader:
                 o.logits = o.logits.masked_fill(x['attention_mask'][..., None] == 0, -1e4)
 
 
+def architecture(model: Any) -> str:
+    """Return the class name of a model, such as BertForMaskedLM."""
+    return type(base_model(model)).__name__
+
+
 def has_loss(raw: Any) -> bool:
     """Return True if a model returned a loss. In a tuple, the loss is the first item."""
     loss = (
@@ -173,7 +177,7 @@ def predicts(model: Any, labels: Tensor | None = None) -> str | None:
         labels: Labels of a batch. None if unknown.
     """
     config: Any = getattr(model, 'config', None)
-    name = type(model).__name__
+    name = architecture(model)
     if (problem := getattr(config, 'problem_type', None)) in PROBLEMS:
         return PROBLEMS[problem]
     if not name.endswith(('SequenceClassification', 'ImageClassification')):
