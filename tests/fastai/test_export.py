@@ -17,6 +17,7 @@ from apps import (
     snapshot,
     vision,
 )
+from fastai.layers import AdaptiveConcatPool2d
 from fastai.basics import BCEWithLogitsLossFlat, DataLoaders, Learner, accuracy, load_learner
 from fastai.tabular.all import (
     Categorify,
@@ -893,6 +894,19 @@ def test_the_free_axis_is_called_batch(onnx_file):
         '',
         'batch',
     }
+
+
+def test_the_pooling_of_fastai_s_heads_is_exported(tmp_path):
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(AdaptiveConcatPool2d(), torch.nn.Flatten(), torch.nn.Linear(6, 2))
+    items = [(x, 0) for x in torch.randn(4, 3, 5, 6)]
+    dls = DataLoaders.from_dsets(items, items, bs=4, num_workers=0, device='cpu')
+    learn = Learner(dls, net, loss_func=CrossEntropyLossFlat())
+    assert export_student(learn, tmp_path / 's.onnx').difference < 1e-6
+    x = torch.randn(3, 3, 5, 6)
+    maxima_and_means = torch.cat([x.flatten(2).amax(2), x.mean((2, 3))], 1)
+    (logits,) = InferenceSession(tmp_path / 's.onnx').run(None, dict(x=x.numpy()))
+    np.testing.assert_allclose(logits, net[2](maxima_and_means).detach(), atol=1e-6)
 
 
 def test_a_model_in_place_of_its_learner_is_refused(tmp_path):

@@ -42,6 +42,7 @@ from .task import task_of
 from .teachers import image_stats, resize_of_images
 
 CLOSE = 0.01  # largest allowed difference, as a fraction of the largest output
+ADAPTIVE_MAX_POOL = torch.ops.aten.adaptive_max_pool2d.default
 
 
 @dataclass
@@ -448,6 +449,8 @@ def write_onnx(model, x, path, facts) -> None:
             "An ONNX file needs onnx, onnxscript and onnxruntime: pip install 'fastdistill[onnx]'"
         ) from e
     program = program_of(model, x, facts)
+    if any(n.target is ADAPTIVE_MAX_POOL for n in program.graph.nodes):
+        program = program.run_decompositions({ADAPTIVE_MAX_POOL: global_max_pool})
     names = [o['name'] for o in facts['inputs']]
     torch.onnx.export(
         program,
@@ -460,6 +463,15 @@ def write_onnx(model, x, path, facts) -> None:
         external_data=False,
     )
     add_facts(with_named_axes(onnx.load(path), facts), facts, path)
+
+
+def global_max_pool(x, size):
+    """Decompose `ADAPTIVE_MAX_POOL` for an output of size 1, as in fastai's `AdaptiveConcatPool2d`. Before
+    version 2.13, PyTorch can't export it to ONNX.
+    """
+    if max(size) > 1:
+        return NotImplemented
+    return x.amax((2, 3), keepdim=True), x.flatten(2).argmax(2)[..., None, None]
 
 
 def with_named_axes(model, facts):
