@@ -217,6 +217,26 @@ def test_mixed_batches_learn_the_mixture_of_stored_probabilities(tmp_path):
     assert watch.n == 4 and watch.worst < 1e-3 and min(shares) < 0.95
 
 
+@pytest.mark.parametrize('part', ['inputs', 'labels'])
+@pytest.mark.parametrize('stored', [True, False], ids=['cache', 'raw items'])
+def test_a_callback_that_reorders_the_samples_of_a_batch_is_refused(tmp_path, stored, part):
+    class OwnMixing(Callback):
+        def before_batch(self):
+            i = torch.randperm(len(self.x))
+            if part == 'inputs':
+                self.learn.xb = (self.x.lerp(self.x[i], 0.3),)
+            else:
+                self.learn.yb = (self.y[i],)
+
+    net = Convs(3).eval()
+    items = lambda raw: torch.zeros(len(raw), 3, 8, 8)
+    teacher = cache_teacher(net, data(), tmp_path) if stored else Teacher(net, items=items)
+    callback = KnowledgeDistillation(teacher, kd(), check=False)
+    with pytest.raises(DistillError, match='A callback reorders the samples of the batch or mixes'):
+        quiet(student(data()), 1, cbs=[callback, OwnMixing()])
+    quiet(student(data()), 1, cbs=[KnowledgeDistillation(net, kd(), check=False), OwnMixing()])
+
+
 def test_layers_come_from_the_cache_too(tmp_path):
     teacher = Convs(3).eval()
     cache = cache_teacher(

@@ -75,20 +75,24 @@ class TeacherTargets(Callback):
                 self.samples = BatchSamples()
             self.learn.yb, self.samples.target = self.yb[:-1], self.yb[-1]
             self.samples.moved = moves(self.learn.dl)
-        if self.samples is not None and len(self.yb) and self._mix_handlers():
-            y, permutations = self.yb[0], self.samples.permutations
-            self.learn.yb = (recording(y, permutations), *self.yb[1:])
-
-    def _mix_handlers(self):
-        return [c for c in self.learn.cbs if isinstance(c, MixHandler)] if self.training else []
+        if self.samples is not None:
+            found = self.samples.permutations
+            record = lambda o: recording(o, found) if isinstance(o, Tensor) else o
+            self.learn.xb, self.learn.yb = tuple(map(record, self.xb)), tuple(map(record, self.yb))
 
     def after_pred(self):
         s = self.samples
         if s is None:
             return
         if s.permutations:
-            handler = self._mix_handlers()[0]
-            s.lam, s.pasted = handler.lam, not isinstance(handler, MixUp)
+            handlers = [c for c in self.learn.cbs if isinstance(c, MixHandler)]
+            if not (handlers and self.training):
+                raise DistillError(
+                    'A callback reorders the samples of the batch or mixes them, but the outputs of '
+                    'the teacher belong to the samples in their original order. For mixing, use '
+                    "fastai's MixUp or CutMix, or a live teacher that reads the mixed batch."
+                )
+            s.lam, s.pasted = handlers[0].lam, not isinstance(handlers[0], MixUp)
         if s.target is None or not takes_teacher(self.learn.loss_func):
             return
         t = as_plain(s.target)
@@ -138,25 +142,25 @@ def samples_of(learn) -> BatchSamples | None:
     return next((c.samples for c in learn.cbs if isinstance(c, TeacherTargets)), None)
 
 
-def recording(y, permutations):
-    """Return a tensor like `y` that records the permutations used by MixUp.
+def recording(t, permutations):
+    """Return a tensor like `t` that records how callbacks such as MixUp reorder the batch.
 
-    Each permutation that is used to index this tensor is appended to `permutations`.
+    Each permutation that is used to index this tensor is appended to `permutations`. A permutation
+    of several tensors of the batch is appended once. `CastToTensor` makes plain tensors before the
+    model runs, so the model's own indexing is not recorded.
     """
-    cls = type(y)
+    cls = type(t)
 
     class Recording(cls):
         def __getitem__(self, i):
-            if (
-                isinstance(i, Tensor)
-                and not i.is_floating_point()
-                and i.dim() == 1
-                and len(i) == len(self)
-            ):
-                permutations.append(as_plain(i))
+            reorders = isinstance(i, Tensor) and i.dtype in (torch.int64, torch.int32)
+            if reorders and i.dim() == 1 and self.dim() and len(i) == len(self):
+                i = as_plain(i)
+                if not any(i.data_ptr() == p.data_ptr() for p in permutations):
+                    permutations.append(i)
             return self.as_subclass(cls)[i]
 
-    return y.as_subclass(Recording)
+    return t.as_subclass(Recording)
 
 
 def takes_teacher(loss_func):
