@@ -20,9 +20,15 @@ def base_model(model: Any) -> Any:
 
 
 def predicts_next(model: Any) -> bool:
-    "Return True if the model is a Hugging Face causal language model."
+    """Return True if the model is a Hugging Face model that predicts the next token, such as a
+    causal language model or a model that describes images.
+    """
     model = base_model(model)
-    return is_hf(model) and type(model).__name__.endswith(('ForCausalLM', 'LMHeadModel'))
+    if not is_hf(model):
+        return False
+    names = 'ForCausalLM', 'LMHeadModel', 'ForConditionalGeneration'
+    decodes = getattr(model.config, 'is_encoder_decoder', False)
+    return type(model).__name__.endswith(names) and not decodes
 
 
 def arguments(model: Any, x: Any, by_name: Mapping | None = None) -> tuple:

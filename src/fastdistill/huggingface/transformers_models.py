@@ -23,6 +23,9 @@ PROBLEMS = dict(
     multi_label_classification='sigmoid',
 )
 
+# end of the class names of models that also predict several labels or numbers
+CLASSIFIERS = tuple(f'{o}Classification' for o in ('Sequence', 'Image', 'Video', 'Audio'))
+
 
 def names_taken(model: Any) -> set:
     """Return the names of the arguments of a model's `forward`. For an ensemble, return the
@@ -180,7 +183,7 @@ def predicts(model: Any, labels: Tensor | None = None) -> str | None:
     name = architecture(model)
     if (problem := getattr(config, 'problem_type', None)) in PROBLEMS:
         return PROBLEMS[problem]
-    if not name.endswith(('SequenceClassification', 'ImageClassification')):
+    if not name.endswith(CLASSIFIERS):
         return 'softmax'
     if config.num_labels == 1:
         return 'regression'
