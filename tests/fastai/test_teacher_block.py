@@ -37,7 +37,7 @@ from fastdistill.fastai.teacher_block import TeacherBlock
 from cached import feed
 from fastdistill.fastai.held_outputs import GivenOutputs
 from fastdistill.fastai.teacher_targets import TeacherTarget, TeacherTargets, samples_of
-from fastdistill.base.outputs import DistillError, DistillWarning
+from fastdistill.base.outputs import DistillError
 
 pytestmark = pytest.mark.filterwarnings(
     *apps.FASTAI_WARNINGS, 'ignore:__array__ implementation:DeprecationWarning'
@@ -312,11 +312,12 @@ def test_wrong_options_are_refused():
         TeacherBlock('probs')
 
 
-def test_probabilities_taken_for_logits_are_noticed():
+def test_probabilities_taken_for_logits_are_refused():
     p = torch.tensor(ROWS).softmax(1).numpy()
     learn = Learner(data(row=lambda i: p[i]), Flat())
-    with pytest.warns(DistillWarning, match='seem to be probabilities'):
-        quiet(learn, cbs=Spy(GivenOutputs()))
+    match = r"outputs are probabilities.*TeacherBlock\(given='probabilities'\)"
+    with pytest.raises(DistillError, match=match):
+        quiet(learn, cbs=KnowledgeDistillation())
 
 
 def test_a_target_among_the_inputs_is_refused():

@@ -291,13 +291,13 @@ def probabilities(tally: Tally, task: Task) -> Iterator[Finding]:
             'error',
             "The teacher's outputs are probabilities (each row sums to 1). A softmax over them "
             'would be nearly flat',
-            "Declare it with Teacher(model, outputs='probs'), or return the outputs before the "
-            'softmax',
+            "Declare it with Teacher(model, outputs='probs') or TeacherBlock(given='probabilities'), "
+            'or return the outputs before the softmax',
         )
     if task.kind == 'sigmoid':
         yield Finding(
             'warning',
             "All of the teacher's outputs are between 0 and 1: they seem to be probabilities",
-            "Declare it with Teacher(model, outputs='probs', kind='sigmoid'), or return the "
-            'outputs before the sigmoid',
+            "Declare it with Teacher(model, outputs='probs', kind='sigmoid') or "
+            "TeacherBlock(given='label_probabilities'), or return the outputs before the sigmoid",
         )

@@ -1,12 +1,10 @@
 """Read teacher outputs that are stored in the batches of a fit. No teacher runs."""
 
-import warnings
-
 from fastai.basics import TfmdDL
 
 from ..base.mixup import mixed
 from ..base.output_source import OutputSource
-from ..base.outputs import DistillError, DistillWarning, Outputs, as_plain, tensors_in
+from ..base.outputs import DistillError, Outputs, as_plain, tensors_in
 from ..base.random_state import RandomGuard
 from .class_names import stored_order
 from .teacher_targets import TeacherTarget, refuse_unlike_batch, target_tfms
@@ -72,7 +70,7 @@ class GivenOutputs(HeldOutputs):
         super().bind(learn, kind, axis)
         if not target_tfms(learn.dls) and not in_first_batch(learn.dls.train):
             raise DistillError(self.missing)
-        self.order, self.is_checked = class_order(learn.dls), False
+        self.order = class_order(learn.dls)
 
     def example(self, x):
         return Outputs()  # no layers are stored
@@ -83,20 +81,7 @@ class GivenOutputs(HeldOutputs):
         return out
 
     def decode(self, t, x):
-        if not self.is_checked:
-            self._check(t)
         return Outputs(t if self.order is None else t[:, self.order.to(t.device)])
-
-    def _check(self, t):
-        self.is_checked = True
-        classes = self.kind == 'softmax' and t.dim() == 2 and t.shape[1] > 1
-        if classes and t.min() >= 0 and (t.sum(1) - 1).abs().max() < 1e-3:
-            warnings.warn(
-                DistillWarning(
-                    "The teacher's targets seem to be probabilities (each row sums to 1), but "
-                    "they are used as logits: pass TeacherBlock(given='probabilities')."
-                )
-            )
 
 
 def in_first_batch(dl):
