@@ -1198,20 +1198,63 @@ def test_a_teacher_gets_the_columns_that_its_student_has_no_argument_for(tmp_pat
     assert abs(by_classes(s, t, x) - by_classes(s, without, x)) > 1e-3
 
 
-class Adapted(nn.Module):
-    "With the interface of PEFT's models, whose `forward` does not name all inputs of the model inside"
+class Wraps(nn.Module):
+    "Its `forward` does not name all inputs of the model inside"
 
     def __init__(self, inner):
         super().__init__()
-        self.inner, self.config = inner, inner.config
-
-    def get_base_model(self):
-        return self.inner
+        self.inner = inner
 
     def forward(self, input_ids=None, labels=None, **x):
         if input_ids is not None:
             x['input_ids'] = input_ids
         return self.inner(labels=labels, **x)
+
+
+def test_a_wrapper_gets_all_columns(tmp_path):
+    data, logs = list(texts(types=True)), []
+    student, teacher = loud(bert(width=8)), loud(bert(width=16))
+    for s, t in ((student, teacher), (Wraps(student), teacher), (student, Wraps(teacher))):
+        trainer = DistillationTrainer(
+            s,
+            args(tmp_path, learning_rate=0.0, remove_unused_columns=False, label_names=['labels']),
+            train_dataset=data,
+            eval_dataset=data,
+            teacher=t,
+            recipe=kd(T=T, alpha=ALPHA),
+        )
+        trainer.train()
+        h = trainer.state.log_history[0]
+        logs.append([h['task_loss'], h['kd_loss'], trainer.evaluate()['eval_loss']])
+    assert logs[1] == pytest.approx(logs[0], rel=1e-5)
+    assert logs[2] == pytest.approx(logs[0], rel=1e-5)
+
+
+def test_predictions_need_no_labels_and_no_columns_of_the_teacher(tmp_path):
+    class Plain(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = bert(width=8)
+
+        def forward(self, input_ids, attention_mask):
+            return dict(logits=self.inner(input_ids, attention_mask).logits)
+
+    data = [{k: v for k, v in row.items() if k != 'labels'} for row in texts(types=True)]
+    student = Plain()
+    ours = DistillationTrainer(student, args(tmp_path), teacher=bert(), recipe=kd())
+    expected = Trainer(student, args(tmp_path)).predict(data).predictions
+    assert (ours.predict(data).predictions == expected).all()
+
+
+class Adapted(Wraps):
+    "With the interface of PEFT's models"
+
+    def __init__(self, inner):
+        super().__init__(inner)
+        self.config = inner.config
+
+    def get_base_model(self):
+        return self.inner
 
 
 @pytest.mark.parametrize(

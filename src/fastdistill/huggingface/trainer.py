@@ -153,7 +153,8 @@ class DistillationMixin(Base):
     @property
     def reader(self) -> BatchReader:
         """Reader of the Trainer's batches."""
-        return BatchReader(self.model, self.teacher, self.label_names)
+        filtered = self.args.remove_unused_columns
+        return BatchReader(self.model, self.teacher, self.label_names, filtered)
 
     def _set_signature_columns_if_needed(self) -> None:
         """Keep dataset columns that only the teacher uses, such as token_type_ids."""
@@ -246,6 +247,14 @@ class DistillationMixin(Base):
                     tried.append(super().compute_loss(self.model, dict(x), num_items_in_batch=n))
             self.counts_items = not torch.equal(*tried)
         return self.counts_items
+
+    def prediction_step(
+        self, model: nn.Module, inputs: Mapping, *args: Any, **kwargs: Any
+    ) -> tuple[Any, Any, Any]:
+        """Evaluate the student on a batch, without the columns that only the teacher uses."""
+        own = self.reader.inputs(inputs)[0]
+        x = {k: v for k, v in inputs.items() if k in own}
+        return super().prediction_step(model, x, *args, **kwargs)
 
     # training loop
 

@@ -2,7 +2,7 @@
 
 import inspect
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -34,8 +34,26 @@ def names_taken(model: Any) -> set:
     Args:
         model: A module or a `Teacher`.
     """
-    modules = modules_of(model) if isinstance(model, Teacher) else [model]
-    return {n for m in modules for n in inspect.signature(base_model(m).forward).parameters}
+    return {p.name for m in base_models(model) for p in arguments_of(m)}
+
+
+def takes_any_name(model: Any) -> bool:
+    """Return True if a model's `forward` passes on inputs with any name, as wrappers do. Models of
+    transformers also take them, but do not use them.
+
+    Args:
+        model: A module or a `Teacher`.
+    """
+    own = [m for m in base_models(model) if not type(m).__module__.startswith('transformers.')]
+    return any(p.kind is p.VAR_KEYWORD for m in own for p in arguments_of(m))
+
+
+def base_models(model: Any) -> list:
+    return [*map(base_model, modules_of(model) if isinstance(model, Teacher) else [model])]
+
+
+def arguments_of(model: Any) -> Collection[inspect.Parameter]:
+    return inspect.signature(model.forward).parameters.values()
 
 
 @dataclass
@@ -46,11 +64,13 @@ class BatchReader:
         model: The student.
         teacher: The teacher.
         label_names: Names of the labels in a batch.
+        filtered: True if the Trainer removed columns for which the student has no argument.
     """
 
     model: Any
     teacher: Teacher
     label_names: Sequence[str]
+    filtered: bool = True
 
     @property
     def answers(self) -> bool:
@@ -71,9 +91,11 @@ class BatchReader:
         plain = {k: v for k, v in batch.items() if k not in self.label_names}
         plain |= self.decoder_inputs(batch)
         of_student = {k: v for k, v in plain.items() if k in student or k not in teacher}
-        if not any(k in student for k in plain):
+        if not any(k in student for k in plain) or not self.filtered and takes_any_name(self.model):
             of_student = plain
-        of_teacher = {k: v for k, v in plain.items() if k in teacher} or plain
+        of_teacher = {k: v for k, v in plain.items() if k in teacher}
+        if not of_teacher or takes_any_name(self.teacher):
+            of_teacher = plain
         return of_student | self.labels(batch), of_teacher
 
     def decoder_inputs(self, batch: Mapping) -> dict:
