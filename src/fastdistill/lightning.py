@@ -102,6 +102,8 @@ class DistillCallback(Callback):
                 'does not use. Call a `Distiller` in your training_step instead.'
             )
         self.build(pl_module)
+        if trainer.limit_train_batches == 0:
+            return
         d = self.distiller
         d.links.to(pl_module.device)
         # subtle: restore the recipe from the checkpoint instead of choosing a new one

@@ -482,6 +482,20 @@ def test_nothing_is_left_behind(stops, tmp_path):
     trainer(tmp_path, cb).fit(module, data())  # again, with the same callback
 
 
+@pytest.mark.filterwarnings('ignore:.*will run with no optimizer')
+def test_a_fit_without_batches_or_optimizer_runs_as_without_a_teacher(tmp_path):
+    class NoOptimizer(Mine):
+        def configure_optimizers(self):
+            return None
+
+    for module, options in ((Mine(), dict(limit_train_batches=0)), (NoOptimizer(), {})):
+        was = module.model[0].weight.clone()
+        callback = DistillCallback(net(16), kd(), student='model')
+        trainer(tmp_path, callback, **options).fit(module, data())
+        assert torch.equal(module.model[0].weight, was)
+        assert 'training_step' not in vars(module)
+
+
 def test_an_averaged_model_is_one_of_the_student_alone(tmp_path):
     module = module_of(net(16))
     average = WeightAveraging(avg_fn=lambda a, p, n: 0.5 * a + 0.5 * p)

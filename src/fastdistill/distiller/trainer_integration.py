@@ -102,7 +102,9 @@ def add_parameters(optimizer: Optimizer, d: Distiller) -> None:
         d: The `Distiller`.
     """
     have = {id(p) for g in optimizer.param_groups for p in g['params']}
-    optimizer.param_groups[0]['params'] += [p for p in d.own_parameters() if id(p) not in have]
+    # Lightning gives a module without an optimizer a substitute that has no groups
+    if new := [p for p in d.own_parameters() if id(p) not in have]:
+        optimizer.param_groups[0]['params'] += new
 
 
 def reset_gradients(d: Distiller) -> None:
