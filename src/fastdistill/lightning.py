@@ -126,6 +126,13 @@ class DistillCallback(Callback):
         d.start()
         self._replace_step(trainer, pl_module)
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # subtle: Lightning restores the position in the training data only when it sets up the data,
+        # but `on_fit_start` did that before Lightning read the position from the checkpoint
+        if trainer.fit_loop._combined_loader_states_to_load:
+            trainer.fit_loop._combined_loader = None
+            trainer.fit_loop.setup_data()
+
     def build(self, pl_module: LightningModule) -> None:
         """Build the Distiller for this module, unless it already exists."""
         try:

@@ -406,6 +406,41 @@ def test_a_training_that_resumes_draws_the_teachers_that_come_next(tmp_path, dra
     assert all(map(torch.equal, whole.student.parameters(), again.student.parameters()))
 
 
+class Batches:
+    "Batches that continue after a restart, as torchdata's StatefulDataLoader does"
+
+    def __init__(self):
+        self.batches, self.at = list(data()), 0
+
+    def __len__(self):
+        return len(self.batches)
+
+    def __iter__(self):
+        self.at %= len(self)
+        while self.at < len(self):
+            self.at += 1
+            yield self.batches[self.at - 1]
+
+    def state_dict(self):
+        return dict(at=self.at)
+
+    def load_state_dict(self, state):
+        self.at = state['at']
+
+
+@pytest.mark.filterwarnings('ignore:Be aware that when using .ckpt_path.')
+@pytest.mark.parametrize('step', [1, 2, 5])
+def test_a_training_that_resumes_in_mid_epoch_continues_with_the_next_batch(tmp_path, step):
+    teacher = net(16)
+    saves = ModelCheckpoint(tmp_path, save_top_k=-1, every_n_train_steps=1, filename='{step}')
+    run = lambda *cbs, **kw: trainer(tmp_path, *cbs, max_epochs=2, steps=-1, **kw)
+    whole, again = [module_of(teacher, recipe=kd(T=('linear', 8, 2))) for _ in range(2)]
+    run(saves, enable_checkpointing=True).fit(whole, Batches())
+    file = tmp_path / f'step={step}.ckpt'
+    run().fit(again, Batches(), ckpt_path=file, weights_only=True)
+    assert all(map(torch.equal, whole.student.parameters(), again.student.parameters()))
+
+
 @pytest.mark.filterwarnings('ignore:Be aware that when using .ckpt_path.')
 def test_the_recipe_that_was_chosen_and_what_was_measured_continue(tmp_path, capsys):
     teacher = net(16)
