@@ -2496,6 +2496,30 @@ def test_labels_beyond_1_are_named_for_a_sigmoid():
             Distiller(s, t, kd(), kind=kind, ignore_index=255)(x, y)
 
 
+def test_torch_func_computes_gradients_of_the_loss_and_maps_over_a_teacher():
+    student, teacher, (x, y) = mlp(6), mlp(16, 1), batch()
+    d = Distiller(student, teacher, kd(), check=False)
+    loss = lambda p: torch.func.functional_call(d, p, (x, y)).total
+    got = torch.func.grad(loss)(dict(d.named_parameters()))
+    d(x, y).total.backward()
+    for k, p in d.named_parameters():
+        torch.testing.assert_close(got[k], p.grad)
+    got = torch.func.vmap(lambda x: Teacher(teacher)(x).logits)(x.view(2, -1, x.shape[1]))
+    torch.testing.assert_close(got.flatten(0, 1), teacher(x))
+
+
+def test_a_batch_inside_vmap_does_not_decide_whether_a_teacher_changes_its_inputs():
+    class AddsOne(nn.Module):
+        def forward(self, x):
+            return x.add_(1)
+
+    teacher, x = Teacher(AddsOne()), torch.zeros(2, 3, 4)
+    torch.func.vmap(lambda x: teacher(x).logits)(x.clone())
+    for _ in range(2):
+        assert torch.equal(teacher(x).logits, torch.ones(2, 3, 4))
+    assert not x.any()
+
+
 # a second `with distiller.teacher:`
 
 

@@ -184,10 +184,12 @@ class RandomStream:
             generators: Result of `global_generators`.
         """
         outside = {k: read() for k, (read, _) in generators.items()}
-        for k, (_, put) in generators.items():
+        for k, (read, put) in generators.items():
             if k not in self.states:
-                self.states[k] = copy.deepcopy(outside[k])
-                self.first[k] = copy.deepcopy(outside[k])
+                # subtle: inside `torch.func.grad`, a copy of PyTorch's state could not be restored,
+                # but NumPy returns the generator itself
+                new = partial(copy.deepcopy, outside[k]) if k == 'numpy' else read
+                self.states[k], self.first[k] = new(), new()
             put(self.states[k])
         try:
             yield

@@ -61,7 +61,7 @@ class InputAliasing:
         """
         key = tuple(layers)
         known = self.keeps.get(key)
-        if known is False:
+        if known is False or not marks:
             return
         unchanged = lambda t, values: values is None or t.is_meta or torch.equal(t, values)
         kept = all(t._version == v and unchanged(t, values) for t, v, values in marks)
@@ -79,4 +79,10 @@ class InputAliasing:
 
 def can_show_changes(t: Tensor) -> bool:
     """Return True if changes of a tensor can be detected."""
-    return t.layout == torch.strided and not t.is_inference()
+    if t.layout != torch.strided or t.is_inference():
+        return False
+    try:
+        t.untyped_storage()
+    except NotImplementedError:  # inside `vmap` and `grad` of torch.func
+        return False
+    return True
