@@ -86,6 +86,8 @@ def as_builtins(o):
     """
     if isinstance(o, dict):
         return {k: as_builtins(v) for k, v in o.items()}
-    if isinstance(o, (list, tuple, L)):
-        return [as_builtins(v) for v in o]
+    if isinstance(o, tuple):
+        return tuple(map(as_builtins, o))
+    if isinstance(o, (list, L)):
+        return [*map(as_builtins, o)]
     return o.item() if isinstance(o, np.generic) else o

@@ -26,6 +26,7 @@ from ...base.outputs import as_plain, map_tensors
 from ...base.sample_seeds import seeds_of
 from ...fastai.compare import history_of
 from ...fastai.metrics import row_by_column
+from ...fastai.projector_opt import as_builtins
 
 BEFORE_FIT = 2**32  # used instead of the epoch number
 DAMAGED = 'Delete it to train this model again.'
@@ -113,18 +114,17 @@ class Checkpoints(Callback):
             broadcast(self.kd.distiller.links.buffers())
         if rank():
             return
-        r, opt = self.learn.recorder, self.opt.state_dict()
-        opt['hypers'] = [{k: plain(v) for k, v in h.items()} for h in opt['hypers']]
+        r = self.learn.recorder
         state = dict(
             epochs=self.epoch + 1,
             model=get_model(self.learn.model).state_dict(),
-            opt=opt,
+            opt=as_builtins(self.opt.state_dict()),
             kd=None if self.kd is None else self.kd.state_dict(),
             names=[*r.metric_names],
-            values=[[*map(plain, v)] for v in r.values],
+            values=as_builtins(r.values),
             iters=[*r.iters],
             losses=[torch.as_tensor(o) for o in r.losses],
-            lrs=[*map(plain, r.lrs)],
+            lrs=as_builtins(r.lrs),
             smooth=(r.smooth_loss.count, r.smooth_loss.val),
         )
         # torch.load(weights_only=True) can't load fastai's tensor classes
@@ -150,17 +150,6 @@ class Checkpoints(Callback):
     # fastdistill
     def __reduce__(self) -> tuple:
         return Callback, ()
-
-
-def plain(v: Any) -> Any:
-    """Convert NumPy floats to Python floats, which torch.load(weights_only=True) can load."""
-    return (
-        float(v)
-        if isinstance(v, np.floating)
-        else tuple(map(plain, v))
-        if isinstance(v, tuple)
-        else v
-    )
 
 
 def fit_stage(
