@@ -449,6 +449,40 @@ def test_a_gradient_ratio_in_question_answering_is_measured_at_the_start_and_end
     assert trainers[1].distiller.ratios  # of the default recipe
 
 
+class Answers(nn.Module):
+    "Returns the outputs of a model for question answering in a different form"
+
+    def __init__(self, inner, form):
+        super().__init__()
+        self.inner, self.form = inner, form
+
+    def forward(self, input_ids, attention_mask, end_positions=None, start_positions=None):
+        y = dict(start_positions=start_positions, end_positions=end_positions)
+        return self.form(self.inner(input_ids, attention_mask, **y))
+
+
+def test_question_answering_reads_dicts_and_tuples_in_any_order_of_the_labels(tmp_path):
+    make, data, _ = TASKS['questions']
+    student, teacher, data, logs = loud(make(width=8)), loud(make(width=16)), list(data()), []
+
+    def train(s, t):
+        options = dict(train_dataset=data, teacher=t, recipe=kd(T=T, alpha=ALPHA))
+        names = ['end_positions', 'start_positions']
+        trainer = DistillationTrainer(
+            s, args(tmp_path, learning_rate=0.0, label_names=names), **options
+        )
+        trainer.train()
+        h = trainer.state.log_history[0]
+        logs.append([h['task_loss'], h['kd_loss']])
+
+    train(student, teacher)
+    for form in (dict, lambda out: out.to_tuple()):
+        train(Answers(student, form), Answers(teacher, form))
+        assert logs[-1] == pytest.approx(logs[0], rel=1e-5)
+    with refuses('must return start_logits .* a SequenceClassifierOutput with the keys logits'):
+        train(student, bert())
+
+
 def test_the_loss_is_on_the_scale_that_the_trainer_gives_the_labels(tmp_path):
     "The Trainer divides GPT-2's loss by all labels, the first of each text included, which no model predicts"
     data = list(texts(label=causal))

@@ -23,6 +23,7 @@ PROBLEMS = dict(
     multi_label_classification='sigmoid',
 )
 
+ANSWER = 'start_positions', 'end_positions'  # labels of question answering
 # end of the class names of models that also predict several labels or numbers
 CLASSIFIERS = tuple(f'{o}Classification' for o in ('Sequence', 'Image', 'Video', 'Audio'))
 
@@ -75,7 +76,7 @@ class BatchReader:
     @property
     def answers(self) -> bool:
         """True if the labels are the start and the end of an answer."""
-        return list(self.label_names) == ['start_positions', 'end_positions']
+        return sorted(self.label_names) == sorted(ANSWER)
 
     @property
     def axis(self) -> int:
@@ -133,7 +134,7 @@ class BatchReader:
         """Return the labels, with each label at the position that predicts it."""
         y = tuple(self.labels(batch).values())
         if self.answers and y:
-            at = torch.stack([o.reshape(-1).clamp_min(0) for o in y], -1)
+            at = torch.stack([batch[k].reshape(-1).clamp_min(0) for k in ANSWER], -1)
             return (at.where(at < logits.shape[1], -100),)
         if y and predicts_next(self.model):
             return next_tokens(y[0], -100), *y[1:]
@@ -178,7 +179,17 @@ def question_logits(out: Any) -> Tensor:
     """Return the logits for the start and the end of an answer, (B, L, 2). The class axis is axis
     1, because each token is a class.
     """
-    return torch.stack([out.start_logits, out.end_logits], -1)
+    names = 'start_logits', 'end_logits'
+    if isinstance(out, Mapping) and all(k in out for k in names):
+        return torch.stack([out[k] for k in names], -1)
+    if isinstance(out, tuple) and len(out) > 1 and all(isinstance(o, Tensor) for o in out[:2]):
+        return torch.stack(out[:2], -1)
+    found = f' with the keys {", ".join(out)}' if isinstance(out, Mapping) else ''
+    raise DistillError(
+        'The labels are start_positions and end_positions, so both models must return start_logits '
+        f'and end_logits, but a model returned a {type(out).__name__}{found}. Use models for '
+        'question answering, or name the output to distill with output=.'
+    )
 
 
 def names_by_id(model: Any) -> list[str] | None:
