@@ -16,8 +16,9 @@ pytestmark = [
     pytest.mark.usefixtures('old_objects_frozen'),
     pytest.mark.filterwarnings(
         'ignore:The teacher is (no|hardly) better than chance',
-        "ignore:The teacher's batch norm statistics",
-    ),  # untrained ones
+        "ignore:The teacher's batch norm statistics",  # untrained ones
+        'ignore:Version v4.12.0 introduces a better way:FutureWarning',  # of EncoderDecoderModel
+    ),
 ]
 VOCAB, T, ALPHA = 40, 2.0, 0.7
 NO_DROPOUT = dict(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
@@ -177,6 +178,14 @@ def encoder_decoder(config, width, layers, **options):
 def bart(width=16, layers=1):
     options = dict(max_position_embeddings=16, forced_eos_token_id=None)
     return hf.BartForConditionalGeneration(encoder_decoder(hf.BartConfig, width, layers, **options))
+
+
+def bert_to_bert(width=16):
+    encoder, decoder = (bert(width=width, **o).config for o in ({}, dict(is_decoder=True)))
+    decoder.add_cross_attention = True
+    config = hf.EncoderDecoderConfig.from_encoder_decoder_configs(encoder, decoder)
+    config.decoder_start_token_id, config.pad_token_id = 1, 0
+    return hf.EncoderDecoderModel(config)
 
 
 def whisper(width=16, layers=1):
@@ -386,6 +395,7 @@ TASKS = dict(
     next_words=(gpt2, lambda: texts(label=causal), shifted),
     translations=(t5, lambda: texts(label=words), sequences),
     summaries=(bart, lambda: texts(label=words), sequences),
+    bert_to_bert=(bert_to_bert, lambda: texts(label=words), sequences),
     transcripts=(whisper, sounds, sequences),
     captions=(llava, captions, shifted),
     images=(vit, pictures, sequences),

@@ -108,7 +108,15 @@ class BatchReader:
             return {}
         y, config = batch['labels'], cast(Any, getattr(self.model, 'config', None))
         if shift := getattr(self.model, 'prepare_decoder_input_ids_from_labels', None):
-            return dict(decoder_input_ids=shift(labels=y))
+            ids = shift(labels=y)
+            if (
+                architecture(self.model) != 'EncoderDecoderModel'
+                or 'decoder_attention_mask' in batch
+            ):
+                return dict(decoder_input_ids=ids)
+            # this class makes the mask in `forward`, but only together with the ids
+            mask = (ids != config.pad_token_id).to(ids.dtype)
+            return dict(decoder_input_ids=ids, decoder_attention_mask=mask)
         generates = architecture(self.model).endswith('ForConditionalGeneration')
         if not (generates and getattr(config, 'is_encoder_decoder', False)):
             return {}
