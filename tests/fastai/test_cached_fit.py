@@ -237,6 +237,22 @@ def test_a_callback_that_reorders_the_samples_of_a_batch_is_refused(tmp_path, st
     quiet(student(data()), 1, cbs=[KnowledgeDistillation(net, kd(), check=False), OwnMixing()])
 
 
+@pytest.mark.parametrize('event', ['before_epoch', 'after_epoch'])
+def test_new_dataloaders_in_the_middle_of_a_fit_are_refused(tmp_path, event):
+    class Larger(Callback):
+        def __call__(self, event_name):
+            if event_name == event:
+                self.learn.dls = data(bs=11)
+
+    cache = cache_teacher(Convs(3).eval(), data(), tmp_path)
+    learn = student(data())
+    with pytest.raises(
+        DistillError, match='DataLoaders of the Learner were replaced during the fit'
+    ):
+        quiet(learn, 2, cbs=[KnowledgeDistillation(cache, kd()), Larger()])
+    quiet(learn, 1, cbs=KnowledgeDistillation(cache, kd()))
+
+
 def test_layers_come_from_the_cache_too(tmp_path):
     teacher = Convs(3).eval()
     cache = cache_teacher(

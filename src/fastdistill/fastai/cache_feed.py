@@ -293,6 +293,12 @@ class SampleFeed:
         Args:
             epoch: Number of the epoch.
         """
+        if self.learn is not None and self.fed and sampled(inner_dl(self.learn.dl)) is None:
+            raise DistillError(
+                'The DataLoaders of the Learner were replaced during the fit, so the batches have no '
+                'stored teacher outputs or raw items. Replace them between two fits: set learn.dls, then '
+                'call fit again.'
+            )
         # subtle: callbacks may change the transforms between epochs
         for plan, dl in ((sampled(dl).plan, dl) for dl in self.fed):
             plan.moved = [] if plan.stream else moves(dl)
