@@ -2496,6 +2496,14 @@ def test_labels_beyond_1_are_named_for_a_sigmoid():
             Distiller(s, t, kd(), kind=kind, ignore_index=255)(x, y)
 
 
+@pytest.mark.parametrize('check', [True, False])
+def test_a_task_loss_that_is_not_reduced_is_refused(check):
+    options = dict(task_loss=nn.CrossEntropyLoss(reduction='none'), check=check)
+    with pytest.raises(DistillError, match=r"shape \(\d+,\), but must be one .* reduction='mean'"):
+        Distiller(mlp(6), mlp(16, 1), kd(), **options)(*batch())
+    Distiller(mlp(6), mlp(16, 1), soft_labels(), **options)(*batch()).total.backward()
+
+
 def test_torch_func_computes_gradients_of_the_loss_and_maps_over_a_teacher():
     student, teacher, (x, y) = mlp(6), mlp(16, 1), batch()
     d = Distiller(student, teacher, kd(), check=False)

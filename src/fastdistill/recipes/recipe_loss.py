@@ -158,6 +158,11 @@ class RecipeLoss(nn.Module):
                 'This batch has no labels, but the recipe gives the task loss the weight '
                 f'{weights["task"]:g}: use alpha=1, or soft_labels(), to train only from the teacher'
             )
+        if task is not None and weights['task'] and task.numel() != 1:
+            raise DistillError(
+                f'The task loss has the shape {tuple(task.shape)}, but must be one number per batch: '
+                "use a mean over the batch, such as reduction='mean'."
+            )
         if terms and teacher is None:
             raise DistillError(
                 f"{terms[0].name} needs the teacher's outputs for this batch, but got None. "
