@@ -1487,6 +1487,41 @@ def test_a_teacher_with_its_classes_in_a_different_order_is_refused_before_train
     assert train([0, 1, 2]) == 2
 
 
+def test_objects_in_no_fixed_order_are_not_compared(tmp_path):
+    def yolos(width):
+        return hf.YolosForObjectDetection(
+            hf.YolosConfig(
+                hidden_size=width,
+                num_hidden_layers=1,
+                num_attention_heads=2,
+                intermediate_size=width,
+                image_size=[16, 16],
+                patch_size=8,
+                num_detection_tokens=4,
+                num_labels=3,
+            )
+        )
+
+    target = dict(class_labels=torch.tensor([1]), boxes=torch.full((1, 4), 0.4))
+    data = [dict(pixel_values=torch.randn(3, 16, 16), labels=target) for _ in range(2)]
+
+    def collate(rows):
+        pixels = torch.stack([row['pixel_values'] for row in rows])
+        return dict(pixel_values=pixels, labels=[row['labels'] for row in rows])
+
+    def train(**options):
+        options |= dict(train_dataset=data, data_collator=collate, teacher=yolos(16))
+        trainer = DistillationTrainer(yolos(8), args(tmp_path), **options)
+        trainer.train()
+        return trainer.state.log_history[0]
+
+    for recipe in (None, kd()):
+        with refuses(r'YolosForObjectDetection predicts objects in no fixed order'):
+            train(recipe=recipe)
+    assert 'kd_loss' in train(recipe=kd(), output='logits')
+    assert 'hint_loss' in train(recipe=Term(losses.hint, layers='last', weight=1.0))
+
+
 def test_a_check_that_failed_runs_again_in_the_next_training(tmp_path):
     rows = [
         dict(input_ids=torch.tensor([i % VOCAB, 1, 2]), labels=i % VOCAB % 3) for i in range(64)

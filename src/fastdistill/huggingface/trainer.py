@@ -37,6 +37,7 @@ from .transformers_models import (
     names_taken,
     predicts,
     question_logits,
+    refuse_detector,
     teacher_for,
     without_loss,
 )
@@ -136,6 +137,8 @@ class DistillationMixin(Base):
             output=output,
             check=asked['check'],
         )
+        if output is None and (d.head.waits or any(t.layers is None for t in d.recipe.terms)):
+            refuse_detector(self.model)
         d.links.to(self.args.device)
         # subtle: skip the check if weights are sharded over processes, because such a model can't
         # run in only one process

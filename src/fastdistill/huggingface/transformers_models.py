@@ -200,6 +200,16 @@ def question_logits(out: Any) -> Tensor:
     )
 
 
+def refuse_detector(model: Any) -> None:
+    """Raise a DistillError if the model predicts a set of objects."""
+    if (name := architecture(model)).endswith('ObjectDetection'):
+        raise DistillError(
+            f'{name} predicts objects in no fixed order, so the logits of two models cannot be '
+            'compared position by position. Compare layers, as in Term(losses.hint, layers=...). If '
+            "the queries of both models have the same meaning, pass output='logits'."
+        )
+
+
 def names_by_id(model: Any) -> list[str] | None:
     """Return the class names in the model's `id2label`. Return None if they are the default names
     LABEL_0, LABEL_1, ...
