@@ -2,6 +2,8 @@
 files or Hugging Face datasets.
 """
 
+import csv
+import io
 import os
 import re
 import warnings
@@ -28,14 +30,6 @@ TEXT_NAMES = 'text', 'sentence', 'review', 'comment', 'question', 'title', 'cont
 CSV = '.csv', '.tsv', '.txt'
 # a label column with more distinct integers is treated as numbers instead of classes
 MANY_NUMBERS = 50
-# cells of CSV files that pandas reads as missing values and as booleans
-MISSING_CELLS = [
-    *('', '#N/A', '#N/A N/A', '#NA', '-1.#IND', '-1.#QNAN', '-NaN', '-nan', '1.#IND', '1.#QNAN'),
-    *('<NA>', 'N/A', 'NA', 'NULL', 'NaN', 'None', 'n/a', 'nan', 'null'),
-]
-BOOLEANS = dict.fromkeys(('True', 'TRUE', 'true'), True) | dict.fromkeys(
-    ('False', 'FALSE', 'false'), False
-)
 
 
 @dataclass
@@ -87,8 +81,8 @@ def read_samples(config: TrainConfig) -> Samples:
     elif mask_folders(path) and config.task in ('auto', 'masks'):
         refuse_columns(config)
         s = from_masks(path)
-    elif csv := table_in(path, config):
-        s = from_csv(csv, config)
+    elif table := table_in(path, config):
+        s = from_csv(table, config)
     else:
         refuse_columns(config)
         s = from_folders(path, config)
@@ -433,15 +427,9 @@ def converted(column: pd.Series) -> pd.Series:
     """Convert a column of text to numbers or booleans if all of its cells can be converted, as pandas
     does.
     """
-    known = column.copy()
-    known[column.isin(MISSING_CELLS)] = np.nan
-    given = known.dropna()
-    if len(given) and given.isin([*BOOLEANS]).all():
-        return known.map(BOOLEANS)
-    try:
-        return pd.to_numeric(known)
-    except ValueError:
-        return known
+    # subtle: an empty cell without quotes would be skipped as a blank line
+    text = io.StringIO(column.to_csv(index=False, quoting=csv.QUOTE_ALL))
+    return pd.read_csv(text, low_memory=False).iloc[:, 0].set_axis(column.index)
 
 
 def labels_of(text: pd.Series, s: Samples) -> pd.Series:
