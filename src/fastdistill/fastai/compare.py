@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from fastai.basics import (
     DataLoaders,
-    GetAttr,
     L,
     Learner,
     TensorImageBase,
@@ -308,32 +307,14 @@ class MetricValues:
             m.reset()
 
     def add(self, xb, out, yb) -> None:
-        now = Step(
-            self.learn,
-            xb=xb,
-            yb=yb,
-            x=detuplify(xb),
-            y=detuplify(yb),
-            pred=out,
-            training=False,
-            to_detach=to_detach,
-        )
+        now = copy.copy(self.learn)
+        x, y = detuplify(xb), detuplify(yb)  # a Learner has these as properties
+        vars(now).update(xb=xb, yb=yb, x=x, y=y, pred=out, training=False, to_detach=to_detach)
         for m in self.metrics.values():
             m.accumulate(now)
 
     def values(self):
         return {k: plain_number(m.value) for k, m in self.metrics.items()}
-
-
-class Step(GetAttr):
-    """A substitute for the Learner that is passed to metrics after each batch. The Learner itself
-    is not changed.
-    """
-
-    _default = 'learn'
-
-    def __init__(self, learn, **now: Any):
-        vars(self).update(now, learn=learn)
 
 
 def metrics_of(models, learn, metrics):
