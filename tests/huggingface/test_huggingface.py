@@ -180,6 +180,10 @@ def bart(width=16, layers=1):
     return hf.BartForConditionalGeneration(encoder_decoder(hf.BartConfig, width, layers, **options))
 
 
+def bart_decoder(width=16):
+    return hf.BartForCausalLM(encoder_decoder(hf.BartConfig, width, 1, max_position_embeddings=16))
+
+
 def bert_to_bert(width=16):
     encoder, decoder = (bert(width=width, **o).config for o in ({}, dict(is_decoder=True)))
     decoder.add_cross_attention = True
@@ -397,6 +401,7 @@ TASKS = dict(
     summaries=(bart, lambda: texts(label=words), sequences),
     bert_to_bert=(bert_to_bert, lambda: texts(label=words), sequences),
     transcripts=(whisper, sounds, sequences),
+    shifted_before=(bart_decoder, lambda: texts(label=words), sequences),
     captions=(llava, captions, shifted),
     images=(vit, pictures, sequences),
     numbers=(

@@ -19,16 +19,25 @@ def base_model(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, 'get_base_model') else model
 
 
+# ends of the names of models that predict the next token
+PREDICTS_NEXT = 'ForCausalLM', 'WithLMHeadModel', 'LMHeadModel', 'ForConditionalGeneration'
+# families of transformers whose language models take labels that are already shifted
+SHIFTED_BEFORE = (
+    'Bart,BigBirdPegasus,Blenderbot,BlenderbotSmall,Flaubert,MBart,Marian,PLBart,Pegasus,TrOCR,'
+    'Whisper,XLM,XLNet'
+).split(',')
+
+
 def predicts_next(model: Any) -> bool:
-    """Return True if the model is a Hugging Face model that predicts the next token, such as a
-    causal language model or a model that describes images.
+    """Return True if the model is a Hugging Face model whose label at a position is predicted at the
+    position before, such as a causal language model or a model that describes images.
     """
     model = base_model(model)
-    if not is_hf(model):
+    if not is_hf(model) or getattr(model.config, 'is_encoder_decoder', False):
         return False
-    names = 'ForCausalLM', 'LMHeadModel', 'ForConditionalGeneration'
-    decodes = getattr(model.config, 'is_encoder_decoder', False)
-    return type(model).__name__.endswith(names) and not decodes
+    name = type(model).__name__
+    end = next((o for o in PREDICTS_NEXT if name.endswith(o)), None)
+    return end is not None and name.removesuffix(end) not in SHIFTED_BEFORE
 
 
 def arguments(model: Any, x: Any, by_name: Mapping | None = None) -> tuple:
