@@ -190,7 +190,7 @@ class Compare(Callback):
 
     @property
     def error(self):
-        return max((a - b).abs().max().item() for _, _, a, b, _ in self.seen)
+        return max((as_dense(a) - b).abs().max().item() for _, _, a, b, _ in self.seen)
 
 
 def compare(learn, cache, teacher, n=3, **kwargs):
@@ -1144,6 +1144,16 @@ def test_principal_components_train_a_student_and_are_verified(tmp_path):
     assert compare(student(data()), cache, Teacher(teacher), 1).error < 1e-5
     assert verify_cache(tmp_path, teacher, data(), n=20).worst < 1e-5
     assert verify_cache(tmp_path, Convs(3, seed=5).eval(), data()).worst > 0.01
+
+
+@pytest.mark.parametrize('dtype, far', [('float32', 1e-5), ('int8', 0.01)])
+def test_hidden_states_of_the_validation_set_are_read_as_they_were_written(tmp_path, dtype, far):
+    "Their units, and in int8 their center, are those of the training set"
+    learn, teacher = apps.quiet(*apps.tabular())
+    store = dict(kind='hidden', dtype=dtype)
+    cache = cache_teacher(teacher, learn.dls, tmp_path, views=0, store=store, valid=True)
+    c = compare(learn, cache, Teacher(teacher.model), 1, axis=-1)
+    assert c.error < far and {t for t, *_ in c.seen} == {True, False}
 
 
 def test_a_teacher_that_says_nan_is_not_verified(tmp_path):

@@ -102,6 +102,7 @@ def write_cache(
     forecast: Callable | None = None,
     shard_bytes: int = SHARD_BYTES,
     choose: Callable | None = None,
+    head: StoredHead | None = None,
 ) -> TeacherCache:
     """Write the missing shards of a cache, and open it.
 
@@ -121,6 +122,8 @@ def write_cache(
         shard_bytes: Maximum size of a shard in bytes.
         choose: `fastdistill.cache.store_choice.Choice` that chooses the storage format. If None,
             `store='auto'` stores all logits.
+        head: Stored linear layer of a cache with the same layout. If None, it is computed from the
+            outputs, for layouts that have one.
     """
     check_views(views)
     if not len(source.keys):
@@ -136,9 +139,9 @@ def write_cache(
         first = source.first(source.bs)
     layout = Layout.of(first, store)
     fitted: Any = first.logits
-    if layout.kind == 'pca':
+    if layout.kind == 'pca' and head is None:
         fitted = torch.cat([as_dense(o.logits) for o in measured or few_outputs(source)])
-    head = head_of(fitted, layout)
+    head = head or head_of(fitted, layout)
     del fitted, measured  # release the memory while the teacher runs
     rows = max(shard_bytes // layout.bytes // source.bs, 1) * source.bs
     data = dict(keys=f'{hash_of(source.keys.tobytes()):016x}', root=source.root)

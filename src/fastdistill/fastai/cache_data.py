@@ -208,6 +208,8 @@ def cache_teacher(
                     store,
                     views=0,
                     progress=show,
+                    # subtle: one layer decodes the rows of both sets
+                    head=cache.files.head('cpu'),
                     **given,
                 )
     cache.sample_names, cache.named_items = keys, content_keys(train.dataset)
