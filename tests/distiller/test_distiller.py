@@ -1,6 +1,6 @@
 "The heart, without any framework: terms, recipes, and a plain loop."
 
-import copy, functools, random, re, subprocess, sys, warnings
+import copy, functools, math, random, re, subprocess, sys, warnings
 from contextlib import nullcontext
 from functools import partial
 import pytest, torch
@@ -28,6 +28,7 @@ from fastdistill import (
     recipes,
     soft_labels,
 )
+from fastdistill.base.outputs import Draws
 
 
 def mlp(hidden, seed=0):
@@ -1048,6 +1049,37 @@ def test_a_student_that_equals_its_teacher_gets_no_large_weight_whatever_the_sha
     weight = weights_on(of_numbers(), items)[-1]
     s, t, y = items[-1]
     assert weight * length(losses.mse(s, t), s) < 0.01 * length(F.mse_loss(s, y), s)
+
+
+def weight_of_kl(items):
+    "The weight of a term on logits (..., 5) after the last of (student's logits, teacher's logits, labels)"
+    d = Distiller(None, None, Term(losses.kl, T=1.0, grad_ratio=3.0), axis=-1, check=False)
+    for s, t, y in items:
+        task = F.cross_entropy(s.flatten(0, -2), y.flatten())
+        weight = d.compute(Outputs(s), Outputs(t), task, (y,)).weights['kl']
+    return weight.item()
+
+
+@pytest.mark.parametrize('shape', [(1,), (3,), (1, 16), (2, 16), (1, 4, 3)], ids=str)
+def test_hidden_states_get_the_weight_of_the_logits_computed_from_them(shape):
+    torch.manual_seed(0)
+    w = torch.randn(5, 4)
+    hidden, y = torch.randn(3, *shape, 4), torch.randint(5, (3, *shape))
+    logits = hidden @ w.T
+    s = (0.9 * logits).requires_grad_()  # so close that different samples decide
+    got = weight_of_kl(zip(s, (LinearLogits(h, w) for h in hidden), y))
+    assert got == pytest.approx(weight_of_kl(zip(s, logits, y)), rel=1e-4)
+
+
+@pytest.mark.parametrize('shape', [(1,), (3,), (1, 16), (2, 16)], ids=str)
+def test_draws_get_the_weight_of_the_probabilities_that_they_are(shape):
+    "Two classes of half a chance. A single sample is compared with the same draws of the next classes"
+    torch.manual_seed(0)
+    ids = torch.rand(*shape, 5).argsort(-1)[..., :2]
+    draws = Draws(ids, torch.full(ids.shape, 0.5), torch.full(shape, math.log(2)), 5)
+    logits = torch.full((*shape, 5), -30.0).scatter(-1, ids, 0.0)
+    s, y = (0.1 * logits).requires_grad_(), torch.randint(5, shape)
+    assert weight_of_kl([(s, draws, y)]) == pytest.approx(weight_of_kl([(s, logits, y)]), rel=1e-4)
 
 
 def test_a_class_that_is_excluded_for_one_sample_does_not_spoil_the_measurement():

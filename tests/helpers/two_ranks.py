@@ -56,6 +56,7 @@ def cases():
         fading=Recipe(Term(losses.kl, grad_ratio=3, fade=0.2, T=1.0)),
         one_silent=kd() + Term(silent, weight=0.5, **HINT),
         cached=kd(),
+        cached_hidden=Recipe(Term(losses.kl, grad_ratio=3, T=1.0)),
     )
 
 
@@ -245,21 +246,24 @@ def run(folder, names=None):
     out = {kind: in_trainer(kind, folder) for kind in IN_THE_TRAINER} | dict(chosen=chosen())
     for name, recipe in cases().items():
         student, teacher = models()
-        if name == 'cached':
+        if name.startswith('cached'):
+            store = dict(dtype='float32')
+            if name == 'cached_hidden':
+                store = dict(kind='hidden', dtype='float32')
             with warnings.catch_warnings():
                 warnings.simplefilter('ignore')
                 teacher = cache_teacher(
                     teacher,
                     loaders(),
-                    folder / f'cache of {world_size()}',
+                    folder / f'{name} of {world_size()}',
                     views=0,
-                    store=dict(dtype='float32'),
+                    store=store,
                     kind='softmax',
                     axis=1,
                     valid=True,
                 )
         # so high that the gradient against different samples decides
-        floor = 3.0 if name == 'limited_shares' else GradientRatio.FLOOR
+        floor = 3.0 if name in ('limited_shares', 'cached_hidden') else GradientRatio.FLOOR
         with patch.object(GradientRatio, 'FLOOR', floor):
             out[name] = in_fastai(recipe, teacher, student)
             if name in IN_A_LOOP:

@@ -191,11 +191,9 @@ class LinearLogits:
             bias=None if self.bias is None else fn(self.bias),
         )
 
-    def roll(self, shift: int, dim: int = 0) -> 'LinearLogits':
-        """Shift the samples (dim=0) or the classes (dim=-1), like `Tensor.roll`."""
-        if dim == 0:
-            return replace(self, hidden=self.hidden.roll(shift, 0))
-        return self.reorder(torch.arange(self.n).roll(shift))
+    def map_samples(self, fn: Callable) -> 'LinearLogits':
+        """Apply `fn` to each tensor whose first dimension is the samples."""
+        return replace(self, hidden=fn(self.hidden))
 
 
 def as_dense(t: Any) -> Any:
@@ -290,11 +288,7 @@ class Draws:
         """Apply `fn` to each tensor."""
         return replace(self, ids=fn(self.ids), freqs=fn(self.freqs), entropy=fn(self.entropy))
 
-    def roll(self, shift: int, dim: int = 0) -> 'Draws':
-        """Shift the samples (dim=0) or the classes (dim=-1), like `Tensor.roll`."""
-        if dim == 0:
-            return self.map(lambda t: t.roll(shift, 0))
-        return replace(self, ids=(self.ids + shift) % self.n)
+    map_samples = map  # all tensors have samples
 
 
 @dataclass

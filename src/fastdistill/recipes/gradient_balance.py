@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..base.distributed import length_over_ranks, previous_rows, world_size
-from ..base.outputs import DistillError
+from ..base.outputs import DistillError, Draws, as_dense
 from .gradient_norms import gradient_norm
 from .teacher_gain import TeacherGain
 
@@ -97,21 +97,25 @@ class GradientRatio:
             new.isfinite().all(), before
         )  # ignore an overflow in half precision
 
-    def of_different_samples(self, outputs: Sequence[Tensor]) -> list[Tensor]:
+    def of_different_samples(self, outputs: Sequence[Any]) -> list[Any]:
         """Return teacher outputs that belong to different samples, in the same shapes. Each sample
         gets the outputs of the sample before it in the batch. If batches have only one sample, the
         sample gets the outputs from the last measured batch. A single feature map or sequence is
         instead shifted by half of its length.
 
         Args:
-            outputs: The teacher's tensors that the term compares, (B, ...).
+            outputs: The teacher's outputs that the term compares, (B, ...): tensors,
+                `LinearLogits` or `Draws`.
         """
         before, self.previous = self.previous, None
         if world_size() > 1 or any(len(t) > 1 for t in outputs):
-            return [previous_rows(t) for t in outputs]
+            return [map_samples(previous_rows, t) for t in outputs]
         # subtle: keep only outputs without positions, because maps and sequences may be large
         if any(t.dim() > 2 for t in outputs):
-            return [t.flatten().roll(t.numel() // 2).reshape(t.shape) for t in outputs]
+            return [shifted_by_half(t) for t in outputs]
+        outputs = [as_dense(t) for t in outputs]
+        if any(isinstance(t, Draws) for t in outputs):
+            return [t.reorder(torch.arange(t.n).roll(1)) for t in outputs]
         self.previous = [t.detach() for t in outputs]
         if before is None or [t.shape for t in before] != [t.shape for t in outputs]:
             return [t.roll(1, -1) for t in outputs]
@@ -301,6 +305,18 @@ class GradientRatios(dict):
         for k, s in state.items():
             if k in self:
                 self[k].load_state_dict(s)
+
+
+def map_samples(fn: Callable, t: Any) -> Any:
+    """Apply `fn` to outputs or, if they are not a tensor, to each of their tensors with samples."""
+    return fn(t) if isinstance(t, Tensor) else t.map_samples(fn)
+
+
+def shifted_by_half(t: Any) -> Any:
+    """Shift the output for one sample, a map or a sequence, by half of its length."""
+    if isinstance(t, Tensor):
+        return t.flatten().roll(t.numel() // 2).reshape(t.shape)
+    return t.map_samples(lambda o: o.roll(o.shape[1] // 2, 1))
 
 
 def is_below(n: int, x: Tensor) -> bool:
