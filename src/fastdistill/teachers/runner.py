@@ -30,7 +30,6 @@ from .fast_copy import DEFAULTS, FastCopy, by_output
 from .frozen import FrozenModel, cuda_devices, has_known_layers
 from .hidden_state import NO_RESET, has_reset, why_no_reset
 from .image_normalization import ImageConversion, is_image
-from .input_aliasing import InputAliasing
 from .model_loading import Onnx, explained, is_graph
 from .probabilities import check_probabilities, logits_of
 from .teacher_inputs import own_inputs, prepared_inputs
@@ -145,8 +144,7 @@ class ModelRunner(Runner):
         super().__init__(teacher)
         self.facts, self.run = facts, DEFAULTS | teacher.run
         self.frozen: Any = None  # the `FrozenModel` while the model is prepared
-        self.may_change = not isinstance(teacher.model, nn.Module) or is_graph(teacher.model)
-        if not self.may_change:
+        if isinstance(teacher.model, nn.Module) and not is_graph(teacher.model):
             # variants of a teacher with the same options share the copy
             options = {k: v for k, v in self.run.items() if k != 'batch'}
             key = (teacher.mode, *map(str, options.values()))
@@ -154,8 +152,6 @@ class ModelRunner(Runner):
             if key not in copies:
                 copies[key] = FastCopy(teacher.model, teacher.mode, options, self._say)
             self.fast_copy = copies[key]
-        keeps = facts.setdefault('keeps inputs', {})
-        self.aliasing = InputAliasing(teacher.name, keeps)
 
     @property
     def module(self) -> Any:
@@ -280,18 +276,13 @@ class ModelRunner(Runner):
         device: torch.device,
     ) -> list[Outputs]:
         """Run the model on a slice of the batch, and return the outputs for each teacher."""
-        batch = x, kw
-        lend = None if self.may_change else self.aliasing.lends(layers)
-        x, kw = prepared_inputs(self, x, kw, device, self.frozen, lend)
-        marks = [] if self.may_change else self.aliasing.marks(batch, (x, kw), layers)
+        x, kw = prepared_inputs(self, x, kw, device, self.frozen)
         reads = bool(layers) and self.module is not None
         with Taps(self.module, layers) if reads else nullcontext() as taps:
             with explained(self.teacher.name, (x, kw), self.teacher.module):
                 raw = self.call(x, kw, layers)
             read = {} if taps is None else taps.pop()
             outs = [read_outputs(t, raw, read, self.facts) for t in teachers]
-        if not self.may_change:
-            self.aliasing.judge(marks, layers, [(o.logits, o.feats, o.mask) for o in outs])
         # a function has no layers, but its `Outputs` may include features with these names
         for o in outs:
             if not reads and not set(layers) <= set(o.feats):

@@ -81,7 +81,6 @@ def prepared_inputs(
     kw: Mapping[str, Any],
     device: torch.device,
     frozen: Any,
-    lend: Callable[[Tensor], bool] | None = None,
 ) -> tuple:
     """Return the positional and keyword inputs of the model in their final form.
 
@@ -93,8 +92,6 @@ def prepared_inputs(
         x, kw: Results of `own_inputs`.
         device: Device of the batch.
         frozen: The `FrozenModel`. None if the model is not an nn.Module.
-        lend: fn(tensor) -> True if the model may get the tensor itself instead of a copy. None for
-            copies of all tensors.
     """
     model = runner.teacher.model
     x, kw = arguments(model, x, kw)
@@ -112,6 +109,6 @@ def prepared_inputs(
         if dtype is not None and t.is_floating_point():
             t = t.to(dtype)
         # subtle: make a copy, since a model that changes its input in place would change the batch
-        return t.clone() if t is plain and not (lend and lend(t)) else t
+        return t.clone() if t is plain else t
 
     return map_tensors((x, kw), prepare)
