@@ -16,6 +16,7 @@ from fastai.data.transforms import Normalize
 from fastai.tabular.core import TabDataLoader
 from fastai.text.data import SortedDL
 
+from ..base.errors import few_names
 from ..base.model_state import restored
 from ..base.outputs import (
     DistillError,
@@ -656,7 +657,7 @@ def classes_of(teacher, dls):
         if any(v != names for v in others):
             raise DistillError(
                 'The members of the ensemble have different class orders. Put each in the order of '
-                f'the labels with Teacher(model, select=...): {", ".join(mine[:10])}.'
+                f'the labels with Teacher(model, select=...): {few_names(mine, 10)}.'
             )
     else:
         names = class_names(teacher, dls)

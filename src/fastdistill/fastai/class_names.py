@@ -5,7 +5,7 @@ from fastai.basics import DataLoaders, TfmdDL, is_listy, nested_attr
 from fastai.text.data import reverse_text
 from torch import Tensor
 
-from ..base.outputs import DistillError
+from ..base.errors import DistillError, few_names
 from ..checks.class_order import map_classes
 from .language_model import is_stream
 
@@ -76,14 +76,14 @@ def stored_order(teacher, student, whole=False) -> Tensor | None:
     )
     if found.missing:
         raise DistillError(
-            f'The teacher does not have the class(es) {", ".join(found.missing[:5])}: '
-            f'it has {", ".join(teacher[:10])}{" ..." if len(teacher) > 10 else ""}.'
+            f'The teacher does not have the class(es) {few_names(found.missing)}: '
+            f'it has {few_names(teacher, 10)}.'
         )
     if found.extra and not whole:
         raise DistillError(
             f'The teacher has {len(teacher)} classes, but the labels have '
             f'{len(teacher) - len(found.extra)}, whose probabilities would not sum to 1. Remove '
-            f"{', '.join(found.extra[:5])} from the teacher's outputs with Teacher(model, "
+            f"{few_names(found.extra)} from the teacher's outputs with Teacher(model, "
             'select=...).'
         )
     return None if found.order is None else torch.tensor(found.order)

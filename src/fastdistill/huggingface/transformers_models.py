@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..base.outputs import DistillError
+from ..base.errors import DistillError, few_names
 from ..checks.class_order import map_classes
 from ..features.model_call import base_model, predicts_next
 from ..recipes.token_labels import next_tokens
@@ -270,10 +270,10 @@ def in_order_of(student: Any, teacher: Any) -> dict[str, Any]:
     if found is None or found.same:
         return {}
     if found.missing:
-        theirs = ', '.join(found.extra[:5]) or 'none'
+        theirs = few_names(found.extra) or 'none'
         raise DistillError(
             "According to id2label, the teacher does not have the student's classes "
-            f'{", ".join(found.missing[:5])}. Classes that only the teacher has: {theirs}. Give '
+            f'{few_names(found.missing)}. Classes that only the teacher has: {theirs}. Give '
             "the classes of both models the same names, or list the teacher's class for each student "
             'class: Teacher(model, select=[...]).'
         )

@@ -10,18 +10,18 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from ...base.errors import DistillError, DistillWarning
+from ...base.errors import DistillError, DistillWarning, few_names
 from ...fastai.class_names import void_class
 from ...fastai.compare import shown_bar
 from .config import TrainConfig
 from .data_files import MANY_NUMBERS, Samples, has_numbers, predicts_numbers
-from .data_fingerprint import NAMED
 from .validation_split import (
     check_both_sets,
     validation_rows,
     warn_of_copies,
 )
 
+NAMED = 5  # maximum number of files or values named in a message
 FEW_ODD = 0.1  # maximum fraction of cells that are not numbers in a column that should be numbers
 
 
@@ -71,10 +71,10 @@ def with_target(s: Samples, config: TrainConfig) -> Samples:
         y = pd.Series([s.delimiter.join(parts(v)) for v in labels], index=y.index)
     missing = y.isna() if s.delimiter else blank_cells(y)
     if missing.any():
-        rows = [str(i) for i in np.flatnonzero(missing)[:NAMED]]
+        rows = few_names(np.flatnonzero(missing).tolist())
         raise DistillError(
-            f'{missing.sum()} of {len(s)} rows have no label in column {s.y!r} (row {", ".join(rows)}, '
-            'counted from 0). Remove these rows.'
+            f'{missing.sum()} of {len(s)} rows have no label in column {s.y!r} (row {rows}, counted from 0). '
+            'Remove these rows.'
         )
     if has_numbers(y):
         if s.task == 'table' and predicts_numbers(y, s.task):
@@ -260,10 +260,10 @@ def ignored_value(s: Samples, values: set[int], ignore: str) -> int | None:
         return classes.index(ignore)
     if ignore.isdecimal() and int(ignore) in values:
         return int(ignore)
-    names = f'The classes are {", ".join(classes[:30])}. ' if classes else ''
+    names = f'The classes are {few_names(classes, 30)}. ' if classes else ''
     raise DistillError(
         f'ignore={ignore!r}: must be a class or a value in the masks. {names}The masks contain the values '
-        f'{", ".join(map(str, sorted(values)[:30]))}.'
+        f'{few_names(sorted(values), 30)}.'
     )
 
 

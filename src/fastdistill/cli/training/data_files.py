@@ -17,7 +17,7 @@ import pandas as pd
 from fastai.data.transforms import image_extensions
 
 from ...base.atomic_files import file_errors
-from ...base.errors import DistillError, DistillWarning, close_name
+from ...base.errors import DistillError, DistillWarning, close_name, few_names
 from .config import TrainConfig, check_data_path
 
 TRAIN, VALID = ('train', 'training'), ('valid', 'val', 'validation', 'test')
@@ -235,7 +235,7 @@ def from_folders(path: Path, config: TrainConfig) -> Samples:
         warnings.warn(
             DistillWarning(
                 f'{len(empty)} folder(s) contain no images, so they are not classes: '
-                f'{", ".join(map(str, empty[:5]))}{" ..." if len(empty) > 5 else ""}.'
+                f'{few_names(empty)}.'
             )
         )
     frame = pd.DataFrame(dict(x=[str(p) for p, _ in files], y=[p.parent.name for p, _ in files]))
@@ -308,7 +308,7 @@ def table_in(path: Path, config: TrainConfig) -> Path | None:
         found = named
     if len(found) > 1:
         raise DistillError(
-            f'{path} contains {len(found)} CSV files ({", ".join(p.name for p in found[:5])}). Pass one '
+            f'{path} contains {len(found)} CSV files ({few_names([p.name for p in found])}). Pass one '
             "of them: data='...'."
         )
     if split_folders(path) and image_files(path)[:1] and not config.x:
@@ -487,7 +487,7 @@ def from_frame(
     for k in filter(None, [config.y, *(o.strip() for o in config.x.split(','))]):
         if k not in columns:
             raise DistillError(
-                f'{name} has no column {k!r}{close_name(k, columns)}. It has {", ".join(columns[:30])}'
+                f'{name} has no column {k!r}{close_name(k, columns)}. It has {few_names(columns, 30)}'
             )
     if len(columns) < 2:
         raise DistillError(
@@ -505,7 +505,7 @@ def from_frame(
         found = [c for c in x if test(frame[c])]
         if len(found) != 1:
             raise DistillError(
-                f"{name} has {len(found)} columns of {task}: select one of {', '.join(x[:20])} with x='...'."
+                f"{name} has {len(found)} columns of {task}: select one of {few_names(x, 20)} with x='...'."
             )
         x = found
     if y in x:

@@ -12,14 +12,13 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from ...base.errors import DistillError
+from ...base.errors import DistillError, few_names
 from ...teachers.model_loading import model_files
 from .config import TrainConfig
 from .data_files import Samples
 from .start_or_resume import read_begun
 
 SPLIT = 'split.csv'  # file in the folder of a run that lists which samples were trained on
-NAMED = 5  # maximum number of files, rows or classes named in a message
 
 
 def data_fingerprint(s: Samples, held: np.ndarray | None, config: TrainConfig) -> dict:
@@ -149,7 +148,7 @@ def data_changes(before: dict, now: dict) -> list:
     for change, names in found.items():
         if names:
             n = f'{len(names):,} {kind.removesuffix("s") if len(names) == 1 else kind}'
-            out.append(f'{n} {change}: {first_few(names)}{where}')
+            out.append(f'{n} {change}: {few_names(names)}{where}')
     if not out and before['classes'] != now['classes']:
         out.append('the names of the classes')
     if not out and [*a] != [*b]:
@@ -166,7 +165,3 @@ def rows_beyond(a: Sequence, b: Sequence) -> list[int]:
         else:
             out.append(i)
     return out
-
-
-def first_few(names: Any) -> str:
-    return ', '.join(map(str, names[:NAMED])) + (' ...' if len(names) > NAMED else '')

@@ -27,7 +27,7 @@ from fastai.vision.core import imagenet_stats, load_image
 from fastai.vision.data import ImageBlock, MaskBlock
 
 from ...base.distributed import world_size
-from ...base.errors import DistillError
+from ...base.errors import DistillError, few_names
 from .config import TrainConfig
 from .data_files import Samples
 
@@ -161,7 +161,7 @@ def table_loaders(s: Samples, config: TrainConfig, teacher: Any, **options: Any)
             c for c in (*to.x_names, *to.y_names) if c not in frame and not str(c).endswith('_na')
         ]:
             raise DistillError(
-                f"The teacher's table has the column(s) {', '.join(map(str, missing[:5]))}, which are "
+                f"The teacher's table has the column(s) {few_names(missing)}, which are "
                 'missing from this data.'
             )
         # subtle: fastai can't read columns whose order in the table is reversed

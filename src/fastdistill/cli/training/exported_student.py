@@ -8,14 +8,14 @@ from typing import Any
 
 import pandas as pd
 
-from ...base.errors import DistillError
+from ...base.errors import DistillError, few_names
 from ...fastai.class_names import check_same_data, vocab_of
 from ...fastai.raw_items import given_items
 from .architectures import learner_of
 from .config import TrainConfig, config_of_run
 from .data_checks import checked_samples
 from .data_files import Samples, read_samples
-from .data_fingerprint import SPLIT, first_few, split_table
+from .data_fingerprint import SPLIT, split_table
 from .dataloaders import TEXT, loaders_of
 from .resumable_fit import seed_everything
 from .teachers import file_teacher
@@ -70,9 +70,10 @@ def run_of(path: Path, learn: Any) -> tuple[Samples, TrainConfig, Any]:
     s = checked_samples(read_samples(config), config)
     dls = loaders_of(s, config, learn if s.task in ('texts', 'table') else None)
     if (now := vocab_of(dls)) != (own := vocab_of(learn.dls)):
+        ours, theirs = (few_names(o or ['none'], 10) for o in (now, own))
         raise DistillError(
-            f'{config.data} has changed since {path} was trained: its classes are {first_classes(now)}, but '
-            f'the model predicts {first_classes(own)}.'
+            f'{config.data} has changed since {path} was trained: its classes are {ours}, but the model '
+            f'predicts {theirs}.'
         )
     return s, config, dls
 
@@ -103,7 +104,7 @@ def check_not_trained_on(path: Path, s: Samples, config: TrainConfig) -> None:
         first, column = [*rows[now.columns[0]]], now.columns[0]
         raise DistillError(
             f'{config.data} changed since {path} was trained: {len(known):,} of {len(held):,} validation '
-            f'samples were training samples of the run ({column} {first_few(first)}), so its score would be '
+            f'samples were training samples of the run ({column} {few_names(first)}), so its score would be '
             "too high. Restore the data, or give samples on which it was not trained: data='train.py:dls'."
         )
 
@@ -111,7 +112,3 @@ def check_not_trained_on(path: Path, s: Samples, config: TrainConfig) -> None:
 def reads_texts(learn: Any) -> bool:
     """Return True if the data of a Learner are the texts of a run."""
     return TEXT in getattr(given_items(learn.dls.valid_ds), 'columns', ())
-
-
-def first_classes(classes: Any) -> str:
-    return ', '.join(map(str, (classes or ['none'])[:10]))

@@ -6,13 +6,13 @@ from typing import Any
 
 from fastai.tabular.core import cont_cat_split
 
-from ...base.errors import DistillError
+from ...base.errors import DistillError, few_names
 from ...teachers.estimator import is_estimator
 from .architectures import check_arch
 from .config import TrainConfig
 from .data_checks import checked_samples
 from .data_files import Samples, read_samples
-from .data_fingerprint import SPLIT, check_data_unchanged, data_fingerprint, first_few, split_table
+from .data_fingerprint import SPLIT, check_data_unchanged, data_fingerprint, split_table
 
 MAY_KNOW = (
     'The teacher may have been trained on some of these validation samples, which were chosen at random, so '
@@ -70,8 +70,8 @@ def samples_in_words(s: Samples) -> str:
     """Describe the samples in one line of text."""
     held = int(s.valid.sum())
     what = {
-        'classes': f'{len(s.classes or [])} classes ({first_few(s.classes or [])})',
-        'labels': f'{len(s.classes or [])} labels ({first_few(s.classes or [])})',
+        'classes': f'{len(s.classes or [])} classes ({few_names(s.classes or [])})',
+        'labels': f'{len(s.classes or [])} labels ({few_names(s.classes or [])})',
         'numbers': f'numbers of column {s.y}',
     }[s.target]
     x = f'column {s.x[0]}'

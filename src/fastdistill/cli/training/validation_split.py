@@ -7,10 +7,10 @@ from collections import Counter
 import numpy as np
 import pandas as pd
 
-from ...base.errors import DistillError, DistillWarning
+from ...base.errors import DistillError, DistillWarning, few_names
 from .config import TrainConfig
 from .data_files import Samples
-from .data_fingerprint import NAMED, file_hash
+from .data_fingerprint import file_hash
 
 
 def validation_rows(s: Samples, config: TrainConfig) -> np.ndarray:
@@ -32,10 +32,9 @@ def validation_rows(s: Samples, config: TrainConfig) -> np.ndarray:
     except ValueError:
         share = -1
     if not 0 < share < 1:
-        columns = ', '.join(map(str, s.frame.columns[:20]))
         raise DistillError(
             f'valid={config.valid!r}: must be a fraction such as 0.2. For a CSV file, it can also be '
-            f'another CSV file, or a column that marks the rows. The columns are {columns}'
+            f'another CSV file, or a column that marks the rows. The columns are {few_names(s.frame.columns, 20)}'
         )
     files = content_identities(s) if s.task in ('images', 'masks') else files
     order, rows = np.random.default_rng(config.seed).permutation(len(s)), np.zeros(len(s), bool)
@@ -111,7 +110,7 @@ def check_both_sets(s: Samples) -> None:
     train, valid = (
         {o for v in s.frame[s.y][rows] for o in split(v) if o} for rows in (~s.valid, s.valid)
     )
-    few = lambda names: ', '.join(sorted(names)[:NAMED]) + (' ...' if len(names) > NAMED else '')
+    few = lambda names: few_names(sorted(names))
     what = 'label' if s.delimiter else 'class'
     if missing := valid - train:
         raise DistillError(
