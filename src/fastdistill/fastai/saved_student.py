@@ -311,15 +311,10 @@ def images_in_words(facts) -> str:
     if how is None:
         return ''
     h, w = how['size']
-    resized = {
-        'none': f'Images have {h} x {w} pixels (height, width) and are not resized.',
-        'unknown': f'How images are resized to {h} x {w} pixels (height, width) is unknown: '
-        'prepare them like the validation images.',
-    }
-    known = f'Images are resized to {h} x {w} pixels (height, width): method {how["method"]}, filter {how["filter"]}.'
     return (
-        f'{resized.get(how["method"], known)} Pixels are from 0 to 1; then the mean {n["mean"]} is '
-        f'subtracted, and the result is divided by {n["std"]}.'
+        f'Prepare images like the validation images, which are resized to {h} x {w} pixels (height, width): '
+        f'method {how["method"]}, filter {how["filter"]}. Pixels are from 0 to 1; then the mean '
+        f'{n["mean"]} is subtracted, and the result is divided by {n["std"]}.'
     )
 
 
