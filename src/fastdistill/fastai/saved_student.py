@@ -312,8 +312,8 @@ def images_in_words(facts) -> str:
         return ''
     h, w = how['size']
     return (
-        f'Prepare images like the validation images, which are resized to {h} x {w} pixels (height, width): '
-        f'method {how["method"]}, filter {how["filter"]}. Pixels are from 0 to 1; then the mean '
+        f'Prepare images like the validation images, which have {h} x {w} pixels (height, width; '
+        f'resize method: {how["method"]}, filter: {how["filter"]}). Pixels are from 0 to 1; then the mean '
         f'{n["mean"]} is subtracted, and the result is divided by {n["std"]}.'
     )
 
