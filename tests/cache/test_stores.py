@@ -1,6 +1,5 @@
 "The ways to store outputs: what they cost, what they lose, which one is chosen, and what is refused."
 
-import hashlib
 import json
 import re
 
@@ -178,56 +177,6 @@ def test_the_files_hold_what_the_page_says(tmp_path):
     of_logits = np.cov(head['weight'].T)
     rest = of_logits - np.diag(np.diag(of_logits))
     assert np.abs(rest).max() <= 1e-4 * of_logits.max()
-
-
-def as_earlier_version(folder):
-    """Rewrite a cache of hidden states in int8 as earlier versions wrote it: without a basis, in units
-    that are powers of two.
-
-    Returns:
-        The rows, (200, 32) uint8.
-    """
-    model = net()
-    hidden = model[:2](data().tensors[0]).detach().numpy()
-    unit = np.exp2(np.log2(np.sqrt((hidden**2).mean(0))).round())
-    weight, bias = [o.detach().numpy() for o in model[2].parameters()]
-    head = np.concatenate([(weight * unit).ravel(), bias, unit]).astype('<f4').tobytes()
-    scaled = hidden / unit
-    lo, hi = scaled.min(1, keepdims=True), scaled.max(1, keepdims=True)
-    scale = np.concatenate([(hi - lo) / 254, (hi + lo) / 2], 1).astype('<f4')
-    numbers = ((scaled - scale[:, 1:]) / scale[:, :1]).round().clip(-127, 127).astype(np.int8)
-    rows = np.concatenate([numbers.view(np.uint8), scale.view(np.uint8)], 1)
-    d = json.loads((folder / 'manifest.json').read_text())
-    del d['layout']['basis'], d['checksum']
-    for name, content in (('head.bin', head), ('view000/000000.bin', rows.tobytes())):
-        (folder / name).write_bytes(content)
-        entry = next(o for o in d['shards'] if o['name'] == name)
-        entry['bytes'] = len(content)
-        entry['checksum'] = hashlib.blake2b(content, digest_size=16).hexdigest()
-    (folder / 'manifest.json').write_text(json.dumps(d))
-    return rows
-
-
-def test_hidden_states_of_an_earlier_version_are_read(tmp_path):
-    written(tmp_path, 'hidden')
-    rows = as_earlier_version(tmp_path)
-    cache = TeacherCache(tmp_path).check()
-    assert (cache.rows(range(200)) == rows).all()
-    t, got = exact(), cache.outputs(range(200)).logits.dense()
-    assert (got - t).abs().max() <= 0.01 * (t.max() - t.min())
-
-
-def test_hidden_states_of_an_earlier_version_are_continued(tmp_path):
-    "The remaining rows are written as the rows that exist"
-    written(tmp_path, 'hidden')
-    rows = as_earlier_version(tmp_path)
-    assert (written(tmp_path, 'hidden').rows(range(200)) == rows).all()
-    (tmp_path / 'view000/000000.bin').unlink()
-    again = written(tmp_path, 'hidden').rows(range(200))
-    # a number may be rounded differently
-    assert (again[:, :24] == rows[:, :24]).mean() >= 0.999
-    t, got = exact(), TeacherCache(tmp_path).check().outputs(range(200)).logits.dense()
-    assert (got - t).abs().max() <= 0.01 * (t.max() - t.min())
 
 
 def test_an_output_layer_with_nan_is_refused(tmp_path):
@@ -461,17 +410,10 @@ def test_a_cache_may_be_packed(tmp_path):
     )
 
 
-@pytest.mark.parametrize('dtype, version', [('int8', 3), ('float16', 2)])
-def test_only_hidden_states_in_a_different_basis_need_a_newer_version(dtype, version, tmp_path):
-    written(tmp_path, dict(kind='hidden', dtype=dtype))
-    assert json.loads((tmp_path / 'manifest.json').read_text())['version'] == version
-
-
 def test_an_entry_that_does_not_fit_is_refused(tmp_path):
     written(tmp_path, 'hidden')
     file = tmp_path / 'manifest.json'
     d = json.loads(file.read_text())
-    assert d['version'] == 3
     for change, match in (
         (dict(head=dict(bias=1, cap=None)), 'layout.head.bias is 1: it must be true or false'),
         (
@@ -480,8 +422,6 @@ def test_an_entry_that_does_not_fit_is_refused(tmp_path):
         ),
         (dict(head=dict(bias=True)), 'layout.head has no cap'),
         (dict(draws=dict(number=0, T=1.0)), 'layout.draws.number is 0'),
-        (dict(basis=1), 'layout.basis is 1: it must be true or false'),
-        (dict(head=None, draws=None), 'layout.basis needs layout.head'),
     ):
         write_manifest(tmp_path, {**d, 'layout': {**d['layout'], **change}})
         with pytest.raises(DistillError, match=match):
@@ -491,7 +431,6 @@ def test_an_entry_that_does_not_fit_is_refused(tmp_path):
 def test_logits_are_stored_as_before(tmp_path):
     written(tmp_path, 'float16')
     d = json.loads((tmp_path / 'manifest.json').read_text())
-    assert d['version'] == 1
     assert set(d['layout']) == {'fields', 'n', 'tail', 'axis', 'full'}
 
 

@@ -19,8 +19,7 @@ def head_is_lost(where: Folder, m: Manifest) -> bool:
     """Return True if `head.bin` is needed, but is missing, has a different size, or was changed."""
     if (where.size('head.bin') if m.head_bytes else 0) != m.head_bytes:
         return True
-    known = m.checksums.get('head.bin')  # unknown if an earlier version began to write the cache
-    return known is not None and checksum(where.read('head.bin')) != known
+    return m.head_bytes > 0 and checksum(where.read('head.bin')) != m.checksums.get('head.bin')
 
 
 def restore_head(where: Folder, m: Manifest, head: StoredHead | None) -> None:

@@ -29,7 +29,7 @@ from .json_checks import (
 )
 from .row_layout import Layout
 
-FORMAT, VERSIONS = 'fastdistill-cache', (1, 2, 3)
+FORMAT, VERSION = 'fastdistill-cache', 1
 # limits, so that a damaged manifest can't fill the memory or disk, or cause an endless loop
 MAX_MANIFEST, MAX_COUNT, MAX_VIEWS = 2**28, 2**40, 2**16
 MAX_BATCH, MAX_FILES, MAX_FILE = 2**20, 2**22, 2**33
@@ -132,7 +132,7 @@ class Manifest:
         return self.count * self.stored * self.layout.bytes + self.head_bytes
 
     def to_json(self) -> builtins.bytes:
-        d = dict(format=FORMAT, version=self.version, **asdict(self))
+        d = dict(format=FORMAT, version=VERSION, **asdict(self))
         d['layout'] = self.layout.to_json()
         for k in ('doubt', 'lost'):
             if not d[k]:
@@ -148,14 +148,6 @@ class Manifest:
         """
         d = {**asdict(self), 'layout': self.layout.to_json()}
         return manifest_of(json.loads(json.dumps(d, default=as_python)))
-
-    @property
-    def version(self) -> int:
-        """Lowest version of the format that supports this cache."""
-        if self.layout.kind == 'pca' or self.layout.basis:
-            return 3
-        kinds = self.layout.head, self.layout.draws, self.parts
-        return 1 if kinds == (None, None, None) and not self.lost else 2
 
     @staticmethod
     def read(where: Folder) -> 'Manifest':
@@ -249,14 +241,14 @@ def parse_manifest(text: bytes, where: Any) -> Manifest:
     try:
         if not isinstance(d := parse_json(text), dict) or d.get('format') != FORMAT:
             raise NotACache(f'{where}/manifest.json does not belong to a fastdistill cache.')
-        if type(v := d.get('version')) is not int or v not in VERSIONS:
+        if type(v := d.get('version')) is not int or v != VERSION:
             raise NotACache(
-                f'{where} is a cache of version {shortened(v)}, but this fastdistill reads versions '
-                f'{VERSIONS[0]} to {VERSIONS[-1]}: install the version that wrote it, or write the cache '
-                'again (force=True).'
+                f'{where} is a cache of version {shortened(v)}, which a different version of '
+                f'fastdistill wrote: this one reads only version {VERSION}. Write the cache again '
+                '(force=True).'
             )
-        # caches of earlier versions have no checksum
-        intact = 'checksum' not in d or d.pop('checksum') == entries_checksum(d)
+        # subtle: the checksum is removed before that of the other entries is computed
+        intact = d.pop('checksum', None) == entries_checksum(d)
         del d['format'], d['version']
         m = manifest_of(d)
         # subtle: compared last, because the errors of `manifest_of` say more

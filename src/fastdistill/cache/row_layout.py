@@ -243,7 +243,6 @@ LAYOUT_ENTRIES = {
     'axis': range(-MAX_DIMS, MAX_DIMS + 1),
     'full': (None, [range(1, MAX_BYTES + 1), 2, 2]),
     'head?': (None, dict(bias=bool, cap=(None, float))),
-    'basis?': (None, bool),
     'draws?': (None, dict(number=range(1, 2**16), T=float)),
 }
 
@@ -262,8 +261,6 @@ class Layout:
             principal components: a dict with `bias` (True if the layer has a bias) and `cap` (soft
             cap of the logits, or None). None if there is no such layer.
         draws: For draws, a dict with their `number` and temperature `T`.
-        basis: True if hidden states are stored in a different basis, see `StoredHead`. None in caches
-            of earlier versions. Since these caches can be continued, comparisons ignore `basis`.
     """
 
     fields: list = field(default_factory=list)
@@ -273,7 +270,6 @@ class Layout:
     full: tuple | None = None
     head: dict | None = None
     draws: dict | None = None
-    basis: bool | None = field(default=None, compare=False)
 
     @classmethod
     def of(cls, out: Outputs, store: Store) -> 'Layout':
@@ -295,7 +291,6 @@ class Layout:
                 )
             self.n, self.axis = t.n, -1
             self.head = dict(bias=t.bias is not None, cap=t.cap)
-            self.basis = store.dtype == 'int8' or None
             fields.add_numbers('hidden', t.hidden.shape[1:])
         if isinstance(t, LinearLogits):
             t = torch.empty(t.shape, device='meta')
@@ -403,8 +398,6 @@ class Layout:
             raise DistillError(f'layout.fields take {size} bytes: at most {MAX_BYTES} are allowed.')
         if n is None and (head or draws):
             raise DistillError('layout.head and layout.draws need layout.n.')
-        if d.get('basis') and not head:
-            raise DistillError('layout.basis needs layout.head.')
         if head and head['cap'] is not None and not head['cap'] > 0:
             refuse_entry('layout.head.cap', head['cap'], 'a positive number or null')
         if draws and not draws['T'] > 0:
@@ -417,8 +410,12 @@ class Layout:
                     f'layout.fields[{i}] is {a or "missing"}: with the other entries of layout, it must '
                     f'be {b or "absent"}.'
                 )
-        self.basis = d.get('basis')
         return self
+
+    @property
+    def basis(self) -> bool:
+        """True if hidden states are stored in a different basis, see `StoredHead`."""
+        return self.kind == 'hidden' and self.fields[0].dtype == 'int8'
 
     @property
     def dense(self) -> bool:

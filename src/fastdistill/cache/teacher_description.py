@@ -225,10 +225,8 @@ def identity_of(teacher: Any) -> dict:
     """Return the manifest entry for a teacher: its name, options and fingerprint of the weights."""
     if (known := getattr(teacher, 'written_identity', None)) is not None:
         return known
-    options, parts = options_of(teacher), contents_of(teacher)
-    if getattr(teacher, 'module', None) is not None:
-        parts.append('None')  # fingerprints of earlier versions contain this text
-    return dict(name=name_of_model(teacher), weights=fingerprint(*parts), **options)
+    weights = fingerprint(*contents_of(teacher))
+    return dict(name=name_of_model(teacher), weights=weights, **options_of(teacher))
 
 
 def contents_of(teacher: Any) -> list:

@@ -325,8 +325,7 @@ def _finish(where: Folder, m: Manifest, done: dict[str, str]) -> None:
         return
     sums = notes(where, [s for s in m.all_shards() if s[2] not in done]) | done
     sums |= m.checksums
-    for name in ['keys.bin'] + ['head.bin'] * bool(m.head_bytes and 'head.bin' not in sums):
-        sums[name] = checksum(where.read(name))
+    sums['keys.bin'] = checksum(where.read('keys.bin'))
     if lost := [name for name, _ in m.all_files() if name not in sums]:
         raise DistillError(
             f'{lost[0]} of {where} disappeared while the cache was being written: write the cache again.'

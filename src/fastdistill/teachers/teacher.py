@@ -252,7 +252,6 @@ class Teacher(OutputSource):
         if self.path:
             self.model = load_model(self.path)[0]
             self.model = adapted_model(self)
-        self.needs = needs_of(self)  # files of earlier versions do not contain it
         self.runner = runner_of(self)
 
     # run a batch
