@@ -20,9 +20,8 @@ from torch.utils.data import TensorDataset
 from fastdistill.cache import cache_dataset
 from fastdistill.checks.shared_parameters import numbers_of_parameters, parameters_of
 from fastdistill.teachers.model_loading import Onnx
-from fastdistill.base.random_state import RandomStream
 from fastdistill.base.outputs import DistillError, DistillWarning, Outputs
-from fastdistill import Distiller, kd, with_items
+from fastdistill import Distiller, kd
 from fastdistill.teachers.members import modules_of
 from fastdistill.teachers.image_normalization import image_change
 from fastdistill import Teacher  # the public name, whose docstring explains the options
@@ -1175,18 +1174,6 @@ def test_files_pickle_and_copy_by_their_path(tmp_path, monkeypatch):
         for c in copies:
             assert not c.runner.started and c.name == t.name
             same(c(v).logits, want)
-
-
-def test_a_teacher_from_a_file_of_an_earlier_version_runs():
-    "Such a file holds more attributes, but not what the teacher reads"
-    x, model = torch.randn(4, 5), nn.Linear(5, 3)
-    state = Teacher(model, items=torch.stack).__getstate__()
-    del state['needs']
-    old = Teacher.__new__(Teacher)
-    old.__setstate__(state | dict(_runner=None, _was_started=[], random=RandomStream()))
-    with old:
-        torch.testing.assert_close(old(with_items(x, [*x + 1])).logits, model(x + 1))
-    assert old.needs == 'items' and not old.runner.started
 
 
 def test_modules_pickle_and_copy_with_the_teacher():
