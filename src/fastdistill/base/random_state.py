@@ -130,24 +130,20 @@ def restored_once() -> Iterator[None]:
         yield
 
 
-def global_generators(
-    devices: Sequence = (), python: bool = True
-) -> dict[str, tuple[Callable, Callable]]:
+def global_generators(devices: Sequence = ()) -> dict[str, tuple[Callable, Callable]]:
     """Return {name: (function that reads the state, function that sets the state)} for the global
     generators.
 
     Args:
         devices: CUDA devices whose generators are included.
-        python: True to include the generators of Python and NumPy. Reading Python's state is slow.
     """
     out: dict[str, tuple[Callable, Callable]] = {'cpu': (torch.get_rng_state, torch.set_rng_state)}
     for d in devices:
         put = partial(torch.cuda.set_rng_state, device=d)
         out[str(d)] = partial(torch.cuda.get_rng_state, d), put
-    if python:
-        out['random'] = random.getstate, random.setstate
-        # replacing NumPy's generator is faster than copying its state
-        out['numpy'] = np.random.get_bit_generator, np.random.set_bit_generator  # type: ignore[attr-defined]
+    out['random'] = random.getstate, random.setstate
+    # replacing NumPy's generator is faster than copying its state
+    out['numpy'] = np.random.get_bit_generator, np.random.set_bit_generator  # type: ignore[attr-defined]
     return out
 
 

@@ -43,7 +43,6 @@ class FrozenModel:
         dtypes = (p.dtype for p in self.model.parameters())
         self.dtype = next((d for d in dtypes if d.is_floating_point and d.itemsize > 1), None)
         self.cuda = cuda_devices(self.model)
-        self.known_layers = has_known_layers(self.model)
         self.params: list[tuple] = []  # original parameters, if the model was moved
         # device of the last batch, and device on which the model runs it
         self.batch_device: torch.device | None = None
@@ -134,19 +133,6 @@ def buffers_of(modules: Iterable[Module]) -> list[tuple[dict, str, Tensor]]:
 
 def cuda_devices(model: Module) -> set[torch.device]:
     return {t.device for t in [*model.parameters(), *model.buffers()] if t.is_cuda}
-
-
-def has_known_layers(model: Module) -> bool:
-    """Return True if all layers are from PyTorch, torchvision or fastai, and none of them calls a
-    function of the user. In evaluation mode, such layers draw no random numbers from Python or NumPy.
-    """
-    known = 'torch.nn.', 'torchvision.', 'fastai.'
-    return all(
-        type(m).__module__.startswith(known)
-        and not hasattr(m, 'func')  # as in fastai's Lambda
-        and not (m._forward_hooks or m._forward_pre_hooks or 'forward' in vars(m))
-        for m in model.modules()
-    )
 
 
 def may_be_hidden_state(name: str) -> bool:

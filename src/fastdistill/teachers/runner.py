@@ -27,7 +27,7 @@ from ..features.probe import untouched
 from .batch_slices import in_slices, joined, plain_output
 from .copy_plan import short_name
 from .fast_copy import DEFAULTS, FastCopy, by_output
-from .frozen import FrozenModel, cuda_devices, has_known_layers
+from .frozen import FrozenModel, cuda_devices
 from .hidden_state import NO_RESET, has_reset, why_no_reset
 from .image_normalization import ImageConversion, is_image
 from .model_loading import Onnx, explained, is_graph
@@ -183,12 +183,9 @@ class ModelRunner(Runner):
     def generators(self, x: Any = ()) -> dict:
         """Return the global random generators that the model may use for these inputs."""
         devices = {o.device for o in tensors_in(x) if o.is_cuda}
-        if (module := self.teacher.module) is None:
-            return global_generators([*devices])
-        started = self.started
-        devices |= self.frozen.cuda if started else cuda_devices(module)
-        known = self.frozen.known_layers if started else has_known_layers(module)
-        return global_generators([*devices], not known or self.teacher.mode == 'train')
+        if (module := self.teacher.module) is not None:
+            devices |= self.frozen.cuda if self.started else cuda_devices(module)
+        return global_generators([*devices])
 
     @property
     def remembers(self) -> bool:
