@@ -625,7 +625,11 @@ def test_a_row_of_nonsense_is_named_before_anything_is_written(row, kwargs, says
             {},
             'has outputs of one position, but the first row has outputs of a list of positions',
         ),
-        ([dict(key='a', logprobs=[0.0])], dict(topk=0), 'topk=0: it must be a whole number from 1'),
+        (
+            [dict(key='a', logprobs=[0.0])],
+            dict(topk=0),
+            'topk=0: must be a whole number of at least 1, or None',
+        ),
         ([{'key': 'a', 1: 2, 'logprobs': [0.0]}], {}, "Row 0 can't be written as JSON"),
     ],
 )

@@ -171,8 +171,8 @@ def test_the_option_store(given, components, dtype):
 @pytest.mark.parametrize(
     'given,match',
     [
-        (dict(components=0), 'components=0: must be from 1 to 255'),
-        (dict(components=256), 'components=256: must be from 1 to 255'),
+        (dict(components=0), 'components=0: must be a whole number from 1 to 255'),
+        (dict(components=256), 'components=256: must be a whole number from 1 to 255'),
         (dict(components=9, topk=3), "topk, components can't be combined"),
         (dict(kind='hidden', components=9), "kind='hidden' and components can't be combined"),
     ],

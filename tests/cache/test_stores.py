@@ -82,7 +82,7 @@ def test_the_option_store(given, kind, dtype):
         (dict(k=3), "has an unknown key 'k'"),
         (dict(topk=3, draws=5), "topk, draws can't be combined"),
         (dict(kind='draws', topk=3), "kind='draws' and topk can't be combined"),
-        (dict(draws=0), 'draws=0: must be from 1 to 65535'),
+        (dict(draws=0), 'draws=0: must be a whole number from 1 to 65535, or None'),
         (dict(draws=5, T=0.0), 'T=0.0: a temperature must be a number above 0'),
         (dict(kind='all'), "kind='all': must be one of 'auto'"),
         (dict(topk='abc'), "topk='abc': must be a whole number"),

@@ -3,6 +3,8 @@
 import warnings
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from difflib import get_close_matches
+from numbers import Integral
+from typing import Any
 
 
 class DistillError(ValueError):
@@ -40,6 +42,25 @@ def check_choice(name: str, value: object, allowed: Collection) -> None:
     """Raise a DistillError if an option does not have one of its allowed values."""
     if value not in allowed:
         raise DistillError(f'{name}={value!r}: must be one of {", ".join(map(repr, allowed))}')
+
+
+def is_whole(o: object) -> bool:
+    return isinstance(o, Integral) and not isinstance(o, bool)
+
+
+def check_whole(
+    name: str, value: Any, least: int = 1, most: int | None = None, none: bool = False
+) -> None:
+    """Raise a DistillError if an option is not a whole number in a range. With `none`, None is
+    allowed.
+    """
+    if none and value is None:
+        return
+    if not is_whole(value) or value < least or most is not None and value > most:
+        allowed = f'of at least {least}' if most is None else f'from {least} to {most}'
+        raise DistillError(
+            f'{name}={value!r}: must be a whole number {allowed}{", or None" * none}.'
+        )
 
 
 def options_of_group(group: str, given: Mapping | None, have: Iterable[str]) -> dict:

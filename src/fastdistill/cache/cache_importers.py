@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..base.errors import check_whole
 from ..base.outputs import DistillError, Outputs, TopK
 from .imported_files import read_rows
 from .json_checks import located, shortened
@@ -21,7 +22,7 @@ from .keys import as_array, keys_of, ordered_names
 from .other_tools import converted_rows
 from .reader import TeacherCache
 from .row_layout import COARSE, Store, float16_step
-from .teacher_description import Source, check_vocab, is_whole
+from .teacher_description import Source, check_vocab
 from .write_progress import shown_progress
 from .writer import write_cache
 
@@ -237,8 +238,7 @@ class Reading:
     def measure(self, topk: int | None, length: int | None) -> None:
         """Check all rows in one pass, and determine the numbers of classes and positions to store."""
         for name, o in dict(n=self.n, topk=topk, length=length).items():
-            if o is not None and (not is_whole(o) or o < 1):
-                raise DistillError(f'{name}={o!r}: it must be a whole number from 1, or None.')
+            check_whole(name, o, none=True)
         # {number of classes: row}, for all positions, and for the positions without class numbers
         counts: dict[int, int] = {}
         unnumbered: dict[int, int] = {}

@@ -22,12 +22,11 @@ from typing import Any
 from urllib.parse import quote, quote_plus, unquote, unquote_plus, urlsplit
 
 from ..base.atomic_files import check_regular_file, file_errors, write_atomically
-from ..base.outputs import DistillError
+from ..base.errors import DistillError, check_whole, is_whole
 from .digests import behavior_of, checksum
 from .file_store import Folder
 from .json_checks import load_json, shortened
 from .manifest import MAX_MANIFEST
-from .teacher_description import is_whole
 
 LONGEST_WAIT = 60  # maximum wait before a retry in seconds, even if the server asks for more
 
@@ -74,8 +73,7 @@ def ask_server(
         raise DistillError(f'path={str(path)!r}: the name of the file must end in .jsonl.')
     check_samples(samples)
     for k, v, least in ('bs', bs, 1), ('at_once', at_once, 1), ('retries', retries, 0):
-        if not is_whole(v) or v < least:
-            raise DistillError(f'{k}={v!r}: it must be a whole number from {least}.')
+        check_whole(k, v, least)
     for k, number in ('per_second', per_second), ('timeout', timeout):
         is_number = isinstance(number, (int, float)) and not isinstance(number, bool)
         if number is not None and not (is_number and 1e-6 <= number <= 1e6):

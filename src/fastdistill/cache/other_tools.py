@@ -9,9 +9,8 @@ from typing import Any
 import numpy as np
 
 from ..base.atomic_files import file_errors
-from ..base.errors import DistillError, check_choice
+from ..base.errors import DistillError, check_choice, is_whole
 from .json_checks import json_list, json_object, load_json, refuse_entry, shortened, whole_number
-from .teacher_description import is_whole
 
 # NumPy has no bfloat16, so its bits are read
 FLOATS = dict(float16='<f2', bfloat16='<u2', float32='<f4', float64='<f8')

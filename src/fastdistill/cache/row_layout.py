@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..base.errors import DistillError, check_choice
+from ..base.errors import DistillError, check_choice, check_whole
 from ..base.outputs import TAILS, Draws, LinearLogits, Outputs, TopK, as_dense
 from .json_checks import check_json, refuse_entry
 
@@ -112,30 +112,22 @@ class Store:
                 f"{kind}{', '.join(given)} can't be combined. store= {POSSIBLE_STORES}"
             )
         self.kind = self.kind or (own[0] if own else 'logits')
-        for n in ('topk', 'draws', 'components'):
-            if not isinstance(o := getattr(self, n), Integral | None) or isinstance(o, bool):
-                raise DistillError(f'{n}={o!r}: must be a whole number')
+        for n, default, most in (
+            ('topk', 10, None),
+            ('draws', 50, 2**16 - 1),
+            ('components', 64, MAX_COMPONENTS),
+        ):
+            if self.kind == KIND_OF_OPTION[n] and getattr(self, n) is None:
+                setattr(self, n, default)
+            check_whole(n, getattr(self, n), 1, most, none=True)
+        if self.kind == 'draws' and self.T is None:
+            self.T = 1.0
         if not (self.T is None or isinstance(self.T, Real) and self.T > 0):
             raise DistillError(f'T={self.T!r}: a temperature must be a number above 0')
-        if self.kind == 'topk' and self.topk is None:
-            self.topk = 10
-        if self.kind == 'draws':
-            self.draws = 50 if self.draws is None else self.draws
-            self.T = 1.0 if self.T is None else self.T
-            if not 1 <= self.draws < 2**16:
-                raise DistillError(f'draws={self.draws}: must be from 1 to {2**16 - 1}')
-        if self.kind == 'pca':
-            self.components = 64 if self.components is None else self.components
-            if not 1 <= self.components <= MAX_COMPONENTS:
-                raise DistillError(
-                    f'components={self.components}: must be from 1 to {MAX_COMPONENTS}'
-                )
         if self.dtype is None:
             self.dtype = 'int8' if self.kind in ('hidden', 'pca') else 'float16'
         check_choice('dtype', self.dtype, DTYPES)
         check_choice('tail', self.tail, TAILS)
-        if self.topk is not None and self.topk < 1:
-            raise DistillError(f'topk={self.topk}: must be at least 1, or None for all classes')
         if isinstance(self.size, int):
             self.size = self.size, self.size
         if self.size is None:

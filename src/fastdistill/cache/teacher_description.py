@@ -6,23 +6,18 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from numbers import Integral
 from typing import Any, cast
 
 import numpy as np
 import torch
 
+from ..base.errors import check_whole
 from ..base.outputs import DistillError, DistillWarning, Outputs, TopK, as_dense
 from ..teachers.image_normalization import image_change
 from ..teachers.members import known_classes
 from ..teachers.model_loading import model_files
 from ..teachers.teacher import Teacher, with_defaults
 from .digests import fingerprint
-
-
-def check_batch_size(bs: Any) -> None:
-    if not is_whole(bs) or bs < 1:
-        raise DistillError(f'bs={bs!r}: must be a whole number of at least 1.')
 
 
 def check_vocab(vocab: Sequence | None, n: int) -> None:
@@ -80,7 +75,7 @@ class Source:
     doubt: str = ''
 
     def __post_init__(self) -> None:
-        check_batch_size(self.bs)
+        check_whole('bs', self.bs)
         if self.files is not None and len(self.files) != len(self.keys):
             raise DistillError(
                 f'{len(self.files)} files for {len(self.keys)} samples: pass one for each.'
@@ -95,10 +90,6 @@ class Source:
         n = min(n, len(self.keys))
         with closing(self.run(np.arange(n), n, **options)) as batches:
             return next(batches)
-
-
-def is_whole(o: Any) -> bool:
-    return isinstance(o, Integral) and not isinstance(o, bool)
 
 
 def spread_positions(n: int, k: int = 4) -> np.ndarray:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from ..base.distributed import on_first, rank, world_size
-from ..base.errors import options_of_group
+from ..base.errors import is_whole, options_of_group
 from ..base.outputs import DistillError, DistillWarning, TopK, as_dense
 from ..base.sample_seeds import seeds_of
 from .digests import checksum, versions
@@ -27,7 +27,7 @@ from .row_layout import Layout, Store
 from .sample_files import changed_files, changed_text, record_files, write_record
 from .shard_notes import clear, note_of, notes
 from .store_choice import few_outputs
-from .teacher_description import Source, is_whole
+from .teacher_description import Source
 from .verify_rows import other_outputs
 
 SHARD_BYTES = 64 * 2**20

@@ -16,7 +16,7 @@ from fastai.data.transforms import Normalize
 from fastai.tabular.core import TabDataLoader
 from fastai.text.data import SortedDL
 
-from ..base.errors import few_names
+from ..base.errors import check_whole, few_names
 from ..base.model_state import restored
 from ..base.outputs import (
     DistillError,
@@ -36,7 +36,6 @@ from ..cache.store_choice import Choice, check_kind_of_store, existing_store, us
 from ..cache.teacher_description import (
     Source,
     check_alone,
-    check_batch_size,
     check_shared_keys,
     distinct_views,
     identity_of,
@@ -375,7 +374,7 @@ def source_of(
             f'bs={bs} cannot be used for a language model, whose text is cut into one row for each '
             f'of the {dl.bs} samples of a batch: omit bs.'
         )
-    check_batch_size(rows := dl.bs if bs is None else bs)
+    check_whole('bs', rows := dl.bs if bs is None else bs)
     root = key_root(dls)
     names, order = item_keys(dl, keys, root), storage_order(dl)
     items = raw_items(dl) if teacher.needs else None

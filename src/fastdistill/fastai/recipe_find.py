@@ -15,11 +15,10 @@ from fastai.basics import Learner, OptimWrapper, noop, patch
 
 from ..base.content import describe_content
 from ..base.distributed import rank
+from ..base.errors import DistillError, DistillWarning, check_whole
 from ..base.model_state import restored
-from ..base.outputs import DistillError, DistillWarning
 from ..base.progress_bar import progress_bar
 from ..base.random_state import guarded_random_state
-from ..cache.teacher_description import is_whole
 from ..checks.batch_scores import METRICS
 from ..checks.teacher_outputs import BATCHES
 from ..search.candidates import candidates_for, candidates_for_heads, given_candidates
@@ -220,8 +219,7 @@ def refuse_numbers(minutes, whole: dict) -> None:
     if not (isinstance(minutes, Real) and minutes > 0):
         raise DistillError(f'minutes={minutes!r}: must be a positive number.')
     for k, (v, least) in whole.items():
-        if not (is_whole(v) and v >= least):
-            raise DistillError(f'{k}={v!r}: must be a whole number of at least {least}.')
+        check_whole(k, v, least)
 
 
 def as_rates(rates):

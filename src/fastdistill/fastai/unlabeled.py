@@ -5,11 +5,11 @@ from contextlib import ExitStack
 
 from fastai.text.data import LMDataLoader
 
-from ..base.errors import options_of_group
+from ..base.errors import is_whole, options_of_group
 from ..base.outputs import DistillError
 from ..base.random_state import RandomGuard
 from ..cache.manifest import refuse
-from ..cache.teacher_description import identity_of, is_whole
+from ..cache.teacher_description import identity_of
 from .cache_feed import SampleFeed, StoredOutputs
 from .perturbed_rows import perturbed_rows
 from .probe_batches import loader_of, split_batch
