@@ -19,7 +19,7 @@ from ..base.task import Task, fit_labels
 from ..teachers.members import known_classes
 from ..teachers.teacher import Teacher
 from .batch_scores import FEW, LEADS, METRICS, Tally
-from .findings import Finding, Findings, numbers_in_words
+from .findings import Facts, Finding, Findings
 from .forward import student_logits, teacher_logits
 from .shapes import mismatches
 from .teacher_confidence import saturated
@@ -91,13 +91,10 @@ class Follow:
 
 
 @dataclass
-class Explanation:
+class Explanation(Facts):
     """Measurements after training. A value is None if it could not be measured.
 
     Attributes:
-        metric: Name of the metric of the scores.
-        n: Number of scored validation items.
-        teacher_score, student_score: Scores on validation items.
         teacher_score_train: Score of the teacher on augmented training items.
         follows_train: Fraction of the teacher's predictions that the student reproduces on training
             items, see `Follow`.
@@ -106,7 +103,6 @@ class Explanation:
         repeats: Fraction of the teacher's mistakes on validation items that the student repeats.
             Compare it with the value for a student trained without a teacher, which also makes many
             of these mistakes.
-        top_prob_train: Mean top probability of the teacher on training items.
         steps: Number of training steps.
         shares: {loss: fraction of the gradient on the first batch}.
         same_train: Fraction of training predictions that have the same class as the teacher's. None
@@ -117,15 +113,10 @@ class Explanation:
         best_epoch: Epoch with the lowest validation loss, and the number of epochs. None if unknown.
     """
 
-    metric: str
-    n: int = 0
-    teacher_score: float | None = None
-    student_score: float | None = None
     teacher_score_train: float | None = None
     follows_train: float | None = None
     follows_valid: float | None = None
     repeats: float | None = None
-    top_prob_train: float | None = None
     steps: int | None = None
     shares: dict = field(default_factory=dict)
     same_train: float | None = None
@@ -142,11 +133,8 @@ class Explanation:
         """Yield lines of text about the scores and about what the student learned from the
         teacher.
         """
-        if self.n and self.student_score is not None:
-            yield (
-                f'{self.metric} on {self.n} validation items: '
-                f'{numbers_in_words(dict(teacher=self.teacher_score, student=self.student_score))}'
-            )
+        if self.n:
+            yield self.scores
         what = 'predictions' if self.metric == METRICS['regression'] else 'probabilities'
         for text, train, valid in (
             (
@@ -215,21 +203,23 @@ def explain_training(
         raise DistillError('There are no validation items on which to compare student and teacher.')
     f, other = tallies[0].facts(), tallies[1].facts()
     facts = Explanation(
-        METRICS[task.kind],
+        f.metric,
         f.n,
         f.teacher_score,
         f.student_score,
-        other.teacher_score,
-        follows[1].value,
-        follows[0].value,
-        mistakes[1] / mistakes[0] if mistakes[0] >= FEW else None,
-        other.top_prob_valid,
-        steps,
-        dict(shares or {}),
-        follows[1].same,
-        follows[0].same,
-        dict(faded or {}),
-        (1 + min(range(len(losses)), key=losses.__getitem__), len(losses)) if losses else None,
+        top_prob_train=other.top_prob_valid,
+        teacher_score_train=other.teacher_score,
+        follows_train=follows[1].value,
+        follows_valid=follows[0].value,
+        repeats=mistakes[1] / mistakes[0] if mistakes[0] >= FEW else None,
+        steps=steps,
+        shares=dict(shares or {}),
+        same_train=follows[1].same,
+        same_valid=follows[0].same,
+        faded=dict(faded or {}),
+        best_epoch=(1 + min(range(len(losses)), key=losses.__getitem__), len(losses))
+        if losses
+        else None,
     )
     found = Findings(reasons(facts, tallies[0], lower))
     found.facts, found.none = facts, 'No obstacle to distillation was found.'
@@ -256,14 +246,8 @@ def reasons(f: Explanation, valid: Tally, lower: Callable | None = None) -> Iter
         valid: `Tally` of the validation set.
         lower: fn(term) -> which options of the term to lower (`Recipe.how_to_lower`).
     """
-    score = (
-        f'{f.metric} on {f.n} validation items: teacher {f.teacher_score:.3f}, '
-        f'student {f.student_score:.3f}'
-        if f.n
-        else ''
-    )
     if f.n:
-        yield from no_better(score, valid.items('teacher'), valid.items('student'), valid)
+        yield from no_better(f.scores, valid.items('teacher'), valid.items('student'), valid)
     yield from does_not_follow(f)
     yield from other_view(f)
     yield from saturated(f.top_prob_train, None, valid.task)
