@@ -466,8 +466,9 @@ def write_onnx(model, x, path, facts) -> None:
 
 
 def global_max_pool(x, size):
-    """Decompose `ADAPTIVE_MAX_POOL` for an output of size 1, as in fastai's `AdaptiveConcatPool2d`. Before
-    version 2.13, PyTorch can't export it to ONNX.
+    """Decompose `ADAPTIVE_MAX_POOL` for an output of size 1, as in fastai's `AdaptiveConcatPool2d`.
+
+    Before version 2.13, PyTorch can't export this operation to ONNX.
     """
     if max(size) > 1:
         return NotImplemented
