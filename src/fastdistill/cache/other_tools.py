@@ -1,12 +1,12 @@
 """Convert files of other distillation tools to rows that `cache_from` reads."""
 
-import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml  # type: ignore[import-untyped]
 
 from ..base.atomic_files import file_errors
 from ..base.errors import DistillError, check_choice, is_whole
@@ -143,10 +143,6 @@ def read_yaml(path: Path) -> Any:
     if path.suffix == '.json':
         with file_errors(f"{path} can't be read as JSON"):
             return load_json(path.read_text(encoding='utf-8'))
-    try:
-        yaml = importlib.import_module('yaml')
-    except ImportError as e:
-        raise ImportError(f'{path} needs PyYAML: pip install pyyaml') from e
     try:
         return yaml.safe_load(path.read_text())
     except yaml.YAMLError as e:

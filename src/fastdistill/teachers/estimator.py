@@ -4,7 +4,6 @@ Any object with a method `predict_proba` or `predict` works.
 """
 
 import copy
-import pickle
 from collections.abc import Mapping
 from typing import Any, Self
 
@@ -29,10 +28,8 @@ def load_estimator(path: Any) -> Any:
     Args:
         path: Path of a file that `joblib.dump` wrote.
     """
-    try:
-        import joblib
-    except ImportError as e:
-        raise ImportError(f'The estimator in {path} needs joblib: pip install joblib') from e
+    import joblib
+
     try:
         model = joblib.load(path)
     # subtle: unpickling a file of a different format may raise any error
@@ -94,12 +91,9 @@ class Estimator:
     @property
     def identity(self) -> bytes:
         """Bytes that identify the fitted estimator."""
-        try:
-            import joblib
+        import joblib
 
-            return joblib.hash(self.model).encode()
-        except ImportError:
-            return pickle.dumps(self.model)
+        return joblib.hash(self.model).encode()
 
     def __call__(self, *x: Any, **named: Any) -> Tensor:
         return self.predict(self._table(x, named))
