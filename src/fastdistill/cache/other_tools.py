@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml  # type: ignore[import-untyped]
 
 from ..base.atomic_files import file_errors
 from ..base.errors import DistillError, check_choice, is_whole
@@ -143,6 +142,8 @@ def read_yaml(path: Path) -> Any:
     if path.suffix == '.json':
         with file_errors(f"{path} can't be read as JSON"):
             return load_json(path.read_text(encoding='utf-8'))
+    import yaml  # type: ignore[import-untyped]
+
     try:
         return yaml.safe_load(path.read_text())
     except yaml.YAMLError as e:
