@@ -61,6 +61,7 @@ def loss(
         linear: True if the loss is linear in the teacher's probabilities and accepts `Draws`
             (sampled classes).
     """
+    options = dict(locals())
     if callable(kind):
         raise DistillError(
             'loss is a decorator with options: write @loss() above your function, or '
@@ -76,15 +77,7 @@ def loss(
             with torch.autocast(first.device.type, enabled=False):
                 return fn(_full(s), _full(t, detach=True), *args, **kwargs)
 
-        vars(call).update(
-            kind=kind,
-            match=match,
-            lists=lists,
-            samples=samples,
-            relates=relates,
-            positionwise=positionwise,
-            linear=linear,
-        )
+        vars(call).update(options)
         return cast(LossFn, call)
 
     return decorate
