@@ -14,7 +14,7 @@ from torch.backends import cudnn, mkldnn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..base.outputs import Outputs, tensors_in
+from ..base.outputs import Outputs, map_tensors, tensors_in
 from ..teachers.members import modules_of, single_teachers
 from ..teachers.raw_items import items_at, items_in, with_items
 from ..teachers.teacher import Teacher
@@ -90,15 +90,8 @@ def batch_of(x: Any, n: int) -> tuple:
     items = items_in(x)
     if items is not None:
         items = items_at(items, [i % len(items) for i in range(n)])
-
-    def fit(t: Any) -> Any:
-        if isinstance(t, torch.Tensor):
-            return t.repeat(-(-n // len(t)), *[1] * (t.dim() - 1))[:n]
-        if isinstance(t, dict):
-            return {k: fit(v) for k, v in t.items()}
-        return type(t)(map(fit, t)) if isinstance(t, (tuple, list)) else t
-
-    return with_items(tuple(map(fit, x)), items)
+    fit = lambda t: t.repeat(-(-n // len(t)), *[1] * (t.dim() - 1))[:n]
+    return with_items(map_tensors(tuple(x), fit), items)
 
 
 class Peak(TorchDispatchMode):
