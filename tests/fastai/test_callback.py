@@ -1902,7 +1902,7 @@ def test_layers_that_fine_tune_unfreezes_are_measured_in_their_first_batch():
                 return
             frozen.append(student.opt.frozen_idx)
             ratio = cb.distiller.ratios['hint']
-            factors.append(None if ratio.means is None else ratio.factor.item())
+            factors.append(None if ratio.means is None else ratio.factor_at(None).item())
 
     student.fine_tune(1, 0.01, freeze_epochs=2, cbs=[cb, Seen()])
     assert 1 in frozen and frozen[-1] == 0

@@ -121,14 +121,9 @@ class GradientRatio:
             return [t.roll(1, -1) for t in outputs]
         return [b.to(t) for b, t in zip(before, outputs)]
 
-    @property
-    def factor(self) -> Tensor:
-        """The weight, a 0-dim tensor. The weight is 0 as long as the term has no gradient."""
-        return self.factor_at(None)
-
     def factor_at(self, value: Tensor | None) -> Tensor:
-        """Compute the weight for a batch. The weight is lowered if the value of the term is much
-        larger than its running mean.
+        """Compute the weight for a batch, a 0-dim tensor. The weight is 0 as long as the term has no
+        gradient. It is lowered if the value of the term is much larger than its running mean.
 
         Args:
             value: Value of the term in this batch. None to skip this correction.
