@@ -780,7 +780,10 @@ def test_the_cards_code_predicts_as_get_preds_from_photos(tmp_path, monkeypatch,
     assert json.loads((folder / 'config.json').read_text())['resize'] == (
         how | dict(pad_mode=pad) if method == 'pad' else how
     )
-    assert f'16 x 24 pixels (height, width; resize method: {method}' in (folder / 'README.md').read_text()
+    assert (
+        f'16 x 24 pixels (height, width; resize method: {method}'
+        in (folder / 'README.md').read_text()
+    )
     code = (folder / 'README.md').read_text().split('```python\n')[1].split('```')[0]
     monkeypatch.chdir(folder)
     wanted = learn.get_preds(act=lambda o: o)[0]
