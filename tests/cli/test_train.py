@@ -1872,6 +1872,18 @@ def test_a_run_with_checkpoints_but_without_what_it_began_with_does_not_continue
     resumed(out)
 
 
+def test_a_checkpoint_of_another_model_is_named(stopped, digits):
+    out = stopped(digits)
+    folder = out / 'checkpoints'
+    unfinished = max(folder.glob('*.pt'), key=lambda f: f.stat().st_mtime_ns)
+    assert unfinished.name != 'teacher_0.pt'
+    shutil.copy(folder / 'teacher_0.pt', unfinished)
+    with pytest.raises(
+        DistillError, match=f'{unfinished.name} has the weights of a different model'
+    ):
+        resumed(out)
+
+
 def test_a_run_of_an_earlier_version_or_without_a_checkpoint_does_not_continue(stopped, digits):
     out = stopped(digits)
     folder = out / 'checkpoints'
@@ -1986,6 +1998,13 @@ def test_two_folders_of_one_set_are_refused(tmp_path):
         read(tmp_path)
     shutil.rmtree(tmp_path / 'validation')
     assert len(read(tmp_path)) == 24  # a test set is left for later
+
+
+def test_a_pipe_among_the_images_is_an_error(digits, tmp_path):
+    shutil.copytree(digits, tmp_path / 'mine')
+    os.mkfifo(tmp_path / 'mine' / 'digit0' / 'pipe.png')
+    with pytest.raises(DistillError, match="digit0/pipe.png' is a pipe"):
+        read(tmp_path / 'mine')
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason='root may read everything')

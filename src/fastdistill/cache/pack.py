@@ -7,7 +7,7 @@ import shutil
 import stat
 import zipfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
@@ -124,14 +124,18 @@ def pack_cache(
 @contextmanager
 def removed_after_error(where: Folder) -> Iterator[list[str]]:
     """Context manager that yields a list for the names of files that were written. After an error,
-    these files are removed, so that the same call can be repeated.
+    these files and new, empty folders are removed, so that the same call can be repeated.
     """
     written: list[str] = []
+    before = {*where.path.rglob('*')}
     try:
         yield written
     except BaseException:
         for name in reversed(written):
             where.remove(name)
+        for folder in sorted({*where.path.rglob('*')} - before, reverse=True):
+            with suppress(OSError):
+                folder.rmdir()
         raise
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from ...base.atomic_files import check_regular_file
 from ...base.errors import DistillError, DistillWarning, few_names
 from ...fastai.class_names import void_class
 from ...fastai.compare import shown_bar
@@ -153,6 +154,9 @@ def checked_files(s: Samples, config: TrainConfig) -> Samples:
         for x, y in zip(s.frame[s.x[0]], masks):
             tick()
             try:
+                for path in (x, y):
+                    if isinstance(path, (str, Path)):
+                        check_regular_file(path)
                 size = size_of_file(x)
                 if y is not None:
                     values |= mask_values(y, size, x)

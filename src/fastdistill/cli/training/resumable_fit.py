@@ -22,7 +22,7 @@ from fastai.basics import (
 
 from ...base.distributed import broadcast, on_first, rank, world_size
 from ...base.model_state import read_state, write_state
-from ...base.outputs import as_plain, map_tensors
+from ...base.outputs import DistillError, as_plain, map_tensors
 from ...base.sample_seeds import seeds_of
 from ...fastai.compare import history_of
 from ...fastai.metrics import row_by_column
@@ -90,11 +90,19 @@ class Checkpoints(Callback):
         """Number of finished epochs."""
         return 0 if self.state is None else self.state['epochs']
 
+    def load_weights(self, learn: Any) -> None:
+        try:
+            get_model(learn.model).load_state_dict(self.state['model'])
+        except RuntimeError as e:
+            raise DistillError(
+                f'{self.file} has the weights of a different model. {DAMAGED}'
+            ) from e
+
     def before_fit(self) -> None:
         if self.state is None:
             return
         s, r = self.state, self.learn.recorder
-        get_model(self.learn.model).load_state_dict(s['model'])
+        self.load_weights(self.learn)
         self.learn.opt.load_state_dict(to_device(s['opt'], one_param(self.learn.model).device))
         if self.kd is not None:
             self.kd.load_state_dict(s['kd'])
@@ -139,7 +147,7 @@ class Checkpoints(Callback):
 
     def restore(self, learn: Any) -> None:
         """Restore the state of a Learner after the last epoch, without a fit."""
-        learn.model.load_state_dict(self.state['model'])
+        self.load_weights(learn)
         r = learn.recorder
         r.metric_names = L(self.state['names'])
         r.values = L(map(L, self.state['values']))
