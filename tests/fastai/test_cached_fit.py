@@ -1,6 +1,6 @@
 "Fits from a cache, through the callback that users call: the loss, its gradient and its column are the live teacher's."
 
-import random
+import pickle, random
 from contextlib import nullcontext
 import numpy as np
 import pytest, torch
@@ -251,6 +251,19 @@ def test_new_dataloaders_in_the_middle_of_a_fit_are_refused(tmp_path, event):
     ):
         quiet(learn, 2, cbs=[KnowledgeDistillation(cache, kd()), Larger()])
     quiet(learn, 1, cbs=KnowledgeDistillation(cache, kd()))
+
+
+def test_a_callback_may_keep_join_and_pickle_the_batches_of_a_fit_from_a_cache(tmp_path):
+    class Keeps(Callback):
+        def before_batch(self):
+            kept.append(self.x)
+
+    kept, dls = [], data()
+    cache = cache_teacher(Convs(3).eval(), dls, tmp_path)
+    quiet(student(dls), 1, cbs=[KnowledgeDistillation(cache, kd(), check=False), Keeps()])
+    joined = torch.cat(kept[:2])
+    assert torch.equal(joined[: len(kept[0])], kept[0])
+    assert torch.equal(pickle.loads(pickle.dumps(kept[0])), kept[0])
 
 
 def test_layers_come_from_the_cache_too(tmp_path):

@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+from functools import cache
 
 import torch
 from fastai.basics import BaseLoss, Callback, Datasets, TensorBase
@@ -149,18 +150,37 @@ def recording(t, permutations):
     of several tensors of the batch is appended once. `CastToTensor` makes plain tensors before the
     model runs, so the model's own indexing is not recorded.
     """
-    cls = type(t)
+    out = t.as_subclass(recording_class(type(t)))
+    out.permutations = permutations
+    return out
 
+
+@cache
+def recording_class(cls):
+    """Return the subclass of a tensor class that `recording` uses."""
+
+    # subtle: one class for all batches, because PyTorch refuses operations on tensors of two
+    # subclasses
     class Recording(cls):
         def __getitem__(self, i):
+            plain, found = self.as_subclass(cls), getattr(self, 'permutations', None)
             reorders = isinstance(i, Tensor) and i.dtype in (torch.int64, torch.int32)
-            if reorders and i.dim() == 1 and self.dim() and len(i) == len(self):
+            if (
+                found is not None
+                and reorders
+                and i.dim() == 1
+                and self.dim()
+                and len(i) == len(self)
+            ):
                 i = as_plain(i)
-                if not any(i.data_ptr() == p.data_ptr() for p in permutations):
-                    permutations.append(i)
-            return self.as_subclass(cls)[i]
+                if not any(i.data_ptr() == p.data_ptr() for p in found):
+                    found.append(i)
+            return plain[i]
 
-    return t.as_subclass(Recording)
+        def __reduce_ex__(self, protocol):
+            return self.as_subclass(cls).__reduce_ex__(protocol)
+
+    return Recording
 
 
 def takes_teacher(loss_func):
