@@ -1,6 +1,6 @@
 "The doctor without a framework: what it measures and finds in a few batches of tensors, a healthy case beside each."
 
-import math, re
+import math, random, re, time
 import pytest, torch
 import torch.nn.functional as F
 from torch import nn
@@ -20,6 +20,7 @@ from fastdistill import (
 )
 from fastdistill.checks import Findings, check_outputs
 from fastdistill.checks.batch_scores import Tally
+from fastdistill.checks.class_order import map_classes
 from fastdistill.base.task import Task
 from fastdistill.checks.teacher_scores import IF_WEAK, classes_known
 from fastdistill.teachers.members import modules_of
@@ -354,6 +355,28 @@ def test_an_order_is_given_only_if_the_samples_are_enough_for_each_class(accurac
         assert 'select=[...]). Or pass a larger n=' in error.do
         (error,) = check(wrong_way, *weakly_seen(4096, accuracy, seed)).errors
         assert f'select={order.argsort().tolist()}' in error.do
+
+
+def test_the_names_of_many_classes_are_compared_without_a_search_in_lists():
+    "21,000 classes took seconds for each property"
+    names = [f'class {i}' for i in range(21_000)]
+    shuffled = ['more', *random.Random(0).sample(names, len(names))]
+    found, start = map_classes(names, shuffled), time.process_time()
+    assert [shuffled[i] for i in found.order] == names
+    assert found.missing == []
+    assert found.extra == ['more']
+    assert found.shared == names
+    assert time.process_time() - start < 1
+
+
+def test_names_that_several_classes_have_are_all_listed():
+    found = map_classes(['a', 'b', 'a', 'c', 'c'], ['b', 'x', 'a', 'x', 'b'])
+    assert found.missing == ['c', 'c']
+    assert found.extra == ['x', 'x']
+    assert found.shared == ['a', 'b', 'a']
+    with pytest.raises(DistillError, match='Several classes are named b, so'):
+        _ = map_classes(['a', 'b'], ['b', 'b', 'a']).order
+    assert map_classes(['a', 'b'], ['x', 'x', 'b', 'a']).order == [3, 2]
 
 
 def several(n=400, k=6, kind='sigmoid', noise=1.0, seed=0, rare=0.3):

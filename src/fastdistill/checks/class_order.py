@@ -44,17 +44,20 @@ class ClassMap:
     @property
     def missing(self) -> list[str]:
         """Classes that only the student has."""
-        return [c for c in self.student if c not in self.teacher]
+        teacher = set(self.teacher)
+        return [c for c in self.student if c not in teacher]
 
     @property
     def extra(self) -> list[str]:
         """Classes that only the teacher has."""
-        return [c for c in self.teacher if c not in self.student]
+        student = set(self.student)
+        return [c for c in self.teacher if c not in student]
 
     @property
     def shared(self) -> list[str]:
         """Classes that both models have, in the student's order."""
-        return [c for c in self.student if c in self.teacher]
+        teacher = set(self.teacher)
+        return [c for c in self.student if c in teacher]
 
     @property
     def order(self) -> list[int] | None:
@@ -73,7 +76,8 @@ class ClassMap:
                 "class of the teacher belongs to each class of the student. List the teacher's "
                 'class for each student class: Teacher(model, select=[...]).'
             )
-        return [self.teacher.index(c) for c in self.student]
+        at = {c: i for i, c in enumerate(self.teacher)}
+        return [at[c] for c in self.student]
 
 
 def map_classes(student: Sequence | None, teacher: Sequence | None) -> ClassMap | None:

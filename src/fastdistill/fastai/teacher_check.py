@@ -333,7 +333,8 @@ def of_shared(found, student, teacher):
     """Describe how to distill only the classes that both models have."""
     if len(found.shared) < 2:
         return ''
-    at = lambda names: few_names([names.index(c) for c in found.shared], 20)
+    # one more than are named, which adds the dots
+    at = lambda names: few_names([names.index(c) for c in found.shared[:21]], 20)
     return (
         f'. To distill the {len(found.shared)} that both have, and leave the others to the labels: '
         f'Teacher(model, select=[{at(teacher)}], classes=[{at(student)}])'
