@@ -106,14 +106,21 @@ class Distiller(nn.Module):
         check: bool | dict = True,
         example: Any = None,
     ):
-        options = {
-            k: v
-            for k, v in locals().items()
-            if k not in ('self', 'student', 'teacher', 'example', '__class__')
-        }
         super().__init__()
         # subtle: register the student first, so that its parameters come first in parameters()
         self.student = student
+        options = dict(
+            recipe=recipe,
+            task_loss=task_loss,
+            kind=kind,
+            axis=axis,
+            ignore_index=ignore_index,
+            shift_labels=shift_labels,
+            output=output,
+            labels=labels,
+            weights=weights,
+            check=check,
+        )
         self.heads = build_heads(self.head_class, student, teacher, options)
         self.changes = WeightChanges(student, self.heads)
         links = {k: h.links for k, h in self.heads.items()}
