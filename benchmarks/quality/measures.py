@@ -17,21 +17,37 @@ def ece(p, hit, bins=15):
     return (gap.abs().sum() / n.sum()).item()
 
 
+def right(output, s, y, void=-100):
+    "How sure each prediction is, and whether it is right, both (N,)"
+    if output == 'labels':
+        p = s.sigmoid()
+        return torch.maximum(p, 1 - p).flatten(), ((p > 0.5) == (y > 0.5)).flatten()
+    if output != 'classes':
+        s, y = rows(output, s, y, void)
+    p, top = s.softmax(1).max(1)
+    return p, top == y
+
+
+def rows(output, s, y, void=-100):
+    "Logits (N, C) and class numbers (N,) of all pixels (B, C, H, W) or tokens (B, L, C) that count"
+    if output == 'pixels':
+        s = s.movedim(1, -1)
+    s, y = s.reshape(-1, s.shape[-1]), y.reshape(-1)
+    return s[y != void], y[y != void]
+
+
 def of_classes(s, y):
     "Accuracy, NLL and ECE of logits (N, C) and class numbers (N,)"
-    p, top = s.softmax(1).max(1)
+    p, hit = right('classes', s, y)
     return dict(
-        accuracy=(top == y).double().mean().item(),
-        nll=F.cross_entropy(s, y).item(),
-        ece=ece(p, top == y),
+        accuracy=hit.double().mean().item(), nll=F.cross_entropy(s, y).item(), ece=ece(p, hit)
     )
 
 
 def of_pixels(s, y, void=-100):
     "The same over all pixels, and the mean IoU of the classes that occur; s (N, C, H, W), y (N, H, W)"
     c = s.shape[1]
-    s, y = s.movedim(1, -1).reshape(-1, c), y.reshape(-1)
-    s, y = s[y != void], y[y != void]
+    s, y = rows('pixels', s, y, void)
     m = torch.bincount(c * y + s.argmax(1), minlength=c * c).reshape(c, c).double()
     union = m.sum(0) + m.sum(1) - m.diag()
     return dict(of_classes(s, y), miou=(m.diag() / union)[union > 0].mean().item())
@@ -39,7 +55,7 @@ def of_pixels(s, y, void=-100):
 
 def of_tokens(s, y):
     "The same of logits (N, L, C), and the bits that a token costs"
-    r = of_classes(s.reshape(-1, s.shape[-1]), y.reshape(-1))
+    r = of_classes(*rows('tokens', s, y))
     return dict(r, bits=r['nll'] / math.log(2), perplexity=math.exp(r['nll']))
 
 
@@ -51,8 +67,7 @@ def average_precision(score, y):
 
 def of_labels(s, y):
     "Mean average precision over labels, micro F1 at .5, NLL and ECE of logits and 0-or-1 labels (N, C)"
-    p = s.sigmoid()
-    on, sure = p > 0.5, torch.maximum(p, 1 - p)
+    on = s.sigmoid() > 0.5
     ap = [
         average_precision(s[:, c].numpy(), y[:, c].numpy())
         for c in range(y.shape[1])
@@ -63,7 +78,7 @@ def of_labels(s, y):
         map=float(np.mean(ap)),
         f1=f1,
         nll=F.binary_cross_entropy_with_logits(s, y).item(),
-        ece=ece(sure.flatten(), (on == (y > 0.5)).flatten()),
+        ece=ece(*right('labels', s, y)),
     )
 
 
