@@ -3,7 +3,8 @@
     python benchmarks/weak_teachers.py first       # first tries of benchmarks/quality
     python benchmarks/weak_teachers.py ordinary    # cells with good teachers, which must not lose
     python benchmarks/weak_teachers.py stopped     # teachers stopped after a different number of steps
-    python benchmarks/weak_teachers.py --table             # of this version; --version 1 for the runs before
+    python benchmarks/weak_teachers.py smoothed    # teachers trained with label smoothing, of which some look unsure
+    python benchmarks/weak_teachers.py --table             # of this version; --version 2 for the runs before
 
 Each run is a line of results/weak_teachers.jsonl; runs that are there are skipped. `before` is the default of protocol 2: the
 same recipe without `fade`, and `kd(T=1, alpha=.3)` or `kd(T=1, alpha=.1)` for a teacher in doubt. `fade` is
@@ -11,6 +12,7 @@ the default of today."""
 
 import copy, sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 import numpy as np
 import torch
@@ -22,14 +24,15 @@ sys.path.insert(0, str(HERE / 'quality'))
 import protocol  # noqa: E402
 import task_first  # noqa: E402
 from fastdistill import Recipe, auto, kd  # noqa: E402
-from loop import predict  # noqa: E402
+from loop import labels_loss, predict  # noqa: E402
 from measures import MAIN  # noqa: E402
 from run import commit, one_run  # noqa: E402
 from stored import append, read  # noqa: E402
 from tasks import Data, Split, cells, fit, kept  # noqa: E402
 
 OUT = HERE / 'results' / 'weak_teachers.jsonl'
-VERSION = 2  # 1: the gradient of the default was up to 4 times as long as that of the labels
+# 1: the gradient of the default was up to 4 times as long as that of the labels; 2: for classes, `fade` was a bound of .2
+VERSION = 3
 FIRST = 'first_two_digits first_ages first_questions first_intents first_income first_emotions'
 # cell -> the rate, of the cell's grid, that protocol 1 or 2 chose for labels alone or the default
 ORDINARY = dict(
@@ -45,7 +48,10 @@ ORDINARY = dict(
     points_short=0.01,
     goemotionsweak_short=0.03,
 )
-STEPS = 20, 40, 80, 160, 320, 640  # of a teacher
+STEPS = 10, 20, 40, 60, 80, 120, 160, 240, 320, 640  # of a teacher
+# first try -> a rate that suits its teachers
+STOPPED = dict(first_two_digits=0.005, first_questions=0.02, first_intents=0.02, first_ages=0.02)
+SMOOTHED = 'first_two_digits', 'first_questions', 'first_intents'
 
 
 def plain(recipe):
@@ -65,20 +71,21 @@ def recipes(cell, data):
     return dict(labels=None, before=before, fade=chosen)
 
 
-def stopped(task, steps):
-    "A first try whose teacher was trained for so many steps, at a rate that suits it"
+def stopped(task, steps, smoothing=0.0):
+    "A first try whose teacher was trained for so many steps"
     cell = cells()[task]
     d = task_first.inputs(task)
+    loss = partial(F.cross_entropy, label_smoothing=smoothing) if smoothing else labels_loss(cell)
+    name = f'{task}-{steps}' + (f'-{smoothing:g}' if smoothing else '')
 
     def make():
         torch.manual_seed(0)
-        lr = 0.005 if task == 'first_two_digits' else 0.02
-        t = fit(task_first.TASKS[task][2](d), d.train.x, d.train.y, steps, lr, loss=F.cross_entropy)
+        net = task_first.TASKS[task][2](d)
+        t = fit(net, d.train.x, d.train.y, steps, STOPPED[task], loss=loss)
         return [(s.x, s.y, predict(t, s.x)) for s in (d.train, d.valid, d.test)]
 
-    splits = kept(f'weak_{task}_{steps}', make)
-    data = Data(*(Split(*s) for s in splits), extra=d.extra)
-    return replace(cell, name=f'{task}-{steps}', data=lambda: data)
+    data = Data(*(Split(*s) for s in kept(f'weak_{name}', make)), extra=d.extra)
+    return replace(cell, name=name, data=lambda: data)
 
 
 def chosen(which):
@@ -88,11 +95,11 @@ def chosen(which):
         return [(have[n], have[n].rates[0]) for n in FIRST.split()]
     if which == 'ordinary':
         return [(have[n], lr) for n, lr in ORDINARY.items()]
-    return [
-        (c, c.rates[0])
-        for task in ('first_two_digits', 'first_questions')
-        for c in (stopped(task, n) for n in STEPS)
-    ]
+    if which == 'stopped':
+        found = [stopped(task, n) for task in STOPPED for n in STEPS]
+    else:
+        found = [stopped(task, n, o) for task in SMOOTHED for n in (160, 640) for o in (0.1, 0.3)]
+    return [(c, c.rates[0]) for c in found]
 
 
 def rows_of(version):
@@ -112,7 +119,8 @@ def run(which, seeds):
                 own = dict(
                     version=VERSION, group=which, cell=cell.name, name=name, seed=seed, lr=lr
                 )
-                teacher = dict(teacher=facts['teacher_test'], measure=MAIN[cell.output])
+                sure = facts.get('top_prob_test')  # mean of the highest probability
+                teacher = dict(teacher=facts['teacher_test'], sure=sure, measure=MAIN[cell.output])
                 text = protocol.text_of(recipe)
                 append(OUT, own | teacher | dict(recipe=text, commit=code, **r))
         print(table([r for r in rows_of(VERSION) if r['cell'] == cell.name]), flush=True)
