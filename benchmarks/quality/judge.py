@@ -222,8 +222,18 @@ def counts(j, measure, cells, q):
     ]
 
 
+def calibration_errors(j):
+    "(with the default, with labels alone) of each cell with probabilities, at the rates that were chosen"
+    mean = lambda c, k: -np.mean([*(arm := c.arm(k, 'ece')).test[arm.best].values()])
+    return [
+        (mean(c, 'default'), mean(c, 'labels'))
+        for c in j.cells.values()
+        if 'ece' in c.measures and c.has('labels', 'default')
+    ]
+
+
 def of_counts(j):
-    rows = []
+    rows, errors = [], calibration_errors(j)
     for measure, words in (
         (None, 'the main measure'),
         ('nll', 'NLL'),
@@ -235,7 +245,7 @@ def of_counts(j):
             inside = {n: e for n, e in found.items() if j.cells[n].kind == kind}
             if inside:
                 rows.append([words, kind, *counts(j, measure, inside, q)])
-    return table(
+    counted = table(
         [
             'by',
             'group',
@@ -249,6 +259,13 @@ def of_counts(j):
             'not safe',
         ],
         rows,
+    )
+    if not errors:
+        return counted
+    ours, alone = np.median(errors, 0)
+    return (
+        f'{counted}\nMedian calibration error of {len(errors)} cells: {ours:.4f} with the default, '
+        f'{alone:.4f} with labels alone.\n'
     )
 
 

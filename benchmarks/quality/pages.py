@@ -4,7 +4,7 @@ python benchmarks/quality/pages.py"""
 
 import re
 from math import copysign
-import judge, tables
+import calibrated, judge, tables
 from tasks import HERE
 
 ROOT = HERE.parents[1]
@@ -148,6 +148,7 @@ def of_repository(r):
 def of_benchmark(r, j):
     "The text of the benchmark's own page"
     page = section((HERE / 'README.md').read_text(), 'protocol 2', judge.text(j))
+    page = section(page, 'calibrated', calibrated.text())
     return section(page, 'tables', tables.text(r))
 
 

@@ -21,12 +21,12 @@ def quality():
     "The benchmark's modules, which import each other by their bare names"
     sys.path.insert(0, str(HERE))
     try:
-        import candidates, judge, loop, measures, pages, protocol, rule, run, stats, stored
-        import tables, tasks
+        import calibrated, candidates, judge, loop, measures, pages, protocol, rule, run, stats
+        import stored, tables, tasks
 
-        modules = candidates, judge, loop, measures, pages, protocol, rule, run, stats, stored
+        modules = calibrated, candidates, judge, loop, measures, pages, protocol, rule, run, stats
         found = SimpleNamespace(
-            **{m.__name__: m for m in (*modules, tables, tasks)}, example=protocol.example
+            **{m.__name__: m for m in (*modules, stored, tables, tasks)}, example=protocol.example
         )
     finally:
         sys.path.remove(str(HERE))
@@ -1127,14 +1127,14 @@ def test_the_tables_of_the_protocol_say_what_the_runs_say(quality, blobs, tmp_pa
     assert c.finished.keys() == {'labels', 'default'}
     assert c.started == ['kd(4,.9)']
 
-    def test_scores(runs):
+    def test_scores(runs, measure='accuracy'):
         tried = {}
         for r in runs:
             if r['role'] == 'choosing':
                 tried.setdefault(r['lr'], []).append(r['valid']['accuracy'])
         best = max(sorted(tried), key=lambda lr: np.mean(tried[lr]))
         return {
-            r['seed']: r['test']['accuracy']
+            r['seed']: r['test'][measure]
             for r in runs
             if r['role'] == 'reported' and r['lr'] == best
         }
@@ -1144,6 +1144,9 @@ def test_the_tables_of_the_protocol_say_what_the_runs_say(quality, blobs, tmp_pa
     e = c.gain('default')
     assert e.mean == pytest.approx(100 * np.mean([a[s] - b[s] for s in a]))
     assert '| blobs | other cells | accuracy |' in quality.judge.of_default(j)
+    ours, alone = (np.mean([*test_scores(o, 'ece').values()]) for o in (default, labels))
+    said = f'of 1 cells: {ours:.4f} with the default, {alone:.4f} with labels alone.'
+    assert said in quality.judge.of_counts(j)
     rest = quality.judge.of_rest(j)
     assert 'Started, but not finished: blobs (`kd(4,.9)`).' in rest
     assert 'Runs that diverged: the default in blobs (1).' in rest
@@ -1156,3 +1159,41 @@ def test_the_tables_of_the_protocol_say_what_the_runs_say(quality, blobs, tmp_pa
 def test_a_decrease_of_nll_is_a_gain(quality):
     assert quality.judge.value('nll', dict(nll=1.5)) == -1.5
     assert quality.judge.value('accuracy', dict(accuracy=0.25)) == 25
+
+
+def test_the_limit_is_what_a_calibrated_model_exceeds_in_one_run_of_twenty(quality):
+    n = 2000  # all in one bin, so the error is that of a mean
+    limit = quality.calibrated.of_calibrated_model(torch.full((n,), 0.8), seed=0)
+    assert limit == pytest.approx(1.96 * (0.8 * 0.2 / n) ** 0.5, rel=0.15)
+
+
+def test_calibration_is_measured_on_repeated_runs(quality, blobs, done, tmp_path):
+    (cell, data), path = blobs, tmp_path / 'calibrated.jsonl'
+    j = quality.judge.Judged(tmp_path).cells['blobs']
+    measure_it = lambda: quality.calibrated.run_cell(j, cell, path, 'abc')
+    measure_it()
+    runs = quality.stored.read(path)
+    keys = {(r['recipe'], r['seed']) for r in runs}
+    assert keys == {(k, s) for k in ('labels', 'default') for s in quality.protocol.REPORTED}
+    assert all(r['ece_before'] == r['stored'] for r in runs)
+    r = runs[0]
+    student, _ = quality.loop.train(cell, data, None, r['lr'], r['seed'])
+    logits = quality.loop.predict(student, data.test.x) / r['temperature'][0]
+    loss = nn.functional.cross_entropy(logits, data.test.y).item()
+    assert r['nll_after'] == pytest.approx(loss, abs=1e-3)
+    measure_it()  # nothing is left to do
+    assert quality.stored.read(path) == runs
+    within = [
+        sum(r['ece_after'] <= r['limit'] for r in runs if r['recipe'] == k)
+        for k in ('labels', 'default')
+    ]
+    assert f'{within[0]}, {within[1]} of 8' in quality.calibrated.text(path)
+
+
+def test_calibration_is_not_measured_with_a_different_teacher(quality, blobs, done, tmp_path):
+    cell, data = blobs
+    for s in (data.train, data.valid, data.test):
+        s.t = 1.1 * s.t
+    j = quality.judge.Judged(tmp_path).cells['blobs']
+    quality.calibrated.run_cell(j, cell, tmp_path / 'calibrated.jsonl', 'abc')
+    assert not (tmp_path / 'calibrated.jsonl').exists()
