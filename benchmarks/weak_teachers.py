@@ -5,6 +5,7 @@
     python benchmarks/weak_teachers.py stopped     # teachers stopped after a different number of steps
     python benchmarks/weak_teachers.py smoothed    # teachers trained with label smoothing, of which some look unsure
     python benchmarks/weak_teachers.py --table             # of this version; --version 2 for the runs before
+    python benchmarks/weak_teachers.py --plot docs/img/weak_teachers.png
 
 Each run is a line of results/weak_teachers.jsonl; runs that are there are skipped. `before` is the default of protocol 2: the
 same recipe without `fade`, and `kd(T=1, alpha=.3)` or `kd(T=1, alpha=.1)` for a teacher in doubt. `fade` is
@@ -126,25 +127,77 @@ def run(which, seeds):
         print(table([r for r in rows_of(VERSION) if r['cell'] == cell.name]), flush=True)
 
 
+def gain(rows, cell, name):
+    "Mean difference from labels alone over the seeds, and its standard error"
+    by = {
+        k: {r['seed']: r['test'][r['measure']] for r in rows if (r['cell'], r['name']) == (cell, k)}
+        for k in ('labels', name)
+    }
+    d = [100 * (v - by['labels'][s]) for s, v in by[name].items()]
+    return np.mean(d), np.std(d, ddof=1) / len(d) ** 0.5 if len(d) > 1 else np.nan
+
+
 def table(rows):
     "Mean of the main measure, NLL and calibration error on the test split, and the difference from labels alone"
     lines = []
     for cell in dict.fromkeys(r['cell'] for r in rows):
         own = [r for r in rows if r['cell'] == cell]
-        alone = {r['seed']: r for r in own if r['name'] == 'labels'}
         for name in dict.fromkeys(r['name'] for r in own):
             rs = [r for r in own if r['name'] == name]
             mean = lambda k: float(np.mean([r['test'][k] for r in rs]))
             main = own[0]['measure']
-            gains = [100 * (r['test'][main] - alone[r['seed']]['test'][main]) for r in rs]
-            spread = f' ± {np.std(gains, ddof=1) / len(gains) ** 0.5:.2f}' if len(gains) > 1 else ''
             more = f'{mean("nll"):.3f} | {mean("ece"):.3f}' if 'nll' in rs[0]['test'] else ' | '
-            gain = '' if name == 'labels' else f'{np.mean(gains):+.2f}{spread}'
+            said = '' if name == 'labels' else '{:+.2f} ± {:.2f}'.format(*gain(own, cell, name))
             lines.append(
                 f'| {cell} | {100 * own[0]["teacher"]:.1f} | {name} | {len(rs)} | '
-                f'{100 * mean(main):.2f} | {gain} | {more} |'
+                f'{100 * mean(main):.2f} | {said} | {more} |'
             )
     return '\n'.join(lines)
+
+
+def picture(rows, path):
+    "Gain of the default over labels alone against the score of the teacher, for each task"
+    from matplotlib.figure import Figure
+
+    fig = Figure(figsize=(9, 2.8), layout='constrained')
+    axes = fig.subplots(1, len(STOPPED))
+    for ax, task in zip(axes, STOPPED):
+        own = [r for r in rows if r['cell'].startswith(task)]
+        for name, group, style in (
+            ('before', 'stopped', dict(fmt='x', color='.6', label='without fading')),
+            ('fade', 'stopped', dict(fmt='o', color='tab:red', label='the default')),
+            (
+                'fade',
+                'smoothed',
+                dict(fmt='^', color='tab:blue', label='the default, teacher with label smoothing'),
+            ),
+        ):
+            inside = [r for r in own if r['group'] == group]
+            found = [
+                (100 * r['teacher'], *gain(inside, r['cell'], name))
+                for r in inside
+                if (r['name'], r['seed']) == (name, 300)
+            ]
+            if found:
+                ax.errorbar(*np.array(found).T, ms=4, lw=1, **style)
+        alone = np.mean([100 * r['test'][r['measure']] for r in own if r['name'] == 'labels'])
+        ax.axhline(0, color='.7', lw=0.8, zorder=0)
+        ax.axvline(alone, color='.7', lw=0.8, ls='--', zorder=0)
+        measure = own[0]['measure'].replace('r2', 'R2')
+        ax.set_title(task.removeprefix('first_').replace('_', ' '), fontsize=9)
+        ax.set_xlabel(f'{measure} of the teacher', fontsize=8)
+        ax.tick_params(labelsize=8)
+        for o in ('top', 'right'):
+            ax.spines[o].set_visible(False)
+    axes[0].set_ylabel('gain over labels alone, points', fontsize=8)
+    fig.legend(
+        *axes[0].get_legend_handles_labels(),
+        fontsize=8,
+        loc='outside lower center',
+        ncol=3,
+        frameon=False,
+    )
+    fig.savefig(path, dpi=130)
 
 
 def main(
@@ -152,10 +205,13 @@ def main(
     seeds: int = 4,
     show: bool = typer.Option(False, '--table'),
     version: int = VERSION,
+    plot: Path | None = None,
 ):
     torch.set_num_threads(1)
     if which:
         run(which, seeds)
+    if plot is not None:
+        return picture(rows_of(version), plot)
     if show or not which:
         print(
             '| cell | teacher | recipe | seeds | mean | gain | NLL | ECE |\n|---|---|---|---|---|---|---|---|'

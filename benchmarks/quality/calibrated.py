@@ -8,7 +8,7 @@ fitted on the validation split. A calibrated model is right with the probability
 of finite size: it is simulated by drawing for each prediction whether it is right, with the student's own probabilities.
 
 A cell is left out if its teacher or its default is no longer what the stored runs had. Each run is one line of JSON in
-benchmarks/results/quality/calibrated.jsonl, with the calibration error of the stored run beside the one of the repeated run."""
+benchmarks/results/calibrated.jsonl, with the calibration error of the stored run beside the one of the repeated run."""
 
 import time, warnings
 from pathlib import Path
@@ -19,15 +19,16 @@ from fastdistill import DistillWarning
 from fastdistill.evaluation import fit_temperature
 from judge import Judged
 from loop import KINDS, predict, train
-from measures import measure, right
+from measures import measure, right, rows
 from run import commit, quick_first
 from stored import OUT, append, read
 from tables import number, table
 from tasks import cells
 
-FILE = OUT / 'calibrated.jsonl'
+FILE = OUT.parent / 'calibrated.jsonl'
 NAMES = 'labels', 'default'
 DRAWS = 300
+MOST_LOGITS = 2**20
 
 
 def of_calibrated_model(p, seed, bins=15):
@@ -38,6 +39,15 @@ def of_calibrated_model(p, seed, bins=15):
     at = np.minimum((levels * bins).astype(int), bins - 1)
     gaps = [np.abs(np.bincount(at, n * levels - h, bins)).sum() / len(p) for h in hits]
     return float(np.quantile(gaps, 0.95))
+
+
+def temperature(cell, s, y):
+    "Of validation logits; of pixels and tokens, every k-th is used, about a million logits"
+    if cell.output in ('pixels', 'tokens'):
+        s, y = rows(cell.output, s, y, cell.void)
+        step = max(s.numel() // MOST_LOGITS, 1)
+        s, y = s[::step], y[::step]
+    return fit_temperature(s, y, kind=KINDS[cell.output])
 
 
 def run_cell(judged, cell, path, code):
@@ -53,7 +63,6 @@ def run_cell(judged, cell, path, code):
         )
         return
     void = dict(void=cell.void) if cell.output == 'pixels' else {}
-    options = dict(kind=KINDS[cell.output], axis=cell.axis, ignore_index=cell.void)
     for name in NAMES:
         arm = judged.arm(name, 'ece')
         for seed, before in arm.test[arm.best].items():
@@ -63,7 +72,7 @@ def run_cell(judged, cell, path, code):
                 warnings.simplefilter('ignore', DistillWarning)
                 student, _ = train(cell, data, recipes[name], arm.best, seed)
             valid, test = (predict(student, o.x).float() for o in (data.valid, data.test))
-            T = fit_temperature(valid, data.valid.y, **options)
+            T = temperature(cell, valid, data.valid.y)
             raw, after = (
                 measure(cell.output, o, data.test.y, **void) for o in (test, test / T.float())
             )
