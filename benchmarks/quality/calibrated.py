@@ -98,14 +98,29 @@ def run_cell(judged, cell, path, code):
             print(f'{time.strftime("%H:%M:%S")} {r}', flush=True)
 
 
-def text(path=FILE):
-    "A table of the stored runs"
-    rows, found = [], {}
+def finished(path=FILE):
+    "cell -> recipe -> its runs, of the cells in which both have as many"
+    found = {}
     for r in read(path):
         found.setdefault(r['cell'], {k: [] for k in NAMES})[r['recipe']].append(r)
-    finished = lambda own: len({len(o) for o in own.values()}) == 1
-    found = {n: own for n, own in sorted(found.items()) if finished(own)}
-    mean = lambda n, key: [np.mean([np.mean(r[key]) for r in found[n][k]]) for k in NAMES]
+    return {n: own for n, own in sorted(found.items()) if len({*map(len, own.values())}) == 1}
+
+
+def means(own, key):
+    "(labels alone, the default)"
+    return [np.mean([np.mean(r[key]) for r in own[k]]) for k in NAMES]
+
+
+def medians(path=FILE):
+    "Of the calibration error with a temperature: (the default, labels alone)"
+    alone, ours = np.median([means(own, 'ece_after') for own in finished(path).values()], 0)
+    return ours, alone
+
+
+def text(path=FILE):
+    "A table of the stored runs"
+    rows, found = [], finished(path)
+    mean = lambda n, key: means(found[n], key)
     within = {
         n: [sum(r['ece_after'] <= r['limit'] for r in found[n][k]) for k in NAMES] for n in found
     }

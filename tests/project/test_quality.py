@@ -637,7 +637,7 @@ def judged(quality):
 def test_the_pages_say_what_the_stored_runs_say(quality, stored, judged):
     "If this fails: make quality"
     root = HERE.parent.parent
-    for name, text in quality.pages.of_repository(stored).items():
+    for name, text in quality.pages.of_repository(stored, judged).items():
         assert (root / name).read_text().splitlines() == text.splitlines()
     page = (HERE / 'README.md').read_text()
     assert page.splitlines() == quality.pages.of_benchmark(stored, judged).splitlines()
