@@ -337,28 +337,42 @@ def of_peers(j):
     return table(['cell', *map(spoken, others)], [r for r in rows if any(r[1:])])
 
 
+def against_best(j):
+    "cell -> (the best recipe on the validation split, its gain, that of the default), where enough recipes ran"
+    return {
+        n: (k, c.gain(k), c.gain('default'))
+        for n, c in j.cells.items()
+        if c.has('labels', 'default') and (k := c.best()) is not None
+    }
+
+
+def shares(j):
+    "measure -> the default's shares of the best recipe's gain, of the cells in which that recipe gains"
+    found = {}
+    for n, (_, theirs, ours) in against_best(j).items():
+        if theirs.mean > 0:
+            found.setdefault(j.cells[n].main, []).append(ours.mean / theirs.mean)
+    return found
+
+
 def of_best(j):
-    rows, shares = [], {}
-    for n, c in j.cells.items():
-        if c.has('labels', 'default') and (k := c.best()) is not None:
-            ours, theirs = c.gain('default'), c.gain(k)
-            share = ours.mean / theirs.mean if theirs.mean > 0 else None
-            if share is not None:
-                shares.setdefault(c.main, []).append(share)
-            rows.append(
-                [
-                    n,
-                    c.main,
-                    len(c.finished) - 1,
-                    spoken(k),
-                    said(theirs, c.main),
-                    said(ours, c.main),
-                    number(share, '.0%'),
-                ]
-            )
+    rows = []
+    for n, (k, theirs, ours) in against_best(j).items():
+        c = j.cells[n]
+        rows.append(
+            [
+                n,
+                c.main,
+                len(c.finished) - 1,
+                spoken(k),
+                said(theirs, c.main),
+                said(ours, c.main),
+                number(ours.mean / theirs.mean, '.0%') if theirs.mean > 0 else '',
+            ]
+        )
     if not rows:
         return f'No cell has {protocol.ENOUGH_RECIPES} finished recipes.\n'
-    median = ', '.join(f'{m} {np.median(v):.0%} ({len(v)} cells)' for m, v in shares.items())
+    median = ', '.join(f'{m} {np.median(v):.0%} ({len(v)} cells)' for m, v in shares(j).items())
     return f"Median share of the best recipe's gain: {median}.\n\n" + table(
         [
             'cell',

@@ -94,6 +94,22 @@ def loss(r, n, k):
     return f'{abs(r.gains[n][k].mean):.1f}'
 
 
+def of_other_cells(j):
+    "Cells that are neither first tries nor new data; where the default is better, significantly better, significantly worse"
+    found = j.gains('default', 'labels')
+    q = corrected({n: e.p for n, e in found.items()})
+    own = {n: e for n, e in found.items() if j.cells[n].kind == 'other cells'}
+    return judge.counts(j, None, own, q)[:4]
+
+
+def of_best(j):
+    "Cells with many recipes, those in which the best gains, those of these in which it is the default; median shares and cells"
+    found, shares = judge.against_best(j), judge.shares(j)
+    gains = [k for k, theirs, _ in found.values() if theirs.mean > 0]
+    median = lambda m: (f'{100 * np.median(shares[m]):.0f}', len(shares[m]))
+    return len(found), len(gains), gains.count('default'), *median('accuracy'), *median('map')
+
+
 def of_probabilities(j):
     "Cells where the default has a lower NLL, of how many, where its calibration is significantly worse; median calibration errors"
     better, worse = j.gains('default', 'labels', 'nll'), j.gains('default', 'labels', 'ece')
@@ -117,6 +133,11 @@ def of_repository(r, j):
     better = sum(g.mean > 0 for g in own.values()), len(own)
     readme = fill(readme, r'\[(\d+) combinations of data', better[1])
     readme = fill(readme, r'better on average in (\d+), significantly worse', better[0])
+    readme = fill(
+        readme,
+        r'\[(\d+) combinations, \S+ of them .*?\| better on average in (\d+), significantly in (\d+); significantly worse in (\d+),',
+        *of_other_cells(j),
+    )
     for pattern, values in (
         (
             r'beat labels alone in (\d+) of the (\d+) cells\. The gain is significant in the (\d+) bold',
@@ -131,6 +152,16 @@ def of_repository(r, j):
         (
             r'`binary_kl` \*\*([\d.]+)\*\* on GoEmotions',
             (loss(r, 'goemotionsweak_short', 'binary(1)x3'),),
+        ),
+        (
+            r'with 8 seeds in (\d+) cells[^.]*\. It was\s+better on average in (\d+), significantly in (\d+), and significantly worse in (\d+) ',
+            of_other_cells(j),
+        ),
+        (
+            r'In (\d+) cells, at least ten recipes[^.]*\. In (\d+) of them, [^.]*, and in (\d+) of these,\s+[^.]*\. '
+            r'The\s+median gain of the default was (\d+)% of the best recipe.s gain for\s+accuracy\s+\((\d+)\s+cells\), '
+            r'and\s+(\d+)% for mean average precision \((\d+)\s+cells\)',
+            of_best(j),
         ),
         (
             r'test loss in (\d+) of (\d+)\s+cells, but its calibration error was significantly larger in (\d+)\. '
