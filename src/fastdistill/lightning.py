@@ -127,8 +127,8 @@ class DistillCallback(Callback):
         self._replace_step(trainer, pl_module)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # subtle: Lightning restores the position in the training data only when it sets up the data,
-        # but `on_fit_start` did that before Lightning read the position from the checkpoint
+        # subtle: Lightning restores the position in the training data while it sets up the data, but
+        # `on_fit_start` already set it up before Lightning read the position from the checkpoint
         if trainer.fit_loop._combined_loader_states_to_load:
             trainer.fit_loop._combined_loader = None
             trainer.fit_loop.setup_data()

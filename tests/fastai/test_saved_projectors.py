@@ -246,7 +246,7 @@ def test_a_fit_that_fails_at_its_start_leaves_the_saved_projectors(tmp_path, wro
 
 def test_a_state_of_something_else_is_refused_at_once():
     _, teacher = toy()
-    with pytest.raises(DistillError, match='has no distiller, links, opt, but 0.weight, 0.bias'):
+    with pytest.raises(DistillError, match='has no distiller, links, opt. It has 0.weight, 0.bias'):
         KD(teacher).load_state_dict(teacher.state_dict())
 
 

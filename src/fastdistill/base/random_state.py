@@ -182,8 +182,8 @@ class RandomStream:
         outside = {k: read() for k, (read, _) in generators.items()}
         for k, (read, put) in generators.items():
             if k not in self.states:
-                # subtle: inside `torch.func.grad`, a copy of PyTorch's state could not be restored,
-                # but NumPy returns the generator itself
+                # subtle: NumPy returns the generator itself, which must be copied. PyTorch returns a new
+                # tensor, and inside `torch.func.grad`, a deep copy of it could not be restored
                 new = partial(copy.deepcopy, outside[k]) if k == 'numpy' else read
                 self.states[k], self.first[k] = new(), new()
             put(self.states[k])

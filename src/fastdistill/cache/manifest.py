@@ -247,7 +247,7 @@ def parse_manifest(text: bytes, where: Any) -> Manifest:
                 f'fastdistill wrote: this one reads only version {VERSION}. Write the cache again '
                 '(force=True).'
             )
-        # subtle: the checksum is removed before that of the other entries is computed
+        # subtle: remove the checksum first, because it covers only the other entries
         intact = d.pop('checksum', None) == entries_checksum(d)
         del d['format'], d['version']
         m = manifest_of(d)

@@ -33,7 +33,7 @@ def shared_parameters(student: Module | None, teacher: Teacher) -> Iterator[Find
 
 def place(p: Parameter) -> int:
     """Return the address of a parameter's values, or the id of a parameter without an address."""
-    # subtle: different objects have the same values after `load_state_dict(..., assign=True)`, and in
+    # subtle: different objects can share their values, after `load_state_dict(..., assign=True)` and in
     # TorchScript, whose parameters are new objects at each access
     has_values = p.layout == torch.strided and not is_lazy(p)
     return (p.data_ptr() if has_values else 0) or id(p)

@@ -291,9 +291,9 @@ class KnowledgeDistillation(DistillationCallback):
         """
         if state and (missing := {'links', 'distiller', 'opt'} - set(state)):
             raise DistillError(
-                f'This state has no {", ".join(sorted(missing))}, but {few_names(list(state))}: load what '
-                '`state_dict` of a KnowledgeDistillation returned. Load the weights of the student with '
-                'learn.load.'
+                f'This state has no {", ".join(sorted(missing))}. It has {few_names(list(state))}. Pass what '
+                'the `state_dict` method of a KnowledgeDistillation returned. To load the weights of the '
+                'student, call learn.load.'
             )
         self.state.to_load = state
         if self.in_fit and self.distiller.ready:

@@ -138,7 +138,7 @@ CODES = {'tokens': tokens, 'categories': categories, 'columns of numbers': scale
 
 
 def direction(dls) -> str | None:
-    """Return in which direction texts are read. None if the data are not texts, or if it is unknown."""
+    """Return the direction in which texts are read. None if it is unknown, or without texts."""
     tls = getattr(getattr(dls.train, 'dataset', None), 'tls', None)
     if not tls or tokens(dls) is None:
         return None

@@ -237,9 +237,8 @@ class WatchEpochs(Callback):
     def _refuse(self, inner: bool) -> None:
         if inner:
             raise DistillError(
-                'A callback of the students calls learn.validate, get_preds or tta during the fit, and '
-                'fastai changes the table of the fit in that call. Create the students without this '
-                'callback.'
+                'A callback of the students calls learn.validate, get_preds or tta during the fit, which '
+                "changes fastai's table of the fit. Create the students without this callback."
             )
 
     def after_epoch(self) -> None:

@@ -21,7 +21,7 @@ def base_model(model: Any) -> Any:
 
 # ends of the names of models that predict the next token
 PREDICTS_NEXT = 'ForCausalLM', 'WithLMHeadModel', 'LMHeadModel', 'ForConditionalGeneration'
-# families of transformers whose language models take labels that are already shifted
+# model families of transformers whose language models expect labels that are already shifted
 SHIFTED_BEFORE = (
     'Bart,BigBirdPegasus,Blenderbot,BlenderbotSmall,Flaubert,MBart,Marian,PLBart,Pegasus,TrOCR,'
     'Whisper,XLM,XLNet'
@@ -29,8 +29,8 @@ SHIFTED_BEFORE = (
 
 
 def predicts_next(model: Any) -> bool:
-    """Return True if the model is a Hugging Face model whose label at a position is predicted at the
-    position before, such as a causal language model or a model that describes images.
+    """Return True for a Hugging Face model that predicts the label of a position at the previous
+    position, such as a causal language model or a model that writes captions of images.
     """
     model = base_model(model)
     if not is_hf(model) or getattr(model.config, 'is_encoder_decoder', False):

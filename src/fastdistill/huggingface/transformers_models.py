@@ -39,8 +39,8 @@ def names_taken(model: Any) -> set:
 
 
 def takes_any_name(model: Any) -> bool:
-    """Return True if a model's `forward` passes on inputs with any name, as wrappers do. Models of
-    transformers also take them, but do not use them.
+    """Return True if a model's `forward` accepts and uses inputs with any name, as wrappers do. Models
+    of transformers accept such inputs but ignore them.
 
     Args:
         model: A module or a `Teacher`.
@@ -114,7 +114,7 @@ class BatchReader:
                 or 'decoder_attention_mask' in batch
             ):
                 return dict(decoder_input_ids=ids)
-            # this class makes the mask in `forward`, but only together with the ids
+            # `forward` of this class makes the mask only if it also makes the ids
             mask = (ids != config.pad_token_id).to(ids.dtype)
             return dict(decoder_input_ids=ids, decoder_attention_mask=mask)
         generates = architecture(self.model).endswith('ForConditionalGeneration')

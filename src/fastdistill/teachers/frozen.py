@@ -17,8 +17,7 @@ class FrozenModel:
 
     When the context ends, the modes, buffers, device and hidden states of the model are restored. The
     weights, and the statistics of batch norms in evaluation mode, keep their values: the model only
-    reads them, so if they changed, other code updated them, because the model is a moving average of
-    the student.
+    reads them, so if they changed, other code updated them, as for a moving average of the student.
 
     Args:
         model: An nn.Module.
