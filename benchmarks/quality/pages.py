@@ -120,6 +120,7 @@ def of_probabilities(j):
         len(better),
         sum(e.mean < 0 and q[n] < protocol.LEVEL for n, e in worse.items()),
         *(f'{v:.3f}' for v in medians),
+        len(calibrated.finished()),
     )
 
 
@@ -165,7 +166,7 @@ def of_repository(r, j):
         ),
         (
             r'test loss in (\d+) of (\d+)\s+cells, but its calibration error was significantly larger in (\d+)\. '
-            r'The\s+medians of the calibration error are ([\d.]+) and ([\d.]+); with a \[temperature\]\S+\s+they are ([\d.]+\d) and ([\d.]+\d)',
+            r'The\s+medians of the calibration error are ([\d.]+) and ([\d.]+); with a \[temperature\]\S+\s+they are\s+([\d.]+\d) and ([\d.]+\d) \(in (\d+) of these cells\)',
             of_probabilities(j),
         ),
     ):
