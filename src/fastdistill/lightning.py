@@ -111,12 +111,14 @@ class DistillCallback(Callback):
             d.set_extra_state(self.state['distiller'])
         # subtle: Lightning draws a random number in this call, but not again when training starts
         trainer.fit_loop.setup_data()
+        split = functools.partial(self._split, trainer)
         if self.options.get('check', True):
             with batches_apart(trainer, pl_module):
-                check_first(d, self._read(trainer, spread=True), part='training')
+                batches = map(split, training_batches(trainer, spread=True))
+                check_first(d, batches, part='training')
         if needs_example(d):
             with batches_apart(trainer, pl_module):
-                x, y = next(self._read(trainer))
+                x, y = split(next(training_batches(trainer)))
             complete(d, x, bool(len(y)))
         refuse_finetuning(trainer, d)
         add_parameters(trainer.optimizers[0], d)
@@ -129,7 +131,7 @@ class DistillCallback(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # subtle: Lightning restores the position in the training data while it sets up the data, but
         # `on_fit_start` already set it up before Lightning read the position from the checkpoint
-        if trainer.fit_loop._combined_loader_states_to_load:
+        if getattr(trainer.fit_loop, '_combined_loader_states_to_load', None):
             trainer.fit_loop._combined_loader = None
             trainer.fit_loop.setup_data()
 
@@ -148,30 +150,6 @@ class DistillCallback(Callback):
             self.distiller = kind(student, self.teacher, self.recipe, **self.options)
             if self.distiller.heads.several:
                 self.distiller.heads.share_task_loss()
-
-    def _read(self, trainer: Trainer, spread: bool = False) -> Iterator:
-        """Yield training batches as (inputs, labels).
-
-        Args:
-            trainer: The Trainer.
-            spread: Whether to read batches that represent all samples, for a check. If True, no
-                batches are yielded for an iterable dataset, because it may not be possible to read
-                it twice.
-        """
-        loaders = all_loaders(trainer)
-        if spread:
-            sets = (getattr(o, 'dataset', None) for o in loaders.flattened)
-            if any(isinstance(o, IterableDataset) for o in sets):
-                return
-            if isinstance(loader := trainer.train_dataloader, DataLoader):
-                loaders = CombinedLoader(spread_batches(loader, BATCHES), 'min_size')
-        # subtle: `batch_to_device` calls the other hooks that change a batch, but not this one
-        hook, data = 'on_before_batch_transfer', getattr(trainer, 'datamodule', None)
-        owner = data if is_overridden(hook, data) else trainer.lightning_module
-        for batch, *_ in loaders:
-            batch = trainer.precision_plugin.convert_input(batch)
-            batch = trainer.strategy.batch_to_device(getattr(owner, hook)(batch, 0))
-            yield self._split(trainer, batch)
 
     def _split(self, trainer: Trainer, batch: Any) -> tuple:
         """Split a training batch into (inputs, labels)."""
@@ -455,6 +433,29 @@ def all_loaders(trainer: Trainer) -> CombinedLoader:
     DataLoader, or a list or dict of DataLoaders.
     """
     return CombinedLoader(trainer.train_dataloader, 'min_size')
+
+
+def training_batches(trainer: Trainer, spread: bool = False) -> Iterator:
+    """Yield training batches as `training_step` gets them.
+
+    Args:
+        trainer: The Trainer.
+        spread: Whether to read batches that represent all samples, for a check. If True, no batches
+            are yielded for an iterable dataset, because it may not be possible to read it twice.
+    """
+    loaders = all_loaders(trainer)
+    if spread:
+        sets = (getattr(o, 'dataset', None) for o in loaders.flattened)
+        if any(isinstance(o, IterableDataset) for o in sets):
+            return
+        if isinstance(loader := trainer.train_dataloader, DataLoader):
+            loaders = CombinedLoader(spread_batches(loader, BATCHES), 'min_size')
+    # subtle: `batch_to_device` calls the other hooks that change a batch, but not this one
+    hook, data = 'on_before_batch_transfer', getattr(trainer, 'datamodule', None)
+    owner = data if is_overridden(hook, data) else trainer.lightning_module
+    for batch, *_ in loaders:
+        batch = trainer.precision_plugin.convert_input(batch)
+        yield trainer.strategy.batch_to_device(getattr(owner, hook)(batch, 0))
 
 
 def training_progress(trainer: Trainer) -> float | None:

@@ -21,7 +21,8 @@ from .json_checks import located, shortened
 from .keys import as_array, keys_of, ordered_names
 from .other_tools import converted_rows
 from .reader import TeacherCache
-from .row_layout import COARSE, Store, float16_step
+from .rounding import COARSE, float16_step
+from .row_layout import Store
 from .teacher_description import Source, check_vocab
 from .write_progress import shown_progress
 from .writer import write_cache

@@ -8,8 +8,11 @@ import numpy as np
 import torch
 
 from ..base.outputs import DistillWarning, Outputs
-from .row_layout import COARSE, Layout
+from .row_layout import Layout
 
+# maximum step between stored logits. With larger steps, probabilities would be wrong
+COARSE = 1.0
+SCALES_OF_LOGITS = 'scale:logits', 'scale:values', 'scale:top'
 # maximum error of logits computed from hidden states, relative to the range of the logits
 INACCURATE = 0.02
 # maximum difference of features, relative to their standard deviation
@@ -29,6 +32,25 @@ class Rounding:
 
     worst: float = 0.0
     features: dict[str, float] | None = None
+
+
+def largest_step(layout: Layout, rows: np.ndarray) -> float:
+    """Return the largest step between neighboring numbers in the stored format: in int8, the largest
+    step of any row, and in float16, the step at the largest logit of any position. Return 0 for
+    float32.
+    """
+    stored = torch.from_numpy(rows)
+    if (logits := layout.fields[0]).name == 'logits' and logits.dtype == 'float16':
+        t = logits.read(stored)
+        top = t.amax(layout.axis) if -t.dim() <= layout.axis < t.dim() else t
+        return float16_step(top.numpy()).max(initial=0).item()
+    scales = [f for f in layout.fields if f.name in SCALES_OF_LOGITS]
+    return max((f.read(stored)[:, 0].max().item() for f in scales), default=0.0)
+
+
+def float16_step(values: Any) -> np.ndarray:
+    """Return the distance from each value to the next number of float16. 0 for infinite values."""
+    return np.nan_to_num(np.spacing(np.abs(np.asarray(values, np.float16))))
 
 
 def feature_errors(layout: Layout, rows: np.ndarray, head: Any, out: Outputs) -> dict[str, float]:

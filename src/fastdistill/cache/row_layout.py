@@ -22,8 +22,6 @@ from ..base.outputs import TAILS, Draws, LinearLogits, Outputs, TopK, as_dense
 from .json_checks import check_json, refuse_entry
 
 DTYPES = 'float32', 'float16', 'int8'
-# maximum step between stored logits. With larger steps, probabilities would be wrong
-COARSE = 1.0
 STORE_KINDS = 'auto', 'logits', 'topk', 'hidden', 'draws', 'pca'
 POSSIBLE_STORES = (
     "must be 'auto', 'logits', 'topk', 'hidden', 'draws' or 'pca'; 'float32', 'float16' or 'int8' "
@@ -33,7 +31,6 @@ POSSIBLE_STORES = (
 )
 MAX_COMPONENTS = 255  # they are computed on at most 256 samples
 EXACT = 10  # number of likeliest classes that are stored exactly in addition to the components
-SCALES_OF_LOGITS = 'scale:logits', 'scale:values', 'scale:top'
 # minimum number of classes per principal component. With fewer classes, int8 logits are hardly
 # larger than the components
 CLASSES_PER_COMPONENT = 3
@@ -510,21 +507,6 @@ class Layout:
 
     # decoding
 
-    def largest_step(self, rows: Tensor) -> float:
-        """Return the largest step between neighboring numbers in the stored format: in int8, the
-        largest step of any row, and in float16, the step at the largest logit of any position. Return
-        0 for float32.
-
-        Args:
-            rows: Rows, (B, bytes) uint8.
-        """
-        if (logits := self.fields[0]).name == 'logits' and logits.dtype == 'float16':
-            t = logits.read(rows)
-            top = t.amax(self.axis) if -t.dim() <= self.axis < t.dim() else t
-            return float16_step(top.numpy()).max(initial=0).item()
-        scales = [f for f in self.fields if f.name in SCALES_OF_LOGITS]
-        return max((f.read(rows)[:, 0].max().item() for f in scales), default=0.0)
-
     def decode(self, rows: Tensor, head: Any = None) -> Outputs:
         """Decode rows to `Outputs` in float32.
 
@@ -566,11 +548,6 @@ def decoded_components(layout: Layout, rows: Tensor, head: Any) -> LinearLogits:
     """Decode only the principal components of rows, without the exact logits."""
     got = {f.name: f.read(rows) for f in layout.fields[:2]}
     return head.decode(from_int8(got['codes'], got.get('scale:codes')))
-
-
-def float16_step(values: Any) -> np.ndarray:
-    """Return the distance from each value to the next number of float16. 0 for infinite values."""
-    return np.nan_to_num(np.spacing(np.abs(np.asarray(values, np.float16))))
 
 
 def type_of_ids(n: int) -> str:

@@ -22,7 +22,7 @@ from .keys import hash_of
 from .manifest import MAX_VIEWS, Manifest, differences, refuse
 from .output_layer import StoredHead, head_of, worst_error
 from .reader import TeacherCache, damages
-from .rounding import Rounding, feature_errors, warn_of_rounding
+from .rounding import Rounding, feature_errors, largest_step, warn_of_rounding
 from .row_layout import Layout, Store
 from .sample_files import changed_files, changed_text, record_files, write_record
 from .shard_notes import clear, note_of, notes
@@ -297,7 +297,7 @@ def encoded(
     if rounding.features is None:
         rounding.features = feature_errors(layout, rows, head, out)
     if layout.kind != 'hidden':
-        rounding.worst = max(rounding.worst, layout.largest_step(torch.from_numpy(rows)))
+        rounding.worst = max(rounding.worst, largest_step(layout, rows))
     elif layout.fields[0].dtype == 'int8':
         got: Any = layout.decode(torch.from_numpy(rows), head).logits
         rounding.worst = max(rounding.worst, worst_error(t, got))

@@ -26,7 +26,6 @@ from ..distiller.trainer_integration import (
     training_state,
 )
 from ..features.layer_hooks import Taps
-from ..features.model_call import predicts_next
 from ..features.probe import untouched
 from ..recipes.recipe_loss import Distilled
 from ..recipes.term import Recipe, Term
@@ -228,12 +227,7 @@ class DistillationMixin(Base):
         )
         if not self._counts_items(x):
             return ranks
-        return self._items(x).clamp_min(1) * ranks / num_items_in_batch
-
-    def _items(self, x: Mapping) -> Tensor:
-        """Return the number of labels that the Trainer counts in this batch."""
-        y = x['labels'][..., 1:] if predicts_next(self.model) else x['labels']
-        return y.ne(-100).sum()
+        return self.reader.number_of_labels(x).clamp_min(1) * ranks / num_items_in_batch
 
     def _counts_items(self, x: Mapping) -> bool:
         """Return True if the task loss of this model depends on `num_items_in_batch`.
@@ -242,7 +236,7 @@ class DistillationMixin(Base):
         """
         if self.counts_items is None:
             # subtle: without labels, the loss is 0 for any number
-            if not self._items(x):
+            if not self.reader.number_of_labels(x):
                 return True
             tried = []
             with untouched(self.model):

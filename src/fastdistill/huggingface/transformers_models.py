@@ -148,6 +148,11 @@ class BatchReader:
             return next_tokens(y[0], -100), *y[1:]
         return y
 
+    def number_of_labels(self, batch: Mapping) -> Tensor:
+        """Return the number of labels that the Trainer counts in this batch."""
+        y = batch['labels'][..., 1:] if predicts_next(self.model) else batch['labels']
+        return y.ne(-100).sum()
+
     def inputs_and_labels(self, batch: Mapping) -> tuple[dict, tuple]:
         """Split a batch into (inputs that both models take, labels)."""
         x = self.shared_inputs(batch)
