@@ -1271,21 +1271,26 @@ class Wraps(nn.Module):
         return self.inner(labels=labels, **x)
 
 
+def losses_and_evaluation(student, teacher, data, folder):
+    "The task loss, the loss of KD and the evaluation loss of models that get all columns"
+    trainer = DistillationTrainer(
+        student,
+        args(folder, learning_rate=0.0, remove_unused_columns=False, label_names=['labels']),
+        train_dataset=data,
+        eval_dataset=data,
+        teacher=teacher,
+        recipe=kd(T=T, alpha=ALPHA),
+    )
+    trainer.train()
+    h = trainer.state.log_history[0]
+    return [h['task_loss'], h['kd_loss'], trainer.evaluate()['eval_loss']]
+
+
 def test_a_wrapper_gets_all_columns(tmp_path):
     data, logs = list(texts(types=True)), []
     student, teacher = loud(bert(width=8)), loud(bert(width=16))
     for s, t in ((student, teacher), (Wraps(student), teacher), (student, Wraps(teacher))):
-        trainer = DistillationTrainer(
-            s,
-            args(tmp_path, learning_rate=0.0, remove_unused_columns=False, label_names=['labels']),
-            train_dataset=data,
-            eval_dataset=data,
-            teacher=t,
-            recipe=kd(T=T, alpha=ALPHA),
-        )
-        trainer.train()
-        h = trainer.state.log_history[0]
-        logs.append([h['task_loss'], h['kd_loss'], trainer.evaluate()['eval_loss']])
+        logs.append(losses_and_evaluation(s, t, data, tmp_path))
     assert logs[1] == pytest.approx(logs[0], rel=1e-5)
     assert logs[2] == pytest.approx(logs[0], rel=1e-5)
 
@@ -1327,21 +1332,11 @@ def test_a_model_of_peft_is_trained_like_the_model_inside(task, tmp_path):
         data = list(texts(types=True))
     student = loud(make(width=8))
     for model in (copy.deepcopy(student), Adapted(student)):
-        trainer = DistillationTrainer(
-            model,
-            args(tmp_path, learning_rate=0.0, remove_unused_columns=False, label_names=['labels']),
-            train_dataset=data,
-            eval_dataset=data,
-            teacher=teacher,
-            recipe=kd(T=T, alpha=ALPHA),
-        )
-        trainer.train()
-        h = trainer.state.log_history[0]
-        logs.append([h['task_loss'], h['kd_loss'], trainer.evaluate()['eval_loss']])
+        logs.append(losses_and_evaluation(model, teacher, data, tmp_path))
     assert logs[1] == pytest.approx(logs[0], rel=1e-5)
 
 
-AUTO = dict(
+STUDENTS = dict(
     bert=(bert, 'bert.encoder.layer', lambda: texts()),
     distilbert=(distilbert, 'distilbert.transformer.layer', lambda: texts()),
     gpt2=(gpt2, 'transformer.h', lambda: texts(label=causal)),
@@ -1349,9 +1344,9 @@ AUTO = dict(
 )
 
 
-@pytest.mark.parametrize('name', AUTO)
+@pytest.mark.parametrize('name', STUDENTS)
 def test_layers_pair_by_themselves(name, tmp_path):
-    make, blocks, data = AUTO[name]
+    make, blocks, data = STUDENTS[name]
     student, teacher = make(width=8, layers=2), make(width=16, layers=4)
     if blocks is None:
         blocks = next(
@@ -1373,13 +1368,6 @@ def test_layers_pair_by_themselves(name, tmp_path):
 
 
 # students
-
-STUDENTS = dict(
-    bert=(bert, 'bert.encoder.layer', lambda: texts()),
-    distilbert=(distilbert, 'distilbert.transformer.layer', lambda: texts()),
-    gpt2=(gpt2, 'transformer.h', lambda: texts(label=causal)),
-    vit=(vit, None, pictures),
-)
 
 
 @pytest.mark.parametrize('name', STUDENTS)
