@@ -1,7 +1,7 @@
 "KnowledgeDistillation beside everything else that happens in a fastai training."
 
 import copy, csv, importlib, inspect, math, random, re, subprocess, sys, warnings
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,7 +14,7 @@ import pytest, torch
 import torch.nn.functional as F
 from torch import nn
 import apps, processes
-from apps import pair, toy
+from apps import CallsInside, Rows, pair, toy
 from fastai.basics import (
     Adam,
     BCELossFlat,
@@ -878,27 +878,6 @@ class TotalLosses(Callback):
             self.seen.append(self.learn.loss_grad.item())
 
 
-class Predicts(Callback):
-    "Validates or predicts after each epoch"
-
-    def __init__(self, call, order=0):
-        self.call, self.order, self.busy = call, order, False
-
-    def after_epoch(self):
-        if not self.busy:
-            self.busy = True
-            self.call(self.learn)
-            self.busy = False
-
-
-class Rows(list):
-    "A dataset with the method that `tta` calls"
-
-    @contextmanager
-    def set_split_idx(self, i):
-        yield self
-
-
 INNER_CALLS = dict(
     validate=lambda learn: learn.validate(),
     train=lambda learn: learn.validate(0),
@@ -913,7 +892,7 @@ def test_a_callback_that_validates_or_predicts_in_mid_fit_does_not_end_the_disti
     call, order
 ):
     ends = []
-    for cbs in ([], [Predicts(call, order)]):
+    for cbs in ([], [CallsInside(call, 'after_epoch', order)]):
         student, teacher = toy()
         student.dls.valid.dataset = Rows(student.dls.valid.dataset)
         cb = KD(teacher, kd() + hint())

@@ -1,12 +1,11 @@
 "Recipes side by side over several seeds: numbers, their test, and a folder from which an interrupted experiment continues."
 
 import functools, json, os, random, signal
-from contextlib import contextmanager
 import numpy as np
 import pytest, torch
 from scipy import stats
 import apps, processes
-from apps import toy
+from apps import CallsInside, Rows, toy
 from torch import nn
 from fastai.basics import (
     SGD,
@@ -720,29 +719,6 @@ def test_what_cant_be_compared():
     )
 
 
-class Calls(Callback):
-    "Calls a method of the Learner in the middle of a fit"
-
-    order = 70
-
-    def __init__(self, method, event):
-        self.method, self.event, self.busy = method, event, False
-
-    def __call__(self, event_name):
-        if event_name == self.event and not self.busy:
-            self.busy = True
-            getattr(self.learn, self.method)()
-            self.busy = False
-
-
-class Rows(list):
-    "A dataset with the method that `tta` calls"
-
-    @contextmanager
-    def set_split_idx(self, i):
-        yield self
-
-
 @pytest.mark.parametrize('event', ['after_train', 'after_validate', 'after_epoch'])
 @pytest.mark.parametrize('method', ['validate', 'tta'])
 def test_a_callback_that_validates_in_mid_fit_is_refused_in_the_first_epoch(method, event):
@@ -750,7 +726,7 @@ def test_a_callback_that_validates_in_mid_fit_is_refused_in_the_first_epoch(meth
     made = []
 
     def make():
-        made.append(make_student(Calls(method, event)))
+        made.append(make_student(CallsInside(lambda learn: getattr(learn, method)(), event, 70)))
         valid = made[-1].dls.valid
         valid.dataset = Rows(valid.dataset)
         return made[-1]
