@@ -184,6 +184,17 @@ def test_an_exported_learner(tmp_path):
         assert same(snapshot(t.model), was)
 
 
+def test_a_pickled_state_dict_is_not_a_learner(tmp_path):
+    "The error was that 'OrderedDict' has no attribute 'dls'"
+    torch.save(nn.Linear(2, 2).state_dict(), tmp_path / 'weights.pkl')
+    with pytest.raises(
+        DistillError,
+        match='weights.pkl does not contain a Learner. A dict .* contains weights, but no network: '
+        'build the model and load the weights into it. Or pass a file that learn.export wrote',
+    ):
+        teacher_of(tmp_path / 'weights.pkl')
+
+
 def test_an_exported_learner_that_cannot_be_loaded(tmp_path):
     with pytest.raises(
         DistillError, match="There is no file .*nowhere.pkl'. teacher_learner.export"

@@ -31,7 +31,7 @@ from ..checks.class_order import map_classes
 from ..checks.teacher_outputs import single_teachers
 from ..teachers.estimator import Estimator, is_estimator, load_estimator
 from ..teachers.image_normalization import affine, stats_of, timm_cfg
-from ..teachers.model_loading import OF_RUN, holds_weights, warn_of_code
+from ..teachers.model_loading import OF_RUN, holds_weights, warn_of_code, why_no_teacher
 from ..teachers.teacher import Teacher, given_options, grouped_options, with_defaults
 from .class_names import different_codes, vocab_of
 from .tables import TableEstimator, table_of
@@ -313,6 +313,11 @@ def exported(path):
             return load_learner(path)
     # subtle: any error is possible, since pickle executes instructions in the file
     except Exception as e:
+        if getattr(e, 'name', '') == 'dls' and holds_weights(e.obj):
+            raise DistillError(
+                f'{path} does not contain a Learner. {why_no_teacher(e.obj)} Or pass a file that '
+                'learn.export wrote.'
+            ) from e
         reason = ' '.join(f'{type(e).__name__}: {e}'.split())
         raise DistillError(
             f'{path} could not be loaded as an exported Learner ({reason}). Did learn.export write '
