@@ -419,6 +419,11 @@ def test_a_loss_of_tokens_counts_those_that_are_there(tmp_path):
             "No column 'logprobs' with outputs; the first row \\(Row 0\\) has key, out. Name it with value=",
         ),
         (
+            [dict(key='a', out=[0.0, 1.0])],
+            dict(given='logits'),
+            "No column 'logits' with outputs; the first row \\(Row 0\\) has key, out. Name it with value=",
+        ),
+        (
             [dict(name='a', logprobs=[0.0, 1.0])],
             {},
             "No column 'key' with the samples' names; the first row \\(Row 0\\) has name, logprobs",

@@ -172,7 +172,7 @@ class Reading:
         self.value = value or next((k for k in VALUES if k in first), '')
         if self.value not in first:
             raise DistillError(
-                f'No column {value or "logprobs"!r} with outputs; the first row '
+                f'No column {value or given or "logprobs"!r} with outputs; the first row '
                 f'({self.place(0)}) has {", ".join(map(str, first))}. Name it with value=.'
             )
         self.given = given or dict(logits='logits', probs='probs').get(self.value, 'logprobs')
