@@ -313,7 +313,7 @@ def exported(path):
             return load_learner(path)
     # subtle: any error is possible, since pickle executes instructions in the file
     except Exception as e:
-        if getattr(e, 'name', '') == 'dls' and holds_weights(e.obj):
+        if isinstance(e, AttributeError) and e.name == 'dls' and holds_weights(e.obj):
             raise DistillError(
                 f'{path} does not contain a Learner. {why_no_teacher(e.obj)} Or pass a file that '
                 'learn.export wrote.'
