@@ -168,6 +168,8 @@ class Reading:
                 "tail='mean' needs the log-probabilities of all classes: it must be 'uniform', 'zero' "
                 "or 'bucket'."
             )
+        if given not in (None, 'logits', 'probs', 'logprobs'):
+            raise DistillError(f"given={given!r}: it must be 'logprobs', 'logits' or 'probs'.")
         first = self.columns(0)
         self.value = value or next((k for k in VALUES if k in first), '')
         if self.value not in first:
@@ -176,8 +178,6 @@ class Reading:
                 f'({self.place(0)}) has {", ".join(map(str, first))}. Name it with value=.'
             )
         self.given = given or dict(logits='logits', probs='probs').get(self.value, 'logprobs')
-        if self.given not in ('logits', 'probs', 'logprobs'):
-            raise DistillError(f"given={given!r}: it must be 'logprobs', 'logits' or 'probs'.")
         at_token = VALUES.get(self.value, False) or is_echo(self.value, first[self.value])
         self.shift = at_token if shift is None else shift
         self.k: int | None = None
