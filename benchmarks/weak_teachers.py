@@ -173,11 +173,8 @@ def picture(rows, path):
             ),
         ):
             inside = [r for r in own if r['group'] == group]
-            found = [
-                (100 * r['teacher'], *gain(inside, r['cell'], name))
-                for r in inside
-                if (r['name'], r['seed']) == (name, 300)
-            ]
+            teachers = {r['cell']: 100 * r['teacher'] for r in inside}
+            found = [(score, *gain(inside, cell, name)) for cell, score in teachers.items()]
             if found:
                 ax.errorbar(*np.array(found).T, ms=4, lw=1, **style)
         alone = np.mean([100 * r['test'][r['measure']] for r in own if r['name'] == 'labels'])

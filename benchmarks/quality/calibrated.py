@@ -51,10 +51,8 @@ def temperature(cell, s, y):
 
 
 def run_cell(judged, cell, path, code):
-    data, have = (
-        cell.data(),
-        {(r['recipe'], r['seed']) for r in read(path) if r['cell'] == cell.name},
-    )
+    have = {(r['recipe'], r['seed']) for r in read(path) if r['cell'] == cell.name}
+    data = cell.data()
     planned, recipes = protocol.plan(cell, data)
     counts = lambda k: all(protocol.belongs(r, planned, k) for r in judged.finished[k])
     if not all(map(counts, NAMES)):
@@ -140,10 +138,8 @@ def text(path=FILE):
     before, after = (
         np.median([mean(n, f'ece_{k}') for n in found], 0) for k in ('before', 'after')
     )
-    total, inside = (
-        sum(len(own['default']) for own in found.values()),
-        np.sum([*within.values()], 0),
-    )
+    total = sum(len(own['default']) for own in found.values())
+    inside = np.sum([*within.values()], 0)
     few = [n for n, own in found.items() if within[n][1] < len(own['default']) / 2]
     return (
         f'Medians of {len(found)} cells: the calibration error is {before[1]:.4f} with the default and {before[0]:.4f} with labels alone; '

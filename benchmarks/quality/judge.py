@@ -55,12 +55,17 @@ class Cell:
         self.stale = sum(id(r) not in counted for r in self.runs)
         self.diverged = Counter(k for k, runs in own.items() for r in runs if r['diverged'])
         # the choices don't depend on the measure
-        self.scores = {k: self._scores(runs, valid) for k, runs in self.finished.items()}
+        self.rates = {k: self._rates(runs, valid) for k, runs in self.finished.items()}
 
     @staticmethod
-    def _scores(runs, valid):
+    def _rates(runs, valid):
+        "Validation scores of each rate, the rate that each resample chooses, the rate that all seeds choose"
         chosen = {(r['lr'], r['seed']): valid(r) for r in runs if r['role'] == 'choosing'}
-        return {lr: [chosen[lr, s] for s in protocol.CHOOSING] for lr in {lr for lr, _ in chosen}}
+        scores = {lr: [chosen[lr, s] for s in protocol.CHOOSING] for lr in {lr for lr, _ in chosen}}
+        # a first try has one rate and no choosing seeds
+        scores = scores or {r['lr']: () for r in runs}
+        best = protocol.best_rate(scores) if len(scores) > 1 else next(iter(scores))
+        return scores, protocol.choices(scores), best
 
     @property
     def main(self):
@@ -77,13 +82,11 @@ class Cell:
         return 'first tries' if self.plan['first_try'] else 'other cells'
 
     def arm(self, name, measure):
-        scores, test = self.scores[name], {}
+        (scores, choices, best), test = self.rates[name], {}
         for r in self.finished[name]:
             if r['role'] == 'reported':
                 test.setdefault(r['lr'], {})[r['seed']] = value(measure, r['test'])
-        scores = scores or {lr: () for lr in test}
-        best = protocol.best_rate(scores) if len(scores) > 1 else next(iter(scores))
-        return Arm(scores, test, protocol.choices(scores), best)
+        return Arm(scores, test, choices, best)
 
     def of_teacher(self):
         return abs(value(self.main, {self.main: self.facts['teacher_test']}))
@@ -346,18 +349,18 @@ def against_best(j):
     }
 
 
-def shares(j):
+def shares(j, found):
     "measure -> the default's shares of the best recipe's gain, of the cells in which that recipe gains"
-    found = {}
-    for n, (_, theirs, ours) in against_best(j).items():
+    out = {}
+    for n, (_, theirs, ours) in found.items():
         if theirs.mean > 0:
-            found.setdefault(j.cells[n].main, []).append(ours.mean / theirs.mean)
-    return found
+            out.setdefault(j.cells[n].main, []).append(ours.mean / theirs.mean)
+    return out
 
 
 def of_best(j):
-    rows = []
-    for n, (k, theirs, ours) in against_best(j).items():
+    rows, found = [], against_best(j)
+    for n, (k, theirs, ours) in found.items():
         c = j.cells[n]
         rows.append(
             [
@@ -372,7 +375,9 @@ def of_best(j):
         )
     if not rows:
         return f'No cell has {protocol.ENOUGH_RECIPES} finished recipes.\n'
-    median = ', '.join(f'{m} {np.median(v):.0%} ({len(v)} cells)' for m, v in shares(j).items())
+    median = ', '.join(
+        f'{m} {np.median(v):.0%} ({len(v)} cells)' for m, v in shares(j, found).items()
+    )
     return f"Median share of the best recipe's gain: {median}.\n\n" + table(
         [
             'cell',

@@ -104,7 +104,8 @@ def of_other_cells(j):
 
 def of_best(j):
     "Cells with many recipes, those in which the best gains, those of these in which it is the default; median shares and cells"
-    found, shares = judge.against_best(j), judge.shares(j)
+    found = judge.against_best(j)
+    shares = judge.shares(j, found)
     gains = [k for k, theirs, _ in found.values() if theirs.mean > 0]
     median = lambda m: (f'{100 * np.median(shares[m]):.0f}', len(shares[m]))
     return len(found), len(gains), gains.count('default'), *median('accuracy'), *median('map')
@@ -130,14 +131,14 @@ def of_repository(r, j):
     own = r.of_default()
     seeds = [g.seeds for g in own.values()]
     new = [n for n, f in r.facts.items() if f['task'] in tables.NEW]
-    gains = gains_said(gains, r)
+    gains, others = gains_said(gains, r), of_other_cells(j)
     better = sum(g.mean > 0 for g in own.values()), len(own)
     readme = fill(readme, r'\[(\d+) combinations of data', better[1])
     readme = fill(readme, r'better on average in (\d+), significantly worse', better[0])
     readme = fill(
         readme,
         r'\[(\d+) combinations, \S+ of them .*?\| better on average in (\d+), significantly in (\d+); significantly worse in (\d+),',
-        *of_other_cells(j),
+        *others,
     )
     for pattern, values in (
         (
@@ -156,7 +157,7 @@ def of_repository(r, j):
         ),
         (
             r'with 8 seeds in (\d+) cells[^.]*\. It was\s+better on average in (\d+), significantly in (\d+), and significantly worse in (\d+) ',
-            of_other_cells(j),
+            others,
         ),
         (
             r'In (\d+) cells, at least ten recipes[^.]*\. In (\d+) of them, [^.]*, and in (\d+) of these,\s+[^.]*\. '
@@ -165,8 +166,8 @@ def of_repository(r, j):
             of_best(j),
         ),
         (
-            r'test loss in (\d+) of (\d+)\s+cells, but its calibration error was significantly larger in (\d+)\. '
-            r'The\s+medians of the calibration error are ([\d.]+) and ([\d.]+); with a \[temperature\]\S+\s+they are\s+([\d.]+\d) and ([\d.]+\d) \(in (\d+) of these cells\)',
+            r'test loss in (\d+) of (\d+)\s+cells, but its calibration error was\s+significantly larger in (\d+)\. '
+            r'The\s+medians of the calibration error are ([\d.]+) and ([\d.]+); with a \[temperature\]\S+\s+they are\s+([\d.]+\d) and ([\d.]+\d)\s+\(in (\d+) of these cells\)',
             of_probabilities(j),
         ),
     ):
