@@ -15,6 +15,8 @@ def run(folder, most, *args):
     )
     (folder / 'test_two.py').write_text(TWO_TESTS)
     (folder / 'pytest.ini').write_text('[pytest]\n')
+    # its own folder for temporary files: in the usual one, it would remove those of earlier runs
+    args = *args, '--basetemp', str(folder / 'temporary')
     command = [sys.executable, '-m', 'pytest', '-q', '-p', 'no:cacheprovider', *args, str(folder)]
     env = {**os.environ, 'PYTHONPATH': str(HELPERS)}
     return subprocess.run(command, env=env, cwd=folder, capture_output=True, text=True)
