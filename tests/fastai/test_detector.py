@@ -195,5 +195,5 @@ def test_normalized_images_are_refused():
 
 
 def test_an_unknown_measure_is_refused():
-    with pytest.raises(DistillError, match="must be 'map' or 'map50'"):
+    with pytest.raises(DistillError, match="measure='map75': must be one of 'map', 'map50'"):
         MeanAveragePrecision('map75')

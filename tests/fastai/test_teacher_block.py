@@ -308,7 +308,9 @@ def test_wrong_rows_are_refused(target, value, say):
 
 
 def test_wrong_options_are_refused():
-    with pytest.raises(DistillError, match="must be 'logits' or 'probabilities'"):
+    with pytest.raises(
+        DistillError, match="given='probs': must be one of 'logits', 'probabilities'"
+    ):
         TeacherBlock('probs')
 
 

@@ -170,7 +170,7 @@ def test_classes_without_probability_do_not_disturb_the_temperature():
 
 def test_auto_refuses_other_kinds():
     with pytest.raises(
-        DistillError, match="kind='soft': must be 'softmax', 'sigmoid' or 'regression'"
+        DistillError, match="kind='soft': must be one of 'softmax', 'sigmoid', 'regression'"
     ):
         auto('soft')
     with pytest.raises(DistillError, match="teacher=Linear: must be the teacher's logits"):

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..base.errors import check_whole
+from ..base.errors import check_choice, check_whole
 from ..base.outputs import DistillError, Outputs, TopK
 from .imported_files import read_rows
 from .json_checks import located, shortened
@@ -168,8 +168,7 @@ class Reading:
                 "tail='mean' needs the log-probabilities of all classes: it must be 'uniform', 'zero' "
                 "or 'bucket'."
             )
-        if given not in (None, 'logits', 'probs', 'logprobs'):
-            raise DistillError(f"given={given!r}: it must be 'logprobs', 'logits' or 'probs'.")
+        check_choice('given', given, (None, 'logits', 'probs', 'logprobs'))
         first = self.columns(0)
         self.value = value or next((k for k in VALUES if k in first), '')
         if self.value not in first:

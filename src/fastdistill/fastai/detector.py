@@ -7,7 +7,8 @@ from fastai.basics import Callback, DataLoaders, L, Learner, Metric
 from fastai.data.transforms import Normalize
 from torch import nn
 
-from ..base.outputs import DistillError, as_plain
+from ..base.errors import DistillError, check_choice
+from ..base.outputs import as_plain
 from ..detection.detection_plots import show_detections
 from ..detection.distiller import DetectionDistiller
 from ..detection.metrics import average_precision
@@ -100,8 +101,7 @@ class MeanAveragePrecision(Metric):
     """
 
     def __init__(self, measure: str = 'map'):
-        if measure not in ('map', 'map50'):
-            raise DistillError(f"measure={measure!r}: must be 'map' or 'map50'")
+        check_choice('measure', measure, ('map', 'map50'))
         self.measure = measure
         self.reset()
 

@@ -8,7 +8,8 @@ import torch
 from fastai.basics import ItemTransform, TransformBlock
 from torch import Tensor
 
-from ..base.outputs import DistillError, as_plain
+from ..base.errors import DistillError, check_choice
+from ..base.outputs import as_plain
 from ..teachers.probabilities import logits_of
 from .patches import patch_for_targets
 from .teacher_targets import TeacherTarget
@@ -80,10 +81,7 @@ class TeacherBlock(TransformBlock):
     def __init__(
         self, given: str = 'logits', n_out: int | None = None, vocab: Sequence | None = None
     ):
-        if given not in GIVEN:
-            raise DistillError(
-                f'TeacherBlock(given={given!r}): must be {" or ".join(map(repr, GIVEN))}.'
-            )
+        check_choice('given', given, GIVEN)
         super().__init__(
             type_tfms=ToTeacherTarget(
                 given, n_out, None if vocab is None else list(map(str, vocab))

@@ -6,8 +6,10 @@ from math import log, sqrt
 import torch
 from torch import Tensor, special
 
-from ..base.outputs import DistillError, as_plain
+from ..base.errors import DistillError, check_choice
+from ..base.outputs import as_plain
 from ..base.task import Task, facts_of_outputs
+from ..losses._base import KINDS
 from .recipe_text import Reader
 from .term import Recipe
 
@@ -68,8 +70,7 @@ def auto(
         doubt: Reason not to trust the teacher, as text, or None. If given, `kd` gets a lower
             weight. Terms with a gradient ratio ignore this argument.
     """
-    if kind not in ('softmax', 'sigmoid', 'regression'):
-        raise DistillError(f"kind={kind!r}: must be 'softmax', 'sigmoid' or 'regression'")
+    check_choice('kind', kind, KINDS)
     if not isinstance(teacher, Tensor | None):
         raise DistillError(
             f"teacher={type(teacher).__name__}: must be the teacher's logits for some training "
