@@ -32,9 +32,10 @@ MAIN = dict(
     tokens=('bits', -1),
 )
 UNITS = dict(tokens='bits')
+DEFAULT = 'the default'
 # result files keep the names that recipes had when they ran
-SHOWN = {'timm': 'kl(1)w1', 'keras': 'kd(10,.9)', 'fasterai': 'kd(20,.9)'}
-# the loss whose memory a method needs, by the start of its name. kd(.5), mse(.5) and the kd of protocol 2 have different ones in different cells
+SHOWN = {'timm': 'kl(1)w1', 'keras': 'kd(10,.9)', 'fasterai': 'kd(20,.9)', 'default': DEFAULT}
+# the loss whose memory a method needs, by the start of its name. kd(.5), mse(.5) and the default have different ones in different cells
 LOSS_OF = {
     r'kd\(\d+,|kl\(|soft\(': 'kl',
     r'dist\(|Recipe\(Term\(dist,': 'dist',
@@ -132,6 +133,16 @@ def facts_of(folder):
     return facts
 
 
+def names_of(path):
+    "{text: names} of the recipes that are planned for a result file. Protocol 2 stores the texts, and protocol 1 the names"
+    plans = path.with_name('plan.json')
+    planned = json.loads(plans.read_text()).get(path.stem, {}) if plans.exists() else {}
+    found = defaultdict(list)
+    for name, recipe in planned.get('recipes', {}).items():
+        found[recipe['text']].append(name)
+    return found
+
+
 def rows(folder=QUALITY):
     "All rows of all result files; the version is the name of the folder, or protocol 1"
     facts = facts_of(folder)
@@ -143,12 +154,17 @@ def rows(folder=QUALITY):
         if path.stem not in facts or 'labels' not in by:
             continue
         output = facts[path.stem]['output']
-        alone = chosen(by['labels'], output)
-        for method, runs in by.items():
-            if method != 'labels':
-                row = compared(path.stem, method, version, chosen(runs, output), alone, output)
-                if row:
-                    yield row
+        alone, names = chosen(by['labels'], output), names_of(path)
+        for recipe, runs in by.items():
+            for method in names.get(recipe, [recipe]):
+                if method != 'labels':
+                    row = compared(path.stem, method, version, chosen(runs, output), alone, output)
+                    if row:
+                        yield row
+
+
+def said(method):
+    return method if method == DEFAULT else f'`{method}`'
 
 
 def memory(method):
@@ -176,7 +192,7 @@ def overall(found):
         eces = [r.ece for r in those if r.ece is not None]
         verdicts = [r.verdict for r in those]
         out.append(
-            f'| `{method}` | {version} | {len(those)} | {verdicts.count("better")} | {verdicts.count("worse")} '
+            f'| {said(method)} | {version} | {len(those)} | {verdicts.count("better")} | {verdicts.count("worse")} '
             f'| {median(r.gain for r in points or those):+.1f} | {best.gain:+.1f} {best.cell} | {worst.gain:+.1f} {worst.cell} '
             f'| {f"{median(eces):+.3f}" if eces else ""} | {median(r.cost for r in those):.1f} | {memory(method)} |'
         )
@@ -197,7 +213,7 @@ def of_cell(name, those):
     for r in sorted(those, key=lambda r: -r.gain):
         ece = '' if r.ece is None else f'{r.ece:+.3f}'
         out.append(
-            f'| `{r.method}`{"" if r.version == "1" else f" (protocol {r.version})"} | {r.gain:+.{digits}f} '
+            f'| {said(r.method)}{"" if r.version == "1" else f" (protocol {r.version})"} | {r.gain:+.{digits}f} '
             f'| {r.low:+.{digits}f} to {r.high:+.{digits}f} | {r.verdict} | {r.seeds} | {ece} | {r.cost:.1f} |'
         )
     return '\n'.join([*out, ''])
@@ -237,7 +253,7 @@ def step_costs():
 
 
 def draw(found, cell='digits100_short'):
-    "Every method in one cell, with its interval"
+    "Every method in one cell, with its interval. The points of protocol 1 are empty"
     import matplotlib
 
     matplotlib.use('Agg')
@@ -248,7 +264,8 @@ def draw(found, cell='digits100_short'):
     for i, r in enumerate(these):
         color = dict(better='#2f6fc5', worse='#c05020').get(r.verdict, '#777777')
         ax.plot([r.low, r.high], [i, i], lw=1.2, color=color)
-        ax.plot(r.gain, i, 'o', ms=4, color=color)
+        inside = 'white' if r.version == '1' else color
+        ax.plot(r.gain, i, 'o', ms=4, color=color, markerfacecolor=inside)
     ax.axvline(0, lw=0.8, color='black')
     ax.set_yticks(range(len(these)), [r.method for r in these], fontsize=8)
     ax.set_ylim(-0.7, len(these) - 0.3)
@@ -268,7 +285,7 @@ def text(found):
     for r in found:
         cells[r.cell].append(r)
     lost = [
-        f'| `{r.method}` | {r.cell} | {r.gain:+.1f} | {r.low:+.1f} to {r.high:+.1f} |'
+        f'| {said(r.method)} | {r.cell} | {r.gain:+.1f} | {r.low:+.1f} to {r.high:+.1f} |'
         for r in worse
         if r.cell not in BITS
     ]

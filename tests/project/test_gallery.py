@@ -117,6 +117,21 @@ def test_results_of_a_newer_protocol_stand_beside_the_older_ones(tmp_path):
     assert found[0].gain == pytest.approx(20)
 
 
+def test_runs_of_a_planned_recipe_have_its_names_and_others_their_text(tmp_path):
+    (tmp_path / 'facts.json').write_text('{}')
+    folder = tmp_path / 'protocol2'
+    folder.mkdir()
+    recipes = {'labels': 'labels', 'keras': 'A', 'default': 'A', 'soft(1)': 'B'}
+    planned = dict(
+        facts=dict(output='classes'), recipes={k: dict(text=v) for k, v in recipes.items()}
+    )
+    (folder / 'plan.json').write_text(json.dumps(dict(cell=planned)))
+    lines = [r for text in ('labels', 'A', 'B', 'C') for r in runs(text, a=0.5, b=0.6)]
+    (folder / 'cell.jsonl').write_text('\n'.join(map(json.dumps, lines)))
+    found = [r.method for r in leaderboard.rows(tmp_path)]
+    assert found == ['kd(10,.9)', 'the default', 'soft(1)', 'C']
+
+
 def test_a_cell_with_one_rate_reports_all_of_its_seeds(tmp_path):
     (tmp_path / 'facts.json').write_text('{}')
     folder = tmp_path / 'protocol2_more'
