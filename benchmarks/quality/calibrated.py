@@ -109,10 +109,16 @@ def means(own, key):
     return [np.mean([np.mean(r[key]) for r in own[k]]) for k in NAMES]
 
 
-def medians(path=FILE):
-    "Of the calibration error with a temperature: (the default, labels alone)"
-    alone, ours = np.median([means(own, 'ece_after') for own in finished(path).values()], 0)
+def medians(when, path=FILE):
+    "Of the calibration error 'before' or 'after' the temperature: (the default, labels alone)"
+    alone, ours = np.median([means(own, f'ece_{when}') for own in finished(path).values()], 0)
     return ours, alone
+
+
+def within(path=FILE):
+    "(runs of the default with at most the calibration error of a calibrated model, all runs of the default)"
+    runs = [r for own in finished(path).values() for r in own['default']]
+    return sum(r['ece_after'] <= r['limit'] for r in runs), len(runs)
 
 
 def text(path=FILE):

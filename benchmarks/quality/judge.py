@@ -121,8 +121,8 @@ class Cell:
             if len(o) == 2
         }
 
-    def best(self):
-        "The recipe with the best mean validation score of the reported seeds, and its gain; None where too few are finished"
+    def best(self, role='choosing'):
+        "The recipe with the best mean validation score of the seeds with this role, at its own rate; None where too few are finished"
         others = [k for k in self.finished if k != 'labels']
         if len({self.plan['recipes'][k]['text'] for k in others}) < protocol.ENOUGH_RECIPES:
             return None
@@ -133,7 +133,7 @@ class Cell:
                 [
                     score(self.output, r['valid'])
                     for r in self.finished[k]
-                    if r['role'] == 'reported' and r['lr'] == rate
+                    if r['role'] == role and r['lr'] == rate
                 ]
             )
 
@@ -340,12 +340,12 @@ def of_peers(j):
     return table(['cell', *map(spoken, others)], [r for r in rows if any(r[1:])])
 
 
-def against_best(j):
+def against_best(j, role='choosing'):
     "cell -> (the best recipe on the validation split, its gain, that of the default), where enough recipes ran"
     return {
         n: (k, c.gain(k), c.gain('default'))
         for n, c in j.cells.items()
-        if c.has('labels', 'default') and (k := c.best()) is not None
+        if c.has('labels', 'default') and (k := c.best(role)) is not None
     }
 
 
@@ -375,10 +375,13 @@ def of_best(j):
         )
     if not rows:
         return f'No cell has {protocol.ENOUGH_RECIPES} finished recipes.\n'
-    median = ', '.join(
-        f'{m} {np.median(v):.0%} ({len(v)} cells)' for m, v in shares(j, found).items()
-    )
-    return f"Median share of the best recipe's gain: {median}.\n\n" + table(
+    medians = [
+        ', '.join(f'{m} {np.median(v):.0%} ({len(v)} cells)' for m, v in shares(j, o).items())
+        for o in (found, against_best(j, 'reported'))
+    ]
+    return (
+        f"Median share of the best recipe's gain: {medians[0]}. If the reported seeds choose the best recipe, by their validation scores: {medians[1]}.\n\n"
+    ) + table(
         [
             'cell',
             'measure',
@@ -457,7 +460,7 @@ def picture(j, path):
 PARTS = [
     (
         'How often the default is better or safe',
-        'Compared with labels alone. [PROTOCOL.md](PROTOCOL.md) defines the margins for safe, worse and too noisy to tell. Significant: after the correction for all finished cells.',
+        'Compared with labels alone. [PROTOCOL.md](PROTOCOL.md) defines the margins. Safe: the lower end of the interval is above minus the margin, even if the upper end is below zero. Worse: not safe, and the upper end is below zero. Significant: after the correction for all finished cells.',
         of_counts,
     ),
     (

@@ -6,7 +6,7 @@ import re
 from math import copysign
 import calibrated, judge, protocol, tables
 import numpy as np
-from stats import corrected
+from stats import corrected, overall
 from tasks import HERE
 
 ROOT = HERE.parents[1]
@@ -27,7 +27,7 @@ SAID = {
     'pixels of digits': 'digit_pixels',
     'Shakespeare': 'lm_short',
     'WikiText': 'wikitext',
-    'adult': 'adult500_short adult500_long adult5000_short adult5000_long adult_short',
+    'adult': 'adult500_short adult500_long adult5000_short adult5000_long adult_short adult_long',
     'adult, taught by networks': 'adultnets5000 adultnets',
     'film reviews': 'polarity_short polarity_long',
     'SST-2': 'sst2_short sst2_long',
@@ -36,11 +36,11 @@ SAID = {
     'GoEmotions': 'goemotions_short',
     'facts about people (a table)': 'person_short person_long',
     'diabetes': 'diabetes',
-    'ages': 'age5000',
+    'ages': 'age5000 age',
     'points': 'points_short points_long',
 }
 BITS = 'lm_short', 'wikitext'
-GAIN = r'\**[+-]?\d+\.\d+\**'
+GAIN = r'\**[+-]?\d+\.\d+\**†?'
 
 
 class Missing(Exception):
@@ -57,8 +57,8 @@ def section(page, name, content):
 
 
 def fill(page, pattern, *values):
-    "The page with these values as the groups of the pattern, wherever it fits"
-    matches = [*re.finditer(pattern, page)]
+    "The page with these values as the groups of the pattern, wherever it fits. A space of the pattern may be a line break"
+    matches = [*re.finditer(re.sub(r'\\? ', r'\\s+', pattern), page)]
     if not matches:
         raise Missing(f'no text fits {pattern!r}')
     for m in reversed(matches):
@@ -73,8 +73,10 @@ def rounded(v, digits):
     return text if float(text) else text[1:]
 
 
-def gains_said(page, r):
-    "The page with the gains of the table that begins with 'the student predicts'"
+def gains_said(page, r, j):
+    "The page with the gains of the table that begins with 'the student predicts'. †: only protocol 1 has this cell"
+    measured = j.gains('default', 'labels')
+    q = corrected({n: e.p for n, e in measured.items()})
     head = re.search(r'^\| the student predicts .*?\n\n', page, re.M | re.S)
     if head is None:
         raise Missing('no table begins with "| the student predicts"')
@@ -82,24 +84,43 @@ def gains_said(page, r):
     for words, cells in SAID.items():
         found = []
         for n in cells.split():
-            g = r.gains[n][r.default[n]]
-            v = rounded(g.mean / 100, 2) if n in BITS else rounded(g.mean, 1)
-            found.append(f'**{v}**' if n in r.bold_default else v)
+            g = measured.get(n) or r.gains[n][r.default[n]]
+            v = rounded(g.mean, 2) if n in BITS else rounded(g.mean, 1)
+            v = f'**{v}**' if q.get(n, 1.0) < protocol.LEVEL else v
+            found.append(v + '†' * (n not in measured))
         pattern = rf'(?<!\w){re.escape(words)} ({GAIN}(?:, {GAIN})*)'
         part = fill(part, pattern, ', '.join(found))
     return page.replace(head[0], part)
 
 
-def loss(r, n, k):
-    return f'{abs(r.gains[n][k].mean):.1f}'
+def loss(j, n, k):
+    return f'{abs(j.cells[n].gain(k).mean):.1f}'
 
 
-def of_other_cells(j):
-    "Cells that are neither first tries nor new data; where the default is better, significantly better, significantly worse"
+def of_cells(j, kind):
+    "Cells of this kind; where the default is better, significantly better, significantly worse; where the interval has a relevant loss"
     found = j.gains('default', 'labels')
     q = corrected({n: e.p for n, e in found.items()})
-    own = {n: e for n, e in found.items() if j.cells[n].kind == 'other cells'}
+    own = {n: e for n, e in found.items() if j.cells[n].kind == kind}
+    cells, better, up, down, safe, *_ = judge.counts(j, None, own, q)
+    return cells, better, up, down, cells - safe
+
+
+def of_new_data(j):
+    "As of_cells, but corrected for the new data alone"
+    found = j.gains('default', 'labels')
+    own = {n: e for n, e in found.items() if j.cells[n].kind == 'new data'}
+    q = corrected({n: e.p for n, e in own.items()})
     return judge.counts(j, None, own, q)[:4]
+
+
+def of_data_sets(j):
+    "Data sets, the effect on accuracy over them, as text, and its p; first tries don't count"
+    found = j.gains('default', 'labels', 'accuracy')
+    inside = {n: e for n, e in found.items() if j.cells[n].kind != 'first tries'}
+    o = overall([(j.cells[n].facts['data_set'], e.mean) for n, e in inside.items()])
+    text = f'{o.mean:+.1f} points, 95% interval {o.low:+.1f} to {o.high:+.1f}'
+    return o.n, text, f'{o.p:.2f}'
 
 
 def of_best(j):
@@ -112,78 +133,112 @@ def of_best(j):
 
 
 def of_probabilities(j):
-    "Cells where the default has a lower NLL, of how many, where its calibration is significantly worse; median calibration errors"
+    """Cells where the default has a lower NLL, of how many, where its calibration is significantly worse; median calibration errors,
+    (the default, labels alone) in all cells, and in those with a temperature, without and with it; their number; runs within the limit, of how many"""
     better, worse = j.gains('default', 'labels', 'nll'), j.gains('default', 'labels', 'ece')
     q = corrected({n: e.p for n, e in worse.items()})
-    medians = *np.median(judge.calibration_errors(j), 0), *calibrated.medians()
+    medians = [
+        *np.median(judge.calibration_errors(j), 0),
+        *calibrated.medians('before'),
+        *calibrated.medians('after'),
+    ]
     return (
         sum(e.mean > 0 for e in better.values()),
         len(better),
         sum(e.mean < 0 and q[n] < protocol.LEVEL for n, e in worse.items()),
         *(f'{v:.3f}' for v in medians),
         len(calibrated.finished()),
+        *calibrated.within(),
+    )
+
+
+def of_alike_cells(j):
+    "Other cells of the census table; other cells where the default is kd(1, .5)"
+    own = [j.cells[n] for n in j.gains('default', 'labels') if j.cells[n].kind == 'other cells']
+    plain = 'Recipe(Term(kd, weight=0.5, T=1), task=0.5)'
+    return (
+        sum(c.facts['data_set'] == 'adult census' for c in own),
+        sum(c.plan['recipes']['default']['text'] == plain for c in own),
     )
 
 
 def of_repository(r, j):
     "page -> its text with the numbers of the runs, which the pages quote"
     readme, gains, docs = [(ROOT / n).read_text() for n in (README, GAINS, DOCS)]
-    own = r.of_default()
-    seeds = [g.seeds for g in own.values()]
-    new = [n for n, f in r.facts.items() if f['task'] in tables.NEW]
-    gains, others = gains_said(gains, r), of_other_cells(j)
-    better = sum(g.mean > 0 for g in own.values()), len(own)
-    readme = fill(readme, r'\[(\d+) combinations of data', better[1])
-    readme = fill(readme, r'better on average in (\d+), significantly worse', better[0])
-    readme = fill(
-        readme,
-        r'\[(\d+) combinations, \S+ of them .*?\| better on average in (\d+), significantly in (\d+); significantly worse in (\d+),',
-        *others,
+    cells, better, up, down, risky = of_cells(j, 'other cells')
+    new = of_cells(j, 'new data')
+    new = [o or 'none' for o in (*new[1:3], of_new_data(j)[2], *new[3:])]
+    over = (
+        r'Over (\d+) data sets, the mean gain in accuracy is ([^()]+) \(p = ([\d.]+)\)',
+        of_data_sets(j),
     )
     for pattern, values in (
         (
-            r'beat labels alone in (\d+) of the (\d+) cells\. The gain is significant in the (\d+) bold',
-            (*better, len(r.bold_default)),
-        ),
-        (r'the mean of (\d+) to (\d+) seeds', (min(seeds), max(seeds))),
-        (r'CamVid \S+ \(p = ([\d.]+)\)', (f'{own["camvid"].p:.2f}',)),
-        (
-            r'`dist` without fading lost \*\*([\d.]+)\*\* points on banking77',
-            (loss(r, 'banking77weak_long', 'dist(auto)x3'),),
+            r'\[(\d+) combinations of data.*?\| better on average in (\d+), significantly in (\d+); '
+            r'significantly worse in (\d+) \(.*?\); in (\d+), the interval',
+            (cells, better, up, down, risky),
         ),
         (
-            r'`binary_kl` \*\*([\d.]+)\*\* on GoEmotions',
-            (loss(r, 'goemotionsweak_short', 'binary(1)x3'),),
+            r'\[ten tasks with new data.*?\| better on average in (\d+), significantly in (\w+) \(in (\w+) if .*?\); '
+            r'significantly worse in (\w+); in (\w+), the interval',
+            new,
+        ),
+        over,
+    ):
+        readme = fill(readme, pattern, *values)
+    gains = gains_said(gains, r, j)
+    for pattern, values in (
+        (
+            r'In (\d+) cells \([^)]*\), the default was better on average in (\d+), significantly in (\d+), and significantly '
+            r'worse in (\d+) \([^)]*\)\. In (\d+) of them',
+            (cells, better, up, down, risky),
         ),
         (
-            r'with 8 seeds in (\d+) cells[^.]*\. It was\s+better on average in (\d+), significantly in (\d+), and significantly worse in (\d+) ',
-            others,
+            r'\s(\d+) of these cells come from one census table, and in (\d+) of them',
+            of_alike_cells(j),
+        ),
+        over,
+        (
+            r'it was better on average in (\w+), significantly in (\w+) \(in (\w+) if [^)]*\), and significantly worse in (\w+)\. In (\w+) of',
+            new,
         ),
         (
-            r'In (\d+) cells, at least ten recipes[^.]*\. In (\d+) of them, [^.]*, and in (\d+) of these,\s+[^.]*\. '
-            r'The\s+median gain of the default was (\d+)% of the best recipe.s gain for\s+accuracy\s+\((\d+)\s+cells\), '
-            r'and\s+(\d+)% for mean average precision \((\d+)\s+cells\)',
+            r'In (\d+) cells, at least ten recipes[^.]*\. In (\d+) of them, [^.]*, and in (\d+) of these, [^.]*\. '
+            r'The median gain of the default was (\d+)% of the best recipe.s gain for accuracy \((\d+) cells\), '
+            r'and (\d+)% for mean average precision \((\d+) cells\)',
             of_best(j),
         ),
         (
-            r'test loss in (\d+) of (\d+)\s+cells, but its calibration error was\s+significantly larger in (\d+)\. '
-            r'The\s+medians of the calibration error are ([\d.]+) and ([\d.]+); with a \[temperature\]\S+\s+they are\s+([\d.]+\d) and ([\d.]+\d)\s+\(in (\d+) of these cells\)',
+            r'`dist` without fading lost \*\*([\d.]+)\*\* points on banking77',
+            (f'{abs(r.gains["banking77weak_long"]["dist(auto)x3"].mean):.1f}',),
+        ),
+        (
+            r'`binary_kl` \*\*([\d.]+)\*\* on GoEmotions',
+            (f'{abs(r.gains["goemotionsweak_short"]["binary(1)x3"].mean):.1f}',),
+        ),
+        (
+            r'gained ([\d.]+) points on banking77 in a long training and lost ([\d.]+) in a short one, but it lost ([\d.]+) on',
+            [
+                loss(j, n, 'default')
+                for n in ('banking77weak_long', 'banking77weak_short', 'goemotionsweak_short')
+            ],
+        ),
+        (
+            r'test loss in (\d+) of (\d+) cells, but its calibration error was significantly larger in (\d+)\. '
+            r'The medians of the calibration error are ([\d.]+) and ([\d.]+)\. A \[temperature\]\S+ lowers them from ([\d.]+) and ([\d.]+) '
+            r'to ([\d.]+) and ([\d.]+) \(in (\d+) of these cells\), but only (\d+) of (\d+) runs',
             of_probabilities(j),
         ),
     ):
         gains = fill(gains, pattern, *values)
     for pattern, values in (
         (
-            r'in (\d+) of their (\d+) combinations of student and training length',
-            (len([n for n in new if n in r.bold_default]), len(new)),
-        ),
-        (
             r'gains \*\*([\d.]+)\*\* points on two-digit numbers in a short training',
-            (loss(r, 'digits100_short', 'kd(4,.9)'),),
+            (loss(j, 'digits100_short', 'kd(4,.9)'),),
         ),
         (
-            r'loses \*\*([\d.]+)\*\* points on\s+banking77 in a long one',
-            (loss(r, 'banking77_long', 'kd(4,.9)'),),
+            r'loses \*\*([\d.]+)\*\* points on banking77 in a long one',
+            (loss(j, 'banking77_long', 'kd(4,.9)'),),
         ),
     ):
         docs = fill(docs, pattern, *values)

@@ -676,33 +676,42 @@ def test_no_table_calls_a_recipe_by_the_name_of_a_tool(quality, stored):
     assert not re.search('fasterai|torchdistill|timm|keras', quality.tables.text(stored))
 
 
-def test_the_page_of_recipes_names_every_cell_but_those_of_the_weak_teachers(quality, stored):
+def test_the_page_of_recipes_names_every_cell_but_those_of_the_weak_teachers(
+    quality, stored, judged
+):
     named = [c for cells in quality.pages.SAID.values() for c in cells.split()]
-    assert sorted(named) == sorted(n for n in stored.cells if 'weak' not in n)
+    others = {n for n, c in judged.cells.items() if c.kind == 'other cells'}
+    assert sorted(named) == sorted(n for n in others | {*stored.cells} if 'weak' not in n)
     page = (HERE.parent.parent / 'docs' / 'recipes.md').read_text()
     rows = re.search(r'^\| the student predicts .*?\n\n', page, re.M | re.S)[0].splitlines()[2:]
     numbers = [o for r in rows if r for o in re.findall(r'(?<!= )[+-]?\d+\.\d+', r.split('|')[3])]
     assert len(numbers) == len(named)  # so none of them stands beside other words
 
 
-def test_what_the_sentences_of_the_pages_say_beside_their_numbers_is_true(stored):
-    own = stored.of_default()
-    # "significantly worse in none"
-    assert all(g.mean > 0 for n, g in own.items() if n in stored.bold_default or g.p < 0.05)
+def test_what_the_sentences_of_the_pages_say_beside_their_numbers_is_true(quality, stored, judged):
+    for n, k in (('banking77weak_long', 'dist(auto)x3'), ('goemotionsweak_short', 'binary(1)x3')):
+        assert n in stored.bold[k] and stored.gains[n][k].mean < 0  # their numbers are bold
+    gains, default = judged.gains('kd(4,.9)', 'labels'), judged.gains('default', 'labels')
+    q, ours = [
+        quality.stats.corrected({n: e.p for n, e in found.items()}) for found in (gains, default)
+    ]
+    for n, sign in (('digits100_short', 1), ('banking77_long', -1)):
+        assert q[n] < 0.05 and sign * gains[n].mean > 0
+    worse = {n: e.mean for n, e in default.items() if ours[n] < 0.05 and e.mean < 0}
+    others = {n: v for n, v in worse.items() if judged.cells[n].kind == 'other cells'}
+    said = {'points_short': -0.2, 'goemotionsweak_short': -3.9}
+    assert others == pytest.approx(said, abs=0.05)
+    first = {n: v for n, v in worse.items() if judged.cells[n].kind == 'first tries'}
+    said = {'first_ages': -0.7, 'first_income': -0.2, 'first_emotions': -0.05}
+    assert first == pytest.approx(said, abs=0.05)
     for n, k in (
-        ('digits100_short', 'kd(4,.9)'),
-        ('banking77_long', 'kd(4,.9)'),
-        ('banking77weak_long', 'dist(auto)x3'),
-        ('goemotionsweak_short', 'binary(1)x3'),
+        ('occupation_short', 'dist(4)x3'),
+        ('occupation_long', 'dist(4)x3'),
+        ('person_short', 'binary(1)x3'),
+        ('person_long', 'binary(1)x3'),
     ):
-        assert n in stored.bold[k]  # their numbers are bold
-    assert stored.gains['digits100_short']['kd(4,.9)'].mean > 0
-    for n, k in (
-        ('banking77_long', 'kd(4,.9)'),
-        ('banking77weak_long', 'dist(auto)x3'),
-        ('goemotionsweak_short', 'binary(1)x3'),
-    ):
-        assert stored.gains[n][k].mean < 0
+        price = judged.cells[n].gain(k, 'default')
+        assert price.low > 0 and 0.2 < price.mean < 0.75
 
 
 def test_what_the_pages_measured_elsewhere_is_what_the_result_files_say():
@@ -996,6 +1005,16 @@ def test_the_interval_of_a_gain_covers_the_truth_although_the_rates_are_chosen(
     found = [quality.stats.gain(*arms(quality, rng, means, spread, 0.4)) for _ in range(300)]
     covered = np.mean([e.low <= truth <= e.high for e in found])
     assert covered >= 0.9
+
+
+def test_the_interval_is_too_narrow_where_the_rate_matters_for_one_recipe_and_validation_is_noisy(
+    quality,
+):
+    "A limit that the page names"
+    rng, means, spread = np.random.default_rng(0), ({1: 70.0, 2: 72.0}, {1: 70.0, 2: 70.0}), 4.0
+    truth = true_gain(rng, means, spread)
+    found = [quality.stats.gain(*arms(quality, rng, means, spread, 0.2)) for _ in range(300)]
+    assert np.mean([e.low <= truth <= e.high for e in found]) == pytest.approx(0.66, abs=0.05)
 
 
 def test_an_interval_that_ignores_the_choice_of_the_rate_would_be_too_narrow(quality):
