@@ -4,6 +4,7 @@ import ast, importlib.util, json, re, sys
 from pathlib import Path
 from statistics import mean
 import pytest
+from scipy import stats
 
 ROOT = Path(__file__).parents[2]
 
@@ -69,14 +70,19 @@ def test_a_notebook_has_the_code_of_its_script(script):
     compile(code, script.name, 'exec')  # a `return` that is left would be an error only here
 
 
-def test_the_leaderboard_is_what_the_result_files_say():
+@pytest.fixture(scope='module')
+def found():
+    return list(leaderboard.rows())
+
+
+def test_the_leaderboard_is_what_the_result_files_say(found):
     page = leaderboard.PAGE.read_text()
     made = page.split(leaderboard.START)[1].split(leaderboard.END)[0].strip()
-    assert made == leaderboard.text(leaderboard.rows()).strip(), 'python benchmarks/leaderboard.py'
+    assert made == leaderboard.text(found).strip(), 'python benchmarks/leaderboard.py'
 
 
-def test_a_gain_of_the_leaderboard_is_the_mean_of_paired_differences():
-    lines = (leaderboard.QUALITY / 'digits100_short.jsonl').read_text().splitlines()
+def test_a_gain_of_protocol_1_is_the_mean_of_paired_differences(found):
+    lines = (leaderboard.OUT / 'digits100_short.jsonl').read_text().splitlines()
     runs = [json.loads(o) for o in lines]
 
     def at_best(recipe):
@@ -88,61 +94,82 @@ def test_a_gain_of_the_leaderboard_is_the_mean_of_paired_differences():
 
     a, b = at_best('kd(4,.9)'), at_best('labels')
     (row,) = [
-        r
-        for r in leaderboard.rows()
-        if (r.cell, r.method, r.version) == ('digits100_short', 'kd(4,.9)', '1')
+        r for r in found if (r.cell, r.method, r.version) == ('digits100_short', 'kd(4,.9)', '1')
     ]
-    assert row.seeds == len(a.keys() & b.keys())
-    assert row.gain == pytest.approx(100 * mean(a[s] - b[s] for s in a.keys() & b.keys()))
-    assert row.low < row.gain < row.high
+    differences = [100 * (a[s] - b[s]) for s in a.keys() & b.keys()]
+    test = stats.ttest_1samp(differences, 0)
+    assert row.gain.n == len(differences)
+    assert row.gain.mean == pytest.approx(mean(differences))
+    assert row.gain.p == pytest.approx(test.pvalue)
+    assert (row.gain.low, row.gain.high) == pytest.approx(tuple(test.confidence_interval()))
 
 
-def runs(recipe, **scores):
+def test_the_default_has_the_gains_and_intervals_of_the_benchmark_s_page(found):
+    page = (ROOT / 'benchmarks' / 'quality' / 'README.md').read_text()
+    rows = [r for r in found if r.method == leaderboard.DEFAULT]
+    assert rows
+    for r in rows:
+        g, d = r.gain, 2 if r.in_points else 3
+        said = re.escape(f'{g.mean:+.{d}f} [{g.low:+.{d}f}, {g.high:+.{d}f}]')
+        assert re.search(rf'^\| {r.cell} \| .*\| {said} \|', page, re.M), r
+
+
+def runs(recipe, *accuracies, ece=0.1):
     return [
-        dict(
-            recipe=recipe, lr=0.1, seed=s, valid=dict(accuracy=x), test=dict(accuracy=x), seconds=1
-        )
-        for s, x in enumerate(scores.values())
+        dict(recipe=recipe, lr=0.1, seed=s, valid=dict(accuracy=x), test=dict(accuracy=x, ece=ece))
+        for s, x in enumerate(accuracies)
     ]
 
 
-def test_results_of_a_newer_protocol_stand_beside_the_older_ones(tmp_path):
-    (tmp_path / 'facts.json').write_text(json.dumps(dict(cell=dict(output='classes'))))
-    lines = [*runs('labels', a=0.5, b=0.6), *runs('kd', a=0.6, b=0.9)]
-    for folder, cut in ((tmp_path, '\n{"recipe": "k'), (tmp_path / 'protocol2', '')):
-        folder.mkdir(exist_ok=True)
-        (folder / 'cell.jsonl').write_text('\n'.join(map(json.dumps, lines)) + cut)
+def write_protocol_1(folder, *runs, cut=''):
+    (folder / 'facts.json').write_text(json.dumps(dict(cell=dict(output='classes'))))
+    (folder / 'cell.jsonl').write_text('\n'.join(map(json.dumps, runs)) + cut)
+
+
+def write_protocol_2(folder, recipes, *runs):
+    "A cell with one rate, in which these recipes (name -> text) are planned with seeds 100 and 101"
+    same = dict(protocol=2, setup='8 steps', teacher=[1.0])
+    recipes = {k: dict(text=v, behavior=[0.5]) for k, v in recipes.items()}
+    plan = dict(same, rates=[0.1], seeds=[100, 101], facts=dict(output='classes'), recipes=recipes)
+    more = dict(same, role='reported', behavior=[0.5], diverged=False)
+    folder.mkdir()
+    (folder / 'plan.json').write_text(json.dumps(dict(cell=plan)))
+    lines = [json.dumps(r | more | dict(seed=100 + r['seed'])) for r in runs]
+    (folder / 'cell.jsonl').write_text('\n'.join(lines))
+
+
+def test_results_of_protocol_2_stand_beside_those_of_protocol_1(tmp_path):
+    lines = [*runs('labels', 0.5, 0.6), *runs('kd', 0.6, 0.9, ece=0.3)]
+    write_protocol_1(tmp_path, *lines, cut='\n{"recipe": "k')
+    for name in ('protocol2', 'protocol2_more'):
+        write_protocol_2(tmp_path / name, dict(labels='labels', kd='kd'), *lines)
     found = list(leaderboard.rows(tmp_path))
-    assert [(r.method, r.version) for r in found] == [('kd', '1'), ('kd', '2')]
-    assert found[0].gain == pytest.approx(20)
+    assert [(r.method, r.version) for r in found] == [('kd', '1'), ('kd', '2'), ('kd', '2')]
+    assert [r.gain.mean for r in found] == pytest.approx([20, 20, 20])
+    assert [r.gain.n for r in found] == [2, 2, 2]
+    assert [r.ece for r in found] == pytest.approx([0.2, 0.2, 0.2])
 
 
-def test_runs_of_a_planned_recipe_have_its_names_and_others_their_text(tmp_path):
-    (tmp_path / 'facts.json').write_text('{}')
-    folder = tmp_path / 'protocol2'
-    folder.mkdir()
+def test_a_study_with_other_rules_has_no_rows(tmp_path):
+    recipes = {'labels': 'labels', 'default, no fade': 'A'}
+    write_protocol_2(tmp_path / 'constants', recipes, *runs('labels', 0.5, 0.6), *runs('A', 0, 1))
+    assert not list(leaderboard.rows(tmp_path))
+
+
+def test_only_finished_recipes_of_the_plan_have_rows_with_its_names(tmp_path):
     recipes = {'labels': 'labels', 'keras': 'A', 'default': 'A', 'soft(1)': 'B'}
-    planned = dict(
-        facts=dict(output='classes'), recipes={k: dict(text=v) for k, v in recipes.items()}
-    )
-    (folder / 'plan.json').write_text(json.dumps(dict(cell=planned)))
-    lines = [r for text in ('labels', 'A', 'B', 'C') for r in runs(text, a=0.5, b=0.6)]
-    (folder / 'cell.jsonl').write_text('\n'.join(map(json.dumps, lines)))
+    finished = [r for o in ('labels', 'A') for r in runs(o, 0.5, 0.6)]
+    former = runs('C', 0.5, 0.6)
+    write_protocol_2(tmp_path / 'protocol2', recipes, *finished, *runs('B', 0.5), *former)
     found = [r.method for r in leaderboard.rows(tmp_path)]
-    assert found == ['kd(10,.9)', 'the default', 'soft(1)', 'C']
+    assert found == ['kd(10,.9)', 'the default']
 
 
-def test_a_cell_with_one_rate_reports_all_of_its_seeds(tmp_path):
-    (tmp_path / 'facts.json').write_text('{}')
-    folder = tmp_path / 'protocol2_more'
-    folder.mkdir()
-    (folder / 'plan.json').write_text(json.dumps(dict(first=dict(facts=dict(output='classes')))))
-    lines = [*runs('labels', a=0.5, b=0.6), *runs('kd', a=0.6, b=0.8)]
-    lines = [r | dict(seed=100 + r['seed']) for r in lines]
-    (folder / 'first.jsonl').write_text('\n'.join(map(json.dumps, lines)))
-    (row,) = leaderboard.rows(tmp_path)
-    assert (row.method, row.version, row.seeds) == ('kd', '2', 2)
-    assert row.gain == pytest.approx(15)
+def test_no_rows_before_labels_alone_are_finished(tmp_path):
+    recipes = {'labels': 'labels', 'default': 'A'}
+    lines = [*runs('labels', 0.5), *runs('A', 0.5, 0.6)]
+    write_protocol_2(tmp_path / 'protocol2', recipes, *lines)
+    assert not list(leaderboard.rows(tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -153,7 +180,6 @@ def test_a_cell_with_one_rate_reports_all_of_its_seeds(tmp_path):
         ('wttmx1', 'wttm'),
         ('atx0.3', 'at'),
         ('dist(auto)x3', 'dist'),
-        ('Recipe(Term(dist, grad_ratio=3, T=1), task=1)', 'dist'),
     ],
 )
 def test_a_method_has_the_memory_of_its_loss(method, loss):
@@ -175,14 +201,12 @@ def test_the_stored_memory_of_a_loss_is_what_it_needs_now():
 
 
 def test_one_seed_is_no_row(tmp_path):
-    (tmp_path / 'facts.json').write_text(json.dumps(dict(cell=dict(output='classes'))))
-    lines = [*runs('labels', a=0.5), *runs('kd', a=0.6)]
-    (tmp_path / 'cell.jsonl').write_text('\n'.join(map(json.dumps, lines)))
+    write_protocol_1(tmp_path, *runs('labels', 0.5), *runs('kd', 0.6))
     assert not list(leaderboard.rows(tmp_path))
 
 
-def test_a_failure_is_shown():
+def test_a_failure_is_shown(found):
     page = leaderboard.PAGE.read_text()
-    worst = min((r for r in leaderboard.rows() if r.verdict == 'worse'), key=lambda r: r.gain)
+    worst = min((r for r in found if r.verdict == 'worse'), key=lambda r: r.gain.mean)
     failures = re.search(r'^## Failures\n(.+?)^## ', page, re.M | re.S)[1]
-    assert f'| `{worst.method}` | {worst.cell} | {worst.gain:+.1f} |' in failures
+    assert f'| `{worst.method}` | {worst.cell} | {worst.gain.mean:+.1f} |' in failures
