@@ -118,8 +118,12 @@ def check_names(names, chosen, out):
 
 
 def write_plan(out, name, planned):
-    plans = read_json(out / 'plan.json') | {name: planned}
-    write_json(out / 'plan.json', dict(sorted(plans.items())))
+    "Candidates that were planned before stay in the plan of the same cell"
+    plans = read_json(out / 'plan.json')
+    before = plans.get(name, {})
+    if all(before.get(k) == v for k, v in planned.items() if k != 'recipes'):
+        planned = planned | dict(recipes=before['recipes'] | planned['recipes'])
+    write_json(out / 'plan.json', dict(sorted((plans | {name: planned}).items())))
 
 
 def quick_first(chosen):

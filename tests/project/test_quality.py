@@ -107,6 +107,19 @@ def test_a_candidate_that_the_protocol_does_not_have_runs_where_it_is_named(
     }
 
 
+def test_a_later_candidate_does_not_replace_an_earlier_one_in_the_plan(quality, tmp_path):
+    planned = lambda name, teacher=1: dict(teacher=teacher, recipes={name: dict(text=name)})
+
+    def names():
+        return [*quality.stored.read_json(tmp_path / 'plan.json')['cell']['recipes']]
+
+    for name in ('first', 'second'):
+        quality.run.write_plan(tmp_path, 'cell', planned(name))
+    assert names() == ['first', 'second']
+    quality.run.write_plan(tmp_path, 'cell', planned('third', teacher=2))
+    assert names() == ['third']
+
+
 @pytest.mark.parametrize(
     'name, said',
     [('kl(2)x3', 'Write it to a folder of its own: --out .*_more'), ('kl(2)', 'not in CANDIDATES')],
