@@ -17,19 +17,16 @@ from statistics import median
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / 'benchmarks' / 'quality'))
 
-from candidates import CANDIDATES  # noqa: E402
-from judge import Cell, Judged, value  # noqa: E402
+from judge import Cell, Judged, spoken, value  # noqa: E402
 from stats import Arm, Effect, at_best_rate  # noqa: E402
 from stored import OUT, read, read_json  # noqa: E402
+from tables import shown  # noqa: E402
 
 BENCH = ROOT / 'benchmarks' / 'results' / 'bench'
 MEMORY = ROOT / 'benchmarks' / 'results' / 'loss_memory.json'
 PAGE = ROOT / 'docs' / 'leaderboard.md'
 PICTURE = ROOT / 'docs' / 'img' / 'leaderboard.png'
 START, END = '<!-- made by benchmarks/leaderboard.py -->', '<!-- end -->'
-DEFAULT = 'the default'
-# result files keep the names that recipes had when they ran
-SHOWN = {k: c.shown or k for k, c in CANDIDATES.items()} | {'default': DEFAULT}
 # the loss whose memory a method needs, by the start of its name. kd(.5), mse(.5) and the default have different ones in different cells
 LOSS_OF = {
     r'kd\(\d+,|kl\(|soft\(': 'kl',
@@ -96,19 +93,14 @@ def rows(folder=OUT):
                 continue
             # more is better in all gains, so that of labels alone is how much larger the error of the method is
             ece = cell.gain('labels', name, 'ece').mean if 'ece' in cell.measures else None
-            method = SHOWN.get(name, name)
-            yield Row(cell.name, method, version, cell.main, cell.gain(name), ece)
-
-
-def said(method):
-    return method if method == DEFAULT else f'`{method}`'
+            yield Row(cell.name, name, version, cell.main, cell.gain(name), ece)
 
 
 def memory(method):
     "What its loss needs at once, in multiples of the logits; empty if it was not measured"
     measured = json.loads(MEMORY.read_text())['losses']
     for start, loss in LOSS_OF.items():
-        if match := re.match(start, method):
+        if match := re.match(start, shown(method)):
             return f'{measured[loss or match[1]]:.1f}'
     return ''
 
@@ -130,7 +122,7 @@ def overall(found):
         eces = [r.ece for r in those if r.ece is not None]
         verdicts = [r.verdict for r in those]
         out.append(
-            f'| {said(method)} | {version} | {len(those)} | {verdicts.count("better")} | {verdicts.count("worse")} '
+            f'| {spoken(method)} | {version} | {len(those)} | {verdicts.count("better")} | {verdicts.count("worse")} '
             f'| {median(r.gain.mean for r in gains):+.1f} | {best.gain.mean:+.1f} {best.cell} | {worst.gain.mean:+.1f} {worst.cell} '
             f'| {f"{median(eces):+.3f}" if eces else ""} | {memory(method)} |'
         )
@@ -148,7 +140,7 @@ def of_cell(name, those):
         digits = 1 if r.in_points else 3
         ece = '' if r.ece is None else f'{r.ece:+.3f}'
         out.append(
-            f'| {said(r.method)}{"" if r.version == "1" else f" (protocol {r.version})"} | {r.gain.mean:+.{digits}f} '
+            f'| {spoken(r.method)}{"" if r.version == "1" else f" (protocol {r.version})"} | {r.gain.mean:+.{digits}f} '
             f'| {r.gain.low:+.{digits}f} to {r.gain.high:+.{digits}f} | {r.verdict} | {r.gain.n} | {ece} |'
         )
     return '\n'.join([*out, ''])
@@ -202,7 +194,7 @@ def draw(found, cell='digits100_short'):
         inside = 'white' if r.version == '1' else color
         ax.plot(r.gain.mean, i, 'o', ms=4, color=color, markerfacecolor=inside)
     ax.axvline(0, lw=0.8, color='black')
-    ax.set_yticks(range(len(these)), [r.method for r in these], fontsize=8)
+    ax.set_yticks(range(len(these)), [spoken(r.method).strip('`') for r in these], fontsize=8)
     ax.set_ylim(-0.7, len(these) - 0.3)
     ax.set_xlabel('gain in accuracy over labels alone, points, with its 95% interval', fontsize=9)
     ax.grid(axis='x', lw=0.3)
@@ -220,7 +212,7 @@ def text(found):
     for r in found:
         cells[r.cell].append(r)
     lost = [
-        f'| {said(r.method)} | {r.cell} | {r.gain.mean:+.1f} | {r.gain.low:+.1f} to {r.gain.high:+.1f} |'
+        f'| {spoken(r.method)} | {r.cell} | {r.gain.mean:+.1f} | {r.gain.low:+.1f} to {r.gain.high:+.1f} |'
         for r in worse
         if r.in_points
     ]

@@ -115,19 +115,21 @@ def medians(when, path=FILE):
     return ours, alone
 
 
-def within(path=FILE):
-    "(runs of the default with at most the calibration error of a calibrated model, all runs of the default)"
-    runs = [r for own in finished(path).values() for r in own['default']]
-    return sum(r['ece_after'] <= r['limit'] for r in runs), len(runs)
+def within(runs):
+    "How many of these runs have at most the calibration error of a calibrated model"
+    return sum(r['ece_after'] <= r['limit'] for r in runs)
+
+
+def all_within(name, path=FILE):
+    "(how many of this recipe's runs are within the limit, all of them)"
+    runs = [r for own in finished(path).values() for r in own[name]]
+    return within(runs), len(runs)
 
 
 def text(path=FILE):
     "A table of the stored runs"
     rows, found = [], finished(path)
     mean = lambda n, key: means(found[n], key)
-    within = {
-        n: [sum(r['ece_after'] <= r['limit'] for r in found[n][k]) for k in NAMES] for n in found
-    }
     pair = lambda v, form: ', '.join(number(o, form) for o in v)
     for n, own in found.items():
         rows.append(
@@ -136,21 +138,18 @@ def text(path=FILE):
                 f'{own["default"][0]["n"]:,}',
                 pair(mean(n, 'temperature'), '.2f'),
                 *(pair(mean(n, k), '.3f') for k in ('ece_before', 'ece_after', 'limit')),
-                f'{pair(within[n], "")} of {len(own["default"])}',
+                f'{pair(map(within, map(own.get, NAMES)), "")} of {len(own["default"])}',
                 pair(mean(n, 'nll_before'), '.3f'),
                 pair(mean(n, 'nll_after'), '.3f'),
             ]
         )
-    before, after = (
-        np.median([mean(n, f'ece_{k}') for n in found], 0) for k in ('before', 'after')
-    )
-    total = sum(len(own['default']) for own in found.values())
-    inside = np.sum([*within.values()], 0)
-    few = [n for n, own in found.items() if within[n][1] < len(own['default']) / 2]
+    before, after = medians('before', path), medians('after', path)
+    (alone, _), (ours, total) = (all_within(k, path) for k in NAMES)
+    few = [n for n, own in found.items() if within(own['default']) < len(own['default']) / 2]
     return (
-        f'Medians of {len(found)} cells: the calibration error is {before[1]:.4f} with the default and {before[0]:.4f} with labels alone; '
-        f'with a temperature, {after[1]:.4f} and {after[0]:.4f}. Within the limit, which a calibrated model exceeds in 5% of its runs, are '
-        f'{inside[1]} of {total} runs of the default and {inside[0]} of {total} of labels alone. Most runs of the default are above it in {", ".join(few) or "no cell"}.\n\n'
+        f'Medians of {len(found)} cells: the calibration error is {before[0]:.4f} with the default and {before[1]:.4f} with labels alone; '
+        f'with a temperature, {after[0]:.4f} and {after[1]:.4f}. Within the limit, which a calibrated model exceeds in 5% of its runs, are '
+        f'{ours} of {total} runs of the default and {alone} of {total} of labels alone. Most runs of the default are above it in {", ".join(few) or "no cell"}.\n\n'
     ) + table(
         [
             'cell',

@@ -39,7 +39,6 @@ SAID = {
     'ages': 'age5000 age',
     'points': 'points_short points_long',
 }
-BITS = 'lm_short', 'wikitext'
 GAIN = r'\**[+-]?\d+\.\d+\**†?'
 
 
@@ -85,7 +84,7 @@ def gains_said(page, r, j):
         found = []
         for n in cells.split():
             g = measured.get(n) or r.gains[n][r.default[n]]
-            v = rounded(g.mean, 2) if n in BITS else rounded(g.mean, 1)
+            v = rounded(g.mean, 2 if n in j.cells and j.cells[n].main == 'bits' else 1)
             v = f'**{v}**' if q.get(n, 1.0) < protocol.LEVEL else v
             found.append(v + '†' * (n not in measured))
         pattern = rf'(?<!\w){re.escape(words)} ({GAIN}(?:, {GAIN})*)'
@@ -97,21 +96,14 @@ def loss(j, n, k):
     return f'{abs(j.cells[n].gain(k).mean):.1f}'
 
 
-def of_cells(j, kind):
-    "Cells of this kind; where the default is better, significantly better, significantly worse; where the interval has a relevant loss"
+def of_cells(j, kind, alone=False):
+    """Cells of this kind; where the default is better, significantly better, significantly worse; where the interval has a relevant loss.
+    With `alone`, p is corrected for these cells instead of all cells."""
     found = j.gains('default', 'labels')
-    q = corrected({n: e.p for n, e in found.items()})
     own = {n: e for n, e in found.items() if j.cells[n].kind == kind}
+    q = corrected({n: e.p for n, e in (own if alone else found).items()})
     cells, better, up, down, safe, *_ = judge.counts(j, None, own, q)
     return cells, better, up, down, cells - safe
-
-
-def of_new_data(j):
-    "As of_cells, but corrected for the new data alone"
-    found = j.gains('default', 'labels')
-    own = {n: e for n, e in found.items() if j.cells[n].kind == 'new data'}
-    q = corrected({n: e.p for n, e in own.items()})
-    return judge.counts(j, None, own, q)[:4]
 
 
 def of_data_sets(j):
@@ -124,12 +116,23 @@ def of_data_sets(j):
 
 
 def of_best(j):
-    "Cells with many recipes, those in which the best gains, those of these in which it is the default; median shares and cells"
+    """Cells with many recipes, those in which the best gains, those of these in which it is the default; the median share for accuracy,
+    its interval, cells; the same share with reported seeds, cells; the share and cells for mean average precision"""
     found = judge.against_best(j)
-    shares = judge.shares(j, found)
+    shares, reported = (judge.shares(j, o) for o in (found, judge.against_best(j, 'reported')))
     gains = [k for k, theirs, _ in found.values() if theirs.mean > 0]
-    median = lambda m: (f'{100 * np.median(shares[m]):.0f}', len(shares[m]))
-    return len(found), len(gains), gains.count('default'), *median('accuracy'), *median('map')
+    percent = lambda v: [f'{100 * o:.0f}' for o in judge.median_share(v)]
+    return (
+        len(found),
+        len(gains),
+        gains.count('default'),
+        *percent(shares['accuracy']),
+        len(shares['accuracy']),
+        percent(reported['accuracy'])[0],
+        len(reported['accuracy']),
+        percent(shares['map'])[0],
+        len(shares['map']),
+    )
 
 
 def of_probabilities(j):
@@ -148,7 +151,7 @@ def of_probabilities(j):
         sum(e.mean < 0 and q[n] < protocol.LEVEL for n, e in worse.items()),
         *(f'{v:.3f}' for v in medians),
         len(calibrated.finished()),
-        *calibrated.within(),
+        *calibrated.all_within('default'),
     )
 
 
@@ -166,8 +169,9 @@ def of_repository(r, j):
     "page -> its text with the numbers of the runs, which the pages quote"
     readme, gains, docs = [(ROOT / n).read_text() for n in (README, GAINS, DOCS)]
     cells, better, up, down, risky = of_cells(j, 'other cells')
-    new = of_cells(j, 'new data')
-    new = [o or 'none' for o in (*new[1:3], of_new_data(j)[2], *new[3:])]
+    _, new_better, new_up, *rest = of_cells(j, 'new data')
+    new = new_better, new_up, of_cells(j, 'new data', alone=True)[2], *rest
+    new = [o or 'none' for o in new]
     over = (
         r'Over (\d+) data sets, the mean gain in accuracy is ([^()]+) \(p = ([\d.]+)\)',
         of_data_sets(j),
@@ -204,8 +208,8 @@ def of_repository(r, j):
         ),
         (
             r'In (\d+) cells, at least ten recipes[^.]*\. In (\d+) of them, [^.]*, and in (\d+) of these, [^.]*\. '
-            r'The median gain of the default was (\d+)% of the best recipe.s gain for accuracy \((\d+) cells\), '
-            r'and (\d+)% for mean average precision \((\d+) cells\)',
+            r'The median gain of the default was (\d+)% of the best recipe.s gain for accuracy \(95% interval (\d+) to (\d+)%, (\d+) cells; '
+            r'(\d+)% in (\d+) cells if .*?\), and (\d+)% for mean average precision \((\d+) cells\)',
             of_best(j),
         ),
         (

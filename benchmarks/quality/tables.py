@@ -139,7 +139,8 @@ def table(head, rows):
 
 
 def shown(k):
-    return CANDIDATES[k].shown or k
+    "The name of a recipe; some that ran are no candidates any more"
+    return k in CANDIDATES and CANDIDATES[k].shown or k
 
 
 def said(g, bold):
