@@ -112,7 +112,7 @@ def overall(found):
         by[r.method, r.version].append(r)
     by = dict(sorted(by.items(), key=lambda o: -len(o[1])))
     out = [
-        '| method | protocol | cells | significantly better | significantly worse | median gain | largest | smallest | calibration error | memory |',
+        '| method | protocol | cells | better | worse | median gain | largest | smallest | calibration error | memory |',
         '|---|---|---|---|---|---|---|---|---|---|',
     ]
     for (method, version), those in by.items():
@@ -123,8 +123,8 @@ def overall(found):
         verdicts = [r.verdict for r in those]
         out.append(
             f'| {spoken(method)} | {version} | {len(those)} | {verdicts.count("better")} | {verdicts.count("worse")} '
-            f'| {median(r.gain.mean for r in gains):+.1f} | {best.gain.mean:+.1f} {best.cell} | {worst.gain.mean:+.1f} {worst.cell} '
-            f'| {f"{median(eces):+.3f}" if eces else ""} | {memory(method)} |'
+            f'| {median(r.gain.mean for r in gains):+z.1f} | {best.gain.mean:+z.1f} {best.cell} | {worst.gain.mean:+z.1f} {worst.cell} '
+            f'| {f"{median(eces):+z.3f}" if eces else ""} | {memory(method)} |'
         )
     return '\n'.join(out)
 
@@ -138,9 +138,9 @@ def of_cell(name, those):
     ]
     for r in sorted(those, key=lambda r: -r.gain.mean):
         digits = 1 if r.in_points else 3
-        ece = '' if r.ece is None else f'{r.ece:+.3f}'
+        ece = '' if r.ece is None else f'{r.ece:+z.3f}'
         out.append(
-            f'| {spoken(r.method)}{"" if r.version == "1" else f" (protocol {r.version})"} | {r.gain.mean:+.{digits}f} '
+            f'| {spoken(r.method)}{"" if r.version == "1" else f" (protocol {r.version})"} | {r.gain.mean:+z.{digits}f} '
             f'| {r.gain.low:+.{digits}f} to {r.gain.high:+.{digits}f} | {r.verdict} | {r.gain.n} | {ece} |'
         )
     return '\n'.join([*out, ''])
@@ -212,7 +212,7 @@ def text(found):
     for r in found:
         cells[r.cell].append(r)
     lost = [
-        f'| {spoken(r.method)} | {r.cell} | {r.gain.mean:+.1f} | {r.gain.low:+.1f} to {r.gain.high:+.1f} |'
+        f'| {spoken(r.method)} | {r.cell} | {r.gain.mean:+z.1f} | {r.gain.low:+.1f} to {r.gain.high:+.1f} |'
         for r in worse
         if r.in_points
     ]

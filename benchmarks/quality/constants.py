@@ -82,7 +82,7 @@ def left_out(judged, found):
                     len(data_sets),
                     f'{kept} of {len(choices)}',
                     others,
-                    f'{np.mean(gained):+.2f}',
+                    f'{np.mean(gained):+z.2f}',
                 ]
             )
     heads = ['constant', 'data sets', 'chooses the default', 'else', 'gain where it was left out']

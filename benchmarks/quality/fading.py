@@ -104,7 +104,7 @@ def show(rows, names):
         for way, at in by[cell].items():
             if way != LABELS:
                 d = [r['test'] - alone[r['seed']] for r in best(at)]
-                line.append(f'{mean(d):+.2f} ± {stdev(d) / len(d) ** 0.5:.2f}')
+                line.append(f'{mean(d):+z.2f} ± {stdev(d) / len(d) ** 0.5:.2f}')
         lines.append(line)
     heads = FOR_TWO if names is TWO_CLASSES else WAYS
     return table(['cell', 'labels alone', *heads], lines)

@@ -155,7 +155,7 @@ class Judged:
 
 def said(e, measure):
     d = DECIMALS.get(measure, 2)
-    return f'{e.mean:+.{d}f} [{e.low:+.{d}f}, {e.high:+.{d}f}]'
+    return f'{e.mean:+z.{d}f} [{e.low:+.{d}f}, {e.high:+.{d}f}]'
 
 
 def of_default(j):
@@ -167,7 +167,7 @@ def of_default(j):
         c = j.cells[n]
         rates = [c.arm(k, c.main).best for k in ('labels', 'default')]
         rest = [c.gain('default', measure=m) if m in c.measures else None for m in ('nll', 'ece')]
-        same = [f'{lr:g}: {v:+.2f}' for lr, v in c.at_the_same_rate('default').items()]
+        same = [f'{lr:g}: {v:+z.2f}' for lr, v in c.at_the_same_rate('default').items()]
         rows.append(
             [
                 n,

@@ -111,7 +111,7 @@ def of_data_sets(j):
     found = j.gains('default', 'labels', 'accuracy')
     inside = {n: e for n, e in found.items() if j.cells[n].kind != 'first tries'}
     o = overall([(j.cells[n].facts['data_set'], e.mean) for n, e in inside.items()])
-    text = f'{o.mean:+.1f} points, 95% interval {o.low:+.1f} to {o.high:+.1f}'
+    text = f'{o.mean:+z.1f} points, 95% interval {o.low:+.1f} to {o.high:+.1f}'
     return o.n, text, f'{o.p:.2f}'
 
 

@@ -145,7 +145,7 @@ def shown(k):
 
 def said(g, bold):
     "A gain; bold if it is earned, with ' worse' if it is a loss"
-    text = f'{g.mean:+.2f}'
+    text = f'{g.mean:+z.2f}'
     return text if not bold else f'**{text}**' if g.mean > 0 else f'**{text} worse**'
 
 
@@ -253,8 +253,8 @@ def of_best(r):
         rows.append(
             [
                 n,
-                f'{g.mean:+.2f}',
-                f'{shown(b)} {r.gains[n][b].mean:+.2f}',
+                f'{g.mean:+z.2f}',
+                f'{shown(b)} {r.gains[n][b].mean:+z.2f}',
                 len(r.gains[n]),
                 f'{shown(l)} {said(chosen[n], n in bold)}' if l else '',
             ]
@@ -276,7 +276,7 @@ def of_recipes(r, recipes, kinds):
 
 def of_all_recipes(r):
     rest = lambda n: [
-        f'{shown(k)} {g.mean:+.2f}' for k, g in r.gains[n].items() if k not in SOFTMAX + PLAIN
+        f'{shown(k)} {g.mean:+z.2f}' for k, g in r.gains[n].items() if k not in SOFTMAX + PLAIN
     ]
     return (
         of_recipes(r, SOFTMAX, ('two classes', 'classes', 'pixels', 'tokens'))
@@ -304,8 +304,8 @@ def of_groups(r):
                     title,
                     shown(k),
                     len(gs),
-                    f'{np.mean(means):+.2f}',
-                    f'{min(means):+.2f}',
+                    f'{np.mean(means):+z.2f}',
+                    f'{min(means):+z.2f}',
                     sum(m > 0 for m in bold),
                     sum(m < 0 for m in bold),
                 ]
@@ -409,7 +409,7 @@ def of_dropped(r):
                 counts[k] += ran
                 g = paired(by_seed(runs, c.output), base)
                 rows.append(
-                    [k, n, ran, f'{runs[0]["lr"]:g}', len(runs), f'{g[0]:+.2f}' if g[3] else '']
+                    [k, n, ran, f'{runs[0]["lr"]:g}', len(runs), f'{g[0]:+z.2f}' if g[3] else '']
                 )
             elif len(runs) < 2:
                 lone.append(f'{shown(k)} in {n} ({ran})')
