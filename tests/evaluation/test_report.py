@@ -423,6 +423,24 @@ def test_pictures_show_the_numbers_of_the_report():
     assert labels == ['one: alone', 'one: distilled', 'two: alone', 'two: distilled']
 
 
+@pytest.mark.parametrize(
+    'losses, scale',
+    [
+        ([250.0, 90.0], 'log'),
+        ([None, 90.0], 'log'),
+        ([4.0, 3.0], 'linear'),
+        ([250.0, 0.0], 'linear'),
+    ],
+)
+def test_losses_of_very_different_size_can_be_read(losses, scale):
+    r = a_report(0.001)
+    r.models['distilled'].history = dict(train_loss=[2.0, 0.5], kd_loss=losses)
+    ax = plot_history(r).axes[-1]
+    assert ax.get_title('left') == 'distilled' and ax.get_yscale() == scale
+    low, high = ax.get_ylim()
+    assert low <= 0.5 and high >= max(o for o in losses if o)
+
+
 def test_there_is_no_picture_of_what_was_not_measured():
     y = torch.randn(40)
     r = measured(dict(a=y + torch.randn(40), b=y + torch.randn(40)), y, Task('regression'))

@@ -1,5 +1,6 @@
 """Plot a report. Each function returns a figure, or None if the report lacks the data."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -62,11 +63,11 @@ def plot_cost(report: ReportData) -> Any:
     return fig
 
 
-def plain_ticks(axis: Any) -> None:
+def plain_ticks(axis: Any, of_decade: Sequence[int] = (1, 2, 5)) -> None:
     """Use plain numbers such as 0.5 and 20 on a logarithmic axis."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_locator(LogLocator(subs=of_decade))
     axis.set_major_formatter(FuncFormatter(lambda v, _: f'{v:g}'))
     axis.set_minor_formatter(NullFormatter())
 
@@ -209,13 +210,21 @@ def plot_history(report: ReportData) -> Any:
                 fontweight='bold',
                 fontsize=10,
             )
-            ax.set(ylabel='loss', ylim=(0, None))
+            ax.set_ylabel('loss')
+            values = [v for o in h.values() for v in o if v is not None and math.isfinite(v)]
+            if values and max(values) > FAR * min(values) > 0:
+                ax.set_yscale('log')
+                plain_ticks(ax.yaxis, (1, 3))
+            else:
+                ax.set_ylim(0, None)
             ax.xaxis.get_major_locator().set_params(integer=True)
             ax.legend(fontsize=8, ncols=2)
         axs[-1].set_xlabel('epoch')
     return fig
 
 
+# losses are plotted on a logarithmic axis if the largest is more than this many times the smallest
+FAR = 10
 LINES = '-', '--', ':', '-.', (0, (1, 4)), (0, (6, 1, 1, 1, 1, 1))
 
 

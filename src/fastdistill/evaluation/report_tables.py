@@ -70,7 +70,7 @@ def per_model(
 
 
 def four_digits(v: float | None) -> str:
-    return '–' if v is None else f'{v:.4g}'
+    return '–' if v is None else f'{v:#.4g}'
 
 
 def sheet_of_scores(r: ReportData) -> Sheet:
