@@ -1,11 +1,12 @@
 "Pictures of what is compared: the right maps in the right places, and nothing changed by looking."
 
-import random
+import io, pickle, random
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest, torch
 import torch.nn.functional as F
 from apps import FASTAI_WARNINGS, Normalize, conv, image_dls, pair, quiet, same, snapshot
+from PIL import Image
 from fastai.basics import Callback, DataLoaders, TfmdDL
 from fastai.vision.all import CategoryBlock, vision_learner
 from torch import nn
@@ -13,6 +14,7 @@ from fastdistill import DistillError, Teacher
 import fastdistill.fastai  # noqa: F401 (it gives Learner show_features)
 from fastdistill.evaluation import attention_map, show_features
 from fastdistill.evaluation.mask_plots import plot_masks
+from fastdistill.evaluation.plot_style import styled_figure
 
 pytestmark = [pytest.mark.filterwarnings(w) for w in FASTAI_WARNINGS]
 
@@ -330,3 +332,12 @@ def test_masks_show_the_classes_and_where_they_are_wrong():
     assert drawn(upper[3]) == [road, road, road, white]
     assert drawn(lower[2]) == [of_rows[right], of_rows[right], of_rows[both], white]
     assert drawn(lower[3]) == [of_rows[wrong], of_rows[right], of_rows[better], white]
+
+
+def test_a_notebook_shows_a_figure_before_pyplot_has_drawn_one():
+    with styled_figure(4, 3) as fig:
+        fig.subplots().plot([1, 2])
+    for o in (fig, pickle.loads(pickle.dumps(fig))):
+        image = Image.open(io.BytesIO(o._repr_png_()))
+        assert image.format == 'PNG' and image.size == (400, 300)
+        assert len(set(image.convert('L').tobytes())) > 2

@@ -2,9 +2,10 @@
 does not interpret as math.
 """
 
+import io
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 from .report_data import ReportData
@@ -62,10 +63,18 @@ def new_figure(width: float, height: float) -> Any:
     """Create a figure without pyplot, so that the figure does not stay open and notebooks show it
     only once.
     """
-    import matplotlib.pyplot as plt  # noqa: F401 (notebooks show figures only after this import)
     from matplotlib.figure import Figure
 
-    return Figure(figsize=(width, height), layout='constrained')
+    fig: Any = Figure(figsize=(width, height), layout='constrained')
+    # notebooks only know how to show a figure after pyplot has drawn one
+    fig._repr_png_ = partial(png, fig)
+    return fig
+
+
+def png(fig: Any) -> bytes:
+    out = io.BytesIO()
+    fig.savefig(out, format='png')
+    return out.getvalue()
 
 
 def color_of(report: ReportData, name: str | None) -> str:
