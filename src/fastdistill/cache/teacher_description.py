@@ -188,13 +188,8 @@ def distinct_views(views: int, n: int, look: Callable) -> int:
         n: Number of samples.
         look: fn(position, view) -> value to compare, e.g. a digest of the teacher's input.
     """
-    if views < 2:
+    if views < 2 or views_differ(views, n, look):
         return views
-    # subtle: try many samples, because a transform may change only a few of them
-    for i in spread_positions(n, 32).tolist():
-        first = look(i, 0)
-        if any(look(i, v) != first for v in range(1, min(views, 4))):
-            return views
     warnings.warn(
         DistillWarning(
             f'views={views}, but all views of a sample are the same: there is no random '
@@ -202,6 +197,16 @@ def distinct_views(views: int, n: int, look: Callable) -> int:
         )
     )
     return 1
+
+
+def views_differ(views: int, n: int, look: Callable) -> bool:
+    """Return True if a sample has different views. The arguments are those of `distinct_views`."""
+    # subtle: try many samples, because a transform may change only a few of them
+    for i in spread_positions(n, 32).tolist():
+        first = look(i, 0)
+        if any(look(i, v) != first for v in range(1, min(views, 4))):
+            return True
+    return False
 
 
 def unrepeatable(what: str, i: Any) -> str:

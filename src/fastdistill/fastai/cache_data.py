@@ -235,10 +235,14 @@ def views_of(dl, views, seed):
     check_views(views)
     if views < 2 or is_stream(dl):
         return views  # the views of a language model differ in the order of its texts
+    return distinct_views(views, *inspected_views(dl, views, seed))
+
+
+def inspected_views(dl, views, seed=0):
+    """Return (number of samples, fn(position, view)) for `distinct_views` and `views_differ`."""
     refuse_unindexed(dl)
     n = len(dl.dataset)
-    plan = Plan(np.arange(n, dtype=np.uint64), views, seed)
-    return distinct_views(views, n, view_inspector(dl, plan))
+    return n, view_inspector(dl, Plan(np.arange(n, dtype=np.uint64), views, seed))
 
 
 def verify_cache(

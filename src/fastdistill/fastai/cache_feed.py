@@ -14,8 +14,10 @@ from ..cache.manifest import (
     transform_differences,
 )
 from ..cache.reader import TeacherCache
+from ..cache.teacher_description import views_differ
 from .cache_data import (
     check_shared_inputs,
+    inspected_views,
     item_digest,
     validation_transforms,
     view_inspector,
@@ -227,11 +229,18 @@ class SampleFeed:
             s.bind(learn, tasks[k].kind, tasks[k].axis)
         stored = {k: s for k, s in held.items() if s.needs == 'rows'}
         if stored:
+            many = learn.n_epoch > 1 and not hasattr(learn, 'lr_finder')
+            one = max(s.cache.views for s in stored.values()) == 1
+            # subtle: a `Resize` is called random, but may change nothing
+            if (
+                many
+                and one
+                and augmented(dls.train)
+                and views_differ(2, *inspected_views(dls.train, 2))
+            ):
+                self.log(ONE_VIEW)
             self.feed_rows(learn, dls.train, stored)
             self._feed_valid(dls, stored)
-            many = learn.n_epoch > 1 and not hasattr(learn, 'lr_finder')
-            if self.plan.views == 1 and many and augmented(dls.train):
-                self.log(ONE_VIEW)
         of_items = sources.keys() - stored
         if numbers := [k for k in of_items if tasks[k].kind == 'regression']:
             refuse_moved_points(dls, [heads.get(k) for k in numbers])
