@@ -31,9 +31,9 @@ def amount(v: float | None, unit: str = '') -> str:
 
 
 def three_digits(v: float) -> str:
-    return (
-        f'{v:.0f}' if v >= 100 else f'{v:.1f}' if v >= 10 else f'{v:.2f}' if v >= 1 else f'{v:.3g}'
-    )
+    if 0 < v < 1:
+        return f'{v:#.3g}'
+    return f'{v:.{0 if v >= 100 or not v else 1 if v >= 10 else 2}f}'
 
 
 def percent_text(v: float | None, digits: int = 1) -> str:
