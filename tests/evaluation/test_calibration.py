@@ -266,6 +266,8 @@ def test_worse_probabilities_are_called_what_they_are(scale, how):
 @pytest.mark.parametrize('ece, says', [(0.028, True), (0.02, False), (0.01, False)])
 def test_a_line_says_why_the_ece_may_rise(ece, says):
     before, after = dict(nll=0.3, ece=0.02, brier=0.1), dict(nll=0.299, ece=ece, brier=0.1)
-    line = str(Calibration(1.03, 1000, before, after, 'head'))
+    found = Calibration(1.03, 1000, before, after, 'head')
+    line = str(found)
+    assert repr(found) == line  # a notebook shows it without print
     assert f'NLL 0.3 -> 0.299, ECE 2.0% -> {100 * ece:.1f}%' in line
     assert ('(the temperature has the lowest NLL, not the lowest ECE)' in line) is says

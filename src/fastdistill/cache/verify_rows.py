@@ -69,7 +69,7 @@ def comparable(layout: Layout, rows: np.ndarray, live: Any, head: Any) -> tuple:
     return layout.decode(stored, head).logits, live
 
 
-@dataclass
+@dataclass(repr=False)
 class Verified:
     """Differences between the stored and the current outputs of a teacher.
 
@@ -93,6 +93,8 @@ class Verified:
             f'{self.rows} rows compared: stored logits ({self.dtype}) differ by at most {self.worst:.2g}, '
             f'and by {self.mean:.2g} on average'
         )
+
+    __repr__ = __str__
 
 
 # if the outputs for the first samples differ by more than this fraction of the largest output, the

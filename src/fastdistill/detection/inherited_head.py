@@ -18,7 +18,7 @@ from .torchvision_detectors import (
 ANCHOR_OPTIONS = 'sizes', 'scales', 'aspect_ratios'  # attributes of torchvision's generators
 
 
-@dataclass
+@dataclass(repr=False)
 class InheritedHead:
     """What `inherit_head` copied. `print` shows one line for each module.
 
@@ -33,6 +33,8 @@ class InheritedHead:
     def __str__(self) -> str:
         lines = [f'{name}: copied' for name in self.copied]
         return '\n'.join(lines + [f'{name}: not copied, {why}' for name, why in self.kept.items()])
+
+    __repr__ = __str__
 
 
 def inherit_head(student: nn.Module, teacher: Any) -> InheritedHead:

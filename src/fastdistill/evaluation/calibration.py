@@ -25,7 +25,7 @@ MOST_LOGITS = 2**23  # approximate maximum number of logits to keep in memory
 LARGEST_CHANGE = 1e-3  # maximum error of the folded model's outputs, relative to the largest logit
 
 
-@dataclass
+@dataclass(repr=False)
 class Calibration:
     """A fitted temperature and its effect, printed as one line.
 
@@ -61,6 +61,8 @@ class Calibration:
             f'ECE {100 * a["ece"]:.1f}% -> {100 * b["ece"]:.1f}%{worse if b["ece"] > a["ece"] else ""}, '
             f'Brier score {a["brier"]:.4g} -> {b["brier"]:.4g}; {where}'
         )
+
+    __repr__ = __str__
 
 
 def fit_temperature(

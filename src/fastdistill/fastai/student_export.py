@@ -45,7 +45,7 @@ CLOSE = 0.01  # largest allowed difference, as a fraction of the largest output
 ADAPTIVE_MAX_POOL = torch.ops.aten.adaptive_max_pool2d.default
 
 
-@dataclass
+@dataclass(repr=False)
 class Exported:
     """An exported student, and the result of the comparison with its Learner.
 
@@ -76,6 +76,8 @@ class Exported:
         info, d = self.report.info[k], self.report.comparisons[0].differences[k]
         cost = f'{info.label} {info.text(a.measures[k].value)} -> {info.text(b.measures[k].value)}{info.unit}'
         return f'{out}; {cost} ({"significant" if d.significant else "not significant"})'
+
+    __repr__ = __str__
 
 
 class LogitsOnly(nn.Module):

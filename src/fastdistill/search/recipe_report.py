@@ -115,7 +115,8 @@ class RecipeReport(JsonReport):
     def caption(self) -> str:
         test = next((f'; {d.test}' for d in self.differences.values() if d.test), '')
         return (
-            f'{self.metric} after {self.n_epoch} epochs, {"higher" if self.higher else "lower"} is better; '
+            f'{self.metric} after {self.n_epoch} epoch{"s"[: self.n_epoch > 1]}, '
+            f'{"higher" if self.higher else "lower"} is better; '
             f'{len(self.seeds)} seed(s), the same initial weights and batches for all recipes{test}'
         )
 
