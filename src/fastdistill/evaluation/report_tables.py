@@ -104,7 +104,7 @@ def sheet_of_differences(r: ReportData, brief: bool) -> Sheet:
     """Build the table with the differences from the baseline and from the teacher, for each model
     and measure.
     """
-    head = ['', 'measure', 'difference', 'p', 'verdict', "teacher's lead recovered"]
+    head = ['', 'measure', 'difference', 'verdict', 'p', "teacher's lead recovered"]
     s = Sheet(
         'differences',
         'More than chance?',
@@ -120,8 +120,8 @@ def sheet_of_differences(r: ReportData, brief: bool) -> Sheet:
                 f'{c.model} – {c.against}',
                 r.info[k].label,
                 estimate_text(d, r.info[k], True),
-                Cell(p_text(d.p).removeprefix('p ').removeprefix('= '), d.test),
                 verdict_of(c, r, k),
+                Cell(p_text(d.p).removeprefix('p ').removeprefix('= '), d.test),
                 recovered_text(c.recovered.get(k)),
             )
     if not any(str(row[-1]) != '–' for row in s.rows):
