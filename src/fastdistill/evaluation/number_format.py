@@ -33,7 +33,8 @@ def amount(v: float | None, unit: str = '') -> str:
 def three_digits(v: float) -> str:
     if 0 < v < 1:
         return f'{v:#.3g}'
-    return f'{v:.{0 if v >= 100 or not v else 1 if v >= 10 else 2}f}'
+    digits = 0 if v >= 100 or not v else 1 if v >= 10 else 2
+    return f'{v:.{digits}f}'
 
 
 def percent_text(v: float | None, digits: int = 1) -> str:
