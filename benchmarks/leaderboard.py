@@ -27,7 +27,7 @@ MEMORY = ROOT / 'benchmarks' / 'results' / 'loss_memory.json'
 PAGE = ROOT / 'docs' / 'leaderboard.md'
 PICTURE = ROOT / 'docs' / 'img' / 'leaderboard.png'
 START, END = '<!-- made by benchmarks/leaderboard.py -->', '<!-- end -->'
-# the loss whose memory a method needs, by the start of its name. kd(.5), mse(.5) and the default have different ones in different cells
+# the loss of a method, by the start of its name. kd(.5), mse(.5) and the default have different ones in different cells
 LOSS_OF = {
     r'kd\(\d+,|kl\(|soft\(': 'kl',
     r'dist\(': 'dist',
@@ -96,13 +96,18 @@ def rows(folder=OUT):
             yield Row(cell.name, name, version, cell.main, cell.gain(name), ece)
 
 
-def memory(method):
-    "What its loss needs at once, in multiples of the logits; empty if it was not measured"
-    measured = json.loads(MEMORY.read_text())['losses']
+def loss_of(method):
+    "The loss of its term; None if it has different ones in different cells"
     for start, loss in LOSS_OF.items():
         if match := re.match(start, shown(method)):
-            return f'{measured[loss or match[1]]:.1f}'
-    return ''
+            return loss or match[1]
+    return None
+
+
+def memory(method):
+    "What its loss needs at once, in multiples of the logits; empty if it was not measured"
+    loss = loss_of(method)
+    return f'{json.loads(MEMORY.read_text())["losses"][loss]:.1f}' if loss else ''
 
 
 def overall(found):

@@ -6,30 +6,12 @@ import re
 import shutil
 import subprocess
 import sys
+from collections import defaultdict
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 SITE = ROOT / 'out' / 'site'
 LINK = re.compile(r'\]\((?!https?:|#|mailto:)([^)#\s]+)')
-# a method's card -> the names of its recipes in the benchmark
-MEASURED = dict(
-    kl=r'kd\(\d+,|kl\(|soft\(',
-    skewed_kl='skewedx',
-    dkd='dkdx',
-    nkd='nkdx',
-    rld='rldx',
-    ttm=r'ttm\(',
-    wttm='wttmx',
-    taid='taidx',
-    abkd='abkdx',
-    dist=r'dist\(',
-    standardize=r'logit_std\(',
-    binary_kl=r'binary\(',
-    regression='regressionx',
-    hint='hintx',
-    at='atx',
-    cwd=r'cwd\(',
-)
 MAX_BYTES = 500_000  # of a page
 # pages of records, which would hide the answers in the site's search
 NOT_SEARCHED = 'CHANGELOG.md', 'benchmarks/LOG.md'
@@ -102,12 +84,15 @@ def add_measurements(cards):
     sys.path.insert(0, str(ROOT / 'benchmarks'))
     import leaderboard
 
-    found = list(leaderboard.rows())
-    for card, names in MEASURED.items():
-        if those := [r for r in found if re.match(names, r.method)]:
+    of_card = defaultdict(list)
+    for r in leaderboard.rows():
+        loss = leaderboard.loss_of(r.method)
+        of_card['standardize' if loss == 'standardized kl' else loss].append(r)
+    for card in cards.glob('*.md'):
+        if those := of_card[card.stem]:
             table = leaderboard.overall(those)
             text = f'\n## Measured here\n\n{table}\n\n[What the columns mean, and each cell](../leaderboard.md).\n'
-            with open(cards / f'{card}.md', 'a') as file:
+            with open(card, 'a') as file:
                 file.write(text)
 
 
