@@ -2,6 +2,7 @@
 
 import copy, hashlib, inspect, math, pickle, random, sys, warnings
 from collections import OrderedDict, namedtuple
+from functools import partial
 from types import SimpleNamespace
 import numpy as np
 import onnx, pytest, timm, torch, torchvision
@@ -1597,8 +1598,10 @@ class Fastai:
         ('missing.onnx', "There is no file 'missing.onnx'"),
         (small().state_dict(), 'contains weights, but no network: build the model'),
         (nn.Linear, 'Linear is a class, not a model'),
-        (3, 'A int is not a teacher. It must be'),
-        (torch.zeros(2), 'A Tensor is not a teacher. It must be'),
+        (3, 'An object of type int is not a teacher. It must be'),
+        (torch.zeros(2), 'An object of type Tensor is not a teacher. It must be'),
+        (torchvision.models.resnet18, 'resnet18 is a function that builds a model: call it'),
+        (partial(timm.create_model, 'resnet18'), 'partial is a function that builds a model'),
         ([], 'An empty list of teachers. It must be an nn.Module'),
         (['resnet50'], "There is no file 'resnet50'"),
         (Fastai(), 'a fastai Learner: pass it to fastdistill.fastai'),

@@ -82,9 +82,11 @@ def why_no_teacher(o: Any) -> str | None:
     if hasattr(o, 'dls') and hasattr(o, 'model'):
         return 'This is a fastai Learner: pass it to fastdistill.fastai, or pass its `.model` here.'
     if not callable(o):
-        return f'A {kind} is not a teacher.'
+        return f'An object of type {kind} is not a teacher.'
     if not isinstance(o, nn.Module):
-        return None
+        name = getattr(o, '__name__', kind)
+        built = f'{name} is a function that builds a model: call it, and load the weights.'
+        return built if builds_model(o) else None
     ps, lazy = list(o.parameters()), nn.parameter.UninitializedParameter
     if any(isinstance(p, lazy) for p in ps):
         return f'{kind} is untrained: it has lazy layers that never ran.'
@@ -93,6 +95,15 @@ def why_no_teacher(o: Any) -> str | None:
     if any(p.is_meta for p in ps) and not hasattr(o, 'hf_device_map'):
         return f'{kind} has no weights yet, only shapes (meta tensors).'
     return None
+
+
+def builds_model(o: Any) -> bool:
+    """Return True for a function whose annotation says that it returns a model."""
+    try:
+        returned = inspect.signature(o).return_annotation
+    except (TypeError, ValueError):  # functions written in C have no signature
+        return False
+    return isinstance(returned, type) and issubclass(returned, nn.Module)
 
 
 def from_file(path: Path) -> tuple[Any, Path]:
