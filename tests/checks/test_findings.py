@@ -538,6 +538,15 @@ def test_other_images_are_tried_only_if_there_are_enough_items_for_a_test(n):
         assert (n, 3, 16, 16) in sizes
 
 
+def test_the_normalization_of_a_teacher_that_returns_probabilities_is_not_suspected():
+    x, y = photos()
+    y, task = F.one_hot(y, 5).float(), Task('sigmoid')
+    teacher = Teacher(
+        nn.Sequential(Brightness([0.0], [1.0]), nn.Sigmoid()), images=dict(input_stats=(0, 1))
+    )
+    one(check(teacher, x, y, task), 'warning', 'they seem to be probabilities')
+
+
 def test_the_normalization_of_a_regression_is_found():
     x, y = photos()
 

@@ -25,7 +25,7 @@ def low_score(
     student: Module | None,
     batches: Sequence,
     names: Sequence | None,
-    trained: bool,
+    curable: bool,
 ) -> Iterator[Finding]:
     """Yield the most specific reason for a low score of the teacher, if there is one.
 
@@ -36,13 +36,15 @@ def low_score(
         student: A module. None if unknown.
         batches: (inputs, labels) of some of these batches.
         names: Names of the student's classes. None if unknown.
-        trained: False if the teacher seems to be untrained.
+        curable: Whether a different order of classes, normalization or size could be the reason.
+            False if the teacher seems to be untrained, or returns probabilities.
     """
     if not tally.n_labels:
         return
     cures = []
-    # skip untrained teachers, for which an order of classes may fit by chance
-    if trained:
+    # an order of classes may fit an untrained teacher by chance, and probabilities are all positive,
+    # so any images for which some of them become 0 seem to be better
+    if curable:
         cures = [
             *reordered(tally, teacher, names),
             *renormalized_images(tally, teacher, task, batches),
