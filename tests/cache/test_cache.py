@@ -438,6 +438,20 @@ def test_a_part_of_a_folder_has_the_names_of_the_whole(tmp_path):
     )
 
 
+def test_the_names_of_a_whole_dataset_are_read_once_for_a_part_of_it():
+    class Folder:
+        reads = 0
+
+        @property
+        def samples(self):
+            self.reads += 1
+            return [(f'{i}.jpg', 0) for i in range(9)]
+
+    whole = Folder()
+    assert dataset_keys(Subset(whole, range(5))).tolist() == [key_of(f'{i}.jpg') for i in range(5)]
+    assert whole.reads <= 2  # once to find out that it has samples
+
+
 def test_plain_datasets_tell_their_keys_or_are_asked():
     x = torch.arange(12.0).view(6, 2)
     a, b = dataset_keys(TensorDataset(x)), dataset_keys(TensorDataset(x[[3, 1, 0]]))

@@ -204,7 +204,8 @@ def name_of(sample: Any) -> Any:
 def names_of_samples(dataset: Any) -> Any:
     """Return the objects that identify the samples of a dataset."""
     if type(dataset).__name__ == 'Subset':
-        return [names_of_samples(dataset.dataset)[i] for i in dataset.indices]
+        names = names_of_samples(dataset.dataset)
+        return [names[i] for i in dataset.indices]
     # `ImageFolder` of torchvision
     if hasattr(dataset, 'samples'):
         return [name_of(s) for s in dataset.samples]
