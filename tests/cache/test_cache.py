@@ -1406,6 +1406,18 @@ def test_a_teachers_fingerprint_is_its_weights():
         identity_of(math.sqrt)
 
 
+@pytest.mark.parametrize('kind', [str, str.encode])
+def test_a_fingerprint_depends_on_texts_that_look_like_memory_addresses(kind):
+    a, b = kind('load the word at 0x10'), kind('store the word at 0x10')
+    assert fingerprint(a) != fingerprint(b)
+
+
+def test_the_fingerprint_of_an_array_of_objects_is_that_of_its_content():
+    ragged = lambda *rows: np.array([*map(np.array, rows), None], object)
+    a, again, b = ragged([1, 2], [3]), ragged([1, 2], [3]), ragged([1, 2], [4])
+    assert fingerprint(a) == fingerprint(again) != fingerprint(b)
+
+
 def test_an_ensemble_is_stored_along_the_class_axis_of_the_cache(tmp_path):
     torch.manual_seed(0)
     members, x = [torch.nn.Linear(8, 5), torch.nn.Linear(8, 5)], torch.randn(6, 4, 8)

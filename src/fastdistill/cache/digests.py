@@ -55,11 +55,17 @@ def _feed(h: Any, o: Any) -> None:
         t = o.detach().cpu().to_dense().contiguous()
         h.update(f'{t.dtype} {tuple(t.shape)} '.encode())
         h.update(t.reshape(-1).view(torch.uint8).numpy().data if t.numel() else b'')
+    elif isinstance(o, np.ndarray) and o.dtype.hasobject:
+        # the bytes of the array are memory addresses
+        h.update(f'{o.dtype} {o.shape} '.encode())
+        for v in flat_values(o.ravel().tolist()):
+            _feed(h, v)
     elif isinstance(o, np.ndarray):
         h.update(f'{o.dtype} {o.shape} '.encode() + np.ascontiguousarray(o).tobytes())
-    # hash the type if the repr has a memory address, which differs between processes
     else:
-        h.update((r if ' at 0x' not in (r := repr(o)) else type(o).__qualname__).encode())
+        # hash the type if the repr has a memory address, which differs between processes
+        is_address = ' at 0x' in (r := repr(o)) and not isinstance(o, (str, bytes))
+        h.update((type(o).__qualname__ if is_address else r).encode())
 
 
 def flat_values(o: Any) -> list:
