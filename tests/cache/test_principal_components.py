@@ -77,6 +77,13 @@ def test_the_logits_are_those_of_an_independent_computation(tmp_path):
     torch.testing.assert_close(got, by_numpy(T, measured()), rtol=1e-4, atol=1e-4)
 
 
+def test_the_components_are_of_samples_from_the_whole_dataset_at_any_batch_size(tmp_path):
+    store = dict(components=K, dtype='float32')
+    got = written(tmp_path, store, run=dict(bs=192)).outputs(range(N)).logits
+    few = T[np.linspace(0, N - 1, 192, dtype=int)]
+    torch.testing.assert_close(got, by_numpy(T, few), rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize('store', [dict(components=K), 'auto'], ids=str)
 def test_the_teacher_runs_once_on_the_samples_from_which_components_are_computed(
     store, tmp_path, monkeypatch
