@@ -416,6 +416,13 @@ def test_labels_and_numbers_in_another_order_are_named(order, kind, change):
     assert f"'{names[0]}'" in check(wrong, x, y, task, names=names).errors[0].what
 
 
+def test_labels_in_another_order_are_named_if_the_teacher_returns_probabilities():
+    x, y = several()
+    found = check(lambda x: x[:, [1, 0, 2, 3, 4, 5]].sigmoid(), x, y, Task('sigmoid'))
+    assert 'they seem to be probabilities' in found[0].what
+    assert 'The teacher has the labels in a different order: label 0 and label 1' in found[1].what
+
+
 def test_points_whose_coordinates_are_swapped_are_named():
     g = torch.Generator().manual_seed(0)
     y = (torch.randn(200, 1, 2, generator=g) + 0.2 * torch.randn(200, 3, 2, generator=g)) * 20

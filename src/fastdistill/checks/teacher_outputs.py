@@ -139,9 +139,9 @@ def check_outputs(
         fine = f'{norms} batch norm layer(s), not at their initial values' if norms else ''
         new = found.add('statistics', untrained(teacher), fine)
         kind = 'numbers' if task.kind == 'regression' else 'logits, not probabilities'
-        new += found.add('outputs', probabilities(tally, task), f'finite {kind}')
+        found.add('outputs', probabilities(tally, task), f'finite {kind}')
         if not found.errors:
-            why = low_score(tally, teacher, task, student, kept, names, curable=not new)
+            why = low_score(tally, teacher, task, student, kept, names, trained=not new)
             low = found.add('score', [replace(f, doubt=True) for f in why])
             if not low and not new:
                 found.add('order of classes', (), order_in_words(tally))

@@ -25,7 +25,7 @@ def low_score(
     student: Module | None,
     batches: Sequence,
     names: Sequence | None,
-    curable: bool,
+    trained: bool,
 ) -> Iterator[Finding]:
     """Yield the most specific reason for a low score of the teacher, if there is one.
 
@@ -36,20 +36,18 @@ def low_score(
         student: A module. None if unknown.
         batches: (inputs, labels) of some of these batches.
         names: Names of the student's classes. None if unknown.
-        curable: Whether a different order of classes, normalization or size could be the reason.
-            False if the teacher seems to be untrained, or returns probabilities.
+        trained: False if the teacher seems to be untrained.
     """
     if not tally.n_labels:
         return
     cures = []
-    # an order of classes may fit an untrained teacher by chance, and probabilities are all positive,
-    # so any images for which some of them become 0 seem to be better
-    if curable:
-        cures = [
-            *reordered(tally, teacher, names),
-            *renormalized_images(tally, teacher, task, batches),
-            *resized_images(tally, teacher, task, batches),
-        ]
+    # skip untrained teachers, for which an order of classes may fit by chance
+    if trained:
+        cures += reordered(tally, teacher, names)
+        # probabilities of labels are all above 0, so their score says nothing about the images
+        if not (tally.between and task.kind == 'sigmoid'):
+            cures += renormalized_images(tally, teacher, task, batches)
+            cures += resized_images(tally, teacher, task, batches)
     # report only the better fix, since a wrong normalization can look like a wrong class order
     if cures:
         yield max(cures, key=lambda o: o[0])[1]
