@@ -55,13 +55,13 @@ def _feed(h: Any, o: Any) -> None:
         t = o.detach().cpu().to_dense().contiguous()
         h.update(f'{t.dtype} {tuple(t.shape)} '.encode())
         h.update(t.reshape(-1).view(torch.uint8).numpy().data if t.numel() else b'')
-    elif isinstance(o, np.ndarray) and o.dtype.hasobject:
-        # the bytes of the array are memory addresses
-        h.update(f'{o.dtype} {o.shape} '.encode())
-        for v in flat_values(o.ravel().tolist()):
-            _feed(h, v)
     elif isinstance(o, np.ndarray):
-        h.update(f'{o.dtype} {o.shape} '.encode() + np.ascontiguousarray(o).tobytes())
+        h.update(f'{o.dtype} {o.shape} '.encode())
+        if o.dtype.hasobject:  # the bytes of this array are memory addresses
+            for v in flat_values(o.ravel().tolist()):
+                _feed(h, v)
+        else:
+            h.update(np.ascontiguousarray(o).tobytes())
     else:
         # hash the type if the repr has a memory address, which differs between processes
         is_address = ' at 0x' in (r := repr(o)) and not isinstance(o, (str, bytes))

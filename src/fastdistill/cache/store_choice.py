@@ -405,8 +405,8 @@ def few_outputs(source: Source, tasks: np.ndarray | None = None) -> list:
     """Run the teacher on a few samples and return its outputs, as a list of batches."""
     n, bs = len(source.keys), source.bs
     if tasks is None:
-        # whole batches, which are spread over all samples
-        tasks = spread_positions(n, min(max(min(n, SAMPLES) // bs, 1) * bs, SAMPLES))
+        most = min(n, SAMPLES)
+        tasks = spread_positions(n, most - most % bs or most)  # whole batches, if there are any
     found, left = [], NUMBERS
     with closing(source.run(np.asarray(tasks), min(bs, len(tasks)))) as batches:
         for out in batches:

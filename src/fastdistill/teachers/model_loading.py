@@ -84,9 +84,10 @@ def why_no_teacher(o: Any) -> str | None:
     if not callable(o):
         return f'An object of type {kind} is not a teacher.'
     if not isinstance(o, nn.Module):
+        if not builds_model(o):
+            return None
         name = getattr(o, '__name__', kind)
-        built = f'{name} is a function that builds a model: call it, and load the weights.'
-        return built if builds_model(o) else None
+        return f'{name} is a function that builds a model: call it, and load the weights.'
     ps, lazy = list(o.parameters()), nn.parameter.UninitializedParameter
     if any(isinstance(p, lazy) for p in ps):
         return f'{kind} is untrained: it has lazy layers that never ran.'
