@@ -660,3 +660,17 @@ def test_no_warning_where_there_is_nothing_to_divide_by():
             baseline='a',
         )
     assert value(r, 'f1') is None and value(r, 'f1', 'b') == 0
+
+
+def test_no_warning_where_no_model_gives_the_class_a_probability():
+    o = torch.zeros(9, 3)
+    o[:, 0] = -torch.inf
+    r = measured(
+        dict(teacher=o + torch.eye(3)[1], alone=o, distilled=o + torch.eye(3)[2]),
+        torch.arange(9) % 3,
+        Task('softmax'),
+        teacher='teacher',
+        baseline='alone',
+    )
+    nll = r.comparison('distilled').differences['nll']
+    assert (nll.value, nll.p) == (None, None)

@@ -93,6 +93,7 @@ class PairedScores:
             return None, None
         return tuple(map(float, np.percentile(drawn, (2.5, 97.5))))
 
+    @np.errstate(divide='ignore', invalid='ignore')  # measures may be infinite
     def compare(self, model: str, against: str, teacher: str | None = None) -> Comparison:
         """Compare two models with all measures.
 
@@ -104,8 +105,7 @@ class PairedScores:
         """
         ps, out = self._p_values(model, against), Comparison(model, against)
         for k in self.measures:
-            with np.errstate(invalid='ignore'):  # infinity minus infinity is nan
-                d, drawn = (v[model][k] - v[against][k] for v in (self.values, self.drawn))
+            d, drawn = (v[model][k] - v[against][k] for v in (self.values, self.drawn))
             p, test = ps[k]
             low, high = self._interval(drawn)
             out.differences[k] = Difference(number(d), low, high, p, test)
@@ -123,12 +123,11 @@ class PairedScores:
         vb = self._values({c: whole_b[c] + moved[c] for c in moved})
         out = {}
         for k in self.measures:
-            with np.errstate(invalid='ignore'):
-                x, y = self.values[a][k], self.values[b][k]
-                # subtle: rounding errors must not break ties
-                least = abs(x - y) * (1 - 1e-6) - 1e-12 * (abs(x) + abs(y))
-                d, by_chance = abs(x - y), np.abs(va[k] - vb[k])
-                p = (1 + np.sum(by_chance >= least)) / (1 + self.repeats)
+            x, y = self.values[a][k], self.values[b][k]
+            # subtle: rounding errors must not break ties
+            least = abs(x - y) * (1 - 1e-6) - 1e-12 * (abs(x) + abs(y))
+            d, by_chance = abs(x - y), np.abs(va[k] - vb[k])
+            p = (1 + np.sum(by_chance >= least)) / (1 + self.repeats)
             out[k] = (float(p) if np.isfinite(d) else None), 'paired permutation test'
         if a in self.right and 'accuracy' in out:
             ra, rb = self.right[a] > 0.5, self.right[b] > 0.5
@@ -146,8 +145,7 @@ class PairedScores:
             if p is None or p >= 0.05 or (lead > 0) != m.info.higher:
                 continue
             part = lambda v, k=k: (v[model][k] - v[against][k]) / (v[teacher][k] - v[against][k])
-            with np.errstate(divide='ignore', invalid='ignore'):
-                out[k] = Estimate(number(part(self.values)), *self._interval(part(self.drawn)))
+            out[k] = Estimate(number(part(self.values)), *self._interval(part(self.drawn)))
         return out
 
 
