@@ -40,7 +40,7 @@ def low_score(
     """
     if not tally.n_labels:
         return
-    cures = []
+    cures: list[tuple[float, Finding]] = []
     # skip untrained teachers, for which an order of classes may fit by chance
     if trained:
         cures += reordered(tally, teacher, names)
