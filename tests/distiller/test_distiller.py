@@ -55,6 +55,20 @@ def hint(weight=1.0, layers=None):
     return Term(losses.hint, weight, layers=layers or {'2': '2'}, projector='linear')
 
 
+@pytest.mark.parametrize(
+    'recipe',
+    [kd(), hint(), Term(lambda s, t: F.mse_loss(s, t), name='own')],
+    ids=['kd', 'hint', 'own'],
+)
+def test_a_teacher_in_float64_gives_the_loss_of_the_same_teacher_in_float32(recipe):
+    (x, y), teacher, total = batch(), mlp(16, 1), {}
+    for dtype in (torch.float32, torch.float64):
+        torch.manual_seed(0)  # of the projector
+        total[dtype] = Distiller(mlp(6), teacher.to(dtype), recipe)(x, y).total
+    assert total[torch.float64].dtype == torch.float32
+    assert total[torch.float64].item() == pytest.approx(total[torch.float32].item(), rel=1e-5)
+
+
 # one call, the numbers that people know
 
 

@@ -23,6 +23,7 @@ from ..base.outputs import (
     TopK,
     as_plain,
     map_tensors,
+    tensors_in,
 )
 from ..base.task import Task, fit_labels, shape_of_labels
 from .teacher_gain import label_errors
@@ -50,7 +51,10 @@ class Batch:
     def __post_init__(self) -> None:
         # {term name: [(student tensor, teacher tensor) for each pair of layers]}
         self.pairs: dict = {}
-        if self.teacher is None or (known := self.teacher.classes) is None:
+        if self.teacher is None:
+            return
+        self.teacher = no_wider(self.teacher, self.student)
+        if (known := self.teacher.classes) is None:
             return
         part = lambda y: taught_part(self.student.logits, y, known, self.task)
         self.targets, self.others = [
@@ -277,6 +281,22 @@ def plain_logits(
     few = lambda o: o[:k] if isinstance(o, Tensor) and o.dim() else o
     t = replace(t, hidden=t.hidden[:k]).dense()
     return replace(student, logits=few(student.logits)), t, tuple(map(few, targets))
+
+
+def no_wider(teacher: Outputs, student: Outputs) -> Outputs:
+    """Convert a teacher's float64 outputs to float32, unless the student's are float64 too.
+
+    Otherwise, the loss would be float64, which fastai's recorder does not accept.
+    """
+    wide = lambda o: any(t.dtype == torch.float64 for t in tensors_in((o.logits, o.feats)))
+    if not wide(teacher) or wide(student):
+        return teacher
+    narrow = lambda t: t.float() if t.dtype == torch.float64 else t
+    return replace(
+        teacher,
+        logits=map_tensors(teacher.logits, narrow),
+        feats=map_tensors(teacher.feats, narrow),
+    )
 
 
 def all_classes(teacher: Outputs | None, student: Outputs) -> Outputs | None:
