@@ -134,7 +134,10 @@ def test_a_readme_block_runs_alone_and_prints_what_the_page_says(m, tmp_path, mo
         )
     else:  # subtle: in a process of its own, because fastdistill.fastai, once imported, has given `distill` to every Learner
         code = WITHOUT_WORKERS + m['code']
-        done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
+        of_fastai = '-Wignore:`torch.jit.script` is deprecated'  # while it is imported
+        done = subprocess.run(
+            [sys.executable, of_fastai, '-c', code], capture_output=True, text=True
+        )
         assert not done.returncode and not done.stderr, done.stderr
         if 'print(' in m['code']:
             check_what_it_prints(done.stdout, START.read_text())

@@ -438,7 +438,7 @@ def test_a_container_before_a_batch_norm_is_not_overwritten_in_a_folded_copy():
     torch.testing.assert_close(feats['stem'], y, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.filterwarnings('ignore:.*torch.jit:DeprecationWarning')
+@pytest.mark.filterwarnings('ignore:.torch.jit')
 def test_a_model_with_a_part_in_torchscript_is_folded():
     net, x = with_random_norms(conv_net()), images()
     net[5] = torch.jit.trace(nn.ReLU(), torch.randn(2, 8, 3, 3))
