@@ -39,7 +39,7 @@ SAID = {
     'ages': 'age5000 age',
     'points': 'points_short points_long',
 }
-GAIN = r'\**[+-]?\d+\.\d+\**†?'
+GAIN = r'\**[+-]?\d+\.\d+\**'
 
 
 class Missing(Exception):
@@ -72,8 +72,8 @@ def rounded(v, digits):
     return text if float(text) else text[1:]
 
 
-def gains_said(page, r, j):
-    "The page with the gains of the table that begins with 'the student predicts'. †: only protocol 1 has this cell"
+def gains_said(page, j):
+    "The page with the gains of the table that begins with 'the student predicts'"
     measured = j.gains('default', 'labels')
     q = corrected({n: e.p for n, e in measured.items()})
     head = re.search(r'^\| the student predicts .*?\n\n', page, re.M | re.S)
@@ -83,10 +83,8 @@ def gains_said(page, r, j):
     for words, cells in SAID.items():
         found = []
         for n in cells.split():
-            g = measured.get(n) or r.gains[n][r.default[n]]
-            v = rounded(g.mean, 2 if n in j.cells and j.cells[n].main == 'bits' else 1)
-            v = f'**{v}**' if q.get(n, 1.0) < protocol.LEVEL else v
-            found.append(v + '†' * (n not in measured))
+            v = rounded(measured[n].mean, 2 if j.cells[n].main == 'bits' else 1)
+            found.append(f'**{v}**' if q[n] < protocol.LEVEL else v)
         pattern = rf'(?<!\w){re.escape(words)} ({GAIN}(?:, {GAIN})*)'
         part = fill(part, pattern, ', '.join(found))
     return page.replace(head[0], part)
@@ -190,7 +188,7 @@ def of_repository(r, j):
         over,
     ):
         readme = fill(readme, pattern, *values)
-    gains = gains_said(gains, r, j)
+    gains = gains_said(gains, j)
     for pattern, values in (
         (
             r'In (\d+) cells \([^)]*\), the default was better on average in (\d+), significantly in (\d+), and significantly '
