@@ -174,6 +174,16 @@ OTHER_CODES = dict(
         lambda: a_table(SHAPES, SIZES, apps.table(96).replace('red', 'yellow')),
         r'their categories differently \(in colour\)',
     ),
+    columns=(
+        lambda: a_table(SHAPES[:1], SIZES),
+        r'categories differently \(not in both: shape\)',
+    ),
+    two_columns=(
+        lambda: a_table(
+            ['colour', 'kind_2'], SIZES, apps.table(96).rename(columns={'shape': 'kind_2'})
+        ),
+        r'categories differently \(not in both: shape, kind_2\)',
+    ),
     scales=(
         lambda: a_table(SHAPES, SIZES, apps.table(96).assign(width=range(96))),
         r'their columns of numbers differently \(in width\)',

@@ -189,7 +189,9 @@ def describe_difference(s, t):
     if isinstance(s, dict):
         if s == t:
             return 'in their order: ' + ', '.join(s) + ' and ' + ', '.join(t)
-        return 'in ' + ', '.join([k for k in s if s[k] != t.get(k, ())][:3] or ['names'])
+        if unmatched := [k for k in {**s, **t} if k not in s or k not in t]:
+            return f'not in both: {few_names(unmatched)}'
+        return 'in ' + ', '.join([k for k in s if s[k] != t[k]][:3])
     if len(s) != len(t):
         return f'{len(s)} and {len(t)} of them'
     return 'first {!r} and {!r}'.format(*next((x, y) for x, y in zip(s, t) if x != y))
