@@ -176,6 +176,14 @@ def test_classes_that_only_the_teacher_knows_are_not_used(capsys):
     assert 'in a different order, and 1 more, which are not used' in capsys.readouterr().out
 
 
+def test_an_added_class_does_not_change_the_order():
+    student, _ = pair('image')
+    teacher, _ = other_order(('red', 'pink', 'green', 'blue'))
+    assert ('note', 'The teacher has 1 class that the student does not have (pink)') in found(
+        student, teacher
+    )
+
+
 def test_a_users_own_selection_of_classes_is_kept():
     student, _ = pair('image')
     teacher, right = other_order()

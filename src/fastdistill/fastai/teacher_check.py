@@ -313,6 +313,14 @@ def labels(learn, teacher, task):
             )
         elif o.classes is not None:
             continue  # the user selected the classes
+        elif found.shared == [c for c in found.teacher if c not in found.extra]:
+            n = len(found.extra)
+            yield Finding(
+                'note',
+                f'The teacher has {n} class{"es"[: 2 * (n > 1)]} that the student does not have '
+                f'({few_names(found.extra)})',
+                'Its other outputs are mapped by name',
+            )
         else:
             extra = f', and {len(found.extra)} more, which are not used' if found.extra else ''
             yield Finding(
