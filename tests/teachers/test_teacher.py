@@ -1266,6 +1266,8 @@ def test_any_callable():
     same(o.mask, x[:, 0] > 0)
     with refuses('returned a Sequential, without logits'):
         Teacher(lambda x: small())(x)
+    with refuses('returned None instead of its outputs: is a `return` missing'):
+        Teacher(lambda x: None)(x)
 
 
 def test_a_function_may_bring_features_along():

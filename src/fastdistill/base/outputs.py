@@ -344,6 +344,10 @@ def _logits(raw: Any) -> Any:
         return raw[0]  # fastai's RNNs
     if (numbers := tensor_of_numbers(raw)) is not None:
         return numbers.float()
+    if raw is None:
+        raise DistillError(
+            'The model or function returned None instead of its outputs: is a `return` missing?'
+        )
     have = f' with the keys {", ".join(map(str, raw))}' if isinstance(raw, dict) else ''
     raise DistillError(
         f'The model returned a {type(raw).__name__}{have}, without logits. It must be a tensor, a '
