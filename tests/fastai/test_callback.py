@@ -1367,6 +1367,16 @@ def test_a_recipe_in_the_place_of_the_teacher_or_of_the_rate_is_refused():
             student.distill(teacher, 1, recipe)
 
 
+def test_a_rate_in_the_place_of_the_number_of_epochs_is_refused():
+    student, teacher = toy()
+    swapped = 'n_epoch=0.001: must be a whole number.*Did you mean n_epoch=1, lr_max=0.001'
+    with pytest.raises(DistillError, match=swapped):
+        student.distill(teacher, 1e-3, 1)
+    for n in (1.0, '2', -1, True):
+        with pytest.raises(DistillError, match=f'n_epoch={n!r}: must be a whole number'):
+            student.distill(teacher, n, 1e-3)
+
+
 @pytest.mark.parametrize(
     'layers,says',
     [

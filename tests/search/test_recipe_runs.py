@@ -264,6 +264,8 @@ def test_a_rate_for_each_recipe():
         run(cbs=Callback())
     with pytest.raises(DistillError, match='lr=0.1: the learning rate is lr_max=0.1'):
         compare_recipes(make_student, apps.mlp(16), n_epoch=1, lr=0.1, seeds=1, progress=False)
+    with pytest.raises(DistillError, match='Did you mean n_epoch=2, lr_max=0.1'):
+        compare_recipes(make_student, apps.mlp(16), n_epoch=0.1, lr_max=2)
 
 
 def test_the_paired_test_is_scipys():

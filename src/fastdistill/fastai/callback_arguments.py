@@ -1,6 +1,6 @@
 """Check and convert the arguments of `KnowledgeDistillation`."""
 
-from ..base.outputs import DistillError
+from ..base.errors import DistillError, check_whole, is_whole
 from ..cache.reader import TeacherCache, is_cache
 from ..recipes.recipe_text import as_recipe
 from ..recipes.term import Recipe, Term
@@ -26,6 +26,18 @@ def check_options(teacher, **options):
             f'{teacher!r} is not a teacher: the teacher comes first, then the recipe, as in '
             'KnowledgeDistillation(teacher, kd()).'
         )
+
+
+def check_epochs(n_epoch, lr_max):
+    """Raise an error if the number of epochs is not a whole number, e.g. if it is the learning
+    rate.
+    """
+    if isinstance(n_epoch, float) and is_whole(lr_max):
+        raise DistillError(
+            f'n_epoch={n_epoch}: must be a whole number. The number of epochs comes before the '
+            f'learning rate. Did you mean n_epoch={lr_max}, lr_max={n_epoch}?'
+        )
+    check_whole('n_epoch', n_epoch, 0)
 
 
 def refuse_options(several, **options):

@@ -17,6 +17,7 @@ from ..detection.validation_loss import validation_losses
 from ..distiller.loader_batches import read_apart
 from ..distiller.trainer_integration import takes_part
 from ..recipes.term import Recipe, Term
+from .callback_arguments import check_epochs
 from .learner_notes import notes_of
 from .patches import DistillationCallback
 from .projector_opt import ProjectorOptimizer
@@ -258,6 +259,7 @@ class DetectorLearner(Learner):
         Returns:
             The `DetectorDistillation` callback.
         """
+        check_epochs(n_epoch, lr_max)
         callback = DetectorDistillation(teacher, recipe, size=size, check=check)
         self.fit_one_cycle(n_epoch, lr_max, cbs=L(cbs) + callback, **kwargs)
         return callback

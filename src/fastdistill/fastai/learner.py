@@ -19,6 +19,7 @@ from ..recipes.schedule import ScheduleLike
 from ..recipes.term import Recipe, Term
 from . import teacher_check
 from .callback import KnowledgeDistillation
+from .callback_arguments import check_epochs
 from .class_names import check_same_data
 from .compare import history_of
 from .learner_heads import heads_of
@@ -79,6 +80,7 @@ def distill(
             f'lr_max={lr_max!r}: the recipe comes after the learning rate. Write distill(teacher, '
             f'{n_epoch}, 1e-3, recipe), or distill(teacher, {n_epoch}, recipe=recipe).'
         )
+    check_epochs(n_epoch, lr_max)
     if 'lr' in kwargs:
         raise DistillError(f'lr={kwargs["lr"]!r}: the learning rate is lr_max={kwargs["lr"]!r}.')
     kd = KnowledgeDistillation(

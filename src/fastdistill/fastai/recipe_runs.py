@@ -16,6 +16,7 @@ from ..search.candidates import LABELS
 from ..search.recipe_report import RecipeReport, RecipeRun
 from ..search.resumable_runs import Run, Runs
 from ..search.significance import adjusted, difference_by_seed
+from .callback_arguments import check_epochs
 from .compare import history_of
 from .metrics import row_by_column
 from .training_setup import setup_of, teacher_text
@@ -81,6 +82,7 @@ def compare_recipes(
             f'recipes={recipes!r}: compare_recipes takes a dict of names and recipes, such as '
             "{'alone': None, 'default': 'auto'}, before the number of epochs."
         )
+    check_epochs(n_epoch, lr_max)
     recipes = dict(recipes)
     seeds = list(range(seeds)) if isinstance(seeds, int) else [int(s) for s in seeds]
     if len(recipes) < 2 or not seeds:
