@@ -137,6 +137,17 @@ class First(Callback):
 # fastai's tables
 
 
+def test_a_forest_that_was_fitted_on_encoded_rows_teaches_as_a_function():
+    dls = tables(raw())
+    forest = RandomForestClassifier(4, random_state=0).fit(dls.train.xs, dls.train.y)
+    table = lambda *x: pd.DataFrame(torch.cat(x, 1).numpy(), columns=dls.train.xs.columns)
+    teacher = Teacher(lambda *x: torch.tensor(forest.predict_proba(table(*x))), outputs='probs')
+    want = forest.predict_proba(dls.valid.xs)
+    assert len(np.unique(want)) > 2
+    np.testing.assert_allclose(probs(teacher, dls.valid), want, atol=1e-6)
+    learner(dls).distill(teacher, 1)
+
+
 def test_the_rows_are_those_before_the_transforms():
     df = raw()
     dls = tables(df)
