@@ -400,6 +400,7 @@ def test_different_things_have_different_keys():
     keys = [key_of(o) for o in things]
     assert len(set(keys)) == len(things)
     assert keys == [key_of(o) for o in things]
+    assert key_of({0, 8}) == key_of({8, 0}) != key_of({0, 9})
     assert key_of(np.int64(1)) == key_of(1) and key_of(torch.tensor([1, 2])) == key_of(
         np.array([1, 2])
     )

@@ -75,6 +75,8 @@ def _parts(o: Any, root: str) -> tuple:
     # a PIL image
     if hasattr(o, 'tobytes') and hasattr(o, 'mode'):
         return b'image', f'{o.mode} {o.size}'.encode(), o.tobytes()
+    if isinstance(o, (set, frozenset)):
+        o = sorted(o, key=lambda v: key_bytes(v, root))  # the order of a set differs by process
     if hasattr(o, '__iter__') and hasattr(o, '__len__'):
         return b'list', str(len(o)).encode(), *(p for v in o for p in _parts(v, root))
     raise DistillError(
