@@ -159,6 +159,15 @@ def test_a_sample_draws_the_same_in_every_batch():
             torch.testing.assert_close(a[part], b, rtol=0, atol=0)
 
 
+def test_bounds_of_randint_may_be_numpy_numbers():
+    def drawn(*bounds):
+        with PerSample([1, 2]):
+            return torch.randint(*bounds, (2,)).tolist()
+
+    assert drawn(np.int64(5)) == drawn(5)
+    assert drawn(np.int64(3), 99) == drawn(3, 99)
+
+
 def test_draws_are_distributed_as_asked_and_independent():
     n = 20000
     with PerSample(seeds_of(1, np.arange(n, dtype=np.uint64))):

@@ -1,7 +1,7 @@
 """Run batch transforms with separate random numbers for each sample."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, SupportsIndex
 
 import numpy as np
 import torch
@@ -93,7 +93,7 @@ class PerSample(TorchFunctionMode):
 
     def new_randint(self, func: Callable, *args: Any, **kwargs: Any) -> Any:
         sizes = [kwargs['size']] if 'size' in kwargs else []
-        *given, size = [o for o in args if isinstance(o, (int, tuple, list))] + sizes
+        *given, size = [o for o in args if isinstance(o, (SupportsIndex, tuple, list))] + sizes
         if not size or size[0] != len(self.seeds):
             return func(*args, **kwargs)
         given = given or [kwargs['high']]
