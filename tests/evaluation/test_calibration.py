@@ -219,6 +219,23 @@ def test_a_model_whose_last_layer_cannot_take_the_temperature_stays_as_it_is(nam
         assert torch.equal(v, before[k]), k
 
 
+def test_an_error_while_the_temperature_is_folded_leaves_the_model_as_it_is():
+    model = nn.Sequential(nn.Linear(3, 3))
+    model[0].weight.data = 9 * torch.eye(3)
+    before = copy.deepcopy(model.state_dict())
+
+    def fail_if_scaled(m, x):
+        if not torch.equal(m.weight, before['0.weight']):
+            raise RuntimeError('scaled')
+
+    model[0].register_forward_pre_hook(fail_if_scaled)
+    y = torch.arange(200) % 3
+    x = F.one_hot(y, 3) + torch.randn(200, 3)
+    with pytest.raises(RuntimeError, match='scaled'):
+        calibrate_model(model, [((x,), (y,))], Task('softmax'))
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
 def test_nothing_changes_with_fold_false():
     model = copy.deepcopy(MLP)
     y = torch.randint(5, (200,))

@@ -256,18 +256,23 @@ def fold_temperature(
         if T.numel() > 1 and len(layers[name].weight) != len(T):
             return None, f'its last layer {name!r} does not have one row for each label.'
         before = {k: p.clone() for k, p in layers[name].named_parameters()}
-        for p in layers[name].parameters():
-            p /= T.view(-1, *[1] * (p.dim() - 1)).to(p)
-        teacher.reset()
-        at = label_axis(logits.shape, task)
-        shape = [-1 if i == at else 1 for i in range(logits.dim())]
-        wanted = logits / (T.view(shape) if T.numel() > 1 else T)
-        far = (as_plain(teacher(*x).logits) - wanted).abs().max()
-        if far <= LARGEST_CHANGE * wanted.abs().max():
-            return name, ''
-        for k, p in layers[name].named_parameters():
-            p.copy_(before[k])
-    return None, f'its last layer {name!r} also changes its other outputs.'
+        folded = False
+        try:
+            for p in layers[name].parameters():
+                p /= T.view(-1, *[1] * (p.dim() - 1)).to(p)
+            teacher.reset()
+            at = label_axis(logits.shape, task)
+            shape = [-1 if i == at else 1 for i in range(logits.dim())]
+            wanted = logits / (T.view(shape) if T.numel() > 1 else T)
+            far = (as_plain(teacher(*x).logits) - wanted).abs().max()
+            folded = bool(far <= LARGEST_CHANGE * wanted.abs().max())
+        finally:
+            if not folded:
+                for k, p in layers[name].named_parameters():
+                    p.copy_(before[k])
+    return (
+        (name, '') if folded else (None, f'its last layer {name!r} also changes its other outputs.')
+    )
 
 
 def is_linear(m: nn.Module) -> bool:
