@@ -1163,6 +1163,15 @@ def test_a_teacher_that_says_nan_is_not_verified(tmp_path):
     assert verify_cache(tmp_path, net, data(), n=4).worst == float('inf')
 
 
+def test_wrong_numbers_of_rows_and_positions_are_refused(tmp_path):
+    cache = cache_teacher(net := Convs(3).eval(), data(), tmp_path)
+    with pytest.raises(DistillError, match='n=0: must be a whole number of at least 1'):
+        verify_cache(cache, net, data(), n=0)
+    for at in (5, [1.5], 'a', [True, False], [[0, 1]]):
+        with pytest.raises(DistillError, match='must be a list or 1D array of whole numbers'):
+            cache.outputs(at)
+
+
 # the guest leaves
 
 

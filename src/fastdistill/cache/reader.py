@@ -195,6 +195,11 @@ class TeacherCache:
             views: View of each position, (B,), or one view for all positions.
         """
         at = np.asarray(at)
+        if at.ndim != 1 or len(at) and at.dtype.kind not in 'iu':
+            raise DistillError(
+                f'Positions in the cache must be a list or 1D array of whole numbers, but got '
+                f'{at.dtype} of shape {at.shape}. For one sample, pass [position].'
+            )
         views = np.broadcast_to(np.asarray(views), at.shape)
         m = self.manifest
         if len(at):

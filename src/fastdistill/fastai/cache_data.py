@@ -269,6 +269,7 @@ def verify_cache(
             'verify_cache checks one head at a time. Pass its cache, its teacher and its kind: '
             "verify_cache(caches['color'], teachers['color'], dls, kind='softmax')."
         )
+    check_whole('n', n)
     cache = cache if isinstance(cache, TeacherCache) else TeacherCache(cache)
     m = cache.manifest
     dls = data_of(dls)
