@@ -32,7 +32,7 @@ def check_epochs(n_epoch, lr_max):
     """Raise an error if the number of epochs is not a whole number, e.g. if it is the learning
     rate.
     """
-    if isinstance(n_epoch, float) and is_whole(lr_max):
+    if isinstance(n_epoch, float) and n_epoch < 1 and is_whole(lr_max):
         raise DistillError(
             f'n_epoch={n_epoch}: must be a whole number. The number of epochs comes before the '
             f'learning rate. Did you mean n_epoch={lr_max}, lr_max={n_epoch}?'
