@@ -524,6 +524,20 @@ def test_an_optimizer_made_before_the_projectors_is_refused():
     assert len(list(Distiller(mlp(6), mlp(16), kd()).parameters())) == 6  # no layers, no projectors
 
 
+def test_a_checkpoint_is_refused_before_the_projectors_are_built():
+    state = Distiller(mlp(6), mlp(16), kd() + hint(), example=batch()[0]).state_dict()
+    d = Distiller(mlp(6), mlp(16), kd() + hint())
+    before = copy.deepcopy(d.student.state_dict())
+    with pytest.raises(
+        DistillError, match=r'checkpoint has projectors.*give the Distiller a batch of inputs'
+    ):
+        d.load_state_dict(state)
+    assert all(torch.equal(v, before[k]) for k, v in d.student.state_dict().items())
+    d(*batch())
+    d.load_state_dict(state)
+    assert all(torch.equal(v, state[f'student.{k}']) for k, v in d.student.state_dict().items())
+
+
 def test_looking_at_a_batch_changes_nothing():
     student = nn.Sequential(nn.Linear(8, 6), nn.BatchNorm1d(6), nn.Dropout(), nn.Linear(6, 4))
     teacher, state, rng = mlp(16), copy.deepcopy(student.state_dict()), torch.get_rng_state()

@@ -220,6 +220,17 @@ class Distiller(nn.Module):
         load_encoded_state(self.heads, state)
         self.changes.left = None
 
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
+        new = state_dict.keys() - self.state_dict().keys()
+        if not self.ready and any(k.startswith('links.') for k in new):
+            raise DistillError(
+                'The checkpoint has projectors, but those of this Distiller are not built yet: '
+                'give the Distiller a batch of inputs, Distiller(..., example=x)'
+            )
+        return super().load_state_dict(state_dict, strict, assign)
+
     # checks and setup before the first batch
 
     def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
