@@ -492,6 +492,14 @@ def test_draws_are_refused_before_training(recipe, match, tmp_path):
 # the likeliest classes
 
 
+def test_what_the_likeliest_classes_lose_is_measured_again_if_force_replaces_the_teacher(tmp_path):
+    other = Teacher(nn.Sequential(nn.Linear(10, 30)))
+    old = written(tmp_path / 'a', dict(topk=10)).manifest.lost
+    with pytest.warns(DistillWarning, match='The cache is overwritten'):
+        new = written(tmp_path / 'a', dict(topk=10), other, force=True).manifest.lost
+    assert new == written(tmp_path / 'b', dict(topk=10), other).manifest.lost != old
+
+
 def test_what_the_likeliest_classes_lose_is_measured(tmp_path):
     lost = written(tmp_path, dict(topk=10)).manifest.lost
     t, got = exact(), TeacherCache(tmp_path).outputs(range(200)).logits.dense()

@@ -276,7 +276,13 @@ class Choice:
     tasks: np.ndarray | None = None
 
     def __call__(
-        self, where: Any, store: Store, source: Source, first: Outputs, views: int
+        self,
+        where: Any,
+        store: Store,
+        source: Source,
+        first: Outputs,
+        views: int,
+        force: bool = False,
     ) -> tuple:
         """Choose the storage format.
 
@@ -289,6 +295,8 @@ class Choice:
             source: Teacher and data. `run` of this `Source` must have an argument `teacher`.
             first: Outputs of the first sample.
             views: Number of views of each sample.
+            force: True if an existing cache may be overwritten, so that what the requested format
+                loses is measured again.
 
         Returns:
             (`Store`, `Source` of the outputs to store, information loss as in `Option.lost`, the
@@ -309,7 +317,7 @@ class Choice:
         if store.kind == 'hidden' and not isinstance(first.logits, LinearLogits):
             return store, self._with_states(source, store.layer), (), None
         lossy = store.kind in ('topk', 'pca') and isinstance(first.logits, Tensor)
-        if not lossy or old is not None:
+        if not lossy or (old is not None and not force):
             return store, source, (), None
         return store, source, *self._lost(store, source)
 

@@ -131,7 +131,7 @@ def write_cache(
     where = open_folder(path)
     first, lost, measured = source.first(1), (), None
     if choose is not None:
-        store, source, lost, measured = choose(where, store, source, first, views)
+        store, source, lost, measured = choose(where, store, source, first, views, force)
     elif store.kind == 'auto':
         store = Store('logits', axis=store.axis)
     if store.kind == 'hidden':
